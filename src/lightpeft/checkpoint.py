@@ -1,0 +1,273 @@
+"""Light adapters: a plan and PEFT weights in one small folder, over a base that is never written to."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.families import block_specs, family_of
+from lightpeft.loading import fingerprint
+from lightpeft.records import PrunePlan, read_json, understandable, write_json, writing_files
+from lightpeft.sites import transformers_model
+from lightpeft.surgery import apply_plan
+
+DESCRIPTION = "lightpeft.json"
+_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class LightModel(PeftModel):
+    """A pruned `PeftModel`. It trains, generates and merges as one; `save_pretrained` writes a light adapter."""
+
+    light_plan: PrunePlan
+    """Which units of the dense base are here."""
+    light_metrics: dict[str, Any]
+    """What was measured of this model; saved with it."""
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write a light adapter: PEFT's own two files, `lightpeft.json` and a model card.
+
+        Raises:
+            LightPeftError: the folder cannot be written (for example: disk full); no file is half-written.
+        """
+        if not is_main_process:
+            return
+        with writing_files(save_directory, last=DESCRIPTION) as temporary:
+            super().save_pretrained(str(temporary), **kwargs)
+            (temporary / "README.md").write_text(_model_card(self), encoding="utf-8")
+            write_json(temporary / DESCRIPTION, _description(self, temporary))
+
+
+def as_light(model: PeftModel, plan: PrunePlan, metrics: dict[str, Any] | None = None) -> LightModel:
+    """Make a pruned `PeftModel` one that saves itself as a light adapter; same object, same weights."""
+    kind = type(model)
+    if not issubclass(kind, LightModel):
+        # the model keeps its own class (for sequence classification, causal LM, ...) with `save_pretrained` before it
+        model.__class__ = type(f"Light{kind.__name__}", (LightModel, kind), {})
+    light = cast(LightModel, model)
+    light.light_plan = plan
+    light.light_metrics = dict(metrics or {})
+    return light
+
+
+def load_light(
+    folder: str | Path,
+    base: str | Path | PreTrainedModel | None = None,
+    *,
+    is_trainable: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> LightModel:
+    """Load a light adapter over a fresh base.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        base: name or folder of the base, or the dense model itself, which is then pruned in place;
+            None: the base that the adapter names.
+        is_trainable: go on training; else the weights are frozen and the model is in eval mode.
+        dtype: of the base weights when they are loaded here; "auto": as it was when the adapter was saved.
+        device: where to put the model; None: where the base is.
+        attention: attention backend; None: the one the base would use.
+
+    Raises:
+        LightPeftError: a file is missing, altered, or of a newer schema; or the base is another one. No partial load.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    with understandable(folder / DESCRIPTION):
+        plan = PrunePlan.from_dict(description["plan"])
+        metrics = dict(description["metrics"])
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    dense = base if isinstance(base, PreTrainedModel) else _load_base(description["base"], base, dtype, options)
+    _check_base(dense, plan, folder)
+    apply_plan(dense, plan)
+    try:
+        model = PeftModel.from_pretrained(dense, str(folder), is_trainable=is_trainable)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise LightPeftError(f"{folder} does not fit its base: {' '.join(str(error).split())[:300]}") from error
+    _check_tensors(model, folder)
+    if not is_trainable:
+        model.eval()
+    return as_light(model if device is None else model.to(device), plan, metrics)
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """`lightpeft.json` of a light adapter, after the checksums of all its files have been verified.
+
+    Raises:
+        LightPeftError: not a light adapter, a file is missing or altered, or a newer schema.
+    """
+    folder = Path(folder)
+    require(folder.is_dir(), f"light adapter folder {folder} does not exist")
+    require((folder / DESCRIPTION).is_file(), f"{folder} is not a light adapter: it has no {DESCRIPTION}")
+    description = read_json(folder / DESCRIPTION)
+    with understandable(folder / DESCRIPTION):
+        expected = dict(description["checksums"])
+        own = expected.pop(DESCRIPTION)
+        require(own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
+        for name, checksum in expected.items():
+            require((folder / name).is_file(), f"{folder} is incomplete: {name} is missing")
+            require(_file_checksum(folder / name) == checksum, f"{folder / name} was altered or damaged")
+    return description
+
+
+def _description(model: LightModel, folder: Path) -> dict[str, Any]:
+    inner = transformers_model(model)
+    config = inner.config
+    description: dict[str, Any] = {
+        "base": {
+            "id": getattr(config, "_name_or_path", ""),
+            "revision": getattr(config, "_commit_hash", None),
+            "model_type": config.model_type,
+            "architecture": type(inner).__name__,
+            "dtype": str(inner.dtype).removeprefix("torch."),
+            "fingerprint": model.light_plan.fingerprint,
+            "config": _head_settings(config),
+            "gguf_file": getattr(inner, "light_gguf_file", None),
+        },
+        "plan": model.light_plan.to_dict(),
+        "per_layer_config": per_layer_config(config.model_type, model.light_plan),
+        "metrics": model.light_metrics,
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("lightpeft", "torch", "transformers", "peft")
+        },
+    }
+    checksums = {name: _file_checksum(folder / name) for name in _PEFT_FILES if (folder / name).is_file()}
+    # JSON turns integer keys into strings; hash what a reader will see
+    seen = json.loads(json.dumps(description))
+    return {**description, "checksums": {**checksums, DESCRIPTION: _content_checksum(seen)}}
+
+
+def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, int]]:
+    """Widths of every block in the schema of transformers' `per_layer_config`: layer -> config key -> value."""
+    width_key = family_of(model_type).width_key
+    return {
+        str(spec.index): {
+            "num_attention_heads": len(kept.heads),
+            "num_key_value_heads": len(kept.kv_heads),
+            width_key: len(kept.neurons),
+        }
+        for spec, kept in zip(plan.specs, plan.blocks, strict=True)
+    }
+
+
+def _head_settings(config: transformers.PretrainedConfig) -> dict[str, Any]:
+    """Config values that the task set and the base's own config does not have."""
+    settings: dict[str, Any] = {"pad_token_id": getattr(config, "pad_token_id", None)}
+    if any("Classification" in name for name in getattr(config, "architectures", None) or ()) or config.id2label:
+        settings["id2label"] = {str(index): label for index, label in config.id2label.items()}
+    return settings
+
+
+def _load_base(
+    saved: dict[str, Any], base: str | Path | None, dtype: str | torch.dtype, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Load the dense base with the head that the adapter was trained with."""
+    name = str(base) if base is not None else saved["id"]
+    require(name, "the light adapter does not name its base; give one: load_light(folder, base=...)")
+    settings = dict(saved["config"])
+    if "id2label" in settings:
+        settings["id2label"] = {int(index): label for index, label in settings["id2label"].items()}
+        settings["label2id"] = {label: index for index, label in settings["id2label"].items()}
+    architecture = getattr(transformers, saved["architecture"], None)
+    if architecture is None:
+        raise LightPeftError(f"transformers has no {saved['architecture']}; load the base yourself and pass it as base=")
+    revision = saved["revision"] if base is None else None
+    try:
+        return architecture.from_pretrained(
+            name,
+            revision=revision or "main",
+            gguf_file=saved.get("gguf_file"),
+            dtype=saved["dtype"] if dtype == "auto" else dtype,
+            **settings,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LightPeftError(f"base {name} cannot be loaded ({reason}); give another place: base=...") from error
+
+
+def _check_base(dense: PreTrainedModel, plan: PrunePlan, folder: Path) -> None:
+    """Refuse a base other than the one the plan was made for, before anything is cut."""
+    require(not isinstance(dense, PeftModel), "base must be the dense transformers model, without PEFT around it")
+    blocks = block_specs(dense)
+    same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
+    if not same or fingerprint(dense, blocks) != plan.fingerprint:
+        raise LightPeftError(
+            f"{folder} belongs to another base: the weights given are not the ones it was made for; "
+            "pass the original base, in the same revision"
+        )
+
+
+def _check_tensors(model: PeftModel, folder: Path) -> None:
+    """Compare the tensors in the file with those that the model has."""
+    expected = set(get_peft_model_state_dict(model))
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            found = set(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise LightPeftError(f"{folder / 'adapter_model.safetensors'} cannot be read: {error}") from error
+    _report_difference(sorted(expected - found), f"{folder} lacks tensors")
+    _report_difference(sorted(found - expected), f"{folder} has tensors that fit nowhere")
+
+
+def _report_difference(names: Sequence[str], what: str) -> None:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    require(not names, f"{what}: {names[0] if names else ''}{more}")
+
+
+def _file_checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _content_checksum(description: dict[str, Any]) -> str:
+    """SHA-256 of everything in `lightpeft.json` but the checksums themselves."""
+    content = {key: value for key, value in description.items() if key not in ("checksums", "schema_version")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _model_card(model: LightModel) -> str:
+    base = getattr(transformers_model(model).config, "_name_or_path", "") or "the base"
+    # a local path is of no use to a reader elsewhere, and not a valid hub id
+    front = "" if Path(base).exists() else f"base_model: {base}\n"
+    metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"
+    return f"""---
+library_name: lightpeft
+{front}tags: [lightpeft, peft, lora, pruning]
+---
+
+# Light adapter
+
+A task over an untouched base: PEFT weights and the plan of which attention heads and FFN neurons the task needs
+(Light-PEFT, Gu et al., Findings of ACL 2024).
+
+    from lightpeft import load_light
+    model = load_light("this folder")
+
+{model.light_plan.summary()}.
+
+## Metrics
+
+{metrics}
+
+## Plan
+
+```
+{model.light_plan}
+```
+"""

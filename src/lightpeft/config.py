@@ -1,0 +1,374 @@
+"""What a user can set: typed, documented dataclasses, checked when they are made.
+
+`LightConfig` is all that `EarlyPruner` needs. `RunConfig` adds the model, the data and the training of a whole
+`lightpeft run`; it is read from YAML and from the command line, and an unknown key names its nearest neighbour.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from lightpeft.errors import LightPeftError, require
+
+Scope = Literal["layerwise", "global"]
+HeadUnit = Literal["group", "balanced"]
+UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
+ModuleCriterion = Literal["ratio", "random"]
+RankCriterion = Literal["taylor", "magnitude", "random"]
+TaskKind = Literal["classification", "causal-lm"]
+Method = Literal["light", "lora"]
+Preset = Literal["default", "paper"]
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class Budget:
+    """What to remove, as ratios of what is there; with a record it determines a plan."""
+
+    heads: float = 1 / 3
+    """Part of the attention head units to remove, in [0, 1)."""
+    neurons: float = 1 / 3
+    """Part of the FFN neurons to remove, in [0, 1)."""
+    modules: float = 3 / 4
+    """Part of the PEFT modules to remove, in [0, 1)."""
+    ranks: float = 1 / 2
+    """Part of the ranks of the PEFT modules that stay to remove, in [0, 1)."""
+    target: float | None = None
+    """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
+
+    heads_scope: Scope = "layerwise"
+    """Rank heads within each layer or over all layers together."""
+    neurons_scope: Scope = "global"
+    """Rank neurons within each layer or over all layers together."""
+    modules_scope: Scope = "global"
+    """Rank PEFT modules within each layer or over all layers together."""
+    ranks_scope: Scope = "layerwise"
+    """Rank the ranks within each PEFT module or over all modules together."""
+
+    min_heads: int = 1
+    """Head units that stay in every layer; 0 lets a layer lose its attention."""
+    min_neurons: int = 1
+    """Neurons that stay in every layer; 0 lets a layer lose its FFN."""
+    min_modules: int = 0
+    """PEFT modules that stay in every layer."""
+    min_ranks: int = 1
+    """Ranks that stay in every PEFT module that stays (at least 1)."""
+    multiple_of: int = 1
+    """FFN widths are rounded to the nearest multiple of this (1: exact counts; 8 and more: fast kernels)."""
+    head_unit: HeadUnit = "group"
+    """Under grouped-query attention: whole KV groups, or query heads removed equally from every group."""
+
+    head_criterion: UnitCriterion = "mask"
+    """Which score ranks the heads."""
+    neuron_criterion: UnitCriterion = "mask"
+    """Which score ranks the neurons."""
+    module_criterion: ModuleCriterion = "ratio"
+    """Which score ranks the PEFT modules."""
+    rank_criterion: RankCriterion = "taylor"
+    """Which score ranks the ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "neurons", "modules", "ranks", "target"):
+            value = getattr(self, name)
+            if value is not None:
+                require(0 <= value < 1, f"{name} is {value:g}; a ratio to remove lies in [0, 1), for example 0.5")
+        for name, least in (("heads", 0), ("neurons", 0), ("modules", 0), ("ranks", 1)):
+            value = getattr(self, f"min_{name}")
+            require(value >= least, f"min_{name} is {value}; it must be at least {least}")
+        require(self.multiple_of >= 1, f"multiple_of is {self.multiple_of}; it must be at least 1")
+        check_choices(self)
+
+
+@dataclass(kw_only=True)
+class LightConfig(Budget):
+    """All that Light-PEFT adds to a PEFT run: the budget and how the scores behind it are estimated."""
+
+    length: int | float | Literal["auto"] = 0.1
+    """Estimation stage: optimizer steps (int), part of the whole run (float in (0, 1)), or "auto": until settled."""
+    lambda_heads: float = 1e-4
+    """Weight of the L1 penalty on the head masks (the paper's lambda_A)."""
+    lambda_neurons: float = 1e-4
+    """Weight of the L1 penalty on the neuron masks (the paper's lambda_F)."""
+    mask_learning_rate: float = 2e-2
+    """Adam learning rate of the masks, constant over the stage; masks have no weight decay."""
+    check_every: int = 10
+    """`length: auto` compares the sets that would be kept every so many steps."""
+    settled_overlap: float = 0.95
+    """`length: auto` calls two consecutive sets equal from this overlap (0 to 1) on."""
+    settled_checks: int = 3
+    """`length: auto` stops after so many equal comparisons in a row."""
+    max_fraction: float = 0.3
+    """`length: auto` stops at this part of the whole run at the latest."""
+    restart: bool = False
+    """Re-initialise the PEFT modules after pruning instead of going on from what estimation learned."""
+    seed: int = 0
+    """Seed of the `random` criteria."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.length, str):
+            require(self.length == "auto", f'length is "{self.length}"; give steps, a fraction of the run, or auto')
+        elif isinstance(self.length, int):
+            require(self.length >= 2, f"length is {self.length} steps; estimation needs at least 2")
+        else:
+            require(0 < self.length < 1, f"length is {self.length:g}; a fraction of the run lies in (0, 1)")
+        require(self.mask_learning_rate > 0, f"mask_learning_rate is {self.mask_learning_rate:g}; it must be positive")
+        require(min(self.lambda_heads, self.lambda_neurons) >= 0, "lambda_heads and lambda_neurons cannot be negative")
+        require(self.check_every >= 1 and self.settled_checks >= 1, "check_every and settled_checks start at 1")
+        require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
+        require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
+    "paper": {"mask_learning_rate": 3e-4},
+    # The same budget; first-order Taylor scores of the masks are less noisy than the masks themselves,
+    # and widths that are multiples of 8 run on fast kernels.
+    "default": {"head_criterion": "taylor", "neuron_criterion": "taylor", "multiple_of": 8},
+}
+"""Values of `LightConfig` fields that differ from its defaults, by preset name."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The foundation model."""
+
+    name: str = ""
+    """Hub name or local folder of the pretrained model."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    gguf_file: str | None = None
+    """File inside the folder to load a GGUF checkpoint from."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Data type of the frozen weights."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """Attention backend; unset: what transformers chooses."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint. Leave off unless you trust its author."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """The task's data: local files or a hub data set, and which columns mean what."""
+
+    task: TaskKind = "classification"
+    """classification: one label a text (or pair of texts); causal-lm: next-token loss on text or completions."""
+    train: str = ""
+    """Training rows: a .csv, .tsv, .json, .jsonl or .parquet file, or a hub data set as name[/config][:split]."""
+    test: str | None = None
+    """Rows for evaluation, in the same form; unset: `test_fraction` of the training rows is held out."""
+    test_fraction: float = 0.2
+    """Part of the training rows held out when `test` is unset, chosen by `split_seed`."""
+    split_seed: int = 0
+    """Seed of the hold-out split: independent of the run's seed, so that seeds share one test set."""
+    text: str = "text"
+    """Column with the text (classification and plain causal-lm)."""
+    text_pair: str | None = None
+    """Column with the second text of a pair."""
+    label: str = "label"
+    """Column with the label, an integer or a string."""
+    prompt: str | None = None
+    """Column with the prompt (causal-lm): the loss is on the completion only."""
+    completion: str | None = None
+    """Column with the completion that follows the prompt."""
+    max_length: int = 128
+    """Tokens a row keeps at most; may not exceed what the model allows."""
+    limit_train: int | None = None
+    """Use only the first so many training rows, after a seeded shuffle."""
+    limit_test: int | None = None
+    """Use only the first so many test rows."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
+        require(0 < self.test_fraction < 1, f"data.test_fraction is {self.test_fraction:g}; it lies in (0, 1)")
+        paired = (self.prompt is None) == (self.completion is None)
+        require(paired, "data.prompt and data.completion go together; give both columns or neither")
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """The LoRA that estimation starts with."""
+
+    r: int = 8
+    """Rank."""
+    alpha: int = 16
+    """Scaling numerator: the update is multiplied by alpha / r."""
+    dropout: float = 0.05
+    """Dropout on the input of the low-rank branch."""
+    slots: list[str] | None = None
+    """Which projections get a module, of q, k, v, o, ffn_in, ffn_gate, ffn_out; unset: all that the model has
+    (method light), or q and v (method lora)."""
+    target_modules: list[str] | None = None
+    """Names of target modules as PEFT takes them; overrides `slots`."""
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, f"lora.r is {self.r}; it must be at least 1")
+        require(self.alpha > 0, f"lora.alpha is {self.alpha}; it must be positive")
+        require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout:g}; it lies in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The fine-tuning run as a whole; estimation is its first part."""
+
+    epochs: float = 3
+    """Passes over the training rows, estimation included."""
+    batch_size: int = 32
+    """Rows a step and process."""
+    eval_batch_size: int = 64
+    """Rows a step in evaluation and prediction."""
+    gradient_accumulation: int = 1
+    """Backward passes an optimizer step."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of the PEFT modules and the head; linear decay to zero."""
+    warmup: float = 0.06
+    """Part of each stage's steps over which the learning rate rises."""
+    weight_decay: float = 0.0
+    """AdamW weight decay of the PEFT modules and the head."""
+    max_grad_norm: float = 1.0
+    """Gradient norm clipping; 0 switches it off."""
+    bf16: bool = False
+    """bfloat16 autocast in training and evaluation."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    by_length: bool = True
+    """Batches of rows of similar length; off: random batches. Padding is dynamic either way."""
+    save_steps: int = 200
+    """Steps between checkpoints that a killed run resumes from."""
+    logging_steps: int = 10
+    """Steps between lines in log.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "learning_rate"):
+            value = getattr(self, name)
+            require(value > 0, f"training.{name} is {value:g}; it must be positive")
+        require(0 <= self.warmup < 1, f"training.warmup is {self.warmup:g}; it lies in [0, 1)")
+        require(min(self.save_steps, self.logging_steps) >= 1, "training.save_steps and logging_steps start at 1")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder."""
+
+    preset: Preset = "default"
+    """Starting values of `light`: default, or paper (Gu et al. 2024)."""
+    method: Method = "light"
+    """light: Light-PEFT; lora: plain LoRA on the same data, for comparison (no estimation, nothing pruned)."""
+    output: str = "runs/run"
+    """Run folder: estimation/, plan.json, pruned/, adapter/, metrics.json, log.jsonl."""
+    seed: int = 0
+    """Seed of weights, order and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The foundation model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The task's data."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """The LoRA that estimation starts with."""
+    light: LightConfig = field(default_factory=LightConfig)
+    """Estimation and budget."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The fine-tuning run."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+
+
+def preset_light(name: str, **overrides: Any) -> LightConfig:
+    """`LightConfig` of a preset ("default" or "paper") with some fields replaced."""
+    require(name in PRESETS, f'preset "{name}" is unknown; choose one of {", ".join(PRESETS)}')
+    return LightConfig(**{**PRESETS[name], **overrides})
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Read a `RunConfig` from a YAML file; `preset` sets what the file leaves open.
+
+    Raises:
+        LightPeftError: the file is missing or not YAML, or a key or value is not known.
+    """
+    path = Path(path)
+    require(path.is_file(), f"config file {path} does not exist")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise LightPeftError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    require(isinstance(data, dict), f"{path} must hold a mapping of settings, not a {type(data).__name__}")
+    return run_config_from_dict(data)
+
+
+def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
+    """A `RunConfig` from nested plain data, with the preset below the given values."""
+    preset = data.get("preset", "default")
+    require(preset in PRESETS, f'preset "{preset}" is unknown; choose one of {", ".join(PRESETS)}')
+    given = data.get("light")
+    light = {**PRESETS[preset], **given} if isinstance(given, dict) else dict(PRESETS[preset])
+    return from_dict(RunConfig, {**data, "light": light})
+
+
+def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
+    """Build dataclass `cls` from nested plain data; unknown keys are errors that name the nearest key."""
+    require(isinstance(data, dict), f"{where or 'the configuration'} must be a mapping, not {data!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in fields:
+            raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in fields]))
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            values[key] = from_dict(typing.cast(type, hint), value, f"{where}{key}.")
+        else:
+            values[key] = _coerce(value, hint, f"{where}{key}")
+    return cls(**values)
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The one line about an unknown key, with the nearest known one."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; known keys: {', '.join(known)}"
+    return f"unknown key {key}{hint}"
+
+
+def check_choices(config: Any) -> None:
+    """Check that every field of dataclass `config` whose type names literal choices holds one of them."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        options = _literals(hint)
+        value = getattr(config, name)
+        if options and isinstance(value, str) and value not in options:
+            raise LightPeftError(f'{name} is "{value}"; choose one of {", ".join(map(str, options))}')
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    return tuple(value for part in typing.get_args(hint) for value in _literals(part))
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Check a plain value against a field's type; YAML's integers are fine where floats are asked for."""
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (None, list, Literal) else (hint,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if typing.get_origin(option) is list and isinstance(value, list):
+            return value
+        if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            return value
+        if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
+            return float(value)
+    choices = _literals(hint)
+    wanted = f"one of {', '.join(map(str, choices))}" if choices else getattr(hint, "__name__", str(hint))
+    raise LightPeftError(f"{where} is {value!r}; it must be {wanted}")

@@ -1,0 +1,347 @@
+"""The estimation stage: masks and PEFT modules train together while the importance of every unit is summed up.
+
+It rides on any training loop. The masks are not the model's: they have gradients of their own, an optimizer of their
+own, and an L1 term that is added to their gradient directly, so a loop needs one call between backward and
+`optimizer.step()`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightpeft import scoring
+from lightpeft.config import LightConfig
+from lightpeft.errors import LightPeftError, require
+from lightpeft.families import block_specs
+from lightpeft.importance import ModuleObserver, RankObserver
+from lightpeft.loading import fingerprint
+from lightpeft.masks import UnitMasks
+from lightpeft.planning import make_plan
+from lightpeft.profiling import count_parameters
+from lightpeft.records import EstimationRecord, PrunePlan
+from lightpeft.sites import base_layer, check_peft, find_sites, transformers_model
+from lightpeft.structure import BlockSpec
+
+_STATE_FILE = "lightpeft_estimation.safetensors"
+_HISTORY_FILE = "lightpeft_estimation.json"
+
+
+class Estimator:
+    """Masks, importance sums and the length of the stage, for one PeftModel."""
+
+    def __init__(self, model: PeftModel, config: LightConfig) -> None:
+        """
+        Raises:
+            LightPeftError: the model is not one that can be pruned (see `check_peft`, `block_specs`, `find_sites`).
+        """
+        check_peft(model)
+        self.model, self.config = model, config
+        self.blocks = block_specs(transformers_model(model))
+        self.sites = find_sites(model, self.blocks)
+        self.base_parameters = count_parameters(model).base
+        self.fingerprint = fingerprint(model, self.blocks)
+        self.history: list[dict[str, float]] = []
+        self.steps = 0
+        self.length = 0
+        self._settled_in_a_row = 0
+        self._last_plan: PrunePlan | None = None
+        self._windows: list[_Window] = []
+        self._attached = False
+
+    def start(self, total_steps: int | None) -> None:
+        """Attach masks and observers.
+
+        Args:
+            total_steps: optimizer steps of the whole run, which a fractional or automatic length refers to.
+
+        Raises:
+            LightPeftError: the length needs `total_steps`, or is longer than the run.
+        """
+        require(not self._attached, "the estimation stage has started already")
+        self.length = stage_length(self.config, total_steps)
+        device = self.sites[0].down.device
+        if not self.steps:
+            self.masks = UnitMasks(self.blocks, device)
+            self._optimizer = torch.optim.Adam([self.masks.values], lr=self.config.mask_learning_rate)
+            self._lambdas = torch.full_like(self.masks.values, self.config.lambda_neurons)
+            self._lambdas[: self.masks.head_count] = self.config.lambda_heads
+            self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
+            self._sums = self._zero_sums()
+        self.masks.attach(self.model)
+        self._ranks = RankObserver(self.sites)
+        self._modules = ModuleObserver(self.model, self.sites, device)
+        self._attached = True
+
+    def stop(self) -> None:
+        """Take masks and observers off the model, which is then an ordinary PeftModel again."""
+        if self._attached:
+            self.masks.detach()
+            self._ranks.detach()
+            self._modules.detach()
+            self._attached = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has run its length, or has settled."""
+        return self.steps > 0 and (self.steps >= self.length or self._settled_in_a_row >= self.config.settled_checks)
+
+    @torch.no_grad()
+    def step(self, grad_scale: float = 1.0) -> None:
+        """Take in one optimizer step's gradients and train the masks; call it after the (last) backward.
+
+        Args:
+            grad_scale: the factor that a gradient scaler multiplied the loss with; it is undone here.
+        """
+        require(self._attached, "the estimation stage has not started; call start(total_steps) first")
+        if self.finished:
+            return
+        gradient = _mean_over_processes(torch.cat([self.masks.take_gradient(), self._ranks.take_terms()])) / grad_scale
+        finite = torch.isfinite(gradient).all()
+        if grad_scale == 1.0:  # a gradient scaler overflows on purpose and skips the step itself
+            self._nonfinite |= ~finite
+        gradient = torch.where(finite, gradient, 0.0)
+        units, ranks = gradient.split([len(self.masks.values), len(gradient) - len(self.masks.values)])
+        for name, criterion in scoring.STEP_CRITERIA.items():
+            self._sums[name] += criterion(self.masks.values, units)
+        self._sums["ranks"] += torch.cat([scoring.rank_taylor(*terms) for terms in self._ranks.split(ranks)])
+        self.masks.values.grad = units + self._lambdas * self.masks.values.sign()
+        self._optimizer.step()
+        self.steps += 1
+        if self._at_boundary():
+            self._close_window()
+
+    def check_finite(self) -> None:
+        """One host copy: whether all gradients so far were finite.
+
+        Raises:
+            LightPeftError: they were not.
+        """
+        if bool(self._nonfinite):
+            raise LightPeftError(
+                f"loss or gradients became NaN or infinite within the first {self.steps} steps of estimation; "
+                "lower the learning rate, or use bfloat16 or float32 instead of float16"
+            )
+
+    def record(self) -> EstimationRecord:
+        """Scores of every unit under every criterion, from the second half of the stage.
+
+        Raises:
+            LightPeftError: the stage has not run, or diverged.
+        """
+        require(self.steps > 0, "estimation has not run a single step; train with the callback, or call step()")
+        self.check_finite()
+        if not self._windows or self._windows[-1].end < self.steps:
+            self._close_window()
+        return self._record()
+
+    # -- sums over windows of steps ------------------------------------------------------------------------------
+
+    def _at_boundary(self) -> bool:
+        if self.config.length == "auto":
+            return self.steps % self.config.check_every == 0 or self.steps == self.length
+        return self.steps in (self.length // 2, self.length)
+
+    def _zero_sums(self) -> dict[str, Tensor]:
+        ranks = sum(site.spec.rank for site in self.sites)
+        zeros = {name: torch.zeros_like(self.masks.values) for name in scoring.STEP_CRITERIA}
+        return zeros | {"ranks": torch.zeros(ranks, device=self.masks.values.device)}
+
+    def _close_window(self) -> None:
+        """Move the sums of the steps since the last boundary to the host, and compare sets under `length: auto`."""
+        self.check_finite()
+        modules = _sum_over_processes(self._modules.sums.clone())
+        sums = {name: value.cpu() for name, value in {**self._sums, "modules": modules}.items()}
+        start = self._windows[-1].end if self._windows else 0
+        self._windows.append(_Window(start, self.steps, sums))
+        self._sums = self._zero_sums()
+        self._modules.sums.zero_()
+        if self.config.length == "auto":
+            self._compare_with_last_plan()
+
+    def _compare_with_last_plan(self) -> None:
+        plan = make_plan(self._record(), self.config)
+        if self._last_plan is not None:
+            overlap = plan_overlap(self._last_plan, plan)
+            settled = overlap >= self.config.settled_overlap
+            self._settled_in_a_row = self._settled_in_a_row + 1 if settled else 0
+            self.history.append({"step": self.steps, "overlap": overlap})
+        self._last_plan = plan
+
+    def _record(self) -> EstimationRecord:
+        late = [window for window in self._windows if window.start >= self.steps // 2] or self._windows[-1:]
+        steps = sum(window.end - window.start for window in late)
+        sums = {name: torch.stack([window.sums[name] for window in late]).sum(0) for name in late[0].sums}
+        scores = self._unit_scores(sums, steps)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        ratio, tokens = sums["modules"]
+        scores["modules/ratio"] = ratio / tokens.clamp_min(1)
+        scores["modules/random"] = scoring.random(len(self.sites), generator)
+        taylor = (sums["ranks"] / steps).split([site.spec.rank for site in self.sites])
+        for index, site in enumerate(self.sites):
+            scores[f"ranks/taylor/{index}"] = taylor[index].clone()
+            scores[f"ranks/magnitude/{index}"] = scoring.rank_magnitude(site.down, site.up).cpu()
+            scores[f"ranks/random/{index}"] = scoring.random(site.spec.rank, generator)
+        return EstimationRecord(
+            blocks=self.blocks,
+            sites=[site.spec for site in self.sites],
+            scores=scores,
+            base_parameters=self.base_parameters,
+            fingerprint=self.fingerprint,
+            meta=self._meta(steps, int(tokens.max())),
+        )
+
+    def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """Scores of heads and neurons under every criterion, keyed as in `EstimationRecord`."""
+        flat = {name: sums[name] / steps for name in scoring.STEP_CRITERIA}
+        flat["mask"] = scoring.mask_size(self.masks.values.detach().cpu())
+        generator = torch.Generator().manual_seed(self.config.seed)
+        flat["random"] = scoring.random(len(self.masks.values), generator)
+        scores = {}
+        for criterion, values in flat.items():
+            heads, neurons = self.masks.split(values)
+            for block, of_heads, of_neurons in zip(self.blocks, heads, neurons, strict=True):
+                scores[f"heads/{criterion}/{block.index}"] = of_heads.clone()
+                scores[f"neurons/{criterion}/{block.index}"] = of_neurons.clone()
+        for block in self.blocks:
+            of_heads, of_neurons = self._magnitudes(block)
+            scores[f"heads/magnitude/{block.index}"] = of_heads
+            scores[f"neurons/magnitude/{block.index}"] = of_neurons
+        return scores
+
+    @torch.no_grad()
+    def _magnitudes(self, block: BlockSpec) -> tuple[Tensor, Tensor]:
+        """Weight norms of a block's query heads (with their share of the KV group's rows) and neurons."""
+        inner = transformers_model(self.model)
+        weight = {slot: base_layer(inner.get_submodule(name)).weight for slot, name in block.projections.items()}
+        heads = [weight["q"].view(block.heads, -1), weight["o"].T.reshape(block.heads, -1)]
+        heads += [
+            weight[slot].view(block.kv_heads, -1).repeat_interleave(block.heads_per_kv, dim=0) for slot in ("k", "v")
+        ]
+        neurons = [weight[slot] for slot in ("ffn_in", "ffn_gate") if slot in weight] + [weight["ffn_out"].T]
+        return scoring.magnitude(heads).cpu(), scoring.magnitude(neurons).cpu()
+
+    def _meta(self, scored_steps: int, tokens: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "steps": self.steps,
+            "scored_steps": scored_steps,
+            "scored_tokens": tokens,
+            "length": config.length,
+            "max_steps": self.length,
+            "lambda_heads": config.lambda_heads,
+            "lambda_neurons": config.lambda_neurons,
+            "mask_learning_rate": config.mask_learning_rate,
+            "seed": config.seed,
+            "settled_overlap": config.settled_overlap,
+            "settled_checks": config.settled_checks,
+            "history": self.history,
+            "processes": dist.get_world_size() if _distributed() else 1,
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+        }
+
+    # -- resuming ------------------------------------------------------------------------------------------------
+
+    def save_state(self, folder: str | Path) -> None:
+        """Write all that a resumed stage needs into a trainer's checkpoint folder."""
+        tensors = {"values": self.masks.values, "modules": self._modules.sums}
+        tensors |= {f"sums/{name}": value for name, value in self._sums.items()}
+        adam = self._optimizer.state[self.masks.values]
+        tensors |= {f"adam/{name}": value.reshape(-1) for name, value in adam.items()}
+        for index, window in enumerate(self._windows):
+            tensors |= {f"window/{index}/{name}": value for name, value in window.sums.items()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, Path(folder) / _STATE_FILE)
+        state = {
+            "steps": self.steps,
+            "history": self.history,
+            "settled": self._settled_in_a_row,
+            "last_plan": self._last_plan.to_dict() if self._last_plan else None,
+            "windows": [[window.start, window.end] for window in self._windows],
+        }
+        (Path(folder) / _HISTORY_FILE).write_text(json.dumps(state), encoding="utf-8")
+
+    def load_state(self, folder: str | Path) -> None:
+        """Go on from what `save_state` wrote; call it after `start`."""
+        tensors = load_file(Path(folder) / _STATE_FILE)
+        state = json.loads((Path(folder) / _HISTORY_FILE).read_text(encoding="utf-8"))
+        with torch.no_grad():
+            self.masks.values.copy_(tensors["values"])
+        self._modules.sums.copy_(tensors["modules"])
+        for name, value in self._sums.items():
+            value.copy_(tensors[f"sums/{name}"])
+        adam = {name.removeprefix("adam/"): t for name, t in tensors.items() if name.startswith("adam/")}
+        adam["step"] = adam["step"].reshape(())
+        self._optimizer.state[self.masks.values] = {
+            name: t if name == "step" else t.to(self.masks.values.device) for name, t in adam.items()
+        }
+        self.steps, self.history = state["steps"], state["history"]
+        self._settled_in_a_row = state["settled"]
+        self._last_plan = PrunePlan.from_dict(state["last_plan"]) if state["last_plan"] else None
+        names = [*self._sums, "modules"]
+        self._windows = [
+            _Window(start, end, {name: tensors[f"window/{index}/{name}"] for name in names})
+            for index, (start, end) in enumerate(state["windows"])
+        ]
+
+
+class _Window:
+    """Importance sums over the steps from `start` to `end`, on the host."""
+
+    def __init__(self, start: int, end: int, sums: dict[str, Tensor]) -> None:
+        self.start, self.end, self.sums = start, end, sums
+
+
+def stage_length(config: LightConfig, total_steps: int | None) -> int:
+    """Optimizer steps of the stage, at most; `length: auto` may end earlier.
+
+    Raises:
+        LightPeftError: the length needs `total_steps`, or the stage would be longer than the run.
+    """
+    if isinstance(config.length, int):
+        steps = config.length
+    else:
+        require(total_steps is not None, f"length {config.length} needs the number of steps of the whole run")
+        fraction = config.max_fraction if config.length == "auto" else float(config.length)
+        steps = max(2, int(fraction * total_steps + 0.5))  # type: ignore[operator]
+    if total_steps is not None:
+        require(
+            steps <= total_steps,
+            f"estimation of {steps} steps is longer than the run of {total_steps}; shorten it or train longer",
+        )
+    return steps
+
+
+def plan_overlap(before: PrunePlan, after: PrunePlan) -> float:
+    """How far two plans of equal counts agree: intersection over union of what stays, the least of the kinds."""
+    kinds = [
+        (_units(before, "heads"), _units(after, "heads")),
+        (_units(before, "neurons"), _units(after, "neurons")),
+        (set(before.sites), set(after.sites)),
+    ]
+    return min(len(a & b) / max(len(a | b), 1) for a, b in kinds)
+
+
+def _units(plan: PrunePlan, kind: str) -> set[Any]:
+    return {(index, unit) for index, block in enumerate(plan.blocks) for unit in getattr(block, kind)}
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    if _distributed():
+        dist.all_reduce(value)
+    return value
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    return _sum_over_processes(value) / dist.get_world_size() if _distributed() else value

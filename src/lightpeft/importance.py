@@ -1,0 +1,108 @@
+"""Importance of PEFT modules and ranks, read from what training computes anyway: hooks, no extra matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightpeft import scoring
+from lightpeft.sites import Site
+
+
+class ModuleObserver:
+    """Sums of `||delta_M(x)|| / ||base_M(x)||` over real tokens, per site, on the device, without host copies.
+
+    The norms come from the outputs that the forward pass makes. Padding is known from the `attention_mask` that the
+    model is called with. Only training-mode forward passes with gradients count.
+    """
+
+    def __init__(self, model: PeftModel, sites: Sequence[Site], device: torch.device) -> None:
+        self.sites = list(sites)
+        self.sums = torch.zeros(2, len(self.sites), device=device)  # ratio sums, token counts
+        self._real: Tensor | None = None
+        self._base_outputs: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._remember_padding, with_kwargs=True)
+        ]
+        for index, site in enumerate(self.sites):
+            self._handles.append(site.base.register_forward_hook(self._base_hook(index)))
+            self._handles.append(site.delta.register_forward_hook(self._delta_hook(index, site.scaling)))
+
+    def detach(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _remember_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        self._real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _base_hook(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if module.training and torch.is_grad_enabled():
+                self._base_outputs[index] = output.detach()
+
+        return hook
+
+    def _delta_hook(self, index: int, scaling: float) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            base = self._base_outputs.pop(index, None)
+            if base is None:
+                return
+            with torch.no_grad():
+                ratio, tokens = scoring.module_ratio(output, base, self._real)
+                self.sums[0, index] += ratio * scaling
+                self.sums[1, index] += tokens
+
+        return hook
+
+
+class RankObserver:
+    """Signed rank Taylor terms of the step under way, read from the gradients as they accumulate.
+
+    A hook after each accumulation sees the running sum of the micro-batches, before clipping; the last one before the
+    optimizer step is the whole step's. Sites are packed into one flat tensor of [2, rank] terms.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = list(sites)
+        self.sizes = [2 * site.spec.rank for site in self.sites]
+        self._handles: list[RemovableHandle] = []
+        self._terms: list[Tensor | None] = [None] * (2 * len(self.sites))
+        for index, site in enumerate(self.sites):
+            self._watch(2 * index, site.down, dim=1)
+            self._watch(2 * index + 1, site.up, dim=0)
+
+    def _watch(self, position: int, parameter: nn.Parameter, dim: int) -> None:
+        def hook(p: Tensor) -> None:
+            if p.grad is not None:
+                self._terms[position] = scoring.rank_taylor_terms(p.detach(), p.grad, dim)
+
+        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def take_terms(self) -> Tensor:
+        """The step's terms, flat: for each site the rank's terms of A, then those of B."""
+        device = self.sites[0].down.device
+        ranks = [site.spec.rank for site in self.sites for _ in range(2)]
+        terms = [
+            torch.zeros(rank, device=device) if term is None else term.to(device)
+            for rank, term in zip(ranks, self._terms, strict=True)
+        ]
+        self._terms = [None] * len(self._terms)
+        return torch.cat(terms)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Per site, its [2, rank] terms."""
+        return [part.view(2, -1) for part in flat.split(self.sizes)]
+
+    def detach(self) -> None:
+        """Take all hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

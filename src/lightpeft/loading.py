@@ -1,0 +1,174 @@
+"""From names and folders to a live model, its tokenizer, and the fingerprint of its base weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightpeft.config import LoraSettings, ModelConfig, TaskKind
+from lightpeft.errors import LightPeftError, require
+from lightpeft.families import block_specs, family_of
+from lightpeft.sites import base_layer, transformers_model
+from lightpeft.structure import SLOTS, BlockSpec
+
+_AUTO_CLASSES = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+_TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
+
+
+@dataclass
+class LoadedModel:
+    """A dense foundation model with what later stages need to know of how it was loaded."""
+
+    model: PreTrainedModel
+    new_modules: list[str]
+    """Modules that the checkpoint has no weights for (the task head); they train and travel with the adapter."""
+
+
+def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) -> LoadedModel:
+    """Load the foundation model with the head of the task.
+
+    Raises:
+        LightPeftError: no such model, an unsupported family, or weights that cannot be pruned.
+    """
+    hf_config = load_model_config(config)
+    family_of(hf_config.model_type)
+    if task == "classification":
+        hf_config.num_labels = len(labels)
+        hf_config.id2label = dict(enumerate(labels))
+        hf_config.label2id = {label: index for index, label in enumerate(labels)}
+    options = {"attn_implementation": config.attention} if config.attention else {}
+    try:
+        model, info = _AUTO_CLASSES[task].from_pretrained(
+            config.name,
+            config=hf_config,
+            revision=config.revision or "main",
+            dtype=config.dtype,
+            gguf_file=config.gguf_file,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(config, error) from error
+    if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
+        del model.config.quantization_config  # the weights were dequantised on loading
+    block_specs(model)
+    return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}))
+
+
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        LightPeftError: there is no such model.
+    """
+    require(config.name, "model.name is empty; give a hub name or a local folder")
+    looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
+    missing = looks_local and not Path(config.name).expanduser().is_dir()
+    require(not missing, f"model folder {config.name} does not exist")
+    try:
+        return AutoConfig.from_pretrained(
+            config.name,
+            revision=config.revision or "main",
+            gguf_file=config.gguf_file,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loadable(config, error) from error
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        LightPeftError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.name,
+            revision=config.revision or "main",
+            gguf_file=config.gguf_file,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _not_loadable(config, error) from error
+
+
+def add_lora(loaded: LoadedModel, settings: LoraSettings, task: TaskKind, plain: bool) -> PeftModel:
+    """Put LoRA on the model: on all projections of every block, or (plain) on q and v as LoRA is used by habit.
+
+    Raises:
+        LightPeftError: unknown slots, or target modules that match nothing.
+    """
+    blocks = block_specs(loaded.model)
+    targets = settings.target_modules or _slot_targets(blocks, settings.slots or (["q", "v"] if plain else None))
+    config = LoraConfig(
+        task_type=_TASK_TYPES[task],
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        modules_to_save=loaded.new_modules or None,
+    )
+    try:
+        return get_peft_model(loaded.model, config)  # type: ignore[return-value]
+    except ValueError as error:
+        names = sorted({name.rpartition(".")[2] for name in blocks[0].projections.values()})
+        raise LightPeftError(
+            f"lora.target_modules {targets} match nothing in {loaded.model.config.model_type}; "
+            f"projections of a block: {', '.join(names)}"
+        ) from error
+
+
+def _slot_targets(blocks: Sequence[BlockSpec], slots: Sequence[str] | None) -> list[str]:
+    unknown = set(slots or ()) - set(SLOTS)
+    require(not unknown, f"lora.slots has {', '.join(sorted(unknown))}; slots are {', '.join(SLOTS)}")
+    return [
+        name for block in blocks for slot, name in block.projections.items() if slots is None or slot in slots
+    ]
+
+
+def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
+    """A hash of the base: names, shapes and a sample of every prunable weight and of the input embeddings.
+
+    Values are sampled at fixed strides and rounded to bfloat16, so a base loaded in float32 and in bfloat16 agree,
+    and a large model takes milliseconds.
+    """
+    inner = transformers_model(model)
+    digest = hashlib.sha256()
+    weights = {name: base_layer(inner.get_submodule(name)) for block in blocks for name in block.projections.values()}
+    weights["input_embeddings"] = base_layer(inner.get_input_embeddings())
+    for name, module in weights.items():
+        weight = module.weight.detach()
+        sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _top_module(model: PreTrainedModel, key: str) -> str:
+    """The module to train for a missing weight: the head as a whole, or the nearest module inside the base."""
+    prefix = f"{model.base_model_prefix}."
+    if not key.startswith(prefix):
+        return key.partition(".")[0]
+    return prefix + key.removeprefix(prefix).partition(".")[0]
+
+
+def _not_loadable(config: ModelConfig, error: Exception) -> LightPeftError:
+    reason = " ".join(str(error).split())[:300]
+    return LightPeftError(f"model {config.name} cannot be loaded: {reason}")

@@ -1,0 +1,249 @@
+"""From scores and a budget to a plan: a pure function, so the same record and budget always give the same plan.
+
+Every decision is the same small problem: units with scores sit in layers, so many of them have to go, and each layer
+keeps a floor. Heads, neurons, PEFT modules and ranks differ only in what a unit is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from lightpeft.config import Budget
+from lightpeft.errors import LightPeftError, require
+from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan, removed_in_block
+from lightpeft.structure import BlockSpec, SiteSpec
+
+
+def make_plan(record: EstimationRecord, budget: Budget) -> PrunePlan:
+    """Decide which units stay.
+
+    Counts are exact: of n units, `round(ratio * n)` go (layerwise: of each layer's n), lowest score first, and among
+    equal scores the higher index first. `target` overrides the ratios of heads and neurons.
+
+    Raises:
+        LightPeftError: scores that are not finite, a missing criterion, or a budget that cannot be met.
+    """
+    if budget.target is not None:
+        blocks = _blocks_for_target(record, budget, budget.target)
+    else:
+        blocks = _plan_blocks(record, budget)
+    emptied = not any(block.heads or block.neurons for block in blocks)
+    require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the ratios")
+    sites = _plan_sites(record, budget, blocks)
+    return PrunePlan(
+        specs=tuple(record.blocks),
+        blocks=tuple(blocks),
+        sites=sites,
+        dense_sites=tuple(record.sites),
+        base_parameters=record.base_parameters,
+        fingerprint=record.fingerprint,
+        budget={f.name: getattr(budget, f.name) for f in fields(Budget)},
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many units go and from where: the ratio, the scope it applies to, and the floor of each layer."""
+
+    ratio: float
+    scope: str
+    floor: int
+    what: str
+
+
+def keep(scores: Sequence[Tensor], selection: Selection) -> list[list[int]]:
+    """The units that stay in each layer, ascending. Floors win over ratios.
+
+    Args:
+        scores: one [units] tensor a layer.
+
+    Raises:
+        LightPeftError: a score is not finite.
+    """
+    finite = all(bool(torch.isfinite(layer).all()) for layer in scores)
+    require(finite, f"the scores of the {selection.what} are not finite; the estimation stage diverged")
+    if selection.scope == "layerwise":
+        return [_without_lowest([layer], selection)[0] for layer in scores]
+    return _without_lowest(scores, selection)
+
+
+def _without_lowest(layers: Sequence[Tensor], selection: Selection) -> list[list[int]]:
+    """What is left of the layers when the lowest units of all of them together are gone."""
+    orders = [_weakest_first(layer) for layer in layers]
+    removable = torch.cat([_first(order, len(order) - selection.floor) for order in orders])
+    order = _weakest_first(torch.cat(list(layers)))
+    gone = order[removable[order]][: _count(selection.ratio, len(order))]
+    stays = torch.ones_like(removable).scatter(0, gone, False)
+    return [part.nonzero().flatten().tolist() for part in stays.split([len(layer) for layer in layers])]
+
+
+def _weakest_first(scores: Tensor) -> Tensor:
+    """Indices by ascending score, among equal scores the higher index first."""
+    return len(scores) - 1 - scores.flip(0).argsort(stable=True)
+
+
+def _first(order: Tensor, count: int) -> Tensor:
+    """Boolean per unit: whether it is among the first `count` of `order`."""
+    return torch.zeros(len(order), dtype=torch.bool).scatter(0, order[: max(count, 0)], True)
+
+
+def _count(ratio: float, units: int) -> int:
+    """Units to remove: the nearest whole number to `ratio * units`, halves up."""
+    return int(ratio * units + 0.5)
+
+
+def _plan_blocks(record: EstimationRecord, budget: Budget) -> list[BlockPlan]:
+    """Heads and neurons that stay, block by block."""
+    heads = _keep_heads(record, budget)
+    neurons = _keep_neurons(record, budget)
+    return [
+        BlockPlan(tuple(kept), tuple(sorted({head // spec.heads_per_kv for head in kept})), tuple(layer))
+        for spec, kept, layer in zip(record.blocks, heads, neurons, strict=True)
+    ]
+
+
+def _keep_heads(record: EstimationRecord, budget: Budget) -> list[list[int]]:
+    """Query heads that stay, one list a block.
+
+    A head unit is a set of query heads: a KV group, or (balanced) one query head of every group, so that all groups
+    stay equally large. A unit's score is the mean of its heads' scores.
+    """
+    make_units: Callable[[BlockSpec, Tensor], list[list[int]]]
+    make_units = _groups if budget.head_unit == "group" else _balanced_slices
+    scores = record.of_blocks("heads", budget.head_criterion)
+    units = [make_units(spec, layer) for spec, layer in zip(record.blocks, scores, strict=True)]
+    unit_scores = [
+        torch.stack([layer[unit].double().mean() for unit in layer_units])
+        for layer, layer_units in zip(scores, units, strict=True)
+    ]
+    kept = keep(unit_scores, Selection(budget.heads, budget.heads_scope, budget.min_heads, "head units"))
+    return [
+        sorted(head for unit in layer for head in layer_units[unit])
+        for layer, layer_units in zip(kept, units, strict=True)
+    ]
+
+
+def _groups(spec: BlockSpec, scores: Tensor) -> list[list[int]]:
+    """The query heads of each KV group."""
+    size = spec.heads_per_kv
+    return [list(range(group * size, (group + 1) * size)) for group in range(spec.kv_heads)]
+
+
+def _balanced_slices(spec: BlockSpec, scores: Tensor) -> list[list[int]]:
+    """Slice j holds the j-th best query head of every KV group, so removing slices from the end removes the weakest."""
+    ranked = scores.view(spec.kv_heads, spec.heads_per_kv).sort(dim=1, descending=True, stable=True).indices
+    return [[group * spec.heads_per_kv + int(head) for group, head in enumerate(column)] for column in ranked.T]
+
+
+def _keep_neurons(record: EstimationRecord, budget: Budget) -> list[list[int]]:
+    """Neurons that stay, one list a block, widths rounded to `multiple_of`."""
+    scores = record.of_blocks("neurons", budget.neuron_criterion)
+    kept = keep(scores, Selection(budget.neurons, budget.neurons_scope, budget.min_neurons, "neurons"))
+    if budget.multiple_of == 1 or budget.neurons == 0:
+        return kept
+    return [
+        _strongest(layer, _rounded(len(stay), budget.multiple_of, len(layer)))
+        for layer, stay in zip(scores, kept, strict=True)
+    ]
+
+
+def _rounded(width: int, multiple: int, dense: int) -> int:
+    """The multiple nearest to `width` that is not zero (unless `width` is) and not wider than the dense layer."""
+    if width == 0:
+        return 0
+    return min(max(int(width / multiple + 0.5), 1) * multiple, dense)
+
+
+def _strongest(scores: Tensor, count: int) -> list[int]:
+    """The `count` highest scores, equal ones by lower index; ascending indices."""
+    return sorted(_weakest_first(scores)[len(scores) - count :].tolist())
+
+
+def _blocks_for_target(record: EstimationRecord, budget: Budget, target: float) -> list[BlockPlan]:
+    """The smallest common ratio of heads and neurons that removes `target` of all base parameters.
+
+    Heads come in coarse steps, so the neurons' ratio is then lowered as far as the target allows.
+    """
+
+    def plan(heads: float, neurons: float) -> list[BlockPlan]:
+        return _plan_blocks(record, replace(_plain(budget), heads=heads, neurons=neurons))
+
+    def removed(blocks: list[BlockPlan]) -> float:
+        return sum(removed_in_block(s, b) for s, b in zip(record.blocks, blocks, strict=True)) / record.base_parameters
+
+    ratio = _smallest(lambda x: removed(plan(x, x)) >= target)
+    if ratio is None:
+        raise LightPeftError(
+            f"target {target:g} cannot be reached: at most {removed(plan(_RATIOS[-1], _RATIOS[-1])):.3f} of all base "
+            "parameters can go within the floors (embeddings are never pruned); lower target, min_heads or min_neurons"
+        )
+    neurons = _smallest(lambda x: removed(plan(ratio, x)) >= target, below=ratio)
+    return plan(ratio, ratio if neurons is None else neurons)
+
+
+_STEPS = 1000
+_RATIOS = [step / _STEPS for step in range(_STEPS)]
+
+
+def _smallest(reached: Callable[[float], bool], below: float = 1.0) -> float | None:
+    """The smallest ratio in steps of a thousandth for which `reached` holds, by bisection; None if there is none."""
+    low, high = 0, int(below * _STEPS + 0.5)
+    while low < high:
+        middle = (low + high) // 2
+        if reached(_RATIOS[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return _RATIOS[low] if low < _STEPS and reached(_RATIOS[low]) else None
+
+
+def _plain(budget: Budget) -> Budget:
+    """The `Budget` part of a budget, without a target."""
+    return Budget(**{**{f.name: getattr(budget, f.name) for f in fields(Budget)}, "target": None})
+
+
+def _plan_sites(record: EstimationRecord, budget: Budget, blocks: list[BlockPlan]) -> dict[str, tuple[int, ...]]:
+    """PEFT modules that stay, with the ranks of theirs that stay."""
+    alive = [index for index, site in enumerate(record.sites) if _has_layer(site, blocks)]
+    require(bool(alive), "every PEFT module sits in a sub-layer that the budget removes; lower the ratios")
+    stay = _keep_modules(record, budget, alive)
+    scores = record.of_ranks(budget.rank_criterion)
+    kept = keep(
+        [scores[index] for index in stay], Selection(budget.ranks, budget.ranks_scope, budget.min_ranks, "ranks")
+    )
+    return {record.sites[index].name: tuple(ranks) for index, ranks in zip(stay, kept, strict=True)}
+
+
+def _has_layer(site: SiteSpec, blocks: list[BlockPlan]) -> bool:
+    """Whether the sub-layer that holds the site is still there."""
+    if site.block is None or site.slot is None:
+        return True
+    block = blocks[site.block]
+    return bool(block.neurons if site.slot.startswith("ffn") else block.heads)
+
+
+def _keep_modules(record: EstimationRecord, budget: Budget, alive: list[int]) -> list[int]:
+    """Indices of the sites that stay. Sites whose sub-layer went count as removed; one site always stays."""
+    scores = record.of_modules(budget.module_criterion)
+    by_block: dict[int | None, list[int]] = {}
+    for index in alive:
+        by_block.setdefault(record.sites[index].block, []).append(index)
+    layers = list(by_block.values())
+    if budget.modules_scope == "global":
+        lost = len(record.sites) - len(alive)
+        count = min(max(_count(budget.modules, len(record.sites)) - lost, 0), len(alive) - 1)
+        ratio = count / len(alive)
+    else:
+        ratio = budget.modules
+    kept = keep(
+        [scores[layer] for layer in layers],
+        Selection(ratio, budget.modules_scope, budget.min_modules, "PEFT modules"),
+    )
+    stay = sorted(layer[unit] for layer, units in zip(layers, kept, strict=True) for unit in units)
+    require(bool(stay), f"modules = {budget.modules:g} layerwise would remove every PEFT module; lower it")
+    return stay
+

@@ -1,0 +1,127 @@
+"""`EarlyPruner`: the composable face of Light-PEFT for a model and a training loop of your own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lightpeft.checkpoint import LightModel, as_light
+from lightpeft.config import Budget, LightConfig
+from lightpeft.estimation import Estimator
+from lightpeft.planning import make_plan
+from lightpeft.records import EstimationRecord, PrunePlan
+from lightpeft.sites import find_sites, restart_sites
+from lightpeft.surgery import apply_plan
+
+
+class EarlyPruner:
+    """Estimate, plan, prune: the three steps around any training loop.
+
+    With a `Trainer` (or TRL's): add `callback()`, train, then `prune()`. The callback ends training when the
+    estimation stage is done. With a loop of your own, between `loss.backward()` and `optimizer.step()`:
+
+        pruner.start(total_steps)
+        while not pruner.finished:
+            model(**batch).loss.backward()
+            pruner.step()
+            optimizer.step(); optimizer.zero_grad()
+        light = pruner.prune()          # then make a new optimizer and train on
+    """
+
+    def __init__(self, model: PeftModel, config: LightConfig | None = None) -> None:
+        """
+        Args:
+            model: what `peft.get_peft_model` returned. It is pruned in place by `prune`.
+            config: budget and estimation settings; the default preset if None.
+
+        Raises:
+            LightPeftError: an unsupported model family, PEFT type, or quantisation.
+        """
+        self.model = model
+        self.config = config or LightConfig()
+        self.estimator = Estimator(model, self.config)
+
+    def callback(self, resume_from: str | Path | None = None) -> EstimationCallback:
+        """A `TrainerCallback` that runs the estimation stage and then stops the trainer.
+
+        Args:
+            resume_from: a trainer checkpoint of an interrupted stage, the same that `train` resumes from.
+        """
+        return EstimationCallback(self.estimator, resume_from)
+
+    def start(self, total_steps: int | None = None) -> None:
+        """Begin the stage in a loop of your own; a fractional length needs the `total_steps` of the whole run."""
+        self.estimator.start(total_steps)
+
+    def step(self, grad_scale: float = 1.0) -> None:
+        """Take in one optimizer step's gradients; `grad_scale` is the scale of a gradient scaler that is still on."""
+        self.estimator.step(grad_scale)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has run its length, or has settled."""
+        return self.estimator.finished
+
+    def record(self) -> EstimationRecord:
+        """The scores, to inspect, to save, or to make other plans from."""
+        return self.estimator.record()
+
+    def plan(self, budget: Budget | None = None) -> PrunePlan:
+        """The plan for a budget (default: the config's)."""
+        return make_plan(self.record(), budget or self.config)
+
+    def prune(self, plan: PrunePlan | None = None) -> LightModel:
+        """Cut the model down to the plan, in place; it stays a `PeftModel` and its `save_pretrained` a light adapter.
+
+        Make a new optimizer afterwards: the old one holds the parameters from before.
+        """
+        plan = plan or self.plan()
+        self.estimator.stop()
+        apply_plan(self.model, plan)
+        if self.config.restart:
+            restart_sites(find_sites(self.model, plan.specs), self.config.seed)
+        return as_light(self.model, plan)
+
+
+class EstimationCallback(TrainerCallback):
+    """Runs an `Estimator` inside a `transformers.Trainer` (or TRL's trainers) and stops the run when it is done."""
+
+    def __init__(self, estimator: Estimator, resume_from: str | Path | None = None) -> None:
+        self.estimator = estimator
+        self.resume_from = resume_from
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.estimator.start(state.max_steps)
+        if self.resume_from is not None:
+            self.estimator.load_state(self.resume_from)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        self.estimator.step(scaler.get_scale() if scaler is not None else 1.0)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.estimator.finished:
+            control.should_training_stop = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.estimator.check_finite()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.estimator.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.estimator.stop()
+
+

@@ -1,0 +1,83 @@
+"""Pure tensors to scores: how important a head, a neuron, a PEFT module or a rank is. Higher is more important.
+
+A criterion is one pure function. Those in `STEP_CRITERIA` see masks and their gradients at every optimizer step and
+are summed over the stage; `magnitude` and `random` are computed once, when the record is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def taylor(masks: Tensor, gradients: Tensor) -> Tensor:
+    """First-order change of the loss when a unit is removed, `|m * dL/dm|` (Michel et al. 2019). Shapes: [units]."""
+    return (masks * gradients).abs()
+
+
+def fisher(masks: Tensor, gradients: Tensor) -> Tensor:
+    """Diagonal empirical Fisher information of the masks, `(dL/dm)^2`, by batch. Shapes: [units]."""
+    return gradients.square()
+
+
+STEP_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"taylor": taylor, "fisher": fisher}
+"""Criteria of heads and neurons that are accumulated over optimizer steps: (masks, task gradients) -> score."""
+
+
+def mask_size(masks: Tensor) -> Tensor:
+    """The trained mask itself, `|m|` (Light-PEFT, section 3.2). Shape: [units]."""
+    return masks.abs()
+
+
+def magnitude(slices: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all weights a unit takes with it; each slice has shape [units, weights of the unit]."""
+    return torch.stack([s.float().square().sum(1) for s in slices]).sum(0).sqrt()
+
+
+def random(count: int, generator: torch.Generator) -> Tensor:
+    """Uniform scores, the baseline every other criterion must beat. Shape: [count]."""
+    return torch.rand(count, generator=generator)
+
+
+def module_ratio(delta: Tensor, base: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum over tokens of `||delta_M(x)|| / ||base_M(x)||` and the number of tokens (Light-PEFT, module importance).
+
+    Args:
+        delta: output of the PEFT module, [..., width].
+        base: output of the frozen layer for the same tokens, [..., width].
+        real: 1 for real tokens and 0 for padding, as many entries as tokens; None: all are real.
+    """
+    norms = [torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32).flatten() for x in (delta, base)]
+    ratio = norms[0] / norms[1].clamp_min(torch.finfo(torch.float32).tiny)
+    if real is None:
+        return ratio.sum(), torch.full_like(ratio[0], ratio.numel())
+    weight = real.flatten().to(ratio.dtype)
+    # where, not a product: a padded token's ratio may be inf or nan
+    return torch.where(weight > 0, ratio, 0.0).sum(), weight.sum()
+
+
+def rank_taylor_terms(weight: Tensor, gradient: Tensor, dim: int) -> Tensor:
+    """Signed mean over the other dimension of `W * dL/dW`, one value a rank: [rank].
+
+    It is linear in the gradient, so it may be averaged over processes before its size is taken.
+
+    Args:
+        weight: A, [rank, in], with `dim` 1; or B, [out, rank], with `dim` 0. The gradient has the same shape.
+        dim: the dimension that is not the rank.
+    """
+    return (weight * gradient).float().mean(dim)
+
+
+def rank_taylor(down: Tensor, up: Tensor) -> Tensor:
+    """Rank importance of one step from the signed means of A and B, [rank] each (Light-PEFT, rank importance).
+
+    `I(r) = |mean(A[r] * dL/dA[r])| + |mean(B[:, r] * dL/dB[:, r])|`
+    """
+    return down.abs() + up.abs()
+
+
+def rank_magnitude(down: Tensor, up: Tensor) -> Tensor:
+    """Size of a rank's update, `||A[r]|| * ||B[:,r]||`: [rank, in], [out, rank] -> [rank]."""
+    return down.detach().float().norm(dim=1) * up.detach().float().norm(dim=0)

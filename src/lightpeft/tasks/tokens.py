@@ -1,0 +1,86 @@
+"""From text to tokens: what every task shares about lengths, padding and encoded rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lightpeft.errors import require
+from lightpeft.tasks.progress import Progress
+
+ENCODE_ROWS = 1000
+"""Rows tokenised at a time."""
+NO_LIMIT = 10**9
+"""Tokenizers without a length limit report a number far above this."""
+IGNORED = -100
+"""Label of positions that count in no loss."""
+POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
+"""Model types whose position numbers start after the padding index, so that the table has unused entries."""
+
+
+def longest_input(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Tokens the model takes at most, special tokens included; None where neither names a limit."""
+    config = model_config.get_text_config()
+    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < NO_LIMIT else []
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        unused = config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
+        limits.append(positions - unused)
+    return min(limits, default=None)
+
+
+def check_max_length(max_length: int, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `LightPeftError` if rows of `max_length` tokens are longer than the model allows."""
+    longest = longest_input(model_config, tokenizer)
+    require(
+        longest is None or max_length <= longest,
+        f"data.max_length is {max_length}, but the model takes at most {longest} tokens; set it to {longest} or less",
+    )
+
+
+def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    """Give tokenizer and model config one padding token; a decoder without one pads with its end token.
+
+    Padded positions have attention 0 and no label, so the choice changes no result. `*ForSequenceClassification`
+    decoders find the last real token by `pad_token_id`, hence both sides must agree.
+
+    Raises:
+        LightPeftError: the tokenizer has neither a usable padding token nor an end token.
+    """
+    config = model_config.get_text_config()
+    pad, vocabulary = tokenizer.pad_token_id, getattr(config, "vocab_size", None)
+    # A padding token that was added to the tokenizer only has no row in the embedding.
+    if pad is None or (vocabulary is not None and pad >= vocabulary):
+        require(tokenizer.eos_token is not None, "the tokenizer has no padding token and no end token to pad with")
+        tokenizer.pad_token = tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id
+
+
+def in_chunks(
+    rows: Dataset, encode: Callable[[dict[str, list[Any]], int], dict[str, list[Any]]], progress: Progress
+) -> Dataset:
+    """Encoded rows: `encode(columns of a chunk, index of its first row)` over chunks, plus each row's `length`.
+
+    Unlike `Dataset.map` this hashes no tokenizer and writes no cache file.
+    """
+    chunks = []
+    starts = range(0, len(rows), ENCODE_ROWS)
+    for start in progress(starts, len(starts), "Tokenizing"):
+        encoded = encode(rows[start : start + ENCODE_ROWS], start)
+        chunks.append(Dataset.from_dict({**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}))
+    return concatenate_datasets(chunks)
+
+
+@dataclass
+class Collator:
+    """Makes batches of encoded rows: keeps what a model takes (not `length`) and pads to the longest row."""
+
+    pad: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Tensors [rows, longest row]; for classification, labels [rows]."""
+        return dict(self.pad([{name: row[name] for name in row if name != "length"} for row in rows]))

@@ -1,0 +1,55 @@
+"""What all tests share: no hub, one thread, fixed seeds, and the real models and data that `demo/fetch.py` leaves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Read by the Hugging Face libraries when they are imported, so set before any test module imports them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import set_seed
+
+CACHE = Path(__file__).parents[1] / "demo" / "cache"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests run side by side, and sums in one thread are the same in every run."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same seeds, alone or in any order."""
+    set_seed(0)
+
+
+def fetched(name: str, option: str = "") -> Path:
+    """The folder `name` of the demo's cache; the test is skipped where it is not there."""
+    folder = CACHE / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; run: python demo/fetch.py{option}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2: a BERT encoder with 6 layers."""
+    return fetched("minilm")
+
+
+@pytest.fixture(scope="session")
+def movie_reviews() -> Path:
+    """Folder with train.csv and test.csv: columns text and label ("positive" or "negative")."""
+    return fetched("movie_reviews")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct: a Llama decoder with 30 layers and grouped-query attention."""
+    return fetched("smollm2", " --decoder")

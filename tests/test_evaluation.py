@@ -1,0 +1,342 @@
+"""Predictions in order, metrics against hand-computed values, and files of inputs and predictions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, TaskType, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from lightpeft.config import DataConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.evaluation import (
+    check_predictions_path,
+    evaluate,
+    predict,
+    predict_logits,
+    predict_proba,
+    read_inputs,
+    write_predictions,
+)
+from lightpeft.tasks import CausalLMTask, ClassificationTask, silent
+
+T = TypeVar("T")
+VOCABULARY = 20
+TEXTS = ["w3 w4 w5", "w6", "w7 w8 w9 w10 w11 w12", "w3 w3", "w19 w18 w17 w16", "w5 w6 w7 w8 w9", "w10"]
+LABELS = ["no", "yes", "yes", "no", "yes", "no", "yes"]
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def bert(labels: int = 2) -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        num_labels=labels,
+        initializer_range=0.5,
+    )
+    return BertForSequenceClassification(config)
+
+
+def llama_config(**settings: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        initializer_range=0.5,
+        **settings,
+    )
+
+
+def classification(labels: list[str] = LABELS) -> ClassificationTask:
+    rows = Dataset.from_dict({"text": TEXTS, "label": labels})
+    return ClassificationTask(DataConfig(train="unused"), rows, rows, sorted(set(labels)))
+
+
+def one_by_one(model: nn.Module, encoded: Dataset) -> torch.Tensor:
+    """Logits of every row alone, without any padding."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in encoded])
+
+
+class TestClassification:
+    @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
+    def test_predictions_keep_the_order_of_rows(self, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
+        task, model = classification(), bert()
+        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        expected = one_by_one(model, encoded)
+        collator = task.collator(tokenizer)
+        logits = predict_logits(model, encoded, collator, batch_size, progress=silent)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        proba = predict_proba(model, encoded, collator, batch_size, progress=silent)
+        np.testing.assert_allclose(proba, expected.softmax(-1).numpy(), rtol=1e-4, atol=1e-6)
+        assert predict(model, encoded, collator, batch_size, progress=silent).tolist() == expected.argmax(-1).tolist()
+        assert len({round(float(p), 5) for p in proba[:, 0]}) == len(TEXTS)  # rows are told apart
+
+    def test_batches_are_by_length_and_padded_to_their_longest(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        task, shapes = classification(), []
+        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        model = bert()
+        model.register_forward_pre_hook(
+            lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+        seen = []
+
+        def progress(items: Iterable[T], total: int, description: str) -> Iterable[T]:
+            seen.append((total, description))
+            return items
+
+        predict(model, encoded, task.collator(tokenizer), 3, progress=progress)
+        assert shapes == [(3, 6), (3, 3), (1, 1)]
+        assert seen == [(3, "Predicting")]
+
+    def test_metrics_of_two_labels(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        task, model = classification(), FixedLogits([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 3.0], [0.0, 1.0]])
+        rows = encoded_rows([0, 1, 1, 0, 1])
+        metrics = evaluate(model, rows, task, task.collator(tokenizer), 2, progress=silent)
+        # right, right, wrong, wrong, right: precision 2/3 and recall 2/3 of label 1
+        margins = [2.0, 1.0, -1.0, -3.0, 1.0]
+        assert metrics == pytest.approx(
+            {
+                "loss": sum(math.log1p(math.exp(-m)) for m in margins) / 5,
+                "accuracy": 3 / 5,
+                "f1": 2 / 3,
+                "examples": 5.0,
+            }
+        )
+
+    def test_f1_of_three_labels_is_macro(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        task = classification(["a", "b", "c", "a", "b", "c", "a"])
+        model = FixedLogits([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        metrics = evaluate(model, encoded_rows([0, 1, 1, 2]), task, task.collator(tokenizer), 4, progress=silent)
+        # f1: label 0 2/3, label 1 2/3, label 2 1
+        assert metrics["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+        assert metrics["accuracy"] == pytest.approx(3 / 4)
+
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_decoder_with_padding_on_either_side(self, tokenizer: PreTrainedTokenizerFast, side: str) -> None:
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(llama_config(num_labels=2))
+        tokenizer.padding_side = side
+        task = classification()
+        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        expected = one_by_one(model, encoded)
+        logits = predict_logits(model, encoded, task.collator(tokenizer), 4, progress=silent)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+    def test_training_mode_comes_back_module_by_module(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        task, model = classification(), bert()
+        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        model.train()
+        model.bert.embeddings.eval()
+        before = [module.training for module in model.modules()]
+        evaluate(model, encoded, task, task.collator(tokenizer), 4, progress=silent)
+        assert [module.training for module in model.modules()] == before
+        with pytest.raises(RuntimeError):
+            evaluate(model, encoded, task, lambda rows: _fail(), 4, progress=silent)  # type: ignore[arg-type]
+        assert [module.training for module in model.modules()] == before
+
+    def test_peft_model_and_bf16(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        task, base = classification(), bert()
+        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        expected = one_by_one(base, encoded)
+        config = LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["query", "value"])
+        model = get_peft_model(base, config)
+        collator = task.collator(tokenizer)
+        logits = predict_logits(model, encoded, collator, 4, progress=silent)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)  # a fresh LoRA adds nothing
+        half = predict_logits(model, encoded, collator, 4, bf16=True, progress=silent)
+        assert half.dtype == torch.float32
+        assert not torch.equal(half, logits)
+        torch.testing.assert_close(half, logits, rtol=0.1, atol=0.3)
+
+    def test_inputs_that_the_model_does_not_take_are_left_out(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        torch.manual_seed(0)
+        model = LlamaForSequenceClassification(llama_config(num_labels=2))
+        rows = encoded_rows([0, 1]).add_column("token_type_ids", [[0], [0]])
+        assert predict(model, rows, classification().collator(tokenizer), 2, progress=silent).shape == (2,)
+
+    def test_no_rows(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        task = classification()
+        empty = encoded_rows([0]).select([])
+        with pytest.raises(LightPeftError, match="no rows"):
+            evaluate(bert(), empty, task, task.collator(tokenizer), 4, progress=silent)
+
+
+class FixedLogits(nn.Module):
+    """Row i, which holds the one token i + 3, gets the i-th logits."""
+
+    def __init__(self, logits: list[list[float]]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table[input_ids[:, 0] - 3])
+
+
+def encoded_rows(labels: list[int]) -> Dataset:
+    """One token a row, told apart by its number."""
+    ids = [[i + 3] for i in range(len(labels))]
+    ones = [1] * len(labels)
+    return Dataset.from_dict(
+        {"input_ids": ids, "attention_mask": [[1]] * len(labels), "length": ones, "labels": labels}
+    )
+
+
+def _fail() -> dict[str, Any]:
+    raise RuntimeError("collating failed")
+
+
+class TestCausalLM:
+    def task(self) -> CausalLMTask:
+        rows = Dataset.from_dict({"p": TEXTS, "c": TEXTS[::-1]})
+        config = DataConfig(task="causal-lm", train="unused", prompt="p", completion="c")
+        return CausalLMTask(config, rows, rows, [])
+
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_metrics_are_weighted_by_token(self, tokenizer: PreTrainedTokenizerFast, side: str) -> None:
+        torch.manual_seed(0)
+        model, task = LlamaForCausalLM(llama_config()), self.task()
+        tokenizer.padding_side = side
+        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        losses, right = [], []
+        model.eval()
+        for row in encoded:
+            with torch.no_grad():
+                log_p = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+            for place, label in enumerate(row["labels"]):
+                if label != -100 and place > 0:
+                    losses.append(-log_p[place - 1, label].item())
+                    right.append(log_p[place - 1].argmax().item() == label)
+        words = sum(len(text.split()) for text in TEXTS)
+        assert len(losses) == words + len(TEXTS)  # every completion word and one end token a row
+        metrics = evaluate(model, encoded, task, task.collator(tokenizer), 3, progress=silent)
+        mean = sum(losses) / len(losses)
+        assert metrics == pytest.approx(
+            {
+                "loss": mean,
+                "perplexity": math.exp(mean),
+                "accuracy": sum(right) / len(right),
+                "tokens": float(len(losses)),
+                "examples": float(len(TEXTS)),
+            },
+            rel=1e-4,
+        )
+
+    def test_nothing_to_predict(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        task = self.task()
+        rows = Dataset.from_dict({"input_ids": [[3]], "attention_mask": [[1]], "labels": [[3]], "length": [1]})
+        with pytest.raises(LightPeftError, match="no token to predict"):
+            evaluate(LlamaForCausalLM(llama_config()), rows, task, task.collator(tokenizer), 1, progress=silent)
+
+
+class TestInputs:
+    def test_text_lines(self, tmp_path: Path) -> None:
+        path = tmp_path / "in.txt"
+        path.write_text("first\r\n\n  \nsecond, with comma\n", encoding="utf-8")
+        expected = {"t": ["first", "second, with comma"]}
+        assert read_inputs(path, "t").to_dict() == expected
+        assert read_inputs(io.StringIO("first\n\nsecond, with comma"), "t").to_dict() == expected
+
+    def test_table(self, tmp_path: Path) -> None:
+        path = tmp_path / "in.csv"
+        path.write_text("id,a,b\n1,x,y\n", encoding="utf-8")
+        assert read_inputs(path, "a", "b").to_list() == [{"id": "1", "a": "x", "b": "y"}]
+
+    def test_bad_inputs(self, tmp_path: Path) -> None:
+        table = tmp_path / "in.csv"
+        table.write_text("a,b\nx,\n", encoding="utf-8")
+        latin = tmp_path / "latin.txt"
+        latin.write_bytes("café".encode("latin-1"))
+        cases: list[tuple[Any, str, str | None, str]] = [
+            (tmp_path / "no.txt", "t", None, "cannot be read"),
+            (tmp_path / "no.csv", "t", None, "does not exist"),
+            (tmp_path / "no", "t", None, "does not exist"),
+            (latin, "t", None, "not UTF-8"),
+            (io.StringIO("\n \n"), "t", None, "every line is blank"),
+            (io.StringIO("x\n"), "t", "u", "pairs of texts cannot be read from text lines"),
+            (table, "c", None, 'data.text is "c", but input has only the columns a, b'),
+            (table, "a", "b", 'input row 1 (the header not counted), column "b": the text is blank'),
+        ]
+        for source, text, pair, expected in cases:
+            with pytest.raises(LightPeftError) as caught:
+                read_inputs(source, text, pair)
+            assert expected in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+class TestPredictionFiles:
+    rows = Dataset.from_dict({"text": ['a, "b"', "c\nd"], "label": [1, 0], "n": [7, 8]})
+    probabilities = np.array([[0.25, 0.75], [0.9, 0.1]], dtype=np.float32)
+
+    def test_csv(self, tmp_path: Path) -> None:
+        path = tmp_path / "new" / "out.csv"
+        write_predictions(path, self.rows, ["no", "yes"], self.probabilities)
+        with path.open(encoding="utf-8", newline="") as file:
+            written = list(csv.DictReader(file))
+        first = {"text": 'a, "b"', "input_label": "1", "n": "7", "label": "yes", "p_no": "0.25", "p_yes": "0.75"}
+        second = {"text": "c\nd", "input_label": "0", "n": "8", "label": "no", "p_no": "0.9", "p_yes": "0.1"}
+        assert written == [first, second]
+        assert [file.name for file in path.parent.iterdir()] == ["out.csv"]
+
+    def test_jsonl(self, tmp_path: Path) -> None:
+        path = tmp_path / "out.jsonl"
+        path.write_text("old", encoding="utf-8")
+        write_predictions(path, self.rows, ["no", "yes"], self.probabilities)
+        written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        assert written[0] == {"text": 'a, "b"', "input_label": 1, "n": 7, "label": "yes", "p_no": 0.25, "p_yes": 0.75}
+        assert [row["label"] for row in written] == ["yes", "no"]
+
+    def test_unknown_suffix(self, tmp_path: Path) -> None:
+        with pytest.raises(LightPeftError, match=r"\.csv or \.jsonl"):
+            check_predictions_path(tmp_path / "out.xlsx")
+
+    def test_a_full_disk_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = tmp_path / "out.csv"
+        path.write_text("old", encoding="utf-8")
+
+        def full(*args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(csv.DictWriter, "writerows", full)
+        with pytest.raises(LightPeftError, match="No space left on device"):
+            write_predictions(path, self.rows, ["no", "yes"], self.probabilities)
+        assert path.read_text(encoding="utf-8") == "old"
+        assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]

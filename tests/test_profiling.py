@@ -1,0 +1,432 @@
+"""Counts against hand counts; measurements for what they do to the model, never for how fast they are."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from lightpeft import profiling
+from lightpeft.errors import LightPeftError
+from lightpeft.profiling import (
+    Flops,
+    PeakMemory,
+    Spread,
+    alternate,
+    count_flops,
+    count_parameters,
+    folder_bytes,
+    hardware,
+    measure_inference,
+    measure_training,
+    ratio,
+    summarize,
+    throughput,
+)
+
+HIDDEN, FFN, LAYERS, VOCABULARY, LABELS = 16, 32, 2, 50, 3
+BATCH, LENGTH, RANK = 2, 8, 4
+CLASSIFIER = HIDDEN * LABELS + LABELS
+
+
+def bert(**changes: object) -> BertForSequenceClassification:
+    settings = dict(hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=4)
+    settings |= dict(vocab_size=VOCABULARY, max_position_embeddings=32, num_labels=LABELS)
+    return BertForSequenceClassification(BertConfig(**{**settings, **changes}))
+
+
+def llama(*, tied: bool = False) -> LlamaForCausalLM:
+    settings = dict(hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=LAYERS, num_attention_heads=4)
+    settings |= dict(num_key_value_heads=2, vocab_size=VOCABULARY, tie_word_embeddings=tied)
+    return LlamaForCausalLM(LlamaConfig(**settings))
+
+
+def with_lora(model: nn.Module, task: TaskType, targets: list[str]) -> PeftModel:
+    config = LoraConfig(task_type=task, r=RANK, lora_dropout=0.1, target_modules=targets)
+    peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    return peft_model
+
+
+def bert_lora() -> PeftModel:
+    return with_lora(bert(), TaskType.SEQ_CLS, ["query", "value"])
+
+
+def bert_batch() -> dict[str, Tensor]:
+    ids = torch.randint(1, VOCABULARY, (BATCH, LENGTH))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(BATCH, dtype=torch.long)}
+
+
+def llama_batch() -> dict[str, Tensor]:
+    ids = torch.randint(1, VOCABULARY, (BATCH, LENGTH))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+class Regression(nn.Module):
+    """Any stack with a loss, in the form of a transformers model's output."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        y = self.layers(x)
+        return SimpleNamespace(logits=y, loss=None if labels is None else ((y - labels) ** 2).mean())
+
+
+# Parameters
+
+
+def bert_by_hand() -> int:
+    linear = 4 * (HIDDEN * HIDDEN + HIDDEN) + 2 * HIDDEN * FFN + FFN + HIDDEN
+    layer = linear + 2 * 2 * HIDDEN
+    embeddings = (VOCABULARY + 32 + 2) * HIDDEN + 2 * HIDDEN
+    pooler = HIDDEN * HIDDEN + HIDDEN
+    return embeddings + LAYERS * layer + pooler + CLASSIFIER
+
+
+def test_bare_model_is_all_base() -> None:
+    count = count_parameters(bert())
+    assert (count.base, count.peft, count.head) == (bert_by_hand(), 0, 0)
+    assert count.total == count.trainable == count.base
+
+
+def test_lora_and_head_beside_the_base() -> None:
+    count = count_parameters(bert_lora())
+    lora = LAYERS * 2 * (HIDDEN * RANK + RANK * HIDDEN)
+    assert count.base == bert_by_hand(), "the head is in the base once, not again as PEFT's copy"
+    assert (count.peft, count.head, count.trainable) == (lora, CLASSIFIER, lora + CLASSIFIER)
+    assert count.total == bert_by_hand() + lora
+
+
+def test_adapters_that_do_not_train_still_count() -> None:
+    model = bert_lora()
+    trained = count_parameters(model)
+    model.requires_grad_(False)
+    count = count_parameters(model)
+    assert (count.base, count.peft, count.head) == (trained.base, trained.peft, trained.head)
+    assert count.trainable == 0
+
+
+def test_unfrozen_base_weights_are_trainable_but_base() -> None:
+    model = bert_lora()
+    before = count_parameters(model)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    after = count_parameters(model)
+    assert (after.base, after.trainable) == (before.base, before.trainable + VOCABULARY * HIDDEN)
+
+
+def test_tied_weights_count_once() -> None:
+    untied, tied = count_parameters(llama()), count_parameters(llama(tied=True))
+    assert untied.base - tied.base == VOCABULARY * HIDDEN
+    peft_model = with_lora(llama(tied=True), TaskType.CAUSAL_LM, ["q_proj", "down_proj"])
+    assert count_parameters(peft_model).base == tied.base
+
+
+def test_sliced_layer_and_smaller_rank_are_seen() -> None:
+    model = bert_lora()
+    before = count_parameters(model)
+    layer = model.get_base_model().bert.encoder.layer[0]
+    layer.intermediate.dense, layer.output.dense = nn.Linear(HIDDEN, FFN - 5), nn.Linear(FFN - 5, HIDDEN)
+    query = layer.attention.self.query
+    query.lora_A["default"], query.lora_B["default"] = nn.Linear(HIDDEN, 1, False), nn.Linear(1, HIDDEN, False)
+    layer.attention.self.value = layer.attention.self.value.get_base_layer()
+    after = count_parameters(model)
+    assert before.base - after.base == 5 * (2 * HIDDEN + 1)
+    assert before.peft - after.peft == 2 * HIDDEN * (RANK - 1) + 2 * HIDDEN * RANK
+
+
+def test_merged_model_has_the_parameters_of_its_base() -> None:
+    count = count_parameters(bert_lora().merge_and_unload())
+    assert (count.base, count.peft, count.head) == (bert_by_hand(), 0, 0)
+
+
+# FLOPs
+
+
+def test_one_linear_by_hand() -> None:
+    product = 2 * 5 * 3 * 7
+    batch = {"x": torch.randn(5, 3), "labels": torch.randn(5, 7)}
+    # Backward needs the gradient of the weight; that of the input is nobody's.
+    assert count_flops(Regression(nn.Linear(3, 7)), batch) == Flops(forward=product, training=2 * product)
+
+
+def test_frozen_weight_costs_no_weight_gradient() -> None:
+    first, second = nn.Linear(3, 7), nn.Linear(7, 4)
+    second.requires_grad_(False)
+    batch = {"x": torch.randn(5, 3), "labels": torch.randn(5, 4)}
+    flops = count_flops(Regression(first, second), batch)
+    assert flops.forward == 2 * 5 * (3 * 7 + 7 * 4)
+    assert flops.backward == flops.forward, "the weight gradient of the first layer, the input gradient of the second"
+
+
+def bert_forward_by_hand() -> int:
+    tokens = BATCH * LENGTH
+    linear = 2 * tokens * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * FFN)
+    attention = 2 * (2 * BATCH * LENGTH * LENGTH * HIDDEN)
+    return LAYERS * (linear + attention) + 2 * BATCH * (HIDDEN * HIDDEN + HIDDEN * LABELS)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_products_count_under_every_backend(attention: str) -> None:
+    assert count_flops(bert(attn_implementation=attention), bert_batch()).forward == bert_forward_by_hand()
+
+
+def test_grouped_queries_count_as_full_heads() -> None:
+    tokens, kv = BATCH * LENGTH, HIDDEN // 2
+    linear = 2 * tokens * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * kv + 3 * HIDDEN * FFN)
+    attention = 2 * (2 * BATCH * LENGTH * LENGTH * HIDDEN)
+    head = 2 * tokens * HIDDEN * VOCABULARY
+    # Room for the rotary embedding, whose tiny product some releases do as a matrix product.
+    expected = pytest.approx(LAYERS * (linear + attention) + head, rel=1e-3)
+    assert count_flops(llama(), llama_batch()).forward == expected
+
+
+def test_lora_adds_its_two_products_and_trains_cheaper_than_the_full_model() -> None:
+    full, lora = count_flops(bert(), bert_batch()), count_flops(bert_lora(), bert_batch())
+    assert lora.forward - full.forward == LAYERS * 2 * (2 * BATCH * LENGTH * 2 * HIDDEN * RANK)
+    assert lora.training is not None and full.training is not None
+    assert lora.training < full.training
+
+
+def test_other_attention_backends_are_switched_and_set_back() -> None:
+    model = llama()
+    expected = count_flops(model, llama_batch())
+    model.set_attn_implementation("flex_attention")
+    assert count_flops(model, llama_batch()) == expected
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_counting_leaves_the_model_as_it_was() -> None:
+    model, batch = bert_lora(), bert_batch()
+    model.eval()
+    model.base_model.train()
+    modes = [module.training for module in model.modules()]
+    model(**batch).loss.backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    count_flops(model, batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is gradient is None or torch.equal(parameter.grad, gradient)
+
+
+def test_a_frozen_model_has_no_training_flops() -> None:
+    model = bert().requires_grad_(False)
+    flops = count_flops(model, bert_batch())
+    assert (flops.forward, flops.training, flops.backward) == (bert_forward_by_hand(), None, None)
+
+
+def test_counting_without_labels_is_an_error() -> None:
+    batch = bert_batch()
+    del batch["labels"]
+    with pytest.raises(LightPeftError, match="labels"):
+        count_flops(bert(), batch)
+
+
+# Memory
+
+MEGABYTE = 2**20
+
+
+def allocate_200_megabytes() -> None:
+    block = torch.ones(200 * MEGABYTE // 4)
+    assert block[-1] == 1
+
+
+def test_peak_memory_sees_what_is_gone_again() -> None:
+    with PeakMemory(nn.Linear(2, 2)) as memory:
+        allocate_200_megabytes()
+    assert memory.method in ("VmHWM", "sampling")
+    assert 150 * MEGABYTE < memory.bytes < 400 * MEGABYTE
+    assert memory.peak == memory.before + memory.bytes
+
+
+def test_peak_memory_forgets_earlier_peaks() -> None:
+    allocate_200_megabytes()
+    with PeakMemory(nn.Linear(2, 2)) as memory:
+        pass
+    assert memory.bytes < 50 * MEGABYTE
+
+
+def test_peak_memory_samples_where_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    missing = tmp_path / "clear_refs"
+    monkeypatch.setattr(profiling, "_CLEAR_REFS", missing)
+    with PeakMemory(nn.Linear(2, 2)) as memory:
+        block = torch.ones(200 * MEGABYTE // 4)
+    assert block.numel()
+    assert memory.method == "sampling"
+    assert memory.bytes > 150 * MEGABYTE
+    assert not missing.exists()
+
+
+def test_peak_memory_samples_where_the_reset_has_no_effect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = tmp_path / "clear_refs"
+    fake.touch()
+    monkeypatch.setattr(profiling, "_CLEAR_REFS", fake)
+    monkeypatch.setattr(profiling, "_high_water", lambda: 2**50)
+    with PeakMemory(nn.Linear(2, 2)) as memory:
+        pass
+    assert fake.read_bytes() == b"5"
+    assert memory.method == "sampling"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_memory_on_cuda() -> None:
+    model = nn.Linear(1024, 1024).cuda()
+    with PeakMemory(model) as memory:
+        torch.ones(200 * MEGABYTE // 4, device="cuda")
+    assert memory.method == "cuda"
+    assert memory.bytes >= 204 * MEGABYTE
+    assert memory.before >= 4 * MEGABYTE
+
+
+# Time
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_steps_train_the_peft_weights_only(bf16: bool) -> None:
+    model = bert_lora().eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    seconds = measure_training(model, [bert_batch()], torch.optim.SGD, steps=3, warmup=1, bf16=bf16)
+    assert len(seconds) == 3 and min(seconds) > 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name]) or parameter.requires_grad, name
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not model.training
+
+
+def test_clipping_bounds_the_update() -> None:
+    def update(max_grad_norm: float) -> float:
+        torch.manual_seed(0)
+        model = Regression(nn.Linear(3, 2))
+        before = nn.utils.parameters_to_vector(model.parameters()).clone()
+        batch = {"x": torch.full((4, 3), 100.0), "labels": torch.zeros(4, 2)}
+        optimizer: Callable[..., torch.optim.Optimizer] = lambda p: torch.optim.SGD(p, lr=1.0)  # noqa: E731
+        measure_training(model, [batch], optimizer, warmup=0, max_grad_norm=max_grad_norm)
+        after = nn.utils.parameters_to_vector(model.parameters())
+        return (after - before).norm().item()
+
+    assert update(0.5) == pytest.approx(0.5, rel=1e-3)
+    assert update(0) > 10
+
+
+def test_inference_leaves_weights_and_mode_and_skips_the_loss() -> None:
+    seen: list[bool] = []
+    model = bert_lora().train()
+    model.register_forward_hook(
+        lambda module, args, output: seen.append(module.training or torch.is_grad_enabled() or output.loss is not None)
+    )
+    before = [p.clone() for p in model.parameters()]
+    seconds = measure_inference(model, [bert_batch(), bert_batch()], warmup=1)
+    assert len(seconds) == 2 and min(seconds) > 0
+    assert seen == [False] * 3
+    assert model.training
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_bf16_runs_under_autocast() -> None:
+    dtypes: list[torch.dtype] = []
+    model = bert()
+    model.classifier.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    measure_inference(model, [bert_batch()], warmup=0, bf16=True)
+    measure_inference(model, [bert_batch()], warmup=0)
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
+def test_timed_steps_start_at_the_first_batch_and_go_round() -> None:
+    rows: list[int] = []
+    model = Regression(nn.Linear(3, 2))
+    model.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["x"])), with_kwargs=True)
+    measure_inference(model, [{"x": torch.randn(n, 3)} for n in (1, 2)], steps=3, warmup=1)
+    assert rows == [1, 1, 2, 1]
+
+
+def test_bad_measurements_are_errors() -> None:
+    model, batches = bert(), [bert_batch()]
+    with pytest.raises(LightPeftError, match="no batches"):
+        measure_inference(model, [])
+    with pytest.raises(LightPeftError, match="steps is 0"):
+        measure_inference(model, batches, steps=0)
+    with pytest.raises(LightPeftError, match="warmup is -1"):
+        measure_training(model, batches, warmup=-1)
+    with pytest.raises(LightPeftError, match="nothing to train"):
+        measure_training(bert().requires_grad_(False), batches)
+
+
+def test_throughput() -> None:
+    assert throughput(64, 0.5) == 128
+    with pytest.raises(LightPeftError, match="positive"):
+        throughput(64, 0)
+
+
+# Comparison
+
+
+def test_summarize() -> None:
+    assert summarize([5, 1, 2, 4, 3]) == Spread(median=3, low=2, high=4, n=5)
+    assert summarize([7.5]) == Spread(median=7.5, low=7.5, high=7.5, n=1)
+    with pytest.raises(LightPeftError, match="no values"):
+        summarize([])
+
+
+def test_alternate_reverses_every_other_round() -> None:
+    calls: list[str] = []
+
+    def subject(name: str) -> Callable[[], float]:
+        def measure() -> float:
+            calls.append(name)
+            return float(len(calls))
+
+        return measure
+
+    values = alternate({name: subject(name) for name in "abc"}, rounds=3)
+    assert "".join(calls) == "abccbaabc"
+    assert values == {"a": [1, 6, 7], "b": [2, 5, 8], "c": [3, 4, 9]}
+    with pytest.raises(LightPeftError, match="rounds is 0"):
+        alternate({"a": subject("a")}, rounds=0)
+    with pytest.raises(LightPeftError, match="no subjects"):
+        alternate({}, rounds=1)
+
+
+def test_ratio_pairs_rounds() -> None:
+    # Every round the machine is at another speed; the ratio does not care.
+    assert ratio([2, 20, 200], [1, 10, 100]) == Spread(median=2, low=2, high=2, n=3)
+    with pytest.raises(LightPeftError, match="paired"):
+        ratio([1, 2], [1])
+    with pytest.raises(LightPeftError, match="ratio to 0"):
+        ratio([1], [0])
+
+
+# Surroundings
+
+
+def test_hardware_is_plain_data() -> None:
+    facts = hardware()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["torch"] == torch.__version__ and facts["python"] == platform.python_version()
+    assert facts["torch_threads"] == torch.get_num_threads()
+    assert facts["cpu"] and facts["lightpeft"]
+
+
+def test_version_of_an_uninstalled_package() -> None:
+    assert profiling._version("no-such-package-at-all") == "0+unknown"
+
+
+def test_folder_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"x" * 100)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "b.bin").write_bytes(b"x" * 23)
+    assert folder_bytes(tmp_path) == 123
+    with pytest.raises(LightPeftError, match="not a folder"):
+        folder_bytes(tmp_path / "missing")
