@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from lightpeft.tasks import (
     TASKS,
     CausalLMTask,
     ClassificationTask,
+    bar,
     check_max_length,
     encode_texts,
     ensure_pad_token,
     load_task,
     longest_input,
-    reading,
     silent,
 )
 from lightpeft.tasks.reading import is_local, read_rows
@@ -169,7 +170,7 @@ class TestHub:
             assert datasets.are_progress_bars_disabled()
             raise ConnectionError("Couldn't reach\nthe hub")
 
-        monkeypatch.setattr(reading.datasets, "load_dataset", load)
+        monkeypatch.setattr(datasets, "load_dataset", load)
         before = datasets.are_progress_bars_disabled()
         line = error_of(read_rows, "org/set", "data.train")
         assert '"org/set"' in line and "hub was not reached" in line and "local" in line
@@ -179,7 +180,7 @@ class TestHub:
         def load(*args: Any, **kwargs: Any) -> Dataset:
             raise ValueError('Unknown split "tset".\nShould be one of [...]')
 
-        monkeypatch.setattr(reading.datasets, "load_dataset", load)
+        monkeypatch.setattr(datasets, "load_dataset", load)
         assert 'Unknown split "tset". Should' in error_of(read_rows, "org/set:tset", "data.train")
 
 
@@ -199,13 +200,12 @@ class TestClassification:
             ([1.0, 0.0, 1.0, 1.0], ["0", "1"]),
         ],
     )
-    def test_label_sets(self, tmp_path: Path, minilm: Path, labels: list[Any], expected: list[str]) -> None:
+    def test_label_sets(self, tmp_path: Path, labels: list[Any], expected: list[str]) -> None:
         source = labelled(tmp_path, labels)
         task = load_task(DataConfig(train=source, test=source))
         assert isinstance(task, ClassificationTask)
         assert task.labels == expected
-        tokenizer = AutoTokenizer.from_pretrained(str(minilm))
-        encoded = task.encode(task.train, tokenizer, 16, progress=silent)
+        encoded = task.encode(task.train, word_tokenizer(), 16, progress=silent)
         names = [str(int(v)) if isinstance(v, float) else str(v) for v in labels]
         assert [task.labels[number] for number in encoded["labels"]] == names
 
@@ -282,19 +282,18 @@ class TestClassification:
         assert encoded["length"][:] == [6, 10]
         assert tokenizer.decode(encoded[1]["input_ids"]).endswith("bad [SEP]")
 
-    def test_encode_without_labels_in_chunks(self, minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_encode_without_labels_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lightpeft.tasks.tokens.ENCODE_ROWS", 3)
-        tokenizer = AutoTokenizer.from_pretrained(str(minilm))
-        texts = [f"film {i}" for i in range(8)]
+        tokenizer, texts = word_tokenizer(), WORDS[3:]
         encoded = encode_texts(Dataset.from_dict({"t": texts}), "t", None, tokenizer, 16, progress=silent)
         assert encoded["input_ids"][:] == tokenizer(texts)["input_ids"]
 
-    def test_encode_names_unknown_labels(self, tmp_path: Path, minilm: Path) -> None:
+    def test_encode_names_unknown_labels(self, tmp_path: Path) -> None:
         source = labelled(tmp_path, [0, 1])
         task = load_task(DataConfig(train=source, test=source))
         rows = Dataset.from_dict({"text": ["a"], "label": [5]})
-        tokenizer = AutoTokenizer.from_pretrained(str(minilm))
-        assert "labels that training has not: 5" in error_of(task.encode, rows, tokenizer, 8, progress=silent)
+        line = error_of(task.encode, rows, word_tokenizer(), 8, progress=silent)
+        assert "labels that training has not: 5" in line
 
 
 class TestCausalLM:
@@ -359,11 +358,11 @@ class TestCausalLM:
 
     def test_bad_rows(self, tmp_path: Path) -> None:
         source = write_jsonl(tmp_path / "rows.jsonl", [{"p": "a", "c": "b"}, {"p": "a", "c": " "}])
-        settings = {"task": "causal-lm", "train": source, "test": source}
-        line = error_of(load_task, DataConfig(**settings, prompt="p", completion="c"))
+        config = DataConfig(task="causal-lm", train=source, test=source)
+        line = error_of(load_task, replace(config, prompt="p", completion="c"))
         assert 'data.train row 2 (the header not counted), column "c": the text is blank' in line
-        assert 'data.prompt is "q"' in error_of(load_task, DataConfig(**settings, prompt="q", completion="c"))
-        assert 'data.text is "text"' in error_of(load_task, DataConfig(**settings))
+        assert 'data.prompt is "q"' in error_of(load_task, replace(config, prompt="q", completion="c"))
+        assert 'data.text is "text"' in error_of(load_task, config)
 
     def test_completion_without_tokens(self, tmp_path: Path) -> None:
         tokenizer = word_tokenizer()
@@ -407,3 +406,9 @@ def test_every_task_kind_has_an_entry() -> None:
         "classification": "classification",
         "causal-lm": "causal-lm",
     }
+
+
+def test_bar_gives_every_item_and_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(bar(iter("abc"), 3, "Counting")) == ["a", "b", "c"]
+    captured = capsys.readouterr()
+    assert "Counting" not in captured.out + captured.err

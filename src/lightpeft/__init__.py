@@ -1,12 +1,37 @@
 """lightpeft: parameter-efficient fine-tuning on a foundation model that is pruned early in the same run."""
 
-from lightpeft.checkpoint import LightModel, load_light
-from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
-from lightpeft.errors import LightPeftError
-from lightpeft.planning import make_plan
-from lightpeft.pruner import EarlyPruner
-from lightpeft.records import EstimationRecord, PrunePlan
-from lightpeft.surgery import apply_plan
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightpeft.checkpoint import LightModel, load_light
+    from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
+    from lightpeft.errors import LightPeftError
+    from lightpeft.pipeline import run
+    from lightpeft.planning import make_plan
+    from lightpeft.pruner import EarlyPruner
+    from lightpeft.records import EstimationRecord, PrunePlan
+    from lightpeft.surgery import apply_plan
+
+_HOMES = {
+    "Budget": "config",
+    "EarlyPruner": "pruner",
+    "EstimationRecord": "records",
+    "LightConfig": "config",
+    "LightModel": "checkpoint",
+    "LightPeftError": "errors",
+    "PrunePlan": "records",
+    "RunConfig": "config",
+    "apply_plan": "surgery",
+    "load_config": "config",
+    "load_light": "checkpoint",
+    "make_plan": "planning",
+    "preset_light": "config",
+    "run": "pipeline",
+}
+"""Public name -> module. Resolved on first use, so that `lightpeft --help` does not wait for torch."""
 
 __all__ = [
     "Budget",
@@ -22,4 +47,11 @@ __all__ = [
     "load_light",
     "make_plan",
     "preset_light",
+    "run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"lightpeft.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'lightpeft' has no attribute {name!r}")

@@ -33,6 +33,8 @@ class LightModel(PeftModel):
     """Which units of the dense base are here."""
     light_metrics: dict[str, Any]
     """What was measured of this model; saved with it."""
+    light_task: dict[str, Any]
+    """How inputs are read (task kind, columns, length); saved with it, empty if unknown."""
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
         """Write a light adapter: PEFT's own two files, `lightpeft.json` and a model card.
@@ -48,7 +50,9 @@ class LightModel(PeftModel):
             write_json(temporary / DESCRIPTION, _description(self, temporary))
 
 
-def as_light(model: PeftModel, plan: PrunePlan, metrics: dict[str, Any] | None = None) -> LightModel:
+def as_light(
+    model: PeftModel, plan: PrunePlan, metrics: dict[str, Any] | None = None, task: dict[str, Any] | None = None
+) -> LightModel:
     """Make a pruned `PeftModel` one that saves itself as a light adapter; same object, same weights."""
     kind = type(model)
     if not issubclass(kind, LightModel):
@@ -57,6 +61,7 @@ def as_light(model: PeftModel, plan: PrunePlan, metrics: dict[str, Any] | None =
     light = cast(LightModel, model)
     light.light_plan = plan
     light.light_metrics = dict(metrics or {})
+    light.light_task = dict(task or {})
     return light
 
 
@@ -88,7 +93,7 @@ def load_light(
     description = read_description(folder)
     with understandable(folder / DESCRIPTION):
         plan = PrunePlan.from_dict(description["plan"])
-        metrics = dict(description["metrics"])
+        metrics, task = dict(description["metrics"]), dict(description["task"])
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attention is not None:
         options["attn_implementation"] = attention
@@ -102,7 +107,7 @@ def load_light(
     _check_tensors(model, folder)
     if not is_trainable:
         model.eval()
-    return as_light(model if device is None else model.to(device), plan, metrics)
+    return as_light(model if device is None else model.to(device), plan, metrics, task)
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -141,6 +146,7 @@ def _description(model: LightModel, folder: Path) -> dict[str, Any]:
         },
         "plan": model.light_plan.to_dict(),
         "per_layer_config": per_layer_config(config.model_type, model.light_plan),
+        "task": model.light_task,
         "metrics": model.light_metrics,
         "versions": {
             name: importlib.metadata.version(name) for name in ("lightpeft", "torch", "transformers", "peft")

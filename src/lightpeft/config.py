@@ -297,6 +297,15 @@ def load_config(path: str | Path) -> RunConfig:
     Raises:
         LightPeftError: the file is missing or not YAML, or a key or value is not known.
     """
+    return run_config_from_dict(load_yaml(path))
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        LightPeftError: the file is missing, not YAML, or not a mapping.
+    """
     path = Path(path)
     require(path.is_file(), f"config file {path} does not exist")
     try:
@@ -304,7 +313,7 @@ def load_config(path: str | Path) -> RunConfig:
     except yaml.YAMLError as error:
         raise LightPeftError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     require(isinstance(data, dict), f"{path} must hold a mapping of settings, not a {type(data).__name__}")
-    return run_config_from_dict(data)
+    return data
 
 
 def run_config_from_dict(data: dict[str, Any]) -> RunConfig:

@@ -300,6 +300,6 @@ def _replacing(path: Path) -> Iterator[TextIO]:
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             yield file
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

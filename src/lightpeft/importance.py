@@ -18,16 +18,19 @@ class ModuleObserver:
     """Sums of `||delta_M(x)|| / ||base_M(x)||` over real tokens, per site, on the device, without host copies.
 
     The norms come from the outputs that the forward pass makes. Padding is known from the `attention_mask` that the
-    model is called with. Only training-mode forward passes with gradients count.
+    model is called with. Only training-mode forward passes with gradients count, and each counts once: what gradient
+    checkpointing computes again in the backward pass is outside the model's forward.
     """
 
     def __init__(self, model: PeftModel, sites: Sequence[Site], device: torch.device) -> None:
         self.sites = list(sites)
         self.sums = torch.zeros(2, len(self.sites), device=device)  # ratio sums, token counts
+        self._counting = False
         self._real: Tensor | None = None
         self._base_outputs: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = [
-            model.register_forward_pre_hook(self._remember_padding, with_kwargs=True)
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
         ]
         for index, site in enumerate(self.sites):
             self._handles.append(site.base.register_forward_hook(self._base_hook(index)))
@@ -39,13 +42,18 @@ class ModuleObserver:
             handle.remove()
         self._handles.clear()
 
-    def _remember_padding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # asked here, because reentrant checkpointing switches gradients off inside
+        self._counting = module.training and torch.is_grad_enabled()
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self._real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._counting = False
 
     def _base_hook(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if module.training and torch.is_grad_enabled():
+            if self._counting:
                 self._base_outputs[index] = output.detach()
 
         return hook

@@ -68,6 +68,7 @@ def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) 
     if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
         del model.config.quantization_config  # the weights were dequantised on loading
     block_specs(model)
+    model.light_gguf_file = config.gguf_file
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}))
 
 
@@ -155,7 +156,7 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
     weights["input_embeddings"] = base_layer(inner.get_input_embeddings())
     for name, module in weights.items():
         weight = module.weight.detach()
-        sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu()
+        sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu().contiguous()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.activations import ACT2FN
 
 from lightpeft.records import PrunePlan
 from lightpeft.sites import transformers_model
@@ -51,10 +52,15 @@ class UnitMasks:
     def attach(self, model: nn.Module) -> None:
         """Let the projections of a transformers model, or of a PeftModel around it, read the masks."""
         inner = transformers_model(model)
+        activation = ACT2FN[inner.config.hidden_act] if hasattr(inner.config, "hidden_act") else None
         for block, heads, neurons in zip(self.blocks, self.heads, self.neurons, strict=True):
-            out, ffn_out = (inner.get_submodule(block.projections[slot]) for slot in ("o", "ffn_out"))
-            self._handles.append(out.register_forward_pre_hook(_HeadScaler(heads, block.head_dim)))
-            self._handles.append(ffn_out.register_forward_pre_hook(_NeuronScaler(neurons)))
+            projections = {slot: inner.get_submodule(name) for slot, name in block.projections.items()}
+            scaler = _NeuronScaler(neurons, activation)
+            self._handles.append(projections["o"].register_forward_pre_hook(_HeadScaler(heads, block.head_dim)))
+            self._handles.append(projections["ffn_out"].register_forward_pre_hook(scaler))
+            for slot in ("ffn_gate", "ffn_in"):
+                if slot in projections:
+                    self._handles.append(projections[slot].register_forward_hook(scaler.remember))
 
     def detach(self) -> None:
         """Take the hooks off the model; it is as it was before `attach`."""
@@ -89,10 +95,49 @@ class _HeadScaler:
 
 
 class _NeuronScaler:
-    """Pre-hook of the FFN-output projection: scales the input [..., neurons]."""
+    """Pre-hook of the FFN-output projection: scales the input [..., neurons].
 
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
+    The gradient of a mask needs that input, which no other operation keeps: saving it costs an eighth of LoRA's
+    memory. What it was computed from is saved anyway, so it is computed again in the backward pass, where the first
+    call has shown that this gives the same bits.
+    """
+
+    def __init__(self, mask: Tensor, activation: Callable[[Tensor], Tensor] | None) -> None:
+        self.mask, self.activation = mask, activation
+        self._sources: list[Tensor] = []
+        self._reproducible: bool | None = None if activation is not None else False
+
+    def remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook of the projections into the FFN (gate first, where there is one)."""
+        if self._reproducible is not False:
+            self._sources.append(output.detach())
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        sources, self._sources = self._sources, []
+        if self._reproducible is None:
+            self._reproducible = _activated(self.activation, sources).equal(args[0])
+        if self._reproducible:
+            return (_ScaledActivation.apply(args[0], self.mask, self.activation, *sources), *args[1:])
         return (args[0] * self.mask.to(args[0]), *args[1:])
+
+
+class _ScaledActivation(torch.autograd.Function):
+    """`x * mask` for `x = _activated(activation, sources)`, which is not saved but computed again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, activation: Callable[[Tensor], Tensor], *sources: Tensor) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(mask, *sources)
+        return x * mask.to(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        mask, *sources = ctx.saved_tensors
+        of_mask = (gradient * _activated(ctx.activation, sources)).sum_to_size(mask.shape).to(mask.dtype)
+        return gradient * mask.to(gradient), of_mask, None, *(None for _ in sources)
+
+
+def _activated(activation: Any, sources: Sequence[Tensor]) -> Tensor:
+    """The FFN's hidden channels: `act(in)`, or `act(gate) * in`."""
+    first, *rest = sources
+    return activation(first) * rest[0] if rest else activation(first)

@@ -158,11 +158,11 @@ def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
     Raises:
         LightPeftError: no LoRA module sits on a prunable projection.
     """
-    inner = transformers_model(model)
+    modules = dict(transformers_model(model).named_modules())
     sites = []
     for block in blocks:
         for slot, name in block.projections.items():
-            layer = inner.get_submodule(name)
+            layer = modules.get(name)  # None where attention was dropped
             if isinstance(layer, LoraLinear) and model.active_adapter in layer.lora_A:
                 rank = layer.r[model.active_adapter]
                 sites.append(Site(SiteSpec(name, rank, block.index, slot), layer, model.active_adapter))

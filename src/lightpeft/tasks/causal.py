@@ -43,8 +43,8 @@ class CausalLMTask(Task):
         """Rows of at most `max_length` tokens that end with the end token unless cut; labels -100 on the prompt.
 
         Prompt and completion are tokenised apart, so that the prompt's tokens are those that generation starts
-        from. A row that is too long loses the beginning of its prompt (the start token stays), then the end of its
-        completion.
+        from; nothing is put between them (a completion that needs a space begins with one). A row that is too long
+        loses the beginning of its prompt (the start token stays), then the end of its completion.
         """
         config = self.config
 

@@ -14,7 +14,9 @@ T = TypeVar("T")
 class Progress(Protocol):
     """Wraps an iterable of `total` items and shows how far it has come."""
 
-    def __call__(self, items: Iterable[T], total: int, description: str) -> Iterable[T]: ...
+    def __call__(self, items: Iterable[T], total: int, description: str) -> Iterable[T]:
+        """The items of `items`, in their order."""
+        ...
 
 
 def bar(items: Iterable[T], total: int, description: str) -> Iterable[T]:

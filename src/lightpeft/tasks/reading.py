@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
+import pyarrow  # type: ignore[import-untyped,unused-ignore]
+import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
@@ -64,13 +64,13 @@ def read_file(path: Path, what: str) -> Dataset:
         raise LightPeftError(f"{what}: {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
         raise LightPeftError(f"{what}: {path} cannot be read: {error.strerror or _one_line(error)}") from error
-    except _Malformed as error:
+    except _MalformedError as error:
         raise LightPeftError(f"{what}: {error}") from error
     require(rows.num_rows > 0, f"{what}: {path} has no rows")
     return rows
 
 
-class _Malformed(Exception):
+class _MalformedError(Exception):
     """The content is not what the suffix says; the message names file and line."""
 
 
@@ -81,7 +81,7 @@ def _read_csv(path: Path) -> Dataset:
 def _read_tsv(path: Path) -> Dataset:
     try:
         return _delimited(path, delimiter="\t", quoting=csv.QUOTE_MINIMAL)
-    except _Malformed:
+    except _MalformedError:
         # Corpora are often tab separated without any quoting, so that a stray quote character is just text.
         return _delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
 
@@ -96,10 +96,12 @@ def _delimited(path: Path, delimiter: str, quoting: Any) -> Dataset:
             rows = []
             for row in reader:
                 if row and len(row) != len(header):
-                    raise _Malformed(f"{path} line {reader.line_num} has {len(row)} fields, its header {len(header)}")
+                    raise _MalformedError(
+                        f"{path} line {reader.line_num} has {len(row)} fields, its header {len(header)}"
+                    )
                 rows.append(row)
         except csv.Error as error:
-            raise _Malformed(f"{path} line {reader.line_num}: {error}") from error
+            raise _MalformedError(f"{path} line {reader.line_num}: {error}") from error
     rows = [row for row in rows if row]
     return _from_columns({name: [row[i] for row in rows] for i, name in enumerate(header)}, path)
 
@@ -107,7 +109,7 @@ def _delimited(path: Path, delimiter: str, quoting: Any) -> Dataset:
 def _check_header(header: list[str], path: Path) -> None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
-        raise _Malformed(f'{path} line 1 names column "{twice[0]}" twice; the first line holds the column names')
+        raise _MalformedError(f'{path} line 1 names column "{twice[0]}" twice; the first line holds the column names')
 
 
 def _read_json(path: Path) -> Dataset:
@@ -124,7 +126,9 @@ def _read_json(path: Path) -> Dataset:
             places = [f"line {number}" for number, _ in numbered]
     for place, row in zip(places, rows, strict=True):
         if not isinstance(row, dict):
-            raise _Malformed(f"{path} {place} is not an object; a file holds a list of objects or one object a line")
+            raise _MalformedError(
+                f"{path} {place} is not an object; a file holds a list of objects or one object a line"
+            )
     names = list(dict.fromkeys(name for row in rows for name in row))
     return _from_columns({name: [row.get(name) for row in rows] for name in names}, path)
 
@@ -134,7 +138,7 @@ def _json_value(text: str, path: Path, first_line: int) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise _Malformed(
+        raise _MalformedError(
             f"{path} line {line} is not JSON (list of objects, or one object a line): {error.msg}"
         ) from error
 
@@ -143,7 +147,7 @@ def _read_parquet(path: Path) -> Dataset:
     try:
         return Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
     except pyarrow.ArrowException as error:
-        raise _Malformed(f"{path} is not a readable Parquet file: {_one_line(error)}") from error
+        raise _MalformedError(f"{path} is not a readable Parquet file: {_one_line(error)}") from error
 
 
 def _from_columns(columns: dict[str, list[Any]], path: Path) -> Dataset:
@@ -152,7 +156,7 @@ def _from_columns(columns: dict[str, list[Any]], path: Path) -> Dataset:
         try:
             arrays[name] = pyarrow.array(values)
         except pyarrow.ArrowException as error:
-            raise _Malformed(f'{path}: column "{name}" mixes types: {_one_line(error)}') from error
+            raise _MalformedError(f'{path}: column "{name}" mixes types: {_one_line(error)}') from error
     return Dataset(InMemoryTable(pyarrow.table(arrays)))
 
 

@@ -1,0 +1,50 @@
+# make demo: set up and run the main job on a real model.   make test: set up, lint, types, tests.
+# Everything is installed into .venv; a second call installs nothing again.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test fetch lint format clean
+
+help:
+	@echo "make demo    set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
+	@echo "make test    set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
+	@echo "make lint    ruff (lint and format) and mypy"
+	@echo "make format  rewrite the sources in ruff's format"
+	@echo "make clean   remove caches and build outputs (not .venv, not demo/cache)"
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python demo/fetch.py
+	HF_HUB_OFFLINE=1 $(BIN)/python demo/main_job.py
+
+test: lint fetch
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term
+
+fetch: $(VENV)/.installed-dev
+	$(BIN)/python demo/fetch.py --decoder
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist htmlcov .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* src/*.egg-info
+	find src tests demo -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each extra, renewed when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -e '.[$*]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,187 @@
+"""The `lightpeft` command: one verb a function. Heavy modules are imported by the verbs that need them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from rich.console import Console
+
+from lightpeft.config import RunConfig, load_yaml, run_config_from_dict, unknown_key
+from lightpeft.errors import LightPeftError, require
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+_STAGES = {
+    "run": "All stages that are not done yet: estimate, plan, prune, train, evaluate.",
+    "estimate": "Train masks and PEFT modules for the first steps and record every unit's importance.",
+    "plan": "Decide from the record and the budget which units stay, and show the plan.",
+    "prune": "Cut base and PEFT modules down to the plan.",
+    "train": "Fine-tune the small model.",
+    "evaluate": "Measure the result on the test rows.",
+    "bench": "Measure plain LoRA beside the light model: speed, memory, FLOPs; alternating, with spread.",
+}
+_OTHERS = {
+    "predict": "Label text lines or the rows of a table, with probabilities.",
+    "inspect": "Show a plan, a light adapter or a run as a table, layer by layer.",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. Bad input prints one line and exits with 2; an interrupted run exits with 130."""
+    try:
+        _dispatch(sys.argv[1:] if arguments is None else arguments)
+    except LightPeftError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from the last result", 130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    parser, subparsers = _parser()
+    try:
+        given = parser.parse_args(arguments, defaults=False)
+    except ArgumentError as error:
+        raise LightPeftError(_argument_error(str(error), subparsers, arguments)) from error
+    verb = given.subcommand
+    options = given[verb]
+    if verb in _STAGES:
+        _run_stage(verb, options)
+    else:
+        {"predict": _predict, "inspect": _inspect}[verb](options)
+
+
+def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    parser = ArgumentParser(
+        prog="lightpeft",
+        description="PEFT on a foundation model that is pruned early in the same run. Settings come from the preset, "
+        "then --config, then options such as --light.heads 0.5.",
+        exit_on_error=False,
+    )
+    verbs = parser.add_subcommands(required=True, metavar="verb")
+    subparsers = {}
+    for verb, description in {**_STAGES, **_OTHERS}.items():
+        subparser = ArgumentParser(description=description, exit_on_error=False)
+        {"predict": _predict_options, "inspect": _inspect_options}.get(verb, _stage_options)(subparser)
+        if verb == "bench":
+            _bench_options(subparser)
+        verbs.add_subcommand(verb, subparser, help=description)
+        subparsers[verb] = subparser
+    return parser, subparsers
+
+
+# -- verbs on a run ----------------------------------------------------------------------------------------------
+
+
+def _stage_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--config", type=str, help="YAML file with settings.")
+    parser.add_argument("--run", type=str, help="Folder of a run to go on with; its own config.yaml holds.")
+    parser.add_argument("--print_config", action="store_true", help="Show all settings as YAML and exit.")
+    parser.add_class_arguments(RunConfig)
+
+
+def _bench_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--rounds", type=int, default=5, help="Alternations of plain LoRA and light.")
+    parser.add_argument("--steps", type=int, default=20, help="Batches a round, training and inference each.")
+    parser.add_argument("--json", type=str, help="Where the result goes (default: bench.json in the run folder).")
+
+
+def _run_stage(verb: str, options: Namespace) -> None:
+    given = options.as_dict()
+    show = given.pop("print_config", False)
+    bench = {name: given.pop(name) for name in ("rounds", "steps", "json") if name in given}
+    config = _config(given)
+    if show:
+        sys.stdout.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+        return
+    from lightpeft.verbs import STAGE_VERBS
+
+    _quiet()
+    STAGE_VERBS[verb](config, **bench)
+
+
+def _config(given: dict[str, Any]) -> RunConfig:
+    """Settings of a run: those of `--run` or of `--config`, with the options on top."""
+    file, folder = given.pop("config", None), given.pop("run", None)
+    require(not (file and folder), "give --config or --run, not both: a run folder has its own config.yaml")
+    data: dict[str, Any] = {}
+    if folder is not None:
+        require((Path(folder) / "config.yaml").is_file(), f"{folder} is not a run folder: it has no config.yaml")
+        data = {**load_yaml(Path(folder) / "config.yaml"), "output": str(folder)}
+    elif file is not None:
+        data = load_yaml(file)
+    return run_config_from_dict(_merged(data, given))
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if nested else value
+    return merged
+
+
+# -- verbs on results --------------------------------------------------------------------------------------------
+
+
+def _predict_options(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="Light adapter folder, or the folder of a finished run.")
+    parser.add_argument("input", type=str, help="Text lines (.txt, or - for stdin), .csv, .tsv, .json, .jsonl, .parquet.")
+    parser.add_argument("--output", type=str, help="Where predictions go, .csv or .jsonl (default: stdout, as CSV).")
+    parser.add_argument("--base", type=str, help="Name or folder of the base, if it moved since the adapter was saved.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Rows a forward pass.")
+    parser.add_argument("--text", type=str, help="Column with the text (default: as in training).")
+    parser.add_argument("--text_pair", type=str, help="Column with the second text (default: as in training).")
+    parser.add_argument("--bf16", action="store_true", help="Compute in bfloat16.")
+
+
+def _predict(options: Namespace) -> None:
+    from lightpeft.verbs import predict
+
+    _quiet()
+    predict(**options.as_dict())
+
+
+def _inspect_options(parser: ArgumentParser) -> None:
+    parser.add_argument("path", type=str, help="plan.json, a light adapter folder, or a run folder.")
+
+
+def _inspect(options: Namespace) -> None:
+    from lightpeft.verbs import inspect
+
+    inspect(options.path)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+def _argument_error(message: str, subparsers: dict[str, ArgumentParser], arguments: list[str]) -> str:
+    """jsonargparse's message as one line; for an unknown option, with the nearest known one."""
+    line = " ".join(message.split())
+    verb = next((word for word in arguments if word in subparsers), None)
+    unknown = next((word.partition("=")[0] for word in arguments if word.startswith("--") and word in line), None)
+    if verb is None or unknown is None or "nrecognized" not in line:
+        return line
+    known = [option for action in subparsers[verb]._actions for option in action.option_strings]
+    return unknown_key(unknown, known).replace("unknown key", "unknown option")
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"lightpeft: {message}", markup=False)
+    sys.exit(code)
+
+
+def _quiet() -> None:
+    """Leave the screen to lightpeft's own bars, tables and one-line errors."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

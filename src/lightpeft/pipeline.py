@@ -1,0 +1,255 @@
+"""The story of a run: estimate -> plan -> prune -> fine-tune -> evaluate.
+
+Each stage reads what the one before it left in the run folder and leaves its own result there, so a run that was
+stopped anywhere goes on where it was, and a stage can be run alone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from lightpeft import evaluation
+from lightpeft.checkpoint import LightModel, as_light, load_light
+from lightpeft.config import RunConfig
+from lightpeft.errors import require
+from lightpeft.estimation import stage_length
+from lightpeft.loading import LoadedModel, add_lora, load_model, load_model_config, load_tokenizer
+from lightpeft.planning import make_plan
+from lightpeft.profiling import count_parameters, folder_bytes, hardware
+from lightpeft.pruner import EarlyPruner
+from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json
+from lightpeft.runs import RunFolder
+from lightpeft.sites import find_sites, restart_sites
+from lightpeft.surgery import apply_plan
+from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task
+from lightpeft.training import fit, last_checkpoint, make_trainer, total_steps
+
+
+@dataclass
+class Workspace:
+    """A run with its data at hand."""
+
+    run: RunFolder
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: Dataset
+    test_rows: Dataset
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return self.run.config
+
+    @property
+    def collator(self) -> Collator:
+        """Rows to padded batches."""
+        return self.task.collator(self.tokenizer)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run, estimation included."""
+        return total_steps(len(self.train_rows), self.config.training, processes=process_count())
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Run all stages that are not done yet and return the metrics.
+
+    Raises:
+        LightPeftError: bad input, or an output folder that holds something else.
+        Interrupted: a signal stopped the run; the same call goes on from there.
+    """
+    work = prepare(config)
+    if config.method == "light":
+        estimate(work)
+        plan(work.run)
+        prune(work)
+    train(work)
+    return evaluate(work)
+
+
+def prepare(config: RunConfig, replan: bool = False) -> Workspace:
+    """Read and check the data and the tokenizer, then open the run folder: bad input leaves nothing behind."""
+    model_config = load_model_config(config.model)
+    task = load_task(config.data)
+    tokenizer = load_tokenizer(config.model)
+    check_max_length(config.data.max_length, model_config, tokenizer)
+    ensure_pad_token(tokenizer, model_config)
+    train_rows = task.encode(task.train, tokenizer, config.data.max_length)
+    test_rows = task.encode(task.test, tokenizer, config.data.max_length)
+    if config.method == "light":
+        stage_length(config.light, total_steps(len(train_rows), config.training, process_count()))
+    return Workspace(RunFolder.open(config, replan), task, tokenizer, train_rows, test_rows)
+
+
+def estimate(work: Workspace) -> EstimationRecord:
+    """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance."""
+    run, config = work.run, work.config
+    if run.has("estimate"):
+        return EstimationRecord.load(run.estimation)
+    set_seed(config.seed)
+    model = add_lora(dense_model(work), config.lora, config.data.task, plain=False)
+    pruner = EarlyPruner(model, config.light)
+    checkpoint = last_checkpoint(run.checkpoints("estimate"))
+    trainer = make_trainer(
+        model,
+        work.train_rows,
+        work.collator,
+        config.training,
+        stage="estimate",
+        checkpoints=run.checkpoints("estimate"),
+        log=run.log,
+        steps=work.steps,
+        shown_steps=stage_length(config.light, work.steps),
+        seed=config.seed,
+        callbacks=[pruner.callback(resume_from=checkpoint)],
+    )
+    seconds = fit(trainer, checkpoint)
+    record = pruner.record()
+    model.save_pretrained(str(run.estimation / "adapter"))
+    record.save(run.estimation)
+    run.finish_stage("estimate", seconds, steps=record.meta["steps"])
+    return record
+
+
+def plan(run: RunFolder) -> PrunePlan:
+    """Decide from the record and the budget which units stay."""
+    run.need("estimate", "plan")
+    result = make_plan(EstimationRecord.load(run.estimation), run.config.light)
+    if run.has("plan") and run.has("prune"):
+        unchanged = PrunePlan.load(run.plan) == result
+        require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")
+        return result
+    result.save(run.plan)
+    return result
+
+
+def prune(work: Workspace) -> None:
+    """Cut base and PEFT modules down to the plan; leaves a light adapter that fine-tuning starts from."""
+    run, config = work.run, work.config
+    if run.has("prune"):
+        return
+    run.need("plan", "prune")
+    started = time.perf_counter()
+    chosen = PrunePlan.load(run.plan)
+    base = dense_model(work).model
+    model = PeftModel.from_pretrained(base, str(run.estimation / "adapter"), is_trainable=True)
+    apply_plan(model, chosen)
+    if config.light.restart:
+        restart_sites(find_sites(model, chosen.specs), config.seed)
+    as_light(model, chosen, task=task_facts(work)).save_pretrained(run.pruned)
+    run.finish_stage("prune", time.perf_counter() - started)
+
+
+def train(work: Workspace) -> None:
+    """Fine-tune the small model with the small PEFT (method light), or plain LoRA on the dense model (method lora)."""
+    run, config = work.run, work.config
+    if run.has("train"):
+        return
+    set_seed(config.seed)
+    if config.method == "light":
+        run.need("prune", "train")
+        model: PeftModel = load_light(run.pruned, dense_model(work).model, is_trainable=True)
+        steps = work.steps - EstimationRecord.load(run.estimation).meta["steps"]
+    else:
+        model = add_lora(dense_model(work), config.lora, config.data.task, plain=True)
+        steps = work.steps
+    require(steps >= 1, "estimation took all steps of the run; train for more epochs or shorten light.length")
+    checkpoint = last_checkpoint(run.checkpoints("train"))
+    trainer = make_trainer(
+        model,
+        work.train_rows,
+        work.collator,
+        config.training,
+        stage="train",
+        checkpoints=run.checkpoints("train"),
+        log=run.log,
+        steps=steps,
+        seed=config.seed + 1 if config.method == "light" else config.seed,
+        callbacks=[],
+    )
+    seconds = fit(trainer, checkpoint)
+    require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")
+    model.save_pretrained(str(run.adapter))
+    run.finish_stage("train", seconds, steps=steps)
+
+
+def evaluate(work: Workspace) -> dict[str, Any]:
+    """Measure the result on the test rows; the numbers go to metrics.json and into the light adapter."""
+    run, config = work.run, work.config
+    if run.has("evaluate"):
+        return read_json(run.metrics)
+    run.need("train", "evaluate")
+    model = trained_model(work)
+    scores = evaluation.evaluate(
+        model, work.test_rows, work.task, work.collator, config.training.eval_batch_size, config.training.bf16
+    )
+    if isinstance(model, LightModel):
+        model.light_metrics = dict(scores)
+        model.save_pretrained(run.adapter)
+    report = {
+        "method": config.method,
+        "metrics": scores,
+        "parameters": parameter_report(model),
+        "seconds": run.stage_seconds(),
+        "adapter_bytes": folder_bytes(run.adapter),
+        "seed": config.seed,
+        "hardware": hardware(),
+        "config": asdict(config),
+    }
+    write_json(run.metrics, report)
+    return report
+
+
+def dense_model(work: Workspace) -> LoadedModel:
+    """The untouched foundation model with the task's head, on the device that training uses."""
+    loaded = load_model(work.config.model, work.config.data.task, work.task.labels)
+    ensure_pad_token(work.tokenizer, loaded.model.config)
+    if torch.cuda.is_available():
+        loaded.model.cuda()
+    return loaded
+
+
+def trained_model(work: Workspace) -> PeftModel:
+    """The run's result, loaded for inference."""
+    base = dense_model(work).model
+    if work.config.method == "light":
+        return load_light(work.run.adapter, base)
+    return PeftModel.from_pretrained(base, str(work.run.adapter))
+
+
+def parameter_report(model: PeftModel) -> dict[str, Any]:
+    """Parameters that are there, and what part of the base is gone: measured on the live model."""
+    count = count_parameters(model)
+    dense = model.light_plan.base_parameters if isinstance(model, LightModel) else count.base
+    return {
+        "base_dense": dense,
+        "base": count.base,
+        "base_removed_ratio": 1 - count.base / dense,
+        "peft": count.peft,
+        "head": count.head,
+    }
+
+
+def task_facts(work: Workspace) -> dict[str, Any]:
+    """What a light adapter says of its task, so that `predict` needs nothing else."""
+    data = work.config.data
+    names = ("task", "text", "text_pair", "prompt", "completion", "max_length")
+    return {**{name: getattr(data, name) for name in names}, "labels": work.task.labels}
+
+
+def process_count() -> int:
+    """Processes of the run: those that `accelerate launch` or `torchrun` started, 1 without them."""
+    return PartialState().num_processes
+
+
+def _finite(model: PeftModel) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)
+

@@ -1,0 +1,241 @@
+"""Fine-tuning through `transformers.Trainer`: arguments, progress, log lines, checkpoints, and stopping on signals."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from lightpeft.config import TrainingConfig
+from lightpeft.errors import LightPeftError
+
+_COMPLETE = "complete"
+"""Marker in a checkpoint folder, written when everything else in it is."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; what was done so far is on disk and the same command goes on from it."""
+
+
+def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:
+    """Optimizer steps of a whole run over `rows` training rows."""
+    batches = math.ceil(rows / (config.batch_size * processes))
+    return max(1, math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs))
+
+
+def make_trainer(
+    model: PeftModel,
+    rows: Dataset,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    config: TrainingConfig,
+    *,
+    stage: str,
+    checkpoints: Path,
+    log: Path,
+    steps: int,
+    seed: int,
+    shown_steps: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Trainer:
+    """A `Trainer` for one stage of a run.
+
+    Args:
+        rows: encoded rows with a `length` column.
+        steps: optimizer steps of the learning-rate schedule: warmup, then linear decay to zero.
+        checkpoints: folder for the stage's checkpoints, two at most.
+        log: the run's log.jsonl, to which loss, learning rate and gradient norm are appended.
+        shown_steps: what the progress bar counts to, where the stage ends before its schedule does.
+        callbacks: called before the ones made here.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=int(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        train_sampling_strategy="group_by_length" if config.by_length else "random",
+        length_column_name="length",
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to=[],
+        seed=seed,
+        data_seed=seed,
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        data_collator=collator,
+        callbacks=[*callbacks, ProgressBar(stage, shown_steps or steps), LogLines(log, stage), MarkComplete()],
+    )
+    for unwanted in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(unwanted)
+    return trainer
+
+
+def fit(trainer: Trainer, resume_from: Path | None) -> float:
+    """Train; returns the seconds spent.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written at the end of the step under way.
+        LightPeftError: the device ran out of memory.
+    """
+    stop = StopOnSignal()
+    trainer.add_callback(stop)
+    started = time.perf_counter()
+    with stop.listening():
+        try:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        except MemoryError as error:
+            raise LightPeftError("out of memory; lower training.batch_size and raise gradient_accumulation") from error
+    if stop.requested:
+        raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+    return time.perf_counter() - started
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written completely."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class MarkComplete(TrainerCallback):
+    """Marks a checkpoint when everything in it is written: a run that was killed while saving skips it."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+
+class LogLines(TrainerCallback):
+    """Appends what the trainer logs to the run's log.jsonl."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            append_line(self.path, {"stage": self.stage, "step": state.global_step, **logs})
+
+
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    """Append one JSON line, stamped with the time."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": time.time(), **entry}) + "\n")
+
+
+class ProgressBar(TrainerCallback):
+    """A rich progress bar with loss, step count, elapsed and remaining time."""
+
+    def __init__(self, stage: str, total: int) -> None:
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task(stage, total=total, loss="")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.progress.start()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.progress.update(self.task, loss=f"loss {float(logs['loss']):.4f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update(self.task, total=state.global_step, completed=state.global_step)
+        self.progress.stop()
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGINT and SIGTERM end training after the step under way, with a checkpoint; a second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside the block (in the main thread; elsewhere they cannot be handled)."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        try:
+            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+

@@ -1,0 +1,260 @@
+"""A model with masks of 0 and 1, and the same model after surgery, compute the same."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import (
+    ALL,
+    DECODERS,
+    DROPPED,
+    MODELS,
+    USUAL,
+    batch,
+    kept_channels,
+    make,
+    masked,
+    plan_for,
+    random_record,
+    relative_difference,
+    select,
+    with_lora,
+    zero_pruned_ranks,
+)
+from torch import Tensor
+
+from lightpeft.config import Budget
+from lightpeft.masks import UnitMasks
+from lightpeft.planning import make_plan
+from lightpeft.records import PrunePlan
+from lightpeft.sites import find_sites, transformers_model
+from lightpeft.surgery import apply_plan
+
+TOLERANCE = 1e-5
+BUDGETS = {"usual": USUAL, "dropped": DROPPED}
+NO_DROPOUT: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "opt": {"dropout": 0.0, "attention_dropout": 0.0},
+}
+
+all_models = pytest.mark.parametrize("name", ALL)
+all_budgets = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
+all_units = pytest.mark.parametrize("unit", ["group", "balanced"])
+
+
+def pair(name: str, lora: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **budget: Any) -> Any:
+    """(masked reference, pruned model, plan) of the same weights."""
+    pruned = with_lora(make(name, **(model or {})), **(lora or {}))
+    plan = plan_for(pruned, **budget)
+    reference = masked(pruned, plan)
+    apply_plan(pruned, plan)
+    return reference, pruned, plan
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of real tokens [tokens, vocabulary], or of rows [rows, labels]."""
+    values = model(**inputs).logits
+    return values[inputs["attention_mask"] > 0] if values.dim() == 3 else values
+
+
+@torch.no_grad()
+def difference(first: Any, second: Any, padding: str = "right") -> float:
+    inputs = batch(padding=padding)
+    return relative_difference(logits(first, inputs), logits(second, inputs))
+
+
+@all_models
+@all_units
+@all_budgets
+def test_logits_with_every_padding(name: str, unit: str, budget: dict[str, Any]) -> None:
+    reference, pruned, plan = pair(name, head_unit=unit, **budget)
+    assert plan.removed_parameters > 0 and len(plan.sites) < len(plan.dense_sites)
+    if budget is DROPPED:
+        assert not plan.blocks[0].heads and not plan.blocks[1].neurons
+    for padding in ("right", "left", "none"):
+        assert difference(pruned, reference, padding) < TOLERANCE, padding
+
+
+def test_the_reference_is_not_the_dense_model() -> None:
+    dense = with_lora(make("bert"))
+    reference = masked(dense, plan_for(dense))
+    assert difference(dense, reference) > 1e-2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+@all_budgets
+def test_attention_backends(name: str, budget: dict[str, Any], attention: str) -> None:
+    reference, pruned, _ = pair(name, **budget)
+    for model in (reference, pruned):
+        transformers_model(model).set_attn_implementation(attention)
+        assert transformers_model(model).config._attn_implementation == attention
+    assert difference(pruned, reference) < TOLERANCE
+    assert difference(pruned, reference, "left") < TOLERANCE
+
+
+@all_models
+@all_budgets
+def test_training_mode_and_gradients(name: str, budget: dict[str, Any]) -> None:
+    without_dropout = NO_DROPOUT.get(name.partition("-")[0], {})
+    reference, pruned, plan = pair(name, lora={"lora_dropout": 0.0}, model=without_dropout, **budget)
+    inputs = batch(padding="right")
+    for model in (reference, pruned):
+        model.train()
+        logits(model, inputs).square().mean().backward()
+    dense_sites = {site.spec.name: site for site in find_sites(reference, plan.specs)}
+    sites = find_sites(pruned, plan.specs)
+    assert {site.spec.name for site in sites} == set(plan.sites)
+    for site in sites:
+        dense, ranks = dense_sites[site.spec.name], list(plan.sites[site.spec.name])
+        spec, kept = plan.specs[site.spec.block], plan.blocks[site.spec.block]
+        outputs, inputs_ = kept_channels(spec, kept, site.spec.slot)
+        compare_gradients(site.down, select(dense.down.grad, ranks, inputs_))
+        compare_gradients(site.up, select(dense.up.grad, outputs, ranks))
+    heads = {n: p for n, p in reference.named_parameters() if "modules_to_save" in n}
+    assert bool(heads) == (name in ("bert", "roberta", "llama-classifier"))
+    for parameter_name, parameter in pruned.named_parameters():
+        if parameter_name in heads:
+            compare_gradients(parameter, heads[parameter_name].grad)
+
+
+def compare_gradients(parameter: Tensor, expected: Tensor) -> None:
+    assert parameter.grad is not None and parameter.grad.shape == expected.shape
+    largest = float(expected.abs().max())
+    assert float((parameter.grad - expected).abs().max()) <= 1e-4 * largest + 1e-7
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@all_units
+@all_budgets
+def test_generate_with_cache(name: str, unit: str, budget: dict[str, Any]) -> None:
+    reference, pruned, _ = pair(name, head_unit=unit, **budget)
+    inputs = batch(padding="left")
+    for options in ({}, {"num_beams": 3}):
+        settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **options}
+        expected = reference.generate(**inputs, **settings)
+        assert expected.shape[1] == inputs["input_ids"].shape[1] + 8
+        assert pruned.generate(**inputs, **settings).equal(expected)
+        assert pruned.generate(**inputs, use_cache=False, **settings).equal(expected)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "opt"])
+def test_cache_counts_tokens_where_the_first_attention_is_gone(name: str) -> None:
+    _, pruned, plan = pair(name, **DROPPED)
+    assert not plan.blocks[0].heads
+    inputs = batch(padding="none")
+    with torch.no_grad():
+        whole = pruned(**inputs).logits
+        first = pruned(input_ids=inputs["input_ids"][:, :5], use_cache=True)
+        assert first.past_key_values.get_seq_length() == 5
+        rest = pruned(input_ids=inputs["input_ids"][:, 5:], past_key_values=first.past_key_values, use_cache=True)
+    assert rest.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+    assert relative_difference(torch.cat([first.logits, rest.logits], 1), whole) < TOLERANCE
+
+
+@all_models
+@all_budgets
+def test_bare_models_without_peft(name: str, budget: dict[str, Any]) -> None:
+    model = make(name)
+    plan = plan_for(with_lora(copy.deepcopy(model)), **budget)
+    reference = copy.deepcopy(model)
+    masks = UnitMasks(plan.specs)
+    masks.set_plan(plan)
+    masks.attach(reference)
+    apply_plan(model, plan)
+    assert not isinstance(model, PeftModel)
+    for padding in ("right", "left"):
+        assert difference(model, reference, padding) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", MODELS)
+@all_budgets
+def test_bfloat16(name: str, budget: dict[str, Any]) -> None:
+    pruned = with_lora(make(name).bfloat16())
+    plan = plan_for(pruned, **budget)
+    reference = masked(pruned, plan)
+    apply_plan(pruned, plan)
+    assert {p.dtype for n, p in pruned.named_parameters() if "base_layer" in n} == {torch.bfloat16}
+    inputs = batch()
+    with torch.no_grad():
+        values, expected = (logits(model, inputs).float() for model in (pruned, reference))
+    assert torch.isfinite(values).all()
+    assert relative_difference(values, expected) < 0.1
+    model = pruned.float()
+    assert difference(model, reference.float()) < TOLERANCE
+
+
+def test_tied_embeddings_stay_tied() -> None:
+    reference, pruned, _ = pair("llama-tied")
+    inner = transformers_model(pruned)
+    assert inner.lm_head.weight is inner.get_input_embeddings().weight
+    assert difference(pruned, reference) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
+def test_masks_leave_no_trace(name: str) -> None:
+    model = with_lora(make(name))
+    keys, before = set(model.state_dict()), logits(model, batch())
+    plan = plan_for(model)
+    masks = UnitMasks(plan.specs)
+    masks.attach(model)
+    assert logits(model, batch()).equal(before), "masks of one change nothing"
+    masks.set_plan(plan)
+    assert set(model.state_dict()) == keys
+    assert not logits(model, batch()).equal(before)
+    masks.detach()
+    assert logits(model, batch()).equal(before)
+    apply_plan(model, plan)
+    assert {key.replace(".base_layer", "") for key in model.state_dict()} < {k.replace(".base_layer", "") for k in keys}
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+# Ranks
+
+
+RANKS: dict[str, dict[str, Any]] = {
+    "power of two": {"r": 4, "lora_alpha": 8},
+    "r=6": {"r": 6, "lora_alpha": 16},
+    "rslora": {"r": 6, "lora_alpha": 16, "use_rslora": True},
+    "patterns": {"r": 6, "lora_alpha": 16, "alpha_pattern": {"query": 5, "q_proj": 5}, "rank_pattern": {"value": 3}},
+    "lora bias": {"r": 6, "lora_alpha": 16, "lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("ranks", [0.34, 0.5, 0.9])
+@pytest.mark.parametrize("settings", RANKS.values(), ids=RANKS.keys())
+@pytest.mark.parametrize("name", ["bert", "llama-gqa"])
+def test_rank_pruning_equals_zeroing(name: str, settings: dict[str, Any], ranks: float) -> None:
+    model = with_lora(make(name), **settings)
+    plan = only_ranks(model, ranks)
+    scalings = {site.spec.name: site.scaling for site in find_sites(model, plan.specs)}
+    reference = copy.deepcopy(model)
+    zero_pruned_ranks(reference, plan)
+    apply_plan(model, plan)
+    for site in find_sites(model, plan.specs):
+        assert site.spec.rank == len(plan.sites[site.spec.name]) < 6
+        assert site.scaling == scalings[site.spec.name], "the live scaling is that of the original rank"
+    assert difference(model, reference) < TOLERANCE
+
+
+@pytest.mark.parametrize("settings", RANKS.values(), ids=RANKS.keys())
+def test_scaling_is_exact_when_peft_computes_it_again(settings: dict[str, Any]) -> None:
+    model = with_lora(make("bert"), **settings)
+    plan = only_ranks(model, 0.5)
+    scalings = {site.spec.name: site.scaling for site in find_sites(model, plan.specs)}
+    apply_plan(model, plan)
+    config = model.peft_config["default"]
+    for site in find_sites(model, plan.specs):
+        name, rank = site.spec.name, config.rank_pattern.get(site.spec.name, config.r)
+        alpha = config.alpha_pattern.get(name, config.lora_alpha)
+        assert rank == site.spec.rank
+        assert alpha / (rank**0.5 if config.use_rslora else rank) == scalings[name]
+
+
+def only_ranks(model: PeftModel, ranks: float) -> PrunePlan:
+    return make_plan(random_record(model), Budget(heads=0, neurons=0, modules=0, ranks=ranks))

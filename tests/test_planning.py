@@ -1,0 +1,336 @@
+"""Plans: exact counts, floors, ties, scopes, targets, as properties over random records and budgets."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightpeft.config import Budget
+from lightpeft.errors import LightPeftError
+from lightpeft.planning import Selection, keep, make_plan
+from lightpeft.records import EstimationRecord, PrunePlan
+from lightpeft.structure import SLOTS, BlockSpec, SiteSpec
+
+PROJECTIONS = {slot: slot for slot in SLOTS if slot != "ffn_gate"}
+
+
+def make_record(
+    layers: int = 3, groups: int = 2, per_group: int = 2, neurons: int = 12, rank: int = 4, seed: int = 0, ties: int = 0
+) -> EstimationRecord:
+    """A record without a model; `ties`: scores are whole numbers below it."""
+    blocks = [
+        BlockSpec(index, "attention", PROJECTIONS, groups * per_group, groups, 8, neurons, 500, 400, 65)
+        for index in range(layers)
+    ]
+    sites = [SiteSpec(f"{index}.{slot}", rank, index, slot) for index in range(layers) for slot in PROJECTIONS]
+    generator = torch.Generator().manual_seed(seed)
+
+    def scores(count: int) -> Tensor:
+        if ties:
+            return torch.randint(0, ties, (count,), generator=generator).float()
+        return torch.rand(count, generator=generator)
+
+    values = {f"heads/mask/{index}": scores(groups * per_group) for index in range(layers)}
+    values |= {f"neurons/mask/{index}": scores(neurons) for index in range(layers)}
+    values |= {f"ranks/taylor/{index}": scores(rank) for index in range(len(sites))}
+    values["modules/ratio"] = scores(len(sites))
+    return EstimationRecord(blocks, sites, values, base_parameters=40_000, fingerprint="f", meta={})
+
+
+records = st.builds(
+    make_record,
+    layers=st.integers(1, 4),
+    groups=st.integers(1, 4),
+    per_group=st.integers(1, 4),
+    neurons=st.integers(1, 24),
+    rank=st.integers(1, 6),
+    seed=st.integers(0, 1000),
+    ties=st.sampled_from([0, 1, 3]),
+)
+ratios = st.one_of(st.sampled_from([0.0, 1 / 3, 0.5, 0.75, 0.999]), st.floats(0, 0.999))
+scopes = st.sampled_from(["layerwise", "global"])
+budgets = st.fixed_dictionaries(
+    {
+        "heads": ratios,
+        "neurons": ratios,
+        "modules": ratios,
+        "ranks": ratios,
+        "heads_scope": scopes,
+        "neurons_scope": scopes,
+        "modules_scope": st.just("global"),
+        "ranks_scope": scopes,
+        "min_heads": st.integers(0, 2),
+        "min_neurons": st.integers(0, 3),
+        "min_modules": st.integers(0, 2),
+        "min_ranks": st.integers(1, 3),
+        "multiple_of": st.sampled_from([1, 1, 4, 8]),
+        "head_unit": st.sampled_from(["group", "balanced"]),
+    }
+)
+
+
+def plan_or_skip(record: EstimationRecord, budget: dict[str, Any]) -> PrunePlan:
+    """The plan; budgets that empty the model are another test's."""
+    try:
+        return make_plan(record, Budget(**budget))
+    except LightPeftError as error:
+        assert "lower" in str(error)
+        assume(False)
+        raise
+
+
+def half_up(value: float) -> int:
+    return math.floor(value + 0.5)
+
+
+# One selection
+
+
+selections = st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), min_size=1, max_size=9), min_size=1)
+
+
+@given(layers=selections, ratio=ratios)
+def test_layerwise_keeps_the_top_of_each_layer(layers: list[list[float]], ratio: float) -> None:
+    kept = keep([torch.tensor(layer) for layer in layers], Selection(ratio, "layerwise", 0, "units"))
+    for layer, units in zip(layers, kept, strict=True):
+        best_first = sorted(range(len(layer)), key=lambda unit: (-layer[unit], unit))
+        assert units == sorted(best_first[: len(layer) - half_up(ratio * len(layer))])
+
+
+@given(layers=selections, ratio=ratios)
+def test_global_keeps_the_top_of_all(layers: list[list[float]], ratio: float) -> None:
+    kept = keep([torch.tensor(layer) for layer in layers], Selection(ratio, "global", 0, "units"))
+    everything = [(-score, i, j) for i, layer in enumerate(layers) for j, score in enumerate(layer)]
+    best_first = sorted(everything)
+    expected = best_first[: len(everything) - half_up(ratio * len(everything))]
+    assert {(i, j) for i, units in enumerate(kept) for j in units} == {(i, j) for _, i, j in expected}
+
+
+@given(layers=selections, ratio=ratios, floor=st.integers(0, 4), scope=scopes)
+def test_floors_win_and_counts_are_exact_where_they_allow(
+    layers: list[list[float]], ratio: float, floor: int, scope: str
+) -> None:
+    tensors = [torch.tensor(layer) for layer in layers]
+    kept = keep(tensors, Selection(ratio, scope, floor, "units"))
+    floors = [min(floor, len(layer)) for layer in layers]
+    for layer, units, least in zip(layers, kept, floors, strict=True):
+        assert len(units) >= least
+        best_first = sorted(range(len(layer)), key=lambda unit: (-layer[unit], unit))
+        assert units == sorted(best_first[: len(units)]), "within a layer the best stay"
+    sizes = [len(layer) for layer in layers]
+    if scope == "global":
+        expected = sum(sizes) - half_up(ratio * sum(sizes))
+        assert sum(map(len, kept)) == max(expected, sum(floors))
+    else:
+        counts = [max(size - half_up(ratio * size), least) for size, least in zip(sizes, floors, strict=True)]
+        assert list(map(len, kept)) == counts
+
+
+@given(layers=selections, low=ratios, high=ratios, floor=st.integers(0, 2), scope=scopes)
+def test_a_larger_ratio_keeps_a_subset(
+    layers: list[list[float]], low: float, high: float, floor: int, scope: str
+) -> None:
+    tensors = [torch.tensor(layer) for layer in layers]
+    more, less = (
+        keep(tensors, Selection(ratio, scope, floor, "units")) for ratio in (min(low, high), max(low, high))
+    )
+    assert all(set(few) <= set(many) for few, many in zip(less, more, strict=True))
+
+
+def test_ties_go_by_index() -> None:
+    equal = [torch.zeros(4), torch.zeros(4)]
+    assert keep(equal, Selection(0.5, "layerwise", 0, "units")) == [[0, 1], [0, 1]]
+    assert keep(equal, Selection(0.5, "global", 0, "units")) == [[0, 1, 2, 3], []]
+    assert keep(equal, Selection(0.5, "global", 1, "units")) == [[0, 1, 2], [0]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [("heads/mask/1", "head"), ("neurons/mask/0", "neurons"), ("modules/ratio", "modules"), ("ranks/taylor/0", "rank")],
+)
+def test_scores_that_are_not_finite(key: str, what: str, value: float) -> None:
+    record = make_record()
+    record.scores[key] = record.scores[key].clone()
+    record.scores[key][1] = value
+    with pytest.raises(LightPeftError, match=f"{what}.* not finite") as error:
+        make_plan(record, Budget(modules=0.0))
+    assert "\n" not in str(error.value)
+
+
+# Whole plans
+
+
+@settings(deadline=None)
+@given(record=records, budget=budgets)
+def test_a_plan_is_a_pure_function(record: EstimationRecord, budget: dict[str, Any]) -> None:
+    before = copy.deepcopy(record)
+    plan = plan_or_skip(record, budget)
+    assert plan == make_plan(copy.deepcopy(record), Budget(**budget))
+    assert (record.blocks, record.sites, record.meta) == (before.blocks, before.sites, before.meta)
+    assert record.scores.keys() == before.scores.keys()
+    assert all(value.equal(before.scores[key]) for key, value in record.scores.items())
+    assert PrunePlan.from_dict(plan.to_dict()) == plan
+
+
+@settings(deadline=None)
+@given(record=records, budget=budgets)
+def test_what_every_plan_satisfies(record: EstimationRecord, budget: dict[str, Any]) -> None:
+    plan = plan_or_skip(record, budget)
+    assert (plan.base_parameters, plan.fingerprint) == (record.base_parameters, record.fingerprint)
+    assert 0 <= plan.removed_parameters <= plan.base_parameters
+    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+        size = spec.heads_per_kv
+        by_group = [[head for head in kept.heads if head // size == group] for group in range(spec.kv_heads)]
+        assert kept.kv_heads == tuple(group for group, heads in enumerate(by_group) if heads)
+        counts = {len(heads) for heads in by_group if heads}
+        assert len(counts) <= 1, "groups that stay are equally large"
+        units = spec.kv_heads if budget["head_unit"] == "group" else size
+        if budget["head_unit"] == "group":
+            assert counts <= {size}
+            assert len(kept.kv_heads) >= min(budget["min_heads"], units)
+        else:
+            assert len(kept.kv_heads) in (0, spec.kv_heads)
+            assert len(kept.heads) // spec.kv_heads >= min(budget["min_heads"], units)
+        for indices, dense in ((kept.heads, spec.heads), (kept.neurons, spec.neurons)):
+            assert list(indices) == sorted(set(indices)) and all(0 <= index < dense for index in indices)
+        multiple = budget["multiple_of"]
+        assert len(kept.neurons) % multiple == 0 or len(kept.neurons) == spec.neurons
+        if multiple == 1:
+            assert len(kept.neurons) >= min(budget["min_neurons"], spec.neurons)
+        assert kept.neurons or budget["min_neurons"] == 0
+    check_sites(plan, budget)
+
+
+def check_sites(plan: PrunePlan, budget: dict[str, Any]) -> None:
+    dense = {site.name: site for site in plan.dense_sites}
+    alive = [s for s in plan.dense_sites if getattr(plan.blocks[s.block], "neurons" if "ffn" in s.slot else "heads")]
+    assert plan.sites and set(plan.sites) <= {site.name for site in alive}
+    removed = half_up(budget["modules"] * len(dense))
+    by_block = [sum(site.block == block for site in alive) for block in range(len(plan.blocks))]
+    floor = sum(min(budget["min_modules"], count) for count in by_block)
+    assert len(plan.sites) == max(min(len(dense) - removed, len(alive)), floor, 1)
+    for name, ranks in plan.sites.items():
+        assert list(ranks) == sorted(set(ranks)) and set(ranks) <= set(range(dense[name].rank))
+        assert len(ranks) >= min(budget["min_ranks"], dense[name].rank)
+        if budget["ranks_scope"] == "layerwise":
+            exact = dense[name].rank - half_up(budget["ranks"] * dense[name].rank)
+            assert len(ranks) == max(exact, min(budget["min_ranks"], dense[name].rank))
+
+
+@given(record=records)
+def test_ratio_zero_keeps_all(record: EstimationRecord) -> None:
+    plan = make_plan(record, Budget(heads=0, neurons=0, modules=0, ranks=0, multiple_of=8))
+    assert plan.removed_parameters == 0
+    assert plan.sites == {site.name: tuple(range(site.rank)) for site in record.sites}
+
+
+def test_group_units_by_their_mean() -> None:
+    record = make_record(layers=1, groups=3, per_group=2)
+    record.scores["heads/mask/0"] = torch.tensor([0.0, 0.9, 0.4, 0.4, 0.5, 0.6])
+    plan = make_plan(record, Budget(heads=1 / 3, head_unit="group"))
+    assert plan.blocks[0].heads == (0, 1, 4, 5) and plan.blocks[0].kv_heads == (0, 2)
+
+
+def test_balanced_keeps_the_best_of_every_group() -> None:
+    record = make_record(layers=1, groups=2, per_group=3)
+    record.scores["heads/mask/0"] = torch.tensor([0.1, 0.9, 0.5, 0.7, 0.7, 0.2])
+    plan = make_plan(record, Budget(heads=1 / 3, head_unit="balanced"))
+    assert plan.blocks[0].heads == (1, 2, 3, 4) and plan.blocks[0].kv_heads == (0, 1)
+    plan = make_plan(record, Budget(heads=2 / 3, head_unit="balanced"))
+    assert plan.blocks[0].heads == (1, 3), "equal scores: the lower index stays"
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(1, 7), (2, 8), (4, 8), (5, 5), (8, 8), (16, 12)])
+def test_multiple_of_rounds_to_the_nearest(multiple: int, width: int) -> None:
+    record = make_record(layers=1, neurons=12)
+    scores = record.scores["neurons/mask/0"]
+    budget = Budget(heads=0, neurons=5 / 12, multiple_of=multiple)
+    kept = make_plan(record, budget).blocks[0].neurons
+    assert kept == tuple(sorted(scores.argsort(descending=True)[:width].tolist()))
+
+
+def test_sites_of_dropped_sublayers_count_as_removed() -> None:
+    record = make_record(layers=2)
+    record.scores["heads/mask/0"] = torch.zeros(4)
+    record.scores["modules/ratio"] = torch.arange(12.0).flip(0)  # those of the dropped attention are the best
+    plan = make_plan(record, Budget(heads=0.5, heads_scope="global", min_heads=0, modules=0.5, ranks=0))
+    assert not plan.blocks[0].heads
+    assert list(plan.sites) == ["0.ffn_in", "0.ffn_out", "1.q", "1.k", "1.v", "1.o"]
+
+
+def test_modules_layerwise() -> None:
+    record = make_record(layers=3)
+    plan = make_plan(record, Budget(modules=0.5, modules_scope="layerwise"))
+    assert [sum(name.startswith(f"{block}.") for name in plan.sites) for block in range(3)] == [3, 3, 3]
+    with pytest.raises(LightPeftError, match="would remove every PEFT module; lower it"):
+        make_plan(record, Budget(modules=0.95, modules_scope="layerwise"))
+
+
+def test_a_budget_that_empties_the_model() -> None:
+    record = make_record()
+    empty = Budget(heads=0.999, neurons=0.999, min_heads=0, min_neurons=0)
+    with pytest.raises(LightPeftError, match="would empty the model.*lower the ratios"):
+        make_plan(record, empty)
+
+
+def test_every_module_in_a_dropped_sublayer() -> None:
+    record = make_record()
+    record.sites = [site for site in record.sites if site.slot == "q"]
+    record.scores["modules/ratio"] = torch.ones(3)
+    with pytest.raises(LightPeftError, match="every PEFT module sits in a sub-layer that the budget removes"):
+        make_plan(record, Budget(heads=0.999, min_heads=0))
+
+
+@pytest.mark.parametrize("field", ["head", "neuron", "module", "rank"])
+def test_a_criterion_that_was_not_recorded(field: str) -> None:
+    with pytest.raises(LightPeftError, match='no scores "[a-z]+/random.*it has heads/mask, modules/ratio'):
+        make_plan(make_record(), Budget(**{f"{field}_criterion": "random"}))
+
+
+def test_an_overall_target_overrides_the_ratios() -> None:
+    record = make_record()
+    plans = [make_plan(record, Budget(target=0.2, heads=ratio, neurons=ratio)) for ratio in (0.0, 0.9)]
+    assert plans[0].blocks == plans[1].blocks and plans[0].removed_ratio >= 0.2
+    assert plans[0].budget["target"] == 0.2
+
+
+@settings(deadline=None, max_examples=40)
+@given(record=records, target=st.floats(0.01, 0.6), budget=budgets)
+def test_target_is_reached_and_minimal(record: EstimationRecord, target: float, budget: dict[str, Any]) -> None:
+    dense = sum(b.heads * b.head_parameters + b.kv_heads * 400 + b.neurons * 65 for b in record.blocks)
+    record.base_parameters = int(dense * 1.2)
+
+    def removed(heads: float, neurons: float) -> float:
+        return PrunePlan(
+            tuple(record.blocks),
+            make_plan(record, Budget(**{**without_emptying, "heads": heads, "neurons": neurons})).blocks,
+            {},
+            (),
+            record.base_parameters,
+            "",
+        ).removed_ratio
+
+    without_emptying = {**budget, "min_neurons": max(1, budget["min_neurons"])}
+    ratio_of = [step / 1000 for step in range(1000)]
+    try:
+        plan = make_plan(record, Budget(**{**without_emptying, "target": target}))
+    except LightPeftError as error:
+        assert "cannot be reached" in str(error) and removed(0.999, 0.999) < target
+        return
+    assert plan.removed_ratio >= target
+    least = next(ratio for ratio in ratio_of if removed(ratio, ratio) >= target)
+    neurons = next(ratio for ratio in ratio_of if removed(least, ratio) >= target)
+    assert plan.blocks == make_plan(record, Budget(**{**without_emptying, "heads": least, "neurons": neurons})).blocks
+
+
+def test_an_unreachable_target_says_what_can_be_reached() -> None:
+    with pytest.raises(LightPeftError, match=r"target 0\.9 cannot be reached: at most 0\.\d+ .*min_heads or min_neurons"):
+        make_plan(make_record(), Budget(target=0.9))
