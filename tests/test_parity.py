@@ -113,8 +113,8 @@ def test_training_mode_and_gradients(name: str, budget: dict[str, Any]) -> None:
     for site in sites:
         dense, ranks = dense_sites[site.spec.name], list(plan.sites[site.spec.name])
         spec, kept = plan.specs[site.spec.block], plan.blocks[site.spec.block]
-        outputs, inputs_ = kept_channels(spec, kept, site.spec.slot)
-        compare_gradients(site.down, select(dense.down.grad, ranks, inputs_))
+        outputs, ins = kept_channels(spec, kept, site.spec.slot)
+        compare_gradients(site.down, select(dense.down.grad, ranks, ins))
         compare_gradients(site.up, select(dense.up.grad, outputs, ranks))
     heads = {n: p for n, p in reference.named_parameters() if "modules_to_save" in n}
     assert bool(heads) == (name in ("bert", "roberta", "llama-classifier"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,8 @@ from rich.console import Console
 
 from lightpeft.config import RunConfig, load_yaml, run_config_from_dict, unknown_key
 from lightpeft.errors import LightPeftError, require
+
+_out = Console()
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -68,7 +71,8 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     verbs = parser.add_subcommands(required=True, metavar="verb")
     subparsers = {}
     for verb, description in {**_STAGES, **_OTHERS}.items():
-        subparser = ArgumentParser(description=description, exit_on_error=False)
+        usage = f"lightpeft {verb} [options]" if verb in _STAGES else None
+        subparser = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
         {"predict": _predict_options, "inspect": _inspect_options}.get(verb, _stage_options)(subparser)
         if verb == "bench":
             _bench_options(subparser)
@@ -96,15 +100,78 @@ def _bench_options(parser: ArgumentParser) -> None:
 def _run_stage(verb: str, options: Namespace) -> None:
     given = options.as_dict()
     show = given.pop("print_config", False)
-    bench = {name: given.pop(name) for name in ("rounds", "steps", "json") if name in given}
+    extra = {name: given.pop(name) for name in ("rounds", "steps", "json") if name in given}
     config = _config(given)
     if show:
         sys.stdout.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
         return
-    from lightpeft.verbs import STAGE_VERBS
-
     _quiet()
-    STAGE_VERBS[verb](config, **bench)
+    _STAGE_VERBS[verb](config, **extra)
+
+
+def _run(config: RunConfig) -> None:
+    from lightpeft import pipeline
+
+    _show_metrics(pipeline.run(config))
+
+
+def _estimate(config: RunConfig) -> None:
+    from lightpeft import pipeline
+
+    record = pipeline.estimate(pipeline.prepare(config))
+    _out.print(f"{record.meta['steps']} steps; scores are in {config.output}/estimation", markup=False)
+
+
+def _plan(config: RunConfig) -> None:
+    from lightpeft import pipeline
+    from lightpeft.runs import RunFolder
+    from lightpeft.tables import plan_table
+
+    _out.print(plan_table(pipeline.plan(RunFolder.open(config, replan=True))))
+
+
+def _prune(config: RunConfig) -> None:
+    from lightpeft import pipeline
+
+    pipeline.prune(pipeline.prepare(config))
+    _out.print(f"the pruned model is in {config.output}/pruned", markup=False)
+
+
+def _train(config: RunConfig) -> None:
+    from lightpeft import pipeline
+
+    pipeline.train(pipeline.prepare(config))
+    _out.print(f"the trained adapter is in {config.output}/adapter", markup=False)
+
+
+def _evaluate(config: RunConfig) -> None:
+    from lightpeft import pipeline
+
+    _show_metrics(pipeline.evaluate(pipeline.prepare(config)))
+
+
+def _bench(config: RunConfig, **options: Any) -> None:
+    from lightpeft.bench import bench
+    from lightpeft.tables import bench_table
+
+    _out.print(bench_table(bench(config, **options)))
+
+
+_STAGE_VERBS: dict[str, Callable[..., None]] = {
+    "run": _run,
+    "estimate": _estimate,
+    "plan": _plan,
+    "prune": _prune,
+    "train": _train,
+    "evaluate": _evaluate,
+    "bench": _bench,
+}
+
+
+def _show_metrics(report: dict[str, Any]) -> None:
+    from lightpeft.tables import facts_table
+
+    _out.print(facts_table({**report["metrics"], **report["parameters"]}, f"method {report['method']}"))
 
 
 def _config(given: dict[str, Any]) -> RunConfig:
@@ -143,10 +210,11 @@ def _predict_options(parser: ArgumentParser) -> None:
 
 
 def _predict(options: Namespace) -> None:
-    from lightpeft.verbs import predict
+    from lightpeft.predicting import predict
 
     _quiet()
-    predict(**options.as_dict())
+    given = options.as_dict()
+    predict(given.pop("model"), given.pop("input"), **given)
 
 
 def _inspect_options(parser: ArgumentParser) -> None:
@@ -154,9 +222,20 @@ def _inspect_options(parser: ArgumentParser) -> None:
 
 
 def _inspect(options: Namespace) -> None:
-    from lightpeft.verbs import inspect
+    from lightpeft.checkpoint import read_description
+    from lightpeft.predicting import adapter_folder
+    from lightpeft.records import PrunePlan
+    from lightpeft.tables import facts_table, plan_table
 
-    inspect(options.path)
+    path = Path(options.path)
+    require(path.exists(), f"{path} does not exist; give a plan.json, a light adapter folder or a run folder")
+    if path.is_file() or not (path / "adapter" / "lightpeft.json").is_file() and (path / "plan.json").is_file():
+        _out.print(plan_table(PrunePlan.load(path if path.is_file() else path / "plan.json")))
+        return
+    description = read_description(adapter_folder(path))
+    base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
+    _out.print(facts_table({**base, **description["metrics"]}, f"light adapter {adapter_folder(path)}"))
+    _out.print(plan_table(PrunePlan.from_dict(description["plan"])))
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ class LightConfig(Budget):
         else:
             require(0 < self.length < 1, f"length is {self.length:g}; a fraction of the run lies in (0, 1)")
         require(self.mask_learning_rate > 0, f"mask_learning_rate is {self.mask_learning_rate:g}; it must be positive")
-        require(min(self.lambda_heads, self.lambda_neurons) >= 0, "lambda_heads and lambda_neurons cannot be negative")
+        positive = self.lambda_heads >= 0 and self.lambda_neurons >= 0
+        require(positive, "lambda_heads and lambda_neurons cannot be negative")
         require(self.check_every >= 1 and self.settled_checks >= 1, "check_every and settled_checks start at 1")
         require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
@@ -185,9 +187,9 @@ class DataConfig:
     max_length: int = 128
     """Tokens a row keeps at most; may not exceed what the model allows."""
     limit_train: int | None = None
-    """Use only the first so many training rows, after a seeded shuffle."""
+    """Use only so many training rows, after a seeded shuffle."""
     limit_test: int | None = None
-    """Use only the first so many test rows."""
+    """Use only so many test rows, after a seeded shuffle."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -310,7 +312,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     require(path.is_file(), f"config file {path} does not exist")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LightPeftError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     require(isinstance(data, dict), f"{path} must hold a mapping of settings, not a {type(data).__name__}")
     return data
@@ -319,9 +321,10 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
     """A `RunConfig` from nested plain data, with the preset below the given values."""
     preset = data.get("preset", "default")
-    require(preset in PRESETS, f'preset "{preset}" is unknown; choose one of {", ".join(PRESETS)}')
-    given = data.get("light")
-    light = {**PRESETS[preset], **given} if isinstance(given, dict) else dict(PRESETS[preset])
+    known = isinstance(preset, str) and preset in PRESETS
+    require(known, f'preset "{preset}" is unknown; choose one of {", ".join(PRESETS)}')
+    given = data.get("light") or {}
+    light = {**PRESETS[preset], **given} if isinstance(given, dict) else given
     return from_dict(RunConfig, {**data, "light": light})
 
 
@@ -336,7 +339,8 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
             raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in fields]))
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
-            values[key] = from_dict(typing.cast(type, hint), value, f"{where}{key}.")
+            section = {} if value is None else value  # a heading with nothing below it
+            values[key] = from_dict(typing.cast(type, hint), section, f"{where}{key}.")
         else:
             values[key] = _coerce(value, hint, f"{where}{key}")
     return cls(**values)
@@ -364,6 +368,10 @@ def _literals(hint: Any) -> tuple[Any, ...]:
     return tuple(value for part in typing.get_args(hint) for value in _literals(part))
 
 
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+"""Numbers such as 3e-4, which YAML 1.1 reads as strings because they have no dot."""
+
+
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """Check a plain value against a field's type; YAML's integers are fine where floats are asked for."""
     options = typing.get_args(hint) if typing.get_origin(hint) not in (None, list, Literal) else (hint,)
@@ -373,10 +381,13 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if typing.get_origin(option) is list and isinstance(value, list):
-            return value
+            item = typing.get_args(option)[0]
+            return [_coerce(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
         if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
         if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
+            return float(value)
+        if option is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
             return float(value)
     choices = _literals(hint)
     wanted = f"one of {', '.join(map(str, choices))}" if choices else getattr(hint, "__name__", str(hint))

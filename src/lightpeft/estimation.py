@@ -8,7 +8,6 @@ own, and an L1 term that is added to their gradient directly, so a loop needs on
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from lightpeft.loading import fingerprint
 from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
 from lightpeft.profiling import count_parameters
-from lightpeft.records import EstimationRecord, PrunePlan
+from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
 from lightpeft.sites import base_layer, check_peft, find_sites, transformers_model
 from lightpeft.structure import BlockSpec
 
@@ -244,21 +243,31 @@ class Estimator:
             "settled_overlap": config.settled_overlap,
             "settled_checks": config.settled_checks,
             "history": self.history,
-            "processes": dist.get_world_size() if _distributed() else 1,
+            "processes": _processes(),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
         }
 
     # -- resuming ------------------------------------------------------------------------------------------------
 
-    def save_state(self, folder: str | Path) -> None:
-        """Write all that a resumed stage needs into a trainer's checkpoint folder."""
-        tensors = {"values": self.masks.values, "modules": self._modules.sums}
+    def save_state(self, folder: str | Path, write: bool = True) -> None:
+        """Write all that a resumed stage needs into a trainer's checkpoint folder.
+
+        Args:
+            folder: an existing checkpoint; its other files stay.
+            write: off in all processes but one, which call this all the same, because sums are added up over them.
+
+        Raises:
+            LightPeftError: the folder cannot be written.
+        """
+        modules = _sum_over_processes(self._modules.sums.clone())
+        if not write:
+            return
+        tensors = {"values": self.masks.values, "modules": modules}
         tensors |= {f"sums/{name}": value for name, value in self._sums.items()}
         adam = self._optimizer.state[self.masks.values]
         tensors |= {f"adam/{name}": value.reshape(-1) for name, value in adam.items()}
         for index, window in enumerate(self._windows):
             tensors |= {f"window/{index}/{name}": value for name, value in window.sums.items()}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, Path(folder) / _STATE_FILE)
         state = {
             "steps": self.steps,
             "history": self.history,
@@ -266,15 +275,23 @@ class Estimator:
             "last_plan": self._last_plan.to_dict() if self._last_plan else None,
             "windows": [[window.start, window.end] for window in self._windows],
         }
-        (Path(folder) / _HISTORY_FILE).write_text(json.dumps(state), encoding="utf-8")
+        with writing_files(folder, last=_HISTORY_FILE) as temporary:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / _STATE_FILE)
+            write_json(temporary / _HISTORY_FILE, state)
 
     def load_state(self, folder: str | Path) -> None:
-        """Go on from what `save_state` wrote; call it after `start`."""
+        """Go on from what `save_state` wrote; call it after `start`, in every process.
+
+        Raises:
+            LightPeftError: the folder holds no estimation state, or that of another model.
+        """
+        state = read_json(Path(folder) / _HISTORY_FILE)
         tensors = load_file(Path(folder) / _STATE_FILE)
-        state = json.loads((Path(folder) / _HISTORY_FILE).read_text(encoding="utf-8"))
+        same = tensors["values"].shape == self.masks.values.shape and tensors["modules"].shape[1] == len(self.sites)
+        require(same, f"{folder} holds the estimation state of another model")
         with torch.no_grad():
             self.masks.values.copy_(tensors["values"])
-        self._modules.sums.copy_(tensors["modules"])
+        self._modules.sums.copy_(tensors["modules"] / _processes())
         for name, value in self._sums.items():
             value.copy_(tensors[f"sums/{name}"])
         adam = {name.removeprefix("adam/"): t for name, t in tensors.items() if name.startswith("adam/")}
@@ -333,15 +350,15 @@ def _units(plan: PrunePlan, kind: str) -> set[Any]:
     return {(index, unit) for index, block in enumerate(plan.blocks) for unit in getattr(block, kind)}
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _sum_over_processes(value: Tensor) -> Tensor:
-    if _distributed():
+    if _processes() > 1:
         dist.all_reduce(value)
     return value
 
 
 def _mean_over_processes(value: Tensor) -> Tensor:
-    return _sum_over_processes(value) / dist.get_world_size() if _distributed() else value
+    return _sum_over_processes(value) / _processes()

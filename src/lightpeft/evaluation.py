@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,14 +234,14 @@ def _lines(source: Path | TextIO) -> list[str]:
     return [line.rstrip("\r") for line in content.split("\n")]
 
 
-def write_predictions(path: Path, rows: Dataset, labels: list[str], probabilities: np.ndarray) -> None:
+def write_predictions(path: Path | None, rows: Dataset, labels: list[str], probabilities: np.ndarray) -> None:
     """Write rows with their most probable label and every label's probability to a .csv or .jsonl file.
 
     Columns: those of `rows` (one that is named like a new one becomes `input_<name>`), `label`, `p_<label>`. The
     file appears only when it is complete.
 
     Args:
-        path: the file, replaced if it is there.
+        path: the file, replaced if it is there; None: CSV on standard output.
         rows: what was predicted on.
         labels: label names in class order.
         probabilities: [rows, labels].
@@ -248,7 +249,7 @@ def write_predictions(path: Path, rows: Dataset, labels: list[str], probabilitie
     Raises:
         LightPeftError: another suffix, or the file cannot be written.
     """
-    write = check_predictions_path(path)
+    write = _write_csv if path is None else check_predictions_path(path)
     new = ["label", *(f"p_{name}" for name in labels)]
     renamed = {name: f"input_{name}" if name in new else name for name in rows.column_names}
     best = probabilities.argmax(-1)
@@ -260,6 +261,9 @@ def write_predictions(path: Path, rows: Dataset, labels: list[str], probabilitie
         }
         for i, row in enumerate(rows)
     )
+    if path is None:
+        write(sys.stdout, [*renamed.values(), *new], table)
+        return
     try:
         with _replacing(path) as file:
             write(file, [*renamed.values(), *new], table)

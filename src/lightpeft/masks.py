@@ -97,9 +97,9 @@ class _HeadScaler:
 class _NeuronScaler:
     """Pre-hook of the FFN-output projection: scales the input [..., neurons].
 
-    The gradient of a mask needs that input, which no other operation keeps: saving it costs an eighth of LoRA's
-    memory. What it was computed from is saved anyway, so it is computed again in the backward pass, where the first
-    call has shown that this gives the same bits.
+    The gradient of a mask needs that input, which other operations seldom save: keeping it would cost about a tenth
+    of LoRA's memory. What it was computed from is saved anyway, so it is computed again in the backward pass, provided
+    that the first call has shown that this gives the same bits.
     """
 
     def __init__(self, mask: Tensor, activation: Callable[[Tensor], Tensor] | None) -> None:

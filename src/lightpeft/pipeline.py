@@ -212,8 +212,9 @@ def dense_model(work: Workspace) -> LoadedModel:
     """The untouched foundation model with the task's head, on the device that training uses."""
     loaded = load_model(work.config.model, work.config.data.task, work.task.labels)
     ensure_pad_token(work.tokenizer, loaded.model.config)
-    if torch.cuda.is_available():
-        loaded.model.cuda()
+    device = torch.accelerator.current_accelerator()
+    if device is not None:
+        loaded.model.to(device)
     return loaded
 
 

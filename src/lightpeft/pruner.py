@@ -96,6 +96,7 @@ class EstimationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Begin the stage, or go on with an interrupted one."""
         self.estimator.start(state.max_steps)
         if self.resume_from is not None:
             self.estimator.load_state(self.resume_from)
@@ -103,25 +104,26 @@ class EstimationCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Take in the step's gradients."""
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         self.estimator.step(scaler.get_scale() if scaler is not None else 1.0)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the trainer when the stage is done."""
         if self.estimator.finished:
             control.should_training_stop = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look for divergence where the trainer waits for the device anyway."""
         self.estimator.check_finite()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.estimator.save_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        """Put the stage's state into the trainer's checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.estimator.save_state(folder, write=state.is_world_process_zero)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Take masks and observers off the model."""
         self.estimator.stop()
-
-

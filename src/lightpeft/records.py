@@ -188,8 +188,12 @@ class PrunePlan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PrunePlan:
-        """The plan that `to_dict` described."""
-        return cls(
+        """The plan that `to_dict` described.
+
+        Raises:
+            ValueError: the parts do not fit each other (also KeyError, TypeError, AttributeError: parts are missing).
+        """
+        plan = cls(
             specs=tuple(BlockSpec(**spec) for spec in data["specs"]),
             blocks=tuple(BlockPlan(**{k: from_ranges(v) for k, v in block.items()}) for block in data["blocks"]),
             sites={name: from_ranges(ranks) for name, ranks in data["sites"].items()},
@@ -198,6 +202,8 @@ class PrunePlan:
             fingerprint=data["fingerprint"],
             budget=data["budget"],
         )
+        _check_fit(plan)
+        return plan
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -213,6 +219,24 @@ class PrunePlan:
         data = read_json(path)
         with understandable(path):
             return cls.from_dict(data)
+
+
+def _check_fit(plan: PrunePlan) -> None:
+    """Raise ValueError unless what stays is part of what was there."""
+    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+        groups = sorted({head // spec.heads_per_kv for head in kept.heads})
+        if list(kept.kv_heads) != groups or len(kept.heads) % max(len(groups), 1):
+            raise ValueError(f"layer {spec.index} keeps query heads that do not fit its KV heads")
+        _check_indices(kept.heads, spec.heads, f"heads of layer {spec.index}")
+        _check_indices(kept.neurons, spec.neurons, f"neurons of layer {spec.index}")
+    dense = {site.name: site.rank for site in plan.dense_sites}
+    for name, ranks in plan.sites.items():
+        _check_indices(ranks, dense[name], f"ranks of {name}")
+
+
+def _check_indices(kept: Sequence[int], dense: int, what: str) -> None:
+    if list(kept) != sorted(set(kept)) or max(kept, default=0) >= dense:
+        raise ValueError(f"the {what} must be ascending and below {dense}")
 
 
 def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
@@ -312,10 +336,30 @@ def writing_files(folder: str | Path, last: str) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield temporary
         folder.mkdir(exist_ok=True)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
-            os.replace(file, folder / file.name)
+        _move_files(temporary, folder, last)
     except (OSError, SafetensorError) as error:
         raise LightPeftError(f"cannot write {folder}: {error}; nothing was changed") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_files(source: Path, folder: Path, last: str) -> None:
+    """Move all files of `source` into `folder`, `last` at the end; when one cannot be moved, the old ones come back."""
+    names = sorted((file.name for file in source.iterdir()), key=lambda name: name == last)
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    try:
+        for name in reversed(names):
+            if (folder / name).exists():
+                os.replace(folder / name, old / name)
+        for name in names:
+            os.replace(source / name, folder / name)
+    except OSError:
+        for name in names:
+            if not (source / name).exists():
+                (folder / name).unlink(missing_ok=True)
+        for file in old.iterdir():
+            file.rename(folder / file.name)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)

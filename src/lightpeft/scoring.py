@@ -50,7 +50,7 @@ def module_ratio(delta: Tensor, base: Tensor, real: Tensor | None) -> tuple[Tens
         real: 1 for real tokens and 0 for padding, as many entries as tokens; None: all are real.
     """
     norms = [torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.float32).flatten() for x in (delta, base)]
-    ratio = norms[0] / norms[1].clamp_min(torch.finfo(torch.float32).tiny)
+    ratio = norms[0] / norms[1].clamp_min(torch.finfo(torch.float32).eps)  # finite also where the base gives zero
     if real is None:
         return ratio.sum(), torch.full_like(ratio[0], ratio.numel())
     weight = real.flatten().to(ratio.dtype)

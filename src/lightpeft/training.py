@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
@@ -77,6 +78,7 @@ def make_trainer(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         gradient_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if config.by_length else "random",
         length_column_name="length",

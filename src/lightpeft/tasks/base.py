@@ -92,6 +92,7 @@ def split_rows(train: Dataset, test: Dataset | None, config: DataConfig) -> tupl
         train = _first(train, config.limit_train)
     if config.limit_test is not None:
         require(config.limit_test >= 1, f"data.limit_test is {config.limit_test}; it must be at least 1")
+        test = test.shuffle(seed=config.split_seed, keep_in_memory=True, load_from_cache_file=False)
         test = _first(test, config.limit_test)
     return train, test
 

@@ -1,0 +1,93 @@
+"""Plans, light adapters and measurements as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+from lightpeft.records import PrunePlan
+
+
+def plan_table(plan: PrunePlan) -> Table:
+    """One row a layer: what stays of heads, neurons, PEFT modules and their ranks."""
+    rows = plan.rows()
+    table = Table(caption=plan.summary(), caption_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "module:ranks" else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def facts_table(facts: Mapping[str, Any], title: str) -> Table:
+    """Names and values, one a row."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, shown(value))
+    return table
+
+
+def bench_table(report: Mapping[str, Any]) -> Table:
+    """Plain LoRA, light, and their ratio, with the quartiles of the ratio."""
+    lora, light, ratios = report["subjects"]["lora"], report["subjects"]["light"], report["ratios"]
+    table = Table(title="plain LoRA beside light (medians over rounds)", title_justify="left")
+    for name in ("", "plain LoRA", "light", "light / plain", "quartiles"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, key in (("training samples/s", "training"), ("inference samples/s", "inference")):
+        values = [subject[f"{key}_samples_per_second"]["median"] for subject in (lora, light)]
+        table.add_row(name, *(f"{value:.1f}" for value in values), *_ratio(ratios[f"{key}_throughput"]))
+    memory = [subject["peak_memory_bytes"] / 2**20 for subject in (lora, light)]
+    table.add_row("peak training memory, MiB", *(f"{value:.0f}" for value in memory), f"{ratios['peak_memory']:.2f}", "")
+    for name, key in (("training", "training"), ("inference", "forward")):
+        flops = [subject["flops"][key] / 1e9 for subject in (lora, light)]
+        table.add_row(f"{name} GFLOP a batch", *(f"{value:.1f}" for value in flops), f"{flops[1] / flops[0]:.2f}", "")
+    whole = report["end_to_end"]
+    seconds = (f"{whole['lora_seconds']:.0f}", f"{whole['light_seconds']:.0f}", f"{whole['light_over_lora']:.2f}")
+    table.add_row("whole run, s (estimation included)", *seconds, "")
+    slowdown = ratios["estimation_throughput"]["median"]
+    table.caption = f"estimation trains {slowdown:.2f} times as fast as plain LoRA, for {whole['estimation_steps']} steps"
+    return table
+
+
+def _ratio(spread: Mapping[str, float]) -> tuple[str, str]:
+    return f"{spread['median']:.2f}", f"{spread['low']:.2f} - {spread['high']:.2f}"
+
+
+def comparison_table(lora: Mapping[str, Any], light: Mapping[str, Any], bench: Mapping[str, Any]) -> Table:
+    """The whole comparison of two finished runs: quality, size and speed.
+
+    Args:
+        lora: metrics.json of a run with method lora.
+        light: metrics.json of a run with method light.
+        bench: bench.json.
+    """
+    table = Table(title="plain LoRA beside lightpeft", title_justify="left")
+    for name in ("", "plain LoRA", "lightpeft"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name in ("accuracy", "f1", "loss"):
+        if name in lora["metrics"]:
+            table.add_row(name, f"{lora['metrics'][name]:.4f}", f"{light['metrics'][name]:.4f}")
+    sizes = [report["parameters"] for report in (lora, light)]
+    table.add_row("base parameters", *(f"{size['base']:,}" for size in sizes))
+    table.add_row("base parameters removed", *(f"{size['base_removed_ratio']:.1%}" for size in sizes))
+    table.add_row("trainable PEFT parameters", *(f"{size['peft']:,}" for size in sizes))
+    table.add_row("trainable head parameters", *(f"{size['head']:,}" for size in sizes))
+    subjects = [bench["subjects"][name] for name in ("lora", "light")]
+    for key in ("training", "inference"):
+        values = [subject[f"{key}_samples_per_second"]["median"] for subject in subjects]
+        ratio = bench["ratios"][f"{key}_throughput"]["median"]
+        table.add_row(f"{key} samples/s", f"{values[0]:.0f}", f"{values[1]:.0f} ({ratio:.2f}x)")
+    table.add_row("peak training memory, MiB", *(f"{s['peak_memory_bytes'] / 2**20:.0f}" for s in subjects))
+    table.add_row("saved adapter, KiB", *(f"{report['adapter_bytes'] / 1024:.0f}" for report in (lora, light)))
+    times = [sum(report["seconds"].values()) for report in (lora, light)]
+    table.add_row("training time, s (estimation included)", *(f"{value:.0f}" for value in times))
+    return table
+
+
+def shown(value: Any) -> str:
+    """A value as people read it: floats short, large counts with separators."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,247 @@
+"""Settings: types, ranges, presets, and errors that name what to write instead."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightpeft.config import (
+    PRESETS,
+    Budget,
+    DataConfig,
+    LightConfig,
+    LoraSettings,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    from_dict,
+    load_config,
+    preset_light,
+    run_config_from_dict,
+    unknown_key,
+)
+from lightpeft.errors import LightPeftError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+# Ranges
+
+
+@pytest.mark.parametrize("name", ["heads", "neurons", "modules", "ranks", "target"])
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1, 40.0, float("nan"), float("inf")])
+def test_ratios_lie_in_zero_to_one(name: str, value: float) -> None:
+    with pytest.raises(LightPeftError) as error:
+        Budget(**{name: value})
+    assert message(error).startswith(f"{name} is ") and "[0, 1)" in message(error)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1 / 3, 0.999])
+def test_ratios_in_range(value: float) -> None:
+    assert Budget(heads=value, neurons=value, modules=value, ranks=value, target=value).heads == value
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "says"),
+    [
+        (Budget, {"min_heads": -1}, "min_heads is -1; it must be at least 0"),
+        (Budget, {"min_ranks": 0}, "min_ranks is 0; it must be at least 1"),
+        (Budget, {"multiple_of": 0}, "multiple_of is 0"),
+        (Budget, {"heads_scope": "local"}, 'heads_scope is "local"; choose one of layerwise, global'),
+        (Budget, {"head_unit": "pair"}, 'head_unit is "pair"; choose one of group, balanced'),
+        (Budget, {"module_criterion": "taylor"}, 'module_criterion is "taylor"; choose one of ratio, random'),
+        (LightConfig, {"length": 1}, "length is 1 steps; estimation needs at least 2"),
+        (LightConfig, {"length": True}, "estimation needs at least 2"),
+        (LightConfig, {"length": 1.0}, "length is 1; a fraction of the run lies in (0, 1)"),
+        (LightConfig, {"length": "later"}, 'length is "later"'),
+        (LightConfig, {"heads": 1.5}, "heads is 1.5"),
+        (LightConfig, {"mask_learning_rate": 0.0}, "mask_learning_rate is 0; it must be positive"),
+        (LightConfig, {"lambda_heads": -1.0}, "cannot be negative"),
+        (LightConfig, {"lambda_neurons": float("nan")}, "cannot be negative"),
+        (LightConfig, {"check_every": 0}, "start at 1"),
+        (LightConfig, {"settled_overlap": 1.1}, "settled_overlap is 1.1"),
+        (LightConfig, {"max_fraction": 1.0}, "max_fraction is 1"),
+        (ModelConfig, {"dtype": "int8"}, 'dtype is "int8"; choose one of float32, bfloat16, float16, auto'),
+        (ModelConfig, {"attention": "flash"}, "choose one of sdpa, eager, flash_attention_2"),
+        (DataConfig, {"task": "qa"}, 'task is "qa"; choose one of classification, causal-lm'),
+        (DataConfig, {"max_length": 1}, "data.max_length is 1"),
+        (DataConfig, {"test_fraction": 0.0}, "data.test_fraction is 0"),
+        (DataConfig, {"prompt": "question"}, "data.prompt and data.completion go together"),
+        (LoraSettings, {"r": 0}, "lora.r is 0"),
+        (LoraSettings, {"alpha": 0}, "lora.alpha is 0"),
+        (LoraSettings, {"dropout": 1.0}, "lora.dropout is 1"),
+        (TrainingConfig, {"epochs": 0}, "training.epochs is 0; it must be positive"),
+        (TrainingConfig, {"learning_rate": float("nan")}, "training.learning_rate is nan"),
+        (TrainingConfig, {"warmup": 1.0}, "training.warmup is 1"),
+        (TrainingConfig, {"save_steps": 0}, "start at 1"),
+        (RunConfig, {"method": "full"}, 'method is "full"; choose one of light, lora'),
+        (RunConfig, {"preset": "fast"}, 'preset is "fast"'),
+    ],
+)
+def test_values_out_of_range(cls: type, values: dict[str, Any], says: str) -> None:
+    with pytest.raises(LightPeftError) as error:
+        cls(**values)
+    assert says in message(error)
+
+
+# Presets
+
+
+def test_presets() -> None:
+    paper = preset_light("paper")
+    assert (paper.heads, paper.neurons, paper.modules, paper.ranks) == (1 / 3, 1 / 3, 3 / 4, 1 / 2)
+    assert (paper.heads_scope, paper.neurons_scope) == ("layerwise", "global")
+    assert (paper.lambda_heads, paper.lambda_neurons, paper.mask_learning_rate) == (1e-4, 1e-4, 3e-4)
+    assert (paper.head_criterion, paper.neuron_criterion) == ("mask", "mask")
+    assert (paper.module_criterion, paper.rank_criterion, paper.multiple_of) == ("ratio", "taylor", 1)
+    lora = RunConfig().lora
+    assert (lora.r, lora.alpha, lora.dropout, lora.slots) == (8, 16, 0.05, None)
+    assert preset_light("default", heads=0.5).heads == 0.5
+    fields = {field.name for field in dataclasses.fields(LightConfig)}
+    assert all(set(values) <= fields for values in PRESETS.values())
+
+
+def test_unknown_preset() -> None:
+    for make in (lambda: preset_light("fast"), lambda: run_config_from_dict({"preset": "fast"})):
+        with pytest.raises(LightPeftError) as error:
+            make()
+        assert message(error) == 'preset "fast" is unknown; choose one of paper, default'
+
+
+@pytest.mark.parametrize("preset", [["paper"], {"name": "paper"}, 3, None])
+def test_a_preset_that_is_no_name(preset: Any) -> None:
+    with pytest.raises(LightPeftError, match="preset .* is unknown"):
+        run_config_from_dict({"preset": preset})
+
+
+def test_given_values_win_over_the_preset() -> None:
+    config = run_config_from_dict({"preset": "paper", "light": {"mask_learning_rate": 0.1, "heads": 0.25}})
+    assert config.light == preset_light("paper", mask_learning_rate=0.1, heads=0.25)
+    assert run_config_from_dict({}).light == preset_light("default")
+
+
+# Plain data
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"lite": {}}, "unknown key lite; did you mean light?"),
+        ({"light": {"head": 0.5}}, "unknown key light.head; did you mean light.heads?"),
+        ({"light": {"lenght": 5}}, "unknown key light.lenght; did you mean light.length?"),
+        ({"training": {"lr": 1.0}}, "unknown key training.lr"),
+        ({"model": {"zzzzzz": 1}}, "unknown key model.zzzzzz"),
+        ({1: 2}, "unknown key 1; known keys: preset, method"),
+        ({"light": {"heads": "half"}}, "light.heads is 'half'; it must be float"),
+        ({"light": {"heads": True}}, "light.heads is True; it must be float"),
+        ({"light": {"heads": None}}, "light.heads is None"),
+        ({"light": {"min_heads": 1.5}}, "light.min_heads is 1.5; it must be int"),
+        ({"light": {"length": "later"}}, "light.length is 'later'; it must be one of auto"),
+        ({"light": {"head_criterion": "best"}}, "light.head_criterion is 'best'; it must be one of mask, taylor"),
+        ({"light": {"restart": "yes"}}, "light.restart is 'yes'; it must be bool"),
+        ({"light": 5}, "light. must be a mapping, not 5"),
+        ({"light": [1]}, "light. must be a mapping"),
+        ({"model": "bert"}, "model. must be a mapping, not 'bert'"),
+        ({"model": {"name": 3}}, "model.name is 3; it must be str"),
+        ({"lora": {"slots": "q"}}, "lora.slots is 'q'"),
+        ({"lora": {"slots": ["q", 2]}}, "lora.slots[1] is 2; it must be str"),
+        ({"seed": 1.0}, "seed is 1.0; it must be int"),
+        ({"light": {"heads": 2}}, "heads is 2; a ratio"),
+    ],
+)
+def test_bad_plain_data(data: dict[Any, Any], says: str) -> None:
+    with pytest.raises(LightPeftError) as error:
+        run_config_from_dict(data)
+    assert says in message(error)
+
+
+def test_nested_plain_data() -> None:
+    config = from_dict(
+        RunConfig,
+        {
+            "model": {"name": "m", "attention": None},
+            "lora": {"slots": ["q", "v"], "alpha": 32},
+            "light": {"length": "auto", "heads": 0, "target": 0.4},
+            "training": {"epochs": 2},
+        },
+    )
+    assert config.model.name == "m" and config.model.attention is None
+    assert config.lora.slots == ["q", "v"] and config.lora.alpha == 32
+    assert config.light.length == "auto" and config.light.target == 0.4
+    assert isinstance(config.light.heads, float) and isinstance(config.training.epochs, float)
+    assert from_dict(LightConfig, {"length": 20}).length == 20
+    assert from_dict(LightConfig, {"length": 0.2}).length == 0.2
+
+
+def test_what_is_written_is_read_again() -> None:
+    config = run_config_from_dict({"preset": "paper", "light": {"target": 0.3}, "lora": {"slots": ["q"]}})
+    assert run_config_from_dict(dataclasses.asdict(config)) == config
+
+
+def test_unknown_key_lists_what_there_is() -> None:
+    assert unknown_key("xyz", ["alpha", "beta"]) == "unknown key xyz; known keys: alpha, beta"
+
+
+# Files
+
+
+def test_load_config(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: paper\nmodel:\n  name: m\nlight:\n  heads: 0.25\n")
+    config = load_config(path)
+    assert (config.preset, config.model.name) == ("paper", "m")
+    assert config.light == preset_light("paper", heads=0.25)
+    path.write_text("")
+    assert load_config(path).light == preset_light("default")
+    path.write_text("light:\ntraining:\n")
+    assert load_config(path) == run_config_from_dict({}), "sections left empty"
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    """YAML 1.1 reads 3e-4 as a string."""
+    path = tmp_path / "run.yaml"
+    path.write_text("training:\n  learning_rate: 3e-4\nlight:\n  lambda_heads: 1e-4\n  length: 0.2\n")
+    config = load_config(path)
+    assert (config.training.learning_rate, config.light.lambda_heads, config.light.length) == (3e-4, 1e-4, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"light: [1", "is not YAML"),
+        (b"- 1\n- 2\n", "must hold a mapping of settings, not a list"),
+        (b"heads: 0.5", "unknown key heads"),
+        (b"\xff\xfe\x00light", "is not YAML"),
+        (b"a: !!python/object/apply:os.getcwd []", "is not YAML"),
+    ],
+)
+def test_bad_files(content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(LightPeftError) as error:
+        load_config(path)
+    assert says in message(error)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(LightPeftError, match="does not exist"):
+            load_config(path)
+
+
+@pytest.mark.skipif(not CONFIGS, reason="no configuration is shipped")
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_shipped_configurations_are_read(path: Path) -> None:
+    config = load_config(path)
+    assert config.model.name and config.data.train
+    assert config.preset == yaml.safe_load(path.read_text()).get("preset", "default")

@@ -1,0 +1,150 @@
+"""Importance of PEFT modules and ranks, against the definitions written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import MODELS
+from torch import Tensor
+from training import inputs, student
+
+from lightpeft.families import block_specs
+from lightpeft.importance import ModuleObserver, RankObserver
+from lightpeft.sites import Site, find_sites, transformers_model
+
+
+def sites_of(model: PeftModel) -> list[Site]:
+    return find_sites(model, block_specs(transformers_model(model)))
+
+
+def reference_ratios(model: PeftModel, sites: list[Site], data: dict[str, Tensor], real: Tensor) -> Tensor:
+    """Mean over real tokens of ||delta(x)|| / ||base(x)||, module by module on the inputs x it was given, [sites]."""
+    captured: dict[str, Tensor] = {}
+    handles = [
+        site.layer.register_forward_hook(lambda m, args, out, name=site.spec.name: captured.update({name: args[0]}))
+        for site in sites
+    ]
+    with torch.no_grad():
+        model(**data)
+        means = []
+        for site in sites:
+            x = captured[site.spec.name].reshape(*real.shape, -1)[real]
+            delta = site.scaling * (x @ site.down.T @ site.up.T)
+            means.append((delta.norm(dim=1) / site.base(x).norm(dim=1)).mean())
+    for handle in handles:
+        handle.remove()
+    return torch.stack(means)
+
+
+def observe(model: PeftModel) -> tuple[ModuleObserver, list[Site]]:
+    sites = sites_of(model)
+    return ModuleObserver(model, sites, torch.device("cpu")), sites
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("padding", ["right", "left", "none"])
+def test_module_ratio(name: str, padding: str) -> None:
+    model = student(name) if name != "roberta" else student(name).eval()
+    data = inputs("bert" if name == "roberta" else name, rows=4, padding=padding)
+    model.training = True  # of the model alone: RoBERTa's dropout stays off
+    real = data["attention_mask"].bool()
+    expected = reference_ratios(model, sites_of(model), data, real)
+    observer, _ = observe(model)
+    model(**data)
+    torch.testing.assert_close(observer.sums[0] / observer.sums[1], expected, rtol=1e-4, atol=0)
+    assert observer.sums[1].eq(real.sum()).all()
+
+
+def test_module_ratio_sums_over_batches() -> None:
+    model = student()
+    observer, _ = observe(model)
+    sums = []
+    for seed in (1, 2):
+        model(**inputs(seed=seed, rows=4, padding="right"))
+        sums.append(observer.sums.clone())
+    observer.sums.zero_()
+    model(**inputs(seed=2, rows=4, padding="right"))
+    torch.testing.assert_close(sums[1] - sums[0], observer.sums)
+
+
+@pytest.mark.parametrize("how", ["positional", "absent", "4d"])
+def test_attention_masks_in_other_forms(how: str) -> None:
+    model = student()
+    data = inputs(rows=3)
+    real, labels = data["attention_mask"].bool(), data["labels"]
+    if how != "positional":
+        real = torch.ones_like(real)
+    kwargs: dict[str, Any] = {"input_ids": data["input_ids"]}
+    if how == "positional":
+        kwargs["attention_mask"] = data["attention_mask"]
+    if how == "4d":  # which tokens are padding is not said, so all count
+        kwargs["attention_mask"] = torch.ones(3, 1, 9, 9, dtype=torch.bool)
+    expected = reference_ratios(model, sites_of(model), kwargs, real)
+    observer, _ = observe(model)
+    if how == "positional":
+        model(data["input_ids"], data["attention_mask"], labels=labels)
+    else:
+        model(**kwargs, labels=labels)
+    torch.testing.assert_close(observer.sums[0] / observer.sums[1], expected, rtol=1e-4, atol=0)
+
+
+def test_evaluation_does_not_count() -> None:
+    model = student()
+    observer, _ = observe(model)
+    model.eval()
+    model(**inputs())
+    model.train()
+    with torch.no_grad():
+        model(**inputs())
+    assert observer.sums.eq(0).all()
+    assert not observer._base_outputs
+    model(**inputs())
+    assert observer.sums[1].gt(0).all()
+
+
+def test_a_failed_forward_leaves_no_trace() -> None:
+    model = student()
+    observer, _ = observe(model)
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        model(input_ids=torch.full((1, 3), 10**6), labels=torch.zeros(1, dtype=torch.long))
+    assert not observer._counting
+    observer.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
+def test_rank_taylor(name: str) -> None:
+    model, data = student(name), inputs(name)
+    sites = sites_of(model)
+    observer = RankObserver(sites)
+    for part in (slice(0, 2), slice(2, 3)):
+        model(**{key: value[part] for key, value in data.items()}).loss.backward()
+    terms = observer.split(observer.take_terms())
+    for site, (down, up) in zip(sites, terms, strict=True):
+        torch.testing.assert_close(down, (site.down * site.down.grad).mean(1))
+        torch.testing.assert_close(up, (site.up * site.up.grad).mean(0))
+    assert max(float(t.abs().max()) for t in terms) > 0
+    assert observer.take_terms().eq(0).all()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
+def test_gradient_checkpointing_changes_no_sum(name: str, reentrant: bool) -> None:
+    data = inputs(name, rows=4, padding="right")
+
+    def observed(checkpointing: bool) -> tuple[Tensor, Tensor]:
+        model = student(name)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        sites = sites_of(model)
+        modules, ranks = ModuleObserver(model, sites, torch.device("cpu")), RankObserver(sites)
+        model(**data, use_cache=False).loss.backward() if name != "bert" else model(**data).loss.backward()
+        assert not modules._base_outputs
+        return modules.sums, ranks.take_terms()
+
+    for with_it, without in zip(observed(True), observed(False), strict=True):
+        torch.testing.assert_close(with_it, without)

@@ -1,0 +1,182 @@
+"""Masks: what they compute, what their gradients are, and that nothing of them stays behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import MODELS, batch, make, with_lora
+from torch import Tensor
+from training import estimate, inputs, student
+
+from lightpeft.config import LightConfig
+from lightpeft.estimation import Estimator
+from lightpeft.families import block_specs
+from lightpeft.masks import UnitMasks
+from lightpeft.sites import transformers_model
+
+
+def masks_on(model: PeftModel) -> UnitMasks:
+    masks = UnitMasks(block_specs(transformers_model(model)))
+    masks.attach(model)
+    return masks
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_masks_of_one_change_nothing(name: str) -> None:
+    model = with_lora(make(name))
+    before = model(**batch()).logits
+    masks_on(model)
+    assert model(**batch()).logits.equal(before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_detaching_restores_the_model(name: str) -> None:
+    model = with_lora(make(name))
+    before, names = model(**batch()).logits, list(model.state_dict())
+    masks = masks_on(model)
+    with torch.no_grad():
+        masks.values.uniform_(0.5, 1.5)
+    assert not model(**batch()).logits.equal(before)
+    assert list(model.state_dict()) == names
+    assert not {id(leaf) for leaf in masks.heads + masks.neurons} & {id(p) for p in model.parameters()}
+    masks.detach()
+    assert model(**batch()).logits.equal(before)
+    hooks = [m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert not hooks
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_head_mask_scales_what_the_head_adds(name: str) -> None:
+    """`attn(x) = sum_i m[i] * head_i(x) W_O[i]`: scaling the columns of W_O and A does the same."""
+    model = with_lora(make(name))
+    masks = masks_on(model)
+    factors = torch.tensor([0.5, 0.0, 1.0, -2.0])
+    with torch.no_grad():
+        masks.heads[1].copy_(factors)
+    masked = model(**batch()).logits
+    masks.detach()
+    spec = masks.blocks[1]
+    layer = transformers_model(model).get_submodule(spec.projections["o"])
+    with torch.no_grad():
+        for weight in (layer.get_base_layer().weight, layer.lora_A["default"].weight):
+            weight.mul_(factors.repeat_interleave(spec.head_dim))
+    torch.testing.assert_close(model(**batch()).logits, masked, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("bert", 1e-3), ("opt", 1e-3), ("llama-gqa", 2e-2)])
+def test_gradients_equal_finite_differences(name: str, tolerance: float) -> None:
+    """In float64, but for Llama's norms, which transformers computes in float32."""
+    model, data = student(name).double(), inputs(name)
+
+    def loss() -> Tensor:
+        return model(**data).logits.double().sin().mean()
+
+    masks = masks_on(model)
+    with torch.no_grad():
+        masks.values.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+    loss().backward()
+    gradient = masks.take_gradient().double()
+    step = 2.0**-8
+    units = [0, 5, masks.head_count - 1, masks.head_count, masks.head_count + 60, len(masks.values) - 1]
+    for unit in units:
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                masks.values[unit] += sign * step
+                losses.append(loss())
+                masks.values[unit] -= sign * step
+        numeric = (losses[0] - losses[1]) / (2 * step)
+        torch.testing.assert_close(gradient[unit], numeric, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_gradients_equal_plain_autograd(name: str, bf16: bool) -> None:
+    """The FFN input that is computed again gives the very gradient that a saved one gives."""
+    model, data = student(name), inputs(name)
+    masks = masks_on(model)
+    gradients = []
+    for recompute in (True, False):
+        for module in model.modules():
+            for hook in module._forward_pre_hooks.values():
+                if hasattr(hook, "_reproducible"):
+                    hook._reproducible = None if recompute else False
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**data).loss
+        loss.backward()
+        weights = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients.append([masks.take_gradient(), *weights])
+    assert gradients[0][0].abs().max() > 0
+    for a, b in zip(*gradients, strict=True):
+        assert a.equal(b)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_ffn_mask_saves_no_activation(name: str) -> None:
+    """All that masks add to what the backward pass needs is, at most, the input of the attention output."""
+    model, data = student(name, lora_dropout=0.05), inputs(name)
+
+    def saved_bytes() -> int:
+        kept: dict[int, Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            model(**data)
+        return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+    plain = saved_bytes()
+    masks = masks_on(model)
+    saved_bytes()
+    tokens = data["input_ids"].numel()
+    attention_inputs = sum(4 * tokens * block.heads * block.head_dim for block in masks.blocks)
+    assert saved_bytes() - plain <= attention_inputs + 2 * 4 * len(masks.values)
+
+
+def test_base_weights_get_no_gradient() -> None:
+    model = student()
+    estimate(model)
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert all("lora_" in name or "classifier" in name for name in with_gradient)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "base_layer" in name)
+
+
+def start(**config: float) -> Estimator:
+    estimator = Estimator(student(), LightConfig(length=20, mask_learning_rate=0.01, **config))
+    estimator.start(total_steps=None)
+    return estimator
+
+
+@pytest.mark.parametrize(("pulled", "free"), [("lambda_heads", "lambda_neurons"), ("lambda_neurons", "lambda_heads")])
+def test_the_l1_term_alone_pulls_masks_down(pulled: str, free: str) -> None:
+    """Without a task gradient Adam moves every mask by the learning rate a step, towards zero."""
+    estimator = start(**{pulled: 1e-4, free: 0.0})
+    for _ in range(3):
+        estimator.step()
+    heads, neurons = (torch.cat(parts) for parts in (estimator.masks.heads, estimator.masks.neurons))
+    moved, still = (heads, neurons) if pulled == "lambda_heads" else (neurons, heads)
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.97), rtol=0, atol=1e-4)
+    assert still.equal(torch.ones_like(still))
+
+
+def test_the_l1_term_pulls_negative_masks_up() -> None:
+    estimator = start(lambda_heads=1e-4, lambda_neurons=1e-4)
+    with torch.no_grad():
+        estimator.masks.values.fill_(-0.5)
+    estimator.step()
+    torch.testing.assert_close(estimator.masks.values, torch.full_like(estimator.masks.values, -0.49))
+
+
+def test_masks_follow_the_task_gradient_plus_l1() -> None:
+    """One step equals one step of Adam on the sum of both gradients."""
+    estimator = start(lambda_heads=1e-2, lambda_neurons=2e-2)
+    estimator.model(**inputs()).loss.backward()
+    heads = [leaf.grad + 1e-2 for leaf in estimator.masks.heads]
+    neurons = [leaf.grad + 2e-2 for leaf in estimator.masks.neurons]
+    reference = torch.ones_like(estimator.masks.values)
+    reference.grad = torch.cat([*heads, *neurons])
+    torch.optim.Adam([reference], lr=0.01).step()
+    estimator.step()
+    assert estimator.masks.values.equal(reference)
+    assert torch.cat([*estimator.masks.heads, *estimator.masks.neurons]).equal(reference)

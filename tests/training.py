@@ -1,0 +1,107 @@
+"""Small training runs for the tests of the estimation stage: data, a `Trainer`, and a hand-written loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tiny import batch, make, with_lora
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from lightpeft.config import LightConfig
+from lightpeft.estimation import Estimator
+from lightpeft.records import EstimationRecord
+
+CALM: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+"""BERT without dropout: sums over a batch do not depend on how it is split."""
+
+
+def student(name: str = "bert", **changes: Any) -> PeftModel:
+    """A tiny LoRA model in training mode, without any dropout."""
+    settings = CALM if name == "bert" else {"dropout": 0.0} if name == "opt" else {}
+    return with_lora(make(name, **settings), **changes).train()
+
+
+def inputs(name: str = "bert", **changes: Any) -> dict[str, Tensor]:
+    """A padded batch with the labels that the model's task needs."""
+    made = batch(labels=name == "bert", **changes)
+    if name != "bert":
+        made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
+    return made
+
+
+def dataset(rows: int = 64) -> Dataset:
+    """Rows of equal length for sequence classification."""
+    whole = batch(rows=rows, length=8, padding="none", labels=True)
+    return Dataset.from_dict({key: value.tolist() for key, value in whole.items()})
+
+
+def trainer(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **settings: Any) -> Trainer:
+    """A plain `Trainer` that sees the rows in order."""
+    values: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 40,
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **settings,
+    }
+    arguments = TrainingArguments(str(folder), **values)
+    return Trainer(model, arguments, train_dataset=dataset(), callbacks=list(callbacks))
+
+
+def chunks(whole: dict[str, Tensor], rows: int) -> Iterator[dict[str, Tensor]]:
+    """The batch in parts of so many rows."""
+    for start in range(0, len(whole["input_ids"]), rows):
+        yield {key: value[start : start + rows] for key, value in whole.items()}
+
+
+def estimate(
+    model: PeftModel,
+    steps: int = 2,
+    parts: int = 1,
+    rows: int = 8,
+    before_step: Callable[[list[torch.nn.Parameter]], None] = lambda _: None,
+    scale: float = 1.0,
+    learning_rate: float = 0.1,
+    **config: Any,
+) -> Estimator:
+    """Run a whole estimation stage in a hand-written loop of SGD steps on one batch a step."""
+    estimator = Estimator(model, LightConfig(length=steps, **config))
+    estimator.start(total_steps=None)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=learning_rate)
+    for step in range(steps):
+        for part in chunks(batch(rows=rows, length=20, seed=step, labels=True), rows // parts):
+            (model(**part).loss / parts * scale).backward()
+        before_step(parameters)
+        estimator.step(grad_scale=scale)
+        for parameter in parameters:
+            parameter.grad = None if parameter.grad is None else parameter.grad / scale
+        optimizer.step()
+        optimizer.zero_grad()
+    estimator.stop()
+    return estimator
+
+
+def assert_equal(a: EstimationRecord, b: EstimationRecord) -> None:
+    """The same scores, bit by bit."""
+    assert a.scores.keys() == b.scores.keys()
+    different = [key for key in a.scores if not a.scores[key].equal(b.scores[key])]
+    assert not different
+
+
+def assert_close(a: EstimationRecord, b: EstimationRecord, tolerance: float = 1e-4) -> None:
+    """The same scores, up to `tolerance` of the largest one of each tensor."""
+    assert a.scores.keys() == b.scores.keys()
+    for key, value in b.scores.items():
+        difference = (a.scores[key] - value).abs().max() / value.abs().max()
+        assert difference <= tolerance, f"{key}: {difference:.2e}"
