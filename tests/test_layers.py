@@ -12,17 +12,23 @@ SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
     {"errors", "config", "structure", "records"},
-    {"families", "scoring", "planning", "tasks"},
-    {"loading", "sites", "masks", "importance", "evaluation", "profiling"},
+    {"families", "scoring", "planning", "tasks", "sites"},
+    {"loading", "masks", "importance", "evaluation", "profiling"},
     {"estimation", "surgery", "training"},
-    {"checkpoint", "pruner", "tables"},
-    {"pipeline", "bench"},
+    {"checkpoint"},
+    {"pruner", "runs", "tables", "predicting"},
+    {"pipeline"},
+    {"bench"},
     {"cli", "__main__", "__init__"},
 )
 """Modules and sub-packages of lightpeft, lowest layer first."""
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
-WITHIN_LAYER = {"config": {"errors", "structure"}, "records": {"errors", "config", "structure"}}
+WITHIN_LAYER = {
+    "config": {"errors", "structure"},
+    "records": {"errors", "config", "structure"},
+    "__main__": {"cli"},
+}
 """Imports within a layer that are allowed; those of one sub-package among its own modules always are."""
 WITHOUT_MODULES = ("scoring", "planning")
 """Pure on tensors or plain data: they never see an `nn.Module`."""

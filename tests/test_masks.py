@@ -64,8 +64,10 @@ def test_a_head_mask_scales_what_the_head_adds(name: str) -> None:
     torch.testing.assert_close(model(**batch()).logits, masked, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("bert", 1e-3), ("opt", 1e-3), ("llama-gqa", 2e-2)])
-def test_gradients_equal_finite_differences(name: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "step", "tolerance"), [("bert", 2**-10, 1e-3), ("opt", 2**-14, 1e-3), ("llama-gqa", 2**-7, 2e-2)]
+)
+def test_gradients_equal_finite_differences(name: str, step: float, tolerance: float) -> None:
     """In float64, but for Llama's norms, which transformers computes in float32."""
     model, data = student(name).double(), inputs(name)
 
@@ -77,7 +79,6 @@ def test_gradients_equal_finite_differences(name: str, tolerance: float) -> None
         masks.values.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
     loss().backward()
     gradient = masks.take_gradient().double()
-    step = 2.0**-8
     units = [0, 5, masks.head_count - 1, masks.head_count, masks.head_count + 60, len(masks.values) - 1]
     for unit in units:
         losses = []
@@ -101,7 +102,7 @@ def test_gradients_equal_plain_autograd(name: str, bf16: bool) -> None:
         for module in model.modules():
             for hook in module._forward_pre_hooks.values():
                 if hasattr(hook, "_reproducible"):
-                    hook._reproducible = None if recompute else False
+                    hook._reproducible = None if recompute and hook.activation else False
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(**data).loss

@@ -140,9 +140,7 @@ def test_a_larger_ratio_keeps_a_subset(
     layers: list[list[float]], low: float, high: float, floor: int, scope: str
 ) -> None:
     tensors = [torch.tensor(layer) for layer in layers]
-    more, less = (
-        keep(tensors, Selection(ratio, scope, floor, "units")) for ratio in (min(low, high), max(low, high))
-    )
+    more, less = (keep(tensors, Selection(ratio, scope, floor, "units")) for ratio in (min(low, high), max(low, high)))
     assert all(set(few) <= set(many) for few, many in zip(less, more, strict=True))
 
 
@@ -328,5 +326,7 @@ def test_target_is_reached_and_minimal(record: EstimationRecord, target: float, 
 
 
 def test_an_unreachable_target_says_what_can_be_reached() -> None:
-    with pytest.raises(LightPeftError, match=r"target 0\.9 cannot be reached: at most 0\.\d+ .*min_heads or min_neurons"):
+    with pytest.raises(
+        LightPeftError, match=r"target 0\.9 cannot be reached: at most 0\.\d+ .*min_heads or min_neurons"
+    ):
         make_plan(make_record(), Budget(target=0.9))

@@ -196,9 +196,7 @@ def test_missing_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["os.replace", "Path.write_text"])
-def test_interrupted_writing_leaves_the_old_file(
-    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_writing_leaves_the_old_file(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
     write_json(path, {"x": "old"})
     owner, name = (os, "replace") if target == "os.replace" else (Path, "write_text")

@@ -21,7 +21,7 @@ def test_unit_criteria() -> None:
     assert scoring.taylor(MASKS, GRADIENTS).tolist() == [0.5, 2.0, 0.0, 2.0]
     assert scoring.fisher(MASKS, GRADIENTS).tolist() == [0.25, 16.0, 9.0, 1.0]
     assert scoring.mask_size(MASKS).tolist() == [1.0, 0.5, 0.0, 2.0]
-    assert scoring.STEP_CRITERIA == {"taylor": scoring.taylor, "fisher": scoring.fisher}
+    assert {"taylor": scoring.taylor, "fisher": scoring.fisher} == scoring.STEP_CRITERIA
 
 
 def test_magnitude_is_the_norm_over_all_slices() -> None:
@@ -34,7 +34,7 @@ def test_magnitude_is_the_norm_over_all_slices() -> None:
 def test_random_is_reproducible() -> None:
     first, again, other = (scoring.random(50, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert first.equal(again) and not first.equal(other)
-    assert first.shape == (50,) and 0 <= float(first.min()) and float(first.max()) < 1
+    assert first.shape == (50,) and float(first.min()) >= 0 and float(first.max()) < 1
 
 
 def test_module_ratio_without_padding() -> None:

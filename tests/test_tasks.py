@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BertConfig, LlamaConfig, OPTConfig, PreT
 
 from lightpeft.config import DataConfig
 from lightpeft.errors import LightPeftError
+from lightpeft.families import max_positions
 from lightpeft.tasks import (
     TASKS,
     CausalLMTask,
@@ -25,7 +26,6 @@ from lightpeft.tasks import (
     encode_texts,
     ensure_pad_token,
     load_task,
-    longest_input,
     silent,
 )
 from lightpeft.tasks.reading import is_local, read_rows
@@ -372,19 +372,18 @@ class TestCausalLM:
 
 
 class TestModelLimits:
-    def test_longest_input(self, minilm: Path) -> None:
-        bert = AutoTokenizer.from_pretrained(str(minilm))
-        unlimited = word_tokenizer()
-        assert longest_input(BertConfig(max_position_embeddings=512), bert) == 512
-        assert longest_input(BertConfig(max_position_embeddings=64), bert) == 64
-        assert longest_input(RobertaConfig(max_position_embeddings=514, pad_token_id=1), unlimited) == 512
-        assert longest_input(OPTConfig(max_position_embeddings=2048), unlimited) == 2048
+    def test_positions(self) -> None:
+        assert max_positions(BertConfig(max_position_embeddings=512)) == 512
+        assert max_positions(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+        assert max_positions(OPTConfig(max_position_embeddings=2048)) == 2048
 
-    def test_check_max_length(self) -> None:
-        config, tokenizer = LlamaConfig(max_position_embeddings=32), word_tokenizer()
-        check_max_length(32, config, tokenizer)
-        line = error_of(check_max_length, 33, config, tokenizer)
+    def test_check_max_length(self, minilm: Path) -> None:
+        unlimited, bert = word_tokenizer(), AutoTokenizer.from_pretrained(str(minilm))
+        check_max_length(32, 32, unlimited)
+        check_max_length(10**6, None, unlimited)
+        line = error_of(check_max_length, 33, 32, unlimited)
         assert "data.max_length is 33" in line and "at most 32 tokens" in line
+        assert "at most 512 tokens" in error_of(check_max_length, 600, 1024, bert)
 
     def test_pad_token_stays_or_is_replaced(self) -> None:
         tokenizer, config = word_tokenizer(), LlamaConfig(vocab_size=len(WORDS), pad_token_id=None)

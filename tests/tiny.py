@@ -116,7 +116,9 @@ def with_lora(model: PreTrainedModel, seed: int = 0, trained: bool = True, **cha
     return peft_model.eval()
 
 
-def batch(rows: int = 3, length: int = 9, padding: str = "right", seed: int = 1, labels: bool = False) -> dict[str, Tensor]:
+def batch(
+    rows: int = 3, length: int = 9, padding: str = "right", seed: int = 1, labels: bool = False
+) -> dict[str, Tensor]:
     """Random token ids with padding on one side, or none."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)

@@ -18,19 +18,20 @@ from lightpeft.estimation import Estimator
 from lightpeft.records import EstimationRecord
 
 CALM: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-"""BERT without dropout: sums over a batch do not depend on how it is split."""
+"""Encoders without dropout: sums over a batch do not depend on how it is split."""
+ENCODERS = ("bert", "roberta")
 
 
 def student(name: str = "bert", **changes: Any) -> PeftModel:
     """A tiny LoRA model in training mode, without any dropout."""
-    settings = CALM if name == "bert" else {"dropout": 0.0} if name == "opt" else {}
+    settings = CALM if name in ENCODERS else {"dropout": 0.0} if name == "opt" else {}
     return with_lora(make(name, **settings), **changes).train()
 
 
 def inputs(name: str = "bert", **changes: Any) -> dict[str, Tensor]:
     """A padded batch with the labels that the model's task needs."""
-    made = batch(labels=name == "bert", **changes)
-    if name != "bert":
+    made = batch(labels=name in ENCODERS, **changes)
+    if name not in ENCODERS:
         made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
     return made
 

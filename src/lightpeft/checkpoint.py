@@ -36,7 +36,7 @@ class LightModel(PeftModel):
     light_task: dict[str, Any]
     """How inputs are read (task kind, columns, length); saved with it, empty if unknown."""
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
         """Write a light adapter: PEFT's own two files, `lightpeft.json` and a model card.
 
         Raises:
@@ -148,9 +148,7 @@ def _description(model: LightModel, folder: Path) -> dict[str, Any]:
         "per_layer_config": per_layer_config(config.model_type, model.light_plan),
         "task": model.light_task,
         "metrics": model.light_metrics,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("lightpeft", "torch", "transformers", "peft")
-        },
+        "versions": {name: importlib.metadata.version(name) for name in ("lightpeft", "torch", "transformers", "peft")},
     }
     checksums = {name: _file_checksum(folder / name) for name in _PEFT_FILES if (folder / name).is_file()}
     # JSON turns integer keys into strings; hash what a reader will see
@@ -191,7 +189,9 @@ def _load_base(
         settings["label2id"] = {label: index for index, label in settings["id2label"].items()}
     architecture = getattr(transformers, saved["architecture"], None)
     if architecture is None:
-        raise LightPeftError(f"transformers has no {saved['architecture']}; load the base yourself and pass it as base=")
+        raise LightPeftError(
+            f"transformers has no {saved['architecture']}; load the base yourself and pass it as base="
+        )
     revision = saved["revision"] if base is None else None
     try:
         return architecture.from_pretrained(

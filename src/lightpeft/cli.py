@@ -200,7 +200,9 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="Light adapter folder, or the folder of a finished run.")
-    parser.add_argument("input", type=str, help="Text lines (.txt, or - for stdin), .csv, .tsv, .json, .jsonl, .parquet.")
+    parser.add_argument(
+        "input", type=str, help="Text lines (.txt, or - for stdin), .csv, .tsv, .json, .jsonl, .parquet."
+    )
     parser.add_argument("--output", type=str, help="Where predictions go, .csv or .jsonl (default: stdout, as CSV).")
     parser.add_argument("--base", type=str, help="Name or folder of the base, if it moved since the adapter was saved.")
     parser.add_argument("--batch_size", type=int, default=64, help="Rows a forward pass.")
@@ -229,7 +231,7 @@ def _inspect(options: Namespace) -> None:
 
     path = Path(options.path)
     require(path.exists(), f"{path} does not exist; give a plan.json, a light adapter folder or a run folder")
-    if path.is_file() or not (path / "adapter" / "lightpeft.json").is_file() and (path / "plan.json").is_file():
+    if path.is_file() or (not (path / "adapter" / "lightpeft.json").is_file() and (path / "plan.json").is_file()):
         _out.print(plan_table(PrunePlan.load(path if path.is_file() else path / "plan.json")))
         return
     description = read_description(adapter_folder(path))

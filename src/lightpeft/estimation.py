@@ -27,7 +27,7 @@ from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
 from lightpeft.profiling import count_parameters
 from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
-from lightpeft.sites import base_layer, check_peft, find_sites, transformers_model
+from lightpeft.sites import base_linear, check_peft, find_sites, transformers_model
 from lightpeft.structure import BlockSpec
 
 _STATE_FILE = "lightpeft_estimation.safetensors"
@@ -219,8 +219,7 @@ class Estimator:
     @torch.no_grad()
     def _magnitudes(self, block: BlockSpec) -> tuple[Tensor, Tensor]:
         """Weight norms of a block's query heads (with their share of the KV group's rows) and neurons."""
-        inner = transformers_model(self.model)
-        weight = {slot: base_layer(inner.get_submodule(name)).weight for slot, name in block.projections.items()}
+        weight = {slot: base_linear(self.model, name).weight for slot, name in block.projections.items()}
         heads = [weight["q"].view(block.heads, -1), weight["o"].T.reshape(block.heads, -1)]
         heads += [
             weight[slot].view(block.kv_heads, -1).repeat_interleave(block.heads_per_kv, dim=0) for slot in ("k", "v")

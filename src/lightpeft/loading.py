@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -23,7 +24,7 @@ from transformers import (
 from lightpeft.config import LoraSettings, ModelConfig, TaskKind
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, family_of
-from lightpeft.sites import base_layer, transformers_model
+from lightpeft.sites import base_layer, base_linear, transformers_model
 from lightpeft.structure import SLOTS, BlockSpec
 
 _AUTO_CLASSES = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
@@ -127,7 +128,7 @@ def add_lora(loaded: LoadedModel, settings: LoraSettings, task: TaskKind, plain:
         modules_to_save=loaded.new_modules or None,
     )
     try:
-        return get_peft_model(loaded.model, config)  # type: ignore[return-value]
+        return get_peft_model(loaded.model, config)
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name in blocks[0].projections.values()})
         raise LightPeftError(
@@ -139,9 +140,7 @@ def add_lora(loaded: LoadedModel, settings: LoraSettings, task: TaskKind, plain:
 def _slot_targets(blocks: Sequence[BlockSpec], slots: Sequence[str] | None) -> list[str]:
     unknown = set(slots or ()) - set(SLOTS)
     require(not unknown, f"lora.slots has {', '.join(sorted(unknown))}; slots are {', '.join(SLOTS)}")
-    return [
-        name for block in blocks for slot, name in block.projections.items() if slots is None or slot in slots
-    ]
+    return [name for block in blocks for slot, name in block.projections.items() if slots is None or slot in slots]
 
 
 def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
@@ -150,12 +149,12 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
     Values are sampled at fixed strides and rounded to bfloat16, so a base loaded in float32 and in bfloat16 agree,
     and a large model takes milliseconds.
     """
-    inner = transformers_model(model)
     digest = hashlib.sha256()
-    weights = {name: base_layer(inner.get_submodule(name)) for block in blocks for name in block.projections.values()}
-    weights["input_embeddings"] = base_layer(inner.get_input_embeddings())
-    for name, module in weights.items():
-        weight = module.weight.detach()
+    weights = {name: base_linear(model, name).weight for block in blocks for name in block.projections.values()}
+    embeddings = base_layer(transformers_model(model).get_input_embeddings())
+    weights["input_embeddings"] = cast(nn.Embedding, embeddings).weight
+    for name, parameter in weights.items():
+        weight = parameter.detach()
         sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu().contiguous()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())

@@ -21,6 +21,7 @@ from lightpeft.checkpoint import LightModel, as_light, load_light
 from lightpeft.config import RunConfig
 from lightpeft.errors import require
 from lightpeft.estimation import stage_length
+from lightpeft.families import max_positions
 from lightpeft.loading import LoadedModel, add_lora, load_model, load_model_config, load_tokenizer
 from lightpeft.planning import make_plan
 from lightpeft.profiling import count_parameters, folder_bytes, hardware
@@ -80,7 +81,7 @@ def prepare(config: RunConfig, replan: bool = False) -> Workspace:
     model_config = load_model_config(config.model)
     task = load_task(config.data)
     tokenizer = load_tokenizer(config.model)
-    check_max_length(config.data.max_length, model_config, tokenizer)
+    check_max_length(config.data.max_length, max_positions(model_config), tokenizer)
     ensure_pad_token(tokenizer, model_config)
     train_rows = task.encode(task.train, tokenizer, config.data.max_length)
     test_rows = task.encode(task.test, tokenizer, config.data.max_length)
@@ -253,4 +254,3 @@ def process_count() -> int:
 
 def _finite(model: PeftModel) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)
-

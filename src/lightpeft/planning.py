@@ -246,4 +246,3 @@ def _keep_modules(record: EstimationRecord, budget: Budget, alive: list[int]) ->
     stay = sorted(layer[unit] for layer, units in zip(layers, kept, strict=True) for unit in units)
     require(bool(stay), f"modules = {budget.modules:g} layerwise would remove every PEFT module; lower it")
     return stay
-

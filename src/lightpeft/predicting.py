@@ -47,7 +47,9 @@ def predict(
     if output is not None:
         check_predictions_path(Path(output))
     task = read_description(folder)["task"]
-    require(task.get("task") == "classification", f"{folder} does not classify texts, so there are no labels to predict")
+    require(
+        task.get("task") == "classification", f"{folder} does not classify texts, so there are no labels to predict"
+    )
     text, text_pair = text or task["text"], text_pair or task["text_pair"]
     rows = read_inputs(sys.stdin if str(source) == "-" else Path(source), text, text_pair)
     light = load_light(folder, base, device=torch.accelerator.current_accelerator())

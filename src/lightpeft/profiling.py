@@ -258,8 +258,8 @@ def _high_water() -> int:
 def _reset_high_water() -> bool:
     """Set the kernel's high-water mark to the current value (proc_pid_clear_refs(5)); False where it does not obey."""
     try:
-        # open() without creation: elsewhere than on Linux the file must not come into being.
-        with open(_CLEAR_REFS, "r+b", buffering=0) as file:
+        # opened without creation: elsewhere than on Linux the file must not come into being.
+        with _CLEAR_REFS.open("r+b", buffering=0) as file:
             file.write(b"5")
         return _high_water() <= _resident() + _RESET_TOLERANCE
     except (OSError, KeyError, ValueError):

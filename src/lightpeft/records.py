@@ -72,9 +72,7 @@ class EstimationRecord:
                     "sites": [asdict(site) for site in self.sites],
                 },
             )
-            save_file(
-                {key: value.contiguous() for key, value in self.scores.items()}, temporary / "scores.safetensors"
-            )
+            save_file({key: value.contiguous() for key, value in self.scores.items()}, temporary / "scores.safetensors")
 
     @classmethod
     def load(cls, folder: str | Path) -> EstimationRecord:
@@ -191,7 +189,8 @@ class PrunePlan:
         """The plan that `to_dict` described.
 
         Raises:
-            ValueError: the parts do not fit each other (also KeyError, TypeError, AttributeError: parts are missing).
+            ValueError: the parts do not fit each other (see `check_fit`); KeyError, TypeError, AttributeError: a part is
+                missing or of another kind.
         """
         plan = cls(
             specs=tuple(BlockSpec(**spec) for spec in data["specs"]),
@@ -202,7 +201,7 @@ class PrunePlan:
             fingerprint=data["fingerprint"],
             budget=data["budget"],
         )
-        _check_fit(plan)
+        check_fit(plan)
         return plan
 
     def save(self, path: str | Path) -> None:
@@ -221,22 +220,27 @@ class PrunePlan:
             return cls.from_dict(data)
 
 
-def _check_fit(plan: PrunePlan) -> None:
-    """Raise ValueError unless what stays is part of what was there."""
+def check_fit(plan: PrunePlan) -> None:
+    """Check that what a plan keeps is part of what was there.
+
+    Raises:
+        LightPeftError: it is not.
+    """
     for spec, kept in zip(plan.specs, plan.blocks, strict=True):
         groups = sorted({head // spec.heads_per_kv for head in kept.heads})
-        if list(kept.kv_heads) != groups or len(kept.heads) % max(len(groups), 1):
-            raise ValueError(f"layer {spec.index} keeps query heads that do not fit its KV heads")
+        fits = list(kept.kv_heads) == groups and len(kept.heads) % max(len(groups), 1) == 0
+        require(fits, f"layer {spec.index} of the plan keeps query heads that do not fit its KV heads")
         _check_indices(kept.heads, spec.heads, f"heads of layer {spec.index}")
         _check_indices(kept.neurons, spec.neurons, f"neurons of layer {spec.index}")
     dense = {site.name: site.rank for site in plan.dense_sites}
     for name, ranks in plan.sites.items():
+        require(name in dense, f"the plan keeps a PEFT module {name} that there was not")
         _check_indices(ranks, dense[name], f"ranks of {name}")
 
 
 def _check_indices(kept: Sequence[int], dense: int, what: str) -> None:
-    if list(kept) != sorted(set(kept)) or max(kept, default=0) >= dense:
-        raise ValueError(f"the {what} must be ascending and below {dense}")
+    inside = list(kept) == sorted(set(kept)) and max(kept, default=0) < dense
+    require(inside, f"the {what} that the plan keeps are not ascending indices below {dense}")
 
 
 def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
@@ -251,9 +255,7 @@ def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
 def dense_parameters(spec: BlockSpec) -> int:
     """Parameters of a block that pruning can reach."""
     return (
-        spec.heads * spec.head_parameters
-        + spec.kv_heads * spec.kv_parameters
-        + spec.neurons * spec.neuron_parameters
+        spec.heads * spec.head_parameters + spec.kv_heads * spec.kv_parameters + spec.neurons * spec.neuron_parameters
     )
 
 
@@ -291,7 +293,7 @@ def write_json(path: str | Path, data: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise LightPeftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
@@ -351,9 +353,9 @@ def _move_files(source: Path, folder: Path, last: str) -> None:
     try:
         for name in reversed(names):
             if (folder / name).exists():
-                os.replace(folder / name, old / name)
+                (folder / name).replace(old / name)
         for name in names:
-            os.replace(source / name, folder / name)
+            (source / name).replace(folder / name)
     except OSError:
         for name in names:
             if not (source / name).exists():

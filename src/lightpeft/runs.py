@@ -69,7 +69,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             temporary = self.path / f".{_CONFIG}.{os.getpid()}.tmp"
             temporary.write_text(to_yaml(self.config), encoding="utf-8")
-            os.replace(temporary, self.path / _CONFIG)
+            temporary.replace(self.path / _CONFIG)
         except OSError as error:
             raise LightPeftError(f"cannot write to output {self.path}: {error.strerror or error}") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType
@@ -22,16 +23,34 @@ from lightpeft.structure import BlockSpec, SiteSpec
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 """LoRA initialisations that write to the base weights."""
+_UNSUPPORTED = (
+    "use_dora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+"""LoRA settings that change what a module computes or where it sits in a way the site view does not know."""
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def base_layer(module: nn.Module) -> nn.Module:
     """The frozen layer inside a PEFT module, or the module itself."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def base_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The frozen linear layer `name` of a transformers model, or of the one inside a PeftModel."""
+    return cast(nn.Linear, base_layer(transformers_model(model).get_submodule(name)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +103,7 @@ class Site:
         rank = len(index)
         self.layer.r[self.adapter] = rank
         divisor = math.sqrt(rank) if self.layer.use_rslora[self.adapter] else rank
-        self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)  # type: ignore[assignment]
+        self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
 
     def restart(self) -> None:
         """Re-initialise A and B as PEFT does, so that the module adds nothing again."""
@@ -103,7 +122,7 @@ def slice_linear(linear: nn.Linear, index: Tensor, dim: int) -> None:
         linear.in_features = len(index)
 
 
-def _sliced(parameter: nn.Parameter, index: Tensor, dim: int) -> nn.Parameter:
+def _sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
     return nn.Parameter(parameter.detach().index_select(dim, index), requires_grad=parameter.requires_grad)
 
 
@@ -117,7 +136,7 @@ def _exact_alpha(scaling: float, divisor: float) -> float:
 
 def lora_config(model: PeftModel) -> LoraConfig:
     """The configuration of the active adapter."""
-    return model.peft_config[model.active_adapter]  # type: ignore[return-value]
+    return model.peft_config[model.active_adapter]
 
 
 def check_peft(model: nn.Module) -> None:
@@ -134,9 +153,11 @@ def check_peft(model: nn.Module) -> None:
     if config.peft_type != PeftType.LORA:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise LightPeftError(f"PEFT type {kind} is not supported; use LoRA (peft.LoraConfig)")
-    _check_variant(config)  # type: ignore[arg-type]
+    _check_variant(config)
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    require(not any(layer.merged for layer in layers), "the LoRA weights are merged; call model.unmerge_adapter() first")
+    require(
+        not any(layer.merged for layer in layers), "the LoRA weights are merged; call model.unmerge_adapter() first"
+    )
 
 
 def _check_variant(config: LoraConfig) -> None:
@@ -144,9 +165,7 @@ def _check_variant(config: LoraConfig) -> None:
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise LightPeftError(f'init_lora_weights="{start}" changes the base weights; use True, "gaussian" or "eva"')
     require(config.bias == "none", f'LoRA bias="{config.bias}" trains biases of the base; use bias="none"')
-    variants = ("use_dora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config")
-    variants += ("monteclora_config", "layer_replication", "target_parameters", "trainable_token_indices")
-    for name in variants:
+    for name in _UNSUPPORTED:
         require(not getattr(config, name, None), f"LoRA with {name} is not supported; use plain LoRA or rsLoRA")
 
 

@@ -9,10 +9,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.records import BlockPlan, PrunePlan
+from lightpeft.records import BlockPlan, PrunePlan, check_fit
 from lightpeft.sites import (
     Site,
     base_layer,
+    base_linear,
     find_sites,
     refresh_config,
     remove_site,
@@ -37,11 +38,13 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     make new ones.
 
     Raises:
-        LightPeftError: the model does not have the dense structure that the plan was made for; nothing was cut.
+        LightPeftError: the model does not have the dense structure that the plan was made for, or the plan keeps what
+            was not there; nothing was cut.
     """
     inner = transformers_model(model)
-    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
-        _check_structure(inner, spec, kept)
+    check_fit(plan)
+    for spec in plan.specs:
+        _check_structure(inner, spec)
     if isinstance(model, PeftModel):
         _cut_sites(model, plan)
     for spec, kept in zip(plan.specs, plan.blocks, strict=True):
@@ -51,7 +54,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
         refresh_config(model)
 
 
-def _check_structure(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
+def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
     """Check one block against its spec, so that a plan for another model is refused before anything is cut."""
     query, width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     expected = {"q": (query, 0), "k": (width, 0), "v": (width, 0), "o": (query, 1)}
@@ -67,8 +70,6 @@ def _check_structure(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None
             isinstance(layer, nn.Linear) and weight is not None and weight.shape[axis] == size,
             f"the plan is for another model, or this one was pruned before: {name} is not {size} wide",
         )
-    bounded = max(kept.heads, default=0) < spec.heads and max(kept.neurons, default=0) < spec.neurons
-    require(bounded, f"the plan keeps units that layer {spec.index} does not have")
 
 
 def _cut_sites(model: PeftModel, plan: PrunePlan) -> None:
@@ -118,8 +119,7 @@ def _cut_ffn(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
 def _cut_base(inner: nn.Module, spec: BlockSpec, kept: BlockPlan, slot: str) -> None:
     index, dim = _channels(spec, kept, slot)
     if index is not None:
-        module = inner.get_submodule(spec.projections[slot])
-        slice_linear(base_layer(module), index, dim)  # type: ignore[arg-type]
+        slice_linear(base_linear(inner, spec.projections[slot]), index, dim)
 
 
 def _channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> tuple[Tensor | None, int]:
@@ -171,4 +171,3 @@ class DroppedAttention(nn.Module):
         if self.output_name is None:
             return nothing, None
         return self.get_submodule(self.output_name)(nothing), None
-

@@ -39,7 +39,9 @@ def bench_table(report: Mapping[str, Any]) -> Table:
         values = [subject[f"{key}_samples_per_second"]["median"] for subject in (lora, light)]
         table.add_row(name, *(f"{value:.1f}" for value in values), *_ratio(ratios[f"{key}_throughput"]))
     memory = [subject["peak_memory_bytes"] / 2**20 for subject in (lora, light)]
-    table.add_row("peak training memory, MiB", *(f"{value:.0f}" for value in memory), f"{ratios['peak_memory']:.2f}", "")
+    table.add_row(
+        "peak training memory, MiB", *(f"{value:.0f}" for value in memory), f"{ratios['peak_memory']:.2f}", ""
+    )
     for name, key in (("training", "training"), ("inference", "forward")):
         flops = [subject["flops"][key] / 1e9 for subject in (lora, light)]
         table.add_row(f"{name} GFLOP a batch", *(f"{value:.1f}" for value in flops), f"{flops[1] / flops[0]:.2f}", "")
@@ -47,7 +49,9 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     seconds = (f"{whole['lora_seconds']:.0f}", f"{whole['light_seconds']:.0f}", f"{whole['light_over_lora']:.2f}")
     table.add_row("whole run, s (estimation included)", *seconds, "")
     slowdown = ratios["estimation_throughput"]["median"]
-    table.caption = f"estimation trains {slowdown:.2f} times as fast as plain LoRA, for {whole['estimation_steps']} steps"
+    table.caption = (
+        f"estimation trains {slowdown:.2f} times as fast as plain LoRA, for {whole['estimation_steps']} steps"
+    )
     return table
 
 

@@ -1,6 +1,6 @@
 """Which model families can be pruned, and the block structure of a live model."""
 
-from lightpeft.families.registry import FAMILIES, block_specs, family_of
+from lightpeft.families.registry import FAMILIES, block_specs, family_of, max_positions
 from lightpeft.families.spec import Family
 
-__all__ = ["FAMILIES", "Family", "block_specs", "family_of"]
+__all__ = ["FAMILIES", "Family", "block_specs", "family_of", "max_positions"]

@@ -19,4 +19,4 @@ BERT = Family(
     head_attributes={"num_attention_heads": "heads", "all_head_size": "width"},
 )
 
-ROBERTA = replace(BERT, model_type="roberta")
+ROBERTA = replace(BERT, model_type="roberta", positions_after_padding=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families.decoders import LLAMA, OPT
@@ -46,6 +46,14 @@ def block_specs(model: PreTrainedModel) -> list[BlockSpec]:
         _block_spec(family, index, block, f"{prefix}{family.layers}.{index}", config)
         for index, block in enumerate(blocks)
     ]
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Tokens that the position table of a supported model has room for; None where nothing limits them."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions and family_of(config.model_type).positions_after_padding:
+        return positions - config.pad_token_id - 1
+    return positions
 
 
 def _block_spec(family: Family, index: int, block: nn.Module, path: str, config: object) -> BlockSpec:

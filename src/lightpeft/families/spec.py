@@ -23,6 +23,8 @@ class Family:
     """Attribute of the attention module -> what it holds: "heads", "kv_heads", "heads_per_kv" or "width"."""
     width_key: str = "intermediate_size"
     """Config key of the FFN width."""
+    positions_after_padding: bool = False
+    """Whether position numbers start after the padding index, so that the position table has unused entries."""
 
     def __post_init__(self) -> None:
         required = set(SLOTS) - {"ffn_gate"}

@@ -6,7 +6,7 @@ from lightpeft.tasks.causal import CausalLMTask
 from lightpeft.tasks.classification import ClassificationTask, encode_texts, text_collator
 from lightpeft.tasks.progress import Progress, bar, silent
 from lightpeft.tasks.reading import read_rows
-from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token, longest_input
+from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token
 
 __all__ = [
     "TASKS",
@@ -20,7 +20,6 @@ __all__ = [
     "encode_texts",
     "ensure_pad_token",
     "load_task",
-    "longest_input",
     "read_rows",
     "silent",
     "text_collator",

@@ -18,26 +18,19 @@ NO_LIMIT = 10**9
 """Tokenizers without a length limit report a number far above this."""
 IGNORED = -100
 """Label of positions that count in no loss."""
-POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert")
-"""Model types whose position numbers start after the padding index, so that the table has unused entries."""
 
 
-def longest_input(model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens the model takes at most, special tokens included; None where neither names a limit."""
-    config = model_config.get_text_config()
-    limits = [tokenizer.model_max_length] if tokenizer.model_max_length < NO_LIMIT else []
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions:
-        unused = config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
-        limits.append(positions - unused)
-    return min(limits, default=None)
+def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `LightPeftError` if rows of `max_length` tokens are longer than the model or the tokenizer allows.
 
-
-def check_max_length(max_length: int, model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `LightPeftError` if rows of `max_length` tokens are longer than the model allows."""
-    longest = longest_input(model_config, tokenizer)
+    Args:
+        positions: tokens that the model's position table has room for; None: any number.
+    """
+    limits = [positions] if positions else []
+    limits += [tokenizer.model_max_length] if tokenizer.model_max_length < NO_LIMIT else []
+    longest = min(limits, default=max_length)
     require(
-        longest is None or max_length <= longest,
+        max_length <= longest,
         f"data.max_length is {max_length}, but the model takes at most {longest} tokens; set it to {longest} or less",
     )
 

@@ -1,0 +1,357 @@
+"""The estimation stage under the regimes that people train in: the scores must not depend on them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import batch
+from training import assert_close, assert_equal, estimate, inputs, student, trainer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lightpeft.config import LightConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.estimation import Estimator, stage_length
+from lightpeft.planning import make_plan
+from lightpeft.pruner import EarlyPruner
+
+
+def started(model: PeftModel, total_steps: int | None = None, **config: Any) -> Estimator:
+    estimator = Estimator(model, LightConfig(**config))
+    estimator.start(total_steps)
+    return estimator
+
+
+# What a record holds
+
+
+def test_scores_equal_the_definitions() -> None:
+    """Two steps, of which the second half is scored: the second step alone."""
+    model = student()
+    estimator = started(model, length=2)
+    for seed in (1, 2):
+        model.zero_grad()
+        model(**inputs(seed=seed)).loss.backward()
+        masks = estimator.masks.values.clone()
+        gradient = torch.cat([leaf.grad for leaf in estimator.masks.heads + estimator.masks.neurons])
+        estimator.step()
+    record = estimator.record()
+    taylor, fisher, mask = (
+        torch.cat(record.of_blocks("heads", name) + record.of_blocks("neurons", name))
+        for name in ("taylor", "fisher", "mask")
+    )
+    torch.testing.assert_close(taylor, (masks * gradient).abs())
+    torch.testing.assert_close(fisher, gradient.square())
+    assert mask.equal(estimator.masks.values.abs())
+    for site, scores in zip(estimator.sites, record.of_ranks("taylor"), strict=True):
+        down, up = site.down * site.down.grad, site.up * site.up.grad
+        torch.testing.assert_close(scores, (down.mean(1).abs() + up.mean(0).abs()).detach())
+    for site, scores in zip(estimator.sites, record.of_ranks("magnitude"), strict=True):
+        torch.testing.assert_close(scores, (site.down.norm(dim=1) * site.up.norm(dim=0)).detach())
+    assert record.meta["steps"] == 2
+    assert record.meta["scored_steps"] == 1
+    assert record.meta["scored_tokens"] == int(inputs(seed=2)["attention_mask"].sum())
+
+
+def test_scores_are_means_over_steps_of_the_second_half() -> None:
+    """With masks that stand still and weights that do too, four steps score the mean of the last two."""
+    still = {"learning_rate": 0.0, "mask_learning_rate": 1e-30}
+    whole = estimate(student(), steps=4, **still).record()
+    model = student()
+    estimator = started(model, length=10, mask_learning_rate=1e-30)
+    sums = torch.zeros_like(estimator.masks.values)
+    for seed in (2, 3):
+        model(**batch(rows=8, length=20, seed=seed, labels=True)).loss.backward()
+        sums += estimator.masks.take_gradient().abs()
+    scores = torch.cat(whole.of_blocks("heads", "taylor") + whole.of_blocks("neurons", "taylor"))
+    torch.testing.assert_close(scores, sums / 2, rtol=1e-4, atol=1e-7)
+
+
+def test_the_same_seed_gives_the_same_record_and_plan() -> None:
+    records, plans = [], []
+    for _ in range(2):
+        torch.manual_seed(5)
+        estimator = estimate(student(lora_dropout=0.1), steps=4)
+        records.append(estimator.record())
+        plans.append(make_plan(records[-1], estimator.config))
+    assert_equal(*records)
+    assert plans[0] == plans[1]
+    assert records[0].meta == records[1].meta
+
+
+# Training regimes
+
+
+def test_gradient_accumulation() -> None:
+    whole, parts = estimate(student(), steps=3), estimate(student(), steps=3, parts=4)
+    assert_close(parts.record(), whole.record())
+    torch.testing.assert_close(parts.masks.values, whole.masks.values, rtol=0, atol=1e-4)
+
+
+def test_gradient_accumulation_in_a_trainer(tmp_path: Path) -> None:
+    records = []
+    for rows, parts in ((8, 1), (2, 4)):
+        pruner = EarlyPruner(student(), LightConfig(length=4))
+        settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
+        trainer(pruner.model, tmp_path, pruner.callback(), **settings).train()
+        records.append(pruner.record())
+    assert records[1].meta["steps"] == 4
+    assert_close(records[1], records[0])
+
+
+def test_clipping_leaves_the_scores(tmp_path: Path) -> None:
+    def clip(parameters: list[torch.nn.Parameter]) -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, 1e-6)
+
+    still = {"learning_rate": 0.0}
+    assert_equal(estimate(student(), before_step=clip, **still).record(), estimate(student(), **still).record())
+    records = []
+    for norm in (1e-6, 0.0):
+        pruner = EarlyPruner(student(), LightConfig(length=3))
+        trainer(pruner.model, tmp_path, pruner.callback(), max_grad_norm=norm, learning_rate=0.0).train()
+        records.append(pruner.record())
+    assert_equal(*records)
+
+
+def test_a_gradient_scaler_leaves_the_scores() -> None:
+    """A power of two scales floating-point numbers without rounding."""
+    assert_equal(estimate(student(), steps=4, scale=1024.0).record(), estimate(student(), steps=4).record())
+
+
+def test_an_overflow_under_a_scaler_is_skipped() -> None:
+    model = student()
+    estimator = started(model, length=3)
+    for step in range(3):
+        loss = model(**inputs(seed=step)).loss * 2.0**16
+        (loss * math.inf if step == 1 else loss).backward()
+        estimator.step(grad_scale=2.0**16)
+        model.zero_grad()
+    record = estimator.record()
+    assert all(torch.isfinite(scores).all() for scores in record.scores.values())
+    assert torch.isfinite(estimator.masks.values).all()
+    assert torch.cat(record.of_blocks("neurons", "taylor")).gt(0).any()
+
+
+def test_bfloat16_autocast_is_close_to_float32() -> None:
+    records = []
+    for enabled in (False, True):
+        model = student()
+        estimator = started(model, length=2)
+        for step in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = model(**inputs(rows=8, length=20, seed=step)).loss
+            loss.backward()
+            estimator.step()
+        records.append(estimator.record())
+    for kind, criterion in (("heads", "taylor"), ("neurons", "taylor")):
+        a, b = (torch.cat(record.of_blocks(kind, criterion)) for record in records)
+        assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.98
+    torch.testing.assert_close(*(r.of_modules("ratio") for r in records), rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
+    records = []
+    for settings in (
+        {},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
+    ):
+        pruner = EarlyPruner(student(), LightConfig(length=3))
+        trainer(pruner.model, tmp_path, pruner.callback(), **settings).train()
+        records.append(pruner.record())
+    assert_close(records[1], records[0])
+    assert records[1].meta["scored_tokens"] == records[0].meta["scored_tokens"]
+
+
+def test_evaluation_in_between_leaves_the_scores(tmp_path: Path) -> None:
+    records = []
+    for strategy in ("no", "steps"):
+        pruner = EarlyPruner(student(), LightConfig(length=3))
+        run = trainer(pruner.model, tmp_path, pruner.callback(), eval_strategy="no")
+        run.eval_dataset = run.train_dataset
+        run.args.eval_strategy, run.args.eval_steps = strategy, 1
+        run.train()
+        records.append(pruner.record())
+    assert_equal(*records)
+
+
+# Divergence
+
+
+def diverging() -> PeftModel:
+    model = student()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "classifier" in name and p.requires_grad).fill_(math.nan)
+    return model
+
+
+def assert_diverged(error: pytest.ExceptionInfo[LightPeftError]) -> None:
+    assert "NaN or infinite" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_divergence_stops_a_trainer(tmp_path: Path) -> None:
+    pruner = EarlyPruner(diverging(), LightConfig(length=20))
+    with pytest.raises(LightPeftError) as error:
+        trainer(pruner.model, tmp_path, pruner.callback(), logging_steps=2).train()
+    assert_diverged(error)
+    assert pruner.estimator.steps == 2
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_divergence_stops_a_loop(steps: int) -> None:
+    model = diverging()
+    estimator = started(model, length=4)
+    with pytest.raises(LightPeftError) as error:
+        for _ in range(steps):
+            model(**inputs()).loss.backward()
+            estimator.step()
+        estimator.record()
+    assert_diverged(error)
+
+
+# Lengths
+
+
+@pytest.mark.parametrize(
+    ("length", "total", "steps"), [(5, None, 5), (5, 100, 5), (0.1, 200, 20), (0.1, 5, 2), ("auto", 100, 30)]
+)
+def test_stage_length(length: Any, total: int | None, steps: int) -> None:
+    assert stage_length(LightConfig(length=length), total) == steps
+
+
+@pytest.mark.parametrize("length", [0.1, "auto"])
+def test_a_length_relative_to_the_run_needs_the_run(length: Any) -> None:
+    with pytest.raises(LightPeftError, match="needs the number of steps of the whole run"):
+        started(student(), length=length)
+
+
+def test_a_stage_longer_than_the_run(tmp_path: Path) -> None:
+    with pytest.raises(LightPeftError, match="estimation of 50 steps is longer than the run of 10"):
+        started(student(), total_steps=10, length=50)
+    pruner = EarlyPruner(student(), LightConfig(length=50))
+    with pytest.raises(LightPeftError, match="estimation of 50 steps is longer than the run of 40"):
+        trainer(pruner.model, tmp_path, pruner.callback()).train()
+
+
+@pytest.mark.parametrize(("length", "steps"), [(7, 7), (0.25, 10)])
+def test_a_trainer_stops_when_the_stage_is_done(tmp_path: Path, length: Any, steps: int) -> None:
+    pruner = EarlyPruner(student(), LightConfig(length=length))
+    run = trainer(pruner.model, tmp_path, pruner.callback())
+    run.train()
+    assert run.state.global_step == pruner.estimator.steps == steps
+    assert pruner.finished
+    meta = pruner.record().meta
+    assert meta["scored_steps"] == steps - steps // 2
+    assert meta["history"] == []
+
+
+def test_auto_stops_when_the_plan_has_settled(tmp_path: Path) -> None:
+    config = LightConfig(length="auto", check_every=2, settled_overlap=0.5, settled_checks=2, max_fraction=0.9)
+    pruner = EarlyPruner(student(), config)
+    trainer(pruner.model, tmp_path, pruner.callback(), learning_rate=0.0).train()
+    meta = pruner.record().meta
+    assert meta["steps"] < meta["max_steps"] == 36
+    assert meta["steps"] == meta["history"][-1]["step"]
+    assert [entry["step"] for entry in meta["history"]] == list(range(4, meta["steps"] + 1, 2))
+    settled = [entry["overlap"] >= 0.5 for entry in meta["history"]]
+    assert settled[-2:] == [True, True]
+    assert (True, True) not in list(zip(settled[:-2], settled[1:-1], strict=True))
+    assert (meta["settled_overlap"], meta["settled_checks"], meta["length"]) == (0.5, 2, "auto")
+
+
+def test_auto_gives_up_at_its_limit(tmp_path: Path) -> None:
+    config = LightConfig(
+        length="auto", check_every=3, settled_overlap=1.0, settled_checks=40, max_fraction=0.25, neurons=0.5
+    )
+    pruner = EarlyPruner(student(), config)
+    trainer(pruner.model, tmp_path, pruner.callback()).train()
+    meta = pruner.record().meta
+    assert meta["steps"] == meta["max_steps"] == 10
+    assert [entry["step"] for entry in meta["history"]] == [6, 9, 10]
+    # windows of the second half: from step 6 on
+    assert meta["scored_steps"] == 4
+
+
+def test_steps_after_the_end_do_nothing() -> None:
+    estimator = estimate(student(), steps=2)
+    record = estimator.record()
+    estimator.start(total_steps=None)
+    estimator.model(**inputs()).loss.backward()
+    estimator.step()
+    assert estimator.steps == 2
+    assert_equal(estimator.record(), record)
+
+
+def test_steps_out_of_place() -> None:
+    estimator = Estimator(student(), LightConfig(length=2))
+    with pytest.raises(LightPeftError, match="has not started"):
+        estimator.step()
+    with pytest.raises(LightPeftError, match="has not run a single step"):
+        estimator.record()
+    estimator.start(None)
+    with pytest.raises(LightPeftError, match="has started already"):
+        estimator.start(None)
+
+
+# Resuming
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early, as a lost machine would, but politely."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"length": 12},
+        {"length": "auto", "check_every": 4, "settled_overlap": 1.0, "settled_checks": 9, "max_fraction": 0.3},
+    ],
+    ids=["steps", "auto"],
+)
+@pytest.mark.parametrize("stop", [5, 6, 8])
+def test_a_resumed_stage_gives_the_record_of_an_uninterrupted_one(
+    tmp_path: Path, config: dict[str, Any], stop: int
+) -> None:
+    def pruner() -> EarlyPruner:
+        return EarlyPruner(student(lora_dropout=0.1), LightConfig(**config))
+
+    settings = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": stop}
+    whole = pruner()
+    trainer(whole.model, tmp_path / "whole", whole.callback(), **settings).train()
+    first = pruner()
+    trainer(first.model, tmp_path / "parts", first.callback(), StopAt(stop), **settings).train()
+    assert first.estimator.steps == stop
+    second, checkpoint = pruner(), tmp_path / "parts" / f"checkpoint-{stop}"
+    resumed = trainer(second.model, tmp_path / "parts", second.callback(resume_from=checkpoint), **settings)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert second.estimator.steps == 12
+    assert_equal(second.record(), whole.record())
+    assert second.record().meta == whole.record().meta
+    assert second.plan() == whole.plan()
+
+
+def test_resuming_from_what_is_no_estimation_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(LightPeftError, match="does not exist"):
+        started(student(), length=4).load_state(tmp_path)
+
+
+def test_resuming_with_another_model(tmp_path: Path) -> None:
+    estimator = started(student(), length=4)
+    estimator.model(**inputs()).loss.backward()
+    estimator.step()
+    estimator.save_state(tmp_path)
+    with pytest.raises(LightPeftError, match="of another model"):
+        started(student("llama-gqa"), length=4).load_state(tmp_path)
+    with pytest.raises(LightPeftError, match="of another model"):
+        started(student(target_modules=["query"]), length=4).load_state(tmp_path)
