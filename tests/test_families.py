@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tiny import ALL, DROPPED, MODELS, SIZES, make, plan_for, with_lora
 from torch import nn
@@ -237,12 +235,3 @@ def test_lora_only_outside_the_blocks() -> None:
     model = bert_with(lora(target_modules=["pooler.dense"]))
     text = refusal(lambda: EarlyPruner(model))
     assert "no LoRA module sits on a prunable projection" in text and "query, key, value" in text
-
-
-def test_dora_by_layer_is_not_taken_for_lora() -> None:
-    """The configuration may be changed after the model was made; the layers tell."""
-    model = bert_with(lora(use_dora=True))
-    changed = copy.deepcopy(model)
-    changed.peft_config["default"].use_dora = False
-    assert torch.is_tensor(next(changed.parameters()))
-    assert "use_dora" in refusal(lambda: check_peft(changed))

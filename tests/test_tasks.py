@@ -230,7 +230,8 @@ class TestClassification:
     def test_limits(self, tmp_path: Path) -> None:
         source = labelled(tmp_path, [i % 2 for i in range(50)])
         task = load_task(DataConfig(train=source, test=source, limit_train=20, limit_test=3))
-        assert task.test["text"][:] == ["text 0", "text 1", "text 2"]
+        assert len(task.test) == 3
+        assert task.test["text"][:] != ["text 0", "text 1", "text 2"]
         assert len(task.train) == 20
         assert task.train["text"][:] != [f"text {i}" for i in range(20)]
         assert "data.limit_test is 0" in error_of(load_task, DataConfig(train=source, limit_test=0))

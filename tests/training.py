@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import PeftModel
 from tiny import batch, make, with_lora
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightpeft.config import LightConfig
 from lightpeft.estimation import Estimator
@@ -36,9 +36,11 @@ def inputs(name: str = "bert", **changes: Any) -> dict[str, Tensor]:
     return made
 
 
-def dataset(rows: int = 64) -> Dataset:
-    """Rows of equal length for sequence classification."""
+def dataset(causal: bool = False, rows: int = 64) -> Dataset:
+    """Rows of equal length for sequence classification or for a language model."""
     whole = batch(rows=rows, length=8, padding="none", labels=True)
+    if causal:
+        whole["labels"] = whole["input_ids"]
     return Dataset.from_dict({key: value.tolist() for key, value in whole.items()})
 
 
@@ -55,8 +57,18 @@ def trainer(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **setti
         "disable_tqdm": True,
         **settings,
     }
-    arguments = TrainingArguments(str(folder), **values)
-    return Trainer(model, arguments, train_dataset=dataset(), callbacks=list(callbacks))
+    rows = dataset(causal=model.peft_config["default"].task_type == "CAUSAL_LM")
+    return Trainer(model, TrainingArguments(str(folder), **values), train_dataset=rows, callbacks=list(callbacks))
+
+
+class StopAt(TrainerCallback):
+    """Ends a run early, as a lost machine would, but politely."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
 
 
 def chunks(whole: dict[str, Tensor], rows: int) -> Iterator[dict[str, Tensor]]:

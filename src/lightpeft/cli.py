@@ -105,7 +105,7 @@ def _run_stage(verb: str, options: Namespace) -> None:
     if show:
         sys.stdout.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
         return
-    _quiet()
+    quiet()
     _STAGE_VERBS[verb](config, **extra)
 
 
@@ -214,7 +214,7 @@ def _predict_options(parser: ArgumentParser) -> None:
 def _predict(options: Namespace) -> None:
     from lightpeft.predicting import predict
 
-    _quiet()
+    quiet()
     given = options.as_dict()
     predict(given.pop("model"), given.pop("input"), **given)
 
@@ -259,7 +259,7 @@ def _fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Leave the screen to lightpeft's own bars, tables and one-line errors."""
     import transformers
 

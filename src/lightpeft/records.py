@@ -282,7 +282,8 @@ def understandable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LightPeftError(f"{path} does not have the expected content ({error!r}); was it edited?") from error
+        reason = str(error) if isinstance(error, LightPeftError) else repr(error)
+        raise LightPeftError(f"{path} does not have the expected content ({reason}); was it edited?") from error
 
 
 def write_json(path: str | Path, data: dict[str, Any]) -> None:

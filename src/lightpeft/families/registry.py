@@ -14,6 +14,8 @@ from lightpeft.structure import BlockSpec
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (BERT, ROBERTA, LLAMA, OPT)}
 """Supported families by `config.model_type`."""
 
+_PRUNED_BEFORE = "a model that was pruned before cannot be pruned again"
+
 
 def family_of(model_type: str) -> Family:
     """The family of a model type.
@@ -61,12 +63,10 @@ def _block_spec(family: Family, index: int, block: nn.Module, path: str, config:
     heads: int = config.num_attention_heads  # type: ignore[attr-defined]
     kv_heads: int = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[attr-defined]
-    fits = linear["q"].out_features == heads * head_dim and linear["k"].out_features == kv_heads * head_dim
-    require(
-        fits and linear["o"].in_features == heads * head_dim,
-        f"{path}: attention widths do not match the config; a model that was pruned before cannot be pruned again",
-    )
     neurons = linear["ffn_out"].in_features
+    widths = (linear["q"].out_features, linear["o"].in_features, linear["k"].out_features, neurons)
+    expected = (heads * head_dim, heads * head_dim, kv_heads * head_dim, getattr(config, family.width_key))
+    require(widths == expected, f"{path}: widths do not match the config; {_PRUNED_BEFORE}")
     return BlockSpec(
         index=index,
         attention=f"{path}.{family.attention}",
@@ -90,7 +90,10 @@ def _row(linear: nn.Linear) -> int:
 
 def _linear(block: nn.Module, name: str, path: str) -> nn.Linear:
     """The frozen linear layer at `name`, with a PEFT module around it or without."""
-    module = block.get_submodule(name)
+    try:
+        module = block.get_submodule(name)
+    except AttributeError as error:
+        raise LightPeftError(f"there is no {path}; {_PRUNED_BEFORE}") from error
     module = getattr(module, "base_layer", module)
     if type(module) is not nn.Linear:
         raise LightPeftError(

@@ -1,0 +1,517 @@
+"""Light adapters: bit-equal after loading, over a base that is never written to; damage is one clear line."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft.peft_model
+import pytest
+import safetensors
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny import ALL, DROPPED, MODELS, batch, make, plan_for, relative_difference, with_lora
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightpeft import LightModel, checkpoint, load_light
+from lightpeft.checkpoint import as_light, per_layer_config, read_description
+from lightpeft.errors import LightPeftError
+from lightpeft.records import PrunePlan
+from lightpeft.sites import find_sites, transformers_model
+from lightpeft.surgery import apply_plan
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lightpeft.json"]
+all_budgets = pytest.mark.parametrize("budget", [{}, DROPPED], ids=["usual", "dropped"])
+
+
+def saved_base(name: str, folder: Path, seed: int = 0) -> Path:
+    """A folder with a dense base, as a user has it."""
+    make(name, seed).save_pretrained(folder)
+    return folder
+
+
+def from_folder(name: str, folder: Path) -> PreTrainedModel:
+    return type(make(name)).from_pretrained(folder)
+
+
+def light_over(base: PreTrainedModel, metrics: dict[str, Any] | None = None, **budget: Any) -> LightModel:
+    """A light model with trained-looking LoRA and head."""
+    model = with_lora(base, lora_dropout=0.05)
+    plan = plan_for(model, **budget)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "modules_to_save" in key:
+                parameter.add_(torch.randn_like(parameter))
+    apply_plan(model, plan)
+    return as_light(model.eval(), plan, metrics)
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(**batch()).logits
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and a light adapter over it, to be copied before it is damaged."""
+    home = tmp_path_factory.mktemp("home")
+    base = saved_base("bert", home / "base")
+    light_over(from_folder("bert", base), {"accuracy": 0.75}).save_pretrained(home / "light")
+    return home
+
+
+@pytest.fixture
+def light(home: Path, tmp_path: Path) -> Path:
+    """A copy of the light adapter of `home`."""
+    return Path(shutil.copytree(home / "light", tmp_path / "light"))
+
+
+# Save and load
+
+
+@pytest.mark.parametrize("name", ALL)
+@all_budgets
+def test_bit_equal_from_folder_memory_and_recorded_name(name: str, budget: dict[str, Any], tmp_path: Path) -> None:
+    base = saved_base(name, tmp_path / "base")
+    before = hashes(base)
+    model = light_over(from_folder(name, base), {"accuracy": 0.5}, **budget)
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "light")
+    assert sorted(os.listdir(tmp_path / "light")) == FILES
+    moved = Path(shutil.copytree(base, tmp_path / "elsewhere"))
+    for given in (None, base, str(moved), from_folder(name, base)):
+        loaded = load_light(tmp_path / "light", given)
+        assert logits(loaded).equal(expected)
+        assert isinstance(loaded, LightModel) and type(loaded).__name__ == type(model).__name__
+        assert loaded.light_plan == model.light_plan and loaded.light_metrics == {"accuracy": 0.5}
+        assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert hashes(base) == before, "the base is never written to"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 6, "lora_alpha": 16},
+        {"r": 6, "lora_alpha": 16, "use_rslora": True},
+        {"r": 6, "lora_alpha": 7, "alpha_pattern": {"query": 5}, "rank_pattern": {"value": 3}},
+        {"target_modules": ["query", "pooler.dense"], "exclude_modules": ["layer.0.attention.self.query"]},
+        {"target_modules": ["query", "value"], "layers_to_transform": [1, 2]},
+        {"target_modules": r".*(query|intermediate\.dense)"},
+        {"lora_bias": True},
+        {"modules_to_save": ["classifier", "pooler"]},
+    ],
+)
+def test_bit_equal_with_any_lora_settings(settings: dict[str, Any], home: Path, tmp_path: Path) -> None:
+    model = with_lora(from_folder("bert", home / "base"), **settings)
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    light = as_light(model, plan)
+    light.save_pretrained(tmp_path / "light")
+    loaded = load_light(tmp_path / "light")
+    assert logits(loaded).equal(logits(light))
+    scalings = [[site.scaling for site in find_sites(m, plan.specs)] for m in (light, loaded)]
+    assert scalings[0] == scalings[1]
+
+
+def test_generate_after_loading(tmp_path: Path) -> None:
+    base = saved_base("llama-gqa", tmp_path / "base")
+    model = light_over(from_folder("llama-gqa", base), **DROPPED)
+    model.save_pretrained(tmp_path / "light")
+    options = {**batch(padding="left"), "max_new_tokens": 6, "do_sample": False}
+    assert load_light(tmp_path / "light").generate(**options).equal(model.generate(**options))
+
+
+def test_saving_twice_gives_the_same_files(home: Path, light: Path, tmp_path: Path) -> None:
+    load_light(light).save_pretrained(tmp_path / "again")
+    before, after = hashes(light), hashes(tmp_path / "again")
+    assert before["adapter_model.safetensors"] == after["adapter_model.safetensors"]
+    load_light(light).save_pretrained(light)
+    assert logits(load_light(light)).equal(logits(load_light(tmp_path / "again")))
+
+
+def test_other_files_in_the_folder_stay(light: Path) -> None:
+    (light / "notes.txt").write_text("mine")
+    load_light(light).save_pretrained(light)
+    assert (light / "notes.txt").read_text() == "mine" and sorted(os.listdir(light)) == [*FILES, "notes.txt"]
+
+
+def test_only_the_main_process_writes(light: Path, tmp_path: Path) -> None:
+    load_light(light).save_pretrained(tmp_path / "rank1", is_main_process=False)
+    assert not (tmp_path / "rank1").exists()
+
+
+def test_nothing_is_pickled(light: Path) -> None:
+    for file in light.iterdir():
+        assert file.suffix in (".json", ".md", ".safetensors")
+        assert not file.read_bytes().startswith((b"\x80", b"PK"))
+
+
+def test_asking_for_pickle_is_refused(light: Path, tmp_path: Path) -> None:
+    with pytest.raises(LightPeftError, match="safetensors"):
+        load_light(light).save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    assert os.listdir(tmp_path) == ["light"]
+
+
+def test_training_goes_on_after_loading(light: Path) -> None:
+    model = load_light(light, is_trainable=True)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable and all("lora_" in name or "modules_to_save" in name for name in trainable)
+    before = logits(model.eval())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    for seed in range(3):
+        model(**batch(labels=True, seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = logits(model.eval())
+    assert not after.equal(before)
+    model.light_metrics["accuracy"] = 0.9
+    model.save_pretrained(light)
+    loaded = load_light(light)
+    assert logits(loaded).equal(after) and loaded.light_metrics == {"accuracy": 0.9}
+
+
+def test_merging_after_loading(light: Path) -> None:
+    model = load_light(light)
+    expected = logits(model)
+    assert relative_difference(logits(model.merge_and_unload()), expected) < 1e-5
+
+
+def test_peft_reads_the_folder_on_a_pruned_base(home: Path, light: Path) -> None:
+    """Without lightpeft's loader: cut the base to the plan, then PEFT's own."""
+    base = from_folder("bert", home / "base")
+    apply_plan(base, PrunePlan.from_dict(json.loads((light / "lightpeft.json").read_text())["plan"]))
+    model = PeftModel.from_pretrained(base, str(light)).eval()
+    assert logits(model).equal(logits(load_light(light)))
+
+
+def test_as_light_keeps_the_object_and_can_be_copied(home: Path) -> None:
+    model = with_lora(from_folder("bert", home / "base"))
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    light = as_light(model, plan)
+    assert light is model and isinstance(light, LightModel) and type(light).__name__.startswith("LightPeftModel")
+    kind = type(light)
+    assert type(as_light(light, plan)) is kind
+    assert logits(copy.deepcopy(light)).equal(logits(light))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_adapter_of_a_float32_base_loads_on_bfloat16(name: str, tmp_path: Path) -> None:
+    base = saved_base(name, tmp_path / "base")
+    model = light_over(from_folder(name, base))
+    model.save_pretrained(tmp_path / "light")
+    in_memory = type(make(name)).from_pretrained(base, dtype=torch.bfloat16)
+    for loaded in (load_light(tmp_path / "light", dtype="bfloat16"), load_light(tmp_path / "light", in_memory)):
+        frozen = {p.dtype for n, p in loaded.named_parameters() if "lora" not in n and "modules_to_save" not in n}
+        assert frozen == {torch.bfloat16}
+        assert relative_difference(logits(loaded).float(), logits(model)) < 0.1
+
+
+def test_an_adapter_of_a_bfloat16_base_is_bit_equal(tmp_path: Path) -> None:
+    saved_base("llama-gqa", tmp_path / "base")
+    base = type(make("llama-gqa")).from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = light_over(base)
+    model.save_pretrained(tmp_path / "light")
+    loaded = load_light(tmp_path / "light")
+    assert loaded.dtype == torch.bfloat16 and logits(loaded).equal(logits(model))
+
+
+def test_attention_backend_and_device(light: Path) -> None:
+    model = load_light(light, attention="eager", device="cpu")
+    assert transformers_model(model).config._attn_implementation == "eager"
+    assert relative_difference(logits(model), logits(load_light(light))) < 1e-5
+
+
+# What is written
+
+
+@pytest.mark.parametrize(("name", "key"), [("bert", "intermediate_size"), ("llama-gqa", "intermediate_size"), ("opt", "ffn_dim")])
+def test_per_layer_config(name: str, key: str) -> None:
+    plan = plan_for(with_lora(make(name)), **DROPPED)
+    widths = per_layer_config(name.partition("-")[0], plan)
+    assert list(widths) == ["0", "1", "2"]
+    for index, kept in enumerate(plan.blocks):
+        assert widths[str(index)] == {
+            "num_attention_heads": len(kept.heads),
+            "num_key_value_heads": len(kept.kv_heads),
+            key: len(kept.neurons),
+        }
+    assert widths["0"]["num_attention_heads"] == 0 and widths["1"][key] == 0
+
+
+def test_description(home: Path, light: Path) -> None:
+    description = read_description(light)
+    base = description["base"]
+    assert (base["id"], base["model_type"]) == (str(home / "base"), "bert")
+    assert (base["architecture"], base["dtype"]) == ("BertForSequenceClassification", "float32")
+    assert base["fingerprint"] == description["plan"]["fingerprint"]
+    assert description["schema_version"] == 1 and description["metrics"] == {"accuracy": 0.75}
+    assert set(description["versions"]) == {"lightpeft", "torch", "transformers", "peft"}
+    assert set(description["checksums"]) == {"adapter_config.json", "adapter_model.safetensors", "lightpeft.json"}
+    assert description["per_layer_config"] == per_layer_config("bert", PrunePlan.from_dict(description["plan"]))
+    card = (light / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: lightpeft\n") and "accuracy: 0.75" in card
+    assert str(home) not in card, "a local path says nothing elsewhere"
+
+
+def test_a_head_that_the_base_checkpoint_does_not_have(tmp_path: Path) -> None:
+    make("bert").base_model.save_pretrained(tmp_path / "encoder")
+    kind, labels = type(make("bert")), {0: "no", 1: "yes", 2: "maybe"}
+    model = light_over(kind.from_pretrained(tmp_path / "encoder", id2label=labels))
+    model.save_pretrained(tmp_path / "light")
+    loaded = load_light(tmp_path / "light")
+    assert loaded.config.id2label == labels and logits(loaded).shape == (3, 3)
+    assert logits(loaded).equal(logits(model))
+
+
+# Damage
+
+
+def message(action: Callable[[], Any]) -> str:
+    with pytest.raises(LightPeftError) as error:
+        action()
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "README.md"])
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.95])
+def test_a_flipped_byte(name: str, where: float, light: Path) -> None:
+    data = bytearray((light / name).read_bytes())
+    position = int(where * len(data))
+    data[position] ^= 0x01
+    (light / name).write_bytes(bytes(data))
+    text = message(lambda: load_light(light))
+    assert str(light / name) in text
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "README.md"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_missing_or_cut_file(name: str, damage: str, light: Path) -> None:
+    path = light / name
+    data = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
+    text = message(lambda: load_light(light))
+    assert name in text and str(light) in text
+
+
+def test_the_model_card_may_be_edited(light: Path) -> None:
+    expected = logits(load_light(light))
+    (light / "README.md").write_text("my words")
+    assert logits(load_light(light)).equal(expected)
+    (light / "README.md").unlink()
+    assert logits(load_light(light)).equal(expected)
+
+
+def sealed(light: Path, edit: Callable[[dict[str, Any]], Any] = lambda description: None) -> None:
+    """Edit lightpeft.json and make all checksums right again, as a careful editor would."""
+    path = light / "lightpeft.json"
+    description = json.loads(path.read_text())
+    edit(description)
+    checksums = {name: hashlib.sha256((light / name).read_bytes()).hexdigest() for name in FILES[1:3]}
+    checksums["lightpeft.json"] = checkpoint._content_checksum(description)
+    path.write_text(json.dumps({**description, "checksums": checksums}))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: d["plan"]["blocks"][0].update(neurons="0-3"),
+        lambda d: d["base"].update(id="other"),
+        lambda d: d["metrics"].update(accuracy=1.0),
+        lambda d: d.update(extra=1),
+        lambda d: d.pop("versions"),
+        lambda d: d["checksums"].update({"lightpeft.json": "0" * 64}),
+    ],
+)
+def test_an_edited_description(edit: Callable[[dict[str, Any]], Any], light: Path) -> None:
+    path = light / "lightpeft.json"
+    description = json.loads(path.read_text())
+    edit(description)
+    path.write_text(json.dumps(description))
+    assert message(lambda: load_light(light)) == f"{path} was altered or damaged"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: d.pop("plan"),
+        lambda d: d["plan"].pop("specs"),
+        lambda d: d["plan"]["blocks"].pop(),
+        lambda d: d["plan"]["blocks"][0].update(heads="0-9"),
+        lambda d: d.update(metrics=3),
+    ],
+)
+def test_content_that_does_not_fit_past_the_checksum(edit: Callable[[dict[str, Any]], Any], light: Path) -> None:
+    sealed(light, edit)
+    assert "does not have the expected content" in message(lambda: load_light(light))
+
+
+def test_a_base_section_that_is_not_there(light: Path, home: Path) -> None:
+    sealed(light, lambda d: d.pop("base"))
+    assert "lightpeft.json" in message(lambda: load_light(light))
+
+
+def test_an_unknown_schema_version(light: Path) -> None:
+    sealed(light, lambda d: d.update(schema_version=2))
+    assert "schema version 2, this lightpeft reads up to 1; upgrade" in message(lambda: load_light(light))
+
+
+def rewrite_tensors(light: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    path = light / "adapter_model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+    sealed(light)
+
+
+def test_tensors_that_are_missing_or_too_many(light: Path) -> None:
+    rewrite_tensors(light, lambda tensors: tensors.pop(next(key for key in tensors if "lora_B" in key)))
+    assert "lacks tensors: base_model" in message(lambda: load_light(light))
+
+
+def test_a_tensor_that_fits_nowhere(light: Path) -> None:
+    rewrite_tensors(light, lambda tensors: tensors.update({"base_model.model.other": torch.zeros(1)}))
+    assert "has tensors that fit nowhere: base_model.model.other" in message(lambda: load_light(light))
+
+
+def test_a_tensor_of_another_shape(light: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        key = next(key for key in tensors if "lora_A" in key)
+        tensors[key] = tensors[key][:, :-1].contiguous()
+
+    rewrite_tensors(light, edit)
+    assert f"{light} does not fit its base" in message(lambda: load_light(light))
+
+
+def test_a_bad_adapter_leaves_a_base_in_memory_whole(home: Path, light: Path) -> None:
+    rewrite_tensors(light, lambda tensors: tensors.pop(next(key for key in tensors if "lora_B" in key)))
+    base = from_folder("bert", home / "base")
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    message(lambda: load_light(light, base))
+    after = base.state_dict()
+    assert before.keys() == after.keys() and all(value.equal(after[key]) for key, value in before.items())
+
+
+def test_folders_that_are_no_light_adapter(tmp_path: Path, home: Path) -> None:
+    assert message(lambda: load_light(tmp_path / "none")).endswith("none does not exist")
+    assert "is not a light adapter: it has no lightpeft.json" in message(lambda: load_light(tmp_path))
+    with_lora(from_folder("bert", home / "base")).save_pretrained(tmp_path / "plain")
+    assert "is not a light adapter" in message(lambda: load_light(tmp_path / "plain"))
+
+
+# Another base
+
+
+def test_a_base_with_other_weights(home: Path, light: Path, tmp_path: Path) -> None:
+    other = saved_base("bert", tmp_path / "other", seed=1)
+    base = from_folder("bert", other)
+    before = hashes(other)
+    for given in (other, base):
+        text = message(lambda given=given: load_light(light, given))
+        assert f"{light} belongs to another base" in text and "pass the original base" in text
+    assert base.bert.encoder.layer[0].intermediate.dense.weight.shape == (48, 32), "not cut"
+    assert hashes(other) == before
+
+
+def test_one_changed_weight_is_another_base(home: Path, light: Path) -> None:
+    base = from_folder("bert", home / "base")
+    with torch.no_grad():
+        base.bert.encoder.layer[2].output.dense.weight.mul_(1.01)
+    assert "belongs to another base" in message(lambda: load_light(light, base))
+
+
+@pytest.mark.parametrize("name", ["roberta", "llama-gqa", "opt"])
+def test_a_base_of_another_architecture(name: str, light: Path) -> None:
+    assert "belongs to another base" in message(lambda: load_light(light, make(name)))
+
+
+def test_a_base_with_fewer_layers(light: Path) -> None:
+    base = make("bert")
+    base.bert.encoder.layer = base.bert.encoder.layer[:2]
+    assert "belongs to another base" in message(lambda: load_light(light, base))
+
+
+def test_a_base_that_was_pruned_or_has_peft(home: Path, light: Path) -> None:
+    base = from_folder("bert", home / "base")
+    load_light(light, base)
+    assert "pruned before" in message(lambda: load_light(light, base.eval()))
+    wrapped = with_lora(from_folder("bert", home / "base"))
+    assert "without PEFT" in message(lambda: load_light(light, wrapped))
+
+
+def test_a_base_that_is_not_there(light: Path, tmp_path: Path) -> None:
+    text = message(lambda: load_light(light, tmp_path / "none"))
+    assert f"base {tmp_path / 'none'} cannot be loaded" in text and "base=" in text
+    (tmp_path / "empty").mkdir()
+    assert "cannot be loaded" in message(lambda: load_light(light, tmp_path / "empty"))
+
+
+def test_the_recorded_base_has_moved(light: Path, home: Path) -> None:
+    sealed(light, lambda d: d["base"].update(id=""))
+    assert "does not name its base" in message(lambda: load_light(light))
+    assert logits(load_light(light, home / "base")).shape == (3, 2)
+    sealed(light, lambda d: d["base"].update(architecture="NoSuchModel"))
+    assert "transformers has no NoSuchModel" in message(lambda: load_light(light, home / "base"))
+
+
+# Disk full
+
+
+def full_disk(*args: Any, **kwargs: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("where", ["weights", "description", "card", "moving"])
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "over"])
+def test_disk_full_while_saving(
+    where: str, fresh: bool, light: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_light(light, is_trainable=True)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(1.0)
+    target = tmp_path / "fresh" if fresh else light
+    before = hashes(tmp_path)
+    owner, name = {
+        "weights": (peft.peft_model, "safe_save_file"),
+        "description": (checkpoint, "write_json"),
+        "card": (Path, "write_text"),
+        "moving": (os, "replace"),
+    }[where]
+    monkeypatch.setattr(owner, name, full_disk)
+    text = message(lambda: model.save_pretrained(target))
+    monkeypatch.undo()
+    assert "No space left on device" in text and "nothing was changed" in text
+    assert hashes(tmp_path) == before
+    load_light(light)
+    model.save_pretrained(target)
+    assert logits(load_light(target)).equal(logits(model.eval()))
+
+
+def test_an_error_of_safetensors_while_saving(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = load_light(light)
+    before = hashes(light)
+    monkeypatch.setattr(peft.peft_model, "safe_save_file", fail)
+    assert "No space left on device" in message(lambda: model.save_pretrained(light))
+    assert hashes(light) == before and os.listdir(light.parent) == ["light"]

@@ -1,0 +1,81 @@
+"""Two processes with half the rows each must see what one process with all of them sees."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from training import assert_close, assert_equal, estimate, student, trainer
+
+from lightpeft.config import LightConfig
+from lightpeft.pruner import EarlyPruner
+from lightpeft.records import EstimationRecord
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
+
+LOOPS = ["ddp", "ddp-bucket-view", "ddp-static-graph"]
+LOOPS += ["accumulation-no-sync", "accumulation-bucket-view", "accumulation-every-sync"]
+TRAINERS = ["trainer", "trainer-accumulation", "trainer-resumed"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what both processes wrote."""
+    folder = tmp_path_factory.mktemp("distributed")
+    worker = Path(__file__).with_name("two_processes.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*launch, str(worker), str(folder)], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def of_rank(results: Path, rank: int, name: str) -> tuple[EstimationRecord, Tensor]:
+    folder = results / f"rank{rank}" / name
+    return EstimationRecord.load(folder), load_file(folder / "masks.safetensors")["masks"]
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_of_ones_own(results: Path, name: str) -> None:
+    whole = estimate(student(), steps=3)
+    record, masks = of_rank(results, 0, name)
+    assert_close(record, whole.record())
+    torch.testing.assert_close(masks, whole.masks.values, rtol=0, atol=1e-4)
+    assert record.meta["scored_tokens"] == whole.record().meta["scored_tokens"]
+    assert record.meta["processes"] == 2
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_a_trainer(results: Path, tmp_path: Path, name: str) -> None:
+    pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=4))
+    trainer(pruner.model, tmp_path, pruner.callback(), per_device_train_batch_size=8).train()
+    record, masks = of_rank(results, 0, name)
+    assert_close(record, pruner.record())
+    torch.testing.assert_close(masks, pruner.estimator.masks.values, rtol=0, atol=1e-4)
+    assert record.meta["scored_tokens"] == pruner.record().meta["scored_tokens"]
+
+
+@pytest.mark.parametrize("name", LOOPS + TRAINERS)
+def test_both_processes_agree_to_the_last_bit(results: Path, name: str) -> None:
+    """Or they would make different plans."""
+    records, masks = zip(*(of_rank(results, rank, name) for rank in (0, 1)), strict=True)
+    assert masks[0].equal(masks[1])
+    assert_equal(*records)
+    assert records[0].meta == records[1].meta
+
+
+@pytest.mark.parametrize("options", ["plain", "bucket-view"])
+def test_the_observer_sees_gradients_before_they_are_reduced(results: Path, options: str) -> None:
+    terms = [load_file(results / f"rank{rank}" / f"{options}.safetensors") for rank in (0, 1)]
+    for of_process in terms:
+        torch.testing.assert_close(of_process["seen"], of_process["local"])
+        assert not torch.allclose(of_process["seen"], of_process["reduced"])
+    torch.testing.assert_close((terms[0]["seen"] + terms[1]["seen"]) / 2, terms[0]["reduced"])

@@ -1,0 +1,110 @@
+"""What `test_distributed.py` runs in two processes: the same stage under several kinds of data parallelism.
+
+Each process writes the records it sees, and its masks, to a folder of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tiny import batch
+from torch.nn.parallel import DistributedDataParallel
+from training import StopAt, chunks, student, trainer
+
+from lightpeft.config import LightConfig
+from lightpeft.estimation import Estimator
+from lightpeft.importance import RankObserver
+from lightpeft.pruner import EarlyPruner
+from lightpeft.scoring import rank_taylor_terms
+
+STEPS, ROWS = 3, 8
+
+
+def loop(parts: int = 1, synchronise: str = "last", **options: Any) -> Estimator:
+    """A hand-written loop over this process's share of the rows, in `parts` backward passes a step."""
+    model = student()
+    parallel = DistributedDataParallel(model, **options)
+    estimator = Estimator(model, LightConfig(length=STEPS))
+    estimator.start(total_steps=None)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(STEPS):
+        rows = list(chunks(batch(rows=ROWS, length=20, seed=step, labels=True), ROWS // dist.get_world_size()))
+        shares = list(chunks(rows[dist.get_rank()], ROWS // dist.get_world_size() // parts))
+        for index, share in enumerate(shares):
+            wait = synchronise == "last" and index < parts - 1
+            with parallel.no_sync() if wait else nullcontext():
+                (parallel(**share).loss / parts).backward()
+        estimator.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    estimator.stop()
+    return estimator
+
+
+def seen_gradients(**options: Any) -> dict[str, torch.Tensor]:
+    """Rank terms that the observer sees in one step, and those of this process's rows without any parallelism."""
+    rows = list(chunks(batch(rows=ROWS, length=20, labels=True), ROWS // dist.get_world_size()))[dist.get_rank()]
+    model = student()
+    sites = Estimator(model, LightConfig()).sites
+    observer = RankObserver(sites)
+    parallel = DistributedDataParallel(model, **options)
+    parallel(**rows).loss.backward()
+    seen = observer.take_terms()
+    reduced = torch.cat([rank_taylor_terms(p.detach(), p.grad, d) for s in sites for p, d in ((s.down, 1), (s.up, 0))])
+    alone = student()
+    observer = RankObserver(Estimator(alone, LightConfig()).sites)
+    alone(**rows).loss.backward()
+    return {"seen": seen, "local": observer.take_terms(), "reduced": reduced}
+
+
+def in_trainer(folder: Path, rows: int, parts: int = 1) -> EarlyPruner:
+    """A language model: its loss is the one that the trainer averages over the tokens of all processes."""
+    pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=4))
+    settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts, "ddp_backend": "gloo"}
+    trainer(pruner.model, folder, pruner.callback(), **settings).train()
+    return pruner
+
+
+def resumed_in_trainer(folder: Path) -> EarlyPruner:
+    """Stop after three of four steps, inside the second window, and go on from the checkpoint."""
+    settings: dict[str, Any] = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
+    settings |= {"save_strategy": "steps", "save_steps": 3}
+    first = EarlyPruner(student("llama-gqa"), LightConfig(length=4))
+    trainer(first.model, folder, first.callback(), StopAt(3), **settings).train()
+    second, checkpoint = EarlyPruner(student("llama-gqa"), LightConfig(length=4)), folder / "checkpoint-3"
+    again = trainer(second.model, folder, second.callback(resume_from=checkpoint), **settings)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    return second
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    estimators = {
+        "ddp": loop(),
+        "ddp-bucket-view": loop(gradient_as_bucket_view=True),
+        "ddp-static-graph": loop(static_graph=True),
+        "accumulation-no-sync": loop(parts=2),
+        "accumulation-bucket-view": loop(parts=2, gradient_as_bucket_view=True),
+        "accumulation-every-sync": loop(parts=2, synchronise="every"),
+        "trainer": in_trainer(folder / "trainer", rows=4).estimator,
+        "trainer-accumulation": in_trainer(folder / "trainer", rows=2, parts=2).estimator,
+        "trainer-resumed": resumed_in_trainer(folder / "resumed").estimator,
+    }
+    for name, estimator in estimators.items():
+        record = estimator.record()
+        place = folder / f"rank{dist.get_rank()}" / name
+        record.save(place)
+        save_file({"masks": estimator.masks.values.clone()}, place / "masks.safetensors")
+    for name, options in (("plain", {}), ("bucket-view", {"gradient_as_bucket_view": True})):
+        save_file(seen_gradients(**options), folder / f"rank{dist.get_rank()}" / f"{name}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,192 @@
+"""A workbench for whole runs: tiny base checkpoints with a tokenizer on disk, data they can learn, and run settings."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from lightpeft import cli
+from lightpeft.config import RunConfig, run_config_from_dict
+
+NEUTRAL = tuple(f"word{index}" for index in range(20))
+GOOD = tuple(f"good{index}" for index in range(6))
+BAD = tuple(f"bad{index}" for index in range(6))
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+POSITIONS = 40
+"""Tokens that the tiny models have positions for."""
+
+Rows = list[dict[str, str]]
+
+
+# -- base checkpoints --------------------------------------------------------------------------------------------
+
+
+def save_base(folder: Path, family: str = "bert", seed: int = 0) -> Path:
+    """A tiny base ("bert" or "llama", the latter with two query heads a KV head) with its tokenizer."""
+    vocabulary = [*SPECIAL, *NEUTRAL, *GOOD, *BAD]
+    torch.manual_seed(seed)
+    model: PreTrainedModel
+    if family == "bert":
+        model = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=POSITIONS, **SIZES))
+    else:
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(vocabulary),
+                num_key_value_heads=2,
+                max_position_embeddings=POSITIONS,
+                bos_token_id=2,
+                eos_token_id=3,
+                pad_token_id=0,
+                **SIZES,
+            )
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.2)
+    model.save_pretrained(folder)
+    _tokenizer(vocabulary, family).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(vocabulary: Sequence[str], family: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    single, pair, special = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
+    if family != "bert":
+        single, pair, special = "[CLS] $A", "[CLS] $A $B:1", [("[CLS]", 2)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    start, end = ("cls_token", "sep_token") if family == "bert" else ("bos_token", "eos_token")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_max_length=POSITIONS,
+        **{start: "[CLS]", end: "[SEP]"},
+    )
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+def labelled(count: int, seed: int = 0, longest: int = 12) -> Rows:
+    """Texts of 3 words and more with two telling words each, half of them positive."""
+    draw = random.Random(seed)
+    rows = []
+    for index in range(count):
+        telling = GOOD if index % 2 else BAD
+        words = draw.choices(NEUTRAL, k=draw.randint(1, longest - 2)) + draw.choices(telling, k=2)
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "label": "positive" if index % 2 else "negative"})
+    return rows
+
+
+def completions(count: int, seed: int = 0) -> Rows:
+    """Prompts and what follows: the same telling word three times."""
+    rows = []
+    for index, row in enumerate(labelled(count, seed)):
+        words = GOOD if index % 2 else BAD
+        rows.append({"prompt": row["text"], "completion": " ".join([words[0]] * 3)})
+    return rows
+
+
+def write_rows(path: Path, rows: Rows) -> Path:
+    """The rows as .csv or .jsonl."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".jsonl":
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+class Workbench:
+    """One base with training and test data in a folder, and settings of short runs over them."""
+
+    def __init__(self, folder: Path, family: str = "bert", task: str = "classification") -> None:
+        self.folder = folder
+        self.base = save_base(folder / "base", family)
+        make, suffix = (labelled, "csv") if task == "classification" else (completions, "jsonl")
+        self.train = write_rows(folder / f"train.{suffix}", make(64, seed=1))
+        self.test = write_rows(folder / f"test.{suffix}", make(40, seed=2))
+        self.task = task
+
+    def settings(self, output: str = "run", **changes: Any) -> dict[str, Any]:
+        """Nested settings of a run of 24 steps, 6 of them estimation; `changes` as {"light.heads": 0.5}."""
+        data = {"task": self.task, "train": str(self.train), "test": str(self.test), "max_length": 32}
+        if self.task == "causal-lm":
+            data |= {"prompt": "prompt", "completion": "completion"}
+        settings: dict[str, Any] = {
+            "output": str(self.folder / output),
+            "model": {"name": str(self.base)},
+            "data": data,
+            "light": {"length": 0.25, "multiple_of": 1, "heads": 0.25},
+            "lora": {"r": 4, "alpha": 8},
+            "training": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "save_steps": 4, "logging_steps": 4},
+        }
+        for name, value in changes.items():
+            *sections, key = name.split(".")
+            place = settings
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = value
+        return settings
+
+    def config(self, output: str = "run", **changes: Any) -> RunConfig:
+        """The `RunConfig` of `settings`."""
+        return run_config_from_dict(self.settings(output, **changes))
+
+    def yaml(self, output: str = "run", **changes: Any) -> Path:
+        """The file <output>.yaml with `settings`."""
+        path = self.folder / f"{output}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(self.settings(output, **changes)), encoding="utf-8")
+        return path
+
+
+def lightpeft(*arguments: object) -> int:
+    """Exit code of the command, run in this process."""
+    try:
+        cli.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+# -- what is on disk ---------------------------------------------------------------------------------------------
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file below a folder; empty where there is none."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """Relative path -> time of the last change, in nanoseconds, of everything below a folder."""
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
