@@ -10,7 +10,7 @@ import copy
 import multiprocessing
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -97,11 +97,12 @@ class Worker:
 
     def __init__(self, subject: str, config: RunConfig, steps: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, far_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(far_end, subject, config, steps), daemon=True)
+        self._pipe, self._far_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._far_end, subject, config, steps), daemon=True)
 
     def __enter__(self) -> Worker:
         self._process.start()
+        self._far_end.close()  # so that the pipe ends when the process does
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,10 +115,12 @@ class Worker:
         Raises:
             LightPeftError: the measurement failed.
         """
-        self._pipe.send(what)
-        while not self._pipe.poll(1.0):
-            require(self._process.is_alive(), "a measuring process ended early; is there memory for two models?")
-        answer = self._pipe.recv()
+        try:
+            with suppress(BrokenPipeError):  # it ended, perhaps with a failure to be read
+                self._pipe.send(what)
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise LightPeftError("a measuring process ended early; is there memory for three models?") from error
         if isinstance(answer, Failure):
             raise LightPeftError(f"measuring failed: {answer.reason}")
         return answer
@@ -137,7 +140,8 @@ def _serve(pipe: Connection, subject: str, config: RunConfig, steps: int) -> Non
         while True:
             pipe.send(getattr(measure, pipe.recv())())
     except (RuntimeError, ValueError, OSError) as error:
-        pipe.send(Failure(traceback.format_exception_only(error)[-1].strip()))
+        reason = str(error) if isinstance(error, LightPeftError) else traceback.format_exception_only(error)[-1]
+        pipe.send(Failure(reason.strip()))
 
 
 class Subject:

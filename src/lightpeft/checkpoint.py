@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -11,8 +12,9 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
@@ -36,12 +38,13 @@ class LightModel(PeftModel):
     light_task: dict[str, Any]
     """How inputs are read (task kind, columns, length); saved with it, empty if unknown."""
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:
         """Write a light adapter: PEFT's own two files, `lightpeft.json` and a model card.
 
         Raises:
             LightPeftError: the folder cannot be written (for example: disk full); no file is half-written.
         """
+        require(kwargs.get("safe_serialization", True), "a light adapter is written as safetensors, never as pickle")
         if not is_main_process:
             return
         with writing_files(save_directory, last=DESCRIPTION) as temporary:
@@ -93,18 +96,18 @@ def load_light(
     description = read_description(folder)
     with understandable(folder / DESCRIPTION):
         plan = PrunePlan.from_dict(description["plan"])
-        metrics, task = dict(description["metrics"]), dict(description["task"])
+        metrics, task, saved = (dict(description[name]) for name in ("metrics", "task", "base"))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attention is not None:
         options["attn_implementation"] = attention
-    dense = base if isinstance(base, PreTrainedModel) else _load_base(description["base"], base, dtype, options)
+    dense = cast(PreTrainedModel, base) if isinstance(base, nn.Module) else _load_base(saved, base, dtype, options)
     _check_base(dense, plan, folder)
+    _check_tensors(dense, plan, folder)
     apply_plan(dense, plan)
     try:
         model = PeftModel.from_pretrained(dense, str(folder), is_trainable=is_trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         raise LightPeftError(f"{folder} does not fit its base: {' '.join(str(error).split())[:300]}") from error
-    _check_tensors(model, folder)
     if not is_trainable:
         model.eval()
     return as_light(model if device is None else model.to(device), plan, metrics, task)
@@ -123,10 +126,10 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     with understandable(folder / DESCRIPTION):
         expected = dict(description["checksums"])
         own = expected.pop(DESCRIPTION)
-        require(own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
-        for name, checksum in expected.items():
-            require((folder / name).is_file(), f"{folder} is incomplete: {name} is missing")
-            require(_file_checksum(folder / name) == checksum, f"{folder / name} was altered or damaged")
+    require(own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
+    for name, checksum in expected.items():
+        require((folder / name).is_file(), f"{folder} is incomplete: {name} is missing")
+        require(_file_checksum(folder / name) == checksum, f"{folder / name} was altered or damaged")
     return description
 
 
@@ -209,7 +212,8 @@ def _load_base(
 
 def _check_base(dense: PreTrainedModel, plan: PrunePlan, folder: Path) -> None:
     """Refuse a base other than the one the plan was made for, before anything is cut."""
-    require(not isinstance(dense, PeftModel), "base must be the dense transformers model, without PEFT around it")
+    plain = isinstance(dense, PreTrainedModel)
+    require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
     blocks = block_specs(dense)
     same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
     if not same or fingerprint(dense, blocks) != plan.fingerprint:
@@ -219,16 +223,27 @@ def _check_base(dense: PreTrainedModel, plan: PrunePlan, folder: Path) -> None:
         )
 
 
-def _check_tensors(model: PeftModel, folder: Path) -> None:
-    """Compare the tensors in the file with those that the model has."""
-    expected = set(get_peft_model_state_dict(model))
+def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, folder: Path) -> None:
+    """Compare the tensors in the file with those that the model will have, before anything is cut.
+
+    What it will have is read off a model without storage, on the meta device.
+    """
+    with torch.device("meta"):
+        skeleton = type(dense)(copy.deepcopy(dense.config))
+    apply_plan(skeleton, plan)
     try:
+        config = PeftConfig.from_pretrained(str(folder))
+        config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
+        model = get_peft_model(skeleton, config)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            found = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise LightPeftError(f"{folder / 'adapter_model.safetensors'} cannot be read: {error}") from error
-    _report_difference(sorted(expected - found), f"{folder} lacks tensors")
-    _report_difference(sorted(found - expected), f"{folder} has tensors that fit nowhere")
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise LightPeftError(f"{folder} does not fit its base: {' '.join(str(error).split())[:300]}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
+    _report_difference(sorted(expected.keys() - found), f"{folder} does not fit its base: it lacks tensors")
+    _report_difference(sorted(found.keys() - expected), f"{folder} has tensors that fit nowhere")
+    other = sorted(name for name, shape in expected.items() if found[name] != shape)
+    _report_difference(other, f"{folder} does not fit its base: tensors of another shape")
 
 
 def _report_difference(names: Sequence[str], what: str) -> None:

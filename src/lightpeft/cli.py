@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import yaml
@@ -38,13 +42,32 @@ _OTHERS = {
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input prints one line and exits with 2; an interrupted run exits with 130."""
     try:
-        _dispatch(sys.argv[1:] if arguments is None else arguments)
+        with _stoppable():
+            _dispatch(sys.argv[1:] if arguments is None else arguments)
     except LightPeftError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped; the same command goes on from the last result", 130)
+    except KeyboardInterrupt as stop:
+        _fail(str(stop) or "stopped; the same command goes on from the last result", 130)
     except BrokenPipeError:
         sys.exit(0)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does (in the main thread; elsewhere signals cannot be handled)."""
+
+    def handle(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, handle)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -119,7 +142,7 @@ def _estimate(config: RunConfig) -> None:
     from lightpeft import pipeline
 
     record = pipeline.estimate(pipeline.prepare(config))
-    _out.print(f"{record.meta['steps']} steps; scores are in {config.output}/estimation", markup=False)
+    _out.print(f"{record.meta['steps']} steps; scores are in {config.output}/estimation", markup=False, soft_wrap=True)
 
 
 def _plan(config: RunConfig) -> None:
@@ -134,14 +157,14 @@ def _prune(config: RunConfig) -> None:
     from lightpeft import pipeline
 
     pipeline.prune(pipeline.prepare(config))
-    _out.print(f"the pruned model is in {config.output}/pruned", markup=False)
+    _out.print(f"the pruned model is in {config.output}/pruned", markup=False, soft_wrap=True)
 
 
 def _train(config: RunConfig) -> None:
     from lightpeft import pipeline
 
     pipeline.train(pipeline.prepare(config))
-    _out.print(f"the trained adapter is in {config.output}/adapter", markup=False)
+    _out.print(f"the trained adapter is in {config.output}/adapter", markup=False, soft_wrap=True)
 
 
 def _evaluate(config: RunConfig) -> None:
@@ -246,12 +269,31 @@ def _inspect(options: Namespace) -> None:
 def _argument_error(message: str, subparsers: dict[str, ArgumentParser], arguments: list[str]) -> str:
     """jsonargparse's message as one line; for an unknown option, with the nearest known one."""
     line = " ".join(message.split())
+    refused = _REFUSED.search(line)
+    if refused is not None:
+        return _refusal(refused["key"], refused["value"]) or line
     verb = next((word for word in arguments if word in subparsers), None)
     unknown = next((word.partition("=")[0] for word in arguments if word.startswith("--") and word in line), None)
     if verb is None or unknown is None or "nrecognized" not in line:
         return line
     known = [option for action in subparsers[verb]._actions for option in action.option_strings]
     return unknown_key(unknown, known).replace("unknown key", "unknown option")
+
+
+_REFUSED = re.compile(r'Parser key "(?P<key>[\w.]+)".*(Got value|Given value): (?P<value>.*)')
+"""What jsonargparse says of a value of the wrong type."""
+
+
+def _refusal(key: str, value: str) -> str | None:
+    """What the config says of the value, which is the same line as for a YAML file."""
+    nested: Any = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    try:
+        run_config_from_dict(nested)
+    except LightPeftError as error:
+        return str(error)
+    return None
 
 
 def _fail(message: str, code: int) -> NoReturn:

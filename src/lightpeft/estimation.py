@@ -290,7 +290,7 @@ class Estimator:
         require(same, f"{folder} holds the estimation state of another model")
         with torch.no_grad():
             self.masks.values.copy_(tensors["values"])
-        self._modules.sums.copy_(tensors["modules"])
+        self._modules.sums.copy_(tensors["modules"] / _processes())
         for name, value in self._sums.items():
             value.copy_(tensors[f"sums/{name}"])
         adam = {name.removeprefix("adam/"): t for name, t in tensors.items() if name.startswith("adam/")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from lightpeft.loading import LoadedModel, add_lora, load_model, load_model_conf
 from lightpeft.planning import make_plan
 from lightpeft.profiling import count_parameters, folder_bytes, hardware
 from lightpeft.pruner import EarlyPruner
-from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json
+from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
 from lightpeft.runs import RunFolder
 from lightpeft.sites import find_sites, restart_sites
 from lightpeft.surgery import apply_plan
@@ -76,8 +77,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     return evaluate(work)
 
 
-def prepare(config: RunConfig, replan: bool = False) -> Workspace:
-    """Read and check the data and the tokenizer, then open the run folder: bad input leaves nothing behind."""
+def prepare(config: RunConfig) -> Workspace:
+    """Read and check the data, the tokenizer and the run folder; nothing is written yet."""
     model_config = load_model_config(config.model)
     task = load_task(config.data)
     tokenizer = load_tokenizer(config.model)
@@ -86,8 +87,10 @@ def prepare(config: RunConfig, replan: bool = False) -> Workspace:
     train_rows = task.encode(task.train, tokenizer, config.data.max_length)
     test_rows = task.encode(task.test, tokenizer, config.data.max_length)
     if config.method == "light":
-        stage_length(config.light, total_steps(len(train_rows), config.training, process_count()))
-    return Workspace(RunFolder.open(config, replan), task, tokenizer, train_rows, test_rows)
+        steps = total_steps(len(train_rows), config.training, process_count())
+        length = stage_length(config.light, steps)
+        require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
+    return Workspace(RunFolder.open(config), task, tokenizer, train_rows, test_rows)
 
 
 def estimate(work: Workspace) -> EstimationRecord:
@@ -98,6 +101,7 @@ def estimate(work: Workspace) -> EstimationRecord:
     set_seed(config.seed)
     model = add_lora(dense_model(work), config.lora, config.data.task, plain=False)
     pruner = EarlyPruner(model, config.light)
+    run.begin()
     checkpoint = last_checkpoint(run.checkpoints("estimate"))
     trainer = make_trainer(
         model,
@@ -114,9 +118,12 @@ def estimate(work: Workspace) -> EstimationRecord:
     )
     seconds = fit(trainer, checkpoint)
     record = pruner.record()
-    model.save_pretrained(str(run.estimation / "adapter"))
-    record.save(run.estimation)
-    run.finish_stage("estimate", seconds, steps=record.meta["steps"])
+
+    def save() -> None:
+        save_peft(model, run.estimation / "adapter")
+        record.save(run.estimation)
+
+    run.finish_stage("estimate", seconds, save, steps=record.meta["steps"])
     return record
 
 
@@ -128,7 +135,10 @@ def plan(run: RunFolder) -> PrunePlan:
         unchanged = PrunePlan.load(run.plan) == result
         require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")
         return result
-    result.save(run.plan)
+    run.begin()
+    if PartialState().is_main_process:
+        result.save(run.plan)
+    PartialState().wait_for_everyone()
     return result
 
 
@@ -145,8 +155,8 @@ def prune(work: Workspace) -> None:
     apply_plan(model, chosen)
     if config.light.restart:
         restart_sites(find_sites(model, chosen.specs), config.seed)
-    as_light(model, chosen, task=task_facts(work)).save_pretrained(run.pruned)
-    run.finish_stage("prune", time.perf_counter() - started)
+    light = as_light(model, chosen, task=task_facts(work))
+    run.finish_stage("prune", time.perf_counter() - started, lambda: light.save_pretrained(run.pruned))
 
 
 def train(work: Workspace) -> None:
@@ -162,7 +172,7 @@ def train(work: Workspace) -> None:
     else:
         model = add_lora(dense_model(work), config.lora, config.data.task, plain=True)
         steps = work.steps
-    require(steps >= 1, "estimation took all steps of the run; train for more epochs or shorten light.length")
+    run.begin()
     checkpoint = last_checkpoint(run.checkpoints("train"))
     trainer = make_trainer(
         model,
@@ -178,8 +188,7 @@ def train(work: Workspace) -> None:
     )
     seconds = fit(trainer, checkpoint)
     require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")
-    model.save_pretrained(str(run.adapter))
-    run.finish_stage("train", seconds, steps=steps)
+    run.finish_stage("train", seconds, lambda: save_peft(model, run.adapter), steps=steps)
 
 
 def evaluate(work: Workspace) -> dict[str, Any]:
@@ -188,14 +197,26 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     if run.has("evaluate"):
         return read_json(run.metrics)
     run.need("train", "evaluate")
+    started = time.perf_counter()
     model = trained_model(work)
     scores = evaluation.evaluate(
         model, work.test_rows, work.task, work.collator, config.training.eval_batch_size, config.training.bf16
     )
-    if isinstance(model, LightModel):
-        model.light_metrics = dict(scores)
-        model.save_pretrained(run.adapter)
-    report = {
+
+    def save() -> None:
+        if isinstance(model, LightModel):
+            model.light_metrics = dict(scores)
+            model.save_pretrained(run.adapter)
+        write_json(run.metrics, report(work, model, scores))
+
+    run.finish_stage("evaluate", time.perf_counter() - started, save)
+    return read_json(run.metrics)
+
+
+def report(work: Workspace, model: PeftModel, scores: dict[str, float]) -> dict[str, Any]:
+    """What metrics.json holds: quality, parameters, times, and all that is needed to repeat the run."""
+    run, config = work.run, work.config
+    return {
         "method": config.method,
         "metrics": scores,
         "parameters": parameter_report(model),
@@ -205,8 +226,6 @@ def evaluate(work: Workspace) -> dict[str, Any]:
         "hardware": hardware(),
         "config": asdict(config),
     }
-    write_json(run.metrics, report)
-    return report
 
 
 def dense_model(work: Workspace) -> LoadedModel:
@@ -225,6 +244,15 @@ def trained_model(work: Workspace) -> PeftModel:
     if work.config.method == "light":
         return load_light(work.run.adapter, base)
     return PeftModel.from_pretrained(base, str(work.run.adapter))
+
+
+def save_peft(model: PeftModel, folder: Path) -> None:
+    """Write a light adapter, or an adapter as PEFT writes it: whole or not at all."""
+    if isinstance(model, LightModel):
+        model.save_pretrained(folder)
+        return
+    with writing_files(folder, last="adapter_config.json") as temporary:
+        model.save_pretrained(str(temporary))
 
 
 def parameter_report(model: PeftModel) -> dict[str, Any]:

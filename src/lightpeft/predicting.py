@@ -43,6 +43,7 @@ def predict(
     Raises:
         LightPeftError: bad input, or an adapter that does not classify.
     """
+    require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
     folder = adapter_folder(model)
     if output is not None:
         check_predictions_path(Path(output))

@@ -189,8 +189,8 @@ class PrunePlan:
         """The plan that `to_dict` described.
 
         Raises:
-            ValueError: the parts do not fit each other (see `check_fit`); KeyError, TypeError, AttributeError: a part is
-                missing or of another kind.
+            ValueError: the parts do not fit each other (see `check_fit`).
+            KeyError, TypeError, AttributeError: a part is missing or of another kind.
         """
         plan = cls(
             specs=tuple(BlockSpec(**spec) for spec in data["specs"]),

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 
 from lightpeft.checkpoint import DESCRIPTION
 from lightpeft.config import Budget, RunConfig, load_config
@@ -30,27 +31,26 @@ class RunFolder:
 
     @classmethod
     def open(cls, config: RunConfig, replan: bool = False) -> RunFolder:
-        """The run of `config` in its output folder, new or to be resumed.
+        """The run of `config` in its output folder, new or to be resumed; nothing is written before `begin`.
 
         Args:
-            replan: accept another budget than the folder's, and make it the folder's.
+            replan: accept another budget than the folder's, as long as nothing was pruned by that one.
 
         Raises:
             LightPeftError: the folder holds something else, or the run of another config.
         """
         path = Path(config.output)
+        run = cls(path, config)
         require(not path.exists() or path.is_dir(), f"output {path} is a file; give a folder")
         if (path / _CONFIG).is_file():
-            differing = _differences(load_config(path / _CONFIG), config, skip_budget=replan)
+            differing = _differences(run._stored(), config, skip_budget=replan and not run.has("prune"))
             if differing:
                 raise LightPeftError(
                     f"output {path} is the run of another config (it differs in {', '.join(differing)}); "
                     "give another output, or the same settings to go on"
                 )
-        elif path.is_dir() and any(path.iterdir()):
+        elif path.is_dir() and any(not file.name.startswith(f".{_CONFIG}.") for file in path.iterdir()):
             raise LightPeftError(f"output {path} is not empty and not a run; give a new folder")
-        run = cls(path, config)
-        run._write_config()
         return run
 
     @classmethod
@@ -64,14 +64,34 @@ class RunFolder:
         require((path / _CONFIG).is_file(), f"{path} is not a run folder: it has no {_CONFIG}")
         return cls(path, dataclasses.replace(load_config(path / _CONFIG), output=str(path)))
 
+    def begin(self) -> None:
+        """Make the folder and store the config in it; to be called when all input has been found good.
+
+        Raises:
+            LightPeftError: the folder cannot be written.
+        """
+        state = PartialState()
+        if state.is_main_process:
+            self._write_config()
+        state.wait_for_everyone()
+
     def _write_config(self) -> None:
+        file, text = self.path / _CONFIG, to_yaml(self.config)
+        temporary = self.path / f".{_CONFIG}.{os.getpid()}.tmp"
         try:
+            if file.is_file() and file.read_text(encoding="utf-8") == text:
+                return
             self.path.mkdir(parents=True, exist_ok=True)
-            temporary = self.path / f".{_CONFIG}.{os.getpid()}.tmp"
-            temporary.write_text(to_yaml(self.config), encoding="utf-8")
-            temporary.replace(self.path / _CONFIG)
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(file)
         except OSError as error:
             raise LightPeftError(f"cannot write to output {self.path}: {error.strerror or error}") from error
+
+    def _stored(self) -> RunConfig:
+        try:
+            return load_config(self.path / _CONFIG)
+        except LightPeftError as error:
+            raise LightPeftError(f"output {self.path} is not a run, or its {_CONFIG} was edited: {error}") from error
 
     @property
     def estimation(self) -> Path:
@@ -126,8 +146,18 @@ class RunFolder:
         """
         require(self.has(stage), f"{self.path} has no result of `lightpeft {stage}` yet; run that before {verb}")
 
-    def finish_stage(self, stage: str, seconds: float, **facts: Any) -> None:
-        """Note a stage's time, and drop its checkpoints, which nobody will resume from."""
+    def finish_stage(self, stage: str, seconds: float, save: Callable[[], None], **facts: Any) -> None:
+        """Save a stage's result, note its time, and drop its checkpoints, which nobody will resume from.
+
+        Of several processes the main one does it, and the others wait.
+        """
+        state = PartialState()
+        if state.is_main_process:
+            save()
+            self._note(stage, seconds, facts)
+        state.wait_for_everyone()
+
+    def _note(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
         append_line(self.log, {"stage": stage, "seconds": round(seconds, 3), "done": True, **facts})
         shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
         if (self.path / "checkpoints").is_dir() and not any((self.path / "checkpoints").iterdir()):

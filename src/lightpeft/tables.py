@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from lightpeft.records import PrunePlan
@@ -23,9 +24,9 @@ def plan_table(plan: PrunePlan) -> Table:
 
 def facts_table(facts: Mapping[str, Any], title: str) -> Table:
     """Names and values, one a row."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=escape(title), show_header=False, title_justify="left")
     for name, value in facts.items():
-        table.add_row(name, shown(value))
+        table.add_row(escape(name), escape(shown(value)))
     return table
 
 

@@ -17,6 +17,8 @@ from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from torch.utils.data import Sampler
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -25,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
@@ -33,7 +36,7 @@ _COMPLETE = "complete"
 """Marker in a checkpoint folder, written when everything else in it is."""
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; what was done so far is on disk and the same command goes on from it."""
 
 
@@ -94,7 +97,7 @@ def make_trainer(
         seed=seed,
         data_seed=seed,
     )
-    trainer = Trainer(
+    trainer = _StageTrainer(
         model,
         arguments,
         train_dataset=rows,
@@ -106,24 +109,65 @@ def make_trainer(
     return trainer
 
 
+class _StageTrainer(Trainer):
+    """A `Trainer` whose batches by length depend on seed and epoch alone, so that a resumed run sees the same ones."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return _EpochOrder(sampler, lambda: self.args.seed + int(self.state.epoch or 0))
+        return sampler
+
+
+class _EpochOrder(Sampler):
+    """The order of a `LengthGroupedSampler`, drawn from a seed of its own in each epoch."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: Callable[[], int]) -> None:
+        self.sampler, self.seed = sampler, seed
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self.sampler.generator = torch.Generator().manual_seed(self.seed())
+        return iter(self.sampler)
+
+
 def fit(trainer: Trainer, resume_from: Path | None) -> float:
     """Train; returns the seconds spent.
 
     Raises:
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written at the end of the step under way.
-        LightPeftError: the device ran out of memory.
+        LightPeftError: the device ran out of memory, or the disk is full.
     """
     stop = StopOnSignal()
     trainer.add_callback(stop)
     started = time.perf_counter()
-    with stop.listening():
+    with stop.listening(), _readable_errors(trainer.args.output_dir):
         try:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-        except MemoryError as error:
-            raise LightPeftError("out of memory; lower training.batch_size and raise gradient_accumulation") from error
+        finally:
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, ProgressBar):
+                    callback.progress.stop()
     if stop.requested:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
     return time.perf_counter() - started
+
+
+@contextmanager
+def _readable_errors(checkpoints: str) -> Iterator[None]:
+    """Turn running out of memory or disk into one line."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise LightPeftError("out of memory; lower training.batch_size and raise gradient_accumulation") from error
+    except (OSError, SafetensorError) as error:
+        raise LightPeftError(f"cannot write below {checkpoints}: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
+            raise
+        raise LightPeftError(f"cannot write below {checkpoints}: {' '.join(str(error).split())}") from error
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -208,7 +252,10 @@ class ProgressBar(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM end training after the step under way, with a checkpoint; a second signal ends it at once."""
+    """SIGINT and SIGTERM end training after the step under way, with a checkpoint; a second signal ends it at once.
+
+    A stage that is over gets no checkpoint: what it leaves is its result, and nothing is to be trained from there.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -233,6 +280,8 @@ class StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.requested:
+        if control.should_training_stop:
+            control.should_save = False
+        elif self.requested:
             control.should_save = True
             control.should_training_stop = True

@@ -1,0 +1,100 @@
+"""Every command and every piece of Python in README and docs runs: in a sandbox with a tiny model at the same paths."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import workbench
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+from lightpeft import EarlyPruner, LightConfig, cli
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
+"""Programs of the development set-up, whose commands are not run here."""
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the repository's configs, and tiny models and data where the documents expect real ones."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(workbench, "POSITIONS", 128)
+        workbench.save_base(folder / "demo/cache/minilm", "bert")
+        workbench.save_base(folder / "demo/cache/smollm2", "llama")
+        rows = workbench.labelled(160)
+        (folder / "demo/cache/movie_reviews").mkdir()
+        for name in ("train", "test"):
+            workbench.write_rows(folder / f"demo/cache/movie_reviews/{name}.csv", rows)
+        renamed(folder / "reviews.csv", rows, review="text", stars="label")
+        renamed(folder / "pairs.csv", rows, premise="text", hypothesis="text", relation="label")
+        (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
+        workbench.write_rows(folder / "questions.jsonl", workbench.completions(160))
+        run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
+        yield folder
+
+
+def renamed(path: Path, rows: workbench.Rows, **columns: str) -> None:
+    workbench.write_rows(path, [{new: row[old] for new, old in columns.items()} for row in rows])
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [code for kind, code in BLOCK.findall(path.read_text(encoding="utf-8")) if kind == language]
+
+
+def commands(code: str) -> list[list[str]]:
+    lines = code.replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def run_python(code: str, folder: Path) -> None:
+    """Run a piece of Python with what its reader is assumed to have: rows, arguments, batches, a pruner and the rest."""
+    base = AutoModelForSequenceClassification.from_pretrained("demo/cache/minilm", num_labels=2)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+    rows = [{"input_ids": [2, 4 + i % 20, 24 + i % 12, 3], "labels": int(i % 12 < 6)} for i in range(64)]
+    batch = {name: torch.tensor([row[name] for row in rows[:8]]) for name in ("input_ids", "labels")}
+    names: dict[str, Any] = {
+        "rows": rows,
+        "arguments": TrainingArguments(
+            str(folder / "out"), max_steps=30, use_cpu=True, report_to=[], disable_tqdm=True
+        ),
+        "batches": itertools.repeat(batch),
+        "model": model,
+        "pruner": EarlyPruner(model, LightConfig(length=4)),
+        "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
+    }
+    exec(compile(code, "documentation", "exec"), names)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_commands_and_python_run(document: Path, sandbox: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for kind, code in BLOCK.findall(document.read_text(encoding="utf-8")):
+        if kind == "python":
+            run_python(code, sandbox)
+        for program, *arguments in commands(code) if kind in ("", "bash", "shell") else ():
+            if program == "lightpeft":
+                cli.main(arguments)
+            elif program == "make":
+                assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), f"make {arguments[0]} does not exist"
+            else:
+                assert program in OTHER_PROGRAMS, f"{document.name}: nobody checks the command {program}"
+
+
+def test_documents_link_to_files_that_exist() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
