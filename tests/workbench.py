@@ -81,12 +81,12 @@ def _tokenizer(vocabulary: Sequence[str], family: str) -> PreTrainedTokenizerFas
 
 
 def labelled(count: int, seed: int = 0, longest: int = 12) -> Rows:
-    """Texts of 3 words and more with two telling words each, half of them positive."""
+    """Texts of 4 words and more with three telling words each, half of them positive."""
     draw = random.Random(seed)
     rows = []
     for index in range(count):
         telling = GOOD if index % 2 else BAD
-        words = draw.choices(NEUTRAL, k=draw.randint(1, longest - 2)) + draw.choices(telling, k=2)
+        words = draw.choices(NEUTRAL, k=draw.randint(1, longest - 3)) + draw.choices(telling, k=3)
         draw.shuffle(words)
         rows.append({"text": " ".join(words), "label": "positive" if index % 2 else "negative"})
     return rows
@@ -138,7 +138,7 @@ class Workbench:
             "data": data,
             "light": {"length": 0.25, "multiple_of": 1, "heads": 0.25},
             "lora": {"r": 4, "alpha": 8},
-            "training": {"epochs": 3, "batch_size": 8, "learning_rate": 1e-2, "save_steps": 4, "logging_steps": 4},
+            "training": {"epochs": 3, "batch_size": 8, "learning_rate": 3e-2, "save_steps": 4, "logging_steps": 4},
         }
         for name, value in changes.items():
             *sections, key = name.split(".")

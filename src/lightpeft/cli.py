@@ -302,8 +302,11 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def quiet() -> None:
-    """Leave the screen to lightpeft's own bars, tables and one-line errors."""
+    """Leave the screen to lightpeft's own bars, tables and one-line errors; of several processes, the main one's."""
     import transformers
+    from accelerate import PartialState
+
+    _out.quiet = not PartialState().is_main_process
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,0 +1,282 @@
+"""Whole runs on tiny models: every stage leaves its result, alone or together, and the same seed gives the same run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from workbench import Workbench, checksums, lightpeft, read, stamps
+
+from lightpeft import pipeline
+from lightpeft.checkpoint import LightModel, load_light
+from lightpeft.errors import LightPeftError
+from lightpeft.records import EstimationRecord, PrunePlan
+from lightpeft.runs import RunFolder
+from lightpeft.sites import transformers_model
+
+KINDS = [("bert", "classification"), ("llama", "classification"), ("llama", "causal-lm")]
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Workbench]:
+    return {kind: Workbench(tmp_path_factory.mktemp("-".join(kind)), *kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def bench(benches: dict[tuple[str, str], Workbench]) -> Workbench:
+    return benches[KINDS[0]]
+
+
+@pytest.fixture(scope="module")
+def finished(bench: Workbench) -> Path:
+    """A finished run of the encoder with the plain settings."""
+    pipeline.run(bench.config("finished"))
+    return bench.folder / "finished"
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    """What two equal runs share: plan, weights, quality and sizes; not times and places."""
+    metrics = read(folder / "metrics.json")
+    return {
+        "plan": read(folder / "plan.json"),
+        "weights": checksums(folder / "adapter")["adapter_model.safetensors"],
+        **{name: metrics[name] for name in ("metrics", "parameters")},
+    }
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return list(RunFolder.existing(folder).log_entries())
+
+
+def steps_of(folder: Path) -> int:
+    """Optimizer steps of all stages of a run."""
+    return sum(entry["steps"] for entry in logged(folder) if "steps" in entry)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_light_run_leaves_every_artifact(benches: dict[tuple[str, str], Workbench], kind: tuple[str, str]) -> None:
+    bench = benches[kind]
+    before = checksums(bench.base)
+    result = pipeline.run(bench.config("light"))
+    folder = bench.folder / "light"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "log.jsonl",
+        "estimation",
+        "plan.json",
+        "pruned",
+        "adapter",
+        "metrics.json",
+    }
+    for name in ("pruned", "adapter"):
+        assert {"adapter_config.json", "adapter_model.safetensors", "lightpeft.json", "README.md"} == {
+            path.name for path in (folder / name).iterdir()
+        }
+    assert checksums(bench.base) == before
+    assert result == read(folder / "metrics.json")
+
+    light = load_light(folder / "adapter")
+    dense = PrunePlan.load(folder / "plan.json").base_parameters
+    left = sum(p.numel() for name, p in light.named_parameters() if "lora_" not in name and "original" not in name)
+    sizes = result["parameters"]
+    assert sizes["base_dense"] == dense
+    assert sizes["base_removed_ratio"] == pytest.approx(1 - sizes["base"] / dense) != 0
+    assert sizes["base_removed_ratio"] == pytest.approx(PrunePlan.load(folder / "plan.json").removed_ratio)
+    assert left - sizes["head"] <= sizes["base"] <= left
+    assert light.light_metrics == result["metrics"]
+    assert result["metrics"]["examples"] == 40
+
+
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+def test_plain_lora_run_takes_as_many_steps(benches: dict[tuple[str, str], Workbench], kind: tuple[str, str]) -> None:
+    bench = benches[kind]
+    pipeline.run(bench.config("counted"))
+    result = pipeline.run(bench.config("lora", method="lora"))
+    folder = bench.folder / "lora"
+    assert {path.name for path in folder.iterdir()} == {"config.yaml", "log.jsonl", "adapter", "metrics.json"}
+    assert result["parameters"]["base_removed_ratio"] == 0
+    assert steps_of(folder) == steps_of(bench.folder / "counted") == 24
+    names = [name for name in load_file(folder / "adapter" / "adapter_model.safetensors") if "lora_A" in name]
+    assert len(names) == 4  # q and v of two layers
+
+
+def test_tiny_model_learns(benches: dict[tuple[str, str], Workbench]) -> None:
+    """The data can be learned, so what the other tests compare is not noise alone."""
+    bench = benches["llama", "classification"]
+    result = pipeline.run(bench.config("learned", **{"training.epochs": 8, "light.heads": 0.5}))
+    assert result["metrics"]["accuracy"] >= 0.8
+    assert result["parameters"]["base_removed_ratio"] > 0.3
+
+
+def test_fine_tuning_goes_on_from_estimation(finished: Path) -> None:
+    """Kept ranks keep what they learned: `pruned` holds rows of the weights that estimation left."""
+    dense = load_file(finished / "estimation" / "adapter" / "adapter_model.safetensors")
+    pruned = load_file(finished / "pruned" / "adapter_model.safetensors")
+    plan = PrunePlan.load(finished / "plan.json")
+    compared = 0
+    for site, ranks in plan.sites.items():
+        if site.endswith(("query", "key", "value", "intermediate.dense")):
+            key = f"base_model.model.{site}.lora_A.weight"
+            assert pruned[key].equal(dense[key][list(ranks)])
+            compared += 1
+    assert compared
+    head = "base_model.model.classifier.weight"
+    assert pruned[head].equal(dense[head])
+    assert not load_file(finished / "adapter" / "adapter_model.safetensors")[head].equal(pruned[head])
+
+
+def test_restart_drops_what_estimation_learned(bench: Workbench, finished: Path) -> None:
+    pipeline.run(bench.config("restart", **{"light.restart": True}))
+    folder = bench.folder / "restart"
+    weights = load_file(folder / "pruned" / "adapter_model.safetensors")
+    assert all(not tensor.any() for name, tensor in weights.items() if "lora_B" in name)
+    assert any(tensor.any() for name, tensor in weights.items() if "lora_A" in name)
+    before, after = (read(path / "plan.json") for path in (finished, folder))
+    assert (before["blocks"], before["sites"]) == (after["blocks"], after["sites"])
+    assert comparable(folder)["metrics"] != comparable(finished)["metrics"]
+
+
+def test_stages_one_by_one_give_the_same_run(bench: Workbench, finished: Path) -> None:
+    file = bench.yaml("staged")
+    for verb, result in [
+        ("estimate", "estimation/estimation.json"),
+        ("plan", "plan.json"),
+        ("prune", "pruned/lightpeft.json"),
+        ("train", "adapter/lightpeft.json"),
+        ("evaluate", "metrics.json"),
+    ]:
+        assert not (bench.folder / "staged" / result).exists()
+        assert lightpeft(verb, "--config", file) == 0
+        assert (bench.folder / "staged" / result).is_file()
+    assert comparable(bench.folder / "staged") == comparable(finished)
+
+
+def test_a_stage_needs_the_one_before(bench: Workbench) -> None:
+    config = bench.config("early")
+    work = pipeline.prepare(config)
+    for stage, needed in [(pipeline.prune, "plan"), (pipeline.train, "prune"), (pipeline.evaluate, "train")]:
+        with pytest.raises(LightPeftError, match=f"no result of `lightpeft {needed}` yet"):
+            stage(work)
+    with pytest.raises(LightPeftError, match="no result of `lightpeft estimate` yet"):
+        pipeline.plan(work.run)
+    assert not (bench.folder / "early").exists()
+
+
+def test_same_seed_same_run(bench: Workbench, finished: Path) -> None:
+    pipeline.run(bench.config("again"))
+    assert comparable(bench.folder / "again") == comparable(finished)
+    scores = [load_file(bench.folder / name / "estimation" / "scores.safetensors") for name in ("finished", "again")]
+    assert all(scores[0][key].equal(scores[1][key]) for key in scores[0])
+
+
+def test_other_seed_other_run(bench: Workbench, finished: Path) -> None:
+    pipeline.run(bench.config("seeded", seed=1))
+    other = comparable(bench.folder / "seeded")
+    assert other["plan"]["sites"] != comparable(finished)["plan"]["sites"]
+    assert other["metrics"]["loss"] != comparable(finished)["metrics"]["loss"]
+
+
+def test_finished_run_is_left_alone(bench: Workbench, finished: Path) -> None:
+    before = stamps(finished)
+    assert pipeline.run(bench.config("finished")) == read(finished / "metrics.json")
+    assert lightpeft("run", "--run", finished) == 0
+    assert stamps(finished) == before
+
+
+def test_a_folder_that_moved_goes_on(bench: Workbench) -> None:
+    assert lightpeft("estimate", "--config", bench.yaml("here")) == 0
+    (bench.folder / "here").rename(bench.folder / "there")
+    assert lightpeft("run", "--run", bench.folder / "there") == 0
+    assert (bench.folder / "there" / "metrics.json").is_file()
+    assert not (bench.folder / "here").exists()
+
+
+def test_another_budget_replans_until_pruned(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.folder / "replanned"
+    file = bench.yaml("replanned")
+    assert lightpeft("estimate", "--config", file) == 0
+    assert lightpeft("plan", "--config", file) == 0
+    first = PrunePlan.load(folder / "plan.json")
+    assert lightpeft("plan", "--run", folder, "--light.heads", "0.5", "--light.neurons", "0.5") == 0
+    second = PrunePlan.load(folder / "plan.json")
+    assert second.removed_ratio > first.removed_ratio
+    assert lightpeft("prune", "--run", folder) == 0  # the new budget is the run's
+    assert read(folder / "pruned" / "lightpeft.json")["plan"]["budget"]["heads"] == 0.5
+
+    before = stamps(folder)
+    capsys.readouterr()
+    assert lightpeft("plan", "--run", folder, "--light.heads", "0.25") == 2
+    assert "differs in light.heads" in capsys.readouterr().err
+    assert lightpeft("plan", "--run", folder) == 0
+    assert stamps(folder) == before
+
+
+def test_plan_refuses_what_was_pruned_otherwise(bench: Workbench, finished: Path) -> None:
+    """Also from Python, where a folder is opened without its config being compared."""
+    with pytest.raises(LightPeftError, match="pruned by another plan"):
+        pipeline.plan(RunFolder(finished, bench.config("finished", **{"light.heads": 0.5})))
+
+
+def test_automatic_length_ends_within_its_limit(bench: Workbench) -> None:
+    changes = {"light.length": "auto", "light.check_every": 2, "light.max_fraction": 0.5}
+    pipeline.run(bench.config("auto", **changes))
+    record = EstimationRecord.load(bench.folder / "auto" / "estimation")
+    assert 2 <= record.meta["steps"] <= 12
+    assert record.meta["steps"] % 2 == 0
+    assert [entry["step"] for entry in record.meta["history"]] == list(range(4, record.meta["steps"] + 1, 2))
+    assert steps_of(bench.folder / "auto") == 24
+
+
+def test_target_sets_the_part_that_goes(bench: Workbench) -> None:
+    result = pipeline.run(bench.config("target", **{"light.target": 0.35}))
+    assert 0.35 <= result["parameters"]["base_removed_ratio"] < 0.42
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"training.bf16": True},
+        {"training.gradient_accumulation": 2, "training.batch_size": 4},
+        {"training.by_length": False, "training.gradient_checkpointing": True},
+        {"model.dtype": "bfloat16", "model.attention": "eager"},
+    ],
+    ids=lambda changes: "-".join(name.rpartition(".")[2] for name in changes),
+)
+def test_training_options(bench: Workbench, finished: Path, changes: dict[str, Any]) -> None:
+    name = "-".join(changes).replace(".", "_")
+    result = pipeline.run(bench.config(name, **changes))
+    assert steps_of(bench.folder / name) == 24
+    assert 0.2 < result["metrics"]["loss"] < 1.2
+    assert result["parameters"]["base"] == read(finished / "metrics.json")["parameters"]["base"]
+
+
+def test_bfloat16_base_is_loaded_and_restored_as_such(bench: Workbench) -> None:
+    pipeline.run(bench.config("bf16_base", **{"model.dtype": "bfloat16"}))
+    light = load_light(bench.folder / "bf16_base" / "adapter")
+    assert transformers_model(light).dtype == torch.bfloat16
+
+
+def test_log_lines_tell_stage_step_and_loss(finished: Path) -> None:
+    lines = logged(finished)
+    done = [entry["stage"] for entry in lines if entry.get("done")]
+    assert done[:3] == ["estimate", "prune", "train"]
+    losses = {stage: [e["step"] for e in lines if e["stage"] == stage and "loss" in e] for stage in done[::2]}
+    assert losses["estimate"] == [4]
+    assert losses["train"] == [4, 8, 12, 16]
+    assert all(entry["learning_rate"] <= 3e-2 for entry in lines if "loss" in entry)
+
+
+def test_half_written_log_line_is_skipped(bench: Workbench, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, bench.config("unused"))
+    run.log.write_text('{"stage": "train", "seconds": 1.5, "done": true}\n{"stage": "tr', encoding="utf-8")
+    assert run.stage_seconds() == {"train": 1.5}
+
+
+def test_trained_model_is_the_one_in_the_folder(bench: Workbench, finished: Path) -> None:
+    model = pipeline.trained_model(pipeline.prepare(bench.config("finished")))
+    assert isinstance(model, LightModel)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
