@@ -192,8 +192,9 @@ def test_what_every_plan_satisfies(record: EstimationRecord, budget: dict[str, A
         assert kept.kv_heads == tuple(group for group, heads in enumerate(by_group) if heads)
         counts = {len(heads) for heads in by_group if heads}
         assert len(counts) <= 1, "groups that stay are equally large"
-        units = spec.kv_heads if budget["head_unit"] == "group" else size
-        if budget["head_unit"] == "group":
+        whole_groups = budget["head_unit"] == "group" or size == 1
+        units = spec.kv_heads if whole_groups else size
+        if whole_groups:
             assert counts <= {size}
             assert len(kept.kv_heads) >= min(budget["min_heads"], units)
         else:

@@ -21,7 +21,9 @@ from workbench import Workbench, lightpeft, read, stamps
 
 from lightpeft import evaluation, pipeline
 from lightpeft.checkpoint import LightModel
+from lightpeft.estimation import Estimator
 from lightpeft.records import EstimationRecord
+from lightpeft.runs import RunFolder
 from lightpeft.training import last_checkpoint
 
 Disturb = Callable[[], None]
@@ -119,7 +121,7 @@ KILLS: dict[str, Disturb] = {
     "estimation-after-a-checkpoint": at_step("estimate", 5),
     "estimation-in-its-second-epoch": at_step("estimate", 9, event="on_step_begin"),
     "estimation-while-a-checkpoint-is-written": before(Trainer, "_save_optimizer_and_scheduler", calls=2),
-    "estimation-while-its-state-is-written": before(pipeline.EarlyPruner, "callback"),
+    "estimation-before-its-state-is-written": before(Estimator, "save_state", calls=2),
     "estimation-over-but-not-saved": before(EstimationRecord, "save"),
     "between-estimation-and-plan": before(pipeline, "plan"),
     "between-plan-and-pruning": before(pipeline, "prune"),
@@ -128,6 +130,7 @@ KILLS: dict[str, Disturb] = {
     "training-after-checkpoints": at_step("train", 8),
     "training-in-its-second-epoch": at_step("train", 13),
     "trained-but-not-saved": before(pipeline, "save_peft", calls=2),
+    "trained-but-not-noted": before(RunFolder, "_note", calls=3),
     "between-training-and-evaluation": before(pipeline, "evaluate"),
     "in-evaluation": before(evaluation, "predict_logits"),
     "evaluated-but-not-reported": before(pipeline, "report"),

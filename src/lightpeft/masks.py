@@ -115,9 +115,7 @@ class _NeuronScaler:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         sources, self._sources = self._sources, []
         if self._reproducible is None:
-            again = _activated(self.activation, sources)
-            # an identity gives the saved tensor itself, which the backward pass must not write to
-            self._reproducible = again.equal(args[0]) and again is not sources[0]
+            self._reproducible = _activated(self.activation, sources).equal(args[0])
         if self._reproducible:
             return (_ScaledActivation.apply(args[0], self.mask, self.activation, *sources), *args[1:])
         return (args[0] * self.mask.to(args[0]), *args[1:])
@@ -135,9 +133,7 @@ class _ScaledActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         mask, *sources = ctx.saved_tensors
-        product = _activated(ctx.activation, sources).mul_(gradient)  # in place: this is where memory peaks
-        of_mask = product.sum_to_size(mask.shape).to(mask.dtype)
-        del product
+        of_mask = (gradient * _activated(ctx.activation, sources)).sum_to_size(mask.shape).to(mask.dtype)
         return gradient * mask.to(gradient), of_mask, None, *(None for _ in sources)
 
 

@@ -114,6 +114,7 @@ def estimate(work: Workspace) -> EstimationRecord:
         steps=work.steps,
         shown_steps=stage_length(config.light, work.steps),
         seed=config.seed,
+        token_loss=config.data.task == "causal-lm",
         callbacks=[pruner.callback(resume_from=checkpoint)],
     )
     seconds = fit(trainer, checkpoint)
@@ -184,7 +185,7 @@ def train(work: Workspace) -> None:
         log=run.log,
         steps=steps,
         seed=config.seed + 1 if config.method == "light" else config.seed,
-        callbacks=[],
+        token_loss=config.data.task == "causal-lm",
     )
     seconds = fit(trainer, checkpoint)
     require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")

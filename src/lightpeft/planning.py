@@ -110,12 +110,14 @@ def _keep_heads(record: EstimationRecord, budget: Budget) -> list[list[int]]:
     """Query heads that stay, one list a block.
 
     A head unit is a set of query heads: a KV group, or (balanced) one query head of every group, so that all groups
-    stay equally large. A unit's score is the mean of its heads' scores.
+    stay equally large. Where every query head has its own KV head, both are single heads. A unit's score is the mean of
+    its heads' scores.
     """
-    make_units: Callable[[BlockSpec, Tensor], list[list[int]]]
-    make_units = _groups if budget.head_unit == "group" else _balanced_slices
     scores = record.of_blocks("heads", budget.head_criterion)
-    units = [make_units(spec, layer) for spec, layer in zip(record.blocks, scores, strict=True)]
+    units = [
+        _balanced_slices(spec, layer) if budget.head_unit == "balanced" and spec.heads_per_kv > 1 else _groups(spec)
+        for spec, layer in zip(record.blocks, scores, strict=True)
+    ]
     unit_scores = [
         torch.stack([layer[unit].double().mean() for unit in layer_units])
         for layer, layer_units in zip(scores, units, strict=True)
@@ -127,7 +129,7 @@ def _keep_heads(record: EstimationRecord, budget: Budget) -> list[list[int]]:
     ]
 
 
-def _groups(spec: BlockSpec, scores: Tensor) -> list[list[int]]:
+def _groups(spec: BlockSpec) -> list[list[int]]:
     """The query heads of each KV group."""
     size = spec.heads_per_kv
     return [list(range(group * size, (group + 1) * size)) for group in range(spec.kv_heads)]

@@ -159,9 +159,7 @@ class RunFolder:
 
     def _note(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
         append_line(self.log, {"stage": stage, "seconds": round(seconds, 3), "done": True, **facts})
-        shutil.rmtree(self.checkpoints(stage), ignore_errors=True)
-        if (self.path / "checkpoints").is_dir() and not any((self.path / "checkpoints").iterdir()):
-            (self.path / "checkpoints").rmdir()
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # also those of a run that was killed right here
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of each finished stage, from the log; a stage that was resumed counts its last part."""

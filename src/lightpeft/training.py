@@ -57,6 +57,7 @@ def make_trainer(
     log: Path,
     steps: int,
     seed: int,
+    token_loss: bool,
     shown_steps: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
@@ -67,6 +68,8 @@ def make_trainer(
         steps: optimizer steps of the learning-rate schedule: warmup, then linear decay to zero.
         checkpoints: folder for the stage's checkpoints, two at most.
         log: the run's log.jsonl, to which loss, learning rate and gradient norm are appended.
+        token_loss: the model's loss is a mean over the labelled tokens of the whole optimizer step (causal LM); else
+            each batch has its own mean, and accumulation averages those.
         shown_steps: what the progress bar counts to, where the stage ends before its schedule does.
         callbacks: called before the ones made here.
     """
@@ -107,6 +110,9 @@ def make_trainer(
         data_collator=collator,
         callbacks=[*callbacks, ProgressBar(stage, shown_steps or steps), LogLines(log, stage), MarkComplete()],
     )
+    # transformers takes any forward with **kwargs for one whose loss is normalised by `num_items_in_batch`; those for
+    # classification ignore it, and their gradients would grow with accumulation steps and processes
+    trainer.model_accepts_loss_kwargs = token_loss
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     return trainer
