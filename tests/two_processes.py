@@ -56,7 +56,8 @@ def seen_gradients(**options: Any) -> dict[str, torch.Tensor]:
     parallel = DistributedDataParallel(model, **options)
     parallel(**rows).loss.backward()
     seen = observer.take_terms()
-    reduced = torch.cat([rank_taylor_terms(p.detach(), p.grad, d) for s in sites for p, d in ((s.down, 1), (s.up, 0))])
+    weights = [(site.down, 1) for site in sites] + [(site.up, 0) for site in sites]
+    reduced = torch.cat([rank_taylor_terms(weight.detach(), weight.grad, dim) for weight, dim in weights])
     alone = student()
     observer = RankObserver(Estimator(alone, LightConfig()).sites)
     alone(**rows).loss.backward()

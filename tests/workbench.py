@@ -5,17 +5,29 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import multiprocessing
+import os
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+)
 
-from lightpeft import cli
+from lightpeft import cli, pipeline
 from lightpeft.config import RunConfig, run_config_from_dict
 
 NEUTRAL = tuple(f"word{index}" for index in range(20))
@@ -127,36 +139,35 @@ class Workbench:
         self.test = write_rows(folder / f"test.{suffix}", make(40, seed=2))
         self.task = task
 
-    def settings(self, output: str = "run", **changes: Any) -> dict[str, Any]:
+    def settings(self, name: str = "run", **changes: Any) -> dict[str, Any]:
         """Nested settings of a run of 24 steps, 6 of them estimation; `changes` as {"light.heads": 0.5}."""
         data = {"task": self.task, "train": str(self.train), "test": str(self.test), "max_length": 32}
         if self.task == "causal-lm":
             data |= {"prompt": "prompt", "completion": "completion"}
         settings: dict[str, Any] = {
-            "output": str(self.folder / output),
+            "output": str(self.folder / name),
             "model": {"name": str(self.base)},
             "data": data,
             "light": {"length": 0.25, "multiple_of": 1, "heads": 0.25},
             "lora": {"r": 4, "alpha": 8},
             "training": {"epochs": 3, "batch_size": 8, "learning_rate": 3e-2, "save_steps": 4, "logging_steps": 4},
         }
-        for name, value in changes.items():
-            *sections, key = name.split(".")
+        for path, value in changes.items():
+            *sections, key = path.split(".")
             place = settings
             for section in sections:
                 place = place.setdefault(section, {})
             place[key] = value
         return settings
 
-    def config(self, output: str = "run", **changes: Any) -> RunConfig:
+    def config(self, name: str = "run", **changes: Any) -> RunConfig:
         """The `RunConfig` of `settings`."""
-        return run_config_from_dict(self.settings(output, **changes))
+        return run_config_from_dict(self.settings(name, **changes))
 
-    def yaml(self, output: str = "run", **changes: Any) -> Path:
-        """The file <output>.yaml with `settings`."""
-        path = self.folder / f"{output}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(self.settings(output, **changes)), encoding="utf-8")
+    def yaml(self, name: str = "run", **changes: Any) -> Path:
+        """The file <name>.yaml with `settings`."""
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(self.settings(name, **changes)), encoding="utf-8")
         return path
 
 
@@ -167,6 +178,85 @@ def lightpeft(*arguments: object) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+# -- disturbances ------------------------------------------------------------------------------------------------
+
+
+Disturb = Callable[[], None]
+"""Something that happens to a run: called in its process, or what makes it happen later."""
+
+
+def signalling(number: int) -> Disturb:
+    """Sends a signal to the process it is called in."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+class _ActAt(TrainerCallback):
+    def __init__(self, step: int, act: Disturb, event: str) -> None:
+        self.step, self.act = step, act
+        setattr(self, event, self._act)
+
+    def _act(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.act()
+
+
+def at_step(stage: str, step: int, act: Disturb, event: str = "on_step_end") -> Disturb:
+    """Makes `act` happen when a stage has done so many steps."""
+
+    def disturb() -> None:
+        make = pipeline.make_trainer
+
+        def disturbed(*args: Any, **options: Any) -> Trainer:
+            trainer = make(*args, **options)
+            if options["stage"] == stage:
+                trainer.add_callback(_ActAt(step, act, event))
+            return trainer
+
+        pipeline.make_trainer = disturbed
+
+    return disturb
+
+
+def before(owner: Any, name: str, act: Disturb, calls: int = 1) -> Disturb:
+    """Makes `act` happen before the n-th call of a function."""
+
+    def disturb() -> None:
+        original, counted = getattr(owner, name), iter(range(1, 1000))
+
+        def disturbed(*args: Any, **options: Any) -> Any:
+            if next(counted) == calls:
+                act()
+            return original(*args, **options)
+
+        setattr(owner, name, disturbed)
+
+    return disturb
+
+
+def in_child(disturb: Disturb, *arguments: object) -> tuple[int, str]:
+    """The command in a forked process, in which `disturb` is called first.
+
+    Returns:
+        Its exit code (the negative number of the signal that killed it), and what it wrote to stderr.
+    """
+    reading, writing = os.pipe()
+
+    def child() -> None:
+        os.close(reading)
+        sys.stderr = os.fdopen(writing, "w", encoding="utf-8", buffering=1)
+        disturb()
+        os._exit(lightpeft(*arguments))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    os.close(writing)
+    with open(reading, encoding="utf-8") as errors:
+        written = errors.read()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, written
 
 
 # -- what is on disk ---------------------------------------------------------------------------------------------

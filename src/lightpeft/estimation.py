@@ -111,7 +111,7 @@ class Estimator:
         units, ranks = gradient.split([len(self.masks.values), len(gradient) - len(self.masks.values)])
         for name, criterion in scoring.STEP_CRITERIA.items():
             self._sums[name] += criterion(self.masks.values, units)
-        self._sums["ranks"] += torch.cat([scoring.rank_taylor(*terms) for terms in self._ranks.split(ranks)])
+        self._sums["ranks"] += scoring.rank_taylor(*ranks.chunk(2))
         self.masks.values.grad = units + self._lambdas * self.masks.values.sign()
         self._optimizer.step()
         self.steps += 1

@@ -75,17 +75,16 @@ class RankObserver:
     """Signed rank Taylor terms of the step under way, read from the gradients as they accumulate.
 
     A hook after each accumulation sees the running sum of the micro-batches, before clipping; the last one before the
-    optimizer step is the whole step's. Sites are packed into one flat tensor of [2, rank] terms.
+    optimizer step is the whole step's.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
         self.sites = list(sites)
-        self.sizes = [2 * site.spec.rank for site in self.sites]
         self._handles: list[RemovableHandle] = []
         self._terms: list[Tensor | None] = [None] * (2 * len(self.sites))
         for index, site in enumerate(self.sites):
-            self._watch(2 * index, site.down, dim=1)
-            self._watch(2 * index + 1, site.up, dim=0)
+            self._watch(index, site.down, dim=1)
+            self._watch(len(self.sites) + index, site.up, dim=0)
 
     def _watch(self, position: int, parameter: nn.Parameter, dim: int) -> None:
         def hook(p: Tensor) -> None:
@@ -95,19 +94,15 @@ class RankObserver:
         self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def take_terms(self) -> Tensor:
-        """The step's terms, flat: for each site the rank's terms of A, then those of B."""
+        """The step's terms, flat: those of A for the ranks of all sites, then those of B."""
         device = self.sites[0].down.device
-        ranks = [site.spec.rank for site in self.sites for _ in range(2)]
+        ranks = 2 * [site.spec.rank for site in self.sites]
         terms = [
             torch.zeros(rank, device=device) if term is None else term.to(device)
             for rank, term in zip(ranks, self._terms, strict=True)
         ]
         self._terms = [None] * len(self._terms)
         return torch.cat(terms)
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """Per site, its [2, rank] terms."""
-        return [part.view(2, -1) for part in flat.split(self.sizes)]
 
     def detach(self) -> None:
         """Take all hooks off the parameters."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,10 @@ from lightpeft.errors import LightPeftError
 
 _COMPLETE = "complete"
 """Marker in a checkpoint folder, written when everything else in it is."""
+
+
+_TORCH_SAVE_FAILED = re.compile("PytorchStreamWriter|inline_container")
+"""In the messages of the bare RuntimeErrors that `torch.save` raises on a full disk."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -174,9 +179,10 @@ def _readable_errors(checkpoints: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise LightPeftError(f"cannot write below {checkpoints}: {' '.join(str(error).split())}") from error
     except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
+        if not _TORCH_SAVE_FAILED.search(str(error)):
             raise
-        raise LightPeftError(f"cannot write below {checkpoints}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise LightPeftError(f"cannot write below {checkpoints}; is the disk full? ({reason})") from error
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -212,9 +218,16 @@ class LogLines(TrainerCallback):
 
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
-    """Append one JSON line, stamped with the time."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), **entry}) + "\n")
+    """Append one JSON line, stamped with the time.
+
+    Raises:
+        LightPeftError: the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), **entry}) + "\n")
+    except OSError as error:
+        raise LightPeftError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 class ProgressBar(TrainerCallback):

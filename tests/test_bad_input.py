@@ -1,0 +1,436 @@
+"""Bad input: one line on stderr that says what is wrong, exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_pipeline import comparable
+from transformers import Trainer
+from workbench import (
+    Rows,
+    Workbench,
+    at_step,
+    before,
+    in_child,
+    labelled,
+    lightpeft,
+    read,
+    save_base,
+    stamps,
+    write_rows,
+)
+
+from lightpeft import pipeline
+from lightpeft.checkpoint import LightModel
+from lightpeft.estimation import Estimator
+from lightpeft.records import EstimationRecord, PrunePlan
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture(scope="module")
+def adapter(bench: Workbench) -> Path:
+    """A good light adapter."""
+    pipeline.run(bench.config("good"))
+    return bench.folder / "good" / "adapter"
+
+
+@pytest.fixture
+def refused(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run a command that must be refused, and return its one line."""
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        earlier = stamps(bench.folder)
+        assert lightpeft(*arguments) == 2
+        written = capsys.readouterr()
+        assert written.out == ""
+        assert written.err.count("\n") == 1
+        assert written.err.startswith("lightpeft: ")
+        assert stamps(bench.folder) == earlier
+        return written.err
+
+    return run
+
+
+def test_unknown_keys_name_the_nearest(bench: Workbench, refused: Refused) -> None:
+    for key, nearest in [
+        ("light.haeds", "light.heads"),
+        ("lihgt.heads", "light.heads"),
+        ("ouptut", "output"),
+    ]:
+        assert f"did you mean --{nearest}?" in refused("run", "--config", bench.yaml("plain"), f"--{key}", "0.5")
+        assert f"did you mean --{nearest}?" in refused("run", "--config", bench.yaml("plain"), f"--{key}=0.5")
+        suggestion = nearest.partition(".")[0] if key.startswith("lihgt") else nearest
+        assert f"did you mean {suggestion}?" in refused("run", "--config", bench.yaml("typo", **{key: 0.5}))
+
+
+VALUES = {
+    "light.heads": (["1.5", "1", "-0.1"], "[0, 1)"),
+    "light.neurons": (["half"], "must be float"),
+    "light.length": (["0", "1", "1.0", "-0.5", "soon"], "length"),
+    "light.heads_scope": (["local"], "layerwise, global"),
+    "light.min_ranks": (["0"], "at least 1"),
+    "method": (["lite"], "light, lora"),
+    "preset": (["fast"], "default"),
+    "model.dtype": (["int8"], "float32"),
+    "training.epochs": (["0", "-1", "many"], "training.epochs"),
+    "training.batch_size": (["0", "2.5"], "training.batch_size"),
+    "training.learning_rate": (["0", "nan"], "training.learning_rate"),
+    "lora.r": (["0"], "lora.r"),
+    "data.test_fraction": (["1"], "(0, 1)"),
+    "data.max_length": (["1"], "at least 2"),
+    "data.prompt": (["text"], "data.completion"),
+}
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_bad_values(bench: Workbench, refused: Refused, key: str) -> None:
+    values, says = VALUES[key]
+    for value in values:
+        assert says in refused("run", "--config", bench.yaml("plain"), f"--{key}", value)
+        assert says in refused("run", "--config", bench.yaml("value", **{key: _plain(value)}))
+
+
+def _plain(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def test_bad_config_files(bench: Workbench, refused: Refused) -> None:
+    file = bench.folder / "odd.yaml"
+    assert "does not exist" in refused("run", "--config", bench.folder / "none.yaml")
+    for content, says in [("light: [1", "is not YAML"), ("- light", "must hold a mapping"), ("light: 3", "mapping")]:
+        file.write_text(content, encoding="utf-8")
+        assert says in refused("run", "--config", file)
+
+
+def test_config_and_run_exclude_each_other(bench: Workbench, adapter: Path, refused: Refused) -> None:
+    assert "not both" in refused("run", "--config", bench.yaml("plain"), "--run", adapter.parent)
+    assert "is not a run folder" in refused("run", "--run", bench.base)
+
+
+def test_bad_commands(bench: Workbench, refused: Refused) -> None:
+    assert "choose from" in refused("rnu")
+    refused()
+    assert "model.name is empty" in refused("run")
+    assert "unrecognized arguments: extra" in refused("run", "--config", bench.yaml("plain"), "extra")
+    assert "model" in refused("predict")
+
+
+# -- models ------------------------------------------------------------------------------------------------------
+
+
+def run_with(bench: Workbench, refused: Refused, **changes: Any) -> str:
+    return refused("run", "--config", bench.yaml("plain", **changes))
+
+
+def test_missing_model(bench: Workbench, refused: Refused) -> None:
+    assert "does not exist" in run_with(bench, refused, **{"model.name": str(bench.folder / "nowhere")})
+    assert "model.name is empty" in run_with(bench, refused, **{"model.name": ""})
+    assert "cannot be loaded" in run_with(bench, refused, **{"model.name": "no-such-model"})
+
+
+def base_with(bench: Workbench, **config: Any) -> Path:
+    """A copy of the base with other settings in its config.json."""
+    folder = bench.folder / "other_base"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(bench.base, folder)
+    settings = {**read(folder / "config.json"), **config}
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def test_unsupported_family(bench: Workbench, refused: Refused) -> None:
+    line = run_with(bench, refused, **{"model.name": str(base_with(bench, model_type="distilbert"))})
+    assert '"distilbert" is not supported; supported: bert, llama, opt, roberta' in line
+    assert "docs/families.md" in line
+
+
+def test_family_without_a_position_limit_is_refused_in_time(bench: Workbench, refused: Refused) -> None:
+    """A config that does not say how many positions there are is not reason to begin."""
+    line = run_with(bench, refused, **{"model.name": str(base_with(bench, model_type="bloom"))})
+    assert '"bloom" is not supported' in line
+
+
+def test_quantised_model(bench: Workbench, refused: Refused) -> None:
+    quantised = base_with(bench, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    line = run_with(bench, refused, **{"model.name": str(quantised)})
+    assert "bitsandbytes" in line or "quantised" in line
+
+
+def test_targets_that_match_nothing(bench: Workbench, refused: Refused) -> None:
+    line = run_with(bench, refused, **{"lora.target_modules": ["q_proj"]})
+    assert "match nothing in bert" in line
+    assert "query" in line
+    line = run_with(bench, refused, **{"lora.target_modules": ["pooler.dense"]})
+    assert "no LoRA module sits on a prunable projection" in line
+    assert "slots are q, k, v" in run_with(bench, refused, **{"lora.slots": ["query"]})
+
+
+# -- data --------------------------------------------------------------------------------------------------------
+
+
+def rows_with(bench: Workbench, refused: Refused, rows: Rows, **changes: Any) -> str:
+    file = write_rows(bench.folder / "odd.csv", rows)
+    return run_with(bench, refused, **{"data.train": str(file), **changes})
+
+
+def test_bad_data(bench: Workbench, refused: Refused) -> None:
+    assert "does not exist" in run_with(bench, refused, **{"data.train": str(bench.folder / "none.csv")})
+    assert "does not exist" in run_with(bench, refused, **{"data.test": str(bench.folder / "none.csv")})
+    assert "data.train is not set" in run_with(bench, refused, **{"data.train": ""})
+    empty = bench.folder / "empty.csv"
+    empty.touch()
+    assert "is empty" in run_with(bench, refused, **{"data.train": str(empty)})
+    empty.write_text("text,label\n", encoding="utf-8")
+    assert "has no rows" in run_with(bench, refused, **{"data.train": str(empty)})
+    assert 'did you mean "text"?' in run_with(bench, refused, **{"data.text": "txt"})
+    assert "only the columns text, label" in run_with(bench, refused, **{"data.label": "class"})
+
+    rows = labelled(20)
+    one = [{**row, "label": "positive"} for row in rows]
+    assert 'the one label "positive"' in rows_with(bench, refused, one)
+    assert 'that no training row has: "negative"' in rows_with(
+        bench, refused, [{**row, "label": row["label"].replace("negative", "other")} for row in rows]
+    )
+    assert "row 3" in rows_with(bench, refused, [*rows[:2], {"text": " ", "label": "positive"}, *rows[2:]])
+
+
+def test_sequences_longer_than_the_model_allows(bench: Workbench, refused: Refused) -> None:
+    assert "at most 40 tokens" in run_with(bench, refused, **{"data.max_length": 41})
+
+
+def test_estimation_as_long_as_the_run_or_longer(bench: Workbench, refused: Refused) -> None:
+    assert "longer than the run of 24" in run_with(bench, refused, **{"light.length": 25})
+    assert "leaves none of the run's 24" in run_with(bench, refused, **{"light.length": 24})
+
+
+# -- run folders -------------------------------------------------------------------------------------------------
+
+
+def test_output_that_is_not_a_run(bench: Workbench, refused: Refused) -> None:
+    assert "is a file" in run_with(bench, refused, output=str(bench.train))
+    assert "not empty and not a run" in run_with(bench, refused, output=str(bench.base))
+    other = bench.folder / "other_tool"
+    other.mkdir()
+    (other / "config.yaml").write_text("optimizer: adam\n", encoding="utf-8")
+    assert "is not a run" in run_with(bench, refused, output=str(other))
+
+
+def test_output_that_is_the_run_of_another_config(bench: Workbench, adapter: Path, refused: Refused) -> None:
+    line = refused("run", "--config", bench.yaml("good", seed=5, **{"light.heads": 0.5}))
+    assert "it differs in seed, light.heads" in line
+    assert "give another output" in line
+
+
+def test_output_that_cannot_be_made(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    file = bench.yaml("nowhere", output=str(bench.train / "below"))
+    capsys.readouterr()
+    assert lightpeft("run", "--config", file) == 2
+    assert "cannot write to output" in capsys.readouterr().err
+
+
+def test_budget_that_empties_the_model(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    """What can be kept is kept: the estimation stays, and `plan` with a smaller budget goes on from it."""
+    budget = {"light.heads": 0.99, "light.neurons": 0.999, "light.min_heads": 0, "light.min_neurons": 0}
+    assert lightpeft("run", "--config", bench.yaml("emptied", **budget)) == 2
+    assert "the budget would empty the model" in capsys.readouterr().err
+    folder = bench.folder / "emptied"
+    assert not (folder / "plan.json").exists()
+    assert lightpeft("plan", "--run", folder, "--light.target", "0.95") == 2
+    assert "target 0.95 cannot be reached" in capsys.readouterr().err
+    assert read_budget(folder) is None
+    assert lightpeft("plan", "--run", folder, "--light.heads", "0.25", "--light.neurons", "0.25") == 0
+    assert read_budget(folder) == 0.25
+    assert lightpeft("run", "--run", folder) == 0
+
+
+def read_budget(folder: Path) -> float | None:
+    """The heads ratio of a run's plan, if it has one."""
+    path = folder / "plan.json"
+    return PrunePlan.load(path).budget["heads"] if path.exists() else None
+
+
+# -- while running -----------------------------------------------------------------------------------------------
+
+
+def test_divergence_in_estimation(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    file = bench.yaml("diverged", **{"training.learning_rate": 1e30, "training.logging_steps": 1})
+    assert lightpeft("run", "--config", file) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "NaN or infinite" in error
+    assert "lower the learning rate" in error
+    assert not (bench.folder / "diverged" / "estimation").exists()
+
+
+def test_divergence_between_log_lines_is_found_all_the_same(
+    bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bench.yaml("diverged_late", **{"training.learning_rate": 1e30, "training.logging_steps": 100})
+    assert lightpeft("estimate", "--config", file) == 2
+    assert "NaN or infinite" in capsys.readouterr().err
+    assert not (bench.folder / "diverged_late" / "estimation").exists()
+
+
+def test_divergence_in_training(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    file = bench.yaml("diverged_lora", method="lora", **{"training.learning_rate": 1e30})
+    assert lightpeft("run", "--config", file) == 2
+    assert "training diverged" in capsys.readouterr().err
+    assert not (bench.folder / "diverged_lora" / "adapter").exists()
+
+
+def test_out_of_memory(bench: Workbench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.Trainer.training_step", full)
+    assert lightpeft("run", "--config", bench.yaml("large")) == 2
+    assert "lower training.batch_size" in capsys.readouterr().err
+
+
+def no_more_room() -> None:
+    """From now on no file of this process can grow beyond some bytes: to a writer, that is a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+
+
+FULL_DISK = {
+    "checkpoint-of-estimation": before(Trainer, "_save_checkpoint", no_more_room),
+    "optimizer-in-a-checkpoint": before(Trainer, "_save_optimizer_and_scheduler", no_more_room),
+    "state-of-estimation": before(Estimator, "save_state", no_more_room),
+    "adapter-of-estimation": before(pipeline, "save_peft", no_more_room),
+    "scores": before(EstimationRecord, "save", no_more_room),
+    "plan": before(PrunePlan, "save", no_more_room),
+    "pruned-adapter": before(LightModel, "save_pretrained", no_more_room),
+    "log": at_step("train", 1, no_more_room),
+    "trained-adapter": before(pipeline, "save_peft", no_more_room, 2),
+    "metrics": before(pipeline, "write_json", no_more_room),
+}
+
+
+@pytest.mark.parametrize("place", FULL_DISK)
+def test_full_disk_leaves_nothing_half_written(bench: Workbench, adapter: Path, place: str) -> None:
+    file = bench.yaml(f"full_{place}", **{"training.save_steps": 3})
+    folder = bench.folder / f"full_{place}"
+    code, errors = in_child(FULL_DISK[place], "run", "--config", file)
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert errors.startswith("lightpeft: cannot write ")
+    assert "File too large" in errors or "is the disk full?" in errors
+    assert not [name for name in stamps(folder) if name.startswith(".") or "/." in name]
+    assert lightpeft("run", "--config", file) == 0
+    assert comparable(folder) == comparable(adapter.parent)
+
+
+# -- light adapters ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(bench: Workbench, adapter: Path) -> Path:
+    """A copy of a good light adapter, to be damaged."""
+    folder = bench.folder / "copied"
+    shutil.rmtree(folder, ignore_errors=True)
+    return Path(shutil.copytree(adapter, folder))
+
+
+def test_adapter_on_another_base(bench: Workbench, adapter: Path, refused: Refused) -> None:
+    other = save_base(bench.folder / "another", seed=7)
+    line = refused("predict", adapter, bench.test, "--base", other, "--output", bench.folder / "out.csv")
+    assert "belongs to another base" in line
+    other = save_base(bench.folder / "another_family", "llama")
+    assert "belongs to another base" in refused("predict", adapter, bench.test, "--base", other)
+    assert "cannot be loaded" in refused("predict", adapter, bench.test, "--base", bench.folder / "nowhere")
+
+
+def test_adapter_with_a_flipped_byte(bench: Workbench, copied: Path, refused: Refused) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json", "lightpeft.json"):
+        content = bytearray((copied / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        intact = (copied / name).read_bytes()
+        (copied / name).write_bytes(content)
+        line = refused("predict", copied, bench.test)
+        assert "was altered or damaged" in line or "cannot be read" in line
+        assert name in line
+        (copied / name).write_bytes(intact)
+
+
+def test_adapter_that_lacks_something(bench: Workbench, copied: Path, refused: Refused) -> None:
+    file = copied / "adapter_model.safetensors"
+    tensors = load_file(file)
+    gone = sorted(name for name in tensors if "lora_B" in name)[0]
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file)
+    description = read(copied / "lightpeft.json")
+    description["checksums"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (copied / "lightpeft.json").write_text(json.dumps(description), encoding="utf-8")
+    line = refused("predict", copied, bench.test)
+    assert "lacks tensors" in line
+    assert gone in line
+    file.unlink()
+    assert "adapter_model.safetensors is missing" in refused("predict", copied, bench.test)
+    (copied / "lightpeft.json").unlink()
+    assert "is not a light adapter" in refused("predict", copied, bench.test)
+
+
+def test_adapter_of_a_future_version(bench: Workbench, copied: Path, refused: Refused) -> None:
+    description = read(copied / "lightpeft.json")
+    (copied / "lightpeft.json").write_text(json.dumps({**description, "schema_version": 99}), encoding="utf-8")
+    for command in (("predict", copied, bench.test), ("inspect", copied)):
+        line = refused(*command)
+        assert "schema version 99" in line
+        assert "upgrade lightpeft" in line
+
+
+# -- predictions -------------------------------------------------------------------------------------------------
+
+
+def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> None:
+    assert 'not "out.xlsx"' in refused("predict", adapter, bench.test, "--output", "out.xlsx")
+    assert "does not exist" in refused("predict", bench.folder / "none", bench.test)
+    assert "is not a light adapter" in refused("predict", bench.base, bench.test)
+    assert "does not exist" in refused("predict", adapter, bench.folder / "none.csv")
+    assert "cannot be read" in refused("predict", adapter, bench.folder / "none.txt")
+    assert 'data.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
+    assert "it must be at least 1" in refused("predict", adapter, bench.test, "--batch_size", "0")
+    blank = bench.folder / "blank.txt"
+    blank.write_text("\n \n", encoding="utf-8")
+    assert "every line is blank" in refused("predict", adapter, blank)
+    odd = bench.folder / "binary.txt"
+    odd.write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8" in refused("predict", adapter, odd)
+
+
+def test_predictions_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    pipeline.run(bench.config("run", **{"training.epochs": 1}))
+    capsys.readouterr()
+    assert lightpeft("predict", tmp_path / "run", bench.test) == 2
+    assert "does not classify texts" in capsys.readouterr().err
+
+
+def test_plain_lora_run_has_no_light_adapter(bench: Workbench, refused: Refused) -> None:
+    pipeline.run(bench.config("plain_lora", method="lora", **{"training.epochs": 1}))
+    assert "is not a light adapter" in refused("predict", bench.folder / "plain_lora", bench.test)
+
+
+def test_inspection_of_something_else(bench: Workbench, adapter: Path, copied: Path, refused: Refused) -> None:
+    assert "does not exist" in refused("inspect", bench.folder / "none")
+    assert "is not a light adapter" in refused("inspect", bench.base)
+    assert "cannot be read" in refused("inspect", bench.train)
+    assert "does not have the expected content" in refused("inspect", adapter.parent / "metrics.json")
