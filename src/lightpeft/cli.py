@@ -95,7 +95,9 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     subparsers = {}
     for verb, description in {**_STAGES, **_OTHERS}.items():
         usage = f"lightpeft {verb} [options]" if verb in _STAGES else None
-        subparser = ArgumentParser(description=description, usage=usage, exit_on_error=False, allow_abbrev=False)
+        subparser = ArgumentParser(
+            description=description, usage=usage, exit_on_error=False, allow_abbrev=False, print_config=None
+        )
         {"predict": _predict_options, "inspect": _inspect_options}.get(verb, _stage_options)(subparser)
         if verb == "bench":
             _bench_options(subparser)

@@ -1,0 +1,198 @@
+"""Plain LoRA beside light: what is measured, that the numbers fit each other, and what happens when a worker fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from workbench import Workbench, lightpeft, read, stamps
+
+from lightpeft import bench as benching
+from lightpeft import pipeline
+from lightpeft.bench import Subject, Worker, sample_batches
+from lightpeft.errors import LightPeftError
+from lightpeft.tables import bench_table
+
+ROUNDS, STEPS = 2, 2
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="module")
+def report(bench: Workbench) -> dict[str, Any]:
+    """bench.json of a run that had not begun; through real processes of their own."""
+    code = lightpeft("bench", "--config", bench.yaml("run"), "--rounds", ROUNDS, "--steps", STEPS)
+    assert code == 0
+    return read(bench.folder / "run" / "bench.json")
+
+
+def test_report_is_complete(report: dict[str, Any]) -> None:
+    assert report["rounds"] == ROUNDS
+    assert report["steps"] == STEPS
+    assert set(report["subjects"]) == {"lora", "estimation", "light"}
+    for name, subject in report["subjects"].items():
+        assert subject["peak_memory_bytes"] > 0
+        assert subject["peak_memory_method"]
+        assert subject["flops"]["training"] > subject["flops"]["forward"] > 0
+        spreads = [subject["training_samples_per_second"]]
+        spreads += [subject["inference_samples_per_second"]] if name != "estimation" else []
+        for spread in spreads:
+            assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+            assert spread["n"] == ROUNDS
+    assert report["hardware"]["torch"]
+    assert report["config"]["training"]["batch_size"] == 8
+
+
+def test_ratios_are_medians_over_paired_rounds(report: dict[str, Any]) -> None:
+    for what, of, over, name in [
+        ("training", "light", "lora", "training_throughput"),
+        ("inference", "light", "lora", "inference_throughput"),
+        ("training", "estimation", "lora", "estimation_throughput"),
+    ]:
+        values = report["values"][what]
+        assert len(values[of]) == len(values[over]) == ROUNDS
+        paired = np.array(values[of]) / np.array(values[over])
+        ratio = report["ratios"][name]
+        assert ratio["median"] == pytest.approx(np.median(paired))
+        assert ratio["low"] <= ratio["median"] <= ratio["high"]
+        assert ratio["n"] == ROUNDS
+    subjects = report["subjects"]
+    for key, name in (("training", "training_flops"), ("forward", "inference_flops")):
+        quotient = subjects["light"]["flops"][key] / subjects["lora"]["flops"][key]
+        assert report["ratios"][name] == pytest.approx(quotient)
+    memory = [subjects[name]["peak_memory_bytes"] for name in ("light", "lora")]
+    assert report["ratios"]["peak_memory"] == pytest.approx(memory[0] / memory[1])
+
+
+def test_light_computes_less_and_estimation_more(report: dict[str, Any]) -> None:
+    flops = {name: subject["flops"] for name, subject in report["subjects"].items()}
+    for key in ("forward", "training"):
+        assert flops["light"][key] < flops["lora"][key] < flops["estimation"][key]
+
+
+def test_whole_run_counts_estimation_and_surgery(bench: Workbench, report: dict[str, Any]) -> None:
+    whole = report["end_to_end"]
+    assert (whole["steps"], whole["estimation_steps"]) == (24, 6)
+    per_step = {
+        name: 8 / subject["training_samples_per_second"]["median"] for name, subject in report["subjects"].items()
+    }
+    assert whole["lora_seconds"] == pytest.approx(24 * per_step["lora"])
+    assert whole["light_estimation_seconds"] == pytest.approx(6 * per_step["estimation"])
+    surgery = whole["light_seconds"] - whole["light_estimation_seconds"] - 18 * per_step["light"]
+    assert surgery == pytest.approx(pipeline.prepare(bench.config("run")).run.stage_seconds()["prune"], abs=1e-6)
+    assert whole["light_over_lora"] == pytest.approx(whole["light_seconds"] / whole["lora_seconds"])
+
+
+def test_bench_leaves_the_run_as_it_is(bench: Workbench, report: dict[str, Any]) -> None:
+    """Only what bench needs has been run, and fine-tuning goes on from there."""
+    folder = bench.folder / "run"
+    assert (folder / "pruned").is_dir()
+    assert not (folder / "adapter").exists()
+    before = stamps(folder)
+    assert lightpeft("prune", "--config", bench.yaml("run")) == 0
+    assert stamps(folder) == before
+
+
+def test_table_shows_the_measurements(report: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    Console(width=140).print(bench_table(report))
+    text = capsys.readouterr().out
+    light = report["subjects"]["light"]
+    assert f"{light['training_samples_per_second']['median']:.1f}" in text
+    assert f"{report['ratios']['inference_throughput']['median']:.2f}" in text
+    assert f"{report['ratios']['training_flops']:.2f}" in text
+    assert "for 6 steps" in text
+    assert "MiB" in text
+
+
+def test_batches_are_the_same_for_all_and_spread_over_the_epoch(bench: Workbench) -> None:
+    work = pipeline.prepare(bench.config("sampled"))
+    batches = sample_batches(work, 4)
+    again = sample_batches(work, 4)
+    assert len(batches) == 4
+    assert all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(batches, again, strict=True))
+    assert all(len(batch["labels"]) == 8 for batch in batches)
+    assert len({batch["input_ids"].shape[1] for batch in batches}) > 1
+    assert len(sample_batches(work, 100)) == 8  # no more than there are
+
+
+def test_subjects_are_what_they_say(bench: Workbench, report: dict[str, Any]) -> None:
+    sizes = {}
+    for name in ("lora", "estimation", "light"):
+        subject = Subject(name, bench.config("run"), STEPS)
+        sizes[name] = sum(p.numel() for p in subject.model.parameters() if not p.requires_grad)
+        assert subject.training() > 0
+    assert sizes["light"] < sizes["lora"] == sizes["estimation"]
+
+
+# -- failures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forked, so that they fail in a moment and can be made to fail."""
+    import multiprocessing
+
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(benching, "multiprocessing", SimpleNamespace(get_context=lambda _: fork))
+
+
+@pytest.mark.usefixtures("forked")
+def test_failing_worker_gives_one_line(
+    bench: Workbench, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory\nleft")
+
+    monkeypatch.setattr(benching, "measure_training", fail)
+    monkeypatch.setattr(Subject, "_train", fail)
+    capsys.readouterr()
+    assert lightpeft("bench", "--config", bench.yaml("run"), "--rounds", 1, "--steps", 1) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lightpeft: measuring failed: RuntimeError: no memory")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize("moment", ["__init__", "training"])
+def test_worker_that_vanishes_gives_one_line(
+    bench: Workbench, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    monkeypatch.setattr(Subject, moment, lambda *_: os._exit(9))
+    with Worker("lora", bench.config("run"), 1) as worker:
+        if moment == "training":
+            assert worker.measure("fixed")["flops"]["training"] > 0
+        for _ in range(2):
+            with pytest.raises(LightPeftError, match="ended early"):
+                worker.measure("training")
+
+
+@pytest.mark.usefixtures("forked")
+def test_bad_input_in_a_worker_keeps_its_words(bench: Workbench, report: dict[str, Any]) -> None:
+    with (
+        Worker("lora", bench.config("run", seed=5), 1) as worker,
+        pytest.raises(LightPeftError, match=r"measuring failed: output .* is the run of another config"),
+    ):
+        worker.measure("fixed")
+
+
+def test_counts_start_at_one(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--rounds", "--steps"):
+        assert lightpeft("bench", "--config", bench.yaml("never"), option, 0) == 2
+        assert "start at 1" in capsys.readouterr().err
+    assert not (bench.folder / "never").exists()
+
+
+def test_result_goes_where_it_is_wanted(bench: Workbench, report: dict[str, Any], forked: None, tmp_path: Path) -> None:
+    place = tmp_path / "below" / "result.json"
+    options = ("--rounds", 1, "--steps", 1, "--json", place)
+    assert lightpeft("bench", "--run", bench.folder / "run", *options) == 0
+    assert read(place)["rounds"] == 1

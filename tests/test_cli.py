@@ -1,0 +1,201 @@
+"""The command line: help, settings from preset, file and options, and what `inspect` shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from workbench import Workbench, lightpeft
+
+from lightpeft import cli, pipeline
+from lightpeft.config import Budget, RunConfig, TrainingConfig, load_config
+
+VERBS = ["run", "estimate", "plan", "prune", "train", "evaluate", "bench", "predict", "inspect"]
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    bench = Workbench(tmp_path_factory.mktemp("cli"))
+    pipeline.run(bench.config("run"))
+    return bench
+
+
+def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert lightpeft(*arguments) == 0
+    written = capsys.readouterr()
+    assert written.err == ""
+    return written.out
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
+    return yaml.safe_load(shown(capsys, *arguments, "--print_config"))
+
+
+def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "--help")
+    assert all(f"    {verb} " in text for verb in VERBS)
+    assert "--config" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    text = " ".join(shown(capsys, verb, "--help").split())
+    described = {**cli._STAGES, **cli._OTHERS}[verb]
+    assert described.split(".")[0] in text
+    if verb in ("predict", "inspect"):
+        return
+    for config, section in ((Budget, "light"), (TrainingConfig, "training")):
+        assert all(f"--{section}.{field.name}" in text for field in dataclasses.fields(config))
+    assert "Part of the attention head units to remove, in [0, 1)." in text
+    assert "Rows a step and process. (type: int, default: 32)" in text
+    assert "Optimizer steps" in text or "optimizer steps (int)" in text
+    assert "--print_config" in text
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from lightpeft.cli import main\n"
+        "try: main(['run', '--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit(len({'torch', 'transformers', 'peft', 'datasets'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.strip() == ""
+    assert done.returncode == 0
+
+
+def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightpeft", "run", "--light.haeds", "0.5"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("lightpeft", run_name="__main__")
+    assert end.value.code == 2
+    assert "did you mean --light.heads?" in capsys.readouterr().err
+
+
+# -- settings ----------------------------------------------------------------------------------------------------
+
+
+def test_print_config_shows_defaults_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = printed(capsys, "run")
+    assert plain["light"]["head_criterion"] == "taylor"
+    assert plain["light"]["multiple_of"] == 8
+    assert plain["training"]["batch_size"] == TrainingConfig().batch_size
+    paper = printed(capsys, "run", "--preset", "paper")
+    assert paper["light"]["head_criterion"] == "mask"
+    assert paper["light"]["mask_learning_rate"] == 3e-4
+    assert paper["light"]["multiple_of"] == 1
+
+
+def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "auto", "--lora.slots", '["q", "v"]')
+    text = shown(capsys, "run", *options, "--data.text_pair", "other", "--print_config")
+    file = tmp_path / "printed.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert printed(capsys, "run", "--config", file) == yaml.safe_load(text)
+    config = load_config(file)
+    assert config.light.heads == 0.5
+    assert config.light.length == "auto"
+    assert config.lora.slots == ["q", "v"]
+    assert config.light.head_criterion == "mask"
+    assert dataclasses.asdict(config) == yaml.safe_load(text)
+
+
+def test_options_go_over_the_file_and_the_file_over_the_preset(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("preset: paper\nlight: {heads: 0.4, neurons: 0.4, multiple_of: 4}\nseed: 3\n", encoding="utf-8")
+    for options in (["--light.heads", "0.5", "--seed=7"], ["--seed", "7", "--light.heads=0.5"]):
+        given = printed(capsys, "run", "--config", file, *options)
+        assert given["light"]["heads"] == 0.5
+        assert given["light"]["neurons"] == 0.4
+        assert given["light"]["multiple_of"] == 4
+        assert given["light"]["head_criterion"] == "mask"
+        assert given["seed"] == 7
+    changed = printed(capsys, "run", "--config", file, "--preset", "default")
+    assert changed["light"]["head_criterion"] == "taylor"
+    assert changed["light"]["multiple_of"] == 4
+
+
+def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {
+        "light.length": "50",
+        "light.target": "0.4",
+        "training.bf16": "true",
+        "training.learning_rate": "1e-4",
+        "model.revision": "main",
+        "data.limit_train": "100",
+        "lora.target_modules": '["query", "value"]',
+        "light.restart": "true",
+    }
+    given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
+    assert given["light"]["length"] == 50
+    assert given["light"]["target"] == 0.4
+    assert given["training"]["bf16"] is True
+    assert given["training"]["learning_rate"] == 1e-4
+    assert given["model"]["revision"] == "main"
+    assert given["data"]["limit_train"] == 100
+    assert given["lora"]["target_modules"] == ["query", "value"]
+    assert given["light"]["restart"] is True
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    given = printed(capsys, "run", "--config", path)
+    assert given["model"]["name"]
+    assert given["data"]["train"]
+
+
+def test_there_are_shipped_configs() -> None:
+    assert "minilm_lora" in {path.stem for path in CONFIGS}
+
+
+def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    given = printed(capsys, "evaluate", "--run", bench.folder / "run")
+    expected = dataclasses.asdict(bench.config("run"))
+    assert given == expected
+    assert list(given) == [field.name for field in dataclasses.fields(RunConfig)]
+
+
+# -- results -----------------------------------------------------------------------------------------------------
+
+
+def test_stages_say_where_their_results_are(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.folder / "run"
+    for verb, result in (("estimate", "estimation"), ("prune", "pruned"), ("train", "adapter")):
+        assert f"{folder}/{result}\n" in shown(capsys, verb, "--run", folder)
+    assert "accuracy" in shown(capsys, "evaluate", "--run", folder)
+
+
+def test_inspect_shows_a_plan_layer_by_layer(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.folder / "run"
+    plan = shown(capsys, "inspect", folder / "plan.json")
+    assert plan == shown(capsys, "plan", "--run", folder)
+    lines = [line for line in plan.splitlines() if line.count("3/4") == 2]
+    assert len(lines) == 2  # a quarter of four heads, and of their keys and values, in both layers
+    assert "base parameters" in plan
+
+
+def test_inspect_shows_an_adapter_and_a_run(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = bench.folder / "run"
+    adapter = shown(capsys, "inspect", folder / "adapter")
+    assert "BertForSequenceClassification" in adapter
+    assert "accuracy" in adapter
+    assert adapter.count("3/4") == 4
+    assert shown(capsys, "inspect", folder) == adapter
+    pruned = shown(capsys, "inspect", folder / "pruned")
+    assert "accuracy" not in pruned
+
+
+def test_inspect_shows_the_plan_of_an_unfinished_run(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    file = bench.yaml("unfinished")
+    assert lightpeft("estimate", "--config", file) == 0
+    assert lightpeft("plan", "--config", file) == 0
+    assert "3/4" in shown(capsys, "inspect", bench.folder / "unfinished")

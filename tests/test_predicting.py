@@ -1,0 +1,155 @@
+"""Labels for new texts, from the command line and from Python, against the model called directly."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+from workbench import Workbench, labelled, lightpeft, read, write_rows
+
+from lightpeft import load_light, pipeline
+from lightpeft.predicting import predict
+
+LABELS = ["negative", "positive"]
+TEXTS = [row["text"] for row in labelled(17, seed=9)]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    bench = Workbench(tmp_path_factory.mktemp("predicting"))
+    pipeline.run(bench.config("run"))
+    return bench
+
+
+@pytest.fixture(scope="module")
+def expected(bench: Workbench) -> np.ndarray:
+    """Probabilities from the loaded model and its tokenizer, one text at a time, without padding."""
+    return direct(bench.folder / "run" / "adapter", bench.base, [(text,) for text in TEXTS])
+
+
+def direct(adapter: Path, base: Path, texts: list[tuple[str, ...]]) -> np.ndarray:
+    model, tokenizer = load_light(adapter, base), AutoTokenizer.from_pretrained(base)
+    with torch.no_grad():
+        logits = [model(**tokenizer(*text, return_tensors="pt")).logits for text in texts]
+    return torch.cat(logits).softmax(-1).numpy()
+
+
+def check(rows: list[dict[str, Any]], expected: np.ndarray) -> None:
+    probabilities = np.array([[float(row[f"p_{label}"]) for label in LABELS] for row in rows])
+    assert np.allclose(probabilities, expected, atol=2e-6)
+    assert np.allclose(probabilities.sum(1), 1, atol=2e-6)
+    assert [row["label"] for row in rows] == [LABELS[best] for best in expected.argmax(1)]
+    assert len(set(expected.argmax(1))) == 2
+
+
+def table(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_text_lines_to_standard_output(
+    bench: Workbench, expected: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "texts.txt"
+    source.write_text("\n".join([TEXTS[0], "", *TEXTS[1:]]) + "\n", encoding="utf-8")
+    assert lightpeft("predict", bench.folder / "run", source) == 0
+    rows = table(capsys.readouterr().out)
+    assert [row["text"] for row in rows] == TEXTS
+    check(rows, expected)
+
+
+def test_standard_input(
+    bench: Workbench, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TEXTS)))
+    assert lightpeft("predict", bench.folder / "run" / "adapter", "-", "--batch_size", "3") == 0
+    written = capsys.readouterr()
+    assert written.err == ""
+    check(table(written.out), expected)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize("output", ["csv", "jsonl"])
+def test_tables_in_and_out(bench: Workbench, expected: np.ndarray, tmp_path: Path, suffix: str, output: str) -> None:
+    rows = [{"id": str(number), "text": text, "label": "unknown"} for number, text in enumerate(TEXTS)]
+    source = write_rows(tmp_path / f"rows.{suffix}", rows)
+    target = tmp_path / "below" / f"out.{output}"
+    assert lightpeft("predict", bench.folder / "run", source, "--output", target) == 0
+    text = target.read_text(encoding="utf-8")
+    result = table(text) if output == "csv" else [json.loads(line) for line in text.splitlines()]
+    assert list(result[0]) == ["id", "text", "input_label", "label", "p_negative", "p_positive"]
+    assert [row["id"] for row in result] == [row["id"] for row in rows]
+    check(result, expected)
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_another_text_column(bench: Workbench, expected: np.ndarray, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.csv", [{"sentence": text} for text in TEXTS])
+    predict(bench.folder / "run", source, output=tmp_path / "out.csv", text="sentence")
+    check(table((tmp_path / "out.csv").read_text(encoding="utf-8")), expected)
+
+
+def test_accuracy_is_the_one_that_was_measured(bench: Workbench, tmp_path: Path) -> None:
+    predict(bench.folder / "run", bench.test, output=tmp_path / "out.csv")
+    rows = table((tmp_path / "out.csv").read_text(encoding="utf-8"))
+    right = [row["label"] == row["input_label"] for row in rows]
+    measured = read(bench.folder / "run" / "metrics.json")["metrics"]["accuracy"]
+    assert sum(right) / len(right) == pytest.approx(measured)
+
+
+def test_base_that_moved(
+    bench: Workbench, expected: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = Path(shutil.copytree(bench.folder / "run" / "adapter", tmp_path / "adapter"))
+    description = (adapter / "lightpeft.json").read_text(encoding="utf-8")
+    assert str(bench.base) in description
+    source = write_rows(tmp_path / "rows.csv", [{"text": text} for text in TEXTS])
+    elsewhere = bench.base.rename(bench.folder / "moved_base")
+    try:
+        assert lightpeft("predict", adapter, source) == 2
+        assert "give another place" in capsys.readouterr().err
+        assert lightpeft("predict", adapter, source, "--base", elsewhere) == 0
+        check(table(capsys.readouterr().out), expected)
+    finally:
+        elsewhere.rename(bench.base)
+
+
+def test_bfloat16_is_close(bench: Workbench, expected: np.ndarray, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.csv", [{"text": text} for text in TEXTS])
+    predict(bench.folder / "run", source, output=tmp_path / "out.jsonl", bf16=True)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    values = np.array([[row[f"p_{label}"] for label in LABELS] for row in rows])
+    assert np.abs(values - expected).max() < 0.1
+    assert not np.allclose(values, expected, atol=1e-6)
+
+
+def test_long_texts_are_cut_as_in_training(bench: Workbench, tmp_path: Path) -> None:
+    text = " ".join([TEXTS[0]] * 20)
+    source = write_rows(tmp_path / "rows.csv", [{"text": text}])
+    predict(bench.folder / "run", source, output=tmp_path / "out.csv")
+    row = table((tmp_path / "out.csv").read_text(encoding="utf-8"))[0]
+    cut = " ".join(text.split()[:30])  # and two special tokens: max_length 32
+    expected = direct(bench.folder / "run" / "adapter", bench.base, [(cut,)])
+    assert float(row["p_positive"]) == pytest.approx(float(expected[0, 1]), abs=2e-6)
+
+
+def test_pairs(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    pairs = [{**row, "second": other["text"]} for row, other in zip(labelled(40), labelled(40, seed=3), strict=True)]
+    train = write_rows(tmp_path / "pairs.csv", pairs)
+    changes = {"data.train": str(train), "data.test": None, "data.text_pair": "second"}
+    pipeline.run(bench.config("pairs", **changes))
+    source = write_rows(tmp_path / "new.jsonl", [{"text": row["text"], "second": row["second"]} for row in pairs[:6]])
+    predict(tmp_path / "pairs", source, output=tmp_path / "out.csv")
+    rows = table((tmp_path / "out.csv").read_text(encoding="utf-8"))
+    texts = [(row["text"], row["second"]) for row in pairs[:6]]
+    expected = direct(tmp_path / "pairs" / "adapter", bench.base, texts)
+    assert np.allclose([float(row["p_positive"]) for row in rows], expected[:, 1], atol=2e-6)

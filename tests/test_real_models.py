@@ -1,0 +1,69 @@
+"""Real pretrained models end to end: MiniLM through a whole run, SmolLM2 through surgery and generation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightpeft import Budget, load_config, load_light, make_plan, pipeline
+from lightpeft.predicting import predict
+from lightpeft.records import PrunePlan
+from lightpeft.surgery import apply_plan
+
+CONFIG = Path(__file__).parents[1] / "configs" / "movie_reviews" / "minilm_lora.yaml"
+
+
+def test_minilm_learns_sentiment_on_a_third_less(minilm: Path, movie_reviews: Path, tmp_path: Path) -> None:
+    config = load_config(CONFIG)
+    config = replace(
+        config,
+        output=str(tmp_path / "run"),
+        model=replace(config.model, name=str(minilm)),
+        data=replace(
+            config.data,
+            train=str(movie_reviews / "train.csv"),
+            test=str(movie_reviews / "test.csv"),
+            max_length=32,
+            limit_train=1200,
+            limit_test=400,
+        ),
+        training=replace(config.training, epochs=2, batch_size=16, learning_rate=3e-3),
+    )
+    report = pipeline.run(config)
+    plan = PrunePlan.load(tmp_path / "run" / "plan.json")
+    assert {len(block.heads) for block in plan.blocks} == {8}, "a third of 12 heads goes in every layer"
+    assert sum(len(block.neurons) for block in plan.blocks) == 6 * 1024
+    parameters = report["parameters"]
+    assert parameters["base_dense"] - parameters["base"] == plan.removed_parameters > 3_500_000
+    # the classes are even, so 0.5 is chance; 400 rows have a standard error of 0.025
+    assert report["metrics"]["accuracy"] > 0.6
+
+    light = load_light(tmp_path / "run" / "adapter")
+    (tmp_path / "texts.txt").write_text("A gorgeous, moving and funny film.\nA dull, lifeless and stupid mess.\n")
+    predict(tmp_path / "run", tmp_path / "texts.txt", tmp_path / "labels.csv")
+    assert len((tmp_path / "labels.csv").read_text().splitlines()) == 3
+    ids = torch.randint(1000, 2000, (2, 12))
+    with torch.no_grad():
+        merged = light(input_ids=ids).logits, light.merge_and_unload()(input_ids=ids).logits
+    torch.testing.assert_close(*merged, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("head_unit", ["group", "balanced"])
+def test_smollm2_masked_and_pruned_agree(smollm2: Path, head_unit: str) -> None:
+    model = tiny.with_lora(AutoModelForCausalLM.from_pretrained(smollm2))
+    record = tiny.random_record(model)
+    plan = make_plan(record, Budget(heads=1 / 3, neurons=1 / 3, head_unit=head_unit))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.no_grad():
+        masked = tiny.masked(model, plan)
+        before = masked(**inputs).logits
+        words = masked.generate(**inputs, max_new_tokens=6, do_sample=False)
+        apply_plan(model, plan)
+        assert tiny.relative_difference(model(**inputs).logits, before) < 1e-4
+        assert model.generate(**inputs, max_new_tokens=6, do_sample=False).equal(words)

@@ -1,0 +1,266 @@
+"""Training through `transformers.Trainer`: steps, batches, log lines, checkpoints and signals."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from workbench import Workbench, labelled
+
+from lightpeft import pipeline
+from lightpeft.config import TrainingConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.loading import add_lora
+from lightpeft.training import (
+    Interrupted,
+    LogLines,
+    StopOnSignal,
+    append_line,
+    fit,
+    last_checkpoint,
+    make_trainer,
+    total_steps,
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Workspace:
+    bench = Workbench(tmp_path_factory.mktemp("training"))
+    return pipeline.prepare(bench.config("run"))
+
+
+def trainer_for(
+    work: pipeline.Workspace, folder: Path, rows: int | None = None, seed: int = 0, **settings: Any
+) -> Trainer:
+    config = TrainingConfig(**{"batch_size": 8, "epochs": 1, "learning_rate": 1e-2, **settings})
+    data = work.train_rows if rows is None else work.train_rows.select(range(rows))
+    return make_trainer(
+        add_lora(pipeline.dense_model(work), work.config.lora, "classification", plain=True),
+        data,
+        work.collator,
+        config,
+        stage="train",
+        checkpoints=folder / "checkpoints",
+        log=folder / "log.jsonl",
+        steps=total_steps(len(data), config),
+        seed=seed,
+    )
+
+
+class Seen(TrainerCallback):
+    """Counts steps and epochs."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.epoch = 0.0
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.steps, self.epoch = state.global_step, state.epoch or 0.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "accumulation", "epochs"),
+    [(64, 8, 1, 3), (61, 8, 1, 2), (61, 8, 3, 2), (7, 8, 1, 2), (5, 2, 4, 3), (33, 8, 1, 1.5), (33, 4, 2, 0.3)],
+)
+def test_total_steps_are_those_of_the_trainer(
+    work: pipeline.Workspace, tmp_path: Path, rows: int, batch_size: int, accumulation: int, epochs: float
+) -> None:
+    """`Trainer` told the epochs takes as many steps as `total_steps` says, and that many steps make the epochs."""
+    settings = {"batch_size": batch_size, "gradient_accumulation": accumulation, "epochs": epochs}
+    steps = total_steps(rows, TrainingConfig(**settings))
+    by_steps, by_epochs = Seen(), Seen()
+    trainer = trainer_for(work, tmp_path, rows, **settings)
+    trainer.add_callback(by_steps)
+    trainer.train()
+    assert by_steps.steps == steps
+    trainer = trainer_for(work, tmp_path, rows, **settings)
+    trainer.args.max_steps, trainer.args.num_train_epochs = -1, epochs
+    trainer.add_callback(by_epochs)
+    trainer.train()
+    assert by_epochs.steps == steps
+    assert by_epochs.epoch == by_steps.epoch >= epochs
+
+
+def test_total_steps_of_several_processes() -> None:
+    config = TrainingConfig(batch_size=8, epochs=2)
+    assert total_steps(64, config, processes=2) == 8
+    assert total_steps(65, config, processes=2) == 10
+    assert total_steps(1, config) == 2
+    assert total_steps(1, TrainingConfig(epochs=0.01)) == 1
+
+
+# -- batches -----------------------------------------------------------------------------------------------------
+
+
+def batches_of(trainer: Trainer) -> list[dict[str, torch.Tensor]]:
+    return list(trainer.get_train_dataloader())
+
+
+def padding(batches: list[dict[str, torch.Tensor]]) -> float:
+    """Part of all positions that is padding."""
+    total = sum(batch["attention_mask"].numel() for batch in batches)
+    return 1 - sum(int(batch["attention_mask"].sum()) for batch in batches) / total
+
+
+def test_batches_by_length_are_of_similar_length(work: pipeline.Workspace, tmp_path: Path) -> None:
+    grouped = batches_of(trainer_for(work, tmp_path, by_length=True))
+    random = batches_of(trainer_for(work, tmp_path, by_length=False))
+    assert padding(grouped) < 0.5 * padding(random)
+    for batches in (grouped, random):
+        assert sum(len(batch["labels"]) for batch in batches) == len(work.train_rows)
+    spreads = [int(lengths.max() - lengths.min()) for lengths in (b["attention_mask"].sum(1) for b in grouped)]
+    assert sorted(spreads)[len(spreads) // 2] <= 3
+
+
+def test_padding_is_dynamic(work: pipeline.Workspace, tmp_path: Path) -> None:
+    for by_length in (True, False):
+        batches = batches_of(trainer_for(work, tmp_path, by_length=by_length))
+        assert len({batch["input_ids"].shape[1] for batch in batches}) > 1
+        for batch in batches:
+            assert int(batch["attention_mask"].sum(1).max()) == batch["input_ids"].shape[1]
+            assert "length" not in batch
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+def test_order_depends_on_seed_and_epoch_alone(work: pipeline.Workspace, tmp_path: Path, by_length: bool) -> None:
+    def order(seed: int, epoch: float) -> list[list[int]]:
+        trainer = trainer_for(work, tmp_path, seed=seed, by_length=by_length)
+        trainer.state.epoch = epoch
+        loader = trainer.get_train_dataloader()
+        loader.set_epoch(int(epoch))
+        torch.rand(3)  # whatever else draws numbers
+        return [batch["input_ids"].sum(1).tolist() for batch in loader]
+
+    first = order(0, 0.0)
+    assert order(0, 0.0) == order(0, 0.5) == first
+    assert order(1, 0.0) != first
+    assert order(0, 1.0) != first
+
+
+# -- log ---------------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_log_lines(work: pipeline.Workspace, tmp_path: Path) -> None:
+    seconds = fit(trainer_for(work, tmp_path, logging_steps=3), None)
+    logged = lines(tmp_path / "log.jsonl")
+    assert [entry["step"] for entry in logged] == [3, 6]
+    for entry in logged:
+        assert entry["stage"] == "train"
+        assert math.isfinite(entry["loss"])
+        assert entry["grad_norm"] > 0
+        assert 0 <= entry["learning_rate"] <= 1e-2
+    assert logged[1]["time"] - logged[0]["time"] < seconds
+
+
+def test_only_losses_of_the_main_process_are_logged(tmp_path: Path) -> None:
+    callback, arguments = LogLines(tmp_path / "log.jsonl", "train"), TrainingArguments(str(tmp_path), use_cpu=True)
+    state = TrainerState(is_world_process_zero=True, global_step=7)
+    callback.on_log(arguments, state, TrainerControl(), logs={"train_runtime": 3.0})
+    callback.on_log(arguments, TrainerState(is_world_process_zero=False), TrainerControl(), logs={"loss": 1.0})
+    assert not (tmp_path / "log.jsonl").exists()
+    callback.on_log(arguments, state, TrainerControl(), logs={"loss": 1.0})
+    assert [(entry["step"], entry["loss"]) for entry in lines(tmp_path / "log.jsonl")] == [(7, 1.0)]
+
+
+def test_log_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(LightPeftError, match="cannot write .*log.jsonl"):
+        append_line(tmp_path / "nowhere" / "log.jsonl", {"loss": 1.0})
+
+
+# -- checkpoints and signals -------------------------------------------------------------------------------------
+
+
+def test_last_checkpoint_is_the_newest_complete_one(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    for step, complete in ((9, True), (10, True), (100, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "complete").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_checkpoints_are_two_at_most_and_none_at_the_end(work: pipeline.Workspace, tmp_path: Path) -> None:
+    fit(trainer_for(work, tmp_path, save_steps=2), None)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["checkpoint-4", "checkpoint-6"]  # of 8 steps
+    assert all((tmp_path / "checkpoints" / name / "complete").is_file() for name in kept)
+
+
+class Signal(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_signal_ends_training_with_a_checkpoint(work: pipeline.Workspace, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = trainer_for(work, tmp_path)
+    trainer.add_callback(Signal(2))
+    with pytest.raises(Interrupted, match="stopped at step 3; the same command goes on from there"):
+        fit(trainer, None)
+    assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-3"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_resumed_training_is_the_same_training(work: pipeline.Workspace, tmp_path: Path) -> None:
+    def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+    whole = trainer_for(work, tmp_path / "whole", epochs=2)
+    fit(whole, None)
+    broken = trainer_for(work, tmp_path / "broken", epochs=2)
+    broken.add_callback(Signal(10))
+    with pytest.raises(Interrupted):
+        fit(broken, None)
+    resumed = trainer_for(work, tmp_path / "broken", epochs=2)
+    fit(resumed, last_checkpoint(tmp_path / "broken" / "checkpoints"))
+    assert resumed.state.global_step == whole.state.global_step == 16
+    expected = weights(whole)
+    assert all(weight.equal(expected[name]) for name, weight in weights(resumed).items())
+
+
+def test_signals_in_another_thread_are_left_alone() -> None:
+    import threading
+
+    reached: list[bool] = []
+
+    def listen() -> None:
+        with StopOnSignal().listening():
+            reached.append(True)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert reached == [True]
+
+
+def test_error_leaves_the_terminal_in_order(
+    work: pipeline.Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(work, tmp_path)
+    stopped = []
+    bar = next(c for c in trainer.callback_handler.callbacks if type(c).__name__ == "ProgressBar")
+    monkeypatch.setattr(bar.progress, "stop", lambda: stopped.append(True))
+    monkeypatch.setattr(trainer, "training_step", lambda *_: (_ for _ in ()).throw(LightPeftError("bad")))
+    with pytest.raises(LightPeftError, match="bad"):
+        fit(trainer, None)
+    assert stopped
+
+
+def test_rows_of_the_workbench_differ_in_length() -> None:
+    assert len({len(row["text"].split()) for row in labelled(64)}) > 5
