@@ -132,6 +132,8 @@ def test_bad_commands(bench: Workbench, refused: Refused) -> None:
     assert "model.name is empty" in refused("run")
     assert "unrecognized arguments: extra" in refused("run", "--config", bench.yaml("plain"), "extra")
     assert "model" in refused("predict")
+    assert "option --rounds is 'few'" in refused("bench", "--config", bench.yaml("plain"), "--rounds", "few")
+    assert "option --batch_size is 'all'" in refused("predict", bench.base, bench.test, "--batch_size", "all")
 
 
 # -- models ------------------------------------------------------------------------------------------------------

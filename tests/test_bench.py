@@ -157,7 +157,7 @@ def test_failing_worker_gives_one_line(
     capsys.readouterr()
     assert lightpeft("bench", "--config", bench.yaml("run"), "--rounds", 1, "--steps", 1) == 2
     error = capsys.readouterr().err
-    assert error.startswith("lightpeft: measuring failed: RuntimeError: no memory")
+    assert error.startswith("lightpeft: measuring failed: RuntimeError: no memory left")
     assert error.count("\n") == 1
 
 

@@ -61,7 +61,7 @@ def commands(code: str) -> list[list[str]]:
 
 
 def run_python(code: str, folder: Path) -> None:
-    """Run a piece of Python with what its reader is assumed to have: rows, arguments, batches, a pruner and the rest."""
+    """Run a piece of Python with what its reader is assumed to have: rows, arguments, batches, a pruner, and so on."""
     base = AutoModelForSequenceClassification.from_pretrained("demo/cache/minilm", num_labels=2)
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
     rows = [{"input_ids": [2, 4 + i % 20, 24 + i % 12, 3], "labels": int(i % 12 < 6)} for i in range(64)]

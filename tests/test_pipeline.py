@@ -12,6 +12,7 @@ from workbench import Workbench, checksums, lightpeft, read, stamps
 
 from lightpeft import pipeline
 from lightpeft.checkpoint import LightModel, load_light
+from lightpeft.config import load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.runs import RunFolder
@@ -48,7 +49,7 @@ def comparable(folder: Path) -> dict[str, Any]:
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
-    return list(RunFolder.existing(folder).log_entries())
+    return list(RunFolder(folder, load_config(folder / "config.yaml")).log_entries())
 
 
 def steps_of(folder: Path) -> int:

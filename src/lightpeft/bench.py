@@ -141,7 +141,7 @@ def _serve(pipe: Connection, subject: str, config: RunConfig, steps: int) -> Non
             pipe.send(getattr(measure, pipe.recv())())
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error) if isinstance(error, LightPeftError) else traceback.format_exception_only(error)[-1]
-        pipe.send(Failure(reason.strip()))
+        pipe.send(Failure(" ".join(reason.split())))
 
 
 class Subject:

@@ -71,11 +71,12 @@ def _stoppable() -> Iterator[None]:
 
 
 def _dispatch(arguments: list[str]) -> None:
-    parser, subparsers = _parser()
+    asked = next((word for word in arguments if word in _STAGES or word in _OTHERS), None)
+    parser, options_of_verb = _parser(asked)
     try:
         given = parser.parse_args(arguments, defaults=False)
     except ArgumentError as error:
-        raise LightPeftError(_argument_error(str(error), subparsers, arguments)) from error
+        raise LightPeftError(_argument_error(str(error), options_of_verb, arguments)) from error
     verb = given.subcommand
     options = given[verb]
     if verb in _STAGES:
@@ -84,7 +85,8 @@ def _dispatch(arguments: list[str]) -> None:
         {"predict": _predict, "inspect": _inspect}[verb](options)
 
 
-def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+def _parser(asked: str | None) -> tuple[ArgumentParser, list[str]]:
+    """The parser, and the options of the verb that is asked for; the others' are not collected, which takes time."""
     parser = ArgumentParser(
         prog="lightpeft",
         description="PEFT on a foundation model that is pruned early in the same run. Settings come from the preset, "
@@ -92,18 +94,19 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
         exit_on_error=False,
     )
     verbs = parser.add_subcommands(required=True, metavar="verb")
-    subparsers = {}
+    known: list[str] = []
     for verb, description in {**_STAGES, **_OTHERS}.items():
         usage = f"lightpeft {verb} [options]" if verb in _STAGES else None
         subparser = ArgumentParser(
             description=description, usage=usage, exit_on_error=False, allow_abbrev=False, print_config=None
         )
-        {"predict": _predict_options, "inspect": _inspect_options}.get(verb, _stage_options)(subparser)
-        if verb == "bench":
-            _bench_options(subparser)
+        if verb == asked:
+            {"predict": _predict_options, "inspect": _inspect_options}.get(verb, _stage_options)(subparser)
+            if verb == "bench":
+                _bench_options(subparser)
+            known = [option for action in subparser._actions for option in action.option_strings]
         verbs.add_subcommand(verb, subparser, help=description)
-        subparsers[verb] = subparser
-    return parser, subparsers
+    return parser, known
 
 
 # -- verbs on a run ----------------------------------------------------------------------------------------------
@@ -268,17 +271,15 @@ def _inspect(options: Namespace) -> None:
 # -- errors ------------------------------------------------------------------------------------------------------
 
 
-def _argument_error(message: str, subparsers: dict[str, ArgumentParser], arguments: list[str]) -> str:
+def _argument_error(message: str, known: list[str], arguments: list[str]) -> str:
     """jsonargparse's message as one line; for an unknown option, with the nearest known one."""
     line = " ".join(message.split())
     refused = _REFUSED.search(line)
     if refused is not None:
-        return _refusal(refused["key"], refused["value"]) or line
-    verb = next((word for word in arguments if word in subparsers), None)
+        return _refusal(refused["key"], refused["value"])
     unknown = next((word.partition("=")[0] for word in arguments if word.startswith("--") and word in line), None)
-    if verb is None or unknown is None or "nrecognized" not in line:
+    if not known or unknown is None or "nrecognized" not in line:
         return line
-    known = [option for action in subparsers[verb]._actions for option in action.option_strings]
     return unknown_key(unknown, known).replace("unknown key", "unknown option")
 
 
@@ -286,16 +287,17 @@ _REFUSED = re.compile(r'Parser key "(?P<key>[\w.]+)".*(Got value|Given value): (
 """What jsonargparse says of a value of the wrong type."""
 
 
-def _refusal(key: str, value: str) -> str | None:
+def _refusal(key: str, value: str) -> str:
     """What the config says of the value, which is the same line as for a YAML file."""
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    try:
-        run_config_from_dict(nested)
-    except LightPeftError as error:
-        return str(error)
-    return None
+    if nested.keys() <= {field.name for field in dataclasses.fields(RunConfig)}:
+        try:
+            run_config_from_dict(nested)
+        except LightPeftError as error:
+            return str(error)
+    return f"option --{key} is {value!r}; --help tells what it takes"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -53,17 +53,6 @@ class RunFolder:
             raise LightPeftError(f"output {path} is not empty and not a run; give a new folder")
         return run
 
-    @classmethod
-    def existing(cls, path: str | Path) -> RunFolder:
-        """The run in a folder, with the config that is stored there.
-
-        Raises:
-            LightPeftError: the folder is not a run.
-        """
-        path = Path(path)
-        require((path / _CONFIG).is_file(), f"{path} is not a run folder: it has no {_CONFIG}")
-        return cls(path, dataclasses.replace(load_config(path / _CONFIG), output=str(path)))
-
     def begin(self) -> None:
         """Make the folder and store the config in it; to be called when all input has been found good.
 
