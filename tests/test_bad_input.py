@@ -81,7 +81,7 @@ def test_unknown_keys_name_the_nearest(bench: Workbench, refused: Refused) -> No
 
 VALUES = {
     "light.heads": (["1.5", "1", "-0.1"], "[0, 1)"),
-    "light.neurons": (["half"], "must be float"),
+    "light.neurons": (["half"], "must be a number"),
     "light.length": (["0", "1", "1.0", "-0.5", "soon"], "length"),
     "light.heads_scope": (["local"], "layerwise, global"),
     "light.min_ranks": (["0"], "at least 1"),

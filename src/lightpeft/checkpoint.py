@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, family_of
-from lightpeft.loading import fingerprint
+from lightpeft.loading import UNREADABLE, fingerprint
 from lightpeft.records import PrunePlan, read_json, understandable, write_json, writing_files
 from lightpeft.sites import transformers_model
 from lightpeft.surgery import apply_plan
@@ -101,7 +101,7 @@ def load_light(
     if attention is not None:
         options["attn_implementation"] = attention
     dense = cast(PreTrainedModel, base) if isinstance(base, nn.Module) else _load_base(saved, base, dtype, options)
-    _check_base(dense, plan, folder)
+    _check_base(dense, saved, plan, folder)
     _check_tensors(dense, plan, folder)
     apply_plan(dense, plan)
     try:
@@ -205,18 +205,21 @@ def _load_base(
             **settings,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise LightPeftError(f"base {name} cannot be loaded ({reason}); give another place: base=...") from error
 
 
-def _check_base(dense: PreTrainedModel, plan: PrunePlan, folder: Path) -> None:
+def _check_base(dense: PreTrainedModel, saved: dict[str, Any], plan: PrunePlan, folder: Path) -> None:
     """Refuse a base other than the one the plan was made for, before anything is cut."""
     plain = isinstance(dense, PreTrainedModel)
     require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
-    blocks = block_specs(dense)
-    same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
-    if not same or fingerprint(dense, blocks) != plan.fingerprint:
+    same = saved.get("model_type") == dense.config.model_type
+    if same:
+        blocks = block_specs(dense)
+        same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
+        same = same and fingerprint(dense, blocks) == plan.fingerprint
+    if not same:
         raise LightPeftError(
             f"{folder} belongs to another base: the weights given are not the ones it was made for; "
             "pass the original base, in the same revision"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from dataclasses import dataclass, field
@@ -255,7 +256,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "learning_rate"):
             value = getattr(self, name)
-            require(value > 0, f"training.{name} is {value:g}; it must be positive")
+            require(0 < value < math.inf, f"training.{name} is {value:g}; it must be positive and finite")
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"training.{name} is {value:g}; it cannot be negative or infinite")
         require(0 <= self.warmup < 1, f"training.warmup is {self.warmup:g}; it lies in [0, 1)")
         require(min(self.save_steps, self.logging_steps) >= 1, "training.save_steps and logging_steps start at 1")
 
@@ -285,6 +289,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}; it lies in [0, 2**32)")
 
 
 def preset_light(name: str, **overrides: Any) -> LightConfig:
@@ -372,6 +377,17 @@ _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 """Numbers such as 3e-4, which YAML 1.1 reads as strings because they have no dot."""
 
 
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    type(None): "unset",
+}
+"""Types of settings as error messages call them."""
+
+
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """Check a plain value against a field's type; YAML's integers are fine where floats are asked for."""
     options = typing.get_args(hint) if typing.get_origin(hint) not in (None, list, Literal) else (hint,)
@@ -390,5 +406,6 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if option is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
             return float(value)
     choices = _literals(hint)
-    wanted = f"one of {', '.join(map(str, choices))}" if choices else getattr(hint, "__name__", str(hint))
+    kinds = [_KINDS.get(typing.get_origin(option) or option) for option in options]
+    wanted = " or ".join([kind for kind in kinds if kind] + ([f"one of {', '.join(choices)}"] if choices else []))
     raise LightPeftError(f"{where} is {value!r}; it must be {wanted}")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -28,6 +30,8 @@ from lightpeft.sites import base_layer, base_linear, transformers_model
 from lightpeft.structure import SLOTS, BlockSpec
 
 _AUTO_CLASSES = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+UNREADABLE = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
+"""What transformers raises for a checkpoint that is missing, damaged, or needs a package that is not there."""
 _TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
 
@@ -48,6 +52,7 @@ def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) 
     """
     hf_config = load_model_config(config)
     family_of(hf_config.model_type)
+    _check_not_quantised(config, hf_config)
     if task == "classification":
         hf_config.num_labels = len(labels)
         hf_config.id2label = dict(enumerate(labels))
@@ -64,13 +69,26 @@ def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) 
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except UNREADABLE as error:
         raise _not_loadable(config, error) from error
     if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
         del model.config.quantization_config  # the weights were dequantised on loading
     block_specs(model)
     model.light_gguf_file = config.gguf_file
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}))
+
+
+def _check_not_quantised(config: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """Refuse quantised weights; those of a GGUF file are dequantised when they are loaded."""
+    quantised = getattr(hf_config, "quantization_config", None)
+    if quantised is None or config.gguf_file:
+        return
+    settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    method = settings.get("quant_method", "unknown method")
+    raise LightPeftError(
+        f"model {config.name} is quantised ({method}); quantised weights cannot be pruned yet: "
+        "give the base in float32, bfloat16 or float16"
+    )
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
@@ -90,7 +108,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
             gguf_file=config.gguf_file,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise _not_loadable(config, error) from error
 
 
@@ -107,7 +125,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
             gguf_file=config.gguf_file,
             trust_remote_code=config.trust_remote_code,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except UNREADABLE as error:
         raise _not_loadable(config, error) from error
 
 
