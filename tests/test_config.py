@@ -146,7 +146,10 @@ def test_given_values_win_over_the_preset() -> None:
         ({"light": {"heads": True}}, "light.heads is True; it must be a number"),
         ({"light": {"heads": None}}, "light.heads is None"),
         ({"light": {"min_heads": 1.5}}, "light.min_heads is 1.5; it must be a whole number"),
-        ({"light": {"length": "later"}}, "light.length is 'later'; it must be a whole number or a number or one of auto"),
+        (
+            {"light": {"length": "later"}},
+            "light.length is 'later'; it must be a whole number or a number or one of auto",
+        ),
         ({"light": {"head_criterion": "best"}}, "light.head_criterion is 'best'; it must be one of mask, taylor"),
         ({"light": {"restart": "yes"}}, "light.restart is 'yes'; it must be true or false"),
         ({"light": 5}, "light. must be a mapping, not 5"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, family_of
 from lightpeft.loading import UNREADABLE, fingerprint
+from lightpeft.profiling import versions
 from lightpeft.records import PrunePlan, read_json, understandable, write_json, writing_files
 from lightpeft.sites import transformers_model
 from lightpeft.surgery import apply_plan
@@ -151,7 +151,7 @@ def _description(model: LightModel, folder: Path) -> dict[str, Any]:
         "per_layer_config": per_layer_config(config.model_type, model.light_plan),
         "task": model.light_task,
         "metrics": model.light_metrics,
-        "versions": {name: importlib.metadata.version(name) for name in ("lightpeft", "torch", "transformers", "peft")},
+        "versions": versions(),
     }
     checksums = {name: _file_checksum(folder / name) for name in _PEFT_FILES if (folder / name).is_file()}
     # JSON turns integer keys into strings; hash what a reader will see

@@ -7,7 +7,6 @@ own, and an L1 term that is added to their gradient directly, so a loop needs on
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from lightpeft.importance import ModuleObserver, RankObserver
 from lightpeft.loading import fingerprint
 from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
-from lightpeft.profiling import count_parameters
+from lightpeft.profiling import count_parameters, versions
 from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
 from lightpeft.sites import base_linear, check_peft, find_sites, transformers_model
 from lightpeft.structure import BlockSpec
@@ -243,7 +242,7 @@ class Estimator:
             "settled_checks": config.settled_checks,
             "history": self.history,
             "processes": _processes(),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+            "versions": versions(),
         }
 
     # -- resuming ------------------------------------------------------------------------------------------------

@@ -444,7 +444,7 @@ def hardware() -> dict[str, str | int | None]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "os": platform.platform(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "peft", "lightpeft")},
+        **versions(),
     }
 
 
@@ -454,6 +454,11 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of lightpeft and of what its results depend on; "0+unknown" for a source tree that is not installed."""
+    return {name: _version(name) for name in ("torch", "transformers", "peft", "lightpeft")}
 
 
 def _version(package: str) -> str:
