@@ -26,7 +26,7 @@ from lightpeft import pipeline
 from lightpeft.checkpoint import load_light
 from lightpeft.config import RunConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.loading import add_lora
+from lightpeft.loading import add_lora, quiet_libraries
 from lightpeft.pipeline import Workspace
 from lightpeft.profiling import (
     PeakMemory,
@@ -135,6 +135,7 @@ class Failure:
 
 def _serve(pipe: Connection, subject: str, config: RunConfig, steps: int) -> None:
     """Build the subject's model once, then answer requests until the process is ended."""
+    quiet_libraries()
     try:
         measure = Subject(subject, config, steps)
         while True:

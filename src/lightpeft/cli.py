@@ -6,7 +6,6 @@ import dataclasses
 import re
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -307,11 +306,9 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def quiet() -> None:
     """Leave the screen to lightpeft's own bars, tables and one-line errors; of several processes, the main one's."""
-    import transformers
     from accelerate import PartialState
 
-    _out.quiet = not PartialState().is_main_process
+    from lightpeft.loading import quiet_libraries
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quiet_libraries()
+    _out.quiet = not PartialState().is_main_process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from lightpeft.config import LoraSettings, ModelConfig, TaskKind
 from lightpeft.errors import LightPeftError, require
@@ -33,6 +35,13 @@ _AUTO_CLASSES = {"classification": AutoModelForSequenceClassification, "causal-l
 UNREADABLE = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
 """What transformers raises for a checkpoint that is missing, damaged, or needs a package that is not there."""
 _TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
+
+
+def quiet_libraries() -> None:
+    """Keep load reports, loading bars and notices of deprecation of transformers off the screen of this process."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 @dataclass
