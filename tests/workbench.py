@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -245,6 +246,7 @@ def in_child(disturb: Disturb, *arguments: object) -> tuple[int, str]:
 
     def child() -> None:
         os.close(reading)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         sys.stderr = os.fdopen(writing, "w", encoding="utf-8", buffering=1)
         disturb()
         os._exit(lightpeft(*arguments))

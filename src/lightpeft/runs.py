@@ -171,11 +171,19 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list[str]:
-    """Dotted names of settings that differ; `output` does not count, nor the budget if `skip_budget`."""
+    """Dotted names of settings that differ; `output` does not count, nor the budget if `skip_budget`.
+
+    Plain LoRA has no use for `light`, so that does not count there.
+    """
     budget = {f"light.{field.name}" for field in dataclasses.fields(Budget)} if skip_budget else set()
     skipped = budget | {"output", "preset"}
     before, after = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(given))
-    return [name for name in after if name not in skipped and before.get(name) != after[name]]
+    unused = "light." if given.method == "lora" else None
+    return [
+        name
+        for name in after
+        if name not in skipped and before.get(name) != after[name] and not (unused and name.startswith(unused))
+    ]
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
