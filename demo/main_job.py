@@ -27,7 +27,7 @@ CONFIG = ROOT / "configs" / "movie_reviews" / "minilm_lora.yaml"
 def main() -> None:
     """Run both methods, measure their speed in alternation, and print the plan and the table."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--epochs", type=float, default=1.0, help="passes over the training rows, for both methods")
+    options.add_argument("--epochs", type=float, default=3.0, help="passes over the training rows, for both methods")
     options.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="folder of the two runs")
     given = options.parse_args()
     console = Console()

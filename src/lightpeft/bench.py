@@ -106,6 +106,8 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join(timeout=5)  # it ends with the pipe, unless it is in the middle of something
         self._process.terminate()
         self._process.join()
 
@@ -134,12 +136,14 @@ class Failure:
 
 
 def _serve(pipe: Connection, subject: str, config: RunConfig, steps: int) -> None:
-    """Build the subject's model once, then answer requests until the process is ended."""
+    """Build the subject's model once, then answer requests until the pipe is closed."""
     quiet_libraries()
     try:
         measure = Subject(subject, config, steps)
         while True:
             pipe.send(getattr(measure, pipe.recv())())
+    except EOFError:
+        return
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error) if isinstance(error, LightPeftError) else traceback.format_exception_only(error)[-1]
         pipe.send(Failure(" ".join(reason.split())))
