@@ -133,8 +133,7 @@ class LightConfig(Budget):
 PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
-    # The same budget with first-order Taylor scores (on SmolLM2, one seed, 3 points better than the masks themselves)
-    # and FFN widths that are multiples of 8.
+    # The same budget with first-order Taylor scores of the masks, and FFN widths that are multiples of 8.
     "default": {"head_criterion": "taylor", "neuron_criterion": "taylor", "multiple_of": 8},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
