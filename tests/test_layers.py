@@ -12,7 +12,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
     {"errors", "config", "structure", "records"},
-    {"families", "scoring", "planning", "tasks", "sites"},
+    {"layout", "linears", "scoring", "planning", "tasks"},
+    {"families"},
+    {"bottleneck"},
+    {"sites"},
     {"loading", "masks", "importance", "evaluation", "profiling"},
     {"estimation", "surgery", "training"},
     {"checkpoint"},

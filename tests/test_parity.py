@@ -10,11 +10,12 @@ import torch
 from peft import PeftModel
 from tiny import (
     ALL,
-    DECODERS,
     DROPPED,
+    GENERATORS,
     MODELS,
     USUAL,
     batch,
+    inputs_for,
     kept_channels,
     make,
     masked,
@@ -36,12 +37,6 @@ from lightpeft.surgery import apply_plan
 
 TOLERANCE = 1e-5
 BUDGETS = {"usual": USUAL, "dropped": DROPPED}
-NO_DROPOUT: dict[str, dict[str, Any]] = {
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "roberta": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "opt": {"dropout": 0.0, "attention_dropout": 0.0},
-}
-
 all_models = pytest.mark.parametrize("name", ALL)
 all_budgets = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
 all_units = pytest.mark.parametrize("unit", ["group", "balanced"])
@@ -59,12 +54,12 @@ def pair(name: str, lora: dict[str, Any] | None = None, model: dict[str, Any] | 
 def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Logits of real tokens [tokens, vocabulary], or of rows [rows, labels]."""
     values = model(**inputs).logits
-    return values[inputs["attention_mask"] > 0] if values.dim() == 3 else values
+    return values[inputs["attention_mask"] > 0] if values.dim() == 3 and "decoder_input_ids" not in inputs else values
 
 
 @torch.no_grad()
 def difference(first: Any, second: Any, padding: str = "right") -> float:
-    inputs = batch(padding=padding)
+    inputs = inputs_for(first, padding)
     return relative_difference(logits(first, inputs), logits(second, inputs))
 
 
@@ -91,6 +86,8 @@ def test_the_reference_is_not_the_dense_model() -> None:
 @all_budgets
 def test_attention_backends(name: str, budget: dict[str, Any], attention: str) -> None:
     reference, pruned, _ = pair(name, **budget)
+    if attention == "sdpa" and not transformers_model(pruned)._supports_sdpa:
+        pytest.skip("the model has no such attention")
     for model in (reference, pruned):
         transformers_model(model).set_attn_implementation(attention)
         assert transformers_model(model).config._attn_implementation == attention
@@ -101,11 +98,10 @@ def test_attention_backends(name: str, budget: dict[str, Any], attention: str) -
 @all_models
 @all_budgets
 def test_training_mode_and_gradients(name: str, budget: dict[str, Any]) -> None:
-    without_dropout = NO_DROPOUT.get(name.partition("-")[0], {})
-    reference, pruned, plan = pair(name, lora={"lora_dropout": 0.0}, model=without_dropout, **budget)
-    inputs = batch(padding="right")
+    reference, pruned, plan = pair(name, lora={"lora_dropout": 0.0}, **budget)
+    inputs = inputs_for(reference)
     for model in (reference, pruned):
-        model.train()
+        without_dropout(model.train())
         logits(model, inputs).square().mean().backward()
     dense_sites = {site.spec.name: site for site in find_sites(reference, plan.specs)}
     sites = find_sites(pruned, plan.specs)
@@ -117,10 +113,22 @@ def test_training_mode_and_gradients(name: str, budget: dict[str, Any]) -> None:
         compare_gradients(site.down, select(dense.down.grad, ranks, ins))
         compare_gradients(site.up, select(dense.up.grad, outputs, ranks))
     heads = {n: p for n, p in reference.named_parameters() if "modules_to_save" in n}
-    assert bool(heads) == (name in ("bert", "roberta", "llama-classifier"))
+    assert bool(heads) == ("SequenceClassification" in type(transformers_model(pruned)).__name__)
     for parameter_name, parameter in pruned.named_parameters():
         if parameter_name in heads:
             compare_gradients(parameter, heads[parameter_name].grad)
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Switch every dropout off, whether it is a module or a number that a module hands to a function."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if "drop_prob" in vars(module):
+            module.drop_prob = 0.0
 
 
 def compare_gradients(parameter: Tensor, expected: Tensor) -> None:
@@ -129,16 +137,17 @@ def compare_gradients(parameter: Tensor, expected: Tensor) -> None:
     assert float((parameter.grad - expected).abs().max()) <= 1e-4 * largest + 1e-7
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", GENERATORS)
 @all_units
 @all_budgets
 def test_generate_with_cache(name: str, unit: str, budget: dict[str, Any]) -> None:
     reference, pruned, _ = pair(name, head_unit=unit, **budget)
-    inputs = batch(padding="left")
+    inputs = inputs_for(reference, "left", generate=True)
+    start = inputs["input_ids"].shape[1] if "CausalLM" in type(reference).__name__ else 1
     for options in ({}, {"num_beams": 3}):
         settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, **options}
         expected = reference.generate(**inputs, **settings)
-        assert expected.shape[1] == inputs["input_ids"].shape[1] + 8
+        assert expected.shape[1] == start + 8
         assert pruned.generate(**inputs, **settings).equal(expected)
         assert pruned.generate(**inputs, use_cache=False, **settings).equal(expected)
 
@@ -180,7 +189,7 @@ def test_bfloat16(name: str, budget: dict[str, Any]) -> None:
     reference = masked(pruned, plan)
     apply_plan(pruned, plan)
     assert {p.dtype for n, p in pruned.named_parameters() if "base_layer" in n} == {torch.bfloat16}
-    inputs = batch()
+    inputs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs_for(pruned).items()}
     with torch.no_grad():
         values, expected = (logits(model, inputs).float() for model in (pruned, reference))
     assert torch.isfinite(values).all()

@@ -7,79 +7,130 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
+from transformers import PreTrainedModel
 
 from lightpeft.config import Budget, LightConfig
 from lightpeft.estimation import Estimator
+from lightpeft.families import block_specs
 from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
 from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan
-from lightpeft.sites import find_sites
+from lightpeft.sites import find_sites, transformers_model
 from lightpeft.structure import BlockSpec
 
 VOCABULARY = 67
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+TEXT = SIZES | {"intermediate_size": 48}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+Maker = Callable[..., PreTrainedModel]
 
 
-def bert(**changes: Any) -> PreTrainedModel:
-    return BertForSequenceClassification(BertConfig(**SIZES, intermediate_size=48, num_labels=2, **changes))
+def encoder(family: str, **settings: Any) -> Maker:
+    """A constructor of text classifiers with two labels."""
+    return maker(f"{family}Config", f"{family}ForSequenceClassification", TEXT | {"num_labels": 2} | settings)
 
 
-def roberta(**changes: Any) -> PreTrainedModel:
-    return RobertaForSequenceClassification(RobertaConfig(**SIZES, intermediate_size=48, num_labels=2, **changes))
+def decoder(family: str, **settings: Any) -> Maker:
+    """A constructor of causal language models with two KV heads."""
+    return maker(f"{family}Config", f"{family}ForCausalLM", TEXT | TOKENS | {"num_key_value_heads": 2} | settings)
 
 
-def llama(kv_heads: int = 2, **changes: Any) -> PreTrainedModel:
-    config = LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=kv_heads, pad_token_id=0, **changes)
-    return LlamaForCausalLM(config)
+def maker(config: str, model: str, settings: dict[str, Any]) -> Maker:
+    """A constructor of random models; what it is called with changes the settings."""
+    return lambda **changes: getattr(hf, model)(getattr(hf, config)(**{**settings, **changes}))
 
 
-def llama_classifier(**changes: Any) -> PreTrainedModel:
-    config = LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, pad_token_id=0, num_labels=2, **changes)
-    return LlamaForSequenceClassification(config)
+def encoder_decoder(family: str, **settings: Any) -> Maker:
+    """A constructor of BART-like models."""
+    sides = {"attention_heads": 4, "ffn_dim": 48, "layers": 2}
+    sizes = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in sides.items()}
+    sizes |= {"vocab_size": VOCABULARY, "d_model": 32, "decoder_start_token_id": 2, **TOKENS}
+    return maker(f"{family}Config", f"{family}ForConditionalGeneration", sizes | settings)
 
 
-def opt(**changes: Any) -> PreTrainedModel:
-    config = OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, **changes)
-    return OPTForCausalLM(config)
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+IMAGES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+DEBERTA = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "position_buckets": 8}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
+WHISPER = {"num_mel_bins": 8, "max_source_positions": 9, "max_target_positions": 32}
+FALCON = {"ffn_hidden_size": 48, "new_decoder_architecture": True, "num_kv_heads": 2}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 64, **TOKENS}
+DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "num_labels": 2}
 
-
-MODELS: dict[str, Callable[..., PreTrainedModel]] = {
-    "bert": bert,
-    "roberta": roberta,
-    "llama-mha": lambda **changes: llama(kv_heads=4, **changes),
-    "llama-gqa": lambda **changes: llama(kv_heads=2, **changes),
-    "llama-mqa": lambda **changes: llama(kv_heads=1, **changes),
-    "opt": opt,
+ENCODERS: dict[str, Maker] = {
+    "bert": encoder("Bert"),
+    "roberta": encoder("Roberta"),
+    "xlm-roberta": encoder("XLMRoberta"),
+    "camembert": encoder("Camembert"),
+    "electra": encoder("Electra", embedding_size=16),
+    "esm": encoder("Esm", pad_token_id=0, mask_token_id=3, position_embedding_type="rotary"),
+    "distilbert": maker("DistilBertConfig", "DistilBertForSequenceClassification", DISTILBERT),
+    "deberta-v2": encoder("DebertaV2", norm_rel_ebd="layer_norm", **DEBERTA),
+    "modernbert": encoder("ModernBert", cls_token_id=1, sep_token_id=2, **TOKENS),
+    "vit": maker("ViTConfig", "ViTForImageClassification", IMAGES | {"intermediate_size": 48}),
+    "dinov2": maker("Dinov2Config", "Dinov2ForImageClassification", IMAGES | {"mlp_ratio": 2}),
 }
+DECODERS: dict[str, Maker] = {
+    "llama-mha": decoder("Llama", num_key_value_heads=4),
+    "llama-gqa": decoder("Llama"),
+    "llama-mqa": decoder("Llama", num_key_value_heads=1),
+    "mistral": decoder("Mistral", sliding_window=4),
+    "qwen2": decoder("Qwen2"),
+    "qwen3": decoder("Qwen3", head_dim=8),
+    "gemma": decoder("Gemma", head_dim=8),
+    "gemma2": decoder("Gemma2", head_dim=8, query_pre_attn_scalar=8, **WINDOWS),
+    "gemma3": maker(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        TEXT | TOKENS | WINDOWS | {"num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8},
+    ),
+    "phi3": decoder("Phi3"),
+    "granite": decoder("Granite"),
+    "starcoder2": decoder("Starcoder2"),
+    "olmo2": decoder("Olmo2"),
+    "gpt2": maker("GPT2Config", "GPT2LMHeadModel", GPT2),
+    "gpt_neox": decoder("GPTNeoX"),
+    "falcon": decoder("Falcon", **FALCON),
+    "opt": decoder("OPT", **OPT),
+}
+ENCODER_DECODERS: dict[str, Maker] = {
+    "t5": maker("T5Config", "T5ForConditionalGeneration", T5),
+    "bart": encoder_decoder("Bart"),
+    "mbart": encoder_decoder("MBart"),
+    "whisper": encoder_decoder("Whisper", **WHISPER),
+}
+MODELS = ENCODERS | DECODERS | ENCODER_DECODERS
 """One constructor a family, and Llama with all, some and one KV head. Adding a family is one more entry."""
 
-VARIANTS: dict[str, Callable[..., PreTrainedModel]] = {
-    "llama-classifier": llama_classifier,
-    "llama-bias": lambda **changes: llama(attention_bias=True, mlp_bias=True, **changes),
-    "llama-head-dim": lambda **changes: llama(head_dim=12, **changes),
-    "llama-tied": lambda **changes: llama(tie_word_embeddings=True, **changes),
-    "opt-post-norm": lambda **changes: opt(do_layer_norm_before=False, **changes),
-    "opt-no-bias": lambda **changes: opt(enable_bias=False, **changes),
+VARIANTS: dict[str, Maker] = {
+    "llama-classifier": maker(
+        "LlamaConfig", "LlamaForSequenceClassification", TEXT | TOKENS | {"num_key_value_heads": 2, "num_labels": 2}
+    ),
+    "llama-bias": decoder("Llama", attention_bias=True, mlp_bias=True),
+    "llama-head-dim": decoder("Llama", head_dim=12),
+    "llama-tied": decoder("Llama", tie_word_embeddings=True),
+    "opt-post-norm": decoder("OPT", do_layer_norm_before=False, **OPT),
+    "opt-no-bias": decoder("OPT", enable_bias=False, **OPT),
+    "falcon-mqa": decoder("Falcon", ffn_hidden_size=48, multi_query=True),
+    "falcon-mha": decoder("Falcon", ffn_hidden_size=48, multi_query=False, bias=True),
+    "t5-gated": maker("T5Config", "T5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu"}),
+    "t5-untied": maker("T5Config", "T5ForConditionalGeneration", T5 | {"tie_word_embeddings": False, "num_layers": 2}),
+    "dinov2-swiglu": maker(
+        "Dinov2Config", "Dinov2ForImageClassification", IMAGES | {"mlp_ratio": 2, "use_swiglu_ffn": True}
+    ),
+    "gpt2-classifier": maker("GPT2Config", "GPT2ForSequenceClassification", GPT2 | {"num_labels": 2}),
 }
 """Other heads and settings of the same families."""
 
 ALL = MODELS | VARIANTS
 
-DECODERS = [name for name in ALL if name.startswith(("llama", "opt")) and "classifier" not in name]
+GENERATORS = [name for name in ALL if name not in ENCODERS and "classifier" not in name and "dinov2" not in name]
+"""Those that generate tokens."""
 
 USUAL: dict[str, Any] = {"heads": 0.5, "modules": 0.3}
 DROPPED: dict[str, Any] = {
@@ -105,15 +156,22 @@ def make(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
 
 def with_lora(model: PreTrainedModel, seed: int = 0, trained: bool = True, **changes: Any) -> PeftModel:
     """LoRA on all projections; `trained` gives B values other than zero."""
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **changes}
-    task = "SEQ_CLS" if "Classification" in type(model).__name__ else "CAUSAL_LM"
+    targets = [name for block in block_specs(model) for name in block.projections.values()]
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": targets, **changes}
     torch.manual_seed(seed)
-    peft_model = get_peft_model(model, LoraConfig(task_type=task, **settings))
+    peft_model = get_peft_model(model, LoraConfig(task_type=task_type(model), **settings))
     if trained:
-        for name, parameter in peft_model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.1)
+        for site in find_sites(peft_model, block_specs(model)):
+            nn.init.normal_(site.up, std=0.1)
     return peft_model.eval()
+
+
+def task_type(model: PreTrainedModel) -> str | None:
+    """PEFT's task type of a model; None where PEFT has none that passes the model's own inputs on."""
+    kinds = {"SequenceClassification": "SEQ_CLS", "CausalLM": "CAUSAL_LM", "LMHead": "CAUSAL_LM"}
+    if model.main_input_name == "input_ids":
+        kinds["ConditionalGeneration"] = "SEQ_2_SEQ_LM"
+    return next((task for kind, task in kinds.items() if kind in type(model).__name__), None)
 
 
 def batch(
@@ -131,6 +189,20 @@ def batch(
     inputs = {"input_ids": ids, "attention_mask": mask}
     if labels:
         inputs["labels"] = torch.randint(0, 2, (rows,), generator=generator)
+    return inputs
+
+
+def inputs_for(model: nn.Module, padding: str = "right", generate: bool = False) -> dict[str, Tensor]:
+    """A batch that the model takes: token ids, images or sound; with decoder inputs unless it is for `generate`."""
+    inner = transformers_model(model)
+    inputs = batch(padding=padding)
+    generator = torch.Generator().manual_seed(2)
+    if inner.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
+    if inner.main_input_name == "input_features":
+        inputs = {"input_features": torch.randn(3, 8, 18, generator=generator)}
+    if inner.config.is_encoder_decoder and not generate:
+        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
     return inputs
 
 
@@ -195,7 +267,27 @@ def kept_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> tuple[list[int
     outputs = {"q": expand(kept.heads), "k": expand(kept.kv_heads), "v": expand(kept.kv_heads)}
     outputs |= {"ffn_in": list(kept.neurons), "ffn_gate": list(kept.neurons)}
     inputs = {"o": expand(kept.heads), "ffn_out": list(kept.neurons)}
+    if slot == "ffn_gate_in":
+        return [*kept.neurons, *(spec.neurons + neuron for neuron in kept.neurons)], None
+    if slot == "qkv":
+        return _kept_rows_of_qkv(spec, kept), None
+    if slot in spec.wide_norms:
+        return None, None
     return outputs.get(slot), inputs.get(slot)
+
+
+def _kept_rows_of_qkv(spec: BlockSpec, kept: BlockPlan) -> list[int]:
+    """Rows of a fused projection, by reshaping their numbers as the model reshapes its outputs."""
+    rows, size = torch.arange((spec.heads + 2 * spec.kv_heads) * spec.head_dim), spec.head_dim
+    groups = torch.tensor(kept.kv_heads, dtype=torch.long)
+    if not spec.interleaved:
+        q, k, v = rows.split([spec.heads * size, spec.kv_heads * size, spec.kv_heads * size])
+        parts = [q.view(-1, size)[list(kept.heads)], k.view(-1, size)[groups], v.view(-1, size)[groups]]
+        return torch.cat([part.flatten() for part in parts]).tolist()
+    grouped = rows.view(spec.kv_heads, spec.heads_per_kv + 2, size)
+    inside = [[head % spec.heads_per_kv for head in kept.heads if head // spec.heads_per_kv == g] for g in kept.kv_heads]
+    last = [spec.heads_per_kv, spec.heads_per_kv + 1]
+    return [int(r) for g, q in zip(kept.kv_heads, inside, strict=True) for r in grouped[g, [*q, *last]].flatten()]
 
 
 def select(weight: Tensor, outputs: list[int] | None, inputs: list[int] | None) -> Tensor:

@@ -161,12 +161,14 @@ def _description(model: LightModel, folder: Path) -> dict[str, Any]:
 
 def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, int]]:
     """Widths of every block in the schema of transformers' `per_layer_config`: layer -> config key -> value."""
-    width_key = family_of(model_type).width_key
+    stacks = family_of(model_type).stacks
+    if len(stacks) > 1:  # the schema counts one stack of layers only
+        return {}
     return {
         str(spec.index): {
             "num_attention_heads": len(kept.heads),
             "num_key_value_heads": len(kept.kv_heads),
-            width_key: len(kept.neurons),
+            stacks[0].width_key or "intermediate_size": len(kept.neurons),
         }
         for spec, kept in zip(plan.specs, plan.blocks, strict=True)
     }

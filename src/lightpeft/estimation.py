@@ -21,12 +21,14 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs
 from lightpeft.importance import ModuleObserver, RankObserver
+from lightpeft.layout import squared_norms
+from lightpeft.linears import dense_weight
 from lightpeft.loading import fingerprint
 from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
 from lightpeft.profiling import count_parameters, versions
 from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
-from lightpeft.sites import base_linear, check_peft, find_sites, transformers_model
+from lightpeft.sites import Site, base_linear, check_peft, find_sites, transformers_model
 from lightpeft.structure import BlockSpec
 
 _STATE_FILE = "lightpeft_estimation.safetensors"
@@ -66,7 +68,7 @@ class Estimator:
         """
         require(not self._attached, "the estimation stage has started already")
         self.length = stage_length(self.config, total_steps)
-        device = self.sites[0].down.device
+        device = self.sites[0].device
         if not self.steps:
             self.masks = UnitMasks(self.blocks, device)
             self._optimizer = torch.optim.Adam([self.masks.values], lr=self.config.mask_learning_rate)
@@ -76,7 +78,7 @@ class Estimator:
             self._sums = self._zero_sums()
         self.masks.attach(self.model)
         self._ranks = RankObserver(self.sites)
-        self._modules = ModuleObserver(self.model, self.sites, device)
+        self._modules = ModuleObserver(self.model, self.sites, self.blocks, device)
         self._attached = True
 
     def stop(self) -> None:
@@ -186,7 +188,7 @@ class Estimator:
         taylor = (sums["ranks"] / steps).split([site.spec.rank for site in self.sites])
         for index, site in enumerate(self.sites):
             scores[f"ranks/taylor/{index}"] = taylor[index].clone()
-            scores[f"ranks/magnitude/{index}"] = scoring.rank_magnitude(site.down, site.up).cpu()
+            scores[f"ranks/magnitude/{index}"] = _rank_magnitude(site).cpu()
             scores[f"ranks/random/{index}"] = scoring.random(site.spec.rank, generator)
         return EstimationRecord(
             blocks=self.blocks,
@@ -218,13 +220,11 @@ class Estimator:
     @torch.no_grad()
     def _magnitudes(self, block: BlockSpec) -> tuple[Tensor, Tensor]:
         """Weight norms of a block's query heads (with their share of the KV group's rows) and neurons."""
-        weight = {slot: base_linear(self.model, name).weight for slot, name in block.projections.items()}
-        heads = [weight["q"].view(block.heads, -1), weight["o"].T.reshape(block.heads, -1)]
-        heads += [
-            weight[slot].view(block.kv_heads, -1).repeat_interleave(block.heads_per_kv, dim=0) for slot in ("k", "v")
-        ]
-        neurons = [weight[slot] for slot in ("ffn_in", "ffn_gate") if slot in weight] + [weight["ffn_out"].T]
-        return scoring.magnitude(heads).cpu(), scoring.magnitude(neurons).cpu()
+        heads, neurons = torch.zeros(block.heads), torch.zeros(block.neurons)
+        for slot, name in block.projections.items():
+            of_heads, of_neurons = squared_norms(block, slot, dense_weight(base_linear(self.model, name)))
+            heads, neurons = heads + of_heads.cpu(), neurons + of_neurons.cpu()
+        return heads.sqrt(), neurons.sqrt()
 
     def _meta(self, scored_steps: int, tokens: int) -> dict[str, Any]:
         config = self.config
@@ -346,6 +346,12 @@ def plan_overlap(before: PrunePlan, after: PrunePlan) -> float:
 
 def _units(plan: PrunePlan, kind: str) -> set[Any]:
     return {(index, unit) for index, block in enumerate(plan.blocks) for unit in getattr(block, kind)}
+
+
+def _rank_magnitude(site: Site) -> Tensor:
+    if site.down is None or site.up is None:
+        return torch.ones(site.spec.rank)
+    return scoring.rank_magnitude(site.down, site.up)
 
 
 def _processes() -> int:

@@ -12,29 +12,33 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft import scoring
 from lightpeft.sites import Site
+from lightpeft.sites.base import Report
+from lightpeft.structure import BlockSpec
 
 
 class ModuleObserver:
     """Sums of `||delta_M(x)|| / ||base_M(x)||` over real tokens, per site, on the device, without host copies.
 
     The norms come from the outputs that the forward pass makes. Padding is known from the `attention_mask` that the
-    model is called with. Only training-mode forward passes with gradients count, and each counts once: what gradient
-    checkpointing computes again in the backward pass is outside the model's forward.
+    model is called with, that of a decoder beside an encoder from `decoder_attention_mask` or, without one, from the
+    labels. Only training-mode forward passes with gradients count, and each counts once: what gradient checkpointing
+    computes again in the backward pass is outside the model's forward.
     """
 
-    def __init__(self, model: PeftModel, sites: Sequence[Site], device: torch.device) -> None:
+    def __init__(
+        self, model: PeftModel, sites: Sequence[Site], blocks: Sequence[BlockSpec], device: torch.device
+    ) -> None:
         self.sites = list(sites)
+        self._reads_decoder = [_reads_decoder(blocks[site.spec.block], site.spec.slot) for site in sites]  # type: ignore[index]
         self.sums = torch.zeros(2, len(self.sites), device=device)  # ratio sums, token counts
         self._counting = False
-        self._real: Tensor | None = None
-        self._base_outputs: dict[int, Tensor] = {}
+        self._real: dict[bool, Tensor | None] = {}
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
         for index, site in enumerate(self.sites):
-            self._handles.append(site.base.register_forward_hook(self._base_hook(index)))
-            self._handles.append(site.delta.register_forward_hook(self._delta_hook(index, site.scaling)))
+            self._handles.extend(site.observe(self._adder(index), lambda: self._counting))
 
     def detach(self) -> None:
         """Take all hooks off the model."""
@@ -46,29 +50,33 @@ class ModuleObserver:
         # asked here, because reentrant checkpointing switches gradients off inside
         self._counting = module.training and torch.is_grad_enabled()
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._real = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._real = {False: _token_mask(mask), True: _decoder_mask(kwargs)}
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._counting = False
 
-    def _base_hook(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self._counting:
-                self._base_outputs[index] = output.detach()
+    def _adder(self, index: int) -> Report:
+        @torch.no_grad()
+        def add(delta: Tensor, reference: Tensor, scaling: float) -> None:
+            ratio, tokens = scoring.module_ratio(delta, reference, self._real[self._reads_decoder[index]])
+            self.sums[0, index] += ratio * scaling
+            self.sums[1, index] += tokens
 
-        return hook
+        return add
 
-    def _delta_hook(self, index: int, scaling: float) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            base = self._base_outputs.pop(index, None)
-            if base is None:
-                return
-            with torch.no_grad():
-                ratio, tokens = scoring.module_ratio(output, base, self._real)
-                self.sums[0, index] += ratio * scaling
-                self.sums[1, index] += tokens
 
-        return hook
+def _reads_decoder(block: BlockSpec, slot: str | None) -> bool:
+    """Whether a projection sees the decoder's tokens in an encoder-decoder; cross-attention's k and v do not."""
+    return block.label.startswith("decoder") or (block.label.startswith("cross") and slot not in ("k", "v"))
+
+
+def _token_mask(mask: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    mask, labels = _token_mask(kwargs.get("decoder_attention_mask")), _token_mask(kwargs.get("labels"))
+    return labels != -100 if mask is None and labels is not None else mask
 
 
 class RankObserver:
@@ -86,7 +94,10 @@ class RankObserver:
             self._watch(index, site.down, dim=1)
             self._watch(len(self.sites) + index, site.up, dim=0)
 
-    def _watch(self, position: int, parameter: nn.Parameter, dim: int) -> None:
+    def _watch(self, position: int, parameter: nn.Parameter | None, dim: int) -> None:
+        if parameter is None:
+            return
+
         def hook(p: Tensor) -> None:
             if p.grad is not None:
                 self._terms[position] = scoring.rank_taylor_terms(p.detach(), p.grad, dim)
@@ -95,7 +106,7 @@ class RankObserver:
 
     def take_terms(self) -> Tensor:
         """The step's terms, flat: those of A for the ranks of all sites, then those of B."""
-        device = self.sites[0].down.device
+        device = self.sites[0].device
         ranks = 2 * [site.spec.rank for site in self.sites]
         terms = [
             torch.zeros(rank, device=device) if term is None else term.to(device)

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -28,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 from lightpeft.config import LoraSettings, ModelConfig, TaskKind
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, family_of
+from lightpeft.linears import dense_weight
 from lightpeft.sites import base_layer, base_linear, transformers_model
 from lightpeft.structure import SLOTS, BlockSpec
 
@@ -177,9 +177,11 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
     and a large model takes milliseconds.
     """
     digest = hashlib.sha256()
-    weights = {name: base_linear(model, name).weight for block in blocks for name in block.projections.values()}
+    weights = {
+        name: dense_weight(base_linear(model, name)) for block in blocks for name in block.projections.values()
+    }
     embeddings = base_layer(transformers_model(model).get_input_embeddings())
-    weights["input_embeddings"] = cast(nn.Embedding, embeddings).weight
+    weights["input_embeddings"] = next(embeddings.parameters())  # of tokens, or of image patches or sound frames
     for name, parameter in weights.items():
         weight = parameter.detach()
         sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu().contiguous()

@@ -52,15 +52,18 @@ class UnitMasks:
     def attach(self, model: nn.Module) -> None:
         """Let the projections of a transformers model, or of a PeftModel around it, read the masks."""
         inner = transformers_model(model)
-        activation = ACT2FN[inner.config.hidden_act] if hasattr(inner.config, "hidden_act") else None
         for block, heads, neurons in zip(self.blocks, self.heads, self.neurons, strict=True):
             projections = {slot: inner.get_submodule(name) for slot, name in block.projections.items()}
-            scaler = _NeuronScaler(neurons, activation)
             self._handles.append(projections["o"].register_forward_pre_hook(_HeadScaler(heads, block.head_dim)))
-            self._handles.append(projections["ffn_out"].register_forward_pre_hook(scaler))
-            for slot in ("ffn_gate", "ffn_in"):
-                if slot in projections:
-                    self._handles.append(projections[slot].register_forward_hook(scaler.remember))
+            if block.neurons:
+                self._attach_neurons(projections, neurons, block.activation)
+
+    def _attach_neurons(self, projections: dict[str, nn.Module], mask: Tensor, activation: str | None) -> None:
+        scaler = _NeuronScaler(mask, ACT2FN[activation] if activation in ACT2FN else None)
+        self._handles.append(projections["ffn_out"].register_forward_pre_hook(scaler))
+        for slot in ("ffn_gate_in", "ffn_gate", "ffn_in"):
+            if slot in projections:
+                self._handles.append(projections[slot].register_forward_hook(scaler.remember))
 
     def detach(self) -> None:
         """Take the hooks off the model; it is as it was before `attach`."""
@@ -99,24 +102,24 @@ class _NeuronScaler:
 
     The gradient of a mask needs that input, which other operations seldom save: keeping it would cost about a tenth
     of LoRA's memory. What it was computed from is saved anyway, so it is computed again in the backward pass, provided
-    that the first call has shown that this gives the same bits.
+    that the first call of each mode (training, evaluation) has shown that this gives the same bits.
     """
 
     def __init__(self, mask: Tensor, activation: Callable[[Tensor], Tensor] | None) -> None:
         self.mask, self.activation = mask, activation
         self._sources: list[Tensor] = []
-        self._reproducible: bool | None = None if activation is not None else False
+        self._reproducible: dict[bool, bool] = {} if activation is not None else {True: False, False: False}
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the projections into the FFN (gate first, where there is one)."""
-        if self._reproducible is not False:
+        if self._reproducible.get(module.training, True):
             self._sources.append(output.detach())
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         sources, self._sources = self._sources, []
-        if self._reproducible is None:
-            self._reproducible = _activated(self.activation, sources).equal(args[0])
-        if self._reproducible:
+        if module.training not in self._reproducible:
+            self._reproducible[module.training] = _activated(self.activation, sources, args[0]).equal(args[0])
+        if self._reproducible[module.training]:
             return (_ScaledActivation.apply(args[0], self.mask, self.activation, *sources), *args[1:])
         return (args[0] * self.mask.to(args[0]), *args[1:])
 
@@ -133,11 +136,13 @@ class _ScaledActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         mask, *sources = ctx.saved_tensors
-        of_mask = (gradient * _activated(ctx.activation, sources)).sum_to_size(mask.shape).to(mask.dtype)
+        of_mask = (gradient * _activated(ctx.activation, sources, gradient)).sum_to_size(mask.shape).to(mask.dtype)
         return gradient * mask.to(gradient), of_mask, None, *(None for _ in sources)
 
 
-def _activated(activation: Any, sources: Sequence[Tensor]) -> Tensor:
-    """The FFN's hidden channels: `act(in)`, or `act(gate) * in`."""
+def _activated(activation: Any, sources: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The FFN's hidden channels, shaped as `like`: `act(in)`, or `act(gate) * in` from two tensors or one fused."""
     first, *rest = sources
+    if not rest and first.shape[-1] == 2 * like.shape[-1]:
+        first, *rest = first.chunk(2, dim=-1)
     return activation(first) * rest[0] if rest else activation(first)

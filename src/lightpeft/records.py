@@ -146,10 +146,10 @@ class PrunePlan:
         modules = " ".join(f"{site.slot}:{len(self.sites[site.name])}" for site in stay)
         removed = removed_in_block(spec, kept) / dense_parameters(spec)
         return {
-            "layer": str(spec.index),
+            "layer": spec.label or str(spec.index),
             "heads": f"{len(kept.heads)}/{spec.heads}",
             "kv heads": f"{len(kept.kv_heads)}/{spec.kv_heads}",
-            "neurons": f"{len(kept.neurons)}/{spec.neurons}",
+            "neurons": f"{len(kept.neurons)}/{spec.neurons}" if spec.neurons else "-",
             "removed": f"{removed:.0%}",
             "modules": f"{len(stay)}/{len(dense)}",
             "module:ranks": modules or "-",
@@ -229,9 +229,9 @@ def check_fit(plan: PrunePlan) -> None:
     for spec, kept in zip(plan.specs, plan.blocks, strict=True):
         groups = sorted({head // spec.heads_per_kv for head in kept.heads})
         fits = list(kept.kv_heads) == groups and len(kept.heads) % max(len(groups), 1) == 0
-        require(fits, f"layer {spec.index} of the plan keeps query heads that do not fit its KV heads")
-        _check_indices(kept.heads, spec.heads, f"heads of layer {spec.index}")
-        _check_indices(kept.neurons, spec.neurons, f"neurons of layer {spec.index}")
+        require(fits, f"block {spec.label} of the plan keeps query heads that do not fit its KV heads")
+        _check_indices(kept.heads, spec.heads, f"heads of block {spec.label}")
+        _check_indices(kept.neurons, spec.neurons, f"neurons of block {spec.label}")
     dense = {site.name: site.rank for site in plan.dense_sites}
     for name, ranks in plan.sites.items():
         require(name in dense, f"the plan keeps a PEFT module {name} that there was not")
@@ -239,7 +239,7 @@ def check_fit(plan: PrunePlan) -> None:
 
 
 def _check_indices(kept: Sequence[int], dense: int, what: str) -> None:
-    inside = list(kept) == sorted(set(kept)) and max(kept, default=0) < dense
+    inside = list(kept) == sorted(set(kept)) and max(kept, default=-1) < dense
     require(inside, f"the {what} that the plan keeps are not ascending indices below {dense}")
 
 
@@ -249,14 +249,13 @@ def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
         (spec.heads - len(kept.heads)) * spec.head_parameters
         + (spec.kv_heads - len(kept.kv_heads)) * spec.kv_parameters
         + (spec.neurons - len(kept.neurons)) * spec.neuron_parameters
+        + (0 if kept.heads else spec.rest_parameters)
     )
 
 
 def dense_parameters(spec: BlockSpec) -> int:
     """Parameters of a block that pruning can reach."""
-    return (
-        spec.heads * spec.head_parameters + spec.kv_heads * spec.kv_parameters + spec.neurons * spec.neuron_parameters
-    )
+    return removed_in_block(spec, BlockPlan((), (), ()))
 
 
 def to_ranges(indices: Sequence[int]) -> str:

@@ -1,12 +1,12 @@
 """Pure tensors to scores: how important a head, a neuron, a PEFT module or a rank is. Higher is more important.
 
 A criterion is one pure function. Those in `STEP_CRITERIA` see masks and their gradients at every optimizer step and
-are summed over the stage; `magnitude` and `random` are computed once, when the record is made.
+are summed over the stage; `random` and weight norms (`layout.squared_norms`) are computed once, when the record is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,11 +29,6 @@ STEP_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"taylor": taylor
 def mask_size(masks: Tensor) -> Tensor:
     """The trained mask itself, `|m|` (Light-PEFT, section 3.2). Shape: [units]."""
     return masks.abs()
-
-
-def magnitude(slices: Sequence[Tensor]) -> Tensor:
-    """L2 norm of all weights a unit takes with it; each slice has shape [units, weights of the unit]."""
-    return torch.stack([s.float().square().sum(1) for s in slices]).sum(0).sqrt()
 
 
 def random(count: int, generator: torch.Generator) -> Tensor:

@@ -4,39 +4,68 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-SLOTS = ("q", "k", "v", "o", "ffn_in", "ffn_gate", "ffn_out")
-"""The projections of a block, in the order they are used."""
+SLOTS = ("q", "k", "v", "qkv", "o", "ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
+"""The projections of a block, in the order they are used; "qkv" and "ffn_gate_in" (gate first) are fused modules."""
+
+OUTPUT_SLOTS = ("o", "ffn_out")
+"""Projections that are cut along their inputs; all others are cut along their outputs."""
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One transformer block's prunable structure; module names are relative to the transformers model."""
+    """One attention with the FFN that follows it; module names are relative to the transformers model.
+
+    Cross-attention is a block of its own without an FFN (`neurons` 0).
+    """
 
     index: int
     attention: str
     """Name of the module whose forward runs attention and which holds the head counts."""
     projections: dict[str, str]
-    """Slot ("q" ... "ffn_out", see `SLOTS`) -> module name; "ffn_gate" is absent without a gate."""
+    """Slot ("q" ... "ffn_out", see `SLOTS`) -> module name; only those that the block has."""
     heads: int
     """Query heads."""
     kv_heads: int
     """Key/value heads: equal to `heads`, or fewer under grouped-query attention."""
     head_dim: int
     neurons: int
-    """FFN intermediate channels."""
+    """FFN intermediate channels; 0 without an FFN."""
     head_parameters: int
     """Parameters that one query head takes with it (rows of q with their bias, columns of o)."""
     kv_parameters: int
     """Parameters that one KV head takes with it (rows of k and v with their bias)."""
     neuron_parameters: int
     """Parameters that one neuron takes with it."""
+    rest_parameters: int = 0
+    """Parameters that go only when all heads go: norms of queries and keys, and rows before a norm over all heads."""
+    label: str = ""
+    """What people call the block: its layer, in encoder-decoders with the stack ("encoder 0", "cross 3")."""
+    interleaved: bool = False
+    """Whether fused qkv rows come KV group by KV group (its query heads, its key, its value); else all q, all k, all v."""
+    activation: str | None = None
+    """Name of the FFN's activation in transformers' `ACT2FN`, if known."""
     head_attributes: dict[str, str] = field(default_factory=dict)
     """Attribute of the attention module -> the quantity it holds: "heads", "kv_heads", "heads_per_kv", "width"."""
+    wide_norms: dict[str, str] = field(default_factory=dict)
+    """"q" or "k" -> name of the norm that runs over all its heads together: these rows cannot be cut before the norm."""
+    position_bias: str | None = None
+    """Name of the table [buckets, heads] of relative position biases that all blocks of the stack share."""
+    shared_arguments: tuple[str, ...] = ()
+    """Arguments with one entry a head that dense blocks hand to the next; after pruning each block makes its own."""
+    attention_outputs: int = 2
+    """Length of the tuple that attention returns."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shared_arguments", tuple(self.shared_arguments))
 
     @property
     def heads_per_kv(self) -> int:
         """Query heads that share one KV head."""
-        return self.heads // self.kv_heads
+        return self.heads // self.kv_heads if self.kv_heads else 1
+
+    def cut_slots(self) -> list[str]:
+        """Slots that the block has and that pruning cuts."""
+        return [slot for slot in self.projections if slot not in self.wide_norms]
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.layout import cut_dim, head_channels, kept_channels, width
+from lightpeft.linears import features, is_linear, slice_linear
 from lightpeft.records import BlockPlan, PrunePlan, check_fit
-from lightpeft.sites import (
-    Site,
-    base_layer,
-    base_linear,
-    find_sites,
-    refresh_config,
-    remove_site,
-    slice_linear,
-    transformers_model,
-)
+from lightpeft.sites import Site, base_layer, base_linear, find_sites, refresh_config, remove_site, transformers_model
 from lightpeft.structure import BlockSpec
 
 _QUANTITIES = {
@@ -47,28 +42,27 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
         _check_structure(inner, spec)
     if isinstance(model, PeftModel):
         _cut_sites(model, plan)
+    tables = _position_tables(inner, plan)
     for spec, kept in zip(plan.specs, plan.blocks, strict=True):
-        _cut_attention(inner, spec, kept)
         _cut_ffn(inner, spec, kept)
+        _cut_attention(inner, spec, kept)
+        if spec.attention in tables and kept.heads:
+            _own_position_bias(inner.get_submodule(spec.attention), spec, kept, tables[spec.attention])
     if isinstance(model, PeftModel):
         refresh_config(model)
 
 
 def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
     """Check one block against its spec, so that a plan for another model is refused before anything is cut."""
-    query, width = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    expected = {"q": (query, 0), "k": (width, 0), "v": (width, 0), "o": (query, 1)}
-    expected |= {"ffn_in": (spec.neurons, 0), "ffn_gate": (spec.neurons, 0), "ffn_out": (spec.neurons, 1)}
     for slot, name in spec.projections.items():
         try:
             layer = base_layer(inner.get_submodule(name))
         except AttributeError as error:
             raise LightPeftError(f"the plan is for another model: there is no module {name}") from error
-        size, axis = expected[slot]
-        weight = getattr(layer, "weight", None)
+        expected = width(spec, slot)
         require(
-            isinstance(layer, nn.Linear) and weight is not None and weight.shape[axis] == size,
-            f"the plan is for another model, or this one was pruned before: {name} is not {size} wide",
+            is_linear(layer) and features(layer)[cut_dim(slot)] == expected,
+            f"the plan is for another model, or this one was pruned before: {name} is not {expected} wide",
         )
 
 
@@ -82,59 +76,146 @@ def _cut_sites(model: PeftModel, plan: PrunePlan) -> None:
         if site.spec.name in plan.sites:
             _cut_site(site, plan)
         else:
-            remove_site(model, site.spec.name)
+            remove_site(model, site)
 
 
 def _cut_site(site: Site, plan: PrunePlan) -> None:
     spec, kept = plan.specs[site.spec.block], plan.blocks[site.spec.block]  # type: ignore[index]
+    slot: str = site.spec.slot  # type: ignore[assignment]
     ranks = plan.sites[site.spec.name]
     if len(ranks) < site.spec.rank:
         site.keep_ranks(torch.tensor(ranks))
-    index, dim = _channels(spec, kept, site.spec.slot)  # type: ignore[arg-type]
-    if index is None:
-        return
-    (site.keep_outputs if dim == 0 else site.keep_inputs)(index.to(site.down.device))
+    index = kept_channels(spec, kept, slot)
+    if index is not None:
+        site.cut(index.to(site.device), cut_dim(slot))
+
+
+def _cut_ffn(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
+    for slot in spec.projections:
+        if slot.startswith("ffn"):
+            _cut_base(inner, spec, kept, slot)
 
 
 def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
     if len(kept.heads) == spec.heads:
         return
-    for slot in ("q", "k", "v", "o"):
-        _cut_base(inner, spec, kept, slot)
+    for slot in spec.projections:
+        if not slot.startswith("ffn"):
+            _cut_base(inner, spec, kept, slot)
     attention = inner.get_submodule(spec.attention)
     if not kept.heads:
         _drop_attention(inner, spec, attention)
         return
     for attribute, quantity in spec.head_attributes.items():
-        setattr(attention, attribute, _QUANTITIES[quantity](spec, kept))
-
-
-def _cut_ffn(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
-    if len(kept.neurons) < spec.neurons:
-        for slot in ("ffn_in", "ffn_gate", "ffn_out"):
-            if slot in spec.projections:
-                _cut_base(inner, spec, kept, slot)
+        _set_head_attribute(attention, attribute, _QUANTITIES[quantity](spec, kept))
+    for slot, name in spec.wide_norms.items():
+        _replace(inner, name, SelectedChannels(inner.get_submodule(name), head_channels(spec, kept, slot)))
+    if spec.shared_arguments:
+        attention.register_forward_pre_hook(_Without(spec.shared_arguments), with_kwargs=True)
 
 
 def _cut_base(inner: nn.Module, spec: BlockSpec, kept: BlockPlan, slot: str) -> None:
-    index, dim = _channels(spec, kept, slot)
+    index = kept_channels(spec, kept, slot)
     if index is not None:
-        slice_linear(base_linear(inner, spec.projections[slot]), index, dim)
+        slice_linear(base_linear(inner, spec.projections[slot]), index, cut_dim(slot))
 
 
-def _channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> tuple[Tensor | None, int]:
-    """Channels of a projection that stay (None: all) and the weight dimension they sit in (0: out, 1: in)."""
-    dim = 1 if slot in ("o", "ffn_out") else 0
-    if slot in ("ffn_in", "ffn_gate", "ffn_out"):
-        units, dense, size = kept.neurons, spec.neurons, 1
-    elif slot in ("k", "v"):
-        units, dense, size = kept.kv_heads, spec.kv_heads, spec.head_dim
+def _replace(inner: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(inner.get_submodule(parent), child, module)
+
+
+# What reads head counts or has one entry a head
+
+
+def _set_head_attribute(attention: nn.Module, attribute: str, value: int) -> None:
+    """Set a head count; one that attention reads from the shared config is set in a view of the config."""
+    if attribute.startswith("config."):
+        config: Any = attention.config
+        attention.config = ConfigView(config, {attribute.removeprefix("config."): value})
     else:
-        units, dense, size = kept.heads, spec.heads, spec.head_dim
-    if len(units) == dense:
-        return None, dim
-    first = torch.tensor(units, dtype=torch.long) * size
-    return (first.unsqueeze(1) + torch.arange(size)).flatten(), dim
+        setattr(attention, attribute, value)
+
+
+class ConfigView:
+    """A config with values of one module's own; all others are read from the shared config when they are asked for."""
+
+    def __init__(self, shared: Any, own: dict[str, Any]) -> None:
+        self.__dict__.update(own)
+        self.__dict__["shared"] = shared
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "shared" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+class SelectedChannels(nn.Module):
+    """A norm over all heads of the dense model, then the channels of the heads that stay."""
+
+    index: Tensor
+
+    def __init__(self, norm: nn.Module, index: Tensor) -> None:
+        super().__init__()
+        self.norm = norm
+        device = next((p.device for p in norm.parameters()), None)
+        self.register_buffer("index", index.to(device), persistent=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., heads * head_dim] -> [..., kept heads * head_dim]."""
+        return self.norm(states).index_select(-1, self.index)
+
+
+def _position_tables(inner: nn.Module, plan: PrunePlan) -> dict[str, nn.Embedding]:
+    """Attention module -> dense table of position biases, for stacks in which a block loses heads."""
+    tables = {}
+    for stack in {spec.position_bias for spec in plan.specs if spec.position_bias}:
+        blocks = [(s, k) for s, k in zip(plan.specs, plan.blocks, strict=True) if s.position_bias == stack]
+        if any(len(kept.heads) < spec.heads for spec, kept in blocks):
+            table = inner.get_submodule(stack)
+            tables |= {spec.attention: table for spec, _ in blocks}
+    return tables
+
+
+def _own_position_bias(attention: nn.Module, spec: BlockSpec, kept: BlockPlan, table: nn.Embedding) -> None:
+    """Let a block look up the biases of its own heads instead of taking over those of the block before it."""
+    attention.has_relative_attention_bias = True
+    setattr(attention, spec.position_bias.rpartition(".")[2], SharedBiases(table, torch.tensor(kept.heads)))  # type: ignore[union-attr]
+    if len(kept.heads) == spec.heads:
+        attention.register_forward_pre_hook(_Without(spec.shared_arguments), with_kwargs=True)
+
+
+class SharedBiases(nn.Module):
+    """Columns of the table of relative position biases that all blocks of a stack share; it stays one parameter."""
+
+    index: Tensor
+
+    def __init__(self, table: nn.Embedding, heads: Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.register_buffer("index", heads.to(table.weight.device), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """[buckets, kept heads]."""
+        return self.table.weight.index_select(1, self.index)
+
+    def forward(self, buckets: Tensor) -> Tensor:
+        """[queries, keys] -> [queries, keys, kept heads]."""
+        return functional.embedding(buckets, self.weight)
+
+
+class _Without:
+    """Pre-hook that takes arguments with one entry a dense head away, so that attention makes its own."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {name: None if name in self.names else value for name, value in kwargs.items()}
+
+
+# Attention without heads
 
 
 def _drop_attention(inner: nn.Module, spec: BlockSpec, attention: nn.Module) -> None:
@@ -142,32 +223,34 @@ def _drop_attention(inner: nn.Module, spec: BlockSpec, attention: nn.Module) -> 
     output_name = spec.projections["o"]
     inside = output_name.startswith(f"{spec.attention}.")
     child = output_name[len(spec.attention) + 1 :] if inside else None
-    stub = DroppedAttention(attention, child)
-    parent, _, name = spec.attention.rpartition(".")
-    setattr(inner.get_submodule(parent), name, stub)
+    _replace(inner, spec.attention, DroppedAttention(attention, child, spec.attention_outputs))
 
 
 class DroppedAttention(nn.Module):
     """Attention that lost all heads: no projection, no scores; what stays is the output projection's bias.
 
     The KV cache still counts the tokens of this layer (one channel of zeros a token), because lengths and positions
-    are read from the cache of whichever layer comes first.
+    are read from the cache of whichever layer comes first. Cross-attention counts nothing.
     """
 
-    def __init__(self, attention: nn.Module, output: str | None) -> None:
+    def __init__(self, attention: nn.Module, output: str | None, outputs: int = 2) -> None:
         super().__init__()
         self.layer_idx = getattr(attention, "layer_idx", None)
         self.output_name = output
+        self.outputs = outputs
         if output is not None:
             self.add_module(output, attention.get_submodule(output))
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """[batch, length, width] -> ([batch, length, width of what follows], None)."""
-        cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
-        if cache is not None:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """[batch, length, width] -> ([batch, length, width of what follows], None, ...)."""
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is not None and kwargs.get("key_value_states") is None:
             counted = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
-            cache.update(counted, counted, self.layer_idx)
+            getattr(cache, "self_attention_cache", cache).update(counted, counted, self.layer_idx)
         nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
         if self.output_name is None:
-            return nothing, None
-        return self.get_submodule(self.output_name)(nothing), None
+            return nothing, *self._none()
+        return self.get_submodule(self.output_name)(nothing), *self._none()
+
+    def _none(self) -> tuple[None, ...]:
+        return (None,) * (self.outputs - 1)

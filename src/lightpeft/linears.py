@@ -1,0 +1,124 @@
+"""One view of linear layers: their width, their weight as [out, in], and how features are cut out of them.
+
+PyTorch's `Linear` (and subclasses that only compute differently) and transformers' `Conv1D`, which keeps its weight
+transposed. Kinds with packed weights add themselves to `KINDS`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightpeft.errors import LightPeftError
+
+
+class LinearKind(Protocol):
+    """How one kind of linear layer is read and cut."""
+
+    def matches(self, layer: nn.Module) -> bool:
+        """Whether `layer` is of this kind."""
+        ...
+
+    def dense_weight(self, layer: nn.Module) -> Tensor:
+        """The weight as a floating-point [out, in] tensor, a view where possible."""
+        ...
+
+    def keep(self, layer: nn.Module, index: Tensor, dim: int) -> None:
+        """Keep output features (`dim` 0) or input features (`dim` 1), in place."""
+        ...
+
+
+class PlainLinear:
+    """`torch.nn.Linear` with an ordinary floating-point weight."""
+
+    def matches(self, layer: nn.Module) -> bool:
+        weight = getattr(layer, "weight", None)
+        return isinstance(layer, nn.Linear) and type(weight) is nn.Parameter and _is_ordinary(weight)
+
+    def dense_weight(self, layer: nn.Module) -> Tensor:
+        return layer.weight.detach()
+
+    def keep(self, layer: nn.Module, index: Tensor, dim: int) -> None:
+        layer.weight = sliced(layer.weight, index, dim)
+        if dim == 0:
+            layer.out_features = len(index)
+            layer.bias = None if layer.bias is None else sliced(layer.bias, index, 0)
+        else:
+            layer.in_features = len(index)
+
+
+class TransposedLinear:
+    """transformers' `Conv1D`: a linear layer whose weight is [in, out] (GPT-2)."""
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, Conv1D)
+
+    def dense_weight(self, layer: nn.Module) -> Tensor:
+        return layer.weight.detach().T
+
+    def keep(self, layer: nn.Module, index: Tensor, dim: int) -> None:
+        layer.weight = sliced(layer.weight, index, 1 - dim)
+        if dim == 0:
+            layer.bias = sliced(layer.bias, index, 0)
+            layer.nf = len(index)
+        else:
+            layer.nx = len(index)
+            if not len(index):
+                layer.__class__ = WithoutInputs
+
+
+class WithoutInputs(Conv1D):
+    """A `Conv1D` that lost all its inputs: its bias is left. (PyTorch's `Linear` does this by itself.)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 0] -> [..., out]."""
+        return self.bias.expand(*x.shape[:-1], self.nf)
+
+
+KINDS: list[LinearKind] = [PlainLinear(), TransposedLinear()]
+"""The kinds of linear layers that can be cut."""
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether the layer is a linear layer that can be cut."""
+    return any(kind.matches(layer) for kind in KINDS)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The layer's weight as an [out, in] tensor without a graph.
+
+    Raises:
+        LightPeftError: not a linear layer that can be cut.
+    """
+    return _kind(layer).dense_weight(layer)
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """Output and input features of a linear layer."""
+    rows, columns = dense_weight(layer).shape
+    return rows, columns
+
+
+@torch.no_grad()
+def slice_linear(layer: nn.Module, index: Tensor, dim: int) -> None:
+    """Keep output features (`dim` 0) or input features (`dim` 1) of a linear layer; the rest is freed."""
+    _kind(layer).keep(layer, index.to(layer.weight.device), dim)
+
+
+def sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
+    """A parameter of the entries `index` along `dim`, which trains if the whole one does."""
+    return nn.Parameter(parameter.detach().index_select(dim, index), requires_grad=parameter.requires_grad)
+
+
+def _kind(layer: nn.Module) -> LinearKind:
+    for kind in KINDS:
+        if kind.matches(layer):
+            return kind
+    raise LightPeftError(f"a {type(layer).__module__}.{type(layer).__name__} cannot be pruned")
+
+
+def _is_ordinary(weight: Tensor) -> bool:
+    return type(weight.data) is Tensor and weight.is_floating_point()

@@ -1,0 +1,20 @@
+"""One view of the PEFT modules of a live model: where they are, what they add, how they are cut.
+
+All that lightpeft knows of PEFT's classes is here: one `Site` class a PEFT kind. Modules are found by type, never by
+their names.
+"""
+
+from lightpeft.sites.base import Site, base_layer, base_linear, transformers_model
+from lightpeft.sites.registry import check_peft, find_sites, refresh_config, remove_site, restart_sites
+
+__all__ = [
+    "Site",
+    "base_layer",
+    "base_linear",
+    "check_peft",
+    "find_sites",
+    "refresh_config",
+    "remove_site",
+    "restart_sites",
+    "transformers_model",
+]

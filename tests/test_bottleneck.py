@@ -1,0 +1,817 @@
+"""Bottleneck adapters as a PEFT method: what they compute, and that PEFT's own calls work with them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.error import NoMatchingPeftModuleError
+from safetensors.torch import load_file
+from tiny import MODELS, batch, inputs_for, make, relative_difference, task_type
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from lightpeft.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer, BottleneckModel, placed_modules
+from lightpeft.bottleneck import layer as layer_module
+from lightpeft.bottleneck.registration import bottleneck_type, register
+from lightpeft.errors import LightPeftError
+from lightpeft.families import block_specs
+from lightpeft.linears import slice_linear
+
+PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+FAMILIES = ("bert", "llama-gqa", "opt")
+FFN_OUT = {"bert": "bert.encoder.layer.{}.output.dense", "llama-gqa": "model.layers.{}.mlp.down_proj"}
+FFN_OUT["opt"] = "model.decoder.layers.{}.fc2"
+ATTENTION_OUT = {"bert": "bert.encoder.layer.{}.attention.output.dense", "opt": "model.decoder.layers.{}.self_attn"}
+ATTENTION_OUT = {**ATTENTION_OUT, "llama-gqa": "model.layers.{}.self_attn.o_proj"}
+ATTENTION_OUT["opt"] += ".out_proj"
+READS = {"bert": "bert.encoder.layer.{}.intermediate.dense", "llama-gqa": "model.layers.{}.mlp.gate_proj"}
+READS["opt"] = "model.decoder.layers.{}.fc1"
+TOKENS = {"input_ids": batch()["input_ids"]}
+
+
+def adapted(base: PreTrainedModel, trained: bool = True, adapter_name: str = "default", **settings: Any) -> PeftModel:
+    """The base with adapters of width 5; `trained` gives their weights values other than at the start."""
+    settings = {"size": 5, "task_type": task_type(base), **settings}
+    if not settings.keys() & {"placement", "target_modules", "parallel_inputs"}:
+        settings["placement"] = "houlsby"
+    model = get_peft_model(base, BottleneckConfig(**settings), adapter_name)
+    if trained:
+        train_by_hand(model)
+    return model.eval()
+
+
+def train_by_hand(model: nn.Module, seed: int = 5) -> None:
+    """Random values for all adapter weights and learned scalings."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in layers(model).values():
+            for parameter in layer.bottleneck_adapters.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def layers(model: nn.Module) -> dict[str, BottleneckLayer]:
+    """The adapted layers by their name in the transformers model."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return {name: module for name, module in inner.named_modules() if isinstance(module, BottleneckLayer)}
+
+
+def output(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(**(inputs or batch())).logits
+
+
+def hooks(model: nn.Module) -> int:
+    """Forward pre-hooks in the whole model."""
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+# --- values ---------------------------------------------------------------------------------------------------------
+
+
+Delta = Callable[[str, Tensor], Tensor]
+
+
+def delta_of(model: PeftModel, scaling: float) -> Delta:
+    """The adapters' formula on plain tensors, by module name; a module without an adapter adds nothing."""
+    weights = {name: tensor.clone() for name, tensor in model.get_base_model().state_dict().items()}
+
+    def delta(name: str, read: Tensor) -> Tensor:
+        down, up = (f"{name}.bottleneck_adapters.default.{part}" for part in ("down", "up"))
+        if f"{down}.weight" not in weights:
+            return torch.zeros(())
+        hidden = (read @ weights[f"{down}.weight"].T + weights[f"{down}.bias"]).clamp(min=0)
+        return scaling * (hidden @ weights[f"{up}.weight"].T + weights[f"{up}.bias"])
+
+    return delta
+
+
+def by_hand(base: PreTrainedModel, family: str, parallel: bool, delta: Delta) -> None:
+    """Write the adapters into the blocks' own forward passes."""
+    blocks = {"bert": lambda: base.bert.encoder.layer, "opt": lambda: base.model.decoder.layers}
+    for index, block in enumerate(blocks.get(family, lambda: base.model.layers)()):
+        attention, ffn = ATTENTION_OUT[family].format(index), FFN_OUT[family].format(index)
+        {"bert": _bert, "opt": _opt, "llama-gqa": _llama}[family](block, attention, ffn, parallel, delta)
+
+
+def _serial(linear: nn.Linear, name: str, delta: Delta) -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = F.linear(x, linear.weight, linear.bias)
+        return y + delta(name, y)
+
+    linear.forward = forward
+
+
+def _bert(block: nn.Module, attention: str, ffn: str, parallel: bool, delta: Delta) -> None:
+    _serial(block.attention.output.dense, attention, delta)
+    out = block.output
+
+    def forward(hidden: Tensor, ffn_input: Tensor) -> Tensor:
+        y = out.dense(hidden)
+        y = y + delta(ffn, ffn_input if parallel else y)
+        return out.LayerNorm(out.dropout(y) + ffn_input)
+
+    out.forward = forward
+
+
+def _llama(block: nn.Module, attention: str, ffn: str, parallel: bool, delta: Delta) -> None:
+    _serial(block.self_attn.o_proj, attention, delta)
+    mlp = block.mlp
+
+    def forward(x: Tensor) -> Tensor:
+        y = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+        return y + delta(ffn, x if parallel else y)
+
+    mlp.forward = forward
+
+
+def _opt(block: nn.Module, attention: str, ffn: str, parallel: bool, delta: Delta) -> None:
+    _serial(block.self_attn.out_proj, attention, delta)
+    norm, fc2, seen = block.final_layer_norm, block.fc2, []
+
+    def normalised(x: Tensor) -> Tensor:
+        seen.append(F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+        return seen[-1]
+
+    def forward(x: Tensor) -> Tensor:
+        y = F.linear(x, fc2.weight, fc2.bias)
+        return y + delta(ffn, seen.pop() if parallel else y)
+
+    norm.forward, fc2.forward = normalised, forward
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_are_those_written_by_hand(family: str, placement: str) -> None:
+    model = adapted(make(family), placement=placement, scaling=0.7)
+    expected = {FFN_OUT[family].format(index) for index in range(3)}
+    if placement == "houlsby":
+        expected |= {ATTENTION_OUT[family].format(index) for index in range(3)}
+    assert set(layers(model)) == expected
+
+    reference = make(family)
+    by_hand(reference, family, placement == "parallel", delta_of(model, scaling=0.7))
+    assert relative_difference(output(model), output(reference)) < 1e-5
+    assert relative_difference(output(model), output(make(family))) > 1e-2
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_family_has_the_places(family: str) -> None:
+    """Hooks on an untouched base compute the same; a fresh adapter changes no bit; every adapter gets a gradient."""
+    base = make(family)
+    inputs = inputs_for(base)
+    for placement in PLACEMENTS:
+        model = adapted(make(family), trained=False, placement=placement)
+        assert output(model, inputs).equal(output(base, inputs))
+        train_by_hand(model)
+        delta, reference = delta_of(model, scaling=1.0), copy.deepcopy(base)
+        hook_adapters(reference, placement, delta)
+        assert relative_difference(output(model, inputs), output(reference, inputs)) < 1e-5
+        model(**inputs).logits.sum().backward()
+        without = [n for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n and
+                   (p.grad is None or not p.grad.any())]  # fmt: skip
+        # hidden states of a last block may not reach the logits; their adapters' biases are the first to show it
+        assert len(without) == 0
+
+
+def hook_adapters(base: PreTrainedModel, placement: str, delta: Delta) -> None:
+    """Add the adapters to a base by forward hooks; parallel ones read the first projection into the FFN."""
+    for spec in block_specs(base):
+        for slot in ("o", "ffn_out"):
+            if slot not in spec.projections or (slot == "o" and placement != "houlsby"):
+                continue
+            name, seen = spec.projections[slot], []
+            if placement == "parallel":
+                first = next(s for s in ("ffn_gate_in", "ffn_gate", "ffn_in") if s in spec.projections)
+                source = base.get_submodule(spec.projections[first])
+                source.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
+            base.get_submodule(name).register_forward_hook(
+                lambda m, args, out, name=name, seen=seen: out + delta(name, seen.pop() if seen else out)
+            )
+
+
+@pytest.mark.parametrize(("non_linearity", "function"), [("gelu", F.gelu), ("silu", F.silu), ("tanh", torch.tanh)])
+def test_non_linearity(non_linearity: str, function: Callable[[Tensor], Tensor]) -> None:
+    branch = Bottleneck(6, 8, 3, BottleneckConfig(placement="houlsby", non_linearity=non_linearity, init="bert"))
+    x = torch.randn(2, 6)
+    expected = F.linear(function(F.linear(x, branch.down.weight)), branch.up.weight)
+    torch.testing.assert_close(branch(x), expected)
+
+
+def test_dropout_is_on_what_the_branch_reads() -> None:
+    branch = Bottleneck(6, 6, 3, BottleneckConfig(placement="houlsby", dropout=0.4, init="bert"))
+    x, seen = torch.randn(50, 6), []
+    branch.down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    branch(x)
+    dropped = seen[0] == 0
+    assert 0.2 < dropped.float().mean() < 0.6
+    torch.testing.assert_close(seen[0][~dropped], x[~dropped] / 0.6)
+    branch.eval()(x)
+    assert seen[1].equal(x)
+
+
+@pytest.mark.parametrize(("init", "deviation", "bound"), [("bert", 0.02, 1.0), ("houlsby", 0.0088, 0.02)])
+def test_random_starts(init: str, deviation: float, bound: float) -> None:
+    branch = Bottleneck(128, 96, 64, BottleneckConfig(placement="houlsby", init=init))
+    for weight in (branch.down.weight, branch.up.weight):
+        assert weight.std().item() == pytest.approx(deviation, rel=0.05)
+        assert weight.abs().max() <= bound
+    assert not branch.down.bias.any() and not branch.up.bias.any()
+
+
+def test_start_again() -> None:
+    branch = Bottleneck(16, 16, 4, BottleneckConfig(placement="houlsby", scaling="learned"))
+    assert branch.down.weight.any() and not branch.up.weight.any() and branch.scaling.item() == 1.0
+    with torch.no_grad():
+        for parameter in branch.parameters():
+            parameter.fill_(3.0)
+    branch.reset_parameters()
+    assert branch.down.weight.abs().max() <= 0.25  # Kaiming's bound for 16 inputs
+    assert not branch.up.weight.any() and not branch.down.bias.any() and branch.scaling.item() == 1.0
+
+
+def test_a_hook_on_the_branch_sees_what_it_reads_and_what_it_adds() -> None:
+    model = adapted(make("llama-gqa"), placement="parallel", scaling=0.5)
+    name, layer = next(iter(layers(model).items()))
+    seen: dict[str, Tensor] = {}
+    layer.bottleneck_adapters["default"].register_forward_hook(
+        lambda module, args, out: seen.update(read=args[0], added=out)
+    )
+    layer.base_layer.register_forward_hook(lambda module, args, out: seen.update(base=out))
+    layer.register_forward_hook(lambda module, args, out: seen.update(result=out))
+    output(model)
+    assert seen["read"].shape == seen["base"].shape == (3, 9, 32)
+    torch.testing.assert_close(seen["added"], delta_of(model, scaling=0.5)(name, seen["read"]))
+    assert seen["result"].equal(seen["base"] + seen["added"])
+
+
+# --- PEFT's calls ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("scaling", [0.3, "learned"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_save_and_load(tmp_path: Path, placement: str, scaling: float | str, low_cpu_mem_usage: bool) -> None:
+    model = adapted(make("llama-gqa"), placement=placement, scaling=scaling, non_linearity="gelu", dropout=0.1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("llama-gqa"), str(tmp_path), low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert output(loaded).equal(output(model))
+    saved, again = get_peft_model_state_dict(model), get_peft_model_state_dict(loaded)
+    assert saved.keys() == again.keys() and all(saved[key].equal(again[key]) for key in saved)
+    assert saved.keys() == load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert not any("default" in key for key in saved)
+    per_layer = 5 if scaling == "learned" else 4
+    assert len(saved) == per_layer * len(layers(model))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_the_saved_config_says_where_adapters_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(make("opt"), placement="parallel")
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "BOTTLENECK"
+    assert saved["target_modules"] == [FFN_OUT["opt"].format(index) for index in range(3)]
+    assert saved["parallel_inputs"] == {FFN_OUT["opt"].format(i): READS["opt"].format(i) for i in range(3)}
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert isinstance(config, BottleneckConfig) and config.placement == "parallel" and config.size == 5
+
+    def refuse(model: PreTrainedModel) -> None:
+        raise AssertionError("the model family was asked")
+
+    monkeypatch.setattr("lightpeft.bottleneck.model.block_specs", refuse)
+    assert output(PeftModel.from_pretrained(make("opt"), str(tmp_path))).equal(output(model))
+
+
+def test_more_adapters_than_peft_lists_one_by_one(tmp_path: Path) -> None:
+    """From 20 targets on PEFT shortens the list that it matches by; the saved one stays exact."""
+    model = adapted(make("bert", num_hidden_layers=12), placement="houlsby", size_pattern={"layer.3.output.dense": 2})
+    assert len(model.peft_config["default"].target_modules) == len(layers(model)) == 24
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("bert", num_hidden_layers=12), str(tmp_path))
+    assert list(layers(loaded)) == list(layers(model)) and output(loaded).equal(output(model))
+
+
+def test_two_adapters_of_one_model(tmp_path: Path) -> None:
+    """One serial, one parallel, of two widths: each computes what it computes alone."""
+    second = {"placement": "parallel", "size": 3, "scaling": 0.5}
+    alone = [adapted(make("llama-gqa")), adapted(make("llama-gqa"), **second)]
+    for name, model in zip(("first", "second"), alone, strict=True):
+        model.save_pretrained(tmp_path / name)
+    expected = {"first": output(alone[0]), "second": output(alone[1]), "none": output(make("llama-gqa"))}
+
+    model = PeftModel.from_pretrained(make("llama-gqa"), str(tmp_path / "first"), "first", is_trainable=True)
+    model.load_adapter(str(tmp_path / "second"), "second")
+    layer = layers(model)[FFN_OUT["llama-gqa"].format(0)]
+    assert layer.size == {"first": 5, "second": 3} and set(layer.sources) == {"second"}
+    for name in ("second", "first", "second"):
+        model.set_adapter(name)
+        assert output(model).equal(expected[name])
+        with model.disable_adapter():
+            assert output(model).equal(expected["none"])
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trainable and all(f".{name}." in n for n in trainable)
+
+    model.base_model.set_adapter(["first", "second"])
+    both = output(model)
+    assert not both.equal(expected["first"]) and not both.equal(expected["second"])
+    model.base_model.set_adapter(["second", "first"])
+    torch.testing.assert_close(output(model), both)
+
+    model.set_adapter("first")
+    model.delete_adapter("second")
+    assert layer.size == {"first": 5} and not layer.sources and hooks(model) == 0
+    assert output(model).equal(expected["first"])
+    model.add_adapter("third", BottleneckConfig(size=2, target_modules=["down_proj"]))
+    assert output(model).equal(expected["first"])
+    model.save_pretrained(tmp_path / "again", selected_adapters=["first"])
+    assert output(PeftModel.from_pretrained(make("llama-gqa"), str(tmp_path / "again" / "first"))).equal(
+        expected["first"]
+    )
+
+
+def test_deleting_the_active_adapter_turns_to_the_other() -> None:
+    model = adapted(make("bert"), adapter_name="first", placement="parallel")
+    model.add_adapter("second", BottleneckConfig(size=3, placement="houlsby"))
+    with pytest.warns(UserWarning, match="Setting active adapter to second"):
+        model.delete_adapter("first")
+    assert model.active_adapters == ["second"] and hooks(model) == 0
+    model.delete_adapter("second")
+    assert output(model).equal(output(make("bert")))
+
+
+def test_modules_to_save(tmp_path: Path) -> None:
+    model = adapted(make("bert"), trained=False)
+    assert "classifier" in model.peft_config["default"].modules_to_save
+    assert model.classifier.weight.requires_grad
+    with torch.no_grad():
+        model.classifier.modules_to_save["default"].weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    assert output(PeftModel.from_pretrained(make("bert"), str(tmp_path))).equal(output(model))
+    assert not output(model).equal(output(make("bert")))
+
+    other = adapted(make("llama-gqa"), modules_to_save=["lm_head"], task_type=None)
+    other.lm_head.modules_to_save["default"].weight.data.mul_(2.0)
+    other.save_pretrained(tmp_path / "other")
+    assert output(PeftModel.from_pretrained(make("llama-gqa"), str(tmp_path / "other"))).equal(output(other))
+
+
+def test_learned_scaling_trains_and_is_saved(tmp_path: Path) -> None:
+    model = adapted(make("llama-gqa"), scaling="learned")
+    scalings = {n: p for n, p in model.named_parameters() if n.endswith(".scaling")}
+    assert len(scalings) == 6 and all(p.requires_grad and p.shape == (1,) for p in scalings.values())
+    before = {name: parameter.detach().clone() for name, parameter in scalings.items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**batch(), labels=batch()["input_ids"]).loss.backward()
+    optimizer.step()
+    assert all(not parameter.equal(before[name]) for name, parameter in scalings.items())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("llama-gqa"), str(tmp_path))
+    for name, parameter in loaded.named_parameters():
+        if name in scalings:
+            assert parameter.equal(scalings[name])
+
+
+def test_size_pattern(tmp_path: Path) -> None:
+    pattern = {"down_proj": 2, r"layers\.1\..*": 3, "model.layers.0.mlp.down_proj": 7}
+    model = adapted(make("llama-gqa"), placement="houlsby", size_pattern=pattern)
+    expected = {}
+    for index in range(3):
+        expected[FFN_OUT["llama-gqa"].format(index)] = 7 if index == 0 else 2
+        expected[ATTENTION_OUT["llama-gqa"].format(index)] = 3 if index == 1 else 5
+    assert {name: layer.size["default"] for name, layer in layers(model).items()} == expected
+    for layer in layers(model).values():
+        branch = layer.bottleneck_adapters["default"]
+        assert branch.down.out_features == branch.up.in_features == layer.size["default"]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("llama-gqa"), str(tmp_path))
+    assert output(loaded).equal(output(model))
+    assert loaded.peft_config["default"].size_pattern == {n: size for n, size in expected.items() if size != 5}
+
+
+def test_size_pattern_without_a_module() -> None:
+    with pytest.warns(UserWarning, match="no adapter is on a module that fits nowhere"):
+        adapted(make("bert"), size_pattern={"nowhere": 3, "output.dense": 2})
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_only_adapters_train(placement: str) -> None:
+    model = adapted(make("llama-gqa"), placement=placement)
+    inside = {id(p) for layer in layers(model).values() for p in layer.bottleneck_adapters.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} == inside
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert trainable == len(layers(model)) * (32 * 5 + 5 + 5 * 32 + 32)
+    model(**batch()).logits.sum().backward()
+    assert all((p.grad is not None) == (id(p) in inside) for p in model.parameters())
+    assert model.get_model_status().enabled and model.get_layer_status()[0].available_adapters == ["default"]
+
+
+def test_inference_mode_freezes() -> None:
+    model = adapted(make("bert"), inference_mode=True, task_type=None)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_merging_is_refused() -> None:
+    model = adapted(make("opt"), placement="parallel")
+    before = output(model)
+    for attempt in (model.merge_and_unload, model.merge_adapter, next(iter(layers(model).values())).merge):
+        with pytest.raises(LightPeftError, match="cannot be merged.*unload") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    model.unmerge_adapter()
+    assert output(model).equal(before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_unload_gives_the_base_back(family: str, placement: str) -> None:
+    base = make(family)
+    names, expected = [name for name, _ in base.named_modules()], output(base)
+    parallel = placement == "parallel"
+    model = adapted(base, placement=placement, task_type=None)
+    assert hooks(model) == (3 if parallel else 0)
+    unloaded = model.unload()
+    assert [name for name, _ in unloaded.named_modules()] == names
+    assert hooks(unloaded) == 0 and output(unloaded).equal(expected)
+    assert not output(adapted(unloaded, placement=placement)).equal(expected)
+
+
+# --- parallel adapters ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", ["bert", "llama-gqa"])
+def test_gradient_checkpointing(family: str, placement: str, reentrant: bool) -> None:
+    def gradients(checkpointing: bool) -> dict[str, Tensor]:
+        model = adapted(make(family), placement=placement, scaling="learned")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        # checkpointing is for training; the tiny models' dropout would be drawn anew
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
+        calls = []
+        layer = next(iter(layers(model).values()))
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        model(**batch()).logits.square().mean().backward()
+        assert len(calls) == (2 if checkpointing else 1)
+        assert all(source._value is None for each in layers(model).values() for source in each.sources.values())
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert plain.keys() == checkpointed.keys() and len(plain) >= 15
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_activation_is_kept(enabled: bool) -> None:
+    model = adapted(make("bert"), placement="parallel")
+    kept: list[weakref.ref[Tensor]] = []
+    source = model.get_base_model().get_submodule(READS["bert"].format(1))
+    source.register_forward_pre_hook(lambda module, args: kept.append(weakref.ref(args[0])))
+    if not enabled:
+        model.base_model.disable_adapter_layers()
+    output(model)
+    gc.collect()
+    assert len(kept) == 1 and kept[0]() is None
+
+
+def test_copies_are_apart() -> None:
+    model = adapted(make("llama-gqa"), placement="parallel", scaling="learned")
+    before = output(model)
+    twin = copy.deepcopy(model)
+    assert output(twin).equal(before)
+    name = FFN_OUT["llama-gqa"].format(0)
+    source, twin_source = layers(model)[name].sources["default"], layers(twin)[name].sources["default"]
+    assert source is not twin_source
+    layers(model)[name].detach_source()
+    assert hooks(model) == 2 and hooks(twin) == 3
+    assert output(twin).equal(before)
+    train_by_hand(twin, seed=6)
+    assert not output(twin).equal(before)
+    assert hooks(twin.unload()) == 0
+
+
+def test_a_copy_after_an_interrupted_forward() -> None:
+    model = adapted(make("llama-gqa"), placement="parallel")
+    before = output(model)
+    handle = model.get_base_model().get_submodule("model.layers.1.mlp.up_proj").register_forward_pre_hook(_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch())
+    handle.remove()
+    twin = copy.deepcopy(model)
+    assert all(source._value is None for each in layers(twin).values() for source in each.sources.values())
+    assert output(twin).equal(before) and output(model).equal(before)
+
+
+def _interrupt(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise KeyboardInterrupt
+
+
+def test_taking_a_layer_out() -> None:
+    """What surgery does: the hook goes, the base layer comes back, the rest of the adapters stays."""
+    model = adapted(make("opt"), placement="parallel")
+    name = FFN_OUT["opt"].format(1)
+    layer = layers(model)[name]
+    for _ in range(2):
+        layer.detach_source()
+        assert hooks(model) == 2
+    with pytest.raises(LightPeftError, match=r"reads the input of model\.decoder\.layers\.1\.fc1.*did not run"):
+        output(model)
+    model.get_base_model().get_submodule("model.decoder.layers.1").fc2 = layer.get_base_layer()
+    reference = make("opt")
+    delta = delta_of(model, scaling=1.0)
+    by_hand(reference, "opt", True, delta)
+    assert len(layers(model)) == 2 and relative_difference(output(model), output(reference)) < 1e-5
+
+
+def test_cutting_the_bottleneck() -> None:
+    """A narrower adapter computes what the wide one with zeros in place of the cut channels does, and loads again."""
+    model, keep = adapted(make("bert"), placement="pfeiffer", non_linearity="gelu"), torch.tensor([0, 3, 4])
+    wide = copy.deepcopy(model)
+    for layer in layers(wide).values():
+        layer.bottleneck_adapters["default"].up.weight.data[:, [1, 2]] = 0.0
+    for layer in layers(model).values():
+        branch = layer.bottleneck_adapters["default"]
+        slice_linear(branch.down, keep, dim=0)
+        slice_linear(branch.up, keep, dim=1)
+        layer.size["default"] = 3
+    assert relative_difference(output(model), output(wide)) < 1e-6
+
+
+@pytest.mark.parametrize("lora_first", [True, False])
+def test_the_source_may_have_another_tuner(lora_first: bool) -> None:
+    """LoRA on the FFN's input projection, before or after the parallel adapters: the same input is read."""
+
+    def lora(model: nn.Module) -> PeftModel:
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False)
+        return get_peft_model(model, config)
+
+    bottleneck = BottleneckConfig(size=5, placement="parallel")
+    base = make("llama-gqa")
+    with pytest.warns(UserWarning, match="second time"):
+        model = get_peft_model(lora(base), bottleneck) if lora_first else lora(get_peft_model(base, bottleneck))
+    train_by_hand(model)
+    model.eval()
+    reference = make("llama-gqa")
+    by_hand(reference, "llama-gqa", True, delta_of_nested(base))
+    assert relative_difference(output(model), output(lora(reference).eval())) < 1e-5
+
+
+def delta_of_nested(base: PreTrainedModel) -> Delta:
+    weights = {name: module.bottleneck_adapters["default"] for name, module in layers(base).items()}
+    return lambda name, read: weights[name](read) if name in weights else torch.zeros(())
+
+
+def test_the_source_may_be_adapted_too() -> None:
+    """Taking the adapter off the source leaves the parallel adapter working."""
+    inputs = {"down_proj": "up_proj"}
+    model = adapted(make("llama-gqa"), target_modules=["down_proj", "up_proj"], parallel_inputs=inputs)
+    assert {len(layer.sources) for name, layer in layers(model).items() if "up_proj" in name} == {0}
+    for name, layer in layers(model).items():
+        if name.endswith("up_proj"):
+            model.get_base_model().get_submodule(name.rpartition(".")[0]).up_proj = layer.get_base_layer()
+    reference = make("llama-gqa")
+    by_hand(reference, "llama-gqa", True, delta_of(model, scaling=1.0))
+    assert relative_difference(output(model), output(reference)) < 1e-5
+
+
+# --- kinds of models and numbers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_sequence_to_sequence(tmp_path: Path, placement: str) -> None:
+    model = adapted(make("t5"), placement=placement)
+    assert type(model).__name__ == "PeftModelForSeq2SeqLM"
+    assert len(layers(model)) == (15 if placement == "houlsby" else 6)  # encoder 6; decoder 9 with cross-attention
+    layer = next(iter(layers(model).values()))
+    assert layer.weight is layer.base_layer.weight and layer.bias is None
+    generated = model.generate(**batch(), max_new_tokens=4, do_sample=False)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make("t5"), str(tmp_path)).eval()
+    assert loaded.generate(**batch(), max_new_tokens=4, do_sample=False).equal(generated)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_generation_with_a_cache(placement: str) -> None:
+    """Token by token the parallel adapter reads one token's input at a time."""
+    model = adapted(make("llama-gqa"), placement=placement)
+    whole, cache, steps = output(model, TOKENS), None, []
+    for position in range(9):
+        with torch.no_grad():
+            step = model(input_ids=TOKENS["input_ids"][:, position : position + 1], past_key_values=cache)
+        cache = step.past_key_values
+        steps.append(step.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_transposed_layers(tmp_path: Path, placement: str) -> None:
+    model = adapted(make("gpt2"), placement=placement)
+    for name, layer in layers(model).items():
+        assert isinstance(layer.base_layer, Conv1D)
+        assert (layer.in_features, layer.out_features) == ((48 if "mlp" in name else 32), 32)
+    model.save_pretrained(tmp_path)
+    assert output(PeftModel.from_pretrained(make("gpt2"), str(tmp_path))).equal(output(model))
+
+
+@pytest.mark.parametrize(
+    "target_modules", [["query", "intermediate.dense"], r".*layer\.[01]\.(intermediate\.dense|.*query)"]
+)
+def test_own_targets(target_modules: Any) -> None:
+    model = adapted(make("bert"), target_modules=target_modules, exclude_modules=["layer.2.intermediate.dense"])
+    names = set(layers(model))
+    blocks = range(3) if isinstance(target_modules, list) else range(2)
+    expected = {f"bert.encoder.layer.{i}.attention.self.query" for i in blocks}
+    expected |= {f"bert.encoder.layer.{i}.intermediate.dense" for i in range(2)}
+    assert names == expected == set(model.peft_config["default"].target_modules)
+    wide = layers(model)["bert.encoder.layer.0.intermediate.dense"]
+    assert (wide.in_features, wide.out_features) == (32, 48)
+    assert wide.bottleneck_adapters["default"].down.in_features == 48
+
+
+def test_all_linear_layers() -> None:
+    model = adapted(make("bert"), target_modules="all-linear")
+    assert len(layers(model)) == 3 * 6 + 1 and not output(model).equal(output(make("bert")))
+
+
+def test_a_model_without_transformers() -> None:
+    base = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x, before = torch.randn(2, 4), copy.deepcopy(base)
+    model = get_peft_model(base, BottleneckConfig(size=2, target_modules=["2"], parallel_inputs={"2": "0"}))
+    train_by_hand(model)
+    branch = base[2].bottleneck_adapters["default"]
+    assert (branch.down.in_features, branch.up.out_features) == (4, 3)
+    torch.testing.assert_close(model(x), before(x) + branch(x))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_bases(tmp_path: Path, placement: str, dtype: torch.dtype) -> None:
+    model = adapted(make("llama-gqa").to(dtype), placement=placement, scaling="learned")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert trainable and all(p.dtype == torch.float32 for p in trainable)
+    logits = model(**batch()).logits
+    assert logits.dtype == dtype and not logits.equal(output(make("llama-gqa").to(dtype)))
+    logits.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in trainable)
+    reference = output(adapted(make("llama-gqa").to(dtype).float(), placement=placement, scaling="learned"))
+    assert relative_difference(logits.float(), reference) < 0.05
+    model.save_pretrained(tmp_path)
+    assert output(PeftModel.from_pretrained(make("llama-gqa").to(dtype), str(tmp_path))).equal(logits)
+
+
+def test_adapters_may_stay_in_low_precision() -> None:
+    config = BottleneckConfig(size=5, placement="parallel", scaling="learned")
+    model = get_peft_model(make("llama-gqa").bfloat16(), config, autocast_adapter_dtype=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert output(model).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_autocast(placement: str) -> None:
+    model = adapted(make("llama-gqa"), placement=placement, scaling="learned")
+    seen: list[torch.dtype] = []
+    layer = next(iter(layers(model).values()))
+    layer.bottleneck_adapters["default"].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**batch()).logits
+        logits.float().sum().backward()
+    assert seen == [torch.bfloat16] and logits.dtype == torch.bfloat16
+    assert relative_difference(logits.float(), output(model)) < 0.05
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_trainer_lowers_the_loss(tmp_path: Path, placement: str) -> None:
+    model = adapted(make("bert"), trained=False, placement=placement, size=8)
+    rows = batch(rows=32, length=8, padding="none", labels=True)
+    rows["labels"] = (rows["input_ids"][:, 1] > 33).long()
+    values: dict[str, Any] = {"max_steps": 30, "learning_rate": 1e-2, "per_device_train_batch_size": 32}
+    values |= {"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    data = Dataset.from_dict({key: value.tolist() for key, value in rows.items()})
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), **values), train_dataset=data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 30 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    assert all(p.equal(frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 0}, "size must be .* at least 1, got 0"),
+        ({"size": 2.5}, "size must be a whole number"),
+        ({"size": True}, "size must be a whole number"),
+        ({"size_pattern": {"fc2": 0}}, "size_pattern of fc2 must be"),
+        ({"non_linearity": "rellu"}, "non_linearity 'rellu' is not known.* relu,"),
+        ({"dropout": 1.0}, "dropout must be .* below 1, got 1.0"),
+        ({"dropout": -0.1}, "dropout must be at least 0"),
+        ({"scaling": "learn"}, "scaling must be a number or \"learned\", got 'learn'"),
+        ({"scaling": float("nan")}, "scaling must be a number"),
+        ({"init": "ones"}, "init must be one of zero, bert, houlsby; got 'ones'"),
+        ({"placement": "serial"}, "placement must be one of houlsby, pfeiffer, parallel"),
+        ({"placement": None}, "needs a placement .* or target_modules"),
+        ({"placement": "parallel", "target_modules": ["fc2"]}, "needs parallel_inputs"),
+        ({"task_type": "NONSENSE"}, "Invalid task type"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        BottleneckConfig(**{"placement": "houlsby", **settings})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"target_modules": ["nowhere"], "task_type": None}, NoMatchingPeftModuleError, "not found in the base model"),
+        ({"placement": "houlsby", "exclude_modules": ["dense"]}, NoMatchingPeftModuleError, "No modules were targeted"),
+        ({"target_modules": ["LayerNorm"]}, LightPeftError, "on linear layers; a .*LayerNorm is none"),
+        ({"parallel_inputs": {"output.dense": "nowhere"}}, LightPeftError, "no module .*nowhere for"),
+        (
+            {
+                "placement": "parallel",
+                "target_modules": ["intermediate.dense"],
+                "parallel_inputs": {"query": "key"},
+            },
+            LightPeftError,
+            "no entry for bert.encoder.layer.0.intermediate.dense",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        adapted(make("bert"), **settings)
+    assert isinstance(caught.value, ValueError) and "\n" not in str(caught.value)
+
+
+def test_a_placement_needs_a_transformers_model() -> None:
+    with pytest.raises(LightPeftError, match="needs a transformers model, got a Sequential; give target_modules"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), BottleneckConfig(placement="houlsby"))
+
+
+@pytest.mark.parametrize("name", ["up", "down", "scaling"])
+def test_names_of_parts_are_no_adapter_names(name: str) -> None:
+    with pytest.raises(LightPeftError, match=f'cannot be called "{name}"'):
+        adapted(make("bert"), adapter_name=name, scaling="learned")
+
+
+def test_another_try_after_a_mistake() -> None:
+    base = make("bert")
+    with pytest.raises(LightPeftError, match="no module"):
+        adapted(base, target_modules=["query", "layer.2.output.dense"], parallel_inputs={"layer.2.output.dense": "x"})
+    with pytest.warns(UserWarning, match="second time"):
+        model = adapted(base, trained=False, placement="parallel")
+    assert output(model).equal(output(make("bert"))) and hooks(model) == 3
+
+
+def test_placed_modules_inside_a_peft_model() -> None:
+    base = make("llama-gqa")
+    targets, sources = placed_modules(base, "parallel")
+    wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    inside, inside_sources = placed_modules(wrapped, "parallel")
+    assert inside == [f"base_model.model.{name}" for name in targets]
+    assert inside_sources == {f"base_model.model.{t}": f"base_model.model.{s}" for t, s in sources.items()}
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def test_registration_is_done_once() -> None:
+    before = list(PeftType)
+    assert bottleneck_type() is bottleneck_type() is PeftType("BOTTLENECK") is PeftType["BOTTLENECK"]
+    assert PeftType.BOTTLENECK.value == PeftType.BOTTLENECK.name == "BOTTLENECK"
+    register(BottleneckConfig, BottleneckModel)
+    assert list(PeftType) == before and before.count("BOTTLENECK") == 1
+    assert PEFT_TYPE_TO_TUNER_MAPPING["BOTTLENECK"] is BottleneckModel
+    assert copy.deepcopy(PeftType.BOTTLENECK) is PeftType.BOTTLENECK
+    assert json.dumps(PeftType.BOTTLENECK) == '"BOTTLENECK"'
+
+
+def test_another_method_of_this_name() -> None:
+    with pytest.raises(LightPeftError, match="PEFT already has a method BOTTLENECK"):
+        register(BottleneckConfig, type("Other", (BottleneckModel,), {}))
+    assert layer_module.BottleneckLayer.adapter_layer_names == ("bottleneck_adapters",)
