@@ -148,9 +148,10 @@ def make(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """The tiny model `name` with random weights, biases and norms included."""
     torch.manual_seed(seed)
     model = ALL[name](**changes)
+    spread = 0.2 if name.startswith("t5") else 0.3  # T5 does not scale its scores down
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0.0, 0.3) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.normal_(0.0, spread) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
 
 
@@ -285,7 +286,9 @@ def _kept_rows_of_qkv(spec: BlockSpec, kept: BlockPlan) -> list[int]:
         parts = [q.view(-1, size)[list(kept.heads)], k.view(-1, size)[groups], v.view(-1, size)[groups]]
         return torch.cat([part.flatten() for part in parts]).tolist()
     grouped = rows.view(spec.kv_heads, spec.heads_per_kv + 2, size)
-    inside = [[head % spec.heads_per_kv for head in kept.heads if head // spec.heads_per_kv == g] for g in kept.kv_heads]
+    inside = [
+        [head % spec.heads_per_kv for head in kept.heads if head // spec.heads_per_kv == g] for g in kept.kv_heads
+    ]
     last = [spec.heads_per_kv, spec.heads_per_kv + 1]
     return [int(r) for g, q in zip(kept.kv_heads, inside, strict=True) for r in grouped[g, [*q, *last]].flatten()]
 

@@ -1,18 +1,19 @@
 """One view of linear layers: their width, their weight as [out, in], and how features are cut out of them.
 
 PyTorch's `Linear` (and subclasses that only compute differently) and transformers' `Conv1D`, which keeps its weight
-transposed. Kinds with packed weights add themselves to `KINDS`.
+transposed, here; layers in 4 or 8 bits in `quantised`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightpeft.errors import LightPeftError
+from lightpeft.quantised import QUANTISED
 
 
 class LinearKind(Protocol):
@@ -26,22 +27,35 @@ class LinearKind(Protocol):
         """The weight as a floating-point [out, in] tensor, a view where possible."""
         ...
 
+    def stored_weight(self, layer: nn.Module) -> Tensor:
+        """The numbers that the weight is kept as, [out, in]: the weight itself, or the integers of a quantised one."""
+        return self.dense_weight(layer)
+
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        """Output and input features."""
+        rows, columns = self.dense_weight(layer).shape
+        return rows, columns
+
+    def fault(self, layer: nn.Module, width: int, dim: int) -> str | None:
+        """Why the layer cannot be cut to `width` output (`dim` 0) or input features (`dim` 1); None: it can."""
+        return None
+
     def keep(self, layer: nn.Module, index: Tensor, dim: int) -> None:
         """Keep output features (`dim` 0) or input features (`dim` 1), in place."""
         ...
 
 
-class PlainLinear:
+class PlainLinear(LinearKind):
     """`torch.nn.Linear` with an ordinary floating-point weight."""
 
     def matches(self, layer: nn.Module) -> bool:
         weight = getattr(layer, "weight", None)
         return isinstance(layer, nn.Linear) and type(weight) is nn.Parameter and _is_ordinary(weight)
 
-    def dense_weight(self, layer: nn.Module) -> Tensor:
+    def dense_weight(self, layer: Any) -> Tensor:
         return layer.weight.detach()
 
-    def keep(self, layer: nn.Module, index: Tensor, dim: int) -> None:
+    def keep(self, layer: Any, index: Tensor, dim: int) -> None:
         layer.weight = sliced(layer.weight, index, dim)
         if dim == 0:
             layer.out_features = len(index)
@@ -50,16 +64,16 @@ class PlainLinear:
             layer.in_features = len(index)
 
 
-class TransposedLinear:
+class TransposedLinear(LinearKind):
     """transformers' `Conv1D`: a linear layer whose weight is [in, out] (GPT-2)."""
 
     def matches(self, layer: nn.Module) -> bool:
         return isinstance(layer, Conv1D)
 
-    def dense_weight(self, layer: nn.Module) -> Tensor:
+    def dense_weight(self, layer: Any) -> Tensor:
         return layer.weight.detach().T
 
-    def keep(self, layer: nn.Module, index: Tensor, dim: int) -> None:
+    def keep(self, layer: Any, index: Tensor, dim: int) -> None:
         layer.weight = sliced(layer.weight, index, 1 - dim)
         if dim == 0:
             layer.bias = sliced(layer.bias, index, 0)
@@ -78,7 +92,7 @@ class WithoutInputs(Conv1D):
         return self.bias.expand(*x.shape[:-1], self.nf)
 
 
-KINDS: list[LinearKind] = [PlainLinear(), TransposedLinear()]
+KINDS: list[LinearKind] = [PlainLinear(), TransposedLinear(), *QUANTISED]
 """The kinds of linear layers that can be cut."""
 
 
@@ -96,14 +110,30 @@ def dense_weight(layer: nn.Module) -> Tensor:
     return _kind(layer).dense_weight(layer)
 
 
+def stored_weight(layer: nn.Module) -> Tensor:
+    """What a linear layer keeps its weight as, [out, in]: the weight itself, or the integers of a quantised one."""
+    return _kind(layer).stored_weight(layer)
+
+
 def features(layer: nn.Module) -> tuple[int, int]:
     """Output and input features of a linear layer."""
-    rows, columns = dense_weight(layer).shape
-    return rows, columns
+    return _kind(layer).features(layer)
+
+
+def fault(layer: nn.Module, width: int, dim: int) -> str | None:
+    """Why a linear layer cannot be cut to `width` output (`dim` 0) or input features (`dim` 1); None: it can."""
+    return _kind(layer).fault(layer, width, dim)
+
+
+def describe(layer: nn.Module) -> str:
+    """A layer's type for messages, with that of its weight where that is a type of its own."""
+    weight = getattr(layer, "weight", None)
+    own = "" if weight is None or type(weight) in (nn.Parameter, Tensor) else f" with a {_name(weight)} weight"
+    return f"{_name(layer)}{own}"
 
 
 @torch.no_grad()
-def slice_linear(layer: nn.Module, index: Tensor, dim: int) -> None:
+def slice_linear(layer: Any, index: Tensor, dim: int) -> None:
     """Keep output features (`dim` 0) or input features (`dim` 1) of a linear layer; the rest is freed."""
     _kind(layer).keep(layer, index.to(layer.weight.device), dim)
 
@@ -117,7 +147,11 @@ def _kind(layer: nn.Module) -> LinearKind:
     for kind in KINDS:
         if kind.matches(layer):
             return kind
-    raise LightPeftError(f"a {type(layer).__module__}.{type(layer).__name__} cannot be pruned")
+    raise LightPeftError(f"a {describe(layer)} cannot be pruned")
+
+
+def _name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__name__}"
 
 
 def _is_ordinary(weight: Tensor) -> bool:

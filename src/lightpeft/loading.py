@@ -177,9 +177,7 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
     and a large model takes milliseconds.
     """
     digest = hashlib.sha256()
-    weights = {
-        name: dense_weight(base_linear(model, name)) for block in blocks for name in block.projections.values()
-    }
+    weights = {name: dense_weight(base_linear(model, name)) for block in blocks for name in block.projections.values()}
     embeddings = base_layer(transformers_model(model).get_input_embeddings())
     weights["input_embeddings"] = next(embeddings.parameters())  # of tokens, or of image patches or sound frames
     for name, parameter in weights.items():

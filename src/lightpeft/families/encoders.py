@@ -108,8 +108,7 @@ DINOV2 = Family(
             attention="attention",
             projections=(
                 _VISION_ATTENTION | _VISION_FFN,
-                _VISION_ATTENTION
-                | {"ffn_in": "mlp.up_proj", "ffn_gate": "mlp.gate_proj", "ffn_out": "mlp.down_proj"},
+                _VISION_ATTENTION | {"ffn_in": "mlp.up_proj", "ffn_gate": "mlp.gate_proj", "ffn_out": "mlp.down_proj"},
             ),
             head_attributes={"num_attention_heads": "heads"},
             width_key=None,
