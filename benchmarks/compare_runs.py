@@ -1,4 +1,4 @@
-"""Plain LoRA beside lightpeft on one config, over seeds: quality, parameters, speed and memory, in one JSON file.
+"""Plain PEFT beside lightpeft on one config, over seeds: quality, parameters, speed and memory, in one JSON file.
 
     python benchmarks/compare_runs.py configs/movie_reviews/minilm_lora.yaml --seeds 0 1 2
 
@@ -27,7 +27,7 @@ from lightpeft.pipeline import run
 from lightpeft.records import write_json
 from lightpeft.tables import comparison_table
 
-METHODS = ("lora", "light")
+METHODS = ("plain", "light")
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     results = given.config.with_suffix(".results.json")
     write_json(results, summary(reports, speeds))
     keep_logs(config, given.seeds, given.config.with_suffix(".logs"))
-    Console().print(comparison_table(reports["lora"][0], reports["light"][0], speeds))
+    Console().print(comparison_table(reports["plain"][0], reports["light"][0], speeds))
     Console().print(json.dumps(json.loads(results.read_text())["quality"], indent=1), markup=False)
 
 
@@ -64,10 +64,10 @@ def summary(reports: dict[str, list[dict[str, Any]]], speeds: dict[str, Any]) ->
         for method, of_method in reports.items()
     }
     accuracy = [[report["metrics"]["accuracy"] for report in reports[method]] for method in METHODS]
-    differences = [light - lora for lora, light in zip(*accuracy, strict=True)]
+    differences = [light - plain for plain, light in zip(*accuracy, strict=True)]
     first = reports["light"][0]
     return {
-        "quality": {**quality, "accuracy_light_minus_lora": spread(differences)},
+        "quality": {**quality, "accuracy_light_minus_plain": spread(differences)},
         "parameters": {method: [report["parameters"] for report in of_method] for method, of_method in reports.items()},
         "adapter_bytes": {method: [r["adapter_bytes"] for r in of_method] for method, of_method in reports.items()},
         "seconds": {method: [report["seconds"] for report in of_method] for method, of_method in reports.items()},

@@ -33,12 +33,12 @@ def main() -> None:
     console = Console()
     quiet()
     try:
-        reports = {method: run(_config(method, given.epochs, given.output)) for method in ("lora", "light")}
+        reports = {method: run(_config(method, given.epochs, given.output)) for method in ("plain", "light")}
         speeds = bench(_config("light", given.epochs, given.output), rounds=3, steps=10)
     except LightPeftError as error:
         sys.exit(f"lightpeft: {error}")
     console.print(plan_table(PrunePlan.load(given.output / "light" / "plan.json")))
-    console.print(comparison_table(reports["lora"], reports["light"], speeds))
+    console.print(comparison_table(reports["plain"], reports["light"], speeds))
     console.print(f"light adapter: {given.output / 'light' / 'adapter'}", markup=False, soft_wrap=True)
 
 

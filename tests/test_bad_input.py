@@ -293,7 +293,7 @@ def test_divergence_between_log_lines_is_found_all_the_same(
 
 
 def test_divergence_in_training(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.yaml("diverged_lora", method="lora", **{"training.learning_rate": 1e30})
+    file = bench.yaml("diverged_lora", method="plain", **{"training.learning_rate": 1e30})
     assert lightpeft("run", "--config", file) == 2
     assert "training diverged" in capsys.readouterr().err
     assert not (bench.folder / "diverged_lora" / "adapter").exists()
@@ -427,7 +427,7 @@ def test_predictions_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_plain_lora_run_has_no_light_adapter(bench: Workbench, refused: Refused) -> None:
-    pipeline.run(bench.config("plain_lora", method="lora", **{"training.epochs": 1}))
+    pipeline.run(bench.config("plain_lora", method="plain", **{"training.epochs": 1}))
     assert "is not a light adapter" in refused("predict", bench.folder / "plain_lora", bench.test)
 
 

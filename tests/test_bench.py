@@ -36,7 +36,7 @@ def report(bench: Workbench) -> dict[str, Any]:
 def test_report_is_complete(report: dict[str, Any]) -> None:
     assert report["rounds"] == ROUNDS
     assert report["steps"] == STEPS
-    assert set(report["subjects"]) == {"lora", "estimation", "light"}
+    assert set(report["subjects"]) == {"plain", "estimation", "light"}
     for name, subject in report["subjects"].items():
         assert subject["peak_memory_bytes"] > 0
         assert subject["peak_memory_method"]
@@ -52,9 +52,9 @@ def test_report_is_complete(report: dict[str, Any]) -> None:
 
 def test_ratios_are_medians_over_paired_rounds(report: dict[str, Any]) -> None:
     for what, of, over, name in [
-        ("training", "light", "lora", "training_throughput"),
-        ("inference", "light", "lora", "inference_throughput"),
-        ("training", "estimation", "lora", "estimation_throughput"),
+        ("training", "light", "plain", "training_throughput"),
+        ("inference", "light", "plain", "inference_throughput"),
+        ("training", "estimation", "plain", "estimation_throughput"),
     ]:
         values = report["values"][what]
         assert len(values[of]) == len(values[over]) == ROUNDS
@@ -65,16 +65,16 @@ def test_ratios_are_medians_over_paired_rounds(report: dict[str, Any]) -> None:
         assert ratio["n"] == ROUNDS
     subjects = report["subjects"]
     for key, name in (("training", "training_flops"), ("forward", "inference_flops")):
-        quotient = subjects["light"]["flops"][key] / subjects["lora"]["flops"][key]
+        quotient = subjects["light"]["flops"][key] / subjects["plain"]["flops"][key]
         assert report["ratios"][name] == pytest.approx(quotient)
-    memory = [subjects[name]["peak_memory_bytes"] for name in ("light", "lora")]
+    memory = [subjects[name]["peak_memory_bytes"] for name in ("light", "plain")]
     assert report["ratios"]["peak_memory"] == pytest.approx(memory[0] / memory[1])
 
 
 def test_light_computes_less_and_estimation_more(report: dict[str, Any]) -> None:
     flops = {name: subject["flops"] for name, subject in report["subjects"].items()}
     for key in ("forward", "training"):
-        assert flops["light"][key] < flops["lora"][key] < flops["estimation"][key]
+        assert flops["light"][key] < flops["plain"][key] < flops["estimation"][key]
 
 
 def test_whole_run_counts_estimation_and_surgery(bench: Workbench, report: dict[str, Any]) -> None:
@@ -83,11 +83,11 @@ def test_whole_run_counts_estimation_and_surgery(bench: Workbench, report: dict[
     per_step = {
         name: 8 / subject["training_samples_per_second"]["median"] for name, subject in report["subjects"].items()
     }
-    assert whole["lora_seconds"] == pytest.approx(24 * per_step["lora"])
+    assert whole["plain_seconds"] == pytest.approx(24 * per_step["plain"])
     assert whole["light_estimation_seconds"] == pytest.approx(6 * per_step["estimation"])
     surgery = whole["light_seconds"] - whole["light_estimation_seconds"] - 18 * per_step["light"]
     assert surgery == pytest.approx(pipeline.prepare(bench.config("run")).run.stage_seconds()["prune"], abs=1e-6)
-    assert whole["light_over_lora"] == pytest.approx(whole["light_seconds"] / whole["lora_seconds"])
+    assert whole["light_over_plain"] == pytest.approx(whole["light_seconds"] / whole["plain_seconds"])
 
 
 def test_bench_leaves_the_run_as_it_is(bench: Workbench, report: dict[str, Any]) -> None:
@@ -126,11 +126,11 @@ def test_batches_are_the_same_for_all_and_spread_over_the_epoch(bench: Workbench
 
 def test_subjects_are_what_they_say(bench: Workbench, report: dict[str, Any]) -> None:
     sizes = {}
-    for name in ("lora", "estimation", "light"):
+    for name in ("plain", "estimation", "light"):
         subject = Subject(name, bench.config("run"), STEPS)
         sizes[name] = sum(p.numel() for p in subject.model.parameters() if not p.requires_grad)
         assert subject.training() > 0
-    assert sizes["light"] < sizes["lora"] == sizes["estimation"]
+    assert sizes["light"] < sizes["plain"] == sizes["estimation"]
 
 
 # -- failures ----------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_worker_that_vanishes_gives_one_line(
     bench: Workbench, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     monkeypatch.setattr(Subject, moment, lambda *_: os._exit(9))
-    with Worker("lora", bench.config("run"), 1) as worker:
+    with Worker("plain", bench.config("run"), 1) as worker:
         if moment == "training":
             assert worker.measure("fixed")["flops"]["training"] > 0
         for _ in range(2):
@@ -178,7 +178,7 @@ def test_worker_that_vanishes_gives_one_line(
 @pytest.mark.usefixtures("forked")
 def test_bad_input_in_a_worker_keeps_its_words(bench: Workbench, report: dict[str, Any]) -> None:
     with (
-        Worker("lora", bench.config("run", seed=5), 1) as worker,
+        Worker("plain", bench.config("run", seed=5), 1) as worker,
         pytest.raises(LightPeftError, match=r"measuring failed: output .* is the run of another config"),
     ):
         worker.measure("fixed")

@@ -19,7 +19,7 @@ import safetensors
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import ALL, DROPPED, MODELS, batch, make, plan_for, relative_difference, with_lora
+from tiny import ALL, DROPPED, LAYOUTS, batch, inputs_for, make, plan_for, relative_difference, with_lora
 from torch import Tensor
 from transformers import BertForMaskedLM, PreTrainedModel
 
@@ -58,7 +58,7 @@ def light_over(base: PreTrainedModel, metrics: dict[str, Any] | None = None, **b
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    return model(**batch()).logits
+    return model(**inputs_for(model)).logits
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -225,7 +225,7 @@ def test_as_light_keeps_the_object_and_can_be_copied(home: Path) -> None:
     assert logits(copy.deepcopy(light)).equal(logits(light))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_an_adapter_of_a_float32_base_loads_on_bfloat16(name: str, tmp_path: Path) -> None:
     base = saved_base(name, tmp_path / "base")
     model = light_over(from_folder(name, base))

@@ -84,7 +84,7 @@ def test_ratios_in_range(value: float) -> None:
         (TrainingConfig, {"learning_rate": float("nan")}, "training.learning_rate is nan"),
         (TrainingConfig, {"warmup": 1.0}, "training.warmup is 1"),
         (TrainingConfig, {"save_steps": 0}, "start at 1"),
-        (RunConfig, {"method": "full"}, 'method is "full"; choose one of light, lora'),
+        (RunConfig, {"method": "full"}, 'method is "full"; choose one of light, plain'),
         (RunConfig, {"preset": "fast"}, 'preset is "fast"'),
     ],
 )

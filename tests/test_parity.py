@@ -24,6 +24,7 @@ from tiny import (
     relative_difference,
     select,
     with_lora,
+    without_dropout,
     zero_pruned_ranks,
 )
 from torch import Tensor
@@ -115,18 +116,6 @@ def test_training_mode_and_gradients(name: str, budget: dict[str, Any]) -> None:
     for parameter_name, parameter in pruned.named_parameters():
         if parameter_name in heads:
             compare_gradients(parameter, heads[parameter_name].grad)
-
-
-def without_dropout(model: torch.nn.Module) -> None:
-    """Switch every dropout off, whether it is a module or a number that a module hands to a function."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if "drop_prob" in vars(module):
-            module.drop_prob = 0.0
 
 
 def compare_gradients(parameter: Tensor, expected: Tensor) -> None:

@@ -95,7 +95,7 @@ def test_light_run_leaves_every_artifact(benches: dict[tuple[str, str], Workbenc
 def test_plain_lora_run_takes_as_many_steps(benches: dict[tuple[str, str], Workbench], kind: tuple[str, str]) -> None:
     bench = benches[kind]
     pipeline.run(bench.config("counted"))
-    result = pipeline.run(bench.config("lora", method="lora"))
+    result = pipeline.run(bench.config("lora", method="plain"))
     folder = bench.folder / "lora"
     assert {path.name for path in folder.iterdir()} == {"config.yaml", "log.jsonl", "adapter", "metrics.json"}
     assert result["parameters"]["base_removed_ratio"] == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tiny import batch, make, with_lora
+from tiny import batch, inputs_for, make, with_lora
 from training import inputs, student, trainer
 from transformers import BertModel
 
@@ -24,15 +24,11 @@ def stage(model: PeftModel, total_steps: int = 4, **config: float | str | bool) 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     pruner.start(total_steps)
     while not pruner.finished:
-        model(**inputs(name(model), rows=4)).loss.backward()
+        model(**inputs_for(model, labels=True, rows=4)).loss.backward()
         pruner.step()
         optimizer.step()
         optimizer.zero_grad()
     return pruner
-
-
-def name(model: PeftModel) -> str:
-    return model.get_base_model().config.model_type
 
 
 def losses(model: PeftModel, steps: int = 8) -> list[float]:
@@ -40,7 +36,7 @@ def losses(model: PeftModel, steps: int = 8) -> list[float]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     values = []
     for _ in range(steps):
-        loss = model(**inputs(name(model), rows=4)).loss
+        loss = model(**inputs_for(model, labels=True, rows=4)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -131,9 +131,9 @@ def test_resuming_is_exact_with_other_settings(bench: Workbench, changes: dict[s
 
 
 def test_plain_lora_goes_on_too(bench: Workbench) -> None:
-    whole = bench.yaml("lora_whole", method="lora", **SETTINGS)
+    whole = bench.yaml("lora_whole", method="plain", **SETTINGS)
     assert lightpeft("run", "--config", whole) == 0
-    file = bench.yaml("lora_killed", method="lora", **SETTINGS)
+    file = bench.yaml("lora_killed", method="plain", **SETTINGS)
     assert run_disturbed(file, at_step("train", 11, KILL)) == -signal.SIGKILL
     assert lightpeft("run", "--config", file) == 0
     reports = [read(bench.folder / name / "metrics.json") for name in ("lora_whole", "lora_killed")]

@@ -64,7 +64,7 @@ def test_comparison_shows_both_runs() -> None:
     def run(accuracy: float, base: int, removed: float, peft: int, size: int, seconds: dict[str, float]) -> dict:
         parameters = {"base": base, "base_removed_ratio": removed, "peft": peft, "head": 770}
         metrics = {"accuracy": accuracy, "f1": accuracy, "loss": 0.4}
-        return {"metrics": metrics, "parameters": parameters, "adapter_bytes": size, "seconds": seconds}
+        return {"config": {"peft": "lora"}, "metrics": metrics, "parameters": parameters, "adapter_bytes": size, "seconds": seconds}
 
     def subject(training: float, inference: float, memory: int) -> dict:
         speeds = {"training": training, "inference": inference}
@@ -74,7 +74,7 @@ def test_comparison_shows_both_runs() -> None:
     lora = run(0.81, 22_000_000, 0.0, 73_728, 300 * 1024, {"train": 100.0})
     light = run(0.80, 15_000_000, 0.318, 20_000, 90 * 1024, {"estimate": 10.0, "prune": 1.0, "train": 54.0})
     bench = {
-        "subjects": {"lora": subject(100.0, 400.0, 900 * 2**20), "light": subject(150.0, 600.0, 700 * 2**20)},
+        "subjects": {"plain": subject(100.0, 400.0, 900 * 2**20), "light": subject(150.0, 600.0, 700 * 2**20)},
         "ratios": {"training_throughput": {"median": 1.5}, "inference_throughput": {"median": 1.49}},
     }
     table = text(comparison_table(lora, light, bench))

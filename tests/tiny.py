@@ -19,6 +19,7 @@ from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
 from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan
 from lightpeft.sites import find_sites, transformers_model
+from lightpeft.sites.bottleneck import BottleneckSite
 from lightpeft.structure import BlockSpec
 
 VOCABULARY = 67
@@ -129,6 +130,9 @@ VARIANTS: dict[str, Maker] = {
 
 ALL = MODELS | VARIANTS
 
+LAYOUTS = ["bert", "modernbert", "llama-gqa", "olmo2", "phi3", "gpt2", "gpt_neox", "falcon", "opt", "t5", "vit"]
+"""One family of each kind of structure, for tests to which the rest would add nothing but time."""
+
 GENERATORS = [name for name in ALL if name not in ENCODERS and "classifier" not in name and "dinov2" not in name]
 """Those that generate tokens."""
 
@@ -193,18 +197,41 @@ def batch(
     return inputs
 
 
-def inputs_for(model: nn.Module, padding: str = "right", generate: bool = False) -> dict[str, Tensor]:
+def inputs_for(
+    model: nn.Module, padding: str = "right", generate: bool = False, labels: bool = False, seed: int = 1, **shape: int
+) -> dict[str, Tensor]:
     """A batch that the model takes: token ids, images or sound; with decoder inputs unless it is for `generate`."""
     inner = transformers_model(model)
-    inputs = batch(padding=padding)
-    generator = torch.Generator().manual_seed(2)
+    inputs = batch(padding=padding, seed=seed, **shape)
+    rows = len(inputs["input_ids"])
+    generator = torch.Generator().manual_seed(seed + 1)
     if inner.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
+        inputs = {"pixel_values": torch.randn(rows, 3, 16, 16, generator=generator)}
     if inner.main_input_name == "input_features":
-        inputs = {"input_features": torch.randn(3, 8, 18, generator=generator)}
-    if inner.config.is_encoder_decoder and not generate:
-        inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (3, 7), generator=generator)
+        inputs = {"input_features": torch.randn(rows, 8, 18, generator=generator)}
+    targets = torch.randint(3, VOCABULARY, (rows, 7), generator=generator)
+    if inner.config.is_encoder_decoder and not generate and not labels:
+        inputs["decoder_input_ids"] = targets
+    if labels and "Classification" in type(inner).__name__:
+        inputs["labels"] = torch.randint(0, 2, (rows,), generator=generator)
+    elif labels and inner.config.is_encoder_decoder:
+        inputs["labels"] = targets.masked_fill(torch.rand(targets.shape, generator=generator) < 0.2, -100)
+    elif labels:
+        inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     return inputs
+
+
+def without_dropout(model: nn.Module) -> Any:
+    """Switch every dropout off, whether it is a module or a number that a module hands to a function."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if "drop_prob" in vars(module):
+            module.drop_prob = 0.0
+    return model
 
 
 def random_record(model: PeftModel, seed: int = 0, ties: bool = False) -> EstimationRecord:
@@ -257,6 +284,8 @@ def zero_pruned_ranks(model: PeftModel, plan: PrunePlan) -> None:
         for site in find_sites(model, plan.specs):
             gone = sorted(set(range(site.spec.rank)) - set(plan.sites.get(site.spec.name, ())))
             site.up[:, gone] = 0.0
+            if site.spec.name not in plan.sites and isinstance(site, BottleneckSite):
+                site.branch.up.bias.zero_()
 
 
 def kept_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> tuple[list[int] | None, list[int] | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tiny import batch, make, with_lora
+from tiny import batch, inputs_for, make, with_lora, without_dropout
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -17,23 +17,15 @@ from lightpeft.config import LightConfig
 from lightpeft.estimation import Estimator
 from lightpeft.records import EstimationRecord
 
-CALM: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-"""Encoders without dropout: sums over a batch do not depend on how it is split."""
-ENCODERS = ("bert", "roberta")
-
 
 def student(name: str = "bert", **changes: Any) -> PeftModel:
-    """A tiny LoRA model in training mode, without any dropout."""
-    settings = CALM if name in ENCODERS else {"dropout": 0.0} if name == "opt" else {}
-    return with_lora(make(name, **settings), **changes).train()
+    """A tiny LoRA model in training mode, without any dropout but what `changes` ask for in LoRA."""
+    return with_lora(without_dropout(make(name)), **changes).train()
 
 
 def inputs(name: str = "bert", **changes: Any) -> dict[str, Tensor]:
     """A padded batch with the labels that the model's task needs."""
-    made = batch(labels=name in ENCODERS, **changes)
-    if name not in ENCODERS:
-        made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
-    return made
+    return inputs_for(make(name), labels=True, **changes)
 
 
 def dataset(causal: bool = False, rows: int = 64) -> Dataset:

@@ -1,4 +1,4 @@
-"""Plain LoRA beside the light model: speed, memory and FLOPs, each subject in a process of its own, in alternation.
+"""Plain PEFT beside the light model: speed, memory and FLOPs, each subject in a process of its own, in alternation.
 
 The same batches, padding, batch size and data type go to all. Only one process computes at a time, so that on a noisy
 machine a drift falls on all subjects alike; ratios are taken within rounds.
@@ -26,7 +26,7 @@ from lightpeft import pipeline
 from lightpeft.checkpoint import load_light
 from lightpeft.config import RunConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.loading import add_lora, quiet_libraries
+from lightpeft.loading import add_peft, quiet_libraries
 from lightpeft.pipeline import Workspace
 from lightpeft.profiling import (
     PeakMemory,
@@ -41,14 +41,14 @@ from lightpeft.profiling import (
 from lightpeft.pruner import EarlyPruner
 from lightpeft.records import EstimationRecord, write_json
 
-SUBJECTS = ("lora", "estimation", "light")
-"""Plain LoRA on the dense model, the estimation stage, and the pruned model."""
+SUBJECTS = ("plain", "estimation", "light")
+"""Plain PEFT on the dense model, the estimation stage, and the pruned model."""
 _MEASURED_STEPS = 3
 """Training steps of the memory measurement: the second allocates nothing new but the optimizer's state."""
 
 
 def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path | None = None) -> dict[str, Any]:
-    """Measure the run of `config` against plain LoRA, and write the result to `json`.
+    """Measure the run of `config` against plain PEFT, and write the result to `json`.
 
     A run that has not been pruned yet is estimated, planned and pruned first.
 
@@ -57,8 +57,9 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
         steps: batches a round.
 
     Returns:
-        By subject: samples/s in training and inference (merged weights), peak memory, FLOPs; ratios to plain LoRA;
-        and the end-to-end time of a whole run computed from the medians, estimation included.
+        By subject: samples/s in training and inference (merged weights where they can be merged), peak
+        memory, FLOPs; ratios to plain PEFT; and the end-to-end time of a whole run computed from the medians,
+        estimation included.
     """
     require(rounds >= 1 and steps >= 1, "bench.rounds and bench.steps start at 1")
     config = replace(config, method="light")
@@ -70,7 +71,7 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
         workers = {name: stack.enter_context(Worker(name, config, steps)) for name in SUBJECTS}
         fixed = {name: worker.measure("fixed") for name, worker in workers.items()}
         training = alternate(_calls(workers, "training"), rounds)
-        inference = alternate(_calls({n: workers[n] for n in ("lora", "light")}, "inference"), rounds)
+        inference = alternate(_calls({n: workers[n] for n in ("plain", "light")}, "inference"), rounds)
     report = {
         "subjects": {
             name: {
@@ -175,8 +176,8 @@ class Subject:
         return self._samples() / sum(self._train(self.batches))
 
     def inference(self) -> float:
-        """Inference samples a second with merged weights."""
-        if isinstance(self.model, PeftModel):
+        """Inference samples a second, with merged weights where they can be merged."""
+        if isinstance(self.model, PeftModel) and self.config.peft == "lora":
             self.model = copy.deepcopy(self.model).merge_and_unload()
         return self._samples() / sum(measure_inference(self.model, self.batches, bf16=self.config.training.bf16))
 
@@ -203,15 +204,15 @@ def sample_batches(work: Workspace, steps: int) -> list[dict[str, Any]]:
     return [work.collator(batch) for batch in rows]
 
 
-def _plain_lora(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
+def _plain(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
     config = work.config
-    return add_lora(pipeline.dense_model(work), config.lora, config.data.task, plain=True), _adamw(work)
+    return add_peft(pipeline.dense_model(work), replace(config, method="plain")), _adamw(work)
 
 
 def _estimation(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
-    """The dense model with LoRA everywhere, masks and observers on; the masks train in the optimizer's step."""
+    """The dense model with all PEFT modules, masks and observers on; the masks train in the optimizer's step."""
     config = work.config
-    model = add_lora(pipeline.dense_model(work), config.lora, config.data.task, plain=False)
+    model = add_peft(pipeline.dense_model(work), config)
     pruner = EarlyPruner(model, replace(config.light, length=10**9))
     pruner.start()
 
@@ -227,7 +228,7 @@ def _light(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimi
     return load_light(work.run.pruned, pipeline.dense_model(work).model, is_trainable=True), _adamw(work)
 
 
-BUILDERS = {"lora": _plain_lora, "estimation": _estimation, "light": _light}
+BUILDERS = {"plain": _plain, "estimation": _estimation, "light": _light}
 """Subject -> its model and the factory of its optimizer."""
 
 
@@ -245,14 +246,14 @@ def _calls(workers: Mapping[str, Worker], what: str) -> dict[str, Callable[[], f
 def _ratios(
     training: Mapping[str, list[float]], inference: Mapping[str, list[float]], fixed: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Light over plain LoRA, and estimation over plain LoRA; paired by round where rounds exist."""
+    """Light over plain PEFT, and estimation over plain PEFT; paired by round where rounds exist."""
     return {
-        "training_throughput": asdict(ratio(training["light"], training["lora"])),
-        "inference_throughput": asdict(ratio(inference["light"], inference["lora"])),
-        "estimation_throughput": asdict(ratio(training["estimation"], training["lora"])),
-        "peak_memory": fixed["light"]["peak_memory_bytes"] / max(fixed["lora"]["peak_memory_bytes"], 1),
-        "training_flops": fixed["light"]["flops"]["training"] / fixed["lora"]["flops"]["training"],
-        "inference_flops": fixed["light"]["flops"]["forward"] / fixed["lora"]["flops"]["forward"],
+        "training_throughput": asdict(ratio(training["light"], training["plain"])),
+        "inference_throughput": asdict(ratio(inference["light"], inference["plain"])),
+        "estimation_throughput": asdict(ratio(training["estimation"], training["plain"])),
+        "peak_memory": fixed["light"]["peak_memory_bytes"] / max(fixed["plain"]["peak_memory_bytes"], 1),
+        "training_flops": fixed["light"]["flops"]["training"] / fixed["plain"]["flops"]["training"],
+        "inference_flops": fixed["light"]["flops"]["forward"] / fixed["plain"]["flops"]["forward"],
     }
 
 
@@ -266,12 +267,12 @@ def _end_to_end(work: Workspace, training: Mapping[str, list[float]]) -> dict[st
     surgery = work.run.stage_seconds().get("prune", 0.0)
     estimation = estimation_steps * step_seconds["estimation"]
     light = estimation + surgery + (work.steps - estimation_steps) * step_seconds["light"]
-    lora = work.steps * step_seconds["lora"]
+    plain = work.steps * step_seconds["plain"]
     return {
         "steps": work.steps,
         "estimation_steps": estimation_steps,
-        "lora_seconds": lora,
+        "plain_seconds": plain,
         "light_seconds": light,
         "light_estimation_seconds": estimation,
-        "light_over_lora": light / lora,
+        "light_over_plain": light / plain,
     }

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, family_of
 from lightpeft.loading import UNREADABLE, fingerprint
@@ -176,7 +177,7 @@ def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, in
 
 def _head_settings(config: transformers.PretrainedConfig) -> dict[str, Any]:
     """Config values that the task set and the base's own config does not have."""
-    settings: dict[str, Any] = {"pad_token_id": getattr(config, "pad_token_id", None)}
+    settings = {"pad_token_id": config.pad_token_id} if hasattr(config, "pad_token_id") else {}
     if any("Classification" in name for name in getattr(config, "architectures", None) or ()) or config.id2label:
         settings["id2label"] = {str(index): label for index, label in config.id2label.items()}
     return settings
@@ -218,6 +219,7 @@ def _check_base(dense: PreTrainedModel, saved: dict[str, Any], plan: PrunePlan, 
     require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
     same = saved.get("model_type") == dense.config.model_type
     if same:
+        ensure_family(dense)
         blocks = block_specs(dense)
         same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
         same = same and fingerprint(dense, blocks) == plan.fingerprint

@@ -25,7 +25,9 @@ UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
 ModuleCriterion = Literal["ratio", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
 TaskKind = Literal["classification", "causal-lm"]
-Method = Literal["light", "lora"]
+Method = Literal["light", "plain"]
+PeftKind = Literal["lora", "bottleneck"]
+Placement = Literal["houlsby", "pfeiffer", "parallel"]
 Preset = Literal["default", "paper"]
 
 T = TypeVar("T")
@@ -210,8 +212,8 @@ class LoraSettings:
     dropout: float = 0.05
     """Dropout on the input of the low-rank branch."""
     slots: list[str] | None = None
-    """Which projections get a module, of q, k, v, o, ffn_in, ffn_gate, ffn_out; unset: all that the model has
-    (method light), or q and v (method lora)."""
+    """Which projections get a module, of q, k, v, qkv, o, ffn_in, ffn_gate, ffn_gate_in, ffn_out; unset: all that the
+    model has (method light), or q and v, in models that fuse them qkv (method plain)."""
     target_modules: list[str] | None = None
     """Names of target modules as PEFT takes them; overrides `slots`."""
 
@@ -219,6 +221,27 @@ class LoraSettings:
         require(self.r >= 1, f"lora.r is {self.r}; it must be at least 1")
         require(self.alpha > 0, f"lora.alpha is {self.alpha}; it must be positive")
         require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout:g}; it lies in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class BottleneckSettings:
+    """The bottleneck adapters that estimation starts with."""
+
+    size: int = 64
+    """Units of the bottleneck."""
+    placement: Placement = "houlsby"
+    """houlsby: after attention and after the FFN of every block; pfeiffer: after the FFN; parallel: beside the FFN."""
+    non_linearity: str = "relu"
+    """Activation between the projections, by transformers' name."""
+    dropout: float = 0.0
+    """Dropout on what the adapter reads."""
+    scaling: float | Literal["learned"] = 1.0
+    """Factor on the adapter's output; learned: one trainable scalar an adapter."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        require(self.size >= 1, f"bottleneck.size is {self.size}; it must be at least 1")
+        require(0 <= self.dropout < 1, f"bottleneck.dropout is {self.dropout:g}; it lies in [0, 1)")
 
 
 @dataclass(kw_only=True)
@@ -270,7 +293,10 @@ class RunConfig:
     preset: Preset = "default"
     """Starting values of `light`: default, or paper (Gu et al. 2024)."""
     method: Method = "light"
-    """light: Light-PEFT; lora: plain LoRA on the same data, for comparison (no estimation, nothing pruned)."""
+    """light: Light-PEFT; plain: the same PEFT on the same data as it is used by habit, for comparison (no estimation,
+    nothing pruned; LoRA sits on q and v)."""
+    peft: PeftKind = "lora"
+    """lora, or bottleneck adapters."""
     output: str = "runs/run"
     """Run folder: estimation/, plan.json, pruned/, adapter/, metrics.json, log.jsonl."""
     seed: int = 0
@@ -280,7 +306,9 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The task's data."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """The LoRA that estimation starts with."""
+    """The LoRA that the run starts with (peft: lora)."""
+    bottleneck: BottleneckSettings = field(default_factory=BottleneckSettings)
+    """The adapters that the run starts with (peft: bottleneck)."""
     light: LightConfig = field(default_factory=LightConfig)
     """Estimation and budget."""
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, require
 from lightpeft.quantised import QUANTISED
 
 
@@ -134,8 +134,15 @@ def describe(layer: nn.Module) -> str:
 
 @torch.no_grad()
 def slice_linear(layer: Any, index: Tensor, dim: int) -> None:
-    """Keep output features (`dim` 0) or input features (`dim` 1) of a linear layer; the rest is freed."""
-    _kind(layer).keep(layer, index.to(layer.weight.device), dim)
+    """Keep output features (`dim` 0) or input features (`dim` 1) of a linear layer; the rest is freed.
+
+    Raises:
+        LightPeftError: not a linear layer that can be cut, or not to this width; nothing was cut.
+    """
+    kind = _kind(layer)
+    reason = kind.fault(layer, len(index), dim)
+    require(reason is None, f"a {describe(layer)} cannot be cut: {reason}")
+    kind.keep(layer, index.to(layer.weight.device), dim)
 
 
 def sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:

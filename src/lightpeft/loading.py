@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,9 +24,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lightpeft.config import LoraSettings, ModelConfig, TaskKind
+from lightpeft.bottleneck import BottleneckConfig
+from lightpeft.config import ModelConfig, RunConfig, TaskKind
 from lightpeft.errors import LightPeftError, require
-from lightpeft.families import block_specs, family_of
+from lightpeft.families import block_specs, check_not_refused
 from lightpeft.linears import dense_weight
 from lightpeft.sites import base_layer, base_linear, transformers_model
 from lightpeft.structure import SLOTS, BlockSpec
@@ -57,10 +58,10 @@ def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) 
     """Load the foundation model with the head of the task.
 
     Raises:
-        LightPeftError: no such model, an unsupported family, or weights that cannot be pruned.
+        LightPeftError: no such model, a family that is refused, or weights that cannot be pruned.
     """
     hf_config = load_model_config(config)
-    family_of(hf_config.model_type)
+    check_not_refused(hf_config.model_type)
     _check_not_quantised(config, hf_config)
     if task == "classification":
         hf_config.num_labels = len(labels)
@@ -82,7 +83,6 @@ def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) 
         raise _not_loadable(config, error) from error
     if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
         del model.config.quantization_config  # the weights were dequantised on loading
-    block_specs(model)
     model.light_gguf_file = config.gguf_file
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}))
 
@@ -138,24 +138,28 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise _not_loadable(config, error) from error
 
 
-def add_lora(loaded: LoadedModel, settings: LoraSettings, task: TaskKind, plain: bool) -> PeftModel:
-    """Put LoRA on the model: on all projections of every block, or (plain) on q and v as LoRA is used by habit.
+def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
+    """Put the run's PEFT modules on a model.
+
+    LoRA sits on all projections of every block or, with method plain, on q and v as it is used by habit.
 
     Raises:
-        LightPeftError: unknown slots, or target modules that match nothing.
+        LightPeftError: unknown slots, target modules that match nothing, or a place that the family does not have.
     """
+    common = {"task_type": _TASK_TYPES[config.data.task], "modules_to_save": loaded.new_modules or None}
+    if config.peft == "bottleneck":
+        return get_peft_model(loaded.model, BottleneckConfig(**asdict(config.bottleneck), **common))
     blocks = block_specs(loaded.model)
-    targets = settings.target_modules or _slot_targets(blocks, settings.slots or (["q", "v"] if plain else None))
-    config = LoraConfig(
-        task_type=_TASK_TYPES[task],
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+    targets = config.lora.target_modules or _slot_targets(blocks, config)
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
         target_modules=targets,
-        modules_to_save=loaded.new_modules or None,
+        **common,
     )
     try:
-        return get_peft_model(loaded.model, config)
+        return get_peft_model(loaded.model, lora)
     except ValueError as error:
         names = sorted({name.rpartition(".")[2] for name in blocks[0].projections.values()})
         raise LightPeftError(
@@ -164,10 +168,11 @@ def add_lora(loaded: LoadedModel, settings: LoraSettings, task: TaskKind, plain:
         ) from error
 
 
-def _slot_targets(blocks: Sequence[BlockSpec], slots: Sequence[str] | None) -> list[str]:
-    unknown = set(slots or ()) - set(SLOTS)
+def _slot_targets(blocks: Sequence[BlockSpec], config: RunConfig) -> list[str]:
+    unknown = set(config.lora.slots or ()) - set(SLOTS)
     require(not unknown, f"lora.slots has {', '.join(sorted(unknown))}; slots are {', '.join(SLOTS)}")
-    return [name for block in blocks for slot, name in block.projections.items() if slots is None or slot in slots]
+    slots = config.lora.slots or (["q", "v", "qkv"] if config.method == "plain" else SLOTS)
+    return [name for block in blocks for slot, name in block.projections.items() if slot in slots]
 
 
 def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
@@ -178,14 +183,21 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
     """
     digest = hashlib.sha256()
     weights = {name: dense_weight(base_linear(model, name)) for block in blocks for name in block.projections.values()}
-    embeddings = base_layer(transformers_model(model).get_input_embeddings())
-    weights["input_embeddings"] = next(embeddings.parameters())  # of tokens, or of image patches or sound frames
+    weights["input_embeddings"] = _input_embeddings(transformers_model(model))
     for name, parameter in weights.items():
         weight = parameter.detach()
         sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu().contiguous()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _input_embeddings(model: PreTrainedModel) -> Tensor:
+    """Weights that the input meets first: embeddings of tokens, of image patches or of sound frames."""
+    try:
+        return next(base_layer(model.get_input_embeddings()).parameters())
+    except NotImplementedError:  # models that read raw sound
+        return next(model.parameters())
 
 
 def _top_module(model: PreTrainedModel, key: str) -> str:

@@ -23,7 +23,7 @@ from lightpeft.config import RunConfig
 from lightpeft.errors import require
 from lightpeft.estimation import stage_length
 from lightpeft.families import max_positions
-from lightpeft.loading import LoadedModel, add_lora, load_model, load_model_config, load_tokenizer
+from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_config, load_tokenizer
 from lightpeft.planning import make_plan
 from lightpeft.profiling import count_parameters, folder_bytes, hardware
 from lightpeft.pruner import EarlyPruner
@@ -99,25 +99,11 @@ def estimate(work: Workspace) -> EstimationRecord:
     if run.has("estimate"):
         return EstimationRecord.load(run.estimation)
     set_seed(config.seed)
-    model = add_lora(dense_model(work), config.lora, config.data.task, plain=False)
+    model = add_peft(dense_model(work), config)
     pruner = EarlyPruner(model, config.light)
-    run.begin()
-    checkpoint = last_checkpoint(run.checkpoints("estimate"))
-    trainer = make_trainer(
-        model,
-        work.train_rows,
-        work.collator,
-        config.training,
-        stage="estimate",
-        checkpoints=run.checkpoints("estimate"),
-        log=run.log,
-        steps=work.steps,
-        shown_steps=stage_length(config.light, work.steps),
-        seed=config.seed,
-        token_loss=config.data.task == "causal-lm",
-        callbacks=[pruner.callback(resume_from=checkpoint)],
-    )
-    seconds = fit(trainer, checkpoint)
+    callback = pruner.callback(resume_from=last_checkpoint(run.checkpoints("estimate")))
+    length = stage_length(config.light, work.steps)
+    seconds = _train_stage(work, model, "estimate", work.steps, config.seed, shown_steps=length, callbacks=[callback])
     record = pruner.record()
 
     def save() -> None:
@@ -161,7 +147,7 @@ def prune(work: Workspace) -> None:
 
 
 def train(work: Workspace) -> None:
-    """Fine-tune the small model with the small PEFT (method light), or plain LoRA on the dense model (method lora)."""
+    """Fine-tune the small model with the small PEFT (method light), or plain PEFT on the dense model (method plain)."""
     run, config = work.run, work.config
     if run.has("train"):
         return
@@ -169,27 +155,33 @@ def train(work: Workspace) -> None:
     if config.method == "light":
         run.need("prune", "train")
         model: PeftModel = load_light(run.pruned, dense_model(work).model, is_trainable=True)
-        steps = work.steps - EstimationRecord.load(run.estimation).meta["steps"]
+        steps, seed = work.steps - EstimationRecord.load(run.estimation).meta["steps"], config.seed + 1
     else:
-        model = add_lora(dense_model(work), config.lora, config.data.task, plain=True)
-        steps = work.steps
+        model = add_peft(dense_model(work), config)
+        steps, seed = work.steps, config.seed
+    seconds = _train_stage(work, model, "train", steps, seed)
+    require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")
+    run.finish_stage("train", seconds, lambda: save_peft(model, run.adapter), steps=steps)
+
+
+def _train_stage(work: Workspace, model: PeftModel, stage: str, steps: int, seed: int, **options: Any) -> float:
+    """Train for a stage, from its last checkpoint if there is one; returns the seconds it took in all."""
+    run, config = work.run, work.config
     run.begin()
-    checkpoint = last_checkpoint(run.checkpoints("train"))
     trainer = make_trainer(
         model,
         work.train_rows,
         work.collator,
         config.training,
-        stage="train",
-        checkpoints=run.checkpoints("train"),
+        stage=stage,
+        checkpoints=run.checkpoints(stage),
         log=run.log,
         steps=steps,
-        seed=config.seed + 1 if config.method == "light" else config.seed,
+        seed=seed,
         token_loss=config.data.task == "causal-lm",
+        **options,
     )
-    seconds = fit(trainer, checkpoint)
-    require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")
-    run.finish_stage("train", seconds, lambda: save_peft(model, run.adapter), steps=steps)
+    return fit(trainer, last_checkpoint(run.checkpoints(stage)))
 
 
 def evaluate(work: Workspace) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The result: a light adapter (method light) or a PEFT adapter (method lora)."""
+        """The result: a light adapter (method light) or a PEFT adapter (method plain)."""
         return self.path / "adapter"
 
     @property
@@ -173,12 +173,12 @@ def to_yaml(config: RunConfig) -> str:
 def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list[str]:
     """Dotted names of settings that differ; `output` does not count, nor the budget if `skip_budget`.
 
-    Plain LoRA has no use for `light`, so that does not count there.
+    Plain PEFT has no use for `light`, so that does not count there.
     """
     budget = {f"light.{field.name}" for field in dataclasses.fields(Budget)} if skip_budget else set()
     skipped = budget | {"output", "preset"}
     before, after = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(given))
-    unused = "light." if given.method == "lora" else None
+    unused = "light." if given.method == "plain" else None
     return [
         name
         for name in after

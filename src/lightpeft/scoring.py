@@ -1,7 +1,7 @@
 """Pure tensors to scores: how important a head, a neuron, a PEFT module or a rank is. Higher is more important.
 
 A criterion is one pure function. Those in `STEP_CRITERIA` see masks and their gradients at every optimizer step and
-are summed over the stage; `random` and weight norms (`layout.squared_norms`) are computed once, when the record is made.
+are summed over the stage; `random` and the weight norms of `layout.squared_norms` are computed once, at its end.
 """
 
 from __future__ import annotations

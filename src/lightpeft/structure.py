@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 SLOTS = ("q", "k", "v", "qkv", "o", "ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
 """The projections of a block, in the order they are used; "qkv" and "ffn_gate_in" (gate first) are fused modules."""
@@ -41,13 +42,13 @@ class BlockSpec:
     label: str = ""
     """What people call the block: its layer, in encoder-decoders with the stack ("encoder 0", "cross 3")."""
     interleaved: bool = False
-    """Whether fused qkv rows come KV group by KV group (its query heads, its key, its value); else all q, all k, all v."""
+    """Whether fused qkv rows come KV group by KV group (query heads, key, value); else all q, then all k, all v."""
     activation: str | None = None
     """Name of the FFN's activation in transformers' `ACT2FN`, if known."""
     head_attributes: dict[str, str] = field(default_factory=dict)
     """Attribute of the attention module -> the quantity it holds: "heads", "kv_heads", "heads_per_kv", "width"."""
     wide_norms: dict[str, str] = field(default_factory=dict)
-    """"q" or "k" -> name of the norm that runs over all its heads together: these rows cannot be cut before the norm."""
+    """"q" or "k" -> name of the norm over all its heads together, before which its rows cannot be cut."""
     position_bias: str | None = None
     """Name of the table [buckets, heads] of relative position biases that all blocks of the stack share."""
     shared_arguments: tuple[str, ...] = ()
@@ -62,6 +63,11 @@ class BlockSpec:
     def heads_per_kv(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads if self.kv_heads else 1
+
+    def structure(self) -> tuple[Any, ...]:
+        """All that decides how the block is cut; blocks of one structure can take each other's plans."""
+        sizes = (self.heads, self.kv_heads, self.head_dim, self.neurons)
+        return self.projections, sizes, self.interleaved, self.wide_norms, self.position_bias
 
     def cut_slots(self) -> list[str]:
         """Slots that the block has and that pruning cuts."""

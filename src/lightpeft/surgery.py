@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import Cache
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.families import block_specs
 from lightpeft.layout import cut_dim, head_channels, kept_channels, width
 from lightpeft.linears import features, is_linear, slice_linear
 from lightpeft.records import BlockPlan, PrunePlan, check_fit
@@ -40,6 +41,8 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     check_fit(plan)
     for spec in plan.specs:
         _check_structure(inner, spec)
+    same = [spec.structure() for spec in block_specs(inner)] == [spec.structure() for spec in plan.specs]
+    require(same, "the plan is for another model: its blocks have other parts than those of this one")
     if isinstance(model, PeftModel):
         _cut_sites(model, plan)
     tables = _position_tables(inner, plan)

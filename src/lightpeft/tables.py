@@ -10,6 +10,9 @@ from rich.table import Table
 
 from lightpeft.records import PrunePlan
 
+PLAIN = {"lora": "plain LoRA", "bottleneck": "plain adapters"}
+"""What people call the usual way of a PEFT kind."""
+
 
 def plan_table(plan: PrunePlan) -> Table:
     """One row a layer: what stays of heads, neurons, PEFT modules and their ranks."""
@@ -31,28 +34,27 @@ def facts_table(facts: Mapping[str, Any], title: str) -> Table:
 
 
 def bench_table(report: Mapping[str, Any]) -> Table:
-    """Plain LoRA, light, and their ratio, with the quartiles of the ratio."""
-    lora, light, ratios = report["subjects"]["lora"], report["subjects"]["light"], report["ratios"]
-    table = Table(title="plain LoRA beside light (medians over rounds)", title_justify="left")
-    for name in ("", "plain LoRA", "light", "light / plain", "quartiles"):
+    """Plain PEFT, light, and their ratio, with the quartiles of the ratio."""
+    plain, light, ratios = report["subjects"]["plain"], report["subjects"]["light"], report["ratios"]
+    kind = PLAIN[report["config"]["peft"]]
+    table = Table(title=f"{kind} beside light (medians over rounds)", title_justify="left")
+    for name in ("", kind, "light", "light / plain", "quartiles"):
         table.add_column(name, justify="left" if not name else "right")
     for name, key in (("training samples/s", "training"), ("inference samples/s", "inference")):
-        values = [subject[f"{key}_samples_per_second"]["median"] for subject in (lora, light)]
+        values = [subject[f"{key}_samples_per_second"]["median"] for subject in (plain, light)]
         table.add_row(name, *(f"{value:.1f}" for value in values), *_ratio(ratios[f"{key}_throughput"]))
-    memory = [subject["peak_memory_bytes"] / 2**20 for subject in (lora, light)]
+    memory = [subject["peak_memory_bytes"] / 2**20 for subject in (plain, light)]
     table.add_row(
         "peak training memory, MiB", *(f"{value:.0f}" for value in memory), f"{ratios['peak_memory']:.2f}", ""
     )
     for name, key in (("training", "training"), ("inference", "forward")):
-        flops = [subject["flops"][key] / 1e9 for subject in (lora, light)]
+        flops = [subject["flops"][key] / 1e9 for subject in (plain, light)]
         table.add_row(f"{name} GFLOP a batch", *(f"{value:.1f}" for value in flops), f"{flops[1] / flops[0]:.2f}", "")
     whole = report["end_to_end"]
-    seconds = (f"{whole['lora_seconds']:.0f}", f"{whole['light_seconds']:.0f}", f"{whole['light_over_lora']:.2f}")
+    seconds = (f"{whole['plain_seconds']:.0f}", f"{whole['light_seconds']:.0f}", f"{whole['light_over_plain']:.2f}")
     table.add_row("whole run, s (estimation included)", *seconds, "")
     slowdown = ratios["estimation_throughput"]["median"]
-    table.caption = (
-        f"estimation trains {slowdown:.2f} times as fast as plain LoRA, for {whole['estimation_steps']} steps"
-    )
+    table.caption = f"estimation trains {slowdown:.2f} times as fast as {kind}, for {whole['estimation_steps']} steps"
     return table
 
 
@@ -60,33 +62,34 @@ def _ratio(spread: Mapping[str, float]) -> tuple[str, str]:
     return f"{spread['median']:.2f}", f"{spread['low']:.2f} - {spread['high']:.2f}"
 
 
-def comparison_table(lora: Mapping[str, Any], light: Mapping[str, Any], bench: Mapping[str, Any]) -> Table:
+def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: Mapping[str, Any]) -> Table:
     """The whole comparison of two finished runs: quality, size and speed.
 
     Args:
-        lora: metrics.json of a run with method lora.
+        plain: metrics.json of a run with method plain.
         light: metrics.json of a run with method light.
         bench: bench.json.
     """
-    table = Table(title="plain LoRA beside lightpeft", title_justify="left")
-    for name in ("", "plain LoRA", "lightpeft"):
+    kind = PLAIN[plain["config"]["peft"]]
+    table = Table(title=f"{kind} beside lightpeft", title_justify="left")
+    for name in ("", kind, "lightpeft"):
         table.add_column(name, justify="left" if not name else "right")
     for name in ("accuracy", "f1", "loss"):
-        if name in lora["metrics"]:
-            table.add_row(name, f"{lora['metrics'][name]:.4f}", f"{light['metrics'][name]:.4f}")
-    sizes = [report["parameters"] for report in (lora, light)]
+        if name in plain["metrics"]:
+            table.add_row(name, f"{plain['metrics'][name]:.4f}", f"{light['metrics'][name]:.4f}")
+    sizes = [report["parameters"] for report in (plain, light)]
     table.add_row("base parameters", *(f"{size['base']:,}" for size in sizes))
     table.add_row("base parameters removed", *(f"{size['base_removed_ratio']:.1%}" for size in sizes))
     table.add_row("trainable PEFT parameters", *(f"{size['peft']:,}" for size in sizes))
     table.add_row("trainable head parameters", *(f"{size['head']:,}" for size in sizes))
-    subjects = [bench["subjects"][name] for name in ("lora", "light")]
+    subjects = [bench["subjects"][name] for name in ("plain", "light")]
     for key in ("training", "inference"):
         values = [subject[f"{key}_samples_per_second"]["median"] for subject in subjects]
         ratio = bench["ratios"][f"{key}_throughput"]["median"]
         table.add_row(f"{key} samples/s", f"{values[0]:.0f}", f"{values[1]:.0f} ({ratio:.2f}x)")
     table.add_row("peak training memory, MiB", *(f"{s['peak_memory_bytes'] / 2**20:.0f}" for s in subjects))
-    table.add_row("saved adapter, KiB", *(f"{report['adapter_bytes'] / 1024:.0f}" for report in (lora, light)))
-    times = [sum(report["seconds"].values()) for report in (lora, light)]
+    table.add_row("saved adapter, KiB", *(f"{report['adapter_bytes'] / 1024:.0f}" for report in (plain, light)))
+    times = [sum(report["seconds"].values()) for report in (plain, light)]
     table.add_row("training time, s (estimation included)", *(f"{value:.0f}" for value in times))
     return table
 

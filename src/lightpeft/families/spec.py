@@ -30,8 +30,8 @@ class Stack:
     """Slot (see `SLOTS`) -> linear layer, relative to a block; or several such tables, of which the first that fits the
     model counts (a family whose FFN may have a gate)."""
     head_attributes: dict[str, str] = field(default_factory=dict)
-    """Attribute of the attention module -> what it holds: "heads", "kv_heads", "heads_per_kv" or "width". A name such as
-    "config.num_attention_heads" is read by the module from the shared config: it gets a view of its own."""
+    """Attribute of the attention module -> what it holds: "heads", "kv_heads", "heads_per_kv" or "width". What it
+    reads from the shared config, such as "config.num_attention_heads", it then reads from a view of its own."""
     heads_key: str = "num_attention_heads"
     """Config key of the number of query heads."""
     head_dim_key: str = "head_dim"
