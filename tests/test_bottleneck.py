@@ -804,6 +804,7 @@ def test_another_try_after_a_mistake() -> None:
 def test_placed_modules_inside_a_peft_model() -> None:
     base = make("llama-gqa")
     targets, sources = placed_modules(base, "parallel")
+    assert sources == {FFN_OUT["llama-gqa"].format(i): READS["llama-gqa"].format(i) for i in range(3)}
     wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
     inside, inside_sources = placed_modules(wrapped, "parallel")
     assert inside == [f"base_model.model.{name}" for name in targets]

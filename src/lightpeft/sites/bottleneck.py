@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -58,12 +58,12 @@ class BottleneckSite(Site):
     @property
     def down(self) -> nn.Parameter:
         """[size, width that the adapter reads]."""
-        return self.branch.down.weight
+        return cast(nn.Parameter, self.branch.down.weight)
 
     @property
     def up(self) -> nn.Parameter:
         """[width, size]."""
-        return self.branch.up.weight
+        return cast(nn.Parameter, self.branch.up.weight)
 
     def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """The adapter's output against its input (Light-PEFT, module importance)."""
