@@ -134,8 +134,7 @@ def _replace(inner: nn.Module, name: str, module: nn.Module) -> None:
 def _set_head_attribute(attention: nn.Module, attribute: str, value: int) -> None:
     """Set a head count; one that attention reads from the shared config is set in a view of the config."""
     if attribute.startswith("config."):
-        config: Any = attention.config
-        attention.config = ConfigView(config, {attribute.removeprefix("config."): value})
+        vars(attention)["config"] = ConfigView(attention.config, {attribute.removeprefix("config."): value})
     else:
         setattr(attention, attribute, value)
 
@@ -171,7 +170,7 @@ class SelectedChannels(nn.Module):
 
 def _position_tables(inner: nn.Module, plan: PrunePlan) -> dict[str, nn.Embedding]:
     """Attention module -> dense table of position biases, for stacks in which a block loses heads."""
-    tables = {}
+    tables: dict[str, Any] = {}
     for stack in {spec.position_bias for spec in plan.specs if spec.position_bias}:
         blocks = [(s, k) for s, k in zip(plan.specs, plan.blocks, strict=True) if s.position_bias == stack]
         if any(len(kept.heads) < spec.heads for spec, kept in blocks):
@@ -182,7 +181,7 @@ def _position_tables(inner: nn.Module, plan: PrunePlan) -> dict[str, nn.Embeddin
 
 def _own_position_bias(attention: nn.Module, spec: BlockSpec, kept: BlockPlan, table: nn.Embedding) -> None:
     """Let a block look up the biases of its own heads instead of taking over those of the block before it."""
-    attention.has_relative_attention_bias = True
+    vars(attention)["has_relative_attention_bias"] = True
     setattr(attention, spec.position_bias.rpartition(".")[2], SharedBiases(table, torch.tensor(kept.heads)))  # type: ignore[union-attr]
     if len(kept.heads) == spec.heads:
         attention.register_forward_pre_hook(_Without(spec.shared_arguments), with_kwargs=True)
