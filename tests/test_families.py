@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import ALL, DROPPED, MODELS, SIZES, make, plan_for, with_lora
 from torch import nn
 from transformers import (
@@ -184,54 +185,130 @@ def lora(**changes: Any) -> LoraConfig:
     return LoraConfig(**{"target_modules": ["query", "value"], "r": 4, **changes})
 
 
-@pytest.mark.parametrize(
-    ("build", "says"),
-    [
-        (lambda: make("bert"), "expected a PeftModel from peft.get_peft_model, got a BertForSequenceClassification"),
-        (
-            lambda: bert_with(IA3Config(target_modules=["key"], feedforward_modules=[])),
-            "PEFT type IA3 is not supported; use LoRA",
-        ),
-        (lambda: bert_with(lora(use_dora=True)), "LoRA with use_dora is not supported; use plain LoRA or rsLoRA"),
-        (lambda: bert_with(lora(init_lora_weights="pissa")), 'init_lora_weights="pissa" changes the base weights'),
-        (lambda: bert_with(lora(init_lora_weights="pissa_niter_4")), 'init_lora_weights="pissa_niter_4" changes'),
-        (lambda: bert_with(lora(init_lora_weights="olora")), 'init_lora_weights="olora" changes the base weights'),
-        (lambda: bert_with(lora(bias="all")), 'LoRA bias="all" trains biases of the base; use bias="none"'),
-        (lambda: bert_with(lora(bias="lora_only")), 'LoRA bias="lora_only" trains biases'),
-        (
-            lambda: bert_with(lora(trainable_token_indices=[1])),
-            "LoRA with trainable_token_indices is not supported",
-        ),
-    ],
-)
-def test_unsupported_peft(build: Callable[[], nn.Module], says: str) -> None:
-    model = build()
+def bert_with_setting(name: str, value: Any) -> PeftModel:
+    """LoRA whose configuration says one more thing, without the work of making it so."""
+    model = bert_with(lora())
+    setattr(model.peft_config["default"], name, value)
+    return model
+
+
+def assert_refused(model: nn.Module, says: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert says in refusal(lambda: check_peft(model))
     assert says in refusal(lambda: EarlyPruner(model))
-    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(value.equal(before[key]) for key, value in after.items())
 
 
-def test_two_adapters() -> None:
+@pytest.mark.parametrize(
+    ("method", "settings", "name"),
+    [
+        ("AdaLoraConfig", {"total_step": 9}, "ADALORA"),
+        ("VeraConfig", {"r": 4}, "VERA"),
+        ("LoHaConfig", {}, "LOHA"),
+        ("LoKrConfig", {}, "LOKR"),
+        ("OFTConfig", {"oft_block_size": 8}, "OFT"),
+        ("PromptTuningConfig", {"num_virtual_tokens": 2}, "PROMPT_TUNING"),
+        ("PrefixTuningConfig", {"num_virtual_tokens": 2}, "PREFIX_TUNING"),
+        ("LNTuningConfig", {"target_modules": ["LayerNorm"]}, "LN_TUNING"),
+    ],
+)
+def test_unsupported_peft_types(method: str, settings: dict[str, Any], name: str) -> None:
+    if "num_virtual_tokens" not in settings:
+        settings = {"target_modules": ["query", "value"], **settings}
+    model = bert_with(getattr(peft, method)(task_type="SEQ_CLS", **settings))
+    assert_refused(model, f"PEFT type {name} cannot be pruned; use one of LORA, IA3, BOTTLENECK")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "mica"])
+def test_starts_that_change_the_base(start: str) -> None:
+    made = start.startswith("pissa") or start == "olora"
+    model = bert_with(lora(init_lora_weights=start)) if made else bert_with_setting("init_lora_weights", start)
+    assert_refused(model, f'init_lora_weights="{start}" changes the base weights; use True, "gaussian" or "eva"')
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "use_bdlora",
+        "use_qalora",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "velora_config",
+        "kasa_config",
+        "monteclora_config",
+        "layer_replication",
+        "target_parameters",
+    ],
+)
+def test_lora_settings_that_cannot_be_pruned(name: str) -> None:
+    assert hasattr(lora(), name)
+    assert_refused(bert_with_setting(name, [1]), f"LoRA with {name} cannot be pruned; use LoRA, rsLoRA or DoRA")
+
+
+def test_biases_of_the_whole_base() -> None:
+    says = 'LoRA bias="all" also trains biases of the base where no LoRA module is'
+    assert_refused(bert_with(lora(bias="all")), says)
+    assert_refused(bert_with(lora(bias="all", use_dora=True)), says)
+
+
+def test_models_that_are_no_peft_model() -> None:
+    assert_refused(make("bert"), "expected a PeftModel from peft.get_peft_model, got a BertForSequenceClassification")
+    mixed = get_peft_model(make("bert"), lora(), mixed=True)
+    assert_refused(mixed, "expected a PeftModel from peft.get_peft_model, got a PeftMixedModel")
+
+
+def test_several_adapters() -> None:
     model = bert_with(lora())
     model.add_adapter("second", lora())
-    assert "the model has adapters default, second; lightpeft prunes one" in refusal(lambda: check_peft(model))
+    assert model.active_adapter == "default"
+    assert_refused(model, "the model has adapters default, second; lightpeft prunes one adapter at a time")
+    model.delete_adapter("second")
+    check_peft(model)
+
+
+def test_adapters_inside_the_base() -> None:
+    base = peft.inject_adapter_in_model(lora(), make("bert"), adapter_name="inner")
+    says = "the model has adapters inner, default; lightpeft prunes one adapter at a time"
+    assert_refused(get_peft_model(base, lora(target_modules=["key"])), says)
+    with pytest.warns(UserWarning):
+        twice = get_peft_model(bert_with(lora()), lora(target_modules=["key"]))
+    assert_refused(twice, "there is a PeftModel inside the PeftModel; lightpeft prunes one adapter at a time")
 
 
 def test_merged_weights() -> None:
     model = with_lora(make("bert"))
     model.merge_adapter()
-    assert "the LoRA weights are merged; call model.unmerge_adapter() first" in refusal(lambda: check_peft(model))
+    assert_refused(model, "the PEFT weights are merged; call model.unmerge_adapter() first")
     model.unmerge_adapter()
     check_peft(model)
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"lora_bias": True}])
-def test_supported_peft(changes: dict[str, Any]) -> None:
+def test_disabled_modules() -> None:
+    model = with_lora(make("bert"))
+    with model.disable_adapter():
+        assert_refused(model, "the PEFT modules are disabled; call model.enable_adapter_layers() first")
+    check_peft(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": "orthogonal"},
+        {"lora_bias": True},
+        {"bias": "lora_only"},
+        {"trainable_token_indices": [1]},
+    ],
+)
+def test_supported_lora(changes: dict[str, Any]) -> None:
     check_peft(bert_with(lora(**changes)))
 
 
 def test_lora_only_outside_the_blocks() -> None:
     model = bert_with(lora(target_modules=["pooler.dense"]))
     text = refusal(lambda: EarlyPruner(model))
-    assert "no LoRA module sits on a prunable projection" in text and "query, key, value" in text
+    assert "no LORA module sits on a prunable projection" in text and "query, key, value" in text

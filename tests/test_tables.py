@@ -64,7 +64,13 @@ def test_comparison_shows_both_runs() -> None:
     def run(accuracy: float, base: int, removed: float, peft: int, size: int, seconds: dict[str, float]) -> dict:
         parameters = {"base": base, "base_removed_ratio": removed, "peft": peft, "head": 770}
         metrics = {"accuracy": accuracy, "f1": accuracy, "loss": 0.4}
-        return {"config": {"peft": "lora"}, "metrics": metrics, "parameters": parameters, "adapter_bytes": size, "seconds": seconds}
+        return {
+            "config": {"peft": "lora"},
+            "metrics": metrics,
+            "parameters": parameters,
+            "adapter_bytes": size,
+            "seconds": seconds,
+        }
 
     def subject(training: float, inference: float, memory: int) -> dict:
         speeds = {"training": training, "inference": inference}

@@ -15,12 +15,14 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, family_of
 from lightpeft.loading import UNREADABLE, fingerprint
 from lightpeft.profiling import versions
+from lightpeft.quantised import prepare_quantised
 from lightpeft.records import PrunePlan, read_json, understandable, write_json, writing_files
 from lightpeft.sites import transformers_model
 from lightpeft.surgery import apply_plan
@@ -103,6 +105,7 @@ def load_light(
         options["attn_implementation"] = attention
     dense = cast(PreTrainedModel, base) if isinstance(base, nn.Module) else _load_base(saved, base, dtype, options)
     _check_base(dense, saved, plan, folder)
+    prepare_quantised(dense)
     _check_tensors(dense, plan, folder)
     apply_plan(dense, plan)
     try:
@@ -147,6 +150,7 @@ def _description(model: LightModel, folder: Path) -> dict[str, Any]:
             "fingerprint": model.light_plan.fingerprint,
             "config": _head_settings(config),
             "gguf_file": getattr(inner, "light_gguf_file", None),
+            "quantisation": _quantisation(config),
         },
         "plan": model.light_plan.to_dict(),
         "per_layer_config": per_layer_config(config.model_type, model.light_plan),
@@ -183,6 +187,12 @@ def _head_settings(config: transformers.PretrainedConfig) -> dict[str, Any]:
     return settings
 
 
+def _quantisation(config: transformers.PretrainedConfig) -> dict[str, Any] | None:
+    """How the base was quantised, in transformers' own words."""
+    settings = getattr(config, "quantization_config", None)
+    return json.loads(settings.to_json_string(use_diff=False)) if settings is not None else None
+
+
 def _load_base(
     saved: dict[str, Any], base: str | Path | None, dtype: str | torch.dtype, options: dict[str, Any]
 ) -> PreTrainedModel:
@@ -199,6 +209,8 @@ def _load_base(
             f"transformers has no {saved['architecture']}; load the base yourself and pass it as base="
         )
     revision = saved["revision"] if base is None else None
+    if saved.get("quantisation"):
+        options = {**options, "quantization_config": AutoQuantizationConfig.from_dict(saved["quantisation"])}
     try:
         return architecture.from_pretrained(
             name,
@@ -226,7 +238,7 @@ def _check_base(dense: PreTrainedModel, saved: dict[str, Any], plan: PrunePlan, 
     if not same:
         raise LightPeftError(
             f"{folder} belongs to another base: the weights given are not the ones it was made for; "
-            "pass the original base, in the same revision"
+            "pass the original base, in the same revision and, if it was quantised, in the same bits"
         )
 
 

@@ -153,6 +153,8 @@ class ModelConfig:
     """File inside the folder to load a GGUF checkpoint from."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Data type of the frozen weights."""
+    quantise: Literal["nf4", "int8"] | None = None
+    """Keep the frozen weights in 4 bits (nf4) or 8 bits (int8), with bitsandbytes (extra `quantised`)."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """Attention backend; unset: what transformers chooses."""
     trust_remote_code: bool = False

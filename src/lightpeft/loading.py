@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,11 +32,18 @@ from lightpeft.bottleneck import BottleneckConfig
 from lightpeft.config import ModelConfig, RunConfig, TaskKind
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, check_not_refused
-from lightpeft.linears import dense_weight
+from lightpeft.linears import stored_weight
+from lightpeft.quantised import prepare_quantised
 from lightpeft.sites import base_layer, base_linear, transformers_model
 from lightpeft.structure import SLOTS, BlockSpec
 
 _AUTO_CLASSES = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+_QUANTISED: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"load_in_8bit": True},
+}
+_CUTTABLE = ("bitsandbytes", "torchao")
+"""Quantisation methods, as transformers names them, whose weights can be cut."""
 UNREADABLE = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
 """What transformers raises for a checkpoint that is missing, damaged, or needs a package that is not there."""
 _TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
@@ -42,6 +53,7 @@ def quiet_libraries() -> None:
     """Keep load reports, loading bars and notices of deprecation of transformers off the screen of this process."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of every cast
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
@@ -62,12 +74,14 @@ def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) 
     """
     hf_config = load_model_config(config)
     check_not_refused(hf_config.model_type)
-    _check_not_quantised(config, hf_config)
+    _check_quantisation(config, hf_config)
     if task == "classification":
         hf_config.num_labels = len(labels)
         hf_config.id2label = dict(enumerate(labels))
         hf_config.label2id = {label: index for index, label in enumerate(labels)}
-    options = {"attn_implementation": config.attention} if config.attention else {}
+    options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
+    if config.quantise:
+        options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
     try:
         model, info = _AUTO_CLASSES[task].from_pretrained(
             config.name,
@@ -84,20 +98,23 @@ def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) 
     if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
         del model.config.quantization_config  # the weights were dequantised on loading
     model.light_gguf_file = config.gguf_file
+    prepare_quantised(model)
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}))
 
 
-def _check_not_quantised(config: ModelConfig, hf_config: PretrainedConfig) -> None:
-    """Refuse quantised weights; those of a GGUF file are dequantised when they are loaded."""
+def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """Refuse weights that cannot be cut; those of a GGUF file are dequantised when they are loaded."""
     quantised = getattr(hf_config, "quantization_config", None)
     if quantised is None or config.gguf_file:
         return
     settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    method = settings.get("quant_method", "unknown method")
-    raise LightPeftError(
-        f"model {config.name} is quantised ({method}); quantised weights cannot be pruned yet: "
-        "give the base in float32, bfloat16 or float16"
+    method = str(settings.get("quant_method", "unknown method")).rpartition(".")[2].lower()
+    require(
+        method in _CUTTABLE,
+        f"model {config.name} is quantised ({method}), which cannot be cut; give the base in float32, bfloat16 or "
+        f"float16, or quantised by {' or '.join(_CUTTABLE)}",
     )
+    require(config.quantise is None, f"model {config.name} is quantised already ({method}); leave model.quantise unset")
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
@@ -179,13 +196,13 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
     """A hash of the base: names, shapes and a sample of every prunable weight and of the input embeddings.
 
     Values are sampled at fixed strides and rounded to bfloat16, so a base loaded in float32 and in bfloat16 agree,
-    and a large model takes milliseconds.
+    and a large model takes milliseconds. Of quantised weights the integers count, so a base in 4 bits is another one.
     """
     digest = hashlib.sha256()
-    weights = {name: dense_weight(base_linear(model, name)) for block in blocks for name in block.projections.values()}
-    weights["input_embeddings"] = _input_embeddings(transformers_model(model))
-    for name, parameter in weights.items():
-        weight = parameter.detach()
+    names = [name for block in blocks for name in block.projections.values()]
+    weights = ((name, stored_weight(base_linear(model, name))) for name in names)
+    embeddings = _input_embeddings(transformers_model(model))
+    for name, weight in itertools.chain(weights, [("input_embeddings", embeddings.detach())]):
         sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu().contiguous()
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())

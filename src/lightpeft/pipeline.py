@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from lightpeft import evaluation
 from lightpeft.checkpoint import LightModel, as_light, load_light
 from lightpeft.config import RunConfig
+from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
 from lightpeft.estimation import stage_length
 from lightpeft.families import max_positions
@@ -224,9 +225,10 @@ def report(work: Workspace, model: PeftModel, scores: dict[str, float]) -> dict[
 def dense_model(work: Workspace) -> LoadedModel:
     """The untouched foundation model with the task's head, on the device that training uses."""
     loaded = load_model(work.config.model, work.config.data.task, work.task.labels)
+    ensure_family(loaded.model)
     ensure_pad_token(work.tokenizer, loaded.model.config)
     device = torch.accelerator.current_accelerator()
-    if device is not None:
+    if device is not None and not getattr(loaded.model, "is_quantized", False):  # those are put there on loading
         loaded.model.to(device)
     return loaded
 

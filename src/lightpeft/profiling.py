@@ -33,6 +33,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightpeft.errors import require
+from lightpeft.quantised import logical_numel
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model's forward; with `labels` wherever a loss is needed."""
@@ -73,7 +74,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the parameters of a bare transformers model or a PeftModel, pruned or not."""
     head = {id(p) for wrapper in _of_type(model, ModulesToSaveWrapper) for p in wrapper.modules_to_save.parameters()}
     peft = {id(p) for layer in _of_type(model, BaseTunerLayer) for p in _adapter_weights(layer)} - head
-    sizes = {id(p): p.numel() for p in model.parameters()}
+    sizes = {id(p): logical_numel(p) for p in model.parameters()}
     return ParameterCount(
         base=sum(size for key, size in sizes.items() if key not in head | peft),
         peft=sum(sizes[key] for key in peft),

@@ -10,8 +10,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lightpeft.checkpoint import LightModel, as_light
 from lightpeft.config import Budget, LightConfig
+from lightpeft.discovery import ensure_family
 from lightpeft.estimation import Estimator
 from lightpeft.planning import make_plan
+from lightpeft.quantised import prepare_quantised
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.sites import find_sites, restart_sites
 from lightpeft.surgery import apply_plan
@@ -42,6 +44,8 @@ class EarlyPruner:
         """
         self.model = model
         self.config = config or LightConfig()
+        ensure_family(model)
+        prepare_quantised(model)
         self.estimator = Estimator(model, self.config)
 
     def callback(self, resume_from: str | Path | None = None) -> EstimationCallback:

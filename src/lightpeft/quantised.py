@@ -147,20 +147,35 @@ class EightBitLinear(QuantisedLinear):
         scales = scales.index_select(0, index) if dim == 0 else scales
         # the first forward pass moves them into the state, as after loading
         layer.weight = type(layer.weight)(integers, requires_grad=False, CB=integers, SCB=scales)
-        layer.state = copy.copy(layer.state)
         layer.state.reset_grads()
 
 
-def keep_layout(model: nn.Module) -> None:
-    """Keep 4-bit weights in the layout they were loaded in.
+def prepare_quantised(model: nn.Module) -> None:
+    """Make a model with bitsandbytes layers, freshly loaded, fit to train and to prune; others are left as they are.
 
-    On CPUs with AVX512-BF16 bitsandbytes packs them anew at the first forward pass in eval mode, rounds their scales to
-    bfloat16 for good, and fails on widths that are no multiples of 32 rows and whole blocks. Without that, training and
-    eval mode compute the same and a model is what a fresh load of its base is.
+    Layers that the checkpoint has no weights for (a task head) are of bitsandbytes' types, too, but nothing quantised
+    them; they become ordinary ones. 4-bit weights stay in the layout they were loaded in: on CPUs with AVX512-BF16
+    bitsandbytes else packs them anew at the first forward pass in eval mode, which rounds their scales to bfloat16 for
+    good and fails on widths other than multiples of 32 rows and of whole blocks.
     """
-    for module in model.modules():
-        if FOUR_BITS.matches(module):
+    for name, module in list(model.named_modules()):
+        if _never_quantised(module):
+            model.set_submodule(name, _ordinary(module))
+        elif FOUR_BITS.matches(module):
             _keep_layout(module)
+
+
+def _never_quantised(layer: Any) -> bool:
+    bnb: Any = sys.modules.get("bitsandbytes")
+    if bnb is None or not isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+        return False
+    return type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
+
+
+def _ordinary(layer: Any) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear.train(layer.training)
 
 
 def _keep_layout(layer: Any) -> None:

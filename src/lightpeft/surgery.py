@@ -13,7 +13,7 @@ from transformers import Cache
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs
 from lightpeft.layout import cut_dim, head_channels, kept_channels, width
-from lightpeft.linears import features, is_linear, slice_linear
+from lightpeft.linears import fault, features, is_linear, slice_linear
 from lightpeft.records import BlockPlan, PrunePlan, check_fit
 from lightpeft.sites import Site, base_layer, base_linear, find_sites, refresh_config, remove_site, transformers_model
 from lightpeft.structure import BlockSpec
@@ -30,7 +30,8 @@ _QUANTITIES = {
 def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     """Cut a transformers model, or a PeftModel around one, down to what the plan keeps.
 
-    Kept weights, frozen or trained, are bit-equal to what they were. Optimizers made before hold the old parameters:
+    Kept weights, frozen or trained, are bit-equal to what they were, except where a quantised layer has to form new
+    blocks (`quantised`). Optimizers made before hold the old parameters:
     make new ones.
 
     Raises:
@@ -43,6 +44,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
         _check_structure(inner, spec)
     same = [spec.structure() for spec in block_specs(inner)] == [spec.structure() for spec in plan.specs]
     require(same, "the plan is for another model: its blocks have other parts than those of this one")
+    _check_widths(inner, plan)
     if isinstance(model, PeftModel):
         _cut_sites(model, plan)
     tables = _position_tables(inner, plan)
@@ -67,6 +69,15 @@ def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
             is_linear(layer) and features(layer)[cut_dim(slot)] == expected,
             f"the plan is for another model, or this one was pruned before: {name} is not {expected} wide",
         )
+
+
+def _check_widths(inner: nn.Module, plan: PrunePlan) -> None:
+    """Refuse widths that a quantised layer cannot have, before anything is cut."""
+    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+        for slot, name in spec.projections.items():
+            index = kept_channels(spec, kept, slot)
+            reason = fault(base_linear(inner, name), len(index), cut_dim(slot)) if index is not None else None
+            require(reason is None, f"{name} cannot be cut: {reason}")
 
 
 def _cut_sites(model: PeftModel, plan: PrunePlan) -> None:

@@ -1,6 +1,30 @@
 """Which model families can be pruned, and the block structure of a live model."""
 
-from lightpeft.families.registry import FAMILIES, REFUSED, block_specs, family_of, max_positions, register_family
+from lightpeft.families.proposal import propose_families
+from lightpeft.families.registry import (
+    FAMILIES,
+    REFUSED,
+    block_specs,
+    check_not_refused,
+    family_of,
+    max_positions,
+    register_family,
+)
+from lightpeft.families.skeleton import random_inputs, skeleton, skeleton_config
 from lightpeft.families.spec import Family, Stack
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "Stack", "block_specs", "family_of", "max_positions", "register_family"]
+__all__ = [
+    "FAMILIES",
+    "REFUSED",
+    "Family",
+    "Stack",
+    "block_specs",
+    "check_not_refused",
+    "family_of",
+    "max_positions",
+    "propose_families",
+    "random_inputs",
+    "register_family",
+    "skeleton",
+    "skeleton_config",
+]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families.decoders import DECODERS
@@ -15,7 +17,7 @@ from lightpeft.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.families.encoders import ENCODERS
 from lightpeft.families.spec import Family, Stack
 from lightpeft.layout import Kind, cut_dim, segment_size, segments, width
-from lightpeft.linears import features, is_linear
+from lightpeft.linears import describe, features, is_linear
 from lightpeft.structure import BlockSpec
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*ENCODERS, *DECODERS, *ENCODER_DECODERS)}
@@ -41,18 +43,27 @@ def register_family(family: Family) -> None:
     FAMILIES[family.model_type] = family
 
 
+def check_not_refused(model_type: str) -> None:
+    """Refuse families that cannot be pruned; one that is not listed may yet be discovered.
+
+    Raises:
+        LightPeftError: with the reason.
+    """
+    if model_type in REFUSED:
+        raise LightPeftError(f'model family "{model_type}" cannot be pruned: {REFUSED[model_type]}')
+
+
 def family_of(model_type: str) -> Family:
     """The family of a model type.
 
     Raises:
         LightPeftError: the family is not supported; the message says why, or lists those that are.
     """
-    if model_type in REFUSED:
-        raise LightPeftError(f'model family "{model_type}" cannot be pruned: {REFUSED[model_type]}')
+    check_not_refused(model_type)
     if model_type not in FAMILIES:
         raise LightPeftError(
             f'model family "{model_type}" is not supported; supported: {", ".join(sorted(FAMILIES))}. '
-            "A family is one declarative entry: see docs/families.md"
+            "lightpeft.discovery.ensure_family(model) finds others, or a declarative entry: see docs/families.md"
         )
     return FAMILIES[model_type]
 
@@ -151,7 +162,7 @@ def _rest_parameters(spec: BlockSpec, attention: nn.Module) -> int:
         layer = _unwrapped(child)
         if is_linear(layer):
             slots = [slot for slot, path in spec.projections.items() if path == f"{spec.attention}.{name}"]
-            rest += sum(layer.weight.numel() for slot in slots if slot in spec.wide_norms)
+            rest += sum(math.prod(features(layer)) for slot in slots if slot in spec.wide_norms)
         elif name != table:
             rest += sum(p.numel() for p in child.parameters())
     return rest
@@ -165,7 +176,7 @@ def _kv_heads(linear: dict[str, nn.Module], heads: int, head_dim: int) -> int:
 
 def _activation(config: Any, stack: Stack) -> str | None:
     value = getattr(config, stack.activation_key, None)
-    return value if isinstance(value, str) else None
+    return value if isinstance(value, str) and value in ACT2FN else None
 
 
 def _check_widths(spec: BlockSpec, linear: dict[str, nn.Module], stack: Stack, config: Any, where: str) -> None:
@@ -189,7 +200,7 @@ def _linear(block: nn.Module, name: str, path: str) -> nn.Module:
     layer = _unwrapped(block.get_submodule(name))
     if not is_linear(layer):
         raise LightPeftError(
-            f"{path} is a {type(layer).__module__}.{type(layer).__name__}, which is no linear layer that lightpeft can "
+            f"{path} is a {describe(layer)}, which is no linear layer that lightpeft can "
             "cut; load the base in float32, bfloat16 or float16, or in a quantisation that docs/families.md lists"
         )
     return layer
@@ -215,9 +226,8 @@ def _linear_names(module: nn.Module, path: str) -> Iterator[str]:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    while isinstance(getattr(module, "base_layer", None), nn.Module):
-        module = module.base_layer
-    return module
+    inner = getattr(module, "base_layer", None)
+    return _unwrapped(inner) if isinstance(inner, nn.Module) else module
 
 
 def _submodule(module: nn.Module, name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -51,6 +51,11 @@ class Site(ABC):
     # -- the kind ------------------------------------------------------------------------------------------------
 
     @classmethod
+    def matches(cls, config: PeftConfig) -> bool:
+        """Whether a PEFT configuration makes modules of this kind."""
+        return config.peft_type == cls.peft_type
+
+    @classmethod  # noqa: B027 (most kinds have nothing to refuse)
     def check(cls, config: PeftConfig) -> None:
         """Refuse variants of the kind that cannot be pruned correctly.
 
@@ -67,6 +72,22 @@ class Site(ABC):
     @abstractmethod
     def refresh(cls, config: Any, layers: dict[str, Any], adapter: str) -> None:
         """Make the PEFT configuration describe exactly these modules (name -> module) and their sizes."""
+
+    @classmethod  # noqa: B027 (most kinds leave the base as it is)
+    def remember_base(cls, config: PeftConfig, layers: Sequence[Any], adapter: str) -> None:
+        """Note on the modules what training changes in the base, so that it can be put back; called before training.
+
+        Raises:
+            LightPeftError: training has begun.
+        """
+
+    @classmethod  # noqa: B027
+    def check_removable(cls, config: PeftConfig, sites: Sequence[Site]) -> None:
+        """Refuse to remove modules whose removal would leave a changed base behind.
+
+        Raises:
+            LightPeftError: naming the first one.
+        """
 
     # -- one module ----------------------------------------------------------------------------------------------
 
@@ -113,7 +134,7 @@ class Site(ABC):
 def observe_pair(
     base: nn.Module, delta: nn.Module, scaling: float, report: Report, counting: Callable[[], bool]
 ) -> list[RemovableHandle]:
-    """Report the output of `delta`, which is added with the factor `scaling`, against that of `base`, which runs first."""
+    """Report the output of `delta`, which is added with the factor `scaling`, against that of `base` before it."""
     outputs: list[Tensor] = []
 
     def remember(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from lightpeft.sites.base import Report, Site, observe_pair
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 """LoRA initialisations that write to the base weights."""
 _UNSUPPORTED = (
-    "use_dora",
     "use_bdlora",
+    "use_qalora",
     "alora_invocation_tokens",
     "arrow_config",
     "velora_config",
@@ -27,7 +28,6 @@ _UNSUPPORTED = (
     "monteclora_config",
     "layer_replication",
     "target_parameters",
-    "trainable_token_indices",
 )
 """LoRA settings that change what a module computes or where it sits in a way the site view does not know."""
 
@@ -43,9 +43,13 @@ class LoraSite(Site):
         start = config.init_lora_weights
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
             raise LightPeftError(f'init_lora_weights="{start}" changes the base weights; use True, "gaussian" or "eva"')
-        require(config.bias == "none", f'LoRA bias="{config.bias}" trains biases of the base; use bias="none"')
+        require(
+            config.bias in ("none", "lora_only"),
+            f'LoRA bias="{config.bias}" also trains biases of the base where no LoRA module is, which tasks then no '
+            'longer share; use bias="none" or "lora_only"',
+        )
         for name in _UNSUPPORTED:
-            require(not getattr(config, name, None), f"LoRA with {name} is not supported; use plain LoRA or rsLoRA")
+            require(not getattr(config, name, None), f"LoRA with {name} cannot be pruned; use LoRA, rsLoRA or DoRA")
 
     @classmethod
     def rank_of(cls, layer: LoraLayer, adapter: str) -> int:
@@ -54,12 +58,37 @@ class LoraSite(Site):
     @classmethod
     def refresh(cls, config: LoraConfig, layers: dict[str, LoraLayer], adapter: str) -> None:
         config.layers_to_transform = config.layers_pattern = None
+        if config.init_lora_weights == "orthogonal":  # asks for even ranks when the modules are made to be loaded
+            config.init_lora_weights = True
         config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items() if layer.r[adapter] != config.r}
         config.alpha_pattern = {
             name: layer.lora_alpha[adapter]
             for name, layer in layers.items()
             if layer.lora_alpha[adapter] != config.lora_alpha
         }
+
+    @classmethod
+    def remember_base(cls, config: LoraConfig, layers: Sequence[LoraLayer], adapter: str) -> None:
+        """Keep the biases that `bias="lora_only"` trains: PEFT saves them only beside a LoRA module."""
+        for layer in layers if config.bias != "none" else ():
+            bias = getattr(layer.get_base_layer(), "bias", None)
+            if bias is None or _original_bias(layer) is not None or adapter not in layer.lora_B:
+                continue
+            require(
+                not layer.lora_B[adapter].weight.any(),
+                f'LoRA bias="{config.bias}": where pruning removes a module, the bias of the base is put back; '
+                'make the pruner before training, on LoRA that starts at zero, or use bias="none"',
+            )
+            layer.light_original_bias = bias.detach().clone()
+
+    @classmethod
+    def check_removable(cls, config: LoraConfig, sites: Sequence[Site]) -> None:
+        for site in sites if config.bias != "none" else ():
+            require(
+                getattr(site.base, "bias", None) is None or _original_bias(site.layer) is not None,
+                f'LoRA bias="{config.bias}" has trained the bias of {site.spec.name}, where the plan removes LoRA, '
+                "and its value from before is not known; make the pruner before training",
+            )
 
     @property
     def down(self) -> nn.Parameter:
@@ -84,6 +113,9 @@ class LoraSite(Site):
         slice_linear((self.layer.lora_B if dim == 0 else self.layer.lora_A)[self.adapter], index, dim)
         if dim == 0:
             self.layer.out_features = len(index)
+            original = _original_bias(self.layer)
+            if original is not None:
+                self.layer.light_original_bias = original.index_select(0, index.to(original.device))
         else:
             self.layer.in_features = len(index)
 
@@ -98,6 +130,25 @@ class LoraSite(Site):
 
     def restart(self) -> None:
         self.layer.reset_lora_parameters(self.adapter, init_lora_weights=True)
+        self._restore_bias()
+
+    def removed(self) -> None:
+        """Leave the frozen layer as the base has it."""
+        if self._restore_bias():
+            self.base.bias.requires_grad_(False)
+
+    @torch.no_grad()
+    def _restore_bias(self) -> bool:
+        original = _original_bias(self.layer)
+        if original is None:
+            return False
+        self.layer.get_base_layer().bias.copy_(original)
+        return True
+
+
+def _original_bias(layer: LoraLayer) -> Tensor | None:
+    """The bias that the frozen layer had before training, where training changes it."""
+    return getattr(layer, "light_original_bias", None)
 
 
 def _exact_alpha(scaling: float, divisor: float) -> float:

@@ -12,28 +12,36 @@ from torch import nn
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.sites.base import Site, base_layer, transformers_model
+from lightpeft.sites.bottleneck import BottleneckSite
+from lightpeft.sites.dora import DoraSite
+from lightpeft.sites.ia3 import Ia3Site
 from lightpeft.sites.lora import LoraSite
 from lightpeft.structure import BlockSpec, SiteSpec
 
-KINDS: dict[str, type[Site]] = {kind.peft_type.value: kind for kind in (LoraSite,)}
-"""PEFT kinds that can be pruned, by PEFT's name for them."""
+KINDS: tuple[type[Site], ...] = (DoraSite, LoraSite, Ia3Site, BottleneckSite)
+"""PEFT kinds that can be pruned; the first that matches a configuration is taken."""
 
 
 def check_peft(model: nn.Module) -> None:
-    """Refuse what cannot be pruned correctly.
+    """Refuse what cannot be pruned correctly, and note what pruning has to put back; call it before training.
 
     Raises:
-        LightPeftError: not a PeftModel, an unsupported PEFT type or variant, merged weights, or several adapters.
+        LightPeftError: not a PeftModel, an unsupported PEFT type or variant, several adapters, merged or disabled ones.
     """
     if not isinstance(model, PeftModel):
         raise LightPeftError(f"expected a PeftModel from peft.get_peft_model, got a {type(model).__name__}")
-    names = list(model.peft_config)
-    require(len(names) == 1, f"the model has adapters {', '.join(names)}; lightpeft prunes one adapter at a time")
-    _kind(model).check(_config(model))
+    nested = isinstance(transformers_model(model), PeftModel)
+    require(not nested, "there is a PeftModel inside the PeftModel; lightpeft prunes one adapter at a time")
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    require(
-        not any(layer.merged for layer in layers), "the PEFT weights are merged; call model.unmerge_adapter() first"
-    )
+    names = list(dict.fromkeys([*model.peft_config, *(name for layer in layers for name in _adapters(layer))]))
+    require(len(names) == 1, f"the model has adapters {', '.join(names)}; lightpeft prunes one adapter at a time")
+    kind, config = _kind(model), _config(model)
+    kind.check(config)
+    merged = any(layer.merged for layer in layers)
+    require(not merged, "the PEFT weights are merged; call model.unmerge_adapter() first")
+    disabled = any(layer.disable_adapters for layer in layers)
+    require(not disabled, "the PEFT modules are disabled; call model.enable_adapter_layers() first")
+    kind.remember_base(config, [layer for layer in layers if isinstance(layer, kind.layer_type)], names[0])
 
 
 def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
@@ -58,6 +66,15 @@ def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
         bool(sites), f"no {kind.peft_type.value} module sits on a prunable projection; target_modules may name: {known}"
     )
     return sites
+
+
+def check_removable(model: PeftModel, sites: Sequence[Site]) -> None:
+    """Refuse to remove modules whose removal would leave a changed base behind.
+
+    Raises:
+        LightPeftError: naming the first one.
+    """
+    _kind(model).check_removable(_config(model), sites)
 
 
 def remove_site(model: PeftModel, site: Site) -> None:
@@ -90,14 +107,21 @@ def restart_sites(sites: Sequence[Site], seed: int) -> None:
             site.restart()
 
 
+def _adapters(layer: BaseTunerLayer) -> list[str]:
+    """Names of all adapters that a PEFT module has weights for, active or not."""
+    return list(layer._all_available_adapter_names())
+
+
 def _config(model: PeftModel) -> Any:
     """The configuration of the active adapter."""
     return model.peft_config[model.active_adapter]
 
 
 def _kind(model: PeftModel) -> type[Site]:
-    peft_type = _config(model).peft_type
-    name = getattr(peft_type, "value", peft_type)
-    if name not in KINDS:
-        raise LightPeftError(f"PEFT type {name} is not supported; supported: {', '.join(sorted(KINDS))}")
-    return KINDS[name]
+    config = _config(model)
+    for kind in KINDS:
+        if kind.matches(config):
+            return kind
+    name = getattr(config.peft_type, "value", config.peft_type)
+    known = ", ".join(dict.fromkeys(kind.peft_type.value for kind in KINDS))
+    raise LightPeftError(f"PEFT type {name} cannot be pruned; use one of {known}")

@@ -1,0 +1,150 @@
+"""A small random model of the same architecture as a live one, and random inputs that it takes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lightpeft.errors import LightPeftError, require
+
+_LAYERS = 2
+_VOCABULARY = 256
+_DEPTH_KEYS = (
+    "num_hidden_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+)
+_NEURONS = 128
+_WIDTH_KEYS = (
+    "intermediate_size",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "ffn_hidden_size",
+    "n_inner",
+    "d_ff",
+    "dff",
+)
+_SPREAD = 1.5
+"""Standard deviation of random weights times the root of their inputs: large enough that attention is far from even."""
+
+
+def skeleton(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """A model of the same class with two layers, few neurons and tokens, and random parameters; float32, on the CPU.
+
+    Its attention is as wide as that of `model`, whose weights are neither copied nor read.
+
+    Raises:
+        LightPeftError: the config does not say how many layers there are, or no model can be made from it.
+    """
+    config = skeleton_config(model.config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        try:
+            small = type(model)(config).float()
+        except Exception as error:  # a model class of anyone's own may raise anything
+            raise LightPeftError(f"no small {type(model).__name__} can be made: {one_line(error)}") from error
+        with torch.no_grad():
+            for parameter in small.parameters():
+                _randomise(parameter, generator)
+    return small.eval()
+
+
+def skeleton_config(config: PretrainedConfig) -> Any:
+    """A copy of a config with fewer layers (lists with an entry a layer are cut), neurons and tokens.
+
+    Raises:
+        LightPeftError: the config does not say how many layers there are.
+    """
+    small: Any = copy.deepcopy(config)
+    depths = {key: value for key in _DEPTH_KEYS if type(value := getattr(config, key, None)) is int}
+    require(depths, f"{type(config).__name__} does not say how many layers the model has")
+    for key, value in list(vars(small).items()):
+        if isinstance(value, list | tuple) and "layer" in key and len(value) in depths.values():
+            setattr(small, key, value[:_LAYERS])
+    for key, value in depths.items():
+        setattr(small, key, min(value, _LAYERS))
+    for key in _WIDTH_KEYS:
+        if type(value := getattr(config, key, None)) is int:
+            setattr(small, key, min(value, _NEURONS))
+    if type(getattr(config, "vocab_size", None)) is int:
+        small.vocab_size = min(config.vocab_size, _VOCABULARY)
+        small.pad_token_id = getattr(config, "pad_token_id", None) or 0  # classifiers of padded rows need one
+        _fit_token_ids(small)
+    if hasattr(small, "quantization_config"):
+        del small.quantization_config
+    if config._attn_implementation not in ("sdpa", "eager"):
+        small._attn_implementation = None  # what needs an accelerator: the class's own choice instead
+    return small
+
+
+def _fit_token_ids(config: Any) -> None:
+    """Give special tokens beyond the vocabulary numbers of their own at its start."""
+    for number, (key, value) in enumerate(sorted(vars(config).items())):
+        if key.endswith("_token_id") and isinstance(value, int | list):
+            ids = value if isinstance(value, list) else [value]
+            if any(token >= config.vocab_size for token in ids):
+                setattr(config, key, number % max(config.vocab_size // 4, 1))
+
+
+def _randomise(parameter: nn.Parameter, generator: torch.Generator) -> None:
+    if parameter.dim() > 1:
+        parameter.normal_(0.0, _SPREAD / max(parameter[:1].numel(), 1) ** 0.5, generator=generator)
+    else:
+        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def random_inputs(model: PreTrainedModel, rows: int = 3, length: int = 9, padding: str = "right") -> dict[str, Tensor]:
+    """Random token ids (padded rows but the first), images or sound, whatever the model takes; the same at every call.
+
+    Raises:
+        LightPeftError: the model takes something else.
+    """
+    config, name = model.config, model.main_input_name
+    generator = torch.Generator().manual_seed(1)
+    if name == "input_ids":
+        inputs = _token_inputs(config, rows, length, padding, generator)
+    elif name == "pixel_values":
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs = {name: torch.randn(rows, config.num_channels, height, width, generator=generator)}
+    elif name == "input_values" and hasattr(config, "num_mel_bins"):
+        inputs = {name: torch.randn(rows, config.max_length, config.num_mel_bins, generator=generator)}
+    elif name == "input_values":
+        inputs = {name: torch.randn(rows, 4000, generator=generator)}
+    elif name == "input_features" and hasattr(config, "max_source_positions"):
+        frames = 2 * config.max_source_positions
+        inputs = {name: torch.randn(rows, config.num_mel_bins, frames, generator=generator)}
+    else:
+        raise LightPeftError(f"lightpeft knows no random input for {type(model).__name__} ({name})")
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = _tokens(config, rows, length - 2, generator)
+    accepted = inspect.signature(model.forward).parameters
+    return {key: value for key, value in inputs.items() if key == name or key in accepted}
+
+
+def _token_inputs(config: Any, rows: int, length: int, padding: str, generator: torch.Generator) -> dict[str, Tensor]:
+    ids, mask = _tokens(config, rows, length, generator), torch.ones(rows, length, dtype=torch.long)
+    for row in range(1, rows):
+        mask[row, slice(length - 2 * row, None) if padding == "right" else slice(0, 2 * row)] = 0
+    pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
+    return {"input_ids": ids.masked_fill(mask == 0, pad), "attention_mask": mask}
+
+
+def _tokens(config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Token ids of the upper half of the vocabulary, where no special tokens are."""
+    return torch.randint(config.vocab_size // 2, config.vocab_size, (rows, length), generator=generator)
+
+
+def one_line(error: BaseException, limit: int = 160) -> str:
+    """An exception as part of a one-line message."""
+    text = f"{type(error).__name__}: {error}" if not isinstance(error, LightPeftError) else str(error)
+    return " ".join(text.split())[:limit]

@@ -1,0 +1,301 @@
+"""What works with which family: one check a column of the table in docs/families.md, which this file also writes.
+
+python tests/support.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import (
+    DECODERS,
+    DROPPED,
+    ENCODERS,
+    MODELS,
+    USUAL,
+    inputs_for,
+    make,
+    masked,
+    plan_for,
+    relative_difference,
+    task_type,
+    with_lora,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from lightpeft import load_light
+from lightpeft.bottleneck import BottleneckConfig
+from lightpeft.checkpoint import as_light
+from lightpeft.families import FAMILIES, REFUSED, Family, block_specs
+from lightpeft.records import PrunePlan
+from lightpeft.sites import find_sites
+from lightpeft.structure import BlockSpec
+from lightpeft.surgery import apply_plan
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
+BUDGETS = {"usual": USUAL, "dropped": DROPPED}
+TOLERANCE = 1e-5
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+"""Eight tokens: twice the sliding window of the tiny models that have one."""
+YES, NO, NOT_APPLICABLE = "yes", "no", "-"
+
+
+# Models
+
+
+def with_bottleneck(model: PreTrainedModel, **changes: Any) -> PeftModel:
+    """Adapters after both halves of every block, with weights as if they had been trained."""
+    settings: dict[str, Any] = {"size": 4, "placement": "houlsby", "task_type": task_type(model), **changes}
+    peft_model = get_peft_model(model, BottleneckConfig(**settings))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for site in find_sites(peft_model, block_specs(model)):
+            for parameter in site.branch.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return peft_model.eval()
+
+
+KINDS: dict[str, Callable[..., PeftModel]] = {"lora": with_lora, "bottleneck": with_bottleneck}
+"""PEFT kinds of the table. Adding one is one more entry."""
+
+
+@functools.lru_cache(maxsize=6)
+def pair(name: str, kind: str, budget: str) -> tuple[PeftModel, PeftModel, PrunePlan]:
+    """(masked reference, pruned model, plan), to be read only: both are shared by all checks."""
+    model = KINDS[kind](make(name))
+    plan = plan_for(model, **BUDGETS[budget])
+    reference = masked(model, plan)
+    apply_plan(model, plan)
+    return reference, model, plan
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Logits of real tokens [tokens, vocabulary], of rows [rows, labels], or of decoder tokens."""
+    values: Tensor = model(**inputs).logits
+    own = values.dim() == 3 and "attention_mask" in inputs and "decoder_input_ids" not in inputs
+    return values[inputs["attention_mask"] > 0] if own else values
+
+
+# Checks: what a column says, for one tiny model and one PEFT kind
+
+
+def parity(name: str, kind: str) -> None:
+    """Masks at 0 and 1, and surgery, give the same logits, padded on either side."""
+    for budget in BUDGETS:
+        reference, pruned, _ = pair(name, kind, budget)
+        for padding in ("right", "left"):
+            inputs = inputs_for(pruned, padding)
+            difference = relative_difference(logits(pruned, inputs), logits(reference, inputs))
+            assert difference < TOLERANCE, f"{budget}, {padding}: {difference:.1e}"
+
+
+def generate(name: str, kind: str) -> None:
+    """The same tokens as with masks, padded on the left: greedy with a dynamic and a static cache, and beams."""
+    for budget in BUDGETS:
+        reference, pruned, _ = pair(name, kind, budget)
+        inputs = inputs_for(pruned, "left", generate=True)
+        expected = reference.generate(**inputs, **GREEDY)
+        assert expected.shape[1] >= GREEDY["max_new_tokens"]
+        assert pruned.generate(**inputs, **GREEDY).equal(expected), budget
+        assert pruned.generate(**inputs, **GREEDY, cache_implementation="static").equal(expected), f"{budget}, static"
+        beams = {**GREEDY, "num_beams": 2}
+        assert pruned.generate(**inputs, **beams).equal(reference.generate(**inputs, **beams)), f"{budget}, beams"
+
+
+def save(name: str, kind: str) -> None:
+    """Saved as a light adapter and loaded on a fresh base: bit-equal logits."""
+    model = KINDS[kind](make(name))
+    plan = plan_for(model, **DROPPED)
+    apply_plan(model, plan)
+    inputs = inputs_for(model)
+    with tempfile.TemporaryDirectory() as folder:
+        as_light(model, plan).save_pretrained(folder)
+        loaded = load_light(folder, make(name))
+    assert logits(loaded, inputs).equal(logits(model, inputs))
+
+
+def compiles(name: str, kind: str) -> None:
+    """`torch.compile` of the pruned model gives the logits that it gives without."""
+    for budget in BUDGETS:
+        _, pruned, _ = pair(name, kind, budget)
+        inputs = inputs_for(pruned)
+        torch.compiler.reset()
+        difference = relative_difference(logits(torch.compile(pruned), inputs), logits(pruned, inputs))
+        assert difference < 1e-4, f"{budget}: {difference:.1e}"
+    torch.compiler.reset()
+
+
+CHECKS: dict[str, Callable[[str, str], None]] = {
+    "parity": parity,
+    "generate": generate,
+    "save": save,
+    "compile": compiles,
+}
+CELLS = [(check, kind) for kind in KINDS for check in CHECKS]
+"""The columns of the table."""
+
+
+def applies(check: str, name: str) -> bool:
+    """Whether a check says anything about a model: encoders generate nothing."""
+    return check != "generate" or name not in ENCODERS
+
+
+# The tables
+
+
+@functools.cache
+def rows() -> dict[str, list[str]]:
+    """Model type -> names of its tiny models, in the order of the registry."""
+    names: dict[str, list[str]] = {}
+    for name in MODELS:
+        names.setdefault(make(name).config.model_type, []).append(name)
+    return {model_type: names[model_type] for model_type in FAMILIES if model_type in names}
+
+
+def row_of(name: str) -> str:
+    """The table's row of a tiny model."""
+    return next(model_type for model_type, names in rows().items() if name in names)
+
+
+def support_table(cells: dict[str, list[str]]) -> str:
+    """The support matrix: model type -> its cells, as Markdown."""
+    titles = [f"{kind} {check}" if kind != "lora" else f"LoRA {check}" for check, kind in CELLS]
+    return _markdown(["`model_type`", *titles], ([f"`{model_type}`", *row] for model_type, row in cells.items()))
+
+
+def read_support() -> dict[str, list[str]]:
+    """What the document says: model type -> its cells."""
+    lines = section(DOCUMENT.read_text(encoding="utf-8"), "support").splitlines()[2:]
+    parts = [[part.strip(" `") for part in line.strip("|").split("|")] for line in lines]
+    return {model_type: cells for model_type, *cells in parts}
+
+
+def family_table() -> str:
+    """One row a family, read off its entry and its tiny models."""
+    kinds = dict.fromkeys(ENCODERS, "encoder") | dict.fromkeys(DECODERS, "decoder")
+    lines = []
+    for model_type, names in rows().items():
+        specs = block_specs(make(names[-1]))
+        kind = kinds.get(names[0], "encoder-decoder")
+        units = "KV groups or balanced query heads" if specs[0].heads_per_kv > 1 else "query heads"
+        lines.append(
+            [f"`{model_type}`", kind, _attention(specs[0]), units, _ffn(FAMILIES[model_type]), _notes(model_type)]
+        )
+    return _markdown(["`model_type`", "kind", "attention", "head units", "FFN", "notes"], lines)
+
+
+def refusal_table() -> str:
+    """Families that are refused, with the reason."""
+    reasons: dict[str, list[str]] = {}
+    for model_type, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(f"`{model_type}`")
+    return _markdown(["`model_type`", "why"], ([", ".join(names), reason] for reason, names in reasons.items()))
+
+
+def _attention(spec: BlockSpec) -> str:
+    if "qkv" not in spec.projections:
+        return "q, k, v, o"
+    return "fused qkv, one KV group after the other; o" if spec.interleaved else "fused qkv; o"
+
+
+def _ffn(family: Family) -> str:
+    names = {
+        ("ffn_in", "ffn_out"): "in, out",
+        ("ffn_in", "ffn_gate", "ffn_out"): "gate, in, out",
+        ("ffn_gate_in", "ffn_out"): "fused gate and in; out",
+    }
+    tables = [tuple(slot for slot in table if slot.startswith("ffn")) for table in family.stacks[0].tables]
+    return " or ".join(names[slots] for slots in tables)
+
+
+def _notes(model_type: str) -> str:
+    family = FAMILIES[model_type]
+    stack = family.stacks[0]
+    notes = []
+    if len(family.stacks) > 1:
+        notes.append("encoder, decoder and cross-attention are blocks of their own")
+    if stack.wide_norms:
+        notes.append("q and k have a norm over all heads: their rows stay, what follows the norm is cut")
+    if stack.position_bias:
+        notes.append("one table of position biases a stack; every block looks up those of its own heads")
+    notes += [f"needs `{key}={value}`" for key, value in family.needs.items()]
+    return "; ".join(notes)
+
+
+def _markdown(titles: list[str], lines: Iterable[list[str]]) -> str:
+    table = [titles, ["---"] * len(titles), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table).replace("|  |", "| |")
+
+
+TABLES: dict[str, Callable[[], str]] = {"families": family_table, "refused": refusal_table}
+"""Tables that need no check."""
+
+
+def section(text: str, name: str) -> str:
+    """What stands between the two markers of a name."""
+    return text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
+
+
+def with_section(text: str, name: str, table: str) -> str:
+    """The text with another table between the two markers of a name."""
+    return text.replace(section(text, name), table)
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file as a whole."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)
+
+
+def result(check: str, kind: str, names: list[str]) -> str:
+    """A cell: whether the check passes on all tiny models of a row."""
+    if not all(applies(check, name) for name in names):
+        return NOT_APPLICABLE
+    try:
+        for name in names:
+            CHECKS[check](name, kind)
+    except Exception:  # noqa: BLE001 (whatever it raises, the cell says no)
+        sys.stderr.write(f"{names} {kind} {check}\n{traceback.format_exc()}\n")
+        return NO
+    return YES
+
+
+def main() -> None:
+    """Run all checks; with --write put the tables into the document, else print the support matrix."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/families.md")
+    arguments = parser.parse_args()
+    cells = {}
+    for model_type, names in rows().items():
+        cells[model_type] = [result(check, kind, names) for check, kind in CELLS]
+        sys.stderr.write(f"{model_type}: {' '.join(cells[model_type])}\n")
+    tables = {"support": support_table(cells)} | {name: table() for name, table in TABLES.items()}
+    if not arguments.write:
+        sys.stdout.write("\n\n".join(tables.values()) + "\n")
+        return
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        text = with_section(text, name, table)
+    write(DOCUMENT, text)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    main()

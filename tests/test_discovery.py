@@ -1,0 +1,513 @@
+"""Families that are not listed: found by what their layers do, used only if masking and pruning agree."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from tiny import (
+    DROPPED,
+    IMAGES,
+    TEXT,
+    TOKENS,
+    USUAL,
+    VOCABULARY,
+    Maker,
+    batch,
+    decoder,
+    encoder,
+    encoder_decoder,
+    inputs_for,
+    make,
+    maker,
+    masked,
+    plan_for,
+    relative_difference,
+    with_lora,
+)
+from torch import nn
+from transformers import BigBirdConfig, BigBirdForSequenceClassification, PreTrainedModel
+
+from lightpeft import EarlyPruner, LightConfig, discovery, load_light
+from lightpeft.discovery import check_family, discover_family, ensure_family
+from lightpeft.errors import LightPeftError
+from lightpeft.families import (
+    FAMILIES,
+    REFUSED,
+    Family,
+    block_specs,
+    family_of,
+    propose_families,
+    random_inputs,
+    register_family,
+    skeleton,
+)
+from lightpeft.families.probing import Probe, block_slots
+from lightpeft.records import BlockPlan
+from lightpeft.surgery import apply_plan
+
+GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **TOKENS}
+SOUND = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SOUND |= {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
+SOUND |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 20}
+
+DECODERS: dict[str, Maker] = {
+    "gptj": maker("GPTJConfig", "GPTJForCausalLM", GPT | {"rotary_dim": 4}),
+    "gpt_bigcode-mqa": maker("GPTBigCodeConfig", "GPTBigCodeForCausalLM", GPT),
+    "gpt_bigcode-mha": maker("GPTBigCodeConfig", "GPTBigCodeForCausalLM", GPT | {"multi_query": False}),
+    "persimmon": maker("PersimmonConfig", "PersimmonForCausalLM", TEXT | TOKENS),
+    "xglm": maker(
+        "XGLMConfig",
+        "XGLMForCausalLM",
+        {"vocab_size": VOCABULARY, "d_model": 32, "num_layers": 3, "attention_heads": 4, "ffn_dim": 48, **TOKENS},
+    ),
+    "stablelm": decoder("StableLm"),
+    "cohere": decoder("Cohere"),
+    "nemotron": decoder("Nemotron"),
+    "biogpt": maker("BioGptConfig", "BioGptForCausalLM", TEXT | TOKENS | {"max_position_embeddings": 64}),
+    "smollm3": decoder("SmolLM3"),
+    "glm": decoder("Glm", head_dim=8),
+    "exaone4": decoder("Exaone4"),
+    "olmo3": decoder("Olmo3"),
+    "arcee": decoder("Arcee"),
+}
+OTHERS: dict[str, Maker] = {
+    "roformer": encoder("RoFormer", embedding_size=32),
+    "megatron-bert": encoder("MegatronBert"),
+    "layoutlm": encoder("LayoutLM"),
+    "deit": maker("DeiTConfig", "DeiTForImageClassification", IMAGES | {"intermediate_size": 48}),
+    "beit": maker("BeitConfig", "BeitForImageClassification", IMAGES | {"intermediate_size": 48}),
+    "hubert": maker("HubertConfig", "HubertForSequenceClassification", SOUND),
+    "pegasus": encoder_decoder("Pegasus"),
+}
+FOUND = DECODERS | OTHERS
+"""Families that no entry lists, and that can be pruned all the same."""
+
+LISTED = ["bert", "roberta", "deberta-v2", "modernbert", "dinov2-swiglu", "whisper", "bart", "opt", "gpt2", "gpt_neox"]
+LISTED += ["falcon", "falcon-mqa", "falcon-mha", "phi3", "olmo2", "gemma2", "llama-gqa", "llama-mqa", "llama-head-dim"]
+"""Listed families of every layout. T5 is not here: no measurement shows that blocks hand their position biases on."""
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each test starts from the listed families; the models of this file are known to `make`."""
+    for name, constructor in FOUND.items():
+        monkeypatch.setitem(tiny.ALL, name, constructor)
+    listed = dict(FAMILIES)
+    monkeypatch.setattr(discovery, "_discovered", {})
+    yield
+    FAMILIES.clear()
+    FAMILIES.update(listed)
+
+
+def found(name: str) -> PreTrainedModel:
+    """The model `name`, its family discovered."""
+    model = make(name)
+    ensure_family(model)
+    return model
+
+
+def unlist(name: str) -> PreTrainedModel:
+    """The listed model `name` after its entry was taken away."""
+    model = make(name)
+    del FAMILIES[model.config.model_type]
+    return model
+
+
+def refusal(model: nn.Module) -> str:
+    with pytest.raises(LightPeftError) as error:
+        ensure_family(model)
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+def inputs_of(model: Any, padding: str = "right") -> dict[str, torch.Tensor]:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return random_inputs(inner) if inner.main_input_name == "input_values" else inputs_for(inner, padding)
+
+
+@torch.no_grad()
+def values(model: Any, padding: str = "right") -> torch.Tensor:
+    """Logits of real tokens, or of rows."""
+    inputs = inputs_of(model, padding)
+    logits = model(**inputs).logits
+    real = logits.dim() == 3 and "decoder_input_ids" not in inputs and "attention_mask" in inputs
+    return logits[inputs["attention_mask"] > 0] if real else logits
+
+
+# What is found
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_unlisted_families_are_found(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = make(name)
+    assert model.config.model_type not in FAMILIES
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with caplog.at_level(logging.WARNING, logger="lightpeft"):
+        ensure_family(model)
+        ensure_family(model)
+    assert len(caplog.records) == 1, "it is said once, in one line"
+    line = caplog.messages[0]
+    assert f'"{model.config.model_type}" is not listed; its structure was discovered' in line and "\n" not in line
+    specs = block_specs(model)
+    assert len(specs) == (6 if name == "pegasus" else 3)
+    assert {(s.heads, s.head_dim) for s in specs} == {(4, 8)}
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items()), "the model was not touched"
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_what_is_found_of_listed_families_is_what_is_listed(name: str) -> None:
+    expected = block_specs(make(name))
+    model = unlist(name)
+    ensure_family(model)
+    for spec, entry in zip(block_specs(model), expected, strict=True):
+        differing = {"head_attributes", "attention_outputs"}  # not all that is listed is read
+        if spec.kv_heads == 1:
+            differing.add("interleaved")  # one KV group lies the same both ways
+        same = {key: value for key, value in vars(spec).items() if key not in differing}
+        assert same == {key: value for key, value in vars(entry).items() if key not in differing}
+        assert spec.head_attributes.items() <= entry.head_attributes.items()
+
+
+def test_t5_is_more_than_can_be_found() -> None:
+    assert "does not run" in refusal(unlist("t5"))
+
+
+def test_positions_after_padding_are_seen() -> None:
+    for name in ("roberta", "bert"):
+        listed = family_of(name)
+        ensure_family(unlist(name))
+        assert family_of(name) is not listed
+        assert family_of(name).positions_after_padding == listed.positions_after_padding
+
+
+def test_order_and_names_do_not_tell_the_parts() -> None:
+    """q, k, v, gate and in are told apart by what they do: here k and v, gate and in have each other's names."""
+    small = skeleton(make("llama-gqa"))
+    for block in small.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        attention.forward = _with_names_swapped(attention, "k_proj", "v_proj")
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(mlp.gate_proj(x) * mlp.act_fn(mlp.up_proj(x)))
+    (attention,), ffn = block_slots(Probe(small, small.model.layers[0], "layers.0"))
+    assert attention == {slot: f"self_attn.{name}_proj" for slot, name in zip("qkvo", "qvko", strict=True)}
+    assert ffn == {"ffn_in": "mlp.gate_proj", "ffn_gate": "mlp.up_proj", "ffn_out": "mlp.down_proj"}
+
+
+def test_integers_of_any_name_count_heads_where_that_passes_the_check() -> None:
+    """CodeGen cuts its rows into `mp_num` parts: one a head, or more heads a part."""
+    build = maker("CodeGenConfig", "CodeGenForCausalLM", GPT | {"rotary_dim": 4, "n_ctx": 64})
+    assert discover_family(build()).stacks[0].head_attributes == {"mp_num": "heads", "embed_dim": "width"}
+    assert "masking and pruning" in refusal(build(n_head=8))
+
+
+def _with_names_swapped(module: nn.Module, first: str, second: str) -> Any:
+    """The forward pass with two children exchanged while it runs."""
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        children = module._modules
+        children[first], children[second] = children[second], children[first]
+        try:
+            return original(*args, **kwargs)
+        finally:
+            children[first], children[second] = children[second], children[first]
+
+    return forward
+
+
+# Parity, as of listed families
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_masked_and_pruned_models_agree(name: str) -> None:
+    """With LoRA on all projections: logits with every padding, and tokens generated with the KV cache."""
+    model = found(name)
+    for budget in (USUAL | {"head_unit": "balanced"}, DROPPED):
+        pruned = with_lora(copy.deepcopy(model))
+        plan = plan_for(pruned, **budget)
+        reference = masked(pruned, plan)
+        apply_plan(pruned, plan)
+        assert plan.removed_parameters > 0
+        for padding in ("right", "left", "none"):
+            assert relative_difference(values(pruned, padding), values(reference, padding)) < 1e-5, padding
+        if name in DECODERS or name == "pegasus":
+            settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+            expected = reference.generate(**batch(padding="left"), **settings)
+            assert pruned.generate(**batch(padding="left"), **settings).equal(expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["gptj", "gpt_bigcode-mqa", "persimmon", "olmo3", "glm", "roformer", "deit", "hubert", "pegasus"]
+)
+def test_from_estimation_to_a_loaded_light_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = dict(FAMILIES)
+    model = with_lora(found(name), trained=False)
+    pruner = EarlyPruner(model, LightConfig(length=2, heads=0.5, neurons=0.5, modules=0.5, ranks=0.5))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    pruner.start()
+    while not pruner.finished:
+        model(**inputs_of(model)).logits.square().mean().backward()
+        pruner.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    light = pruner.prune().eval()
+    assert light.light_plan.removed_ratio > 0.05
+    light.save_pretrained(tmp_path)
+    FAMILIES.clear()  # another process: the family has to be found again
+    FAMILIES.update(listed)
+    monkeypatch.setattr(discovery, "_discovered", {})
+    again = load_light(tmp_path, make(name))
+    assert family_of(make(name).config.model_type)
+    assert values(again).equal(values(light))
+
+
+def test_the_pruner_discovers_the_family_of_a_peft_model() -> None:
+    model = with_lora(found("gptj"))
+    del FAMILIES["gptj"]
+    EarlyPruner(model)
+    assert block_specs(model.get_base_model())[0].projections["q"] == "transformer.h.0.attn.q_proj"
+
+
+# What is refused
+
+
+MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+MPT = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
+XLNET = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+REFUSALS: dict[str, tuple[Maker, str]] = {
+    "no linear attention": (maker("MambaConfig", "MambaForCausalLM", MAMBA), "takes no part in a forward pass"),
+    "no linear layers": (maker("XLNetConfig", "XLNetForSequenceClassification", XLNET), "no list of equal blocks"),
+    "a bias of every head": (
+        maker("MptConfig", "MptForCausalLM", MPT),
+        "without KV groups and neurons, MptForCausalLM",
+    ),
+    "shared position biases": (encoder("MPNet"), "without KV groups and neurons, MPNetForSequenceClassification"),
+    "paired heads": (decoder("DiffLlama"), "found: layers[q=self_attn.q_proj"),
+    "a norm of the neurons": (decoder("BitNet"), "without KV groups and neurons, BitNetForCausalLM"),
+    "a bias beside the output": (
+        maker("GPTNeoXJapaneseConfig", "GPTNeoXJapaneseForCausalLM", TEXT | TOKENS | {"intermediate_multiple_size": 2}),
+        "masking and pruning whole sub-layers, the others differ by",
+    ),
+    "experts": (decoder("GraniteMoe", num_local_experts=2), "is one 3-D parameter, as of experts, not linear layers"),
+    "gated attention": (decoder("Doge"), "has linear layers beside attention that are not one FFN: self_attn.v_proj"),
+    "adapters inside": (encoder("Xmod", languages=["en"], default_language="en"), "that are not one FFN"),
+    "convolution": (encoder("ConvBert", embedding_size=16), "which are not q, k and v (or qkv)"),
+    "listed as refused": (encoder("Albert", embedding_size=16), "its layers share one set of weights"),
+}
+
+
+@pytest.mark.parametrize(("build", "says"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_what_cannot_be_pruned_is_refused(build: Maker, says: str) -> None:
+    model = build()
+    before = dict(FAMILIES)
+    text = refusal(model)
+    assert says in text and f'model family "{model.config.model_type}"' in text
+    if model.config.model_type not in REFUSED:
+        assert "could not be discovered" in text and "docs/families.md says how to add it" in text
+    assert before == FAMILIES
+
+
+def test_modules_that_change_while_they_run_are_refused() -> None:
+    """BigBird puts other attention modules in place when it meets a short text."""
+    config = BigBirdConfig(**TEXT, attention_type="block_sparse")
+    assert "replaces modules of its own while it runs" in refusal(BigBirdForSequenceClassification(config))
+
+
+def test_what_is_no_transformers_model_is_left_to_others() -> None:
+    ensure_family(nn.Linear(2, 2))
+
+
+# The check
+
+
+def only(monkeypatch: pytest.MonkeyPatch, proposal: Family) -> None:
+    monkeypatch.setattr(discovery, "propose_families", lambda small: iter([proposal]))
+
+
+def listed_with(name: str, **changes: Any) -> Family:
+    """The listed family of a model with a mistake in all its stacks."""
+    family = family_of(make(name).config.model_type)
+    return replace(family, stacks=tuple(replace(stack, **changes) for stack in family.stacks))
+
+
+def swapped(name: str, first: str, second: str) -> dict[str, str]:
+    (stack,) = family_of(name).stacks
+    table = dict(stack.tables[0])
+    return {**table, first: table[second], second: table[first]}
+
+
+@pytest.mark.parametrize(
+    ("name", "mistake", "says"),
+    [
+        ("gpt_neox", {"interleaved": False}, "masking and pruning KV groups and neurons differ by"),
+        ("falcon", {"interleaved": False}, "masking and pruning KV groups and neurons differ by"),
+        ("phi3", {"interleaved": True}, "masking and pruning KV groups and neurons differ by"),
+        ("gpt2", {"interleaved": True}, "masking and pruning KV groups and neurons differ by"),
+        ("gpt2", {"head_attributes": {}}, "without KV groups and neurons, GPT2LMHeadModel does not run"),
+        ("llama-gqa", {"head_attributes": {}}, "without query heads and neurons, LlamaForCausalLM"),
+        ("olmo2", {"wide_norms": {}}, "without KV groups and neurons, Olmo2ForCausalLM does not run"),
+        ("phi3", {"head_attributes": {"num_key_value_groups": "heads_per_kv"}}, "Phi3ForCausalLM does not run"),
+        ("bert", {"attention": "attention"}, "whole sub-layers cannot be cut"),
+    ],
+)
+def test_a_wrong_proposal_is_caught(
+    name: str, mistake: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = listed_with(name, **mistake)
+    model = unlist(name)
+    only(monkeypatch, wrong)
+    text = refusal(model)
+    assert says in text and "found: " in text
+    assert model.config.model_type not in FAMILIES
+
+
+def test_a_projection_in_the_wrong_slot_is_caught() -> None:
+    small = skeleton(make("bert"))
+    for first, second in (("q", "ffn_in"), ("o", "ffn_out"), ("v", "o")):
+        with pytest.raises(LightPeftError):
+            check_family(small, listed_with("bert", projections=swapped("bert", first, second)))
+    check_family(small, listed_with("bert"))
+
+
+def test_every_plan_is_checked() -> None:
+    """A family that is right for heads and neurons, but cannot lose whole attention."""
+    small = skeleton(make("llama-gqa"))
+    with pytest.raises(LightPeftError, match="without whole sub-layers"):
+        check_family(small, listed_with("llama-gqa", attention_outputs=1))
+
+
+def test_generated_tokens_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = iter(range(100))
+    monkeypatch.setattr(discovery, "_generate", lambda model: torch.tensor([next(tokens)]))
+    with pytest.raises(LightPeftError, match="masking and pruning KV groups and neurons generate different tokens"):
+        check_family(skeleton(make("llama-gqa")), listed_with("llama-gqa"))
+
+
+def test_masks_that_do_nothing_prove_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep_all(specs: list[Any], generator: torch.Generator) -> dict[str, list[BlockPlan]]:
+        return {
+            "nothing": [
+                BlockPlan(tuple(range(s.heads)), tuple(range(s.kv_heads)), tuple(range(s.neurons))) for s in specs
+            ]
+        }
+
+    monkeypatch.setattr(discovery, "_plans", keep_all)
+    with pytest.raises(LightPeftError, match="masks of nothing have no effect"):
+        check_family(skeleton(make("bert")), listed_with("bert"))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "bert", "bart"])
+def test_plans_take_heads_groups_and_whole_sub_layers(name: str) -> None:
+    specs = block_specs(make(name))
+    plans = discovery._plans(specs, torch.Generator().manual_seed(0))
+    groups, heads, *whole = plans.values()
+    for spec, first, second in zip(specs, groups, heads, strict=True):
+        assert len(first.kv_heads) * 2 == spec.kv_heads and len(second.heads) * 2 == spec.heads
+        assert (len(second.kv_heads) < spec.kv_heads) == (spec.heads_per_kv == 1)
+        assert len(first.neurons) == len(second.neurons) == spec.neurons // 2
+        assert any(not blocks[spec.index].heads for blocks in whole)
+        assert any(not blocks[spec.index].neurons and blocks[spec.index].heads for blocks in whole)
+
+
+# When it is made
+
+
+def test_listed_families_are_never_discovered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "discover_family", lambda model: pytest.fail("discovered"))
+    for name in ("bert", "llama-gqa", "t5"):
+        ensure_family(make(name))
+        EarlyPruner(with_lora(make(name)))
+
+
+def test_a_family_of_your_own_takes_the_place_of_a_discovered_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = found("gptj")
+    own = replace(family_of("gptj"))
+    register_family(own)
+    monkeypatch.setattr(discovery, "discover_family", lambda model: pytest.fail("discovered"))
+    model.config.n_positions = 32
+    ensure_family(model)
+    assert family_of("gptj") is own
+
+
+def test_another_config_of_the_same_family_is_looked_at_again() -> None:
+    """GPT BigCode lays out fused rows by its config."""
+    layouts = []
+    for name in ("gpt_bigcode-mqa", "gpt_bigcode-mha", "gpt_bigcode-mqa"):
+        specs = block_specs(found(name))
+        layouts.append((specs[0].interleaved, specs[0].kv_heads))
+    assert layouts == [(False, 1), (True, 4), (False, 1)]
+
+
+def test_layers_beyond_the_skeleton_are_looked_at_before_the_family_is_used() -> None:
+    model = make("gptj")
+    model.transformer.h[2].extra = nn.Linear(32, 32)
+    with pytest.raises(LightPeftError, match=r"transformer\.h\.2\.extra is a projection that the family's entry"):
+        ensure_family(model)
+    assert "gptj" not in FAMILIES
+
+
+# The skeleton
+
+
+def test_a_skeleton_is_small_and_random_and_of_the_same_shape() -> None:
+    windows = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 4}
+    settings = {"vocab_size": 5000, "intermediate_size": 999, "eos_token_id": [4999, 4998], "pad_token_id": 4997}
+    dense = decoder("Qwen2", **windows, **settings)()
+    state = torch.random.get_rng_state()
+    small = skeleton(dense.half())
+    assert torch.random.get_rng_state().equal(state), "nobody else's random numbers are used up"
+    assert len(small.model.layers) == 2 and small.config.layer_types == windows["layer_types"][:2]
+    assert small.config.vocab_size == 256 and small.config.intermediate_size == 128
+    assert 0 <= small.config.eos_token_id < 64 and 0 <= small.config.pad_token_id < 64
+    assert small.config.eos_token_id != small.config.pad_token_id
+    assert small.model.layers[0].self_attn.q_proj.weight.shape == dense.model.layers[0].self_attn.q_proj.weight.shape
+    assert {p.dtype for p in small.parameters()} == {torch.float32}
+    assert all(p.std() > 0.1 for p in small.parameters() if p.numel() > 1)
+    assert dense.config.num_hidden_layers == 3 and dense.config.vocab_size == 5000
+    again = skeleton(dense)
+    assert all(a.equal(b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
+
+
+def test_encoder_decoders_lose_layers_on_both_sides() -> None:
+    config = skeleton(encoder_decoder("Bart", encoder_layers=5, decoder_layers=3)()).config
+    assert (config.encoder_layers, config.decoder_layers) == (2, 2)
+
+
+def test_discovery_needs_no_weights() -> None:
+    with torch.device("meta"):
+        model = FOUND["stablelm"]()
+    assert discover_family(model).stacks[0].layers == "layers"
+
+
+def test_random_inputs() -> None:
+    model = skeleton(make("bart"))
+    inputs = random_inputs(model, padding="left")
+    assert set(inputs) == {"input_ids", "attention_mask", "decoder_input_ids"}
+    assert inputs["attention_mask"].sum(1).tolist() == [9, 7, 5] and not inputs["attention_mask"][1, 0]
+    assert all(a.equal(b) for a, b in zip(inputs.values(), random_inputs(model, padding="left").values(), strict=True))
+    assert random_inputs(make("vit"))["pixel_values"].shape == (3, 3, 16, 16)
+    vit = copy.deepcopy(make("vit"))
+    vit.__class__ = type("Other", (type(vit),), {"main_input_name": "point_clouds"})
+    assert "no random input for Other (point_clouds)" in refusal_of(lambda: random_inputs(vit))
+
+
+def refusal_of(action: Any) -> str:
+    with pytest.raises(LightPeftError) as error:
+        action()
+    return str(error.value)
+
+
+def test_proposals_differ_only_in_what_is_open() -> None:
+    proposals = list(propose_families(skeleton(make("gpt_neox"))))
+    assert {p.stacks[0].interleaved for p in proposals} == {False, True}
+    assert len({tuple(p.stacks[0].tables[0].items()) for p in proposals}) == 1

@@ -1,0 +1,504 @@
+"""Variants of LoRA, and IA3: each is cut to what masks and zeroed ranks compute, saves exactly, and trains on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft.tuners.lora.dora
+import pytest
+import torch
+from peft import EvaConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny import (
+    DROPPED,
+    USUAL,
+    inputs_for,
+    kept_channels,
+    make,
+    plan_for,
+    relative_difference,
+    task_type,
+    without_dropout,
+)
+from torch import Tensor, nn
+from training import StopAt, trainer
+from transformers import PreTrainedModel
+
+from lightpeft import EarlyPruner, LightConfig, LightPeftError, load_light
+from lightpeft.checkpoint import as_light
+from lightpeft.families import block_specs
+from lightpeft.importance import ModuleObserver
+from lightpeft.masks import UnitMasks
+from lightpeft.records import PrunePlan
+from lightpeft.sites import Site, check_peft, find_sites, restart_sites, transformers_model
+from lightpeft.sites.dora import DoraSite
+from lightpeft.sites.ia3 import Ia3Site
+from lightpeft.structure import SLOTS
+from lightpeft.surgery import apply_plan
+
+TOLERANCE = 1e-5
+MODELS = ("bert", "llama-gqa", "gpt2", "t5")
+INPUTS = ("o", "ffn_in", "ffn_out")
+"""Slots whose IA3 modules are told to act on inputs: of layers cut along their inputs, and along their outputs."""
+
+
+def names(base: PreTrainedModel, slots: tuple[str, ...] = SLOTS) -> list[str]:
+    return [name for block in block_specs(base) for slot, name in block.projections.items() if slot in slots]
+
+
+def lora(base: PreTrainedModel, **settings: Any) -> LoraConfig:
+    values = {"r": 6, "lora_alpha": 16, "target_modules": names(base), "task_type": task_type(base), **settings}
+    return LoraConfig(**values)
+
+
+def patterns(base: PreTrainedModel) -> LoraConfig:
+    some = names(base)[::3]
+    return lora(base, use_rslora=True, rank_pattern=dict.fromkeys(some, 3), alpha_pattern=dict.fromkeys(some, 5))
+
+
+def ia3(base: PreTrainedModel, slots: tuple[str, ...] = SLOTS, inputs: tuple[str, ...] = INPUTS) -> IA3Config:
+    feedforward = names(base, tuple(slot for slot in inputs if slot in slots))
+    return IA3Config(target_modules=names(base, slots), feedforward_modules=feedforward, task_type=task_type(base))
+
+
+VARIANTS: dict[str, Callable[[PreTrainedModel], PeftConfig]] = {
+    "rslora": lambda base: lora(base, use_rslora=True),
+    "patterns": patterns,
+    "orthogonal": lambda base: lora(base, init_lora_weights="orthogonal"),
+    "all-linear": lambda base: lora(base, target_modules="all-linear"),
+    "tokens": lambda base: lora(base, trainable_token_indices=[3, 5]),
+    "lora-only": lambda base: lora(base, bias="lora_only"),
+    "dora": lambda base: lora(base, use_dora=True),
+    "dora-bias": lambda base: lora(base, use_dora=True, use_rslora=True, bias="lora_only"),
+    "ia3": ia3,
+    "ia3-paper": lambda base: ia3(base, ("k", "v", "qkv", "ffn_out"), ("ffn_out",)),
+}
+EVERYWHERE = ("rslora", "lora-only", "dora", "ia3")
+CASES = [(name, variant) for name in MODELS for variant in EVERYWHERE] + [
+    ("llama-gqa", "patterns"),
+    ("bert", "orthogonal"),
+    ("bert", "all-linear"),
+    ("t5", "all-linear"),
+    ("gpt2", "tokens"),
+    ("gpt2", "dora-bias"),
+    ("bert", "ia3-paper"),
+    ("t5", "ia3-paper"),
+]
+all_cases = pytest.mark.parametrize(("name", "variant"), CASES, ids=map("-".join, CASES))
+all_budgets = pytest.mark.parametrize("budget", [USUAL, DROPPED], ids=["usual", "dropped"])
+
+
+def adapted(name: str, variant: str) -> PeftModel:
+    base = make(name)
+    return get_peft_model(base, VARIANTS[variant](base)).eval()
+
+
+def trained(name: str, variant: str) -> PeftModel:
+    """As it is after training that a pruner was made before."""
+    model = adapted(name, variant)
+    check_peft(model)
+    return shifted(model)
+
+
+def shifted(model: PeftModel, seed: int = 4) -> PeftModel:
+    """Every trainable parameter moved."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def sites_of(model: PeftModel) -> dict[str, Site]:
+    return {site.spec.name: site for site in find_sites(model, block_specs(transformers_model(model)))}
+
+
+def reference(model: PeftModel, plan: PrunePlan, name: str) -> PeftModel:
+    """What the pruned model must compute: units masked, ranks zeroed, modules that go switched off (as the base is)."""
+    dense, base = copy.deepcopy(model), make(name)
+    for site in find_sites(dense, plan.specs):
+        if site.spec.name not in plan.sites:
+            site.layer.enable_adapters(False)
+            site.base.load_state_dict(base.get_submodule(site.spec.name).state_dict())
+        elif site.up is not None:
+            gone = sorted(set(range(site.spec.rank)) - set(plan.sites[site.spec.name]))
+            site.up.data[:, gone] = 0.0
+    masks = UnitMasks(plan.specs)
+    masks.set_plan(plan)
+    masks.attach(dense)
+    return dense
+
+
+@torch.no_grad()
+def logits(model: nn.Module, padding: str = "right") -> Tensor:
+    return model(**inputs_for(model, padding)).logits
+
+
+def difference(first: nn.Module, second: nn.Module) -> float:
+    return max(relative_difference(logits(first, side), logits(second, side)) for side in ("right", "none"))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(after[key].equal(value) for key, value in before.items())
+
+
+# Surgery, saving, training
+
+
+@all_cases
+@all_budgets
+def test_surgery_equals_masks_and_zeroed_ranks(name: str, variant: str, budget: dict[str, Any]) -> None:
+    model = trained(name, variant)
+    plan = plan_for(model, **budget)
+    expected = reference(model, plan, name)
+    assert difference(expected, model) > 1e-2
+    apply_plan(model, plan)
+    assert difference(model, expected) < TOLERANCE
+    assert {name: site.spec.rank for name, site in live(model, plan).items()} == {
+        name: len(ranks) for name, ranks in plan.sites.items()
+    }
+    merged = copy.deepcopy(model).merge_and_unload()
+    assert difference(merged, model) < 10 * TOLERANCE
+
+
+def live(model: PeftModel, plan: PrunePlan) -> dict[str, Site]:
+    return {site.spec.name: site for site in find_sites(model, plan.specs)}
+
+
+@all_cases
+def test_saved_and_loaded_bit_equal(name: str, variant: str, tmp_path: Path) -> None:
+    model = trained(name, variant)
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    modules = {n: m for n, m in transformers_model(model).named_modules() if hasattr(m, "base_layer")}
+    light = as_light(model, plan)
+    light.save_pretrained(tmp_path)
+    again = load_light(tmp_path, make(name), is_trainable=True)
+    assert logits(again.eval()).equal(logits(light))
+    assert unchanged(again, state(light))
+    trains = {key for key, parameter in light.named_parameters() if parameter.requires_grad}
+    assert {key for key, parameter in again.named_parameters() if parameter.requires_grad} == trains
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert set(config.target_modules) == {n for n, m in modules.items() if not n.endswith("token_adapter")} - tokens(
+        model
+    )
+    if isinstance(config, IA3Config):
+        assert set(config.feedforward_modules) == {n for n, m in modules.items() if m.is_feedforward}
+
+
+def tokens(model: PeftModel) -> set[str]:
+    """Modules with trainable tokens, which are wrapped but no targets."""
+    return {n for n, m in transformers_model(model).named_modules() if hasattr(m, "token_adapter")}
+
+
+def step(model: PeftModel, optimizer: torch.optim.Optimizer, pruner: EarlyPruner | None = None) -> float:
+    loss = model(**inputs_for(model, labels=True)).loss
+    loss.backward()
+    if pruner is not None:
+        pruner.step()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@all_cases
+def test_estimation_pruning_and_training_on(name: str, variant: str, tmp_path: Path) -> None:
+    model = without_dropout(adapted(name, variant)).train()
+    pruner = EarlyPruner(model, LightConfig(length=4, heads=0.5, neurons=0.5, modules=0.4, ranks=0.5))
+    optimizer = torch.optim.AdamW(trainables(model).values(), lr=1e-2)
+    pruner.start()
+    while not pruner.finished:
+        step(model, optimizer, pruner)
+    record = pruner.record()
+    assert record.scores["modules/ratio"].gt(0).all()
+    for index, site in enumerate(pruner.estimator.sites):
+        taylor = record.scores[f"ranks/taylor/{index}"]
+        assert taylor.shape == (site.spec.rank,)
+        assert bool(taylor.gt(0).all()) == (site.up is not None)
+    light = pruner.prune()
+    assert len(light.light_plan.sites) < len(record.sites)
+    before = state(light)
+    optimizer = torch.optim.AdamW(trainables(light).values(), lr=1e-3)
+    losses = [step(light, optimizer) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    changed = {value.data_ptr() for key, value in light.state_dict().items() if not value.equal(before[key])}
+    assert changed == {parameter.data_ptr() for parameter in trainables(light).values()}
+    light.eval().save_pretrained(tmp_path)
+    assert logits(load_light(tmp_path, make(name))).equal(logits(light))
+
+
+@all_cases
+def test_a_restart_adds_nothing(name: str, variant: str) -> None:
+    model = adapted(name, variant)
+    nothing = make(name)
+    plan = plan_for(model)
+    apply_plan(nothing, plan)
+    check_peft(model)
+    shifted(model)
+    apply_plan(model, plan)
+    restart_sites(find_sites(model, plan.specs), seed=0)
+    for site in find_sites(model, plan.specs):
+        plain = nothing.get_submodule(site.spec.name)
+        assert unchanged(site.base, state(plain))
+        states = torch.randn(2, 3, site.layer.in_features)
+        with torch.no_grad():
+            assert relative_difference(site.layer(states), plain(states)) < TOLERANCE
+
+
+# What a variant has of its own
+
+
+def observed(model: PeftModel) -> tuple[Tensor, dict[str, Site]]:
+    """Module importance after one pass in training mode."""
+    blocks = block_specs(transformers_model(model))
+    sites = find_sites(model, blocks)
+    observer = ModuleObserver(model, sites, blocks, torch.device("cpu"))
+    model.train()(**inputs_for(model))
+    observer.detach()
+    return observer.sums[0] / observer.sums[1], {site.spec.name: site for site in sites}
+
+
+def inputs_of(model: PeftModel, sites: dict[str, Site]) -> dict[str, Tensor]:
+    """What each module reads, real tokens only."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        site.layer.register_forward_hook(lambda m, args, out, name=name: seen.update({name: args[0].detach()}))
+        for name, site in sites.items()
+    ]
+    batch = inputs_for(model)
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return {name: states[batch["attention_mask"].bool()] for name, states in seen.items()}
+
+
+@pytest.mark.parametrize("variant", ["dora", "ia3"])
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "gpt2"])
+def test_module_importance_against_the_definition(name: str, variant: str) -> None:
+    model = trained(name, variant)
+    without_dropout(model)
+    ratios, sites = observed(model)
+    read = inputs_of(model, sites)
+    for ratio, (module_name, site) in zip(ratios, sites.items(), strict=True):
+        states = read[module_name]
+        with torch.no_grad():
+            base = site.base(states)
+            if variant == "ia3" and site.layer.is_feedforward:
+                change, base = states * site.factors.flatten() - states, states
+            else:
+                change = site.layer(states) - base
+        torch.testing.assert_close(ratio, (change.norm(dim=1) / base.norm(dim=1)).mean(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_observing_dora_with_dropout(dropout: float) -> None:
+    base = make("bert")
+    model = shifted(get_peft_model(base, lora(base, use_dora=True, lora_dropout=dropout)))
+    ratios, _ = observed(model)
+    assert torch.isfinite(ratios).all() and ratios.gt(0).all() and ratios.lt(10).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dora_magnitudes(name: str) -> None:
+    model = trained(name, "dora")
+    plan = plan_for(model, ranks=0)
+    before = copy.deepcopy(model)
+    apply_plan(model, plan)
+    compared = set()
+    for module_name, site in live(model, plan).items():
+        dense = live(before, plan)[module_name]
+        assert isinstance(site, DoraSite) and isinstance(dense, DoraSite)
+        spec, kept = plan.specs[site.spec.block], plan.blocks[site.spec.block]
+        rows, columns = kept_channels(spec, kept, site.spec.slot)
+        weight = dense.base.weight.T if name == "gpt2" else dense.base.weight
+        direction = weight + dense.scaling * dense.up @ dense.down
+        expected = dense.magnitude.weight if rows is None else dense.magnitude.weight[rows]
+        if columns is not None:
+            expected = expected * direction[:, columns].norm(dim=1) / direction.norm(dim=1)
+        assert site.magnitude.weight.requires_grad
+        torch.testing.assert_close(site.magnitude.weight, expected)
+        compared.add(columns is None)
+    assert compared == {True, False}
+
+
+def test_dora_with_cached_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft.tuners.lora.dora, "ENABLE_DORA_CACHING", True)
+    model = trained("bert", "dora")
+    plan = plan_for(model)
+    expected = reference(model, plan, "bert")
+    logits(model)
+    assert all(site.magnitude._dora_cache for site in sites_of(model).values() if isinstance(site, DoraSite))
+    apply_plan(model, plan)
+    assert difference(model, expected) < TOLERANCE
+    restart_sites(list(live(model, plan).values()), seed=0)
+    fresh = logits(model)
+    for site in live(model, plan).values():
+        site.magnitude._cache_clear()
+    assert logits(model).equal(fresh)
+
+
+def test_ia3_has_no_ranks_to_prune() -> None:
+    model = trained("bert", "ia3")
+    plan = plan_for(model, ranks=0.9)
+    assert set(plan.sites.values()) == {(0,)}
+    apply_plan(model, plan)
+    for site in live(model, plan).values():
+        assert isinstance(site, Ia3Site) and site.down is None and site.up is None
+        shape = (1, site.layer.in_features) if site.layer.is_feedforward else (site.layer.out_features, 1)
+        assert site.factors.shape == shape and site.factors.requires_grad
+
+
+@pytest.mark.parametrize("name", ["phi3", "falcon", "gpt_neox", "olmo2"])
+@pytest.mark.parametrize("variant", ["dora", "ia3", "lora-only"])
+def test_other_layouts(name: str, variant: str) -> None:
+    model = trained(name, variant)
+    plan = plan_for(model)
+    expected = reference(model, plan, name)
+    apply_plan(model, plan)
+    assert difference(model, expected) < TOLERANCE
+
+
+def test_eva(tmp_path: Path) -> None:
+    """EVA spreads ranks over the modules before training; here one module gets none and one gets five."""
+    base = make("bert")
+    first, second, third, *_ = names(base, ("q", "v"))
+    starts = {name: torch.randn(rank, 32) for name, rank in ((first, 0), (second, 5), (third, 2))}
+    with pytest.warns(UserWarning):
+        model = get_peft_model(base, lora(base, r=4, init_lora_weights="eva", eva_config=EvaConfig()))
+        initialize_lora_eva_weights(model, eva_state_dict={f"base_model.model.{n}": w for n, w in starts.items()})
+    ranks = {name: site.spec.rank for name, site in sites_of(model).items()}
+    assert first not in ranks and (ranks[second], ranks[third]) == (5, 2)
+    assert sites_of(model)[second].down.equal(starts[second])
+    shifted(model.eval())
+    plan = plan_for(model)
+    expected = reference(model, plan, "bert")
+    apply_plan(model, plan)
+    assert difference(model, expected) < TOLERANCE
+    as_light(model, plan).save_pretrained(tmp_path)
+    assert logits(load_light(tmp_path, make("bert"))).equal(logits(model))
+
+
+# Modules outside the blocks
+
+
+OUTSIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "pooler": ("bert", {"target_modules": ["query", "value", "pooler.dense"]}),
+    "word embeddings": ("bert", {"target_modules": ["query", "value", "word_embeddings"]}),
+    "head and embeddings": ("llama-gqa", {"target_modules": ["q_proj", "v_proj", "lm_head", "embed_tokens"]}),
+    "tied head": ("llama-tied", {"target_modules": ["q_proj", "v_proj", "lm_head"]}),
+    "transposed": ("gpt2", {"target_modules": ["c_attn", "wte"]}),
+    "trained norms": ("llama-gqa", {"target_modules": ["q_proj"], "modules_to_save": ["input_layernorm", "lm_head"]}),
+    "trained embeddings": ("bert", {"target_modules": ["query"], "modules_to_save": ["word_embeddings", "pooler"]}),
+}
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(("name", "settings"), OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_modules_outside_the_blocks_are_left_alone(
+    name: str, settings: dict[str, Any], dora: bool, tmp_path: Path
+) -> None:
+    base = make(name)
+    model = shifted(get_peft_model(base, lora(base, use_dora=dora, **settings)).eval())
+    inside = tuple(f"base_model.model.{name}." for name in names(base))
+    outside = {key: value for key, value in state(model).items() if not key.startswith(inside)}
+    assert any("lora_" in key or "modules_to_save" in key for key in outside)
+    plan = plan_for(model)
+    expected = reference(model, plan, name)
+    apply_plan(model, plan)
+    assert all(model.state_dict()[key].equal(value) for key, value in outside.items())
+    assert difference(model, expected) < TOLERANCE
+    as_light(model, plan).save_pretrained(tmp_path)
+    assert logits(load_light(tmp_path, make(name))).equal(logits(model))
+
+
+# Trained biases of the base
+
+
+def biases(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
+    inner = transformers_model(model)
+    layers = {name: inner.get_submodule(name) for name in modules}
+    return {n: m.get_base_layer().bias if isinstance(m, BaseTunerLayer) else m.bias for n, m in layers.items()}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_removed_module_leaves_the_bias_of_the_base(name: str) -> None:
+    model = trained(name, "lora-only")
+    plan = plan_for(model, heads=0, neurons=0)
+    removed = [site.name for site in plan.dense_sites if site.name not in plan.sites]
+    learned = {n: bias.clone() for n, bias in biases(model, list(plan.sites)).items()}
+    apply_plan(model, plan)
+    base = make(name)
+    for module_name, bias in biases(model, removed).items():
+        assert bias.equal(base.get_submodule(module_name).bias) and not bias.requires_grad
+    for module_name, bias in biases(model, list(plan.sites)).items():
+        assert bias.equal(learned[module_name]) and bias.requires_grad
+        assert not bias.equal(base.get_submodule(module_name).bias)
+
+
+def test_the_biases_are_known_after_a_resumed_stage(tmp_path: Path) -> None:
+    config = LightConfig(length=6, heads=0.5, modules=0.5)
+    first = adapted("bert", "lora-only")
+    settings = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+    trainer(first, tmp_path, EarlyPruner(first, config).callback(), StopAt(3), **settings).train()
+    model, checkpoint = adapted("bert", "lora-only"), tmp_path / "checkpoint-3"
+    pruner = EarlyPruner(model, config)
+    trainer(model, tmp_path, pruner.callback(resume_from=checkpoint), **settings).train(
+        resume_from_checkpoint=str(checkpoint)
+    )
+    light = pruner.prune().eval()
+    plan = light.light_plan
+    kept, base = find_sites(light, plan.specs), make("bert")
+    assert any(site.spec.slot == "o" for site in kept)
+    for site in kept:
+        if site.spec.slot == "o":
+            assert not site.base.bias.equal(base.get_submodule(site.spec.name).bias)
+    for module_name in {site.name for site in plan.dense_sites if site.slot == "o"} - set(plan.sites):
+        assert light.get_base_model().get_submodule(module_name).bias.equal(base.get_submodule(module_name).bias)
+    light.save_pretrained(tmp_path / "light")
+    assert logits(load_light(tmp_path / "light", make("bert"))).equal(logits(light))
+
+
+def test_biases_that_were_trained_before_the_pruner_was_made() -> None:
+    model = shifted(adapted("bert", "lora-only"))
+    before = state(model)
+    with pytest.raises(LightPeftError, match='LoRA bias="lora_only": .* make the pruner before training') as error:
+        EarlyPruner(model)
+    assert "\n" not in str(error.value)
+    assert unchanged(model, before)
+
+
+def test_a_plan_for_biases_that_are_not_known() -> None:
+    plan = plan_for(adapted("bert", "lora-only"), modules=0.5)
+    model = shifted(adapted("bert", "lora-only"))
+    before = state(model)
+    with pytest.raises(
+        LightPeftError, match='LoRA bias="lora_only" has trained the bias of bert.* is not known'
+    ) as error:
+        apply_plan(model, plan)
+    assert "\n" not in str(error.value)
+    assert unchanged(model, before)
+    everything = plan_for(adapted("bert", "lora-only"), modules=0)
+    apply_plan(model, everything)
+    assert set(live(model, everything)) == set(everything.sites)
+
+
+def test_layers_without_a_bias_need_none() -> None:
+    model = shifted(adapted("llama-gqa", "lora-only"))
+    EarlyPruner(model)
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    assert set(live(model, plan)) == set(plan.sites)
