@@ -129,14 +129,13 @@ def save(name: str, kind: str) -> None:
 
 
 def compiles(name: str, kind: str) -> None:
-    """`torch.compile` of the pruned model gives the logits that it gives without."""
-    for budget in BUDGETS:
-        _, pruned, _ = pair(name, kind, budget)
-        inputs = inputs_for(pruned)
-        torch.compiler.reset()
-        difference = relative_difference(logits(torch.compile(pruned), inputs), logits(pruned, inputs))
-        assert difference < 1e-4, f"{budget}: {difference:.1e}"
+    """`torch.compile` of a model with uneven layers, some without attention or FFN, gives what it gives without."""
+    _, pruned, _ = pair(name, kind, "dropped")
+    inputs = inputs_for(pruned)
     torch.compiler.reset()
+    difference = relative_difference(logits(torch.compile(pruned), inputs), logits(pruned, inputs))
+    torch.compiler.reset()
+    assert difference < 1e-4, f"{difference:.1e}"
 
 
 CHECKS: dict[str, Callable[[str, str], None]] = {
@@ -219,7 +218,7 @@ def _ffn(family: Family) -> str:
         ("ffn_gate_in", "ffn_out"): "fused gate and in; out",
     }
     tables = [tuple(slot for slot in table if slot.startswith("ffn")) for table in family.stacks[0].tables]
-    return " or ".join(names[slots] for slots in tables)
+    return "; or ".join(names[slots] for slots in tables)
 
 
 def _notes(model_type: str) -> str:
@@ -245,14 +244,21 @@ TABLES: dict[str, Callable[[], str]] = {"families": family_table, "refused": ref
 """Tables that need no check."""
 
 
+def _split(text: str, name: str) -> tuple[str, str, str]:
+    before, rest = text.split(f"<!-- {name} -->\n")
+    table, after = rest.split(f"\n<!-- end of {name} -->")
+    return f"{before}<!-- {name} -->\n", table, f"\n<!-- end of {name} -->{after}"
+
+
 def section(text: str, name: str) -> str:
     """What stands between the two markers of a name."""
-    return text.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- end of {name} -->")[0]
+    return _split(text, name)[1]
 
 
 def with_section(text: str, name: str, table: str) -> str:
     """The text with another table between the two markers of a name."""
-    return text.replace(section(text, name), table)
+    before, _, after = _split(text, name)
+    return f"{before}{table}{after}"
 
 
 def write(path: Path, text: str) -> None:

@@ -386,6 +386,14 @@ def test_every_plan_is_checked() -> None:
         check_family(small, listed_with("llama-gqa", attention_outputs=1))
 
 
+def test_the_message_is_of_the_proposal_that_came_furthest(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = listed_with("llama-gqa", attention_outputs=1), listed_with("llama-gqa", head_attributes={})
+    model = unlist("llama-gqa")
+    for proposals in ((near, far), (far, near)):
+        monkeypatch.setattr(discovery, "propose_families", lambda small, found=proposals: iter(found))
+        assert "discovered: without whole sub-layers, LlamaForCausalLM does not run" in refusal(model)
+
+
 def test_generated_tokens_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = iter(range(100))
     monkeypatch.setattr(discovery, "_generate", lambda model: torch.tensor([next(tokens)]))

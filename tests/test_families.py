@@ -311,4 +311,4 @@ def test_supported_lora(changes: dict[str, Any]) -> None:
 def test_lora_only_outside_the_blocks() -> None:
     model = bert_with(lora(target_modules=["pooler.dense"]))
     text = refusal(lambda: EarlyPruner(model))
-    assert "no LORA module sits on a prunable projection" in text and "query, key, value" in text
+    assert "no PEFT module sits on a prunable projection" in text and "query, key, value" in text

@@ -161,12 +161,14 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     LoRA sits on all projections of every block or, with method plain, on q and v as it is used by habit.
 
     Raises:
-        LightPeftError: unknown slots, target modules that match nothing, or a place that the family does not have.
+        LightPeftError: unknown slots, target modules that match nothing, or a place that the family does not have; or
+            the checkpoint had no weights for the blocks.
     """
+    blocks = block_specs(loaded.model)
+    _check_weights(loaded, blocks)
     common = {"task_type": _TASK_TYPES[config.data.task], "modules_to_save": loaded.new_modules or None}
     if config.peft == "bottleneck":
         return get_peft_model(loaded.model, BottleneckConfig(**asdict(config.bottleneck), **common))
-    blocks = block_specs(loaded.model)
     targets = config.lora.target_modules or _slot_targets(blocks, config)
     lora = LoraConfig(
         r=config.lora.r,
@@ -183,6 +185,16 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
             f"lora.target_modules {targets} match nothing in {loaded.model.config.model_type}; "
             f"projections of a block: {', '.join(names)}"
         ) from error
+
+
+def _check_weights(loaded: LoadedModel, blocks: Sequence[BlockSpec]) -> None:
+    """Refuse a base whose blocks were left at random: PEFT trains on what a checkpoint brings."""
+    for name in (name for block in blocks for name in block.projections.values()):
+        random = any(name.startswith(f"{module}.") for module in loaded.new_modules)
+        require(
+            not random,
+            f"the checkpoint has no weights for {name}; is {loaded.model.config.model_type} really its architecture?",
+        )
 
 
 def _slot_targets(blocks: Sequence[BlockSpec], config: RunConfig) -> list[str]:

@@ -15,7 +15,16 @@ from lightpeft.families import block_specs
 from lightpeft.layout import cut_dim, head_channels, kept_channels, width
 from lightpeft.linears import fault, features, is_linear, slice_linear
 from lightpeft.records import BlockPlan, PrunePlan, check_fit
-from lightpeft.sites import Site, base_layer, base_linear, find_sites, refresh_config, remove_site, transformers_model
+from lightpeft.sites import (
+    Site,
+    base_layer,
+    base_linear,
+    check_removable,
+    find_sites,
+    refresh_config,
+    remove_site,
+    transformers_model,
+)
 from lightpeft.structure import BlockSpec
 
 _QUANTITIES = {
@@ -53,6 +62,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
         _cut_attention(inner, spec, kept)
         if spec.attention in tables and kept.heads:
             _own_position_bias(inner.get_submodule(spec.attention), spec, kept, tables[spec.attention])
+    _adapt_generation(inner, plan)
     if isinstance(model, PeftModel):
         refresh_config(model)
 
@@ -86,6 +96,7 @@ def _cut_sites(model: PeftModel, plan: PrunePlan) -> None:
     dense = {site.spec.name: site.spec.rank for site in sites}
     planned = {site.name: site.rank for site in plan.dense_sites}
     require(dense == planned, "the plan is for other PEFT modules than this model has")
+    check_removable(model, [site for site in sites if site.spec.name not in plan.sites])
     for site in sites:
         if site.spec.name in plan.sites:
             _cut_site(site, plan)
@@ -267,3 +278,30 @@ class DroppedAttention(nn.Module):
 
     def _none(self) -> tuple[None, ...]:
         return (None,) * (self.outputs - 1)
+
+
+# Generation that would read head counts from the shared config
+
+
+def _adapt_generation(inner: Any, plan: PrunePlan) -> None:
+    """Keep `generate` and its kin from counting on the heads of the dense model."""
+    cut = [(s, k) for s, k in zip(plan.specs, plan.blocks, strict=True) if len(k.heads) < s.heads]
+    if cut:
+        inner._get_static_cache_init_shape = _no_common_shape
+    if any(0 < len(kept.kv_heads) < spec.kv_heads for spec, kept in cut):
+        inner.init_continuous_batching = _no_continuous_batching
+    settings = getattr(inner, "generation_config", None)
+    if settings is not None and any(spec.neurons == 0 for spec, _ in cut):
+        # numbers of cross-attention heads of the dense model, for the timestamps of Whisper's tokens
+        vars(settings).pop("alignment_heads", None)
+
+
+def _no_common_shape() -> None:
+    """What transformers asks for to allocate a static cache in one go; None: it waits for the first keys."""
+
+
+def _no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    raise LightPeftError(
+        "continuous batching caches equally many KV heads in every layer, which a model with pruned KV heads does not "
+        "have; use generate()"
+    )

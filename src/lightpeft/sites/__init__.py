@@ -5,13 +5,21 @@ their names.
 """
 
 from lightpeft.sites.base import Site, base_layer, base_linear, transformers_model
-from lightpeft.sites.registry import check_peft, find_sites, refresh_config, remove_site, restart_sites
+from lightpeft.sites.registry import (
+    check_peft,
+    check_removable,
+    find_sites,
+    refresh_config,
+    remove_site,
+    restart_sites,
+)
 
 __all__ = [
     "Site",
     "base_layer",
     "base_linear",
     "check_peft",
+    "check_removable",
     "find_sites",
     "refresh_config",
     "remove_site",

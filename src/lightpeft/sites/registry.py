@@ -62,9 +62,7 @@ def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
             if rank:
                 sites.append(kind(SiteSpec(name, rank, block.index, slot), layer, adapter))
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in blocks[0].projections.values()))
-    require(
-        bool(sites), f"no {kind.peft_type.value} module sits on a prunable projection; target_modules may name: {known}"
-    )
+    require(bool(sites), f"no PEFT module sits on a prunable projection; target_modules may name: {known}")
     return sites
 
 

@@ -1,0 +1,337 @@
+"""The tables of docs/families.md say what is so, and what else holds of pruned models of every family."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from collections import defaultdict
+from typing import Any
+
+import pytest
+import support
+import torch
+from peft import PeftModel
+from support import CELLS, CHECKS, DOCUMENT, GREEDY, KINDS, NOT_APPLICABLE, TABLES, TOLERANCE, YES, logits, pair
+from tiny import (
+    DROPPED,
+    MODELS,
+    inputs_for,
+    make,
+    masked,
+    plan_for,
+    relative_difference,
+    with_lora,
+    without_dropout,
+)
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from lightpeft.errors import LightPeftError
+from lightpeft.families.decoders import DECODERS
+from lightpeft.families.encoder_decoders import ENCODER_DECODERS
+from lightpeft.families.encoders import ENCODERS
+from lightpeft.masks import UnitMasks
+from lightpeft.sites import transformers_model
+from lightpeft.surgery import ConfigView, SelectedChannels, SharedBiases, apply_plan
+
+COMPILED = {"bert": "lora", "llama-gqa": "bottleneck"}
+"""Compiling takes seconds: in an ordinary run one encoder and one decoder; all with COMPILE=all in the environment."""
+
+every_model = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in MODELS])
+
+
+def quick(check: str, kind: str, name: str) -> bool:
+    return check != "compile" or os.environ.get("COMPILE") == "all" or COMPILED.get(name) == kind
+
+
+def runs() -> list[Any]:
+    """All cells that an ordinary run checks; those of one model side by side, because they share the pruned model."""
+    return [
+        pytest.param(name, kind, check, marks=pytest.mark.xdist_group(name), id=f"{name}-{kind}-{check}")
+        for name in MODELS
+        for check, kind in CELLS
+        if support.applies(check, name) and quick(check, kind, name)
+    ]
+
+
+# The tables
+
+
+@pytest.mark.parametrize(("name", "kind", "check"), runs())
+def test_the_document_says_what_works(name: str, kind: str, check: str) -> None:
+    said = support.read_support()[support.row_of(name)][CELLS.index((check, kind))]
+    if said == YES:
+        CHECKS[check](name, kind)
+    else:
+        assert said == support.NO
+        with pytest.raises((AssertionError, LightPeftError, RuntimeError, TypeError, ValueError)):
+            CHECKS[check](name, kind)
+
+
+def test_the_document_has_a_row_for_every_family() -> None:
+    families = [family.model_type for family in (*ENCODERS, *DECODERS, *ENCODER_DECODERS)]
+    assert list(support.read_support()) == list(support.rows()) == families
+    assert {name for names in support.rows().values() for name in names} == set(MODELS)
+
+
+def test_the_document_has_a_column_for_every_check() -> None:
+    text = support.section(DOCUMENT.read_text(encoding="utf-8"), "support")
+    assert text == support.support_table(support.read_support())
+    for model_type, cells in support.read_support().items():
+        for (check, _), cell in zip(CELLS, cells, strict=True):
+            assert (cell == NOT_APPLICABLE) != all(support.applies(check, n) for n in support.rows()[model_type])
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_document_describes_the_registry(name: str) -> None:
+    assert support.section(DOCUMENT.read_text(encoding="utf-8"), name) == TABLES[name](), (
+        "run: python tests/support.py --write"
+    )
+
+
+def test_a_cell_says_no_where_a_check_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(name: str, kind: str) -> None:
+        assert name != "llama-mqa", "too different"
+
+    monkeypatch.setitem(CHECKS, "parity", fails)
+    assert support.result("parity", "lora", ["llama-mha", "llama-gqa"]) == YES
+    assert support.result("parity", "lora", ["llama-mha", "llama-mqa"]) == support.NO
+    assert support.result("generate", "lora", ["bert"]) == NOT_APPLICABLE
+    assert "too different" in capsys.readouterr().err
+
+
+def test_a_table_is_put_between_its_markers() -> None:
+    text = "a\n<!-- x -->\nold\n<!-- end of x -->\nb old\n"
+    assert support.section(text, "x") == "old"
+    assert support.with_section(text, "x", "| new |\n| old |") == text.replace("\nold\n", "\n| new |\n| old |\n", 1)
+
+
+# Training
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**inputs).logits.square().mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def checkpointing(model: PeftModel, inputs: dict[str, Tensor], reentrant: bool) -> None:
+    """Recompute activations. The re-entrant kind needs an input with a gradient, as everywhere in PEFT."""
+    if reentrant and "input_ids" in inputs:
+        model.enable_input_require_grads()
+    for value in inputs.values():
+        value.requires_grad_(reentrant and value.is_floating_point())
+    transformers_model(model).gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+
+def assert_close(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert values.keys() == expected.keys() and expected
+    for name, gradient in expected.items():
+        assert float((values[name] - gradient).abs().max()) <= 1e-4 * float(gradient.abs().max()) + 1e-8, name
+
+
+@every_model
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_after_pruning(name: str, reentrant: bool) -> None:
+    model = with_lora(make(name))
+    apply_plan(model, plan_for(model, **DROPPED))
+    inputs = inputs_for(model)
+    expected = gradients(without_dropout(model.train()), inputs)
+    checkpointing(model, inputs, reentrant)
+    assert_close(gradients(model, inputs), expected)
+
+
+@every_model
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_during_estimation(name: str, reentrant: bool) -> None:
+    model = with_lora(make(name))
+    inputs = inputs_for(model)
+    masks = UnitMasks(plan_for(model).specs)
+    masks.attach(model)
+    generator = torch.Generator().manual_seed(3)
+    masks.values.copy_(1 + 0.1 * torch.randn(masks.values.shape, generator=generator))
+    expected, expected_masks = gradients(without_dropout(model.train()), inputs), masks.take_gradient()
+    checkpointing(model, inputs, reentrant)
+    assert_close(gradients(model, inputs), expected)
+    assert expected_masks.any() and relative_difference(masks.take_gradient(), expected_masks) < 1e-4
+
+
+@every_model
+def test_float16(name: str) -> None:
+    model = with_lora(make(name).half())
+    plan = plan_for(model, **DROPPED)
+    reference = masked(model, plan)
+    apply_plan(model, plan)
+    assert {p.dtype for n, p in model.named_parameters() if "base_layer" in n} == {torch.float16}
+    inputs = {key: value.half() if value.is_floating_point() else value for key, value in inputs_for(model).items()}
+    values, expected = (logits(m, inputs).float() for m in (model, reference))
+    assert torch.isfinite(expected).all()
+    assert relative_difference(values, expected) < 0.02
+
+
+# The model stays whole
+
+
+def shared(model: nn.Module) -> set[frozenset[str]]:
+    """Names of parameters that are one and the same."""
+    names = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].add(name.replace(".table.", "."))
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def plain(key: str) -> str:
+    """A key of a state dict without the modules that are put around a layer, a norm or a table."""
+    return key.replace(".base_layer", "").replace("_norm.norm.", "_norm.").replace(".table.", ".")
+
+
+@every_model
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_but_weights_is_left(name: str, kind: str) -> None:
+    model = KINDS[kind](make(name))
+    keys, tied = {plain(key) for key in model.state_dict()}, shared(model)
+    apply_plan(model, plan_for(model))
+    tables = {key for group in shared(model) - tied for key in group}
+    assert all("relative_attention_bias" in key for key in tables), "only the table of positions is shared anew"
+    assert {plain(key) for key in model.state_dict()} - tables <= keys, "no mask, no index"
+    assert tied <= shared(model), "what was tied stays tied"
+
+
+@every_model
+def test_copies_compute_the_same(name: str) -> None:
+    _, pruned, _ = pair(name, "lora", "dropped")
+    inputs = inputs_for(pruned)
+    expected = logits(pruned, inputs)
+    assert logits(copy.deepcopy(pruned), inputs).equal(expected)
+    assert logits(pickle.loads(pickle.dumps(pruned)), inputs).equal(expected)  # noqa: S301 (of our own)
+
+
+@every_model
+def test_another_attention_backend_after_pruning(name: str) -> None:
+    _, pruned, plan = pair(name, "lora", "usual")
+    pruned = copy.deepcopy(pruned)
+    inner = transformers_model(pruned)
+    if not inner._supports_sdpa or not inner._can_set_attn_implementation():
+        pytest.skip("transformers does not switch this model")
+    inputs = inputs_for(pruned)
+    expected = logits(pruned, inputs)
+    inner.set_attn_implementation("eager")
+    assert relative_difference(logits(pruned, inputs), expected) < TOLERANCE
+    output = pruned(**inputs, output_attentions=True)
+    weights = output.get("attentions") or output.get("encoder_attentions")
+    kept = [len(block.heads) for block in plan.blocks[: len(weights)]]
+    assert [layer.shape[1] for layer in weights] == kept, "only the new backend returns weights, one a kept head"
+
+
+def test_phi3_reads_head_counts_of_its_own() -> None:
+    """Its attention reads the count from the config that all layers share."""
+    dense = make("phi3")
+    counts = dense.config.num_attention_heads, dense.config.num_key_value_heads
+    model = with_lora(dense)
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    attention = dense.model.layers[0].self_attn
+    assert isinstance(attention.config, ConfigView) and len(plan.blocks[0].heads) < counts[0]
+    assert attention.config.num_attention_heads == len(plan.blocks[0].heads)
+    assert (dense.config.num_attention_heads, dense.config.num_key_value_heads) == counts
+    assert "ConfigView" not in dense.config.to_json_string(use_diff=False)
+    dense.config.sliding_window = 3
+    assert attention.config.sliding_window == 3, "all else is read from the shared config when it is asked for"
+    pickled = pickle.dumps(attention.config)
+    for other in (copy.deepcopy(attention.config), pickle.loads(pickled)):  # noqa: S301 (of our own)
+        assert other.num_attention_heads == len(plan.blocks[0].heads) and other.sliding_window == 3
+        assert other.shared is not dense.config
+    with pytest.raises(AttributeError):
+        _ = attention.config.nothing_of_this_name
+
+
+@pytest.mark.parametrize("name", ["t5", "t5-gated"])
+@pytest.mark.parametrize("budget", ["usual", "dropped"])
+def test_position_biases_are_those_of_the_heads_that_stay(name: str, budget: str) -> None:
+    _, pruned, plan = pair(name, "lora", budget)
+    inner, dense = transformers_model(pruned), make(name)
+    seen: dict[str, Tensor] = {}
+    tables = {}
+    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+        if not spec.position_bias or not kept.heads:
+            continue
+        first = dense.get_submodule(spec.position_bias.rpartition(".")[0])
+        attention = inner.get_submodule(spec.attention)
+        assert isinstance(attention.relative_attention_bias, SharedBiases)
+        tables[id(attention.relative_attention_bias.table)] = spec.position_bias
+        expected = first.compute_bias(7, 7)[:, list(kept.heads)]
+        assert attention.compute_bias(7, 7).equal(expected)
+        seen[spec.attention] = expected
+    assert len(seen) >= 4 and sorted(tables.values()) == sorted(set(tables.values())), "one table a stack"
+
+
+def test_a_norm_over_all_heads_sees_all_heads() -> None:
+    _, pruned, plan = pair("olmo2", "lora", "usual")
+    inner, dense = transformers_model(pruned), make("olmo2")
+    states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+        for slot, heads in (("q", kept.heads), ("k", kept.kv_heads)):
+            norm = inner.get_submodule(spec.wide_norms[slot])
+            whole = dense.get_submodule(spec.wide_norms[slot])
+            width = whole.weight.numel()
+            expected = whole(states[..., :width]).unflatten(-1, (-1, spec.head_dim))[..., list(heads), :].flatten(-2)
+            assert isinstance(norm, SelectedChannels) and len(heads) * spec.head_dim < width
+            assert norm(states[..., :width]).equal(expected)
+
+
+# Generation
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gpt2", "opt", "t5", "bart", "whisper"])
+def test_prompt_lookup_and_assisted_generation(name: str) -> None:
+    """Both take tokens back from the KV cache, where a layer without attention counts them too."""
+    reference, pruned, _ = pair(name, "lora", "dropped")
+    inputs = {key: value[:1] for key, value in inputs_for(pruned, "none", generate=True).items()}
+    expected = reference.generate(**inputs, **GREEDY)
+    assert pruned.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2).equal(expected)
+    dense = make(name, seed=4)
+    assert pruned.generate(**inputs, **GREEDY, assistant_model=dense).equal(expected)
+    assisted = dense.generate(**inputs, **GREEDY, assistant_model=transformers_model(pruned))
+    assert assisted.equal(dense.generate(**inputs, **GREEDY))
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("budget", ["usual", "dropped"])
+@pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa", "opt"])
+def test_a_prompt_in_chunks(name: str, budget: str, cache: str | None) -> None:
+    reference, pruned, _ = pair(name, "lora", budget)
+    inputs = inputs_for(pruned, "none", generate=True)
+    settings = {**GREEDY, "prefill_chunk_size": 4, "cache_implementation": cache}
+    assert pruned.generate(**inputs, **settings).equal(reference.generate(**inputs, **GREEDY))
+
+
+def test_continuous_batching_is_refused_where_kv_heads_went() -> None:
+    settings = GenerationConfig(max_new_tokens=2, do_sample=False)
+    for name, budget in (("llama-gqa", "usual"), ("opt", "dropped")):
+        _, pruned, plan = pair(name, "lora", budget)
+        assert any(0 < len(k.kv_heads) < s.kv_heads for s, k in zip(plan.specs, plan.blocks, strict=True))
+        with pytest.raises(LightPeftError, match=r"^continuous batching caches equally many KV heads .*generate\(\)$"):
+            pruned.generate_batch([[5, 6, 7]], generation_config=settings)
+    _, same_kv_heads, _ = pair("llama-mqa", "lora", "usual")
+    assert "init_continuous_batching" not in vars(transformers_model(same_kv_heads))
+
+
+def test_numbers_of_cross_attention_heads_go_with_the_heads() -> None:
+    for budget, stay in (({}, False), ({"heads": 0.0}, True)):
+        model = with_lora(make("whisper"))
+        model.generation_config.alignment_heads = [[0, 3], [1, 2]]
+        apply_plan(model, plan_for(model, **budget))
+        assert hasattr(model.get_base_model().generation_config, "alignment_heads") == stay
+
+
+@pytest.mark.parametrize("budget", ["usual", "dropped"])
+def test_flex_attention(budget: str) -> None:
+    """Its masks are the same for all heads, and it repeats keys where the heads are no power of two."""
+    model = with_lora(make("llama-gqa", attn_implementation="flex_attention"))
+    plan = plan_for(model, **support.BUDGETS[budget])
+    apply_plan(model, plan)
+    expected, inputs = pair("llama-gqa", "lora", budget)[0], inputs_for(model)
+    assert relative_difference(logits(model, inputs), logits(expected, inputs)) < TOLERANCE
