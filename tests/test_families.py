@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
+import torch
+import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import ALL, DROPPED, MODELS, SIZES, make, plan_for, with_lora
-from torch import nn
-from transformers import (
-    BertConfig,
-    BertLMHeadModel,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
+from tiny import (
+    ALL,
+    DECODERS,
+    DROPPED,
+    MODELS,
+    SIZES,
+    batch,
+    make,
+    masked,
+    plan_for,
+    relative_difference,
+    with_lora,
 )
+from torch import nn
+from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedModel, T5EncoderModel
+from transformers.pytorch_utils import Conv1D
 
 from lightpeft import EarlyPruner
 from lightpeft.errors import LightPeftError
-from lightpeft.families import FAMILIES, Family, block_specs, family_of
-from lightpeft.records import dense_parameters
+from lightpeft.families import (
+    FAMILIES,
+    REFUSED,
+    Family,
+    Stack,
+    block_specs,
+    decoders,
+    encoder_decoders,
+    encoders,
+    family_of,
+    registry,
+)
+from lightpeft.records import BlockPlan, dense_parameters, removed_in_block
 from lightpeft.sites import check_peft, find_sites
-from lightpeft.structure import SLOTS
+from lightpeft.structure import SLOTS, BlockSpec
 from lightpeft.surgery import apply_plan
 
 
@@ -41,35 +61,78 @@ def refusal(action: Callable[[], Any]) -> str:
 # Structure
 
 
+STACKS = {"t5": (3, 3, 3), "t5-gated": (3, 3, 3), "t5-untied": (2, 2, 2)}
+STACKS |= dict.fromkeys(("bart", "mbart", "whisper"), (2, 2, 2))
+KV_HEADS = {"llama-mha": 4, "llama-mqa": 1, "falcon-mqa": 1, "falcon-mha": 4}
+GROUPED = {name for name in ALL if name.startswith("llama") or name in DECODERS} - {"gpt2", "gpt_neox", "opt"}
+ONE_UNIT = {"heads": (0, 1, 2), "kv_heads": (0,), "neurons": (0, *range(2, 40))}
+
+
 @pytest.mark.parametrize("name", ALL)
-def test_sizes_and_costs(name: str) -> None:
-    model = make(name)
-    modules = dict(model.named_modules())
-    specs = block_specs(model)
-    assert [spec.index for spec in specs] == [0, 1, 2]
-    kv_heads = {"llama-mqa": 1, "llama-mha": 4}.get(name, 2 if name.startswith("llama") else 4)
+def test_sizes(name: str) -> None:
+    specs = block_specs(make(name))
+    stacks = STACKS.get(name, (3,))
+    assert [spec.index for spec in specs] == list(range(sum(stacks)))
+    labels = ["encoder {}", "decoder {}", "cross {}"] if len(stacks) > 1 else ["{}"]
+    assert [spec.label for spec in specs] == [
+        label.format(i) for label, depth in zip(labels, stacks, strict=True) for i in range(depth)
+    ]
     for spec in specs:
-        assert (spec.heads, spec.kv_heads, spec.neurons) == (4, kv_heads, 48)
+        assert (spec.heads, spec.kv_heads) == (4, KV_HEADS.get(name, 2 if name in GROUPED else 4))
         assert spec.head_dim == (12 if name == "llama-head-dim" else 8)
-        assert spec.heads_per_kv * spec.kv_heads == spec.heads
-        assert ("ffn_gate" in spec.projections) == name.startswith("llama")
+        neurons = 64 if name == "dinov2" else 48
+        assert spec.neurons == (0 if spec.label.startswith("cross") else neurons)
         assert list(spec.projections) == [slot for slot in SLOTS if slot in spec.projections]
-        linears = {slot: modules[path] for slot, path in spec.projections.items()}
-        assert all(type(linear) is nn.Linear for linear in linears.values())
-        all_parameters = sum(p.numel() for linear in linears.values() for p in linear.parameters())
-        stays = sum(linears[s].bias.numel() for s in ("o", "ffn_out") if linears[s].bias is not None)
-        assert dense_parameters(spec) == all_parameters - stays
-        for attribute in spec.head_attributes:
-            assert hasattr(modules[spec.attention], attribute)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("kept", ["nothing", "some"])
+def test_costs_are_what_surgery_removes(name: str, kept: str) -> None:
+    """Block by block: whole sub-layers, with their norms of queries and keys, or one unit of each kind."""
+    model = make(name)
+    plan = plan_for(with_lora(copy.deepcopy(model)))
+    group = plan.specs[0].heads_per_kv
+    some = BlockPlan(tuple(range(group)), (0,), tuple(range(2, 41)))
+    blocks = [some if kept == "some" else BlockPlan((), (), ()) for _ in plan.specs]
+    blocks = [replace(b, neurons=b.neurons[: s.neurons]) for b, s in zip(blocks, plan.specs, strict=True)]
+    before = [parameters(model.get_submodule(path)) for path in block_paths(plan.specs)]
+    whole = parameters(model)
+    apply_plan(model, replace(plan, blocks=tuple(blocks)))
+    gone = dict.fromkeys(block_paths(plan.specs), 0)
+    for spec, block in zip(plan.specs, blocks, strict=True):
+        gone[block_path(spec)] += removed_in_block(spec, block)
+        assert kept == "some" or removed_in_block(spec, block) == dense_parameters(spec)
+    after = [parameters(model.get_submodule(path)) for path in gone]
+    assert [old - new for old, new in zip(before, after, strict=True)] == list(gone.values())
+    assert whole - parameters(model) == sum(gone.values())
+
+
+def block_path(spec: BlockSpec) -> str:
+    """The transformer block that a spec is of; cross-attention shares it with the decoder's self-attention."""
+    parts = spec.attention.split(".")
+    return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) + 1])
+
+
+def block_paths(specs: Sequence[BlockSpec]) -> list[str]:
+    return list(dict.fromkeys(block_path(spec) for spec in specs))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_linear_layer_of_a_block_is_a_projection(name: str) -> None:
     model = make(name)
-    named = {path for spec in block_specs(model) for path in spec.projections.values()}
-    layers = f".{family_of(model.config.model_type).layers}."
-    inside = {path for path, module in model.named_modules() if isinstance(module, nn.Linear) and layers in f".{path}"}
-    assert named == inside
+    specs = block_specs(model)
+    named = [path for spec in specs for path in spec.projections.values()]
+    inside = {
+        f"{block}.{path}"
+        for block in block_paths(specs)
+        for path, module in model.get_submodule(block).named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    assert set(named) == inside and len(named) == len(inside)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,57 +147,138 @@ def test_peft_does_not_change_the_specs(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "t5"])
 def test_a_model_without_a_head(name: str) -> None:
     model = make(name)
     bare = model.base_model
+    assert bare is not model
     prefix = f"{model.base_model_prefix}."
+
+    def relative(path: Any) -> Any:
+        return path.removeprefix(prefix) if isinstance(path, str) else path
+
     for with_head, without in zip(block_specs(model), block_specs(bare), strict=True):
-        paths = {slot: path.removeprefix(prefix) for slot, path in with_head.projections.items()}
-        assert without == replace(with_head, attention=with_head.attention.removeprefix(prefix), projections=paths)
+        assert without == replace(
+            with_head,
+            attention=relative(with_head.attention),
+            projections={slot: relative(path) for slot, path in with_head.projections.items()},
+            wide_norms={slot: relative(path) for slot, path in with_head.wide_norms.items()},
+        )
+
+
+def test_an_encoder_of_an_encoder_decoder() -> None:
+    model = make("t5")
+    encoder = T5EncoderModel(model.config)
+    assert block_specs(encoder) == [spec for spec in block_specs(model) if spec.label.startswith("encoder")]
 
 
 def test_registry() -> None:
-    assert set(FAMILIES) == {"bert", "roberta", "llama", "opt"}
-    assert all(family_of(name).model_type == name for name in FAMILIES)
+    listed = (*encoders.ENCODERS, *decoders.DECODERS, *encoder_decoders.ENCODER_DECODERS)
+    assert len({family.model_type for family in listed}) == len(listed) == 30
+    for family in listed:
+        assert FAMILIES[family.model_type] is family_of(family.model_type) is family
+    assert not set(FAMILIES) & set(REFUSED)
 
 
 def test_an_entry_is_checked_when_it_is_made() -> None:
-    projections = {slot: slot for slot in SLOTS}
-    Family("new", "layers", "attention", projections)
-    without_q = {slot: slot for slot in SLOTS if slot != "q"}
-    for wrong in (without_q, {**projections, "qkv": "qkv"}):
-        with pytest.raises(ValueError, match="family new: projections must name"):
-            Family("new", "layers", "attention", wrong)
+    separate = {slot: slot for slot in ("q", "k", "v", "o", "ffn_in", "ffn_gate", "ffn_out")}
+    fused = {slot: slot for slot in ("qkv", "o", "ffn_gate_in", "ffn_out")}
+    attention = {slot: slot for slot in ("q", "k", "v", "o")}
+    for table in (separate, fused, attention):
+        Family("new", (Stack("layers", "attention", table),))
+    without_q = {slot: slot for slot in separate if slot != "q"}
+    for wrong in (without_q, separate | fused, attention | {"ffn_in": "in"}, attention | {"mlp": "mlp"}, {}):
+        with pytest.raises(ValueError, match="family new: .* are not the projections of a block"):
+            Family("new", (Stack("layers", "attention", attention), Stack("layers", "attention", (separate, wrong))))
     with pytest.raises(ValueError, match="family new: unknown head attribute"):
-        Family("new", "layers", "attention", projections, {"heads": "number"})
+        Family("new", (Stack("layers", "attention", separate, {"heads": "number"}),))
+
+
+def test_the_family_that_the_documentation_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "FAMILIES", {k: v for k, v in FAMILIES.items() if k != "olmo"})
+    document = Path(__file__).parents[1] / "docs" / "families.md"
+    code = document.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    exec(compile(code, "documentation", "exec"), {})
+    assert set(registry.FAMILIES) - set(FAMILIES) <= {"olmo"} <= set(registry.FAMILIES)
+    settings = {"intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model = with_lora(OlmoForCausalLM(OlmoConfig(**SIZES, **settings)).eval())
+    plan = plan_for(model, **DROPPED)
+    reference = masked(model, plan)
+    apply_plan(model, plan)
+    with torch.no_grad():
+        values, expected = (m(**batch(padding="none")).logits for m in (model, reference))
+    assert relative_difference(values, expected) < 1e-5
 
 
 # Models that cannot be pruned
 
 
-def small_gpt2() -> PreTrainedModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=67, n_embd=32, n_layer=1, n_head=4))
+SMALL: dict[str, Any] = {**SIZES, "intermediate_size": 48}
+EXPERTS: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1}
 
 
-def small_distilbert() -> PreTrainedModel:
-    return DistilBertForSequenceClassification(DistilBertConfig(vocab_size=67, dim=32, n_layers=1, n_heads=4))
+def bert_with_cross_attention() -> PreTrainedModel:
+    return hf.BertLMHeadModel(hf.BertConfig(**SMALL, is_decoder=True, add_cross_attention=True))
 
 
-@pytest.mark.parametrize(("build", "name"), [(small_gpt2, "gpt2"), (small_distilbert, "distilbert")])
-def test_unsupported_family(build: Callable[[], PreTrainedModel], name: str) -> None:
-    text = refusal(lambda: block_specs(build()))
-    assert text.startswith(f'model family "{name}" is not supported; supported: bert, llama, opt, roberta')
-    assert "docs/families.md" in text
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (
+            lambda: hf.AlbertModel(hf.AlbertConfig(**SMALL, embedding_size=16)),
+            'model family "albert" cannot be pruned: its layers share one set of weights',
+        ),
+        (
+            lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**EXPERTS, num_local_experts=2)),
+            'model family "mixtral" cannot be pruned: the weights of its experts are single 3-D parameters',
+        ),
+        (
+            lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**EXPERTS, num_experts=2)),
+            'model family "qwen3_moe" cannot be pruned: the weights of its experts are single 3-D parameters',
+        ),
+        (
+            lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=67, hidden_size=32, n_layer=1, n_head=4)),
+            'model family "bloom" cannot be pruned: its attention adds the residual',
+        ),
+        (lambda: make("falcon", alibi=True), "falcon with alibi=True cannot be pruned; alibi=False can"),
+        (
+            lambda: make("deberta-v2", share_att_key=False),
+            "deberta.encoder.layer.0.attention.self.pos_key_proj is a projection that the family's entry does not know",
+        ),
+        (
+            bert_with_cross_attention,
+            "bert.encoder.layer.0.crossattention.self.query is a projection that the family's entry does not know",
+        ),
+        (
+            lambda: make("gpt2", add_cross_attention=True),
+            "transformer.h.0.crossattention.c_attn is a projection that the family's entry does not know",
+        ),
+    ],
+    ids=["albert", "mixtral", "qwen3_moe", "bloom", "falcon", "deberta-v2", "bert", "gpt2"],
+)
+def test_what_cannot_be_pruned(build: Callable[[], PreTrainedModel], says: str) -> None:
+    model = build()
+    assert refusal(lambda: block_specs(model)).startswith(says)
+    peft_model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    before = {key: value.clone() for key, value in peft_model.state_dict().items()}
+    assert says in refusal(lambda: EarlyPruner(peft_model))
+    assert all(value.equal(before[key]) for key, value in peft_model.state_dict().items())
 
 
-def test_cross_attention() -> None:
-    config = BertConfig(**SIZES, intermediate_size=48, is_decoder=True, add_cross_attention=True)
-    assert "cross-attention" in refusal(lambda: block_specs(BertLMHeadModel(config)))
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_families_say_why(model_type: str) -> None:
+    assert refusal(lambda: family_of(model_type)) == (
+        f'model family "{model_type}" cannot be pruned: {REFUSED[model_type]}'
+    )
 
 
-class Linear8bit(nn.Linear):
-    """Stands in for a quantised layer: a subclass of Linear with other weights."""
+def test_families_that_are_not_listed() -> None:
+    text = refusal(lambda: family_of("nothing"))
+    assert text.startswith('model family "nothing" is not ') and "docs/families.md" in text
+    model = make("bert")
+    model.config.model_type = "nothing"
+    assert refusal(lambda: block_specs(model)) == text
 
 
 class Packed(nn.Module):
@@ -145,33 +289,33 @@ class Packed(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
 
+def integers(linear: nn.Linear) -> nn.Linear:
+    """A subclass of Linear in the guise of a quantised layer: its weight holds integers."""
+    weight = linear.weight.detach().to(torch.int8)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["bare", "peft"])
-@pytest.mark.parametrize("quantise", [lambda _: Linear8bit(32, 48), Packed], ids=["subclass", "other"])
-def test_quantised_weights(quantise: Callable[[nn.Linear], nn.Module], peft: bool) -> None:
+@pytest.mark.parametrize("quantise", [integers, Packed], ids=["integers", "other"])
+def test_layers_of_an_unknown_kind(quantise: Callable[[nn.Linear], nn.Module], peft: bool) -> None:
     model = make("llama-gqa")
     model.model.layers[1].mlp.up_proj = quantise(model.model.layers[1].mlp.up_proj)
     if peft:
-        with_lora(model, target_modules=["q_proj"])
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     text = refusal(lambda: block_specs(model))
-    assert text.startswith("model.layers.1.mlp.up_proj is a ") and "not a plain torch.nn.Linear" in text
+    assert text.startswith("model.layers.1.mlp.up_proj is a ") and "no linear layer that lightpeft can cut" in text
     assert "load the base in float32, bfloat16 or float16" in text
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
-@pytest.mark.parametrize("budget", [{}, DROPPED], ids=["usual", "dropped"])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("budget", [{}, DROPPED, {"heads": 0}], ids=["usual", "dropped", "ffn only"])
 def test_pruned_before(name: str, budget: dict[str, Any]) -> None:
     model = with_lora(make(name))
     apply_plan(model, plan_for(model, **budget))
     text = refusal(lambda: block_specs(model.get_base_model()))
     assert "pruned before cannot be pruned again" in text
     assert refusal(lambda: EarlyPruner(model)) == text
-
-
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
-def test_pruned_before_in_the_ffn_only(name: str) -> None:
-    model = with_lora(make(name))
-    apply_plan(model, plan_for(model, heads=0))
-    assert "pruned before cannot be pruned again" in refusal(lambda: block_specs(model.get_base_model()))
 
 
 # PEFT models that cannot be pruned
