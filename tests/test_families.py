@@ -65,7 +65,6 @@ STACKS = {"t5": (3, 3, 3), "t5-gated": (3, 3, 3), "t5-untied": (2, 2, 2)}
 STACKS |= dict.fromkeys(("bart", "mbart", "whisper"), (2, 2, 2))
 KV_HEADS = {"llama-mha": 4, "llama-mqa": 1, "falcon-mqa": 1, "falcon-mha": 4}
 GROUPED = {name for name in ALL if name.startswith("llama") or name in DECODERS} - {"gpt2", "gpt_neox", "opt"}
-ONE_UNIT = {"heads": (0, 1, 2), "kv_heads": (0,), "neurons": (0, *range(2, 40))}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -85,30 +84,35 @@ def test_sizes(name: str) -> None:
         assert list(spec.projections) == [slot for slot in SLOTS if slot in spec.projections]
 
 
-def parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def parameters(model: nn.Module, blocks: Sequence[str]) -> list[int]:
+    """Parameters of every block; what several share counts where it comes first."""
+    counts, seen = [], set()
+    for block in blocks:
+        own = [p for p in model.get_submodule(block).parameters() if id(p) not in seen]
+        counts.append(sum(p.numel() for p in own))
+        seen |= {id(p) for p in own}
+    return counts
 
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("kept", ["nothing", "some"])
 def test_costs_are_what_surgery_removes(name: str, kept: str) -> None:
-    """Block by block: whole sub-layers, with their norms of queries and keys, or one unit of each kind."""
+    """In every block: whole sub-layers, with their norms of queries and keys, or some units of each kind."""
     model = make(name)
     plan = plan_for(with_lora(copy.deepcopy(model)))
-    group = plan.specs[0].heads_per_kv
-    some = BlockPlan(tuple(range(group)), (0,), tuple(range(2, 41)))
-    blocks = [some if kept == "some" else BlockPlan((), (), ()) for _ in plan.specs]
-    blocks = [replace(b, neurons=b.neurons[: s.neurons]) for b, s in zip(blocks, plan.specs, strict=True)]
-    before = [parameters(model.get_submodule(path)) for path in block_paths(plan.specs)]
-    whole = parameters(model)
-    apply_plan(model, replace(plan, blocks=tuple(blocks)))
-    gone = dict.fromkeys(block_paths(plan.specs), 0)
+    group = tuple(range(plan.specs[0].heads_per_kv))
+    some = [BlockPlan(group, (0,), tuple(range(2, spec.neurons - 5))) for spec in plan.specs]
+    blocks = some if kept == "some" else [BlockPlan((), (), ()) for _ in plan.specs]
+    paths = block_paths(plan.specs)
+    before, whole = parameters(model, paths), sum(p.numel() for p in model.parameters())
+    plan = replace(plan, blocks=tuple(blocks))
+    apply_plan(model, plan)
+    gone = dict.fromkeys(paths, 0)
     for spec, block in zip(plan.specs, blocks, strict=True):
         gone[block_path(spec)] += removed_in_block(spec, block)
         assert kept == "some" or removed_in_block(spec, block) == dense_parameters(spec)
-    after = [parameters(model.get_submodule(path)) for path in gone]
-    assert [old - new for old, new in zip(before, after, strict=True)] == list(gone.values())
-    assert whole - parameters(model) == sum(gone.values())
+    assert [old - new for old, new in zip(before, parameters(model, paths), strict=True)] == list(gone.values())
+    assert whole - sum(p.numel() for p in model.parameters()) == sum(gone.values()) == plan.removed_parameters
 
 
 def block_path(spec: BlockSpec) -> str:
@@ -314,8 +318,26 @@ def test_pruned_before(name: str, budget: dict[str, Any]) -> None:
     model = with_lora(make(name))
     apply_plan(model, plan_for(model, **budget))
     text = refusal(lambda: block_specs(model.get_base_model()))
-    assert "pruned before cannot be pruned again" in text
+    kind = type(model.get_base_model()).__name__
+    assert text == f"this {kind} has been pruned; a model that was pruned before cannot be pruned again"
     assert refusal(lambda: EarlyPruner(model)) == text
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "dinov2"])
+@pytest.mark.parametrize("budget", [{}, DROPPED, {"heads": 0}], ids=["usual", "dropped", "ffn only"])
+def test_layers_of_other_widths_than_the_config_says(name: str, budget: dict[str, Any]) -> None:
+    """A model that someone else has cut, or lightpeft in another process."""
+    model = make(name)
+    apply_plan(model, plan_for(with_lora(copy.deepcopy(model)), **budget))
+    model.light_pruned = False
+    text = refusal(lambda: block_specs(model))
+    assert "pruned before cannot be pruned again" in text and ("widths do not match" in text or "there is no" in text)
+
+
+def test_a_model_that_lost_ranks_only_can_be_pruned() -> None:
+    model = with_lora(make("bert"))
+    apply_plan(model, plan_for(model, heads=0, neurons=0, modules=0, ranks=0.5))
+    assert plan_for(model).removed_parameters > 0
 
 
 # PEFT models that cannot be pruned

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from peft import PeftModel
 from support import CELLS, CHECKS, DOCUMENT, GREEDY, KINDS, NOT_APPLICABLE, TABLES, TOLERANCE, YES, logits, pair
 from tiny import (
     DROPPED,
+    LAYOUTS,
     MODELS,
     inputs_for,
     make,
@@ -170,6 +172,32 @@ def test_float16(name: str) -> None:
     values, expected = (logits(m, inputs).float() for m in (model, reference))
     assert torch.isfinite(expected).all()
     assert relative_difference(values, expected) < 0.02
+
+
+# One block that is cut among others that are not
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, "bart"])
+@pytest.mark.parametrize("kept", ["half", "none"])
+def test_one_block_alone_loses_heads(name: str, kept: str) -> None:
+    """In every place: what a block hands to the next is of as many heads as it has, and the next may have others."""
+    dense = make(name)
+    plan = plan_for(with_lora(copy.deepcopy(dense)), heads=0, neurons=0)
+    inputs = inputs_for(dense)
+    for index, spec in enumerate(plan.specs):
+        kv_heads = tuple(range(spec.kv_heads // 2)) if kept == "half" else ()
+        heads = tuple(range(len(kv_heads) * spec.heads_per_kv))
+        blocks = list(plan.blocks)
+        blocks[index] = replace(blocks[index], heads=heads, kv_heads=kv_heads)
+        one = replace(plan, blocks=tuple(blocks))
+        reference, pruned = copy.deepcopy(dense), copy.deepcopy(dense)
+        masks = UnitMasks(plan.specs)
+        masks.set_plan(one)
+        masks.attach(reference)
+        apply_plan(pruned, one)
+        expected = logits(reference, inputs)
+        assert not expected.equal(logits(dense, inputs))
+        assert relative_difference(logits(pruned, inputs), expected) < TOLERANCE, spec.label
 
 
 # The model stays whole

@@ -100,6 +100,7 @@ DECODERS: dict[str, Maker] = {
     "opt": decoder("OPT", **OPT),
 }
 ENCODER_DECODERS: dict[str, Maker] = {
+    "mt5": maker("MT5Config", "MT5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu"}),
     "t5": maker("T5Config", "T5ForConditionalGeneration", T5),
     "bart": encoder_decoder("Bart"),
     "mbart": encoder_decoder("MBart"),
@@ -152,7 +153,7 @@ def make(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """The tiny model `name` with random weights, biases and norms included."""
     torch.manual_seed(seed)
     model = ALL[name](**changes)
-    spread = 0.2 if name.startswith("t5") else 0.3  # T5 does not scale its scores down
+    spread = 0.2 if name.startswith(("t5", "mt5")) else 0.3  # T5 does not scale its scores down
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, spread) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn_like(parameter))

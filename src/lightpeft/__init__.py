@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightpeft.checkpoint import LightModel, load_light
     from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
+    from lightpeft.discovery import ensure_family
     from lightpeft.errors import LightPeftError
     from lightpeft.pipeline import run
     from lightpeft.planning import make_plan
@@ -25,6 +26,7 @@ _HOMES = {
     "PrunePlan": "records",
     "RunConfig": "config",
     "apply_plan": "surgery",
+    "ensure_family": "discovery",
     "load_config": "config",
     "load_light": "checkpoint",
     "make_plan": "planning",
@@ -43,6 +45,7 @@ __all__ = [
     "PrunePlan",
     "RunConfig",
     "apply_plan",
+    "ensure_family",
     "load_config",
     "load_light",
     "make_plan",

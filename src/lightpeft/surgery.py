@@ -56,13 +56,15 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     _check_widths(inner, plan)
     if isinstance(model, PeftModel):
         _cut_sites(model, plan)
-    tables = _position_tables(inner, plan)
+    apart = _stacks_apart(plan)
+    tables = {name: inner.get_submodule(name) for name in apart if name}
     for spec, kept in zip(plan.specs, plan.blocks, strict=True):
         _cut_ffn(inner, spec, kept)
         _cut_attention(inner, spec, kept)
-        if spec.attention in tables and kept.heads:
-            _own_position_bias(inner.get_submodule(spec.attention), spec, kept, tables[spec.attention])
+        if spec.shared_arguments and spec.position_bias in apart and kept.heads:
+            _stop_sharing(inner.get_submodule(spec.attention), spec, kept, tables)
     _adapt_generation(inner, plan)
+    inner.light_pruned = bool(plan.removed_parameters)
     if isinstance(model, PeftModel):
         refresh_config(model)
 
@@ -135,8 +137,6 @@ def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
         _set_head_attribute(attention, attribute, _QUANTITIES[quantity](spec, kept))
     for slot, name in spec.wide_norms.items():
         _replace(inner, name, SelectedChannels(inner.get_submodule(name), head_channels(spec, kept, slot)))
-    if spec.shared_arguments:
-        attention.register_forward_pre_hook(_Without(spec.shared_arguments), with_kwargs=True)
 
 
 def _cut_base(inner: nn.Module, spec: BlockSpec, kept: BlockPlan, slot: str) -> None:
@@ -190,23 +190,22 @@ class SelectedChannels(nn.Module):
         return self.norm(states).index_select(-1, self.index)
 
 
-def _position_tables(inner: nn.Module, plan: PrunePlan) -> dict[str, nn.Embedding]:
-    """Attention module -> dense table of position biases, for stacks in which a block loses heads."""
-    tables: dict[str, Any] = {}
-    for stack in {spec.position_bias for spec in plan.specs if spec.position_bias}:
-        blocks = [(s, k) for s, k in zip(plan.specs, plan.blocks, strict=True) if s.position_bias == stack]
-        if any(len(kept.heads) < spec.heads for spec, kept in blocks):
-            table = inner.get_submodule(stack)
-            tables |= {spec.attention: table for spec, _ in blocks}
-    return tables
+def _stacks_apart(plan: PrunePlan) -> set[str | None]:
+    """Stacks whose blocks hand on what has one entry a head, and of which one lost heads; by their position table."""
+    return {
+        spec.position_bias
+        for spec, kept in zip(plan.specs, plan.blocks, strict=True)
+        if spec.shared_arguments and len(kept.heads) < spec.heads
+    }
 
 
-def _own_position_bias(attention: nn.Module, spec: BlockSpec, kept: BlockPlan, table: nn.Embedding) -> None:
-    """Let a block look up the biases of its own heads instead of taking over those of the block before it."""
-    vars(attention)["has_relative_attention_bias"] = True
-    setattr(attention, spec.position_bias.rpartition(".")[2], SharedBiases(table, torch.tensor(kept.heads)))  # type: ignore[union-attr]
-    if len(kept.heads) == spec.heads:
-        attention.register_forward_pre_hook(_Without(spec.shared_arguments), with_kwargs=True)
+def _stop_sharing(attention: Any, spec: BlockSpec, kept: BlockPlan, tables: dict[str, Any]) -> None:
+    """Let a block make what it took over from the block before, and look up the biases of its own heads."""
+    attention.register_forward_pre_hook(_Without(spec.shared_arguments), with_kwargs=True)
+    if spec.position_bias:
+        attention.has_relative_attention_bias = True
+        name = spec.position_bias.rpartition(".")[2]
+        setattr(attention, name, SharedBiases(tables[spec.position_bias], torch.tensor(kept.heads)))
 
 
 class SharedBiases(nn.Module):
@@ -247,7 +246,11 @@ def _drop_attention(inner: nn.Module, spec: BlockSpec, attention: nn.Module) -> 
     output_name = spec.projections["o"]
     inside = output_name.startswith(f"{spec.attention}.")
     child = output_name[len(spec.attention) + 1 :] if inside else None
-    _replace(inner, spec.attention, DroppedAttention(attention, child, spec.attention_outputs))
+    stub = DroppedAttention(attention, child, spec.attention_outputs)
+    table = (spec.position_bias or "").removeprefix(f"{spec.attention}.")
+    if spec.position_bias and table != spec.position_bias:  # it belongs to the whole stack, and plans do not count it
+        stub.add_module(table, attention.get_submodule(table))
+    _replace(inner, spec.attention, stub)
 
 
 class DroppedAttention(nn.Module):
@@ -259,7 +262,7 @@ class DroppedAttention(nn.Module):
 
     def __init__(self, attention: nn.Module, output: str | None, outputs: int = 2) -> None:
         super().__init__()
-        self.layer_idx = getattr(attention, "layer_idx", None)
+        self.layer_idx = getattr(attention, "layer_idx", getattr(attention, "layer_id", None))
         self.output_name = output
         self.outputs = outputs
         if output is not None:

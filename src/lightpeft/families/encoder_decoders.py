@@ -44,6 +44,7 @@ _T5_CROSS = replace(
     position_bias=None,
 )
 T5 = Family("t5", (_T5_ENCODER, _T5_DECODER, _T5_CROSS))
+MT5 = replace(T5, model_type="mt5")
 
 
 def _bart_attention(name: str) -> dict[str, str]:
@@ -75,4 +76,4 @@ BART = Family("bart", (_BART_ENCODER, _BART_DECODER, _BART_CROSS))
 MBART = replace(BART, model_type="mbart")
 WHISPER = replace(BART, model_type="whisper")
 
-ENCODER_DECODERS = (T5, BART, MBART, WHISPER)
+ENCODER_DECODERS = (T5, MT5, BART, MBART, WHISPER)

@@ -63,7 +63,7 @@ def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise LightPeftError(
             f'model family "{model_type}" is not supported; supported: {", ".join(sorted(FAMILIES))}. '
-            "lightpeft.discovery.ensure_family(model) finds others, or a declarative entry: see docs/families.md"
+            "lightpeft.ensure_family(model) finds others, or a declarative entry: see docs/families.md"
         )
     return FAMILIES[model_type]
 
@@ -80,6 +80,7 @@ def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[Bl
             layers of an unknown kind, or widths that do not fit the config (as of a model that was pruned before).
     """
     config = model.config
+    require(not getattr(model, "light_pruned", False), f"this {type(model).__name__} has been pruned; {_PRUNED_BEFORE}")
     family = family or family_of(config.model_type)
     for key, value in family.needs.items():
         given = getattr(config, key, value)
