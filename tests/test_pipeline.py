@@ -14,10 +14,12 @@ from lightpeft import pipeline
 from lightpeft.checkpoint import LightModel, load_light
 from lightpeft.config import load_config
 from lightpeft.errors import LightPeftError
+from lightpeft.profiling import count_parameters
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.runs import RunFolder
 from lightpeft.sites import transformers_model
 
+PEFT_WEIGHTS = "adapter_model.safetensors"
 KINDS = [("bert", "classification"), ("llama", "classification"), ("llama", "causal-lm")]
 
 
@@ -102,6 +104,40 @@ def test_plain_lora_run_takes_as_many_steps(benches: dict[tuple[str, str], Workb
     assert steps_of(folder) == steps_of(bench.folder / "counted") == 24
     names = [name for name in load_file(folder / "adapter" / "adapter_model.safetensors") if "lora_A" in name]
     assert len(names) == 4  # q and v of two layers
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("kind", [("bert", "classification"), ("llama", "causal-lm")], ids="-".join)
+def test_a_run_with_adapters(
+    benches: dict[tuple[str, str], Workbench], kind: tuple[str, str], placement: str, tmp_path: Path
+) -> None:
+    bench = benches[kind]
+    settings = {"peft": "bottleneck", "bottleneck": {"size": 8, "placement": placement}}
+    light, plain = (pipeline.run(bench.config(f"{m}-{placement}", method=m, **settings)) for m in ("light", "plain"))
+    places = 4 if placement == "houlsby" else 2
+    folders = [bench.folder / f"{method}-{placement}" / "adapter" for method in ("light", "plain")]
+    sizes = [[len(w) for name, w in load_file(f / PEFT_WEIGHTS).items() if "down.weight" in name] for f in folders]
+    assert sizes[1] == [8] * places
+    assert 0 < len(sizes[0]) < places and set(sizes[0]) == {4}
+    assert light["parameters"]["peft"] < plain["parameters"]["peft"] / 2
+    assert light["parameters"]["base_removed_ratio"] > 0 == plain["parameters"]["base_removed_ratio"]
+    loaded = load_light(folders[0])
+    assert loaded.peft_config["default"].placement == placement
+    assert loaded.light_metrics == light["metrics"]
+
+
+def test_a_run_over_a_base_in_8_bits(benches: dict[tuple[str, str], Workbench]) -> None:
+    pytest.importorskip("bitsandbytes")
+    bench = benches["bert", "classification"]
+    result = pipeline.run(bench.config("eight", **{"model.quantise": "int8"}))
+    light = load_light(bench.folder / "eight" / "adapter")
+    whole = load_light(bench.folder / "eight" / "adapter", is_trainable=True)
+    kinds = {type(module).__name__ for module in transformers_model(light).modules()}
+    assert "Linear8bitLt" in kinds
+    dense = pipeline.run(bench.config("eight_dense", method="plain"))["parameters"]["base"]
+    assert result["parameters"]["base_dense"] == dense, "weights are counted, not bytes"
+    assert result["parameters"]["base_removed_ratio"] == pytest.approx(light.light_plan.removed_ratio)
+    assert count_parameters(whole).base == result["parameters"]["base"]
 
 
 def test_tiny_model_learns(benches: dict[tuple[str, str], Workbench]) -> None:
