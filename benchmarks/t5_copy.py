@@ -30,7 +30,14 @@ from lightpeft.tables import facts_table, plan_table
 
 SYMBOLS, LENGTH, END = 24, 8, 1
 """Symbols are the tokens 2 to 25; a sequence has eight of them and an end mark."""
-BASE: dict[str, Any] = {"vocab_size": SYMBOLS + 2, "d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 3, "num_heads": 8}
+BASE: dict[str, Any] = {
+    "vocab_size": SYMBOLS + 2,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 256,
+    "num_layers": 3,
+    "num_heads": 8,
+}
 BASE |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": END, "dropout_rate": 0.0}
 
 

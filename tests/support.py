@@ -282,14 +282,19 @@ def result(check: str, kind: str, names: list[str]) -> str:
 
 
 def main() -> None:
-    """Run all checks; with --write put the tables into the document, else print the support matrix."""
+    """Run all checks; with --write put the tables into the document, else print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the tables into docs/families.md")
+    parser.add_argument("families", nargs="*", help="check these alone and keep what the document says of the others")
     arguments = parser.parse_args()
-    cells = {}
-    for model_type, names in rows().items():
-        cells[model_type] = [result(check, kind, names) for check, kind in CELLS]
+    unknown = sorted(set(arguments.families) - set(rows()))
+    if unknown:
+        parser.error(f"no tiny model of {', '.join(unknown)}; there are: {', '.join(rows())}")
+    cells = read_support() if arguments.families else {}
+    for model_type in arguments.families or rows():
+        cells[model_type] = [result(check, kind, rows()[model_type]) for check, kind in CELLS]
         sys.stderr.write(f"{model_type}: {' '.join(cells[model_type])}\n")
+    cells = {model_type: cells[model_type] for model_type in rows()}
     tables = {"support": support_table(cells)} | {name: table() for name, table in TABLES.items()}
     if not arguments.write:
         sys.stdout.write("\n\n".join(tables.values()) + "\n")

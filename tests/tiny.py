@@ -134,6 +134,10 @@ ALL = MODELS | VARIANTS
 LAYOUTS = ["bert", "modernbert", "llama-gqa", "olmo2", "phi3", "gpt2", "gpt_neox", "falcon", "opt", "t5", "vit"]
 """One family of each kind of structure, for tests to which the rest would add nothing but time."""
 
+GROUPED = [name for name in DECODERS if name not in ("llama-mha", "gpt2", "gpt_neox", "opt")]
+GROUPED += [name for name in VARIANTS if name.startswith("llama") or name == "falcon-mqa"]
+"""Those with fewer KV heads than query heads, where the two head units differ."""
+
 GENERATORS = [name for name in ALL if name not in ENCODERS and "classifier" not in name and "dinov2" not in name]
 """Those that generate tokens."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import signal
 import sys
@@ -40,6 +41,8 @@ _OTHERS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input prints one line and exits with 2; an interrupted run exits with 130."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # on import they warn of kernels they lack
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with _stoppable():
             _dispatch(sys.argv[1:] if arguments is None else arguments)
