@@ -35,20 +35,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML file of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=7, help="alternations of the speed measurement")
+    parser.add_argument("--rounds", type=int, default=7, help="alternations of the speed measurement; 0: none")
     parser.add_argument("--steps", type=int, default=12, help="batches a round")
     given = parser.parse_args()
     quiet()
     config = load_config(given.config)
     try:
         reports = {method: [run(seeded(config, method, seed)) for seed in given.seeds] for method in METHODS}
-        speeds = bench(seeded(config, "light", given.seeds[0]), given.rounds, given.steps)
+        speeds = bench(seeded(config, "light", given.seeds[0]), given.rounds, given.steps) if given.rounds else None
     except LightPeftError as error:
         sys.exit(f"lightpeft: {error}")
     results = given.config.with_suffix(".results.json")
     write_json(results, summary(reports, speeds))
     keep_logs(config, given.seeds, given.config.with_suffix(".logs"))
-    Console().print(comparison_table(reports["plain"][0], reports["light"][0], speeds))
+    if speeds:
+        Console().print(comparison_table(reports["plain"][0], reports["light"][0], speeds))
     Console().print(json.dumps(json.loads(results.read_text())["quality"], indent=1), markup=False)
 
 
@@ -57,8 +58,8 @@ def seeded(config: RunConfig, method: str, seed: int) -> RunConfig:
     return replace(config, method=method, seed=seed, output=f"{config.output}/{method}-{seed}")  # type: ignore[arg-type]
 
 
-def summary(reports: dict[str, list[dict[str, Any]]], speeds: dict[str, Any]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds of each metric, every seed's report, and the speed measurement."""
+def summary(reports: dict[str, list[dict[str, Any]]], speeds: dict[str, Any] | None) -> dict[str, Any]:
+    """Mean and standard deviation over seeds of each metric, every seed's report, and the speed measurement if any."""
     quality = {
         method: {name: spread([report["metrics"][name] for report in of_method]) for name in of_method[0]["metrics"]}
         for method, of_method in reports.items()
@@ -73,7 +74,7 @@ def summary(reports: dict[str, list[dict[str, Any]]], speeds: dict[str, Any]) ->
         "seconds": {method: [report["seconds"] for report in of_method] for method, of_method in reports.items()},
         "seeds": [report["seed"] for report in reports["light"]],
         "metrics": {method: [report["metrics"] for report in of_method] for method, of_method in reports.items()},
-        "bench": {name: value for name, value in speeds.items() if name not in ("config", "schema_version")},
+        "bench": {name: value for name, value in (speeds or {}).items() if name not in ("config", "schema_version")},
         "hardware": first["hardware"],
         "config": first["config"],
     }
