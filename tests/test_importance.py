@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -113,16 +115,30 @@ def test_attention_masks_in_other_forms(how: str) -> None:
     torch.testing.assert_close(observer.sums[0] / observer.sums[1], expected, rtol=1e-4, atol=0)
 
 
+def outputs_of(sites: list[Site]) -> list[weakref.ref[Tensor]]:
+    """References to the storage of all outputs of frozen layers from now on."""
+    outputs: list[weakref.ref[Tensor]] = []
+    for site in sites:
+        site.base.register_forward_hook(lambda module, args, out: outputs.append(weakref.ref(out.untyped_storage())))
+    return outputs
+
+
+def alive(outputs: list[weakref.ref[Tensor]]) -> list[Tensor]:
+    gc.collect()
+    return [output for reference in outputs if (output := reference()) is not None]
+
+
 def test_evaluation_does_not_count() -> None:
     model = student()
-    observer, _ = observe(model)
+    observer, sites = observe(model)
+    outputs = outputs_of(sites)
     model.eval()
     model(**inputs())
     model.train()
     with torch.no_grad():
         model(**inputs())
     assert observer.sums.eq(0).all()
-    assert not observer._base_outputs
+    assert outputs and not alive(outputs)
     model(**inputs())
     assert observer.sums[1].gt(0).all()
 
@@ -167,8 +183,9 @@ def test_gradient_checkpointing_changes_no_sum(name: str, reentrant: bool) -> No
             ModuleObserver(model, sites, block_specs(transformers_model(model)), torch.device("cpu")),
             RankObserver(sites),
         )
+        outputs = outputs_of(sites)
         model(**data).loss.backward()
-        assert not modules._base_outputs
+        assert outputs and not alive(outputs)
         return modules.sums, ranks.take_terms()
 
     for with_it, without in zip(observed(True), observed(False), strict=True):

@@ -17,9 +17,9 @@ from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
 from lightpeft.planning import Selection, keep, make_plan
 from lightpeft.records import EstimationRecord, PrunePlan
-from lightpeft.structure import SLOTS, BlockSpec, SiteSpec
+from lightpeft.structure import BlockSpec, SiteSpec
 
-PROJECTIONS = {slot: slot for slot in SLOTS if slot != "ffn_gate"}
+PROJECTIONS = {slot: slot for slot in ("q", "k", "v", "o", "ffn_in", "ffn_out")}
 
 
 def make_record(

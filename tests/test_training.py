@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from workbench import Workbench, labelled
 from lightpeft import pipeline
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.loading import add_lora
+from lightpeft.loading import add_peft
 from lightpeft.training import (
     Interrupted,
     LogLines,
@@ -43,7 +44,7 @@ def trainer_for(
     data = work.train_rows if rows is None else work.train_rows.select(range(rows))
     set_seed(0)
     return make_trainer(
-        add_lora(pipeline.dense_model(work), work.config.lora, "classification", plain=True),
+        add_peft(pipeline.dense_model(work), replace(work.config, method="plain")),
         data,
         work.collator,
         config,

@@ -59,7 +59,8 @@ class UnitMasks:
                 self._attach_neurons(projections, neurons, block.activation)
 
     def _attach_neurons(self, projections: dict[str, nn.Module], mask: Tensor, activation: str | None) -> None:
-        scaler = _NeuronScaler(mask, ACT2FN[activation] if activation else None)
+        # autograd saves what ReLU gives, not what it takes, so that there is nothing to gain from computing it again
+        scaler = _NeuronScaler(mask, ACT2FN[activation] if activation and activation != "relu" else None)
         self._handles.append(projections["ffn_out"].register_forward_pre_hook(scaler))
         for slot in ("ffn_gate_in", "ffn_gate", "ffn_in"):
             if slot in projections:

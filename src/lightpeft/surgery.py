@@ -40,8 +40,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     """Cut a transformers model, or a PeftModel around one, down to what the plan keeps.
 
     Kept weights, frozen or trained, are bit-equal to what they were, except where a quantised layer has to form new
-    blocks (`quantised`). Optimizers made before hold the old parameters:
-    make new ones.
+    blocks (`quantised`). Optimizers made before hold the old parameters: make new ones.
 
     Raises:
         LightPeftError: the model does not have the dense structure that the plan was made for, or the plan keeps what
