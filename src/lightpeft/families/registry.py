@@ -201,8 +201,8 @@ def _linear(block: nn.Module, name: str, path: str) -> nn.Module:
     layer = _unwrapped(block.get_submodule(name))
     if not is_linear(layer):
         raise LightPeftError(
-            f"{path} is a {describe(layer)}, which is no linear layer that lightpeft can "
-            "cut; load the base in float32, bfloat16 or float16, or in a quantisation that docs/families.md lists"
+            f"{path} is a {describe(layer)}, which is no linear layer that lightpeft can cut; "
+            "load the base in float32, bfloat16 or float16, or quantised in a way that docs/guide.md lists"
         )
     return layer
 
