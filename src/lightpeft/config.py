@@ -28,6 +28,8 @@ TaskKind = Literal["classification", "causal-lm"]
 Method = Literal["light", "plain"]
 PeftKind = Literal["lora", "bottleneck"]
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
+PrefixPlace = Literal["file", "memory", "off"]
+PrefixDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Preset = Literal["default", "paper"]
 
 T = TypeVar("T")
@@ -272,6 +274,13 @@ class TrainingConfig:
     """Recompute activations in the backward pass to save memory."""
     by_length: bool = True
     """Batches of rows of similar length; off: random batches. Padding is dynamic either way."""
+    prefix_cache: PrefixPlace = "file"
+    """Blocks below the lowest PEFT module compute the same for a row in every epoch. file, memory: compute them once,
+    without dropout, and keep their outputs there; off: compute them every time, with dropout."""
+    prefix_dtype: PrefixDtype = "auto"
+    """Data type of those outputs; auto: as they are computed, so that nothing is rounded."""
+    prefix_limit: float = 16.0
+    """GiB that they may take; beyond that there is no cache."""
     save_steps: int = 200
     """Steps between checkpoints that a killed run resumes from."""
     logging_steps: int = 10
@@ -284,6 +293,8 @@ class TrainingConfig:
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name} is {value:g}; it cannot be negative or infinite")
+        check_choices(self)
+        require(self.prefix_limit > 0, f"training.prefix_limit is {self.prefix_limit:g}; it must be positive")
         require(0 <= self.warmup < 1, f"training.warmup is {self.warmup:g}; it lies in [0, 1)")
         require(min(self.save_steps, self.logging_steps) >= 1, "training.save_steps and logging_steps start at 1")
 

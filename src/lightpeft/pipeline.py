@@ -26,6 +26,7 @@ from lightpeft.estimation import stage_length
 from lightpeft.families import max_positions
 from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_config, load_tokenizer
 from lightpeft.planning import make_plan
+from lightpeft.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.profiling import count_parameters, folder_bytes, hardware
 from lightpeft.pruner import EarlyPruner
 from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
@@ -169,20 +170,43 @@ def _train_stage(work: Workspace, model: PeftModel, stage: str, steps: int, seed
     """Train for a stage, from its last checkpoint if there is one; returns the seconds it took in all."""
     run, config = work.run, work.config
     run.begin()
-    trainer = make_trainer(
-        model,
+    prefix = FrozenPrefix(model)
+    with prefix.attached():
+        rows, collator = rows_for(work, prefix, stage, steps)
+        trainer = make_trainer(
+            model,
+            rows,
+            collator,
+            config.training,
+            stage=stage,
+            checkpoints=run.checkpoints(stage),
+            log=run.log,
+            steps=steps,
+            seed=seed,
+            token_loss=config.data.task == "causal-lm",
+            **options,
+        )
+        return fit(trainer, last_checkpoint(run.checkpoints(stage)))
+
+
+def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> tuple[Dataset, Collate]:
+    """The training rows and their collator; with the outputs of a frozen prefix where that saves time."""
+    config = work.config.training
+    passes = steps * config.batch_size * config.gradient_accumulation * process_count() / len(work.train_rows)
+    if not prefix or config.prefix_cache == "off" or passes <= 1:  # it would be computed no more often without a cache
+        return work.train_rows, work.collator
+    settings = PrefixCache(config.prefix_cache, config.prefix_dtype, int(config.prefix_limit * 2**30))
+    cached = cache_prefix(
+        prefix,
         work.train_rows,
         work.collator,
-        config.training,
-        stage=stage,
-        checkpoints=run.checkpoints(stage),
-        log=run.log,
-        steps=steps,
-        seed=seed,
-        token_loss=config.data.task == "causal-lm",
-        **options,
+        settings,
+        work.run.checkpoints("prefix"),
+        batch_size=config.eval_batch_size,
+        bf16=config.bf16,
+        announce=lambda line: work.run.announce(stage, line),
     )
-    return fit(trainer, last_checkpoint(run.checkpoints(stage)))
+    return (cached.rows, cached.collator) if cached else (work.train_rows, work.collator)
 
 
 def evaluate(work: Workspace) -> dict[str, Any]:

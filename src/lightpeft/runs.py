@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from accelerate import PartialState
+from rich.console import Console
 
 from lightpeft.checkpoint import DESCRIPTION
 from lightpeft.config import Budget, RunConfig, load_config
@@ -149,6 +150,12 @@ class RunFolder:
     def _note(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
         append_line(self.log, {"stage": stage, "seconds": round(seconds, 3), "done": True, **facts})
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # also those of a run that was killed right here
+
+    def announce(self, stage: str, line: str) -> None:
+        """Say something worth knowing before a stage begins, on stderr and in the log."""
+        if PartialState().is_main_process:
+            append_line(self.log, {"stage": stage, "note": line})
+            Console(stderr=True).print(line, markup=False, highlight=False)
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of each finished stage, from the log; a stage that was resumed counts its last part."""

@@ -4,6 +4,7 @@ from lightpeft.families.proposal import propose_families
 from lightpeft.families.registry import (
     FAMILIES,
     REFUSED,
+    block_lists,
     block_specs,
     check_not_refused,
     family_of,
@@ -18,6 +19,7 @@ __all__ = [
     "REFUSED",
     "Family",
     "Stack",
+    "block_lists",
     "block_specs",
     "check_not_refused",
     "family_of",

@@ -97,6 +97,17 @@ def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[Bl
     return specs
 
 
+def block_lists(model: PreTrainedModel) -> list[nn.ModuleList]:
+    """The lists of transformer blocks of a model, pruned or not, one a stack.
+
+    Raises:
+        LightPeftError: unsupported family.
+    """
+    base = model.base_model
+    lists = [_submodule(base, stack.layers) for stack in family_of(model.config.model_type).stacks]
+    return list({id(blocks): blocks for blocks in lists if blocks is not None}.values())
+
+
 def max_positions(config: PretrainedConfig) -> int | None:
     """Tokens that the position table of a supported model has room for; None where nothing limits them."""
     positions: int | None = getattr(config, "max_position_embeddings", None)

@@ -1,0 +1,95 @@
+"""Hidden states of every row, without padding, in memory or in a file."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class StateStore:
+    """Rows of token vectors, one after the other: row i is [lengths[i], width].
+
+    A file is read row by row at its place instead of being mapped, so that it does not count as the process's memory;
+    the system's page cache keeps what fits. Several processes may write different rows of one file.
+    """
+
+    def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, file: Path | None) -> None:
+        """
+        Args:
+            lengths: tokens of each row.
+            file: where the states are; None: in memory.
+        """
+        self.lengths, self.width, self.dtype, self.file = list(lengths), width, dtype, file
+        self.starts = [0, *itertools.accumulate(self.lengths)]
+        self._memory = torch.empty(self.starts[-1], width, dtype=dtype) if file is None else None
+        self._descriptor: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of all states."""
+        return store_bytes(self.lengths, self.width, self.dtype)
+
+    def write(self, row: int, states: Tensor) -> None:
+        """Keep the states [lengths[row], width] of a row."""
+        states = states.to(device="cpu", dtype=self.dtype).contiguous()
+        if self._memory is not None:
+            self._memory[self.starts[row] : self.starts[row + 1]] = states
+            return
+        raw = _raw(states)
+        place = self._place(self.starts[row])
+        while raw:
+            written = os.pwrite(self._open(), raw, place)
+            raw, place = raw[written:], place + written
+
+    def read(self, row: int) -> Tensor:
+        """The states of a row, [lengths[row], width]."""
+        if self._memory is not None:
+            return self._memory[self.starts[row] : self.starts[row + 1]]
+        states = torch.empty(self.lengths[row], self.width, dtype=self.dtype)
+        raw = _raw(states)
+        if os.preadv(self._open(), [raw], self._place(self.starts[row])) != len(raw):
+            raise OSError(f"{self.file} is shorter than it should be")
+        return states
+
+    def padded(self, rows: Sequence[int], mask: Tensor) -> Tensor:
+        """The states of several rows at the real tokens of a padded batch, zeros elsewhere.
+
+        Args:
+            mask: [batch, length], nonzero for real tokens, on whichever side the padding is.
+
+        Returns:
+            [batch, length, width].
+        """
+        batch = torch.zeros(*mask.shape, self.width, dtype=self.dtype)
+        batch[mask.bool()] = torch.cat([self.read(row) for row in rows])
+        return batch
+
+    def _place(self, token: int) -> int:
+        return token * self.width * self.dtype.itemsize
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            assert self.file is not None
+            self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+        return self._descriptor
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _raw(states: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, shared with it."""
+    return memoryview(states.flatten().view(torch.uint8).numpy().data)
+
+
+def store_bytes(lengths: Sequence[int], width: int, dtype: torch.dtype) -> int:
+    """Bytes of the states of rows of these lengths."""
+    return sum(lengths) * width * dtype.itemsize
