@@ -28,6 +28,7 @@ TaskKind = Literal["classification", "causal-lm"]
 Method = Literal["light", "plain"]
 PeftKind = Literal["lora", "bottleneck"]
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
+RefitForm = Literal["none", "bias", "low_rank"]
 PrefixPlace = Literal["file", "memory", "off"]
 PrefixDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Preset = Literal["default", "paper"]
@@ -113,6 +114,13 @@ class LightConfig(Budget):
     """`length: auto` stops after so many equal comparisons in a row."""
     max_fraction: float = 0.3
     """`length: auto` stops at this part of the whole run at the latest."""
+    refit: RefitForm = "none"
+    """After the cut, correct attention and FFN outputs by least squares on training rows: by a bias, or by a bias and a
+    low-rank matrix; the corrections become part of the light adapter."""
+    refit_rank: int = 16
+    """Rank of the correction (refit: low_rank)."""
+    refit_rows: int = 256
+    """Training rows that the correction is fitted on."""
     restart: bool = False
     """Re-initialise the PEFT modules after pruning instead of going on from what estimation learned."""
     seed: int = 0
@@ -131,6 +139,7 @@ class LightConfig(Budget):
         require(positive, "lambda_heads and lambda_neurons cannot be negative")
         require(self.check_every >= 1 and self.settled_checks >= 1, "check_every and settled_checks start at 1")
         require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
+        require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
 
 

@@ -16,24 +16,52 @@ from lightpeft.sites.base import Report
 from lightpeft.structure import BlockSpec
 
 
+class RealTokens:
+    """Which tokens of the batch under way are no padding, for whoever hooks a layer inside the model.
+
+    Padding is known from the `attention_mask` that the model is called with, that of a decoder beside an encoder from
+    `decoder_attention_mask` or, without one, from the labels.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._masks: dict[bool, Tensor | None] = {}
+        self._handle = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    def of(self, block: BlockSpec, slot: str | None) -> Tensor | None:
+        """1 for the real tokens that a projection sees, [batch, length]; None: all are real."""
+        return self._masks[_reads_decoder(block, slot)]
+
+    def select(self, states: Tensor, block: BlockSpec, slot: str | None) -> Tensor:
+        """The real tokens of what a projection sees, [..., width] -> [tokens, width]."""
+        rows, mask = states.flatten(0, -2), self.of(block, slot)
+        return rows if mask is None or mask.numel() != len(rows) else rows[mask.flatten().bool()]
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self._masks = {False: _token_mask(mask), True: _decoder_mask(kwargs)}
+
+
 class ModuleObserver:
     """Sums of `||delta_M(x)|| / ||base_M(x)||` over real tokens, per site, on the device, without host copies.
 
-    The norms come from the outputs that the forward pass makes. Padding is known from the `attention_mask` that the
-    model is called with, that of a decoder beside an encoder from `decoder_attention_mask` or, without one, from the
-    labels. Only training-mode forward passes with gradients count, and each counts once: what gradient checkpointing
-    computes again in the backward pass is outside the model's forward.
+    The norms come from the outputs that the forward pass makes. Only training-mode forward passes with gradients count,
+    and each once: what gradient checkpointing computes again in the backward pass is outside the model's forward.
     """
 
     def __init__(
         self, model: PeftModel, sites: Sequence[Site], blocks: Sequence[BlockSpec], device: torch.device
     ) -> None:
         self.sites = list(sites)
-        self._reads_decoder = [_reads_decoder(blocks[site.spec.block], site.spec.slot) for site in sites]  # type: ignore[index]
+        self._blocks = [blocks[site.spec.block] for site in sites]  # type: ignore[index]
         self.sums = torch.zeros(2, len(self.sites), device=device)  # ratio sums, token counts
         self._counting = False
-        self._real: dict[bool, Tensor | None] = {}
-        self._handles: list[RemovableHandle] = [
+        self._real = RealTokens(model)
+        self._handles: list[RemovableHandle | RealTokens] = [
+            self._real,
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
@@ -49,8 +77,6 @@ class ModuleObserver:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # asked here, because reentrant checkpointing switches gradients off inside
         self._counting = module.training and torch.is_grad_enabled()
-        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._real = {False: _token_mask(mask), True: _decoder_mask(kwargs)}
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._counting = False
@@ -58,7 +84,8 @@ class ModuleObserver:
     def _adder(self, index: int) -> Report:
         @torch.no_grad()
         def add(delta: Tensor, reference: Tensor, scaling: float) -> None:
-            ratio, tokens = scoring.module_ratio(delta, reference, self._real[self._reads_decoder[index]])
+            real = self._real.of(self._blocks[index], self.sites[index].spec.slot)
+            ratio, tokens = scoring.module_ratio(delta, reference, real)
             self.sums[0, index] += ratio * scaling
             self.sums[1, index] += tokens
 

@@ -45,7 +45,15 @@ class LinearKind(Protocol):
         ...
 
 
-class PlainLinear(LinearKind):
+class DenseKind(LinearKind, Protocol):
+    """How a layer whose weight is kept in floating point is read, cut and added to."""
+
+    def add(self, layer: nn.Module, delta: Tensor | None, bias: Tensor) -> None:
+        """Give the layer a weight larger by `delta` [out, in], and a bias larger by `bias` [out]."""
+        ...
+
+
+class PlainLinear(DenseKind):
     """`torch.nn.Linear` with an ordinary floating-point weight."""
 
     def matches(self, layer: nn.Module) -> bool:
@@ -63,8 +71,12 @@ class PlainLinear(LinearKind):
         else:
             layer.in_features = len(index)
 
+    def add(self, layer: Any, delta: Tensor | None, bias: Tensor) -> None:
+        layer.weight = _sum(layer.weight, delta)
+        layer.bias = _sum(layer.bias, bias) if layer.bias is not None else _frozen(bias.to(layer.weight.dtype))
 
-class TransposedLinear(LinearKind):
+
+class TransposedLinear(DenseKind):
     """transformers' `Conv1D`: a linear layer whose weight is [in, out] (GPT-2)."""
 
     def matches(self, layer: nn.Module) -> bool:
@@ -82,6 +94,10 @@ class TransposedLinear(LinearKind):
             layer.nx = len(index)
             if not len(index):
                 layer.__class__ = WithoutInputs
+
+    def add(self, layer: Any, delta: Tensor | None, bias: Tensor) -> None:
+        layer.weight = _sum(layer.weight, None if delta is None else delta.T)
+        layer.bias = _sum(layer.bias, bias)
 
 
 class WithoutInputs(Conv1D):
@@ -143,6 +159,38 @@ def slice_linear(layer: Any, index: Tensor, dim: int) -> None:
     reason = kind.fault(layer, len(index), dim)
     require(reason is None, f"a {describe(layer)} cannot be cut: {reason}")
     kind.keep(layer, index.to(layer.weight.device), dim)
+
+
+@torch.no_grad()
+def add_to_linear(layer: Any, delta: Tensor | None, bias: Tensor) -> None:
+    """Give a linear layer a weight that is larger by `delta` [out, in] and a bias that is larger by `bias` [out].
+
+    The tensors that it held, which others may share, stay as they are; a layer without a bias gets one.
+
+    Raises:
+        LightPeftError: nothing can be added to a layer of this kind.
+    """
+    kind = _kind(layer)
+    if not isinstance(kind, (PlainLinear, TransposedLinear)):
+        raise LightPeftError(f"nothing can be added to a {describe(layer)}")
+    kind.add(layer, delta, bias)
+
+
+def can_be_added_to(layer: nn.Module) -> bool:
+    """Whether `add_to_linear` works: the weight is kept in floating point."""
+    return isinstance(_kind(layer), (PlainLinear, TransposedLinear))
+
+
+def _sum(parameter: nn.Parameter, change: Tensor | None) -> nn.Parameter:
+    """A new parameter, added up in float32; it trains if the old one does."""
+    if change is None:
+        return parameter
+    total = (parameter.detach().float() + change.float()).to(parameter.dtype)
+    return nn.Parameter(total, requires_grad=parameter.requires_grad)
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
 
 
 def sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:

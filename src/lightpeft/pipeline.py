@@ -7,6 +7,7 @@ stopped anywhere goes on where it was, and a stage can be run alone.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from lightpeft import evaluation
-from lightpeft.checkpoint import LightModel, as_light, load_light
+from lightpeft.checkpoint import LightModel, load_light
 from lightpeft.config import RunConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
@@ -28,11 +30,9 @@ from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_conf
 from lightpeft.planning import make_plan
 from lightpeft.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.profiling import count_parameters, folder_bytes, hardware
-from lightpeft.pruner import EarlyPruner
+from lightpeft.pruner import EarlyPruner, cut
 from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
 from lightpeft.runs import RunFolder
-from lightpeft.sites import find_sites, restart_sites
-from lightpeft.surgery import apply_plan
 from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task
 from lightpeft.training import fit, last_checkpoint, make_trainer, total_steps
 
@@ -141,11 +141,20 @@ def prune(work: Workspace) -> None:
     chosen = PrunePlan.load(run.plan)
     base = dense_model(work).model
     model = PeftModel.from_pretrained(base, str(run.estimation / "adapter"), is_trainable=True)
-    apply_plan(model, chosen)
-    if config.light.restart:
-        restart_sites(find_sites(model, chosen.specs), config.seed)
-    light = as_light(model, chosen, task=task_facts(work))
+    light = cut(model, chosen, config.light, lambda: calibration_batches(work))
+    light.light_task = task_facts(work)
     run.finish_stage("prune", time.perf_counter() - started, lambda: light.save_pretrained(run.pruned))
+
+
+def calibration_batches(work: Workspace) -> Iterator[dict[str, Tensor]]:
+    """Batches of some training rows, without labels, on the device of the model."""
+    config = work.config
+    generator = torch.Generator().manual_seed(config.seed)
+    numbers = torch.randperm(len(work.train_rows), generator=generator)[: config.light.refit_rows].tolist()
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    for start in range(0, len(numbers), config.training.eval_batch_size):
+        rows = work.train_rows.select(numbers[start : start + config.training.eval_batch_size]).to_list()
+        yield {name: values.to(device) for name, values in work.collator(rows).items() if name != "labels"}
 
 
 def train(work: Workspace) -> None:

@@ -11,10 +11,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lightpeft.checkpoint import LightModel, as_light
 from lightpeft.config import Budget, LightConfig
 from lightpeft.discovery import ensure_family
+from lightpeft.errors import LightPeftError
 from lightpeft.estimation import Estimator
 from lightpeft.planning import make_plan
 from lightpeft.quantised import prepare_quantised
 from lightpeft.records import EstimationRecord, PrunePlan
+from lightpeft.refit import Batches, Refit, apply_refit, fit_refit
 from lightpeft.sites import find_sites, restart_sites
 from lightpeft.surgery import apply_plan
 
@@ -77,17 +79,37 @@ class EarlyPruner:
         """The plan for a budget (default: the config's)."""
         return make_plan(self.record(), budget or self.config)
 
-    def prune(self, plan: PrunePlan | None = None) -> LightModel:
+    def prune(self, plan: PrunePlan | None = None, calibration: Batches | None = None) -> LightModel:
         """Cut the model down to the plan, in place; it stays a `PeftModel` and its `save_pretrained` a light adapter.
+
+        Args:
+            calibration: gives model inputs of some training rows, on the model's device, for `config.refit`; called
+                once or more.
 
         Make a new optimizer afterwards: the old one holds the parameters from before.
         """
         plan = plan or self.plan()
         self.estimator.stop()
-        apply_plan(self.model, plan)
-        if self.config.restart:
-            restart_sites(find_sites(self.model, plan.specs), self.config.seed)
-        return as_light(self.model, plan)
+        return cut(self.model, plan, self.config, calibration)
+
+
+def cut(model: PeftModel, plan: PrunePlan, config: LightConfig, calibration: Batches | None = None) -> LightModel:
+    """Cut a dense model down to a plan, in place, and make up for the loss as the config says.
+
+    Raises:
+        LightPeftError: the plan does not fit, or `config.refit` has no calibration rows to work with.
+    """
+    refit: Refit = {}
+    if config.refit != "none":
+        if calibration is None:
+            raise LightPeftError(f"refit: {config.refit} needs rows; give prune(calibration=...), or set refit to none")
+        rank = config.refit_rank if config.refit == "low_rank" else 0
+        refit = fit_refit(model, plan, calibration, rank)
+    apply_plan(model, plan)
+    apply_refit(model, refit)
+    if config.restart:
+        restart_sites(find_sites(model, plan.specs), config.seed)
+    return as_light(model, plan, refit=refit)
 
 
 class EstimationCallback(TrainerCallback):

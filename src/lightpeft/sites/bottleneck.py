@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -81,6 +82,10 @@ class BottleneckSite(Site):
         slice_linear(self.branch.down, index, dim=0)
         slice_linear(self.branch.up, index, dim=1)
         self.layer.size[self.adapter] = len(index)
+
+    def delta(self, ranks: Tensor | None = None) -> Tensor:
+        """Zero: an adapter comes after the frozen layer."""
+        return torch.zeros((), device=self.device)
 
     def restart(self) -> None:
         self.branch.reset_parameters()

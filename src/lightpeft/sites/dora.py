@@ -46,6 +46,9 @@ class DoraSite(LoraSite):
         super().keep_ranks(index)
         self.magnitude._cache_clear()
 
+    def delta(self, ranks: Tensor | None = None) -> None:
+        """None: the norm over W and B A makes it more than a matrix beside W."""
+
     @torch.no_grad()
     def restart(self) -> None:
         super().restart()

@@ -128,6 +128,12 @@ class LoraSite(Site):
         divisor = math.sqrt(rank) if self.layer.use_rslora[self.adapter] else rank
         self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
 
+    def delta(self, ranks: Tensor | None = None) -> Tensor | None:
+        down, up = self.down.detach().float(), self.up.detach().float()
+        if ranks is not None:
+            down, up = down[ranks.to(down.device)], up[:, ranks.to(up.device)]
+        return self.scaling * (up @ down)
+
     def restart(self) -> None:
         self.layer.reset_lora_parameters(self.adapter, init_lora_weights=True)
         self._restore_bias()
