@@ -59,7 +59,7 @@ def test_ratios_in_range(value: float) -> None:
         (Budget, {"multiple_of": 0}, "multiple_of is 0"),
         (Budget, {"heads_scope": "local"}, 'heads_scope is "local"; choose one of layerwise, global'),
         (Budget, {"head_unit": "pair"}, 'head_unit is "pair"; choose one of group, balanced'),
-        (Budget, {"module_criterion": "taylor"}, 'module_criterion is "taylor"; choose one of ratio, random'),
+        (Budget, {"module_criterion": "mask"}, 'module_criterion is "mask"; choose one of ratio, taylor, depth, random'),
         (LightConfig, {"length": 1}, "length is 1 steps; estimation needs at least 2"),
         (LightConfig, {"length": True}, "estimation needs at least 2"),
         (LightConfig, {"length": 1.0}, "length is 1; a fraction of the run lies in (0, 1)"),

@@ -17,7 +17,7 @@ LAYERS: tuple[set[str], ...] = (
     {"bottleneck"},
     {"sites"},
     {"loading", "masks", "importance", "evaluation", "profiling"},
-    {"estimation", "surgery", "training"},
+    {"estimation", "prefix", "refit", "surgery", "streaming", "training"},
     {"discovery"},
     {"checkpoint"},
     {"pruner", "runs", "tables", "predicting"},

@@ -103,8 +103,8 @@ def test_record_answers_by_kind_and_criterion(record: EstimationRecord) -> None:
     assert record.of_modules("ratio").shape == (len(record.sites),)
     assert [len(scores) for scores in record.of_ranks("magnitude")] == [4] * len(record.sites)
     with pytest.raises(LightPeftError) as error:
-        record.of_modules("taylor")
-    assert 'no scores "modules/taylor"' in message(error) and "modules/ratio" in message(error)
+        record.of_modules("mask")
+    assert 'no scores "modules/mask"' in message(error) and "modules/ratio" in message(error)
 
 
 def test_record_with_a_file_missing_or_damaged(record: EstimationRecord, tmp_path: Path) -> None:

@@ -57,6 +57,12 @@ def test_module_ratio_on_flattened_tokens() -> None:
     assert whole[0].equal(flat[0]) and whole[1].equal(flat[1])
 
 
+def test_depth_puts_the_block_before_the_ratio() -> None:
+    blocks, ratios = torch.tensor([0.0, 0.0, 1.0, 1.0, 2.0]), torch.tensor([9.0, 3.0, 0.5, 2.0, 0.0])
+    assert scoring.module_depth(blocks, ratios).argsort(descending=True).tolist() == [4, 3, 2, 0, 1]
+    assert scoring.module_depth(blocks, torch.zeros(5)).equal(blocks)
+
+
 @pytest.mark.parametrize("delta", [0.0, 1.0, 1e4])
 def test_a_base_output_of_zero_gives_a_finite_ratio(delta: float) -> None:
     total, tokens = scoring.module_ratio(torch.full((2, 50, 8), delta), torch.zeros(2, 50, 8), None)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
@@ -24,11 +25,16 @@ from lightpeft.loading import UNREADABLE, fingerprint
 from lightpeft.profiling import versions
 from lightpeft.quantised import prepare_quantised
 from lightpeft.records import PrunePlan, read_json, understandable, write_json, writing_files
+from lightpeft.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
 from lightpeft.sites import transformers_model
+from lightpeft.streaming import Stream
+from lightpeft.structure import BlockSpec
 from lightpeft.surgery import apply_plan
 
 DESCRIPTION = "lightpeft.json"
-_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_REFIT_FILE = "refit.safetensors"
+_FILES = ("adapter_config.json", "adapter_model.safetensors", _REFIT_FILE)
+"""What is in the folder besides the description, as far as it is there."""
 
 
 class LightModel(PeftModel):
@@ -36,13 +42,15 @@ class LightModel(PeftModel):
 
     light_plan: PrunePlan
     """Which units of the dense base are here."""
+    light_refit: Refit
+    """Corrections of its projections that are merged into their weights; empty without a refit."""
     light_metrics: dict[str, Any]
     """What was measured of this model; saved with it."""
     light_task: dict[str, Any]
     """How inputs are read (task kind, columns, length); saved with it, empty if unknown."""
 
     def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Write a light adapter: PEFT's own two files, `lightpeft.json` and a model card.
+        """Write a light adapter: PEFT's own two files, `lightpeft.json`, a model card and, after a refit, that.
 
         Raises:
             LightPeftError: the folder cannot be written (for example: disk full); no file is half-written.
@@ -52,12 +60,20 @@ class LightModel(PeftModel):
             return
         with writing_files(save_directory, last=DESCRIPTION) as temporary:
             super().save_pretrained(str(temporary), **kwargs)
+            if self.light_refit:
+                save_file(refit_tensors(self.light_refit), temporary / _REFIT_FILE)
             (temporary / "README.md").write_text(_model_card(self), encoding="utf-8")
             write_json(temporary / DESCRIPTION, _description(self, temporary))
+        if not self.light_refit:
+            (Path(save_directory) / _REFIT_FILE).unlink(missing_ok=True)  # of what was saved here before
 
 
 def as_light(
-    model: PeftModel, plan: PrunePlan, metrics: dict[str, Any] | None = None, task: dict[str, Any] | None = None
+    model: PeftModel,
+    plan: PrunePlan,
+    metrics: dict[str, Any] | None = None,
+    task: dict[str, Any] | None = None,
+    refit: Refit | None = None,
 ) -> LightModel:
     """Make a pruned `PeftModel` one that saves itself as a light adapter; same object, same weights."""
     kind = type(model)
@@ -66,6 +82,7 @@ def as_light(
         model.__class__ = type(f"Light{kind.__name__}", (LightModel, kind), {})
     light = cast(LightModel, model)
     light.light_plan = plan
+    light.light_refit = dict(refit or {})
     light.light_metrics = dict(metrics or {})
     light.light_task = dict(task or {})
     return light
@@ -80,6 +97,7 @@ def load_light(
     device: str | torch.device | None = None,
     attention: str | None = None,
     trust_remote_code: bool = False,
+    low_memory: bool = False,
 ) -> LightModel:
     """Load a light adapter over a fresh base.
 
@@ -91,9 +109,12 @@ def load_light(
         dtype: of the base weights when they are loaded here; "auto": as it was when the adapter was saved.
         device: where to put the model; None: where the base is.
         attention: attention backend; None: the one the base would use.
+        low_memory: read the base from disk one tensor at a time and keep only what the plan keeps, so that memory holds
+            the pruned model and one tensor, never the dense model; for unquantised bases in safetensors files.
 
     Raises:
-        LightPeftError: a file is missing, altered, or of a newer schema; or the base is another one. No partial load.
+        LightPeftError: a file is missing, altered, or of a newer schema; or the base is another one, or not of the kind
+            that `low_memory` can read. No partial load.
     """
     folder = Path(folder)
     description = read_description(folder)
@@ -103,18 +124,24 @@ def load_light(
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if attention is not None:
         options["attn_implementation"] = attention
-    dense = cast(PreTrainedModel, base) if isinstance(base, nn.Module) else _load_base(saved, base, dtype, options)
-    _check_base(dense, saved, plan, folder)
+    live = cast(PreTrainedModel, base) if isinstance(base, nn.Module) else None
+    stream = _stream(live, saved, plan, folder, device) if low_memory else None
+    dense = live if live is not None else _load_base(saved, cast(Any, base), dtype, options, stream)
+    _check_base(dense, saved, plan, folder, stream)
     prepare_quantised(dense)
     _check_tensors(dense, plan, folder)
     apply_plan(dense, plan)
+    if stream is not None:
+        stream.fill(dense)
+    refit = _read_refit(folder) if _REFIT_FILE in description["checksums"] else {}
+    apply_refit(dense, refit)
     try:
         model = PeftModel.from_pretrained(dense, str(folder), is_trainable=is_trainable)
     except (RuntimeError, ValueError, KeyError) as error:
         raise LightPeftError(f"{folder} does not fit its base: {' '.join(str(error).split())[:300]}") from error
     if not is_trainable:
         model.eval()
-    return as_light(model if device is None else model.to(device), plan, metrics, task)
+    return as_light(model if device is None else model.to(device), plan, metrics, task, refit)
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -135,6 +162,15 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         require((folder / name).is_file(), f"{folder} is incomplete: {name} is missing")
         require(_file_checksum(folder / name) == checksum, f"{folder / name} was altered or damaged")
     return description
+
+
+def _read_refit(folder: Path) -> Refit:
+    """The corrections of a light adapter."""
+    file = folder / _REFIT_FILE
+    try:
+        return refit_of_tensors(load_file(file))
+    except SafetensorError as error:
+        raise LightPeftError(f"{file} is damaged: {error}") from error
 
 
 def _description(model: LightModel, folder: Path) -> dict[str, Any]:
@@ -158,7 +194,7 @@ def _description(model: LightModel, folder: Path) -> dict[str, Any]:
         "metrics": model.light_metrics,
         "versions": versions(),
     }
-    checksums = {name: _file_checksum(folder / name) for name in _PEFT_FILES if (folder / name).is_file()}
+    checksums = {name: _file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
     # JSON turns integer keys into strings; hash what a reader will see
     seen = json.loads(json.dumps(description))
     return {**description, "checksums": {**checksums, DESCRIPTION: _content_checksum(seen)}}
@@ -193,10 +229,30 @@ def _quantisation(config: transformers.PretrainedConfig) -> dict[str, Any] | Non
     return json.loads(settings.to_json_string(use_diff=False)) if settings is not None else None
 
 
+def _stream(
+    live: PreTrainedModel | None,
+    saved: dict[str, Any],
+    plan: PrunePlan,
+    folder: Path,
+    device: str | torch.device | None,
+) -> Stream:
+    """What reads the base one tensor at a time; refuses at once what cannot be read so."""
+    require(
+        live is None, "low_memory reads the base from disk, and base= is a model in memory: load without low_memory"
+    )
+    kind = "quantised" if saved.get("quantisation") else "a GGUF file" if saved.get("gguf_file") else None
+    require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
+    return Stream(plan, lambda model: _check_blocks(model, saved, plan, folder), device)
+
+
 def _load_base(
-    saved: dict[str, Any], base: str | Path | None, dtype: str | torch.dtype, options: dict[str, Any]
+    saved: dict[str, Any],
+    base: str | Path | None,
+    dtype: str | torch.dtype,
+    options: dict[str, Any],
+    stream: Stream | None = None,
 ) -> PreTrainedModel:
-    """Load the dense base with the head that the adapter was trained with."""
+    """Load the base, dense or into a stream, with the head that the adapter was trained with."""
     name = str(base) if base is not None else saved["id"]
     require(name, "the light adapter does not name its base; give one: load_light(folder, base=...)")
     settings = dict(saved["config"])
@@ -208,6 +264,8 @@ def _load_base(
         raise LightPeftError(
             f"transformers has no {saved['architecture']}; load the base yourself and pass it as base="
         )
+    if stream is not None:
+        architecture = stream.loader(architecture)
     revision = saved["revision"] if base is None else None
     if saved.get("quantisation"):
         options = {**options, "quantization_config": AutoQuantizationConfig.from_dict(saved["quantisation"])}
@@ -220,26 +278,39 @@ def _load_base(
             **settings,
             **options,
         )
+    except LightPeftError:
+        raise
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise LightPeftError(f"base {name} cannot be loaded ({reason}); give another place: base=...") from error
 
 
-def _check_base(dense: PreTrainedModel, saved: dict[str, Any], plan: PrunePlan, folder: Path) -> None:
+def _check_base(
+    dense: PreTrainedModel, saved: dict[str, Any], plan: PrunePlan, folder: Path, stream: Stream | None
+) -> None:
     """Refuse a base other than the one the plan was made for, before anything is cut."""
+    blocks = _check_blocks(dense, saved, plan, folder)
+    found = fingerprint(dense, blocks) if stream is None else stream.fingerprint(dense, blocks)
+    require(found == plan.fingerprint, _another_base(folder))
+
+
+def _check_blocks(dense: PreTrainedModel, saved: dict[str, Any], plan: PrunePlan, folder: Path) -> list[BlockSpec]:
+    """Refuse a base of another structure, whatever its weights."""
     plain = isinstance(dense, PreTrainedModel)
     require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
-    same = saved.get("model_type") == dense.config.model_type
-    if same:
-        ensure_family(dense)
-        blocks = block_specs(dense)
-        same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
-        same = same and fingerprint(dense, blocks) == plan.fingerprint
-    if not same:
-        raise LightPeftError(
-            f"{folder} belongs to another base: the weights given are not the ones it was made for; "
-            "pass the original base, in the same revision and, if it was quantised, in the same bits"
-        )
+    require(saved.get("model_type") == dense.config.model_type, _another_base(folder))
+    ensure_family(dense)
+    blocks = block_specs(dense)
+    same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
+    require(same, _another_base(folder))
+    return blocks
+
+
+def _another_base(folder: Path) -> str:
+    return (
+        f"{folder} belongs to another base: the weights given are not the ones it was made for; "
+        "pass the original base, in the same revision and, if it was quantised, in the same bits"
+    )
 
 
 def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, folder: Path) -> None:

@@ -22,7 +22,7 @@ from lightpeft.errors import LightPeftError, require
 Scope = Literal["layerwise", "global"]
 HeadUnit = Literal["group", "balanced"]
 UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
-ModuleCriterion = Literal["ratio", "random"]
+ModuleCriterion = Literal["ratio", "taylor", "depth", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
 TaskKind = Literal["classification", "causal-lm"]
 Method = Literal["light", "plain"]

@@ -184,8 +184,11 @@ class Estimator:
         generator = torch.Generator().manual_seed(self.config.seed)
         ratio, tokens = sums["modules"]
         scores["modules/ratio"] = ratio / tokens.clamp_min(1)
+        blocks = torch.tensor([float(site.spec.block or 0) for site in self.sites])
+        scores["modules/depth"] = scoring.module_depth(blocks, scores["modules/ratio"])
         scores["modules/random"] = scoring.random(len(self.sites), generator)
         taylor = (sums["ranks"] / steps).split([site.spec.rank for site in self.sites])
+        scores["modules/taylor"] = torch.stack([of_ranks.sum() for of_ranks in taylor])
         for index, site in enumerate(self.sites):
             scores[f"ranks/taylor/{index}"] = taylor[index].clone()
             scores[f"ranks/magnitude/{index}"] = _rank_magnitude(site).cpu()

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -210,14 +210,32 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
     Values are sampled at fixed strides and rounded to bfloat16, so a base loaded in float32 and in bfloat16 agree,
     and a large model takes milliseconds. Of quantised weights the integers count, so a base in 4 bits is another one.
     """
-    digest = hashlib.sha256()
     names = [name for block in blocks for name in block.projections.values()]
-    weights = ((name, stored_weight(base_linear(model, name))) for name in names)
-    embeddings = _input_embeddings(transformers_model(model))
-    for name, weight in itertools.chain(weights, [("input_embeddings", embeddings.detach())]):
-        sample = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu().contiguous()
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest_of(model, ((name, sample(stored_weight(base_linear(model, name)))) for name in names))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the fingerprint reads of a weight."""
+
+    shape: torch.Size
+    values: Tensor
+    """[about 1024], bfloat16."""
+
+
+def sample(weight: Tensor) -> Sample:
+    """What the fingerprint reads of a weight, as a copy that does not hold on to it."""
+    values = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu()
+    return Sample(weight.shape, values.clone())
+
+
+def digest_of(model: nn.Module, projections: Iterable[tuple[str, Sample]]) -> str:
+    """The fingerprint of a base whose prunable weights were sampled before; its input embeddings are sampled here."""
+    digest = hashlib.sha256()
+    embeddings = _input_embeddings(transformers_model(model)).detach()
+    for name, taken in itertools.chain(projections, [("input_embeddings", sample(embeddings))]):
+        digest.update(f"{name} {tuple(taken.shape)}".encode())
+        digest.update(taken.values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

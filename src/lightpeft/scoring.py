@@ -53,6 +53,18 @@ def module_ratio(delta: Tensor, base: Tensor, real: Tensor | None) -> tuple[Tens
     return torch.where(weight > 0, ratio, 0.0).sum(), weight.sum()
 
 
+def module_depth(blocks: Tensor, ratios: Tensor) -> Tensor:
+    """Modules of higher blocks first, those of one block by their ratio: what stays keeps the backward pass short.
+
+    A module makes every block above it run backwards, and every block below the lowest one the same in each epoch.
+
+    Args:
+        blocks: number of the block that each module sits in, counted from the input. Shape: [modules].
+        ratios: their `module_ratio`. Shape: [modules].
+    """
+    return blocks + ratios / (2 * ratios.max().clamp_min(torch.finfo(ratios.dtype).tiny))
+
+
 def rank_taylor_terms(weight: Tensor, gradient: Tensor, dim: int) -> Tensor:
     """Signed mean over the other dimension of `W * dL/dW`, one value a rank: [rank].
 
