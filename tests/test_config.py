@@ -38,7 +38,7 @@ def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
 # Ranges
 
 
-@pytest.mark.parametrize("name", ["heads", "neurons", "modules", "ranks", "target"])
+@pytest.mark.parametrize("name", ["heads", "neurons", "modules", "ranks", "blocks", "target"])
 @pytest.mark.parametrize("value", [-0.1, 1.0, 1, 40.0, float("nan"), float("inf")])
 def test_ratios_lie_in_zero_to_one(name: str, value: float) -> None:
     with pytest.raises(LightPeftError) as error:
@@ -59,7 +59,8 @@ def test_ratios_in_range(value: float) -> None:
         (Budget, {"multiple_of": 0}, "multiple_of is 0"),
         (Budget, {"heads_scope": "local"}, 'heads_scope is "local"; choose one of layerwise, global'),
         (Budget, {"head_unit": "pair"}, 'head_unit is "pair"; choose one of group, balanced'),
-        (Budget, {"module_criterion": "mask"}, 'module_criterion is "mask"; choose one of ratio, taylor, depth, random'),
+        (Budget, {"module_criterion": "mask"}, 'is "mask"; choose one of ratio, taylor, depth, random'),
+        (Budget, {"blocks": 0.5, "target": 0.5}, "blocks and target both say how much goes"),
         (LightConfig, {"length": 1}, "length is 1 steps; estimation needs at least 2"),
         (LightConfig, {"length": True}, "estimation needs at least 2"),
         (LightConfig, {"length": 1.0}, "length is 1; a fraction of the run lies in (0, 1)"),

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
-from lightpeft.planning import Selection, keep, make_plan
-from lightpeft.records import EstimationRecord, PrunePlan
+from lightpeft.planning import Layer, Selection, keep, keep_by_cost, make_plan
+from lightpeft.records import EstimationRecord, PrunePlan, dense_parameters, removed_in_block
 from lightpeft.structure import BlockSpec, SiteSpec
 
 PROJECTIONS = {slot: slot for slot in ("q", "k", "v", "o", "ffn_in", "ffn_out")}
@@ -331,3 +331,70 @@ def test_an_unreachable_target_says_what_can_be_reached() -> None:
         LightPeftError, match=r"target 0\.9 cannot be reached: at most 0\.\d+ .*min_heads or min_neurons"
     ):
         make_plan(make_record(), Budget(target=0.9))
+
+
+# Heads against neurons
+
+costly = st.builds(
+    lambda scores, parameters, floor: Layer(torch.tensor(scores, dtype=torch.float64), parameters, floor),
+    scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 7.0]), min_size=1, max_size=8),
+    parameters=st.sampled_from([1, 3, 10]),
+    floor=st.integers(0, 2),
+)
+
+
+def removed_parameters(layers: list[Layer], kept: list[list[int]]) -> int:
+    return sum((len(x.scores) - len(k)) * x.parameters for x, k in zip(layers, kept, strict=True))
+
+
+@given(layers=st.lists(costly, min_size=1, max_size=5), part=ratios)
+def test_the_cheapest_units_go_until_the_part_is_reached(layers: list[Layer], part: float) -> None:
+    total = sum(len(layer.scores) * layer.parameters for layer in layers)
+    removable = sum(max(len(x.scores) - x.floor, 0) * x.parameters for x in layers)
+    if removable < part * total:
+        with pytest.raises(LightPeftError, match="cannot be reached"):
+            keep_by_cost(layers, part)
+        return
+    kept = keep_by_cost(layers, part)
+    assert all(len(k) >= min(x.floor, len(x.scores)) for x, k in zip(layers, kept, strict=True))
+    assert removed_parameters(layers, kept) >= part * total
+    gone = [
+        (float(x.scores[unit]) / x.parameters, x.parameters)
+        for x, k in zip(layers, kept, strict=True)
+        for unit in set(range(len(x.scores))) - set(k)
+    ]
+    if not gone:
+        assert part == 0
+        return
+    dearest = max(gone)
+    assert removed_parameters(layers, kept) - max(p for d, p in gone if d == dearest[0]) < part * total
+    for layer, stay in zip(layers, kept, strict=True):
+        free = sorted(stay, key=lambda unit: float(layer.scores[unit]))[: max(len(stay) - layer.floor, 0)]
+        assert all(float(layer.scores[unit]) / layer.parameters >= dearest[0] for unit in free)
+
+
+@given(layers=st.lists(costly, min_size=1, max_size=5), parts=st.tuples(ratios, ratios))
+def test_a_larger_part_takes_the_same_units_and_more(layers: list[Layer], parts: tuple[float, float]) -> None:
+    low, high = sorted(parts)
+    try:
+        small, large = keep_by_cost(layers, low), keep_by_cost(layers, high)
+    except LightPeftError:
+        assume(False)
+    assert all(set(b) <= set(a) for a, b in zip(small, large, strict=True))
+
+
+@given(record=records, part=st.sampled_from([0.0, 0.2, 0.5, 0.7]), unit=st.sampled_from(["group", "balanced"]))
+def test_blocks_is_the_part_of_the_blocks_that_goes(record: EstimationRecord, part: float, unit: str) -> None:
+    plan = plan_or_skip(record, {"blocks": part, "head_unit": unit, "modules": 0, "ranks": 0})
+    dense = sum(dense_parameters(spec) for spec in plan.specs)
+    gone = sum(removed_in_block(spec, kept) for spec, kept in zip(plan.specs, plan.blocks, strict=True))
+    spec = plan.specs[0]
+    # balanced slices leave the KV heads, which are then no part of what is counted out
+    slack = sum(s.kv_heads * s.kv_parameters for s in plan.specs) if unit == "balanced" else 0
+    largest = spec.head_parameters * max(spec.heads_per_kv, spec.kv_heads) + spec.kv_parameters
+    assert part * (dense - slack) <= gone <= part * dense + largest
+
+
+def test_blocks_needs_scores_of_one_kind() -> None:
+    with pytest.raises(LightPeftError, match="the same value"):
+        make_plan(make_record(), Budget(blocks=0.5, head_criterion="fisher"))

@@ -48,6 +48,9 @@ class Budget:
     """Part of the PEFT modules to remove, in [0, 1)."""
     ranks: float = 1 / 2
     """Part of the ranks of the PEFT modules that stay to remove, in [0, 1)."""
+    blocks: float | None = None
+    """Part of the blocks' parameters to remove: heads and neurons of all blocks compete, and the lowest score per
+    parameter goes first; takes the place of `heads`, `neurons` and their scopes."""
     target: float | None = None
     """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
 
@@ -83,10 +86,13 @@ class Budget:
     """Which score ranks the ranks."""
 
     def __post_init__(self) -> None:
-        for name in ("heads", "neurons", "modules", "ranks", "target"):
+        for name in ("heads", "neurons", "modules", "ranks", "blocks", "target"):
             value = getattr(self, name)
             if value is not None:
                 require(0 <= value < 1, f"{name} is {value:g}; a ratio to remove lies in [0, 1), for example 0.5")
+        require(
+            self.blocks is None or self.target is None, "blocks and target both say how much goes; give one of them"
+        )
         for name, least in (("heads", 0), ("neurons", 0), ("modules", 0), ("ranks", 1)):
             value = getattr(self, f"min_{name}")
             require(value >= least, f"min_{name} is {value}; it must be at least {least}")

@@ -22,12 +22,14 @@ def make_plan(record: EstimationRecord, budget: Budget) -> PrunePlan:
     """Decide which units stay.
 
     Counts are exact: of n units, `round(ratio * n)` go (layerwise: of each layer's n), lowest score first, and among
-    equal scores the higher index first. `target` overrides the ratios of heads and neurons.
+    equal scores the higher index first. `blocks` and `target` override the ratios of heads and neurons.
 
     Raises:
         LightPeftError: scores that are not finite, a missing criterion, or a budget that cannot be met.
     """
-    if budget.target is not None:
+    if budget.blocks is not None:
+        blocks = _blocks_by_cost(record, budget, budget.blocks)
+    elif budget.target is not None:
         blocks = _blocks_for_target(record, budget, budget.target)
     else:
         blocks = _plan_blocks(record, budget)
@@ -98,35 +100,118 @@ def _count(ratio: float, units: int) -> int:
 
 def _plan_blocks(record: EstimationRecord, budget: Budget) -> list[BlockPlan]:
     """Heads and neurons that stay, block by block."""
-    heads = _keep_heads(record, budget)
-    neurons = _keep_neurons(record, budget)
-    return [
-        BlockPlan(tuple(kept), tuple(sorted({head // spec.heads_per_kv for head in kept})), tuple(layer))
-        for spec, kept, layer in zip(record.blocks, heads, neurons, strict=True)
-    ]
+    units = _head_units(record, budget)
+    heads = [of_block.mean for of_block in units]
+    kept_heads = keep(heads, Selection(budget.heads, budget.heads_scope, budget.min_heads, "head units"))
+    neurons = record.of_blocks("neurons", budget.neuron_criterion)
+    kept_neurons = keep(neurons, Selection(budget.neurons, budget.neurons_scope, budget.min_neurons, "neurons"))
+    return _block_plans(record, budget, units, kept_heads, kept_neurons)
 
 
-def _keep_heads(record: EstimationRecord, budget: Budget) -> list[list[int]]:
-    """Query heads that stay, one list a block.
+def _block_plans(
+    record: EstimationRecord,
+    budget: Budget,
+    units: Sequence[HeadUnits],
+    heads: Sequence[list[int]],
+    neurons: Sequence[list[int]],
+) -> list[BlockPlan]:
+    """Plans of the blocks from the head units and the neurons that stay; widths are rounded to `multiple_of`."""
+    plans = []
+    scores = record.of_blocks("neurons", budget.neuron_criterion)
+    for spec, of_block, kept, layer, stay in zip(record.blocks, units, heads, scores, neurons, strict=True):
+        queries = sorted(head for unit in kept for head in of_block.heads[unit])
+        groups = sorted({head // spec.heads_per_kv for head in queries})
+        untouched = budget.multiple_of == 1 or len(stay) == len(layer)
+        width = len(stay) if untouched else _rounded(len(stay), budget.multiple_of, len(layer))
+        plans.append(BlockPlan(tuple(queries), tuple(groups), tuple(_strongest(layer, width))))
+    return plans
 
-    A head unit is a set of query heads: a KV group, or (balanced) one query head of every group, so that all groups
-    stay equally large. Where every query head has its own KV head, both are single heads. A unit's score is the mean of
-    its heads' scores.
+
+@dataclass(frozen=True)
+class HeadUnits:
+    """The smallest sets of query heads of a block that can go together.
+
+    A unit is a KV group, or (balanced) one query head of every group, so that all groups stay equally large. Where
+    every query head has its own KV head, both are single heads.
     """
-    scores = record.of_blocks("heads", budget.head_criterion)
-    units = [
-        _balanced_slices(spec, layer) if budget.head_unit == "balanced" and spec.heads_per_kv > 1 else _groups(spec)
-        for spec, layer in zip(record.blocks, scores, strict=True)
+
+    heads: list[list[int]]
+    sum: Tensor
+    """Scores of each unit's heads, added up: [units], float64."""
+    parameters: int
+    """What one unit takes with it."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean score of each unit's heads: [units]."""
+        return self.sum / torch.tensor([len(unit) for unit in self.heads], dtype=torch.float64)
+
+
+def _head_units(record: EstimationRecord, budget: Budget) -> list[HeadUnits]:
+    """The head units of every block."""
+    result = []
+    for spec, scores in zip(record.blocks, record.of_blocks("heads", budget.head_criterion), strict=True):
+        balanced = budget.head_unit == "balanced" and spec.heads_per_kv > 1
+        units = _balanced_slices(spec, scores) if balanced else _groups(spec)
+        sums = torch.stack([scores[unit].double().sum() for unit in units])
+        parameters = spec.head_parameters * len(units[0]) + (0 if balanced else spec.kv_parameters)
+        result.append(HeadUnits(units, sums, parameters))
+    return result
+
+
+def _blocks_by_cost(record: EstimationRecord, budget: Budget, part: float) -> list[BlockPlan]:
+    """Heads and neurons of all blocks compete: the lowest score per parameter goes first, until `part` of them is gone.
+
+    With Fisher scores that is the set whose removal costs least by the second-order estimate of the loss in which units
+    do not interact: removing unit i adds about F_i / 2, so what counts is F_i by what the unit costs to keep.
+    """
+    same = budget.head_criterion == budget.neuron_criterion
+    require(same, "light.blocks compares heads with neurons; give head_criterion and neuron_criterion the same value")
+    units = _head_units(record, budget)
+    neurons = record.of_blocks("neurons", budget.neuron_criterion)
+    layers = [
+        *(Layer(u.sum, u.parameters, budget.min_heads) for u in units),
+        *(
+            Layer(n.double(), s.neuron_parameters, budget.min_neurons)
+            for n, s in zip(neurons, record.blocks, strict=True)
+        ),
     ]
-    unit_scores = [
-        torch.stack([layer[unit].double().mean() for unit in layer_units])
-        for layer, layer_units in zip(scores, units, strict=True)
-    ]
-    kept = keep(unit_scores, Selection(budget.heads, budget.heads_scope, budget.min_heads, "head units"))
-    return [
-        sorted(head for unit in layer for head in layer_units[unit])
-        for layer, layer_units in zip(kept, units, strict=True)
-    ]
+    kept = keep_by_cost(layers, part)
+    return _block_plans(record, budget, units, kept[: len(units)], kept[len(units) :])
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Units of one kind in one layer: scores [units], the parameters of each, and how many stay at least."""
+
+    scores: Tensor
+    parameters: int
+    floor: int
+
+
+def keep_by_cost(layers: Sequence[Layer], part: float) -> list[list[int]]:
+    """The units that stay in each layer when the lowest scores per parameter go until `part` of the parameters is gone.
+
+    Raises:
+        LightPeftError: a score is not finite, or the floors leave too little to remove.
+    """
+    finite = all(bool(torch.isfinite(layer.scores).all()) for layer in layers)
+    require(finite, "the scores of the heads and neurons are not finite; the estimation stage diverged")
+    sizes = [len(layer.scores) for layer in layers]
+    costs = torch.cat([torch.full((len(layer.scores),), layer.parameters) for layer in layers])
+    removable = torch.cat([_first(_weakest_first(x.scores), len(x.scores) - x.floor) for x in layers])
+    order = _weakest_first(torch.cat([layer.scores for layer in layers]) / costs.clamp_min(1))
+    order = order[removable[order]]
+    removed, wanted = costs[order].cumsum(0), part * float(costs.sum())
+    most = float(removed[-1]) / float(costs.sum()) if len(order) else 0.0
+    require(
+        most >= part,
+        f"blocks {part:g} cannot be reached: at most {most:.3f} of the blocks' parameters can go within the floors; "
+        "lower blocks, min_heads or min_neurons",
+    )
+    count = int((removed < wanted).sum()) + 1 if part > 0 else 0
+    stays = torch.ones(len(costs), dtype=torch.bool).scatter(0, order[:count], False)
+    return [of_layer.nonzero().flatten().tolist() for of_layer in stays.split(sizes)]
 
 
 def _groups(spec: BlockSpec) -> list[list[int]]:
@@ -139,18 +224,6 @@ def _balanced_slices(spec: BlockSpec, scores: Tensor) -> list[list[int]]:
     """Slice j holds the j-th best query head of every KV group, so removing slices from the end removes the weakest."""
     ranked = scores.view(spec.kv_heads, spec.heads_per_kv).sort(dim=1, descending=True, stable=True).indices
     return [[group * spec.heads_per_kv + int(head) for group, head in enumerate(column)] for column in ranked.T]
-
-
-def _keep_neurons(record: EstimationRecord, budget: Budget) -> list[list[int]]:
-    """Neurons that stay, one list a block, widths rounded to `multiple_of`."""
-    scores = record.of_blocks("neurons", budget.neuron_criterion)
-    kept = keep(scores, Selection(budget.neurons, budget.neurons_scope, budget.min_neurons, "neurons"))
-    if budget.multiple_of == 1 or budget.neurons == 0:
-        return kept
-    return [
-        _strongest(layer, _rounded(len(stay), budget.multiple_of, len(layer)))
-        for layer, stay in zip(scores, kept, strict=True)
-    ]
 
 
 def _rounded(width: int, multiple: int, dense: int) -> int:
