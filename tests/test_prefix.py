@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from test_pipeline import comparable
 from torch import Tensor, nn
+from workbench import Workbench, at_step, in_child, lightpeft, read, signalling
 
+from lightpeft import pipeline
 from lightpeft.families import block_lists
 from lightpeft.prefix import STATES, FrozenPrefix, PrefixCache, StateStore, cache_prefix
 from lightpeft.sites import transformers_model
@@ -283,3 +288,59 @@ def test_states_that_depend_on_padding_are_not_stored(tmp_path: Path) -> None:
         caching = Caching(tmp_path / name, model=upper(name), collate=left)
         assert (caching.cached is None) == refused
         assert ("depends on the padding" in caching.said[0]) == refused
+
+
+# In a run
+
+UPPER: dict[str, Any] = {"light.module_criterion": "depth", "light.modules": 0.5, "training.save_steps": 3}
+"""The modules of the upper block stay."""
+
+
+def notes(folder: Path) -> list[str]:
+    return [
+        entry["note"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "note" in entry
+    ]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("prefix"))
+
+
+@pytest.mark.parametrize("kind", [("bert", "classification"), ("llama", "causal-lm")], ids="-".join)
+def test_a_run_is_the_same_from_file_and_memory(tmp_path: Path, kind: tuple[str, str]) -> None:
+    bench = Workbench(tmp_path, *kind)
+    for place in ("file", "memory", "off"):
+        pipeline.run(bench.config(place, **UPPER, **{"training.prefix_cache": place}))
+    file, memory, off = (tmp_path / place for place in ("file", "memory", "off"))
+    assert comparable(file) == comparable(memory)
+    assert comparable(file)["plan"] == comparable(off)["plan"]
+    assert ["computed once for 64 rows" in note for note in notes(file) + notes(memory)] == [True, True]
+    assert notes(off) == []
+    assert not (file / "checkpoints").exists()
+    if kind[0] == "llama":  # without dropout, so that nothing but float noise can differ
+        loss = [read(folder / "metrics.json")["metrics"]["loss"] for folder in (file, off)]
+        assert loss[0] == pytest.approx(loss[1], rel=1e-3)
+
+
+def test_without_a_second_pass_nothing_is_stored(bench: Workbench) -> None:
+    pipeline.run(bench.config("short", **UPPER, **{"training.epochs": 1}))
+    assert notes(bench.folder / "short") == []
+
+
+def test_a_killed_run_finds_the_states_of_before(bench: Workbench) -> None:
+    pipeline.run(bench.config("whole", **UPPER))
+    file = bench.yaml("killed", **UPPER)
+    assert in_child(at_step("train", 7, signalling(signal.SIGKILL)), "run", "--config", file)[0] == -signal.SIGKILL
+    assert (bench.folder / "killed/checkpoints/prefix/states.bin").is_file()
+    assert lightpeft("run", "--config", file) == 0
+    assert comparable(bench.folder / "killed") == comparable(bench.folder / "whole")
+    assert "interrupted" in notes(bench.folder / "killed")[-1]
+    assert not (bench.folder / "killed/checkpoints").exists()
+
+
+@pytest.mark.parametrize("form", ["bias", "low_rank"])
+def test_a_run_with_refit(bench: Workbench, form: str) -> None:
+    pipeline.run(bench.config(form, **UPPER, **{"light.refit": form, "light.refit_rank": 2}))
+    assert (bench.folder / form / "adapter/refit.safetensors").is_file()
+    assert lightpeft("evaluate", "--run", bench.folder / form) == 0
