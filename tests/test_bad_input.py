@@ -86,7 +86,7 @@ VALUES = {
     "light.heads_scope": (["local"], "layerwise, global"),
     "light.min_ranks": (["0"], "at least 1"),
     "method": (["lite"], "light, plain"),
-    "preset": (["fast"], "default"),
+    "preset": (["fats"], "default"),
     "model.dtype": (["int8"], "float32"),
     "training.epochs": (["0", "-1", "many"], "training.epochs"),
     "training.batch_size": (["0", "2.5"], "training.batch_size"),

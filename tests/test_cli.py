@@ -84,7 +84,8 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_print_config_shows_defaults_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
     plain = printed(capsys, "run")
-    assert plain["light"]["head_criterion"] == "taylor"
+    assert plain["light"]["head_criterion"] == "fisher"
+    assert plain["light"]["blocks"] == 0.5
     assert plain["light"]["multiple_of"] == 8
     assert plain["training"]["batch_size"] == TrainingConfig().batch_size
     paper = printed(capsys, "run", "--preset", "paper")
@@ -120,8 +121,9 @@ def test_options_go_over_the_file_and_the_file_over_the_preset(
         assert given["light"]["head_criterion"] == "mask"
         assert given["seed"] == 7
     changed = printed(capsys, "run", "--config", file, "--preset", "default")
-    assert changed["light"]["head_criterion"] == "taylor"
+    assert changed["light"]["head_criterion"] == "fisher"
     assert changed["light"]["multiple_of"] == 4
+    assert changed["light"]["blocks"] is None  # the file says it by heads and neurons
 
 
 def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def test_ratios_in_range(value: float) -> None:
         (TrainingConfig, {"warmup": 1.0}, "training.warmup is 1"),
         (TrainingConfig, {"save_steps": 0}, "start at 1"),
         (RunConfig, {"method": "full"}, 'method is "full"; choose one of light, plain'),
-        (RunConfig, {"preset": "fast"}, 'preset is "fast"'),
+        (RunConfig, {"preset": "slow"}, 'preset is "slow"'),
     ],
 )
 def test_values_out_of_range(cls: type, values: dict[str, Any], says: str) -> None:
@@ -108,15 +108,35 @@ def test_presets() -> None:
     lora = RunConfig().lora
     assert (lora.r, lora.alpha, lora.dropout, lora.slots) == (8, 16, 0.05, None)
     assert preset_light("default", heads=0.5).heads == 0.5
+    assert preset_light("default").blocks == 0.5
     fields = {field.name for field in dataclasses.fields(LightConfig)}
     assert all(set(values) <= fields for values in PRESETS.values())
 
 
+@pytest.mark.parametrize(
+    ("given", "blocks", "target"),
+    [
+        ({}, 0.5, None),
+        ({"modules": 0.1}, 0.5, None),
+        ({"blocks": 0.2}, 0.2, None),
+        ({"heads": 0.2}, None, None),
+        ({"neurons": 0.0}, None, None),
+        ({"target": 0.2}, None, 0.2),
+        ({"heads": 0.2, "blocks": 0.3}, 0.3, None),
+    ],
+)
+def test_one_way_to_say_how_much_goes_takes_the_place_of_another(
+    given: dict[str, Any], blocks: float | None, target: float | None
+) -> None:
+    for light in (preset_light("default", **given), run_config_from_dict({"light": given}).light):
+        assert (light.blocks, light.target) == (blocks, target)
+
+
 def test_unknown_preset() -> None:
-    for make in (lambda: preset_light("fast"), lambda: run_config_from_dict({"preset": "fast"})):
+    for make in (lambda: preset_light("slow"), lambda: run_config_from_dict({"preset": "slow"})):
         with pytest.raises(LightPeftError) as error:
             make()
-        assert message(error) == 'preset "fast" is unknown; choose one of paper, default'
+        assert message(error) == 'preset "slow" is unknown; choose one of paper, default, fast'
 
 
 @pytest.mark.parametrize("preset", [["paper"], {"name": "paper"}, 3, None])

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
 
-from lightpeft.config import RunConfig, load_yaml, run_config_from_dict, unknown_key
+from lightpeft.config import RunConfig, load_yaml, merged, run_config_from_dict, unknown_key
 from lightpeft.errors import LightPeftError, require
 
 _out = Console()
@@ -214,15 +214,7 @@ def _config(given: dict[str, Any]) -> RunConfig:
         data = {**load_yaml(Path(folder) / "config.yaml"), "output": str(folder)}
     elif file is not None:
         data = load_yaml(file)
-    return run_config_from_dict(_merged(data, given))
-
-
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if nested else value
-    return merged
+    return run_config_from_dict(merged(data, given))
 
 
 # -- verbs on results --------------------------------------------------------------------------------------------

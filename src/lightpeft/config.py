@@ -31,7 +31,7 @@ Placement = Literal["houlsby", "pfeiffer", "parallel"]
 RefitForm = Literal["none", "bias", "low_rank"]
 PrefixPlace = Literal["file", "memory", "off"]
 PrefixDtype = Literal["auto", "float32", "bfloat16", "float16"]
-Preset = Literal["default", "paper"]
+Preset = Literal["default", "fast", "paper"]
 
 T = TypeVar("T")
 
@@ -149,11 +149,20 @@ class LightConfig(Budget):
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
 
 
+_BY_COST: dict[str, Any] = {
+    "head_criterion": "fisher",
+    "neuron_criterion": "fisher",
+    "module_criterion": "depth",
+    "mask_learning_rate": 3e-4,
+    "multiple_of": 8,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
-    # The same budget with first-order Taylor scores of the masks, and FFN widths that are multiples of 8.
-    "default": {"head_criterion": "taylor", "neuron_criterion": "taylor", "multiple_of": 8},
+    # Half of the blocks, where Fisher scores say that a parameter is worth least; few ranks, in the upper half.
+    "default": {**_BY_COST, "blocks": 0.5, "modules": 0.5, "ranks": 0.75},
+    # Less is cut, and modules keep all ranks: as good as plain LoRA.
+    "fast": {**_BY_COST, "blocks": 0.3, "modules": 0.5, "ranks": 0.0},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 
@@ -319,7 +328,7 @@ class RunConfig:
     """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder."""
 
     preset: Preset = "default"
-    """Starting values of `light`: default, or paper (Gu et al. 2024)."""
+    """Starting values of `light`: default (smallest), fast (as good as plain LoRA), or paper (Gu et al. 2024)."""
     method: Method = "light"
     """light: Light-PEFT; plain: the same PEFT on the same data as it is used by habit, for comparison (no estimation,
     nothing pruned; LoRA sits on q and v)."""
@@ -348,9 +357,30 @@ class RunConfig:
 
 
 def preset_light(name: str, **overrides: Any) -> LightConfig:
-    """`LightConfig` of a preset ("default" or "paper") with some fields replaced."""
+    """`LightConfig` of a preset (a key of `PRESETS`) with some fields replaced."""
     require(name in PRESETS, f'preset "{name}" is unknown; choose one of {", ".join(PRESETS)}')
-    return LightConfig(**{**PRESETS[name], **overrides})
+    return LightConfig(**merged(PRESETS[name], overrides))
+
+
+_AMOUNTS = ({"heads", "neurons"}, {"blocks"}, {"target"})
+"""Settings that say how much of the base goes, each in its own way."""
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with others on top.
+
+    What says how much of the base goes in one way (heads and neurons, blocks, or target) takes the place of what said
+    it in another way below.
+    """
+    result = dict(below)
+    said = [ways for ways in _AMOUNTS if any(above.get(name) is not None for name in ways)]
+    for name in ("blocks", "target"):
+        if said and name in below and not any(name in ways for ways in said):
+            result[name] = None
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if nested else value
+    return result
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -384,7 +414,7 @@ def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
     known = isinstance(preset, str) and preset in PRESETS
     require(known, f'preset "{preset}" is unknown; choose one of {", ".join(PRESETS)}')
     given = data.get("light") or {}
-    light = {**PRESETS[preset], **given} if isinstance(given, dict) else given
+    light = merged(PRESETS[preset], given) if isinstance(given, dict) else given
     return from_dict(RunConfig, {**data, "light": light})
 
 
