@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from collections.abc import Callable
@@ -342,6 +343,30 @@ def test_bf16_runs_under_autocast() -> None:
     measure_inference(model, [bert_batch()], warmup=0, bf16=True)
     measure_inference(model, [bert_batch()], warmup=0)
     assert dtypes == [torch.bfloat16, torch.float32]
+
+
+def test_steps_on_cuda_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the events of two steps, without the warmup; the host waits once, at the end."""
+    stream: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.place = len(stream)
+
+        def elapsed_time(self, other: Event) -> float:
+            assert stream[-1] == "wait"
+            return 1000.0 * sum(int(step) for step in stream[self.place : other.place])
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: stream.append("wait"))
+    batches = [{"seconds": torch.tensor(seconds)} for seconds in (3, 5)]
+    step = lambda batch: stream.append(str(int(batch["seconds"])))  # noqa: E731
+    assert profiling._timed(step, batches, 3, 2, torch.device("cuda")) == [3.0, 5.0, 3.0]
+    assert stream == ["3", "5", "3", "5", "3", "wait"]
 
 
 def test_timed_steps_start_at_the_first_batch_and_go_round() -> None:

@@ -7,18 +7,22 @@ machine a drift falls on all subjects alike; ratios are taken within rounds.
 from __future__ import annotations
 
 import copy
+import itertools
 import multiprocessing
+import tempfile
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -28,6 +32,7 @@ from lightpeft.config import RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.loading import add_peft, quiet_libraries
 from lightpeft.pipeline import Workspace
+from lightpeft.prefix import STATES, FrozenPrefix, StateStore
 from lightpeft.profiling import (
     PeakMemory,
     alternate,
@@ -37,10 +42,13 @@ from lightpeft.profiling import (
     measure_training,
     ratio,
     summarize,
+    throughput,
 )
 from lightpeft.pruner import EarlyPruner
 from lightpeft.records import EstimationRecord, write_json
 
+Build = Callable[[Workspace], tuple[nn.Module, Callable[..., torch.optim.Optimizer]]]
+"""Makes a model, and the factory of its optimizer."""
 SUBJECTS = ("plain", "estimation", "light")
 """Plain PEFT on the dense model, the estimation stage, and the pruned model."""
 _MEASURED_STEPS = 3
@@ -68,10 +76,10 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
     pipeline.plan(work.run)
     pipeline.prune(work)
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, config, steps)) for name in SUBJECTS}
+        workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in SUBJECTS}
         fixed = {name: worker.measure("fixed") for name, worker in workers.items()}
-        training = alternate(_calls(workers, "training"), rounds)
-        inference = alternate(_calls({n: workers[n] for n in ("plain", "light")}, "inference"), rounds)
+        training = alternate({name: partial(worker.measure, "training") for name, worker in workers.items()}, rounds)
+        inference = alternate({n: partial(workers[n].measure, "inference") for n in ("plain", "light")}, rounds)
     report = {
         "subjects": {
             name: {
@@ -82,7 +90,7 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
             for name in SUBJECTS
         },
         "ratios": _ratios(training, inference, fixed),
-        "end_to_end": _end_to_end(work, training),
+        "end_to_end": _end_to_end(work, training, fixed["light"]["prefix_samples_per_second"]),
         "rounds": rounds,
         "steps": steps,
         "values": {"training": training, "inference": inference},
@@ -94,12 +102,16 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
 
 
 class Worker:
-    """A process that holds one subject's model and measures it when asked."""
+    """A process that holds one subject and measures it when asked."""
 
-    def __init__(self, subject: str, config: RunConfig, steps: int) -> None:
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        """
+        Args:
+            make: makes the subject of `arguments` in the process; all of them can be pickled.
+        """
         context = multiprocessing.get_context("spawn")
         self._pipe, self._far_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self._far_end, subject, config, steps), daemon=True)
+        self._process = context.Process(target=_serve, args=(self._far_end, make, arguments), daemon=True)
 
     def __enter__(self) -> Worker:
         self._process.start()
@@ -107,23 +119,25 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # it ended already
+            self._pipe.send(None)
         self._pipe.close()
-        self._process.join(timeout=5)  # it ends with the pipe, unless it is in the middle of something
+        self._process.join(timeout=5)  # it ends when asked to, unless it is in the middle of something
         self._process.terminate()
         self._process.join()
 
-    def measure(self, what: str) -> Any:
-        """Send a request ("fixed", "training" or "inference") and wait for the answer.
+    def measure(self, what: str, *arguments: Any) -> Any:
+        """Ask the subject for a measurement by the name of its method, and wait for the answer.
 
         Raises:
             LightPeftError: the measurement failed.
         """
         try:
             with suppress(BrokenPipeError):  # it ended, perhaps with a failure to be read
-                self._pipe.send(what)
+                self._pipe.send((what, arguments))
             answer = self._pipe.recv()
         except (EOFError, ConnectionResetError) as error:
-            raise LightPeftError("a measuring process ended early; is there memory for three models?") from error
+            raise LightPeftError("a measuring process ended early; is there memory for all models?") from error
         if isinstance(answer, Failure):
             raise LightPeftError(f"measuring failed: {answer.reason}")
         return answer
@@ -136,13 +150,14 @@ class Failure:
         self.reason = reason
 
 
-def _serve(pipe: Connection, subject: str, config: RunConfig, steps: int) -> None:
-    """Build the subject's model once, then answer requests until the pipe is closed."""
+def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Make the subject once, then answer requests until there is none or the pipe is closed."""
     quiet_libraries()
     try:
-        measure = Subject(subject, config, steps)
-        while True:
-            pipe.send(getattr(measure, pipe.recv())())
+        subject = make(*arguments)
+        while request := pipe.recv():
+            what, given = request
+            pipe.send(getattr(subject, what)(*given))
     except EOFError:
         return
     except (RuntimeError, ValueError, OSError) as error:
@@ -153,36 +168,64 @@ def _serve(pipe: Connection, subject: str, config: RunConfig, steps: int) -> Non
 class Subject:
     """One subject's model and the batches that all subjects share."""
 
-    def __init__(self, name: str, config: RunConfig, steps: int) -> None:
+    def __init__(self, build: str | Build, config: RunConfig, steps: int) -> None:
+        """
+        Args:
+            build: what to measure: a name in `BUILDERS`, or a function of its own that can be pickled.
+            steps: batches a measurement.
+        """
         set_seed(config.seed)
         self.config = config
-        work = pipeline.prepare(config)
-        self.batches = sample_batches(work, steps)
-        self.model, self.optimizer = BUILDERS[name](work)
+        self.work = pipeline.prepare(config)
+        self.batches = sample_batches(self.work, steps)
+        self.model, self.optimizer = (BUILDERS[build] if isinstance(build, str) else build)(self.work)
+        self._stored: StoredBatches | None = None
+        self._prefix_speed: float | None = None
 
     def fixed(self) -> dict[str, Any]:
         """Peak memory of training and FLOPs of one batch, which do not vary."""
-        with PeakMemory(self.model) as memory:
-            self._train(self.batches[:_MEASURED_STEPS])
-        flops = count_flops(self.model, max(self.batches, key=lambda batch: batch["input_ids"].numel()))
+        with self._as_trained() as batches:
+            with PeakMemory(self.model) as memory:
+                self._train(batches[:_MEASURED_STEPS])
+            largest = max(range(len(batches)), key=lambda index: self.batches[index]["input_ids"].numel())
+            training = count_flops(self.model, batches[largest]).training
+            forward = count_flops(self.model, self.batches[largest]).forward
         return {
+            "prefix_samples_per_second": self._prefix_speed,
             "peak_memory_bytes": memory.bytes,
             "peak_memory_method": memory.method,
-            "flops": {"forward": flops.forward, "training": flops.training},
+            "flops": {"forward": forward, "training": training},
         }
 
     def training(self) -> float:
         """Training samples a second: forward, backward, clipping and optimizer step."""
-        return self._samples() / sum(self._train(self.batches))
+        with self._as_trained() as batches:
+            return _samples(self.batches) / sum(self._train(batches))
 
-    def inference(self) -> float:
-        """Inference samples a second, with merged weights where they can be merged."""
+    def inference(self, batch_size: int | None = None) -> float:
+        """Inference samples a second, with merged weights where they can be merged.
+
+        Args:
+            batch_size: rows a batch; None: as in training.
+        """
         if isinstance(self.model, PeftModel) and self.config.peft == "lora":
             self.model = copy.deepcopy(self.model).merge_and_unload()
-        return self._samples() / sum(measure_inference(self.model, self.batches, bf16=self.config.training.bf16))
+        batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
+        return _samples(batches) / sum(measure_inference(self.model, batches, bf16=self.config.training.bf16))
 
-    def _samples(self) -> int:
-        return sum(len(batch["input_ids"]) for batch in self.batches)
+    @contextmanager
+    def _as_trained(self) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """The batches as training sees them: with the outputs of a frozen prefix, read as a run reads them."""
+        prefix = FrozenPrefix(self.model)
+        with prefix.attached():
+            if not pipeline.caches_prefix(self.work, prefix, self.work.steps):
+                yield self.batches
+                return
+            if self._stored is None:
+                started = time.perf_counter()
+                self._stored = StoredBatches(self.batches, prefix, self.config)
+                self._prefix_speed = throughput(_samples(self.batches), time.perf_counter() - started)
+            yield self._stored
 
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:
         training = self.config.training
@@ -191,9 +234,57 @@ class Subject:
         )
 
 
-def sample_batches(work: Workspace, steps: int) -> list[dict[str, Any]]:
-    """The first batches that a run would train on: of similar length, padded to the longest."""
-    size = work.config.training.batch_size
+class StoredBatches(Sequence[Mapping[str, Any]]):
+    """Batches that bring the outputs of the frozen prefix, read anew each time as by the collator of a run."""
+
+    def __init__(self, batches: Sequence[Mapping[str, Any]], prefix: FrozenPrefix, config: RunConfig) -> None:
+        self.batches = batches
+        training = config.training
+        with torch.autocast(_device(prefix.model).type, torch.bfloat16, enabled=training.bf16):
+            states = [prefix.compute(_to_device(batch, prefix.model)).cpu() for batch in batches]
+        masks = [batch["attention_mask"].bool() for batch in batches]
+        rows = [
+            row[real] for group, mask in zip(states, masks, strict=True) for row, real in zip(group, mask, strict=True)
+        ]
+        dtype = rows[0].dtype if training.prefix_dtype == "auto" else getattr(torch, training.prefix_dtype)
+        self._folder = tempfile.TemporaryDirectory()
+        file = Path(self._folder.name) / "states" if training.prefix_cache == "file" else None
+        self.store = StateStore([len(row) for row in rows], rows[0].shape[-1], dtype, file)
+        for number, row in enumerate(rows):
+            self.store.write(number, row)
+        self.starts = [0, *itertools.accumulate(len(mask) for mask in masks)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        batch, rows = self.batches[index], range(self.starts[index], self.starts[index + 1])
+        return {**batch, STATES: self.store.padded(rows, batch["attention_mask"])}
+
+
+def _without_padding(states: Tensor, mask: Tensor) -> Iterator[Tensor]:
+    """The real tokens of each row: [batch, length, width] -> [tokens, width] each."""
+    for row, real in zip(states, mask, strict=True):
+        yield row[real]
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    return {name: values.to(_device(model)) for name, values in batch.items()}
+
+
+def _samples(batches: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(batch["input_ids"]) for batch in batches)
+
+
+def sample_batches(work: Workspace, steps: int, size: int | None = None) -> list[dict[str, Any]]:
+    """Batches that a run would train on, of similar length, padded to the longest; `size` rows instead of its own."""
+    size = size or work.config.training.batch_size
     lengths = work.train_rows["length"][:]
     sampler = LengthGroupedSampler(size, lengths=lengths, generator=torch.Generator().manual_seed(work.config.seed))
     order = list(sampler)
@@ -206,7 +297,7 @@ def sample_batches(work: Workspace, steps: int) -> list[dict[str, Any]]:
 
 def _plain(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
     config = work.config
-    return add_peft(pipeline.dense_model(work), replace(config, method="plain")), _adamw(work)
+    return add_peft(pipeline.dense_model(work), replace(config, method="plain")), adamw(work)
 
 
 def _estimation(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
@@ -217,7 +308,7 @@ def _estimation(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.O
     pruner.start()
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        made = _adamw(work)(parameters)
+        made = adamw(work)(parameters)
         made.register_step_pre_hook(lambda *_: pruner.step())
         return made
 
@@ -225,22 +316,19 @@ def _estimation(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.O
 
 
 def _light(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
-    return load_light(work.run.pruned, pipeline.dense_model(work).model, is_trainable=True), _adamw(work)
+    return load_light(work.run.pruned, pipeline.dense_model(work).model, is_trainable=True), adamw(work)
 
 
-BUILDERS = {"plain": _plain, "estimation": _estimation, "light": _light}
+BUILDERS: dict[str, Build] = {"plain": _plain, "estimation": _estimation, "light": _light}
 """Subject -> its model and the factory of its optimizer."""
 
 
-def _adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
+def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
+    """The factory of the optimizer that a run uses."""
     training = work.config.training
     return lambda parameters: torch.optim.AdamW(
         parameters, lr=training.learning_rate, weight_decay=training.weight_decay
     )
-
-
-def _calls(workers: Mapping[str, Worker], what: str) -> dict[str, Callable[[], float]]:
-    return {name: lambda worker=worker: worker.measure(what) for name, worker in workers.items()}  # type: ignore[misc]
 
 
 def _ratios(
@@ -257,8 +345,12 @@ def _ratios(
     }
 
 
-def _end_to_end(work: Workspace, training: Mapping[str, list[float]]) -> dict[str, float]:
-    """Seconds of whole runs of equal steps, from the medians; light counts estimation and surgery."""
+def _end_to_end(work: Workspace, training: Mapping[str, list[float]], prefix_speed: float | None) -> dict[str, float]:
+    """Seconds of whole runs of equal steps, from the medians; light counts estimation, surgery and its prefix cache.
+
+    Args:
+        prefix_speed: rows a second that the frozen prefix is computed for; None: it is not stored.
+    """
     step_seconds = {
         name: work.config.training.batch_size * work.config.training.gradient_accumulation / summarize(values).median
         for name, values in training.items()
@@ -266,7 +358,8 @@ def _end_to_end(work: Workspace, training: Mapping[str, list[float]]) -> dict[st
     estimation_steps = EstimationRecord.load(work.run.estimation).meta["steps"]
     surgery = work.run.stage_seconds().get("prune", 0.0)
     estimation = estimation_steps * step_seconds["estimation"]
-    light = estimation + surgery + (work.steps - estimation_steps) * step_seconds["light"]
+    caching = len(work.train_rows) / prefix_speed if prefix_speed else 0.0
+    light = estimation + surgery + caching + (work.steps - estimation_steps) * step_seconds["light"]
     plain = work.steps * step_seconds["plain"]
     return {
         "steps": work.steps,
@@ -274,5 +367,6 @@ def _end_to_end(work: Workspace, training: Mapping[str, list[float]]) -> dict[st
         "plain_seconds": plain,
         "light_seconds": light,
         "light_estimation_seconds": estimation,
+        "light_caching_seconds": caching,
         "light_over_plain": light / plain,
     }

@@ -181,7 +181,9 @@ def _train_stage(work: Workspace, model: PeftModel, stage: str, steps: int, seed
     run.begin()
     prefix = FrozenPrefix(model)
     with prefix.attached():
+        started = time.perf_counter()
         rows, collator = rows_for(work, prefix, stage, steps)
+        caching = time.perf_counter() - started
         trainer = make_trainer(
             model,
             rows,
@@ -195,14 +197,13 @@ def _train_stage(work: Workspace, model: PeftModel, stage: str, steps: int, seed
             token_loss=config.data.task == "causal-lm",
             **options,
         )
-        return fit(trainer, last_checkpoint(run.checkpoints(stage)))
+        return caching + fit(trainer, last_checkpoint(run.checkpoints(stage)))
 
 
 def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> tuple[Dataset, Collate]:
     """The training rows and their collator; with the outputs of a frozen prefix where that saves time."""
     config = work.config.training
-    passes = steps * config.batch_size * config.gradient_accumulation * process_count() / len(work.train_rows)
-    if not prefix or config.prefix_cache == "off" or passes <= 1:  # it would be computed no more often without a cache
+    if config.prefix_cache == "off" or not caches_prefix(work, prefix, steps):
         return work.train_rows, work.collator
     settings = PrefixCache(config.prefix_cache, config.prefix_dtype, int(config.prefix_limit * 2**30))
     cached = cache_prefix(
@@ -216,6 +217,13 @@ def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> t
         announce=lambda line: work.run.announce(stage, line),
     )
     return (cached.rows, cached.collator) if cached else (work.train_rows, work.collator)
+
+
+def caches_prefix(work: Workspace, prefix: FrozenPrefix, steps: int) -> bool:
+    """Whether a stage of so many steps stores the outputs of its frozen blocks: it sees rows more than once."""
+    config = work.config.training
+    seen = steps * config.batch_size * config.gradient_accumulation * process_count()
+    return bool(prefix) and config.prefix_cache != "off" and seen > len(work.train_rows)
 
 
 def evaluate(work: Workspace) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""Plain LoRA, estimation and light on a CUDA device: training, inference and peak memory of large models, bfloat16.
+
+    python benchmarks/gpu.py --shapes roberta-large llama-1b llama-8b
+
+Models have the shapes of RoBERTa-large and of Llama 3 with 1 to 8 billion parameters, and random weights. Times are
+taken with CUDA events, in processes of their own and in alternation; memory is what the CUDA allocator handed out. Ends
+at once where there is no CUDA device. `--device cpu --shapes roberta-tiny llama-tiny` tries the script out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from readme_tables import README, fill, markdown_table
+from rich.console import Console
+from synthetic import SUBJECTS, Case, Shape, measure, spread_text
+
+from lightpeft.cli import quiet
+from lightpeft.config import preset_light
+from lightpeft.errors import LightPeftError, require
+from lightpeft.profiling import hardware
+from lightpeft.records import write_json
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("roberta-large", "roberta", 1024, 24, 16, 16, 4096, 50265),
+        Shape("llama-1b", "llama", 2048, 16, 32, 8, 8192, 128256),
+        Shape("llama-3b", "llama", 3072, 28, 24, 8, 8192, 128256),
+        Shape("llama-8b", "llama", 4096, 32, 32, 8, 14336, 128256),
+        Shape("roberta-tiny", "roberta", 32, 2, 4, 4, 64, 96),
+        Shape("llama-tiny", "llama", 32, 2, 4, 2, 64, 96),
+    )
+}
+LABELS = {"plain": "plain LoRA", "estimation": "estimation", "light": "light"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write; 0 if all went well or there is no GPU, 1 if a shape failed, 2 on bad input."""
+    given = _parser().parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        _say("gpu: no CUDA device here, nothing was measured; --device cpu --shapes roberta-tiny tries the script out")
+        return 0
+    quiet()
+    results, failures = [], {}
+    try:
+        require(given.rounds >= 1 and given.steps >= 1, "--rounds and --steps start at 1")
+        for name in given.shapes:
+            try:
+                results.append(_measure(name, given))
+            except LightPeftError as error:
+                failures[name] = str(error)
+                _say(f"{name}: {error}")
+        require(results, f"no shape could be measured: {'; '.join(failures.values())}")
+        report = {"shapes": results, "failures": failures, "hardware": hardware()}
+        write_json(given.out / "gpu.results.json", report)
+        text = _table(results)
+        (given.out / "gpu.md").write_text(text + "\n", encoding="utf-8")
+        if given.write_readme:
+            write_json(README.with_name("gpu.results.json"), report)
+            machine = hardware()
+            fill("gpu", f"{text}\n\n{machine['gpu'] or machine['cpu']}, torch {machine['torch']}.")
+    except LightPeftError as error:
+        _say(f"gpu: {error}")
+        return 2
+    Console(width=160).print(text, markup=False)
+    return 1 if failures else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = ["roberta-large", "llama-1b", "llama-3b", "llama-8b"]
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=default, metavar="SHAPE")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--batch", type=int, default=8, help="rows a batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row")
+    parser.add_argument("--rounds", type=int, default=5, help="alternations of the subjects")
+    parser.add_argument("--steps", type=int, default=10, help="batches a round")
+    parser.add_argument("--preset", default="default", help="lightpeft preset that sets the budget")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--write-readme", action="store_true", help="put table and results beside README.md")
+    return parser
+
+
+def _measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    _say(f"measuring {name}")
+    light = preset_light(given.preset, length=2)
+    case = Case(SHAPES[name], given.batch, given.length, given.steps, light, given.device, bf16=True)
+    return measure(case, SUBJECTS, given.rounds)
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(results: Sequence[dict[str, Any]]) -> str:
+    header = (
+        "model",
+        "",
+        "base removed",
+        "training, ms a step",
+        "speed-up",
+        "ideal",
+        "inference, ms a batch",
+        "speed-up",
+        "ideal",
+        "peak memory, MiB",
+    )
+    return markdown_table(header, [_row(result, name) for result in results for name in result["subjects"]])
+
+
+def _row(result: dict[str, Any], name: str) -> list[str]:
+    subject, cells = result["subjects"][name], [result["case"]["shape"]["name"], LABELS[name]]
+    cells.append(f"{subject['removed_ratio']:.1%}" if name == "light" else "-")
+    for what in ("training", "inference"):
+        seconds = subject[f"{what}_seconds"]
+        cells.append(f"{seconds['median'] * 1000:,.1f}" if seconds else "-")
+        cells.append(spread_text(subject[f"{what}_speedup"]) if seconds and name != "plain" else "-")
+        cells.append(f"{result['ideal'][what]:.2f}" if name == "light" else "-")
+    return [*cells, f"{subject['peak_memory_bytes'] / 2**20:,.0f}"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The methods that `peers.py` compares: a declarative list, and how each one's model is made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peer_pruning import (
+    Decider,
+    Goal,
+    apply_to_peft,
+    block_list,
+    by_magnitude,
+    by_random,
+    by_slimformers,
+    by_torch_pruning,
+)
+from torch import nn
+
+from lightpeft import pipeline
+from lightpeft.bench import adamw
+from lightpeft.checkpoint import as_light
+from lightpeft.config import PRESETS, RunConfig, load_yaml, run_config_from_dict
+from lightpeft.errors import require
+from lightpeft.families import block_specs
+from lightpeft.loading import LoadedModel, add_peft
+from lightpeft.pipeline import Workspace
+from lightpeft.records import PrunePlan
+from lightpeft.structure import SLOTS
+from lightpeft.surgery import apply_plan
+
+Kind = Literal["plain", "pruned", "light"]
+"""Dense model; pruned once before training; lightpeft."""
+Builder = Callable[[Workspace, LoadedModel, Goal], nn.Module]
+"""(run, dense model, how much has to go) -> the model to train."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of fine-tuning."""
+
+    name: str
+    label: str
+    kind: Kind
+    build: Builder | None = None
+    """None: lightpeft runs it from beginning to end."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `RunConfig` by dotted name that differ from the given config's."""
+
+
+def plain_peft(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
+    """PEFT as the settings have it, on the dense model."""
+    return add_peft(loaded, work.config)
+
+
+def full_model(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
+    """Every weight trains."""
+    return loaded.model
+
+
+def top_half(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
+    """LoRA on all projections of the upper half of the blocks; nothing is trained, or differentiated, below."""
+    specs = block_specs(loaded.model)
+    targets = [name for spec in specs[len(specs) // 2 :] for name in spec.projections.values()]
+    return add_peft(loaded, replace(work.config, lora=replace(work.config.lora, target_modules=targets)))
+
+
+def fewer_layers(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
+    """The model without its top layers, as many as come nearest to the goal."""
+    layers = block_list(loaded.model)
+    count = round(goal.removed / (goal.blocks / len(layers)))
+    require(count < len(layers), f"removing {count} of {len(layers)} layers leaves none")
+    del layers[len(layers) - count :]
+    loaded.model.config.num_hidden_layers = len(layers)
+    return add_peft(loaded, work.config)
+
+
+def pruned_lora(work: Workspace, loaded: LoadedModel, goal: Goal, *, decide: Decider, by: str) -> nn.Module:
+    """LoRA on the model that `decide` cut once; a decision that is in the run folder is taken over."""
+    started = time.perf_counter()
+    new = not work.run.plan.is_file()
+    blocks = decide(work, loaded.model, goal) if new else PrunePlan.load(work.run.plan).blocks
+    model = add_peft(loaded, work.config)
+    plan = apply_to_peft(model, blocks, by)
+    apply_plan(model, plan)
+    if new:
+        work.run.finish_stage("prune", time.perf_counter() - started, lambda: plan.save(work.run.plan))
+    return as_light(model, plan, task=pipeline.task_facts(work))
+
+
+def one_shot(name: str, label: str, decide: Decider) -> Method:
+    """LoRA on q and v of a model that was pruned once before training."""
+    return Method(name, label, "pruned", partial(pruned_lora, decide=decide, by=name), LORA)
+
+
+LORA = {"peft": "lora", "lora.slots": None, "lora.target_modules": None}
+"""LoRA on q and v."""
+BASELINE = "lora"
+"""What all others are compared with."""
+PEERS = (
+    Method(BASELINE, "LoRA on q, v", "plain", plain_peft, LORA),
+    Method("lora_all", "LoRA on all linear", "plain", plain_peft, LORA | {"lora.slots": list(SLOTS)}),
+    Method("lora_top", "LoRA on all linear, top half", "plain", top_half, LORA),
+    Method(
+        "houlsby",
+        "Houlsby adapters",
+        "plain",
+        plain_peft,
+        # the rate of configs/movie_reviews/minilm_houlsby.yaml: adapters have eight times LoRA's parameters
+        {"peft": "bottleneck", "bottleneck.placement": "houlsby", "training.learning_rate": 1e-3},
+    ),
+    # every weight moves by about the rate a step, so what LoRA needs would destroy the pretrained weights; 1e-4 is the
+    # upper end of what small BERTs are fine-tuned with
+    Method("full", "full fine-tuning", "plain", full_model, LORA | {"training.learning_rate": 1e-4}),
+    one_shot("random", "random pruning, LoRA", by_random),
+    one_shot("magnitude", "magnitude pruning, LoRA", by_magnitude),
+    one_shot("tp_magnitude", "Torch-Pruning L2, LoRA", partial(by_torch_pruning, criterion="magnitude")),
+    one_shot("tp_taylor", "Torch-Pruning Taylor, LoRA", partial(by_torch_pruning, criterion="taylor")),
+    one_shot("slimformers", "slimformers, LoRA", by_slimformers),
+    Method("depth", "fewer layers, LoRA", "pruned", fewer_layers, LORA),
+)
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name: the peers, and lightpeft with every preset."""
+    lights = [Method(f"light_{preset}", f"lightpeft {preset}", "light") for preset in PRESETS]
+    return {method.name: method for method in (*PEERS, *lights)}
+
+
+def light_config(path: Path, preset: str, own: Path | None = None) -> RunConfig:
+    """The config of lightpeft with a preset: the file itself for its own preset; else without its `light` section.
+
+    What a file sets under `light` was chosen for its own preset and would make all presets alike.
+
+    Args:
+        own: another file to take for this preset.
+    """
+    data = load_yaml(own or path)
+    if own is None and data.get("preset", "default") != preset:
+        data = {name: value for name, value in data.items() if name != "light"} | {"preset": preset}
+    return replace(run_config_from_dict(data), method="light")
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The config with some settings, by dotted name, replaced."""
+    for path, value in settings.items():
+        section, _, key = path.rpartition(".")
+        change = {section: replace(getattr(config, section), **{key: value})} if section else {key: value}
+        config = replace(config, **change)
+    return config
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Makes the model of one method and its optimizer in a measuring process."""
+
+    method: str
+    goal: Goal
+
+    def __call__(self, work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
+        build = methods()[self.method].build
+        assert build is not None
+        return build(work, pipeline.dense_model(work), self.goal), adamw(work)

@@ -1,0 +1,245 @@
+"""Plots of the benchmarks: colour-blind-safe (Okabe and Ito), every series told apart by its marker as well."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+STYLES: dict[str, dict[str, str]] = {
+    "plain": {"color": "#0072B2", "marker": "o"},
+    "pruned": {"color": "#E69F00", "marker": "s"},
+    "light": {"color": "#D55E00", "marker": "D"},
+}
+"""Kind of method -> colour and marker."""
+KINDS = {"plain": "dense model", "pruned": "pruned once, before training", "light": "lightpeft"}
+TEXT_COLORS = {"plain": "#00548A", "pruned": "#8A5F00", "light": "#A84A00"}
+"""The same colours, dark enough for small letters on white."""
+_RADII = (9, 14, 20, 28, 38, 50, 64, 80, 98, 118, 140)
+_DIRECTIONS = 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method in one panel."""
+
+    label: str
+    kind: str
+    x: float
+    y: float
+    x_range: tuple[float, float]
+    """Ends of the horizontal bar."""
+    y_range: tuple[float, float]
+    """Ends of the vertical bar."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One scatter plot."""
+
+    title: str
+    x_label: str
+    y_label: str
+    points: Sequence[Point]
+
+
+def scatter(panels: Sequence[Panel], title: str) -> Figure:
+    """The panels side by side, every point with its spread and its name beside it."""
+    figure = Figure(figsize=(7 * len(panels), 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    grid: Any = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, panel in zip(grid, panels, strict=True):
+        _draw(axes, panel)
+    kinds = [kind for kind in KINDS if any(point.kind == kind for panel in panels for point in panel.points)]
+    handles = [grid[0].plot([], [], linestyle="none", label=KINDS[kind], **STYLES[kind])[0] for kind in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=9)
+    figure.canvas.draw()
+    for axes, panel in zip(grid, panels, strict=True):
+        label_points(axes, panel.points)
+    return figure
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    axes.set_title(panel.title, fontsize=10)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    for point in panel.points:
+        bars = [[[v - low], [high - v]] for v, (low, high) in ((point.x, point.x_range), (point.y, point.y_range))]
+        style: dict[str, Any] = {"linestyle": "none", "elinewidth": 1, "capsize": 2, **STYLES[point.kind]}
+        axes.errorbar(point.x, point.y, xerr=bars[0], yerr=bars[1], **style)
+    axes.margins(0.14, 0.14)
+
+
+def label_points(axes: Axes, points: Sequence[Point]) -> list[Bbox]:
+    """Write every point's name near it, where no other name, marker or bar is; returns the names' boxes in pixels.
+
+    Places are tried from near to far in all directions; a name that ends up far away gets a line to its point.
+    """
+    renderer = axes.get_figure(root=True).canvas.get_renderer()  # type: ignore[union-attr]
+    scale = renderer.points_to_pixels(1)
+    inside = axes.get_window_extent(renderer)
+    taken = [box for point in points for box in _obstacles(axes, point, 5 * scale)]
+    placed = []
+    for point in sorted(points, key=lambda point: (point.x, point.y)):
+        text = axes.annotate(point.label, (point.x, point.y), xytext=(0, 0), textcoords="offset points", fontsize=8)
+        text.set(ha="center", va="center", color=TEXT_COLORS[point.kind])
+        size = text.get_window_extent(renderer)
+        home = axes.transData.transform((point.x, point.y))
+        offset, radius = _free_place(home, size, scale, taken, inside)
+        text.set_position(offset)
+        box = _box(home, size, offset, scale)
+        if radius > _RADII[0]:
+            end: Any = axes.transData.inverted().transform(_nearest(box, home))
+            line = {"arrowstyle": "-", "color": TEXT_COLORS[point.kind], "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+            axes.annotate("", (point.x, point.y), xytext=end, arrowprops=line)
+        taken.append(box.padded(2 * scale))
+        placed.append(box)
+    return placed
+
+
+def _obstacles(axes: Axes, point: Point, radius: float) -> Iterator[Bbox]:
+    """The boxes of a point's marker and of its two bars, in pixels."""
+    x, y = axes.transData.transform((point.x, point.y))
+    yield Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
+    for start, end in (
+        ((point.x_range[0], point.y), (point.x_range[1], point.y)),
+        ((point.x, point.y_range[0]), (point.x, point.y_range[1])),
+    ):
+        (left, low), (right, high) = axes.transData.transform((start, end))
+        yield Bbox.from_extents(left - 2, low - 2, right + 2, high + 2)
+
+
+def _free_place(
+    home: Any, size: Bbox, scale: float, taken: Sequence[Bbox], inside: Bbox
+) -> tuple[tuple[float, float], float]:
+    """The nearest offset in points at which the box hits nothing; where there is none, that with the fewest hits."""
+    best, fewest = ((0.0, 0.0), 0.0), math.inf
+    for radius, turn in itertools.product(_RADII, range(_DIRECTIONS)):
+        angle = 2 * math.pi * turn / _DIRECTIONS
+        # the box touches the circle with its nearer edge
+        offset = (
+            math.cos(angle) * (radius + size.width / scale / 2),
+            math.sin(angle) * (radius + size.height / scale / 2),
+        )
+        box = _box(home, size, offset, scale)
+        outside = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
+        hits = sum(box.overlaps(other) for other in taken) + (100 if outside else 0)
+        if hits < fewest:
+            best, fewest = (offset, radius), hits
+        if not hits:
+            break
+    return best
+
+
+def _box(home: Any, size: Bbox, offset: tuple[float, float], scale: float) -> Bbox:
+    x, y = home[0] + offset[0] * scale, home[1] + offset[1] * scale
+    return Bbox.from_extents(x - size.width / 2, y - size.height / 2, x + size.width / 2, y + size.height / 2)
+
+
+def _nearest(box: Bbox, home: Any) -> tuple[float, float]:
+    """The point of the box that is nearest to `home`."""
+    return min(max(home[0], box.x0), box.x1), min(max(home[1], box.y0), box.y1)
+
+
+LINES: dict[str, dict[str, Any]] = {
+    "plain": {"color": "#0072B2", "marker": "o"},
+    "light": {"color": "#D55E00", "marker": "D"},
+    "ideal": {"color": "#555555", "linestyle": "--", "marker": ""},
+}
+"""Series -> how its line looks."""
+
+
+@dataclass(frozen=True)
+class LinePanel:
+    """One plot of curves over a logarithmic axis."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Mapping[str, Sequence[tuple[float, float, float, float]]]
+    """Name -> points (x, y, low, high)."""
+    names: Mapping[str, str]
+    """Name of a series -> what to write at its end."""
+    x_text: Callable[[float], str]
+    """How a value on the x axis is written."""
+
+
+def curves(rows: Sequence[Sequence[LinePanel]], title: str) -> Figure:
+    """Panels of curves in a grid, both axes logarithmic, every curve with its name at its right end."""
+    figure = Figure(figsize=(4.6 * max(map(len, rows)), 3.6 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=10)
+    grid: Any = figure.subplots(len(rows), max(map(len, rows)), squeeze=False)
+    places = [(axes, panel) for line, row in zip(grid, rows, strict=True) for axes, panel in zip_longest(line, row)]
+    for axes, panel in places:
+        if panel is None:
+            axes.set_axis_off()
+        else:
+            _draw_curves(axes, panel)
+    figure.canvas.draw()
+    for axes, panel in places:
+        if panel is not None:
+            _name_curves(axes, panel)
+    return figure
+
+
+def _draw_curves(axes: Axes, panel: LinePanel) -> None:
+    axes.set(xscale="log", yscale="log", xlabel=panel.x_label, ylabel=panel.y_label)
+    axes.set_title(panel.title, fontsize=10)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    ticks = sorted({x for series in panel.series.values() for x, *_ in series})
+    axes.set_xticks(ticks, [panel.x_text(tick) for tick in ticks], minor=False)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+    axes.tick_params(labelsize=8, which="both")
+    for name, series in panel.series.items():
+        xs, ys, lows, highs = zip(*series, strict=True)
+        axes.plot(xs, ys, linewidth=1.4, markersize=5, **LINES[name])
+        axes.fill_between(xs, lows, highs, color=LINES[name]["color"], alpha=0.15, linewidth=0)
+    axes.margins(0.08, 0.12)
+    if ticks:  # room for the names
+        axes.set_xlim(right=ticks[-1] * max(ticks[-1] / ticks[0], 2) ** 0.45)
+
+
+def _name_curves(axes: Axes, panel: LinePanel) -> None:
+    """Names at the right ends, moved apart where they would overlap."""
+    ends = sorted((axes.transData.transform(series[-1][:2])[1], name) for name, series in panel.series.items())
+    scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
+    heights: list[float] = []
+    for height, _ in ends:
+        heights.append(max(height, heights[-1] + 10 * scale) if heights else height)
+    for (height, name), shown in zip(ends, heights, strict=True):
+        x, y, *_ = panel.series[name][-1]
+        axes.annotate(
+            panel.names[name],
+            (x, y),
+            xytext=(6, (shown - height) / scale),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=LINES[name]["color"],
+        )
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write <stem>.png and <stem>.svg."""
+    paths = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=150)
+    return paths

@@ -1,0 +1,497 @@
+"""The benchmark scripts, end to end on tiny models: what they write, that they go on, what the peers are."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gpu
+import peer_methods
+import peer_pruning
+import peers
+import plots
+import pytest
+import readme_tables
+import scaling
+import synthetic
+import torch
+from tiny import relative_difference
+from torch import Tensor
+from workbench import Workbench, read, stamps
+
+from lightpeft import bench as benching
+from lightpeft import pipeline
+from lightpeft.config import PRESETS, load_config
+from lightpeft.errors import LightPeftError
+from lightpeft.families import block_specs
+from lightpeft.loading import LoadedModel, add_peft
+from lightpeft.records import PrunePlan
+from lightpeft.surgery import apply_plan
+
+PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked() -> Any:
+    """Measuring processes are forked, so that they begin in a moment."""
+    fork = multiprocessing.get_context("fork")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benching, "multiprocessing", SimpleNamespace(get_context=lambda _: fork))
+        yield
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def config(bench: Workbench) -> Path:
+    """Eight steps, two of them estimation."""
+    return bench.yaml("tiny", **{"training.epochs": 1, "preset": "paper"})
+
+
+def compare(config: Path, out: Path, *more: object) -> int:
+    return peers.main(
+        [str(word) for word in (config, "--out", out, "--rounds", 1, "--steps", 1, "--together", 8, *more)]
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(config: Path) -> Path:
+    """The output folder of a comparison of all methods."""
+    out = config.parent / "out"
+    assert compare(config, out, "--seeds", 0, "--curve", 2) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(compared: Path) -> dict[str, Any]:
+    return read(compared / "peers.results.json")
+
+
+# -- peers.py ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_a_result(results: dict[str, Any], compared: Path) -> None:
+    assert set(results["methods"]) == {method.name for method in peer_methods.PEERS} | {f"light_{p}" for p in PRESETS}
+    assert results["failures"] == {}
+    for name, method in results["methods"].items():
+        assert 0 <= method["quality"]["mean"] <= 1
+        assert method["seconds"]["mean"] > 0
+        assert method["adapter_bytes"] > 0
+        assert method["speed"]["peak_memory_bytes"] > 0
+        for what in ("training", "inference_1", "inference_32"):
+            assert method["speed"][what]["samples_per_second"]["median"] > 0
+            values = method["speed"]["values"][what]
+            assert method["speed"][what]["ratio"]["median"] == pytest.approx(values["own"][0] / values["baseline"][0])
+        curve = read(compared / "cells" / f"{name}-0.json")["curve"]
+        assert [second for second, _ in curve] == sorted(second for second, _ in curve)
+        assert len(curve) == 2
+        assert curve[-1][1] == pytest.approx(method["quality"]["mean"])
+    table = (compared / "peers.md").read_text()
+    assert all(method["label"] in table for method in results["methods"].values())
+    assert all((compared / f"peers.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
+
+
+def test_differences_are_to_plain_lora_of_the_same_seed(results: dict[str, Any]) -> None:
+    quality = {name: method["quality"]["mean"] for name, method in results["methods"].items()}
+    for name, method in results["methods"].items():
+        assert method["difference"]["mean"] == pytest.approx(quality[name] - quality["lora"])
+    assert results["methods"]["lora"]["seconds_to_quality"]["of"] == 1
+
+
+def test_sizes_are_those_of_the_methods(results: dict[str, Any]) -> None:
+    sizes = {name: method["parameters"] for name, method in results["methods"].items()}
+    goal = results["goal"]
+    assert goal["removed"] > 0
+    for name in ("lora", "lora_all", "lora_top", "houlsby", "full"):
+        assert sizes[name]["removed"] == 0
+    for name in PRUNED:  # to the nearest head and neuron
+        assert sizes[name]["removed"] == pytest.approx(goal["removed"], rel=0.05)
+    assert sizes["random"]["removed"] == sizes["magnitude"]["removed"] == goal["removed"]
+    assert sizes["light_paper"]["removed"] == goal["removed"]
+    assert sizes["depth"]["removed"] == goal["blocks"] // 2  # one of two equal layers
+    # r = 4 on q and v, then on all six projections, of two layers of 32 channels and 48 neurons
+    assert sizes["lora"]["trained"] == 2 * 2 * 4 * (32 + 32)
+    assert sizes["lora_all"]["trained"] == 2 * 4 * (4 * (32 + 32) + 2 * (32 + 48))
+    assert sizes["lora_top"]["trained"] * 2 == sizes["lora_all"]["trained"]
+    assert sizes["full"]["trained"] + sizes["full"]["head"] > goal["base"] - 100
+    heads = {size["head"] for size in sizes.values()}
+    assert len(heads) == 1
+    for size in sizes.values():
+        assert size["removed_of_blocks"] == pytest.approx(size["removed"] / goal["blocks"])
+        assert size["removed_of_all"] == pytest.approx(size["removed"] / goal["base"])
+
+
+def test_finished_cells_are_kept_and_others_made(config: Path, compared: Path) -> None:
+    before = stamps(compared / "cells")
+    kept = stamps(compared / "runs")
+    assert compare(config, compared, "--seeds", 0, 1, "--methods", "random", "--curve", 2) == 0
+    after = stamps(compared / "cells")
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"lora-1.json", "random-1.json"}
+    assert {name: stamp for name, stamp in stamps(compared / "runs").items() if name in kept} == kept
+    found = read(compared / "peers.results.json")["methods"]["random"]
+    cells = [read(compared / "cells" / f"random-{seed}.json") for seed in (0, 1)]
+    assert found["seeds"] == [0, 1]
+    assert found["quality"]["mean"] == pytest.approx(sum(cell["quality"] for cell in cells) / 2)
+
+
+def test_cells_of_other_settings_are_not_taken(
+    config: Path, compared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = ("--methods", "lora", "--learning-rate", "lora=0.5")
+    assert compare(config, compared, "--seeds", 0, *changed) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_failing_cell_is_reported_and_the_rest_goes_on(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise TypeError("not\nthis model")
+
+    known = peer_methods.methods()
+    broken = {name: known[name] for name in ("lora", "lora_top", "depth")}
+    broken["depth"] = peer_methods.Method("depth", "broken", "pruned", fail, peer_methods.LORA)
+    monkeypatch.setattr(peers, "methods", lambda: broken)
+    assert compare(config, tmp_path, "--seeds", 0, "--rounds", 0) == 1
+    assert "depth-0 failed: TypeError: not this model" in capsys.readouterr().err
+    results = read(tmp_path / "peers.results.json")
+    assert results["failures"] == {"depth-0": "TypeError: not this model"}
+    assert set(results["methods"]) == {"lora", "lora_top"}
+    assert not (tmp_path / "cells" / "depth-0.json").exists()
+    assert "TypeError" in (tmp_path / "peers.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rounds", -1), "--rounds starts at 0"),
+        (("--together", 1), "--together starts at 2"),
+        (("--learning-rate", "lorra=1"), "names lorra"),
+        (("--learning-rate", "lora=much"), "could not convert"),
+    ],
+)
+def test_bad_options_give_one_line(
+    config: Path, tmp_path: Path, options: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare(config, tmp_path / "none", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_learning_rates_are_the_methods_own_unless_given(config: Path, tmp_path: Path) -> None:
+    given = peers._parser().parse_args([str(config), "--out", str(tmp_path), "--learning-rate", "lora=0.5"])
+    suite = peers.Suite(peers._options(given))
+    rates = {name: suite.config(name, 0).training.learning_rate for name in ("lora", "lora_all", "full", "houlsby")}
+    assert rates == {"lora": 0.5, "lora_all": 3e-2, "full": 1e-4, "houlsby": 1e-3}
+    assert len({suite.config(name, 0).output for name in peer_methods.methods()}) == len(peer_methods.methods())
+
+
+def test_presets_take_the_files_own_section_only_for_its_preset(config: Path) -> None:
+    own, other = (peer_methods.light_config(config, preset) for preset in ("paper", "default"))
+    assert own == peers.replace(load_config(config), method="light")
+    assert (own.light.length, other.light.length) == (0.25, peer_methods.run_config_from_dict({}).light.length)
+    assert (own.data, own.training, own.model) == (other.data, other.training, other.model)
+    assert peer_methods.light_config(config, "default", config).light == own.light
+
+
+@pytest.mark.parametrize(("quality", "seconds"), [(0.5, 1.0), (0.6, 2.0), (0.75, 2.0), (0.9, None)])
+def test_time_to_a_quality_is_that_of_the_first_point_that_has_it(quality: float, seconds: float | None) -> None:
+    assert peers.time_to([[1.0, 0.55], [2.0, 0.8], [3.0, 0.7]], quality) == seconds
+
+
+def test_curve_does_not_count_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: clock.now)
+
+    def measure(model: Any) -> float:
+        clock.now += 100
+        return 0.5
+
+    curve = peers.Curve(measure, 2)
+    state: Any = SimpleNamespace(max_steps=4, global_step=0)
+    curve.on_train_begin(None, state, None)  # type: ignore[arg-type]
+    for step in range(1, 5):
+        clock.now, state.global_step = clock.now + 1, step
+        curve.on_step_end(None, state, None, model=None)  # type: ignore[arg-type]
+    clock.now += 3
+    curve.on_train_end(None, state, None)  # type: ignore[arg-type]
+    assert curve.points == [(2.0, 0.5), (4.0, 0.5)]
+    assert (curve.spent, curve.lasted) == (200, 7)
+
+
+# -- what is pruned before training ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(bench: Workbench) -> tuple[pipeline.Workspace, LoadedModel, peer_pruning.Goal]:
+    work = pipeline.prepare(bench.config("peer", method="plain", **{"light.heads": 0.5}))
+    loaded = pipeline.dense_model(work)
+    loaded.model.eval()
+    return work, loaded, peer_pruning.goal_of(loaded.model, work.config.light)
+
+
+def decided(
+    work: pipeline.Workspace, loaded: LoadedModel, goal: peer_pruning.Goal, by: Any
+) -> tuple[Tensor, PrunePlan]:
+    """The logits of the model that lightpeft cuts as `by` decides, and the plan."""
+    blocks = by(work, loaded.model, goal)
+    model = add_peft(LoadedModel(copy.deepcopy(loaded.model), loaded.new_modules), work.config)
+    plan = peer_pruning.apply_to_peft(model, blocks, "test")
+    apply_plan(model, plan)
+    return answers(model), plan
+
+
+def answers(model: Any) -> Tensor:
+    """Logits of two rows, one of them padded."""
+    ids = torch.arange(4, 22).view(2, 9)
+    real = torch.ones_like(ids)
+    real[1, 5:] = 0
+    return model.eval()(input_ids=ids, attention_mask=real).logits.detach()
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
+def test_torch_pruning_cuts_the_same_model(prepared: Any, criterion: str) -> None:
+    work, loaded, goal = prepared
+    logits, plan = decided(work, loaded, goal, peer_methods.partial(peer_pruning.by_torch_pruning, criterion=criterion))
+    own = copy.deepcopy(loaded.model)
+    pruner = peer_pruning.torch_pruned(work, own, goal, criterion)
+    for spec in plan.specs:
+        attention = own.get_submodule(spec.attention)
+        attention.num_attention_heads = pruner.num_heads[own.get_submodule(spec.projections["q"])]
+        attention.all_head_size = attention.num_attention_heads * spec.head_dim
+        assert attention.num_attention_heads == spec.heads - goal.heads
+    assert relative_difference(answers(own), logits) < 1e-5
+    assert relative_difference(answers(loaded.model), logits) > 1e-3
+    assert {len(kept.neurons) for kept in plan.blocks} == {48 - goal.neurons(plan.specs)}
+
+
+def test_torch_pruning_by_different_criteria_differs(prepared: Any) -> None:
+    work, loaded, goal = prepared
+    by = [peer_pruning.by_torch_pruning(work, loaded.model, goal, name) for name in ("magnitude", "taylor")]
+    assert by[0] != by[1]
+
+
+def test_slimformers_cuts_the_same_model(prepared: Any) -> None:
+    work, loaded, goal = prepared
+    logits, plan = decided(work, loaded, goal, peer_pruning.by_slimformers)
+    own = copy.deepcopy(loaded.model)
+    peer_pruning.slimmed(work, own, goal)
+    assert relative_difference(answers(own), logits) < 1e-5
+    assert {len(kept.heads) for kept in plan.blocks} == {4 - goal.heads}
+
+
+def test_magnitude_keeps_the_largest_norms(prepared: Any) -> None:
+    _, loaded, goal = prepared
+    model = copy.deepcopy(loaded.model)
+    spec = block_specs(model)[0]
+    with torch.no_grad():
+        for slot, name in spec.projections.items():
+            if slot.startswith("ffn"):
+                continue
+            weight = model.get_submodule(name).weight
+            rows = weight if slot != "o" else weight.T
+            rows[: spec.head_dim] *= 10  # the first head is large
+            rows[spec.head_dim : 2 * spec.head_dim] *= 0.01
+    kept = peer_pruning.by_magnitude(SimpleNamespace(config=SimpleNamespace(seed=0)), model, goal)[0]  # type: ignore[arg-type]
+    assert 0 in kept.heads
+    assert 1 not in kept.heads
+
+
+def test_random_depends_on_the_seed_alone(prepared: Any) -> None:
+    _, loaded, goal = prepared
+    by_seed = [
+        peer_pruning.by_random(SimpleNamespace(config=SimpleNamespace(seed=seed)), loaded.model, goal)  # type: ignore[arg-type]
+        for seed in (0, 0, 1)
+    ]
+    assert by_seed[0] == by_seed[1] != by_seed[2]
+
+
+def test_peers_go_to_processes_of_their_own(prepared: Any) -> None:
+    """Also where processes are not forked, so what makes the model is pickled."""
+    for name in peer_methods.methods():
+        assert len(ForkingPickler.dumps(peer_methods.Peer(name, prepared[2]))) > 0
+
+
+def test_grouped_queries_are_refused_by_libraries_that_do_not_know_them(bench: Workbench, tmp_path: Path) -> None:
+    llama = Workbench(tmp_path, "llama")
+    work = pipeline.prepare(llama.config("peer", method="plain"))
+    model = pipeline.dense_model(work).model
+    goal = peer_pruning.goal_of(model, work.config.light)
+    for by in (peer_pruning.by_torch_pruning, peer_pruning.by_slimformers):
+        with pytest.raises(LightPeftError, match="head"):
+            by(work, model, goal)
+    assert len(peer_pruning.block_list(model)) == 2
+
+
+# -- plots and tables --------------------------------------------------------------------------------------------------
+
+
+def test_names_of_points_overlap_neither_each_other_nor_a_point() -> None:
+    """Twelve methods of which most are close together."""
+    points = []
+    for index in range(12):
+        x, y = (100 + index % 4, 80 + index / 8) if index < 9 else (150 + 30 * index, 84.0)
+        ranges = ((x - 3, x + 3), (y - 0.6, y + 0.6))
+        points.append(plots.Point(f"a method's name {index}", ("plain", "pruned", "light")[index % 3], x, y, *ranges))
+    figure = plots.scatter([plots.Panel("", "x", "y", points)], "")
+    axes = figure.axes[0]
+    names = [text for text in axes.texts if text.get_text()]
+    assert {text.get_text() for text in names} == {point.label for point in points}
+    boxes = [text.get_window_extent() for text in names]
+    inside = axes.get_window_extent()
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+    for point in points:
+        x, y = axes.transData.transform((point.x, point.y))
+        assert not any(box.contains(x, y) for box in boxes)
+
+
+def test_results_go_to_their_place_in_the_readme(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- results: a -->\nold\n<!-- /results: a -->\nafter\n<!-- results: b -->\n")
+    readme_tables.fill("a", "new", readme)
+    readme_tables.fill("a", "newer", readme)
+    text = readme.read_text()
+    assert text == ("before\n<!-- results: a -->\n\nnewer\n\n<!-- /results: a -->\nafter\n<!-- results: b -->\n")
+    for missing in ("b", "c"):
+        with pytest.raises(LightPeftError, match=f"no place for these results; add .*results: {missing}"):
+            readme_tables.fill(missing, "text", readme)
+    assert readme.read_text() == text
+
+
+def test_readme_has_a_place_for_every_script(
+    compared: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(readme_tables.README.read_text())
+    for name in ("peers minilm_lora", "scaling", "gpu"):
+        readme_tables.fill(name, f"table of {name}", readme)
+        assert f"table of {name}" in readme.read_text()
+    monkeypatch.setattr(peers, "README", readme)
+    monkeypatch.setattr(peers, "fill", lambda name, text: readme_tables.fill("gpu", f"{name}: {text}", readme))
+    assert compare(config, compared, "--seeds", 0, "--methods", "lora", "depth", "--write-readme", "--curve", 2) == 0
+    assert "peers tiny: ![" in readme.read_text()
+    assert "| fewer layers, LoRA |" in readme.read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "tiny.peers.png", "tiny.peers.results.json"}
+
+
+# -- scaling.py --------------------------------------------------------------------------------------------------------
+
+SCALING = ("--families", "llama", "--sizes", "tiny", "--at", "tiny", "--lengths", "8", "--length", "16", "--batch", "2")
+SCALING += ("--rounds", "1", "--steps", "1")
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scaling")
+    assert scaling.main([*SCALING, "--out", str(out)]) == 0
+    return out
+
+
+def test_scaling_measures_sizes_and_lengths(scaled: Path) -> None:
+    results = read(scaled / "scaling.results.json")
+    assert results["failures"] == {}
+    measured = {(r["case"]["shape"]["family"], r["case"]["length"]) for r in results["cases"]}
+    assert measured == {("llama", 8), ("llama", 16)}
+    for result in results["cases"]:
+        plain, light = result["subjects"]["plain"], result["subjects"]["light"]
+        assert 0 < light["removed_ratio"] < 0.5
+        assert light["base_parameters"] < plain["base_parameters"]
+        flops = [subject["flops"]["training"] for subject in (plain, light)]
+        assert result["ideal"]["training"] == pytest.approx(flops[0] / flops[1])
+        assert result["ideal"]["training"] > 1
+        seconds = [subject["training_seconds"]["median"] for subject in (plain, light)]
+        assert light["training_speedup"]["median"] == pytest.approx(seconds[0] / seconds[1])
+        assert plain["training_speedup"]["median"] == 1
+        assert min(subject["peak_memory_bytes"] for subject in (plain, light)) > 4 * light["base_parameters"]
+    assert all((scaled / f"scaling.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
+
+
+def test_scaling_goes_on_where_it_was(
+    scaled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = stamps(scaled / "cases")
+    monkeypatch.setattr(scaling, "measure", lambda *_: pytest.fail("it was measured already"))
+    assert scaling.main([*SCALING, "--out", str(scaled)]) == 0
+    assert stamps(scaled / "cases") == before
+    assert "llama tiny" in capsys.readouterr().out
+
+
+def test_scaling_leaves_out_what_fails(
+    scaled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise LightPeftError("no memory")
+
+    monkeypatch.setattr(scaling, "measure", fail)
+    assert scaling.main([*SCALING, "--out", str(scaled), "--sizes", "tiny", "10M"]) == 1
+    assert "llama 10M, 16 tokens: no memory" in capsys.readouterr().err
+    assert set(read(scaled / "scaling.results.json")["failures"]) == {"llama 10M, 16 tokens"}
+
+
+def test_scaling_looks_at_memory_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scaling.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20 // 16))
+    assert scaling.main([*SCALING, "--out", str(tmp_path)]) == 2
+    assert "no case could be measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", synthetic.FAMILIES)
+@pytest.mark.parametrize("size", [size for size in scaling.SIZES if size != "tiny"])
+def test_shapes_have_the_size_they_are_called_by(family: str, size: str) -> None:
+    shape = scaling.shape_of(family, size)
+    called = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
+    blocks = shape.parameters - shape.hidden * shape.vocabulary
+    assert blocks == pytest.approx(called, rel=0.15)
+    assert shape.hidden % shape.heads == 0
+    assert shape.heads % shape.kv_heads == 0
+
+
+def test_shapes_count_their_parameters() -> None:
+    for shape in (gpu.SHAPES["roberta-tiny"], gpu.SHAPES["llama-tiny"]):
+        case = synthetic.Case(shape, 1, 8, 1, peer_methods.run_config_from_dict({}).light)
+        model = synthetic.random_model(case)
+        weights = sum(p.numel() for spec in block_specs(model) for p in _weights(model, spec))
+        embeddings = model.get_input_embeddings().weight.numel()
+        assert weights + embeddings == shape.parameters
+
+
+def _weights(model: Any, spec: Any) -> list[Any]:
+    return [model.get_submodule(name).weight for name in spec.projections.values()]
+
+
+# -- gpu.py ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_gpu_ends_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--out", str(tmp_path / "none")]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("gpu: no CUDA device")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
+def test_gpu_measures_tiny_shapes_on_the_cpu(tmp_path: Path) -> None:
+    sizes = ("--batch", "2", "--length", "12", "--rounds", "1", "--steps", "1")
+    assert gpu.main(["--device", "cpu", "--shapes", "roberta-tiny", "llama-tiny", *sizes, "--out", str(tmp_path)]) == 0
+    results = read(tmp_path / "gpu.results.json")
+    assert [result["case"]["shape"]["name"] for result in results["shapes"]] == ["roberta-tiny", "llama-tiny"]
+    for result in results["shapes"]:
+        assert set(result["subjects"]) == {"plain", "estimation", "light"}
+        flops = {name: subject["flops"]["training"] for name, subject in result["subjects"].items()}
+        assert flops["light"] < flops["plain"] < flops["estimation"]
+        assert result["subjects"]["estimation"]["inference_seconds"] is None
+        assert result["ideal"]["inference"] > 1
+    assert (tmp_path / "gpu.md").read_text().count("| llama-tiny |") == 3
