@@ -43,11 +43,11 @@ class FrozenPrefix:
         return bool(self.blocks)
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attached(self) -> Iterator[FrozenPrefix]:
         """Inside the block the prefix runs without a graph, or is skipped."""
         self.attach()
         try:
-            yield
+            yield self
         finally:
             self.detach()
 
