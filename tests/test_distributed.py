@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from training import assert_close, assert_equal, estimate, student, trainer
+from training import assert_close, assert_equal, collate, encoded, estimate, student, trainer, upper
 
 from lightpeft.config import LightConfig
+from lightpeft.prefix import FrozenPrefix
 from lightpeft.pruner import EarlyPruner
 from lightpeft.records import EstimationRecord
 
@@ -79,3 +80,21 @@ def test_the_observer_sees_gradients_before_they_are_reduced(results: Path, opti
         torch.testing.assert_close(of_process["seen"], of_process["local"])
         assert not torch.allclose(of_process["seen"], of_process["reduced"])
     torch.testing.assert_close((terms[0]["seen"] + terms[1]["seen"]) / 2, terms[0]["reduced"])
+
+
+def test_processes_share_the_states_of_a_frozen_prefix(results: Path) -> None:
+    ranks = [load_file(results / f"rank{rank}" / "prefix.safetensors") for rank in (0, 1)]
+    model = upper()
+    batch = collate(encoded(16).to_list())
+    prefix = FrozenPrefix(model)
+    with prefix.attached():
+        states = prefix.compute(batch)[batch["attention_mask"].bool()]
+    model(**batch).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for rank in ranks:
+        torch.testing.assert_close(rank.pop("states"), states)
+        assert int(rank.pop("computed")) == 3 + 8  # three rows to see what comes out, then half of all
+        assert int(rank.pop("again")) == 0
+        assert rank.keys() == gradients.keys()
+        for name, gradient in rank.items():
+            torch.testing.assert_close(gradient, gradients[name], rtol=1e-4, atol=1e-6)

@@ -16,26 +16,14 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from test_pipeline import comparable
 from torch import Tensor, nn
+from training import blocks_of, collate, encoded, upper
 from workbench import Workbench, at_step, in_child, lightpeft, read, signalling
 
 from lightpeft import pipeline
-from lightpeft.families import block_lists
 from lightpeft.prefix import STATES, FrozenPrefix, PrefixCache, StateStore, cache_prefix
 from lightpeft.sites import transformers_model
 
 TEXT = sorted(set(tiny.ENCODERS) - {"vit", "dinov2"} | set(tiny.DECODERS))
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    return list(block_lists(transformers_model(model))[0])
-
-
-def upper(name: str = "bert", lowest: int = 2) -> PeftModel:
-    """A tiny model whose LoRA trains in the blocks from `lowest` on only, without dropout."""
-    model = tiny.with_lora(tiny.make(name))
-    for block in blocks_of(model)[:lowest]:
-        block.requires_grad_(False)
-    return tiny.without_dropout(model).train()
 
 
 def inputs(model: PeftModel, side: str = "right") -> dict[str, Tensor]:
@@ -179,20 +167,6 @@ def test_store_gives_back_what_it_took(data: st.DataObject, tmp_path_factory: py
 
 
 # Filling it
-
-
-def encoded(rows: int = 10) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    lengths = [3 + index % 4 for index in range(rows)]
-    ids = [torch.randint(3, tiny.VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-    return Dataset.from_dict({"input_ids": ids, "labels": [0, 1] * (rows // 2), "length": lengths})
-
-
-def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    longest = max(len(row["input_ids"]) for row in rows)
-    ids = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows]
-    batch = {"input_ids": torch.tensor(ids), "labels": torch.tensor([row["labels"] for row in rows])}
-    return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}
 
 
 class Caching:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tiny import batch, inputs_for, make, with_lora, without_dropout
-from torch import Tensor
+from tiny import VOCABULARY, batch, inputs_for, make, with_lora, without_dropout
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightpeft.config import LightConfig
 from lightpeft.estimation import Estimator
+from lightpeft.families import block_lists
 from lightpeft.records import EstimationRecord
+from lightpeft.sites import transformers_model
 
 
 def student(name: str = "bert", **changes: Any) -> PeftModel:
@@ -110,3 +112,32 @@ def assert_close(a: EstimationRecord, b: EstimationRecord, tolerance: float = 1e
     for key, value in b.scores.items():
         difference = (a.scores[key] - value).abs().max() / value.abs().max()
         assert difference <= tolerance, f"{key}: {difference:.2e}"
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a tiny model with one stack."""
+    return list(block_lists(transformers_model(model))[0])
+
+
+def upper(name: str = "bert", lowest: int = 2) -> PeftModel:
+    """A tiny model whose LoRA trains in the blocks from `lowest` on only, without dropout."""
+    model = with_lora(make(name))
+    for block in blocks_of(model)[:lowest]:
+        block.requires_grad_(False)
+    return without_dropout(model).train()
+
+
+def encoded(rows: int = 10) -> Dataset:
+    """Rows of several lengths, as a task encodes them."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [3 + index % 4 for index in range(rows)]
+    ids = [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return Dataset.from_dict({"input_ids": ids, "labels": [0, 1] * (rows // 2), "length": lengths})
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A padded batch of them."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows]
+    batch = {"input_ids": torch.tensor(ids), "labels": torch.tensor([row["labels"] for row in rows])}
+    return {**batch, "attention_mask": (batch["input_ids"] != 0).long()}

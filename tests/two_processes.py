@@ -15,11 +15,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tiny import batch
 from torch.nn.parallel import DistributedDataParallel
-from training import StopAt, chunks, student, trainer
+from training import StopAt, chunks, collate, encoded, student, trainer, upper
 
 from lightpeft.config import LightConfig
 from lightpeft.estimation import Estimator
 from lightpeft.importance import RankObserver
+from lightpeft.prefix import FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.pruner import EarlyPruner
 from lightpeft.scoring import rank_taylor_terms
 
@@ -84,6 +85,26 @@ def resumed_in_trainer(folder: Path) -> EarlyPruner:
     return second
 
 
+def shared_prefix(folder: Path) -> dict[str, torch.Tensor]:
+    """States that both processes computed into one file, and the gradients of a step on this process's rows."""
+    model = upper()
+    prefix = FrozenPrefix(model)
+    computed: list[int] = []
+    parallel = DistributedDataParallel(model)
+    with prefix.attached():
+        inside = next(prefix.blocks[0].children())
+        inside.register_forward_hook(lambda module, args, output: computed.append(len(args[0])))
+        settings = PrefixCache("file")
+        cached = cache_prefix(prefix, encoded(16), collate, settings, folder / "prefix", batch_size=4)
+        assert cached is not None
+        seen = sum(computed)
+        share = range(dist.get_rank(), 16, dist.get_world_size())
+        parallel(**cached.collator(cached.rows.select(share).to_list())).loss.backward()
+    states = torch.cat([cached.store.read(row) for row in range(16)])
+    own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {**own, "states": states, "computed": torch.tensor(seen), "again": torch.tensor(sum(computed) - seen)}
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     estimators = {
@@ -104,6 +125,7 @@ def main(folder: Path) -> None:
         save_file({"masks": estimator.masks.values.clone()}, place / "masks.safetensors")
     for name, options in (("plain", {}), ("bucket-view", {"gradient_as_bucket_view": True})):
         save_file(seen_gradients(**options), folder / f"rank{dist.get_rank()}" / f"{name}.safetensors")
+    save_file(shared_prefix(folder), folder / f"rank{dist.get_rank()}" / "prefix.safetensors")
     dist.destroy_process_group()
 
 
