@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from test_pipeline import comparable
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from training import blocks_of, collate, encoded, upper
 from workbench import Workbench, at_step, in_child, lightpeft, read, signalling
 
@@ -164,6 +165,27 @@ def test_store_gives_back_what_it_took(data: st.DataObject, tmp_path_factory: py
     if file is not None:
         assert file.stat().st_size == store.bytes == sum(lengths) * 3 * dtype.itemsize
     store.close()
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_workers_of_a_data_loader_read_it(tmp_path: Path, start: str) -> None:
+    store = StateStore([2] * 8, 3, torch.float32, tmp_path / "states.bin")
+    rows = torch.randn(8, 2, 3)
+    for row in range(8):
+        store.write(row, rows[row])
+    loader = DataLoader(Rows(store), batch_size=2, num_workers=2, multiprocessing_context=start)
+    assert torch.equal(torch.cat(list(loader)), rows)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, store: StateStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store.lengths)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.store.read(row)
 
 
 # Filling it

@@ -149,7 +149,7 @@ class Workbench:
             "output": str(self.folder / name),
             "model": {"name": str(self.base)},
             "data": data,
-            "light": {"length": 0.25, "multiple_of": 1, "heads": 0.25},
+            "light": {"length": 0.25, "multiple_of": 1, "heads": 0.25, "modules": 0.75, "ranks": 0.5},
             "lora": {"r": 4, "alpha": 8},
             "training": {"epochs": 3, "batch_size": 8, "learning_rate": 3e-2, "save_steps": 4, "logging_steps": 4},
         }

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,8 @@ class StateStore:
         self.lengths, self.width, self.dtype, self.file = list(lengths), width, dtype, file
         self.starts = [0, *itertools.accumulate(self.lengths)]
         self._memory = torch.empty(self.starts[-1], width, dtype=dtype) if file is None else None
-        self._descriptor: int | None = None
+        self._handle: FileIO | None = None
+        self._owner = 0
 
     @property
     def bytes(self) -> int:
@@ -40,11 +43,10 @@ class StateStore:
         if self._memory is not None:
             self._memory[self.starts[row] : self.starts[row + 1]] = states
             return
+        file = self._open(row)
         raw = _raw(states)
-        place = self._place(self.starts[row])
         while raw:
-            written = os.pwrite(self._open(), raw, place)
-            raw, place = raw[written:], place + written
+            raw = raw[file.write(raw) :]
 
     def read(self, row: int) -> Tensor:
         """The states of a row, [lengths[row], width]."""
@@ -52,7 +54,7 @@ class StateStore:
             return self._memory[self.starts[row] : self.starts[row + 1]]
         states = torch.empty(self.lengths[row], self.width, dtype=self.dtype)
         raw = _raw(states)
-        if os.preadv(self._open(), [raw], self._place(self.starts[row])) != len(raw):
+        if self._open(row).readinto(raw) != len(raw):
             raise OSError(f"{self.file} is shorter than it should be")
         return states
 
@@ -69,20 +71,24 @@ class StateStore:
         batch[mask.bool()] = torch.cat([self.read(row) for row in rows])
         return batch
 
-    def _place(self, token: int) -> int:
-        return token * self.width * self.dtype.itemsize
+    def _open(self, row: int) -> FileIO:
+        """The file, at the place of a row; every process has a handle of its own, because forks share the place."""
+        assert self.file is not None
+        if self._handle is None or self._owner != os.getpid():
+            self.file.touch()
+            self._handle, self._owner = FileIO(self.file, "r+"), os.getpid()
+        self._handle.seek(self.starts[row] * self.width * self.dtype.itemsize)
+        return self._handle
 
-    def _open(self) -> int:
-        if self._descriptor is None:
-            assert self.file is not None
-            self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
-        return self._descriptor
+    def __getstate__(self) -> dict[str, Any]:
+        """What workers of a data loader get: they open the file themselves."""
+        return {**vars(self), "_handle": None}
 
     def close(self) -> None:
         """Close the file, if there is one."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
 
 
 def _raw(states: Tensor) -> memoryview:
