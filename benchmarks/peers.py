@@ -1,6 +1,6 @@
 """lightpeft beside other ways of fine-tuning, on one config and over seeds: quality, parameters, time and memory.
 
-    python benchmarks/peers.py configs/movie_reviews/minilm_lora.yaml --seeds 0 1 2
+    python benchmarks/peers.py configs/movie_reviews/minilm_default.yaml --seeds 0 1 2
 
 All methods get the same data, padding, batches by length, batch size, data type, epochs, seeds and schedule. Every
 (method, seed) is a cell; finished cells are kept in the output folder and not repeated, and one that fails is reported

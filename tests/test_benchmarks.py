@@ -375,7 +375,7 @@ def test_readme_has_a_place_for_every_script(
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(readme_tables.README.read_text())
-    for name in ("peers minilm_lora", "scaling", "gpu"):
+    for name in ("peers minilm_default", "scaling", "gpu"):
         readme_tables.fill(name, f"table of {name}", readme)
         assert f"table of {name}" in readme.read_text()
     monkeypatch.setattr(peers, "README", readme)

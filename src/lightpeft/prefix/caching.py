@@ -13,6 +13,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from rich.filesize import decimal
 from torch import Tensor
 
 from lightpeft.errors import LightPeftError
@@ -88,16 +89,18 @@ def cache_prefix(
     room, where = _room(settings, folder)
     blocks = len(prefix.blocks)
     if size > min(room, settings.limit):
-        announce(f"no prefix cache: {_gib(size)} for {blocks} blocks, but {_gib(min(room, settings.limit))} of {where}")
+        most = decimal(min(room, settings.limit))
+        announce(f"no prefix cache: it would take {decimal(size)} of {where}, and may take {most}")
         return None
     file = None if settings.place == "memory" else folder / _FILE
     store = StateStore(lengths, width, dtype, file)
     facts = {"rows": _digest(rows), "width": width, "dtype": str(dtype), "blocks": blocks, "bf16": bf16}
     try:
         if file is not None and caching.matches(store, folder / _FACTS, facts):
-            announce(f"prefix cache: {_gib(size)} of {where} from the interrupted run")
+            announce(f"prefix cache: {decimal(size)} of {where}, from the interrupted run")
         else:
-            announce(f"prefix cache: {blocks} blocks computed once for {len(rows)} rows, {_gib(size)} of {where}")
+            what = f"frozen blocks ({blocks}) computed once for {len(rows)} rows"
+            announce(f"prefix cache: {what}, {decimal(size)} of {where}")
             caching.fill(store, folder / _FACTS, facts, progress)
     except OSError as error:
         raise LightPeftError(f"cannot write the prefix cache to {folder}: {error.strerror or error}") from error
@@ -188,7 +191,3 @@ def _room(settings: PrefixCache, folder: Path) -> tuple[int, str]:
         return psutil.virtual_memory().available, "memory"
     existing = next(place for place in (folder, *folder.parents) if place.is_dir())
     return shutil.disk_usage(existing).free, "disk"
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
