@@ -145,7 +145,7 @@ STOPS: dict[str, tuple[Disturb, int | None]] = {
     "sigint-in-training": (at_step("train", 7, signalling(signal.SIGINT), "on_step_begin"), 8),
     "sigterm-in-the-last-step-of-estimation": (at_step("estimate", 9, signalling(signal.SIGTERM), "on_step_begin"), 9),
     "sigterm-in-evaluation": (before(evaluation, "predict_logits", signalling(signal.SIGTERM)), None),
-    "sigint-while-pruning": (before(pipeline, "apply_plan", signalling(signal.SIGINT)), None),
+    "sigint-while-pruning": (before(pipeline, "cut", signalling(signal.SIGINT)), None),
 }
 
 

@@ -240,7 +240,8 @@ def in_child(disturb: Disturb, *arguments: object) -> tuple[int, str]:
     """The command in a forked process, in which `disturb` is called first.
 
     Returns:
-        Its exit code (the negative number of the signal that killed it), and what it wrote to stderr.
+        Its exit code (the negative number of the signal that killed it), and what it wrote to stderr besides the notice
+        of a prefix cache.
     """
     reading, writing = os.pipe()
 
@@ -255,10 +256,10 @@ def in_child(disturb: Disturb, *arguments: object) -> tuple[int, str]:
     process.start()
     os.close(writing)
     with open(reading, encoding="utf-8") as errors:
-        written = errors.read()
+        written = errors.readlines()
     process.join()
     assert process.exitcode is not None
-    return process.exitcode, written
+    return process.exitcode, "".join(line for line in written if not line.startswith("prefix cache: "))
 
 
 # -- what is on disk ---------------------------------------------------------------------------------------------
