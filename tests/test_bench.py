@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from workbench import Workbench, lightpeft, read, stamps
 
 from lightpeft import bench as benching
 from lightpeft import pipeline
-from lightpeft.bench import Subject, Worker, sample_batches
+from lightpeft.bench import StoredBatches, Subject, Worker, sample_batches
 from lightpeft.errors import LightPeftError
+from lightpeft.profiling import count_flops
 from lightpeft.tables import bench_table
 
 ROUNDS, STEPS = 2, 2
@@ -79,7 +81,7 @@ def test_light_computes_less_and_estimation_more(report: dict[str, Any]) -> None
         assert flops["light"][key] < flops["plain"][key] < flops["estimation"][key]
 
 
-def test_whole_run_counts_estimation_and_surgery(bench: Workbench, report: dict[str, Any]) -> None:
+def test_whole_run_counts_estimation_surgery_and_cache(bench: Workbench, report: dict[str, Any]) -> None:
     whole = report["end_to_end"]
     assert (whole["steps"], whole["estimation_steps"]) == (24, 6)
     per_step = {
@@ -87,7 +89,11 @@ def test_whole_run_counts_estimation_and_surgery(bench: Workbench, report: dict[
     }
     assert whole["plain_seconds"] == pytest.approx(24 * per_step["plain"])
     assert whole["light_estimation_seconds"] == pytest.approx(6 * per_step["estimation"])
-    surgery = whole["light_seconds"] - whole["light_estimation_seconds"] - 18 * per_step["light"]
+    speed = report["subjects"]["light"]["prefix_samples_per_second"]
+    assert report["subjects"]["plain"]["prefix_samples_per_second"] is None
+    assert whole["light_caching_seconds"] == pytest.approx(64 / speed)
+    before = whole["light_estimation_seconds"] + whole["light_caching_seconds"]
+    surgery = whole["light_seconds"] - before - 18 * per_step["light"]
     assert surgery == pytest.approx(pipeline.prepare(bench.config("run")).run.stage_seconds()["prune"], abs=1e-6)
     assert whole["light_over_plain"] == pytest.approx(whole["light_seconds"] / whole["plain_seconds"])
 
@@ -206,3 +212,14 @@ def test_result_goes_where_it_is_wanted(bench: Workbench, report: dict[str, Any]
     options = ("--rounds", 1, "--steps", 1, "--json", place)
     assert lightpeft("bench", "--run", bench.folder / "run", *options) == 0
     assert read(place)["rounds"] == 1
+
+
+def test_light_trains_on_the_states_of_its_prefix(bench: Workbench, report: dict[str, Any]) -> None:
+    subject = Subject("light", bench.config("run"), 2)
+    whole = count_flops(subject.model, subject.batches[0])
+    with subject._as_trained() as batches:
+        assert isinstance(batches, StoredBatches)
+        skipping = count_flops(subject.model, batches[0])
+        assert torch.allclose(subject.model(**batches[1]).loss, subject.model(**subject.batches[1]).loss, rtol=1e-4)
+    assert skipping.training < whole.training
+    assert torch.equal(batches[:2][1]["input_ids"], subject.batches[1]["input_ids"])
