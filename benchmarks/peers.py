@@ -508,8 +508,12 @@ def write(results: dict[str, Any], out: Path) -> None:
 
 
 def publish(results: dict[str, Any], options: Options) -> None:
-    """Results and plot beside README.md, and the table in it."""
+    """Results, logs and plot beside README.md, and the table in it."""
     name = options.config.stem
+    logs = README.with_name(f"{name}.peers.logs")
+    logs.mkdir(exist_ok=True)
+    for run in (f"{method}-{cell['seed']}" for method, cells in results["cells"].items() for cell in cells):
+        shutil.copy(options.out / "runs" / run / "log.jsonl", logs / f"{run}.jsonl")
     write_json(README.with_name(f"{name}.peers.results.json"), results)
     png, svg = plots.save(plot(results), README.with_name(f"{name}.peers"))
     svg.unlink()

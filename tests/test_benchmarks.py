@@ -383,7 +383,9 @@ def test_readme_has_a_place_for_every_script(
     assert compare(config, compared, "--seeds", 0, "--methods", "lora", "depth", "--write-readme", "--curve", 2) == 0
     assert "peers tiny: ![" in readme.read_text()
     assert "| fewer layers, LoRA |" in readme.read_text()
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "tiny.peers.png", "tiny.peers.results.json"}
+    files = {"README.md", "tiny.peers.png", "tiny.peers.results.json", "tiny.peers.logs"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    assert {path.stem for path in (tmp_path / "tiny.peers.logs").iterdir()} == {"lora-0", "depth-0"}
 
 
 # -- scaling.py --------------------------------------------------------------------------------------------------------
