@@ -216,6 +216,7 @@ def test_result_goes_where_it_is_wanted(bench: Workbench, report: dict[str, Any]
 
 def test_light_trains_on_the_states_of_its_prefix(bench: Workbench, report: dict[str, Any]) -> None:
     subject = Subject("light", bench.config("run"), 2)
+    subject.model.eval()  # no dropout, of which the stored states have none
     whole = count_flops(subject.model, subject.batches[0])
     with subject._as_trained() as batches:
         assert isinstance(batches, StoredBatches)
