@@ -243,9 +243,7 @@ class StoredBatches(Sequence[Mapping[str, Any]]):
         with torch.autocast(_device(prefix.model).type, torch.bfloat16, enabled=training.bf16):
             states = [prefix.compute(_to_device(batch, prefix.model)).cpu() for batch in batches]
         masks = [batch["attention_mask"].bool() for batch in batches]
-        rows = [
-            row[real] for group, mask in zip(states, masks, strict=True) for row, real in zip(group, mask, strict=True)
-        ]
+        rows = [row for group, mask in zip(states, masks, strict=True) for row in _without_padding(group, mask)]
         dtype = rows[0].dtype if training.prefix_dtype == "auto" else getattr(torch, training.prefix_dtype)
         self._folder = tempfile.TemporaryDirectory()
         file = Path(self._folder.name) / "states" if training.prefix_cache == "file" else None

@@ -169,13 +169,9 @@ def _blocks_by_cost(record: EstimationRecord, budget: Budget, part: float) -> li
     require(same, "light.blocks compares heads with neurons; give head_criterion and neuron_criterion the same value")
     units = _head_units(record, budget)
     neurons = record.of_blocks("neurons", budget.neuron_criterion)
-    layers = [
-        *(Layer(u.sum, u.parameters, budget.min_heads) for u in units),
-        *(
-            Layer(n.double(), s.neuron_parameters, budget.min_neurons)
-            for n, s in zip(neurons, record.blocks, strict=True)
-        ),
-    ]
+    layers = [Layer(of_block.sum, of_block.parameters, budget.min_heads) for of_block in units]
+    for scores, spec in zip(neurons, record.blocks, strict=True):
+        layers.append(Layer(scores.double(), spec.neuron_parameters, budget.min_neurons))
     kept = keep_by_cost(layers, part)
     return _block_plans(record, budget, units, kept[: len(units)], kept[len(units) :])
 
