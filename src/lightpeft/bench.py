@@ -32,7 +32,7 @@ from lightpeft.config import RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.loading import add_peft, quiet_libraries
 from lightpeft.pipeline import Workspace
-from lightpeft.prefix import STATES, FrozenPrefix, StateStore
+from lightpeft.prefix import STATES, FrozenPrefix, PrefixCache, StateStore
 from lightpeft.profiling import (
     PeakMemory,
     alternate,
@@ -218,12 +218,13 @@ class Subject:
         """The batches as training sees them: with the outputs of a frozen prefix, read as a run reads them."""
         prefix = FrozenPrefix(self.model)
         with prefix.attached():
-            if not pipeline.caches_prefix(self.work, prefix, self.work.steps):
+            settings = pipeline.prefix_cache(self.work, prefix, self.work.steps)
+            if settings is None:
                 yield self.batches
                 return
             if self._stored is None:
                 started = time.perf_counter()
-                self._stored = StoredBatches(self.batches, prefix, self.config)
+                self._stored = StoredBatches(self.batches, prefix, settings, self.config.training.bf16)
                 self._prefix_speed = throughput(_samples(self.batches), time.perf_counter() - started)
             yield self._stored
 
@@ -237,16 +238,17 @@ class Subject:
 class StoredBatches(Sequence[Mapping[str, Any]]):
     """Batches that bring the outputs of the frozen prefix, read anew each time as by the collator of a run."""
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]], prefix: FrozenPrefix, config: RunConfig) -> None:
+    def __init__(
+        self, batches: Sequence[Mapping[str, Any]], prefix: FrozenPrefix, settings: PrefixCache, bf16: bool
+    ) -> None:
         self.batches = batches
-        training = config.training
-        with torch.autocast(_device(prefix.model).type, torch.bfloat16, enabled=training.bf16):
+        with torch.autocast(_device(prefix.model).type, torch.bfloat16, enabled=bf16):
             states = [prefix.compute(_to_device(batch, prefix.model)).cpu() for batch in batches]
         masks = [batch["attention_mask"].bool() for batch in batches]
         rows = [row for group, mask in zip(states, masks, strict=True) for row in _without_padding(group, mask)]
-        dtype = rows[0].dtype if training.prefix_dtype == "auto" else getattr(torch, training.prefix_dtype)
+        dtype = settings.stored_dtype(rows[0].dtype)
         self._folder = tempfile.TemporaryDirectory()
-        file = Path(self._folder.name) / "states" if training.prefix_cache == "file" else None
+        file = Path(self._folder.name) / "states" if settings.place == "file" else None
         self.store = StateStore([len(row) for row in rows], rows[0].shape[-1], dtype, file)
         for number, row in enumerate(rows):
             self.store.write(number, row)

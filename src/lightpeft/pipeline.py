@@ -202,11 +202,8 @@ def _train_stage(work: Workspace, model: PeftModel, stage: str, steps: int, seed
 
 def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> tuple[Dataset, Collate]:
     """The training rows and their collator; with the outputs of a frozen prefix where that saves time."""
-    config = work.config.training
-    if config.prefix_cache == "off" or not caches_prefix(work, prefix, steps):
-        return work.train_rows, work.collator
-    settings = PrefixCache(config.prefix_cache, config.prefix_dtype, int(config.prefix_limit * 2**30))
-    cached = cache_prefix(
+    config, settings = work.config.training, prefix_cache(work, prefix, steps)
+    cached = settings and cache_prefix(
         prefix,
         work.train_rows,
         work.collator,
@@ -219,11 +216,13 @@ def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> t
     return (cached.rows, cached.collator) if cached else (work.train_rows, work.collator)
 
 
-def caches_prefix(work: Workspace, prefix: FrozenPrefix, steps: int) -> bool:
-    """Whether a stage of so many steps stores the outputs of its frozen blocks: it sees rows more than once."""
+def prefix_cache(work: Workspace, prefix: FrozenPrefix, steps: int) -> PrefixCache | None:
+    """How a stage of so many steps keeps the outputs of its frozen blocks; None where no row is seen twice."""
     config = work.config.training
     seen = steps * config.batch_size * config.gradient_accumulation * process_count()
-    return bool(prefix) and config.prefix_cache != "off" and seen > len(work.train_rows)
+    if config.prefix_cache == "off" or not prefix or seen <= len(work.train_rows):
+        return None
+    return PrefixCache(config.prefix_cache, config.prefix_dtype, int(config.prefix_limit * 2**30))
 
 
 def evaluate(work: Workspace) -> dict[str, Any]:

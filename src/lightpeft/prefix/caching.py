@@ -41,6 +41,10 @@ class PrefixCache:
     limit: int = 16 * 2**30
     """Bytes that the states may take at most."""
 
+    def stored_dtype(self, computed: torch.dtype) -> torch.dtype:
+        """The data type that states of type `computed` are kept in."""
+        return computed if self.dtype == "auto" else getattr(torch, self.dtype)
+
 
 @dataclass(frozen=True)
 class CachedRows:
@@ -83,7 +87,7 @@ def cache_prefix(
     if first is None:
         announce("no prefix cache: what the frozen blocks give for a row depends on the padding of its batch")
         return None
-    dtype = first.dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = settings.stored_dtype(first.dtype)
     lengths, width = list(rows["length"]), first.shape[-1]
     size = store_bytes(lengths, width, dtype)
     room, where = _room(settings, folder)
@@ -150,12 +154,13 @@ class _Caching:
                 store.write(row, states)
         state.wait_for_everyone()
         if store.file is not None and state.is_main_process:
-            write_json(facts_file, {**facts, "complete": True})
+            write_json(facts_file, facts)
         state.wait_for_everyone()
 
     def matches(self, store: StateStore, facts_file: Path, facts: dict[str, Any]) -> bool:
         """Whether what lies there was made by the same prefix from the same rows; some rows are computed to see."""
-        if not facts_file.is_file() or any(read_json(facts_file).get(name) != value for name, value in facts.items()):
+        stored = read_json(facts_file) if facts_file.is_file() else {}
+        if any(stored.get(name) != value for name, value in facts.items()):
             return False
         assert store.file is not None
         if not store.file.is_file() or store.file.stat().st_size != store.bytes:
