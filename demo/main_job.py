@@ -21,7 +21,7 @@ from lightpeft.records import PrunePlan
 from lightpeft.tables import comparison_table, plan_table
 
 ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "movie_reviews" / "minilm_lora.yaml"
+CONFIG = ROOT / "configs" / "movie_reviews" / "minilm_default.yaml"
 
 
 def main() -> None:

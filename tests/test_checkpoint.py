@@ -19,7 +19,7 @@ import safetensors
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny import ALL, DROPPED, LAYOUTS, batch, inputs_for, make, plan_for, relative_difference, with_lora
+from tiny import ALL, DROPPED, LAYOUTS, batch, inputs_for, make, plan_for, refusal, relative_difference, with_lora
 from torch import Tensor
 from transformers import BertForMaskedLM, PreTrainedModel
 
@@ -299,14 +299,6 @@ def test_a_head_that_the_base_checkpoint_does_not_have(tmp_path: Path) -> None:
 # Damage
 
 
-def message(action: Callable[[], Any]) -> str:
-    with pytest.raises(LightPeftError) as error:
-        action()
-    text = str(error.value)
-    assert text and "\n" not in text
-    return text
-
-
 @pytest.mark.parametrize("name", [name for name in FILES if name != "README.md"])
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.95])
 def test_a_flipped_byte(name: str, where: float, light: Path) -> None:
@@ -314,7 +306,7 @@ def test_a_flipped_byte(name: str, where: float, light: Path) -> None:
     position = int(where * len(data))
     data[position] ^= 0x01
     (light / name).write_bytes(bytes(data))
-    text = message(lambda: load_light(light))
+    text = refusal(lambda: load_light(light))
     assert str(light / name) in text
 
 
@@ -326,7 +318,7 @@ def test_a_missing_or_cut_file(name: str, damage: str, light: Path) -> None:
     path.unlink()
     if damage != "missing":
         path.write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
-    text = message(lambda: load_light(light))
+    text = refusal(lambda: load_light(light))
     assert name in text and str(light) in text
 
 
@@ -364,7 +356,7 @@ def test_an_edited_description(edit: Callable[[dict[str, Any]], Any], light: Pat
     description = json.loads(path.read_text())
     edit(description)
     path.write_text(json.dumps(description))
-    assert message(lambda: load_light(light)) == f"{path} was altered or damaged"
+    assert refusal(lambda: load_light(light)) == f"{path} was altered or damaged"
 
 
 @pytest.mark.parametrize(
@@ -379,17 +371,17 @@ def test_an_edited_description(edit: Callable[[dict[str, Any]], Any], light: Pat
 )
 def test_content_that_does_not_fit_past_the_checksum(edit: Callable[[dict[str, Any]], Any], light: Path) -> None:
     sealed(light, edit)
-    assert "does not have the expected content" in message(lambda: load_light(light))
+    assert "does not have the expected content" in refusal(lambda: load_light(light))
 
 
 def test_a_base_section_that_is_not_there(light: Path, home: Path) -> None:
     sealed(light, lambda d: d.pop("base"))
-    assert "lightpeft.json" in message(lambda: load_light(light))
+    assert "lightpeft.json" in refusal(lambda: load_light(light))
 
 
 def test_an_unknown_schema_version(light: Path) -> None:
     sealed(light, lambda d: d.update(schema_version=2))
-    assert "schema version 2, this lightpeft reads up to 1; upgrade" in message(lambda: load_light(light))
+    assert "schema version 2, this lightpeft reads up to 1; upgrade" in refusal(lambda: load_light(light))
 
 
 def rewrite_tensors(light: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -402,12 +394,12 @@ def rewrite_tensors(light: Path, edit: Callable[[dict[str, Tensor]], Any]) -> No
 
 def test_tensors_that_are_missing_or_too_many(light: Path) -> None:
     rewrite_tensors(light, lambda tensors: tensors.pop(next(key for key in tensors if "lora_B" in key)))
-    assert "lacks tensors: base_model.model.bert" in message(lambda: load_light(light))
+    assert "lacks tensors: base_model.model.bert" in refusal(lambda: load_light(light))
 
 
 def test_a_tensor_that_fits_nowhere(light: Path) -> None:
     rewrite_tensors(light, lambda tensors: tensors.update({"base_model.model.other": torch.zeros(1)}))
-    assert "has tensors that fit nowhere: base_model.model.other" in message(lambda: load_light(light))
+    assert "has tensors that fit nowhere: base_model.model.other" in refusal(lambda: load_light(light))
 
 
 def test_a_tensor_of_another_shape(light: Path) -> None:
@@ -416,7 +408,7 @@ def test_a_tensor_of_another_shape(light: Path) -> None:
         tensors[key] = tensors[key][:, :-1].contiguous()
 
     rewrite_tensors(light, edit)
-    assert "does not fit its base: tensors of another shape: base_model" in message(lambda: load_light(light))
+    assert "does not fit its base: tensors of another shape: base_model" in refusal(lambda: load_light(light))
 
 
 @pytest.mark.parametrize("damage", ["tensors", "head"])
@@ -427,16 +419,16 @@ def test_what_does_not_fit_leaves_a_base_in_memory_whole(damage: str, home: Path
     else:  # the same encoder, so the fingerprint is right, below another head
         base = BertForMaskedLM.from_pretrained(home / "base")
     before = {key: value.clone() for key, value in base.state_dict().items()}
-    message(lambda: load_light(light, base))
+    refusal(lambda: load_light(light, base))
     after = base.state_dict()
     assert before.keys() == after.keys() and all(value.equal(after[key]) for key, value in before.items())
 
 
 def test_folders_that_are_no_light_adapter(tmp_path: Path, home: Path) -> None:
-    assert message(lambda: load_light(tmp_path / "none")).endswith("none does not exist")
-    assert "is not a light adapter: it has no lightpeft.json" in message(lambda: load_light(tmp_path))
+    assert refusal(lambda: load_light(tmp_path / "none")).endswith("none does not exist")
+    assert "is not a light adapter: it has no lightpeft.json" in refusal(lambda: load_light(tmp_path))
     with_lora(from_folder("bert", home / "base")).save_pretrained(tmp_path / "plain")
-    assert "is not a light adapter" in message(lambda: load_light(tmp_path / "plain"))
+    assert "is not a light adapter" in refusal(lambda: load_light(tmp_path / "plain"))
 
 
 # Another base
@@ -447,7 +439,7 @@ def test_a_base_with_other_weights(home: Path, light: Path, tmp_path: Path) -> N
     base = from_folder("bert", other)
     before = hashes(other)
     for given in (other, base):
-        text = message(lambda given=given: load_light(light, given))
+        text = refusal(lambda given=given: load_light(light, given))
         assert f"{light} belongs to another base" in text and "pass the original base" in text
     assert base.bert.encoder.layer[0].intermediate.dense.weight.shape == (48, 32), "not cut"
     assert hashes(other) == before
@@ -457,41 +449,41 @@ def test_one_changed_weight_is_another_base(home: Path, light: Path) -> None:
     base = from_folder("bert", home / "base")
     with torch.no_grad():
         base.bert.encoder.layer[2].output.dense.weight.mul_(1.01)
-    assert "belongs to another base" in message(lambda: load_light(light, base))
+    assert "belongs to another base" in refusal(lambda: load_light(light, base))
 
 
 @pytest.mark.parametrize("name", ["roberta", "llama-gqa", "opt"])
 def test_a_base_of_another_architecture(name: str, light: Path) -> None:
-    assert "belongs to another base" in message(lambda: load_light(light, make(name)))
+    assert "belongs to another base" in refusal(lambda: load_light(light, make(name)))
 
 
 def test_a_base_with_fewer_layers(light: Path) -> None:
     base = make("bert")
     base.bert.encoder.layer = base.bert.encoder.layer[:2]
-    assert "belongs to another base" in message(lambda: load_light(light, base))
+    assert "belongs to another base" in refusal(lambda: load_light(light, base))
 
 
 def test_a_base_that_was_pruned_or_has_peft(home: Path, light: Path) -> None:
     base = from_folder("bert", home / "base")
     load_light(light, base)
-    assert "pruned before" in message(lambda: load_light(light, base.eval()))
+    assert "pruned before" in refusal(lambda: load_light(light, base.eval()))
     wrapped = with_lora(from_folder("bert", home / "base"))
-    assert "without PEFT" in message(lambda: load_light(light, wrapped))
+    assert "without PEFT" in refusal(lambda: load_light(light, wrapped))
 
 
 def test_a_base_that_is_not_there(light: Path, tmp_path: Path) -> None:
-    text = message(lambda: load_light(light, tmp_path / "none"))
+    text = refusal(lambda: load_light(light, tmp_path / "none"))
     assert f"base {tmp_path / 'none'} cannot be loaded" in text and "base=" in text
     (tmp_path / "empty").mkdir()
-    assert "cannot be loaded" in message(lambda: load_light(light, tmp_path / "empty"))
+    assert "cannot be loaded" in refusal(lambda: load_light(light, tmp_path / "empty"))
 
 
 def test_the_recorded_base_has_moved(light: Path, home: Path) -> None:
     sealed(light, lambda d: d["base"].update(id=""))
-    assert "does not name its base" in message(lambda: load_light(light))
+    assert "does not name its base" in refusal(lambda: load_light(light))
     assert logits(load_light(light, home / "base")).shape == (3, 2)
     sealed(light, lambda d: d["base"].update(architecture="NoSuchModel"))
-    assert "transformers has no NoSuchModel" in message(lambda: load_light(light, home / "base"))
+    assert "transformers has no NoSuchModel" in refusal(lambda: load_light(light, home / "base"))
 
 
 # Disk full
@@ -518,7 +510,7 @@ def test_disk_full_while_saving(
         "moving": (os, "replace"),
     }[where]
     monkeypatch.setattr(owner, name, full_disk)
-    text = message(lambda: model.save_pretrained(target))
+    text = refusal(lambda: model.save_pretrained(target))
     monkeypatch.undo()
     assert "No space left on device" in text and "nothing was changed" in text
     assert hashes(tmp_path) == before
@@ -534,5 +526,5 @@ def test_an_error_of_safetensors_while_saving(light: Path, monkeypatch: pytest.M
     model = load_light(light)
     before = hashes(light)
     monkeypatch.setattr(peft.peft_model, "safe_save_file", fail)
-    assert "No space left on device" in message(lambda: model.save_pretrained(light))
+    assert "No space left on device" in refusal(lambda: model.save_pretrained(light))
     assert hashes(light) == before and os.listdir(light.parent) == ["light"]

@@ -24,6 +24,7 @@ from tiny import (
     make,
     masked,
     plan_for,
+    refusal,
     relative_difference,
     with_lora,
 )
@@ -32,7 +33,6 @@ from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedModel, T5Encoder
 from transformers.pytorch_utils import Conv1D
 
 from lightpeft import EarlyPruner
-from lightpeft.errors import LightPeftError
 from lightpeft.families import (
     FAMILIES,
     REFUSED,
@@ -49,15 +49,6 @@ from lightpeft.records import BlockPlan, dense_parameters, removed_in_block
 from lightpeft.sites import check_peft, find_sites
 from lightpeft.structure import SLOTS, BlockSpec
 from lightpeft.surgery import apply_plan
-
-
-def refusal(action: Callable[[], Any]) -> str:
-    with pytest.raises(LightPeftError) as error:
-        action()
-    text = str(error.value)
-    assert text and "\n" not in text
-    return text
-
 
 # Structure
 

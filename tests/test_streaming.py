@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import DROPPED, LAYOUTS, MODELS, inputs_for, make, plan_for, with_lora
+from tiny import DROPPED, LAYOUTS, MODELS, inputs_for, make, plan_for, refusal, with_lora
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
@@ -23,7 +23,6 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from lightpeft import LightModel, load_light, streaming
 from lightpeft.checkpoint import as_light
-from lightpeft.errors import LightPeftError
 from lightpeft.layout import kept_channels
 from lightpeft.sites import transformers_model
 from lightpeft.streaming import Stream
@@ -216,22 +215,14 @@ def test_no_cut_projection_is_ever_set_in_the_model(name: str, tmp_path: Path) -
     stream.fill(model)
     assert not any(tensor.is_meta for tensor in tensors(model).values())
     model.to("meta")
-    assert "without weights; load the adapter without low_memory" in message(lambda: stream.fill(model))
+    assert "without weights; load the adapter without low_memory" in refusal(lambda: stream.fill(model))
 
 
 # Refusals
 
 
-def message(action: Callable[[], Any]) -> str:
-    with pytest.raises(LightPeftError) as error:
-        action()
-    text = str(error.value)
-    assert text and "\n" not in text
-    return text
-
-
 def refused(light: Path, base: Any = None) -> str:
-    return message(lambda: load_light(light, base, low_memory=True))
+    return refusal(lambda: load_light(light, base, low_memory=True))
 
 
 def test_another_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

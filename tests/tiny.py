@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightpeft.config import Budget, LightConfig
+from lightpeft.errors import LightPeftError
 from lightpeft.estimation import Estimator
 from lightpeft.families import block_specs
 from lightpeft.masks import UnitMasks
@@ -331,3 +333,12 @@ def select(weight: Tensor, outputs: list[int] | None, inputs: list[int] | None) 
     """Rows and columns of a [out, in] weight (None: all)."""
     rows = weight if outputs is None else weight[outputs]
     return rows if inputs is None else rows[:, inputs]
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    """The one line that a refused action says."""
+    with pytest.raises(LightPeftError) as error:
+        action()
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
@@ -32,7 +33,7 @@ from lightpeft.config import RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.loading import add_peft, quiet_libraries
 from lightpeft.pipeline import Workspace
-from lightpeft.prefix import STATES, FrozenPrefix, PrefixCache, StateStore
+from lightpeft.prefix import STATES, FrozenPrefix, StateStore, cache_prefix
 from lightpeft.profiling import (
     PeakMemory,
     alternate,
@@ -46,6 +47,7 @@ from lightpeft.profiling import (
 )
 from lightpeft.pruner import EarlyPruner
 from lightpeft.records import EstimationRecord, write_json
+from lightpeft.tasks.progress import silent
 
 Build = Callable[[Workspace], tuple[nn.Module, Callable[..., torch.optim.Optimizer]]]
 """Makes a model, and the factory of its optimizer."""
@@ -179,7 +181,8 @@ class Subject:
         self.work = pipeline.prepare(config)
         self.batches = sample_batches(self.work, steps)
         self.model, self.optimizer = (BUILDERS[build] if isinstance(build, str) else build)(self.work)
-        self._stored: StoredBatches | None = None
+        self._folder = tempfile.TemporaryDirectory()
+        self._stored: Sequence[Mapping[str, Any]] | None = None
         self._prefix_speed: float | None = None
 
     def fixed(self) -> dict[str, Any]:
@@ -218,15 +221,22 @@ class Subject:
         """The batches as training sees them: with the outputs of a frozen prefix, read as a run reads them."""
         prefix = FrozenPrefix(self.model)
         with prefix.attached():
-            settings = pipeline.prefix_cache(self.work, prefix, self.work.steps)
-            if settings is None:
-                yield self.batches
-                return
             if self._stored is None:
-                started = time.perf_counter()
-                self._stored = StoredBatches(self.batches, prefix, settings, self.config.training.bf16)
-                self._prefix_speed = throughput(_samples(self.batches), time.perf_counter() - started)
+                self._stored = self._store(prefix) or self.batches
             yield self._stored
+
+    def _store(self, prefix: FrozenPrefix) -> StoredBatches | None:
+        """The batches with their states, and how fast those are computed; None where a run would store none."""
+        settings = pipeline.prefix_cache(self.work, prefix, self.work.steps)
+        if settings is None:
+            return None
+        rows = concatenate_datasets(sample_rows(self.work, len(self.batches)))
+        training, folder = self.config.training, Path(self._folder.name)
+        options: dict[str, Any] = {"batch_size": training.eval_batch_size, "bf16": training.bf16, "progress": silent}
+        started = time.perf_counter()
+        cached = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
+        self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
+        return StoredBatches(self.batches, cached.store) if cached else None
 
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:
         training = self.config.training
@@ -238,21 +248,13 @@ class Subject:
 class StoredBatches(Sequence[Mapping[str, Any]]):
     """Batches that bring the outputs of the frozen prefix, read anew each time as by the collator of a run."""
 
-    def __init__(
-        self, batches: Sequence[Mapping[str, Any]], prefix: FrozenPrefix, settings: PrefixCache, bf16: bool
-    ) -> None:
-        self.batches = batches
-        with torch.autocast(_device(prefix.model).type, torch.bfloat16, enabled=bf16):
-            states = [prefix.compute(_to_device(batch, prefix.model)).cpu() for batch in batches]
-        masks = [batch["attention_mask"].bool() for batch in batches]
-        rows = [row for group, mask in zip(states, masks, strict=True) for row in _without_padding(group, mask)]
-        dtype = settings.stored_dtype(rows[0].dtype)
-        self._folder = tempfile.TemporaryDirectory()
-        file = Path(self._folder.name) / "states" if settings.place == "file" else None
-        self.store = StateStore([len(row) for row in rows], rows[0].shape[-1], dtype, file)
-        for number, row in enumerate(rows):
-            self.store.write(number, row)
-        self.starts = [0, *itertools.accumulate(len(mask) for mask in masks)]
+    def __init__(self, batches: Sequence[Mapping[str, Any]], store: StateStore) -> None:
+        """
+        Args:
+            store: states of the rows of all batches, in their order.
+        """
+        self.batches, self.store = batches, store
+        self.starts = [0, *itertools.accumulate(len(batch["input_ids"]) for batch in batches)]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -264,26 +266,17 @@ class StoredBatches(Sequence[Mapping[str, Any]]):
         return {**batch, STATES: self.store.padded(rows, batch["attention_mask"])}
 
 
-def _without_padding(states: Tensor, mask: Tensor) -> Iterator[Tensor]:
-    """The real tokens of each row: [batch, length, width] -> [tokens, width] each."""
-    for row, real in zip(states, mask, strict=True):
-        yield row[real]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    return {name: values.to(_device(model)) for name, values in batch.items()}
-
-
 def _samples(batches: Sequence[Mapping[str, Any]]) -> int:
     return sum(len(batch["input_ids"]) for batch in batches)
 
 
 def sample_batches(work: Workspace, steps: int, size: int | None = None) -> list[dict[str, Any]]:
     """Batches that a run would train on, of similar length, padded to the longest; `size` rows instead of its own."""
+    return [work.collator(rows.to_list()) for rows in sample_rows(work, steps, size)]
+
+
+def sample_rows(work: Workspace, steps: int, size: int | None = None) -> list[Dataset]:
+    """The rows of `sample_batches`, one data set a batch."""
     size = size or work.config.training.batch_size
     lengths = work.train_rows["length"][:]
     sampler = LengthGroupedSampler(size, lengths=lengths, generator=torch.Generator().manual_seed(work.config.seed))
@@ -291,8 +284,7 @@ def sample_batches(work: Workspace, steps: int, size: int | None = None) -> list
     # the sampler puts the longest batch first; take batches all over the epoch
     starts = range(0, max(len(order) - size, 0) + 1, size)
     picked = [starts[index * len(starts) // steps] for index in range(min(steps, len(starts)))]
-    rows = [work.train_rows.select(order[start : start + size]).to_list() for start in picked]
-    return [work.collator(batch) for batch in rows]
+    return [work.train_rows.select(order[start : start + size]) for start in picked]
 
 
 def _plain(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:

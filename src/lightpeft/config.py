@@ -161,7 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"mask_learning_rate": 3e-4},
     # Half of the blocks, where Fisher scores say that a parameter is worth least; few ranks, in the upper half.
     "default": {**_BY_COST, "blocks": 0.5, "modules": 0.5, "ranks": 0.75},
-    # Less is cut, and modules keep all ranks: as good as plain LoRA.
+    # Less is cut, and modules keep all ranks: nearer to plain LoRA's quality.
     "fast": {**_BY_COST, "blocks": 0.3, "modules": 0.5, "ranks": 0.0},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
@@ -328,7 +328,7 @@ class RunConfig:
     """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder."""
 
     preset: Preset = "default"
-    """Starting values of `light`: default (smallest), fast (as good as plain LoRA), or paper (Gu et al. 2024)."""
+    """Starting values of `light`: default (half of the blocks go), fast (less goes), or paper (Gu et al. 2024)."""
     method: Method = "light"
     """light: Light-PEFT; plain: the same PEFT on the same data as it is used by habit, for comparison (no estimation,
     nothing pruned; LoRA sits on q and v)."""

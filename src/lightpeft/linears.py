@@ -6,7 +6,7 @@ transposed, here; layers in 4 or 8 bits in `quantised`.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class LinearKind(Protocol):
         ...
 
 
+@runtime_checkable
 class DenseKind(LinearKind, Protocol):
     """How a layer whose weight is kept in floating point is read, cut and added to."""
 
@@ -171,14 +172,14 @@ def add_to_linear(layer: Any, delta: Tensor | None, bias: Tensor) -> None:
         LightPeftError: nothing can be added to a layer of this kind.
     """
     kind = _kind(layer)
-    if not isinstance(kind, (PlainLinear, TransposedLinear)):
+    if not isinstance(kind, DenseKind):
         raise LightPeftError(f"nothing can be added to a {describe(layer)}")
     kind.add(layer, delta, bias)
 
 
 def can_be_added_to(layer: nn.Module) -> bool:
     """Whether `add_to_linear` works: the weight is kept in floating point."""
-    return isinstance(_kind(layer), (PlainLinear, TransposedLinear))
+    return isinstance(_kind(layer), DenseKind)
 
 
 def _sum(parameter: nn.Parameter, change: Tensor | None) -> nn.Parameter:

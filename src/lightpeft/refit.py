@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.importance import RealTokens
-from lightpeft.layout import kept_channels
+from lightpeft.layout import kept_channels, width
 from lightpeft.linears import add_to_linear, can_be_added_to, dense_weight
 from lightpeft.records import BlockPlan, PrunePlan
 from lightpeft.sites import base_linear, find_sites, transformers_model
@@ -173,7 +173,7 @@ def _groups(changed: Sequence[tuple[BlockSpec, BlockPlan, str]]) -> Iterator[lis
     group: list[tuple[BlockSpec, BlockPlan, str]] = []
     size = 0
     for spec, kept, slot in changed:
-        own = 4 * (1 + (spec.neurons if slot == "ffn_out" else spec.heads * spec.head_dim)) ** 2
+        own = 4 * (1 + width(spec, slot)) ** 2
         if group and size + own > _MOMENT_BYTES:
             yield group
             group, size = [], 0

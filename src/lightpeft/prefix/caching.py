@@ -142,6 +142,7 @@ class _Caching:
     def fill(self, store: StateStore, facts_file: Path, facts: dict[str, Any], progress: Progress) -> None:
         """Compute all rows; several processes share a file's rows among them."""
         state = PartialState()
+        state.wait_for_everyone()  # until all have seen what lies there
         if store.file is not None:
             store.file.parent.mkdir(parents=True, exist_ok=True)
             facts_file.unlink(missing_ok=True)
