@@ -14,6 +14,7 @@ from lightpeft import pipeline
 from lightpeft.checkpoint import LightModel, load_light
 from lightpeft.config import load_config
 from lightpeft.errors import LightPeftError
+from lightpeft.predicting import predict
 from lightpeft.profiling import count_parameters
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.runs import RunFolder
@@ -317,3 +318,17 @@ def test_trained_model_is_the_one_in_the_folder(bench: Workbench, finished: Path
     assert isinstance(model, LightModel)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_pytorch_with_cuda_on_a_machine_without(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch names the accelerator it was built for, whether there is one or not."""
+
+    def built_for(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
+    pipeline.run(bench.config("driverless", **{"training.epochs": 1, "light.refit": "bias"}))
+    text = bench.folder / "lines.txt"
+    text.write_text("a line\n")
+    predict(str(bench.folder / "driverless"), str(text), output=str(bench.folder / "labels.csv"))
+    assert (bench.folder / "labels.csv").is_file()

@@ -26,7 +26,7 @@ from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
 from lightpeft.estimation import stage_length
 from lightpeft.families import max_positions
-from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_config, load_tokenizer
+from lightpeft.loading import LoadedModel, accelerator, add_peft, load_model, load_model_config, load_tokenizer
 from lightpeft.planning import make_plan
 from lightpeft.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.profiling import count_parameters, folder_bytes, hardware
@@ -151,7 +151,7 @@ def calibration_batches(work: Workspace) -> Iterator[dict[str, Tensor]]:
     config = work.config
     generator = torch.Generator().manual_seed(config.seed)
     numbers = torch.randperm(len(work.train_rows), generator=generator)[: config.light.refit_rows].tolist()
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = accelerator() or torch.device("cpu")
     for start in range(0, len(numbers), config.training.eval_batch_size):
         rows = work.train_rows.select(numbers[start : start + config.training.eval_batch_size]).to_list()
         yield {name: values.to(device) for name, values in work.collator(rows).items() if name != "labels"}
@@ -267,7 +267,7 @@ def dense_model(work: Workspace) -> LoadedModel:
     loaded = load_model(work.config.model, work.config.data.task, work.task.labels)
     ensure_family(loaded.model)
     ensure_pad_token(work.tokenizer, loaded.model.config)
-    device = torch.accelerator.current_accelerator()
+    device = accelerator()
     if device is not None and not getattr(loaded.model, "is_quantized", False):  # those are put there on loading
         loaded.model.to(device)
     return loaded

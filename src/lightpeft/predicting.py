@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 from datasets import Dataset
 
 from lightpeft.checkpoint import LightModel, load_light, read_description
 from lightpeft.config import ModelConfig
 from lightpeft.errors import require
 from lightpeft.evaluation import check_predictions_path, predict_proba, read_inputs, write_predictions
-from lightpeft.loading import load_tokenizer
+from lightpeft.loading import accelerator, load_tokenizer
 from lightpeft.sites import transformers_model
 from lightpeft.tasks import encode_texts, ensure_pad_token, text_collator
 
@@ -53,7 +52,7 @@ def predict(
     )
     text, text_pair = text or task["text"], text_pair or task["text_pair"]
     rows = read_inputs(sys.stdin if str(source) == "-" else Path(source), text, text_pair)
-    light = load_light(folder, base, device=torch.accelerator.current_accelerator())
+    light = load_light(folder, base, device=accelerator())
     probabilities = classify(light, rows, text, text_pair, base=base, batch_size=batch_size, bf16=bf16)
     write_predictions(None if output is None else Path(output), rows, task["labels"], probabilities)
 
