@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 LAYERS: tuple[set[str], ...] = (
     {"errors", "config", "structure", "records"},
     {"layout", "linears", "quantised", "scoring", "planning", "tasks"},
-    {"families"},
+    {"families", "statistics"},
     {"bottleneck"},
     {"sites"},
     {"loading", "masks", "importance", "profiling"},
