@@ -154,7 +154,7 @@ def test_a_run_measures_its_speed_and_memory(bench: Workbench, method: str) -> N
     for stage, cost in result["training"].items():
         steps = {"light": {"estimate": 6, "train": 18}, "full": {"train": 24}}[method][stage]
         # 64 rows in 8 steps; storing a frozen prefix is part of the seconds alone
-        assert cost["samples_per_second"] >= 8 * steps / cost["seconds"] > 0
+        assert cost["samples_per_second"] >= 0.99 * 8 * steps / cost["seconds"] > 0
         assert cost["peak_memory_bytes"] >= 0  # of so small a model it may all be memory that was freed before
         assert cost["peak_memory_method"] in ("cuda", "VmHWM", "sampling")
         assert cost["resumed_at"] == 0
