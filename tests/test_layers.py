@@ -18,6 +18,7 @@ LAYERS: tuple[set[str], ...] = (
     {"sites"},
     {"loading", "masks", "importance", "profiling"},
     {"batching"},
+    {"generating"},
     {"evaluation", "estimation", "prefix", "refit", "surgery", "streaming", "training"},
     {"discovery"},
     {"checkpoint"},
