@@ -58,7 +58,7 @@ def texts(model: PeftModel, tokenizer: PreTrainedTokenizerFast, **options: Any) 
 
 
 def expected(model: PeftModel, tokenizer: PreTrainedTokenizerFast, ends: set[int]) -> list[str]:
-    return [tokenizer.decode(written(model, prompt, ends)) for prompt in PROMPTS]
+    return [tokenizer.decode(written(model, prompt, ends), skip_special_tokens=True) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize(("side", "batch_size"), [("right", 2), ("left", None)])
