@@ -74,7 +74,7 @@ def test_ratios_in_range(value: float) -> None:
         (LightConfig, {"max_fraction": 1.0}, "max_fraction is 1"),
         (ModelConfig, {"dtype": "int8"}, 'dtype is "int8"; choose one of float32, bfloat16, float16, auto'),
         (ModelConfig, {"attention": "flash"}, "choose one of sdpa, eager, flash_attention_2"),
-        (DataConfig, {"task": "qa"}, 'task is "qa"; choose one of classification, causal-lm'),
+        (DataConfig, {"answer": "loud"}, 'answer is "loud"; choose one of auto, head, likelihood'),
         (DataConfig, {"max_length": 1}, "data.max_length is 1"),
         (DataConfig, {"test_fraction": 0.0}, "data.test_fraction is 0"),
         (DataConfig, {"prompt": "question"}, "data.prompt and data.completion go together"),

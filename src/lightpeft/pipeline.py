@@ -33,7 +33,7 @@ from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, fold
 from lightpeft.pruner import EarlyPruner, cut
 from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
 from lightpeft.runs import RunFolder
-from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task
+from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task, task_facts
 from lightpeft.training import fit, last_checkpoint, make_trainer, step_of, total_steps
 
 Model: TypeAlias = PeftModel | PreTrainedModel
@@ -49,6 +49,8 @@ class Workspace:
     tokenizer: PreTrainedTokenizerBase
     train_rows: Dataset
     test_rows: Dataset
+    more_test_rows: dict[str, Dataset]
+    """Rows of further splits to evaluate on, by the prefix of their metrics."""
 
     @property
     def config(self) -> RunConfig:
@@ -85,17 +87,20 @@ def run(config: RunConfig) -> dict[str, Any]:
 def prepare(config: RunConfig) -> Workspace:
     """Read and check the data, the tokenizer and the run folder; nothing is written yet."""
     model_config = load_model_config(config.model)
-    task = load_task(config.data)
+    task = load_task(config.data, model_config, config.tasks)
     tokenizer = load_tokenizer(config.model)
     check_max_length(config.data.max_length, max_positions(model_config), tokenizer)
     ensure_pad_token(tokenizer, model_config)
     train_rows = task.encode(task.train, tokenizer, config.data.max_length)
-    test_rows = task.encode(task.test, tokenizer, config.data.max_length)
+    test_rows = task.encode_test(task.test, tokenizer, config.data.max_length)
+    more = {
+        prefix: task.encode_test(rows, tokenizer, config.data.max_length) for prefix, rows in task.more_tests.items()
+    }
     if config.method == "light":
         steps = total_steps(len(train_rows), config.training, process_count())
         length = stage_length(config.light, steps)
         require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
-    return Workspace(RunFolder.open(config), task, tokenizer, train_rows, test_rows)
+    return Workspace(RunFolder.open(config), task, tokenizer, train_rows, test_rows, more)
 
 
 def estimate(work: Workspace) -> EstimationRecord:
@@ -145,7 +150,7 @@ def prune(work: Workspace) -> None:
     base = dense_model(work).model
     model = PeftModel.from_pretrained(base, str(run.estimation / "adapter"), is_trainable=True)
     light = cut(model, chosen, config.light, lambda: calibration_batches(work))
-    light.light_task = task_facts(work)
+    light.light_task = task_facts(work.task)
     run.finish_stage("prune", time.perf_counter() - started, lambda: light.save_pretrained(run.pruned))
 
 
@@ -223,7 +228,7 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
             log=run.log,
             steps=steps,
             seed=seed,
-            token_loss=config.data.task == "causal-lm",
+            token_loss=work.task.head == "causal-lm",
             **options,
         )
         checkpoint = last_checkpoint(run.checkpoints(stage))
@@ -270,15 +275,13 @@ def prefix_cache(work: Workspace, prefix: FrozenPrefix, steps: int) -> PrefixCac
 
 def evaluate(work: Workspace) -> dict[str, Any]:
     """Measure the result on the test rows; the numbers go to metrics.json and into the light adapter."""
-    run, config = work.run, work.config
+    run = work.run
     if run.has("evaluate"):
         return read_json(run.metrics)
     run.need("train", "evaluate")
     started = time.perf_counter()
     model = trained_model(work)
-    scores = evaluation.evaluate(
-        model, work.test_rows, work.task, work.collator, config.training.eval_batch_size, config.training.bf16
-    )
+    scores = measure(work, model)
 
     def save() -> None:
         if isinstance(model, LightModel):
@@ -290,12 +293,26 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     return read_json(run.metrics)
 
 
+def measure(work: Workspace, model: Model) -> dict[str, float]:
+    """Metrics on the test rows, and on those of further splits with their prefix."""
+
+    def of(rows: Dataset) -> dict[str, float]:
+        training = work.config.training
+        return evaluation.evaluate(model, rows, work.task, work.collator, training.eval_batch_size, training.bf16)
+
+    scores = of(work.test_rows)
+    for prefix, rows in work.more_test_rows.items():
+        scores |= {f"{prefix}_{name}": value for name, value in of(rows).items()}
+    return scores
+
+
 def report(work: Workspace, model: Model, scores: dict[str, float]) -> dict[str, Any]:
     """What metrics.json holds: quality, parameters, times, and all that is needed to repeat the run."""
     run, config = work.run, work.config
     return {
         "method": config.method,
         "metrics": scores,
+        "main_metric": work.task.main_metric,
         "parameters": parameter_report(model),
         "seconds": run.stage_seconds(),
         "training": dict(_training_costs(run)),
@@ -316,7 +333,7 @@ def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def dense_model(work: Workspace, model: ModelConfig | None = None) -> LoadedModel:
     """The untouched foundation model, or another one, with the task's head, on the device that training uses."""
-    loaded = load_model(model or work.config.model, work.config.data.task, work.task.labels)
+    loaded = load_model(model or work.config.model, work.task.head, work.task.labels)
     ensure_family(loaded.model)
     ensure_pad_token(work.tokenizer, loaded.model.config)
     device = accelerator()
@@ -367,13 +384,6 @@ def parameter_report(model: Model) -> dict[str, Any]:
         "head": count.head,
         "trained": count.peft + count.head if isinstance(model, PeftModel) else count.base,
     }
-
-
-def task_facts(work: Workspace) -> dict[str, Any]:
-    """What a light adapter says of its task, so that `predict` needs nothing else."""
-    data = work.config.data
-    names = ("task", "text", "text_pair", "prompt", "completion", "max_length")
-    return {**{name: getattr(data, name) for name in names}, "labels": work.task.labels}
 
 
 def process_count() -> int:

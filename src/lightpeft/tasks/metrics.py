@@ -1,0 +1,159 @@
+"""What is measured of answers: functions of `Answers`, by name in one registry."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from lightpeft.tasks.answers import Answers, Metric
+
+
+@dataclass(frozen=True)
+class NamedMetric:
+    """A function of answers and the names of the values it gives, the main one first."""
+
+    values: tuple[str, ...]
+    compute: Metric
+
+    def __call__(self, answers: Answers) -> dict[str, float]:
+        """The values by name."""
+        return self.compute(answers)
+
+
+def accuracy(answers: Answers) -> dict[str, float]:
+    """Part of the answers that are right; where several are, one of them will do."""
+    return {"accuracy": float(np.mean([_right(p, r) for p, r in _pairs(answers)]))}
+
+
+def f1(answers: Answers) -> dict[str, float]:
+    """F1 of the second class where there are two, else the mean over classes (macro)."""
+    average = "binary" if _classes(answers) == 2 else "macro"
+    return {"f1": float(f1_score(answers.references, answers.predictions, average=average, zero_division=0))}
+
+
+def f1_macro(answers: Answers) -> dict[str, float]:
+    """Mean of all classes' F1, as SuperGLUE measures CB."""
+    return {"f1_macro": float(f1_score(answers.references, answers.predictions, average="macro", zero_division=0))}
+
+
+def matthews(answers: Answers) -> dict[str, float]:
+    """Matthews' correlation coefficient, in [-1, 1]; 0 where all answers are the same."""
+    return {"matthews": float(matthews_corrcoef(answers.references, answers.predictions))}
+
+
+def pearson(answers: Answers) -> dict[str, float]:
+    """Pearson's correlation; 0 where it is not defined because one side is constant."""
+    return {"pearson": _correlation(pearsonr, answers)}
+
+
+def spearman(answers: Answers) -> dict[str, float]:
+    """Spearman's rank correlation; 0 where it is not defined because one side is constant."""
+    return {"spearman": _correlation(spearmanr, answers)}
+
+
+def squared_error(answers: Answers) -> dict[str, float]:
+    """Mean squared error."""
+    difference = np.asarray(answers.predictions, float) - np.asarray(answers.references, float)
+    return {"mse": float(np.mean(difference**2))}
+
+
+def multirc(answers: Answers) -> dict[str, float]:
+    """MultiRC's metrics (Khashabi et al. 2018): F1 over all answer options, and questions with all of them right."""
+    right: dict[Any, list[bool]] = defaultdict(list)
+    groups = range(len(answers)) if answers.groups is None else answers.groups
+    for group, (prediction, reference) in zip(groups, _pairs(answers), strict=True):
+        right[group].append(prediction == reference)
+    return {
+        "f1a": float(f1_score(answers.references, answers.predictions, average="binary", zero_division=0)),
+        "exact_match": float(np.mean([all(of_question) for of_question in right.values()])),
+    }
+
+
+def text_match(answers: Answers) -> dict[str, float]:
+    """Token F1 and exact match of texts, each with the right text that it meets best, as SQuAD and ReCoRD have it."""
+    scores = [
+        (max(token_f1(prediction, text) for text in right), max(_same_text(prediction, text) for text in right))
+        for prediction, right in _pairs(answers)
+    ]
+    of_tokens, exact = np.mean(np.asarray(scores, float), axis=0)
+    return {"f1": float(of_tokens), "exact_match": float(exact)}
+
+
+def language_modelling(answers: Answers) -> dict[str, float]:
+    """Of predictions (sum of the tokens' cross-entropy in nats, tokens predicted right, tokens), one an example."""
+    loss, right, tokens = np.sum(np.asarray(answers.predictions, float), axis=0)
+    mean = loss / tokens
+    return {
+        "perplexity": math.exp(min(mean, 700.0)),
+        "loss": float(mean),
+        "accuracy": float(right / tokens),
+        "tokens": float(tokens),
+    }
+
+
+METRICS: dict[str, NamedMetric] = {
+    "accuracy": NamedMetric(("accuracy",), accuracy),
+    "f1": NamedMetric(("f1",), f1),
+    "f1_macro": NamedMetric(("f1_macro",), f1_macro),
+    "matthews": NamedMetric(("matthews",), matthews),
+    "pearson": NamedMetric(("pearson",), pearson),
+    "spearman": NamedMetric(("spearman",), spearman),
+    "mse": NamedMetric(("mse",), squared_error),
+    "multirc": NamedMetric(("f1a", "exact_match"), multirc),
+    "record": NamedMetric(("f1", "exact_match"), text_match),
+    "language_modelling": NamedMetric(("perplexity", "loss", "accuracy", "tokens"), language_modelling),
+}
+"""Name of a metric, as a task's entry gives it -> the metric."""
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalised(text: str) -> str:
+    """Lower case without punctuation, articles and extra spaces: how SQuAD compares texts (Rajpurkar et al. 2016)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """F1 of the words that two normalised texts share; texts without a word are equal or share nothing."""
+    ours, theirs = normalised(prediction).split(), normalised(reference).split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def _same_text(prediction: str, reference: str) -> bool:
+    return normalised(prediction) == normalised(reference)
+
+
+def _pairs(answers: Answers) -> zip[tuple[Any, Any]]:
+    return zip(answers.predictions, answers.references, strict=True)
+
+
+def _right(prediction: Any, reference: Any) -> bool:
+    return prediction in reference if isinstance(reference, (list, tuple)) else bool(prediction == reference)
+
+
+def _classes(answers: Answers) -> int:
+    """How many classes there are: as many as probabilities, or as the highest number needs."""
+    if answers.probabilities is not None:
+        return answers.probabilities.shape[-1]
+    return max(2, 1 + max(max(answers.predictions), max(answers.references)))
+
+
+def _correlation(measure: Callable[..., Any], answers: Answers) -> float:
+    predictions, references = np.asarray(answers.predictions, float), np.asarray(answers.references, float)
+    if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return 0.0
+    return float(measure(predictions, references).statistic)
