@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +21,10 @@ from datasets import Dataset
 from scipy.special import softmax
 from torch import Tensor, nn
 
-from lightpeft.config import TaskEntry
+from lightpeft.batching import fitting_batch_size, in_batches
+from lightpeft.config import LikelihoodRule, TaskEntry
 from lightpeft.errors import LightPeftError, require
+from lightpeft.generating import generate_texts
 from lightpeft.tasks.answers import Answers
 from lightpeft.tasks.base import Task, check_strings
 from lightpeft.tasks.converting import check_column
@@ -28,7 +32,9 @@ from lightpeft.tasks.likelihood import ACCURACIES, option_scores, option_sequenc
 from lightpeft.tasks.metrics import accuracy
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.reading import read_file
-from lightpeft.tasks.tokens import IGNORED, Collator
+from lightpeft.tasks.span import SpanTask, window_of
+from lightpeft.tasks.tokens import IGNORED, SPAN_LABELS, Collator, without_labels
+from lightpeft.tasks.windows import Span, answer_text, best_of_windows, best_span
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ def evaluate(
     dataset: Dataset,
     task: Task,
     collator: Collator,
-    batch_size: int,
+    batch_size: int | None,
     bf16: bool = False,
     progress: Progress = bar,
 ) -> dict[str, float]:
@@ -53,9 +59,10 @@ def evaluate(
 
     Returns:
         What `task` measures, the main metric first, then the loss and examples. The loss is a mean in nats: of
-        classification and multiple choice the cross-entropy a row, by likelihood that of a token of the right option,
-        of causal-lm that of a labelled token; of regression it is the squared error. Likelihood adds the accuracy
-        of each rule that can pick an option.
+        classification and multiple choice the cross-entropy a row, of spans that of a window's first and last token, by
+        likelihood that of a token of the right option, of causal-lm that of a labelled token; of regression it is the
+        squared error, and of generated texts there is none. Likelihood adds the accuracy of each rule that can pick an
+        option.
 
     Raises:
         LightPeftError: there is no row, or no token to predict.
@@ -73,7 +80,7 @@ def answer(
     dataset: Dataset,
     task: Task,
     collator: Collator,
-    batch_size: int,
+    batch_size: int | None,
     bf16: bool = False,
     progress: Progress = bar,
 ) -> Answers:
@@ -86,7 +93,7 @@ def outcome(
     dataset: Dataset,
     task: Task,
     collator: Collator,
-    batch_size: int,
+    batch_size: int | None,
     bf16: bool = False,
     progress: Progress = bar,
 ) -> Outcome:
@@ -97,14 +104,15 @@ def outcome(
         dataset: what `task.encode_test` returned.
         task: says how the model answers.
         collator: `task.collator(tokenizer)`.
-        batch_size: rows a forward pass (of likelihood: options); rows of similar length share one.
+        batch_size: rows a forward pass (of likelihood: options, of spans: windows); rows of similar length share one.
+            None: as many as fit into memory; where even that is too much, half of them.
         bf16: forward under bfloat16 autocast; losses are computed in float32 either way.
         progress: how the loop is shown.
 
     Raises:
         LightPeftError: there is no row, or no token to predict.
     """
-    run = _Run(model, collator, batch_size, bf16, progress)
+    run = Run(model, collator, batch_size, bf16, progress)
     return ANSWERING[task.answering](run, dataset, task)
 
 
@@ -117,7 +125,7 @@ def predict_logits(
     progress: Progress = bar,
 ) -> Tensor:
     """Class logits, float32 [rows, labels] on the CPU, in the order of the rows."""
-    return torch.stack(_logits(_Run(model, collator, batch_size, bf16, progress), dataset))
+    return torch.stack(logits_of(Run(model, collator, batch_size, bf16, progress), dataset))
 
 
 def predict_proba(
@@ -149,82 +157,84 @@ def predict(
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A model and how rows are fed to it."""
 
     model: nn.Module
     collator: Collator
-    batch_size: int
+    batch_size: int | None
     bf16: bool
     progress: Progress
 
-    def batches(self, dataset: Dataset, description: str) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Row numbers, labels (empty if there are none) and logits, batch by batch, the longest rows first.
+    def outputs(self, dataset: Dataset, description: str) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
+        """Row numbers, the batch of them, and what the model gives for it; batch by batch, the longest rows first.
 
-        Longest first: a batch that doesn't fit into memory fails at once.
+        Longest first: a batch that doesn't fit into memory fails, or is made smaller, at once.
         """
         require(len(dataset) > 0, "there are no rows to evaluate")
         order = np.argsort(-np.asarray(dataset["length"][:]), kind="stable").tolist()
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         device = next(self.model.parameters()).device
         accepted = _accepted_inputs(self.model)
+
+        def compute(rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+            batch = self.collator(_rows(dataset, rows))
+            inputs = {name: value.to(device) for name, value in without_labels(batch).items() if name in accepted}
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                return batch, self.model(**inputs)
+
         with _eval_mode(self.model):
-            for rows in self.progress(batches, len(batches), description):
-                batch = self.collator(_rows(dataset, rows))
-                labels = batch.pop("labels", None)
-                inputs = {name: value.to(device) for name, value in batch.items() if name in accepted}
-                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                    logits = self.model(**inputs).logits
-                yield rows, torch.empty(0) if labels is None else labels, logits
+            size = self.batch_size or fitting_batch_size(self.model, order, compute)
+            batches = in_batches(order, compute, size)
+            for rows, (batch, output) in self.progress(batches, math.ceil(len(order) / size), description):
+                yield rows, batch, output
 
 
-def _logits(run: _Run, dataset: Dataset) -> list[Tensor]:
+def logits_of(run: Run, dataset: Dataset) -> list[Tensor]:
     """Every row's logits, float32 [classes or options] on the CPU."""
     result = [torch.empty(0)] * len(dataset)
-    for rows, _, logits in run.batches(dataset, "Predicting"):
-        for row, of_row in zip(rows, logits.float().cpu(), strict=True):
+    for rows, _, output in run.outputs(dataset, "Predicting"):
+        for row, of_row in zip(rows, output.logits.float().cpu(), strict=True):
             result[row] = of_row
     return result
 
 
-def _classes(run: _Run, dataset: Dataset, task: Task) -> Outcome:
-    logits, labels = torch.stack(_logits(run, dataset)), dataset["labels"][:]
+def _classes(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    logits, labels = torch.stack(logits_of(run, dataset)), dataset["labels"][:]
     answers = _answers(dataset, logits.argmax(-1).tolist(), labels, logits.softmax(-1).numpy())
     return Outcome(answers, {"loss": nn.functional.cross_entropy(logits, torch.tensor(labels)).item()})
 
 
-def _numbers(run: _Run, dataset: Dataset, task: Task) -> Outcome:
-    predicted = torch.stack(_logits(run, dataset)).squeeze(-1)
+def _numbers(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    predicted = torch.stack(logits_of(run, dataset)).squeeze(-1)
     labels = dataset["labels"][:]
     answers = _answers(dataset, predicted.tolist(), labels)
     return Outcome(answers, {"loss": nn.functional.mse_loss(predicted, torch.tensor(labels)).item()})
 
 
-def _options(run: _Run, dataset: Dataset, task: Task) -> Outcome:
+def _options(run: Run, dataset: Dataset, task: Task) -> Outcome:
     counts = [len(options) for options in dataset["input_ids"]]
     # a batch fills rows up to its largest number of options
-    logits = [of_row[:count] for of_row, count in zip(_logits(run, dataset), counts, strict=True)]
+    logits = [of_row[:count] for of_row, count in zip(logits_of(run, dataset), counts, strict=True)]
     losses = [-of_row.log_softmax(-1)[label] for of_row, label in zip(logits, dataset["labels"], strict=True)]
     chosen = [int(of_row.argmax()) for of_row in logits]
     return Outcome(_picked(dataset, chosen), {"loss": torch.stack(losses).mean().item()})
 
 
-def _likelihood(run: _Run, dataset: Dataset, task: Task) -> Outcome:
-    sequences, labels = option_sequences(dataset), dataset["labels"][:]
-    loss, _, tokens = _token_sums(run, sequences.rows).T
-    scores = option_scores(sequences, -loss, tokens, dataset["bytes"][:])
-    picked = {rule: _picked(dataset, [int(row.argmax()) for row in rows]) for rule, rows in scores.items()}
-    right = [numbers[label] for numbers, label in zip(sequences.asked, labels, strict=True)]
+def _likelihood(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    labels = dataset["labels"][:]
+    scored = likelihoods_of(run, dataset)
+    picked = {rule: _picked(dataset, [int(row.argmax()) for row in rows]) for rule, rows in scored.scores.items()}
+    right = [numbers[label] for numbers, label in zip(scored.sequences, labels, strict=True)]
     measured = {name: accuracy(picked[rule])["accuracy"] for rule, name in ACCURACIES.items()}
-    measured["loss"] = float(loss[right].sum() / tokens[right].sum())
+    measured["loss"] = float(scored.losses[right].sum() / scored.tokens[right].sum())
     rule = task.config.likelihood
     answers = picked[rule]
     if task.labels:
-        answers = replace(answers, probabilities=softmax(np.stack(scores[rule]), axis=-1).astype(np.float32))
+        answers = replace(answers, probabilities=softmax(np.stack(scored.scores[rule]), axis=-1).astype(np.float32))
     return Outcome(answers, measured)
 
 
-def _next_tokens(run: _Run, dataset: Dataset, task: Task) -> Outcome:
+def _next_tokens(run: Run, dataset: Dataset, task: Task) -> Outcome:
     sums = _token_sums(run, dataset)
     require(
         sums[:, 2].sum() > 0, "there is no token to predict in these rows; raise data.max_length or give longer texts"
@@ -233,28 +243,109 @@ def _next_tokens(run: _Run, dataset: Dataset, task: Task) -> Outcome:
     return Outcome(_answers(dataset, predictions, [None] * len(dataset)), {})
 
 
-ANSWERING: dict[str, Callable[[_Run, Dataset, Task], Outcome]] = {
+def _pieces(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    assert isinstance(task, SpanTask)
+    spans, losses = spans_of(run, dataset, task.config.answer_tokens)
+    contexts, right = (_by_row(dataset, name) for name in ("context", "right"))
+    texts = [answer_text(span, context, task.null_threshold) for span, context in zip(spans, contexts, strict=True)]
+    return Outcome(Answers(texts, right), {"loss": float(np.mean(losses))})
+
+
+def _texts(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    return Outcome(_answers(dataset, texts_of(run, dataset, task), dataset["right"][:]), {})
+
+
+ANSWERING: dict[str, Callable[[Run, Dataset, Task], Outcome]] = {
     "classification": _classes,
     "regression": _numbers,
     "multiple-choice": _options,
     "likelihood": _likelihood,
+    "span": _pieces,
+    "generation": _texts,
     "causal-lm": _next_tokens,
 }
 """`Task.answering` -> how a model answers."""
 
 
-def _token_sums(run: _Run, dataset: Dataset) -> np.ndarray:
+@dataclass(frozen=True)
+class Likelihoods:
+    """How probable a model finds the options of rows."""
+
+    scores: dict[LikelihoodRule, list[np.ndarray]]
+    """Every rule's scores of every row's options."""
+    sequences: list[list[int]]
+    """Number of the sequence of every row's every option."""
+    losses: np.ndarray
+    """Cross-entropy of each sequence's scored tokens, in nats."""
+    tokens: np.ndarray
+    """Their number."""
+
+
+def likelihoods_of(run: Run, dataset: Dataset) -> Likelihoods:
+    """Scores of every row's options, of what `LikelihoodTask.encode_test` or `encode_inputs` returned."""
+    sequences = option_sequences(dataset)
+    losses, _, tokens = _token_sums(run, sequences.rows).T
+    scores = option_scores(sequences, -losses, tokens, dataset["bytes"][:])
+    return Likelihoods(scores, sequences.asked, losses, tokens)
+
+
+def spans_of(run: Run, dataset: Dataset, most_tokens: int) -> tuple[list[Span], list[float]]:
+    """Every row's best span, and the cross-entropy of every window, in nats, where windows have labels.
+
+    Args:
+        dataset: what `SpanTask.encode_test` or `encode_inputs` returned.
+        most_tokens: tokens of an answer at most.
+    """
+    spans: dict[int, list[Span]] = defaultdict(list)
+    losses = []
+    for numbers, batch, output in run.outputs(dataset, "Answering"):
+        real = batch["attention_mask"].bool()
+        logits = torch.stack([output.start_logits, output.end_logits], dim=1).float().cpu()
+        for row, of_window, tokens in zip(_rows(dataset, numbers), logits, real, strict=True):
+            window, of_tokens = window_of(row), of_window[:, tokens]  # without padding, on whatever side
+            spans[window.example].append(best_span(window, of_tokens[0], of_tokens[1], most_tokens))
+            if SPAN_LABELS[0] in row:
+                targets = torch.tensor([row[name] for name in SPAN_LABELS])
+                losses.append(nn.functional.cross_entropy(of_tokens, targets).item())
+    return [best_of_windows(spans[row]) for row in range(len(spans))], losses
+
+
+def texts_of(run: Run, dataset: Dataset, task: Task) -> list[str]:
+    """What the model writes behind every row's tokens; of `data.task: generation`, one line."""
+    require(len(dataset) > 0, "there are no rows to evaluate")
+    tokenizer = run.collator.tokenizer
+    assert tokenizer is not None
+    with _eval_mode(run.model):
+        return generate_texts(
+            run.model,
+            dataset["input_ids"][:],
+            tokenizer,
+            max_new_tokens=task.config.answer_tokens,
+            one_line=task.answering == "generation",
+            batch_size=run.batch_size,
+            bf16=run.bf16,
+            progress=run.progress,
+        )
+
+
+def _by_row(dataset: Dataset, column: str) -> list[Any]:
+    """A column of windows, one value a row that they come from."""
+    values = dict(zip(dataset["row"], dataset[column], strict=True))
+    return [values[row] for row in range(len(values))]
+
+
+def _token_sums(run: Run, dataset: Dataset) -> np.ndarray:
     """Over every row's labelled tokens: cross-entropy in nats, tokens predicted right, tokens. Float64 [rows, 3]."""
     sums = np.zeros((len(dataset), 3))
-    for rows, labels, logits in run.batches(dataset, "Evaluating"):
-        targets = labels[:, 1:].to(logits.device)
+    for rows, batch, output in run.outputs(dataset, "Evaluating"):
+        logits, targets = output.logits, batch["labels"][:, 1:].to(output.logits.device)
         counted = targets != IGNORED
         # Picking the counted positions first keeps the float32 copy small: [tokens, vocabulary].
         picked, targets = logits[:, :-1][counted].float(), targets[counted]
         losses = nn.functional.cross_entropy(picked, targets, reduction="none")
         right = picked.argmax(-1) == targets
         of_tokens = torch.stack([losses.double(), right.double(), torch.ones_like(losses).double()], dim=1)
-        places = torch.tensor(rows, device=logits.device)[counted.nonzero()[:, 0]]
+        places = torch.tensor(list(rows), device=logits.device)[counted.nonzero()[:, 0]]
         np.add.at(sums, places.cpu().numpy(), of_tokens.cpu().numpy())
     return sums
 
@@ -274,8 +365,8 @@ def _answers(
     return Answers(predictions, references, groups, probabilities)
 
 
-def _rows(dataset: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
-    columns = dataset[numbers]
+def _rows(dataset: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    columns = dataset[list(numbers)]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

@@ -4,18 +4,93 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import LightPeftError, require
+from lightpeft.tasks.base import Task, values
+from lightpeft.tasks.causal import completion_collator, prompt_columns
+from lightpeft.tasks.progress import Progress, bar
+from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
 
 Chat = Sequence[Mapping[str, Any]]
 """Messages in order, each with `role` ("system", "user", "assistant", ...) and `content`, a string."""
 ASSISTANT = "assistant"
 _MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """In templates that say themselves what the assistant generates."""
+
+
+class ChatTask(Task):
+    """Next-token loss on what the assistant says. Rows have `messages`."""
+
+    head: ClassVar[Head] = "causal-lm"
+    answering: ClassVar[str] = "causal-lm"
+    columns: ClassVar[tuple[str, ...]] = ("messages",)
+    default_metrics: ClassVar[tuple[str, ...]] = ("language_modelling",)
+
+    @classmethod
+    def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Every row is a list of messages, and the assistant says something in it."""
+        for where, chat in values(rows, "messages", entry, what):
+            check_chat(chat, where)
+
+    def encode(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
+    ) -> Dataset:
+        """Chats as the template writes them, cut to `max_length` tokens; labels are -100 on all but the assistant's.
+
+        Raises:
+            LightPeftError: there is no template, it refuses a chat, or nothing to learn is left of one.
+        """
+        check_template(tokenizer)
+
+        def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
+            encoded = []
+            for number, chat in enumerate(chunk["messages"], start + 1):
+                ids, marks = encode_chat(chat, tokenizer, f"row {number}")
+                _check_learnable(marks, max_length, f"row {number}")
+                encoded.append((ids[:max_length], marks[:max_length]))
+            return {
+                "input_ids": [ids for ids, _ in encoded],
+                "attention_mask": [[1] * len(ids) for ids, _ in encoded],
+                "labels": [
+                    [token if mark else IGNORED for token, mark in zip(ids, marks, strict=True)]
+                    for ids, marks in encoded
+                ],
+            }
+
+        return in_chunks(rows, encode, progress)
+
+    def encode_inputs(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
+    ) -> Dataset:
+        """Chats up to where the assistant answers; those that are too long lose their beginning."""
+        check_template(tokenizer)
+
+        def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
+            chats = enumerate(chunk["messages"], start + 1)
+            prompts = [encode_prompt(chat, tokenizer, f"row {number}") for number, chat in chats]
+            return prompt_columns(prompts, max_length, tokenizer)
+
+        return in_chunks(rows, encode, progress)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
+        """Batches padded to their longest row (or the next multiple); labels of padding are -100."""
+        return completion_collator(tokenizer, multiple_of)
+
+
+def _check_learnable(marks: Sequence[bool], max_length: int, place: str) -> None:
+    require(any(marks), f"{place}: the chat template writes nothing that the assistant says")
+    first = list(marks).index(True) + 1
+    require(
+        first <= max_length,
+        f"{place}: the assistant's first token is number {first}, and data.max_length is {max_length}; raise it, or "
+        "drop the row",
+    )
 
 
 def check_chat(chat: Any, place: str) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import require
 from lightpeft.tasks.base import Task, check_strings, check_text, values
-from lightpeft.tasks.causal import fit, with_end, without_end
+from lightpeft.tasks.causal import completion_collator, fit, prompt_columns, with_end, without_end
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
 
@@ -44,8 +44,8 @@ class GenerationTask(Task):
     ) -> Dataset:
         """Prompt, first answer and end token; labels are -100 on the prompt.
 
-        Both are tokenised apart, since generation starts from the prompt's own tokens. Of `max_length` tokens the answer
-        gets `data.answer_tokens`, and a longer prompt loses its beginning (the start token stays).
+        Both are tokenised apart, since generation starts from the prompt's own tokens. Of `max_length` tokens the
+        answer gets `data.answer_tokens`, and a longer prompt loses its beginning (the start token stays).
         """
 
         def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
@@ -76,13 +76,13 @@ class GenerationTask(Task):
 
         def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
             prompts = self._prompts(chunk["question"], tokenizer, max_length)
-            return {"input_ids": prompts, "attention_mask": [[1] * len(prompt) for prompt in prompts]}
+            return prompt_columns(prompts, max_length, tokenizer)
 
         return in_chunks(rows, encode, progress)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
         """Batches padded to their longest row (or the next multiple); labels of padding are -100."""
-        return Collator(DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORED))
+        return completion_collator(tokenizer, multiple_of)
 
     def _prompts(self, questions: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
         room = max_length - self.config.answer_tokens

@@ -17,6 +17,9 @@ from lightpeft.tasks.entries import converter, find_entry
 from lightpeft.tasks.likelihood import LikelihoodTask
 from lightpeft.tasks.sources import Split, read_splits
 
+READING = ("max_length", "stride", "null_threshold", "answer_tokens")
+"""Settings of `data` that decide how rows are read and answered."""
+
 
 def load_task(
     config: DataConfig, model: PretrainedConfig | None = None, own: Mapping[str, TaskEntry] | None = None
@@ -68,7 +71,7 @@ def task_facts(task: Task) -> dict[str, Any]:
         "answer": "likelihood" if isinstance(task, LikelihoodTask) else "head",
         "likelihood": task.config.likelihood,
         "labels": task.labels,
-        "max_length": task.config.max_length,
+        **{name: getattr(task.config, name) for name in READING},
     }
 
 
@@ -83,7 +86,7 @@ def restore_task(facts: Mapping[str, Any]) -> Task:
         task=entry.name or entry.kind,
         answer=facts["answer"],
         likelihood=facts["likelihood"],
-        max_length=facts["max_length"],
+        **{name: facts[name] for name in READING if name in facts},
     )
     none = Dataset.from_dict({})
     return task_class(entry.kind, config.answer, None)(config, none, none, list(facts["labels"]), entry)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-import string
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from lightpeft.tasks.answers import Answers, Metric
+from lightpeft.tasks.matching import by_answerability, text_match
 
 
 @dataclass(frozen=True)
@@ -78,16 +77,6 @@ def multirc(answers: Answers) -> dict[str, float]:
     }
 
 
-def text_match(answers: Answers) -> dict[str, float]:
-    """Token F1 and exact match of texts, each with the right text that it meets best, as SQuAD and ReCoRD have it."""
-    scores = [
-        (max(token_f1(prediction, text) for text in right), max(_same_text(prediction, text) for text in right))
-        for prediction, right in _pairs(answers)
-    ]
-    of_tokens, exact = np.mean(np.asarray(scores, float), axis=0)
-    return {"f1": float(of_tokens), "exact_match": float(exact)}
-
-
 def language_modelling(answers: Answers) -> dict[str, float]:
     """Of predictions (sum of the tokens' cross-entropy in nats, tokens predicted right, tokens), one an example."""
     loss, right, tokens = np.sum(np.asarray(answers.predictions, float), axis=0)
@@ -110,31 +99,13 @@ METRICS: dict[str, NamedMetric] = {
     "mse": NamedMetric(("mse",), squared_error),
     "multirc": NamedMetric(("f1a", "exact_match"), multirc),
     "record": NamedMetric(("f1", "exact_match"), text_match),
+    "text_match": NamedMetric(("f1", "exact_match"), text_match),
+    "answerability": NamedMetric(
+        ("has_answer_f1", "has_answer_exact_match", "no_answer_f1", "no_answer_exact_match"), by_answerability
+    ),
     "language_modelling": NamedMetric(("perplexity", "loss", "accuracy", "tokens"), language_modelling),
 }
 """Name of a metric, as a task's entry gives it -> the metric."""
-
-
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def normalised(text: str) -> str:
-    """Lower case without punctuation, articles and extra spaces: how SQuAD compares texts (Rajpurkar et al. 2016)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the words that two normalised texts share; texts without a word are equal or share nothing."""
-    ours, theirs = normalised(prediction).split(), normalised(reference).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    shared = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * shared / (len(ours) + len(theirs))
-
-
-def _same_text(prediction: str, reference: str) -> bool:
-    return normalised(prediction) == normalised(reference)
 
 
 def _pairs(answers: Answers) -> zip[tuple[Any, Any]]:

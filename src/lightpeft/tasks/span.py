@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
-from lightpeft.errors import LightPeftError, require
-from lightpeft.tasks.base import Task, check_strings, place, source_column, values
+from lightpeft.errors import require
+from lightpeft.tasks.base import Task, check_strings, values
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import SPAN_LABELS, Collator, in_chunks
 from lightpeft.tasks.windows import Window, label_spans, make_windows
@@ -155,11 +155,11 @@ def answer_places(value: Any, context: str, where: str) -> list[Place]:
         LightPeftError: neither, or a text is not in the context; `where` names the value.
     """
     if isinstance(value, Mapping):
-        texts, starts = value.get("text"), value.get("answer_start")
-        fits = isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)
-        require(fits and all(map(_is_place, texts, starts)), f"{where}: {value!r} is not {_FORM}")
+        texts, starts = (_listed(value.get(name)) for name in ("text", "answer_start"))
+        fits = len(texts) == len(starts) and all(map(_is_place, texts, starts))
+        require(fits, f"{where}: {value!r} is not {_FORM}")
         return [Place(text, start) for text, start in zip(texts, starts, strict=True) if text.strip()]
-    require(value is None or all(isinstance(text, str) for text in _listed(value)), f"{where}: {value!r} is not {_FORM}")
+    require(all(isinstance(text, str) for text in _listed(value)), f"{where}: {value!r} is not {_FORM}")
     places = [Place(text, context.find(text)) for text in _texts(value)]
     for answer in places:
         require(answer.start >= 0, f'{where}: "{answer.text}" is not in the context')
@@ -174,13 +174,13 @@ def _is_place(text: Any, start: Any) -> bool:
 
 
 def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _texts(value: Any) -> list[str]:
     """Texts of right answers that are not blank."""
     texts = value.get("text") if isinstance(value, Mapping) else value
-    return [text for text in _listed(texts) if text is not None and text.strip()]
+    return [text for text in _listed(texts) if text.strip()]
 
 
 def _labels(chunk: dict[str, list[Any]], windows: list[Window]) -> dict[str, list[Any]]:
