@@ -22,16 +22,15 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from lightpeft.batching import fitting_batch_size, in_batches
-from lightpeft.config import LikelihoodRule, TaskEntry
+from lightpeft.config import LikelihoodRule
 from lightpeft.errors import LightPeftError, require
 from lightpeft.generating import generate_texts
 from lightpeft.tasks.answers import Answers
-from lightpeft.tasks.base import Task, check_strings
-from lightpeft.tasks.converting import check_column
+from lightpeft.tasks.base import Task
 from lightpeft.tasks.likelihood import ACCURACIES, option_scores, option_sequences
 from lightpeft.tasks.metrics import accuracy
 from lightpeft.tasks.progress import Progress, bar
-from lightpeft.tasks.reading import read_file
+from lightpeft.tasks.reading import read_file, read_json_text
 from lightpeft.tasks.span import SpanTask, window_of
 from lightpeft.tasks.tokens import IGNORED, SPAN_LABELS, Collator, without_labels
 from lightpeft.tasks.windows import Span, answer_text, best_of_windows, best_span
@@ -392,75 +391,65 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 # -- files of inputs and predictions -----------------------------------------------------------------------------
 
 
-def read_inputs(source: Path | TextIO, text: str, text_pair: str | None = None) -> Dataset:
-    """Rows to predict on.
+def read_inputs(source: Path | TextIO, column: str | None) -> Dataset:
+    """Rows to predict on, as they are.
 
     Args:
-        source: a .txt file or an open text stream with one text a line (blank lines are skipped; column `text`), or
-            a .csv, .tsv, .json, .jsonl or .parquet file.
-        text: column with the text.
-        text_pair: column with the second text; unset for single texts.
+        source: a .txt file with one text a line, a table (.csv, .tsv, .json, .jsonl, .parquet), or an open text stream:
+            of texts where one column is enough, else of JSON objects.
+        column: what texts are called; None: a row needs several columns, so lines of text will not do.
 
     Raises:
-        LightPeftError: missing, empty or malformed, a column is not there, or a text is.
+        LightPeftError: missing, empty or malformed, or texts where a table is needed.
     """
     if isinstance(source, Path) and source.suffix.lower() != ".txt":
-        rows = read_file(source, "input")
-    else:
-        require(text_pair is None, "pairs of texts cannot be read from text lines; give a table with both columns")
-        lines = [line for line in _lines(source) if line.strip()]
-        require(lines, "input has no text: every line is blank")
-        rows = Dataset.from_dict({text: lines})
-    for column, setting in ((text, "data.text"), (text_pair, "data.text_pair")):
-        if column is not None:
-            check_column(rows, column, setting, "input")
-            check_strings(rows, column, TaskEntry(), "input")
-    return rows
+        return read_file(source, "input")
+    if column is None:
+        require(
+            not isinstance(source, Path),
+            "a row of this task has several columns, which text lines have not; "
+            "give a table, or JSON lines on standard input",
+        )
+        return read_json_text(_content(source), "standard input")
+    lines = [line.rstrip("\r") for line in _content(source).split("\n")]
+    lines = [line for line in lines if line.strip()]  # blank ones are nothing to predict on
+    require(lines, "input has no text: every line is blank")
+    return Dataset.from_dict({column: lines})
 
 
-def _lines(source: Path | TextIO) -> list[str]:
+def _content(source: Path | TextIO) -> str:
     try:
-        content = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()
+        return source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()
     except UnicodeDecodeError as error:
         raise LightPeftError(f"input is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
         raise LightPeftError(f"input {source} cannot be read: {error.strerror}") from error
-    return [line.rstrip("\r") for line in content.split("\n")]
 
 
-def write_predictions(path: Path | None, rows: Dataset, labels: list[str], probabilities: np.ndarray) -> None:
-    """Write rows with their most probable label and every label's probability to a .csv or .jsonl file.
-
-    Columns: those of `rows` (one that is named like a new one becomes `input_<name>`), `label`, `p_<label>`. The
-    file appears only when it is complete.
+def write_table(path: Path | None, rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write rows with what was found about them to a .csv or .jsonl file, which appears only when it is complete.
 
     Args:
         path: the file, replaced if it is there; None: CSV on standard output.
-        rows: what was predicted on.
-        labels: label names in class order.
-        probabilities: [rows, labels].
+        rows: come first; a column that is named like a new one becomes `input_<name>`.
+        columns: the new ones, one value a row.
 
     Raises:
         LightPeftError: another suffix, or the file cannot be written.
     """
     write = _write_csv if path is None else check_predictions_path(path)
-    new = ["label", *(f"p_{name}" for name in labels)]
-    renamed = {name: f"input_{name}" if name in new else name for name in rows.column_names}
-    best = probabilities.argmax(-1)
+    renamed = {name: f"input_{name}" if name in columns else name for name in rows.column_names}
+    header = [*renamed.values(), *columns]
+    found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
     table = (
-        {
-            **{renamed[name]: value for name, value in row.items()},
-            "label": labels[best[i]],
-            **{name: round(float(p), 6) for name, p in zip(new[1:], probabilities[i], strict=True)},
-        }
-        for i, row in enumerate(rows)
+        {**{renamed[name]: value for name, value in row.items()}, **new} for row, new in zip(rows, found, strict=True)
     )
     if path is None:
-        write(sys.stdout, [*renamed.values(), *new], table)
+        write(sys.stdout, header, table)
         return
     try:
         with _replacing(path) as file:
-            write(file, [*renamed.values(), *new], table)
+            write(file, header, table)
     except OSError as error:
         raise LightPeftError(f"predictions cannot be written to {path}: {error.strerror or error}") from error
 
@@ -476,7 +465,12 @@ def check_predictions_path(path: Path) -> Callable[[TextIO, list[str], Iterable[
 def _write_csv(file: TextIO, header: list[str], table: Iterable[dict[str, Any]]) -> None:
     writer = csv.DictWriter(file, header)
     writer.writeheader()
-    writer.writerows(table)
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in table)
+
+
+def _cell(value: Any) -> Any:
+    """Lists and objects as JSON, which can be read again."""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
 
 
 def _write_jsonl(file: TextIO, header: list[str], table: Iterable[dict[str, Any]]) -> None:

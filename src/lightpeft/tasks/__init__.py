@@ -8,15 +8,18 @@ from lightpeft.tasks.answering import TASKS, task_class
 from lightpeft.tasks.answers import Answers, Metric
 from lightpeft.tasks.base import Task
 from lightpeft.tasks.causal import CausalLMTask
+from lightpeft.tasks.chat import ChatTask
 from lightpeft.tasks.classification import ClassificationTask, encode_texts, text_collator
 from lightpeft.tasks.entries import ENTRIES, find_entry
+from lightpeft.tasks.generation import GenerationTask
 from lightpeft.tasks.likelihood import LikelihoodTask
-from lightpeft.tasks.loading import convert, load_task, restore_task, task_facts
+from lightpeft.tasks.loading import convert, input_columns, load_task, restore_task, task_facts
 from lightpeft.tasks.metrics import METRICS
 from lightpeft.tasks.multiple_choice import MultipleChoiceTask
 from lightpeft.tasks.progress import Progress, bar, silent
 from lightpeft.tasks.reading import read_rows
 from lightpeft.tasks.regression import RegressionTask
+from lightpeft.tasks.span import SpanTask
 from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token
 
 __all__ = [
@@ -25,13 +28,16 @@ __all__ = [
     "TASKS",
     "Answers",
     "CausalLMTask",
+    "ChatTask",
     "ClassificationTask",
     "Collator",
+    "GenerationTask",
     "LikelihoodTask",
     "Metric",
     "MultipleChoiceTask",
     "Progress",
     "RegressionTask",
+    "SpanTask",
     "Task",
     "bar",
     "check_max_length",
@@ -39,6 +45,7 @@ __all__ = [
     "encode_texts",
     "ensure_pad_token",
     "find_entry",
+    "input_columns",
     "load_task",
     "read_rows",
     "restore_task",

@@ -27,11 +27,15 @@ class CausalLMTask(Task):
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
         """Texts and completions are strings that are not blank; a prompt may be blank."""
-        if not _has_prompts(rows):
-            check_strings(rows, "text", entry, what)
-            return
-        check_strings(rows, "prompt", entry, what, blank=True)
-        check_strings(rows, "completion", entry, what)
+        cls.check_inputs(rows, entry, what)
+        if _has_prompts(rows):
+            check_strings(rows, "completion", entry, what)
+
+    @classmethod
+    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Texts are strings that are not blank; a prompt may be blank."""
+        prompted = "prompt" in rows.column_names
+        check_strings(rows, "prompt" if prompted else "text", entry, what, blank=prompted)
 
     def encode(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar

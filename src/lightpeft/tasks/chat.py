@@ -38,6 +38,12 @@ class ChatTask(Task):
         for where, chat in values(rows, "messages", entry, what):
             check_chat(chat, where)
 
+    @classmethod
+    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Every row is a list of messages."""
+        for where, chat in values(rows, "messages", entry, what):
+            check_messages(chat, where)
+
     def encode(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
     ) -> Dataset:
@@ -93,8 +99,8 @@ def _check_learnable(marks: Sequence[bool], max_length: int, place: str) -> None
     )
 
 
-def check_chat(chat: Any, place: str) -> None:
-    """Raise `LightPeftError` unless it is a list of messages of which one is the assistant's; `place` names the row."""
+def check_messages(chat: Any, place: str) -> None:
+    """Raise `LightPeftError` unless it is a list of messages; `place` names the row."""
     require(isinstance(chat, Sequence) and not isinstance(chat, str) and chat, f"{place}: there are no messages")
     for number, message in enumerate(chat, 1):
         fields = message if isinstance(message, Mapping) else {}
@@ -104,6 +110,11 @@ def check_chat(chat: Any, place: str) -> None:
                 isinstance(value, str) and (value.strip() or name == "content"),
                 f'{place}: message {number} has no {name}; a message is an object with "role" and "content"',
             )
+
+
+def check_chat(chat: Any, place: str) -> None:
+    """Raise `LightPeftError` unless it is a list of messages, and the assistant says something in it."""
+    check_messages(chat, place)
     require(
         any(message["role"] == ASSISTANT and message["content"].strip() for message in chat),
         f"{place}: no message of the assistant says anything, so there is nothing to learn",
@@ -117,6 +128,12 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         "the tokenizer has no chat template; take a model that was made for chats, put chat_template.jinja into its "
         "folder, or write prompts and completions yourself (data.task: causal-lm)",
     )
+
+
+def as_chats(rows: Dataset, column: str) -> Dataset:
+    """Texts as what a user says first; chats as they are."""
+    chats = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in rows[column]]
+    return Dataset.from_dict({**rows.to_dict(), column: chats})
 
 
 def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[list[int], list[bool]]:

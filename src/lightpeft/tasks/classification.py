@@ -65,6 +65,11 @@ class ClassificationTask(Task):
             f"data.test has labels that no training row has: {listed(unseen)}; training has {listed(labels)}",
         )
 
+    @classmethod
+    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Texts are strings that are not blank."""
+        check_texts(rows, entry, what)
+
     def encode(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
     ) -> Dataset:

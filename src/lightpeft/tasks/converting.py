@@ -37,12 +37,17 @@ def convert_rows(
         return _from_rows(_convert_each(rows, convert, what))
     sources = _sources(entry, kind, rows, answered)
     for column, source in sources.items():
-        for name in template_columns(source) if is_template(source) else [source]:
+        for name in source_columns(source):
             check_column(rows, name, _setting(entry, column), what)
     if any(is_template(source) for source in sources.values()):
         return _from_rows(_convert_each(rows, _filler(sources), what))
     features = Features({column: rows.features[source] for column, source in sources.items()})
     return Dataset.from_dict({column: rows[source][:] for column, source in sources.items()}, features=features)
+
+
+def source_columns(source: str) -> list[str]:
+    """Columns of the data that a column or a template reads."""
+    return template_columns(source) if is_template(source) else [source]
 
 
 def template_columns(template: str) -> list[str]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.base import Task, check_strings, check_text, values
+from lightpeft.tasks.base import Task, check_text, values
 from lightpeft.tasks.causal import completion_collator, fit, prompt_columns, with_end, without_end
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
@@ -33,7 +33,7 @@ class GenerationTask(Task):
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
         """Questions are strings that are not blank, and have one answer at least that is none either."""
-        check_strings(rows, "question", entry, what)
+        cls.check_inputs(rows, entry, what)
         for where, value in values(rows, "answers", entry, what):
             require(value not in (None, []), f"{where}: there is no answer; fill it in or drop the row")
             for text in _listed(value):

@@ -64,6 +64,11 @@ class LikelihoodTask(Task):
         SCORABLE[entry.kind].check(rows, entry, what)
 
     @classmethod
+    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """As the kind of rows wants it."""
+        SCORABLE[entry.kind].check_inputs(rows, entry, what)
+
+    @classmethod
     def label_set(cls, rows: Dataset, entry: TaskEntry) -> list[str]:
         """As the kind of rows has it."""
         return SCORABLE[entry.kind].label_set(rows, entry)

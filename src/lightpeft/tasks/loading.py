@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from lightpeft.config import DataConfig, TaskEntry, from_dict
 from lightpeft.tasks.answering import TASKS, task_class
 from lightpeft.tasks.base import Task, limited, split_rows
-from lightpeft.tasks.converting import convert_rows
+from lightpeft.tasks.converting import convert_rows, source_columns
 from lightpeft.tasks.entries import converter, find_entry
 from lightpeft.tasks.likelihood import LikelihoodTask
 from lightpeft.tasks.sources import Split, read_splits
@@ -62,6 +62,16 @@ def convert(rows: Dataset, entry: TaskEntry, what: str, answered: bool = True) -
         LightPeftError: a column is missing, or a row does not fit; `what` names the rows.
     """
     return convert_rows(rows, entry, TASKS[entry.kind], what, converter(entry), answered)
+
+
+def input_columns(task: Task) -> list[str]:
+    """Columns of the data that a row to predict on needs; none where a function of the entry reads the row."""
+    entry, kind = task.entry, TASKS[task.entry.kind]
+    if entry.convert is not None:
+        return []
+    sources = entry.columns or {column: column for column in kind.columns}
+    needed = [source for column, source in sources.items() if column not in kind.answers]
+    return list(dict.fromkeys(name for source in needed for name in source_columns(source)))
 
 
 def task_facts(task: Task) -> dict[str, Any]:

@@ -33,6 +33,11 @@ class RegressionTask(Task):
         for where, value in values(rows, "label", entry, what):
             require(_number(value) is not None, f"{where}: {value!r} is no number; regression needs one in every row")
 
+    @classmethod
+    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Texts are strings that are not blank."""
+        check_texts(rows, entry, what)
+
     def encode(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
     ) -> Dataset:

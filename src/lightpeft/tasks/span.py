@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.base import Task, check_strings, values
+from lightpeft.tasks.base import Task, values
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import SPAN_LABELS, Collator, in_chunks
 from lightpeft.tasks.windows import Window, label_spans, make_windows
@@ -58,8 +58,7 @@ class SpanTask(Task):
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
         """Questions and contexts are strings that are not blank; answers are where they are said to be."""
-        check_strings(rows, "question", entry, what)
-        check_strings(rows, "context", entry, what)
+        cls.check_inputs(rows, entry, what)
         for (where, value), context in zip(values(rows, "answers", entry, what), rows["context"], strict=True):
             for answer in answer_places(value, context, where):
                 found = context[slice(*answer.span)]
@@ -103,7 +102,7 @@ class SpanTask(Task):
     def encode_inputs(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
     ) -> Dataset:
-        """Windows with what `window_of` needs: row, begins, ends and null, and the `context` that answers are cut from."""
+        """Windows with what `window_of` needs (row, begins, ends, null), and the `context` to cut answers from."""
         return self._windows(rows, tokenizer, max_length, progress, _location)
 
     def _windows(
