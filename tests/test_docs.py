@@ -30,7 +30,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the repository's configs, and tiny models and data where the documents expect real ones."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, workbench.forked():
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
         workbench.save_base(folder / "demo/cache/minilm", "bert")
