@@ -242,7 +242,7 @@ class DataConfig:
 
     task: str = "classification"
     """A task by name (such as rte, or one of your own below `tasks`), or a kind whose columns you name here.
-    classification: one label a text (or pair of texts); regression: one number; multiple-choice: one of several options;
+    classification: one label a text (or pair of texts); regression: one number; multiple-choice: one of the options;
     causal-lm: next-token loss on text or completions."""
     answer: AnswerBy = "auto"
     """How a model answers. head: a layer trained for the task; likelihood: the causal language model's own

@@ -260,10 +260,10 @@ def _token_sums(run: _Run, dataset: Dataset) -> np.ndarray:
 
 
 def _picked(dataset: Dataset, chosen: list[int]) -> Answers:
-    """Answers by option: its number or, where rows say which texts are right, its text."""
+    """Answers by option: its number or, where several may be right, its name."""
     if "right" not in dataset.column_names:
         return _answers(dataset, chosen, dataset["labels"][:])
-    texts = [options[index] for options, index in zip(dataset["options"], chosen, strict=True)]
+    texts = [names[index] for names, index in zip(dataset["names"], chosen, strict=True)]
     return _answers(dataset, texts, dataset["right"][:])
 
 

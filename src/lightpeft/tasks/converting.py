@@ -109,6 +109,9 @@ class _Row(Mapping[str, Any]):
         self.read = column
         return self.row.get(column, default)
 
+    def __contains__(self, column: object) -> bool:
+        return column in self.row
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.row)
 

@@ -55,7 +55,7 @@ class LikelihoodTask(Task):
     head: ClassVar[Head] = "causal-lm"
     answering: ClassVar[str] = "likelihood"
     columns: ClassVar[tuple[str, ...]] = ()
-    carried: ClassVar[tuple[str, ...]] = ("group", "options", "right")
+    carried: ClassVar[tuple[str, ...]] = ("group", "names", "right")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     @classmethod

@@ -18,16 +18,17 @@ from lightpeft.tasks.tokens import Collator, in_chunks
 class MultipleChoiceTask(Task):
     """Every option is read behind the context, and a head scores it; the highest score is the answer.
 
-    Rows have `context`, `options` (texts) and `answer` (index of the right option), and may have `ending` (text that
-    follows whichever option is put in) and `right` (all right texts, where several options or none are right).
+    Rows have `context`, `options` (texts) and `answer` (index of the right option). They may have `ending` (what follows
+    whichever option is put in) and, where several options are right, `names` (what the options are called in answers)
+    and `right` (the names of the right ones).
     """
 
     head: ClassVar[Head] = "multiple-choice"
     answering: ClassVar[str] = "multiple-choice"
     columns: ClassVar[tuple[str, ...]] = ("context", "options", "answer")
-    optional: ClassVar[tuple[str, ...]] = ("ending", "right", "group")
+    optional: ClassVar[tuple[str, ...]] = ("ending", "names", "right", "group")
     answers: ClassVar[tuple[str, ...]] = ("answer", "right")
-    carried: ClassVar[tuple[str, ...]] = ("group", "options", "right")
+    carried: ClassVar[tuple[str, ...]] = ("group", "names", "right")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     @classmethod

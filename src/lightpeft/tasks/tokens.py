@@ -18,7 +18,7 @@ NO_LIMIT = 10**9
 """Tokenizers without a length limit report a number far above this."""
 IGNORED = -100
 """Label of positions that count in no loss."""
-NOT_INPUTS = ("length", "group", "options", "right")
+NOT_INPUTS = ("length", "group", "names", "right")
 """Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
 
 
