@@ -245,7 +245,7 @@ def decided(
 ) -> tuple[Tensor, PrunePlan]:
     """The logits of the model that lightpeft cuts as `by` decides, and the plan."""
     blocks = by(work, loaded.model, goal)
-    model = add_peft(LoadedModel(copy.deepcopy(loaded.model), loaded.new_modules), work.config)
+    model = add_peft(LoadedModel(copy.deepcopy(loaded.model), loaded.new_modules, loaded.head), work.config)
     plan = peer_pruning.apply_to_peft(model, blocks, "test")
     apply_plan(model, plan)
     return answers(model), plan

@@ -85,7 +85,8 @@ def test_ratios_in_range(value: float) -> None:
         (TrainingConfig, {"learning_rate": float("nan")}, "training.learning_rate is nan"),
         (TrainingConfig, {"warmup": 1.0}, "training.warmup is 1"),
         (TrainingConfig, {"save_steps": 0}, "start at 1"),
-        (RunConfig, {"method": "full"}, 'method is "full"; choose one of light, plain'),
+        (RunConfig, {"method": "fulll"}, 'method is "fulll"; choose one of light, plain, full'),
+        (TrainingConfig, {"full_learning_rate": 0.0}, "training.full_learning_rate is 0"),
         (RunConfig, {"preset": "slow"}, 'preset is "slow"'),
     ],
 )

@@ -28,7 +28,7 @@ TaskKind = Literal["classification", "regression", "multiple-choice", "span", "c
 Head = Literal["classification", "regression", "multiple-choice", "span", "causal-lm"]
 AnswerBy = Literal["auto", "head", "likelihood"]
 LikelihoodRule = Literal["sum", "token", "byte", "unconditional"]
-Method = Literal["light", "plain"]
+Method = Literal["light", "plain", "full"]
 PeftKind = Literal["lora", "bottleneck"]
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
 RefitForm = Literal["none", "bias", "low_rank"]
@@ -346,6 +346,8 @@ class TrainingConfig:
     """Backward passes an optimizer step."""
     learning_rate: float = 3e-4
     """Peak learning rate of the PEFT modules and the head; linear decay to zero."""
+    full_learning_rate: float = 2e-5
+    """Peak learning rate where every weight trains (method full): what PEFT needs would destroy pretrained weights."""
     warmup: float = 0.06
     """Part of each stage's steps over which the learning rate rises."""
     weight_decay: float = 0.0
@@ -371,7 +373,8 @@ class TrainingConfig:
     """Steps between lines in log.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "learning_rate"):
+        rates = ("learning_rate", "full_learning_rate")
+        for name in ("epochs", "batch_size", "eval_batch_size", "gradient_accumulation", *rates):
             value = getattr(self, name)
             require(0 < value < math.inf, f"training.{name} is {value:g}; it must be positive and finite")
         for name in ("weight_decay", "max_grad_norm"):
@@ -390,8 +393,8 @@ class RunConfig:
     preset: Preset = "default"
     """Starting values of `light`: default (half of the blocks go), fast (less goes), or paper (Gu et al. 2024)."""
     method: Method = "light"
-    """light: Light-PEFT; plain: the same PEFT on the same data as it is used by habit, for comparison (no estimation,
-    nothing pruned; LoRA sits on q and v)."""
+    """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
+    nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
     peft: PeftKind = "lora"
     """lora, or bottleneck adapters."""
     output: str = "runs/run"

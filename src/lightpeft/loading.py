@@ -87,7 +87,7 @@ class LoadedModel:
     model: PreTrainedModel
     new_modules: list[str]
     """Modules that the checkpoint has no weights for (the task head); they train and travel with the adapter."""
-    head: Head = "causal-lm"
+    head: Head
     """What the model was loaded with."""
 
 

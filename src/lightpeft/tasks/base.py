@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import DataConfig, Head, TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.answers import Answers
+from lightpeft.tasks.answers import Answers, Metric
 from lightpeft.tasks.metrics import METRICS
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import Collator
@@ -104,9 +104,14 @@ class Task(ABC):
         """The value that stands for all when there is room for one."""
         return METRICS[self.metrics[0]].values[0]
 
+    @property
+    def measures(self) -> tuple[Metric, ...]:
+        """What is measured, as functions of answers, the main metric first."""
+        return tuple(METRICS[name].compute for name in self.metrics)
+
     def score(self, answers: Answers) -> dict[str, float]:
         """All that is measured of answers, the main metric first."""
-        return {name: value for metric in self.metrics for name, value in METRICS[metric](answers).items()}
+        return {name: value for measure in self.measures for name, value in measure(answers).items()}
 
 
 def source_column(entry: TaskEntry, column: str) -> str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-import string
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,8 @@ import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from lightpeft.tasks.answers import Answers, Metric
+from lightpeft.tasks.answers import Answers, MeanMetric, Metric
+from lightpeft.tasks.matching import text_match
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,15 @@ class NamedMetric:
         return self.compute(answers)
 
 
-def accuracy(answers: Answers) -> dict[str, float]:
-    """Part of the answers that are right; where several are, one of them will do."""
-    return {"accuracy": float(np.mean([_right(p, r) for p, r in _pairs(answers)]))}
+def _right(answers: Answers) -> dict[str, np.ndarray]:
+    pairs = zip(answers.predictions, answers.references, strict=True)
+    several = (list, tuple)
+    right = [p in r if isinstance(r, several) else p == r for p, r in pairs]
+    return {"accuracy": np.asarray(right, float)}
+
+
+accuracy = MeanMetric(_right)
+"""Part of the answers that are right; where several are, one of them will do."""
 
 
 def f1(answers: Answers) -> dict[str, float]:
@@ -60,32 +65,25 @@ def spearman(answers: Answers) -> dict[str, float]:
     return {"spearman": _correlation(spearmanr, answers)}
 
 
-def squared_error(answers: Answers) -> dict[str, float]:
-    """Mean squared error."""
+def _squared(answers: Answers) -> dict[str, np.ndarray]:
     difference = np.asarray(answers.predictions, float) - np.asarray(answers.references, float)
-    return {"mse": float(np.mean(difference**2))}
+    return {"mse": difference**2}
+
+
+squared_error = MeanMetric(_squared)
+"""Mean squared error."""
 
 
 def multirc(answers: Answers) -> dict[str, float]:
     """MultiRC's metrics (Khashabi et al. 2018): F1 over all answer options, and questions with all of them right."""
     right: dict[Any, list[bool]] = defaultdict(list)
     groups = range(len(answers)) if answers.groups is None else answers.groups
-    for group, (prediction, reference) in zip(groups, _pairs(answers), strict=True):
+    for group, prediction, reference in zip(groups, answers.predictions, answers.references, strict=True):
         right[group].append(prediction == reference)
     return {
         "f1a": float(f1_score(answers.references, answers.predictions, average="binary", zero_division=0)),
         "exact_match": float(np.mean([all(of_question) for of_question in right.values()])),
     }
-
-
-def text_match(answers: Answers) -> dict[str, float]:
-    """Token F1 and exact match of texts, each with the right text that it meets best, as SQuAD and ReCoRD have it."""
-    scores = [
-        (max(token_f1(prediction, text) for text in right), max(_same_text(prediction, text) for text in right))
-        for prediction, right in _pairs(answers)
-    ]
-    of_tokens, exact = np.mean(np.asarray(scores, float), axis=0)
-    return {"f1": float(of_tokens), "exact_match": float(exact)}
 
 
 def language_modelling(answers: Answers) -> dict[str, float]:
@@ -115,34 +113,16 @@ METRICS: dict[str, NamedMetric] = {
 """Name of a metric, as a task's entry gives it -> the metric."""
 
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
+def renamed(metric: Metric, names: Mapping[str, str]) -> Metric:
+    """The metric with some of its values under other names; of a mean it is a mean."""
 
+    def rename(values: dict[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in values.items()}
 
-def normalised(text: str) -> str:
-    """Lower case without punctuation, articles and extra spaces: how SQuAD compares texts (Rajpurkar et al. 2016)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def token_f1(prediction: str, reference: str) -> float:
-    """F1 of the words that two normalised texts share; texts without a word are equal or share nothing."""
-    ours, theirs = normalised(prediction).split(), normalised(reference).split()
-    if not ours or not theirs:
-        return float(ours == theirs)
-    shared = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * shared / (len(ours) + len(theirs))
-
-
-def _same_text(prediction: str, reference: str) -> bool:
-    return normalised(prediction) == normalised(reference)
-
-
-def _pairs(answers: Answers) -> zip[tuple[Any, Any]]:
-    return zip(answers.predictions, answers.references, strict=True)
-
-
-def _right(prediction: Any, reference: Any) -> bool:
-    return prediction in reference if isinstance(reference, (list, tuple)) else bool(prediction == reference)
+    if isinstance(metric, MeanMetric):
+        scores = metric.scores
+        return MeanMetric(lambda answers: rename(scores(answers)))
+    return lambda answers: rename(metric(answers))
 
 
 def _classes(answers: Answers) -> int:

@@ -18,9 +18,9 @@ from lightpeft.tasks.tokens import Collator, in_chunks
 class MultipleChoiceTask(Task):
     """Every option is read behind the context, and a head scores it; the highest score is the answer.
 
-    Rows have `context`, `options` (texts) and `answer` (index of the right option). They may have `ending` (what follows
-    whichever option is put in) and, where several options are right, `names` (what the options are called in answers)
-    and `right` (the names of the right ones).
+    Rows have `context`, `options` (texts) and `answer` (index of the right option). They may have `ending` (what
+    follows whichever option is put in) and, where several options are right, `names` (what options are called in
+    answers) and `right` (the names of the right ones).
     """
 
     head: ClassVar[Head] = "multiple-choice"
