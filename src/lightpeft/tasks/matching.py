@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from statistics import fmean
 
-from lightpeft.tasks.answers import Answers
+import numpy as np
+
+from lightpeft.tasks.answers import Answers, MeanMetric
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-@lru_cache(maxsize=2**16)  # resampled answers are scored many times
 def normalised(text: str) -> str:
     """Lower case without ASCII punctuation, articles and surplus space (the official script of SQuAD 2.0)."""
     words = _ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION))
@@ -38,38 +39,40 @@ def token_f1(prediction: str, answer: str) -> float:
 
 def best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:
     """The score against the right answer that fits best; where there is none, the right answer is no text at all."""
-    right = [answer for answer in answers if normalised(answer)] or [""]
-    return max(score(prediction, answer) for answer in right)
+    return max(score(prediction, answer) for answer in _with_words(answers) or [""])
 
 
-def text_match(answers: Answers) -> dict[str, float]:
-    """SQuAD 1.1's metrics: f1 and exact_match, in [0, 1], each against the best of an example's references.
+def _with_words(answers: Sequence[str]) -> list[str]:
+    return [answer for answer in answers if normalised(answer)]
 
-    Predictions are texts, references lists of texts. Rajpurkar et al. 2016, arXiv 1606.05250.
+
+@lru_cache(maxsize=2**16)  # resampled answers are scored many times
+def _f1_and_exact(prediction: str, answers: tuple[str, ...]) -> tuple[float, float]:
+    return best(token_f1, prediction, answers), best(exact, prediction, answers)
+
+
+def _scores(answers: Answers) -> dict[str, np.ndarray]:
+    """Name of the metric -> float [examples]."""
+    pairs = zip(answers.predictions, answers.references, strict=True)
+    scores = np.array([_f1_and_exact(prediction, tuple(right)) for prediction, right in pairs])
+    return {"f1": scores[:, 0], "exact_match": scores[:, 1]}
+
+
+text_match = MeanMetric(_scores)
+"""SQuAD's f1 and exact_match, in [0, 1]: of predicted texts, each against the reference (a list of texts an example)
+that it fits best. Rajpurkar et al. 2016, arXiv 1606.05250."""
+
+
+def by_answerability(answers: Answers) -> dict[str, float]:
+    """What SQuAD 2.0 measures besides: `text_match` of the questions that have an answer, and of those that have none.
+
+    Without a reference an empty prediction is right. NaN where there is no such question.
+    Rajpurkar et al. 2018, arXiv 1806.03822.
     """
-    return {name: fmean(_each(score, answers)) for name, score in _SCORES.items()}
-
-
-def squad_v2(answers: Answers) -> dict[str, float]:
-    """SQuAD 2.0's metrics: those of `text_match`, and apart for questions with and without an answer.
-
-    A question without an answer has no reference, and an empty prediction is right. What there is no question for has
-    no value. Rajpurkar et al. 2018, arXiv 1806.03822.
-    """
-    metrics = text_match(answers)
-    for kind, answerable in (("has_answer", True), ("no_answer", False)):
-        chosen = [index for index, right in enumerate(answers.references) if bool(_texts(right)) is answerable]
-        part = text_match(answers.take(chosen)) if chosen else {}
-        metrics |= {f"{kind}_{name}": value for name, value in part.items()}
-    return metrics
-
-
-_SCORES: dict[str, Callable[[str, str], float]] = {"f1": token_f1, "exact_match": exact}
-
-
-def _each(score: Callable[[str, str], float], answers: Answers) -> list[float]:
-    return [best(score, *pair) for pair in zip(answers.predictions, answers.references, strict=True)]
-
-
-def _texts(references: Sequence[str]) -> list[str]:
-    return [text for text in references if normalised(text)]
+    answerable = np.array([bool(_with_words(right)) for right in answers.references])
+    parts = {"has_answer": answerable, "no_answer": ~answerable}
+    return {
+        f"{part}_{name}": float(np.mean(scores[chosen])) if chosen.any() else math.nan
+        for part, chosen in parts.items()
+        for name, scores in _scores(answers).items()
+    }
