@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
-from workbench import Workbench, at_step, checksums, in_child, lightpeft, read, signalling, stamps
+from workbench import GRIDS, Workbench, at_step, checksums, in_child, lightpeft, read, signalling, stamps
 
 from lightpeft import pipeline
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
@@ -42,9 +42,6 @@ from lightpeft.reproduce import (
 )
 from lightpeft.reproduce.summary import MEASURES, Spread, p_value
 from lightpeft.runs import RunFolder
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-GRIDS = [path for path in sorted(CONFIGS.rglob("*.yaml")) if "methods" in yaml.safe_load(path.read_text())]
 
 
 @pytest.fixture(scope="module")
