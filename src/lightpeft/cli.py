@@ -281,7 +281,8 @@ def _reproduce(options: Namespace) -> None:
     from lightpeft.reproduce import reproduce, rich_table
 
     quiet()
-    results = reproduce(options.grid, options.out, options.get("only") or [], options.get("devices"))
+    given = options.as_dict()
+    results = reproduce(given.pop("grid"), **given)
     _out.print(rich_table(results))
     if results.failures:
         sys.exit(1)
