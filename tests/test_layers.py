@@ -24,7 +24,7 @@ LAYERS: tuple[set[str], ...] = (
     {"checkpoint"},
     {"pruner", "runs", "tables", "predicting"},
     {"pipeline"},
-    {"bench"},
+    {"bench", "reproduce"},
     {"cli", "__main__", "__init__"},
 )
 """Modules and sub-packages of lightpeft, lowest layer first."""
