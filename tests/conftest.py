@@ -42,7 +42,7 @@ def pytest_runtest_logfinish() -> None:
 
 
 def _freeze_imports() -> None:
-    """What imports leave is there to stay: without it a garbage collection takes milliseconds instead of half a second."""
+    """What imports leave is there to stay: without it a collection takes milliseconds instead of half a second."""
     global _modules
     gc.collect()
     gc.freeze()

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import workbench
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from lightpeft import EarlyPruner, LightConfig, cli
+from lightpeft import EarlyPruner, LightConfig, cli, pipeline
+from lightpeft.reproduce import Cell, running
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +32,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the repository's configs, and tiny models and data where the documents expect real ones."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "configs", folder / "configs")
+    for grid in workbench.GRIDS:
+        smaller(folder / grid.relative_to(ROOT))
     with pytest.MonkeyPatch.context() as patch, workbench.forked():
+        patch.setattr(running, "run_cell", in_this_process)
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
         workbench.save_base(folder / "demo/cache/minilm", "bert")
@@ -45,6 +50,20 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         workbench.write_rows(folder / "questions.jsonl", workbench.completions(160))
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
         yield folder
+
+
+def smaller(grid: Path) -> None:
+    """Leave the first two methods and one seed of a grid, and few steps."""
+    data = yaml.safe_load(grid.read_text())
+    names = list(data["methods"])[:2]
+    data["methods"] = names if isinstance(data["methods"], list) else {name: data["methods"][name] for name in names}
+    data["run"]["training"]["epochs"] = 1
+    grid.write_text(yaml.safe_dump({**data, "seeds": data["seeds"][:1]}, sort_keys=False))
+
+
+def in_this_process(cell: Cell, devices: int, log: Path) -> None:
+    """Runs a cell of a grid without the time that a process takes to start."""
+    pipeline.run(cell.config)
 
 
 def renamed(path: Path, rows: workbench.Rows, **columns: str) -> None:

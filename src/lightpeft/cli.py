@@ -36,6 +36,7 @@ _STAGES = {
 _OTHERS = {
     "predict": "Label text lines or the rows of a table, with probabilities.",
     "inspect": "Show a plan, a light adapter or a run as a table, layer by layer.",
+    "reproduce": "Run a grid of models, tasks, methods and seeds, and write one table of it.",
 }
 
 
@@ -84,7 +85,7 @@ def _dispatch(arguments: list[str]) -> None:
     if verb in _STAGES:
         _run_stage(verb, options)
     else:
-        {"predict": _predict, "inspect": _inspect}[verb](options)
+        {"predict": _predict, "inspect": _inspect, "reproduce": _reproduce}[verb](options)
 
 
 def _parser(asked: str | None) -> tuple[ArgumentParser, list[str]]:
@@ -103,7 +104,7 @@ def _parser(asked: str | None) -> tuple[ArgumentParser, list[str]]:
             description=description, usage=usage, exit_on_error=False, allow_abbrev=False, print_config=None
         )
         if verb == asked:
-            {"predict": _predict_options, "inspect": _inspect_options}.get(verb, _stage_options)(subparser)
+            _OPTIONS.get(verb, _stage_options)(subparser)
             if verb == "bench":
                 _bench_options(subparser)
             known = [option for action in subparser._actions for option in action.option_strings]
@@ -260,6 +261,39 @@ def _inspect(options: Namespace) -> None:
     base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
     _out.print(facts_table({**base, **description["metrics"]}, f"light adapter {adapter_folder(path)}"))
     _out.print(plan_table(PrunePlan.from_dict(description["plan"])))
+
+
+def _reproduce_options(parser: ArgumentParser) -> None:
+    parser.add_argument("grid", type=str, help="YAML file of the grid; paths in it are relative to this folder.")
+    parser.add_argument("--out", type=str, help="Folder of the cells and tables (default: runs/<folder>/<file>).")
+    parser.add_argument(
+        "--only",
+        type=str,
+        nargs="+",
+        default=[],
+        metavar="AXIS=NAME",
+        help="Run a part of the grid, as in method=lora seed=0; several of one axis are alternatives.",
+    )
+    parser.add_argument("--devices", type=int, help="Accelerators that each cell is spread over (default: all).")
+
+
+def _reproduce(options: Namespace) -> None:
+    from lightpeft.reproduce import reproduce, rich_table
+
+    quiet()
+    given = options.as_dict()
+    results = reproduce(given.pop("grid"), **given)
+    _out.print(rich_table(results))
+    if results.failures:
+        sys.exit(1)
+
+
+_OPTIONS: dict[str, Callable[[ArgumentParser], None]] = {
+    "predict": _predict_options,
+    "inspect": _inspect_options,
+    "reproduce": _reproduce_options,
+}
+"""Verb -> its options; the stages have those of a run."""
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

@@ -77,11 +77,15 @@ def cache_prefix(
         announce: told, before anything is computed, what it will take, or why there will be no cache.
 
     Returns:
-        The rows with their states; None if they would not fit, or differ with the padding of a batch.
+        The rows with their states; None if they would not fit, differ with the padding of a batch, or if a row has
+        several sequences (multiple choice).
 
     Raises:
         LightPeftError: the folder cannot be written.
     """
+    if isinstance(rows[0]["input_ids"][0], list):
+        announce("no prefix cache: it keeps one sequence a row, and multiple choice reads one an option")
+        return None
     caching = _Caching(prefix, rows, collator, batch_size, bf16)
     first = caching.compute_checked()
     if first is None:

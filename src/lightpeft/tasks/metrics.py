@@ -1,0 +1,139 @@
+"""What is measured of answers: functions of `Answers`, by name in one registry."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from lightpeft.tasks.answers import Answers, MeanMetric, Metric
+from lightpeft.tasks.matching import text_match
+
+
+@dataclass(frozen=True)
+class NamedMetric:
+    """A function of answers and the names of the values it gives, the main one first."""
+
+    values: tuple[str, ...]
+    compute: Metric
+
+    def __call__(self, answers: Answers) -> dict[str, float]:
+        """The values by name."""
+        return self.compute(answers)
+
+
+def _right(answers: Answers) -> dict[str, np.ndarray]:
+    pairs = zip(answers.predictions, answers.references, strict=True)
+    several = (list, tuple)
+    right = [p in r if isinstance(r, several) else p == r for p, r in pairs]
+    return {"accuracy": np.asarray(right, float)}
+
+
+accuracy = MeanMetric(_right)
+"""Part of the answers that are right; where several are, one of them will do."""
+
+
+def f1(answers: Answers) -> dict[str, float]:
+    """F1 of the second class where there are two, else the mean over classes (macro)."""
+    average = "binary" if _classes(answers) == 2 else "macro"
+    return {"f1": float(f1_score(answers.references, answers.predictions, average=average, zero_division=0))}
+
+
+def f1_macro(answers: Answers) -> dict[str, float]:
+    """Mean of all classes' F1, as SuperGLUE measures CB."""
+    return {"f1_macro": float(f1_score(answers.references, answers.predictions, average="macro", zero_division=0))}
+
+
+def matthews(answers: Answers) -> dict[str, float]:
+    """Matthews' correlation coefficient, in [-1, 1]; 0 where all answers are the same."""
+    return {"matthews": float(matthews_corrcoef(answers.references, answers.predictions))}
+
+
+def pearson(answers: Answers) -> dict[str, float]:
+    """Pearson's correlation; 0 where it is not defined because one side is constant."""
+    return {"pearson": _correlation(pearsonr, answers)}
+
+
+def spearman(answers: Answers) -> dict[str, float]:
+    """Spearman's rank correlation; 0 where it is not defined because one side is constant."""
+    return {"spearman": _correlation(spearmanr, answers)}
+
+
+def _squared(answers: Answers) -> dict[str, np.ndarray]:
+    difference = np.asarray(answers.predictions, float) - np.asarray(answers.references, float)
+    return {"mse": difference**2}
+
+
+squared_error = MeanMetric(_squared)
+"""Mean squared error."""
+
+
+def multirc(answers: Answers) -> dict[str, float]:
+    """MultiRC's metrics (Khashabi et al. 2018): F1 over all answer options, and questions with all of them right."""
+    right: dict[Any, list[bool]] = defaultdict(list)
+    groups = range(len(answers)) if answers.groups is None else answers.groups
+    for group, prediction, reference in zip(groups, answers.predictions, answers.references, strict=True):
+        right[group].append(prediction == reference)
+    return {
+        "f1a": float(f1_score(answers.references, answers.predictions, average="binary", zero_division=0)),
+        "exact_match": float(np.mean([all(of_question) for of_question in right.values()])),
+    }
+
+
+def language_modelling(answers: Answers) -> dict[str, float]:
+    """Of predictions (sum of the tokens' cross-entropy in nats, tokens predicted right, tokens), one an example."""
+    loss, right, tokens = np.sum(np.asarray(answers.predictions, float), axis=0)
+    mean = loss / tokens
+    return {
+        "perplexity": math.exp(min(mean, 700.0)),
+        "loss": float(mean),
+        "accuracy": float(right / tokens),
+        "tokens": float(tokens),
+    }
+
+
+METRICS: dict[str, NamedMetric] = {
+    "accuracy": NamedMetric(("accuracy",), accuracy),
+    "f1": NamedMetric(("f1",), f1),
+    "f1_macro": NamedMetric(("f1_macro",), f1_macro),
+    "matthews": NamedMetric(("matthews",), matthews),
+    "pearson": NamedMetric(("pearson",), pearson),
+    "spearman": NamedMetric(("spearman",), spearman),
+    "mse": NamedMetric(("mse",), squared_error),
+    "multirc": NamedMetric(("f1a", "exact_match"), multirc),
+    "record": NamedMetric(("f1", "exact_match"), text_match),
+    "language_modelling": NamedMetric(("perplexity", "loss", "accuracy", "tokens"), language_modelling),
+}
+"""Name of a metric, as a task's entry gives it -> the metric."""
+
+
+def renamed(metric: Metric, names: Mapping[str, str]) -> Metric:
+    """The metric with some of its values under other names; of a mean it is a mean."""
+
+    def rename(values: dict[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in values.items()}
+
+    if isinstance(metric, MeanMetric):
+        scores = metric.scores
+        return MeanMetric(lambda answers: rename(scores(answers)))
+    return lambda answers: rename(metric(answers))
+
+
+def _classes(answers: Answers) -> int:
+    """How many classes there are: as many as probabilities, or as the highest number needs."""
+    if answers.probabilities is not None:
+        return answers.probabilities.shape[-1]
+    return max(2, 1 + max(max(answers.predictions), max(answers.references)))
+
+
+def _correlation(measure: Callable[..., Any], answers: Answers) -> float:
+    predictions, references = np.asarray(answers.predictions, float), np.asarray(answers.references, float)
+    if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return 0.0
+    return float(measure(predictions, references).statistic)
