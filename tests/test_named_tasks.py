@@ -226,6 +226,7 @@ class TestSources:
         (folder / "rte" / "validation.jsonl").unlink()
         line = error_of(self.load, folder)
         assert f"data.path: {folder} has no rte/validation{{.csv,.tsv,.json,.jsonl,.parquet}}" in line
+        write_task(tmp_path, "rte")
         (folder / "rte" / "train.jsonl").unlink()
         assert f"data.path: {folder} has no rte/train" in error_of(self.load, folder)
         assert "does not exist" in error_of(self.load, tmp_path / "nowhere")
