@@ -25,6 +25,7 @@ from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
 from lightpeft.estimation import stage_length
+from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
 from lightpeft.loading import LoadedModel, accelerator, add_peft, load_model, load_model_config, load_tokenizer
 from lightpeft.planning import make_plan
@@ -281,11 +282,11 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     run.need("train", "evaluate")
     started = time.perf_counter()
     model = trained_model(work)
-    scores = measure(work, model)
+    scores = evaluation.scores_of(measure(work, model), work.task)
 
     def save() -> None:
         if isinstance(model, LightModel):
-            model.light_metrics = dict(scores)
+            model.light_metrics = dict(scores.metrics)
             model.save_pretrained(run.adapter)
         write_json(run.metrics, report(work, model, scores))
 
@@ -293,25 +294,22 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     return read_json(run.metrics)
 
 
-def measure(work: Workspace, model: Model) -> dict[str, float]:
-    """Metrics on the test rows, and on those of further splits with their prefix."""
-
-    def of(rows: Dataset) -> dict[str, float]:
-        training = work.config.training
-        return evaluation.evaluate(model, rows, work.task, work.collator, training.eval_batch_size, training.bf16)
-
-    scores = of(work.test_rows)
-    for prefix, rows in work.more_test_rows.items():
-        scores |= {f"{prefix}_{name}": value for name, value in of(rows).items()}
-    return scores
+def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
+    """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
+    training, splits = work.config.training, {"": work.test_rows, **work.more_test_rows}
+    return {
+        prefix: evaluation.outcome(model, rows, work.task, work.collator, training.eval_batch_size, training.bf16)
+        for prefix, rows in splits.items()
+    }
 
 
-def report(work: Workspace, model: Model, scores: dict[str, float]) -> dict[str, Any]:
+def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
     """What metrics.json holds: quality, parameters, times, and all that is needed to repeat the run."""
     run, config = work.run, work.config
     return {
         "method": config.method,
-        "metrics": scores,
+        "metrics": scores.metrics,
+        "intervals": scores.intervals,
         "main_metric": work.task.main_metric,
         "parameters": parameter_report(model),
         "seconds": run.stage_seconds(),

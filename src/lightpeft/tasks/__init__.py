@@ -11,7 +11,7 @@ from lightpeft.tasks.causal import CausalLMTask
 from lightpeft.tasks.classification import ClassificationTask, encode_texts, text_collator
 from lightpeft.tasks.entries import ENTRIES, find_entry
 from lightpeft.tasks.likelihood import LikelihoodTask
-from lightpeft.tasks.loading import convert, load_task, restore_task, task_facts
+from lightpeft.tasks.loading import convert, load_task, load_test, restore_task, run_settings, task_facts
 from lightpeft.tasks.metrics import METRICS
 from lightpeft.tasks.multiple_choice import MultipleChoiceTask
 from lightpeft.tasks.progress import Progress, bar, silent
@@ -40,8 +40,10 @@ __all__ = [
     "ensure_pad_token",
     "find_entry",
     "load_task",
+    "load_test",
     "read_rows",
     "restore_task",
+    "run_settings",
     "silent",
     "task_class",
     "task_facts",
