@@ -19,8 +19,9 @@ from transformers import set_seed
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
 
-LONG = ("support", "resume", "pipeline", "benchmarks", "docs", "real_models", "distributed", "prefix", "bad_input")
-"""Test files that take longest."""
+LONG = ("support", "resume", "parity", "surgery", "bad_input", "task_entries", "peft_variants", "benchmarks", "pipeline")
+LONG += ("families", "checkpoint", "discovery", "prefix", "streaming", "reproduce", "real_models", "harness", "docs")
+"""Test files that take longest, the longest first."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
