@@ -19,7 +19,17 @@ from transformers import set_seed
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
 
-LONG = ("support", "resume", "parity", "surgery", "bad_input", "task_entries", "peft_variants", "benchmarks", "pipeline")
+LONG = (
+    "support",
+    "resume",
+    "parity",
+    "surgery",
+    "bad_input",
+    "task_entries",
+    "peft_variants",
+    "benchmarks",
+    "pipeline",
+)
 LONG += ("families", "checkpoint", "discovery", "prefix", "streaming", "reproduce", "real_models", "harness", "docs")
 """Test files that take longest, the longest first."""
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 import torch
 import workbench
@@ -48,8 +49,22 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         renamed(folder / "pairs.csv", rows, premise="text", hypothesis="text", relation="label")
         (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
         workbench.write_rows(folder / "questions.jsonl", workbench.completions(160))
+        layouts.write_task(folder / "demo/cache/quartz", "quartz", train=160)
+        write_own_task(folder, rows)
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
         yield folder
+
+
+def write_own_task(folder: Path, rows: workbench.Rows) -> None:
+    """The YAML of docs/tasks.md that declares the task "claims", and rows for it."""
+    (folder / "claims.yaml").write_text(
+        next(code for code in blocks(ROOT / "docs/tasks.md", "yaml") if "claims:" in code)
+    )
+    (folder / "claims").mkdir()
+    for split in ("train", "dev"):
+        renamed(folder / f"claims/{split}.jsonl", rows, title="text", body="text", source="text", verdict="label")
+        verdicts = (folder / f"claims/{split}.jsonl").read_text().replace('"positive"', "1").replace('"negative"', "0")
+        (folder / f"claims/{split}.jsonl").write_text(verdicts)
 
 
 def smaller(grid: Path) -> None:

@@ -186,6 +186,19 @@ class TestEntries:
         assert "data.text is for kinds; task rte" in error_of(find_entry, DataConfig(task="rte", text="sentence1"))
 
 
+def test_the_table_in_the_documents_is_what_is_there() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    for name, entry in ENTRIES.items():
+        splits = ", ".join(f"`{split}`" for split in (entry.test, *entry.more_tests.values()))
+        metrics = ", ".join(f"`{metric}`" for metric in entry.metrics)
+        assert f"| `{name}` | {entry.hub} | {splits} | {entry.kind} | {metrics} |" in text.splitlines()
+    for kind, task in TASKS.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{kind}` | "))
+        assert row.endswith(f"{', '.join(f'`{metric}`' for metric in task.default_metrics)} |")
+    for convert_name in CONVERTERS:
+        assert f"`{convert_name}`" in text
+
+
 class TestSources:
     def load(self, folder: Path, task: str = "rte", **settings: Any) -> Task:
         return load_task(DataConfig(task=task, path=str(folder), **settings))
