@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation import answer, evaluate, outcome
 from lightpeft.importance import RealTokens
+from lightpeft.prefix import FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.tasks import ClassificationTask, LikelihoodTask, MultipleChoiceTask, silent
 from lightpeft.tasks.likelihood import ACCURACIES, encode_pairs, option_sequences
 from lightpeft.tasks.tokens import IGNORED
@@ -234,6 +236,17 @@ class TestMultipleChoiceHead:
         assert batch["labels"].tolist() == QUESTIONS["answer"][:]
         assert batch["attention_mask"][1].sum(-1).tolist() == [5, 4, 1, 1]  # two empty options: a start token each
         assert encoded["length"][0] == 3 * 8 and encoded["length"][1] == 2 * 5
+
+    def test_there_is_no_prefix_cache(self, bert: BertForMultipleChoice, tmp_path: Path) -> None:
+        task, tokenizer, said = self.task(), word_tokenizer(), []
+        rows = task.encode(task.train, tokenizer, 32, progress=silent)
+        for name, parameter in bert.named_parameters():
+            parameter.requires_grad_("layer.1" in name)
+        with FrozenPrefix(bert).attached() as prefix:
+            assert prefix.blocks
+            options: dict[str, Any] = {"batch_size": 2, "announce": said.append}
+            assert cache_prefix(prefix, rows, task.collator(tokenizer), PrefixCache(), tmp_path, **options) is None
+        assert said == ["no prefix cache: it keeps one sequence a row, and multiple choice reads one an option"]
 
     def test_real_tokens_of_options(self, bert: BertForMultipleChoice) -> None:
         task, tokenizer = self.task(), word_tokenizer()

@@ -133,7 +133,7 @@ def place(what: str, number: int, column: str) -> str:
 def values(rows: Dataset, column: str, entry: TaskEntry, what: str) -> Iterator[tuple[str, Any]]:
     """The place and value of every row's `column`."""
     shown = source_column(entry, column)
-    for number, value in enumerate(rows[column], 1):
+    for number, value in enumerate(rows[column][:], 1):
         yield place(what, number, shown), value
 
 

@@ -112,7 +112,7 @@ def label_names(rows: Dataset, entry: TaskEntry, what: str) -> list[str | None]:
     """Every row's label as its name; None where there is none, or where it is hidden (-1, as hub data sets do)."""
     feature, shown = rows.features["label"], source_column(entry, "label")
     names = list(entry.labels) or (feature.names if isinstance(feature, ClassLabel) else None)
-    return [_label_name(value, names, place(what, i, shown)) for i, value in enumerate(rows["label"], 1)]
+    return [_label_name(value, names, place(what, i, shown)) for i, value in enumerate(rows["label"][:], 1)]
 
 
 def _label_name(value: Any, names: list[str] | None, where: str) -> str | None:

@@ -121,7 +121,7 @@ class _Row(Mapping[str, Any]):
 
 def _convert_each(rows: Dataset, convert: Convert, entry: TaskEntry, what: str) -> Iterator[dict[str, Any]]:
     """Converted rows; one that cannot be converted is an error that names the column read last."""
-    for number, values in enumerate(rows, 1):
+    for number, values in enumerate(_each(rows), 1):
         row = _Row(values, entry, what, number)
         try:
             yield convert(row)
@@ -130,6 +130,13 @@ def _convert_each(rows: Dataset, convert: Convert, entry: TaskEntry, what: str) 
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             where, reason = place(what, number, row.read), f"{type(error).__name__}: {error}"
             raise LightPeftError(f"{where}: the row does not have the task's form ({reason})") from error
+
+
+def _each(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows one by one, read in blocks, which takes a fraction of the time."""
+    for block in rows.iter(batch_size=1000):
+        for values in zip(*block.values(), strict=True):
+            yield dict(zip(block, values, strict=True))
 
 
 def _filler(sources: Mapping[str, str]) -> Convert:

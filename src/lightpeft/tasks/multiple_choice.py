@@ -118,7 +118,7 @@ def with_endings(chunk: dict[str, list[Any]]) -> list[list[str]]:
 
 def answer_indices(rows: Dataset) -> list[int]:
     """Every row's right option."""
-    return [index for index in map(_index, rows["answer"]) if index is not None]
+    return [index for index in map(_index, rows["answer"][:]) if index is not None]
 
 
 def _index(value: Any) -> int | None:
