@@ -137,6 +137,10 @@ def values(rows: Dataset, column: str, entry: TaskEntry, what: str) -> Iterator[
         yield place(what, number, shown), value
 
 
+HIDDEN = "fill it in, drop the row, or give a split whose answers are not hidden"
+"""What to do about a row without an answer."""
+
+
 def check_strings(rows: Dataset, column: str, entry: TaskEntry, what: str, blank: bool = False) -> None:
     """Raise `LightPeftError` unless `column` holds a string in every row, not blank unless allowed."""
     for where, value in values(rows, column, entry, what):

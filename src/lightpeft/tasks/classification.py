@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import LightPeftError, require
-from lightpeft.tasks.base import Task, check_strings, place, source_column
+from lightpeft.tasks.base import HIDDEN, Task, check_strings, place, source_column
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import Collator, in_chunks
 
@@ -36,7 +36,7 @@ class ClassificationTask(Task):
         check_texts(rows, entry, what)
         shown = source_column(entry, "label")
         for number, value in enumerate(label_names(rows, entry, what), 1):
-            require(value is not None, f"{place(what, number, shown)}: there is no label; fill it in or drop the row")
+            require(value is not None, f"{place(what, number, shown)}: there is no label; {HIDDEN}")
 
     @classmethod
     def label_set(cls, rows: Dataset, entry: TaskEntry) -> list[str]:

@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.base import Task, check_strings, check_text, values
+from lightpeft.tasks.base import HIDDEN, Task, check_strings, check_text, values
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import Collator, in_chunks
 
@@ -43,6 +43,7 @@ class MultipleChoiceTask(Task):
                 check_text(option, where)
             counts.append(len(options))
         for (where, value), count in zip(values(rows, "answer", entry, what), counts, strict=True):
+            require(value is not None, f"{where}: there is no right option; {HIDDEN}")
             index = _index(value)
             known = index is not None and 0 <= index < count
             require(known, f"{where}: {value!r} is no right option's number; it lies from 0 to {count - 1}")
