@@ -35,7 +35,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(ROOT / "configs", folder / "configs")
     for grid in workbench.GRIDS:
         smaller(folder / grid.relative_to(ROOT))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, workbench.forked():
         patch.setattr(running, "run_cell", in_this_process)
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)

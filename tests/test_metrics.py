@@ -51,7 +51,7 @@ THREE = Answers([0, 1, 1, 2, 2, 2], [0, 1, 2, 2, 2, 0])
         (
             "language_modelling",
             Answers([(2.0, 1, 4), (4.0, 3, 4)], [None, None]),
-            {"perplexity": math.exp(6 / 8), "loss": 6 / 8, "accuracy": 0.5, "tokens": 8.0},
+            {"perplexity": math.exp(6 / 8), "loss": 6 / 8, "accuracy": 0.5},
         ),
     ],
 )
