@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 import torch
 import workbench
@@ -47,9 +48,21 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         renamed(folder / "reviews.csv", rows, review="text", stars="label")
         renamed(folder / "pairs.csv", rows, premise="text", hypothesis="text", relation="label")
         (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
-        workbench.write_rows(folder / "questions.jsonl", workbench.completions(160))
+        workbench.write_rows(folder / "questions.jsonl", questions(160))
+        layouts.write_task(folder / "data/sst2", "sst2")
+        (folder / "tasks").mkdir()
+        (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/evaluation.md", "yaml")[0])
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
         yield folder
+
+
+def questions(count: int) -> workbench.Rows:
+    """Prompts with completions, and the same as multiple choice."""
+    rows: workbench.Rows = []
+    for row in workbench.completions(count):
+        right = row["completion"]
+        rows.append({**row, "options": [right, "word1"], "answer": 0})  # type: ignore[dict-item]
+    return rows
 
 
 def smaller(grid: Path) -> None:
