@@ -18,19 +18,8 @@ from transformers import set_seed
 
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
-
-LONG = (
-    "support",
-    "resume",
-    "parity",
-    "surgery",
-    "bad_input",
-    "task_entries",
-    "peft_variants",
-    "benchmarks",
-    "pipeline",
-)
-LONG += ("families", "checkpoint", "discovery", "prefix", "streaming", "reproduce", "real_models", "harness", "docs")
+LONG = ("support", "resume", "parity", "surgery", "bad_input", "task_entries", "peft_variants", "benchmarks")
+LONG += ("pipeline", "families", "checkpoint", "discovery", "prefix", "streaming", "reproduce", "real_models", "docs")
 """Test files that take longest, the longest first."""
 
 
@@ -41,6 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 _modules = 0
+"""How many modules there were when objects were last set apart."""
 
 
 def pytest_collection_finish() -> None:

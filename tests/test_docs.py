@@ -48,7 +48,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         renamed(folder / "reviews.csv", rows, review="text", stars="label")
         renamed(folder / "pairs.csv", rows, premise="text", hypothesis="text", relation="label")
         (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
-        workbench.write_rows(folder / "questions.jsonl", workbench.completions(160))
+        workbench.write_rows(folder / "questions.jsonl", questions(160))
+        layouts.write_task(folder / "data/sst2", "sst2")
+        (folder / "tasks").mkdir()
+        (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/evaluation.md", "yaml")[0])
         layouts.write_task(folder / "demo/cache/quartz", "quartz", train=160)
         write_own_task(folder, rows)
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
@@ -65,6 +68,15 @@ def write_own_task(folder: Path, rows: workbench.Rows) -> None:
         renamed(folder / f"claims/{split}.jsonl", rows, title="text", body="text", source="text", verdict="label")
         verdicts = (folder / f"claims/{split}.jsonl").read_text().replace('"positive"', "1").replace('"negative"', "0")
         (folder / f"claims/{split}.jsonl").write_text(verdicts)
+
+
+def questions(count: int) -> workbench.Rows:
+    """Prompts with completions, and the same as multiple choice."""
+    rows: workbench.Rows = []
+    for row in workbench.completions(count):
+        right = row["completion"]
+        rows.append({**row, "options": [right, "word1"], "answer": 0})  # type: ignore[dict-item]
+    return rows
 
 
 def smaller(grid: Path) -> None:

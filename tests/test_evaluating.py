@@ -8,10 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import layouts
 import numpy as np
 import pytest
 import workbench
 import yaml
+from datasets import Dataset
 from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 from tiny import refusal, with_lora
@@ -20,6 +22,8 @@ from transformers import (
     AlbertForSequenceClassification,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
 )
 from workbench import Workbench, labelled, lightpeft, read, write_rows
 
@@ -28,6 +32,7 @@ from lightpeft.config import ModelConfig, run_config_from_dict
 from lightpeft.evaluating import class_order, evaluate_harness, evaluate_model, renumbered
 from lightpeft.loading import load_model
 from lightpeft.opening import find_model
+from lightpeft.tasks import find_entry, run_settings, task_class, task_facts
 from lightpeft.tasks.answers import Answers
 
 METHODS = ("light", "plain", "full")
@@ -129,6 +134,85 @@ def test_a_family_that_cannot_be_pruned_can_be_measured(bench: Workbench, tmp_pa
     assert 0 <= report["model"]["metrics"]["accuracy"] <= 1
     model = ModelConfig(name=str(tmp_path))
     assert "cannot be pruned" in refusal(lambda: load_model(model, "classification", ["a", "b"]))
+
+
+# -- named tasks -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_three(bench: Workbench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole model with MNLI's classes in an order of its own."""
+    folder = tmp_path_factory.mktemp("three")
+    names = {0: "CONTRADICTION", 1: "NEUTRAL", 2: "ENTAILMENT"}
+    config = BertConfig.from_pretrained(bench.base, id2label=names, label2id={v: k for k, v in names.items()})
+    BertForSequenceClassification(config).save_pretrained(folder)
+    for file in bench.base.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_further_splits_have_their_prefix(of_three: Path, tmp_path: Path) -> None:
+    layouts.write_task(tmp_path, "mnli")
+    settings = {"data": {"task": "mnli", "path": str(tmp_path), "max_length": 32}}
+    report = evaluate_model(of_three, settings, other=str(of_three), per_class=True)
+    for part in (report["model"]["metrics"], report["model"]["intervals"], report["comparison"]):
+        assert {"accuracy", "mismatched_accuracy"} <= part.keys()
+    assert report["model"]["metrics"]["mismatched_examples"] == 15
+    assert list(report["classes"])[:3] == ["contradiction", "neutral", "entailment"]
+
+
+def test_answers_to_one_question_count_together(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    layouts.write_task(tmp_path, "multirc")
+    data = {"task": "multirc", "path": str(tmp_path), "answer": "likelihood", "max_length": 38}
+    report = evaluate_model(llama, {"data": data}, other=str(adapter))
+    assert list(report["comparison"]) == ["f1a", "exact_match"]
+    assert {entry["test"] for entry in report["comparison"].values()} == {"paired bootstrap"}
+
+
+def test_a_task_of_one_s_own(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named in the YAML of --config, and remembered by a light adapter."""
+    (tmp_path / "rows").mkdir()
+    for split in ("train", "validation"):
+        rows = [{"review": row["text"], "mood": row["label"]} for row in labelled(40, seed=len(split))]
+        write_rows(tmp_path / "rows" / f"{split}.csv", rows)
+    mood = {"kind": "classification", "path": str(tmp_path / "rows"), "metrics": ["f1_macro", "accuracy"]}
+    mood |= {"columns": {"text": "review", "label": "mood"}, "labels": ["negative", "positive"]}
+    changes = {"tasks": {"mood": mood}, "data": {"task": "mood", "max_length": 32}}
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(changes))
+    expected = evaluate_model(bench.folder / "plain" / "adapter", changes)["model"]["metrics"]
+    assert list(expected)[:2] == ["f1_macro", "accuracy"]
+    report = tmp_path / "report.json"
+    assert lightpeft("evaluate", bench.folder / "plain" / "adapter", "--config", file, "--json", report) == 0
+    assert read(report)["model"]["metrics"] == pytest.approx(expected)
+    assert "f1_macro" in capsys.readouterr().out
+    run = pipeline.run(bench.config("mood", **changes))
+    again = evaluate_model(bench.folder / "mood" / "adapter")
+    assert again["task"] == "mood"
+    assert again["model"]["metrics"] == pytest.approx(run["metrics"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"task": "classification", "text": "a", "text_pair": "b", "label": "c"},
+        {"task": "multiple-choice", "text": "q", "options": "o", "label": "n", "likelihood": "byte"},
+        {"task": "causal-lm", "prompt": "p", "completion": "c"},
+        {"task": "sst2", "answer": "likelihood"},
+        {"task": "stsb"},
+    ],
+    ids=lambda data: data["task"],
+)
+def test_settings_of_what_an_adapter_says(data: dict[str, Any]) -> None:
+    config = run_config_from_dict({"data": {**data, "max_length": 40}})
+    entry, none = find_entry(config.data), Dataset.from_dict({})
+    task = task_class(entry.kind, config.data.answer, None)(config.data, none, none, ["x"], entry)
+    again = run_config_from_dict(run_settings(json.loads(json.dumps(task_facts(task)))))
+    assert find_entry(again.data, again.tasks) == entry
+    expected = "likelihood" if config.data.answer == "likelihood" else "head"
+    assert (again.data.answer, again.data.likelihood) == (expected, config.data.likelihood)
+    assert again.data.max_length == 40
+    assert run_settings({}) == {}
 
 
 # -- classes -----------------------------------------------------------------------------------------------------
@@ -358,7 +442,8 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
         (light, language, {}, "was trained for classification and cannot answer causal-lm"),
         (bench.folder / "plain" / "adapter", language, {}, "PEFT's task type SEQ_CLS"),
         (base, rows_of(bench), {}, "no weights for classifier, so its answers to classification would be random"),
-        (tmp_path / "nothing", rows_of(bench), {}, "does not exist"),
+        (tmp_path / "nothing", rows_of(bench), {}, "there is no folder"),
+        (Path("runs/nothing"), rows_of(bench), {}, "there is no folder runs/nothing here, and as a model's name"),
         (bench.folder, rows_of(bench), {}, "none of a run, a light adapter"),
         (bench.test, rows_of(bench), {}, "is a file"),
         (bench.folder / "full" / "model", rows_of(bench), {"base": str(base)}, "has no base; leave --base out"),

@@ -15,6 +15,7 @@ from lightpeft.checkpoint import DESCRIPTION, load_light, read_description
 from lightpeft.config import Head, ModelConfig, RunConfig, from_dict, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.loading import accelerator, load_model, load_model_config, load_tokenizer, peft_task_type
+from lightpeft.records import understandable
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import ensure_pad_token, restore_task
 
@@ -83,7 +84,10 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
     kinds = "a run, a light adapter, a PEFT adapter or a transformers model"
     require(not folder.is_dir(), f"{name} is none of {kinds}: it has no {', '.join(_FINDERS)}")
     require(not folder.is_file(), f"{name} is a file; give the folder of {kinds}")
-    return _find_whole(name, base, given)
+    try:
+        return _find_whole(name, base, given)
+    except LightPeftError as error:
+        raise LightPeftError(f"there is no folder {name} here, and as a model's name: {error}") from error
 
 
 def _find_run(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
@@ -104,7 +108,11 @@ def _find_light(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
     at_home = {"revision": saved["revision"]} if base is None else {}
     settings = {"gguf_file": saved.get("gguf_file"), "dtype": saved["dtype"], **at_home, **given}
     model, config = _base(folder, base or saved["id"], settings)
-    return Found(str(folder), "light adapter", model, config, folder, description["task"])
+    with understandable(folder / DESCRIPTION):
+        facts = description["task"]
+        if facts:  # an adapter that was made in a loop of one's own has none
+            restore_task(facts)
+    return Found(str(folder), "light adapter", model, config, folder, facts)
 
 
 def _find_peft(folder: Path, base: str | None, given: dict[str, Any]) -> Found:

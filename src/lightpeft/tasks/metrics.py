@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,14 +108,11 @@ squared_error = MeanMetric(_squared)
 
 def multirc(answers: Answers) -> dict[str, float]:
     """MultiRC's metrics (Khashabi et al. 2018): F1 over all answer options, and questions with all of them right."""
-    right: dict[Any, list[bool]] = defaultdict(list)
-    groups = range(len(answers)) if answers.groups is None else answers.groups
-    for group, prediction, reference in zip(groups, answers.predictions, answers.references, strict=True):
-        right[group].append(prediction == reference)
-    return {
-        "f1a": float(f1_score(answers.references, answers.predictions, average="binary", zero_division=0)),
-        "exact_match": float(np.mean([all(of_question) for of_question in right.values()])),
-    }
+    predictions, references = np.asarray(answers.predictions), np.asarray(answers.references)
+    counts = np.bincount(2 * references + predictions, minlength=4).reshape(2, 2)
+    groups = np.arange(len(answers)) if answers.groups is None else np.unique(answers.groups, return_inverse=True)[1]
+    wrong = np.bincount(groups, weights=predictions != references)
+    return {"f1a": _f1_of_counts(counts)["f1"], "exact_match": float(np.mean(wrong == 0))}
 
 
 def language_modelling(answers: Answers) -> dict[str, float]:
