@@ -209,6 +209,14 @@ def test_refusals(
     assert "pip install 'lightpeft[harness]'" in refusal(lambda: run_harness(model, tokenizer, ["tiny_choice"]))
 
 
+def test_shipped_task_files_are_read() -> None:
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(__file__).parents[1] / "benchmarks" / "lm_eval"
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    assert manager.all_tasks == sorted(path.stem for path in folder.glob("*.yaml"))
+
+
 def test_a_data_set_that_is_not_there(model: PeftModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     task = {**TASKS[0], "task": "elsewhere", "dataset_path": "nobody/nothing"}
     (tmp_path / "elsewhere.yaml").write_text(yaml.safe_dump(task))

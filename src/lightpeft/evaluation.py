@@ -287,16 +287,18 @@ def _token_sums(run: _Run, dataset: Dataset) -> np.ndarray:
     """Over every row's labelled tokens: cross-entropy in nats, tokens predicted right, tokens. Float64 [rows, 3]."""
     sums = np.zeros((len(dataset), 3))
     for rows, labels, logits in run.batches(dataset, "Evaluating"):
-        targets = labels[:, 1:].to(logits.device)
-        counted = targets != IGNORED
-        # Picking the counted positions first keeps the float32 copy small: [tokens, vocabulary].
-        picked, targets = logits[:, :-1][counted].float(), targets[counted]
-        losses = nn.functional.cross_entropy(picked, targets, reduction="none")
-        right = picked.argmax(-1) == targets
-        of_tokens = torch.stack([losses.double(), right.double(), torch.ones_like(losses).double()], dim=1)
-        places = torch.tensor(rows, device=logits.device)[counted.nonzero()[:, 0]]
-        np.add.at(sums, places.cpu().numpy(), of_tokens.cpu().numpy())
+        # row by row: copies of a batch's logits [rows, tokens, vocabulary] would take more memory than the model did
+        for row, of_row, targets in zip(rows, logits[:, :-1], labels[:, 1:].to(logits.device), strict=True):
+            sums[row] = _row_sums(of_row, targets)
     return sums
+
+
+def _row_sums(logits: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    counted = targets != IGNORED
+    picked, targets = logits[counted].float(), targets[counted]
+    losses = nn.functional.cross_entropy(picked, targets, reduction="none")
+    right = (picked.argmax(-1) == targets).sum()
+    return losses.double().sum().item(), right.item(), float(len(targets))
 
 
 def _picked(dataset: Dataset, chosen: list[int]) -> Answers:
