@@ -19,7 +19,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.evaluation import answer, evaluate, outcome
 from lightpeft.importance import RealTokens
 from lightpeft.prefix import FrozenPrefix, PrefixCache, cache_prefix
-from lightpeft.tasks import ClassificationTask, LikelihoodTask, MultipleChoiceTask, silent
+from lightpeft.tasks import ClassificationTask, LikelihoodTask, MultipleChoiceTask, share_at_limit, silent
 from lightpeft.tasks.likelihood import ACCURACIES, encode_pairs, option_sequences
 from lightpeft.tasks.tokens import IGNORED
 
@@ -201,6 +201,14 @@ class TestEncoding:
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("!")
         with pytest.raises(LightPeftError, match="no token of the answer is left to score"):
             encode_pairs(["a"], ["!"], tokenizer, 8)
+
+
+def test_rows_at_the_limit() -> None:
+    task, tokenizer = questions(), word_tokenizer()
+    assert share_at_limit(task.encode(task.train, tokenizer, 64, progress=silent), 64) == 0.0
+    assert share_at_limit(task.encode(task.train, tokenizer, 10, progress=silent), 10) == 0.5
+    options = MultipleChoiceTask(task.config, QUESTIONS, QUESTIONS, [], task.entry)
+    assert share_at_limit(options.encode(QUESTIONS, tokenizer, 8, progress=silent), 8) == 0.75
 
 
 class TestMultipleChoiceHead:

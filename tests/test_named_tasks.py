@@ -389,6 +389,8 @@ class TestOwnTasks:
         assert "tasks.mine.columns.text is 3; it must be text" in error_of(
             run_config_from_dict, {"tasks": {"mine": {"columns": {"text": 3}}}}
         )
+        words = error_of(run_config_from_dict, yaml.safe_load("tasks: {mine: {words: [no, yes]}}"))
+        assert words == "tasks.mine.words[0] is False; it must be text (in quotes)"
         assert "tasks is [1]; it must be a mapping" in error_of(run_config_from_dict, {"tasks": [1]})
         assert "kind" in error_of(run_config_from_dict, {"tasks": {"mine": {"kind": "clasification"}}})
 

@@ -34,9 +34,11 @@ from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, fold
 from lightpeft.pruner import EarlyPruner, cut
 from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
 from lightpeft.runs import RunFolder
-from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task, task_facts
+from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task, share_at_limit, task_facts
 from lightpeft.training import fit, last_checkpoint, make_trainer, step_of, total_steps
 
+NOTABLE_CUTS = 0.05
+"""Part of the training rows that may be cut without a word."""
 Model: TypeAlias = PeftModel | PreTrainedModel
 """What is trained and measured: a model with PEFT or, with method full, the model itself."""
 
@@ -214,6 +216,7 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
     """Train for a stage, from its last checkpoint if there is one."""
     run, config = work.run, work.config
     run.begin()
+    announce_cuts(work, stage)
     prefix = FrozenPrefix(model)
     with prefix.attached():
         started = time.perf_counter()
@@ -241,6 +244,18 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
     )
     speed = throughput(a_step * (trainer.state.global_step - begun), seconds)
     return StageCost(caching + seconds, speed, memory.bytes, memory.method, begun)
+
+
+def announce_cuts(work: Workspace, stage: str) -> None:
+    """Say in a run's first stage if the length limit costs many rows a part of their text."""
+    first = "estimate" if work.config.method == "light" else "train"
+    if stage != first or not work.task.cuts:
+        return
+    share = share_at_limit(work.train_rows, work.config.data.max_length)
+    if share >= NOTABLE_CUTS:
+        work.run.announce(
+            stage, f"{share:.0%} of the training rows are cut to data.max_length: {work.config.data.max_length} tokens"
+        )
 
 
 def _settings(config: RunConfig) -> TrainingConfig:

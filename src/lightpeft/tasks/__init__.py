@@ -17,7 +17,7 @@ from lightpeft.tasks.multiple_choice import MultipleChoiceTask
 from lightpeft.tasks.progress import Progress, bar, silent
 from lightpeft.tasks.reading import read_rows
 from lightpeft.tasks.regression import RegressionTask
-from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token
+from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token, share_at_limit
 
 __all__ = [
     "ENTRIES",
@@ -44,6 +44,7 @@ __all__ = [
     "read_rows",
     "restore_task",
     "run_settings",
+    "share_at_limit",
     "silent",
     "task_class",
     "task_facts",

@@ -46,6 +46,8 @@ class Task(ABC):
     """Those columns that say what is right; rows to predict on need none of them."""
     carried: ClassVar[tuple[str, ...]] = ("group",)
     """Columns, where rows have them, that encoded test rows keep: answers are compared with them, or by them."""
+    cuts: ClassVar[bool] = True
+    """Whether what is longer than `data.max_length` is lost."""
     default_metrics: ClassVar[tuple[str, ...]]
     """What is measured where the entry does not say."""
 
