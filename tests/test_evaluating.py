@@ -448,6 +448,7 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
         (bench.test, rows_of(bench), {}, "is a file"),
         (bench.folder / "full" / "model", rows_of(bench), {"base": str(base)}, "has no base; leave --base out"),
         (light, rows_of(bench), {"base": str(llama)}, "belongs to another base"),
+        (light, rows_of(bench), {"batch_size": 0}, "batch_size is 0"),
         (light, rows_of(bench), {"predictions": tmp_path / "p.xlsx"}, ".csv or .jsonl"),
         (llama, {**language, "data": {**language["data"]}}, {"per_class": True}, "per_class needs classes"),
         (light, rows_of(bench), {"other": str(llama)}, "would be random"),

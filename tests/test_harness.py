@@ -202,6 +202,7 @@ def test_refusals(
     assert 'no task "arc_esay"; did you mean arc_easy' in refusal(lambda: run_harness(model, tokenizer, ["arc_esay"]))
     assert "is not a folder" in refusal(lambda: run_harness(model, tokenizer, ["a"], include_path=tasks / "no"))
     assert "--tasks" in refusal(lambda: run_harness(model, tokenizer, []))
+    assert "num_fewshot is -1" in refusal(lambda: run_harness(model, tokenizer, ["a"], num_fewshot=-1))
     assert "limit is 0" in refusal(lambda: run_harness(model, tokenizer, ["a"], limit=0))
     classifier = with_lora(make("bert"))
     assert "needs a language model" in refusal(lambda: run_harness(classifier, tokenizer, ["a"]))

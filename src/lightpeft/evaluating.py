@@ -87,6 +87,7 @@ def evaluate_model(
     Raises:
         LightPeftError: bad input, or a model that does not fit the data.
     """
+    _check_batch_size(batch_size)
     if predictions is not None:
         check_predictions_path(Path(predictions))
     given = dict(settings or {})
@@ -103,6 +104,10 @@ def evaluate_model(
     if json is not None:
         write_json(json, report)
     return report
+
+
+def _check_batch_size(size: int | None) -> None:
+    require(size is None or size >= 1, f"batch_size is {size}; it must be at least 1")
 
 
 # -- the rows, and the task as each model answers it ---------------------------------------------------------------
@@ -314,6 +319,7 @@ def evaluate_harness(
         The report: model (name, kind, tasks: metrics, intervals, examples, num_fewshot), with `other` the same of it
         as other, and comparison by task.
     """
+    _check_batch_size(batch_size)
     given = dict(settings or {})
     found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
     wanted = Wanted("the harness's tasks", "causal-lm")

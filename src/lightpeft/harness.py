@@ -109,6 +109,7 @@ def run_harness(
         "evaluate it on its own task, without --harness",
     )
     require(tasks, "the harness has nothing to do; name its tasks: --tasks arc_easy,piqa")
+    require(num_fewshot is None or num_fewshot >= 0, f"num_fewshot is {num_fewshot}; it cannot be negative")
     require(limit is None or limit > 0, f"limit is {limit}; it is a number of documents, or a part of them below 1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(tasks, include_path)
