@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from workbench import RUNS
 
 from lightpeft.config import (
     PRESETS,
@@ -25,8 +26,6 @@ from lightpeft.config import (
     unknown_key,
 )
 from lightpeft.errors import LightPeftError
-
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
 def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
@@ -264,9 +263,8 @@ def test_missing_file(tmp_path: Path) -> None:
             load_config(path)
 
 
-@pytest.mark.skipif(not CONFIGS, reason="no configuration is shipped")
-@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+@pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
 def test_shipped_configurations_are_read(path: Path) -> None:
     config = load_config(path)
-    assert config.model.name and config.data.train
+    assert config.model.name and (config.data.train or config.data.path)
     assert config.preset == yaml.safe_load(path.read_text()).get("preset", "default")

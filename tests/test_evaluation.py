@@ -36,7 +36,7 @@ from lightpeft.evaluation import (
     predict_logits,
     predict_proba,
     read_inputs,
-    write_table,
+    write_predictions,
 )
 from lightpeft.tasks import CausalLMTask, ClassificationTask, silent
 
@@ -313,7 +313,7 @@ class TestPredictionFiles:
 
     def test_csv(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "out.csv"
-        write_table(path, self.rows, self.columns)
+        write_predictions(path, self.rows, self.columns)
         with path.open(encoding="utf-8", newline="") as file:
             written = list(csv.DictReader(file))
         first = {"text": 'a, "b"', "input_label": "1", "n": "7", "label": "yes", "p_no": "0.25"}
@@ -324,7 +324,7 @@ class TestPredictionFiles:
     def test_jsonl(self, tmp_path: Path) -> None:
         path = tmp_path / "out.jsonl"
         path.write_text("old", encoding="utf-8")
-        write_table(path, self.rows, self.columns)
+        write_predictions(path, self.rows, self.columns)
         written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert written[0] == {"text": 'a, "b"', "input_label": 1, "n": 7, "label": "yes", "p_no": 0.25}
         assert [row["label"] for row in written] == ["yes", "no"]
@@ -342,13 +342,13 @@ class TestPredictionFiles:
 
         monkeypatch.setattr(csv.DictWriter, "writerows", full)
         with pytest.raises(LightPeftError, match="No space left on device"):
-            write_table(path, self.rows, self.columns)
+            write_predictions(path, self.rows, self.columns)
         assert path.read_text(encoding="utf-8") == "old"
         assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
 
     def test_lists_and_objects_are_json_in_a_csv(self, tmp_path: Path) -> None:
         rows = Dataset.from_dict({"options": [["é", "b"]], "answers": [{"text": ["b"]}]})
-        write_table(tmp_path / "out.csv", rows, {"answer": ["b"]})
+        write_predictions(tmp_path / "out.csv", rows, {"answer": ["b"]})
         with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
             assert list(csv.DictReader(file)) == [
                 {"options": '["é", "b"]', "answers": '{"text": ["b"]}', "answer": "b"}

@@ -61,7 +61,7 @@ KILLS: dict[str, Disturb] = {
     "trained-but-not-saved": before(pipeline, "save_peft", KILL, 2),
     "trained-but-not-noted": before(RunFolder, "_note", KILL, 3),
     "between-training-and-evaluation": before(pipeline, "evaluate", KILL),
-    "in-evaluation": before(evaluation, "predict_logits", KILL),
+    "in-evaluation": before(evaluation, "outcome", KILL),
     "evaluated-but-not-reported": before(pipeline, "report", KILL),
 }
 
@@ -147,7 +147,7 @@ STOPS: dict[str, tuple[Disturb, int | None]] = {
     "sigterm-in-estimation": (at_step("estimate", 4, signalling(signal.SIGTERM), "on_step_begin"), 5),
     "sigint-in-training": (at_step("train", 7, signalling(signal.SIGINT), "on_step_begin"), 8),
     "sigterm-in-the-last-step-of-estimation": (at_step("estimate", 9, signalling(signal.SIGTERM), "on_step_begin"), 9),
-    "sigterm-in-evaluation": (before(evaluation, "predict_logits", signalling(signal.SIGTERM)), None),
+    "sigterm-in-evaluation": (before(evaluation, "outcome", signalling(signal.SIGTERM)), None),
     "sigint-while-pruning": (before(pipeline, "cut", signalling(signal.SIGINT)), None),
 }
 

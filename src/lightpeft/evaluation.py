@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from lightpeft.batching import fitting_batch_size, in_batches
 from lightpeft.config import LikelihoodRule
 from lightpeft.errors import LightPeftError, require
 from lightpeft.generating import generate_texts
+from lightpeft.statistics import Interval, bootstrap_intervals
 from lightpeft.tasks.answers import Answers
 from lightpeft.tasks.base import Task
 from lightpeft.tasks.likelihood import ACCURACIES, option_scores, option_sequences
@@ -34,6 +35,8 @@ from lightpeft.tasks.reading import read_file, read_json_text
 from lightpeft.tasks.span import SpanTask, window_of
 from lightpeft.tasks.tokens import IGNORED, SPAN_LABELS, Collator, without_labels
 from lightpeft.tasks.windows import Span, answer_text, best_of_windows, best_span
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,36 @@ def evaluate(
 def values_of(outcome: Outcome, task: Task) -> dict[str, float]:
     """What `evaluate` returns, of an outcome at hand."""
     return {**task.score(outcome.answers), **outcome.measured, "examples": float(len(outcome.answers))}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is measured of a model, by name; of a further split the names begin with its prefix."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval | None]
+    """95% confidence intervals of those that are functions of the answers."""
+
+
+def scores_of(outcomes: Mapping[str, Outcome], task: Task, seed: int = 0) -> Scores:
+    """Metrics with bootstrap intervals.
+
+    Args:
+        outcomes: by prefix; "" for the test rows.
+        task: says what is measured.
+        seed: of the bootstrap.
+    """
+    metrics: dict[str, float] = {}
+    intervals: dict[str, Interval | None] = {}
+    for prefix, of_split in outcomes.items():
+        metrics |= prefixed(prefix, values_of(of_split, task))
+        intervals |= prefixed(prefix, bootstrap_intervals(of_split.answers, *task.measures, seed=seed))
+    return Scores(metrics, intervals)
+
+
+def prefixed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    """Values by name, with the prefix of their split; that of the test rows is empty."""
+    return {f"{prefix}_{name}" if prefix else name: value for name, value in values.items()}
 
 
 def answer(
@@ -239,7 +272,7 @@ def _next_tokens(run: Run, dataset: Dataset, task: Task) -> Outcome:
         sums[:, 2].sum() > 0, "there is no token to predict in these rows; raise data.max_length or give longer texts"
     )
     predictions = [tuple(of_row) for of_row in sums.tolist()]
-    return Outcome(_answers(dataset, predictions, [None] * len(dataset)), {})
+    return Outcome(_answers(dataset, predictions, [None] * len(dataset)), {"tokens": float(sums[:, 2].sum())})
 
 
 def _pieces(run: Run, dataset: Dataset, task: Task) -> Outcome:
@@ -337,23 +370,26 @@ def _token_sums(run: Run, dataset: Dataset) -> np.ndarray:
     """Over every row's labelled tokens: cross-entropy in nats, tokens predicted right, tokens. Float64 [rows, 3]."""
     sums = np.zeros((len(dataset), 3))
     for rows, batch, output in run.outputs(dataset, "Evaluating"):
-        logits, targets = output.logits, batch["labels"][:, 1:].to(output.logits.device)
-        counted = targets != IGNORED
-        # Picking the counted positions first keeps the float32 copy small: [tokens, vocabulary].
-        picked, targets = logits[:, :-1][counted].float(), targets[counted]
-        losses = nn.functional.cross_entropy(picked, targets, reduction="none")
-        right = picked.argmax(-1) == targets
-        of_tokens = torch.stack([losses.double(), right.double(), torch.ones_like(losses).double()], dim=1)
-        places = torch.tensor(list(rows), device=logits.device)[counted.nonzero()[:, 0]]
-        np.add.at(sums, places.cpu().numpy(), of_tokens.cpu().numpy())
+        logits, labels = output.logits[:, :-1], batch["labels"][:, 1:].to(output.logits.device)
+        # row by row: copies of a batch's logits [rows, tokens, vocabulary] would take more memory than the model did
+        for row, of_row, targets in zip(rows, logits, labels, strict=True):
+            sums[row] = _row_sums(of_row, targets)
     return sums
 
 
+def _row_sums(logits: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    counted = targets != IGNORED
+    picked, targets = logits[counted].float(), targets[counted]
+    losses = nn.functional.cross_entropy(picked, targets, reduction="none")
+    right = (picked.argmax(-1) == targets).sum()
+    return losses.double().sum().item(), right.item(), float(len(targets))
+
+
 def _picked(dataset: Dataset, chosen: list[int]) -> Answers:
-    """Answers by option: its number or, where rows say which texts are right, its text."""
+    """Answers by option: its number or, where several may be right, its name."""
     if "right" not in dataset.column_names:
         return _answers(dataset, chosen, dataset["labels"][:])
-    texts = [options[index] for options, index in zip(dataset["options"], chosen, strict=True)]
+    texts = [names[index] for names, index in zip(dataset["names"], chosen, strict=True)]
     return _answers(dataset, texts, dataset["right"][:])
 
 
@@ -426,24 +462,31 @@ def _content(source: Path | TextIO) -> str:
         raise LightPeftError(f"input {source} cannot be read: {error.strerror}") from error
 
 
-def write_table(path: Path | None, rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write rows with what was found about them to a .csv or .jsonl file, which appears only when it is complete.
+def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write rows with what was found about them; path and errors as for `write_table`.
 
     Args:
-        path: the file, replaced if it is there; None: CSV on standard output.
         rows: come first; a column that is named like a new one becomes `input_<name>`.
         columns: the new ones, one value a row.
+    """
+    renamed = {name: f"input_{name}" if name in columns else name for name in rows.column_names}
+    found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+    table = (
+        {**{renamed[name]: value for name, value in row.items()}, **new} for row, new in zip(rows, found, strict=True)
+    )
+    write_table(path, [*renamed.values(), *columns], table)
+
+
+def write_table(path: Path | None, header: list[str], table: Iterable[dict[str, Any]]) -> None:
+    """Write rows with the columns of `header`; the file appears only when it is complete.
+
+    Args:
+        path: .csv or .jsonl file, replaced if it is there; None: CSV on standard output.
 
     Raises:
         LightPeftError: another suffix, or the file cannot be written.
     """
     write = _write_csv if path is None else check_predictions_path(path)
-    renamed = {name: f"input_{name}" if name in columns else name for name in rows.column_names}
-    header = [*renamed.values(), *columns]
-    found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-    table = (
-        {**{renamed[name]: value for name, value in row.items()}, **new} for row, new in zip(rows, found, strict=True)
-    )
     if path is None:
         write(sys.stdout, header, table)
         return

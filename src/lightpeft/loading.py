@@ -88,19 +88,24 @@ class LoadedModel:
     model: PreTrainedModel
     new_modules: list[str]
     """Modules that the checkpoint has no weights for (the task head); they train and travel with the adapter."""
-    head: Head = "causal-lm"
+    head: Head
     """What the model was loaded with."""
 
 
-def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = ()) -> LoadedModel:
+def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, to_prune: bool = True) -> LoadedModel:
     """Load the foundation model with the head of the task.
 
+    Args:
+        labels: names of the classes in order.
+        to_prune: refuse what cannot be pruned; off for models that are measured only.
+
     Raises:
-        LightPeftError: no such model, a family that is refused, or weights that cannot be pruned.
+        LightPeftError: no such model, or one that is to be pruned and cannot be.
     """
     hf_config = load_model_config(config)
-    check_not_refused(hf_config.model_type)
-    _check_quantisation(config, hf_config)
+    if to_prune:
+        check_not_refused(hf_config.model_type)
+        _check_quantisation(config, hf_config)
     if head == "regression":
         hf_config.num_labels = 1  # by which transformers knows that the loss is the squared error
     if head == "classification":
@@ -151,6 +156,11 @@ def keep_own_names(model: PreTrainedModel, mapping: Mapping[str, str] | None) ->
     if mapping:
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
+
+
+def peft_task_type(head: Head) -> TaskType | None:
+    """What PEFT calls a model with that head; None: it has no name for it."""
+    return _HEADS[head].peft
 
 
 def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> None:

@@ -25,7 +25,7 @@ from lightpeft.evaluation import (
     read_inputs,
     spans_of,
     texts_of,
-    write_table,
+    write_predictions,
 )
 from lightpeft.loading import accelerator, load_tokenizer
 from lightpeft.sites import transformers_model
@@ -82,7 +82,7 @@ def predict(
     task.check_inputs(canonical, task.entry, "input")
     light = load_light(folder, base, device=accelerator())
     columns = answer_rows(light, task, canonical, base=base, batch_size=batch_size, bf16=bf16)
-    write_table(None if output is None else Path(output), rows, columns)
+    write_predictions(None if output is None else Path(output), rows, columns)
 
 
 def answer_rows(

@@ -13,14 +13,22 @@ from lightpeft.tasks.classification import ClassificationTask, encode_texts, tex
 from lightpeft.tasks.entries import ENTRIES, find_entry
 from lightpeft.tasks.generation import GenerationTask
 from lightpeft.tasks.likelihood import LikelihoodTask
-from lightpeft.tasks.loading import convert, input_columns, load_task, restore_task, task_facts
+from lightpeft.tasks.loading import (
+    convert,
+    input_columns,
+    load_task,
+    load_test,
+    restore_task,
+    run_settings,
+    task_facts,
+)
 from lightpeft.tasks.metrics import METRICS
 from lightpeft.tasks.multiple_choice import MultipleChoiceTask
 from lightpeft.tasks.progress import Progress, bar, silent
 from lightpeft.tasks.reading import read_rows
 from lightpeft.tasks.regression import RegressionTask
 from lightpeft.tasks.span import SpanTask
-from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token
+from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token, share_at_limit
 
 __all__ = [
     "ENTRIES",
@@ -47,8 +55,11 @@ __all__ = [
     "find_entry",
     "input_columns",
     "load_task",
+    "load_test",
     "read_rows",
     "restore_task",
+    "run_settings",
+    "share_at_limit",
     "silent",
     "task_class",
     "task_facts",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import DataConfig, Head, TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.answers import Answers
+from lightpeft.tasks.answers import Answers, Metric
 from lightpeft.tasks.metrics import METRICS
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import Collator
@@ -46,6 +46,8 @@ class Task(ABC):
     """Those columns that say what is right; rows to predict on need none of them."""
     carried: ClassVar[tuple[str, ...]] = ("group",)
     """Columns, where rows have them, that encoded test rows keep: answers are compared with them, or by them."""
+    cuts: ClassVar[bool] = True
+    """Whether what is longer than `data.max_length` is lost."""
     default_metrics: ClassVar[tuple[str, ...]]
     """What is measured where the entry does not say."""
 
@@ -111,9 +113,14 @@ class Task(ABC):
         """The value that stands for all when there is room for one."""
         return METRICS[self.metrics[0]].values[0]
 
+    @property
+    def measures(self) -> tuple[Metric, ...]:
+        """What is measured, as functions of answers, the main metric first."""
+        return tuple(METRICS[name].compute for name in self.metrics)
+
     def score(self, answers: Answers) -> dict[str, float]:
         """All that is measured of answers, the main metric first."""
-        return {name: value for metric in self.metrics for name, value in METRICS[metric](answers).items()}
+        return {name: value for measure in self.measures for name, value in measure(answers).items()}
 
 
 def source_column(entry: TaskEntry, column: str) -> str:
@@ -135,8 +142,12 @@ def place(what: str, number: int, column: str) -> str:
 def values(rows: Dataset, column: str, entry: TaskEntry, what: str) -> Iterator[tuple[str, Any]]:
     """The place and value of every row's `column`."""
     shown = source_column(entry, column)
-    for number, value in enumerate(rows[column], 1):
+    for number, value in enumerate(rows[column][:], 1):
         yield place(what, number, shown), value
+
+
+HIDDEN = "fill it in, drop the row, or give a split whose answers are not hidden"
+"""What to do about a row without an answer."""
 
 
 def check_strings(rows: Dataset, column: str, entry: TaskEntry, what: str, blank: bool = False) -> None:

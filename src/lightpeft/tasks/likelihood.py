@@ -15,11 +15,11 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from lightpeft.config import Head, LikelihoodRule, TaskEntry, TaskKind
 from lightpeft.errors import require
-from lightpeft.tasks.answers import Answers
+from lightpeft.tasks.answers import Metric
 from lightpeft.tasks.base import Task
 from lightpeft.tasks.causal import fit, without_end
 from lightpeft.tasks.classification import ClassificationTask
-from lightpeft.tasks.metrics import METRICS
+from lightpeft.tasks.metrics import renamed
 from lightpeft.tasks.multiple_choice import MultipleChoiceTask, answer_indices, nested
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
@@ -55,7 +55,7 @@ class LikelihoodTask(Task):
     head: ClassVar[Head] = "causal-lm"
     answering: ClassVar[str] = "likelihood"
     columns: ClassVar[tuple[str, ...]] = ()
-    carried: ClassVar[tuple[str, ...]] = ("group", "options", "right")
+    carried: ClassVar[tuple[str, ...]] = ("group", "names", "right")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     @classmethod
@@ -167,14 +167,16 @@ class LikelihoodTask(Task):
     @property
     def main_metric(self) -> str:
         """The main value; an accuracy goes by the rule that picks the options."""
-        return self._named(METRICS[self.metrics[0]].values[0])
+        return self._names.get(super().main_metric, super().main_metric)
 
-    def score(self, answers: Answers) -> dict[str, float]:
-        """All that is measured of answers that `data.likelihood` picked."""
-        return {self._named(name): value for name, value in super().score(answers).items()}
+    @property
+    def measures(self) -> tuple[Metric, ...]:
+        """What is measured of the answers that `data.likelihood` picks."""
+        return tuple(renamed(measure, self._names) for measure in super().measures)
 
-    def _named(self, value: str) -> str:
-        return ACCURACIES[self.config.likelihood] if value == "accuracy" else value
+    @property
+    def _names(self) -> dict[str, str]:
+        return {"accuracy": ACCURACIES[self.config.likelihood]}
 
 
 SCORABLE: dict[TaskKind, type[Task]] = {"classification": ClassificationTask, "multiple-choice": MultipleChoiceTask}

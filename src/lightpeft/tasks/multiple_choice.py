@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.base import Task, check_strings, check_text, values
+from lightpeft.tasks.base import HIDDEN, Task, check_strings, check_text, values
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import Collator, in_chunks
 
@@ -18,16 +18,17 @@ from lightpeft.tasks.tokens import Collator, in_chunks
 class MultipleChoiceTask(Task):
     """Every option is read behind the context, and a head scores it; the highest score is the answer.
 
-    Rows have `context`, `options` (texts) and `answer` (index of the right option), and may have `ending` (text that
-    follows whichever option is put in) and `right` (all right texts, where several options or none are right).
+    Rows have `context`, `options` (texts) and `answer` (index of the right option). They may have `ending` (what
+    follows whichever option is put in) and, where several options are right, `names` (what options are called in
+    answers) and `right` (the names of the right ones).
     """
 
     head: ClassVar[Head] = "multiple-choice"
     answering: ClassVar[str] = "multiple-choice"
     columns: ClassVar[tuple[str, ...]] = ("context", "options", "answer")
-    optional: ClassVar[tuple[str, ...]] = ("ending", "right", "group")
+    optional: ClassVar[tuple[str, ...]] = ("ending", "names", "right", "group")
     answers: ClassVar[tuple[str, ...]] = ("answer", "right")
-    carried: ClassVar[tuple[str, ...]] = ("group", "options", "right")
+    carried: ClassVar[tuple[str, ...]] = ("group", "names", "right")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
     @classmethod
@@ -36,6 +37,7 @@ class MultipleChoiceTask(Task):
         cls.check_inputs(rows, entry, what)
         counts = [len(options) for options in rows["options"]]
         for (where, value), count in zip(values(rows, "answer", entry, what), counts, strict=True):
+            require(value is not None, f"{where}: there is no right option; {HIDDEN}")
             index = _index(value)
             known = index is not None and 0 <= index < count
             require(known, f"{where}: {value!r} is no right option's number; it lies from 0 to {count - 1}")
@@ -120,7 +122,7 @@ def with_endings(chunk: dict[str, list[Any]]) -> list[list[str]]:
 
 def answer_indices(rows: Dataset) -> list[int]:
     """Every row's right option."""
-    return [index for index in map(_index, rows["answer"]) if index is not None]
+    return [index for index in map(_index, rows["answer"][:]) if index is not None]
 
 
 def _index(value: Any) -> int | None:

@@ -47,6 +47,7 @@ class SpanTask(Task):
     answering: ClassVar[str] = "span"
     columns: ClassVar[tuple[str, ...]] = ("question", "context", "answers")
     answers: ClassVar[tuple[str, ...]] = ("answers",)
+    cuts: ClassVar[bool] = False
     default_metrics: ClassVar[tuple[str, ...]] = ("text_match",)
 
     @property

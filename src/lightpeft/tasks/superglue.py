@@ -43,17 +43,17 @@ def multirc(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A passage, its query up to the gap, and the entities that may fill it; any of the right ones will do."""
+    """A passage, and its query with every entity in the gap; any of the right entities will do."""
     text, *highlights = row["passage"].strip().split("\n@highlight\n")
-    before, gap, after = row["query"].partition(PLACEHOLDER)
-    if not gap:
-        raise ValueError(f"no {PLACEHOLDER} in it")
+    facts = "".join(f"\n  - {highlight}." for highlight in highlights)
     entities, right = sorted(set(row["entities"])), sorted(set(row.get("answers") or ()))
-    facts = "".join(f"  - {highlight}.\n" for highlight in highlights)
+    query = row["query"]
+    if PLACEHOLDER not in query:
+        raise ValueError(f"no {PLACEHOLDER} in it")
     return {
-        "context": f"{text}\n\n{facts}  - {before}".rstrip(),
-        "options": entities,
-        "ending": after.strip() or None,
+        "context": f"{text}\n{facts}",
+        "options": [query.replace(PLACEHOLDER, entity) for entity in entities],
+        "names": entities,
         "answer": entities.index(right[0]) if right else None,
         "right": right,
     }
@@ -93,11 +93,15 @@ def marked(text: str, start: int, end: int) -> str:
 
 
 def marked_words(text: str, spans: list[tuple[int, str]]) -> str:
-    """The text with marks around spans, each given by the number of its first word and by itself."""
+    """The text with marks around spans, each given by the number of its first word and by itself.
+
+    Where the data write a span in another way than the text does, as many words as it has are marked.
+    """
     words = list(re.finditer(r"\S+", text))
     for index, span in sorted(spans, reverse=True):
-        start = text.find(span, words[index].start())
-        text = marked(text, start, start + len(span))
+        start, end = words[index].start(), words[index + len(span.split()) - 1].end()
+        end = start + len(span) if text.startswith(span, start) else end
+        text = marked(text, start, end)
     return text
 
 
@@ -128,7 +132,7 @@ ENTRIES: dict[str, TaskEntry] = {
     ),
     "copa": _entry("copa", kind="multiple-choice", convert="copa", prompt="{context}", metrics=["accuracy"]),
     "multirc": _entry("multirc", convert="multirc", labels=["False", "True"], words=["no", "yes"], metrics=["multirc"]),
-    "record": _entry("record", kind="multiple-choice", convert="record", prompt="{context}", metrics=["record"]),
+    "record": _entry("record", kind="multiple-choice", convert="record", prompt="{context}\n  -", metrics=["record"]),
     "superglue_rte": _entry(
         "rte",
         columns={"text": "premise", "text_pair": "hypothesis", "label": "label"},

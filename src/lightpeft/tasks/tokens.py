@@ -24,7 +24,7 @@ SPAN_LABELS = ("start_positions", "end_positions")
 """Labels of an answer's first and last token."""
 LABELS = ("labels", *SPAN_LABELS)
 """What a batch has for the loss alone."""
-NOT_INPUTS = ("length", "group", "options", "right")
+NOT_INPUTS = ("length", "group", "names", "right")
 """Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
 
 
@@ -41,6 +41,15 @@ def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrain
         max_length <= longest,
         f"data.max_length is {max_length}, but the model takes at most {longest} tokens; set it to {longest} or less",
     )
+
+
+def share_at_limit(encoded: Dataset, max_length: int) -> float:
+    """Part of the encoded rows that fill all of `max_length` tokens (multiple choice: with an option), in [0, 1].
+
+    Nearly all of them were cut.
+    """
+    longest = [max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids) for ids in encoded["input_ids"][:]]
+    return sum(length >= max_length for length in longest) / max(len(longest), 1)
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
