@@ -31,6 +31,7 @@ from lightpeft.tasks import (
     task_facts,
 )
 from lightpeft.tasks.entries import CONVERTERS, check_entry
+from lightpeft.tasks.likelihood import SCORABLE
 
 
 def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -166,7 +167,7 @@ class TestEntries:
 
     @pytest.mark.parametrize("task", list(ENTRIES))
     def test_facts_bring_the_task_back(self, tmp_path: Path, task: str) -> None:
-        for answer in ("auto", "likelihood") if ENTRIES[task].kind != "regression" else ("auto",):
+        for answer in ("auto", "likelihood") if ENTRIES[task].kind in SCORABLE else ("auto",):
             path = str(write_task(tmp_path, task, train=6, test=6))
             made = load_task(DataConfig(task=task, path=path, answer=answer, likelihood="byte", max_length=33))
             facts = json.loads(json.dumps(task_facts(made)))
