@@ -300,7 +300,7 @@ def _write_predictions(path: Path, measured: Measured) -> None:
 
 
 def readable(answer: Any, labels: Sequence[str], row: Mapping[str, Any]) -> Any:
-    """An answer as people read it: a class by name, an option as its text, sums over tokens by name, all else as it is."""
+    """An answer as people read it: a class by name, an option as its text, sums by name, anything else as it is."""
     if isinstance(answer, tuple):
         return dict(zip(TOKEN_SUMS, answer, strict=True))
     if not isinstance(answer, int):
