@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
+from lightpeft.statistics import bootstrap_intervals
 from lightpeft.tasks.answers import Answers
 from lightpeft.tasks.matching import best, by_answerability, exact, normalised, text_match, token_f1
 
@@ -60,9 +59,9 @@ def test_values_of_the_metric_cards(predictions: list[str], expected: float) -> 
     expected_both = {"f1": expected, "exact_match": expected}
     answers = Answers(predictions, references)
     assert text_match(answers) == pytest.approx(expected_both)
-    of_kinds = by_answerability(answers)
-    assert {name: of_kinds[f"has_answer_{name}"] for name in expected_both} == pytest.approx(expected_both)
-    assert math.isnan(of_kinds["no_answer_f1"]) and math.isnan(of_kinds["no_answer_exact_match"])
+    assert by_answerability(answers) == pytest.approx(
+        {"has_answer_f1": expected, "has_answer_exact_match": expected}
+    )  # and of questions without an answer nothing is said
 
 
 def test_unanswerable_questions_are_told_apart() -> None:
@@ -80,3 +79,12 @@ def test_unanswerable_questions_are_told_apart() -> None:
             "no_answer_exact_match": 1 / 2,
         }
     )
+
+
+def test_intervals_where_a_resample_may_lack_a_kind_of_question() -> None:
+    answers = Answers(["", "Normandy", "France", "Rouen"], [[], ["Normandy"], ["France"], ["Paris"]])
+    intervals = bootstrap_intervals(answers, by_answerability)
+    assert set(intervals) == set(by_answerability(answers))
+    assert intervals["no_answer_f1"] == (1.0, 1.0)
+    low, high = intervals["has_answer_f1"] or (1.0, 0.0)
+    assert low < 2 / 3 < high

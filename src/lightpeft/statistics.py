@@ -179,7 +179,10 @@ def _resampled(models: list[Answers], metric: Metric, count: int, seed: int) -> 
         for draw in _draws(models[0], count, seed):
             for collected, statistic in zip(values, statistics, strict=True):
                 collected.append(statistic(draw))
-    return [{name: np.array([value[name] for value in collected]) for name in collected[0]} for collected in values]
+    names = list(metric(models[0]))  # some resample may lack the examples that a value is of
+    return [
+        {name: np.array([value.get(name, np.nan) for value in collected]) for name in names} for collected in values
+    ]
 
 
 def _statistic(answers: Answers, metric: Metric) -> Callable[[_Draw], dict[str, float]]:

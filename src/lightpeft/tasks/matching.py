@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections import Counter
@@ -66,13 +65,14 @@ that it fits best. Rajpurkar et al. 2016, arXiv 1606.05250."""
 def by_answerability(answers: Answers) -> dict[str, float]:
     """What SQuAD 2.0 measures besides: `text_match` of the questions that have an answer, and of those that have none.
 
-    Without a reference an empty prediction is right. NaN where there is no such question.
+    Without a reference an empty prediction is right. What there is no question for has no value.
     Rajpurkar et al. 2018, arXiv 1806.03822.
     """
     answerable = np.array([bool(_with_words(right)) for right in answers.references])
     parts = {"has_answer": answerable, "no_answer": ~answerable}
     return {
-        f"{part}_{name}": float(np.mean(scores[chosen])) if chosen.any() else math.nan
+        f"{part}_{name}": float(np.mean(scores[chosen]))
         for part, chosen in parts.items()
+        if chosen.any()
         for name, scores in _scores(answers).items()
     }
