@@ -87,7 +87,7 @@ class Hungry(nn.Module):
         return torch.ones(len(rows), self.mib * MIB // 4).sum().item()
 
 
-@pytest.mark.parametrize(("free", "expected"), [(640, 20), (4, 1), (10**6, MOST_ROWS)])
+@pytest.mark.parametrize(("free", "expected"), [(640, 20), (4, 1), (10**6, MOST_ROWS["cpu"])])
 def test_size_is_what_half_of_the_memory_holds(monkeypatch: pytest.MonkeyPatch, free: int, expected: int) -> None:
     monkeypatch.setattr(batching, "free_memory", lambda device: free * MIB)
     model = Hungry(16)
