@@ -22,7 +22,7 @@ from lightpeft.errors import LightPeftError, require
 Scope = Literal["layerwise", "global"]
 HeadUnit = Literal["group", "balanced"]
 UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
-ModuleCriterion = Literal["ratio", "taylor", "depth", "random"]
+ModuleCriterion = Literal["ratio", "taylor", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
 TaskKind = Literal["classification", "causal-lm"]
 Method = Literal["light", "plain"]
@@ -45,12 +45,17 @@ class Budget:
     neurons: float = 1 / 3
     """Part of the FFN neurons to remove, in [0, 1)."""
     modules: float = 3 / 4
-    """Part of the PEFT modules to remove, in [0, 1)."""
+    """Part of the PEFT modules to remove, in [0, 1); of those that `module_blocks` allows."""
+    module_blocks: float = 1.0
+    """Part of the blocks, counted from the top, in which PEFT modules may stay, in (0, 1]: no block below needs a
+    backward pass, and each gives the same for a row in every epoch."""
     ranks: float = 1 / 2
     """Part of the ranks of the PEFT modules that stay to remove, in [0, 1)."""
     blocks: float | None = None
     """Part of the blocks' parameters to remove: heads and neurons of all blocks compete, and the lowest score per
     parameter goes first; takes the place of `heads`, `neurons` and their scopes."""
+    head_cost: float = 1.0
+    """What a head costs (`blocks`), as a multiple of its parameters: attention itself has none, but takes time."""
     target: float | None = None
     """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
 
@@ -90,6 +95,8 @@ class Budget:
             value = getattr(self, name)
             if value is not None:
                 require(0 <= value < 1, f"{name} is {value:g}; a ratio to remove lies in [0, 1), for example 0.5")
+        within = f"module_blocks is {self.module_blocks:g}; it lies in (0, 1], for example 0.5 for the upper half"
+        require(0 < self.module_blocks <= 1, within)
         require(
             self.blocks is None or self.target is None, "blocks and target both say how much goes; give one of them"
         )
@@ -97,7 +104,12 @@ class Budget:
             value = getattr(self, f"min_{name}")
             require(value >= least, f"min_{name} is {value}; it must be at least {least}")
         require(self.multiple_of >= 1, f"multiple_of is {self.multiple_of}; it must be at least 1")
+        require(0 < self.head_cost < math.inf, f"head_cost is {self.head_cost:g}; it must be positive and finite")
         check_choices(self)
+
+    def first_module_block(self, blocks: int) -> int:
+        """The lowest of so many blocks in which PEFT modules may stay."""
+        return blocks - max(1, int(self.module_blocks * blocks + 0.5))
 
 
 @dataclass(kw_only=True)
@@ -152,7 +164,6 @@ class LightConfig(Budget):
 _BY_COST: dict[str, Any] = {
     "head_criterion": "fisher",
     "neuron_criterion": "fisher",
-    "module_criterion": "depth",
     "mask_learning_rate": 3e-4,
     "multiple_of": 8,
 }
@@ -160,9 +171,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
     # Half of the blocks, where Fisher scores say that a parameter is worth least; few ranks, in the upper half.
-    "default": {**_BY_COST, "blocks": 0.5, "modules": 0.5, "ranks": 0.75},
+    "default": {**_BY_COST, "blocks": 0.5, "module_blocks": 0.5, "modules": 0.0, "ranks": 0.75},
     # Less is cut, and modules keep all ranks: nearer to plain LoRA's quality.
-    "fast": {**_BY_COST, "blocks": 0.3, "modules": 0.5, "ranks": 0.0},
+    "fast": {**_BY_COST, "blocks": 0.3, "module_blocks": 0.5, "modules": 0.0, "ranks": 0.0},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,10 @@ def _train_stage(work: Workspace, model: PeftModel, stage: str, steps: int, seed
     run, config = work.run, work.config
     run.begin()
     prefix = FrozenPrefix(model)
-    with prefix.attached():
+    # in estimation the masks of every block train, so that no block is frozen, wherever the modules are
+    with nullcontext() if stage == "estimate" else prefix.attached():
         started = time.perf_counter()
-        rows, collator = rows_for(work, prefix, stage, steps)
+        rows, collator = (work.train_rows, work.collator) if stage == "estimate" else rows_for(work, prefix, stage, steps)
         caching = time.perf_counter() - started
         trainer = make_trainer(
             model,
