@@ -33,6 +33,7 @@ from lightpeft.pipeline import Workspace
 from lightpeft.records import PrunePlan
 from lightpeft.structure import SLOTS
 from lightpeft.surgery import apply_plan
+from lightpeft.tasks import task_facts
 
 Kind = Literal["plain", "pruned", "light"]
 """Dense model; pruned once before training; lightpeft."""
@@ -90,7 +91,7 @@ def pruned_lora(work: Workspace, loaded: LoadedModel, goal: Goal, *, decide: Dec
     apply_plan(model, plan)
     if new:
         work.run.finish_stage("prune", time.perf_counter() - started, lambda: plan.save(work.run.plan))
-    return as_light(model, plan, task=pipeline.task_facts(work))
+    return as_light(model, plan, task=task_facts(work.task))
 
 
 def one_shot(name: str, label: str, decide: Decider) -> Method:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ablations
 import gpu
 import peer_methods
 import peer_pruning
@@ -22,9 +20,8 @@ import synthetic
 import torch
 from tiny import relative_difference
 from torch import Tensor
-from workbench import Workbench, checksums, read, stamps
+from workbench import Workbench, forked, read, stamps
 
-from lightpeft import bench as benching
 from lightpeft import pipeline
 from lightpeft.config import PRESETS, load_config
 from lightpeft.errors import LightPeftError
@@ -37,11 +34,8 @@ PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forked() -> Any:
-    """Measuring processes are forked, so that they begin in a moment."""
-    fork = multiprocessing.get_context("fork")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benching, "multiprocessing", SimpleNamespace(get_context=lambda _: fork))
+def forking() -> Any:
+    with forked():
         yield
 
 
@@ -245,7 +239,7 @@ def decided(
 ) -> tuple[Tensor, PrunePlan]:
     """The logits of the model that lightpeft cuts as `by` decides, and the plan."""
     blocks = by(work, loaded.model, goal)
-    model = add_peft(LoadedModel(copy.deepcopy(loaded.model), loaded.new_modules), work.config)
+    model = add_peft(LoadedModel(copy.deepcopy(loaded.model), loaded.new_modules, loaded.head), work.config)
     plan = peer_pruning.apply_to_peft(model, blocks, "test")
     apply_plan(model, plan)
     return answers(model), plan
@@ -498,38 +492,3 @@ def test_gpu_measures_tiny_shapes_on_the_cpu(tmp_path: Path) -> None:
         assert result["subjects"]["estimation"]["inference_seconds"] is None
         assert result["ideal"]["inference"] > 1
     assert (tmp_path / "gpu.md").read_text().count("| llama-tiny |") == 3
-
-
-# -- ablations.py ------------------------------------------------------------------------------------------------------
-
-
-def test_ablations_share_an_estimation_and_go_on(bench: Workbench) -> None:
-    file = bench.yaml("ablated", **{"training.epochs": 1, "light.blocks": 0.3, "light.heads": 1 / 3})
-    names = [ablations.AS_IS, "half of each layer", "refit: bias", "estimation twice as long"]
-    out = bench.folder / "ablations"
-    words = [str(file), "--out", str(out), "--seeds", "0", "1", "--variants", *names]
-    assert ablations.main(words) == 0
-    results = read(out / "ablations.results.json")
-    assert list(results["variants"]) == names
-    for name, of_variant in results["variants"].items():
-        assert of_variant["difference"] == [
-            a - b for a, b in zip(of_variant["accuracy"], results["variants"][names[0]]["accuracy"], strict=True)
-        ]
-        assert of_variant["light"]["heads"] == (0.5 if name == "half of each layer" else 1 / 3)
-        assert (of_variant["light"]["blocks"] is None) == (name == "half of each layer")
-    scores = [checksums(folder / "estimation") for folder in sorted(out.glob("*-0"))]
-    assert scores[0] == scores[1] == scores[2] != scores[3]
-    before = {path.name: stamps(path) for path in out.glob("*-?")}
-    assert ablations.main(words) == 0
-    assert before == {path.name: stamps(path) for path in out.glob("*-?")}
-    assert all(name in (out / "ablations.md").read_text() for name in names)
-
-
-def test_ablations_tell_bad_input_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert ablations.main([str(tmp_path / "none.yaml")]) == 2
-    assert "does not exist" in capsys.readouterr().err
-
-
-def test_every_variant_is_a_config(config: Path) -> None:
-    settings = [ablations.variant_config(config, Path("out"), name, 0).light for name in ablations.VARIANTS]
-    assert len({str(light) for light in settings}) > len(settings) - 3  # some may be what the file has anyway

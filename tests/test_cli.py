@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workbench import Workbench, lightpeft
+from workbench import RUNS, Workbench, lightpeft
 
 from lightpeft import cli, pipeline
 from lightpeft.config import Budget, RunConfig, TrainingConfig, load_config
 
-VERBS = ["run", "estimate", "plan", "prune", "train", "evaluate", "bench", "predict", "inspect"]
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+VERBS = ["run", "estimate", "plan", "prune", "train", "evaluate", "bench", "predict", "inspect", "reproduce"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
     text = " ".join(shown(capsys, verb, "--help").split())
     described = {**cli._STAGES, **cli._OTHERS}[verb]
     assert described.split(".")[0] in text
-    if verb in ("predict", "inspect"):
+    if verb in cli._OTHERS:
         return
     for config, section in ((Budget, "light"), (TrainingConfig, "training")):
         assert all(f"--{section}.{field.name}" in text for field in dataclasses.fields(config))
@@ -148,15 +147,15 @@ def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -
     assert given["light"]["restart"] is True
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(capsys: pytest.CaptureFixture[str], path: Path) -> None:
     given = printed(capsys, "run", "--config", path)
     assert given["model"]["name"]
-    assert given["data"]["train"]
+    assert given["data"]["train"] or given["data"]["path"]
 
 
 def test_there_are_shipped_configs() -> None:
-    assert "minilm_lora" in {path.stem for path in CONFIGS}
+    assert "minilm_lora" in {path.stem for path in RUNS}
 
 
 def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from workbench import RUNS
 
 from lightpeft.config import (
     PRESETS,
@@ -25,8 +26,6 @@ from lightpeft.config import (
     unknown_key,
 )
 from lightpeft.errors import LightPeftError
-
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
 def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
@@ -76,7 +75,7 @@ def test_ratios_in_range(value: float) -> None:
         (LightConfig, {"max_fraction": 1.0}, "max_fraction is 1"),
         (ModelConfig, {"dtype": "int8"}, 'dtype is "int8"; choose one of float32, bfloat16, float16, auto'),
         (ModelConfig, {"attention": "flash"}, "choose one of sdpa, eager, flash_attention_2"),
-        (DataConfig, {"task": "qa"}, 'task is "qa"; choose one of classification, causal-lm'),
+        (DataConfig, {"answer": "loud"}, 'answer is "loud"; choose one of auto, head, likelihood'),
         (DataConfig, {"max_length": 1}, "data.max_length is 1"),
         (DataConfig, {"test_fraction": 0.0}, "data.test_fraction is 0"),
         (DataConfig, {"prompt": "question"}, "data.prompt and data.completion go together"),
@@ -87,7 +86,8 @@ def test_ratios_in_range(value: float) -> None:
         (TrainingConfig, {"learning_rate": float("nan")}, "training.learning_rate is nan"),
         (TrainingConfig, {"warmup": 1.0}, "training.warmup is 1"),
         (TrainingConfig, {"save_steps": 0}, "start at 1"),
-        (RunConfig, {"method": "full"}, 'method is "full"; choose one of light, plain'),
+        (RunConfig, {"method": "fulll"}, 'method is "fulll"; choose one of light, plain, full'),
+        (TrainingConfig, {"full_learning_rate": 0.0}, "training.full_learning_rate is 0"),
         (RunConfig, {"preset": "slow"}, 'preset is "slow"'),
     ],
 )
@@ -265,9 +265,8 @@ def test_missing_file(tmp_path: Path) -> None:
             load_config(path)
 
 
-@pytest.mark.skipif(not CONFIGS, reason="no configuration is shipped")
-@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+@pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
 def test_shipped_configurations_are_read(path: Path) -> None:
     config = load_config(path)
-    assert config.model.name and config.data.train
+    assert config.model.name and (config.data.train or config.data.path)
     assert config.preset == yaml.safe_load(path.read_text()).get("preset", "default")

@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 import torch
 import workbench
+import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from lightpeft import EarlyPruner, LightConfig, cli
+from lightpeft import EarlyPruner, LightConfig, cli, pipeline
+from lightpeft.reproduce import Cell, running
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,7 +33,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the repository's configs, and tiny models and data where the documents expect real ones."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    with pytest.MonkeyPatch.context() as patch:
+    for grid in workbench.GRIDS:
+        smaller(folder / grid.relative_to(ROOT))
+    with pytest.MonkeyPatch.context() as patch, workbench.forked():
+        patch.setattr(running, "run_cell", in_this_process)
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
         workbench.save_base(folder / "demo/cache/minilm", "bert")
@@ -42,9 +48,49 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         renamed(folder / "reviews.csv", rows, review="text", stars="label")
         renamed(folder / "pairs.csv", rows, premise="text", hypothesis="text", relation="label")
         (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
-        workbench.write_rows(folder / "questions.jsonl", workbench.completions(160))
+        workbench.write_rows(folder / "questions.jsonl", questions(160))
+        layouts.write_task(folder / "data/sst2", "sst2")
+        (folder / "tasks").mkdir()
+        (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/evaluation.md", "yaml")[0])
+        layouts.write_task(folder / "demo/cache/quartz", "quartz", train=160)
+        write_own_task(folder, rows)
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
         yield folder
+
+
+def write_own_task(folder: Path, rows: workbench.Rows) -> None:
+    """The YAML of docs/tasks.md that declares the task "claims", and rows for it."""
+    (folder / "claims.yaml").write_text(
+        next(code for code in blocks(ROOT / "docs/tasks.md", "yaml") if "claims:" in code)
+    )
+    (folder / "claims").mkdir()
+    for split in ("train", "dev"):
+        renamed(folder / f"claims/{split}.jsonl", rows, title="text", body="text", source="text", verdict="label")
+        verdicts = (folder / f"claims/{split}.jsonl").read_text().replace('"positive"', "1").replace('"negative"', "0")
+        (folder / f"claims/{split}.jsonl").write_text(verdicts)
+
+
+def questions(count: int) -> workbench.Rows:
+    """Prompts with completions, and the same as multiple choice."""
+    rows: workbench.Rows = []
+    for row in workbench.completions(count):
+        right = row["completion"]
+        rows.append({**row, "options": [right, "word1"], "answer": 0})  # type: ignore[dict-item]
+    return rows
+
+
+def smaller(grid: Path) -> None:
+    """Leave the first two methods and one seed of a grid, and few steps."""
+    data = yaml.safe_load(grid.read_text())
+    names = list(data["methods"])[:2]
+    data["methods"] = names if isinstance(data["methods"], list) else {name: data["methods"][name] for name in names}
+    data["run"]["training"]["epochs"] = 1
+    grid.write_text(yaml.safe_dump({**data, "seeds": data["seeds"][:1]}, sort_keys=False))
+
+
+def in_this_process(cell: Cell, devices: int, log: Path) -> None:
+    """Runs a cell of a grid without the time that a process takes to start."""
+    pipeline.run(cell.config)
 
 
 def renamed(path: Path, rows: workbench.Rows, **columns: str) -> None:

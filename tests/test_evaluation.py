@@ -226,8 +226,8 @@ def _fail() -> dict[str, Any]:
 
 class TestCausalLM:
     def task(self) -> CausalLMTask:
-        rows = Dataset.from_dict({"p": TEXTS, "c": TEXTS[::-1]})
-        config = DataConfig(task="causal-lm", train="unused", prompt="p", completion="c")
+        rows = Dataset.from_dict({"prompt": TEXTS, "completion": TEXTS[::-1]})
+        config = DataConfig(task="causal-lm", train="unused")
         return CausalLMTask(config, rows, rows, [])
 
     @pytest.mark.parametrize("side", ["right", "left"])

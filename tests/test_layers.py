@@ -13,16 +13,18 @@ SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 LAYERS: tuple[set[str], ...] = (
     {"errors", "config", "structure", "records"},
     {"layout", "linears", "quantised", "scoring", "planning", "tasks"},
-    {"families"},
+    {"families", "statistics"},
     {"bottleneck"},
     {"sites"},
-    {"loading", "masks", "importance", "evaluation", "profiling"},
-    {"estimation", "prefix", "refit", "surgery", "streaming", "training"},
+    {"harness", "loading", "masks", "importance", "profiling"},
+    {"batching"},
+    {"generating"},
+    {"evaluation", "estimation", "prefix", "refit", "surgery", "streaming", "training"},
     {"discovery"},
     {"checkpoint"},
     {"pruner", "runs", "tables", "predicting"},
-    {"pipeline"},
-    {"bench"},
+    {"opening", "pipeline"},
+    {"bench", "evaluating", "reproduce"},
     {"cli", "__main__", "__init__"},
 )
 """Modules and sub-packages of lightpeft, lowest layer first."""

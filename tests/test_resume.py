@@ -61,7 +61,7 @@ KILLS: dict[str, Disturb] = {
     "trained-but-not-saved": before(pipeline, "save_peft", KILL, 2),
     "trained-but-not-noted": before(RunFolder, "_note", KILL, 3),
     "between-training-and-evaluation": before(pipeline, "evaluate", KILL),
-    "in-evaluation": before(evaluation, "predict_logits", KILL),
+    "in-evaluation": before(evaluation, "outcome", KILL),
     "evaluated-but-not-reported": before(pipeline, "report", KILL),
 }
 
@@ -130,21 +130,24 @@ def test_resuming_is_exact_with_other_settings(bench: Workbench, changes: dict[s
     assert comparable(bench.folder / name) == comparable(bench.folder / f"{name}_whole")
 
 
-def test_plain_lora_goes_on_too(bench: Workbench) -> None:
-    whole = bench.yaml("lora_whole", method="plain", **SETTINGS)
+@pytest.mark.parametrize("method", ["plain", "full"])
+def test_plain_lora_and_full_fine_tuning_go_on_too(bench: Workbench, method: str) -> None:
+    settings = {**SETTINGS, "training.full_learning_rate": 1e-3}
+    whole = bench.yaml(f"{method}_whole", method=method, **settings)
     assert lightpeft("run", "--config", whole) == 0
-    file = bench.yaml("lora_killed", method="plain", **SETTINGS)
+    file = bench.yaml(f"{method}_killed", method=method, **settings)
     assert run_disturbed(file, at_step("train", 11, KILL)) == -signal.SIGKILL
     assert lightpeft("run", "--config", file) == 0
-    reports = [read(bench.folder / name / "metrics.json") for name in ("lora_whole", "lora_killed")]
+    reports = [read(bench.folder / f"{method}_{name}" / "metrics.json") for name in ("whole", "killed")]
     assert reports[0]["metrics"] == reports[1]["metrics"]
+    assert [report["training"]["train"]["resumed_at"] for report in reports] == [0, 9]
 
 
 STOPS: dict[str, tuple[Disturb, int | None]] = {
     "sigterm-in-estimation": (at_step("estimate", 4, signalling(signal.SIGTERM), "on_step_begin"), 5),
     "sigint-in-training": (at_step("train", 7, signalling(signal.SIGINT), "on_step_begin"), 8),
     "sigterm-in-the-last-step-of-estimation": (at_step("estimate", 9, signalling(signal.SIGTERM), "on_step_begin"), 9),
-    "sigterm-in-evaluation": (before(evaluation, "predict_logits", signalling(signal.SIGTERM)), None),
+    "sigterm-in-evaluation": (before(evaluation, "outcome", signalling(signal.SIGTERM)), None),
     "sigint-while-pruning": (before(pipeline, "cut", signalling(signal.SIGINT)), None),
 }
 

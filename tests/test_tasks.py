@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, RobertaConfig
 
-from lightpeft.config import DataConfig
+from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import LightPeftError
 from lightpeft.families import max_positions
 from lightpeft.tasks import (
@@ -212,10 +212,9 @@ class TestClassification:
     def test_class_names_keep_their_order(self) -> None:
         features = Features({"text": Value("string"), "label": ClassLabel(names=["not_same", "equivalent"])})
         rows = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 1]}, features=features)
-        config = DataConfig(train="unused")
-        assert ClassificationTask.label_set(rows, config) == ["not_same", "equivalent"]
+        assert ClassificationTask.label_set(rows, TaskEntry()) == ["not_same", "equivalent"]
         hidden = Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features)
-        assert "data.test row 1" in error_of(ClassificationTask.check, hidden, config, "data.test")
+        assert "data.test row 1" in error_of(ClassificationTask.check, hidden, TaskEntry(), "data.test")
 
     def test_split_is_fixed_and_complete(self, tmp_path: Path) -> None:
         source = labelled(tmp_path, [i % 2 for i in range(50)])
@@ -404,6 +403,8 @@ class TestModelLimits:
 def test_every_task_kind_has_an_entry() -> None:
     assert {kind: task.head for kind, task in TASKS.items()} == {
         "classification": "classification",
+        "regression": "regression",
+        "multiple-choice": "multiple-choice",
         "causal-lm": "causal-lm",
     }
 

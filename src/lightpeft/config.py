@@ -24,8 +24,11 @@ HeadUnit = Literal["group", "balanced"]
 UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
 ModuleCriterion = Literal["ratio", "taylor", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
-TaskKind = Literal["classification", "causal-lm"]
-Method = Literal["light", "plain"]
+TaskKind = Literal["classification", "regression", "multiple-choice", "span", "causal-lm"]
+Head = Literal["classification", "regression", "multiple-choice", "span", "causal-lm"]
+AnswerBy = Literal["auto", "head", "likelihood"]
+LikelihoodRule = Literal["sum", "token", "byte", "unconditional"]
+Method = Literal["light", "plain", "full"]
 PeftKind = Literal["lora", "bottleneck"]
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
 RefitForm = Literal["none", "bias", "low_rank"]
@@ -202,13 +205,67 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class TaskEntry:
+    """One task, declared: where its rows are, how a row becomes text, how it is answered and measured.
+
+    The tasks that ship with lightpeft are entries in `lightpeft.tasks`; those of a user are below `tasks` in the run's
+    YAML.
+    """
+
+    name: str = ""
+    """The task's name, as `data.task` gives it; empty for the kinds themselves."""
+    kind: TaskKind = "classification"
+    """Which columns the task's rows have in the end, and so which heads can answer it."""
+    hub: str | None = None
+    """Data set on the hub as owner/name[/config]."""
+    path: str | None = None
+    """Local folder with one file a split, in the hub's columns; comes before `hub`."""
+    train: str = "train"
+    """Split to train on."""
+    test: str | None = "validation"
+    """Split to evaluate on, one with labels; unset: a part of the training rows is held out."""
+    more_tests: dict[str, str] = field(default_factory=dict)
+    """Further splits to evaluate on, as prefix of their metrics -> split."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column of the kind (such as text, text_pair, label) -> column of the data, or a template such as
+    "{premise} {hypothesis}"; empty: the data have the kind's own columns."""
+    convert: str | None = None
+    """Instead of `columns`: name of the function that turns a row of the data into one of the kind's."""
+    labels: list[str] = field(default_factory=list)
+    """Label names in class order, where the data number their labels; empty: the labels that the data have."""
+    prompt: str | None = None
+    """What a causal language model reads before the answer, as a template over the kind's columns."""
+    words: list[str] = field(default_factory=list)
+    """What it answers for each label; empty: the labels themselves."""
+    metrics: list[str] = field(default_factory=list)
+    """What is measured, the main metric first; empty: what the kind measures."""
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        known = not self.words or len(self.words) == len(self.labels)
+        require(known, f"words are {len(self.words)} for {len(self.labels)} labels; give one a label, or none")
+        require(not (self.columns and self.convert), "columns and convert both say what a row is; give one of them")
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """The task's data: local files or a hub data set, and which columns mean what."""
 
-    task: TaskKind = "classification"
-    """classification: one label a text (or pair of texts); causal-lm: next-token loss on text or completions."""
+    task: str = "classification"
+    """A task by name (such as rte, or one of your own below `tasks`), or a kind whose columns you name here.
+    classification: one label a text (or pair of texts); regression: one number; multiple-choice: one of the options;
+    causal-lm: next-token loss on text or completions."""
+    answer: AnswerBy = "auto"
+    """How a model answers. head: a layer trained for the task; likelihood: the causal language model's own
+    probabilities of label words or options; auto: a head, but likelihood for multiple choice on decoders."""
+    likelihood: LikelihoodRule = "sum"
+    """Which score of an option counts (answer: likelihood). sum: its log-probability; token, byte: the mean over its
+    tokens or bytes; unconditional: how much the prompt raises it over a prompt without the question."""
+    path: str | None = None
+    """Folder with the task's own splits as files, in the hub's columns, instead of the hub."""
     train: str = ""
-    """Training rows: a .csv, .tsv, .json, .jsonl or .parquet file, or a hub data set as name[/config][:split]."""
+    """Training rows: a .csv, .tsv, .json, .jsonl or .parquet file, or a hub data set as name[/config][:split]; needed
+    for kinds, and instead of the task's own rows for the others."""
     test: str | None = None
     """Rows for evaluation, in the same form; unset: `test_fraction` of the training rows is held out."""
     test_fraction: float = 0.2
@@ -216,11 +273,14 @@ class DataConfig:
     split_seed: int = 0
     """Seed of the hold-out split: independent of the run's seed, so that seeds share one test set."""
     text: str = "text"
-    """Column with the text (classification and plain causal-lm)."""
+    """Column with the text (classification, regression, plain causal-lm) or the question (multiple-choice)."""
     text_pair: str | None = None
     """Column with the second text of a pair."""
     label: str = "label"
-    """Column with the label, an integer or a string."""
+    """Column with the label: an integer or a string, a number (regression), or the right option's index, from 0
+    (multiple-choice)."""
+    options: str = "options"
+    """Column with the list of options (multiple-choice)."""
     prompt: str | None = None
     """Column with the prompt (causal-lm): the loss is on the completion only."""
     completion: str | None = None
@@ -297,6 +357,8 @@ class TrainingConfig:
     """Backward passes an optimizer step."""
     learning_rate: float = 3e-4
     """Peak learning rate of the PEFT modules and the head; linear decay to zero."""
+    full_learning_rate: float = 2e-5
+    """Peak learning rate where every weight trains (method full): what PEFT needs would destroy pretrained weights."""
     warmup: float = 0.06
     """Part of each stage's steps over which the learning rate rises."""
     weight_decay: float = 0.0
@@ -322,7 +384,8 @@ class TrainingConfig:
     """Steps between lines in log.jsonl."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "eval_batch_size", "gradient_accumulation", "learning_rate"):
+        rates = ("learning_rate", "full_learning_rate")
+        for name in ("epochs", "batch_size", "eval_batch_size", "gradient_accumulation", *rates):
             value = getattr(self, name)
             require(0 < value < math.inf, f"training.{name} is {value:g}; it must be positive and finite")
         for name in ("weight_decay", "max_grad_norm"):
@@ -341,8 +404,8 @@ class RunConfig:
     preset: Preset = "default"
     """Starting values of `light`: default (half of the blocks go), fast (less goes), or paper (Gu et al. 2024)."""
     method: Method = "light"
-    """light: Light-PEFT; plain: the same PEFT on the same data as it is used by habit, for comparison (no estimation,
-    nothing pruned; LoRA sits on q and v)."""
+    """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
+    nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
     peft: PeftKind = "lora"
     """lora, or bottleneck adapters."""
     output: str = "runs/run"
@@ -361,6 +424,8 @@ class RunConfig:
     """Estimation and budget."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The fine-tuning run."""
+    tasks: dict[str, TaskEntry] = field(default_factory=dict)
+    """Tasks of your own by name, for `data.task`."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -438,12 +503,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
     for key, value in data.items():
         if key not in fields:
             raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in fields]))
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            section = {} if value is None else value  # a heading with nothing below it
-            values[key] = from_dict(typing.cast(type, hint), section, f"{where}{key}.")
-        else:
-            values[key] = _coerce(value, hint, f"{where}{key}")
+        values[key] = _coerce(value, hints[key], f"{where}{key}")
     return cls(**values)
 
 
@@ -474,6 +534,7 @@ _EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
 
 _KINDS: dict[Any, str] = {
+    dict: "a mapping",
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -486,7 +547,10 @@ _KINDS: dict[Any, str] = {
 
 def _coerce(value: Any, hint: Any, where: str) -> Any:
     """Check a plain value against a field's type; YAML's integers are fine where floats are asked for."""
-    options = typing.get_args(hint) if typing.get_origin(hint) not in (None, list, Literal) else (hint,)
+    if dataclasses.is_dataclass(hint):
+        section = {} if value is None else value  # a heading with nothing below it
+        return from_dict(typing.cast(type, hint), section, f"{where}.")
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (None, list, dict, Literal) else (hint,)
     for option in options:
         if option is type(None) and value is None:
             return None
@@ -495,6 +559,9 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if typing.get_origin(option) is list and isinstance(value, list):
             item = typing.get_args(option)[0]
             return [_coerce(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
+        if typing.get_origin(option) is dict and isinstance(value, dict):
+            item = typing.get_args(option)[1]
+            return {str(key): _coerce(entry, item, f"{where}.{key}") for key, entry in value.items()}
         if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
         if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
@@ -504,4 +571,6 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     choices = _literals(hint)
     kinds = [_KINDS.get(typing.get_origin(option) or option) for option in options]
     wanted = " or ".join([kind for kind in kinds if kind] + ([f"one of {', '.join(choices)}"] if choices else []))
-    raise LightPeftError(f"{where} is {value!r}; it must be {wanted}")
+    # YAML 1.1 reads words such as no, on and 1 as other things than text
+    quotes = " (in quotes)" if str in options and isinstance(value, (bool, int, float)) else ""
+    raise LightPeftError(f"{where} is {value!r}; it must be {wanted}{quotes}")

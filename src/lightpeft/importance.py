@@ -42,6 +42,8 @@ class RealTokens:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if _reads_options(args, kwargs) and mask is not None:
+            mask = mask.flatten(0, 1)  # as the model flattens what its blocks see
         self._masks = {False: _token_mask(mask), True: _decoder_mask(kwargs)}
 
 
@@ -95,6 +97,12 @@ class ModuleObserver:
 def _reads_decoder(block: BlockSpec, slot: str | None) -> bool:
     """Whether a projection sees the decoder's tokens in an encoder-decoder; cross-attention's k and v do not."""
     return block.label.startswith("decoder") or (block.label.startswith("cross") and slot not in ("k", "v"))
+
+
+def _reads_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the model reads options of questions, [batch, options, length]."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return isinstance(ids, Tensor) and ids.dim() == 3
 
 
 def _token_mask(mask: Any) -> Tensor | None:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -29,7 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from lightpeft.bottleneck import BottleneckConfig
-from lightpeft.config import ModelConfig, RunConfig, TaskKind
+from lightpeft.config import Head, ModelConfig, RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, check_not_refused
 from lightpeft.linears import stored_weight
@@ -37,7 +39,24 @@ from lightpeft.quantised import prepare_quantised
 from lightpeft.sites import base_layer, base_linear, transformers_model
 from lightpeft.structure import SLOTS, BlockSpec
 
-_AUTO_CLASSES = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+
+@dataclass(frozen=True)
+class _HeadClass:
+    """How a head is loaded and wrapped."""
+
+    auto: Any
+    """transformers' class that picks the model."""
+    peft: TaskType | None
+    """PEFT's name of what the model is for; None: PEFT has none, and passes inputs on as they are."""
+
+
+_HEADS: dict[Head, _HeadClass] = {
+    "classification": _HeadClass(AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "regression": _HeadClass(AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "multiple-choice": _HeadClass(AutoModelForMultipleChoice, None),
+    "span": _HeadClass(AutoModelForQuestionAnswering, TaskType.QUESTION_ANS),
+    "causal-lm": _HeadClass(AutoModelForCausalLM, TaskType.CAUSAL_LM),
+}
 _QUANTISED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
@@ -46,7 +65,6 @@ _CUTTABLE = ("bitsandbytes", "torchao")
 """Quantisation methods, as transformers names them, whose weights can be cut."""
 UNREADABLE = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
 """What transformers raises for a checkpoint that is missing, damaged, or needs a package that is not there."""
-_TASK_TYPES = {"classification": TaskType.SEQ_CLS, "causal-lm": TaskType.CAUSAL_LM}
 
 
 def quiet_libraries() -> None:
@@ -69,18 +87,27 @@ class LoadedModel:
     model: PreTrainedModel
     new_modules: list[str]
     """Modules that the checkpoint has no weights for (the task head); they train and travel with the adapter."""
+    head: Head
+    """What the model was loaded with."""
 
 
-def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) -> LoadedModel:
+def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, to_prune: bool = True) -> LoadedModel:
     """Load the foundation model with the head of the task.
 
+    Args:
+        labels: names of the classes in order.
+        to_prune: refuse what cannot be pruned; off for models that are measured only.
+
     Raises:
-        LightPeftError: no such model, a family that is refused, or weights that cannot be pruned.
+        LightPeftError: no such model, or one that is to be pruned and cannot be.
     """
     hf_config = load_model_config(config)
-    check_not_refused(hf_config.model_type)
-    _check_quantisation(config, hf_config)
-    if task == "classification":
+    if to_prune:
+        check_not_refused(hf_config.model_type)
+        _check_quantisation(config, hf_config)
+    if head == "regression":
+        hf_config.num_labels = 1  # by which transformers knows that the loss is the squared error
+    if head == "classification":
         hf_config.num_labels = len(labels)
         hf_config.id2label = dict(enumerate(labels))
         hf_config.label2id = {label: index for index, label in enumerate(labels)}
@@ -88,7 +115,7 @@ def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) 
     if config.quantise:
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
     try:
-        model, info = _AUTO_CLASSES[task].from_pretrained(
+        model, info = _HEADS[head].auto.from_pretrained(
             config.name,
             config=hf_config,
             revision=config.revision or "main",
@@ -104,7 +131,12 @@ def load_model(config: ModelConfig, task: TaskKind, labels: Sequence[str] = ()) 
         del model.config.quantization_config  # the weights were dequantised on loading
     model.light_gguf_file = config.gguf_file
     prepare_quantised(model)
-    return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}))
+    return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
+
+
+def peft_task_type(head: Head) -> TaskType | None:
+    """What PEFT calls a model with that head; None: it has no name for it."""
+    return _HEADS[head].peft
 
 
 def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> None:
@@ -163,8 +195,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """Put the run's PEFT modules on a model.
 
-    LoRA sits on all projections of the blocks in which modules may stay (`light.module_blocks`) or, with method plain, on
-    q and v of every block as it is used by habit.
+    LoRA sits on all projections of the blocks in which modules may stay (`light.module_blocks`) or, with method plain,
+    on q and v of every block as it is used by habit.
 
     Raises:
         LightPeftError: unknown slots, target modules that match nothing, or a place that the family does not have; or
@@ -173,7 +205,7 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     blocks = block_specs(loaded.model)
     _check_weights(loaded, blocks)
     lowest = config.light.first_module_block(len(blocks)) if config.method == "light" else 0
-    common = {"task_type": _TASK_TYPES[config.data.task], "modules_to_save": loaded.new_modules or None}
+    common: dict[str, Any] = {"task_type": _HEADS[loaded.head].peft, "modules_to_save": loaded.new_modules or None}
     if config.peft == "bottleneck":
         below = [name for block in blocks[:lowest] for name in block.projections.values()]
         adapters = BottleneckConfig(**asdict(config.bottleneck), exclude_modules=below or None, **common)

@@ -143,7 +143,13 @@ class _Scaler:
         channels: int = 1,
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.mask, self.tally, self.examples, self.channels, self.activation = mask, tally, examples, channels, activation
+        self.mask, self.tally, self.examples, self.channels, self.activation = (
+            mask,
+            tally,
+            examples,
+            channels,
+            activation,
+        )
         self._sources: list[Tensor] = []
         self._reproducible: dict[bool, bool] = {} if activation is not None else {True: False, False: False}
 

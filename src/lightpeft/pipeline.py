@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lightpeft import evaluation
 from lightpeft.checkpoint import LightModel, load_light
-from lightpeft.config import RunConfig
+from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
 from lightpeft.estimation import stage_length
+from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
 from lightpeft.loading import LoadedModel, accelerator, add_peft, load_model, load_model_config, load_tokenizer
 from lightpeft.planning import make_plan
 from lightpeft.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
-from lightpeft.profiling import count_parameters, folder_bytes, hardware
+from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, folder_bytes, hardware, throughput
 from lightpeft.pruner import EarlyPruner, cut
 from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
 from lightpeft.runs import RunFolder
-from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task
-from lightpeft.training import fit, last_checkpoint, make_trainer, total_steps
+from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task, share_at_limit, task_facts
+from lightpeft.training import fit, last_checkpoint, make_trainer, step_of, total_steps
+
+NOTABLE_CUTS = 0.05
+"""Part of the training rows that may be cut without a word."""
+Model: TypeAlias = PeftModel | PreTrainedModel
+"""What is trained and measured: a model with PEFT or, with method full, the model itself."""
 
 
 @dataclass
@@ -47,6 +52,8 @@ class Workspace:
     tokenizer: PreTrainedTokenizerBase
     train_rows: Dataset
     test_rows: Dataset
+    more_test_rows: dict[str, Dataset]
+    """Rows of further splits to evaluate on, by the prefix of their metrics."""
 
     @property
     def config(self) -> RunConfig:
@@ -83,17 +90,20 @@ def run(config: RunConfig) -> dict[str, Any]:
 def prepare(config: RunConfig) -> Workspace:
     """Read and check the data, the tokenizer and the run folder; nothing is written yet."""
     model_config = load_model_config(config.model)
-    task = load_task(config.data)
+    task = load_task(config.data, model_config, config.tasks)
     tokenizer = load_tokenizer(config.model)
     check_max_length(config.data.max_length, max_positions(model_config), tokenizer)
     ensure_pad_token(tokenizer, model_config)
     train_rows = task.encode(task.train, tokenizer, config.data.max_length)
-    test_rows = task.encode(task.test, tokenizer, config.data.max_length)
+    test_rows = task.encode_test(task.test, tokenizer, config.data.max_length)
+    more = {
+        prefix: task.encode_test(rows, tokenizer, config.data.max_length) for prefix, rows in task.more_tests.items()
+    }
     if config.method == "light":
         steps = total_steps(len(train_rows), config.training, process_count())
         length = stage_length(config.light, steps)
         require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
-    return Workspace(RunFolder.open(config), task, tokenizer, train_rows, test_rows)
+    return Workspace(RunFolder.open(config), task, tokenizer, train_rows, test_rows, more)
 
 
 def estimate(work: Workspace) -> EstimationRecord:
@@ -106,14 +116,14 @@ def estimate(work: Workspace) -> EstimationRecord:
     pruner = EarlyPruner(model, config.light)
     callback = pruner.callback(resume_from=last_checkpoint(run.checkpoints("estimate")))
     length = stage_length(config.light, work.steps)
-    seconds = _train_stage(work, model, "estimate", work.steps, config.seed, shown_steps=length, callbacks=[callback])
+    cost = _train_stage(work, model, "estimate", work.steps, config.seed, shown_steps=length, callbacks=[callback])
     record = pruner.record()
 
     def save() -> None:
         save_peft(model, run.estimation / "adapter")
         record.save(run.estimation)
 
-    run.finish_stage("estimate", seconds, save, steps=record.meta["steps"])
+    run.finish_stage("estimate", **asdict(cost), save=save, steps=record.meta["steps"])
     return record
 
 
@@ -143,7 +153,7 @@ def prune(work: Workspace) -> None:
     base = dense_model(work).model
     model = PeftModel.from_pretrained(base, str(run.estimation / "adapter"), is_trainable=True)
     light = cut(model, chosen, config.light, lambda: calibration_batches(work))
-    light.light_task = task_facts(work)
+    light.light_task = task_facts(work.task)
     run.finish_stage("prune", time.perf_counter() - started, lambda: light.save_pretrained(run.pruned))
 
 
@@ -159,47 +169,100 @@ def calibration_batches(work: Workspace) -> Iterator[dict[str, Tensor]]:
 
 
 def train(work: Workspace) -> None:
-    """Fine-tune the small model with the small PEFT (method light), or plain PEFT on the dense model (method plain)."""
+    """Fine-tune the small model with the small PEFT (light), the dense one with plain PEFT, or all of the dense one."""
     run, config = work.run, work.config
     if run.has("train"):
         return
     set_seed(config.seed)
     if config.method == "light":
         run.need("prune", "train")
-        model: PeftModel = load_light(run.pruned, dense_model(work).model, is_trainable=True)
+        model: Model = load_light(run.pruned, dense_model(work).model, is_trainable=True)
         steps, seed = work.steps - EstimationRecord.load(run.estimation).meta["steps"], config.seed + 1
     else:
-        model = add_peft(dense_model(work), config)
+        model = _full_model(work) if config.method == "full" else add_peft(dense_model(work), config)
         steps, seed = work.steps, config.seed
-    seconds = _train_stage(work, model, "train", steps, seed)
-    require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")
-    run.finish_stage("train", seconds, lambda: save_peft(model, run.adapter), steps=steps)
+    cost = _train_stage(work, model, "train", steps, seed)
+    rate = "full_learning_rate" if config.method == "full" else "learning_rate"
+    require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{rate}")
+    run.finish_stage("train", **asdict(cost), save=lambda: save_result(work, model), steps=steps)
 
 
-def _train_stage(work: Workspace, model: PeftModel, stage: str, steps: int, seed: int, **options: Any) -> float:
-    """Train for a stage, from its last checkpoint if there is one; returns the seconds it took in all."""
+def _full_model(work: Workspace) -> PreTrainedModel:
+    """The dense model, all of whose weights train."""
+    model = dense_model(work).model
+    quantised = getattr(model, "is_quantized", False)
+    require(
+        not quantised, "method full trains every weight, which cannot be done in 4 or 8 bits; give the base unquantised"
+    )
+    return model
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a training stage took, as metrics.json has it."""
+
+    seconds: float
+    """Wall-clock time, that of storing a frozen prefix included; of a resumed stage, that of its last part."""
+    samples_per_second: float
+    """Training rows a second of all processes together, that time left out."""
+    peak_memory_bytes: int
+    """Peak of training: on CUDA all that was allocated, else what came on top of the loaded model."""
+    peak_memory_method: MemoryMethod
+    resumed_at: int
+    """Step that the last part of the stage began at; 0 for a stage that was not interrupted."""
+
+
+def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: int, **options: Any) -> StageCost:
+    """Train for a stage, from its last checkpoint if there is one."""
     run, config = work.run, work.config
     run.begin()
-    prefix = FrozenPrefix(model)
+    announce_cuts(work, stage)
     # in estimation the masks of every block train, so that no block is frozen, wherever the modules are
-    with nullcontext() if stage == "estimate" else prefix.attached():
+    prefix = FrozenPrefix(model, blocks=[] if stage == "estimate" else None)
+    with prefix.attached():
         started = time.perf_counter()
-        rows, collator = (work.train_rows, work.collator) if stage == "estimate" else rows_for(work, prefix, stage, steps)
+        rows, collator = rows_for(work, prefix, stage, steps)
         caching = time.perf_counter() - started
         trainer = make_trainer(
             model,
             rows,
             collator,
-            config.training,
+            _settings(config),
             stage=stage,
             checkpoints=run.checkpoints(stage),
             log=run.log,
             steps=steps,
             seed=seed,
-            token_loss=config.data.task == "causal-lm",
+            token_loss=work.task.head == "causal-lm",
             **options,
         )
-        return caching + fit(trainer, last_checkpoint(run.checkpoints(stage)))
+        checkpoint = last_checkpoint(run.checkpoints(stage))
+        with PeakMemory(model) as memory:
+            seconds = fit(trainer, checkpoint)
+    begun = step_of(checkpoint) if checkpoint else 0
+    a_step = len(work.train_rows) / total_steps(
+        len(work.train_rows), replace(config.training, epochs=1), process_count()
+    )
+    speed = throughput(a_step * (trainer.state.global_step - begun), seconds)
+    return StageCost(caching + seconds, speed, memory.bytes, memory.method, begun)
+
+
+def announce_cuts(work: Workspace, stage: str) -> None:
+    """Say in a run's first stage if the length limit costs many rows a part of their text."""
+    first = "estimate" if work.config.method == "light" else "train"
+    if stage != first or not work.task.cuts:
+        return
+    share = share_at_limit(work.train_rows, work.config.data.max_length)
+    if share >= NOTABLE_CUTS:
+        work.run.announce(
+            stage, f"{share:.0%} of the training rows are cut to data.max_length: {work.config.data.max_length} tokens"
+        )
+
+
+def _settings(config: RunConfig) -> TrainingConfig:
+    """How the run's method trains."""
+    training = config.training
+    return replace(training, learning_rate=training.full_learning_rate) if config.method == "full" else training
 
 
 def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> tuple[Dataset, Collate]:
@@ -229,19 +292,17 @@ def prefix_cache(work: Workspace, prefix: FrozenPrefix, steps: int) -> PrefixCac
 
 def evaluate(work: Workspace) -> dict[str, Any]:
     """Measure the result on the test rows; the numbers go to metrics.json and into the light adapter."""
-    run, config = work.run, work.config
+    run = work.run
     if run.has("evaluate"):
         return read_json(run.metrics)
     run.need("train", "evaluate")
     started = time.perf_counter()
     model = trained_model(work)
-    scores = evaluation.evaluate(
-        model, work.test_rows, work.task, work.collator, config.training.eval_batch_size, config.training.bf16
-    )
+    scores = evaluation.scores_of(measure(work, model), work.task)
 
     def save() -> None:
         if isinstance(model, LightModel):
-            model.light_metrics = dict(scores)
+            model.light_metrics = dict(scores.metrics)
             model.save_pretrained(run.adapter)
         write_json(run.metrics, report(work, model, scores))
 
@@ -249,24 +310,44 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     return read_json(run.metrics)
 
 
-def report(work: Workspace, model: PeftModel, scores: dict[str, float]) -> dict[str, Any]:
+def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
+    """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
+    training, splits = work.config.training, {"": work.test_rows, **work.more_test_rows}
+    return {
+        prefix: evaluation.outcome(model, rows, work.task, work.collator, training.eval_batch_size, training.bf16)
+        for prefix, rows in splits.items()
+    }
+
+
+def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
     """What metrics.json holds: quality, parameters, times, and all that is needed to repeat the run."""
     run, config = work.run, work.config
     return {
         "method": config.method,
-        "metrics": scores,
+        "metrics": scores.metrics,
+        "intervals": scores.intervals,
+        "main_metric": work.task.main_metric,
         "parameters": parameter_report(model),
         "seconds": run.stage_seconds(),
-        "adapter_bytes": folder_bytes(run.adapter),
+        "training": dict(_training_costs(run)),
+        "adapter_bytes": folder_bytes(run.result),
         "seed": config.seed,
         "hardware": hardware(),
         "config": asdict(config),
     }
 
 
-def dense_model(work: Workspace) -> LoadedModel:
-    """The untouched foundation model with the task's head, on the device that training uses."""
-    loaded = load_model(work.config.model, work.config.data.task, work.task.labels)
+def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stage by stage what training took, as far as the log knows: older runs noted seconds alone."""
+    names = [field.name for field in fields(StageCost)]
+    for stage, entry in run.finished_stages().items():
+        if "samples_per_second" in entry:
+            yield stage, {name: entry[name] for name in names}
+
+
+def dense_model(work: Workspace, model: ModelConfig | None = None) -> LoadedModel:
+    """The untouched foundation model, or another one, with the task's head, on the device that training uses."""
+    loaded = load_model(model or work.config.model, work.task.head, work.task.labels)
     ensure_family(loaded.model)
     ensure_pad_token(work.tokenizer, loaded.model.config)
     device = accelerator()
@@ -275,12 +356,25 @@ def dense_model(work: Workspace) -> LoadedModel:
     return loaded
 
 
-def trained_model(work: Workspace) -> PeftModel:
+def trained_model(work: Workspace) -> Model:
     """The run's result, loaded for inference."""
+    if work.config.method == "full":
+        trained = replace(work.config.model, name=str(work.run.model), revision=None, gguf_file=None)
+        return dense_model(work, trained).model.eval()
     base = dense_model(work).model
     if work.config.method == "light":
         return load_light(work.run.adapter, base)
     return PeftModel.from_pretrained(base, str(work.run.adapter))
+
+
+def save_result(work: Workspace, model: Model) -> None:
+    """Write what training made: an adapter or, with method full, a whole transformers model with its tokenizer."""
+    if isinstance(model, PeftModel):
+        save_peft(model, work.run.adapter)
+        return
+    with writing_files(work.run.model, last="config.json") as temporary:
+        model.save_pretrained(temporary)
+        work.tokenizer.save_pretrained(temporary)
 
 
 def save_peft(model: PeftModel, folder: Path) -> None:
@@ -292,8 +386,8 @@ def save_peft(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(str(temporary))
 
 
-def parameter_report(model: PeftModel) -> dict[str, Any]:
-    """Parameters that are there, and what part of the base is gone: measured on the live model."""
+def parameter_report(model: Model) -> dict[str, Any]:
+    """Parameters that are there, that were trained, and what part of the base is gone: measured on the live model."""
     count = count_parameters(model)
     dense = model.light_plan.base_parameters if isinstance(model, LightModel) else count.base
     return {
@@ -302,14 +396,8 @@ def parameter_report(model: PeftModel) -> dict[str, Any]:
         "base_removed_ratio": 1 - count.base / dense,
         "peft": count.peft,
         "head": count.head,
+        "trained": count.peft + count.head if isinstance(model, PeftModel) else count.base,
     }
-
-
-def task_facts(work: Workspace) -> dict[str, Any]:
-    """What a light adapter says of its task, so that `predict` needs nothing else."""
-    data = work.config.data
-    names = ("task", "text", "text_pair", "prompt", "completion", "max_length")
-    return {**{name: getattr(data, name) for name in names}, "labels": work.task.labels}
 
 
 def process_count() -> int:
@@ -317,5 +405,5 @@ def process_count() -> int:
     return PartialState().num_processes
 
 
-def _finite(model: PeftModel) -> bool:
+def _finite(model: Model) -> bool:
     return all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)

@@ -197,7 +197,9 @@ def keep_by_cost(layers: Sequence[Layer], part: float) -> list[list[int]]:
     require(finite, "the scores of the heads and neurons are not finite; the estimation stage diverged")
     sizes = [len(layer.scores) for layer in layers]
     parameters = torch.cat([torch.full((len(layer.scores),), layer.parameters) for layer in layers])
-    costs = torch.cat([torch.full((len(x.scores),), max(x.parameters, 1) * x.cost, dtype=torch.float64) for x in layers])
+    costs = torch.cat(
+        [torch.full((len(x.scores),), max(x.parameters, 1) * x.cost, dtype=torch.float64) for x in layers]
+    )
     removable = torch.cat([_first(_weakest_first(x.scores), len(x.scores) - x.floor) for x in layers])
     order = _weakest_first(torch.cat([layer.scores for layer in layers]) / costs)
     order = order[removable[order]]

@@ -46,15 +46,15 @@ def predict(
     folder = adapter_folder(model)
     if output is not None:
         check_predictions_path(Path(output))
-    task = read_description(folder)["task"]
-    require(
-        task.get("task") == "classification", f"{folder} does not classify texts, so there are no labels to predict"
-    )
-    text, text_pair = text or task["text"], text_pair or task["text_pair"]
+    facts = read_description(folder)["task"]
+    classifies = facts.get("answer") == "head" and facts["entry"]["kind"] == "classification"
+    require(classifies, f"{folder} does not classify texts, so there are no labels to predict")
+    columns = facts["entry"]["columns"]
+    text, text_pair = text or columns.get("text", "text"), text_pair or columns.get("text_pair")
     rows = read_inputs(sys.stdin if str(source) == "-" else Path(source), text, text_pair)
     light = load_light(folder, base, device=accelerator())
     probabilities = classify(light, rows, text, text_pair, base=base, batch_size=batch_size, bf16=bf16)
-    write_predictions(None if output is None else Path(output), rows, task["labels"], probabilities)
+    write_predictions(None if output is None else Path(output), rows, facts["labels"], probabilities)
 
 
 def classify(

@@ -287,8 +287,16 @@ def understandable(path: str | Path) -> Iterator[None]:
 
 def write_json(path: str | Path, data: dict[str, Any]) -> None:
     """Write `data` with the schema version, to a temporary name that is moved into place."""
+    write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write text to a temporary name that is moved into place.
+
+    Raises:
+        LightPeftError: it cannot be written.
+    """
     path = Path(path)
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=1, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,11 +16,19 @@ from accelerate import PartialState
 from rich.console import Console
 
 from lightpeft.checkpoint import DESCRIPTION
-from lightpeft.config import Budget, RunConfig, load_config
+from lightpeft.config import Budget, Method, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.training import append_line
 
 _CONFIG = "config.yaml"
+_RESULT_FILES: dict[Method, str] = {"light": DESCRIPTION, "plain": "adapter_config.json", "full": "config.json"}
+"""The file that is written last of what training leaves."""
+_UNUSED: dict[Method, tuple[str, ...]] = {
+    "light": ("training.full_learning_rate",),
+    "plain": ("light.", "training.full_learning_rate"),
+    "full": ("light.", "peft", "lora.", "bottleneck.", "training.learning_rate"),
+}
+"""Beginnings of the names of settings that a method has no use for."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,16 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def model(self) -> Path:
+        """The result of method full: a transformers model with its tokenizer."""
+        return self.path / "model"
+
+    @property
+    def result(self) -> Path:
+        """What training leaves, by the run's method."""
+        return self.model if self.config.method == "full" else self.adapter
+
+    @property
     def metrics(self) -> Path:
         """What was measured of the result."""
         return self.path / "metrics.json"
@@ -123,7 +141,7 @@ class RunFolder:
             "estimate": self.estimation / "estimation.json",
             "plan": self.plan,
             "prune": self.pruned / DESCRIPTION,
-            "train": self.adapter / (DESCRIPTION if self.config.method == "light" else "adapter_config.json"),
+            "train": self.result / _RESULT_FILES[self.config.method],
             "evaluate": self.metrics,
         }
         return result[stage].is_file()
@@ -159,7 +177,11 @@ class RunFolder:
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of each finished stage, from the log; a stage that was resumed counts its last part."""
-        return {entry["stage"]: entry["seconds"] for entry in self.log_entries() if entry.get("done")}
+        return {stage: entry["seconds"] for stage, entry in self.finished_stages().items()}
+
+    def finished_stages(self) -> dict[str, dict[str, Any]]:
+        """What the log says of each finished stage."""
+        return {entry["stage"]: entry for entry in self.log_entries() if entry.get("done")}
 
     def log_entries(self) -> Iterable[dict[str, Any]]:
         """The entries of log.jsonl; a line that a killed run left half-written is skipped."""
@@ -178,19 +200,23 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list[str]:
-    """Dotted names of settings that differ; `output` does not count, nor the budget if `skip_budget`.
-
-    Plain PEFT has no use for `light`, so that does not count there.
-    """
+    """Dotted names of settings that differ; `output` and what the method has no use for do not count, nor the budget if
+    `skip_budget`."""
     budget = {f"light.{field.name}" for field in dataclasses.fields(Budget)} if skip_budget else set()
+    stored, given = _without_other_tasks(stored), _without_other_tasks(given)
     skipped = budget | {"output", "preset"}
     before, after = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(given))
-    unused = "light." if given.method == "plain" else None
+    unused = _UNUSED[given.method]
     return [
         name
         for name in after
-        if name not in skipped and before.get(name) != after[name] and not (unused and name.startswith(unused))
+        if name not in skipped and before.get(name) != after[name] and not name.startswith(unused)
     ]
+
+
+def _without_other_tasks(config: RunConfig) -> RunConfig:
+    """The config without the user's tasks that the run has nothing to do with."""
+    return dataclasses.replace(config, tasks={n: entry for n, entry in config.tasks.items() if n == config.data.task})
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
 from transformers import (
+    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -52,7 +53,7 @@ def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:
 
 
 def make_trainer(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     rows: Dataset,
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
     config: TrainingConfig,
@@ -188,7 +189,12 @@ def _readable_errors(checkpoints: str) -> Iterator[None]:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written completely."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(complete, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 class MarkComplete(TrainerCallback):

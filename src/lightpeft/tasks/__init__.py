@@ -1,51 +1,52 @@
-"""Tasks: which columns they read, how rows become batches. A new task is one class and one entry in `TASKS`."""
+"""Tasks: which rows they have, how rows become text and batches, and what is measured.
 
-from lightpeft.config import DataConfig, TaskKind
-from lightpeft.tasks.base import Task, split_rows
+A task is a `TaskEntry` (declared in `glue`, `superglue`, `choice_qa` or a run's YAML) of some kind; a kind is a `Task`
+class with its columns.
+"""
+
+from lightpeft.tasks.answering import TASKS, task_class
+from lightpeft.tasks.answers import Answers, Metric
+from lightpeft.tasks.base import Task
 from lightpeft.tasks.causal import CausalLMTask
 from lightpeft.tasks.classification import ClassificationTask, encode_texts, text_collator
+from lightpeft.tasks.entries import ENTRIES, find_entry
+from lightpeft.tasks.likelihood import LikelihoodTask
+from lightpeft.tasks.loading import convert, load_task, load_test, restore_task, run_settings, task_facts
+from lightpeft.tasks.metrics import METRICS
+from lightpeft.tasks.multiple_choice import MultipleChoiceTask
 from lightpeft.tasks.progress import Progress, bar, silent
 from lightpeft.tasks.reading import read_rows
-from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token
+from lightpeft.tasks.regression import RegressionTask
+from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token, share_at_limit
 
 __all__ = [
+    "ENTRIES",
+    "METRICS",
     "TASKS",
+    "Answers",
     "CausalLMTask",
     "ClassificationTask",
     "Collator",
+    "LikelihoodTask",
+    "Metric",
+    "MultipleChoiceTask",
     "Progress",
+    "RegressionTask",
     "Task",
     "bar",
     "check_max_length",
+    "convert",
     "encode_texts",
     "ensure_pad_token",
+    "find_entry",
     "load_task",
+    "load_test",
     "read_rows",
+    "restore_task",
+    "run_settings",
+    "share_at_limit",
     "silent",
+    "task_class",
+    "task_facts",
     "text_collator",
 ]
-
-TASKS: dict[TaskKind, type[Task]] = {
-    "classification": ClassificationTask,
-    "causal-lm": CausalLMTask,
-}
-"""Task kind (`data.task`) -> task."""
-
-
-def load_task(config: DataConfig) -> Task:
-    """Read, check and split the rows that `config` names.
-
-    Raises:
-        LightPeftError: a source cannot be read, or its rows don't fit the task.
-    """
-    kind = TASKS[config.task]
-    train = read_rows(config.train, "data.train")
-    kind.check(train, config, "data.train")
-    test = None
-    if config.test is not None:
-        test = read_rows(config.test, "data.test")
-        kind.check(test, config, "data.test")
-    labels = kind.label_set(train, config)
-    train, test = split_rows(train, test, config)
-    kind.check_split(train, test, labels, config)
-    return kind(config, train, test, labels)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from lightpeft.config import DataConfig, TaskKind
+from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import require
 from lightpeft.tasks.base import Task, check_strings
 from lightpeft.tasks.progress import Progress, bar
@@ -17,25 +17,20 @@ from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
 class CausalLMTask(Task):
     """Next-token loss on every token of a text, or on the completion only where prompts are given."""
 
-    head: ClassVar[TaskKind] = "causal-lm"
+    head: ClassVar[Head] = "causal-lm"
+    answering: ClassVar[str] = "causal-lm"
+    columns: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[tuple[str, ...]] = ("text", "prompt", "completion")
+    default_metrics: ClassVar[tuple[str, ...]] = ("language_modelling",)
 
     @classmethod
-    def check(cls, rows: Dataset, config: DataConfig, what: str) -> None:
+    def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
         """Texts and completions are strings that are not blank; a prompt may be blank."""
-        if config.prompt is None or config.completion is None:
-            check_strings(rows, config.text, "data.text", what)
+        if not _has_prompts(rows):
+            check_strings(rows, "text", entry, what)
             return
-        check_strings(rows, config.prompt, "data.prompt", what, blank=True)
-        check_strings(rows, config.completion, "data.completion", what)
-
-    @classmethod
-    def label_set(cls, rows: Dataset, config: DataConfig) -> list[str]:
-        """No classes."""
-        return []
-
-    @classmethod
-    def check_split(cls, train: Dataset, test: Dataset, labels: list[str], config: DataConfig) -> None:
-        """Any two sets of texts fit together."""
+        check_strings(rows, "prompt", entry, what, blank=True)
+        check_strings(rows, "completion", entry, what)
 
     def encode(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
@@ -46,19 +41,19 @@ class CausalLMTask(Task):
         from; nothing is put between them (a completion that needs a space begins with one). A row that is too long
         loses the beginning of its prompt (the start token stays), then the end of its completion.
         """
-        config = self.config
+        prompted = _has_prompts(rows)
 
         def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
-            if config.prompt is None or config.completion is None:
-                prompts: list[list[int]] = [[] for _ in chunk[config.text]]
-                completions = tokenizer(chunk[config.text])["input_ids"]
+            if not prompted:
+                prompts: list[list[int]] = [[] for _ in chunk["text"]]
+                completions = tokenizer(chunk["text"])["input_ids"]
             else:
-                prompts = [_without_end(ids, tokenizer) for ids in tokenizer(chunk[config.prompt])["input_ids"]]
-                completions = tokenizer(chunk[config.completion], add_special_tokens=False)["input_ids"]
+                prompts = [without_end(ids, tokenizer) for ids in tokenizer(chunk["prompt"])["input_ids"]]
+                completions = tokenizer(chunk["completion"], add_special_tokens=False)["input_ids"]
             encoded = []
             for offset, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
                 require(completion, f"row {start + offset + 1} has no token to learn from: its text gives none")
-                encoded.append(_fit(prompt, _with_end(completion, tokenizer), max_length, tokenizer.bos_token_id))
+                encoded.append(fit(prompt, _with_end(completion, tokenizer), max_length, tokenizer.bos_token_id))
             return {
                 "input_ids": [prompt + completion for prompt, completion in encoded],
                 "attention_mask": [[1] * (len(prompt) + len(completion)) for prompt, completion in encoded],
@@ -72,7 +67,11 @@ class CausalLMTask(Task):
         return Collator(DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORED))
 
 
-def _fit(prompt: list[int], completion: list[int], max_length: int, start: int | None) -> tuple[list[int], list[int]]:
+def _has_prompts(rows: Dataset) -> bool:
+    return {"prompt", "completion"} <= set(rows.column_names)
+
+
+def fit(prompt: list[int], completion: list[int], max_length: int, start: int | None) -> tuple[list[int], list[int]]:
     """Cut the prompt from the left and then the completion from the right; one prompt token stays to predict from."""
     completion = completion[: max_length - min(len(prompt), 1)]
     room = max_length - len(completion)
@@ -88,6 +87,6 @@ def _with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids if end is None or ids[-1] == end else [*ids, end]
 
 
-def _without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def without_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Some tokenizers close every text; a prompt goes on. A lone token stays: it may be the start token too."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids

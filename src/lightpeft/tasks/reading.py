@@ -40,7 +40,7 @@ def read_rows(source: str, what: str) -> Dataset:
     """
     require(source, f"{what} is not set; give a {_suffixes()} file or the name of a hub data set")
     path = Path(source).expanduser()
-    return read_file(path, what) if is_local(source) else _read_hub(source, what)
+    return read_file(path, what) if is_local(source) else read_hub(source, what)
 
 
 def is_local(source: str) -> bool:
@@ -68,6 +68,20 @@ def read_file(path: Path, what: str) -> Dataset:
         raise LightPeftError(f"{what}: {error}") from error
     require(rows.num_rows > 0, f"{what}: {path} has no rows")
     return rows
+
+
+def with_suffix(path: Path) -> Path | None:
+    """The file that is `path` with one of the known suffixes; None if there is none."""
+    return next((file for suffix in READERS if (file := path.with_name(path.name + suffix)).is_file()), None)
+
+
+def suffixes() -> list[str]:
+    """Suffixes of files that can be read."""
+    return list(READERS)
+
+
+class HubNotReachedError(LightPeftError):
+    """There is no network, or the hub is down."""
 
 
 class _MalformedError(Exception):
@@ -170,7 +184,13 @@ READERS: dict[str, Callable[[Path], Dataset]] = {
 """File suffix -> reader."""
 
 
-def _read_hub(source: str, what: str) -> Dataset:
+def read_hub(source: str, what: str) -> Dataset:
+    """`read_rows` of a hub data set.
+
+    Raises:
+        HubNotReachedError: there is no network.
+        LightPeftError: the data set cannot be loaded, or has no rows.
+    """
     match = HUB_NAME.fullmatch(source)
     require(match, f'{what}: "{source}" is neither a file nor a hub name as owner/name[/config][:split]')
     assert match is not None
@@ -179,7 +199,7 @@ def _read_hub(source: str, what: str) -> Dataset:
         with _quiet():
             rows = datasets.load_dataset(match["name"], match["config"], split=split)
     except ConnectionError as error:
-        raise LightPeftError(
+        raise HubNotReachedError(
             f'{what}: there is no file "{source}", and the hub was not reached for a data set of that name; '
             f"give a local {_suffixes()} file instead"
         ) from error

@@ -18,6 +18,8 @@ NO_LIMIT = 10**9
 """Tokenizers without a length limit report a number far above this."""
 IGNORED = -100
 """Label of positions that count in no loss."""
+NOT_INPUTS = ("length", "group", "names", "right")
+"""Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
 
 
 def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -33,6 +35,15 @@ def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrain
         max_length <= longest,
         f"data.max_length is {max_length}, but the model takes at most {longest} tokens; set it to {longest} or less",
     )
+
+
+def share_at_limit(encoded: Dataset, max_length: int) -> float:
+    """Part of the encoded rows that fill all of `max_length` tokens (multiple choice: with an option), in [0, 1].
+
+    Nearly all of them were cut.
+    """
+    longest = [max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids) for ids in encoded["input_ids"][:]]
+    return sum(length >= max_length for length in longest) / max(len(longest), 1)
 
 
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
@@ -54,26 +65,30 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model_config: Pretraine
 
 
 def in_chunks(
-    rows: Dataset, encode: Callable[[dict[str, list[Any]], int], dict[str, list[Any]]], progress: Progress
+    rows: Dataset,
+    encode: Callable[[dict[str, list[Any]], int], dict[str, list[Any]]],
+    progress: Progress,
+    length: Callable[[Any], int] = len,
 ) -> Dataset:
     """Encoded rows: `encode(columns of a chunk, index of its first row)` over chunks, plus each row's `length`.
 
-    Unlike `Dataset.map` this hashes no tokenizer and writes no cache file.
+    `length` says what a row's input_ids cost in a batch: their number, where they are one sequence. Unlike
+    `Dataset.map` this hashes no tokenizer and writes no cache file.
     """
     chunks = []
     starts = range(0, len(rows), ENCODE_ROWS)
     for start in progress(starts, len(starts), "Tokenizing"):
         encoded = encode(rows[start : start + ENCODE_ROWS], start)
-        chunks.append(Dataset.from_dict({**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}))
+        chunks.append(Dataset.from_dict({**encoded, "length": [length(ids) for ids in encoded["input_ids"]]}))
     return concatenate_datasets(chunks)
 
 
 @dataclass
 class Collator:
-    """Makes batches of encoded rows: keeps what a model takes (not `length`) and pads to the longest row."""
+    """Makes batches of encoded rows: keeps what a model takes (not `NOT_INPUTS`) and pads to the longest row."""
 
     pad: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Tensors [rows, longest row]; for classification, labels [rows]."""
-        return dict(self.pad([{name: row[name] for name in row if name != "length"} for row in rows]))
+        return dict(self.pad([{name: row[name] for name in row if name not in NOT_INPUTS} for row in rows]))

@@ -1,0 +1,96 @@
+"""Texts that a causal language model writes behind prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightpeft.batching import fitting_batch_size, in_batches
+from lightpeft.tasks.progress import Progress, bar
+
+LINE_END = "\n"
+
+
+def generate_texts(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    one_line: bool = False,
+    batch_size: int | None = None,
+    bf16: bool = False,
+    progress: Progress = bar,
+) -> list[str]:
+    """What the model says is most probable at every token (greedy search), up to its end token.
+
+    Args:
+        model: in evaluation mode.
+        prompts: tokens of each prompt, at least one.
+        tokenizer: with a padding token.
+        max_new_tokens: tokens of a text at most.
+        one_line: end a text where its first line ends, too.
+        batch_size: prompts at once; None: as many as fit into memory.
+        bf16: compute under bfloat16 autocast.
+        progress: how the loop is shown.
+
+    Returns:
+        One text a prompt, without special tokens and surrounding space.
+    """
+    config = _greedy(model, tokenizer, max_new_tokens, one_line)
+    device = next(model.parameters()).device
+
+    def compute(rows: Sequence[int]) -> Tensor:
+        ids = {"input_ids": [list(prompts[row]) for row in rows]}
+        # whatever side the tokenizer pads on, a prompt must end where the text begins
+        batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            written = model.generate(**batch, generation_config=config)
+        return written[:, batch["input_ids"].shape[1] :].cpu()
+
+    longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    size = batch_size or fitting_batch_size(model, longest_first, compute)
+    batches = in_batches(longest_first, compute, size)
+    texts = [""] * len(prompts)
+    for rows, written in progress(batches, math.ceil(len(prompts) / size), "Generating"):
+        for row, ids in zip(rows, written, strict=True):
+            texts[row] = _text(ids, tokenizer, one_line)
+    return texts
+
+
+def _greedy(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, one_line: bool
+) -> GenerationConfig:
+    """Greedy search, whatever the checkpoint's own settings are; they add their end tokens only."""
+    ends = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if one_line:
+        stops |= _line_ends(tokenizer)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _line_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens with a line end in them; in every tokenizer a line end is in a single token."""
+    tokens = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return {token for token, text in enumerate(tokens) if LINE_END in text}
+
+
+def _text(ids: Tensor, tokenizer: PreTrainedTokenizerBase, one_line: bool) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return (text.partition(LINE_END)[0] if one_line else text).strip()

@@ -1,0 +1,64 @@
+"""The methods that a grid knows by name: full fine-tuning, PEFT, Light-PEFT, and the paper's ablations of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightpeft.config import RunConfig
+
+Settings = Mapping[str, Any]
+"""Nested settings of a `RunConfig`."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of fine-tuning."""
+
+    settings: Settings
+    """What it sets of a `RunConfig`; all the rest is the grid's."""
+    equal_shares: bool = False
+    """Its scores of heads and of neurons do not compare: where the preset lets them compete (`light.blocks`), that part
+    of the heads and that part of the neurons goes instead."""
+
+    def config(self, config: RunConfig) -> RunConfig:
+        """The run's config with the method's settings in it, as it really runs."""
+        light = config.light
+        if not self.equal_shares or light.blocks is None:
+            return config
+        return replace(config, light=replace(light, heads=light.blocks, neurons=light.blocks, blocks=None))
+
+
+def _light(equal_shares: bool = False, **settings: Any) -> Method:
+    return Method({"method": "light", "peft": "lora", "light": settings}, equal_shares)
+
+
+def _criterion(name: str, equal_shares: bool = False) -> Method:
+    return _light(equal_shares, head_criterion=name, neuron_criterion=name)
+
+
+METHODS: dict[str, Method] = {
+    "full": Method({"method": "full"}),
+    "lora": Method({"method": "plain", "peft": "lora"}),
+    "adapter": Method({"method": "plain", "peft": "bottleneck"}),
+    "light-lora": _light(),
+    "light-adapter": Method({"method": "light", "peft": "bottleneck"}),
+    # one of the two prunings, and each half of the second
+    "foundation-only": _light(modules=0.0, ranks=0.0),
+    "peft-only": _light(heads=0.0, neurons=0.0),
+    "modules-only": _light(heads=0.0, neurons=0.0, ranks=0.0),
+    "ranks-only": _light(heads=0.0, neurons=0.0, modules=0.0),
+    # what ranks the units; random scores also rank modules and ranks
+    "random": _light(True, **{f"{unit}_criterion": "random" for unit in ("head", "neuron", "module", "rank")}),
+    "mask": _criterion("mask", equal_shares=True),
+    "taylor": _criterion("taylor"),
+    "fisher": _criterion("fisher"),
+    "magnitude": _criterion("magnitude"),
+    # how long estimation takes, of the whole run
+    "length-0.05": _light(length=0.05),
+    "length-0.1": _light(length=0.1),
+    "length-0.2": _light(length=0.2),
+    "length-auto": _light(length="auto"),
+}
+"""Name -> method. The ablations are of light-lora; a variant of the grid's own may put them on adapters."""

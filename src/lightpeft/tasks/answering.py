@@ -1,0 +1,67 @@
+"""Which task class answers a kind of rows on a model: by a head that is trained, or by likelihood."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+)
+
+from lightpeft.config import AnswerBy, TaskKind
+from lightpeft.errors import require
+from lightpeft.tasks.base import Task
+from lightpeft.tasks.causal import CausalLMTask
+from lightpeft.tasks.classification import ClassificationTask
+from lightpeft.tasks.likelihood import SCORABLE, LikelihoodTask
+from lightpeft.tasks.multiple_choice import MultipleChoiceTask
+from lightpeft.tasks.regression import RegressionTask
+
+TASKS: dict[TaskKind, type[Task]] = {
+    "classification": ClassificationTask,
+    "regression": RegressionTask,
+    "multiple-choice": MultipleChoiceTask,
+    "causal-lm": CausalLMTask,
+}
+"""Kind of rows -> the task class with their columns and head."""
+
+
+def task_class(kind: TaskKind, answer: AnswerBy, model: PretrainedConfig | None) -> type[Task]:
+    """The class that answers `kind` on a model.
+
+    Args:
+        model: configuration of the foundation model; None: one that has every head.
+
+    Raises:
+        LightPeftError: the model cannot answer so.
+    """
+    by_options = kind == "multiple-choice"
+    if answer == "auto":
+        answer = "likelihood" if by_options and not _has_options_head(model) else "head"
+        possible = answer == "head" or model is None or _is_decoder(model)
+        require(possible, f"{_name(model)} has neither a multiple-choice head nor reads from left to right only")
+    if answer == "head":
+        possible = not by_options or _has_options_head(model)
+        require(possible, f"{_name(model)} has no multiple-choice head; set data.answer to likelihood")
+        return TASKS[kind]
+    require(kind in SCORABLE, f"data.answer is likelihood, which cannot answer {kind}; it can {', '.join(SCORABLE)}")
+    require(
+        model is None or _is_decoder(model),
+        f"data.answer is likelihood, which needs a causal language model; {_name(model)} is none: set it to head",
+    )
+    return LikelihoodTask
+
+
+def _has_options_head(model: PretrainedConfig | None) -> bool:
+    return model is None or model.model_type in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+
+
+def _is_decoder(model: PretrainedConfig) -> bool:
+    """Whether transformers has it as a language model that reads from left to right only."""
+    kind = model.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _name(model: PretrainedConfig | None) -> str:
+    return "the model" if model is None else model.model_type

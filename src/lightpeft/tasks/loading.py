@@ -1,0 +1,134 @@
+"""From settings to a task with its rows, and from what an adapter says of its task back to the task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from datasets import Dataset
+from transformers import PretrainedConfig
+
+from lightpeft.config import DataConfig, TaskEntry, from_dict
+from lightpeft.tasks.answering import TASKS, task_class
+from lightpeft.tasks.base import Task, limited, split_rows
+from lightpeft.tasks.converting import convert_rows
+from lightpeft.tasks.entries import ENTRIES, converter, find_entry
+from lightpeft.tasks.likelihood import LikelihoodTask
+from lightpeft.tasks.sources import Split, read_splits, read_tests
+
+
+def load_task(
+    config: DataConfig, model: PretrainedConfig | None = None, own: Mapping[str, TaskEntry] | None = None
+) -> Task:
+    """Read, convert, check and split the rows that `config` names.
+
+    Args:
+        model: configuration of the foundation model, which decides how it answers; None: one that has every head.
+        own: tasks of the user by name.
+
+    Raises:
+        LightPeftError: a source cannot be read, its rows don't fit the task, or the model cannot answer it.
+    """
+    entry = find_entry(config, own)
+    kind = task_class(entry.kind, config.answer, model)
+    splits = read_splits(entry, config)
+
+    def ready(split: Split) -> Dataset:
+        rows = convert(split.rows, entry, split.what)
+        kind.check(rows, entry, split.what)
+        return rows
+
+    assert splits.train is not None
+    train = ready(splits.train)
+    test = ready(splits.test) if splits.test is not None else None
+    labels = kind.label_set(train, entry)
+    train, test = split_rows(train, test, config)
+    more = {
+        prefix: limited(ready(split), config.limit_test, "limit_test", config)
+        for prefix, split in splits.more_tests.items()
+    }
+    for rows in (test, *more.values()):
+        kind.check_split(train, rows, labels, entry)
+    return kind(config, train, test, labels, entry, more)
+
+
+def load_test(
+    config: DataConfig, model: PretrainedConfig | None = None, own: Mapping[str, TaskEntry] | None = None
+) -> Task:
+    """Read, convert and check the rows to evaluate on; `train` is empty, and the labels are those of these rows.
+
+    Where the rows have to be held out from training rows, it is what `load_task` gives. Arguments and errors as there.
+    """
+    entry = find_entry(config, own)
+    kind = task_class(entry.kind, config.answer, model)
+    splits = read_tests(entry, config)
+    if splits is None:
+        return load_task(config, model, own)
+
+    def ready(split: Split) -> Dataset:
+        rows = convert(split.rows, entry, split.what)
+        kind.check(rows, entry, split.what)
+        return limited(rows, config.limit_test, "limit_test", config)
+
+    assert splits.test is not None
+    test = ready(splits.test)
+    more = {prefix: ready(split) for prefix, split in splits.more_tests.items()}
+    return kind(config, test.select([]), test, kind.label_set(test, entry), entry, more)
+
+
+def convert(rows: Dataset, entry: TaskEntry, what: str, answered: bool = True) -> Dataset:
+    """Rows of the data in the columns of the entry's kind; `answered` off: rows to predict on, without answers.
+
+    Raises:
+        LightPeftError: a column is missing, or a row does not fit; `what` names the rows.
+    """
+    return convert_rows(rows, entry, TASKS[entry.kind], what, converter(entry), answered)
+
+
+def task_facts(task: Task) -> dict[str, Any]:
+    """What an adapter says of its task, as plain data, so that predicting and evaluating need nothing else."""
+    return {
+        "entry": asdict(task.entry),
+        "answer": "likelihood" if isinstance(task, LikelihoodTask) else "head",
+        "likelihood": task.config.likelihood,
+        "labels": task.labels,
+        "max_length": task.config.max_length,
+    }
+
+
+def run_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a `RunConfig`, nested, that name the task that `task_facts` told of; empty where there are no facts.
+
+    Where its rows are is not among them.
+    """
+    if not facts:
+        return {}
+    entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
+    said = {name: facts[name] for name in ("answer", "likelihood", "max_length")}
+    if not entry.name:
+        columns = {_SETTINGS.get(column, column): source for column, source in entry.columns.items()}
+        return {"data": {"task": entry.kind, **columns, **said}}
+    own = {} if entry.name in ENTRIES else {entry.name: {**facts["entry"], "name": ""}}
+    return {"data": {"task": entry.name, **said}, "tasks": own}
+
+
+_SETTINGS = {"context": "text", "answer": "label"}
+"""Column of a kind -> the setting of `data` that names it, where it has another name."""
+
+
+def restore_task(facts: Mapping[str, Any]) -> Task:
+    """The task that `task_facts` told of, without rows.
+
+    Raises:
+        LightPeftError: these are no such facts.
+    """
+    entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
+    config = DataConfig(
+        task=entry.name or entry.kind,
+        answer=facts["answer"],
+        likelihood=facts["likelihood"],
+        max_length=facts["max_length"],
+    )
+    none = Dataset.from_dict({})
+    return task_class(entry.kind, config.answer, None)(config, none, none, list(facts["labels"]), entry)

@@ -1,0 +1,611 @@
+"""Grids: what their files span, cells that are killed, fail or share an estimation, and tables of fixed numbers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+from workbench import GRIDS, Workbench, at_step, checksums, in_child, lightpeft, read, signalling, stamps
+
+from lightpeft import pipeline
+from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
+from lightpeft.errors import LightPeftError
+from lightpeft.records import read_json, write_json
+from lightpeft.reproduce import (
+    METHODS,
+    Cell,
+    Results,
+    Row,
+    csv_table,
+    latex_table,
+    load_grid,
+    markdown_table,
+    reproduce,
+    rich_table,
+    running,
+    selected,
+    summarize,
+    tables,
+    write_results,
+)
+from lightpeft.reproduce.summary import MEASURES, Spread, p_value
+from lightpeft.runs import RunFolder
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("reproduce"))
+
+
+def grid_file(path: Path, bench: Workbench | None = None, **changes: Any) -> Path:
+    """A grid over runs of eight steps on the bench; `changes` are of its top-level keys."""
+    steps = {"training.epochs": 1, "training.save_steps": 2}
+    common: dict[str, Any] = {} if bench is None else bench.settings(**steps)
+    shared = {name: value for name, value in common.items() if name not in ("output", "model", "data", "light")}
+    grid = {
+        "run": {**shared, "light": {"length": 0.25, "multiple_of": 1}},
+        "models": {"tiny": {"model": common.get("model", {"name": "m"})}},
+        "tasks": {"words": {"data": common.get("data", {"train": "t.csv"})}},
+        "methods": ["lora", "light-lora"],
+        "seeds": [0],
+        **changes,
+    }
+    path.write_text(yaml.safe_dump(grid, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def here(cell: Cell, devices: int, log: Path) -> str | None:
+    """Runs a cell in this process."""
+    try:
+        pipeline.run(cell.config)
+    except LightPeftError as error:
+        return str(error)
+    return None
+
+
+# -- what a file spans -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_grid_of_the_repository_is_one(path: Path) -> None:
+    grid = load_grid(path)
+    cells = grid.cells(Path("out"))
+    assert len(cells) == len(grid.models) * len(grid.tasks) * len(grid.methods) * len(grid.seeds) > 0
+    assert len({cell.config.output for cell in cells}) == len(cells)
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", METHODS)
+def test_known_methods_do_what_they_say_under_every_preset(tmp_path: Path, name: str, preset: str) -> None:
+    file = grid_file(tmp_path / "grid.yaml", methods=[name], run={"preset": preset}, seeds=[3])
+    (cell,) = load_grid(file).cells(tmp_path)
+    config, whole = cell.config, run_config_from_dict({"preset": preset}).light
+    light = config.light
+    assert (config.seed, light.seed) == (3, 3)
+    assert config.method == {"full": "full", "lora": "plain", "adapter": "plain"}.get(name, "light")
+    assert config.peft == ("bottleneck" if name.endswith("adapter") else "lora")
+    foundation = light.blocks != 0 and (light.blocks is not None or min(light.heads, light.neurons) > 0)
+    assert foundation == (name not in ("peft-only", "modules-only", "ranks-only"))
+    assert (light.modules > 0) == (name not in ("foundation-only", "ranks-only"))
+    assert (light.ranks > 0) == (whole.ranks > 0 and name not in ("foundation-only", "modules-only"))
+    if name in ("mask", "taylor", "fisher", "magnitude", "random"):
+        assert light.head_criterion == light.neuron_criterion == name
+    if name in ("random", "mask") and whole.blocks is not None:  # their scores cannot compete
+        assert (light.blocks, light.heads, light.neurons) == (None, whole.blocks, whole.blocks)
+    elif foundation and name != "full":
+        assert (light.blocks, light.heads) == (whole.blocks, whole.heads)
+    if name.startswith("length"):
+        assert str(light.length) == name.partition("-")[2]
+
+
+def test_settings_come_from_run_model_task_and_method_in_that_order(tmp_path: Path) -> None:
+    rates = {name: {"training": {"learning_rate": rate}} for name, rate in (("a", 1e-3), ("b", 2e-3))}
+    file = grid_file(
+        tmp_path / "grid.yaml",
+        run={"training": {"learning_rate": 5e-4, "epochs": 7}, "light": {"blocks": 0.3}},
+        models={"hub/model": None, "own": {"model": {"name": "folder"}, **rates["a"]}},
+        tasks={"classification": None, "slow": {"data": {"train": "x.csv"}, **rates["b"]}},
+        methods={"lora": None, "light-lora": {"training": {"learning_rate": 3e-3}}, "mine": {"light": {"heads": 0.5}}},
+        baseline="mine",
+    )
+    grid = load_grid(file)
+    found = {(cell.model, cell.task, cell.method): cell.config for cell in grid.cells(tmp_path)}
+    assert grid.baseline == "mine"
+    assert {key: config.training.learning_rate for key, config in found.items() if key[2] == "lora"} == {
+        ("hub/model", "classification", "lora"): 5e-4,
+        ("own", "classification", "lora"): 1e-3,
+        ("hub/model", "slow", "lora"): 2e-3,
+        ("own", "slow", "lora"): 2e-3,
+    }
+    mine = found["hub/model", "classification", "mine"]
+    assert (mine.method, mine.light.blocks, mine.light.heads, mine.training.epochs) == ("light", None, 0.5, 7)
+    assert mine.model.name == "hub/model"
+    assert mine.output == str(tmp_path / "cells" / "hub_model" / "classification" / "mine" / "0")
+    assert found["own", "slow", "light-lora"].training.learning_rate == 3e-3
+    assert found["own", "slow", "light-lora"].light.blocks == 0.3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": ["lora"]}, "unknown key method; did you mean methods?"),
+        ({"methods": ["light-lorra"]}, "unknown method light-lorra; did you mean light-lora?"),
+        ({"methods": {"mine": {"from": "nothing"}}}, "methods.mine is from 'nothing', which is no known method"),
+        ({"methods": []}, "methods must name at least one"),
+        ({"methods": ["lora", "lora"]}, "methods names something twice"),
+        ({"methods": {"a b": {"light": {}}, "a_b": {"light": {}}}}, "folder would be a_b; rename one"),
+        ({"tasks": {"words": 3}}, "tasks.words must be a mapping of settings, not 3"),
+        ({"models": {"tiny": {"output": "x"}}}, "models.tiny sets output, which every cell has of its own"),
+        ({"run": {"seed": 1}}, "run sets seed"),
+        ({"run": {"lite": {}}}, "cell tiny/words/lora/0: unknown key lite; did you mean light?"),
+        ({"seeds": [0, 0]}, "seeds names 0 twice"),
+        ({"seeds": 3}, "seeds must be a list of whole numbers, not 3"),
+        ({"seeds": [True]}, "seeds must be a list of whole numbers"),
+        ({"seeds": [-1]}, "seed is -1"),
+        ({"baseline": "full"}, "baseline 'full' is none of its methods: lora, light-lora"),
+    ],
+)
+def test_faults_of_a_grid_are_one_line(
+    tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = grid_file(tmp_path / "grid.yaml", **changes)
+    assert lightpeft("reproduce", file, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_part_of_the_cells(tmp_path: Path) -> None:
+    cells = load_grid(grid_file(tmp_path / "grid.yaml", seeds=[0, 1, 2])).cells(tmp_path)
+    names = [cell.name for cell in selected(cells, ["method=lora", "seed=2", "seed=0"])]
+    assert names == ["tiny/words/lora/0", "tiny/words/lora/2"]
+    for only, message in (
+        ("method=lor", "unknown method lor; did you mean lora?"),
+        ("lora", "give one of model, task"),
+    ):
+        with pytest.raises(LightPeftError, match=message.replace("?", r"\?")):
+            selected(cells, [only])
+
+
+# -- how a cell is run -----------------------------------------------------------------------------------------------
+
+
+def test_one_device_needs_no_launcher() -> None:
+    assert running.command(Path("out/cell"), 1) == [sys.executable, "-m", "lightpeft", "run", "--run", "out/cell"]
+
+
+def test_several_devices_go_through_accelerate() -> None:
+    words = running.command(Path("out/cell"), 4)
+    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
+    assert words[words.index("--num_processes") + 1] == "4"
+    assert words[words.index("--module") :] == ["--module", "lightpeft", "run", "--run", "out/cell"]
+
+
+def test_accelerate_reads_the_command_so() -> None:
+    launch = pytest.importorskip("accelerate.commands.launch")
+    given = launch.launch_command_parser().parse_args(running.command(Path("out/cell"), 2)[3:])
+    assert (given.num_processes, given.num_machines, given.main_process_port, given.module) == (2, 1, 0, True)
+    assert [given.training_script, *given.training_script_args] == ["lightpeft", "run", "--run", "out/cell"]
+
+
+def test_a_step_sees_as_many_rows_on_any_number_of_devices(tmp_path: Path) -> None:
+    (cell,) = load_grid(grid_file(tmp_path / "grid.yaml", methods=["lora"])).cells(tmp_path)
+    assert running.spread(cell, 4).config.training.batch_size == 8
+    assert running.spread(cell, 1) == cell
+    with pytest.raises(LightPeftError, match="batch_size 32 cannot be divided among 5 devices"):
+        running.spread(cell, 5)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets cells run a piece of Python instead of their run."""
+
+    def use(code: str) -> None:
+        monkeypatch.setattr(running, "command", lambda folder, devices: [sys.executable, "-c", code])
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("pass", "it ended without a result"),
+        ("import sys; sys.exit('lightpeft: the disk is full')", "the disk is full"),
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+        ("raise ValueError('deep\\n inside')", "inside"),
+    ],
+)
+def test_a_crash_of_a_cell_is_its_own(bench: Workbench, tmp_path: Path, runs: Any, code: str, reason: str) -> None:
+    runs(code)
+    results = reproduce(grid_file(tmp_path / "grid.yaml", bench, methods=["lora"]), tmp_path / "out")
+    (failure,) = results.failures.values()
+    assert failure.startswith(reason)
+    log = tmp_path / "out" / "logs" / "tiny-words-lora-0.txt"
+    assert str(log) in failure
+    assert log.is_file()
+
+
+def test_a_grid_that_is_stopped_stops_its_cell(tmp_path: Path) -> None:
+    """The cell gets a SIGTERM, may end its step, and the grid waits for that."""
+    code = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(130)); print('up', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    wait = process.wait
+    calls = iter([KeyboardInterrupt(), None])
+
+    def interrupted(*args: Any) -> int:
+        error = next(calls)
+        if error is not None:
+            raise error
+        return wait(timeout=30)
+
+    process.wait = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        running._wait(process)
+    assert process.returncode == 130
+    process.stdout.close()
+
+
+def test_one_grid_waits_for_another_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fcntl")
+    code = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
+        "print('in', flush=True); time.sleep(0.3)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline().strip() == b"in"
+    with running._alone(tmp_path):
+        assert "waiting for it to end" in capsys.readouterr().err.replace("\n", " ")
+    other.wait(timeout=30)
+    other.stdout.close()
+
+
+# -- whole grids on tiny models ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grid(bench: Workbench) -> Path:
+    """Four methods and two seeds; two of the light ones differ in their budget alone."""
+    methods = {"lora": None, "light-lora": None, "random": None, "long": {"light": {"length": 0.5}}}
+    return grid_file(bench.folder / "grid.yaml", bench, methods=methods, seeds=[0, 1])
+
+
+@pytest.fixture(scope="module")
+def finished(bench: Workbench, grid: Path) -> Path:
+    out = bench.folder / "out"
+    assert reproduce(grid, out, launch=here).failures == {}
+    return out
+
+
+def cell_folder(out: Path, method: str, seed: int = 0) -> Path:
+    return out / "cells" / "tiny" / "words" / method / str(seed)
+
+
+def test_the_table_is_that_of_the_runs(finished: Path) -> None:
+    results = read(finished / "results.json")
+    assert [row["method"] for row in results["rows"]] == ["lora", "light-lora", "random", "long"]
+    assert (results["cells"], len(results["reports"]), results["baseline"]) == (8, 8, "lora")
+    for row in results["rows"]:
+        reports = [read(cell_folder(finished, row["method"], seed) / "metrics.json") for seed in (0, 1)]
+        assert row["quality"] == [report["metrics"]["accuracy"] for report in reports]
+        assert row["measures"]["parameters"]["mean"] == sum(report["parameters"]["base"] for report in reports) / 2
+        assert row["measures"]["seconds"]["mean"] > row["measures"]["seconds"]["std"] > 0
+        base = results["rows"][0]["quality"]
+        expected = None if row["method"] == "lora" else [a - b for a, b in zip(row["quality"], base, strict=True)]
+        assert row["difference"] == expected
+    removed = {row["method"]: row["measures"]["removed"]["mean"] for row in results["rows"]}
+    assert removed["lora"] == 0 < removed["random"] < 1
+    trained = {row["method"]: row["measures"]["trained"]["mean"] for row in results["rows"]}
+    assert trained["light-lora"] < trained["lora"]
+    assert {path.name for path in finished.iterdir()} == {
+        ".lock",
+        "cells",
+        "logs",
+        *(f"results.{suffix}" for suffix in ("json", "csv", "md", "tex")),
+    }
+
+
+def test_estimation_is_shared_where_it_is_the_same(finished: Path) -> None:
+    for seed in (0, 1):
+        sums = {name: checksums(cell_folder(finished, name, seed) / "estimation") for name in ("light-lora", "random")}
+        assert sums["light-lora"] == sums["random"] != checksums(cell_folder(finished, "long", seed) / "estimation")
+        reports = [read(cell_folder(finished, name, seed) / "metrics.json") for name in ("light-lora", "random")]
+        assert reports[0]["training"]["estimate"] == reports[1]["training"]["estimate"]
+        assert reports[0]["seconds"]["estimate"] == reports[1]["seconds"]["estimate"]
+        plans = [read(cell_folder(finished, name, seed) / "plan.json") for name in ("light-lora", "random")]
+        assert plans[0]["blocks"] != plans[1]["blocks"]
+    assert checksums(cell_folder(finished, "random", 0) / "estimation") != sums["random"]
+
+
+def test_finished_cells_are_not_repeated(grid: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = stamps(finished / "cells")
+
+    def never(*_: Any) -> str:
+        raise AssertionError("a finished cell was run")
+
+    results = reproduce(grid, finished, launch=never)
+    assert len(results.reports) == 8
+    assert stamps(finished / "cells") == before
+    assert "8 of 8 cells are done already" in capsys.readouterr().err
+
+
+def test_a_folder_belongs_to_one_grid(bench: Workbench, finished: Path, tmp_path: Path) -> None:
+    before = stamps(finished)
+    shorter = {**yaml.safe_load((bench.folder / "grid.yaml").read_text())["run"], "lora": {"r": 2}}
+    file = grid_file(tmp_path / "grid.yaml", bench, run=shorter)
+    with pytest.raises(LightPeftError, match=r"is the run of another config \(it differs in lora"):
+        reproduce(file, finished, launch=here)
+    assert stamps(finished) == before
+
+
+def test_a_failing_cell_is_reported_and_the_rest_goes_on(
+    bench: Workbench, grid: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A method is added to a finished grid; its first cell fails, is said so, and is run again next time."""
+    out = tmp_path / "out"
+    shutil.copytree(finished / "cells" / "tiny" / "words" / "lora", cell_folder(out, "lora").parent)
+    methods = {"lora": None, "broken": {"from": "lora", "lora": {"target_modules": ["nothing"]}}, "random": None}
+    file = grid_file(tmp_path / "grid.yaml", bench, methods=methods)
+    monkeypatch.setattr(running, "run_cell", here)
+    assert lightpeft("reproduce", file, "--out", out) == 1
+    streams = capsys.readouterr()
+    lines = streams.err.splitlines()
+    assert lines[0] == "1 of 3 cells are done already"
+    assert lines[1].startswith(
+        "[2/3] tiny/words/broken/0: failed: lora.target_modules ['nothing'] match nothing in bert"
+    )
+    assert lines[2].startswith("[3/3] tiny/words/random/0: accuracy 0.")
+    assert lines[2].endswith("time left: none")
+    results = read(out / "results.json")
+    assert list(results["failures"]) == ["tiny/words/broken/0"]
+    assert [row["method"] for row in results["rows"]] == ["lora", "random"]
+    assert "- tiny/words/broken/0: lora.target_modules" in (out / "results.md").read_text()
+    file = grid_file(tmp_path / "grid.yaml", bench, methods={**methods, "broken": {"from": "lora"}})
+    shutil.rmtree(cell_folder(out, "broken"))
+    assert lightpeft("reproduce", file, "--out", out, "--only", "method=broken") == 0
+    assert read(out / "results.json")["failures"] == {}
+    assert read(out / "results.json")["rows"][1]["difference"] == [0.0]  # the baseline again, with the same seed
+
+
+def test_a_killed_grid_goes_on_inside_its_cell(bench: Workbench, finished: Path, tmp_path: Path) -> None:
+    file = grid_file(tmp_path / "grid.yaml", bench)
+    out = tmp_path / "out"
+    disturb = at_step("train", 5, signalling(signal.SIGKILL))
+
+    def disturbed() -> None:
+        running.run_cell = here
+        disturb()
+
+    assert in_child(disturbed, "reproduce", file, "--out", out)[0] == -signal.SIGKILL
+    assert not (cell_folder(out, "lora") / "metrics.json").exists()
+    assert (cell_folder(out, "lora") / "checkpoints" / "train" / "checkpoint-4").is_dir()
+    results = reproduce(file, out, launch=here)
+    for method in ("lora", "light-lora"):
+        reports = [read(cell_folder(folder, method) / "metrics.json") for folder in (out, finished)]
+        assert reports[0]["metrics"] == reports[1]["metrics"]
+    resumed, whole = results.rows
+    assert resumed.measures["seconds"] is None  # only the last part of the run is known
+    assert whole.measures["seconds"] is not None
+
+
+def test_a_cell_in_a_process_of_its_own_gives_the_same(bench: Workbench, finished: Path, tmp_path: Path) -> None:
+    file = grid_file(tmp_path / "grid.yaml", bench, methods=["lora"])
+    results = reproduce(file, tmp_path / "out")
+    assert results.failures == {}
+    assert results.rows[0].quality == [read(cell_folder(finished, "lora") / "metrics.json")["metrics"]["accuracy"]]
+    assert "method plain" in (tmp_path / "out" / "logs" / "tiny-words-lora-0.txt").read_text()
+
+
+def test_a_folder_that_cannot_be_written(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    file = grid_file(tmp_path / "grid.yaml", bench)
+    assert lightpeft("reproduce", file, "--out", tmp_path / "file") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def spreads(**values: tuple[float, float | None] | None) -> dict[str, Spread | None]:
+    return {name: None if values[name] is None else Spread(*values[name]) for name in MEASURES}  # type: ignore[misc]
+
+
+FIXED = Results(
+    rows=[
+        Row(
+            "minilm", "rte", "lora", "accuracy", [0, 1, 2], [0.84, 0.845, 0.838], None, None,
+            spreads(
+                parameters=(22_713_216, 0), removed=(0, 0), trained=(74_498, 0), samples_per_second=(118.4, 3),
+                training_memory_bytes=(557 * 2**20, 0), peak_memory_bytes=(557 * 2**20, 0), seconds=(204.4, 26.1),
+            ),
+        ),
+        Row(
+            "minilm", "rte", "light & 50%_off", "accuracy", [0, 1], [0.834, 0.828], [-0.006, -0.018], 0.2389,
+            spreads(
+                parameters=(1_238_000_000, 0), removed=(0.2349, 0), trained=(19_093, 0), samples_per_second=(3070, 1),
+                training_memory_bytes=(256 * 2**20, 0), peak_memory_bytes=(612 * 2**20, 0), seconds=None,
+            ),
+        ),
+        Row(
+            "minilm", "texts", "lora", "perplexity", [0], [21.9], None, 0.0001,
+            spreads(
+                parameters=(999, None), removed=(0, None), trained=(10, None), samples_per_second=None,
+                training_memory_bytes=None, peak_memory_bytes=None, seconds=(75, None),
+            ),
+        ),
+    ],
+    baseline="lora",
+    cells=9,
+    reports={str(number): {} for number in range(6)},
+    failures={"minilm/rte/light/2": "out of memory"},
+)  # fmt: skip
+CAPTION = (
+    "model minilm, 6 of 9 cells; mean ± standard deviation over seeds, quality in percent but for loss and perplexity; "
+    "difference to lora, p of a paired t-test over seeds; removed: part of the base that is gone; training MiB: of "
+    "fine-tuning; peak MiB and seconds: estimation included."
+)
+MARKDOWN = f"""\
+| task | method | metric | seeds | quality | difference | p | parameters | removed, % | trained | samples/s | training MiB | peak MiB | seconds |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| rte | lora | accuracy | 3 | 84.1 ± 0.4 | - | - | 22.7M | 0.0 | 74,498 | 118 | 557 | 557 | 204 ± 26 |
+| rte | light & 50%_off | accuracy | 2 | 83.1 ± 0.4 | -1.2 ± 0.8 | 0.239 | 1.24B | 23.5 | 19,093 | 3,070 | 256 | 612 | - |
+| texts | lora | perplexity | 1 | 21.9 | - | <0.001 | 999 | 0.0 | 10 | - | - | - | 75 |
+
+{CAPTION}
+
+Failed:
+
+- minilm/rte/light/2: out of memory
+"""  # noqa: E501
+LATEX = r"""
+% needs the packages booktabs and graphicx
+\begin{table*}
+\centering
+\setlength{\belowcaptionskip}{1ex}
+\caption{CAPTION}
+\resizebox{\linewidth}{!}{%
+\begin{tabular}{lllrrrrrrrrrrr}
+\toprule
+task & method & metric & seeds & quality & difference & p & parameters & \shortstack{removed,\\\%} & trained & samples/s & \shortstack{training\\MiB} & \shortstack{peak\\MiB} & seconds \\
+\midrule
+rte & lora & accuracy & 3 & 84.1 $\pm$ 0.4 & - & - & 22.7M & 0.0 & 74,498 & 118 & 557 & 557 & 204 $\pm$ 26 \\
+rte & light \& 50\%\_off & accuracy & 2 & 83.1 $\pm$ 0.4 & $-$1.2 $\pm$ 0.8 & 0.239 & 1.24B & 23.5 & 19,093 & 3,070 & 256 & 612 & - \\
+\midrule
+texts & lora & perplexity & 1 & 21.9 & - & $<$0.001 & 999 & 0.0 & 10 & - & - & - & 75 \\
+\bottomrule
+\end{tabular}}
+\end{table*}
+""".lstrip().replace("CAPTION", CAPTION.replace("±", r"$\pm$"))  # noqa: E501
+
+
+def test_markdown_of_fixed_numbers() -> None:
+    assert markdown_table(FIXED) == MARKDOWN
+
+
+def test_latex_of_fixed_numbers() -> None:
+    assert latex_table(FIXED) == LATEX
+
+
+def test_latex_compiles(tmp_path: Path) -> None:
+    program = shutil.which("pdflatex")
+    if program is None:
+        pytest.skip("pdflatex is not there")
+    strange = replace(FIXED.rows[0], method=r"50%_of \all {x} ~ ^2 #1 $ <a|b> ±")
+    (tmp_path / "results.tex").write_text(latex_table(replace(FIXED, rows=[*FIXED.rows, strange])), encoding="utf-8")
+    (tmp_path / "paper.tex").write_text(
+        r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{results}\end{document}"
+    )
+    options = ("-interaction=nonstopmode", "-halt-on-error", "paper.tex")
+    ended = subprocess.run([program, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-2000:]
+    assert (tmp_path / "paper.pdf").is_file()
+
+
+def test_csv_has_every_number() -> None:
+    rows = list(csv.DictReader(io.StringIO(csv_table(FIXED))))
+    assert [row["method"] for row in rows] == ["lora", "light & 50%_off", "lora"]
+    assert float(rows[1]["quality_mean"]) == pytest.approx(0.831)
+    assert float(rows[1]["difference_std"]) == pytest.approx(0.0084853, rel=1e-4)
+    assert rows[1]["training_memory_bytes_mean"] == str(256 * 2**20)
+    assert rows[1]["seconds_mean"] == rows[0]["p"] == rows[2]["quality_std"] == ""
+    assert set(rows[0]) >= {f"{name}_mean" for name in MEASURES}
+
+
+def test_screen_has_the_same_cells() -> None:
+    console = Console(width=300)
+    with console.capture() as capture:
+        console.print(rich_table(FIXED))
+    for column in tables.shown_columns(FIXED.rows):
+        assert column.header in capture.get()
+        assert all(column.cell(row) in capture.get() for row in FIXED.rows)
+
+
+def test_tables_before_any_cell_is_done(tmp_path: Path) -> None:
+    empty = Results([], "lora", 4)
+    write_results(tmp_path, empty)
+    assert read_json(tmp_path / "results.json")["rows"] == []
+    assert (tmp_path / "results.md").read_text().startswith("| method |")
+    assert "0 of 4 cells" in (tmp_path / "results.tex").read_text()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md", ".tex"}
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        (None, None),
+        ([0.1], None),
+        ([0.1, 0.1], None),
+        ([1.0, -1.0], 1.0),
+        # mean 2 and standard error 1 / sqrt(3): t = 2 sqrt(3) = 3.4641 with 2 degrees of freedom, p = 0.0742
+        ([1.0, 2.0, 3.0], 0.0742),
+    ],
+)
+def test_p_values(differences: list[float] | None, p: float | None) -> None:
+    assert p_value(differences) == (p if p is None else pytest.approx(p, abs=1e-4))
+
+
+def test_differences_are_between_equal_seeds(bench: Workbench, tmp_path: Path) -> None:
+    """Also where each method lacks another seed; runs of old versions, which measured less, are taken too."""
+    cells = load_grid(grid_file(tmp_path / "grid.yaml", bench, seeds=[0, 1, 2])).cells(tmp_path)
+    accuracy = {("lora", 0): 0.5, ("lora", 2): 0.7, ("light-lora", 1): 0.9, ("light-lora", 2): 0.6}
+    for cell in cells:
+        if (cell.method, cell.seed) in accuracy:
+            fake_report(cell.config, accuracy[cell.method, cell.seed])
+    lora, light = summarize(cells, "lora").rows
+    assert (lora.seeds, light.seeds) == ([0, 2], [1, 2])
+    assert light.difference == [pytest.approx(-0.1)]
+    assert light.p is None
+    assert light.measures["samples_per_second"] is None
+    assert light.measures["seconds"] == Spread(3.0, 0.0)
+
+
+def fake_report(config: RunConfig, accuracy: float) -> None:
+    """Leave metrics.json of a run of a version that did not measure its training."""
+    sizes = {"base": 10, "base_removed_ratio": 0.5, "trained": 3}
+    report = {
+        "metrics": {"f1": 0.1, "accuracy": accuracy},
+        "parameters": sizes,
+        "seconds": {"train": 3.0, "evaluate": 9.0},
+    }
+    run = RunFolder.open(config)
+    run.begin()
+    write_json(run.metrics, report)
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(42.4, "42 s"), (720.0, "12 min"), (12_600.0, "3.5 h")])
+def test_durations(seconds: float, shown: str) -> None:
+    assert running.duration(seconds) == shown
+
+
+def test_progress_tells_rate_and_remaining_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 0.0, 600.0, 600.0, 1800.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    progress = running.CellProgress(total=6, done=2)
+    for name in ("a", "b"):
+        progress.begin(name)
+        progress.end(name, "accuracy 0.5000")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "[3/6] a: accuracy 0.5000; 10 min, 6 cells/h, time left: 30 min",
+        "[4/6] b: accuracy 0.5000; 20 min, 4 cells/h, time left: 30 min",
+    ]
