@@ -23,7 +23,7 @@ demo: $(VENV)/.installed-demo
 
 test: lint fetch
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term
+		$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
 
 fetch: $(VENV)/.installed-dev
 	$(BIN)/python demo/fetch.py --decoder

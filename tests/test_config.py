@@ -266,5 +266,5 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", RUNS, ids=[path.stem for path in RUNS])
 def test_shipped_configurations_are_read(path: Path) -> None:
     config = load_config(path)
-    assert config.model.name and config.data.train
+    assert config.model.name and (config.data.train or config.data.path)
     assert config.preset == yaml.safe_load(path.read_text()).get("preset", "default")

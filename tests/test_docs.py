@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import layouts
 import pytest
 import torch
 import workbench
@@ -34,7 +35,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(ROOT / "configs", folder / "configs")
     for grid in workbench.GRIDS:
         smaller(folder / grid.relative_to(ROOT))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, workbench.forked():
         patch.setattr(running, "run_cell", in_this_process)
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
@@ -47,9 +48,35 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         renamed(folder / "reviews.csv", rows, review="text", stars="label")
         renamed(folder / "pairs.csv", rows, premise="text", hypothesis="text", relation="label")
         (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
-        workbench.write_rows(folder / "questions.jsonl", workbench.completions(160))
+        workbench.write_rows(folder / "questions.jsonl", questions(160))
+        layouts.write_task(folder / "data/sst2", "sst2")
+        (folder / "tasks").mkdir()
+        (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/evaluation.md", "yaml")[0])
+        layouts.write_task(folder / "demo/cache/quartz", "quartz", train=160)
+        write_own_task(folder, rows)
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
         yield folder
+
+
+def write_own_task(folder: Path, rows: workbench.Rows) -> None:
+    """The YAML of docs/tasks.md that declares the task "claims", and rows for it."""
+    (folder / "claims.yaml").write_text(
+        next(code for code in blocks(ROOT / "docs/tasks.md", "yaml") if "claims:" in code)
+    )
+    (folder / "claims").mkdir()
+    for split in ("train", "dev"):
+        renamed(folder / f"claims/{split}.jsonl", rows, title="text", body="text", source="text", verdict="label")
+        verdicts = (folder / f"claims/{split}.jsonl").read_text().replace('"positive"', "1").replace('"negative"', "0")
+        (folder / f"claims/{split}.jsonl").write_text(verdicts)
+
+
+def questions(count: int) -> workbench.Rows:
+    """Prompts with completions, and the same as multiple choice."""
+    rows: workbench.Rows = []
+    for row in workbench.completions(count):
+        right = row["completion"]
+        rows.append({**row, "options": [right, "word1"], "answer": 0})  # type: ignore[dict-item]
+    return rows
 
 
 def smaller(grid: Path) -> None:

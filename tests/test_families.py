@@ -21,6 +21,7 @@ from tiny import (
     MODELS,
     SIZES,
     batch,
+    crossed,
     make,
     masked,
     plan_for,
@@ -303,8 +304,10 @@ def test_layers_of_an_unknown_kind(quantise: Callable[[nn.Linear], nn.Module], p
     assert "load the base in float32, bfloat16 or float16" in text
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("budget", [{}, DROPPED, {"heads": 0}], ids=["usual", "dropped", "ffn only"])
+BUDGETS: dict[str, dict[str, Any]] = {"usual": {}, "dropped": DROPPED, "ffn only": {"heads": 0}}
+
+
+@crossed(MODELS, BUDGETS)
 def test_pruned_before(name: str, budget: dict[str, Any]) -> None:
     model = with_lora(make(name))
     apply_plan(model, plan_for(model, **budget))
@@ -314,8 +317,7 @@ def test_pruned_before(name: str, budget: dict[str, Any]) -> None:
     assert refusal(lambda: EarlyPruner(model)) == text
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "dinov2"])
-@pytest.mark.parametrize("budget", [{}, DROPPED, {"heads": 0}], ids=["usual", "dropped", "ffn only"])
+@crossed([name for name in MODELS if name != "dinov2"], BUDGETS)
 def test_layers_of_other_widths_than_the_config_says(name: str, budget: dict[str, Any]) -> None:
     """A model that someone else has cut, or lightpeft in another process."""
     model = make(name)

@@ -202,11 +202,20 @@ def test_refusals(
     assert 'no task "arc_esay"; did you mean arc_easy' in refusal(lambda: run_harness(model, tokenizer, ["arc_esay"]))
     assert "is not a folder" in refusal(lambda: run_harness(model, tokenizer, ["a"], include_path=tasks / "no"))
     assert "--tasks" in refusal(lambda: run_harness(model, tokenizer, []))
+    assert "num_fewshot is -1" in refusal(lambda: run_harness(model, tokenizer, ["a"], num_fewshot=-1))
     assert "limit is 0" in refusal(lambda: run_harness(model, tokenizer, ["a"], limit=0))
     classifier = with_lora(make("bert"))
     assert "needs a language model" in refusal(lambda: run_harness(classifier, tokenizer, ["a"]))
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "pip install 'lightpeft[harness]'" in refusal(lambda: run_harness(model, tokenizer, ["tiny_choice"]))
+
+
+def test_shipped_task_files_are_read() -> None:
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(__file__).parents[1] / "benchmarks" / "lm_eval"
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    assert manager.all_tasks == sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def test_a_data_set_that_is_not_there(model: PeftModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ LAYERS: tuple[set[str], ...] = (
     {"discovery"},
     {"checkpoint"},
     {"pruner", "runs", "tables", "predicting"},
-    {"pipeline"},
-    {"bench", "reproduce"},
+    {"opening", "pipeline"},
+    {"bench", "evaluating", "reproduce"},
     {"cli", "__main__", "__init__"},
 )
 """Modules and sub-packages of lightpeft, lowest layer first."""

@@ -15,7 +15,9 @@ from tiny import (
     GROUPED,
     MODELS,
     USUAL,
+    VARIANTS,
     batch,
+    crossed,
     inputs_for,
     kept_channels,
     make,
@@ -39,9 +41,10 @@ from lightpeft.surgery import apply_plan
 
 TOLERANCE = 1e-5
 BUDGETS = {"usual": USUAL, "dropped": DROPPED}
-all_models = pytest.mark.parametrize("name", ALL)
+all_models = crossed(ALL, BUDGETS)
 all_budgets = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
-UNITS = [(name, "group") for name in ALL] + [(name, "balanced") for name in GROUPED]
+UNITS = [(name, "group") for name in VARIANTS] + [(name, "balanced") for name in GROUPED]
+"""What the table of docs/families.md does not hold, which test_support.py checks: settings, and other head units."""
 
 
 def pair(name: str, lora: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **budget: Any) -> Any:
@@ -82,8 +85,7 @@ def test_the_reference_is_not_the_dense_model() -> None:
     assert difference(dense, reference) > 1e-2
 
 
-@pytest.mark.parametrize("name", MODELS)
-@all_budgets
+@crossed(MODELS, BUDGETS)
 def test_eager_attention(name: str, budget: dict[str, Any]) -> None:
     """All other tests run under "sdpa", wherever the model has it."""
     assert make(name).config._attn_implementation == ("sdpa" if make(name)._supports_sdpa else "eager")
@@ -94,7 +96,6 @@ def test_eager_attention(name: str, budget: dict[str, Any]) -> None:
 
 
 @all_models
-@all_budgets
 def test_training_mode_and_gradients(name: str, budget: dict[str, Any]) -> None:
     reference, pruned, plan = pair(name, lora={"lora_dropout": 0.0}, **budget)
     inputs = inputs_for(reference)
@@ -152,7 +153,6 @@ def test_cache_counts_tokens_where_the_first_attention_is_gone(name: str) -> Non
 
 
 @all_models
-@all_budgets
 def test_bare_models_without_peft(name: str, budget: dict[str, Any]) -> None:
     model = make(name)
     plan = plan_for(with_lora(copy.deepcopy(model)), **budget)
@@ -166,8 +166,7 @@ def test_bare_models_without_peft(name: str, budget: dict[str, Any]) -> None:
         assert difference(model, reference, padding) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", MODELS)
-@all_budgets
+@crossed(MODELS, BUDGETS)
 def test_bfloat16(name: str, budget: dict[str, Any]) -> None:
     pruned = with_lora(make(name).bfloat16())
     plan = plan_for(pruned, **budget)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap, pearsonr
-from sklearn.metrics import f1_score
 
 from lightpeft.errors import LightPeftError
-from lightpeft.statistics import Comparison, bootstrap_intervals, combined, compare
-from lightpeft.tasks.answers import Answers, MeanMetric
+from lightpeft.statistics import Comparison, bootstrap_intervals, compare
+from lightpeft.tasks.answers import Answers, ClassMetric, MeanMetric
+from lightpeft.tasks.metrics import METRICS
 
 
 def right(answers: Answers) -> dict[str, np.ndarray]:
@@ -23,10 +23,6 @@ def right(answers: Answers) -> dict[str, np.ndarray]:
 def f1(answers: Answers) -> dict[str, float]:
     predicted, true = np.asarray(answers.predictions), np.asarray(answers.references)
     return {"f1": 2 * float(predicted @ true) / float(predicted.sum() + true.sum())}
-
-
-def sklearn_f1(answers: Answers) -> dict[str, float]:
-    return {"f1": float(f1_score(answers.references, answers.predictions))}
 
 
 def pearson(answers: Answers) -> dict[str, float]:
@@ -74,6 +70,19 @@ class TestIntervals:
     def test_a_mean_and_any_other_function_see_the_same_resamples(self) -> None:
         answers = noisy(50, 0.3)
         assert bootstrap_intervals(answers, accuracy) == bootstrap_intervals(answers, lambda a: accuracy(a))
+
+    @pytest.mark.parametrize("classes", [2, 4])
+    def test_counts_give_what_answers_give(self, classes: int) -> None:
+        """Metrics of classes from confusion matrices equal scikit-learn's, also where a resample lacks a class."""
+        draw = np.random.default_rng(classes)
+        references = draw.choice(classes, 25, p=[0.9, *[0.1 / (classes - 1)] * (classes - 1)])
+        predictions = np.where(draw.random(25) < 0.7, references, draw.integers(0, classes, 25))
+        answers = Answers(predictions.tolist(), references.tolist(), probabilities=np.zeros((25, classes)))
+        for name in ("f1", "f1_macro", "matthews"):
+            metric = METRICS[name].compute
+            assert isinstance(metric, ClassMetric)
+            slow = bootstrap_intervals(answers, metric.compute, resamples=100)
+            assert bootstrap_intervals(answers, metric, resamples=100)[name] == pytest.approx(slow[name])
 
     def test_repeat_with_the_seed(self) -> None:
         answers = noisy(50, 0.3)
@@ -160,7 +169,7 @@ class TestIntervals:
         with pytest.raises(LightPeftError, match=option):
             bootstrap_intervals(answers_of([1, 0]), accuracy, **{option: value})  # type: ignore[arg-type]
 
-    @pytest.mark.parametrize("metric", [accuracy, sklearn_f1, pearson], ids=["mean", "f1", "pearson"])
+    @pytest.mark.parametrize("metric", [accuracy, METRICS["f1"].compute, pearson], ids=["mean", "f1", "pearson"])
     def test_ten_thousand_examples_take_seconds(self, metric: Any) -> None:
         answers = noisy(10_000, 0.2)
         started = time.process_time()
@@ -242,13 +251,16 @@ class TestComparison:
         assert (result.first, result.second, result.p_value) == (pytest.approx(2 / 3), pytest.approx(1 / 3), 1.0)
 
 
-def test_combined_metrics() -> None:
-    answers = noisy(50, 0.3)
-    both = combined([accuracy, f1])
-    assert both(answers) == {**accuracy(answers), **f1(answers)}
-    assert not isinstance(both, MeanMetric)
-    halves = combined([accuracy, MeanMetric(lambda a: {"half": right(a)["accuracy"] / 2})])
-    assert isinstance(halves, MeanMetric)
-    assert halves(answers)["half"] == pytest.approx(accuracy(answers)["accuracy"] / 2)
-    tests = {name: result.test for name, result in compare(answers, answers, halves).items()}
-    assert tests == {"accuracy": "McNemar", "half": "paired bootstrap"}
+def test_several_metrics() -> None:
+    """Each is treated as if it were alone, so an accuracy keeps its exact test."""
+    first, second = noisy(50, 0.3, 1), noisy(50, 0.2, 2)
+    assert bootstrap_intervals(first, accuracy, f1) == {
+        **bootstrap_intervals(first, accuracy),
+        **bootstrap_intervals(first, f1),
+    }
+    results = compare(first, second, accuracy, f1)
+    assert results == {**compare(first, second, accuracy), **compare(first, second, f1)}
+    assert {name: result.test for name, result in results.items()} == {
+        "accuracy": "McNemar",
+        "f1": "paired bootstrap",
+    }

@@ -9,7 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from tiny import make, plan_for, with_lora
 
-from lightpeft.tables import comparison_table, facts_table, plan_table, shown
+from lightpeft.tables import (
+    comparison_table,
+    facts_table,
+    metrics_table,
+    paired_table,
+    per_class_table,
+    plan_table,
+    shown,
+)
 
 
 def text(table: Table, width: int = 140) -> str:
@@ -96,3 +104,35 @@ def test_comparison_shows_both_runs() -> None:
     ]:
         row = next(line for line in table.splitlines() if expected[0] in line)
         assert all(value in row for value in expected)
+
+
+def cells(table: Table) -> list[list[str]]:
+    lines = text(table).replace("┃", "│").splitlines()
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
+
+
+def test_metrics_with_intervals() -> None:
+    table = metrics_table({"accuracy": 0.8125, "tokens": 1234.0}, {"accuracy": (0.75, 0.875), "tokens": None}, "run[a]")
+    assert text(table).startswith("run[a]")
+    assert cells(table) == [
+        ["", "value", "95% interval"],
+        ["accuracy", "0.8125", "0.7500 to 0.8750"],
+        ["tokens", "1,234", ""],
+    ]
+
+
+def test_two_models_side_by_side() -> None:
+    entry = {"first": 0.5, "second": 0.625, "difference": 0.125, "interval": (0.03125, 0.25), "p_value": 0.0125}
+    undefined = {"first": 0.5, "second": 0.25, "difference": -0.25, "interval": None, "p_value": None}
+    comparison = {"accuracy": {**entry, "test": "McNemar"}, "f1": {**undefined, "test": "paired bootstrap"}}
+    assert cells(paired_table(comparison, "runs/[a]", "runs/b")) == [
+        ["", "runs/[a]", "runs/b", "difference", "95% interval", "p", "test"],
+        ["accuracy", "0.5000", "0.6250", "+0.1250", "0.0312 to 0.2500", "0.0125", "McNemar"],
+        ["f1", "0.5000", "0.2500", "-0.2500", "", "", "paired bootstrap"],
+    ]
+
+
+def test_classes() -> None:
+    classes = {"[no]": {"precision": 0.5, "recall": 1.0, "f1-score": 2 / 3, "support": 1200.0}}
+    expected = ["[no]", "0.5000", "1.0000", "0.6667", "1,200"]
+    assert cells(per_class_table(classes)) == [["", "precision", "recall", "F1", "examples"], expected]

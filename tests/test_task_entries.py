@@ -109,6 +109,20 @@ def test_from_the_hubs_columns_to_the_official_metric(
 
 
 @pytest.mark.parametrize(
+    ("task", "family", "answer"),
+    [("socialiqa", "bert", "head"), ("rte", "llama", "likelihood"), ("winogrande", "llama", "likelihood")],
+)
+def test_what_can_be_learned_is_learned(
+    bases: dict[str, Path], tmp_path: Path, task: str, family: str, answer: str
+) -> None:
+    path = str(write_task(tmp_path / "data", task, train=160, test=40))
+    training = {"epochs": 8, "batch_size": 16, "full_learning_rate": 1e-2}
+    data = {"task": task, "path": path, "answer": answer}
+    report = pipeline.run(config_for(bases[family], tmp_path / "run", data, method="full", training=training))
+    assert report["metrics"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
     ("task", "family", "kind"),
     [
         ("socialiqa", "bert", MultipleChoiceTask),
@@ -135,5 +149,16 @@ def test_a_light_run_and_what_its_adapter_says(
         work.task.labels,
         report["main_metric"],
     )
+    notes = [entry.get("note", "") for entry in work.run.log_entries()]
+    assert not any("cut to data.max_length" in note for note in notes)
     again = evaluation.evaluate(model, work.test_rows, restored, restored.collator(work.tokenizer), 5, progress=silent)
     assert again == pytest.approx(report["metrics"], rel=1e-4, abs=1e-6)
+
+
+def test_a_run_says_so_where_its_rows_are_cut(bases: dict[str, Path], tmp_path: Path) -> None:
+    data = {"task": "rte", "path": str(write_task(tmp_path / "data", "rte")), "max_length": 8}
+    config = config_for(bases["bert"], tmp_path / "run", data)
+    work = pipeline.prepare(config)
+    pipeline.train(work)
+    note = "100% of the training rows are cut to data.max_length: 8 tokens"
+    assert [entry["note"] for entry in work.run.log_entries() if "note" in entry] == [note]

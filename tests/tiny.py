@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -153,6 +153,21 @@ DROPPED: dict[str, Any] = {
     "modules": 0.3,
 }
 """With `weak_sublayers`: the first layer loses its attention, the second its FFN."""
+
+
+def crossed(names: Iterable[str], budgets: dict[str, dict[str, Any]]) -> pytest.MarkDecorator:
+    """Runs a test with every model under `DROPPED`, and with one of each layout under the other budgets.
+
+    `DROPPED` cuts whole sub-layers and parts of them. What another budget asks of a layout it asks of all families that
+    have it, so more would repeat and not test.
+    """
+    cases = [
+        pytest.param(name, budget, id=f"{name}-{key}")
+        for key, budget in budgets.items()
+        for name in names
+        if budget is DROPPED or name in LAYOUTS
+    ]
+    return pytest.mark.parametrize(("name", "budget"), cases)
 
 
 def make(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

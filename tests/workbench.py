@@ -10,10 +10,13 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -28,6 +31,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from lightpeft import bench as benching
 from lightpeft import cli, pipeline
 from lightpeft.config import RunConfig, run_config_from_dict
 
@@ -224,6 +228,15 @@ def at_step(stage: str, step: int, act: Disturb, event: str = "on_step_end") -> 
         pipeline.make_trainer = disturbed
 
     return disturb
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """Inside, processes that measure are forked: they begin in a moment."""
+    fork = multiprocessing.get_context("fork")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benching, "multiprocessing", SimpleNamespace(get_context=lambda _: fork))
+        yield
 
 
 def before(owner: Any, name: str, act: Disturb, calls: int = 1) -> Disturb:

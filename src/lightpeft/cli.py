@@ -7,7 +7,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -30,9 +30,10 @@ _STAGES = {
     "plan": "Decide from the record and the budget which units stay, and show the plan.",
     "prune": "Cut base and PEFT modules down to the plan.",
     "train": "Fine-tune the small model.",
-    "evaluate": "Measure the result on the test rows.",
+    "evaluate": "Measure a run, an adapter or any model on the test rows, alone or beside another one.",
     "bench": "Measure plain LoRA beside the light model: speed, memory, FLOPs; alternating, with spread.",
 }
+_USAGES = {"evaluate": "lightpeft evaluate [model] [options]"}
 _OTHERS = {
     "predict": "Label text lines or the rows of a table, with probabilities.",
     "inspect": "Show a plan, a light adapter or a run as a table, layer by layer.",
@@ -99,14 +100,12 @@ def _parser(asked: str | None) -> tuple[ArgumentParser, list[str]]:
     verbs = parser.add_subcommands(required=True, metavar="verb")
     known: list[str] = []
     for verb, description in {**_STAGES, **_OTHERS}.items():
-        usage = f"lightpeft {verb} [options]" if verb in _STAGES else None
+        usage = _USAGES.get(verb, f"lightpeft {verb} [options]") if verb in _STAGES else None
         subparser = ArgumentParser(
             description=description, usage=usage, exit_on_error=False, allow_abbrev=False, print_config=None
         )
         if verb == asked:
             _OPTIONS.get(verb, _stage_options)(subparser)
-            if verb == "bench":
-                _bench_options(subparser)
             known = [option for action in subparser._actions for option in action.option_strings]
         verbs.add_subcommand(verb, subparser, help=description)
     return parser, known
@@ -115,14 +114,43 @@ def _parser(asked: str | None) -> tuple[ArgumentParser, list[str]]:
 # -- verbs on a run ----------------------------------------------------------------------------------------------
 
 
-def _stage_options(parser: ArgumentParser) -> None:
+def _stage_options(parser: ArgumentParser, skip: Collection[str] = ()) -> None:
     parser.add_argument("--config", type=str, help="YAML file with settings.")
     parser.add_argument("--run", type=str, help="Folder of a run to go on with; its own config.yaml holds.")
     parser.add_argument("--print_config", action="store_true", help="Show all settings as YAML and exit.")
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(RunConfig, skip=set(skip))
+
+
+_EVALUATE: dict[str, dict[str, Any]] = {
+    "base": {"type": str, "help": "Name or folder of an adapter's base, if it moved."},
+    "compare": {"type": str, "help": "A second model on the same rows, with a paired test."},
+    "per_class": {"action": "store_true", "help": "Precision, recall and F1 of every class."},
+    "predictions": {"type": str, "help": "File for one row an example: inputs, reference, prediction (.csv, .jsonl)."},
+    "json": {"type": str, "help": "Where the whole report goes."},
+    "batch_size": {"type": int, "help": "Rows a forward pass (default: as many as fit into memory)."},
+    "harness": {"choices": ["lm-eval"], "help": "Measure on tasks of lm-evaluation-harness instead."},
+    "tasks": {"type": str, "help": "Names of the harness's tasks, separated by commas."},
+    "include_path": {"type": str, "help": "Folder with task files of your own for the harness."},
+    "num_fewshot": {"type": int, "help": "Solved examples in the harness's prompts (default: what a task says)."},
+    "limit": {"type": float, "help": "Documents a task of the harness or, below 1, that part of them (default: all)."},
+}
+"""Options of `evaluate` beside those of a run."""
+
+
+def _evaluate_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=str,
+        help="Folder of a run, a light adapter, a PEFT adapter or a transformers model, or a model's name on the hub.",
+    )
+    for name, option in _EVALUATE.items():
+        parser.add_argument(f"--{name}", **option)
+    _stage_options(parser, skip=["tasks"])  # tasks of one's own come from --config
 
 
 def _bench_options(parser: ArgumentParser) -> None:
+    _stage_options(parser)
     parser.add_argument("--rounds", type=int, default=5, help="Alternations of plain LoRA and light.")
     parser.add_argument("--steps", type=int, default=20, help="Batches a round, training and inference each.")
     parser.add_argument("--json", type=str, help="Where the result goes (default: bench.json in the run folder).")
@@ -131,13 +159,23 @@ def _bench_options(parser: ArgumentParser) -> None:
 def _run_stage(verb: str, options: Namespace) -> None:
     given = options.as_dict()
     show = given.pop("print_config", False)
-    extra = {name: given.pop(name) for name in ("rounds", "steps", "json") if name in given}
-    config = _config(given)
+    extra = {name: given.pop(name) for name in _EXTRA.get(verb, ()) if name in given}
     if show:
-        sys.stdout.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+        _print_config(_config(given))
         return
     quiet()
-    _STAGE_VERBS[verb](config, **extra)
+    if verb == "evaluate":
+        _evaluate(given, extra)
+    else:
+        _STAGE_VERBS[verb](_config(given), **extra)
+
+
+_EXTRA: dict[str, tuple[str, ...]] = {"bench": ("rounds", "steps", "json"), "evaluate": ("model", *_EVALUATE)}
+"""Options of a verb that are no settings of a run."""
+
+
+def _print_config(config: RunConfig) -> None:
+    sys.stdout.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
 
 
 def _run(config: RunConfig) -> None:
@@ -175,12 +213,6 @@ def _train(config: RunConfig) -> None:
     _out.print(f"the trained adapter is in {config.output}/adapter", markup=False, soft_wrap=True)
 
 
-def _evaluate(config: RunConfig) -> None:
-    from lightpeft import pipeline
-
-    _show_metrics(pipeline.evaluate(pipeline.prepare(config)))
-
-
 def _bench(config: RunConfig, **options: Any) -> None:
     from lightpeft.bench import bench
     from lightpeft.tables import bench_table
@@ -194,19 +226,24 @@ _STAGE_VERBS: dict[str, Callable[..., None]] = {
     "plan": _plan,
     "prune": _prune,
     "train": _train,
-    "evaluate": _evaluate,
     "bench": _bench,
 }
 
 
 def _show_metrics(report: dict[str, Any]) -> None:
-    from lightpeft.tables import facts_table
+    from lightpeft.tables import facts_table, metrics_table
 
-    _out.print(facts_table({**report["metrics"], **report["parameters"]}, f"method {report['method']}"))
+    _out.print(metrics_table(report["metrics"], report.get("intervals", {}), f"method {report['method']}"))
+    _out.print(facts_table(report["parameters"], "parameters"))
 
 
 def _config(given: dict[str, Any]) -> RunConfig:
     """Settings of a run: those of `--run` or of `--config`, with the options on top."""
+    return run_config_from_dict(_settings(given))
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The same as far as they are given, nested, before presets and defaults."""
     file, folder = given.pop("config", None), given.pop("run", None)
     require(not (file and folder), "give --config or --run, not both: a run folder has its own config.yaml")
     data: dict[str, Any] = {}
@@ -215,7 +252,62 @@ def _config(given: dict[str, Any]) -> RunConfig:
         data = {**load_yaml(Path(folder) / "config.yaml"), "output": str(folder)}
     elif file is not None:
         data = load_yaml(file)
-    return run_config_from_dict(merged(data, given))
+    return merged(data, given)
+
+
+# -- evaluate ----------------------------------------------------------------------------------------------------
+
+
+def _evaluate(given: dict[str, Any], options: dict[str, Any]) -> None:
+    """Measure a model or, if none is named, do the stage of a run and then what the options ask for."""
+    from lightpeft import pipeline
+
+    model = options.pop("model", None)
+    if model is None:
+        config = _config(given)
+        report = pipeline.evaluate(pipeline.prepare(config))
+        if not options:
+            _show_metrics(report)
+            return
+        model, settings = config.output, {}
+    else:
+        require("run" not in given, f"give {model} or --run, not both: a run folder can be the model itself")
+        settings = _settings(given)
+    measure = _evaluate_harness if options.pop("harness", None) else _evaluate_task
+    measure(model, settings, **options)
+
+
+def _evaluate_task(model: str, settings: dict[str, Any], compare: str | None = None, **options: Any) -> None:
+    from lightpeft.evaluating import evaluate_model
+    from lightpeft.tables import metrics_table, paired_table, per_class_table
+
+    only = [name for name in ("tasks", "include_path", "num_fewshot", "limit") if name in options]
+    require(not only, f"--{' and --'.join(only)} need --harness lm-eval; a task of lightpeft's own is --data.task")
+    report = evaluate_model(model, settings, other=compare, **options)
+    shown = [report[name] for name in ("model", "other") if name in report]
+    for entry in shown:
+        _out.print(metrics_table(entry["metrics"], entry["intervals"], f"{entry['name']}: {report['task']}"))
+    if "comparison" in report:
+        _out.print(paired_table(report["comparison"], *(entry["name"] for entry in shown)))
+    if "classes" in report:
+        _out.print(per_class_table(report["classes"]))
+
+
+def _evaluate_harness(model: str, settings: dict[str, Any], compare: str | None = None, **options: Any) -> None:
+    from lightpeft.evaluating import evaluate_harness
+    from lightpeft.tables import metrics_table, paired_table
+
+    only = [name for name in ("per_class", "predictions") if name in options]
+    require(not only, f"--{' and --'.join(only)} are about lightpeft's own tasks; leave them out with --harness")
+    names = [name for name in (options.pop("tasks", None) or "").split(",") if name]
+    report = evaluate_harness(model, names, settings, other=compare, **options)
+    shown = [report[name] for name in ("model", "other") if name in report]
+    for entry in shown:
+        for task, scores in entry["tasks"].items():
+            _out.print(metrics_table(scores["metrics"], scores["intervals"], f"{entry['name']}: {task}"))
+    for task, comparison in report.get("comparison", {}).items():
+        _out.print(task, markup=False)
+        _out.print(paired_table(comparison, *(entry["name"] for entry in shown)))
 
 
 # -- verbs on results --------------------------------------------------------------------------------------------
@@ -289,11 +381,13 @@ def _reproduce(options: Namespace) -> None:
 
 
 _OPTIONS: dict[str, Callable[[ArgumentParser], None]] = {
+    "evaluate": _evaluate_options,
+    "bench": _bench_options,
     "predict": _predict_options,
     "inspect": _inspect_options,
     "reproduce": _reproduce_options,
 }
-"""Verb -> its options; the stages have those of a run."""
+"""What adds the options of a verb; of all others those of a run."""
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

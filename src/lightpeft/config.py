@@ -560,4 +560,6 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     choices = _literals(hint)
     kinds = [_KINDS.get(typing.get_origin(option) or option) for option in options]
     wanted = " or ".join([kind for kind in kinds if kind] + ([f"one of {', '.join(choices)}"] if choices else []))
-    raise LightPeftError(f"{where} is {value!r}; it must be {wanted}")
+    # YAML 1.1 reads words such as no, on and 1 as other things than text
+    quotes = " (in quotes)" if str in options and isinstance(value, (bool, int, float)) else ""
+    raise LightPeftError(f"{where} is {value!r}; it must be {wanted}{quotes}")

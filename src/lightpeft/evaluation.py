@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import inspect
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from datasets import Dataset
 from scipy.special import softmax
 from torch import Tensor, nn
 
+from lightpeft.batching import fitting_batch_size, in_batches
 from lightpeft.config import TaskEntry
 from lightpeft.errors import LightPeftError, require
+from lightpeft.statistics import Interval, bootstrap_intervals
 from lightpeft.tasks.answers import Answers
 from lightpeft.tasks.base import Task, check_strings
 from lightpeft.tasks.converting import check_column
@@ -29,6 +32,8 @@ from lightpeft.tasks.metrics import accuracy
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.reading import read_file
 from lightpeft.tasks.tokens import IGNORED, Collator
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ def evaluate(
     dataset: Dataset,
     task: Task,
     collator: Collator,
-    batch_size: int,
+    batch_size: int | None,
     bf16: bool = False,
     progress: Progress = bar,
 ) -> dict[str, float]:
@@ -68,12 +73,42 @@ def values_of(outcome: Outcome, task: Task) -> dict[str, float]:
     return {**task.score(outcome.answers), **outcome.measured, "examples": float(len(outcome.answers))}
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What is measured of a model, by name; of a further split the names begin with its prefix."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval | None]
+    """95% confidence intervals of those that are functions of the answers."""
+
+
+def scores_of(outcomes: Mapping[str, Outcome], task: Task, seed: int = 0) -> Scores:
+    """Metrics with bootstrap intervals.
+
+    Args:
+        outcomes: by prefix; "" for the test rows.
+        task: says what is measured.
+        seed: of the bootstrap.
+    """
+    metrics: dict[str, float] = {}
+    intervals: dict[str, Interval | None] = {}
+    for prefix, of_split in outcomes.items():
+        metrics |= prefixed(prefix, values_of(of_split, task))
+        intervals |= prefixed(prefix, bootstrap_intervals(of_split.answers, *task.measures, seed=seed))
+    return Scores(metrics, intervals)
+
+
+def prefixed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
+    """Values by name, with the prefix of their split; that of the test rows is empty."""
+    return {f"{prefix}_{name}" if prefix else name: value for name, value in values.items()}
+
+
 def answer(
     model: nn.Module,
     dataset: Dataset,
     task: Task,
     collator: Collator,
-    batch_size: int,
+    batch_size: int | None,
     bf16: bool = False,
     progress: Progress = bar,
 ) -> Answers:
@@ -86,7 +121,7 @@ def outcome(
     dataset: Dataset,
     task: Task,
     collator: Collator,
-    batch_size: int,
+    batch_size: int | None,
     bf16: bool = False,
     progress: Progress = bar,
 ) -> Outcome:
@@ -97,7 +132,7 @@ def outcome(
         dataset: what `task.encode_test` returned.
         task: says how the model answers.
         collator: `task.collator(tokenizer)`.
-        batch_size: rows a forward pass (of likelihood: options); rows of similar length share one.
+        batch_size: rows a forward pass (of likelihood: options), of similar length; None: as many as fit into memory.
         bf16: forward under bfloat16 autocast; losses are computed in float32 either way.
         progress: how the loop is shown.
 
@@ -154,7 +189,7 @@ class _Run:
 
     model: nn.Module
     collator: Collator
-    batch_size: int
+    batch_size: int | None
     bf16: bool
     progress: Progress
 
@@ -165,17 +200,22 @@ class _Run:
         """
         require(len(dataset) > 0, "there are no rows to evaluate")
         order = np.argsort(-np.asarray(dataset["length"][:]), kind="stable").tolist()
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         device = next(self.model.parameters()).device
         accepted = _accepted_inputs(self.model)
+
+        def compute(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+            batch = self.collator(_rows(dataset, list(rows)))
+            labels = batch.pop("labels", None)
+            inputs = {name: value.to(device) for name, value in batch.items() if name in accepted}
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                logits = self.model(**inputs).logits
+            return torch.empty(0) if labels is None else labels, logits
+
         with _eval_mode(self.model):
-            for rows in self.progress(batches, len(batches), description):
-                batch = self.collator(_rows(dataset, rows))
-                labels = batch.pop("labels", None)
-                inputs = {name: value.to(device) for name, value in batch.items() if name in accepted}
-                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                    logits = self.model(**inputs).logits
-                yield rows, torch.empty(0) if labels is None else labels, logits
+            size = self.batch_size or fitting_batch_size(self.model, order, compute)
+            batches = in_batches(order, compute, size)
+            for rows, (labels, logits) in self.progress(batches, math.ceil(len(order) / size), description):
+                yield list(rows), labels, logits
 
 
 def _logits(run: _Run, dataset: Dataset) -> list[Tensor]:
@@ -230,7 +270,7 @@ def _next_tokens(run: _Run, dataset: Dataset, task: Task) -> Outcome:
         sums[:, 2].sum() > 0, "there is no token to predict in these rows; raise data.max_length or give longer texts"
     )
     predictions = [tuple(of_row) for of_row in sums.tolist()]
-    return Outcome(_answers(dataset, predictions, [None] * len(dataset)), {})
+    return Outcome(_answers(dataset, predictions, [None] * len(dataset)), {"tokens": float(sums[:, 2].sum())})
 
 
 ANSWERING: dict[str, Callable[[_Run, Dataset, Task], Outcome]] = {
@@ -247,16 +287,18 @@ def _token_sums(run: _Run, dataset: Dataset) -> np.ndarray:
     """Over every row's labelled tokens: cross-entropy in nats, tokens predicted right, tokens. Float64 [rows, 3]."""
     sums = np.zeros((len(dataset), 3))
     for rows, labels, logits in run.batches(dataset, "Evaluating"):
-        targets = labels[:, 1:].to(logits.device)
-        counted = targets != IGNORED
-        # Picking the counted positions first keeps the float32 copy small: [tokens, vocabulary].
-        picked, targets = logits[:, :-1][counted].float(), targets[counted]
-        losses = nn.functional.cross_entropy(picked, targets, reduction="none")
-        right = picked.argmax(-1) == targets
-        of_tokens = torch.stack([losses.double(), right.double(), torch.ones_like(losses).double()], dim=1)
-        places = torch.tensor(rows, device=logits.device)[counted.nonzero()[:, 0]]
-        np.add.at(sums, places.cpu().numpy(), of_tokens.cpu().numpy())
+        # row by row: copies of a batch's logits [rows, tokens, vocabulary] would take more memory than the model did
+        for row, of_row, targets in zip(rows, logits[:, :-1], labels[:, 1:].to(logits.device), strict=True):
+            sums[row] = _row_sums(of_row, targets)
     return sums
+
+
+def _row_sums(logits: Tensor, targets: Tensor) -> tuple[float, float, float]:
+    counted = targets != IGNORED
+    picked, targets = logits[counted].float(), targets[counted]
+    losses = nn.functional.cross_entropy(picked, targets, reduction="none")
+    right = (picked.argmax(-1) == targets).sum()
+    return losses.double().sum().item(), right.item(), float(len(targets))
 
 
 def _picked(dataset: Dataset, chosen: list[int]) -> Answers:
@@ -352,7 +394,6 @@ def write_predictions(path: Path | None, rows: Dataset, labels: list[str], proba
     Raises:
         LightPeftError: another suffix, or the file cannot be written.
     """
-    write = _write_csv if path is None else check_predictions_path(path)
     new = ["label", *(f"p_{name}" for name in labels)]
     renamed = {name: f"input_{name}" if name in new else name for name in rows.column_names}
     best = probabilities.argmax(-1)
@@ -364,12 +405,25 @@ def write_predictions(path: Path | None, rows: Dataset, labels: list[str], proba
         }
         for i, row in enumerate(rows)
     )
+    write_table(path, [*renamed.values(), *new], table)
+
+
+def write_table(path: Path | None, header: list[str], table: Iterable[dict[str, Any]]) -> None:
+    """Write rows with the columns of `header`; the file appears only when it is complete.
+
+    Args:
+        path: .csv or .jsonl file, replaced if it is there; None: CSV on standard output.
+
+    Raises:
+        LightPeftError: another suffix, or the file cannot be written.
+    """
+    write = _write_csv if path is None else check_predictions_path(path)
     if path is None:
-        write(sys.stdout, [*renamed.values(), *new], table)
+        write(sys.stdout, header, table)
         return
     try:
         with _replacing(path) as file:
-            write(file, [*renamed.values(), *new], table)
+            write(file, header, table)
     except OSError as error:
         raise LightPeftError(f"predictions cannot be written to {path}: {error.strerror or error}") from error
 

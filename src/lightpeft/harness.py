@@ -18,7 +18,7 @@ import numpy as np
 from datasets.exceptions import DatasetsError
 from scipy.stats import norm
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.sites import transformers_model
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 MISSING = "the evaluation harness is not installed; pip install 'lightpeft[harness]'"
+CPU_BATCH_SIZE = 8
+"""Requests a forward pass on a CPU, which larger batches keep no busier."""
 SHOWN_NAMES = 3
 """Names of tasks that an error proposes."""
 
@@ -49,6 +51,11 @@ class HarnessScores:
     answers: Answers
     """One mapping of such numbers a document, with the document's hash as reference; empty for a group."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """All but the answers, as a report has it."""
+        names = ("metrics", "intervals", "examples", "num_fewshot")
+        return {name: getattr(self, name) for name in names}
+
 
 def by_document(answers: Answers) -> dict[str, np.ndarray]:
     """Scores of a `HarnessScores.answers` for `MEANS`."""
@@ -68,7 +75,7 @@ def run_harness(
     include_path: str | Path | None = None,
     num_fewshot: int | None = None,
     limit: float | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     seed: int = 0,
 ) -> dict[str, HarnessScores]:
     """Evaluate a live model, pruned or dense, on tasks of lm-evaluation-harness.
@@ -80,7 +87,7 @@ def run_harness(
         include_path: folder with task files (YAML) of your own. They may name Python functions, which are then run.
         num_fewshot: solved examples in the prompt; None: what each task says.
         limit: so many documents a task or, below 1, that part of them; None: all.
-        batch_size: requests a forward pass.
+        batch_size: requests a forward pass; None: on an accelerator as many as the harness finds to fit, else 8.
         seed: of the choice of solved examples.
 
     Returns:
@@ -102,12 +109,13 @@ def run_harness(
         "evaluate it on its own task, without --harness",
     )
     require(tasks, "the harness has nothing to do; name its tasks: --tasks arc_easy,piqa")
+    require(num_fewshot is None or num_fewshot >= 0, f"num_fewshot is {num_fewshot}; it cannot be negative")
     require(limit is None or limit > 0, f"limit is {limit}; it is a number of documents, or a part of them below 1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = _task_manager(tasks, include_path)
     specs = _load(manager, tasks)
     report = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or _batch_size(inner)),
         tasks=specs,
         task_manager=manager,
         num_fewshot=num_fewshot,
@@ -121,6 +129,11 @@ def run_harness(
     assert report is not None
     scores = {name: _task_scores(report, name) for name in report["samples"]}
     return scores | {name: _group_scores(values) for name, values in report.get("groups", {}).items()}
+
+
+def _batch_size(model: PreTrainedModel) -> int | str:
+    """Trying out what fits takes an accelerator, which says so where it does not."""
+    return CPU_BATCH_SIZE if model.device.type == "cpu" else "auto"
 
 
 # -- tasks -------------------------------------------------------------------------------------------------------

@@ -91,15 +91,20 @@ class LoadedModel:
     """What the model was loaded with."""
 
 
-def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = ()) -> LoadedModel:
+def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, to_prune: bool = True) -> LoadedModel:
     """Load the foundation model with the head of the task.
 
+    Args:
+        labels: names of the classes in order.
+        to_prune: refuse what cannot be pruned; off for models that are measured only.
+
     Raises:
-        LightPeftError: no such model, a family that is refused, or weights that cannot be pruned.
+        LightPeftError: no such model, or one that is to be pruned and cannot be.
     """
     hf_config = load_model_config(config)
-    check_not_refused(hf_config.model_type)
-    _check_quantisation(config, hf_config)
+    if to_prune:
+        check_not_refused(hf_config.model_type)
+        _check_quantisation(config, hf_config)
     if head == "regression":
         hf_config.num_labels = 1  # by which transformers knows that the loss is the squared error
     if head == "classification":
@@ -127,6 +132,11 @@ def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = ()) -> L
     model.light_gguf_file = config.gguf_file
     prepare_quantised(model)
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
+
+
+def peft_task_type(head: Head) -> TaskType | None:
+    """What PEFT calls a model with that head; None: it has no name for it."""
+    return _HEADS[head].peft
 
 
 def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> None:

@@ -203,6 +203,7 @@ def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list
     """Dotted names of settings that differ; `output` and what the method has no use for do not count, nor the budget if
     `skip_budget`."""
     budget = {f"light.{field.name}" for field in dataclasses.fields(Budget)} if skip_budget else set()
+    stored, given = _without_other_tasks(stored), _without_other_tasks(given)
     skipped = budget | {"output", "preset"}
     before, after = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(given))
     unused = _UNUSED[given.method]
@@ -211,6 +212,11 @@ def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list
         for name in after
         if name not in skipped and before.get(name) != after[name] and not name.startswith(unused)
     ]
+
+
+def _without_other_tasks(config: RunConfig) -> RunConfig:
+    """The config without the user's tasks that the run has nothing to do with."""
+    return dataclasses.replace(config, tasks={n: entry for n, entry in config.tasks.items() if n == config.data.task})
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from lightpeft.errors import require
-from lightpeft.tasks.answers import Answers, MeanMetric, Metric
+from lightpeft.tasks.answers import Answers, ClassMetric, MeanMetric, Metric, class_count
 
 RESAMPLES = 1000
 """Resamples of a bootstrap."""
@@ -47,36 +47,36 @@ class Comparison:
 
 
 def bootstrap_intervals(
-    answers: Answers, metric: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+    answers: Answers, *metrics: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> dict[str, Interval | None]:
-    """Percentile bootstrap confidence intervals of a metric (Efron and Tibshirani 1993, chapter 13).
+    """Percentile bootstrap confidence intervals of metrics (Efron and Tibshirani 1993, chapter 13).
 
     Examples are drawn with replacement; where `answers.groups` is set, whole groups are, because the examples of one
     are not independent.
 
     Args:
         answers: of one model.
-        metric: computed of every resample; a `MeanMetric` is the fast one.
+        metrics: computed of every resample; a `MeanMetric` or a `ClassMetric` is a fast one.
         resamples: how many.
         level: confidence, in (0, 1).
         seed: of the draws.
 
     Returns:
-        Name of every value that `metric` gives -> its interval; None if there are not two examples (groups) to draw
-        from, or the metric is undefined (not finite) in more than half of the resamples. The others count if fewer are.
+        Name of every value that `metrics` give -> its interval; None if there are not two examples (groups) to draw
+        from, or the value is undefined (not finite) in more than half of the resamples. The others count if fewer are.
 
     Raises:
         LightPeftError: `resamples` or `level` is out of range.
     """
     _check(resamples, level)
-    names, values = list(metric(answers)), _resampled([answers], metric, resamples, seed)[0]
-    return {name: _interval(values[name], level) for name in names}
+    values = (_resampled([answers], metric, resamples, seed)[0] for metric in metrics)
+    return {name: _interval(of_name, level) for of_metric in values for name, of_name in of_metric.items()}
 
 
 def compare(
-    first: Answers, second: Answers, metric: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+    first: Answers, second: Answers, *metrics: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> dict[str, Comparison]:
-    """Test whether two models differ in a metric, on the examples that both answered.
+    """Test whether two models differ in metrics, on the examples that both answered.
 
     Where every example is right or wrong for itself (a `MeanMetric` of zeros and ones without groups) the p value is
     that of McNemar's test in its exact form: of the examples that one model alone has right, either has half by chance
@@ -89,7 +89,7 @@ def compare(
         second: answers of the other, to the same examples in the same order.
 
     Returns:
-        Name of every value that `metric` gives -> its comparison.
+        Name of every value that `metrics` give -> its comparison.
 
     Raises:
         LightPeftError: the answers are not to the same examples, or `resamples` or `level` is out of range.
@@ -97,9 +97,17 @@ def compare(
     _check(resamples, level)
     same = len(first) == len(second) and all(map(_equal, first.references, second.references))
     require(same, "two models can only be compared on the same examples: the references differ")
-    before, after = metric(first), metric(second)
-    values = _resampled([first, second], metric, resamples, seed)
-    exact = _mcnemar(first, second, metric)
+    comparisons: dict[str, Comparison] = {}
+    for metric in metrics:
+        comparisons |= _compared(first, second, metric, _resampled([first, second], metric, resamples, seed), level)
+    return comparisons
+
+
+def _compared(
+    first: Answers, second: Answers, metric: Metric, values: list[dict[str, np.ndarray]], level: float
+) -> dict[str, Comparison]:
+    """The comparisons of one metric, whose values in the resamples are given for both models."""
+    before, after, exact = metric(first), metric(second), _mcnemar(first, second, metric)
     comparisons = {}
     for name in before:
         differences = values[1][name] - values[0][name]
@@ -113,18 +121,6 @@ def compare(
             test,
         )
     return comparisons
-
-
-def combined(metrics: Sequence[Metric]) -> Metric:
-    """One metric that gives all values of several; of means it is a mean itself."""
-    means = [metric for metric in metrics if isinstance(metric, MeanMetric)]
-    if len(means) == len(metrics):
-        return MeanMetric(lambda answers: _union(metric.scores(answers) for metric in means))
-    return lambda answers: _union(metric(answers) for metric in metrics)
-
-
-def _union(parts: Any) -> dict[str, Any]:
-    return {name: value for part in parts for name, value in part.items()}
 
 
 def _check(resamples: int, level: float) -> None:
@@ -191,13 +187,28 @@ def _statistic(answers: Answers, metric: Metric) -> Callable[[_Draw], dict[str, 
     if isinstance(metric, MeanMetric):
         scores = metric.scores(answers)
         return lambda draw: {name: values[draw.indices].mean() for name, values in scores.items()}
+    if isinstance(metric, ClassMetric):
+        return _of_counts(answers, metric)
     arrays = replace(answers, predictions=_array(answers.predictions), references=_array(answers.references))
     return lambda draw: metric(replace(arrays.take(draw.indices), groups=draw.groups))  # type: ignore[arg-type]
 
 
+def _of_counts(answers: Answers, metric: ClassMetric) -> Callable[[_Draw], dict[str, float]]:
+    """The same by the confusion matrix of a draw."""
+    classes = class_count(answers)
+    cells = np.asarray(answers.references) * classes + np.asarray(answers.predictions)
+
+    def of(draw: _Draw) -> dict[str, float]:
+        counts = np.bincount(cells[draw.indices], minlength=classes**2)
+        return metric.of_counts(counts.reshape(classes, classes))
+
+    return of
+
+
 def _array(values: Sequence[Any]) -> Sequence[Any]:
-    """Numbers as an array, which is fast to take from; anything else as it is."""
-    return np.asarray(values) if all(isinstance(value, Real) for value in values) else values  # type: ignore[return-value]
+    """Numbers, and tuples of numbers, as an array, which is fast to take from; anything else as it is."""
+    flat = [number for value in values for number in (value if isinstance(value, tuple) else (value,))]
+    return np.asarray(values) if all(isinstance(number, Real) for number in flat) else values  # type: ignore[return-value]
 
 
 # -- tests -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -31,6 +31,50 @@ def facts_table(facts: Mapping[str, Any], title: str) -> Table:
     for name, value in facts.items():
         table.add_row(escape(name), escape(shown(value)))
     return table
+
+
+def metrics_table(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float] | None], title: str) -> Table:
+    """One metric a row, with its 95% interval where there is one."""
+    table = _numbers_table(title, "", "value", "95% interval")
+    for name, value in metrics.items():
+        table.add_row(escape(name), shown(value), _range(intervals.get(name)))
+    return table
+
+
+def paired_table(comparison: Mapping[str, Mapping[str, Any]], first: str, second: str) -> Table:
+    """Two models on the same examples: one metric a row, the difference with its interval, and the test's p value."""
+    table = _numbers_table(
+        "both models on the same examples", "", first, second, "difference", "95% interval", "p", "test"
+    )
+    for name, entry in comparison.items():
+        values = [shown(entry[key]) for key in ("first", "second")]
+        p_value = "" if entry["p_value"] is None else f"{entry['p_value']:.3g}"
+        table.add_row(
+            escape(name), *values, f"{entry['difference']:+.4f}", _range(entry["interval"]), p_value, entry["test"]
+        )
+    return table
+
+
+def per_class_table(classes: Mapping[str, Mapping[str, float]]) -> Table:
+    """Precision, recall and F1 of every class, and how many examples it has."""
+    table = _numbers_table("by class", "", "precision", "recall", "F1", "examples")
+    for name, entry in classes.items():
+        values = [f"{entry[key]:.4f}" for key in ("precision", "recall", "f1-score")]
+        table.add_row(escape(name), *values, f"{entry['support']:,.0f}")
+    return table
+
+
+def _numbers_table(title: str, first: str, *others: str) -> Table:
+    """An empty table: a column of names, and columns of numbers."""
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column(escape(first))
+    for name in others:
+        table.add_column(escape(name), justify="right")
+    return table
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
 
 
 def bench_table(report: Mapping[str, Any]) -> Table:

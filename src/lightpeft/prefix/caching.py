@@ -139,9 +139,14 @@ class _Caching:
         return alone if self._close(alone, padded) else None
 
     def _close(self, one: Tensor, other: Tensor) -> bool:
-        """Equal but for the noise of computing in another batch, and of the data type."""
-        tolerance = 0.1 if self.bf16 or one.dtype != torch.float32 else 1e-3
-        return torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance)
+        """Equal but for the noise of computing in another batch, and of the data type.
+
+        Tokens are compared as vectors: decoders have single channels of a thousand times the others' size, whose
+        rounding reaches all of them through the norms.
+        """
+        tolerance = 0.05 if self.bf16 or one.dtype != torch.float32 else 1e-3
+        one, other = one.float(), other.float()
+        return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
 
     def fill(self, store: StateStore, facts_file: Path, facts: dict[str, Any], progress: Progress) -> None:
         """Compute all rows; several processes share a file's rows among them."""

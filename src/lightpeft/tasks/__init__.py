@@ -11,13 +11,13 @@ from lightpeft.tasks.causal import CausalLMTask
 from lightpeft.tasks.classification import ClassificationTask, encode_texts, text_collator
 from lightpeft.tasks.entries import ENTRIES, find_entry
 from lightpeft.tasks.likelihood import LikelihoodTask
-from lightpeft.tasks.loading import convert, load_task, restore_task, task_facts
+from lightpeft.tasks.loading import convert, load_task, load_test, restore_task, run_settings, task_facts
 from lightpeft.tasks.metrics import METRICS
 from lightpeft.tasks.multiple_choice import MultipleChoiceTask
 from lightpeft.tasks.progress import Progress, bar, silent
 from lightpeft.tasks.reading import read_rows
 from lightpeft.tasks.regression import RegressionTask
-from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token
+from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token, share_at_limit
 
 __all__ = [
     "ENTRIES",
@@ -40,8 +40,11 @@ __all__ = [
     "ensure_pad_token",
     "find_entry",
     "load_task",
+    "load_test",
     "read_rows",
     "restore_task",
+    "run_settings",
+    "share_at_limit",
     "silent",
     "task_class",
     "task_facts",

@@ -36,10 +36,13 @@ def task_class(kind: TaskKind, answer: AnswerBy, model: PretrainedConfig | None)
     Raises:
         LightPeftError: the model cannot answer so.
     """
+    by_options = kind == "multiple-choice"
     if answer == "auto":
-        answer = "head" if kind != "multiple-choice" or _has_options_head(model) else "likelihood"
+        answer = "likelihood" if by_options and not _has_options_head(model) else "head"
+        possible = answer == "head" or model is None or _is_decoder(model)
+        require(possible, f"{_name(model)} has neither a multiple-choice head nor reads from left to right only")
     if answer == "head":
-        possible = kind != "multiple-choice" or _has_options_head(model)
+        possible = not by_options or _has_options_head(model)
         require(possible, f"{_name(model)} has no multiple-choice head; set data.answer to likelihood")
         return TASKS[kind]
     require(kind in SCORABLE, f"data.answer is likelihood, which cannot answer {kind}; it can {', '.join(SCORABLE)}")

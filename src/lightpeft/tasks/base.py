@@ -46,6 +46,8 @@ class Task(ABC):
     """Those columns that say what is right; rows to predict on need none of them."""
     carried: ClassVar[tuple[str, ...]] = ("group",)
     """Columns, where rows have them, that encoded test rows keep: answers are compared with them, or by them."""
+    cuts: ClassVar[bool] = True
+    """Whether what is longer than `data.max_length` is lost."""
     default_metrics: ClassVar[tuple[str, ...]]
     """What is measured where the entry does not say."""
 
@@ -133,8 +135,12 @@ def place(what: str, number: int, column: str) -> str:
 def values(rows: Dataset, column: str, entry: TaskEntry, what: str) -> Iterator[tuple[str, Any]]:
     """The place and value of every row's `column`."""
     shown = source_column(entry, column)
-    for number, value in enumerate(rows[column], 1):
+    for number, value in enumerate(rows[column][:], 1):
         yield place(what, number, shown), value
+
+
+HIDDEN = "fill it in, drop the row, or give a split whose answers are not hidden"
+"""What to do about a row without an answer."""
 
 
 def check_strings(rows: Dataset, column: str, entry: TaskEntry, what: str, blank: bool = False) -> None:

@@ -15,13 +15,20 @@ GAP = "_"
 
 
 def lettered(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns `question` (or `question_stem`), `choices` with texts and their letters, and the right letter."""
-    choices = row["choices"]
-    return {
-        "context": row["question_stem"] if "question_stem" in row else row["question"],
-        "options": list(choices["text"]),
-        "answer": _position((row.get("answerKey") or "").strip(), list(choices["label"])),
-    }
+    """A question, and choices with texts and the letters (or numbers) that the key names."""
+    return _lettered(row, row["question"])
+
+
+def openbookqa(row: Mapping[str, Any]) -> dict[str, Any]:
+    """As `lettered`; the question is often the beginning of a sentence."""
+    return _lettered(row, row["question_stem"])
+
+
+def quartz(row: Mapping[str, Any]) -> dict[str, Any]:
+    """As `lettered`, with a sentence that states the relation which the question needs, where the data have one."""
+    sentence = (row.get("para") or "").strip()
+    question = f"Question: {row['question']}"
+    return _lettered(row, f"{sentence}\n{question}" if sentence else question)
 
 
 def piqa(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,19 +88,9 @@ def race(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def quartz(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A sentence that states a relation, a question that needs it, and two lettered answers."""
-    choices = row["choices"]
-    sentence = (row.get("para") or "").strip()
-    return {
-        "context": f"{sentence}\nQuestion: {row['question']}" if sentence else f"Question: {row['question']}",
-        "options": list(choices["text"]),
-        "answer": _position(row.get("answerKey") or "", list(choices["label"])),
-    }
-
-
 CONVERTERS: dict[str, Convert] = {
     "lettered": lettered,
+    "openbookqa": openbookqa,
     "piqa": piqa,
     "sciq": sciq,
     "hellaswag": hellaswag,
@@ -112,7 +109,7 @@ def _entry(hub: str, convert: str, prompt: str = QUESTION, **fields: Any) -> Tas
 ENTRIES: dict[str, TaskEntry] = {
     "arc_easy": _entry("allenai/ai2_arc/ARC-Easy", "lettered", test="test"),
     "arc_challenge": _entry("allenai/ai2_arc/ARC-Challenge", "lettered", test="test"),
-    "openbookqa": _entry("allenai/openbookqa/main", "lettered", prompt="{context}", test="test"),
+    "openbookqa": _entry("allenai/openbookqa/main", "openbookqa", prompt="{context}", test="test"),
     "piqa": _entry("baber/piqa", "piqa"),
     "sciq": _entry("allenai/sciq", "sciq", prompt="{context}\nAnswer:", test="test"),
     "hellaswag": _entry("Rowan/hellaswag", "hellaswag", prompt="{context}"),
@@ -123,6 +120,16 @@ ENTRIES: dict[str, TaskEntry] = {
     "quartz": _entry("allenai/quartz", "quartz", prompt="{context}\nAnswer:", test="test"),
 }
 """Name of a task -> its entry."""
+
+
+def _lettered(row: Mapping[str, Any], context: str) -> dict[str, Any]:
+    choices = row["choices"]
+    letters = list(choices["label"])
+    return {
+        "context": context,
+        "options": list(choices["text"]),
+        "answer": _position((row.get("answerKey") or "").strip(), letters),
+    }
 
 
 def _position(letter: str, letters: list[str]) -> int | None:

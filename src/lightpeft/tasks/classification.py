@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import LightPeftError, require
-from lightpeft.tasks.base import Task, check_strings, place, source_column
+from lightpeft.tasks.base import HIDDEN, Task, check_strings, place, source_column
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import Collator, in_chunks
 
@@ -36,7 +36,7 @@ class ClassificationTask(Task):
         check_texts(rows, entry, what)
         shown = source_column(entry, "label")
         for number, value in enumerate(label_names(rows, entry, what), 1):
-            require(value is not None, f"{place(what, number, shown)}: there is no label; fill it in or drop the row")
+            require(value is not None, f"{place(what, number, shown)}: there is no label; {HIDDEN}")
 
     @classmethod
     def label_set(cls, rows: Dataset, entry: TaskEntry) -> list[str]:
@@ -112,7 +112,7 @@ def label_names(rows: Dataset, entry: TaskEntry, what: str) -> list[str | None]:
     """Every row's label as its name; None where there is none, or where it is hidden (-1, as hub data sets do)."""
     feature, shown = rows.features["label"], source_column(entry, "label")
     names = list(entry.labels) or (feature.names if isinstance(feature, ClassLabel) else None)
-    return [_label_name(value, names, place(what, i, shown)) for i, value in enumerate(rows["label"], 1)]
+    return [_label_name(value, names, place(what, i, shown)) for i, value in enumerate(rows["label"][:], 1)]
 
 
 def _label_name(value: Any, names: list[str] | None, where: str) -> str | None:

@@ -13,9 +13,9 @@ from lightpeft.config import DataConfig, TaskEntry, from_dict
 from lightpeft.tasks.answering import TASKS, task_class
 from lightpeft.tasks.base import Task, limited, split_rows
 from lightpeft.tasks.converting import convert_rows
-from lightpeft.tasks.entries import converter, find_entry
+from lightpeft.tasks.entries import ENTRIES, converter, find_entry
 from lightpeft.tasks.likelihood import LikelihoodTask
-from lightpeft.tasks.sources import Split, read_splits
+from lightpeft.tasks.sources import Split, read_splits, read_tests
 
 
 def load_task(
@@ -39,6 +39,7 @@ def load_task(
         kind.check(rows, entry, split.what)
         return rows
 
+    assert splits.train is not None
     train = ready(splits.train)
     test = ready(splits.test) if splits.test is not None else None
     labels = kind.label_set(train, entry)
@@ -50,6 +51,30 @@ def load_task(
     for rows in (test, *more.values()):
         kind.check_split(train, rows, labels, entry)
     return kind(config, train, test, labels, entry, more)
+
+
+def load_test(
+    config: DataConfig, model: PretrainedConfig | None = None, own: Mapping[str, TaskEntry] | None = None
+) -> Task:
+    """Read, convert and check the rows to evaluate on; `train` is empty, and the labels are those of these rows.
+
+    Where the rows have to be held out from training rows, it is what `load_task` gives. Arguments and errors as there.
+    """
+    entry = find_entry(config, own)
+    kind = task_class(entry.kind, config.answer, model)
+    splits = read_tests(entry, config)
+    if splits is None:
+        return load_task(config, model, own)
+
+    def ready(split: Split) -> Dataset:
+        rows = convert(split.rows, entry, split.what)
+        kind.check(rows, entry, split.what)
+        return limited(rows, config.limit_test, "limit_test", config)
+
+    assert splits.test is not None
+    test = ready(splits.test)
+    more = {prefix: ready(split) for prefix, split in splits.more_tests.items()}
+    return kind(config, test.select([]), test, kind.label_set(test, entry), entry, more)
 
 
 def convert(rows: Dataset, entry: TaskEntry, what: str, answered: bool = True) -> Dataset:
@@ -70,6 +95,26 @@ def task_facts(task: Task) -> dict[str, Any]:
         "labels": task.labels,
         "max_length": task.config.max_length,
     }
+
+
+def run_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a `RunConfig`, nested, that name the task that `task_facts` told of; empty where there are no facts.
+
+    Where its rows are is not among them.
+    """
+    if not facts:
+        return {}
+    entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
+    said = {name: facts[name] for name in ("answer", "likelihood", "max_length")}
+    if not entry.name:
+        columns = {_SETTINGS.get(column, column): source for column, source in entry.columns.items()}
+        return {"data": {"task": entry.kind, **columns, **said}}
+    own = {} if entry.name in ENTRIES else {entry.name: {**facts["entry"], "name": ""}}
+    return {"data": {"task": entry.name, **said}, "tasks": own}
+
+
+_SETTINGS = {"context": "text", "answer": "label"}
+"""Column of a kind -> the setting of `data` that names it, where it has another name."""
 
 
 def restore_task(facts: Mapping[str, Any]) -> Task:

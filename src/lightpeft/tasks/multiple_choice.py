@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.base import Task, check_strings, check_text, values
+from lightpeft.tasks.base import HIDDEN, Task, check_strings, check_text, values
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import Collator, in_chunks
 
@@ -43,6 +43,7 @@ class MultipleChoiceTask(Task):
                 check_text(option, where)
             counts.append(len(options))
         for (where, value), count in zip(values(rows, "answer", entry, what), counts, strict=True):
+            require(value is not None, f"{where}: there is no right option; {HIDDEN}")
             index = _index(value)
             known = index is not None and 0 <= index < count
             require(known, f"{where}: {value!r} is no right option's number; it lies from 0 to {count - 1}")
@@ -117,7 +118,7 @@ def with_endings(chunk: dict[str, list[Any]]) -> list[list[str]]:
 
 def answer_indices(rows: Dataset) -> list[int]:
     """Every row's right option."""
-    return [index for index in map(_index, rows["answer"]) if index is not None]
+    return [index for index in map(_index, rows["answer"][:]) if index is not None]
 
 
 def _index(value: Any) -> int | None:

@@ -38,7 +38,7 @@ class RegressionTask(Task):
     ) -> Dataset:
         """Rows cut to `max_length` tokens, with `labels` as floats."""
         encoded = self.encode_inputs(rows, tokenizer, max_length, progress)
-        return encoded.add_column("labels", [_number(value) for value in rows["label"]])
+        return encoded.add_column("labels", [_number(value) for value in rows["label"][:]])
 
     def encode_inputs(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,8 @@ class Split:
 class Splits:
     """The rows of a task as they were read."""
 
-    train: Split
+    train: Split | None
+    """None: they were not asked for."""
     test: Split | None
     """None: a part of the training rows is to be held out."""
     more_tests: dict[str, Split]
@@ -49,6 +52,29 @@ def read_splits(entry: TaskEntry, config: DataConfig) -> Splits:
     return _of_folder(Path(path).expanduser(), entry) if path is not None else _of_hub(entry)
 
 
+def read_tests(entry: TaskEntry, config: DataConfig) -> Splits | None:
+    """The task's rows to evaluate on, without those to train on: `data.test`, else the test splits of the folder
+    `data.path` or the entry's, else the hub's; None where they have to be held out from training rows.
+
+    Raises:
+        LightPeftError: there is no source, or it is missing, cannot be read, or the hub was not reached.
+    """
+    if config.test is not None:
+        return Splits(None, _named(config.test, "data.test"), {})
+    path = config.path or entry.path
+    if config.train or entry.test is None:
+        return None
+    require(
+        path is not None or entry.hub is not None,
+        "there are no rows to evaluate on; give a file as --data.test, or a task that has its own as --data.task",
+    )
+    if path is None:
+        with _hub_named(entry):
+            return Splits(None, *_hub_tests(entry))
+    test, more_tests = _folder_tests(Path(path).expanduser(), entry)
+    return Splits(None, test, more_tests) if test is not None else None
+
+
 def _named(source: str, setting: str) -> Split:
     """The rows that a setting names."""
     rows = read_rows(source, setting)
@@ -56,16 +82,21 @@ def _named(source: str, setting: str) -> Split:
 
 
 def _of_folder(folder: Path, entry: TaskEntry) -> Splits:
-    require(folder.is_dir(), f"data.path: folder {folder} does not exist")
+    test, more_tests = _folder_tests(folder, entry)
     train = _split_files(folder, entry, entry.train)
     require(train, f"data.path: {folder} has no {_expected(entry, entry.train)}")
+    return Splits(_read_files(train), test, more_tests)
+
+
+def _folder_tests(folder: Path, entry: TaskEntry) -> tuple[Split | None, dict[str, Split]]:
+    require(folder.is_dir(), f"data.path: folder {folder} does not exist")
     test = _split_files(folder, entry, entry.test) if entry.test is not None else []
     # a kind's files are the user's own, which need no test split; a named task is measured on its own one
     needed = bool(entry.name) and entry.test is not None
     require(test or not needed, f"data.path: {folder} has no {_expected(entry, entry.test or '')}")
     more = {prefix: _split_files(folder, entry, split) for prefix, split in entry.more_tests.items()}
     more_tests = {prefix: _read_files(files) for prefix, files in more.items() if files}
-    return Splits(_read_files(train), _read_files(test) if test else None, more_tests)
+    return _read_files(test) if test else None, more_tests
 
 
 def _split_files(folder: Path, entry: TaskEntry, split: str) -> list[Path]:
@@ -86,10 +117,20 @@ def _read_files(files: list[Path]) -> Split:
 
 
 def _of_hub(entry: TaskEntry) -> Splits:
+    with _hub_named(entry):
+        return Splits(_hub_split(entry, entry.train), *_hub_tests(entry))
+
+
+def _hub_tests(entry: TaskEntry) -> tuple[Split | None, dict[str, Split]]:
+    test = _hub_split(entry, entry.test) if entry.test is not None else None
+    return test, {prefix: _hub_split(entry, split) for prefix, split in entry.more_tests.items()}
+
+
+@contextmanager
+def _hub_named(entry: TaskEntry) -> Iterator[None]:
+    """Where the hub is not reached, say which files would do instead."""
     try:
-        train = _hub_split(entry, entry.train)
-        test = _hub_split(entry, entry.test) if entry.test is not None else None
-        return Splits(train, test, {prefix: _hub_split(entry, split) for prefix, split in entry.more_tests.items()})
+        yield
     except HubNotReachedError as error:
         splits = [entry.train, *([entry.test] if entry.test else []), *entry.more_tests.values()]
         files = " and ".join(f"FOLDER/{_expected(entry, split)}" for split in splits)

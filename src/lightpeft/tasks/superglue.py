@@ -93,11 +93,15 @@ def marked(text: str, start: int, end: int) -> str:
 
 
 def marked_words(text: str, spans: list[tuple[int, str]]) -> str:
-    """The text with marks around spans, each given by the number of its first word and by itself."""
+    """The text with marks around spans, each given by the number of its first word and by itself.
+
+    Where the data write a span in another way than the text does, as many words as it has are marked.
+    """
     words = list(re.finditer(r"\S+", text))
     for index, span in sorted(spans, reverse=True):
-        start = text.find(span, words[index].start())
-        text = marked(text, start, start + len(span))
+        start, end = words[index].start(), words[index + len(span.split()) - 1].end()
+        end = start + len(span) if text.startswith(span, start) else end
+        text = marked(text, start, end)
     return text
 
 

@@ -37,6 +37,15 @@ def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrain
     )
 
 
+def share_at_limit(encoded: Dataset, max_length: int) -> float:
+    """Part of the encoded rows that fill all of `max_length` tokens (multiple choice: with an option), in [0, 1].
+
+    Nearly all of them were cut.
+    """
+    longest = [max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids) for ids in encoded["input_ids"][:]]
+    return sum(length >= max_length for length in longest) / max(len(longest), 1)
+
+
 def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
     """Give tokenizer and model config one padding token; a decoder without one pads with its end token.
 
