@@ -111,6 +111,14 @@ def test_settings_go_over_those_of_the_run(bench: Workbench, tmp_path: Path) -> 
     assert report["examples"] == 12
 
 
+def test_given_length_goes_over_that_of_training(bench: Workbench) -> None:
+    adapter = bench.folder / "light" / "adapter"
+    short = evaluate_model(adapter, rows_of(bench, max_length=4))["model"]["metrics"]
+    assert short["loss"] != pytest.approx(measured(bench, "light")["metrics"]["loss"])
+    refused = refusal(lambda: evaluate_model(adapter, rows_of(bench, answer="likelihood")))
+    assert "needs a causal language model" in refused
+
+
 def test_base_that_moved(bench: Workbench, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(bench.base, tmp_path / "moved"))
     for run in ("light", "plain"):
@@ -244,10 +252,11 @@ def test_other_labels_are_refused(classes: list[str], labels: list[str]) -> None
 
 def test_renumbered_answers() -> None:
     p = np.array([[0.7, 0.1, 0.2], [0.3, 0.6, 0.1]], dtype=np.float32)
-    found = renumbered(Answers([0, 1], [2, 1], [7, 8], p), ["a", "b", "c"], ["c", "a", "b"])
-    assert (found.predictions, found.references, found.groups) == ([1, 2], [0, 2], [7, 8])
+    found = renumbered(Answers([0, 1], [2, 1], [7, 8], p), ["a", "b", "c"], ["c", "a", "d", "b"])
+    assert (found.predictions, found.references, found.groups) == ([1, 3], [0, 3], [7, 8])
     assert found.probabilities is not None
-    assert found.probabilities.tolist() == p[:, [2, 0, 1]].tolist()
+    assert found.probabilities[:, [1, 3, 0]].tolist() == p.tolist()
+    assert not found.probabilities[:, 2].any()
 
 
 def test_a_model_that_counts_its_classes_otherwise(bench: Workbench, tmp_path: Path) -> None:
@@ -263,6 +272,18 @@ def test_a_model_that_counts_its_classes_otherwise(bench: Workbench, tmp_path: P
     assert report["comparison"]["accuracy"]["difference"] == 0
     assert report["comparison"]["accuracy"]["p_value"] == 1
     assert report["other"]["metrics"]["accuracy"] == pytest.approx(report["model"]["metrics"]["accuracy"])
+
+
+def test_a_model_that_knows_more_classes(bench: Workbench, tmp_path: Path) -> None:
+    """What it puts into a class of its own is wrong, and it can be compared all the same."""
+    names = {0: "unsure", 1: "positive", 2: "negative"}
+    config = BertConfig.from_pretrained(bench.base, id2label=names, label2id={v: k for k, v in names.items()})
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    for file in bench.base.glob("*token*"):
+        shutil.copy(file, tmp_path)
+    report = evaluate_model(bench.folder / "plain", other=str(tmp_path), per_class=True)
+    assert report["comparison"]["accuracy"]["second"] == pytest.approx(report["other"]["metrics"]["accuracy"])
+    assert list(report["classes"])[:2] == ["negative", "positive"]
 
 
 # -- two models --------------------------------------------------------------------------------------------------

@@ -402,6 +402,7 @@ class TestOwnTasks:
             ({"columns": {"text": "{a", "label": "n"}}, '"{a" is no template'),
             ({"metrics": ["acuracy"]}, "did you mean accuracy?"),
             ({"columns": {}, "convert": "arc"}, 'tasks.mine.convert has "arc", which does not exist'),
+            ({"prompt": "{text_pair}?"}, 'tasks.mine.prompt has "text_pair", which does not exist; did you mean text?'),
             ({"prompt": "{txt}?"}, 'tasks.mine.prompt has "txt", which does not exist; did you mean text?'),
         ],
     )

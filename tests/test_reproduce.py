@@ -80,11 +80,16 @@ def here(cell: Cell, devices: int, log: Path) -> str | None:
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_grid_of_the_repository_is_one(path: Path) -> None:
+    """Its settings, methods and tasks are known ones; those of the paper say what they need."""
     grid = load_grid(path)
     cells = grid.cells(Path("out"))
     assert len(cells) == len(grid.models) * len(grid.tasks) * len(grid.methods) * len(grid.seeds) > 0
     assert len({cell.config.output for cell in cells}) == len(cells)
     assert len({cell.name for cell in cells}) == len(cells)
+    if path.parent.name == "paper":
+        head = " ".join(line.strip("# \n") for line in path.read_text().partition("baseline")[0].splitlines())
+        assert "Needs a CUDA GPU" in head and "and the hub" in head and "Not run by this project" in head
+        assert {cell.config.preset for cell in cells} == {"paper"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -151,6 +156,7 @@ def test_settings_come_from_run_model_task_and_method_in_that_order(tmp_path: Pa
         ({"models": {"tiny": {"output": "x"}}}, "models.tiny sets output, which every cell has of its own"),
         ({"run": {"seed": 1}}, "run sets seed"),
         ({"run": {"lite": {}}}, "cell tiny/words/lora/0: unknown key lite; did you mean light?"),
+        ({"tasks": ["rtee"]}, 'cell tiny/rtee/lora/0: data.task is "rtee", which is neither a kind'),
         ({"seeds": [0, 0]}, "seeds names 0 twice"),
         ({"seeds": 3}, "seeds must be a list of whole numbers, not 3"),
         ({"seeds": [True]}, "seeds must be a list of whole numbers"),
@@ -458,7 +464,7 @@ FIXED = Results(
     failures={"minilm/rte/light/2": "out of memory"},
 )  # fmt: skip
 CAPTION = (
-    "model minilm, 6 of 9 cells; mean ± standard deviation over seeds, quality in percent but for loss and perplexity; "
+    "model minilm, 6 of 9 cells; mean ± standard deviation over seeds, quality in percent but for losses and perplexity; "
     "difference to lora, p of a paired t-test over seeds; removed: part of the base that is gone; training MiB: of "
     "fine-tuning; peak MiB and seconds: estimation included."
 )

@@ -109,6 +109,20 @@ def test_from_the_hubs_columns_to_the_official_metric(
 
 
 @pytest.mark.parametrize(
+    ("task", "family", "answer"),
+    [("socialiqa", "bert", "head"), ("rte", "llama", "likelihood"), ("winogrande", "llama", "likelihood")],
+)
+def test_what_can_be_learned_is_learned(
+    bases: dict[str, Path], tmp_path: Path, task: str, family: str, answer: str
+) -> None:
+    path = str(write_task(tmp_path / "data", task, train=160, test=40))
+    training = {"epochs": 8, "batch_size": 16, "full_learning_rate": 1e-2}
+    data = {"task": task, "path": path, "answer": answer}
+    report = pipeline.run(config_for(bases[family], tmp_path / "run", data, method="full", training=training))
+    assert report["metrics"]["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize(
     ("task", "family", "kind"),
     [
         ("socialiqa", "bert", MultipleChoiceTask),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from sklearn.metrics import classification_report
 
@@ -94,7 +95,8 @@ def evaluate_model(
     found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
     config = _config(found[0], given)
     task = _with_rows(found[0], config)
-    tasks = [_for_model(each, task) for each in found]  # all are found good before any of them is loaded
+    said = given.get("data") or {}
+    tasks = [_for_model(each, task, said) for each in found]  # all are found good before any of them is loaded
     require(not per_class or task.labels, f"per_class needs classes, which {task.config.task} has not; leave it out")
     bf16 = config.training.bf16
     measured = [_measure(each, of, batch_size, bf16) for each, of in zip(found, tasks, strict=True)]
@@ -127,15 +129,20 @@ def _with_rows(found: Found, config: RunConfig) -> Task:
     return load_test(config.data, found.config, config.tasks)
 
 
-def _for_model(found: Found, task: Task) -> Task:
-    """The same rows as a model answers them: by its head or by likelihood, and with its classes in its order."""
-    answer = found.facts["answer"] if found.facts else task.config.answer
-    kind = task_class(task.entry.kind, answer, found.config)
+def _for_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
+    """The same rows as a model answers them: by its head or by likelihood, and with its classes in its order.
+
+    Args:
+        said: settings of `data` that the user gave, which hold for every model.
+    """
+    own_ways = {
+        name: found.facts[name] for name in ("answer", "max_length") if name in found.facts and name not in said
+    }
+    config = replace(task.config, **own_ways)
+    kind = task_class(task.entry.kind, config.answer, found.config)
     labels = task.labels
     if found.class_names is not None and kind.head == "classification":
         labels = class_order(found.class_names, labels, found.name)
-    length = int(found.facts["max_length"]) if found.facts else task.config.max_length
-    config = replace(task.config, max_length=length)
     own = kind(config, task.train, task.test, labels, task.entry, task.more_tests)
     check_answers(found, _wanted(own))
     return own
@@ -225,10 +232,11 @@ def _of_model(measured: Measured, seed: int) -> dict[str, Any]:
 
 
 def _comparison(first: Measured, second: Measured, seed: int) -> dict[str, Any]:
+    order = list(dict.fromkeys([*first.task.labels, *second.task.labels]))
     result: dict[str, Any] = {}
     for prefix in first.outcomes:
-        answers = renumbered(second.answers(prefix), second.task.labels, first.task.labels)
-        result |= prefixed(prefix, _entries(compare(first.answers(prefix), answers, *first.task.measures, seed=seed)))
+        one, other = (renumbered(each.answers(prefix), each.task.labels, order) for each in (first, second))
+        result |= prefixed(prefix, _entries(compare(one, other, *first.task.measures, seed=seed)))
     return result
 
 
@@ -237,17 +245,19 @@ def _entries(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]
 
 
 def renumbered(answers: Answers, labels: Sequence[str], order: Sequence[str]) -> Answers:
-    """Answers whose class numbers count `labels`, with numbers that count `order`; the same names in both."""
+    """Answers whose class numbers count `labels`, with numbers that count `order`, which has all of them."""
     if list(labels) == list(order):
         return answers
-    place = {name: index for index, name in enumerate(order)}
-    numbers = [place[name] for name in labels]
-    back = sorted(range(len(numbers)), key=numbers.__getitem__)
+    numbers = [list(order).index(name) for name in labels]
+    probabilities = None
+    if answers.probabilities is not None:
+        probabilities = np.zeros((len(answers), len(order)), dtype=answers.probabilities.dtype)
+        probabilities[:, numbers] = answers.probabilities
     return replace(
         answers,
         predictions=[numbers[number] for number in answers.predictions],
         references=[numbers[number] for number in answers.references],
-        probabilities=None if answers.probabilities is None else answers.probabilities[:, back],
+        probabilities=probabilities,
     )
 
 

@@ -127,10 +127,10 @@ def _find_whole(name: str | Path, base: str | None, given: dict[str, Any]) -> Fo
 
 
 _FINDERS: dict[str, Callable[[Path, str | None, dict[str, Any]], Found]] = {
-    "config.yaml": _find_run,
     DESCRIPTION: _find_light,
     "adapter_config.json": _find_peft,
     "config.json": _find_whole,
+    "config.yaml": _find_run,
 }
 """File in a folder -> what the folder is; the first that is there counts."""
 

@@ -71,7 +71,7 @@ def check_entry(entry: TaskEntry) -> None:
     missing = [column for column in kind.columns if entry.columns and column not in entry.columns]
     require(not missing, f"{where}.columns lacks {', '.join(missing)}; rows of kind {entry.kind} need them")
     for column in template_columns(entry.prompt or ""):
-        _check_known(column, columns, f"{where}.prompt")
+        _check_known(column, tuple(entry.columns) or columns, f"{where}.prompt")
 
 
 def _check_known(name: str, known: Mapping[str, object] | tuple[str, ...], where: str) -> None:
