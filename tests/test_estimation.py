@@ -254,6 +254,12 @@ def test_stage_length(length: Any, total: int | None, steps: int) -> None:
     assert stage_length(LightConfig(length=length), total) == steps
 
 
+@pytest.mark.parametrize(("total", "steps"), [(1000, 50), (200, 32), (60, 18), (4, 2)])
+def test_a_short_run_has_its_least_steps(total: int, steps: int) -> None:
+    """Five hundredths of the run, 32 steps at least, three tenths of the run at most."""
+    assert stage_length(LightConfig(length=0.05, least_steps=32), total) == steps
+
+
 @pytest.mark.parametrize("length", [0.1, "auto"])
 def test_a_length_relative_to_the_run_needs_the_run(length: Any) -> None:
     with pytest.raises(LightPeftError, match="needs the number of steps of the whole run"):

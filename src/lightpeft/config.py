@@ -57,8 +57,6 @@ class Budget:
     blocks: float | None = None
     """Part of the blocks' parameters to remove: heads and neurons of all blocks compete, and the lowest score per
     parameter goes first; takes the place of `heads`, `neurons` and their scopes."""
-    head_cost: float = 1.0
-    """What a head costs (`blocks`), as a multiple of its parameters: attention itself has none, but takes time."""
     target: float | None = None
     """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
 
@@ -107,7 +105,6 @@ class Budget:
             value = getattr(self, f"min_{name}")
             require(value >= least, f"min_{name} is {value}; it must be at least {least}")
         require(self.multiple_of >= 1, f"multiple_of is {self.multiple_of}; it must be at least 1")
-        require(0 < self.head_cost < math.inf, f"head_cost is {self.head_cost:g}; it must be positive and finite")
         check_choices(self)
 
     def first_module_block(self, blocks: int) -> int:
@@ -134,7 +131,9 @@ class LightConfig(Budget):
     settled_checks: int = 3
     """`length: auto` stops after so many equal comparisons in a row."""
     max_fraction: float = 0.3
-    """`length: auto` stops at this part of the whole run at the latest."""
+    """`length: auto` and `least_steps` stop at this part of the whole run at the latest."""
+    least_steps: int = 2
+    """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
     refit: RefitForm = "none"
     """After the cut, correct attention and FFN outputs by least squares on training rows: by a bias, or by a bias and a
     low-rank matrix; the corrections become part of the light adapter."""
@@ -161,6 +160,7 @@ class LightConfig(Budget):
         require(self.check_every >= 1 and self.settled_checks >= 1, "check_every and settled_checks start at 1")
         require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
         require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
+        require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
 
 
@@ -169,14 +169,18 @@ _BY_COST: dict[str, Any] = {
     "neuron_criterion": "fisher",
     "mask_learning_rate": 3e-4,
     "multiple_of": 8,
+    "length": 0.05,
+    "least_steps": 32,
+    "module_blocks": 0.5,
+    "modules": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
     # Half of the blocks, where Fisher scores say that a parameter is worth least; few ranks, in the upper half.
-    "default": {**_BY_COST, "blocks": 0.5, "module_blocks": 0.5, "modules": 0.0, "ranks": 0.75},
+    "default": {**_BY_COST, "blocks": 0.5, "ranks": 0.75},
     # Less is cut, and modules keep all ranks: nearer to plain LoRA's quality.
-    "fast": {**_BY_COST, "blocks": 0.3, "module_blocks": 0.5, "modules": 0.0, "ranks": 0.0},
+    "fast": {**_BY_COST, "blocks": 0.3, "ranks": 0.0},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 

@@ -328,8 +328,11 @@ def stage_length(config: LightConfig, total_steps: int | None) -> int:
         steps = config.length
     else:
         require(total_steps is not None, f"length {config.length} needs the number of steps of the whole run")
-        fraction = config.max_fraction if config.length == "auto" else float(config.length)
-        steps = max(2, int(fraction * total_steps + 0.5))  # type: ignore[operator]
+        most = max(2, int(config.max_fraction * total_steps + 0.5))  # type: ignore[operator]
+        steps = most
+        if config.length != "auto":
+            part = max(2, int(config.length * total_steps + 0.5))  # type: ignore[operator]
+            steps = max(part, min(config.least_steps, most))
     if total_steps is not None:
         require(
             steps <= total_steps,

@@ -169,7 +169,7 @@ def _blocks_by_cost(record: EstimationRecord, budget: Budget, part: float) -> li
     require(same, "light.blocks compares heads with neurons; give head_criterion and neuron_criterion the same value")
     units = _head_units(record, budget)
     neurons = record.of_blocks("neurons", budget.neuron_criterion)
-    layers = [Layer(x.sum, x.parameters, budget.min_heads, budget.head_cost) for x in units]
+    layers = [Layer(of_block.sum, of_block.parameters, budget.min_heads) for of_block in units]
     for scores, spec in zip(neurons, record.blocks, strict=True):
         layers.append(Layer(scores.double(), spec.neuron_parameters, budget.min_neurons))
     kept = keep_by_cost(layers, part)
@@ -183,12 +183,10 @@ class Layer:
     scores: Tensor
     parameters: int
     floor: int
-    cost: float = 1.0
-    """What a parameter of theirs costs, compared with others'."""
 
 
 def keep_by_cost(layers: Sequence[Layer], part: float) -> list[list[int]]:
-    """The units that stay in each layer when the lowest scores per cost go until `part` of the parameters is gone.
+    """The units that stay in each layer when the lowest scores per parameter go until `part` of the parameters is gone.
 
     Raises:
         LightPeftError: a score is not finite, or the floors leave too little to remove.
@@ -196,22 +194,19 @@ def keep_by_cost(layers: Sequence[Layer], part: float) -> list[list[int]]:
     finite = all(bool(torch.isfinite(layer.scores).all()) for layer in layers)
     require(finite, "the scores of the heads and neurons are not finite; the estimation stage diverged")
     sizes = [len(layer.scores) for layer in layers]
-    parameters = torch.cat([torch.full((len(layer.scores),), layer.parameters) for layer in layers])
-    costs = torch.cat(
-        [torch.full((len(x.scores),), max(x.parameters, 1) * x.cost, dtype=torch.float64) for x in layers]
-    )
+    costs = torch.cat([torch.full((len(layer.scores),), layer.parameters) for layer in layers])
     removable = torch.cat([_first(_weakest_first(x.scores), len(x.scores) - x.floor) for x in layers])
-    order = _weakest_first(torch.cat([layer.scores for layer in layers]) / costs)
+    order = _weakest_first(torch.cat([layer.scores for layer in layers]) / costs.clamp_min(1))
     order = order[removable[order]]
-    removed, wanted = parameters[order].cumsum(0), part * float(parameters.sum())
-    most = float(removed[-1]) / float(parameters.sum()) if len(order) else 0.0
+    removed, wanted = costs[order].cumsum(0), part * float(costs.sum())
+    most = float(removed[-1]) / float(costs.sum()) if len(order) else 0.0
     require(
         most >= part,
         f"blocks {part:g} cannot be reached: at most {most:.3f} of the blocks' parameters can go within the floors; "
         "lower blocks, min_heads or min_neurons",
     )
     count = int((removed < wanted).sum()) + 1 if part > 0 else 0
-    stays = torch.ones(len(parameters), dtype=torch.bool).scatter(0, order[:count], False)
+    stays = torch.ones(len(costs), dtype=torch.bool).scatter(0, order[:count], False)
     return [of_layer.nonzero().flatten().tolist() for of_layer in stays.split(sizes)]
 
 
