@@ -59,13 +59,14 @@ def logged(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("peft", ["lora", "bottleneck"])
 def test_modules_in_the_upper_blocks_only(bench: Workbench, peft: str) -> None:
     """None is ever made below, and the units of every block are scored all the same."""
-    pipeline.run(bench.config(peft, peft=peft, **{"light.module_blocks": 0.5, "light.modules": 0.0}))
-    record = EstimationRecord.load(bench.folder / peft / "estimation")
+    pipeline.run(bench.config(f"upper-{peft}", peft=peft, **{"light.module_blocks": 0.5, "light.modules": 0.0}))
+    folder = bench.folder / f"upper-{peft}"
+    record = EstimationRecord.load(folder / "estimation")
     assert {site.block for site in record.sites} == {1}
     for criterion in ("taylor", "fisher"):
         for scores in (*record.of_blocks("heads", criterion), *record.of_blocks("neurons", criterion)):
             assert (scores > 0).all()
-    plan = PrunePlan.load(bench.folder / peft / "plan.json")
+    plan = PrunePlan.load(folder / "plan.json")
     assert set(plan.sites) == {site.name for site in record.sites}
 
 

@@ -464,9 +464,9 @@ FIXED = Results(
     failures={"minilm/rte/light/2": "out of memory"},
 )  # fmt: skip
 CAPTION = (
-    "model minilm, 6 of 9 cells; mean ± standard deviation over seeds, quality in percent but for losses and perplexity; "
-    "difference to lora, p of a paired t-test over seeds; removed: part of the base that is gone; training MiB: of "
-    "fine-tuning; peak MiB and seconds: estimation included."
+    "model minilm, 6 of 9 cells; mean ± standard deviation over seeds, quality in percent but for losses and "
+    "perplexity; difference to lora, p of a paired t-test over seeds; removed: part of the base that is gone; training "
+    "MiB: of fine-tuning; peak MiB and seconds: estimation included."
 )
 MARKDOWN = f"""\
 | task | method | metric | seeds | quality | difference | p | parameters | removed, % | trained | samples/s | training MiB | peak MiB | seconds |

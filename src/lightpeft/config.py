@@ -112,6 +112,10 @@ class Budget:
         return blocks - max(1, int(self.module_blocks * blocks + 0.5))
 
 
+READ_BY_PLANS = frozenset(f.name for f in dataclasses.fields(Budget)) - {"module_blocks"}
+"""Settings of a budget that estimation does not depend on. (No module is made in a block where none may stay.)"""
+
+
 @dataclass(kw_only=True)
 class LightConfig(Budget):
     """All that Light-PEFT adds to a PEFT run: the budget and how the scores behind it are estimated."""
