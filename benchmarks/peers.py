@@ -282,7 +282,7 @@ class Suite:
             log=run.log,
             steps=work.steps,
             seed=config.seed,
-            token_loss=config.data.task == "causal-lm",
+            token_loss=work.task.head == "causal-lm",
             callbacks=[curve],
         )
         seconds = fit(trainer, None)

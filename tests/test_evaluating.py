@@ -438,7 +438,10 @@ def test_the_command_with_the_harness(
 def test_language_modelling(llama: Path, adapter: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", workbench.completions(20))
     data = {"task": "causal-lm", "test": str(rows), "prompt": "prompt", "completion": "completion", "max_length": 32}
-    report = evaluate_model(llama, {"data": data}, other=str(adapter), predictions=tmp_path / "p.csv")
+    report = evaluate_model(llama, {"data": data}, other=str(adapter), predictions=tmp_path / "p.jsonl")
+    sums = [json.loads(line)["prediction"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    loss, tokens = (sum(of_row[name] for of_row in sums) for name in ("loss", "tokens"))
+    assert loss / tokens == pytest.approx(report["model"]["metrics"]["loss"])
     low, high = report["model"]["intervals"]["perplexity"]
     assert low < report["model"]["metrics"]["perplexity"] < high
     assert report["comparison"]["loss"]["test"] == "paired bootstrap"

@@ -31,6 +31,7 @@ from lightpeft.tasks import (
     task_facts,
 )
 from lightpeft.tasks.entries import CONVERTERS, check_entry
+from lightpeft.tasks.reading import HUB_NAME
 
 
 def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
@@ -161,6 +162,8 @@ class TestEntries:
             check_entry(entry)
             assert entry.metrics and set(entry.metrics) <= set(METRICS)
             assert entry.hub is not None and entry.hub.count("/") in (1, 2)
+            named = HUB_NAME.fullmatch(f"{entry.hub}:{entry.test}")
+            assert named is not None and (named["name"].count("/"), named["split"]) == (1, entry.test)
         assert {entry.convert for entry in ENTRIES.values() if entry.convert} == set(CONVERTERS)
         assert not set(ENTRIES) & set(TASKS)
 

@@ -35,6 +35,8 @@ from lightpeft.tasks import (
 
 UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls a class without a name."""
+TOKEN_SUMS = ("loss", "right", "tokens")
+"""What language modelling answers of a text: cross-entropy in nats, tokens predicted right, tokens."""
 SHOWN_LABELS = 5
 """Labels that an error line lists at most."""
 
@@ -298,7 +300,9 @@ def _write_predictions(path: Path, measured: Measured) -> None:
 
 
 def readable(answer: Any, labels: Sequence[str], row: Mapping[str, Any]) -> Any:
-    """An answer as people read it: the name of a class, the text of an option, anything else as it is."""
+    """An answer as people read it: a class by name, an option as its text, sums by name, anything else as it is."""
+    if isinstance(answer, tuple):
+        return dict(zip(TOKEN_SUMS, answer, strict=True))
     if not isinstance(answer, int):
         return answer
     names = row.get("options") or labels

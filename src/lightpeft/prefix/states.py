@@ -28,9 +28,9 @@ class StateStore:
         """
         self.lengths, self.width, self.dtype, self.file = list(lengths), width, dtype, file
         self.starts = [0, *itertools.accumulate(self.lengths)]
-        self._memory = torch.empty(self.starts[-1], width, dtype=dtype) if file is None else None
         self._handle: FileIO | None = None
         self._owner = 0
+        self._memory = torch.empty(self.starts[-1], width, dtype=dtype) if file is None else None
 
     @property
     def bytes(self) -> int:
@@ -89,6 +89,10 @@ class StateStore:
         if self._handle is not None:
             self._handle.close()
             self._handle = None
+
+    def __del__(self) -> None:
+        """The collator of a trainer holds the store; when nobody does any more, nobody reads the file."""
+        self.close()
 
 
 def _raw(states: Tensor) -> memoryview:
