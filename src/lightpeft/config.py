@@ -173,7 +173,7 @@ _BY_COST: dict[str, Any] = {
     "neuron_criterion": "fisher",
     "mask_learning_rate": 3e-4,
     "multiple_of": 8,
-    "length": 0.05,
+    "length": 0.075,
     "least_steps": 32,
     "module_blocks": 0.5,
     "modules": 0.0,
