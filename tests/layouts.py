@@ -200,6 +200,31 @@ def race(index: int, draw: random.Random) -> Row:
     }
 
 
+def squad(index: int, draw: random.Random) -> Row:
+    """A context with one telling word, which is the answer."""
+    answer, context = TELLING[index % 5], sentence(draw, TELLING[index % 5], words=12)
+    return {
+        "id": f"{index:024x}",
+        "title": "Words",
+        "context": context,
+        "question": sentence(draw),
+        "answers": {"text": [answer], "answer_start": [context.index(answer)]},
+    }
+
+
+def squad_v2(index: int, draw: random.Random) -> Row:
+    """Every third question has no answer."""
+    row = squad(index, draw)
+    if index % 3:
+        return row
+    return {**row, "context": sentence(draw, words=12), "answers": {"text": [], "answer_start": []}}
+
+
+def web_questions(index: int, draw: random.Random) -> Row:
+    answer = TELLING[index % 5]
+    return {"url": f"http://{index}", "question": sentence(draw, answer), "answers": [answer, f"{answer} {answer}"]}
+
+
 LAYOUTS: dict[str, Callable[[int, random.Random], Row]] = {
     "cola": labelled("sentence"),
     "sst2": labelled("sentence"),
@@ -229,6 +254,9 @@ LAYOUTS: dict[str, Callable[[int, random.Random], Row]] = {
     "commonsense_qa": lettered(count=5),
     "race": race,
     "quartz": quartz,
+    "squad": squad,
+    "squad_v2": squad_v2,
+    "web_questions": web_questions,
 }
 """Name of a task -> a row in its columns, by number."""
 

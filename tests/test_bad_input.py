@@ -422,12 +422,11 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     assert "is not UTF-8" in refused("predict", adapter, odd)
 
 
-def test_predictions_of_a_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = Workbench(tmp_path, "llama", "causal-lm")
-    pipeline.run(bench.config("run", **{"training.epochs": 1}))
-    capsys.readouterr()
-    assert lightpeft("predict", tmp_path / "run", bench.test) == 2
-    assert "does not classify texts" in capsys.readouterr().err
+def test_bad_examples(bench: Workbench, adapter: Path, refused: Refused) -> None:
+    assert "give a file to predict on (- for standard input), or an example" in refused("predict", adapter)
+    assert "or an example" in refused("predict", adapter, bench.test, "--example", "word0")
+    assert "every line is blank" in refused("predict", adapter, "--example", " ")
+    assert 'data.text_pair is "other"' in refused("predict", adapter, bench.test, "--text_pair", "other")
 
 
 def test_plain_lora_run_has_no_light_adapter(bench: Workbench, refused: Refused) -> None:

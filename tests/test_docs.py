@@ -16,6 +16,7 @@ import torch
 import workbench
 import yaml
 from peft import LoraConfig, get_peft_model
+from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from lightpeft import EarlyPruner, LightConfig, cli, pipeline
@@ -50,6 +51,10 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
         workbench.write_rows(folder / "questions.jsonl", questions(160))
         layouts.write_task(folder / "data/sst2", "sst2")
+        write_jsonl(folder / "passages.jsonl", squad(160, longest=100, unanswerable=0.3))
+        write_jsonl(folder / "trivia.jsonl", web_questions(160))
+        write_jsonl(folder / "chats.jsonl", chats(160))
+        (folder / "demo/cache/smollm2/chat_template.jinja").write_text(CHAT_TEMPLATE)
         (folder / "tasks").mkdir()
         (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/evaluation.md", "yaml")[0])
         layouts.write_task(folder / "demo/cache/quartz", "quartz", train=160)

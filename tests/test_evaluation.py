@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pytest
@@ -278,50 +278,55 @@ class TestInputs:
     def test_table(self, tmp_path: Path) -> None:
         path = tmp_path / "in.csv"
         path.write_text("id,a,b\n1,x,y\n", encoding="utf-8")
-        assert read_inputs(path, "a", "b").to_list() == [{"id": "1", "a": "x", "b": "y"}]
+        for column in ("a", None):
+            assert read_inputs(path, column).to_list() == [{"id": "1", "a": "x", "b": "y"}]
+
+    def test_json_lines_where_a_row_has_several_columns(self) -> None:
+        rows = [{"a": "x", "b": "y"}, {"a": "\u2028", "b": None}]
+        assert read_inputs(io.StringIO("\n\n".join(map(json.dumps, rows))), None).to_list() == rows
+        assert read_inputs(io.StringIO(json.dumps(rows)), None).to_list() == rows
 
     def test_bad_inputs(self, tmp_path: Path) -> None:
-        table = tmp_path / "in.csv"
-        table.write_text("a,b\nx,\n", encoding="utf-8")
-        latin = tmp_path / "latin.txt"
+        text, latin = tmp_path / "in.txt", tmp_path / "latin.txt"
+        text.write_text("x")
         latin.write_bytes("café".encode("latin-1"))
-        cases: list[tuple[Any, str, str | None, str]] = [
-            (tmp_path / "no.txt", "t", None, "cannot be read"),
-            (tmp_path / "no.csv", "t", None, "does not exist"),
-            (tmp_path / "no", "t", None, "does not exist"),
-            (latin, "t", None, "not UTF-8"),
-            (io.StringIO("\n \n"), "t", None, "every line is blank"),
-            (io.StringIO("x\n"), "t", "u", "pairs of texts cannot be read from text lines"),
-            (table, "c", None, 'data.text is "c", but input has only the columns a, b'),
-            (table, "a", "b", 'input row 1 (the header not counted), column "b": the text is blank'),
+        cases: list[tuple[Any, str | None, str]] = [
+            (tmp_path / "no.txt", "t", "cannot be read"),
+            (tmp_path / "no.csv", "t", "does not exist"),
+            (tmp_path / "no", "t", "does not exist"),
+            (latin, "t", "not UTF-8"),
+            (io.StringIO("\n \n"), "t", "every line is blank"),
+            (text, None, "has several columns, which text lines have not; give a table"),
+            (io.StringIO("x\n"), None, "standard input line 1 is not JSON"),
+            (io.StringIO(" \n"), None, "standard input has no rows"),
         ]
-        for source, text, pair, expected in cases:
+        for source, column, expected in cases:
             with pytest.raises(LightPeftError) as caught:
-                read_inputs(source, text, pair)
+                read_inputs(source, column)
             assert expected in str(caught.value)
             assert "\n" not in str(caught.value)
 
 
 class TestPredictionFiles:
     rows = Dataset.from_dict({"text": ['a, "b"', "c\nd"], "label": [1, 0], "n": [7, 8]})
-    probabilities = np.array([[0.25, 0.75], [0.9, 0.1]], dtype=np.float32)
+    columns: ClassVar = {"label": ["yes", "no"], "p_no": [0.25, 0.9]}
 
     def test_csv(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "out.csv"
-        write_predictions(path, self.rows, ["no", "yes"], self.probabilities)
+        write_predictions(path, self.rows, self.columns)
         with path.open(encoding="utf-8", newline="") as file:
             written = list(csv.DictReader(file))
-        first = {"text": 'a, "b"', "input_label": "1", "n": "7", "label": "yes", "p_no": "0.25", "p_yes": "0.75"}
-        second = {"text": "c\nd", "input_label": "0", "n": "8", "label": "no", "p_no": "0.9", "p_yes": "0.1"}
+        first = {"text": 'a, "b"', "input_label": "1", "n": "7", "label": "yes", "p_no": "0.25"}
+        second = {"text": "c\nd", "input_label": "0", "n": "8", "label": "no", "p_no": "0.9"}
         assert written == [first, second]
         assert [file.name for file in path.parent.iterdir()] == ["out.csv"]
 
     def test_jsonl(self, tmp_path: Path) -> None:
         path = tmp_path / "out.jsonl"
         path.write_text("old", encoding="utf-8")
-        write_predictions(path, self.rows, ["no", "yes"], self.probabilities)
+        write_predictions(path, self.rows, self.columns)
         written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        assert written[0] == {"text": 'a, "b"', "input_label": 1, "n": 7, "label": "yes", "p_no": 0.25, "p_yes": 0.75}
+        assert written[0] == {"text": 'a, "b"', "input_label": 1, "n": 7, "label": "yes", "p_no": 0.25}
         assert [row["label"] for row in written] == ["yes", "no"]
 
     def test_unknown_suffix(self, tmp_path: Path) -> None:
@@ -337,6 +342,14 @@ class TestPredictionFiles:
 
         monkeypatch.setattr(csv.DictWriter, "writerows", full)
         with pytest.raises(LightPeftError, match="No space left on device"):
-            write_predictions(path, self.rows, ["no", "yes"], self.probabilities)
+            write_predictions(path, self.rows, self.columns)
         assert path.read_text(encoding="utf-8") == "old"
         assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
+
+    def test_lists_and_objects_are_json_in_a_csv(self, tmp_path: Path) -> None:
+        rows = Dataset.from_dict({"options": [["é", "b"]], "answers": [{"text": ["b"]}]})
+        write_predictions(tmp_path / "out.csv", rows, {"answer": ["b"]})
+        with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
+            assert list(csv.DictReader(file)) == [
+                {"options": '["é", "b"]', "answers": '{"text": ["b"]}', "answer": "b"}
+            ]

@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import BertConfig, BertForMultipleChoice, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import LightPeftError
@@ -61,6 +69,15 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **SIZES)).eval()
 
 
+@pytest.fixture(scope="module")
+def decoders(llama: LlamaForCausalLM) -> dict[str, nn.Module]:
+    """Models with relative and with absolute positions."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.5}
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), bos_token_id=1, eos_token_id=2, **sizes)).eval()
+    return {"llama": llama, "gpt2": gpt2}
+
+
 def questions(rows: Dataset = QUESTIONS, prompt: str | None = None, **settings: Any) -> LikelihoodTask:
     entry = TaskEntry(kind="multiple-choice", prompt=prompt)
     return LikelihoodTask(DataConfig(task="multiple-choice", **settings), rows, rows, [], entry)
@@ -77,13 +94,16 @@ def log_p(model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, com
 class TestScores:
     @pytest.mark.parametrize("side", ["right", "left"])
     @pytest.mark.parametrize("batch_size", [1, 3, 64])
-    def test_every_rule_equals_scoring_one_by_one(self, llama: LlamaForCausalLM, side: str, batch_size: int) -> None:
-        tokenizer = word_tokenizer(side)
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_every_rule_equals_scoring_one_by_one(
+        self, decoders: dict[str, nn.Module], family: str, side: str, batch_size: int
+    ) -> None:
+        model, tokenizer = decoders[family], word_tokenizer(side)
         expected: dict[str, list[int]] = {rule: [] for rule in ACCURACIES}
         right = []
         for context, options, index in zip(*(QUESTIONS[name] for name in QUESTIONS.column_names), strict=True):
-            asked = [log_p(llama, tokenizer, f"Question: {context}\nAnswer:", option) for option in options]
-            plain = [log_p(llama, tokenizer, "Answer:", option) for option in options]
+            asked = [log_p(model, tokenizer, f"Question: {context}\nAnswer:", option) for option in options]
+            plain = [log_p(model, tokenizer, "Answer:", option) for option in options]
             scores = {
                 "sum": [sum(of_option) for of_option in asked],
                 "token": [sum(of_option) / len(of_option) for of_option in asked],
@@ -98,9 +118,9 @@ class TestScores:
             task = questions(likelihood=rule)
             encoded = task.encode_test(task.test, tokenizer, 32, progress=silent)
             collator = task.collator(tokenizer)
-            given = answer(llama, encoded, task, collator, batch_size, progress=silent)
+            given = answer(model, encoded, task, collator, batch_size, progress=silent)
             assert (list(given.predictions), list(given.references)) == (picks, QUESTIONS["answer"][:])
-        metrics = evaluate(llama, encoded, task, collator, batch_size, progress=silent)
+        metrics = evaluate(model, encoded, task, collator, batch_size, progress=silent)
         for rule, name in ACCURACIES.items():
             hits = [pick == index for pick, index in zip(expected[rule], QUESTIONS["answer"], strict=True)]
             assert metrics[name] == pytest.approx(np.mean(hits))
@@ -192,7 +212,6 @@ class TestEncoding:
         """A tokenizer that puts a mark before every text must not put one before the option."""
         backend = Tokenizer(models.WordLevel({"<unk>": 0, "▁a": 1, "▁b": 2, "▁": 3, "</s>": 4}, unk_token="<unk>"))
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
-        backend.decoder = decoders.Metaspace()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
         assert encode_pairs(["a"], [" b"], tokenizer, 8) == [([1], [2])]
 

@@ -15,6 +15,7 @@ from lightpeft import evaluation, pipeline
 from lightpeft.checkpoint import load_light
 from lightpeft.config import RunConfig, run_config_from_dict
 from lightpeft.tasks import ENTRIES, LikelihoodTask, MultipleChoiceTask, RegressionTask, Task, restore_task, silent
+from lightpeft.tasks.likelihood import SCORABLE
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 PROMPT_WORDS = ("Question", "Answer", "True", "False", "Neither", "yes", "no", "negative", "positive", "because", "it")
@@ -32,6 +33,9 @@ METRICS: dict[str, set[str]] = {
     "cb": {"accuracy", "f1_macro"},
     "multirc": {"f1a", "exact_match"},
     "record": {"f1", "exact_match"},
+    "squad": {"f1", "exact_match"},
+    "squad_v2": {f"{part}{name}" for part in ("", "has_answer_", "no_answer_") for name in ("f1", "exact_match")},
+    "web_questions": {"f1", "exact_match"},
 }
 """What is reported beside the loss and the number of examples; where nothing is said, the accuracy."""
 RULES = {"accuracy", "accuracy_token", "accuracy_norm", "accuracy_unconditional"}
@@ -93,12 +97,15 @@ def test_every_entry_has_a_layout() -> None:
 def test_from_the_hubs_columns_to_the_official_metric(
     bases: dict[str, Path], tmp_path: Path, task: str, family: str
 ) -> None:
+    kind = ENTRIES[task].kind
+    if kind == "generation" and family == "bert":
+        pytest.skip("an encoder writes no texts")
     data = {"task": task, "path": str(write_task(tmp_path / "data", task))}
-    by_likelihood = family == "llama" and task != "stsb"
+    by_likelihood = family == "llama" and kind in SCORABLE
     if by_likelihood:
         data["answer"] = "likelihood"
     report = pipeline.run(config_for(bases[family], tmp_path / "run", data))
-    expected = METRICS.get(task, ONE_ACCURACY) | {"loss", "examples"}
+    expected = METRICS.get(task, ONE_ACCURACY) | {"examples"} | ({"loss"} if kind != "generation" else set())
     if by_likelihood:
         expected |= RULES
         expected |= {f"mismatched_{name}" for name in RULES} if task == "mnli" else set()

@@ -405,6 +405,9 @@ def test_every_task_kind_has_an_entry() -> None:
         "classification": "classification",
         "regression": "regression",
         "multiple-choice": "multiple-choice",
+        "span": "span",
+        "generation": "causal-lm",
+        "chat": "causal-lm",
         "causal-lm": "causal-lm",
     }
 

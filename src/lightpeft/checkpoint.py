@@ -21,7 +21,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, family_of
-from lightpeft.loading import UNREADABLE, fingerprint
+from lightpeft.loading import UNREADABLE, base_names, fingerprint, keep_own_names
 from lightpeft.profiling import versions
 from lightpeft.quantised import prepare_quantised
 from lightpeft.records import PrunePlan, read_json, understandable, write_json, writing_files
@@ -269,12 +269,14 @@ def _load_base(
     revision = saved["revision"] if base is None else None
     if saved.get("quantisation"):
         options = {**options, "quantization_config": AutoQuantizationConfig.from_dict(saved["quantisation"])}
+    names = base_names(architecture)
     try:
-        return architecture.from_pretrained(
+        model = architecture.from_pretrained(
             name,
             revision=revision or "main",
             gguf_file=saved.get("gguf_file"),
             dtype=saved["dtype"] if dtype == "auto" else dtype,
+            key_mapping=names,
             **settings,
             **options,
         )
@@ -283,6 +285,8 @@ def _load_base(
     except UNREADABLE as error:
         reason = " ".join(str(error).split())[:200]
         raise LightPeftError(f"base {name} cannot be loaded ({reason}); give another place: base=...") from error
+    keep_own_names(model, names)
+    return model
 
 
 def _check_base(

@@ -35,7 +35,7 @@ _STAGES = {
 }
 _USAGES = {"evaluate": "lightpeft evaluate [model] [options]"}
 _OTHERS = {
-    "predict": "Label text lines or the rows of a table, with probabilities.",
+    "predict": "Answer text lines, the rows of a table or one row: labels, options, spans or texts.",
     "inspect": "Show a plan, a light adapter or a run as a table, layer by layer.",
     "reproduce": "Run a grid of models, tasks, methods and seeds, and write one table of it.",
 }
@@ -316,11 +316,21 @@ def _evaluate_harness(model: str, settings: dict[str, Any], compare: str | None 
 def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="Light adapter folder, or the folder of a finished run.")
     parser.add_argument(
-        "input", type=str, help="Text lines (.txt, or - for stdin), .csv, .tsv, .json, .jsonl, .parquet."
+        "input",
+        type=str | None,
+        nargs="?",
+        help="Text lines (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or - for stdin: text lines or, where a "
+        "row needs several columns, JSON lines.",
+    )
+    parser.add_argument(
+        "--example", type=str, help="One row instead of a file: its text, or a JSON object if it needs several columns."
     )
     parser.add_argument("--output", type=str, help="Where predictions go, .csv or .jsonl (default: stdout, as CSV).")
     parser.add_argument("--base", type=str, help="Name or folder of the base, if it moved since the adapter was saved.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Rows a forward pass.")
+    parser.add_argument("--batch_size", type=int, help="Rows a forward pass (default: as many as fit into memory).")
+    parser.add_argument(
+        "--answer_tokens", type=int, help="Tokens of an answer at most, where it is a text (default: as in training)."
+    )
     parser.add_argument("--text", type=str, help="Column with the text (default: as in training).")
     parser.add_argument("--text_pair", type=str, help="Column with the second text (default: as in training).")
     parser.add_argument("--bf16", action="store_true", help="Compute in bfloat16.")
@@ -331,7 +341,7 @@ def _predict(options: Namespace) -> None:
 
     quiet()
     given = options.as_dict()
-    predict(given.pop("model"), given.pop("input"), **given)
+    predict(given.pop("model"), given.pop("input", None), **given)
 
 
 def _inspect_options(parser: ArgumentParser) -> None:

@@ -24,7 +24,7 @@ HeadUnit = Literal["group", "balanced"]
 UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
 ModuleCriterion = Literal["ratio", "taylor", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
-TaskKind = Literal["classification", "regression", "multiple-choice", "span", "causal-lm"]
+TaskKind = Literal["classification", "regression", "multiple-choice", "span", "generation", "chat", "causal-lm"]
 Head = Literal["classification", "regression", "multiple-choice", "span", "causal-lm"]
 AnswerBy = Literal["auto", "head", "likelihood"]
 LikelihoodRule = Literal["sum", "token", "byte", "unconditional"]
@@ -245,6 +245,8 @@ class TaskEntry:
     """What a causal language model reads before the answer, as a template over the kind's columns."""
     words: list[str] = field(default_factory=list)
     """What it answers for each label; empty: the labels themselves."""
+    null_threshold: float | None = None
+    """Questions may have no answer in their context (span): what `data.null_threshold` is unless it is set."""
     metrics: list[str] = field(default_factory=list)
     """What is measured, the main metric first; empty: what the kind measures."""
 
@@ -261,8 +263,9 @@ class DataConfig:
 
     task: str = "classification"
     """A task by name (such as rte, or one of your own below `tasks`), or a kind whose columns you name here.
-    classification: one label a text (or pair of texts); regression: one number; multiple-choice: one of the options;
-    causal-lm: next-token loss on text or completions."""
+    classification: one label a text (or pair of texts); regression: one number; multiple-choice: one of several
+    options; span: a piece of a context; generation: a short text that the model writes; chat: what the assistant says
+    in a list of messages; causal-lm: next-token loss on text or completions."""
     answer: AnswerBy = "auto"
     """How a model answers. head: a layer trained for the task; likelihood: the causal language model's own
     probabilities of label words or options; auto: a head, but likelihood for multiple choice on decoders."""
@@ -293,8 +296,24 @@ class DataConfig:
     """Column with the prompt (causal-lm): the loss is on the completion only."""
     completion: str | None = None
     """Column with the completion that follows the prompt."""
+    question: str = "question"
+    """Column with the question (span, generation)."""
+    context: str = "context"
+    """Column with the text that the answer is a piece of (span)."""
+    answers: str = "answers"
+    """Column with the right answers: texts, or {"text": [...], "answer_start": [...]} with the number of the first
+    character of each in the context (span, where texts alone are looked for); a list of texts (generation)."""
+    messages: str = "messages"
+    """Column with a chat, a list of {"role": ..., "content": ...} (chat)."""
     max_length: int = 128
-    """Tokens a row keeps at most; may not exceed what the model allows."""
+    """Tokens a row keeps at most; may not exceed what the model allows. Longer contexts are read in windows (span)."""
+    stride: int | None = None
+    """Context tokens that a window shares with the next one (span); unset: a third of `max_length`."""
+    null_threshold: float | None = None
+    """Give no answer unless the best one scores better than none by more than this (span); unset: as the task says,
+    which is to answer always, or 0 where questions without an answer belong to it."""
+    answer_tokens: int = 30
+    """Tokens an answer has at most (span, generation, and what `predict` writes)."""
     limit_train: int | None = None
     """Use only so many training rows, after a seeded shuffle."""
     limit_test: int | None = None
@@ -303,6 +322,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
+        require(self.answer_tokens >= 1, f"data.answer_tokens is {self.answer_tokens}; it must be at least 1")
         require(0 < self.test_fraction < 1, f"data.test_fraction is {self.test_fraction:g}; it lies in (0, 1)")
         paired = (self.prompt is None) == (self.completion is None)
         require(paired, "data.prompt and data.completion go together; give both columns or neither")

@@ -8,9 +8,10 @@ import json
 import math
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -21,17 +22,19 @@ from scipy.special import softmax
 from torch import Tensor, nn
 
 from lightpeft.batching import fitting_batch_size, in_batches
-from lightpeft.config import TaskEntry
+from lightpeft.config import LikelihoodRule
 from lightpeft.errors import LightPeftError, require
+from lightpeft.generating import generate_texts
 from lightpeft.statistics import Interval, bootstrap_intervals
-from lightpeft.tasks.answers import Answers
-from lightpeft.tasks.base import Task, check_strings
-from lightpeft.tasks.converting import check_column
+from lightpeft.tasks.answers import BESIDES, Answers
+from lightpeft.tasks.base import Task
 from lightpeft.tasks.likelihood import ACCURACIES, option_scores, option_sequences
 from lightpeft.tasks.metrics import accuracy
 from lightpeft.tasks.progress import Progress, bar
-from lightpeft.tasks.reading import read_file
-from lightpeft.tasks.tokens import IGNORED, Collator
+from lightpeft.tasks.reading import read_file, read_json_text
+from lightpeft.tasks.span import SpanTask, window_of
+from lightpeft.tasks.tokens import IGNORED, SPAN_LABELS, Collator, without_labels
+from lightpeft.tasks.windows import Span, answer_text, best_of_windows, best_span
 
 T = TypeVar("T")
 
@@ -41,8 +44,8 @@ class Outcome:
     """What a model did on encoded test rows."""
 
     answers: Answers
-    measured: dict[str, float]
-    """What the model gives beside its answers, such as the loss, by name."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What is no mean of numbers of the examples, such as the loss a token, by name."""
 
 
 def evaluate(
@@ -58,9 +61,10 @@ def evaluate(
 
     Returns:
         What `task` measures, the main metric first, then the loss and examples. The loss is a mean in nats: of
-        classification and multiple choice the cross-entropy a row, by likelihood that of a token of the right option,
-        of causal-lm that of a labelled token; of regression it is the squared error. Likelihood adds the accuracy
-        of each rule that can pick an option.
+        classification and multiple choice the cross-entropy a row, of spans that of a window's first and last token, by
+        likelihood that of a token of the right option, of causal-lm that of a labelled token; of regression it is the
+        squared error, and of generated texts there is none. Likelihood adds the accuracy of each rule that can pick an
+        option.
 
     Raises:
         LightPeftError: there is no row, or no token to predict.
@@ -70,7 +74,8 @@ def evaluate(
 
 def values_of(outcome: Outcome, task: Task) -> dict[str, float]:
     """What `evaluate` returns, of an outcome at hand."""
-    return {**task.score(outcome.answers), **outcome.measured, "examples": float(len(outcome.answers))}
+    beside = BESIDES(outcome.answers)
+    return {**task.score(outcome.answers), **beside, **outcome.measured, "examples": float(len(outcome.answers))}
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def scores_of(outcomes: Mapping[str, Outcome], task: Task, seed: int = 0) -> Sco
     intervals: dict[str, Interval | None] = {}
     for prefix, of_split in outcomes.items():
         metrics |= prefixed(prefix, values_of(of_split, task))
-        intervals |= prefixed(prefix, bootstrap_intervals(of_split.answers, *task.measures, seed=seed))
+        intervals |= prefixed(prefix, bootstrap_intervals(of_split.answers, *task.measures, BESIDES, seed=seed))
     return Scores(metrics, intervals)
 
 
@@ -132,14 +137,15 @@ def outcome(
         dataset: what `task.encode_test` returned.
         task: says how the model answers.
         collator: `task.collator(tokenizer)`.
-        batch_size: rows a forward pass (of likelihood: options), of similar length; None: as many as fit into memory.
+        batch_size: rows a forward pass (of likelihood: options, of spans: windows); rows of similar length share one.
+            None: as many as fit into memory; where even that is too much, half of them.
         bf16: forward under bfloat16 autocast; losses are computed in float32 either way.
         progress: how the loop is shown.
 
     Raises:
         LightPeftError: there is no row, or no token to predict.
     """
-    run = _Run(model, collator, batch_size, bf16, progress)
+    run = Run(model, collator, batch_size, bf16, progress)
     return ANSWERING[task.answering](run, dataset, task)
 
 
@@ -152,7 +158,7 @@ def predict_logits(
     progress: Progress = bar,
 ) -> Tensor:
     """Class logits, float32 [rows, labels] on the CPU, in the order of the rows."""
-    return torch.stack(_logits(_Run(model, collator, batch_size, bf16, progress), dataset))
+    return torch.stack(logits_of(Run(model, collator, batch_size, bf16, progress), dataset))
 
 
 def predict_proba(
@@ -184,7 +190,7 @@ def predict(
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """A model and how rows are fed to it."""
 
     model: nn.Module
@@ -193,78 +199,76 @@ class _Run:
     bf16: bool
     progress: Progress
 
-    def batches(self, dataset: Dataset, description: str) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Row numbers, labels (empty if there are none) and logits, batch by batch, the longest rows first.
+    def outputs(self, dataset: Dataset, description: str) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
+        """Row numbers, the batch of them, and what the model gives for it; batch by batch, the longest rows first.
 
-        Longest first: a batch that doesn't fit into memory fails at once.
+        Longest first: a batch that doesn't fit into memory fails, or is made smaller, at once.
         """
         require(len(dataset) > 0, "there are no rows to evaluate")
         order = np.argsort(-np.asarray(dataset["length"][:]), kind="stable").tolist()
         device = next(self.model.parameters()).device
         accepted = _accepted_inputs(self.model)
 
-        def compute(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-            batch = self.collator(_rows(dataset, list(rows)))
-            labels = batch.pop("labels", None)
-            inputs = {name: value.to(device) for name, value in batch.items() if name in accepted}
+        def compute(rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+            batch = self.collator(_rows(dataset, rows))
+            inputs = {name: value.to(device) for name, value in without_labels(batch).items() if name in accepted}
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                logits = self.model(**inputs).logits
-            return torch.empty(0) if labels is None else labels, logits
+                return batch, self.model(**inputs)
 
         with _eval_mode(self.model):
             size = self.batch_size or fitting_batch_size(self.model, order, compute)
             batches = in_batches(order, compute, size)
-            for rows, (labels, logits) in self.progress(batches, math.ceil(len(order) / size), description):
-                yield list(rows), labels, logits
+            for rows, (batch, output) in self.progress(batches, math.ceil(len(order) / size), description):
+                yield rows, batch, output
 
 
-def _logits(run: _Run, dataset: Dataset) -> list[Tensor]:
+def logits_of(run: Run, dataset: Dataset) -> list[Tensor]:
     """Every row's logits, float32 [classes or options] on the CPU."""
     result = [torch.empty(0)] * len(dataset)
-    for rows, _, logits in run.batches(dataset, "Predicting"):
-        for row, of_row in zip(rows, logits.float().cpu(), strict=True):
+    for rows, _, output in run.outputs(dataset, "Predicting"):
+        for row, of_row in zip(rows, output.logits.float().cpu(), strict=True):
             result[row] = of_row
     return result
 
 
-def _classes(run: _Run, dataset: Dataset, task: Task) -> Outcome:
-    logits, labels = torch.stack(_logits(run, dataset)), dataset["labels"][:]
+def _classes(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    logits, labels = torch.stack(logits_of(run, dataset)), dataset["labels"][:]
     answers = _answers(dataset, logits.argmax(-1).tolist(), labels, logits.softmax(-1).numpy())
-    return Outcome(answers, {"loss": nn.functional.cross_entropy(logits, torch.tensor(labels)).item()})
+    losses = nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="none")
+    return Outcome(replace(answers, scores={"loss": losses.double().numpy()}))
 
 
-def _numbers(run: _Run, dataset: Dataset, task: Task) -> Outcome:
-    predicted = torch.stack(_logits(run, dataset)).squeeze(-1)
+def _numbers(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    predicted = torch.stack(logits_of(run, dataset)).squeeze(-1)
     labels = dataset["labels"][:]
-    answers = _answers(dataset, predicted.tolist(), labels)
-    return Outcome(answers, {"loss": nn.functional.mse_loss(predicted, torch.tensor(labels)).item()})
+    losses = nn.functional.mse_loss(predicted, torch.tensor(labels), reduction="none")
+    return Outcome(replace(_answers(dataset, predicted.tolist(), labels), scores={"loss": losses.double().numpy()}))
 
 
-def _options(run: _Run, dataset: Dataset, task: Task) -> Outcome:
+def _options(run: Run, dataset: Dataset, task: Task) -> Outcome:
     counts = [len(options) for options in dataset["input_ids"]]
     # a batch fills rows up to its largest number of options
-    logits = [of_row[:count] for of_row, count in zip(_logits(run, dataset), counts, strict=True)]
+    logits = [of_row[:count] for of_row, count in zip(logits_of(run, dataset), counts, strict=True)]
     losses = [-of_row.log_softmax(-1)[label] for of_row, label in zip(logits, dataset["labels"], strict=True)]
     chosen = [int(of_row.argmax()) for of_row in logits]
-    return Outcome(_picked(dataset, chosen), {"loss": torch.stack(losses).mean().item()})
+    return Outcome(replace(_picked(dataset, chosen), scores={"loss": torch.stack(losses).double().numpy()}))
 
 
-def _likelihood(run: _Run, dataset: Dataset, task: Task) -> Outcome:
-    sequences, labels = option_sequences(dataset), dataset["labels"][:]
-    loss, _, tokens = _token_sums(run, sequences.rows).T
-    scores = option_scores(sequences, -loss, tokens, dataset["bytes"][:])
-    picked = {rule: _picked(dataset, [int(row.argmax()) for row in rows]) for rule, rows in scores.items()}
-    right = [numbers[label] for numbers, label in zip(sequences.asked, labels, strict=True)]
-    measured = {name: accuracy(picked[rule])["accuracy"] for rule, name in ACCURACIES.items()}
-    measured["loss"] = float(loss[right].sum() / tokens[right].sum())
+def _likelihood(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    labels = dataset["labels"][:]
+    scored = likelihoods_of(run, dataset)
+    picked = {rule: _picked(dataset, [int(row.argmax()) for row in rows]) for rule, rows in scored.scores.items()}
+    right = [numbers[label] for numbers, label in zip(scored.sequences, labels, strict=True)]
+    accuracies = {name: accuracy.scores(picked[rule])["accuracy"] for rule, name in ACCURACIES.items()}
+    measured = {"loss": float(scored.losses[right].sum() / scored.tokens[right].sum())}
     rule = task.config.likelihood
-    answers = picked[rule]
+    answers = replace(picked[rule], scores=accuracies)
     if task.labels:
-        answers = replace(answers, probabilities=softmax(np.stack(scores[rule]), axis=-1).astype(np.float32))
+        answers = replace(answers, probabilities=softmax(np.stack(scored.scores[rule]), axis=-1).astype(np.float32))
     return Outcome(answers, measured)
 
 
-def _next_tokens(run: _Run, dataset: Dataset, task: Task) -> Outcome:
+def _next_tokens(run: Run, dataset: Dataset, task: Task) -> Outcome:
     sums = _token_sums(run, dataset)
     require(
         sums[:, 2].sum() > 0, "there is no token to predict in these rows; raise data.max_length or give longer texts"
@@ -273,22 +277,104 @@ def _next_tokens(run: _Run, dataset: Dataset, task: Task) -> Outcome:
     return Outcome(_answers(dataset, predictions, [None] * len(dataset)), {"tokens": float(sums[:, 2].sum())})
 
 
-ANSWERING: dict[str, Callable[[_Run, Dataset, Task], Outcome]] = {
+def _pieces(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    assert isinstance(task, SpanTask)
+    spans, losses = spans_of(run, dataset, task.config.answer_tokens)
+    contexts, right = (_by_row(dataset, name) for name in ("context", "right"))
+    texts = [answer_text(span, context, task.null_threshold) for span, context in zip(spans, contexts, strict=True)]
+    return Outcome(Answers(texts, right), {"loss": float(np.mean(losses))})
+
+
+def _texts(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    return Outcome(_answers(dataset, texts_of(run, dataset, task), dataset["right"][:]), {})
+
+
+ANSWERING: dict[str, Callable[[Run, Dataset, Task], Outcome]] = {
     "classification": _classes,
     "regression": _numbers,
     "multiple-choice": _options,
     "likelihood": _likelihood,
+    "span": _pieces,
+    "generation": _texts,
     "causal-lm": _next_tokens,
 }
 """`Task.answering` -> how a model answers."""
 
 
-def _token_sums(run: _Run, dataset: Dataset) -> np.ndarray:
+@dataclass(frozen=True)
+class Likelihoods:
+    """How probable a model finds the options of rows."""
+
+    scores: dict[LikelihoodRule, list[np.ndarray]]
+    """Every rule's scores of every row's options."""
+    sequences: list[list[int]]
+    """Number of the sequence of every row's every option."""
+    losses: np.ndarray
+    """Cross-entropy of each sequence's scored tokens, in nats."""
+    tokens: np.ndarray
+    """Their number."""
+
+
+def likelihoods_of(run: Run, dataset: Dataset) -> Likelihoods:
+    """Scores of every row's options, of what `LikelihoodTask.encode_test` or `encode_inputs` returned."""
+    sequences = option_sequences(dataset)
+    losses, _, tokens = _token_sums(run, sequences.rows).T
+    scores = option_scores(sequences, -losses, tokens, dataset["bytes"][:])
+    return Likelihoods(scores, sequences.asked, losses, tokens)
+
+
+def spans_of(run: Run, dataset: Dataset, most_tokens: int) -> tuple[list[Span], list[float]]:
+    """Every row's best span, and the cross-entropy of every window, in nats, where windows have labels.
+
+    Args:
+        dataset: what `SpanTask.encode_test` or `encode_inputs` returned.
+        most_tokens: tokens of an answer at most.
+    """
+    spans: dict[int, list[Span]] = defaultdict(list)
+    losses = []
+    for numbers, batch, output in run.outputs(dataset, "Answering"):
+        real = batch["attention_mask"].bool()
+        logits = torch.stack([output.start_logits, output.end_logits], dim=1).float().cpu()
+        for row, of_window, tokens in zip(_rows(dataset, numbers), logits, real, strict=True):
+            window, of_tokens = window_of(row), of_window[:, tokens]  # without padding, on whatever side
+            spans[window.example].append(best_span(window, of_tokens[0], of_tokens[1], most_tokens))
+            if SPAN_LABELS[0] in row:
+                targets = torch.tensor([row[name] for name in SPAN_LABELS])
+                losses.append(nn.functional.cross_entropy(of_tokens, targets).item())
+    return [best_of_windows(spans[row]) for row in range(len(spans))], losses
+
+
+def texts_of(run: Run, dataset: Dataset, task: Task) -> list[str]:
+    """What the model writes behind every row's tokens; of `data.task: generation`, one line."""
+    require(len(dataset) > 0, "there are no rows to evaluate")
+    tokenizer = run.collator.tokenizer
+    assert tokenizer is not None
+    with _eval_mode(run.model):
+        return generate_texts(
+            run.model,
+            dataset["input_ids"][:],
+            tokenizer,
+            max_new_tokens=task.config.answer_tokens,
+            one_line=task.answering == "generation",
+            batch_size=run.batch_size,
+            bf16=run.bf16,
+            progress=run.progress,
+        )
+
+
+def _by_row(dataset: Dataset, column: str) -> list[Any]:
+    """A column of windows, one value a row that they come from."""
+    values = dict(zip(dataset["row"], dataset[column], strict=True))
+    return [values[row] for row in range(len(values))]
+
+
+def _token_sums(run: Run, dataset: Dataset) -> np.ndarray:
     """Over every row's labelled tokens: cross-entropy in nats, tokens predicted right, tokens. Float64 [rows, 3]."""
     sums = np.zeros((len(dataset), 3))
-    for rows, labels, logits in run.batches(dataset, "Evaluating"):
+    for rows, batch, output in run.outputs(dataset, "Evaluating"):
+        logits, labels = output.logits[:, :-1], batch["labels"][:, 1:].to(output.logits.device)
         # row by row: copies of a batch's logits [rows, tokens, vocabulary] would take more memory than the model did
-        for row, of_row, targets in zip(rows, logits[:, :-1], labels[:, 1:].to(logits.device), strict=True):
+        for row, of_row, targets in zip(rows, logits, labels, strict=True):
             sums[row] = _row_sums(of_row, targets)
     return sums
 
@@ -316,8 +402,8 @@ def _answers(
     return Answers(predictions, references, groups, probabilities)
 
 
-def _rows(dataset: Dataset, numbers: list[int]) -> list[dict[str, Any]]:
-    columns = dataset[numbers]
+def _rows(dataset: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    columns = dataset[list(numbers)]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
@@ -343,69 +429,54 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 # -- files of inputs and predictions -----------------------------------------------------------------------------
 
 
-def read_inputs(source: Path | TextIO, text: str, text_pair: str | None = None) -> Dataset:
-    """Rows to predict on.
+def read_inputs(source: Path | TextIO, column: str | None) -> Dataset:
+    """Rows to predict on, as they are.
 
     Args:
-        source: a .txt file or an open text stream with one text a line (blank lines are skipped; column `text`), or
-            a .csv, .tsv, .json, .jsonl or .parquet file.
-        text: column with the text.
-        text_pair: column with the second text; unset for single texts.
+        source: a .txt file with one text a line, a table (.csv, .tsv, .json, .jsonl, .parquet), or an open text stream:
+            of texts where one column is enough, else of JSON objects.
+        column: what texts are called; None: a row needs several columns, so lines of text will not do.
 
     Raises:
-        LightPeftError: missing, empty or malformed, a column is not there, or a text is.
+        LightPeftError: missing, empty or malformed, or texts where a table is needed.
     """
     if isinstance(source, Path) and source.suffix.lower() != ".txt":
-        rows = read_file(source, "input")
-    else:
-        require(text_pair is None, "pairs of texts cannot be read from text lines; give a table with both columns")
-        lines = [line for line in _lines(source) if line.strip()]
-        require(lines, "input has no text: every line is blank")
-        rows = Dataset.from_dict({text: lines})
-    for column, setting in ((text, "data.text"), (text_pair, "data.text_pair")):
-        if column is not None:
-            check_column(rows, column, setting, "input")
-            check_strings(rows, column, TaskEntry(), "input")
-    return rows
+        return read_file(source, "input")
+    if column is None:
+        require(
+            not isinstance(source, Path),
+            "a row of this task has several columns, which text lines have not; "
+            "give a table, or JSON lines on standard input",
+        )
+        return read_json_text(_content(source), "standard input")
+    lines = [line.rstrip("\r") for line in _content(source).split("\n")]
+    lines = [line for line in lines if line.strip()]  # blank ones are nothing to predict on
+    require(lines, "input has no text: every line is blank")
+    return Dataset.from_dict({column: lines})
 
 
-def _lines(source: Path | TextIO) -> list[str]:
+def _content(source: Path | TextIO) -> str:
     try:
-        content = source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()
+        return source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()
     except UnicodeDecodeError as error:
         raise LightPeftError(f"input is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
         raise LightPeftError(f"input {source} cannot be read: {error.strerror}") from error
-    return [line.rstrip("\r") for line in content.split("\n")]
 
 
-def write_predictions(path: Path | None, rows: Dataset, labels: list[str], probabilities: np.ndarray) -> None:
-    """Write rows with their most probable label and every label's probability to a .csv or .jsonl file.
-
-    Columns: those of `rows` (one that is named like a new one becomes `input_<name>`), `label`, `p_<label>`. The
-    file appears only when it is complete.
+def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write rows with what was found about them; path and errors as for `write_table`.
 
     Args:
-        path: the file, replaced if it is there; None: CSV on standard output.
-        rows: what was predicted on.
-        labels: label names in class order.
-        probabilities: [rows, labels].
-
-    Raises:
-        LightPeftError: another suffix, or the file cannot be written.
+        rows: come first; a column that is named like a new one becomes `input_<name>`.
+        columns: the new ones, one value a row.
     """
-    new = ["label", *(f"p_{name}" for name in labels)]
-    renamed = {name: f"input_{name}" if name in new else name for name in rows.column_names}
-    best = probabilities.argmax(-1)
+    renamed = {name: f"input_{name}" if name in columns else name for name in rows.column_names}
+    found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
     table = (
-        {
-            **{renamed[name]: value for name, value in row.items()},
-            "label": labels[best[i]],
-            **{name: round(float(p), 6) for name, p in zip(new[1:], probabilities[i], strict=True)},
-        }
-        for i, row in enumerate(rows)
+        {**{renamed[name]: value for name, value in row.items()}, **new} for row, new in zip(rows, found, strict=True)
     )
-    write_table(path, [*renamed.values(), *new], table)
+    write_table(path, [*renamed.values(), *columns], table)
 
 
 def write_table(path: Path | None, header: list[str], table: Iterable[dict[str, Any]]) -> None:
@@ -439,7 +510,12 @@ def check_predictions_path(path: Path) -> Callable[[TextIO, list[str], Iterable[
 def _write_csv(file: TextIO, header: list[str], table: Iterable[dict[str, Any]]) -> None:
     writer = csv.DictWriter(file, header)
     writer.writeheader()
-    writer.writerows(table)
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in table)
+
+
+def _cell(value: Any) -> Any:
+    """Lists and objects as JSON, which can be read again."""
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
 
 
 def _write_jsonl(file: TextIO, header: list[str], table: Iterable[dict[str, Any]]) -> None:

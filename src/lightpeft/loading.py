@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from lightpeft.bottleneck import BottleneckConfig
@@ -114,6 +115,8 @@ def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, t
     options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
     if config.quantise:
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
+    reader = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(hf_config), None) if head == "span" else None
+    names = base_names(reader) if reader is not None else None
     try:
         model, info = _HEADS[head].auto.from_pretrained(
             config.name,
@@ -123,6 +126,7 @@ def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, t
             gguf_file=config.gguf_file,
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
+            key_mapping=names,
             **options,
         )
     except UNREADABLE as error:
@@ -130,8 +134,28 @@ def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, t
     if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
         del model.config.quantization_config  # the weights were dequantised on loading
     model.light_gguf_file = config.gguf_file
+    keep_own_names(model, names)
     prepare_quantised(model)
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
+
+
+def base_names(architecture: type[PreTrainedModel]) -> dict[str, str] | None:
+    """`key_mapping` for `from_pretrained`, where a head calls its base otherwise than the family's checkpoints do.
+
+    transformers' question answering heads of Llama and its kin do ("transformer" for "model"). Without it they would
+    load no weight of the base.
+    """
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(architecture.config_class, None)
+    if causal is None or causal.base_model_prefix == architecture.base_model_prefix:
+        return None
+    return {rf"^{causal.base_model_prefix}\.": f"{architecture.base_model_prefix}."}
+
+
+def keep_own_names(model: PreTrainedModel, mapping: Mapping[str, str] | None) -> None:
+    """Let a model that was loaded with `base_names` be saved under its own names, so that it can be loaded plainly."""
+    if mapping:
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
 
 
 def peft_task_type(head: Head) -> TaskType | None:

@@ -35,6 +35,7 @@ from lightpeft.pruner import EarlyPruner, cut
 from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task, share_at_limit, task_facts
+from lightpeft.tasks.tokens import without_labels
 from lightpeft.training import fit, last_checkpoint, make_trainer, step_of, total_steps
 
 NOTABLE_CUTS = 0.05
@@ -165,7 +166,7 @@ def calibration_batches(work: Workspace) -> Iterator[dict[str, Tensor]]:
     device = accelerator() or torch.device("cpu")
     for start in range(0, len(numbers), config.training.eval_batch_size):
         rows = work.train_rows.select(numbers[start : start + config.training.eval_batch_size]).to_list()
-        yield {name: values.to(device) for name, values in work.collator(rows).items() if name != "labels"}
+        yield {name: values.to(device) for name, values in without_labels(work.collator(rows)).items()}
 
 
 def train(work: Workspace) -> None:

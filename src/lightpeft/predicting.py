@@ -1,82 +1,211 @@
-"""Labels for new texts from a saved light adapter: all it takes is in the adapter's folder and its base."""
+"""Answers for new rows from a saved light adapter: all it takes is in the adapter's folder and its base."""
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from scipy.special import softmax
 
 from lightpeft.checkpoint import LightModel, load_light, read_description
 from lightpeft.config import ModelConfig
 from lightpeft.errors import require
-from lightpeft.evaluation import check_predictions_path, predict_proba, read_inputs, write_predictions
+from lightpeft.evaluation import (
+    Run,
+    check_predictions_path,
+    likelihoods_of,
+    logits_of,
+    read_inputs,
+    spans_of,
+    texts_of,
+    write_predictions,
+)
 from lightpeft.loading import accelerator, load_tokenizer
 from lightpeft.sites import transformers_model
-from lightpeft.tasks import encode_texts, ensure_pad_token, text_collator
+from lightpeft.tasks import Task, bar, convert, ensure_pad_token, input_columns, restore_task
+from lightpeft.tasks.chat import as_chats
+from lightpeft.tasks.span import SpanTask
+from lightpeft.tasks.windows import answer_text
+
+Columns = dict[str, Sequence[Any]]
+"""What was found, one value a row."""
+DIGITS = 6
+"""Decimals of probabilities."""
 
 
 def predict(
     model: str | Path,
-    source: str | Path,
+    source: str | Path | None = None,
     output: str | Path | None = None,
     base: str | Path | None = None,
+    *,
+    example: str | None = None,
     text: str | None = None,
     text_pair: str | None = None,
-    batch_size: int = 64,
+    answer_tokens: int | None = None,
+    batch_size: int | None = None,
     bf16: bool = False,
 ) -> None:
-    """Label the rows of a file and write them with a probability for every label.
+    """Answer the rows of a file, or one row, and write them with the answers.
 
     Args:
         model: light adapter folder, or the folder of a finished run.
-        source: text lines (.txt, or "-" for standard input) or a table (.csv, .tsv, .json, .jsonl, .parquet).
+        source: text lines (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or "-" for standard input, which holds
+            text lines where a row needs one text alone, and JSON lines where it needs more.
         output: .csv or .jsonl file; None: CSV on standard output.
         base: name or folder of the base, if it is not where it was.
-        text: column with the text; None: as in training.
+        example: one row instead of `source`: its text, or a JSON object.
+        text: column with the text (of tasks that classify); None: as in training.
         text_pair: column with the second text; None: as in training.
-        batch_size: rows a forward pass.
+        answer_tokens: tokens of an answer at most, where it is a text; None: as in training.
+        batch_size: rows a forward pass; None: as many as fit into memory.
         bf16: compute in bfloat16.
 
     Raises:
-        LightPeftError: bad input, or an adapter that does not classify.
+        LightPeftError: bad input, or an adapter that does not say what its task is.
     """
-    require(batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
+    require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
+    require((source is None) != (example is None), "give a file to predict on (- for standard input), or an example")
     folder = adapter_folder(model)
     if output is not None:
         check_predictions_path(Path(output))
-    facts = read_description(folder)["task"]
-    classifies = facts.get("answer") == "head" and facts["entry"]["kind"] == "classification"
-    require(classifies, f"{folder} does not classify texts, so there are no labels to predict")
-    columns = facts["entry"]["columns"]
-    text, text_pair = text or columns.get("text", "text"), text_pair or columns.get("text_pair")
-    rows = read_inputs(sys.stdin if str(source) == "-" else Path(source), text, text_pair)
+    task = _task(folder, {"text": text, "text_pair": text_pair}, answer_tokens)
+    rows = _read(task, source, example)
+    canonical = convert(rows, task.entry, "input", answered=False)
+    task.check_inputs(canonical, task.entry, "input")
     light = load_light(folder, base, device=accelerator())
-    probabilities = classify(light, rows, text, text_pair, base=base, batch_size=batch_size, bf16=bf16)
-    write_predictions(None if output is None else Path(output), rows, facts["labels"], probabilities)
+    columns = answer_rows(light, task, canonical, base=base, batch_size=batch_size, bf16=bf16)
+    write_predictions(None if output is None else Path(output), rows, columns)
 
 
-def classify(
+def answer_rows(
     light: LightModel,
+    task: Task,
     rows: Dataset,
-    text: str,
-    text_pair: str | None = None,
     *,
     base: str | Path | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     bf16: bool = False,
-) -> np.ndarray:
-    """Class probabilities of rows, float32 [rows, labels]."""
+) -> Columns:
+    """What a light model answers.
+
+    Args:
+        task: says how it answers.
+        rows: in the columns of the task's kind; answers are not needed.
+        base: where the tokenizer is, if not where the model's base was.
+        batch_size: rows a forward pass; None: as many as fit into memory.
+        bf16: compute in bfloat16.
+
+    Returns:
+        Columns `label` and `p_<label>` of classes, `value` of regression, `answer` and `probability` of options,
+        `answer` and `margin` (how much better it scores than no answer) of spans, and `answer` of written texts.
+    """
     inner = transformers_model(light)
     name = str(base) if base is not None else inner.config._name_or_path
     tokenizer = load_tokenizer(ModelConfig(name=name, gguf_file=getattr(inner, "light_gguf_file", None)))
     ensure_pad_token(tokenizer, inner.config)
-    encoded = encode_texts(rows, text, text_pair, tokenizer, light.light_task["max_length"])
-    return predict_proba(light, encoded, text_collator(tokenizer), batch_size, bf16)
+    encoded = task.encode_inputs(rows, tokenizer, task.config.max_length)
+    run = Run(light, task.collator(tokenizer), batch_size, bf16, bar)
+    return PREDICTING[task.answering](run, encoded, task, rows)
 
 
 def adapter_folder(path: str | Path) -> Path:
     """The light adapter at a path: the folder itself, or `adapter/` of a run."""
     path = Path(path)
     return path / "adapter" if (path / "adapter").is_dir() else path
+
+
+def _task(folder: Path, columns: dict[str, str | None], answer_tokens: int | None) -> Task:
+    """The task that an adapter was trained for, with some settings changed."""
+    facts = read_description(folder)["task"]
+    require(facts, f"{folder} does not say what task it was trained for, so there is nothing to predict")
+    task = restore_task(facts)
+    given = {name: column for name, column in columns.items() if column is not None}
+    allowed = (*task.columns, *task.optional)
+    for name in given:
+        require(name in allowed, f"{name} is no column of task {task.config.task}; leave it out")
+    task.entry = replace(task.entry, columns={**task.entry.columns, **given})
+    if answer_tokens is not None:
+        task.config = replace(task.config, answer_tokens=answer_tokens)
+    return task
+
+
+def _read(task: Task, source: str | Path | None, example: str | None) -> Dataset:
+    columns = input_columns(task)
+    column = columns[0] if len(columns) == 1 else None
+    if example is not None:
+        rows = read_inputs(io.StringIO(example.replace("\n", " ") if column else example), column)
+    else:
+        rows = read_inputs(sys.stdin if str(source) == "-" else Path(str(source)), column)
+    return as_chats(rows, column) if task.entry.kind == "chat" and column else rows
+
+
+# -- how each head's answers are written -------------------------------------------------------------------------
+
+
+def _classes(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
+    return _labels(torch.stack(logits_of(run, encoded)).softmax(-1).numpy(), task)
+
+
+def _numbers(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
+    return {"value": [round(float(value), DIGITS) for value in torch.stack(logits_of(run, encoded)).squeeze(-1)]}
+
+
+def _options(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
+    counts = [len(options) for options in encoded["input_ids"]]
+    logits = zip(logits_of(run, encoded), counts, strict=True)
+    return _picked([of_row[:count].softmax(-1).numpy() for of_row, count in logits], rows)
+
+
+def _likelihood(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
+    probabilities = [softmax(scores) for scores in likelihoods_of(run, encoded).scores[task.config.likelihood]]
+    return _labels(np.stack(probabilities), task) if task.labels else _picked(probabilities, rows)
+
+
+def _pieces(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
+    assert isinstance(task, SpanTask)
+    spans, _ = spans_of(run, encoded, task.config.answer_tokens)
+    pairs = zip(spans, rows["context"], strict=True)
+    return {
+        "answer": [answer_text(span, context, task.null_threshold) for span, context in pairs],
+        "margin": [round(span.margin, DIGITS) for span in spans],
+    }
+
+
+def _texts(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
+    return {"answer": texts_of(run, encoded, task)}
+
+
+PREDICTING: dict[str, Callable[[Run, Dataset, Task, Dataset], Columns]] = {
+    "classification": _classes,
+    "regression": _numbers,
+    "multiple-choice": _options,
+    "likelihood": _likelihood,
+    "span": _pieces,
+    "generation": _texts,
+    "causal-lm": _texts,
+}
+"""`Task.answering` -> what is written of the answers."""
+
+
+def _labels(probabilities: np.ndarray, task: Task) -> Columns:
+    """The most probable label, and every label's probability."""
+    labels = {"label": [task.labels[best] for best in probabilities.argmax(-1)]}
+    of_labels = zip(task.labels, probabilities.T, strict=True)
+    return {**labels, **{f"p_{name}": [round(float(p), DIGITS) for p in column] for name, column in of_labels}}
+
+
+def _picked(probabilities: list[np.ndarray], rows: Dataset) -> Columns:
+    """The most probable option, and its probability."""
+    best = [int(of_row.argmax()) for of_row in probabilities]
+    return {
+        "answer": [options[index] for options, index in zip(rows["options"], best, strict=True)],
+        "probability": [round(float(of_row.max()), DIGITS) for of_row in probabilities],
+    }

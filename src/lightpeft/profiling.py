@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightpeft.errors import require
 from lightpeft.quantised import logical_numel
+from lightpeft.tasks.tokens import without_labels
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model's forward; with `labels` wherever a loss is needed."""
@@ -329,7 +330,7 @@ def measure_inference(
     warmup: int = 2,
     bf16: bool = False,
 ) -> list[float]:
-    """Seconds of each forward pass in eval mode without gradients; `labels` are left out, so no loss is computed.
+    """Seconds of each forward pass in eval mode without gradients; labels are left out, so no loss is computed.
 
     Args: as in `measure_training`.
 
@@ -339,9 +340,8 @@ def measure_inference(
     device = _device(model)
 
     def step(batch: Batch) -> None:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            model(**_to(inputs, device))
+            model(**_to(without_labels(batch), device))
 
     with _mode(model, training=False), torch.no_grad():
         return _timed(step, batches, steps, warmup, device)

@@ -21,6 +21,7 @@ from lightpeft.prefix.blocks import STATES, FrozenPrefix
 from lightpeft.prefix.states import StateStore, store_bytes
 from lightpeft.records import read_json, write_json
 from lightpeft.tasks.progress import Progress, bar
+from lightpeft.tasks.tokens import without_labels
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 _ROW = "prefix_row"
@@ -126,7 +127,7 @@ class _Caching:
         """States of the real tokens of some rows, [length, width] each."""
         batch = self.collator(self.rows.select(numbers).to_list())
         mask = batch["attention_mask"].bool()
-        inputs = {name: value.to(self.device) for name, value in batch.items() if name != "labels"}
+        inputs = {name: value.to(self.device) for name, value in without_labels(batch).items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             states = self.prefix.compute(inputs)
         return [row[real] for row, real in zip(states.cpu(), mask, strict=True)]

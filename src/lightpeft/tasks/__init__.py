@@ -8,15 +8,27 @@ from lightpeft.tasks.answering import TASKS, task_class
 from lightpeft.tasks.answers import Answers, Metric
 from lightpeft.tasks.base import Task
 from lightpeft.tasks.causal import CausalLMTask
-from lightpeft.tasks.classification import ClassificationTask, encode_texts, text_collator
+from lightpeft.tasks.chat import ChatTask
+from lightpeft.tasks.classification import ClassificationTask
 from lightpeft.tasks.entries import ENTRIES, find_entry
+from lightpeft.tasks.generation import GenerationTask
 from lightpeft.tasks.likelihood import LikelihoodTask
-from lightpeft.tasks.loading import convert, load_task, load_test, restore_task, run_settings, task_facts
+from lightpeft.tasks.loading import (
+    convert,
+    input_columns,
+    load_task,
+    load_test,
+    restore_task,
+    run_settings,
+    task_facts,
+)
 from lightpeft.tasks.metrics import METRICS
 from lightpeft.tasks.multiple_choice import MultipleChoiceTask
 from lightpeft.tasks.progress import Progress, bar, silent
 from lightpeft.tasks.reading import read_rows
 from lightpeft.tasks.regression import RegressionTask
+from lightpeft.tasks.span import SpanTask
+from lightpeft.tasks.texts import encode_texts
 from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token, share_at_limit
 
 __all__ = [
@@ -25,13 +37,16 @@ __all__ = [
     "TASKS",
     "Answers",
     "CausalLMTask",
+    "ChatTask",
     "ClassificationTask",
     "Collator",
+    "GenerationTask",
     "LikelihoodTask",
     "Metric",
     "MultipleChoiceTask",
     "Progress",
     "RegressionTask",
+    "SpanTask",
     "Task",
     "bar",
     "check_max_length",
@@ -39,6 +54,7 @@ __all__ = [
     "encode_texts",
     "ensure_pad_token",
     "find_entry",
+    "input_columns",
     "load_task",
     "load_test",
     "read_rows",
@@ -48,5 +64,4 @@ __all__ = [
     "silent",
     "task_class",
     "task_facts",
-    "text_collator",
 ]

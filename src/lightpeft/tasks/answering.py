@@ -7,21 +7,28 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 )
 
 from lightpeft.config import AnswerBy, TaskKind
 from lightpeft.errors import require
 from lightpeft.tasks.base import Task
 from lightpeft.tasks.causal import CausalLMTask
+from lightpeft.tasks.chat import ChatTask
 from lightpeft.tasks.classification import ClassificationTask
+from lightpeft.tasks.generation import GenerationTask
 from lightpeft.tasks.likelihood import SCORABLE, LikelihoodTask
 from lightpeft.tasks.multiple_choice import MultipleChoiceTask
 from lightpeft.tasks.regression import RegressionTask
+from lightpeft.tasks.span import SpanTask
 
 TASKS: dict[TaskKind, type[Task]] = {
     "classification": ClassificationTask,
     "regression": RegressionTask,
     "multiple-choice": MultipleChoiceTask,
+    "span": SpanTask,
+    "generation": GenerationTask,
+    "chat": ChatTask,
     "causal-lm": CausalLMTask,
 }
 """Kind of rows -> the task class with their columns and head."""
@@ -36,6 +43,7 @@ def task_class(kind: TaskKind, answer: AnswerBy, model: PretrainedConfig | None)
     Raises:
         LightPeftError: the model cannot answer so.
     """
+    _check_readable(kind, model)
     by_options = kind == "multiple-choice"
     if answer == "auto":
         answer = "likelihood" if by_options and not _has_options_head(model) else "head"
@@ -51,6 +59,16 @@ def task_class(kind: TaskKind, answer: AnswerBy, model: PretrainedConfig | None)
         f"data.answer is likelihood, which needs a causal language model; {_name(model)} is none: set it to head",
     )
     return LikelihoodTask
+
+
+def _check_readable(kind: TaskKind, model: PretrainedConfig | None) -> None:
+    """Raise `LightPeftError` where a model lacks the one head that can answer a kind."""
+    if model is None:
+        return
+    spans = kind != "span" or model.model_type in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
+    require(spans, f"{_name(model)} has no question answering head, which {kind} needs; give another model")
+    writes = kind not in ("generation", "chat") or _is_decoder(model)
+    require(writes, f"{kind} needs a causal language model; {_name(model)} is none: give another model")
 
 
 def _has_options_head(model: PretrainedConfig | None) -> bool:

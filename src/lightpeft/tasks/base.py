@@ -57,6 +57,13 @@ class Task(ABC):
         """Raise `LightPeftError` unless every row has what the task needs; `what` names the rows in error lines."""
 
     @classmethod
+    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Raise `LightPeftError` unless every row to predict on has what the task needs to answer it."""
+        for column in cls.columns:
+            if column not in cls.answers:
+                check_strings(rows, column, entry, what)
+
+    @classmethod
     def label_set(cls, rows: Dataset, entry: TaskEntry) -> list[str]:
         """Label names in class order, from all training rows; empty without classes."""
         return []

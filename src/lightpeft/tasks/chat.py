@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import LightPeftError, require
+from lightpeft.tasks.base import Task, values
+from lightpeft.tasks.causal import completion_collator, prompt_columns
+from lightpeft.tasks.progress import Progress, bar
+from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
 
 Chat = Sequence[Mapping[str, Any]]
 """Messages in order, each with `role` ("system", "user", "assistant", ...) and `content`, a string."""
@@ -18,8 +24,83 @@ _MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """In templates that say themselves what the assistant generates."""
 
 
-def check_chat(chat: Any, place: str) -> None:
-    """Raise `LightPeftError` unless it is a list of messages of which one is the assistant's; `place` names the row."""
+class ChatTask(Task):
+    """Next-token loss on what the assistant says. Rows have `messages`."""
+
+    head: ClassVar[Head] = "causal-lm"
+    answering: ClassVar[str] = "causal-lm"
+    columns: ClassVar[tuple[str, ...]] = ("messages",)
+    default_metrics: ClassVar[tuple[str, ...]] = ("language_modelling",)
+
+    @classmethod
+    def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Every row is a list of messages, and the assistant says something in it."""
+        for where, chat in values(rows, "messages", entry, what):
+            check_chat(chat, where)
+
+    @classmethod
+    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Every row is a list of messages."""
+        for where, chat in values(rows, "messages", entry, what):
+            check_messages(chat, where)
+
+    def encode(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
+    ) -> Dataset:
+        """Chats as the template writes them, cut to `max_length` tokens; labels are -100 on all but the assistant's.
+
+        Raises:
+            LightPeftError: there is no template, it refuses a chat, or nothing to learn is left of one.
+        """
+        check_template(tokenizer)
+
+        def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
+            encoded = []
+            for number, chat in enumerate(chunk["messages"], start + 1):
+                ids, marks = encode_chat(chat, tokenizer, f"row {number}")
+                _check_learnable(marks, max_length, f"row {number}")
+                encoded.append((ids[:max_length], marks[:max_length]))
+            return {
+                "input_ids": [ids for ids, _ in encoded],
+                "attention_mask": [[1] * len(ids) for ids, _ in encoded],
+                "labels": [
+                    [token if mark else IGNORED for token, mark in zip(ids, marks, strict=True)]
+                    for ids, marks in encoded
+                ],
+            }
+
+        return in_chunks(rows, encode, progress)
+
+    def encode_inputs(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
+    ) -> Dataset:
+        """Chats up to where the assistant answers; those that are too long lose their beginning."""
+        check_template(tokenizer)
+
+        def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
+            chats = enumerate(chunk["messages"], start + 1)
+            prompts = [encode_prompt(chat, tokenizer, f"row {number}") for number, chat in chats]
+            return prompt_columns(prompts, max_length, tokenizer)
+
+        return in_chunks(rows, encode, progress)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
+        """Batches padded to their longest row (or the next multiple); labels of padding are -100."""
+        return completion_collator(tokenizer, multiple_of)
+
+
+def _check_learnable(marks: Sequence[bool], max_length: int, place: str) -> None:
+    require(any(marks), f"{place}: the chat template writes nothing that the assistant says")
+    first = list(marks).index(True) + 1
+    require(
+        first <= max_length,
+        f"{place}: the assistant's first token is number {first}, and data.max_length is {max_length}; raise it, or "
+        "drop the row",
+    )
+
+
+def check_messages(chat: Any, place: str) -> None:
+    """Raise `LightPeftError` unless it is a list of messages; `place` names the row."""
     require(isinstance(chat, Sequence) and not isinstance(chat, str) and chat, f"{place}: there are no messages")
     for number, message in enumerate(chat, 1):
         fields = message if isinstance(message, Mapping) else {}
@@ -29,6 +110,11 @@ def check_chat(chat: Any, place: str) -> None:
                 isinstance(value, str) and (value.strip() or name == "content"),
                 f'{place}: message {number} has no {name}; a message is an object with "role" and "content"',
             )
+
+
+def check_chat(chat: Any, place: str) -> None:
+    """Raise `LightPeftError` unless it is a list of messages, and the assistant says something in it."""
+    check_messages(chat, place)
     require(
         any(message["role"] == ASSISTANT and message["content"].strip() for message in chat),
         f"{place}: no message of the assistant says anything, so there is nothing to learn",
@@ -42,6 +128,12 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         "the tokenizer has no chat template; take a model that was made for chats, put chat_template.jinja into its "
         "folder, or write prompts and completions yourself (data.task: causal-lm)",
     )
+
+
+def as_chats(rows: Dataset, column: str) -> Dataset:
+    """Texts as what a user says first; chats as they are."""
+    chats = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in rows[column]]
+    return Dataset.from_dict({**rows.to_dict(), column: chats})
 
 
 def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[list[int], list[bool]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, Features
 
-from lightpeft.config import TaskEntry
+from lightpeft.config import TaskEntry, TaskKind
 from lightpeft.errors import LightPeftError, require
 from lightpeft.tasks.base import Task, is_template, place
 
@@ -37,12 +37,17 @@ def convert_rows(
         return _from_rows(_convert_each(rows, convert, entry, what))
     sources = _sources(entry, kind, rows, answered)
     for column, source in sources.items():
-        for name in template_columns(source) if is_template(source) else [source]:
+        for name in source_columns(source):
             require(name in rows.column_names, _missing(name, rows.column_names, _reader(entry, column, name), what))
     if any(is_template(source) for source in sources.values()):
         return _from_rows(_convert_each(rows, _filler(sources), entry, what))
     features = Features({column: rows.features[source] for column, source in sources.items()})
     return Dataset.from_dict({column: rows[source][:] for column, source in sources.items()}, features=features)
+
+
+def source_columns(source: str) -> list[str]:
+    """Columns of the data that a column or a template reads."""
+    return template_columns(source) if is_template(source) else [source]
 
 
 def template_columns(template: str) -> list[str]:
@@ -86,11 +91,18 @@ def _reader(entry: TaskEntry, column: str, source: str) -> str:
     """What reads a column of the data, as the user knows it."""
     if entry.name:
         return f'task {entry.name} reads "{source}"'
-    return f'{DATA_SETTINGS.get((entry.kind, column), f"data.{column}")} is "{source}"'
+    return f'data.{data_setting(entry.kind, column)} is "{source}"'
 
 
-DATA_SETTINGS = {("multiple-choice", "context"): "data.text", ("multiple-choice", "answer"): "data.label"}
-"""Columns of a kind that go by another name among the settings."""
+def data_setting(kind: TaskKind, column: str) -> str:
+    """The setting of `data` that names a column of a kind."""
+    return _OTHER_NAMES.get((kind, column), column)
+
+
+_OTHER_NAMES: dict[tuple[TaskKind, str], str] = {
+    ("multiple-choice", "context"): "text",
+    ("multiple-choice", "answer"): "label",
+}
 
 
 class _Row(Mapping[str, Any]):

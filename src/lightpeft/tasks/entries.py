@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from lightpeft.config import DataConfig, TaskEntry, TaskKind
 from lightpeft.errors import LightPeftError, require
-from lightpeft.tasks import choice_qa, glue, superglue
+from lightpeft.tasks import choice_qa, glue, superglue, text_qa
 from lightpeft.tasks.answering import TASKS
 from lightpeft.tasks.base import is_template
 from lightpeft.tasks.converting import Convert, template_columns
 from lightpeft.tasks.metrics import METRICS
 
-_MODULES = (glue, superglue, choice_qa)
+_MODULES = (glue, superglue, choice_qa, text_qa)
 ENTRIES: dict[str, TaskEntry] = {
     name: replace(entry, name=name) for module in _MODULES for name, entry in module.ENTRIES.items()
 }
@@ -90,6 +90,9 @@ def _columns(kind: TaskKind, config: DataConfig) -> dict[str, str]:
         "classification": {"text": config.text, **pair, "label": config.label},
         "regression": {"text": config.text, **pair, "label": config.label},
         "multiple-choice": {"context": config.text, "options": config.options, "answer": config.label},
+        "span": {"question": config.question, "context": config.context, "answers": config.answers},
+        "generation": {"question": config.question, "answers": config.answers},
+        "chat": {"messages": config.messages},
         "causal-lm": {"prompt": str(config.prompt), "completion": str(config.completion)}
         if prompted
         else {"text": config.text},
@@ -99,6 +102,7 @@ def _columns(kind: TaskKind, config: DataConfig) -> dict[str, str]:
 
 def _check_no_columns(config: DataConfig) -> None:
     plain = DataConfig()
-    for name in ("text", "text_pair", "label", "options", "prompt", "completion"):
+    columns = ("text", "text_pair", "label", "options", "prompt", "completion")
+    for name in (*columns, "question", "context", "answers", "messages"):
         given = getattr(config, name) != getattr(plain, name)
         require(not given, f"data.{name} is for kinds; task {config.task} has its own columns")

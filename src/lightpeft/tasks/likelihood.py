@@ -5,6 +5,7 @@ Training raises the probability of the right option; nothing but the language-mo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -62,6 +63,11 @@ class LikelihoodTask(Task):
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
         """As the kind of rows wants it."""
         SCORABLE[entry.kind].check(rows, entry, what)
+
+    @classmethod
+    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """As the kind of rows wants it."""
+        SCORABLE[entry.kind].check_inputs(rows, entry, what)
 
     @classmethod
     def label_set(cls, rows: Dataset, entry: TaskEntry) -> list[str]:
@@ -128,8 +134,14 @@ class LikelihoodTask(Task):
         return in_chunks(rows, encode, progress, length=lambda options: sum(map(len, options)))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches of sequences, padded to their longest (or the next multiple); labels of padding are -100."""
-        return Collator(DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORED))
+        """Batches of sequences, padded to their longest (or the next multiple); labels of padding are -100.
+
+        Padding is on the right, whichever side the tokenizer pads: no token sees what follows it, so scores are those
+        of a sequence alone, also of models that count positions from the first column (GPT-2).
+        """
+        right = copy.copy(tokenizer)
+        right.padding_side = "right"
+        return Collator(DataCollatorForSeq2Seq(right, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORED))
 
     def choices(self, columns: dict[str, list[Any]]) -> Iterator[Choice]:
         """Prompts and options of rows, given as columns."""

@@ -12,10 +12,13 @@ from transformers import PretrainedConfig
 from lightpeft.config import DataConfig, TaskEntry, from_dict
 from lightpeft.tasks.answering import TASKS, task_class
 from lightpeft.tasks.base import Task, limited, split_rows
-from lightpeft.tasks.converting import convert_rows
+from lightpeft.tasks.converting import convert_rows, data_setting, source_columns
 from lightpeft.tasks.entries import ENTRIES, converter, find_entry
 from lightpeft.tasks.likelihood import LikelihoodTask
 from lightpeft.tasks.sources import Split, read_splits, read_tests
+
+READING = ("max_length", "stride", "null_threshold", "answer_tokens")
+"""Settings of `data` that decide how rows are read and answered."""
 
 
 def load_task(
@@ -86,6 +89,16 @@ def convert(rows: Dataset, entry: TaskEntry, what: str, answered: bool = True) -
     return convert_rows(rows, entry, TASKS[entry.kind], what, converter(entry), answered)
 
 
+def input_columns(task: Task) -> list[str]:
+    """Columns of the data that a row to predict on needs; none where a function of the entry reads the row."""
+    entry, kind = task.entry, TASKS[task.entry.kind]
+    if entry.convert is not None:
+        return []
+    sources = entry.columns or {column: column for column in kind.columns}
+    needed = [source for column, source in sources.items() if column not in kind.answers]
+    return list(dict.fromkeys(name for source in needed for name in source_columns(source)))
+
+
 def task_facts(task: Task) -> dict[str, Any]:
     """What an adapter says of its task, as plain data, so that predicting and evaluating need nothing else."""
     return {
@@ -93,7 +106,7 @@ def task_facts(task: Task) -> dict[str, Any]:
         "answer": "likelihood" if isinstance(task, LikelihoodTask) else "head",
         "likelihood": task.config.likelihood,
         "labels": task.labels,
-        "max_length": task.config.max_length,
+        **{name: getattr(task.config, name) for name in READING},
     }
 
 
@@ -105,16 +118,12 @@ def run_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     if not facts:
         return {}
     entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
-    said = {name: facts[name] for name in ("answer", "likelihood", "max_length")}
+    said = {name: facts[name] for name in ("answer", "likelihood", *READING) if name in facts}
     if not entry.name:
-        columns = {_SETTINGS.get(column, column): source for column, source in entry.columns.items()}
+        columns = {data_setting(entry.kind, column): source for column, source in entry.columns.items()}
         return {"data": {"task": entry.kind, **columns, **said}}
     own = {} if entry.name in ENTRIES else {entry.name: {**facts["entry"], "name": ""}}
     return {"data": {"task": entry.name, **said}, "tasks": own}
-
-
-_SETTINGS = {"context": "text", "answer": "label"}
-"""Column of a kind -> the setting of `data` that names it, where it has another name."""
 
 
 def restore_task(facts: Mapping[str, Any]) -> Task:
@@ -128,7 +137,7 @@ def restore_task(facts: Mapping[str, Any]) -> Task:
         task=entry.name or entry.kind,
         answer=facts["answer"],
         likelihood=facts["likelihood"],
-        max_length=facts["max_length"],
+        **{name: facts[name] for name in READING if name in facts},
     )
     none = Dataset.from_dict({})
     return task_class(entry.kind, config.answer, None)(config, none, none, list(facts["labels"]), entry)

@@ -12,7 +12,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from lightpeft.tasks.answers import Answers, ClassMetric, MeanMetric, Metric, class_count
-from lightpeft.tasks.matching import text_match
+from lightpeft.tasks.matching import by_answerability, text_match
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,10 @@ METRICS: dict[str, NamedMetric] = {
     "mse": NamedMetric(("mse",), squared_error),
     "multirc": NamedMetric(("f1a", "exact_match"), multirc),
     "record": NamedMetric(("f1", "exact_match"), text_match),
+    "text_match": NamedMetric(("f1", "exact_match"), text_match),
+    "answerability": NamedMetric(
+        ("has_answer_f1", "has_answer_exact_match", "no_answer_f1", "no_answer_exact_match"), by_answerability
+    ),
     "language_modelling": NamedMetric(("perplexity", "loss", "accuracy"), language_modelling),
 }
 """Name of a metric, as a task's entry gives it -> the metric."""

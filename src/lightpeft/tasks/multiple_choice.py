@@ -34,19 +34,23 @@ class MultipleChoiceTask(Task):
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
         """Contexts and options are strings that are not blank; answers are indices of options."""
-        check_strings(rows, "context", entry, what)
-        counts = []
-        for where, options in values(rows, "options", entry, what):
-            several = isinstance(options, list) and len(options) > 1
-            require(several, f"{where}: {options!r} is no list of two or more options")
-            for option in options:
-                check_text(option, where)
-            counts.append(len(options))
+        cls.check_inputs(rows, entry, what)
+        counts = [len(options) for options in rows["options"]]
         for (where, value), count in zip(values(rows, "answer", entry, what), counts, strict=True):
             require(value is not None, f"{where}: there is no right option; {HIDDEN}")
             index = _index(value)
             known = index is not None and 0 <= index < count
             require(known, f"{where}: {value!r} is no right option's number; it lies from 0 to {count - 1}")
+
+    @classmethod
+    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Contexts and options are strings that are not blank."""
+        check_strings(rows, "context", entry, what)
+        for where, options in values(rows, "options", entry, what):
+            several = isinstance(options, list) and len(options) > 1
+            require(several, f"{where}: {options!r} is no list of two or more options")
+            for option in options:
+                check_text(option, where)
 
     def encode(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar

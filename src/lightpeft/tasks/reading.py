@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow  # type: ignore[import-untyped,unused-ignore]
@@ -126,18 +127,36 @@ def _check_header(header: list[str], path: Path) -> None:
         raise _MalformedError(f'{path} line 1 names column "{twice[0]}" twice; the first line holds the column names')
 
 
+def read_json_text(text: str, what: str) -> Dataset:
+    """The rows of a list of objects, or of one object a line; `what` names them.
+
+    Raises:
+        LightPeftError: malformed or empty.
+    """
+    try:
+        rows = _json_rows(io.StringIO(text), what)
+    except _MalformedError as error:
+        raise LightPeftError(str(error)) from error
+    require(rows.num_rows > 0, f"{what} has no rows")
+    return rows
+
+
 def _read_json(path: Path) -> Dataset:
-    """A list of objects, or one object a line, whichever the file holds."""
     with path.open(encoding="utf-8-sig") as file:
-        is_list = file.read(1024).lstrip().startswith("[")
-        file.seek(0)
-        if is_list:
-            rows = _json_value(file.read(), path, 1)
-            places = [f"entry {i}" for i in range(1, len(rows) + 1)]
-        else:
-            numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-            rows = [_json_value(line.strip(), path, number) for number, line in numbered]
-            places = [f"line {number}" for number, _ in numbered]
+        return _json_rows(file, path)
+
+
+def _json_rows(file: TextIO, path: Path | str) -> Dataset:
+    """A list of objects, or one object a line, whichever the file holds."""
+    is_list = file.read(1024).lstrip().startswith("[")
+    file.seek(0)
+    if is_list:
+        rows = _json_value(file.read(), path, 1)
+        places = [f"entry {i}" for i in range(1, len(rows) + 1)]
+    else:
+        numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+        rows = [_json_value(line.strip(), path, number) for number, line in numbered]
+        places = [f"line {number}" for number, _ in numbered]
     for place, row in zip(places, rows, strict=True):
         if not isinstance(row, dict):
             raise _MalformedError(
@@ -147,7 +166,7 @@ def _read_json(path: Path) -> Dataset:
     return _from_columns({name: [row.get(name) for row in rows] for name in names}, path)
 
 
-def _json_value(text: str, path: Path, first_line: int) -> Any:
+def _json_value(text: str, path: Path | str, first_line: int) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -164,7 +183,7 @@ def _read_parquet(path: Path) -> Dataset:
         raise _MalformedError(f"{path} is not a readable Parquet file: {_one_line(error)}") from error
 
 
-def _from_columns(columns: dict[str, list[Any]], path: Path) -> Dataset:
+def _from_columns(columns: dict[str, list[Any]], path: Path | str) -> Dataset:
     arrays = {}
     for name, values in columns.items():
         try:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -12,12 +12,18 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lightpeft.errors import require
 from lightpeft.tasks.progress import Progress
 
+T = TypeVar("T")
+
 ENCODE_ROWS = 1000
 """Rows tokenised at a time."""
 NO_LIMIT = 10**9
 """Tokenizers without a length limit report a number far above this."""
 IGNORED = -100
 """Label of positions that count in no loss."""
+SPAN_LABELS = ("start_positions", "end_positions")
+"""Labels of an answer's first and last token."""
+LABELS = ("labels", *SPAN_LABELS)
+"""What a batch has for the loss alone."""
 NOT_INPUTS = ("length", "group", "names", "right")
 """Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
 
@@ -83,11 +89,18 @@ def in_chunks(
     return concatenate_datasets(chunks)
 
 
+def without_labels(batch: Mapping[str, T]) -> dict[str, T]:
+    """What a model needs to answer."""
+    return {name: values for name, values in batch.items() if name not in LABELS}
+
+
 @dataclass
 class Collator:
     """Makes batches of encoded rows: keeps what a model takes (not `NOT_INPUTS`) and pads to the longest row."""
 
     pad: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """For tasks whose answers are texts that the model writes."""
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Tensors [rows, longest row]; for classification, labels [rows]."""

@@ -1,0 +1,436 @@
+"""Questions answered by texts, and chats: from files in the hub's layout to metrics, predictions and refusals."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from questions import CHAT_TEMPLATE, Rows, chats, squad, web_questions, write_jsonl
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    GemmaConfig,
+    LlamaForQuestionAnswering,
+    PretrainedConfig,
+    T5Config,
+    set_seed,
+)
+from workbench import BAD, GOOD, Workbench, lightpeft, read
+
+from lightpeft import load_light, pipeline
+from lightpeft.config import DataConfig, LikelihoodRule, ModelConfig, TaskEntry
+from lightpeft.errors import LightPeftError
+from lightpeft.loading import load_model, load_tokenizer
+from lightpeft.predicting import answer_rows
+from lightpeft.tasks import (
+    Answers,
+    LikelihoodTask,
+    MultipleChoiceTask,
+    RegressionTask,
+    SpanTask,
+    Task,
+    load_task,
+    restore_task,
+    silent,
+    task_facts,
+)
+from lightpeft.tasks.matching import text_match
+from lightpeft.tasks.span import answer_places
+from lightpeft.tasks.windows import answer_text, best_of_windows, best_span, make_windows
+
+
+class Bench(Workbench):
+    """The workbench's bases, with data of a named task."""
+
+    def __init__(self, folder: Path, family: str, task: str, make: Callable[..., Rows], split: str) -> None:
+        super().__init__(folder, family)
+        self.task = task
+        self.rows = make(36, seed=2)
+        write_jsonl(folder / "data" / "train.jsonl", make(48, seed=1))
+        self.questions = write_jsonl(folder / "data" / f"{split}.jsonl", self.rows)
+
+    def settings(self, name: str = "run", **changes: Any) -> dict[str, Any]:
+        settings = super().settings(name)
+        settings["data"] = {"task": self.task, "path": str(self.folder / "data"), "max_length": 36, "answer_tokens": 4}
+        settings["training"] |= {"epochs": 4, "learning_rate": 2e-2}
+        for path, value in changes.items():
+            section, key = path.split(".")
+            settings[section][key] = value
+        return settings
+
+    def ran(self, **changes: Any) -> Bench:
+        """The bench after the run "run"."""
+        pipeline.run(self.config("run", **changes))
+        return self
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the run."""
+        result: dict[str, float] = read(self.folder / "run" / "metrics.json")["metrics"]
+        return result
+
+    def predictions(self, *arguments: object) -> Rows:
+        """What the command predicts."""
+        out = self.folder / "predictions.jsonl"
+        assert lightpeft("predict", self.folder / "run", *arguments, "--output", out) == 0
+        return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def squad_run(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("squad"), "bert", "squad", squad, "validation").ran()
+
+
+@pytest.fixture(scope="module")
+def squad_v2_run(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A decoder, on data of which a third has no answer."""
+
+    def make(count: int, seed: int) -> Rows:
+        return squad(count, seed, unanswerable=1 / 3)
+
+    return Bench(tmp_path_factory.mktemp("squad_v2"), "llama", "squad_v2", make, "validation").ran()
+
+
+@pytest.fixture(scope="module")
+def web_questions_run(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("web_questions"), "llama", "web_questions", web_questions, "test")
+    return bench.ran(**{"light.heads": 0.0, "light.neurons": 0.25, "light.modules": 0.25, "training.epochs": 6})
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(tmp_path_factory.mktemp("chat"), "llama", "chat", chats, "test")
+    tokenizer = AutoTokenizer.from_pretrained(bench.base)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(bench.base)
+    return bench.ran(**{"light.heads": 0.0, "light.neurons": 0.25, "light.modules": 0.25, "training.epochs": 6})
+
+
+def spans_one_by_one(bench: Bench) -> list[tuple[str, float]]:
+    """Answers and margins by the loaded model, one window at a time, without padding."""
+    model, tokenizer = load_light(bench.folder / "run" / "adapter"), AutoTokenizer.from_pretrained(bench.base)
+    task = restore_task(model.light_task)
+    assert isinstance(task, SpanTask)
+    answers = []
+    for row in bench.rows:
+        found = []
+        for window in make_windows([row["question"]], [row["context"]], tokenizer, 36):
+            with torch.no_grad():
+                inputs = {name: torch.tensor([values]) for name, values in window.inputs.items()}
+                output = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")})
+            found.append(best_span(window, output.start_logits[0], output.end_logits[0], 4))
+        span = best_of_windows(found)
+        answers.append((answer_text(span, row["context"], task.null_threshold), span.margin))
+    return answers
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_squad_on_an_encoder(squad_run: Bench) -> None:
+    assert list(squad_run.metrics) == ["f1", "exact_match", "loss", "examples"]
+    assert squad_run.metrics["examples"] == 36
+    assert squad_run.metrics["f1"] > 0.2  # of two words in about 35
+
+
+def test_squad_v2_on_a_decoder(squad_v2_run: Bench) -> None:
+    of_kinds = [f"{kind}_{name}" for kind in ("has_answer", "no_answer") for name in ("f1", "exact_match")]
+    assert list(squad_v2_run.metrics) == ["f1", "exact_match", *of_kinds, "loss", "examples"]
+    assert squad_v2_run.metrics["no_answer_f1"] > 0.2
+
+
+@pytest.mark.parametrize("name", ["squad_run", "squad_v2_run"])
+def test_predicted_spans_are_those_of_single_windows(name: str, request: pytest.FixtureRequest) -> None:
+    bench: Bench = request.getfixturevalue(name)
+    predicted = bench.predictions(bench.questions)
+    expected = spans_one_by_one(bench)
+    assert [row["answer"] for row in predicted] == [answer for answer, _ in expected]
+    assert [row["margin"] for row in predicted] == pytest.approx([margin for _, margin in expected], abs=1e-3)
+    assert all(row["answer"] in row["context"] for row in predicted)
+    assert any(not row["answer"] for row in predicted) == (name == "squad_v2_run")
+
+
+@pytest.mark.parametrize("name", ["squad_run", "squad_v2_run", "web_questions_run"])
+def test_metrics_are_those_of_the_predictions(name: str, request: pytest.FixtureRequest) -> None:
+    bench: Bench = request.getfixturevalue(name)
+    predicted = bench.predictions(bench.questions, "--batch_size", 5)
+    right = [row["answers"]["text"] if name.startswith("squad") else row["answers"] for row in predicted]
+    measured = text_match(Answers([row["answer"] for row in predicted], right))
+    assert measured == pytest.approx({metric: bench.metrics[metric] for metric in measured})
+
+
+def test_web_questions(web_questions_run: Bench, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert list(web_questions_run.metrics) == ["f1", "exact_match", "examples"]
+    (tmp_path / "questions.txt").write_text("\n".join(row["question"] for row in web_questions_run.rows))
+    predicted = [row["answer"] for row in web_questions_run.predictions(tmp_path / "questions.txt")]
+    telling = [text in (*GOOD, *BAD) for text in predicted]
+    assert sum(telling) / len(telling) > 0.6  # one telling word, and then the end
+    capsys.readouterr()
+    question = web_questions_run.rows[0]["question"]
+    assert lightpeft("predict", web_questions_run.folder / "run", "--example", question) == 0
+    written = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert written == [{"question": question, "answer": predicted[0]}]
+
+
+def test_one_example_with_several_columns(
+    squad_run: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{name: row[name] for name in ("question", "context")} for row in squad_run.rows[:3]]
+    expected = [row["answer"] for row in squad_run.predictions(squad_run.questions)[:3]]
+    assert squad_run.predictions("--example", json.dumps(rows[0]))[0]["answer"] == expected[0]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, rows))))
+    assert [row["answer"] for row in squad_run.predictions("-")] == expected
+    capsys.readouterr()
+    assert lightpeft("predict", squad_run.folder / "run", "--example", "word0") == 2
+    assert "standard input line 1 is not JSON" in capsys.readouterr().err
+    assert lightpeft("predict", squad_run.folder / "run", "--example", '{"question": "word0"}') == 2
+    assert "has only the columns question" in capsys.readouterr().err
+
+
+def test_chats(chat_run: Bench) -> None:
+    assert list(chat_run.metrics)[:3] == ["perplexity", "loss", "accuracy"]
+    turns = sum(len(row["messages"]) for row in chat_run.rows) // 2
+    assert chat_run.metrics["tokens"] == 2 * turns  # a word and the end of the turn
+    assert chat_run.metrics["accuracy"] > 0.6  # half of it is the end
+    predicted = chat_run.predictions(chat_run.questions, "--answer_tokens", 1)
+    said = [row["answer"] == row["messages"][-1]["content"] for row in predicted]
+    assert sum(said) / len(said) > 0.3
+    (one,) = chat_run.predictions("--example", "word1 good0 word2", "--answer_tokens", 2)
+    assert one["messages"] == [{"role": "user", "content": "word1 good0 word2"}]
+    assert 1 <= len(one["answer"].split()) <= 2
+
+
+# -- other heads -------------------------------------------------------------------------------------------------
+
+
+def answered(base: Path, task: Task, rows: Rows, **options: Any) -> dict[str, Any]:
+    """What an untrained model answers, with every weight of its head drawn from one seed."""
+    set_seed(0)
+    model = load_model(ModelConfig(name=str(base)), task.head, task.labels).model.eval()
+    return {"model": model, **answer_rows(model, task, Dataset.from_list(rows), **options)}  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def choices() -> Rows:
+    return [
+        {"context": row["question"], "options": [f"{word} word0", word, "good5"][: 2 + n % 2]}
+        for n, (row, word) in enumerate(zip(web_questions(7), GOOD + BAD, strict=False))
+    ]
+
+
+@pytest.mark.parametrize("rule", ["sum", "token"])
+def test_options_by_likelihood(squad_v2_run: Bench, choices: Rows, rule: LikelihoodRule) -> None:
+    config = DataConfig(task="multiple-choice", max_length=36, likelihood=rule)
+    entry = TaskEntry(kind="multiple-choice", prompt="{context}")
+    rows = Dataset.from_list(choices)
+    task = LikelihoodTask(config, rows, rows, [], entry)
+    result = answered(squad_v2_run.base, task, choices, batch_size=4)
+    tokenizer = load_tokenizer(ModelConfig(name=str(squad_v2_run.base)))
+    for number, row in enumerate(choices):
+        scores = []
+        for option in row["options"]:
+            prompt, whole = (
+                tokenizer(text, return_tensors="pt") for text in (row["context"], f"{row['context']} {option}")
+            )
+            with torch.no_grad():
+                log_p = result["model"](**whole).logits[0].log_softmax(-1)
+            targets = whole["input_ids"][0, prompt["input_ids"].shape[1] :]
+            of_option = log_p[prompt["input_ids"].shape[1] - 1 : -1].gather(1, targets[:, None])
+            scores.append(of_option.sum() if rule == "sum" else of_option.mean())
+        probabilities = torch.stack(scores).softmax(0)
+        assert result["answer"][number] == row["options"][int(probabilities.argmax())]
+        assert result["probability"][number] == pytest.approx(probabilities.max().item(), abs=1e-4)
+
+
+def test_options_by_head(squad_run: Bench, choices: Rows) -> None:
+    rows = Dataset.from_list(choices)
+    task = MultipleChoiceTask(DataConfig(task="multiple-choice", max_length=36), rows, rows, [])
+    result = answered(squad_run.base, task, choices)
+    tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
+    for number, row in enumerate(choices):
+        pairs = tokenizer([row["context"]] * len(row["options"]), row["options"], padding=True, return_tensors="pt")
+        pairs["token_type_ids"] = pairs["input_ids"].eq(3).cumsum(1).sub(pairs["input_ids"].eq(3).long()).clamp(0, 1)
+        inputs = {name: pairs[name][None] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            probabilities = result["model"](**inputs).logits[0].softmax(0)
+        assert result["answer"][number] == row["options"][int(probabilities.argmax())]
+        assert result["probability"][number] == pytest.approx(probabilities.max().item(), abs=1e-4)
+
+
+def test_numbers(squad_run: Bench) -> None:
+    texts = [{"text": row["question"]} for row in web_questions(5)]
+    rows = Dataset.from_list(texts)
+    task = RegressionTask(DataConfig(task="regression", max_length=36), rows, rows, [])
+    result = answered(squad_run.base, task, texts)
+    tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
+    with torch.no_grad():
+        expected = [result["model"](**tokenizer(row["text"], return_tensors="pt")).logits.item() for row in texts]
+    assert result["value"] == pytest.approx(expected, abs=1e-4)
+
+
+# -- a decoder's question answering head -------------------------------------------------------------------------
+
+
+def test_span_head_keeps_the_weights_of_a_decoder(squad_v2_run: Bench, tmp_path: Path) -> None:
+    """transformers calls Llama's base otherwise under that head, and would load nothing."""
+    loaded = load_model(ModelConfig(name=str(squad_v2_run.base)), "span")
+    assert loaded.new_modules == ["qa_outputs"]
+    expected = AutoModelForCausalLM.from_pretrained(squad_v2_run.base).model.state_dict()
+    found = loaded.model.transformer.state_dict()
+    assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in found)
+    loaded.model.save_pretrained(tmp_path)
+    _, info = LlamaForQuestionAnswering.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    light = load_light(squad_v2_run.folder / "run" / "adapter", low_memory=True)
+    assert light.light_task["null_threshold"] is None and light.light_task["entry"]["null_threshold"] == 0.0
+
+
+# -- rows --------------------------------------------------------------------------------------------------------
+
+
+def loaded(tmp_path: Path, rows: Rows, **settings: Any) -> Task:
+    source = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    return load_task(DataConfig(train=source, test=source, **settings))
+
+
+def test_kinds_with_columns_of_their_own(tmp_path: Path, squad_run: Bench) -> None:
+    rows = [
+        {"q": "word0", "c": "word1 good0 word2 good0", "a": ["good0", "word2"]},
+        {"q": "word0", "c": "word1", "a": []},
+    ]
+    settings = {"task": "span", "question": "q", "context": "c", "answers": "a", "max_length": 36, "stride": 5}
+    task = loaded(tmp_path, rows, null_threshold=1.5, answer_tokens=3, **settings)
+    tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
+    encoded = task.encode(task.train, tokenizer, 36, progress=silent)
+    assert encoded["start_positions"][:] == [4, 0] and encoded["end_positions"][:] == [4, 0]
+    assert task.encode_test(task.test, tokenizer, 36, progress=silent)["right"][:] == [["good0", "word2"], []]
+    restored = restore_task(task_facts(task)).config
+    assert (restored.null_threshold, restored.answer_tokens, restored.stride) == (1.5, 3, 5)
+    answer = loaded(tmp_path, [{"question": "word0", "answers": "good0"}], task="generation")
+    assert answer.encode_test(answer.test, tokenizer, 128, progress=silent)["right"][:] == [["good0"]]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_move_with_padding(side: str, squad_run: Bench, tmp_path: Path) -> None:
+    rows = squad(6, longest=20)
+    task = loaded(tmp_path, rows, task="span", max_length=36)
+    tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
+    tokenizer.padding_side = side
+    encoded = task.encode(task.train, tokenizer, 36, progress=silent)
+    batch = task.collator(tokenizer, 8)(encoded.to_list())
+    assert batch["input_ids"].shape[1] % 8 == 0 and set(batch) == {
+        "input_ids",
+        "attention_mask",
+        "start_positions",
+        "end_positions",
+    }
+    found = [
+        tokenizer.decode(ids[first : last + 1])
+        for ids, first, last in zip(batch["input_ids"], batch["start_positions"], batch["end_positions"], strict=True)
+    ]
+    assert found == [row["answers"]["text"][0] for row in rows]
+
+
+def test_generation_reads_its_own_prompt_and_learns_the_first_answer(tmp_path: Path, web_questions_run: Bench) -> None:
+    rows = [{"question": " ".join(["word1"] * 40), "answers": ["good0 good1 good2", "bad0"]}]
+    task = loaded(tmp_path, rows, task="generation", answer_tokens=3)
+    tokenizer = load_tokenizer(ModelConfig(name=str(web_questions_run.base)))
+    (train,) = task.encode(task.train, tokenizer, 20, progress=silent).to_list()
+    (test,) = task.encode_test(task.test, tokenizer, 20, progress=silent).to_list()
+    learned = [label for label in train["labels"] if label != -100]
+    assert tokenizer.decode(learned) == "good0 good1 good2"  # no room for the end
+    assert train["input_ids"] == test["input_ids"] + learned
+    assert len(test["input_ids"]) == 17 and test["input_ids"][0] == tokenizer.bos_token_id
+    task.config.answer_tokens = 4
+    (train,) = task.encode(task.train, tokenizer, 20, progress=silent).to_list()
+    assert train["labels"][-1] == tokenizer.eos_token_id
+    task.config.answer_tokens = 19
+    with pytest.raises(LightPeftError, match="data.answer_tokens is 19, which leaves no room for the question"):
+        task.encode(task.train, tokenizer, 20, progress=silent)
+
+
+SPAN = {"question": "word0", "context": "word1 good0"}
+GOOD_ROWS: dict[str, dict[str, Any]] = {
+    "span": SPAN | {"answers": {"text": ["good0"], "answer_start": [6]}},
+    "generation": {"question": "word0", "answers": ["good0"]},
+    "chat": chats(1)[0],
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        (
+            "span",
+            {"answers": {"text": ["good0"], "answer_start": [5]}},
+            'answers".* does not begin "good0" but " good"',
+        ),
+        ("span", {"answers": {"text": ["good0"], "answer_start": [-6]}}, 'answers".* is not a list of texts, or'),
+        ("span", {"answers": {"text": ["good0"], "answer_start": []}}, 'answers".* is not a list of texts, or'),
+        ("span", {"question": ""}, 'column "question": the text is blank'),
+        ("span", {"context": None}, 'column "context": there is no value'),
+        ("generation", {"answers": []}, 'column "answers": there is no answer; fill it in'),
+        ("generation", {"answers": [" "]}, 'column "answers": the text is blank'),
+        ("chat", {"messages": [{"role": "user", "content": "word0"}]}, "no message of the assistant says anything"),
+    ],
+)
+def test_malformed_rows_are_named(tmp_path: Path, task: str, change: dict[str, Any], message: str) -> None:
+    good = GOOD_ROWS[task]
+    with pytest.raises(LightPeftError, match=f"rows.jsonl: data.train row 2 .*{message}"):
+        loaded(tmp_path, [good, good | change], task=task)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [([3], r"\[3\] is not a list of texts, or"), (["good1"], '"good1" is not in the context'), (True, "is not a list")],
+)
+def test_answers_of_another_form(value: Any, message: str) -> None:
+    with pytest.raises(LightPeftError, match=f"row 1: .*{message}"):
+        answer_places(value, "word1 good0", "row 1")
+
+
+def test_questions_without_an_answer_need_a_threshold(tmp_path: Path, squad_run: Bench) -> None:
+    task = loaded(tmp_path, [SPAN | {"answers": ["good0"]}, SPAN | {"answers": []}], task="span")
+    tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
+    with pytest.raises(LightPeftError, match="row 2 .*the question has no answer; set data.null_threshold"):
+        task.encode(task.train, tokenizer, 36, progress=silent)
+
+
+def test_chats_that_cannot_be_learned(tmp_path: Path, squad_run: Bench) -> None:
+    task = loaded(tmp_path, chats(2), task="chat")
+    tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
+    with pytest.raises(LightPeftError, match="the tokenizer has no chat template"):
+        task.encode(task.train, tokenizer, 36, progress=silent)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    with pytest.raises(
+        LightPeftError, match="row 1: the assistant's first token is number 10, and data.max_length is 4"
+    ):
+        task.encode(task.train, tokenizer, 4, progress=silent)
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "message"),
+    [
+        ("squad", GemmaConfig(), "gemma has no question answering head, which span needs"),
+        ("web_questions", BertConfig(), "generation needs a causal language model; bert is none"),
+        ("chat", T5Config(), "chat needs a causal language model; t5 is none"),
+    ],
+)
+def test_models_that_cannot_answer(task: str, model: PretrainedConfig, message: str) -> None:
+    with pytest.raises(LightPeftError, match=message):
+        load_task(DataConfig(task=task), model)
+
+
+def test_named_tasks_have_their_own_columns() -> None:
+    for setting in ("question", "context", "answers", "messages"):
+        with pytest.raises(LightPeftError, match=f"data.{setting} is for kinds; task squad has its own columns"):
+            load_task(DataConfig(task="squad", **{setting: "other"}))
