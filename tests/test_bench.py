@@ -20,6 +20,8 @@ from lightpeft.profiling import count_flops
 from lightpeft.tables import bench_table
 
 ROUNDS, STEPS = 2, 2
+UPPER = {"light.module_blocks": 0.5, "light.modules": 0.5}
+"""Modules stay in the upper block, so that there is a frozen prefix."""
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +33,14 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 def report(bench: Workbench) -> dict[str, Any]:
     """bench.json of a run that had not begun; through processes of their own, forked to begin in a moment."""
     with forked():
-        code = lightpeft("bench", "--config", bench.yaml("run"), "--rounds", ROUNDS, "--steps", STEPS)
+        code = lightpeft("bench", "--config", bench.yaml("run", **UPPER), "--rounds", ROUNDS, "--steps", STEPS)
     assert code == 0
     return read(bench.folder / "run" / "bench.json")
 
 
 def test_workers_are_fresh_processes(bench: Workbench, report: dict[str, Any]) -> None:
     """Outside these tests they are not forked, so what they are told to make is pickled and they import all anew."""
-    with Worker(Subject, "light", bench.config("run"), STEPS) as worker:
+    with Worker(Subject, "light", bench.config("run", **UPPER), STEPS) as worker:
         assert worker.measure("fixed")["flops"] == report["subjects"]["light"]["flops"]
 
 
@@ -101,7 +103,8 @@ def test_whole_run_counts_estimation_surgery_and_cache(bench: Workbench, report:
     assert whole["light_caching_seconds"] == pytest.approx(64 / speed)
     before = whole["light_estimation_seconds"] + whole["light_caching_seconds"]
     surgery = whole["light_seconds"] - before - 18 * per_step["light"]
-    assert surgery == pytest.approx(pipeline.prepare(bench.config("run")).run.stage_seconds()["prune"], abs=1e-6)
+    run = pipeline.prepare(bench.config("run", **UPPER)).run
+    assert surgery == pytest.approx(run.stage_seconds()["prune"], abs=1e-6)
     assert whole["light_over_plain"] == pytest.approx(whole["light_seconds"] / whole["plain_seconds"])
 
 
@@ -111,7 +114,7 @@ def test_bench_leaves_the_run_as_it_is(bench: Workbench, report: dict[str, Any])
     assert (folder / "pruned").is_dir()
     assert not (folder / "adapter").exists()
     before = stamps(folder)
-    assert lightpeft("prune", "--config", bench.yaml("run")) == 0
+    assert lightpeft("prune", "--config", bench.yaml("run", **UPPER)) == 0
     assert stamps(folder) == before
 
 
@@ -140,9 +143,9 @@ def test_batches_are_the_same_for_all_and_spread_over_the_epoch(bench: Workbench
 
 
 def test_inference_takes_batches_of_any_size(bench: Workbench, report: dict[str, Any]) -> None:
-    work = pipeline.prepare(bench.config("run"))
+    work = pipeline.prepare(bench.config("run", **UPPER))
     assert [len(batch["labels"]) for batch in sample_batches(work, 3, 1)] == [1, 1, 1]
-    subject = Subject(benching.BUILDERS["plain"], bench.config("run"), STEPS)
+    subject = Subject(benching.BUILDERS["plain"], bench.config("run", **UPPER), STEPS)
     assert subject.inference(1) > 0
     assert subject.inference() > 0
 
@@ -150,7 +153,7 @@ def test_inference_takes_batches_of_any_size(bench: Workbench, report: dict[str,
 def test_subjects_are_what_they_say(bench: Workbench, report: dict[str, Any]) -> None:
     sizes = {}
     for name in ("plain", "estimation", "light"):
-        subject = Subject(name, bench.config("run"), STEPS)
+        subject = Subject(name, bench.config("run", **UPPER), STEPS)
         sizes[name] = sum(p.numel() for p in subject.model.parameters() if not p.requires_grad)
         assert subject.training() > 0
     assert sizes["light"] < sizes["plain"] == sizes["estimation"]
@@ -176,7 +179,7 @@ def test_failing_worker_gives_one_line(
     monkeypatch.setattr(benching, "measure_training", fail)
     monkeypatch.setattr(Subject, "_train", fail)
     capsys.readouterr()
-    assert lightpeft("bench", "--config", bench.yaml("run"), "--rounds", 1, "--steps", 1) == 2
+    assert lightpeft("bench", "--config", bench.yaml("run", **UPPER), "--rounds", 1, "--steps", 1) == 2
     error = capsys.readouterr().err
     assert error.startswith("lightpeft: measuring failed: RuntimeError: no memory left")
     assert error.count("\n") == 1
@@ -188,7 +191,7 @@ def test_worker_that_vanishes_gives_one_line(
     bench: Workbench, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     monkeypatch.setattr(Subject, moment, lambda *_: os._exit(9))
-    with Worker(Subject, "plain", bench.config("run"), 1) as worker:
+    with Worker(Subject, "plain", bench.config("run", **UPPER), 1) as worker:
         if moment == "training":
             assert worker.measure("fixed")["flops"]["training"] > 0
         for _ in range(2):
@@ -199,7 +202,7 @@ def test_worker_that_vanishes_gives_one_line(
 @pytest.mark.usefixtures("forking")
 def test_bad_input_in_a_worker_keeps_its_words(bench: Workbench, report: dict[str, Any]) -> None:
     with (
-        Worker(Subject, "plain", bench.config("run", seed=5), 1) as worker,
+        Worker(Subject, "plain", bench.config("run", **UPPER, seed=5), 1) as worker,
         pytest.raises(LightPeftError, match=r"measuring failed: output .* is the run of another config"),
     ):
         worker.measure("fixed")
@@ -222,7 +225,7 @@ def test_result_goes_where_it_is_wanted(
 
 
 def test_light_trains_on_the_states_of_its_prefix(bench: Workbench, report: dict[str, Any]) -> None:
-    subject = Subject("light", bench.config("run"), 2)
+    subject = Subject("light", bench.config("run", **UPPER), 2)
     subject.model.eval()  # no dropout, of which the stored states have none
     whole = count_flops(subject.model, subject.batches[0])
     with subject._as_trained() as batches:

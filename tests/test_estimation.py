@@ -11,11 +11,13 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import batch
-from training import StopAt, assert_close, assert_equal, estimate, inputs, student, trainer
+from torch import Tensor
+from training import StopAt, assert_close, assert_equal, chunks, estimate, inputs, student, trainer
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.estimation import Estimator, stage_length
+from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
 from lightpeft.pruner import EarlyPruner
 
@@ -26,7 +28,33 @@ def started(model: PeftModel, total_steps: int | None = None, **config: Any) -> 
     return estimator
 
 
+def gradients_of_examples(model: PeftModel, masks: UnitMasks, data: dict[str, Tensor]) -> Tensor:
+    """The gradient of every example's own loss by the masks, [examples, units]; what has arrived so far stays."""
+    leaves, tally = masks.heads + masks.neurons, masks._tally.clone()
+    model.eval()  # nobody counts these tokens
+    rows = [torch.cat(torch.autograd.grad(model(**row).loss, leaves)) for row in chunks(data, 1)]
+    model.train()
+    masks._tally.copy_(tally)
+    masks._examples._of_step -= len(rows)
+    return torch.stack(rows)
+
+
 # What a record holds
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradients_of_examples_are_told_apart(name: str, parts: int) -> None:
+    """In one batch and under accumulation. OPT flattens examples and tokens into one dimension before the FFN."""
+    model, data = student(name), inputs(name, padding="none")  # so that the mean over tokens is the mean over rows
+    masks = started(model, length=2).masks
+    for part in chunks(data, len(data["input_ids"]) // parts):
+        (model(**part).loss / parts).backward()
+    found = masks.take_gradients()
+    of_rows = gradients_of_examples(model, masks, data)
+    torch.testing.assert_close(found.mean, of_rows.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.absolute, of_rows.abs().mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.squares, of_rows.square().mean(0), rtol=1e-4, atol=1e-7)
 
 
 def test_scores_equal_the_definitions() -> None:
@@ -37,15 +65,16 @@ def test_scores_equal_the_definitions() -> None:
         model.zero_grad()
         model(**inputs(seed=seed)).loss.backward()
         masks = estimator.masks.values.clone()
-        gradient = torch.cat([leaf.grad for leaf in estimator.masks.heads + estimator.masks.neurons])
+        if seed == 2:
+            gradients = gradients_of_examples(model, estimator.masks, inputs(seed=seed))
         estimator.step()
     record = estimator.record()
     taylor, fisher, mask = (
         torch.cat(record.of_blocks("heads", name) + record.of_blocks("neurons", name))
         for name in ("taylor", "fisher", "mask")
     )
-    torch.testing.assert_close(taylor, (masks * gradient).abs())
-    torch.testing.assert_close(fisher, gradient.square())
+    torch.testing.assert_close(taylor, (masks * gradients).abs().mean(0), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(fisher, gradients.square().mean(0), rtol=1e-4, atol=1e-9)
     assert mask.equal(estimator.masks.values.abs())
     for site, scores in zip(estimator.sites, record.of_ranks("taylor"), strict=True):
         down, up = site.down * site.down.grad, site.up * site.up.grad
@@ -66,7 +95,7 @@ def test_scores_are_means_over_steps_of_the_second_half() -> None:
     sums = torch.zeros_like(estimator.masks.values)
     for seed in (2, 3):
         model(**batch(rows=8, length=20, seed=seed, labels=True)).loss.backward()
-        sums += estimator.masks.take_gradient().abs()
+        sums += estimator.masks.take_gradients().absolute
     scores = torch.cat(whole.of_blocks("heads", "taylor") + whole.of_blocks("neurons", "taylor"))
     torch.testing.assert_close(scores, sums / 2, rtol=1e-4, atol=1e-7)
 
@@ -223,6 +252,12 @@ def test_divergence_stops_a_loop(steps: int) -> None:
 )
 def test_stage_length(length: Any, total: int | None, steps: int) -> None:
     assert stage_length(LightConfig(length=length), total) == steps
+
+
+@pytest.mark.parametrize(("total", "steps"), [(1000, 50), (200, 32), (60, 18), (4, 2)])
+def test_a_short_run_has_its_least_steps(total: int, steps: int) -> None:
+    """Five hundredths of the run, 32 steps at least, three tenths of the run at most."""
+    assert stage_length(LightConfig(length=0.05, least_steps=32), total) == steps
 
 
 @pytest.mark.parametrize("length", [0.1, "auto"])

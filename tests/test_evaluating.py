@@ -95,9 +95,10 @@ def test_a_run_is_not_changed(bench: Workbench) -> None:
 def test_intervals_hold_the_values(bench: Workbench) -> None:
     for run in METHODS:
         report = measured(bench, run)
-        for name in ("accuracy", "f1"):
+        for name in ("accuracy", "f1", "loss"):
             low, high = report["intervals"][name]
             assert low < report["metrics"][name] < high or low == high == 1
+        assert "examples" not in report["intervals"]
 
 
 def test_batch_size_is_found_or_given(bench: Workbench) -> None:
@@ -173,7 +174,7 @@ def test_answers_to_one_question_count_together(llama: Path, adapter: Path, tmp_
     layouts.write_task(tmp_path, "multirc")
     data = {"task": "multirc", "path": str(tmp_path), "answer": "likelihood", "max_length": 38}
     report = evaluate_model(llama, {"data": data}, other=str(adapter))
-    assert list(report["comparison"]) == ["f1a", "exact_match"]
+    assert list(report["comparison"])[:2] == ["f1a", "exact_match"]
     assert {entry["test"] for entry in report["comparison"].values()} == {"paired bootstrap"}
 
 
@@ -303,6 +304,7 @@ def test_comparison_is_of_the_same_examples(bench: Workbench, tmp_path: Path) ->
     apart = [a for a, b in zip(*right.values(), strict=True) if a != b]
     assert entry["p_value"] == pytest.approx(binomtest(sum(apart), len(apart)).pvalue)
     assert report["comparison"]["f1"]["test"] == "paired bootstrap"
+    assert report["comparison"]["loss"]["first"] == pytest.approx(measured(bench, "full")["metrics"]["loss"])
     assert report["other"]["metrics"] == pytest.approx(measured(bench, "plain")["metrics"])
 
 
@@ -414,6 +416,7 @@ def test_likelihoods_are_those_of_the_harness(llama: Path, adapter: Path, task_f
         normed = evaluate_model(model, choice(tmp_path, likelihood="byte"))["model"]
         assert normed["metrics"]["accuracy_norm"] == pytest.approx(own["accuracy_norm"])
         assert normed["intervals"]["accuracy_norm"] == pytest.approx(theirs["intervals"]["acc_norm"])
+        assert normed["intervals"]["accuracy"] == pytest.approx(theirs["intervals"]["acc"])
         found |= {round(own[name], 6) for name in ("accuracy", "accuracy_norm")}
     assert len(found) > 2  # the rules and the models are told apart
 
@@ -446,6 +449,14 @@ def test_language_modelling(llama: Path, adapter: Path, tmp_path: Path) -> None:
     assert low < report["model"]["metrics"]["perplexity"] < high
     assert report["comparison"]["loss"]["test"] == "paired bootstrap"
     assert report["comparison"]["loss"]["second"] == pytest.approx(report["other"]["metrics"]["loss"])
+
+
+def test_by_likelihood_beside_a_head(bench: Workbench, llama: Path) -> None:
+    """A causal language model that scores label words, on the rows of a classifier."""
+    llm = evaluate_model(llama, rows_of(bench, answer="likelihood"))["model"]
+    assert {"accuracy", "accuracy_norm"} <= llm["intervals"].keys()
+    report = evaluate_model(bench.folder / "plain", {"data": {"max_length": 32}}, other=str(bench.folder / "full"))
+    assert {"accuracy", "f1", "loss"} == report["comparison"].keys()
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from lightpeft.tasks import (
     ENTRIES,
     METRICS,
     TASKS,
+    ClassificationTask,
     LikelihoodTask,
     Task,
     convert,
@@ -30,6 +31,7 @@ from lightpeft.tasks import (
     task_class,
     task_facts,
 )
+from lightpeft.tasks.classification import label_names
 from lightpeft.tasks.entries import CONVERTERS, check_entry
 from lightpeft.tasks.likelihood import SCORABLE
 from lightpeft.tasks.reading import HUB_NAME
@@ -435,6 +437,18 @@ class TestOwnTasks:
         entry = self.entry(columns={"text": "a", "text_pair": "b", "label": "c"}, path=str(tmp_path), test=None)
         task = load_task(DataConfig(task="mine"), None, {"mine": entry})
         assert sorted(set(task.train["label"])) == ["no", "yes"]
+
+    def test_numbers_that_are_names_are_no_places(self, tmp_path: Path) -> None:
+        write_rows(tmp_path / "train.jsonl", [{"text": f"t{i}", "label": 1 + i % 3} for i in range(12)])
+        entry = TaskEntry(labels=["1", "2", "3"], path=str(tmp_path), test=None)
+        task = load_task(DataConfig(task="stars"), None, {"stars": entry})
+        assert isinstance(task, ClassificationTask)
+        assert [task.labels[number] for number in task.class_numbers(task.train)] == [
+            str(label) for label in task.train["label"]
+        ]
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2"])})
+        hub = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+        assert label_names(hub, TaskEntry(labels=["1", "2"]), "rows") == ["1", "2"]  # the hub numbers from 0
 
     def test_another_data_set_in_a_known_form(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "train.jsonl", rows_of("arc_easy", 8))

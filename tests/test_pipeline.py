@@ -56,6 +56,20 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return list(RunFolder(folder, load_config(folder / "config.yaml")).log_entries())
 
 
+@pytest.mark.parametrize("peft", ["lora", "bottleneck"])
+def test_modules_in_the_upper_blocks_only(bench: Workbench, peft: str) -> None:
+    """None is ever made below, and the units of every block are scored all the same."""
+    pipeline.run(bench.config(f"upper-{peft}", peft=peft, **{"light.module_blocks": 0.5, "light.modules": 0.0}))
+    folder = bench.folder / f"upper-{peft}"
+    record = EstimationRecord.load(folder / "estimation")
+    assert {site.block for site in record.sites} == {1}
+    for criterion in ("taylor", "fisher"):
+        for scores in (*record.of_blocks("heads", criterion), *record.of_blocks("neurons", criterion)):
+            assert (scores > 0).all()
+    plan = PrunePlan.load(folder / "plan.json")
+    assert set(plan.sites) == {site.name for site in record.sites}
+
+
 def steps_of(folder: Path) -> int:
     """Optimizer steps of all stages of a run."""
     return sum(entry["steps"] for entry in logged(folder) if "steps" in entry)

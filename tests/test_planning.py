@@ -67,6 +67,7 @@ budgets = st.fixed_dictionaries(
         "heads_scope": scopes,
         "neurons_scope": scopes,
         "modules_scope": st.just("global"),
+        "module_blocks": st.sampled_from([1.0, 1.0, 0.5, 1 / 3, 0.01]),
         "ranks_scope": scopes,
         "min_heads": st.integers(0, 2),
         "min_neurons": st.integers(0, 3),
@@ -211,8 +212,9 @@ def test_what_every_plan_satisfies(record: EstimationRecord, budget: dict[str, A
 
 
 def check_sites(plan: PrunePlan, budget: dict[str, Any]) -> None:
-    dense = {site.name: site for site in plan.dense_sites}
-    alive = [s for s in plan.dense_sites if getattr(plan.blocks[s.block], "neurons" if "ffn" in s.slot else "heads")]
+    lowest = len(plan.blocks) - max(half_up(budget["module_blocks"] * len(plan.blocks)), 1)
+    dense = {site.name: site for site in plan.dense_sites if site.block >= lowest}
+    alive = [s for s in dense.values() if getattr(plan.blocks[s.block], "neurons" if "ffn" in s.slot else "heads")]
     assert plan.sites and set(plan.sites) <= {site.name for site in alive}
     removed = half_up(budget["modules"] * len(dense))
     by_block = [sum(site.block == block for site in alive) for block in range(len(plan.blocks))]
@@ -273,6 +275,18 @@ def test_modules_layerwise() -> None:
     assert [sum(name.startswith(f"{block}.") for name in plan.sites) for block in range(3)] == [3, 3, 3]
     with pytest.raises(LightPeftError, match="would remove every PEFT module; lower it"):
         make_plan(record, Budget(modules=0.95, modules_scope="layerwise"))
+
+
+def test_modules_in_the_upper_blocks() -> None:
+    record = make_record(layers=4)
+    record.scores["modules/ratio"] = torch.arange(24.0).flip(0)  # those of the lowest blocks are the best
+    plan = make_plan(record, Budget(module_blocks=0.5, modules=0.25))
+    assert list(plan.sites) == [f"2.{slot}" for slot in PROJECTIONS] + ["3.q", "3.k", "3.v"]
+    assert {name.partition(".")[0] for name in make_plan(record, Budget(module_blocks=0.01)).sites} == {"3"}
+    lower = make_record(layers=4)
+    lower.sites = lower.sites[:12]
+    with pytest.raises(LightPeftError, match="no PEFT module sits in the blocks that module_blocks allows; raise it"):
+        make_plan(lower, Budget(module_blocks=0.5))
 
 
 def test_a_budget_that_empties_the_model() -> None:

@@ -80,11 +80,16 @@ def here(cell: Cell, devices: int, log: Path) -> str | None:
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_grid_of_the_repository_is_one(path: Path) -> None:
+    """Its settings, methods and tasks are known ones; those of the paper say what they need."""
     grid = load_grid(path)
     cells = grid.cells(Path("out"))
     assert len(cells) == len(grid.models) * len(grid.tasks) * len(grid.methods) * len(grid.seeds) > 0
     assert len({cell.config.output for cell in cells}) == len(cells)
     assert len({cell.name for cell in cells}) == len(cells)
+    if path.parent.name == "paper":
+        head = " ".join(line.strip("# \n") for line in path.read_text().partition("baseline")[0].splitlines())
+        assert "Needs a CUDA GPU" in head and "and the hub" in head and "Not run by this project" in head
+        assert {cell.config.preset for cell in cells} == {"paper"}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -99,7 +104,8 @@ def test_known_methods_do_what_they_say_under_every_preset(tmp_path: Path, name:
     assert config.peft == ("bottleneck" if name.endswith("adapter") else "lora")
     foundation = light.blocks != 0 and (light.blocks is not None or min(light.heads, light.neurons) > 0)
     assert foundation == (name not in ("peft-only", "modules-only", "ranks-only"))
-    assert (light.modules > 0) == (name not in ("foundation-only", "ranks-only"))
+    fewer_modules = light.modules > 0 or light.module_blocks < 1
+    assert fewer_modules == (name not in ("foundation-only", "ranks-only"))
     assert (light.ranks > 0) == (whole.ranks > 0 and name not in ("foundation-only", "modules-only"))
     if name in ("mask", "taylor", "fisher", "magnitude", "random"):
         assert light.head_criterion == light.neuron_criterion == name
@@ -151,6 +157,7 @@ def test_settings_come_from_run_model_task_and_method_in_that_order(tmp_path: Pa
         ({"models": {"tiny": {"output": "x"}}}, "models.tiny sets output, which every cell has of its own"),
         ({"run": {"seed": 1}}, "run sets seed"),
         ({"run": {"lite": {}}}, "cell tiny/words/lora/0: unknown key lite; did you mean light?"),
+        ({"tasks": ["rtee"]}, 'cell tiny/rtee/lora/0: data.task is "rtee", which is neither a kind'),
         ({"seeds": [0, 0]}, "seeds names 0 twice"),
         ({"seeds": 3}, "seeds must be a list of whole numbers, not 3"),
         ({"seeds": [True]}, "seeds must be a list of whole numbers"),
@@ -458,9 +465,9 @@ FIXED = Results(
     failures={"minilm/rte/light/2": "out of memory"},
 )  # fmt: skip
 CAPTION = (
-    "model minilm, 6 of 9 cells; mean ± standard deviation over seeds, quality in percent but for loss and perplexity; "
-    "difference to lora, p of a paired t-test over seeds; removed: part of the base that is gone; training MiB: of "
-    "fine-tuning; peak MiB and seconds: estimation included."
+    "model minilm, 6 of 9 cells; mean ± standard deviation over seeds, quality in percent but for losses and "
+    "perplexity; difference to lora, p of a paired t-test over seeds; removed: part of the base that is gone; training "
+    "MiB: of fine-tuning; peak MiB and seconds: estimation included."
 )
 MARKDOWN = f"""\
 | task | method | metric | seeds | quality | difference | p | parameters | removed, % | trained | samples/s | training MiB | peak MiB | seconds |
@@ -581,6 +588,7 @@ def fake_report(config: RunConfig, accuracy: float) -> None:
     """Leave metrics.json of a run of a version that did not measure its training."""
     sizes = {"base": 10, "base_removed_ratio": 0.5, "trained": 3}
     report = {
+        "main_metric": "accuracy",
         "metrics": {"f1": 0.1, "accuracy": accuracy},
         "parameters": sizes,
         "seconds": {"train": 3.0, "evaluate": 9.0},

@@ -14,12 +14,16 @@ from lightpeft.pruner import EarlyPruner
 from lightpeft.sites import find_sites, transformers_model
 
 MASKS = torch.tensor([1.0, -0.5, 0.0, 2.0])
-GRADIENTS = torch.tensor([0.5, 4.0, 3.0, -1.0])
+GRADIENTS = scoring.MaskGradients(
+    mean=torch.tensor([0.5, 4.0, 3.0, -1.0]),
+    absolute=torch.tensor([1.0, 4.0, 5.0, 3.0]),
+    squares=torch.tensor([2.0, 17.0, 30.0, 9.5]),
+)
 
 
 def test_unit_criteria() -> None:
-    assert scoring.taylor(MASKS, GRADIENTS).tolist() == [0.5, 2.0, 0.0, 2.0]
-    assert scoring.fisher(MASKS, GRADIENTS).tolist() == [0.25, 16.0, 9.0, 1.0]
+    assert scoring.taylor(MASKS, GRADIENTS).tolist() == [1.0, 2.0, 0.0, 6.0]
+    assert scoring.fisher(MASKS, GRADIENTS).tolist() == [2.0, 17.0, 30.0, 9.5]
     assert scoring.mask_size(MASKS).tolist() == [1.0, 0.5, 0.0, 2.0]
     assert {"taylor": scoring.taylor, "fisher": scoring.fisher} == scoring.STEP_CRITERIA
 
@@ -55,12 +59,6 @@ def test_module_ratio_on_flattened_tokens() -> None:
     whole = scoring.module_ratio(delta, base, real)
     flat = scoring.module_ratio(delta.flatten(0, 1), base.flatten(0, 1), real)
     assert whole[0].equal(flat[0]) and whole[1].equal(flat[1])
-
-
-def test_depth_puts_the_block_before_the_ratio() -> None:
-    blocks, ratios = torch.tensor([0.0, 0.0, 1.0, 1.0, 2.0]), torch.tensor([9.0, 3.0, 0.5, 2.0, 0.0])
-    assert scoring.module_depth(blocks, ratios).argsort(descending=True).tolist() == [4, 3, 2, 0, 1]
-    assert scoring.module_depth(blocks, torch.zeros(5)).equal(blocks)
 
 
 @pytest.mark.parametrize("delta", [0.0, 1.0, 1e4])

@@ -159,7 +159,15 @@ class Workbench:
             "output": str(self.folder / name),
             "model": {"name": str(self.base)},
             "data": data,
-            "light": {"length": 0.25, "multiple_of": 1, "heads": 0.25, "modules": 0.75, "ranks": 0.5},
+            "light": {
+                "length": 0.25,
+                "least_steps": 2,
+                "multiple_of": 1,
+                "heads": 0.25,
+                "module_blocks": 1.0,
+                "modules": 0.75,
+                "ranks": 0.5,
+            },
             "lora": {"r": 4, "alpha": 8},
             "training": {"epochs": 3, "batch_size": 8, "learning_rate": 3e-2, "save_steps": 4, "logging_steps": 4},
         }

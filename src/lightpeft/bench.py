@@ -181,6 +181,7 @@ class Subject:
         self.work = pipeline.prepare(config)
         self.batches = sample_batches(self.work, steps)
         self.model, self.optimizer = (BUILDERS[build] if isinstance(build, str) else build)(self.work)
+        self._masked = build == "estimation"
         self._folder = tempfile.TemporaryDirectory()
         self._stored: Sequence[Mapping[str, Any]] | None = None
         self._prefix_speed: float | None = None
@@ -219,7 +220,7 @@ class Subject:
     @contextmanager
     def _as_trained(self) -> Iterator[Sequence[Mapping[str, Any]]]:
         """The batches as training sees them: with the outputs of a frozen prefix, read as a run reads them."""
-        prefix = FrozenPrefix(self.model)
+        prefix = FrozenPrefix(self.model, blocks=[] if self._masked else None)
         with prefix.attached():
             if self._stored is None:
                 self._stored = self._store(prefix) or self.batches

@@ -22,7 +22,7 @@ from lightpeft.errors import LightPeftError, require
 Scope = Literal["layerwise", "global"]
 HeadUnit = Literal["group", "balanced"]
 UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
-ModuleCriterion = Literal["ratio", "taylor", "depth", "random"]
+ModuleCriterion = Literal["ratio", "taylor", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
 TaskKind = Literal["classification", "regression", "multiple-choice", "span", "generation", "chat", "causal-lm"]
 Head = Literal["classification", "regression", "multiple-choice", "span", "causal-lm"]
@@ -48,7 +48,10 @@ class Budget:
     neurons: float = 1 / 3
     """Part of the FFN neurons to remove, in [0, 1)."""
     modules: float = 3 / 4
-    """Part of the PEFT modules to remove, in [0, 1)."""
+    """Part of the PEFT modules to remove, in [0, 1); of those that `module_blocks` allows."""
+    module_blocks: float = 1.0
+    """Part of the blocks, counted from the top, in which PEFT modules may stay, in (0, 1]: no block below needs a
+    backward pass, and each gives the same for a row in every epoch."""
     ranks: float = 1 / 2
     """Part of the ranks of the PEFT modules that stay to remove, in [0, 1)."""
     blocks: float | None = None
@@ -93,6 +96,8 @@ class Budget:
             value = getattr(self, name)
             if value is not None:
                 require(0 <= value < 1, f"{name} is {value:g}; a ratio to remove lies in [0, 1), for example 0.5")
+        within = f"module_blocks is {self.module_blocks:g}; it lies in (0, 1], for example 0.5 for the upper half"
+        require(0 < self.module_blocks <= 1, within)
         require(
             self.blocks is None or self.target is None, "blocks and target both say how much goes; give one of them"
         )
@@ -101,6 +106,14 @@ class Budget:
             require(value >= least, f"min_{name} is {value}; it must be at least {least}")
         require(self.multiple_of >= 1, f"multiple_of is {self.multiple_of}; it must be at least 1")
         check_choices(self)
+
+    def first_module_block(self, blocks: int) -> int:
+        """The lowest of so many blocks in which PEFT modules may stay."""
+        return blocks - max(1, int(self.module_blocks * blocks + 0.5))
+
+
+READ_BY_PLANS = frozenset(f.name for f in dataclasses.fields(Budget)) - {"module_blocks"}
+"""Settings of a budget that estimation does not depend on. (No module is made in a block where none may stay.)"""
 
 
 @dataclass(kw_only=True)
@@ -122,7 +135,9 @@ class LightConfig(Budget):
     settled_checks: int = 3
     """`length: auto` stops after so many equal comparisons in a row."""
     max_fraction: float = 0.3
-    """`length: auto` stops at this part of the whole run at the latest."""
+    """`length: auto` and `least_steps` stop at this part of the whole run at the latest."""
+    least_steps: int = 2
+    """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
     refit: RefitForm = "none"
     """After the cut, correct attention and FFN outputs by least squares on training rows: by a bias, or by a bias and a
     low-rank matrix; the corrections become part of the light adapter."""
@@ -149,23 +164,27 @@ class LightConfig(Budget):
         require(self.check_every >= 1 and self.settled_checks >= 1, "check_every and settled_checks start at 1")
         require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
         require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
+        require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
 
 
 _BY_COST: dict[str, Any] = {
     "head_criterion": "fisher",
     "neuron_criterion": "fisher",
-    "module_criterion": "depth",
     "mask_learning_rate": 3e-4,
     "multiple_of": 8,
+    "length": 0.075,
+    "least_steps": 32,
+    "module_blocks": 0.5,
+    "modules": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
     # Half of the blocks, where Fisher scores say that a parameter is worth least; few ranks, in the upper half.
-    "default": {**_BY_COST, "blocks": 0.5, "modules": 0.5, "ranks": 0.75},
+    "default": {**_BY_COST, "blocks": 0.5, "ranks": 0.75},
     # Less is cut, and modules keep all ranks: nearer to plain LoRA's quality.
-    "fast": {**_BY_COST, "blocks": 0.3, "modules": 0.5, "ranks": 0.0},
+    "fast": {**_BY_COST, "blocks": 0.3, "ranks": 0.0},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 

@@ -104,16 +104,19 @@ class Estimator:
         require(self._attached, "the estimation stage has not started; call start(total_steps) first")
         if self.finished:
             return
-        gradient = _mean_over_processes(torch.cat([self.masks.take_gradient(), self._ranks.take_terms()])) / grad_scale
-        finite = torch.isfinite(gradient).all()
+        taken = self.masks.take_gradients()
+        parts = (taken.mean, taken.absolute, taken.squares, self._ranks.take_terms())
+        values = _mean_over_processes(torch.cat(parts))
+        finite = torch.isfinite(values).all()
         if grad_scale == 1.0:  # a gradient scaler overflows on purpose and skips the step itself
             self._nonfinite |= ~finite
-        gradient = torch.where(finite, gradient, 0.0)
-        units, ranks = gradient.split([len(self.masks.values), len(gradient) - len(self.masks.values)])
+        values = torch.where(finite, values, 0.0)
+        mean, absolute, squares, ranks = values.split([len(part) for part in parts])
+        gradients = scoring.MaskGradients(mean / grad_scale, absolute / grad_scale, squares / grad_scale**2)
         for name, criterion in scoring.STEP_CRITERIA.items():
-            self._sums[name] += criterion(self.masks.values, units)
-        self._sums["ranks"] += scoring.rank_taylor(*ranks.chunk(2))
-        self.masks.values.grad = units + self._lambdas * self.masks.values.sign()
+            self._sums[name] += criterion(self.masks.values, gradients)
+        self._sums["ranks"] += scoring.rank_taylor(*(ranks / grad_scale).chunk(2))
+        self.masks.values.grad = gradients.mean + self._lambdas * self.masks.values.sign()
         self._optimizer.step()
         self.steps += 1
         if self._at_boundary():
@@ -184,8 +187,6 @@ class Estimator:
         generator = torch.Generator().manual_seed(self.config.seed)
         ratio, tokens = sums["modules"]
         scores["modules/ratio"] = ratio / tokens.clamp_min(1)
-        blocks = torch.tensor([float(site.spec.block or 0) for site in self.sites])
-        scores["modules/depth"] = scoring.module_depth(blocks, scores["modules/ratio"])
         scores["modules/random"] = scoring.random(len(self.sites), generator)
         taylor = (sums["ranks"] / steps).split([site.spec.rank for site in self.sites])
         scores["modules/taylor"] = torch.stack([of_ranks.sum() for of_ranks in taylor])
@@ -327,8 +328,11 @@ def stage_length(config: LightConfig, total_steps: int | None) -> int:
         steps = config.length
     else:
         require(total_steps is not None, f"length {config.length} needs the number of steps of the whole run")
-        fraction = config.max_fraction if config.length == "auto" else float(config.length)
-        steps = max(2, int(fraction * total_steps + 0.5))  # type: ignore[operator]
+        most = max(2, int(config.max_fraction * total_steps + 0.5))  # type: ignore[operator]
+        steps = most
+        if config.length != "auto":
+            part = max(2, int(config.length * total_steps + 0.5))  # type: ignore[operator]
+            steps = max(part, min(config.least_steps, most))
     if total_steps is not None:
         require(
             steps <= total_steps,

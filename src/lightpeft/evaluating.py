@@ -32,6 +32,7 @@ from lightpeft.tasks import (
     run_settings,
     task_class,
 )
+from lightpeft.tasks.answers import MeanMetric, Metric
 
 UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls a class without a name."""
@@ -238,8 +239,15 @@ def _comparison(first: Measured, second: Measured, seed: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for prefix in first.outcomes:
         one, other = (renumbered(each.answers(prefix), each.task.labels, order) for each in (first, second))
-        result |= prefixed(prefix, _entries(compare(one, other, *first.task.measures, seed=seed)))
+        metrics: list[Metric] = [*first.task.measures, _shared(one, other)]
+        result |= prefixed(prefix, _entries(compare(one, other, *metrics, seed=seed)))
     return result
+
+
+def _shared(one: Answers, other: Answers) -> MeanMetric:
+    """Means of the numbers that both models give beside their answers; a head and likelihood have none in common."""
+    names = [name for name in one.scores if name in other.scores]
+    return MeanMetric(lambda answers: {name: answers.scores[name] for name in names})
 
 
 def _entries(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -26,7 +26,7 @@ from lightpeft.config import LikelihoodRule
 from lightpeft.errors import LightPeftError, require
 from lightpeft.generating import generate_texts
 from lightpeft.statistics import Interval, bootstrap_intervals
-from lightpeft.tasks.answers import Answers
+from lightpeft.tasks.answers import BESIDES, Answers
 from lightpeft.tasks.base import Task
 from lightpeft.tasks.likelihood import ACCURACIES, option_scores, option_sequences
 from lightpeft.tasks.metrics import accuracy
@@ -44,8 +44,8 @@ class Outcome:
     """What a model did on encoded test rows."""
 
     answers: Answers
-    measured: dict[str, float]
-    """What the model gives beside its answers, such as the loss, by name."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """What is no mean of numbers of the examples, such as the loss a token, by name."""
 
 
 def evaluate(
@@ -74,7 +74,8 @@ def evaluate(
 
 def values_of(outcome: Outcome, task: Task) -> dict[str, float]:
     """What `evaluate` returns, of an outcome at hand."""
-    return {**task.score(outcome.answers), **outcome.measured, "examples": float(len(outcome.answers))}
+    beside = BESIDES(outcome.answers)
+    return {**task.score(outcome.answers), **beside, **outcome.measured, "examples": float(len(outcome.answers))}
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def scores_of(outcomes: Mapping[str, Outcome], task: Task, seed: int = 0) -> Sco
     intervals: dict[str, Interval | None] = {}
     for prefix, of_split in outcomes.items():
         metrics |= prefixed(prefix, values_of(of_split, task))
-        intervals |= prefixed(prefix, bootstrap_intervals(of_split.answers, *task.measures, seed=seed))
+        intervals |= prefixed(prefix, bootstrap_intervals(of_split.answers, *task.measures, BESIDES, seed=seed))
     return Scores(metrics, intervals)
 
 
@@ -233,14 +234,15 @@ def logits_of(run: Run, dataset: Dataset) -> list[Tensor]:
 def _classes(run: Run, dataset: Dataset, task: Task) -> Outcome:
     logits, labels = torch.stack(logits_of(run, dataset)), dataset["labels"][:]
     answers = _answers(dataset, logits.argmax(-1).tolist(), labels, logits.softmax(-1).numpy())
-    return Outcome(answers, {"loss": nn.functional.cross_entropy(logits, torch.tensor(labels)).item()})
+    losses = nn.functional.cross_entropy(logits, torch.tensor(labels), reduction="none")
+    return Outcome(replace(answers, scores={"loss": losses.double().numpy()}))
 
 
 def _numbers(run: Run, dataset: Dataset, task: Task) -> Outcome:
     predicted = torch.stack(logits_of(run, dataset)).squeeze(-1)
     labels = dataset["labels"][:]
-    answers = _answers(dataset, predicted.tolist(), labels)
-    return Outcome(answers, {"loss": nn.functional.mse_loss(predicted, torch.tensor(labels)).item()})
+    losses = nn.functional.mse_loss(predicted, torch.tensor(labels), reduction="none")
+    return Outcome(replace(_answers(dataset, predicted.tolist(), labels), scores={"loss": losses.double().numpy()}))
 
 
 def _options(run: Run, dataset: Dataset, task: Task) -> Outcome:
@@ -249,7 +251,7 @@ def _options(run: Run, dataset: Dataset, task: Task) -> Outcome:
     logits = [of_row[:count] for of_row, count in zip(logits_of(run, dataset), counts, strict=True)]
     losses = [-of_row.log_softmax(-1)[label] for of_row, label in zip(logits, dataset["labels"], strict=True)]
     chosen = [int(of_row.argmax()) for of_row in logits]
-    return Outcome(_picked(dataset, chosen), {"loss": torch.stack(losses).mean().item()})
+    return Outcome(replace(_picked(dataset, chosen), scores={"loss": torch.stack(losses).double().numpy()}))
 
 
 def _likelihood(run: Run, dataset: Dataset, task: Task) -> Outcome:
@@ -257,10 +259,10 @@ def _likelihood(run: Run, dataset: Dataset, task: Task) -> Outcome:
     scored = likelihoods_of(run, dataset)
     picked = {rule: _picked(dataset, [int(row.argmax()) for row in rows]) for rule, rows in scored.scores.items()}
     right = [numbers[label] for numbers, label in zip(scored.sequences, labels, strict=True)]
-    measured = {name: accuracy(picked[rule])["accuracy"] for rule, name in ACCURACIES.items()}
-    measured["loss"] = float(scored.losses[right].sum() / scored.tokens[right].sum())
+    accuracies = {name: accuracy.scores(picked[rule])["accuracy"] for rule, name in ACCURACIES.items()}
+    measured = {"loss": float(scored.losses[right].sum() / scored.tokens[right].sum())}
     rule = task.config.likelihood
-    answers = picked[rule]
+    answers = replace(picked[rule], scores=accuracies)
     if task.labels:
         answers = replace(answers, probabilities=softmax(np.stack(scored.scores[rule]), axis=-1).astype(np.float32))
     return Outcome(answers, measured)

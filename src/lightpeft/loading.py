@@ -219,7 +219,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """Put the run's PEFT modules on a model.
 
-    LoRA sits on all projections of every block or, with method plain, on q and v as it is used by habit.
+    LoRA sits on all projections of the blocks in which modules may stay (`light.module_blocks`) or, with method plain,
+    on q and v of every block as it is used by habit.
 
     Raises:
         LightPeftError: unknown slots, target modules that match nothing, or a place that the family does not have; or
@@ -227,10 +228,13 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """
     blocks = block_specs(loaded.model)
     _check_weights(loaded, blocks)
+    lowest = config.light.first_module_block(len(blocks)) if config.method == "light" else 0
     common: dict[str, Any] = {"task_type": _HEADS[loaded.head].peft, "modules_to_save": loaded.new_modules or None}
     if config.peft == "bottleneck":
-        return get_peft_model(loaded.model, BottleneckConfig(**asdict(config.bottleneck), **common))
-    targets = config.lora.target_modules or _slot_targets(blocks, config)
+        below = [name for block in blocks[:lowest] for name in block.projections.values()]
+        adapters = BottleneckConfig(**asdict(config.bottleneck), exclude_modules=below or None, **common)
+        return get_peft_model(loaded.model, adapters)
+    targets = config.lora.target_modules or _slot_targets(blocks[lowest:], config)
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,

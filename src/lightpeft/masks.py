@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
 from lightpeft.records import PrunePlan
+from lightpeft.scoring import MaskGradients
 from lightpeft.sites import transformers_model
 from lightpeft.structure import BlockSpec
 
@@ -30,6 +31,8 @@ class UnitMasks:
         self.sizes = [block.heads for block in blocks] + [block.neurons for block in blocks]
         self.head_count = sum(block.heads for block in blocks)
         self.values = torch.ones(sum(self.sizes), device=device)
+        self._tally = torch.zeros(2, len(self.values), device=device)  # of single examples: sizes, squares
+        self._examples = _Examples()
         # leaves that share the storage of `values`: each block's gradient arrives apart, updates reach all at once
         self._leaves = [part.detach().requires_grad_() for part in self.values.split(self.sizes)]
         self._handles: list[RemovableHandle] = []
@@ -52,18 +55,26 @@ class UnitMasks:
     def attach(self, model: nn.Module) -> None:
         """Let the projections of a transformers model, or of a PeftModel around it, read the masks."""
         inner = transformers_model(model)
-        for block, heads, neurons in zip(self.blocks, self.heads, self.neurons, strict=True):
+        self._handles.append(inner.register_forward_pre_hook(self._examples, with_kwargs=True))
+        tallies = self._tally.split(self.sizes, dim=1)
+        of_heads, of_neurons = tallies[: len(self.blocks)], tallies[len(self.blocks) :]
+        for block, *parts in zip(self.blocks, self.heads, self.neurons, of_heads, of_neurons, strict=True):
+            heads, neurons, head_tally, neuron_tally = parts
             projections = {slot: inner.get_submodule(name) for slot, name in block.projections.items()}
-            self._handles.append(projections["o"].register_forward_pre_hook(_HeadScaler(heads, block.head_dim)))
+            scaler = _Scaler(heads, head_tally, self._examples, channels=block.head_dim)
+            self._handles.append(projections["o"].register_forward_pre_hook(scaler))
             if block.neurons:
-                self._attach_neurons(projections, neurons, block.activation)
+                self._attach_neurons(projections, neurons, neuron_tally, block.activation)
 
-    def _attach_neurons(self, projections: dict[str, nn.Module], mask: Tensor, activation: str | None) -> None:
+    def _attach_neurons(
+        self, projections: dict[str, nn.Module], mask: Tensor, tally: Tensor, activation: str | None
+    ) -> None:
         # autograd saves what ReLU gives, not what it takes, so that there is nothing to gain from computing it again
-        scaler = _NeuronScaler(mask, ACT2FN[activation] if activation and activation != "relu" else None)
+        function = ACT2FN[activation] if activation and activation != "relu" else None
+        scaler = _Scaler(mask, tally, self._examples, activation=function)
         self._handles.append(projections["ffn_out"].register_forward_pre_hook(scaler))
         for slot in ("ffn_gate_in", "ffn_gate", "ffn_in"):
-            if slot in projections:
+            if slot in projections and function is not None:
                 self._handles.append(projections[slot].register_forward_hook(scaler.remember))
 
     def detach(self) -> None:
@@ -72,12 +83,15 @@ class UnitMasks:
             handle.remove()
         self._handles.clear()
 
-    def take_gradient(self) -> Tensor:
-        """The gradient since the last call, flat like `values`; zero where no gradient arrived."""
+    def take_gradients(self) -> MaskGradients:
+        """The gradients since the last call, flat like `values`; zero where none arrived."""
         parts = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         for leaf in self._leaves:
             leaf.grad = None
-        return torch.cat(parts)
+        # each example's gradient has arrived as a part of the mean: divided by the examples of the step
+        taken = MaskGradients(torch.cat(parts), self._tally[0].clone(), self._tally[1] * self._examples.taken())
+        self._tally.zero_()
+        return taken
 
     def set_plan(self, plan: PrunePlan) -> None:
         """Set the masks to 1 for units that stay and 0 for units that go: the pruned model before any cut."""
@@ -87,27 +101,55 @@ class UnitMasks:
                 leaf.zero_()[torch.tensor(units, dtype=torch.long, device=leaf.device)] = 1.0
 
 
-class _HeadScaler:
-    """Pre-hook of the attention-output projection: scales each head's channels of the input [..., heads * dim]."""
+class _Examples:
+    """Forward pre-hook of the model: how many examples the batch under way has, and how many the step has so far."""
 
-    def __init__(self, mask: Tensor, head_dim: int) -> None:
-        self.mask, self.head_dim = mask, head_dim
+    def __init__(self) -> None:
+        self.of_batch, self._of_step = 1, 0
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        heads = args[0].unflatten(-1, (-1, self.head_dim))
-        return ((heads * self.mask.to(heads).unsqueeze(-1)).flatten(-2), *args[1:])
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
+        self.of_batch = len(tensors[0]) if tensors else 1
+        if torch.is_grad_enabled():
+            self._of_step += self.of_batch
+
+    def taken(self) -> int:
+        """Examples of the step that ends here."""
+        count, self._of_step = self._of_step, 0
+        return count
+
+    def split(self, products: Tensor) -> Tensor:
+        """[..., units] -> [examples, tokens, units]; some models have flattened examples and tokens into one."""
+        if products.dim() >= 3:
+            return products.flatten(1, -2)
+        whole = len(products) % self.of_batch == 0
+        return products.unflatten(0, (self.of_batch, -1)) if whole else products.unsqueeze(0)
 
 
-class _NeuronScaler:
-    """Pre-hook of the FFN-output projection: scales the input [..., neurons].
+class _Scaler:
+    """Pre-hook of an output projection: scales the `channels` of each unit in its input [..., units * channels].
 
-    The gradient of a mask needs that input, which other operations seldom save: keeping it would cost about a tenth
-    of LoRA's memory. What it was computed from is saved anyway, so it is computed again in the backward pass, provided
-    that the first call of each mode (training, evaluation) has shown that this gives the same bits.
+    The gradient of a mask needs that input. That of the FFN's output projection is seldom saved by other operations:
+    keeping it would cost about a tenth of LoRA's memory. What it was computed from is saved anyway, so it is computed
+    again in the backward pass, provided that the first call of each mode (training, evaluation) has shown that this
+    gives the same bits.
     """
 
-    def __init__(self, mask: Tensor, activation: Callable[[Tensor], Tensor] | None) -> None:
-        self.mask, self.activation = mask, activation
+    def __init__(
+        self,
+        mask: Tensor,
+        tally: Tensor,
+        examples: _Examples,
+        channels: int = 1,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.mask, self.tally, self.examples, self.channels, self.activation = (
+            mask,
+            tally,
+            examples,
+            channels,
+            activation,
+        )
         self._sources: list[Tensor] = []
         self._reproducible: dict[bool, bool] = {} if activation is not None else {True: False, False: False}
 
@@ -120,25 +162,37 @@ class _NeuronScaler:
         sources, self._sources = self._sources, []
         if module.training not in self._reproducible:
             self._reproducible[module.training] = _activated(self.activation, sources, args[0]).equal(args[0])
-        if self._reproducible[module.training]:
-            return (_ScaledActivation.apply(args[0], self.mask, self.activation, *sources), *args[1:])
-        return (args[0] * self.mask.to(args[0]), *args[1:])
+        again = self._reproducible[module.training]
+        return (_Scaled.apply(args[0], self.mask, self, again, *(sources if again else args[:1])), *args[1:])
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """`x` with every unit multiplied by its mask."""
+        return (x.unflatten(-1, (-1, self.channels)) * self.mask.to(x).unsqueeze(-1)).flatten(-2)
+
+    def gradient_of_mask(self, products: Tensor) -> Tensor:
+        """Sum over tokens and channels of input times gradient, [units]; every example's own goes into the tally."""
+        of_units = products.unflatten(-1, (-1, self.channels)).sum(-1) if self.channels > 1 else products
+        of_examples = self.examples.split(of_units).sum(1, dtype=torch.float32)
+        self.tally[0] += of_examples.abs().sum(0)
+        self.tally[1] += of_examples.square().sum(0)
+        return of_examples.sum(0)
 
 
-class _ScaledActivation(torch.autograd.Function):
-    """`x * mask` for `x = _activated(activation, sources)`, which is not saved but computed again for the gradient."""
+class _Scaled(torch.autograd.Function):
+    """`scaler.scaled(x)`; `saved` is x, or (`again`) what x is computed from."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, activation: Callable[[Tensor], Tensor], *sources: Tensor) -> Tensor:
-        ctx.activation = activation
-        ctx.save_for_backward(mask, *sources)
-        return x * mask.to(x)
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scaler: _Scaler, again: bool, *saved: Tensor) -> Tensor:
+        ctx.scaler, ctx.again = scaler, again
+        ctx.save_for_backward(*saved)
+        return scaler.scaled(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        mask, *sources = ctx.saved_tensors
-        of_mask = (gradient * _activated(ctx.activation, sources, gradient)).sum_to_size(mask.shape).to(mask.dtype)
-        return gradient * mask.to(gradient), of_mask, None, *(None for _ in sources)
+        scaler, saved = ctx.scaler, ctx.saved_tensors
+        x = _activated(scaler.activation, saved, gradient) if ctx.again else saved[0]
+        of_mask = scaler.gradient_of_mask(gradient * x)
+        return scaler.scaled(gradient), of_mask, *(None for _ in range(2 + len(saved)))
 
 
 def _activated(activation: Any, sources: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -218,7 +218,8 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
     run, config = work.run, work.config
     run.begin()
     announce_cuts(work, stage)
-    prefix = FrozenPrefix(model)
+    # in estimation the masks of every block train, so that no block is frozen, wherever the modules are
+    prefix = FrozenPrefix(model, blocks=[] if stage == "estimate" else None)
     with prefix.attached():
         started = time.perf_counter()
         rows, collator = rows_for(work, prefix, stage, steps)

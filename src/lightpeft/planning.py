@@ -300,13 +300,17 @@ def _has_layer(site: SiteSpec, blocks: list[BlockPlan]) -> bool:
 def _keep_modules(record: EstimationRecord, budget: Budget, alive: list[int]) -> list[int]:
     """Indices of the sites that stay. Sites whose sub-layer went count as removed; one site always stays."""
     scores = record.of_modules(budget.module_criterion)
+    lowest = budget.first_module_block(len(record.blocks))
+    allowed = [index for index, site in enumerate(record.sites) if site.block is None or site.block >= lowest]
+    alive = [index for index in alive if index in set(allowed)]
+    require(bool(alive), "no PEFT module sits in the blocks that module_blocks allows; raise it, or lower the ratios")
     by_block: dict[int | None, list[int]] = {}
     for index in alive:
         by_block.setdefault(record.sites[index].block, []).append(index)
     layers = list(by_block.values())
     if budget.modules_scope == "global":
-        lost = len(record.sites) - len(alive)
-        count = min(max(_count(budget.modules, len(record.sites)) - lost, 0), len(alive) - 1)
+        lost = len(allowed) - len(alive)
+        count = min(max(_count(budget.modules, len(allowed)) - lost, 0), len(alive) - 1)
         ratio = count / len(alive)
     else:
         ratio = budget.modules

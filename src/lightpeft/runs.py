@@ -16,7 +16,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from lightpeft.checkpoint import DESCRIPTION
-from lightpeft.config import Budget, Method, RunConfig, load_config
+from lightpeft.config import READ_BY_PLANS, Method, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.training import append_line
 
@@ -202,7 +202,7 @@ def to_yaml(config: RunConfig) -> str:
 def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list[str]:
     """Dotted names of settings that differ; `output` and what the method has no use for do not count, nor the budget if
     `skip_budget`."""
-    budget = {f"light.{field.name}" for field in dataclasses.fields(Budget)} if skip_budget else set()
+    budget = {f"light.{name}" for name in READ_BY_PLANS} if skip_budget else set()
     stored, given = _without_other_tasks(stored), _without_other_tasks(given)
     skipped = budget | {"output", "preset"}
     before, after = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(given))

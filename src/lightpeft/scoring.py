@@ -7,22 +7,39 @@ are summed over the stage; `random` and the weight norms of `layout.squared_norm
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def taylor(masks: Tensor, gradients: Tensor) -> Tensor:
-    """First-order change of the loss when a unit is removed, `|m * dL/dm|` (Michel et al. 2019). Shapes: [units]."""
-    return (masks * gradients).abs()
+@dataclass(frozen=True)
+class MaskGradients:
+    """Gradients of the task's loss by the masks in one optimizer step, each [units], float32.
+
+    The loss is a mean over examples. Absolute values and squares are taken of every example's gradient before they are
+    averaged: a batch's gradient is a small mean under large noise, and its square or size would mostly be that noise.
+    """
+
+    mean: Tensor
+    """Mean over examples: the batch's gradient, which trains the masks."""
+    absolute: Tensor
+    """Mean over examples of the absolute gradient."""
+    squares: Tensor
+    """Mean over examples of the squared gradient."""
 
 
-def fisher(masks: Tensor, gradients: Tensor) -> Tensor:
-    """Diagonal empirical Fisher information of the masks, `(dL/dm)^2`, by batch. Shapes: [units]."""
-    return gradients.square()
+def taylor(masks: Tensor, gradients: MaskGradients) -> Tensor:
+    """First-order change of the loss when a unit is removed, `E|m * dL/dm|` (Michel et al. 2019). Shapes: [units]."""
+    return masks.abs() * gradients.absolute
 
 
-STEP_CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"taylor": taylor, "fisher": fisher}
+def fisher(masks: Tensor, gradients: MaskGradients) -> Tensor:
+    """Diagonal empirical Fisher information of the masks, `E(dL/dm)^2` (Theis et al. 2018). Shapes: [units]."""
+    return gradients.squares
+
+
+STEP_CRITERIA: dict[str, Callable[[Tensor, MaskGradients], Tensor]] = {"taylor": taylor, "fisher": fisher}
 """Criteria of heads and neurons that are accumulated over optimizer steps: (masks, task gradients) -> score."""
 
 
@@ -51,18 +68,6 @@ def module_ratio(delta: Tensor, base: Tensor, real: Tensor | None) -> tuple[Tens
     weight = real.flatten().to(ratio.dtype)
     # where, not a product: a padded token's ratio may be inf or nan
     return torch.where(weight > 0, ratio, 0.0).sum(), weight.sum()
-
-
-def module_depth(blocks: Tensor, ratios: Tensor) -> Tensor:
-    """Modules of higher blocks first, those of one block by their ratio: what stays keeps the backward pass short.
-
-    A module makes every block above it run backwards, and every block below the lowest one the same in each epoch.
-
-    Args:
-        blocks: number of the block that each module sits in, counted from the input. Shape: [modules].
-        ratios: their `module_ratio`. Shape: [modules].
-    """
-    return blocks + ratios / (2 * ratios.max().clamp_min(torch.finfo(ratios.dtype).tiny))
 
 
 def rank_taylor_terms(weight: Tensor, gradient: Tensor, dim: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,13 +26,15 @@ class FrozenPrefix:
     them altogether; everything around the blocks (embeddings, positions, masks, rotary angles) runs as always.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> None:
         """
         Args:
             model: a transformers model or a PeftModel, with `requires_grad` as it will be trained.
+            blocks: the frozen ones, where more than the model's own parameters trains; None: those that
+                `frozen_blocks` finds.
         """
         self.model = model
-        self.blocks = frozen_blocks(model)
+        self.blocks = frozen_blocks(model) if blocks is None else list(blocks)
         self.outputs = 0
         """Length of the tuple that a block returns, 0 for a bare tensor; known after a forward pass."""
         self._states: Tensor | None = None

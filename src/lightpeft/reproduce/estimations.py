@@ -5,23 +5,25 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
-from lightpeft.config import Budget, RunConfig
+from lightpeft.config import READ_BY_PLANS, RunConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.reproduce.grid import Cell
 from lightpeft.runs import RunFolder
 from lightpeft.training import append_line
 
-_AFTERWARDS = {*(field.name for field in fields(Budget)), "refit", "refit_rank", "refit_rows", "restart"}
-"""Settings of `light` that are read when estimation is over."""
+_AFTERWARDS = frozenset({"refit", "refit_rank", "refit_rows", "restart"})
+"""Settings of `light`, beside those of plans, that are read when estimation is over."""
 
 
 def estimation_settings(config: RunConfig) -> dict[str, Any]:
     """All settings that the scores depend on."""
     settings = asdict(config)
-    light = {name: value for name, value in settings["light"].items() if name not in _AFTERWARDS}
+    # `length: auto` compares plans, so that it may end elsewhere under another budget
+    later = _AFTERWARDS if config.light.length == "auto" else _AFTERWARDS | READ_BY_PLANS
+    light = {name: value for name, value in settings["light"].items() if name not in later}
     return {**settings, "light": light, "output": None, "preset": None}
 
 

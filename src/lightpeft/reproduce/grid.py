@@ -13,6 +13,7 @@ from lightpeft.config import RunConfig, load_yaml, merged, run_config_from_dict,
 from lightpeft.errors import LightPeftError, require
 from lightpeft.reproduce.methods import METHODS, Method, Settings
 from lightpeft.runs import RunFolder
+from lightpeft.tasks import find_entry
 
 AXES = ("model", "task", "method", "seed")
 """What a cell is told apart by, in the order of its name."""
@@ -65,7 +66,7 @@ class Grid:
         """All cells, seed by seed, so that what is there of an unfinished grid can be compared.
 
         Raises:
-            LightPeftError: settings that are not known or not possible.
+            LightPeftError: settings that are not known or not possible, or a task that does not exist.
         """
         return [
             Cell(model, task, method, seed, self._config(out, model, task, method, seed))
@@ -82,6 +83,7 @@ class Grid:
         folder = out.joinpath("cells", *(slug(str(part)) for part in (model, task, method, seed)))
         try:
             config = run_config_from_dict({**data, "seed": seed, "output": str(folder)})
+            find_entry(config.data, config.tasks)
         except LightPeftError as error:
             raise LightPeftError(f"{self.name}: cell {model}/{task}/{method}/{seed}: {error}") from error
         return self.methods[method].config(config)

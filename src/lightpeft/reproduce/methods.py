@@ -45,10 +45,10 @@ METHODS: dict[str, Method] = {
     "light-lora": _light(),
     "light-adapter": Method({"method": "light", "peft": "bottleneck"}),
     # one of the two prunings, and each half of the second
-    "foundation-only": _light(modules=0.0, ranks=0.0),
+    "foundation-only": _light(module_blocks=1.0, modules=0.0, ranks=0.0),
     "peft-only": _light(heads=0.0, neurons=0.0),
     "modules-only": _light(heads=0.0, neurons=0.0, ranks=0.0),
-    "ranks-only": _light(heads=0.0, neurons=0.0, modules=0.0),
+    "ranks-only": _light(heads=0.0, neurons=0.0, module_blocks=1.0, modules=0.0),
     # what ranks the units; random scores also rank modules and ranks
     "random": _light(True, **{f"{unit}_criterion": "random" for unit in ("head", "neuron", "module", "rank")}),
     "mask": _criterion("mask", equal_shares=True),

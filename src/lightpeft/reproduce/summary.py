@@ -17,7 +17,7 @@ Key = tuple[str, str, str]
 """Model, task and method."""
 Report = Mapping[str, Any]
 """A run's metrics.json."""
-UNBOUNDED = ("loss", "perplexity")
+UNBOUNDED = ("loss", "mse", "perplexity")
 """Metrics that are no part of one, so that percents make no sense."""
 
 
@@ -140,8 +140,7 @@ def p_value(differences: Sequence[float] | None) -> float | None:
 
 def main_metric(report: Report) -> str:
     """The name of the metric that a run's quality is told by."""
-    metrics = report["metrics"]
-    return report.get("main_metric") or ("accuracy" if "accuracy" in metrics else next(iter(metrics)))
+    return report["main_metric"]
 
 
 def main_value(report: Report) -> str:

@@ -108,7 +108,7 @@ def caption(results: Results) -> str:
     facts = [f"{column.header} {column.cell(results.rows[0])}" for column in same] if results.rows else []
     of = ", ".join([*facts, f"{len(results.reports)} of {results.cells} cells"])
     return (
-        f"{of}; mean ± standard deviation over seeds, quality in percent but for loss and perplexity; difference to "
+        f"{of}; mean ± standard deviation over seeds, quality in percent but for losses and perplexity; difference to "
         f"{results.baseline}, p of a paired t-test over seeds; removed: part of the base that is gone; training MiB: "
         "of fine-tuning; peak MiB and seconds: estimation included."
     )

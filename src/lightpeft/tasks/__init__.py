@@ -9,7 +9,7 @@ from lightpeft.tasks.answers import Answers, Metric
 from lightpeft.tasks.base import Task
 from lightpeft.tasks.causal import CausalLMTask
 from lightpeft.tasks.chat import ChatTask
-from lightpeft.tasks.classification import ClassificationTask, encode_texts, text_collator
+from lightpeft.tasks.classification import ClassificationTask
 from lightpeft.tasks.entries import ENTRIES, find_entry
 from lightpeft.tasks.generation import GenerationTask
 from lightpeft.tasks.likelihood import LikelihoodTask
@@ -28,6 +28,7 @@ from lightpeft.tasks.progress import Progress, bar, silent
 from lightpeft.tasks.reading import read_rows
 from lightpeft.tasks.regression import RegressionTask
 from lightpeft.tasks.span import SpanTask
+from lightpeft.tasks.texts import encode_texts
 from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token, share_at_limit
 
 __all__ = [
@@ -63,5 +64,4 @@ __all__ = [
     "silent",
     "task_class",
     "task_facts",
-    "text_collator",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ class Answers:
     """Examples with the same value count together (the answers of one question); None: each for itself."""
     probabilities: np.ndarray | None = None
     """Float32 [examples, classes], where there are classes that are the same for every example."""
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Numbers that the model gives beside its answers, such as the loss, by name: float64 [examples]."""
 
     def __len__(self) -> int:
         return len(self.predictions)
@@ -37,6 +39,7 @@ class Answers:
             _take(self.references, indices),
             None if self.groups is None else _take(self.groups, indices),
             None if self.probabilities is None else self.probabilities[np.asarray(indices)],
+            {name: values[np.asarray(indices)] for name, values in self.scores.items()},
         )
 
 
@@ -64,6 +67,10 @@ class MeanMetric:
 
     def __call__(self, answers: Answers) -> dict[str, float]:
         return {name: float(np.mean(values)) for name, values in self.scores(answers).items()}
+
+
+BESIDES = MeanMetric(lambda answers: dict(answers.scores))
+"""Means of the numbers that a model gives beside its answers."""
 
 
 @dataclass(frozen=True)

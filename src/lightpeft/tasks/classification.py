@@ -7,33 +7,30 @@ import re
 from typing import Any, ClassVar
 
 from datasets import ClassLabel, Dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import LightPeftError, require
-from lightpeft.tasks.base import HIDDEN, Task, check_strings, place, source_column
+from lightpeft.tasks.base import HIDDEN, place, source_column
 from lightpeft.tasks.progress import Progress, bar
-from lightpeft.tasks.tokens import Collator, in_chunks
+from lightpeft.tasks.texts import TextTask
 
 INTEGER = re.compile(r"-?\d+")
 SHOWN_LABELS = 5
 """Labels that an error line lists at most."""
 
 
-class ClassificationTask(Task):
+class ClassificationTask(TextTask):
     """One label a row; the label set is the entry's or, without one, that of all training rows."""
 
     head: ClassVar[Head] = "classification"
     answering: ClassVar[str] = "classification"
-    columns: ClassVar[tuple[str, ...]] = ("text", "label")
-    optional: ClassVar[tuple[str, ...]] = ("text_pair", "group")
-    answers: ClassVar[tuple[str, ...]] = ("label",)
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
 
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
         """Texts are strings that are not blank; labels are integers, strings or booleans."""
-        check_texts(rows, entry, what)
+        cls.check_inputs(rows, entry, what)
         shown = source_column(entry, "label")
         for number, value in enumerate(label_names(rows, entry, what), 1):
             require(value is not None, f"{place(what, number, shown)}: there is no label; {HIDDEN}")
@@ -65,24 +62,12 @@ class ClassificationTask(Task):
             f"data.test has labels that no training row has: {listed(unseen)}; training has {listed(labels)}",
         )
 
-    @classmethod
-    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """Texts are strings that are not blank."""
-        check_texts(rows, entry, what)
-
     def encode(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
     ) -> Dataset:
         """Rows cut to `max_length` tokens, with `labels` as class numbers."""
         encoded = self.encode_inputs(rows, tokenizer, max_length, progress)
         return encoded.add_column("labels", self.class_numbers(rows))
-
-    def encode_inputs(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
-        """Rows cut to `max_length` tokens, without labels."""
-        pair = "text_pair" if "text_pair" in rows.column_names else None
-        return encode_texts(rows, "text", pair, tokenizer, max_length, progress)
 
     def class_numbers(self, rows: Dataset) -> list[int]:
         """Every row's label as its class number.
@@ -96,31 +81,21 @@ class ClassificationTask(Task):
         require(not unknown, f"these rows have labels that training has not: {', '.join(unknown[:SHOWN_LABELS])}")
         return [number[name] for name in names if name is not None]
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches padded to their longest row (or the next multiple)."""
-        return text_collator(tokenizer, multiple_of)
-
 
 def listed(names: list[Any]) -> str:
     """The first names in quotes, for an error line."""
     return ", ".join(f'"{name}"' for name in names[:SHOWN_LABELS]) + (", ..." if names[SHOWN_LABELS:] else "")
 
 
-def check_texts(rows: Dataset, entry: TaskEntry, what: str) -> None:
-    """Raise `LightPeftError` unless `text`, and `text_pair` where there is one, are strings that are not blank."""
-    for column in ("text", "text_pair"):
-        if column == "text" or column in rows.column_names:
-            check_strings(rows, column, entry, what)
-
-
 def label_names(rows: Dataset, entry: TaskEntry, what: str) -> list[str | None]:
     """Every row's label as its name; None where there is none, or where it is hidden (-1, as hub data sets do)."""
     feature, shown = rows.features["label"], source_column(entry, "label")
-    names = list(entry.labels) or (feature.names if isinstance(feature, ClassLabel) else None)
-    return [_label_name(value, names, place(what, i, shown)) for i, value in enumerate(rows["label"][:], 1)]
+    numbered = isinstance(feature, ClassLabel)
+    names = list(entry.labels) or (list(feature.names) if numbered else None)
+    return [_label_name(value, names, numbered, place(what, i, shown)) for i, value in enumerate(rows["label"][:], 1)]
 
 
-def _label_name(value: Any, names: list[str] | None, where: str) -> str | None:
+def _label_name(value: Any, names: list[str] | None, numbered: bool, where: str) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, float) and math.isnan(value):
@@ -128,42 +103,13 @@ def _label_name(value: Any, names: list[str] | None, where: str) -> str | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # integers become floats where a table had gaps
     require(isinstance(value, (bool, int, str)), f"{where}: {value!r} is no label; use an integer, string or boolean")
-    return str(value) if names is None else _declared(value, names, where)
+    if names is None or (str(value) in names and not numbered):
+        return str(value)
+    return _by_number(value, names, where)
 
 
-def _declared(value: Any, names: list[str], where: str) -> str | None:
-    """The label that a value means where label names are declared: their own number, or the name itself."""
-    if isinstance(value, str) and value in names:
-        return value
+def _by_number(value: Any, names: list[str], where: str) -> str | None:
+    """The label that a number from 0 on means where label names are declared; None for -1."""
     known = isinstance(value, int) or INTEGER.fullmatch(value)
     require(known and -1 <= int(value) < len(names), f"{where}: {value!r} is no label of {listed(names)} (0, 1, ...)")
     return names[int(value)] if int(value) >= 0 else None
-
-
-def encode_texts(
-    rows: Dataset,
-    text: str,
-    text_pair: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    progress: Progress = bar,
-) -> Dataset:
-    """Tokens of column `text` (and `text_pair`), cut to `max_length`, the longer text first; no labels.
-
-    Returns:
-        Columns input_ids, attention_mask, length, and token_type_ids for pairs if the tokenizer has them (for a
-        single text they are all 0, which is what models assume without them).
-    """
-    columns = [text] if text_pair is None else [text, text_pair]
-    with_types = text_pair is not None and "token_type_ids" in tokenizer.model_input_names
-
-    def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
-        texts = [chunk[name] for name in columns]
-        return dict(tokenizer(*texts, truncation=True, max_length=max_length, return_token_type_ids=with_types))
-
-    return in_chunks(rows, encode, progress)
-
-
-def text_collator(tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-    """Batches of encoded texts, with or without class labels."""
-    return Collator(DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple_of))

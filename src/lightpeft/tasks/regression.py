@@ -10,33 +10,24 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.base import Task, values
-from lightpeft.tasks.classification import check_texts, encode_texts, text_collator
+from lightpeft.tasks.base import values
 from lightpeft.tasks.progress import Progress, bar
-from lightpeft.tasks.tokens import Collator
+from lightpeft.tasks.texts import TextTask
 
 
-class RegressionTask(Task):
+class RegressionTask(TextTask):
     """One number a row, learned by mean squared error."""
 
     head: ClassVar[Head] = "regression"
     answering: ClassVar[str] = "regression"
-    columns: ClassVar[tuple[str, ...]] = ("text", "label")
-    optional: ClassVar[tuple[str, ...]] = ("text_pair", "group")
-    answers: ClassVar[tuple[str, ...]] = ("label",)
     default_metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse")
 
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
         """Texts are strings that are not blank; labels are finite numbers."""
-        check_texts(rows, entry, what)
+        cls.check_inputs(rows, entry, what)
         for where, value in values(rows, "label", entry, what):
             require(_number(value) is not None, f"{where}: {value!r} is no number; regression needs one in every row")
-
-    @classmethod
-    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """Texts are strings that are not blank."""
-        check_texts(rows, entry, what)
 
     def encode(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
@@ -44,17 +35,6 @@ class RegressionTask(Task):
         """Rows cut to `max_length` tokens, with `labels` as floats."""
         encoded = self.encode_inputs(rows, tokenizer, max_length, progress)
         return encoded.add_column("labels", [_number(value) for value in rows["label"][:]])
-
-    def encode_inputs(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
-        """Rows cut to `max_length` tokens, without labels."""
-        pair = "text_pair" if "text_pair" in rows.column_names else None
-        return encode_texts(rows, "text", pair, tokenizer, max_length, progress)
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches padded to their longest row (or the next multiple)."""
-        return text_collator(tokenizer, multiple_of)
 
 
 def _number(value: Any) -> float | None:
