@@ -88,6 +88,8 @@ def test_ratios_in_range(value: float) -> None:
         (TrainingConfig, {"save_steps": 0}, "start at 1"),
         (RunConfig, {"method": "fulll"}, 'method is "fulll"; choose one of light, plain, full'),
         (TrainingConfig, {"full_learning_rate": 0.0}, "training.full_learning_rate is 0"),
+        (LightConfig, {"learning_rate_scale": 0.0}, "learning_rate_scale is 0; it must be positive"),
+        (LightConfig, {"least_steps": 1}, "least_steps is 1; estimation needs at least 2"),
         (RunConfig, {"preset": "slow"}, 'preset is "slow"'),
     ],
 )

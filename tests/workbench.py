@@ -162,6 +162,7 @@ class Workbench:
             "light": {
                 "length": 0.25,
                 "least_steps": 2,
+                "learning_rate_scale": 1.0,
                 "multiple_of": 1,
                 "heads": 0.25,
                 "module_blocks": 1.0,

@@ -145,6 +145,8 @@ class LightConfig(Budget):
     """Rank of the correction (refit: low_rank)."""
     refit_rows: int = 256
     """Training rows that the correction is fitted on."""
+    learning_rate_scale: float = 1.0
+    """Learning rate of a light run, as a multiple of `training.learning_rate`: a PEFT of few parameters takes more."""
     restart: bool = False
     """Re-initialise the PEFT modules after pruning instead of going on from what estimation learned."""
     seed: int = 0
@@ -164,6 +166,8 @@ class LightConfig(Budget):
         require(self.check_every >= 1 and self.settled_checks >= 1, "check_every and settled_checks start at 1")
         require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
         require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
+        scale = f"learning_rate_scale is {self.learning_rate_scale:g}; it must be positive and finite"
+        require(0 < self.learning_rate_scale < math.inf, scale)
         require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
 
@@ -182,7 +186,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
     # Half of the blocks, where Fisher scores say that a parameter is worth least; few ranks, in the upper half.
-    "default": {**_BY_COST, "blocks": 0.5, "ranks": 0.75},
+    "default": {**_BY_COST, "blocks": 0.5, "ranks": 0.75, "learning_rate_scale": 2.0},
     # Less is cut, and modules keep all ranks: nearer to plain LoRA's quality.
     "fast": {**_BY_COST, "blocks": 0.3, "ranks": 0.0},
 }

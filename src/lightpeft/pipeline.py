@@ -263,7 +263,12 @@ def announce_cuts(work: Workspace, stage: str) -> None:
 def _settings(config: RunConfig) -> TrainingConfig:
     """How the run's method trains."""
     training = config.training
-    return replace(training, learning_rate=training.full_learning_rate) if config.method == "full" else training
+    rates = {
+        "full": training.full_learning_rate,
+        "plain": training.learning_rate,
+        "light": training.learning_rate * config.light.learning_rate_scale,
+    }
+    return replace(training, learning_rate=rates[config.method])
 
 
 def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> tuple[Dataset, Collate]:
