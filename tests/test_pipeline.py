@@ -74,7 +74,7 @@ def test_a_light_run_may_learn_faster(bench: Workbench) -> None:
     """The first learning rates of both stages, which have no warmup here."""
     settings = {"light.learning_rate_scale": 0.5, "training.warmup": 0.0, "training.logging_steps": 1}
     pipeline.run(bench.config("scaled", **settings))
-    first = {stage: 0.0 for stage in ("estimate", "train")}
+    first = dict.fromkeys(("estimate", "train"), 0.0)
     for entry in reversed([entry for entry in logged(bench.folder / "scaled") if "learning_rate" in entry]):
         first[entry["stage"]] = entry["learning_rate"]
     assert first == {"estimate": pytest.approx(1.5e-2, rel=0.1), "train": pytest.approx(1.5e-2, rel=0.1)}
