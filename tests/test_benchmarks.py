@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import estimation_cost
 import gpu
 import peer_methods
 import peer_pruning
@@ -380,6 +381,27 @@ def test_readme_has_a_place_for_every_script(
     files = {"README.md", "tiny.peers.png", "tiny.peers.results.json", "tiny.peers.logs"}
     assert {path.name for path in tmp_path.iterdir()} == files
     assert {path.stem for path in (tmp_path / "tiny.peers.logs").iterdir()} == {"lora-0", "depth-0"}
+
+
+# -- estimation_cost.py ------------------------------------------------------------------------------------------------
+
+
+def test_what_estimation_costs(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme, out = tmp_path / "README.md", tmp_path / "cost.json"
+    readme.write_text("<!-- results: estimation_cost tiny -->\n<!-- /results: estimation_cost tiny -->\n")
+    monkeypatch.setattr(estimation_cost, "fill", lambda name, text: readme_tables.fill(name, text, readme))
+    words = (str(config), "--rounds", "2", "--steps", "1", "--out", str(out), "--write-readme")
+    assert estimation_cost.main(list(words)) == 0
+    results = read(out)
+    for name in (estimation_cost.PLAIN, estimation_cost.MASKED, estimation_cost.AS_IT_IS):
+        assert len(results["values"][name]) == 2
+        assert results["samples_per_second"][name]["median"] > 0
+        assert f"| {name} |" in readme.read_text()
+    assert results["time_ratio"][estimation_cost.PLAIN]["median"] == 1
+    assert estimation_cost.main([str(tmp_path / "missing.yaml")]) == 2
+    assert "estimation_cost: config file" in capsys.readouterr().err
 
 
 # -- scaling.py --------------------------------------------------------------------------------------------------------

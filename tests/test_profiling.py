@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from lightpeft import profiling
 from lightpeft.errors import LightPeftError
+from lightpeft.families import block_specs
 from lightpeft.profiling import (
     Flops,
     PeakMemory,
@@ -26,12 +27,15 @@ from lightpeft.profiling import (
     count_parameters,
     folder_bytes,
     hardware,
+    kv_cache_bytes,
     measure_inference,
     measure_training,
     ratio,
     summarize,
     throughput,
 )
+from lightpeft.records import BlockPlan, PrunePlan
+from lightpeft.surgery import apply_plan
 
 HIDDEN, FFN, LAYERS, VOCABULARY, LABELS = 16, 32, 2, 50, 3
 BATCH, LENGTH, RANK = 2, 8, 4
@@ -225,6 +229,18 @@ def test_a_frozen_model_has_no_training_flops() -> None:
     model = bert().requires_grad_(False)
     flops = count_flops(model, bert_batch())
     assert (flops.forward, flops.training, flops.backward) == (bert_forward_by_hand(), None, None)
+
+
+def test_the_kv_cache_shrinks_with_its_heads() -> None:
+    """Two layers, keys and values, two KV heads of four channels in float32; then one of the heads goes."""
+    model = llama()
+    assert kv_cache_bytes(model, llama_batch()) == 2 * 2 * 2 * 4 * 4
+    specs = tuple(block_specs(model))
+    whole = [BlockPlan(tuple(range(4)), (0, 1), tuple(range(FFN))) for _ in specs]
+    kept = (whole[0], BlockPlan((2, 3), (1,), tuple(range(FFN))))
+    apply_plan(model, PrunePlan(specs, kept, {}, (), 1000, "f", {}))
+    assert kv_cache_bytes(model, llama_batch()) == 2 * (2 + 1) * 4 * 4
+    assert kv_cache_bytes(bert(), bert_batch()) is None
 
 
 def test_counting_without_labels_is_an_error() -> None:

@@ -39,6 +39,7 @@ from lightpeft.profiling import (
     alternate,
     count_flops,
     hardware,
+    kv_cache_bytes,
     measure_inference,
     measure_training,
     ratio,
@@ -187,7 +188,7 @@ class Subject:
         self._prefix_speed: float | None = None
 
     def fixed(self) -> dict[str, Any]:
-        """Peak memory of training and FLOPs of one batch, which do not vary."""
+        """Peak memory of training, FLOPs of one batch and size of the KV cache, which do not vary."""
         with self._as_trained() as batches:
             with PeakMemory(self.model) as memory:
                 self._train(batches[:_MEASURED_STEPS])
@@ -199,6 +200,7 @@ class Subject:
             "peak_memory_bytes": memory.bytes,
             "peak_memory_method": memory.method,
             "flops": {"forward": forward, "training": training},
+            "kv_cache_bytes_per_token": kv_cache_bytes(self.model, self.batches[0]),
         }
 
     def training(self) -> float:

@@ -137,6 +137,22 @@ def count_flops(model: nn.Module, batch: Batch) -> Flops:
         return Flops(forward, counter.get_total_flops())
 
 
+def kv_cache_bytes(model: nn.Module, batch: Batch) -> float | None:
+    """Bytes of keys and values that generation keeps for a token, over all layers; None without a KV cache.
+
+    A layer that lost its attention still counts tokens, with one channel of zeros.
+    """
+    batch = _to(without_labels(batch), _device(model))
+    with _mode(model, training=False), torch.no_grad():
+        cache = getattr(model(**batch), "past_key_values", None)
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    if not layers:
+        return None
+    kept = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
+    rows, _, tokens, _ = layers[0].keys.shape
+    return kept / (rows * tokens)
+
+
 @contextlib.contextmanager
 def _countable_attention(model: nn.Module) -> Iterator[None]:
     """Attention as plain matrix products; backends beside eager and SDPA are switched to SDPA meanwhile."""

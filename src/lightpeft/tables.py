@@ -94,6 +94,10 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     for name, key in (("training", "training"), ("inference", "forward")):
         flops = [subject["flops"][key] / 1e9 for subject in (plain, light)]
         table.add_row(f"{name} GFLOP a batch", *(f"{value:.1f}" for value in flops), f"{flops[1] / flops[0]:.2f}", "")
+    caches = [subject["kv_cache_bytes_per_token"] for subject in (plain, light)]
+    if caches[0] is not None:
+        sizes = (f"{size / 1024:.1f}" for size in caches)
+        table.add_row("KV cache, KiB a token", *sizes, f"{caches[1] / caches[0]:.2f}", "")
     whole = report["end_to_end"]
     seconds = (f"{whole['plain_seconds']:.0f}", f"{whole['light_seconds']:.0f}", f"{whole['light_over_plain']:.2f}")
     table.add_row("whole run, s (estimation included)", *seconds, "")
