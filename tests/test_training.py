@@ -129,6 +129,13 @@ def test_batches_by_length_are_of_similar_length(work: pipeline.Workspace, tmp_p
     assert sorted(spreads)[len(spreads) // 2] <= 3
 
 
+def test_lengths_are_read_once(work: pipeline.Workspace, tmp_path: Path) -> None:
+    """Not from the data set's column item by item, in every epoch."""
+    sampler: Any = trainer_for(work, tmp_path, by_length=True)._get_train_sampler()
+    assert type(sampler.sampler.lengths) is list
+    assert sampler.sampler.lengths == work.train_rows["length"][:]
+
+
 def test_padding_is_dynamic(work: pipeline.Workspace, tmp_path: Path) -> None:
     for by_length in (True, False):
         batches = batches_of(trainer_for(work, tmp_path, by_length=by_length))
