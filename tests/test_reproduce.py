@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 import signal
 import subprocess
@@ -543,6 +544,16 @@ def test_screen_has_the_same_cells() -> None:
     for column in tables.shown_columns(FIXED.rows):
         assert column.header in capture.get()
         assert all(column.cell(row) in capture.get() for row in FIXED.rows)
+
+
+def test_a_narrow_screen_has_whole_cells_of_fewer_columns() -> None:
+    console = Console(width=110)
+    with console.capture() as capture:
+        console.print(rich_table(FIXED, console.width))
+    headers = re.split(r"\s{2,}", capture.get().splitlines()[0].strip())
+    for column in tables.shown_columns(FIXED.rows):
+        assert (column.header in headers) != column.wide
+        assert column.wide or all(column.cell(row) in capture.get() for row in FIXED.rows)
 
 
 def test_tables_before_any_cell_is_done(tmp_path: Path) -> None:

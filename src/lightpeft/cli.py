@@ -385,7 +385,7 @@ def _reproduce(options: Namespace) -> None:
     quiet()
     given = options.as_dict()
     results = reproduce(given.pop("grid"), **given)
-    _out.print(rich_table(results))
+    _out.print(rich_table(results, _out.width))
     if results.failures:
         sys.exit(1)
 

@@ -30,6 +30,8 @@ class Column:
     """Aligned left, as names are."""
     folded: bool = False
     """Told by the caption where it is the same in all rows."""
+    wide: bool = False
+    """Left out on narrow screens."""
 
 
 def _plus_minus(values: Spread | None, form: str, factor: float = 1.0) -> str:
@@ -81,13 +83,13 @@ COLUMNS = (
     Column("seeds", lambda row: str(len(row.seeds)), folded=True),
     Column("quality", lambda row: _plus_minus(spread(row.quality), ".1f", _factor(row))),
     Column("difference", _difference),
-    Column("p", _p),
-    Column("parameters", lambda row: count(_mean(row, "parameters"))),
+    Column("p", _p, wide=True),
+    Column("parameters", lambda row: count(_mean(row, "parameters")), wide=True),
     Column("removed, %", lambda row: _mean_text(row, "removed", ".1f", 100.0)),
     Column("trained", lambda row: count(_mean(row, "trained"))),
     Column("samples/s", lambda row: _mean_text(row, "samples_per_second", ",.0f")),
-    Column("training MiB", lambda row: _mean_text(row, "training_memory_bytes", ",.0f", 1 / _MIB)),
-    Column("peak MiB", lambda row: _mean_text(row, "peak_memory_bytes", ",.0f", 1 / _MIB)),
+    Column("training MiB", lambda row: _mean_text(row, "training_memory_bytes", ",.0f", 1 / _MIB), wide=True),
+    Column("peak MiB", lambda row: _mean_text(row, "peak_memory_bytes", ",.0f", 1 / _MIB), wide=True),
     Column("seconds", lambda row: _plus_minus(row.measures["seconds"], ",.0f")),
 )
 """What the tables for people show; CSV and JSON have every number."""
@@ -211,12 +213,18 @@ def _record(row: Row) -> dict[str, Any]:
     }
 
 
-def rich_table(results: Results) -> Table:
-    """The table on the screen."""
-    table = Table(caption=escape(caption(results)), caption_justify="left")
-    columns = shown_columns(results.rows)
+WIDE = 130
+"""Characters a line from which on the screen has room for all columns."""
+
+
+def rich_table(results: Results, width: int = WIDE) -> Table:
+    """The table on a screen of so many characters a line."""
+    table = Table(
+        caption=escape(caption(results)), caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    columns = [column for column in shown_columns(results.rows) if width >= WIDE or not column.wide]
     for column in columns:
-        table.add_column(escape(column.header), justify="left" if column.left else "right")
+        table.add_column(escape(column.header), justify="left" if column.left else "right", no_wrap=True)
     for row in results.rows:
         table.add_row(*(escape(column.cell(row)) for column in columns))
     return table
