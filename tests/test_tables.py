@@ -125,8 +125,10 @@ def test_two_models_side_by_side() -> None:
     entry = {"first": 0.5, "second": 0.625, "difference": 0.125, "interval": (0.03125, 0.25), "p_value": 0.0125}
     undefined = {"first": 0.5, "second": 0.25, "difference": -0.25, "interval": None, "p_value": None}
     comparison = {"accuracy": {**entry, "test": "McNemar"}, "f1": {**undefined, "test": "paired bootstrap"}}
-    assert cells(paired_table(comparison, "runs/[a]", "runs/b")) == [
-        ["", "runs/[a]", "runs/b", "difference", "95% interval", "p", "test"],
+    table = paired_table(comparison, "runs/[a]", "runs/b")
+    assert "A: runs/[a]" in text(table) and "B: runs/b" in text(table)
+    assert cells(table) == [
+        ["", "A", "B", "B - A", "95% interval", "p", "test"],
         ["accuracy", "0.5000", "0.6250", "+0.1250", "0.0312 to 0.2500", "0.0125", "McNemar"],
         ["f1", "0.5000", "0.2500", "-0.2500", "", "", "paired bootstrap"],
     ]

@@ -43,9 +43,9 @@ def metrics_table(metrics: Mapping[str, float], intervals: Mapping[str, Sequence
 
 def paired_table(comparison: Mapping[str, Mapping[str, Any]], first: str, second: str) -> Table:
     """Two models on the same examples: one metric a row, the difference with its interval, and the test's p value."""
-    table = _numbers_table(
-        "both models on the same examples", "", first, second, "difference", "95% interval", "p", "test"
-    )
+    title = f"on the same examples\nA: {first}\nB: {second}"
+    table = _numbers_table(title, "", "A", "B", "B - A", "95% interval", "p", "test")
+    table.box, table.pad_edge, table.padding = None, False, (0, 1, 0, 0)  # lines would not fit 80 characters
     for name, entry in comparison.items():
         values = [shown(entry[key]) for key in ("first", "second")]
         p_value = "" if entry["p_value"] is None else f"{entry['p_value']:.3g}"
@@ -67,7 +67,7 @@ def per_class_table(classes: Mapping[str, Mapping[str, float]]) -> Table:
 def _numbers_table(title: str, first: str, *others: str) -> Table:
     """An empty table: a column of names, and columns of numbers."""
     table = Table(title=escape(title), title_justify="left")
-    table.add_column(escape(first))
+    table.add_column(escape(first), no_wrap=True)
     for name in others:
         table.add_column(escape(name), justify="right")
     return table
