@@ -7,6 +7,7 @@ import io
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -315,7 +316,9 @@ def test_the_table_is_that_of_the_runs(finished: Path) -> None:
         reports = [read(cell_folder(finished, row["method"], seed) / "metrics.json") for seed in (0, 1)]
         assert row["quality"] == [report["metrics"]["accuracy"] for report in reports]
         assert row["measures"]["parameters"]["mean"] == sum(report["parameters"]["base"] for report in reports) / 2
-        assert row["measures"]["seconds"]["mean"] > row["measures"]["seconds"]["std"] > 0
+        seconds = [sum(t for stage, t in report["seconds"].items() if stage != "evaluate") for report in reports]
+        assert row["measures"]["seconds"]["mean"] == pytest.approx(statistics.fmean(seconds))
+        assert row["measures"]["seconds"]["std"] == pytest.approx(statistics.stdev(seconds))
         base = results["rows"][0]["quality"]
         expected = None if row["method"] == "lora" else [a - b for a, b in zip(row["quality"], base, strict=True)]
         assert row["difference"] == expected
