@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from tiny import batch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import batch, without_dropout
 from torch import Tensor
 from training import StopAt, assert_close, assert_equal, chunks, estimate, inputs, student, trainer
+from transformers import BertConfig, BertForMultipleChoice
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
@@ -53,6 +54,20 @@ def test_gradients_of_examples_are_told_apart(name: str, parts: int) -> None:
     found = masks.take_gradients()
     of_rows = gradients_of_examples(model, masks, data)
     torch.testing.assert_close(found.mean, of_rows.mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.absolute, of_rows.abs().mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.squares, of_rows.square().mean(0), rtol=1e-4, atol=1e-7)
+
+
+def test_the_options_of_a_question_are_one_example() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    base = without_dropout(BertForMultipleChoice(BertConfig(vocab_size=67, **sizes)))
+    model = get_peft_model(base, LoraConfig(target_modules=["query", "value"])).train()
+    data = {"input_ids": torch.randint(3, 67, (2, 3, 7)), "labels": torch.tensor([0, 2])}
+    data["attention_mask"] = torch.ones_like(data["input_ids"])
+    masks = started(model, length=2).masks
+    model(**data).loss.backward()
+    found, of_rows = masks.take_gradients(), gradients_of_examples(model, masks, data)
     torch.testing.assert_close(found.absolute, of_rows.abs().mean(0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.squares, of_rows.square().mean(0), rtol=1e-4, atol=1e-7)
 

@@ -1,17 +1,12 @@
-"""Predictions in order, metrics against hand-computed values, and files of inputs and predictions."""
+"""Answers in the order of rows, and metrics against hand-computed values."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -29,15 +24,7 @@ from transformers import (
 
 from lightpeft.config import DataConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation import (
-    check_predictions_path,
-    evaluate,
-    predict,
-    predict_logits,
-    predict_proba,
-    read_inputs,
-    write_predictions,
-)
+from lightpeft.evaluation import Run, evaluate, logits_of
 from lightpeft.tasks import CausalLMTask, ClassificationTask, silent
 
 T = TypeVar("T")
@@ -96,6 +83,10 @@ def one_by_one(model: nn.Module, encoded: Dataset) -> torch.Tensor:
         return torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in encoded])
 
 
+def all_logits(run: Run, encoded: Dataset) -> torch.Tensor:
+    return torch.stack(logits_of(run, encoded))
+
+
 class TestClassification:
     @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
     def test_predictions_keep_the_order_of_rows(self, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
@@ -103,12 +94,9 @@ class TestClassification:
         encoded = task.encode(task.test, tokenizer, 16, progress=silent)
         expected = one_by_one(model, encoded)
         collator = task.collator(tokenizer)
-        logits = predict_logits(model, encoded, collator, batch_size, progress=silent)
+        logits = all_logits(Run(model, collator, batch_size, progress=silent), encoded)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-        proba = predict_proba(model, encoded, collator, batch_size, progress=silent)
-        np.testing.assert_allclose(proba, expected.softmax(-1).numpy(), rtol=1e-4, atol=1e-6)
-        assert predict(model, encoded, collator, batch_size, progress=silent).tolist() == expected.argmax(-1).tolist()
-        assert len({round(float(p), 5) for p in proba[:, 0]}) == len(TEXTS)  # rows are told apart
+        assert len({round(float(value), 5) for value in logits[:, 0]}) == len(TEXTS)  # rows are told apart
 
     def test_batches_are_by_length_and_padded_to_their_longest(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task, shapes = classification(), []
@@ -123,7 +111,7 @@ class TestClassification:
             seen.append((total, description))
             return items
 
-        predict(model, encoded, task.collator(tokenizer), 3, progress=progress)
+        logits_of(Run(model, task.collator(tokenizer), 3, progress=progress), encoded)
         assert shapes == [(3, 6), (3, 3), (1, 1)]
         assert seen == [(3, "Predicting")]
 
@@ -158,7 +146,7 @@ class TestClassification:
         task = classification()
         encoded = task.encode(task.test, tokenizer, 16, progress=silent)
         expected = one_by_one(model, encoded)
-        logits = predict_logits(model, encoded, task.collator(tokenizer), 4, progress=silent)
+        logits = all_logits(Run(model, task.collator(tokenizer), 4, progress=silent), encoded)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
     def test_training_mode_comes_back_module_by_module(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -180,9 +168,9 @@ class TestClassification:
         config = LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["query", "value"])
         model = get_peft_model(base, config)
         collator = task.collator(tokenizer)
-        logits = predict_logits(model, encoded, collator, 4, progress=silent)
+        logits = all_logits(Run(model, collator, 4, progress=silent), encoded)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)  # a fresh LoRA adds nothing
-        half = predict_logits(model, encoded, collator, 4, bf16=True, progress=silent)
+        half = all_logits(Run(model, collator, 4, bf16=True, progress=silent), encoded)
         assert half.dtype == torch.float32
         assert not torch.equal(half, logits)
         torch.testing.assert_close(half, logits, rtol=0.1, atol=0.3)
@@ -191,7 +179,7 @@ class TestClassification:
         torch.manual_seed(0)
         model = LlamaForSequenceClassification(llama_config(num_labels=2))
         rows = encoded_rows([0, 1]).add_column("token_type_ids", [[0], [0]])
-        assert predict(model, rows, classification().collator(tokenizer), 2, progress=silent).shape == (2,)
+        assert len(logits_of(Run(model, classification().collator(tokenizer), 2, progress=silent), rows)) == 2
 
     def test_no_rows(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task = classification()
@@ -265,91 +253,3 @@ class TestCausalLM:
         rows = Dataset.from_dict({"input_ids": [[3]], "attention_mask": [[1]], "labels": [[3]], "length": [1]})
         with pytest.raises(LightPeftError, match="no token to predict"):
             evaluate(LlamaForCausalLM(llama_config()), rows, task, task.collator(tokenizer), 1, progress=silent)
-
-
-class TestInputs:
-    def test_text_lines(self, tmp_path: Path) -> None:
-        path = tmp_path / "in.txt"
-        path.write_text("first\r\n\n  \nsecond, with comma\n", encoding="utf-8")
-        expected = {"t": ["first", "second, with comma"]}
-        assert read_inputs(path, "t").to_dict() == expected
-        assert read_inputs(io.StringIO("first\n\nsecond, with comma"), "t").to_dict() == expected
-
-    def test_table(self, tmp_path: Path) -> None:
-        path = tmp_path / "in.csv"
-        path.write_text("id,a,b\n1,x,y\n", encoding="utf-8")
-        for column in ("a", None):
-            assert read_inputs(path, column).to_list() == [{"id": "1", "a": "x", "b": "y"}]
-
-    def test_json_lines_where_a_row_has_several_columns(self) -> None:
-        rows = [{"a": "x", "b": "y"}, {"a": "\u2028", "b": None}]
-        assert read_inputs(io.StringIO("\n\n".join(map(json.dumps, rows))), None).to_list() == rows
-        assert read_inputs(io.StringIO(json.dumps(rows)), None).to_list() == rows
-
-    def test_bad_inputs(self, tmp_path: Path) -> None:
-        text, latin = tmp_path / "in.txt", tmp_path / "latin.txt"
-        text.write_text("x")
-        latin.write_bytes("café".encode("latin-1"))
-        cases: list[tuple[Any, str | None, str]] = [
-            (tmp_path / "no.txt", "t", "cannot be read"),
-            (tmp_path / "no.csv", "t", "does not exist"),
-            (tmp_path / "no", "t", "does not exist"),
-            (latin, "t", "not UTF-8"),
-            (io.StringIO("\n \n"), "t", "every line is blank"),
-            (text, None, "has several columns, which text lines have not; give a table"),
-            (io.StringIO("x\n"), None, "standard input line 1 is not JSON"),
-            (io.StringIO(" \n"), None, "standard input has no rows"),
-        ]
-        for source, column, expected in cases:
-            with pytest.raises(LightPeftError) as caught:
-                read_inputs(source, column)
-            assert expected in str(caught.value)
-            assert "\n" not in str(caught.value)
-
-
-class TestPredictionFiles:
-    rows = Dataset.from_dict({"text": ['a, "b"', "c\nd"], "label": [1, 0], "n": [7, 8]})
-    columns: ClassVar = {"label": ["yes", "no"], "p_no": [0.25, 0.9]}
-
-    def test_csv(self, tmp_path: Path) -> None:
-        path = tmp_path / "new" / "out.csv"
-        write_predictions(path, self.rows, self.columns)
-        with path.open(encoding="utf-8", newline="") as file:
-            written = list(csv.DictReader(file))
-        first = {"text": 'a, "b"', "input_label": "1", "n": "7", "label": "yes", "p_no": "0.25"}
-        second = {"text": "c\nd", "input_label": "0", "n": "8", "label": "no", "p_no": "0.9"}
-        assert written == [first, second]
-        assert [file.name for file in path.parent.iterdir()] == ["out.csv"]
-
-    def test_jsonl(self, tmp_path: Path) -> None:
-        path = tmp_path / "out.jsonl"
-        path.write_text("old", encoding="utf-8")
-        write_predictions(path, self.rows, self.columns)
-        written = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        assert written[0] == {"text": 'a, "b"', "input_label": 1, "n": 7, "label": "yes", "p_no": 0.25}
-        assert [row["label"] for row in written] == ["yes", "no"]
-
-    def test_unknown_suffix(self, tmp_path: Path) -> None:
-        with pytest.raises(LightPeftError, match=r"\.csv or \.jsonl"):
-            check_predictions_path(tmp_path / "out.xlsx")
-
-    def test_a_full_disk_leaves_the_old_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        path = tmp_path / "out.csv"
-        path.write_text("old", encoding="utf-8")
-
-        def full(*args: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(csv.DictWriter, "writerows", full)
-        with pytest.raises(LightPeftError, match="No space left on device"):
-            write_predictions(path, self.rows, self.columns)
-        assert path.read_text(encoding="utf-8") == "old"
-        assert [file.name for file in tmp_path.iterdir()] == ["out.csv"]
-
-    def test_lists_and_objects_are_json_in_a_csv(self, tmp_path: Path) -> None:
-        rows = Dataset.from_dict({"options": [["é", "b"]], "answers": [{"text": ["b"]}]})
-        write_predictions(tmp_path / "out.csv", rows, {"answer": ["b"]})
-        with (tmp_path / "out.csv").open(encoding="utf-8", newline="") as file:
-            assert list(csv.DictReader(file)) == [
-                {"options": '["é", "b"]', "answers": '{"text": ["b"]}', "answer": "b"}
-            ]

@@ -24,7 +24,7 @@ from transformers import (
 
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation import answer, evaluate, outcome
+from lightpeft.evaluation import Run, evaluate, outcome
 from lightpeft.importance import RealTokens
 from lightpeft.prefix import FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.tasks import ClassificationTask, LikelihoodTask, MultipleChoiceTask, share_at_limit, silent
@@ -118,7 +118,7 @@ class TestScores:
             task = questions(likelihood=rule)
             encoded = task.encode_test(task.test, tokenizer, 32, progress=silent)
             collator = task.collator(tokenizer)
-            given = answer(model, encoded, task, collator, batch_size, progress=silent)
+            given = outcome(Run(model, collator, batch_size, progress=silent), encoded, task).answers
             assert (list(given.predictions), list(given.references)) == (picks, QUESTIONS["answer"][:])
         metrics = evaluate(model, encoded, task, collator, batch_size, progress=silent)
         for rule, name in ACCURACIES.items():
@@ -134,7 +134,7 @@ class TestScores:
         task = LikelihoodTask(DataConfig(), TEXTS, TEXTS, ["bad", "good"], entry)
         tokenizer = word_tokenizer()
         encoded = task.encode_test(task.test, tokenizer, 32, progress=silent)
-        given = answer(llama, encoded, task, task.collator(tokenizer), 4, progress=silent)
+        given = outcome(Run(llama, task.collator(tokenizer), 4, progress=silent), encoded, task).answers
         scores = [[sum(log_p(llama, tokenizer, f"{t}\nAnswer:", w)) for w in ("no", "yes")] for t in TEXTS["text"]]
         expected = torch.tensor(scores).softmax(-1).numpy()
         np.testing.assert_allclose(given.probabilities, expected, rtol=1e-4)
@@ -151,7 +151,7 @@ class TestScores:
         task, tokenizer = questions(rows, prompt="{context}"), word_tokenizer()
         encoded = task.encode_test(rows, tokenizer, 32, progress=silent)
         scores = [sum(log_p(llama, tokenizer, f"w0 w1 {option}", "w5 w6")) for option in ("w2", "w3 w4")]
-        given = answer(llama, encoded, task, task.collator(tokenizer), 4, progress=silent)
+        given = outcome(Run(llama, task.collator(tokenizer), 4, progress=silent), encoded, task).answers
         assert list(given.predictions) == [int(np.argmax(scores))]
         assert encoded["bytes"][:] == [[5, 5]]
 
@@ -167,7 +167,7 @@ class TestScores:
         )
         task, tokenizer = questions(rows), word_tokenizer()
         encoded = task.encode_test(rows, tokenizer, 32, progress=silent)
-        result = outcome(llama, encoded, task, task.collator(tokenizer), 4, progress=silent)
+        result = outcome(Run(llama, task.collator(tokenizer), 4, progress=silent), encoded, task)
         assert set(result.answers.predictions) <= {"Ann", "Bob", "Cid"}
         assert list(result.answers.references) == [["Ann", "Bob"], ["Eve"]]
         metrics = evaluate(llama, encoded, task, task.collator(tokenizer), 4, progress=silent)

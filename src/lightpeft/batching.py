@@ -16,8 +16,7 @@ from lightpeft.profiling import PeakMemory
 T = TypeVar("T")
 
 MOST_ROWS = {"cpu": 32}
-"""Rows at once at most, by kind of device: on two cores MiniLM does 210 rows a second in batches of 16 to 64, and 140
-in batches of 256."""
+"""Rows at once at most, by kind of device: a few cores are busy with that many, and more no longer fit their caches."""
 MOST_ON_ACCELERATORS = 256
 _SHARE = 0.5
 """Part of the free memory to plan with: allocators leave gaps, and others use the machine, too."""

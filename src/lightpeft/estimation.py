@@ -327,18 +327,22 @@ def stage_length(config: LightConfig, total_steps: int | None) -> int:
     if isinstance(config.length, int):
         steps = config.length
     else:
-        require(total_steps is not None, f"length {config.length} needs the number of steps of the whole run")
-        most = max(2, int(config.max_fraction * total_steps + 0.5))  # type: ignore[operator]
-        steps = most
-        if config.length != "auto":
-            part = max(2, int(config.length * total_steps + 0.5))  # type: ignore[operator]
-            steps = max(part, min(config.least_steps, most))
+        if total_steps is None:
+            raise LightPeftError(f"length {config.length} needs the number of steps of the whole run")
+        most = _part(config.max_fraction, total_steps)
+        steps = (
+            most if config.length == "auto" else max(_part(config.length, total_steps), min(config.least_steps, most))
+        )
     if total_steps is not None:
         require(
             steps <= total_steps,
             f"estimation of {steps} steps is longer than the run of {total_steps}; shorten it or train longer",
         )
     return steps
+
+
+def _part(fraction: float, total_steps: int) -> int:
+    return max(2, int(fraction * total_steps + 0.5))
 
 
 def plan_overlap(before: PrunePlan, after: PrunePlan) -> float:

@@ -14,11 +14,12 @@ from sklearn.metrics import classification_report
 
 from lightpeft.config import RunConfig, merged, run_config_from_dict
 from lightpeft.errors import require
-from lightpeft.evaluation import Outcome, check_predictions_path, outcome, prefixed, scores_of, write_table
+from lightpeft.evaluation import Outcome, Run, outcome, prefixed, scores_of
 from lightpeft.families import max_positions
 from lightpeft.harness import MEANS, HarnessScores, run_harness
 from lightpeft.opening import Found, Wanted, check_answers, find_model, open_model
 from lightpeft.pipeline import parameter_report
+from lightpeft.prediction_files import check_predictions_path, write_predictions
 from lightpeft.records import write_json
 from lightpeft.sites import transformers_model
 from lightpeft.statistics import LEVEL, RESAMPLES, Comparison, compare
@@ -105,7 +106,7 @@ def evaluate_model(
     measured = [_measure(each, of, batch_size, bf16) for each, of in zip(found, tasks, strict=True)]
     report = _report(measured, per_class, seed)
     if predictions is not None:
-        _write_predictions(Path(predictions), measured[0])
+        write_predictions(Path(predictions), task.test, _predictions(measured[0]))
     if json is not None:
         write_json(json, report)
     return report
@@ -197,10 +198,8 @@ def _measure(found: Found, task: Task, batch_size: int | None, bf16: bool) -> Me
     encoded = {prefix: task.encode_test(rows, tokenizer, length) for prefix, rows in _splits(task)}
     model = open_model(found, _wanted(task))
     ensure_pad_token(tokenizer, transformers_model(model).config)
-    outcomes = {
-        prefix: outcome(model, rows, task, task.collator(tokenizer), batch_size, bf16)
-        for prefix, rows in encoded.items()
-    }
+    run = Run(model, task.collator(tokenizer), batch_size, bf16)
+    outcomes = {prefix: outcome(run, rows, task) for prefix, rows in encoded.items()}
     return Measured(found, task, outcomes, parameter_report(model))
 
 
@@ -287,24 +286,18 @@ def by_class(answers: Answers, labels: Sequence[str]) -> dict[str, dict[str, flo
 # -- every single answer -------------------------------------------------------------------------------------------
 
 
-def _write_predictions(path: Path, measured: Measured) -> None:
-    """Inputs, reference, prediction and the classes' probabilities, one row an example."""
+def _predictions(measured: Measured) -> dict[str, list[Any]]:
+    """Reference, prediction and the classes' probabilities, one value an example."""
     task, answers = measured.task, measured.answers()
-    classes = [f"p_{name}" for name in task.labels] if answers.probabilities is not None else []
-    new = ["reference", "prediction", *classes]
-    renamed = {name: f"input_{name}" if name in new else name for name in task.test.column_names}
-
-    def table() -> Iterator[dict[str, Any]]:
-        for number, row in enumerate(task.test):
-            pair = (answers.references[number], answers.predictions[number])
-            p = [] if answers.probabilities is None else answers.probabilities[number]
-            yield {
-                **{renamed[name]: value for name, value in row.items()},
-                **dict(zip(new, [readable(value, task.labels, row) for value in pair], strict=False)),
-                **{name: round(float(value), 6) for name, value in zip(classes, p, strict=True)},
-            }
-
-    write_table(path, [*renamed.values(), *new], table())
+    sides = {"reference": answers.references, "prediction": answers.predictions}
+    columns = {
+        name: [readable(value, task.labels, row) for value, row in zip(values, task.test, strict=True)]
+        for name, values in sides.items()
+    }
+    if answers.probabilities is not None:
+        of_classes = zip(task.labels, answers.probabilities.T, strict=True)
+        columns |= {f"p_{name}": [round(float(p), 6) for p in column] for name, column in of_classes}
+    return columns
 
 
 def readable(answer: Any, labels: Sequence[str], row: Mapping[str, Any]) -> Any:

@@ -1,19 +1,14 @@
-"""What a live model does on data: answers, metrics, and the files that predictions are read from and written to."""
+"""What a live model does on data: its answers, and what is measured of them."""
 
 from __future__ import annotations
 
-import csv
 import inspect
-import json
 import math
-import os
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +18,7 @@ from torch import Tensor, nn
 
 from lightpeft.batching import fitting_batch_size, in_batches
 from lightpeft.config import LikelihoodRule
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.generating import generate_texts
 from lightpeft.statistics import Interval, bootstrap_intervals
 from lightpeft.tasks.answers import BESIDES, Answers
@@ -31,7 +26,6 @@ from lightpeft.tasks.base import Task
 from lightpeft.tasks.likelihood import ACCURACIES, option_scores, option_sequences
 from lightpeft.tasks.metrics import accuracy
 from lightpeft.tasks.progress import Progress, bar
-from lightpeft.tasks.reading import read_file, read_json_text
 from lightpeft.tasks.span import SpanTask, window_of
 from lightpeft.tasks.tokens import IGNORED, SPAN_LABELS, Collator, without_labels
 from lightpeft.tasks.windows import Span, answer_text, best_of_windows, best_span
@@ -57,7 +51,7 @@ def evaluate(
     bf16: bool = False,
     progress: Progress = bar,
 ) -> dict[str, float]:
-    """Metrics of `model` on encoded rows with labels; arguments as for `outcome`.
+    """Metrics of `model` on encoded rows with labels; arguments as for `outcome` and `Run`.
 
     Returns:
         What `task` measures, the main metric first, then the loss and examples. The loss is a mean in nats: of
@@ -69,7 +63,7 @@ def evaluate(
     Raises:
         LightPeftError: there is no row, or no token to predict.
     """
-    return values_of(outcome(model, dataset, task, collator, batch_size, bf16, progress), task)
+    return values_of(outcome(Run(model, collator, batch_size, bf16, progress), dataset, task), task)
 
 
 def values_of(outcome: Outcome, task: Task) -> dict[str, float]:
@@ -108,82 +102,17 @@ def prefixed(prefix: str, values: Mapping[str, T]) -> dict[str, T]:
     return {f"{prefix}_{name}" if prefix else name: value for name, value in values.items()}
 
 
-def answer(
-    model: nn.Module,
-    dataset: Dataset,
-    task: Task,
-    collator: Collator,
-    batch_size: int | None,
-    bf16: bool = False,
-    progress: Progress = bar,
-) -> Answers:
-    """What `model` answers on encoded rows with labels; arguments as for `outcome`."""
-    return outcome(model, dataset, task, collator, batch_size, bf16, progress).answers
-
-
-def outcome(
-    model: nn.Module,
-    dataset: Dataset,
-    task: Task,
-    collator: Collator,
-    batch_size: int | None,
-    bf16: bool = False,
-    progress: Progress = bar,
-) -> Outcome:
-    """Answers of `model` on encoded rows with labels, and what was measured on the way.
+def outcome(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    """Answers of the model on encoded rows with labels, and what was measured on the way.
 
     Args:
-        model: a transformers or PEFT model; its training mode is restored afterwards.
         dataset: what `task.encode_test` returned.
         task: says how the model answers.
-        collator: `task.collator(tokenizer)`.
-        batch_size: rows a forward pass (of likelihood: options, of spans: windows); rows of similar length share one.
-            None: as many as fit into memory; where even that is too much, half of them.
-        bf16: forward under bfloat16 autocast; losses are computed in float32 either way.
-        progress: how the loop is shown.
 
     Raises:
         LightPeftError: there is no row, or no token to predict.
     """
-    run = Run(model, collator, batch_size, bf16, progress)
     return ANSWERING[task.answering](run, dataset, task)
-
-
-def predict_logits(
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Collator,
-    batch_size: int,
-    bf16: bool = False,
-    progress: Progress = bar,
-) -> Tensor:
-    """Class logits, float32 [rows, labels] on the CPU, in the order of the rows."""
-    return torch.stack(logits_of(Run(model, collator, batch_size, bf16, progress), dataset))
-
-
-def predict_proba(
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Collator,
-    batch_size: int,
-    bf16: bool = False,
-    progress: Progress = bar,
-) -> np.ndarray:
-    """Class probabilities, float32 [rows, labels]; arguments as for `evaluate`."""
-    logits = predict_logits(model, dataset, collator, batch_size, bf16, progress)
-    return logits.softmax(-1).numpy()
-
-
-def predict(
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Collator,
-    batch_size: int,
-    bf16: bool = False,
-    progress: Progress = bar,
-) -> np.ndarray:
-    """Number of the most probable class, int64 [rows]; arguments as for `evaluate`."""
-    return predict_logits(model, dataset, collator, batch_size, bf16, progress).argmax(-1).numpy()
 
 
 # -- how each head answers ---------------------------------------------------------------------------------------
@@ -194,10 +123,16 @@ class Run:
     """A model and how rows are fed to it."""
 
     model: nn.Module
+    """A transformers or PEFT model; its training mode is restored afterwards."""
     collator: Collator
+    """`task.collator(tokenizer)`."""
     batch_size: int | None
-    bf16: bool
-    progress: Progress
+    """Rows a forward pass (of likelihood: options, of spans: windows); rows of similar length share one. None: as many
+    as fit into memory; where even that is too much, half of them."""
+    bf16: bool = False
+    """Forward under bfloat16 autocast; losses are computed in float32 either way."""
+    progress: Progress = bar
+    """How the loop is shown."""
 
     def outputs(self, dataset: Dataset, description: str) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
         """Row numbers, the batch of them, and what the model gives for it; batch by batch, the longest rows first.
@@ -245,10 +180,14 @@ def _numbers(run: Run, dataset: Dataset, task: Task) -> Outcome:
     return Outcome(replace(_answers(dataset, predicted.tolist(), labels), scores={"loss": losses.double().numpy()}))
 
 
-def _options(run: Run, dataset: Dataset, task: Task) -> Outcome:
+def option_logits(run: Run, dataset: Dataset) -> list[Tensor]:
+    """Every row's logits, float32 [options]; a batch fills rows up to its largest number of options."""
     counts = [len(options) for options in dataset["input_ids"]]
-    # a batch fills rows up to its largest number of options
-    logits = [of_row[:count] for of_row, count in zip(logits_of(run, dataset), counts, strict=True)]
+    return [of_row[:count] for of_row, count in zip(logits_of(run, dataset), counts, strict=True)]
+
+
+def _options(run: Run, dataset: Dataset, task: Task) -> Outcome:
+    logits = option_logits(run, dataset)
     losses = [-of_row.log_softmax(-1)[label] for of_row, label in zip(logits, dataset["labels"], strict=True)]
     chosen = [int(of_row.argmax()) for of_row in logits]
     return Outcome(replace(_picked(dataset, chosen), scores={"loss": torch.stack(losses).double().numpy()}))
@@ -372,19 +311,20 @@ def _token_sums(run: Run, dataset: Dataset) -> np.ndarray:
     """Over every row's labelled tokens: cross-entropy in nats, tokens predicted right, tokens. Float64 [rows, 3]."""
     sums = np.zeros((len(dataset), 3))
     for rows, batch, output in run.outputs(dataset, "Evaluating"):
-        logits, labels = output.logits[:, :-1], batch["labels"][:, 1:].to(output.logits.device)
+        logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
         # row by row: copies of a batch's logits [rows, tokens, vocabulary] would take more memory than the model did
-        for row, of_row, targets in zip(rows, logits, labels, strict=True):
-            sums[row] = _row_sums(of_row, targets)
+        of_batch = [_row_sums(*of_row) for of_row in zip(logits, labels, strict=True)]
+        sums[list(rows)] = torch.stack(of_batch).cpu().numpy()  # one host copy a batch
     return sums
 
 
-def _row_sums(logits: Tensor, targets: Tensor) -> tuple[float, float, float]:
-    counted = targets != IGNORED
-    picked, targets = logits[counted].float(), targets[counted]
+def _row_sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same of one row, on the device of its logits [tokens, vocabulary]; labels are on the host."""
+    places = (labels != IGNORED).nonzero().flatten()
+    picked, targets = logits[places.to(logits.device)].float(), labels[places].to(logits.device)
     losses = nn.functional.cross_entropy(picked, targets, reduction="none")
     right = (picked.argmax(-1) == targets).sum()
-    return losses.double().sum().item(), right.item(), float(len(targets))
+    return torch.stack([losses.double().sum(), right.double(), torch.full_like(right, len(targets)).double()])
 
 
 def _picked(dataset: Dataset, chosen: list[int]) -> Answers:
@@ -424,119 +364,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-# -- files of inputs and predictions -----------------------------------------------------------------------------
-
-
-def read_inputs(source: Path | TextIO, column: str | None) -> Dataset:
-    """Rows to predict on, as they are.
-
-    Args:
-        source: a .txt file with one text a line, a table (.csv, .tsv, .json, .jsonl, .parquet), or an open text stream:
-            of texts where one column is enough, else of JSON objects.
-        column: what texts are called; None: a row needs several columns, so lines of text will not do.
-
-    Raises:
-        LightPeftError: missing, empty or malformed, or texts where a table is needed.
-    """
-    if isinstance(source, Path) and source.suffix.lower() != ".txt":
-        return read_file(source, "input")
-    if column is None:
-        require(
-            not isinstance(source, Path),
-            "a row of this task has several columns, which text lines have not; "
-            "give a table, or JSON lines on standard input",
-        )
-        return read_json_text(_content(source), "standard input")
-    lines = [line.rstrip("\r") for line in _content(source).split("\n")]
-    lines = [line for line in lines if line.strip()]  # blank ones are nothing to predict on
-    require(lines, "input has no text: every line is blank")
-    return Dataset.from_dict({column: lines})
-
-
-def _content(source: Path | TextIO) -> str:
-    try:
-        return source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()
-    except UnicodeDecodeError as error:
-        raise LightPeftError(f"input is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
-    except OSError as error:
-        raise LightPeftError(f"input {source} cannot be read: {error.strerror}") from error
-
-
-def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write rows with what was found about them; path and errors as for `write_table`.
-
-    Args:
-        rows: come first; a column that is named like a new one becomes `input_<name>`.
-        columns: the new ones, one value a row.
-    """
-    renamed = {name: f"input_{name}" if name in columns else name for name in rows.column_names}
-    found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-    table = (
-        {**{renamed[name]: value for name, value in row.items()}, **new} for row, new in zip(rows, found, strict=True)
-    )
-    write_table(path, [*renamed.values(), *columns], table)
-
-
-def write_table(path: Path | None, header: list[str], table: Iterable[dict[str, Any]]) -> None:
-    """Write rows with the columns of `header`; the file appears only when it is complete.
-
-    Args:
-        path: .csv or .jsonl file, replaced if it is there; None: CSV on standard output.
-
-    Raises:
-        LightPeftError: another suffix, or the file cannot be written.
-    """
-    write = _write_csv if path is None else check_predictions_path(path)
-    if path is None:
-        write(sys.stdout, header, table)
-        return
-    try:
-        with _replacing(path) as file:
-            write(file, header, table)
-    except OSError as error:
-        raise LightPeftError(f"predictions cannot be written to {path}: {error.strerror or error}") from error
-
-
-def check_predictions_path(path: Path) -> Callable[[TextIO, list[str], Iterable[dict[str, Any]]], None]:
-    """The writer for a file of predictions, by suffix; to be called before work is spent on them."""
-    writer = WRITERS.get(path.suffix.lower())
-    if writer is None:
-        raise LightPeftError(f'predictions go to a {" or ".join(WRITERS)} file, not "{path}"')
-    return writer
-
-
-def _write_csv(file: TextIO, header: list[str], table: Iterable[dict[str, Any]]) -> None:
-    writer = csv.DictWriter(file, header)
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in table)
-
-
-def _cell(value: Any) -> Any:
-    """Lists and objects as JSON, which can be read again."""
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
-
-
-def _write_jsonl(file: TextIO, header: list[str], table: Iterable[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table)
-
-
-WRITERS: dict[str, Callable[[TextIO, list[str], Iterable[dict[str, Any]]], None]] = {
-    ".csv": _write_csv,
-    ".jsonl": _write_jsonl,
-}
-"""File suffix -> writer of predictions."""
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[TextIO]:
-    """A file that takes the place of `path` once it is written, and vanishes if writing fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -119,11 +119,14 @@ class _Examples:
         return count
 
     def split(self, products: Tensor) -> Tensor:
-        """[..., units] -> [examples, tokens, units]; some models have flattened examples and tokens into one."""
-        if products.dim() >= 3:
-            return products.flatten(1, -2)
-        whole = len(products) % self.of_batch == 0
-        return products.unflatten(0, (self.of_batch, -1)) if whole else products.unsqueeze(0)
+        """[..., units] -> [examples, what belongs to an example, units].
+
+        Models may have made one dimension of examples and tokens (OPT), or of examples and options (multiple choice);
+        what belongs to an example is one piece of it. Where it cannot be told apart, all are one example.
+        """
+        rows = products.flatten(0, -2)
+        examples = self.of_batch if len(rows) % self.of_batch == 0 else 1
+        return rows.unflatten(0, (examples, -1))
 
 
 class _Scaler:

@@ -319,10 +319,8 @@ def evaluate(work: Workspace) -> dict[str, Any]:
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
     """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
     training, splits = work.config.training, {"": work.test_rows, **work.more_test_rows}
-    return {
-        prefix: evaluation.outcome(model, rows, work.task, work.collator, training.eval_batch_size, training.bf16)
-        for prefix, rows in splits.items()
-    }
+    run = evaluation.Run(model, work.collator, training.eval_batch_size, training.bf16)
+    return {prefix: evaluation.outcome(run, rows, work.task) for prefix, rows in splits.items()}
 
 
 def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:

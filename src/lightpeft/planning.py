@@ -301,8 +301,8 @@ def _keep_modules(record: EstimationRecord, budget: Budget, alive: list[int]) ->
     """Indices of the sites that stay. Sites whose sub-layer went count as removed; one site always stays."""
     scores = record.of_modules(budget.module_criterion)
     lowest = budget.first_module_block(len(record.blocks))
-    allowed = [index for index, site in enumerate(record.sites) if site.block is None or site.block >= lowest]
-    alive = [index for index in alive if index in set(allowed)]
+    allowed = {index for index, site in enumerate(record.sites) if site.block is None or site.block >= lowest}
+    alive = [index for index in alive if index in allowed]
     require(bool(alive), "no PEFT module sits in the blocks that module_blocks allows; raise it, or lower the ratios")
     by_block: dict[int | None, list[int]] = {}
     for index in alive:

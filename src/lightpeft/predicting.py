@@ -17,19 +17,11 @@ from scipy.special import softmax
 from lightpeft.checkpoint import LightModel, load_light, read_description
 from lightpeft.config import ModelConfig
 from lightpeft.errors import require
-from lightpeft.evaluation import (
-    Run,
-    check_predictions_path,
-    likelihoods_of,
-    logits_of,
-    read_inputs,
-    spans_of,
-    texts_of,
-    write_predictions,
-)
+from lightpeft.evaluation import Run, likelihoods_of, logits_of, option_logits, spans_of, texts_of
 from lightpeft.loading import accelerator, load_tokenizer
+from lightpeft.prediction_files import check_predictions_path, read_inputs, write_predictions
 from lightpeft.sites import transformers_model
-from lightpeft.tasks import Task, bar, convert, ensure_pad_token, input_columns, restore_task
+from lightpeft.tasks import Task, convert, ensure_pad_token, input_columns, restore_task
 from lightpeft.tasks.chat import as_chats
 from lightpeft.tasks.span import SpanTask
 from lightpeft.tasks.windows import answer_text
@@ -112,7 +104,7 @@ def answer_rows(
     tokenizer = load_tokenizer(ModelConfig(name=name, gguf_file=getattr(inner, "light_gguf_file", None)))
     ensure_pad_token(tokenizer, inner.config)
     encoded = task.encode_inputs(rows, tokenizer, task.config.max_length)
-    run = Run(light, task.collator(tokenizer), batch_size, bf16, bar)
+    run = Run(light, task.collator(tokenizer), batch_size, bf16)
     return PREDICTING[task.answering](run, encoded, task, rows)
 
 
@@ -159,9 +151,7 @@ def _numbers(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
 
 
 def _options(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
-    counts = [len(options) for options in encoded["input_ids"]]
-    logits = zip(logits_of(run, encoded), counts, strict=True)
-    return _picked([of_row[:count].softmax(-1).numpy() for of_row, count in logits], rows)
+    return _picked([of_row.softmax(-1).numpy() for of_row in option_logits(run, encoded)], rows)
 
 
 def _likelihood(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:

@@ -58,7 +58,7 @@ Metric = Callable[[Answers], dict[str, float]]
 class MeanMetric:
     """A `Metric` that is the mean of one number an example, as an accuracy is.
 
-    A metric should be one where it can: resampling it is a thousand times faster, and where the numbers are 0 and 1 two
+    A metric should be one where it can: resampling it is much faster, and where the numbers are 0 and 1 two
     models can be compared by an exact test.
     """
 
@@ -77,7 +77,7 @@ BESIDES = MeanMetric(lambda answers: dict(answers.scores))
 class ClassMetric:
     """A `Metric` of class numbers that depends on nothing but how often each class is answered where each is right.
 
-    Resampling it is a hundred times faster than calling the library that computes it, once a resample.
+    Resampling it is much faster than calling the library that computes it, once a resample.
     """
 
     compute: Metric

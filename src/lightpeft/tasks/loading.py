@@ -36,19 +36,13 @@ def load_task(
     entry = find_entry(config, own)
     kind = task_class(entry.kind, config.answer, model)
     splits = read_splits(entry, config)
-
-    def ready(split: Split) -> Dataset:
-        rows = convert(split.rows, entry, split.what)
-        kind.check(rows, entry, split.what)
-        return rows
-
     assert splits.train is not None
-    train = ready(splits.train)
-    test = ready(splits.test) if splits.test is not None else None
+    train = _ready(splits.train, entry, kind)
+    test = _ready(splits.test, entry, kind) if splits.test is not None else None
     labels = kind.label_set(train, entry)
     train, test = split_rows(train, test, config)
     more = {
-        prefix: limited(ready(split), config.limit_test, "limit_test", config)
+        prefix: limited(_ready(split, entry, kind), config.limit_test, "limit_test", config)
         for prefix, split in splits.more_tests.items()
     }
     for rows in (test, *more.values()):
@@ -68,16 +62,20 @@ def load_test(
     splits = read_tests(entry, config)
     if splits is None:
         return load_task(config, model, own)
-
-    def ready(split: Split) -> Dataset:
-        rows = convert(split.rows, entry, split.what)
-        kind.check(rows, entry, split.what)
-        return limited(rows, config.limit_test, "limit_test", config)
-
     assert splits.test is not None
-    test = ready(splits.test)
-    more = {prefix: ready(split) for prefix, split in splits.more_tests.items()}
+    test, *others = (
+        limited(_ready(split, entry, kind), config.limit_test, "limit_test", config)
+        for split in (splits.test, *splits.more_tests.values())
+    )
+    more = dict(zip(splits.more_tests, others, strict=True))
     return kind(config, test.select([]), test, kind.label_set(test, entry), entry, more)
+
+
+def _ready(split: Split, entry: TaskEntry, kind: type[Task]) -> Dataset:
+    """Rows as they were read, in the columns of the kind and found good."""
+    rows = convert(split.rows, entry, split.what)
+    kind.check(rows, entry, split.what)
+    return rows
 
 
 def convert(rows: Dataset, entry: TaskEntry, what: str, answered: bool = True) -> Dataset:

@@ -68,11 +68,11 @@ def by_answerability(answers: Answers) -> dict[str, float]:
     Without a reference an empty prediction is right. What there is no question for has no value.
     Rajpurkar et al. 2018, arXiv 1806.03822.
     """
-    answerable = np.array([bool(_with_words(right)) for right in answers.references])
+    answerable, of_all = np.array([bool(_with_words(right)) for right in answers.references]), _scores(answers)
     parts = {"has_answer": answerable, "no_answer": ~answerable}
     return {
         f"{part}_{name}": float(np.mean(scores[chosen]))
         for part, chosen in parts.items()
         if chosen.any()
-        for name, scores in _scores(answers).items()
+        for name, scores in of_all.items()
     }
