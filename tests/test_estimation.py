@@ -20,6 +20,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.estimation import Estimator, stage_length
 from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
+from lightpeft.prefix import FrozenPrefix
 from lightpeft.pruner import EarlyPruner
 
 
@@ -396,3 +397,15 @@ def test_resuming_with_another_model(tmp_path: Path) -> None:
         started(student("llama-gqa"), length=4).load_state(tmp_path)
     with pytest.raises(LightPeftError, match="of another model"):
         started(student(target_modules=["query"]), length=4).load_state(tmp_path)
+
+
+def test_blocks_that_the_loss_does_not_reach() -> None:
+    """As under a frozen prefix, which is right in fine-tuning: their units would look as if nobody needed them."""
+    model = student(target_modules=["layer.2.attention.self.query", "layer.2.attention.self.value"])
+    estimator = started(model, length=2)
+    with FrozenPrefix(model).attached():
+        for seed in (1, 2):
+            model(**inputs(seed=seed)).loss.backward()
+            estimator.step()
+    with pytest.raises(LightPeftError, match=r"masks of .* got no gradient; .* without FrozenPrefix"):
+        estimator.record()

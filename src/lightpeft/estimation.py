@@ -138,13 +138,28 @@ class Estimator:
         """Scores of every unit under every criterion, from the second half of the stage.
 
         Raises:
-            LightPeftError: the stage has not run, or diverged.
+            LightPeftError: the stage has not run, or diverged, or some blocks ran without gradients.
         """
         require(self.steps > 0, "estimation has not run a single step; train with the callback, or call step()")
         self.check_finite()
         if not self._windows or self._windows[-1].end < self.steps:
             self._close_window()
-        return self._record()
+        record = self._record()
+        self._check_reached(record)
+        return record
+
+    def _check_reached(self, record: EstimationRecord) -> None:
+        """Raise `LightPeftError` if the loss reached some blocks and not others: a plan would cut those away unseen."""
+        parts = zip(record.of_blocks("heads", "fisher"), record.of_blocks("neurons", "fisher"), strict=True)
+        reached = [bool(heads.any() or neurons.any()) for heads, neurons in parts]
+        missed = [
+            block.label or str(block.index) for block, found in zip(self.blocks, reached, strict=True) if not found
+        ]
+        require(
+            not missed or not any(reached),
+            f"the masks of block {', '.join(missed)} got no gradient; estimation needs all blocks in the graph, so run "
+            "it without FrozenPrefix and without torch.no_grad around them",
+        )
 
     # -- sums over windows of steps ------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -69,9 +70,10 @@ UNREADABLE = (OSError, ValueError, ImportError, SafetensorError, StrictDataclass
 
 
 def quiet_libraries() -> None:
-    """Keep load reports, loading bars and notices of deprecation of transformers off the screen of this process."""
+    """Keep load reports, bars and notices of deprecation of the libraries below off the screen of this process."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of every cast
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
