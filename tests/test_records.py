@@ -195,13 +195,13 @@ def test_missing_json(tmp_path: Path) -> None:
         PrunePlan.load(tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize("target", ["os.replace", "Path.write_text"])
+@pytest.mark.parametrize("target", ["os.replace", "Path.open"])
 def test_interrupted_writing_leaves_the_old_file(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
     write_json(path, {"x": "old"})
-    owner, name = (os, "replace") if target == "os.replace" else (Path, "write_text")
-    monkeypatch.setattr(owner, name, full_disk)
-    with pytest.raises(LightPeftError) as error:
+    owner, name = (os, "replace") if target == "os.replace" else (Path, "open")
+    with monkeypatch.context() as full, pytest.raises(LightPeftError) as error:
+        full.setattr(owner, name, full_disk)
         write_json(path, {"x": "new"})
     assert message(error) == f"cannot write {path}: No space left on device; nothing was changed"
     assert read_json(path)["x"] == "old" and os.listdir(tmp_path) == ["plan.json"]
