@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -183,6 +183,8 @@ class Subject:
         self.batches = sample_batches(self.work, steps)
         self.model, self.optimizer = (BUILDERS[build] if isinstance(build, str) else build)(self.work)
         self._masked = build == "estimation"
+        # what is not light trains as it is used by habit
+        self._accelerating = partial(pipeline.accelerating, self.work, self.model) if build in _LIGHT else nullcontext
         self._folder = tempfile.TemporaryDirectory()
         self._stored: Sequence[Mapping[str, Any]] | None = None
         self._prefix_speed: float | None = None
@@ -223,7 +225,7 @@ class Subject:
     def _as_trained(self) -> Iterator[Sequence[Mapping[str, Any]]]:
         """The batches as training sees them: with the outputs of a frozen prefix, read as a run reads them."""
         prefix = FrozenPrefix(self.model, blocks=[] if self._masked else None)
-        with prefix.attached():
+        with prefix.attached(), self._accelerating():
             if self._stored is None:
                 self._stored = self._store(prefix) or self.batches
             yield self._stored
@@ -316,6 +318,8 @@ def _light(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimi
 
 BUILDERS: dict[str, Build] = {"plain": _plain, "estimation": _estimation, "light": _light}
 """Subject -> its model and the factory of its optimizer."""
+_LIGHT = ("estimation", "light")
+"""Subjects of a light run."""
 
 
 def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:

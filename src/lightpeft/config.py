@@ -147,6 +147,8 @@ class LightConfig(Budget):
     """Training rows that the correction is fitted on."""
     learning_rate_scale: float = 1.0
     """Learning rate of a light run, as a multiple of `training.learning_rate`: a PEFT of few parameters takes more."""
+    dropout: float | None = None
+    """Dropout of the foundation model and its head in a light run; none: as the model has it. (PEFT keeps its own.)"""
     restart: bool = False
     """Re-initialise the PEFT modules after pruning instead of going on from what estimation learned."""
     seed: int = 0
@@ -168,6 +170,7 @@ class LightConfig(Budget):
         require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
         scale = f"learning_rate_scale is {self.learning_rate_scale:g}; it must be positive and finite"
         require(0 < self.learning_rate_scale < math.inf, scale)
+        require(self.dropout is None or 0 <= self.dropout < 1, f"dropout is {self.dropout}; it lies in [0, 1)")
         require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
 
@@ -403,6 +406,12 @@ class TrainingConfig:
     """Recompute activations in the backward pass to save memory."""
     by_length: bool = True
     """Batches of rows of similar length; off: random batches. Padding is dynamic either way."""
+    pad_to_multiple_of: int = 8
+    """Batches are padded to a multiple of so many tokens (where the model takes as many): few different shapes are
+    faster than a few tokens less."""
+    fused: bool = True
+    """Light runs compute a LoRA layer in one step, and attention of short rows on CPUs by plain products; off: as PEFT
+    and PyTorch do."""
     prefix_cache: PrefixPlace = "file"
     """Blocks below the lowest PEFT module compute the same for a row in every epoch. file, memory: compute them once,
     without dropout, and keep their outputs there; off: compute them every time, with dropout."""
@@ -426,7 +435,8 @@ class TrainingConfig:
         check_choices(self)
         require(self.prefix_limit > 0, f"training.prefix_limit is {self.prefix_limit:g}; it must be positive")
         require(0 <= self.warmup < 1, f"training.warmup is {self.warmup:g}; it lies in [0, 1)")
-        require(min(self.save_steps, self.logging_steps) >= 1, "training.save_steps and logging_steps start at 1")
+        for name in ("save_steps", "logging_steps", "pad_to_multiple_of"):
+            require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; it starts at 1")
 
 
 @dataclass(kw_only=True)

@@ -6,8 +6,10 @@ stopped anywhere goes on where it was, and a stage can be run alone.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,10 +18,11 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lightpeft import evaluation
+from lightpeft.acceleration import accelerated
 from lightpeft.checkpoint import LightModel, load_light
 from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
 from lightpeft.discovery import ensure_family
@@ -55,6 +58,8 @@ class Workspace:
     test_rows: Dataset
     more_test_rows: dict[str, Dataset]
     """Rows of further splits to evaluate on, by the prefix of their metrics."""
+    positions: int | None = None
+    """Tokens that the model's position table has room for; None: any number."""
 
     @property
     def config(self) -> RunConfig:
@@ -64,7 +69,9 @@ class Workspace:
     @property
     def collator(self) -> Collator:
         """Rows to padded batches."""
-        return self.task.collator(self.tokenizer)
+        multiple, length = self.config.training.pad_to_multiple_of, self.config.data.max_length
+        fits = self.positions is None or math.ceil(length / multiple) * multiple <= self.positions
+        return self.task.collator(self.tokenizer, multiple if fits else None)
 
     @property
     def steps(self) -> int:
@@ -93,7 +100,8 @@ def prepare(config: RunConfig) -> Workspace:
     model_config = load_model_config(config.model)
     task = load_task(config.data, model_config, config.tasks)
     tokenizer = load_tokenizer(config.model)
-    check_max_length(config.data.max_length, max_positions(model_config), tokenizer)
+    positions = max_positions(model_config)
+    check_max_length(config.data.max_length, positions, tokenizer)
     ensure_pad_token(tokenizer, model_config)
     train_rows = task.encode(task.train, tokenizer, config.data.max_length)
     test_rows = task.encode_test(task.test, tokenizer, config.data.max_length)
@@ -104,7 +112,7 @@ def prepare(config: RunConfig) -> Workspace:
         steps = total_steps(len(train_rows), config.training, process_count())
         length = stage_length(config.light, steps)
         require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
-    return Workspace(RunFolder.open(config), task, tokenizer, train_rows, test_rows, more)
+    return Workspace(RunFolder.open(config), task, tokenizer, train_rows, test_rows, more, positions)
 
 
 def estimate(work: Workspace) -> EstimationRecord:
@@ -220,7 +228,7 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
     announce_cuts(work, stage)
     # in estimation the masks of every block train, so that no block is frozen, wherever the modules are
     prefix = FrozenPrefix(model, blocks=[] if stage == "estimate" else None)
-    with prefix.attached():
+    with prefix.attached(), accelerating(work, model):
         started = time.perf_counter()
         rows, collator = rows_for(work, prefix, stage, steps)
         caching = time.perf_counter() - started
@@ -246,6 +254,17 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
     )
     speed = throughput(a_step * (trainer.state.global_step - begun), seconds)
     return StageCost(caching + seconds, speed, memory.bytes, memory.method, begun)
+
+
+def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block, steps of a light run are faster; the others train as they are used by habit."""
+    config = work.config
+    if config.method != "light":
+        return nullcontext()
+    lengths = work.train_rows["length"][:]
+    return accelerated(
+        model, lengths, fused=config.training.fused, dropout=config.light.dropout, bf16=config.training.bf16
+    )
 
 
 def announce_cuts(work: Workspace, stage: str) -> None:

@@ -1,0 +1,281 @@
+"""Faster steps of light runs: what a model computes and learns is what PEFT and PyTorch would have made of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from tiny import ALL, LAYOUTS, inputs_for, make, relative_difference, with_lora
+from torch import Tensor, nn
+from workbench import Workbench
+
+from lightpeft import fused, pipeline
+from lightpeft.acceleration import SHORT_ROWS, accelerated, base_dropout
+from lightpeft.fused import fused_lora
+from lightpeft.prefix import FrozenPrefix
+
+LINEAR = [name for name in LAYOUTS if name not in ("gpt2", "falcon")]
+"""Layouts whose projections are plain `nn.Linear`; those of GPT-2 (`Conv1D`) and Falcon are left to PEFT."""
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor], seed: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss, and the gradient of every trained parameter, with the same random numbers each time."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one: Any, other: Any, tolerance: float) -> None:
+    assert relative_difference(one[0], other[0]) < tolerance
+    assert one[1].keys() == other[1].keys() and one[1]
+    largest = max(gradient.norm() for gradient in one[1].values())
+    for name, gradient in one[1].items():
+        assert (gradient - other[1][name]).norm() <= tolerance * largest, name
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Data types of the inputs of the layers that were computed in one step."""
+    seen: list[torch.dtype] = []
+    apply = fused._LoraLinear.apply
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        seen.append(x.dtype)
+        return apply(x, *rest)
+
+    monkeypatch.setattr(fused._LoraLinear, "apply", counted)
+    return seen
+
+
+class TestFusedLora:
+    @pytest.mark.parametrize("name", LINEAR)
+    def test_loss_and_gradients_are_those_of_peft(self, name: str, calls: list[torch.dtype]) -> None:
+        model = with_lora(make(name))
+        inputs = inputs_for(model, labels=True)
+        expected = gradients(model, inputs)
+        with fused_lora(model) as layers:
+            found = gradients(model, inputs)
+        assert layers == len(calls) > 0
+        assert_same(expected, found, 1e-4)
+
+    @pytest.mark.parametrize("name", ["gpt2", "falcon"])
+    def test_another_layer_is_left_to_peft(self, name: str, calls: list[torch.dtype]) -> None:
+        model = with_lora(make(name))
+        with fused_lora(model) as layers:
+            gradients(model, inputs_for(model, labels=True))
+        assert layers == len(calls) == 0
+
+    def test_bf16_autocast_rounds_as_peft_does(self, calls: list[torch.dtype]) -> None:
+        model = with_lora(make("llama-gqa"))
+        inputs = inputs_for(model, labels=True)
+        exact = gradients(model, inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            peft = gradients(model, inputs)
+            with fused_lora(model):
+                found = gradients(model, inputs)
+        assert set(calls) == {torch.bfloat16}
+        largest = max(gradient.norm() for gradient in exact[1].values())
+
+        def error(other: Any) -> float:
+            return float(max((exact[1][name] - other[1][name]).norm() for name in exact[1]) / largest)
+
+        assert found[1].keys() == exact[1].keys()
+        assert all(gradient.dtype == torch.float32 for gradient in found[1].values())
+        assert error(found) < 1.5 * error(peft)
+
+    def test_dropout_of_lora_is_the_same(self, calls: list[torch.dtype]) -> None:
+        model = with_lora(make("bert"), lora_dropout=0.3).train()
+        inputs = inputs_for(model, labels=True)
+        with base_dropout(model, 0.0):
+            expected = gradients(model, inputs)
+            with fused_lora(model):
+                found = gradients(model, inputs)
+            model.eval()
+            without = gradients(model, inputs)
+        assert calls
+        assert_same(expected, found, 1e-4)
+        assert relative_difference(expected[0], without[0]) > 1e-3
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_gradient_checkpointing(self, reentrant: bool, calls: list[torch.dtype]) -> None:
+        model = with_lora(make("llama-gqa")).train()
+        inputs = inputs_for(model, labels=True)
+        expected = gradients(model, inputs)
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        with fused_lora(model) as layers:
+            found = gradients(model, inputs)
+        assert len(calls) == 2 * layers
+        assert_same(expected, found, 1e-4)
+
+    def test_upper_blocks_alone_above_a_frozen_prefix(self) -> None:
+        base = make("bert")
+        targets = [f"bert.encoder.layer.2.attention.self.{slot}" for slot in ("query", "key", "value")]
+        model = with_lora(base, trained=False, target_modules=targets)
+        inputs = inputs_for(model, labels=True)
+        expected = gradients(model, inputs)
+        with FrozenPrefix(model).attached(), fused_lora(model):
+            found = gradients(model, inputs)
+        assert_same(expected, found, 1e-4)
+
+    @pytest.mark.parametrize(
+        ("change", "settings"),
+        [
+            pytest.param(None, {"use_dora": True}, id="DoRA"),
+            pytest.param(None, {"bias": "lora_only"}, id="trained bias"),
+            pytest.param(None, {"lora_bias": True}, id="bias of B"),
+            pytest.param(lambda model: model.base_model.disable_adapter_layers(), {}, id="disabled"),
+            pytest.param(lambda model: model.merge_adapter(), {}, id="merged"),
+            pytest.param(lambda model: watch(model, "base_layer"), {}, id="watched base layer"),
+            pytest.param(lambda model: watch(model, "lora_B"), {}, id="watched B"),
+            pytest.param(lambda model: two_adapters(model), {}, id="two adapters"),
+            pytest.param(lambda model: halve(model), {}, id="base in half precision"),
+        ],
+    )
+    def test_what_has_more_to_it_is_left_to_peft(
+        self, change: Callable[[PeftModel], Any] | None, settings: dict[str, Any], calls: list[torch.dtype]
+    ) -> None:
+        model = with_lora(make("bert"), **settings)
+        if change is not None:
+            change(model)
+        inputs = inputs_for(model)
+        expected = model(**inputs).logits
+        with fused_lora(model):
+            found = model(**inputs).logits
+        assert not calls
+        assert found.equal(expected)
+
+    def test_the_model_is_afterwards_as_before(self) -> None:
+        model = with_lora(make("bert"))
+        before = {name: dict(vars(module)) for name, module in model.named_modules()}
+        state = copy.deepcopy(model.state_dict())
+        with fused_lora(model):
+            assert model.state_dict().keys() == state.keys()
+        after = {name: dict(vars(module)) for name, module in model.named_modules()}
+        assert all(before[name].keys() == after[name].keys() for name in before)
+
+
+def watch(model: PeftModel, part: str) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            watched = layer.get_base_layer() if part == "base_layer" else getattr(layer, part)["default"]
+            watched.register_forward_hook(lambda *_: None)
+
+
+def two_adapters(model: PeftModel) -> None:
+    model.add_adapter("other", LoraConfig(r=2, target_modules=model.peft_config["default"].target_modules))
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.set_adapter(["default", "other"])
+
+
+def halve(model: PeftModel) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.double()
+            layer.lora_B.double()
+
+
+class TestBaseDropout:
+    @pytest.mark.parametrize("name", sorted(ALL))
+    def test_without_dropout_training_computes_what_inference_does(self, name: str) -> None:
+        model = make(name)
+        inputs = inputs_for(model)
+        with torch.no_grad():
+            expected = model(**inputs).logits
+            with base_dropout(model.train(), 0.0):
+                found = model(**inputs).logits
+        assert relative_difference(expected, found) < 1e-5
+
+    def test_probabilities_come_back_and_peft_keeps_its_own(self) -> None:
+        model = with_lora(make("bert"), lora_dropout=0.3)
+        config = model.config.to_dict()
+        before = probabilities(model)
+        with base_dropout(model, 0.25):
+            inside = probabilities(model)
+            assert model.config.to_dict() == config
+        assert probabilities(model) == before
+        assert {p for name, p in inside.items() if "lora_dropout" in name} == {0.3}
+        assert {p for name, p in inside.items() if "lora_dropout" not in name} == {0.25}
+        assert 0.1 in before.values()
+
+    def test_it_really_drops(self) -> None:
+        model = make("opt", dropout=0.0).train()
+        inputs = inputs_for(model)
+        with torch.no_grad(), base_dropout(model, 0.5):
+            assert relative_difference(model(**inputs).logits, model(**inputs).logits) > 1e-2
+
+
+def probabilities(model: nn.Module) -> dict[str, float]:
+    return {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+
+
+class TestShortAttention:
+    @pytest.mark.parametrize(
+        ("lengths", "bf16", "plain"),
+        [
+            ([SHORT_ROWS, SHORT_ROWS], True, True),
+            ([SHORT_ROWS, SHORT_ROWS + 1], True, False),
+            ([8], False, False),
+            ([], True, False),
+        ],
+    )
+    def test_short_rows_in_half_precision(self, lengths: list[int], bf16: bool, plain: bool) -> None:
+        with accelerated(make("bert"), lengths, bf16=bf16):
+            assert torch.backends.cuda.flash_sdp_enabled() != plain
+        assert torch.backends.cuda.flash_sdp_enabled()
+
+    def test_a_model_in_half_precision(self) -> None:
+        with accelerated(make("bert").bfloat16(), [8]):
+            assert not torch.backends.cuda.flash_sdp_enabled()
+        with accelerated(make("bert").bfloat16(), [8], fused=False):
+            assert torch.backends.cuda.flash_sdp_enabled()
+
+
+class TestRuns:
+    """What runs of the command line make of it."""
+
+    @pytest.fixture(scope="class")
+    def bench(self, tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+        return Workbench(tmp_path_factory.mktemp("acceleration"))
+
+    @pytest.mark.parametrize(
+        ("method", "changes", "fast"),
+        [("light", {}, True), ("light", {"training.fused": False}, False), ("plain", {}, False)],
+    )
+    def test_light_runs_are_faster_and_plain_ones_are_as_by_habit(
+        self, bench: Workbench, calls: list[torch.dtype], method: str, changes: dict[str, Any], fast: bool
+    ) -> None:
+        config = bench.config(f"{method}-{fast}", method=method, **{"training.epochs": 1}, **changes)
+        pipeline.run(config)
+        assert bool(calls) == fast
+
+    @pytest.mark.parametrize("method", ["light", "plain"])
+    def test_dropout_is_that_of_light_runs(self, bench: Workbench, method: str) -> None:
+        work = pipeline.prepare(bench.config("dropout", method=method, **{"light.dropout": 0.0}))
+        model = pipeline.dense_model(work).model
+        with pipeline.accelerating(work, model):
+            assert (max(probabilities(model).values()) == 0.0) == (method == "light")
+        assert isinstance(pipeline.accelerating(work, model), nullcontext) == (method == "plain")
+
+    @pytest.mark.parametrize(("max_length", "width"), [(32, 24), (40, 24)])
+    def test_batches_are_padded_to_a_multiple(self, bench: Workbench, max_length: int, width: int) -> None:
+        work = pipeline.prepare(bench.config("padded", **{"data.max_length": max_length}))
+        row = {"input_ids": list(range(3, 20)), "attention_mask": [1] * 17, "length": 17}
+        assert work.collator([row])["input_ids"].shape == (1, width)
+
+    @pytest.mark.parametrize(("max_length", "width"), [(30, 30), (32, 17)])
+    def test_but_not_beyond_the_positions_of_the_model(self, bench: Workbench, max_length: int, width: int) -> None:
+        changes = {"training.pad_to_multiple_of": 30, "data.max_length": max_length}
+        work = pipeline.prepare(bench.config("limit", **changes))
+        assert work.positions == 40
+        row = {"input_ids": list(range(3, 20)), "attention_mask": [1] * 17, "length": 17}
+        assert work.collator([row])["input_ids"].shape == (1, width)
