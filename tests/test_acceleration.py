@@ -15,10 +15,10 @@ from tiny import ALL, LAYOUTS, inputs_for, make, relative_difference, with_lora
 from torch import Tensor, nn
 from workbench import Workbench
 
-from lightpeft import fused, pipeline
+from lightpeft import pipeline
 from lightpeft.acceleration import SHORT_ROWS, accelerated, base_dropout
-from lightpeft.fused import fused_lora
 from lightpeft.prefix import FrozenPrefix
+from lightpeft.sites import fused, fused_lora
 
 LINEAR = [name for name in LAYOUTS if name not in ("gpt2", "falcon")]
 """Layouts whose projections are plain `nn.Linear`; those of GPT-2 (`Conv1D`) and Falcon are left to PEFT."""

@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "config", "structure", "records"},
+    {"errors", "config", "forwards", "structure", "records"},
     {"layout", "linears", "quantised", "scoring", "planning", "tasks"},
     {"families", "statistics"},
     {"bottleneck"},
@@ -19,7 +19,7 @@ LAYERS: tuple[set[str], ...] = (
     {"harness", "loading", "masks", "importance", "prediction_files", "profiling"},
     {"batching"},
     {"generating"},
-    {"evaluation", "estimation", "prefix", "refit", "surgery", "streaming", "training"},
+    {"acceleration", "evaluation", "estimation", "prefix", "refit", "surgery", "streaming", "training"},
     {"discovery"},
     {"checkpoint"},
     {"pruner", "runs", "tables", "predicting"},

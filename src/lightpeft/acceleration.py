@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightpeft.fused import fused_lora
+from lightpeft.sites import fused_lora, peft_parts
 
 SHORT_ROWS = 64
 """Tokens a row on average up to which plain matrix products train faster than PyTorch's fused attention for CPUs."""
@@ -49,7 +48,7 @@ def base_dropout(model: nn.Module, probability: float) -> Iterator[None]:
     Those of PEFT modules keep their own; configurations stay as they are. transformers keeps a probability in an
     `nn.Dropout`, or as a number called `dropout`, `attention_dropout` or the like, which the module's forward reads.
     """
-    of_peft = _peft_parts(model)
+    of_peft = peft_parts(model)
     changed: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         if module in of_peft:
@@ -63,13 +62,6 @@ def base_dropout(model: nn.Module, probability: float) -> Iterator[None]:
     finally:
         for module, key, value in changed:
             setattr(module, key, value)
-
-
-def _peft_parts(model: nn.Module) -> set[nn.Module]:
-    """The modules that PEFT has put in, such as the dropout in front of LoRA's A."""
-    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
-    parts = [part for layer in layers for name, part in layer.named_children() if name != "base_layer"]
-    return {module for part in parts for module in part.modules()}
 
 
 def _short_attention(model: nn.Module, lengths: Sequence[int], bf16: bool) -> AbstractContextManager[None]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightpeft.families import block_lists
+from lightpeft.forwards import instead
 from lightpeft.sites import transformers_model
 
 STATES = "prefix_states"
@@ -39,7 +39,7 @@ class FrozenPrefix:
         """Length of the tuple that a block returns, 0 for a bare tensor; known after a forward pass."""
         self._states: Tensor | None = None
         self._capturing = False
-        self._handles: list[RemovableHandle] = []
+        self._attached = ExitStack()
 
     def __bool__(self) -> bool:
         return bool(self.blocks)
@@ -57,24 +57,15 @@ class FrozenPrefix:
         """Let the frozen blocks run without a graph, or be skipped; nothing happens if there are none."""
         if not self.blocks:
             return
-        self._handles = [
-            self.model.register_forward_pre_hook(self._take, with_kwargs=True),
-            self.model.register_forward_hook(self._drop, always_call=True),
-        ]
-        last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
-            # on the instance, so that the model's attributes, state and structure stay as they are
-            vars(block)["forward"] = partial(self._run, block.forward, index == last)
+        enter = self._attached.enter_context
+        enter(self.model.register_forward_pre_hook(self._take, with_kwargs=True))
+        enter(self.model.register_forward_hook(self._drop, always_call=True))
+        for block in self.blocks:
+            enter(instead(block, partial(self._run, block.forward, block is self.blocks[-1])))
 
     def detach(self) -> None:
         """Take it back; the model is as before `attach`."""
-        for handle in self._handles:
-            handle.remove()
-        for block in self.blocks if self._handles else ():
-            wrapped = vars(block).pop("forward").args[0]
-            if getattr(wrapped, "__func__", None) is not type(block).forward:
-                vars(block)["forward"] = wrapped
-        self._handles = []
+        self._attached.close()
 
     @torch.no_grad()
     def compute(self, batch: Mapping[str, Any]) -> Tensor:

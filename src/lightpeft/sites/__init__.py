@@ -1,10 +1,11 @@
 """One view of the PEFT modules of a live model: where they are, what they add, how they are cut.
 
-All that lightpeft knows of PEFT's classes is here: one `Site` class a PEFT kind. Modules are found by type, never by
-their names.
+All that lightpeft knows of PEFT's classes is here: one `Site` class a PEFT kind, and LoRA computed in one step. Modules
+are found by type, never by their names.
 """
 
-from lightpeft.sites.base import Site, base_layer, base_linear, transformers_model
+from lightpeft.sites.base import Site, base_layer, base_linear, peft_parts, transformers_model
+from lightpeft.sites.fused import fused_lora
 from lightpeft.sites.registry import (
     check_peft,
     check_removable,
@@ -21,6 +22,8 @@ __all__ = [
     "check_peft",
     "check_removable",
     "find_sites",
+    "fused_lora",
+    "peft_parts",
     "refresh_config",
     "remove_site",
     "restart_sites",

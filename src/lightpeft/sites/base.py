@@ -138,6 +138,13 @@ class Site(ABC):
         return next(self.layer.parameters()).device
 
 
+def peft_parts(model: nn.Module) -> set[nn.Module]:
+    """The modules that PEFT has put in, such as the dropout in front of LoRA's A."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    parts = [part for layer in layers for name, part in layer.named_children() if name != "base_layer"]
+    return {module for part in parts for module in part.modules()}
+
+
 def observe_pair(
     base: nn.Module, delta: nn.Module, scaling: float, report: Report, counting: Callable[[], bool]
 ) -> list[RemovableHandle]:

@@ -15,6 +15,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightpeft.forwards import instead
+
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[int]:
@@ -35,19 +37,6 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
         for layer in layers:
             stack.enter_context(instead(layer, _Fused(layer, layer.forward)))
         yield len(layers)
-
-
-@contextmanager
-def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside the block, the module computes `forward`; its attributes, state and structure stay as they are."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        vars(module).pop("forward")
-        if before is not None:
-            vars(module)["forward"] = before
 
 
 class _Fused:
