@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from peer_pruning import (
 from torch import nn
 
 from lightpeft import pipeline
+from lightpeft.acceleration import accelerated
 from lightpeft.bench import adamw
 from lightpeft.checkpoint import as_light
 from lightpeft.config import PRESETS, RunConfig, load_yaml, run_config_from_dict
@@ -52,6 +54,13 @@ class Method:
     """None: lightpeft runs it from beginning to end."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of `RunConfig` by dotted name that differ from the given config's."""
+    accelerated: bool = False
+    """Whether it trains with the faster steps of light runs, and without dropout in the base."""
+
+    def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside the block, the model trains as the method has it."""
+        lengths, bf16 = work.train_rows["length"][:], work.config.training.bf16
+        return accelerated(model, lengths, dropout=0.0, bf16=bf16) if self.accelerated else nullcontext()
 
 
 def plain_peft(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
@@ -105,6 +114,8 @@ BASELINE = "lora"
 """What all others are compared with."""
 PEERS = (
     Method(BASELINE, "LoRA on q, v", "plain", plain_peft, LORA),
+    # what of the speed is the implementation, and not the smaller model
+    Method("lora_lean", "LoRA on q, v, steps as in light runs", "plain", plain_peft, LORA, accelerated=True),
     Method("lora_all", "LoRA on all linear", "plain", plain_peft, LORA | {"lora.slots": list(SLOTS)}),
     Method("lora_top", "LoRA on all linear, top half", "plain", top_half, LORA),
     Method(
@@ -164,6 +175,10 @@ class Peer:
     goal: Goal
 
     def __call__(self, work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
-        build = methods()[self.method].build
-        assert build is not None
-        return build(work, pipeline.dense_model(work), self.goal), adamw(work)
+        method = methods()[self.method]
+        assert method.build is not None
+        return method.build(work, pipeline.dense_model(work), self.goal), adamw(work)
+
+    def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside the block, the model trains as the method has it."""
+        return methods()[self.method].accelerating(work, model)

@@ -285,7 +285,8 @@ class Suite:
             token_loss=work.task.head == "causal-lm",
             callbacks=[curve],
         )
-        seconds = fit(trainer, None)
+        with method.accelerating(work, model):
+            seconds = fit(trainer, None)
         run.finish_stage("train", seconds, partial(_save, model, run.adapter))
         count = count_parameters(model)
         sizes = self._sizes(count.trainable - head, head, self.goal.base - count.base)

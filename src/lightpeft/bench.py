@@ -174,7 +174,8 @@ class Subject:
     def __init__(self, build: str | Build, config: RunConfig, steps: int) -> None:
         """
         Args:
-            build: what to measure: a name in `BUILDERS`, or a function of its own that can be pickled.
+            build: what to measure: a name in `BUILDERS`, or a function of its own that can be pickled; if that has an
+                attribute `accelerating`, a context for a run and its model, training is measured inside.
             steps: batches a measurement.
         """
         set_seed(config.seed)
@@ -183,8 +184,8 @@ class Subject:
         self.batches = sample_batches(self.work, steps)
         self.model, self.optimizer = (BUILDERS[build] if isinstance(build, str) else build)(self.work)
         self._masked = build == "estimation"
-        # what is not light trains as it is used by habit
-        self._accelerating = partial(pipeline.accelerating, self.work, self.model) if build in _LIGHT else nullcontext
+        accelerating = pipeline.accelerating if build in _LIGHT else getattr(build, "accelerating", None)
+        self._accelerating = partial(accelerating, self.work, self.model) if accelerating else nullcontext
         self._folder = tempfile.TemporaryDirectory()
         self._stored: Sequence[Mapping[str, Any]] | None = None
         self._prefix_speed: float | None = None
