@@ -17,6 +17,8 @@ import plots
 import pytest
 import readme_tables
 import scaling
+import steps
+import subjects
 import synthetic
 import torch
 from tiny import relative_difference
@@ -383,25 +385,32 @@ def test_readme_has_a_place_for_every_script(
     assert {path.stem for path in (tmp_path / "tiny.peers.logs").iterdir()} == {"lora-0", "depth-0"}
 
 
-# -- estimation_cost.py ------------------------------------------------------------------------------------------------
+# -- estimation_cost.py, steps.py --------------------------------------------------------------------------------------
 
 
-def test_what_estimation_costs(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("script", [estimation_cost, steps], ids=lambda script: script.__name__)
+def test_subjects_of_a_run(
+    script: Any, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme, out = tmp_path / "README.md", tmp_path / "cost.json"
-    readme.write_text("<!-- results: estimation_cost tiny -->\n<!-- /results: estimation_cost tiny -->\n")
-    monkeypatch.setattr(estimation_cost, "fill", lambda name, text: readme_tables.fill(name, text, readme))
+    name = script.__name__
+    readme, out = tmp_path / "README.md", tmp_path / "out.json"
+    readme.write_text(f"<!-- results: {name} tiny -->\n<!-- /results: {name} tiny -->\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subjects, "README", readme)
+    monkeypatch.setattr(subjects, "fill", lambda name, text: readme_tables.fill(name, text, readme))
     words = (str(config), "--rounds", "2", "--steps", "1", "--out", str(out), "--write-readme")
-    assert estimation_cost.main(list(words)) == 0
+    assert script.main(list(words)) == 0
     results = read(out)
-    for name in (estimation_cost.PLAIN, estimation_cost.MASKED, estimation_cost.AS_IT_IS):
-        assert len(results["values"][name]) == 2
-        assert results["samples_per_second"][name]["median"] > 0
-        assert f"| {name} |" in readme.read_text()
-    assert results["time_ratio"][estimation_cost.PLAIN]["median"] == 1
-    assert estimation_cost.main([str(tmp_path / "missing.yaml")]) == 2
-    assert "estimation_cost: config file" in capsys.readouterr().err
+    assert read(tmp_path / f"tiny.{name}.json") == results
+    first, *others = results["memory_bytes"]
+    assert others
+    for subject in (first, *others):
+        assert len(results["values"][subject]) == 2
+        assert results["samples_per_second"][subject]["median"] > 0
+        assert f"| {subject} |" in readme.read_text()
+    assert results["time_ratio"][first]["median"] == 1
+    assert script.main([str(tmp_path / "missing.yaml")]) == 2
+    assert f"{name}: config file" in capsys.readouterr().err
 
 
 # -- scaling.py --------------------------------------------------------------------------------------------------------

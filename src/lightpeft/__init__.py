@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightpeft.acceleration import accelerated
     from lightpeft.checkpoint import LightModel, load_light
     from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
     from lightpeft.discovery import ensure_family
@@ -25,6 +26,7 @@ _HOMES = {
     "LightPeftError": "errors",
     "PrunePlan": "records",
     "RunConfig": "config",
+    "accelerated": "acceleration",
     "apply_plan": "surgery",
     "ensure_family": "discovery",
     "load_config": "config",
@@ -44,6 +46,7 @@ __all__ = [
     "LightPeftError",
     "PrunePlan",
     "RunConfig",
+    "accelerated",
     "apply_plan",
     "ensure_family",
     "load_config",

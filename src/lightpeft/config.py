@@ -182,16 +182,17 @@ _BY_COST: dict[str, Any] = {
     "multiple_of": 8,
     "length": 0.075,
     "least_steps": 32,
-    "module_blocks": 0.5,
+    "module_blocks": 2 / 3,
     "modules": 0.0,
+    "dropout": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
-    # Half of the blocks, where Fisher scores say that a parameter is worth least; few ranks, in the upper half.
-    "default": {**_BY_COST, "blocks": 0.5, "ranks": 0.75, "learning_rate_scale": 2.0},
-    # Less is cut, and modules keep all ranks: nearer to plain LoRA's quality.
-    "fast": {**_BY_COST, "blocks": 0.3, "ranks": 0.0},
+    # Half of the blocks, where Fisher scores say that a parameter is worth least; one rank of eight, in the upper part.
+    "default": {**_BY_COST, "blocks": 0.5, "ranks": 7 / 8, "learning_rate_scale": 2.0},
+    # Less is cut, and modules keep half of their ranks: plain LoRA's quality.
+    "fast": {**_BY_COST, "blocks": 0.3, "ranks": 0.5},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 

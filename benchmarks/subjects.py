@@ -1,0 +1,90 @@
+"""Training speed and memory of several subjects of one run, in alternation, and their table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from readme_tables import README, fill, markdown_table
+from rich.console import Console
+
+from lightpeft.bench import Build, Subject, Worker
+from lightpeft.cli import quiet
+from lightpeft.config import RunConfig, load_config
+from lightpeft.errors import LightPeftError
+from lightpeft.profiling import alternate, hardware, ratio, summarize
+from lightpeft.records import write_json
+
+Subjects = Mapping[str, tuple[str | Build, RunConfig]]
+"""By name: what to measure, as `lightpeft.bench.Subject` takes it, and its run."""
+
+
+def main(script: str, about: str, of: Callable[[RunConfig], Subjects], arguments: list[str] | None = None) -> int:
+    """Measure the subjects of the config on the command line, and write; 0 if all went well, 2 on bad input.
+
+    Args:
+        script: name of the program, of its folder of results, and of its table in README.md.
+        of: makes the subjects of a config; the first is what the others are compared with.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="YAML file of a run")
+    parser.add_argument("--rounds", type=int, default=9, help="alternations")
+    parser.add_argument("--steps", type=int, default=12, help="batches a round")
+    parser.add_argument("--out", type=Path, help=f"JSON file (default: runs/{script}/<config's name>.json)")
+    parser.add_argument(
+        "--write-readme", action="store_true", help="put table and numbers into README.md and beside it"
+    )
+    given = parser.parse_args(arguments)
+    name = given.config.stem
+    quiet()
+    try:
+        results = measure(of(load_config(given.config)), given.rounds, given.steps)
+        write_json(given.out or Path("runs") / script / f"{name}.json", results)
+        if given.write_readme:
+            write_json(README.with_name(f"{name}.{script}.json"), results)
+            fill(f"{script} {name}", markdown(results))
+    except LightPeftError as error:
+        Console(stderr=True, soft_wrap=True).print(f"{script}: {error}", markup=False)
+        return 2
+    Console(width=120).print(markdown(results), markup=False)
+    return 0
+
+
+def measure(subjects: Subjects, rounds: int, steps: int) -> dict[str, Any]:
+    """Training samples/s by round, and peak memory, of all subjects."""
+    first = next(iter(subjects))
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(Subject, *what, steps)) for name, what in subjects.items()}
+        memory = {name: worker.measure("fixed")["peak_memory_bytes"] for name, worker in workers.items()}
+        values = alternate({name: partial(worker.measure, "training") for name, worker in workers.items()}, rounds)
+    return {
+        "samples_per_second": {name: asdict(summarize(of)) for name, of in values.items()},
+        "time_ratio": {name: asdict(ratio(values[first], of)) for name, of in values.items()},
+        "memory_bytes": memory,
+        "values": values,
+        "hardware": hardware(),
+        "configs": {name: asdict(config) for name, (_, config) in subjects.items()},
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """One row a subject, beside the first."""
+    memory: dict[str, int] = results["memory_bytes"]
+    first = next(iter(memory))
+    rows = []
+    for name, time in results["time_ratio"].items():
+        rows.append(
+            [
+                name,
+                f"{results['samples_per_second'][name]['median']:.0f}",
+                f"{time['median'] - 1:+.1%} ({time['low'] - 1:+.1%} to {time['high'] - 1:+.1%})",
+                f"{memory[name] / 2**20:.0f}",
+                f"{memory[name] / memory[first] - 1:+.1%}",
+            ]
+        )
+    return markdown_table(("", "training samples/s", "time a step", "peak memory, MiB", ""), rows)
