@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from torch import nn
 from lightpeft import pipeline
 from lightpeft.bench import BUILDERS
 from lightpeft.config import RunConfig
+from lightpeft.families import block_lists
 from lightpeft.pipeline import Workspace
+from lightpeft.sites import transformers_model
 
 AS_IT_IS = "as it is"
 SETTINGS: dict[str, Mapping[str, Any]] = {
@@ -36,15 +38,19 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "in float32": {"training.bf16": False},
 }
 """What is measured: settings that differ from the config's."""
-CHECKPOINTED = "with gradient checkpointing"
+CHECKPOINTED, COMPILED = "with gradient checkpointing", "compiled (torch.compile)"
+UNROUNDED = "neurons in any number instead of multiples of 8"
 
 
-class Checkpointed:
-    """The light model with activations computed again in the backward pass."""
+@dataclass(frozen=True)
+class Changed:
+    """The light model after `change`."""
+
+    change: Callable[[nn.Module], None]
 
     def __call__(self, work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
         model, optimizer = BUILDERS["light"](work)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        self.change(model)
         return model, optimizer
 
     def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
@@ -52,15 +58,40 @@ class Checkpointed:
         return pipeline.accelerating(work, model)
 
 
-def of(config: RunConfig) -> subjects.Subjects:
-    """What is measured, all of it on one pruned model."""
-    config = replace(config, method="light", output=str(Path("runs") / "steps" / Path(config.output).name))
+def checkpointed(model: nn.Module) -> None:
+    """Activations are computed again in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+
+
+def compiled(model: nn.Module) -> None:
+    """Blocks are compiled, for any number of tokens."""
+    for blocks in block_lists(transformers_model(model)):
+        for block in blocks:
+            block.compile(dynamic=True)
+
+
+def pruned(config: RunConfig, name: str) -> RunConfig:
+    """The run in a folder of its own, estimated and pruned."""
+    folder = Path("runs") / "steps" / Path(config.output).name / name
+    config = replace(config, method="light", output=str(folder))
     work = pipeline.prepare(config)
     pipeline.estimate(work)
     pipeline.plan(work.run)
     pipeline.prune(work)
-    found = {name: ("light", with_settings(config, settings)) for name, settings in SETTINGS.items()}
-    return {**found, CHECKPOINTED: (Checkpointed(), config)}
+    return config
+
+
+def of(config: RunConfig) -> subjects.Subjects:
+    """What is measured, nearly all of it on one pruned model."""
+    run = pruned(config, "run")
+    found = {name: ("light", with_settings(run, settings)) for name, settings in SETTINGS.items()}
+    unrounded = pruned(with_settings(config, {"light.multiple_of": 1}), "unrounded")
+    return {
+        **found,
+        UNROUNDED: ("light", unrounded),
+        CHECKPOINTED: (Changed(checkpointed), run),
+        COMPILED: (Changed(compiled), run),
+    }
 
 
 def main(arguments: list[str] | None = None) -> int:

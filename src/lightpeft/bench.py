@@ -226,10 +226,11 @@ class Subject:
     def _as_trained(self) -> Iterator[Sequence[Mapping[str, Any]]]:
         """The batches as training sees them: with the outputs of a frozen prefix, read as a run reads them."""
         prefix = FrozenPrefix(self.model, blocks=[] if self._masked else None)
-        with prefix.attached(), self._accelerating():
+        with prefix.attached():
             if self._stored is None:
                 self._stored = self._store(prefix) or self.batches
-            yield self._stored
+            with self._accelerating():
+                yield self._stored
 
     def _store(self, prefix: FrozenPrefix) -> StoredBatches | None:
         """The batches with their states, and how fast those are computed; None where a run would store none."""

@@ -228,7 +228,7 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
     announce_cuts(work, stage)
     # in estimation the masks of every block train, so that no block is frozen, wherever the modules are
     prefix = FrozenPrefix(model, blocks=[] if stage == "estimate" else None)
-    with prefix.attached(), accelerating(work, model):
+    with prefix.attached():
         started = time.perf_counter()
         rows, collator = rows_for(work, prefix, stage, steps)
         caching = time.perf_counter() - started
@@ -246,7 +246,7 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
             **options,
         )
         checkpoint = last_checkpoint(run.checkpoints(stage))
-        with PeakMemory(model) as memory:
+        with accelerating(work, model), PeakMemory(model) as memory:
             seconds = fit(trainer, checkpoint)
     begun = step_of(checkpoint) if checkpoint else 0
     a_step = len(work.train_rows) / total_steps(
