@@ -8,6 +8,7 @@ inside the config are relative to the current folder.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -25,11 +26,11 @@ from lightpeft.bench import BUILDERS
 from lightpeft.config import RunConfig
 from lightpeft.families import block_lists
 from lightpeft.pipeline import Workspace
+from lightpeft.runs import RunFolder
 from lightpeft.sites import transformers_model
 
 AS_IT_IS = "as it is"
 SETTINGS: dict[str, Mapping[str, Any]] = {
-    AS_IT_IS: {},
     "LoRA and attention as PEFT and PyTorch have them": {"training.fused": False},
     "with the base's dropout": {"light.dropout": None},
     "padded to the longest row alone": {"training.pad_to_multiple_of": 1},
@@ -70,9 +71,8 @@ def compiled(model: nn.Module) -> None:
             block.compile(dynamic=True)
 
 
-def pruned(config: RunConfig, name: str) -> RunConfig:
+def pruned(config: RunConfig, folder: Path) -> RunConfig:
     """The run in a folder of its own, estimated and pruned."""
-    folder = Path("runs") / "steps" / Path(config.output).name / name
     config = replace(config, method="light", output=str(folder))
     work = pipeline.prepare(config)
     pipeline.estimate(work)
@@ -81,14 +81,24 @@ def pruned(config: RunConfig, name: str) -> RunConfig:
     return config
 
 
+def changed(run: RunConfig, settings: Mapping[str, Any], folder: Path) -> RunConfig:
+    """Other settings on the pruned model of a run."""
+    config = replace(with_settings(run, settings), output=str(folder))
+    work = pipeline.prepare(config)
+    work.run.begin()
+    shutil.copytree(RunFolder.open(run).pruned, work.run.pruned, dirs_exist_ok=True)
+    return config
+
+
 def of(config: RunConfig) -> subjects.Subjects:
     """What is measured, nearly all of it on one pruned model."""
-    run = pruned(config, "run")
-    found = {name: ("light", with_settings(run, settings)) for name, settings in SETTINGS.items()}
-    unrounded = pruned(with_settings(config, {"light.multiple_of": 1}), "unrounded")
+    folder = Path("runs") / "steps" / Path(config.output).name
+    run = pruned(config, folder / AS_IT_IS)
+    found = {name: ("light", changed(run, settings, folder / name)) for name, settings in SETTINGS.items()}
     return {
+        AS_IT_IS: ("light", run),
         **found,
-        UNROUNDED: ("light", unrounded),
+        UNROUNDED: ("light", pruned(with_settings(config, {"light.multiple_of": 1}), folder / UNROUNDED)),
         CHECKPOINTED: (Changed(checkpointed), run),
         COMPILED: (Changed(compiled), run),
     }
