@@ -34,7 +34,7 @@ from lightpeft.training import (
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Workspace:
     bench = Workbench(tmp_path_factory.mktemp("training"))
-    return pipeline.prepare(bench.config("run"))
+    return pipeline.prepare(bench.config("run", **{"training.pad_to_multiple_of": 1}))
 
 
 def trainer_for(
