@@ -1,4 +1,4 @@
-"""How a light model trains faster than the same modules would by themselves: no other weights, no other loss."""
+"""What makes the steps of a light run faster, beside the smaller model: contexts around training, gone afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightpeft.sites import fused_lora, peft_parts
 
 SHORT_ROWS = 64
-"""Tokens a row on average up to which plain matrix products train faster than PyTorch's fused attention for CPUs."""
+"""Tokens a row on average up to which plain products train faster than PyTorch's attention for CPUs: in bfloat16, 32 rows
+of 64 tokens took as long either way, and of 32 a third of the time."""
 
 
 @contextmanager
