@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from transformers import (
     set_seed,
 )
 
+from lightpeft.acceleration import accelerated
 from lightpeft.bench import Worker
 from lightpeft.config import LightConfig
 from lightpeft.families import block_specs
@@ -123,7 +124,7 @@ class Synthetic:
     """One subject's model and batches, in a process of its own."""
 
     def __init__(self, subject: str, case: Case) -> None:
-        self.case = case
+        self.subject, self.case = subject, case
         self.batches = random_batches(case)
         dense = random_model(case)
         self.dense_parameters = count_parameters(dense).base
@@ -160,7 +161,7 @@ class Synthetic:
     def fixed(self) -> dict[str, Any]:
         """Parameters, FLOPs of a batch, and the peak of training memory, weights included."""
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        with PeakMemory(self.model) as memory:
+        with self._as_trained(), PeakMemory(self.model) as memory:
             measure_training(self.model, self.batches[:1], self.optimizer, steps=2, warmup=1, bf16=self.case.bf16)
         with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.bf16):
             flops = count_flops(self.model, self.batches[0])
@@ -175,7 +176,13 @@ class Synthetic:
 
     def training(self) -> float:
         """Seconds a training step."""
-        return statistics.mean(measure_training(self.model, self.batches, self.optimizer, bf16=self.case.bf16))
+        with self._as_trained():
+            return statistics.mean(measure_training(self.model, self.batches, self.optimizer, bf16=self.case.bf16))
+
+    def _as_trained(self) -> AbstractContextManager[None]:
+        """Light models train as in light runs, the others as by habit."""
+        lengths, bf16 = [self.case.length], self.case.bf16
+        return accelerated(self.model, lengths, dropout=0.0, bf16=bf16) if self.subject == "light" else nullcontext()
 
     def inference(self) -> float:
         """Seconds a forward pass, with merged weights."""
