@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from peer_pruning import (
     Decider,
     Goal,
@@ -25,7 +24,7 @@ from torch import nn
 
 from lightpeft import pipeline
 from lightpeft.acceleration import accelerated
-from lightpeft.bench import adamw
+from lightpeft.bench import Made, adamw
 from lightpeft.checkpoint import as_light
 from lightpeft.config import PRESETS, RunConfig, load_yaml, run_config_from_dict
 from lightpeft.errors import require
@@ -56,6 +55,11 @@ class Method:
     """Settings of `RunConfig` by dotted name that differ from the given config's."""
     accelerated: bool = False
     """Whether it trains with the faster steps of light runs, and without dropout in the base."""
+
+    def make(self, goal: Goal, work: Workspace) -> Made:
+        """The model to train, and the factory of its optimizer."""
+        assert self.build is not None
+        return self.build(work, pipeline.dense_model(work), goal), adamw(work)
 
     def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
         """Inside the block, the model trains as the method has it."""
@@ -173,20 +177,3 @@ def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         change = {section: replace(getattr(config, section), **{key: value})} if section else {key: value}
         config = replace(config, **change)
     return config
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Makes the model of one method and its optimizer in a measuring process."""
-
-    method: str
-    goal: Goal
-
-    def __call__(self, work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
-        method = methods()[self.method]
-        assert method.build is not None
-        return method.build(work, pipeline.dense_model(work), self.goal), adamw(work)
-
-    def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside the block, the model trains as the method has it."""
-        return methods()[self.method].accelerating(work, model)

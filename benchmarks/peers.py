@@ -25,7 +25,7 @@ from typing import Any, cast
 
 import plots
 from matplotlib.figure import Figure
-from peer_methods import BASELINE, Method, Peer, light_config, methods, with_settings
+from peer_methods import BASELINE, Method, light_config, methods, with_settings
 from peer_pruning import goal_of
 from readme_tables import README, fill, markdown_table
 from rich.console import Console
@@ -33,7 +33,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from lightpeft import evaluation, pipeline
-from lightpeft.bench import Subject, Worker
+from lightpeft.bench import Build, Subject, Worker
 from lightpeft.checkpoint import LightModel
 from lightpeft.cli import quiet
 from lightpeft.config import RunConfig, load_config
@@ -354,7 +354,8 @@ class Suite:
     def _worker(self, name: str) -> Worker:
         seed = self._finished_seed(name)
         assert seed is not None
-        subject = "light" if methods()[name].kind == "light" else Peer(name, self.goal)
+        method = methods()[name]
+        subject = "light" if method.kind == "light" else Build(partial(method.make, self.goal), method.accelerating)
         return Worker(Subject, subject, self.config(name, seed), self.options.steps)
 
     # -- results ---------------------------------------------------------------------------------------------------

@@ -10,31 +10,29 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import subjects
-import torch
 from peer_methods import with_settings
-from torch import nn
 
 from lightpeft import pipeline
-from lightpeft.bench import BUILDERS
+from lightpeft.bench import BUILDS, Made
 from lightpeft.config import RunConfig
 from lightpeft.families import block_lists
 from lightpeft.pipeline import Workspace
 from lightpeft.runs import RunFolder
 from lightpeft.sites import transformers_model
 
+LIGHT = BUILDS["light"]
 AS_IT_IS = "as it is"
 SETTINGS: dict[str, Mapping[str, Any]] = {
-    "LoRA and attention as PEFT and PyTorch have them": {"training.fused": False},
+    "LoRA and attention as PEFT and PyTorch have them": {"training.fast_steps": False},
     "with the base's dropout": {"light.dropout": None},
     "padded to the longest row alone": {"training.pad_to_multiple_of": 1},
-    "without all three": {"training.fused": False, "light.dropout": None, "training.pad_to_multiple_of": 1},
+    "without all three": {"training.fast_steps": False, "light.dropout": None, "training.pad_to_multiple_of": 1},
     "without prefix cache": {"training.prefix_cache": "off"},
     "in float32": {"training.bf16": False},
 }
@@ -43,32 +41,20 @@ CHECKPOINTED, COMPILED = "with gradient checkpointing", "compiled (torch.compile
 UNROUNDED = "neurons in any number instead of multiples of 8"
 
 
-@dataclass(frozen=True)
-class Changed:
-    """The light model after `change`."""
-
-    change: Callable[[nn.Module], None]
-
-    def __call__(self, work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
-        model, optimizer = BUILDERS["light"](work)
-        self.change(model)
-        return model, optimizer
-
-    def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside the block, the model trains as in light runs."""
-        return pipeline.accelerating(work, model)
-
-
-def checkpointed(model: nn.Module) -> None:
+def checkpointed(work: Workspace) -> Made:
     """Activations are computed again in the backward pass."""
+    model, optimizer = LIGHT.make(work)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    return model, optimizer
 
 
-def compiled(model: nn.Module) -> None:
+def compiled(work: Workspace) -> Made:
     """Blocks are compiled, for any number of tokens."""
+    model, optimizer = LIGHT.make(work)
     for blocks in block_lists(transformers_model(model)):
         for block in blocks:
             block.compile(dynamic=True)
+    return model, optimizer
 
 
 def pruned(config: RunConfig, folder: Path) -> RunConfig:
@@ -90,7 +76,7 @@ def changed(run: RunConfig, settings: Mapping[str, Any], folder: Path) -> RunCon
     return config
 
 
-def of(config: RunConfig) -> subjects.Subjects:
+def subjects_of(config: RunConfig) -> subjects.Subjects:
     """What is measured, nearly all of it on one pruned model."""
     folder = Path("runs") / "steps" / Path(config.output).name
     run = pruned(config, folder / AS_IT_IS)
@@ -99,14 +85,14 @@ def of(config: RunConfig) -> subjects.Subjects:
         AS_IT_IS: ("light", run),
         **found,
         UNROUNDED: ("light", pruned(with_settings(config, {"light.multiple_of": 1}), folder / UNROUNDED)),
-        CHECKPOINTED: (Changed(checkpointed), run),
-        COMPILED: (Changed(compiled), run),
+        CHECKPOINTED: (replace(LIGHT, make=checkpointed), run),
+        COMPILED: (replace(LIGHT, make=compiled), run),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and write; 0 if all went well, 2 on bad input."""
-    return subjects.main("steps", __doc__ or "", of, arguments)
+    return subjects.main("steps", __doc__ or "", subjects_of, arguments)
 
 
 if __name__ == "__main__":

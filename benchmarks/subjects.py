@@ -24,12 +24,14 @@ Subjects = Mapping[str, tuple[str | Build, RunConfig]]
 """By name: what to measure, as `lightpeft.bench.Subject` takes it, and its run."""
 
 
-def main(script: str, about: str, of: Callable[[RunConfig], Subjects], arguments: list[str] | None = None) -> int:
+def main(
+    script: str, about: str, subjects_of: Callable[[RunConfig], Subjects], arguments: list[str] | None = None
+) -> int:
     """Measure the subjects of the config on the command line, and write; 0 if all went well, 2 on bad input.
 
     Args:
         script: name of the program, of its folder of results, and of its table in README.md.
-        of: makes the subjects of a config; the first is what the others are compared with.
+        subjects_of: makes the subjects of a config; the first is what the others are compared with.
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML file of a run")
@@ -43,7 +45,7 @@ def main(script: str, about: str, of: Callable[[RunConfig], Subjects], arguments
     name = given.config.stem
     quiet()
     try:
-        results = measure(of(load_config(given.config)), given.rounds, given.steps)
+        results = measure(subjects_of(load_config(given.config)), given.rounds, given.steps)
         write_json(given.out or Path("runs") / script / f"{name}.json", results)
         if given.write_readme:
             write_json(README.with_name(f"{name}.{script}.json"), results)

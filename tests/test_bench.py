@@ -145,7 +145,7 @@ def test_batches_are_the_same_for_all_and_spread_over_the_epoch(bench: Workbench
 def test_inference_takes_batches_of_any_size(bench: Workbench, report: dict[str, Any]) -> None:
     work = pipeline.prepare(bench.config("run", **UPPER))
     assert [len(batch["labels"]) for batch in sample_batches(work, 3, 1)] == [1, 1, 1]
-    subject = Subject(benching.BUILDERS["plain"], bench.config("run", **UPPER), STEPS)
+    subject = Subject(benching.BUILDS["plain"], bench.config("run", **UPPER), STEPS)
     assert subject.inference(1) > 0
     assert subject.inference() > 0
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attention
 import estimation_cost
 import gpu
 import peer_methods
@@ -26,6 +28,7 @@ from torch import Tensor
 from workbench import Workbench, forked, read, stamps
 
 from lightpeft import pipeline
+from lightpeft.bench import Build
 from lightpeft.config import PRESETS, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.families import block_specs
@@ -315,8 +318,8 @@ def test_random_depends_on_the_seed_alone(prepared: Any) -> None:
 
 def test_peers_go_to_processes_of_their_own(prepared: Any) -> None:
     """Also where processes are not forked, so what makes the model is pickled."""
-    for name in peer_methods.methods():
-        assert len(ForkingPickler.dumps(peer_methods.Peer(name, prepared[2]))) > 0
+    for method in peer_methods.methods().values():
+        assert len(ForkingPickler.dumps(Build(partial(method.make, prepared[2]), method.accelerating))) > 0
 
 
 def test_grouped_queries_are_refused_by_libraries_that_do_not_know_them(bench: Workbench, tmp_path: Path) -> None:
@@ -411,6 +414,24 @@ def test_subjects_of_a_run(
     assert results["time_ratio"][first]["median"] == 1
     assert script.main([str(tmp_path / "missing.yaml")]) == 2
     assert f"{name}: config file" in capsys.readouterr().err
+
+
+# -- attention.py ------------------------------------------------------------------------------------------------------
+
+
+def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- results: attention -->\n<!-- /results: attention -->\n")
+    monkeypatch.setattr(attention, "README", readme)
+    monkeypatch.setattr(attention, "fill", lambda name, text: readme_tables.fill(name, text, readme))
+    sizes = {"--heads": 2, "--head-dim": 4, "--rows": 3, "--rounds": 2, "--out": tmp_path / "out.json"}
+    words = [str(word) for option in sizes.items() for word in option]
+    assert attention.main([*words, "--lengths", "4", "8", "--write-readme"]) == 0
+    results = read(tmp_path / "out.json")
+    assert read(tmp_path / "attention.json") == results
+    assert [case["length"] for case in results["cases"]] == [4, 8, 4, 8]
+    assert all(case["ratio"]["median"] > 0 and case["ratio"]["n"] == 2 for case in results["cases"])
+    assert "| bfloat16, 2 heads, 4 tokens |" in readme.read_text()
 
 
 # -- scaling.py --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -20,7 +20,6 @@ def accelerated(
     model: nn.Module,
     lengths: Sequence[int] = (),
     *,
-    fused: bool = True,
     dropout: float | None = None,
     bf16: bool = False,
 ) -> Iterator[None]:
@@ -28,40 +27,37 @@ def accelerated(
 
     Args:
         lengths: tokens of the training rows; none: rows of unknown length.
-        fused: compute LoRA layers in one step, and attention of short rows by plain products.
         dropout: probability that replaces the base's own ones; None: those stay.
         bf16: training computes under bfloat16 autocast.
     """
-    with ExitStack() as stack:
-        if dropout is not None:
-            stack.enter_context(base_dropout(model, dropout))
-        if fused:
-            stack.enter_context(fused_lora(model))
-            stack.enter_context(_short_attention(model, lengths, bf16))
+    with base_dropout(model, dropout), fused_lora(model), _short_attention(model, lengths, bf16):
         yield
 
 
 @contextmanager
-def base_dropout(model: nn.Module, probability: float) -> Iterator[None]:
-    """Inside the block every dropout of the foundation model and its head has this probability.
+def base_dropout(model: nn.Module, probability: float | None) -> Iterator[None]:
+    """Inside the block every dropout of the foundation model and its head has this probability; None: its own.
 
     Those of PEFT modules keep their own; configurations stay as they are. transformers keeps a probability in an
     `nn.Dropout`, or as a number called `dropout`, `attention_dropout` or the like, which the module's forward reads.
     """
-    of_peft = peft_parts(model)
-    changed: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        if module in of_peft:
-            continue
-        keys = ["p"] if isinstance(module, nn.Dropout) else [key for key in vars(module) if "dropout" in key]
-        changed += [(module, key, vars(module)[key]) for key in keys if isinstance(vars(module)[key], float)]
+    changed = [] if probability is None else list(_dropouts(model))
     try:
-        for module, key, _ in changed:
-            setattr(module, key, probability)
+        for module, name, _ in changed:
+            setattr(module, name, probability)
         yield
     finally:
-        for module, key, value in changed:
-            setattr(module, key, value)
+        for module, name, own in changed:
+            setattr(module, name, own)
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    """The modules outside PEFT's that hold a probability of dropout, with its attribute and value."""
+    of_peft = peft_parts(model)
+    for module in model.modules():
+        if module not in of_peft:
+            names = ["p"] if isinstance(module, nn.Dropout) else [name for name in vars(module) if "dropout" in name]
+            yield from ((module, name, vars(module)[name]) for name in names if isinstance(vars(module)[name], float))
 
 
 def _short_attention(model: nn.Module, lengths: Sequence[int], bf16: bool) -> AbstractContextManager[None]:

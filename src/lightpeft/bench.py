@@ -13,8 +13,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -50,8 +50,8 @@ from lightpeft.pruner import EarlyPruner
 from lightpeft.records import EstimationRecord, write_json
 from lightpeft.tasks.progress import silent
 
-Build = Callable[[Workspace], tuple[nn.Module, Callable[..., torch.optim.Optimizer]]]
-"""Makes a model, and the factory of its optimizer."""
+Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
+"""A model, and the factory of its optimizer."""
 SUBJECTS = ("plain", "estimation", "light")
 """Plain PEFT on the dense model, the estimation stage, and the pruned model."""
 _MEASURED_STEPS = 3
@@ -168,24 +168,37 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
         pipe.send(Failure(" ".join(reason.split())))
 
 
+def by_habit(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
+    """Steps as PEFT, transformers and PyTorch make them."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a subject is made and trains; it goes to another process, so that all of it can be pickled."""
+
+    make: Callable[[Workspace], Made]
+    accelerating: Callable[[Workspace, nn.Module], AbstractContextManager[None]] = by_habit
+    """Training is measured inside this context of a run and its model."""
+    masked: bool = False
+    """Whether masks train, in every block, so that none is frozen."""
+
+
 class Subject:
     """One subject's model and the batches that all subjects share."""
 
     def __init__(self, build: str | Build, config: RunConfig, steps: int) -> None:
         """
         Args:
-            build: what to measure: a name in `BUILDERS`, or a function of its own that can be pickled; if that has an
-                attribute `accelerating`, a context for a run and its model, training is measured inside.
+            build: what to measure, or its name in `BUILDS`.
             steps: batches a measurement.
         """
         set_seed(config.seed)
         self.config = config
         self.work = pipeline.prepare(config)
         self.batches = sample_batches(self.work, steps)
-        self.model, self.optimizer = (BUILDERS[build] if isinstance(build, str) else build)(self.work)
-        self._masked = build == "estimation"
-        accelerating = pipeline.accelerating if build in _LIGHT else getattr(build, "accelerating", None)
-        self._accelerating = partial(accelerating, self.work, self.model) if accelerating else nullcontext
+        self.build = BUILDS[build] if isinstance(build, str) else build
+        self.model, self.optimizer = self.build.make(self.work)
         self._folder = tempfile.TemporaryDirectory()
         self._stored: Sequence[Mapping[str, Any]] | None = None
         self._prefix_speed: float | None = None
@@ -225,11 +238,11 @@ class Subject:
     @contextmanager
     def _as_trained(self) -> Iterator[Sequence[Mapping[str, Any]]]:
         """The batches as training sees them: with the outputs of a frozen prefix, read as a run reads them."""
-        prefix = FrozenPrefix(self.model, blocks=[] if self._masked else None)
+        prefix = FrozenPrefix(self.model, blocks=[] if self.build.masked else None)
         with prefix.attached():
             if self._stored is None:
                 self._stored = self._store(prefix) or self.batches
-            with self._accelerating():
+            with self.build.accelerating(self.work, self.model):
                 yield self._stored
 
     def _store(self, prefix: FrozenPrefix) -> StoredBatches | None:
@@ -294,12 +307,12 @@ def sample_rows(work: Workspace, steps: int, size: int | None = None) -> list[Da
     return [work.train_rows.select(order[start : start + size]) for start in picked]
 
 
-def _plain(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
+def _plain(work: Workspace) -> Made:
     config = work.config
     return add_peft(pipeline.dense_model(work), replace(config, method="plain")), adamw(work)
 
 
-def _estimation(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
+def _estimation(work: Workspace) -> Made:
     """The dense model with all PEFT modules, masks and observers on; the masks train in the optimizer's step."""
     config = work.config
     model = add_peft(pipeline.dense_model(work), config)
@@ -314,14 +327,16 @@ def _estimation(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.O
     return model, optimizer
 
 
-def _light(work: Workspace) -> tuple[nn.Module, Callable[..., torch.optim.Optimizer]]:
+def _light(work: Workspace) -> Made:
     return load_light(work.run.pruned, pipeline.dense_model(work).model, is_trainable=True), adamw(work)
 
 
-BUILDERS: dict[str, Build] = {"plain": _plain, "estimation": _estimation, "light": _light}
-"""Subject -> its model and the factory of its optimizer."""
-_LIGHT = ("estimation", "light")
-"""Subjects of a light run."""
+BUILDS: dict[str, Build] = {
+    "plain": Build(_plain),
+    "estimation": Build(_estimation, pipeline.accelerating, masked=True),
+    "light": Build(_light, pipeline.accelerating),
+}
+"""Subject -> how it is made and trains."""
 
 
 def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:

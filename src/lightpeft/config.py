@@ -419,7 +419,7 @@ class TrainingConfig:
     pad_to_multiple_of: int = 8
     """Batches are padded to a multiple of so many tokens (where the model takes as many): few different shapes are
     faster than a few tokens less."""
-    fused: bool = True
+    fast_steps: bool = True
     """Light runs compute a LoRA layer in one step, and attention of short rows on CPUs by plain products; off: as PEFT
     and PyTorch do."""
     prefix_cache: PrefixPlace = "file"

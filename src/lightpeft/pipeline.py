@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lightpeft import evaluation
-from lightpeft.acceleration import accelerated
+from lightpeft.acceleration import accelerated, base_dropout
 from lightpeft.checkpoint import LightModel, load_light
 from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
 from lightpeft.discovery import ensure_family
@@ -261,10 +261,10 @@ def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[No
     config = work.config
     if config.method != "light":
         return nullcontext()
+    if not config.training.fast_steps:
+        return base_dropout(model, config.light.dropout)
     lengths = work.train_rows["length"][:]
-    return accelerated(
-        model, lengths, fused=config.training.fused, dropout=config.light.dropout, bf16=config.training.bf16
-    )
+    return accelerated(model, lengths, dropout=config.light.dropout, bf16=config.training.bf16)
 
 
 def announce_cuts(work: Workspace, stage: str) -> None:

@@ -19,7 +19,7 @@ from lightpeft.forwards import instead
 
 
 @contextmanager
-def fused_lora(model: nn.Module) -> Iterator[int]:
+def fused_lora(model: nn.Module) -> Iterator[None]:
     """Inside the block, LoRA on frozen `nn.Linear` layers computes `W x + b + s B A x` in one step.
 
     Outputs and gradients are those of PEFT but for the order of rounding. What has something more to it is left to
@@ -28,15 +28,12 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
 
     Args:
         model: a PeftModel, or a model that holds one.
-
-    Yields:
-        The number of layers that are computed so.
     """
-    layers = [layer for layer in model.modules() if type(layer) is LoraLinear and type(layer.base_layer) is nn.Linear]
     with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(instead(layer, _Fused(layer, layer.forward)))
-        yield len(layers)
+        for layer in model.modules():
+            if type(layer) is LoraLinear:
+                stack.enter_context(instead(layer, _Fused(layer, layer.forward)))
+        yield
 
 
 class _Fused:
