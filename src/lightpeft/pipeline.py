@@ -58,7 +58,7 @@ class Workspace:
     test_rows: Dataset
     more_test_rows: dict[str, Dataset]
     """Rows of further splits to evaluate on, by the prefix of their metrics."""
-    positions: int | None = None
+    positions: int | None
     """Tokens that the model's position table has room for; None: any number."""
 
     @property
