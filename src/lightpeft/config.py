@@ -55,8 +55,8 @@ class Budget:
     ranks: float = 1 / 2
     """Part of the ranks of the PEFT modules that stay to remove, in [0, 1)."""
     blocks: float | None = None
-    """Part of what the blocks' heads and neurons have in parameters to remove (balanced heads leave keys and values where
-    they are, which do not count): all compete, and the lowest score per parameter goes first; takes the place of
+    """Part to remove of the parameters that the blocks' heads and neurons have (balanced heads leave keys and values,
+    which then do not count): all compete, and the lowest score per parameter goes first; takes the place of
     `heads`, `neurons` and their scopes."""
     target: float | None = None
     """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
