@@ -17,8 +17,10 @@ from workbench import Workbench
 
 from lightpeft import pipeline
 from lightpeft.acceleration import SHORT_ROWS, accelerated, base_dropout
+from lightpeft.families import block_specs
+from lightpeft.importance import ModuleObserver
 from lightpeft.prefix import FrozenPrefix
-from lightpeft.sites import fused, fused_lora
+from lightpeft.sites import find_sites, fused, fused_lora
 
 LINEAR = [name for name in LAYOUTS if name not in ("gpt2", "falcon")]
 """Layouts whose projections are plain `nn.Linear`; those of GPT-2 (`Conv1D`) and Falcon are left to PEFT."""
@@ -115,6 +117,24 @@ class TestFusedLora:
             found = gradients(model, inputs)
         assert len(calls) == 2 * count_layers(model)
         assert_same(expected, found, 1e-4)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_modules_that_are_watched_in_some_steps(self, reentrant: bool, calls: list[torch.dtype]) -> None:
+        """Checkpointing computes each pass twice, and has to in the same way, watched or not."""
+        model = with_lora(make("llama-gqa")).train()
+        inputs = inputs_for(model, labels=True)
+        expected = gradients(model, inputs)
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        blocks, due = block_specs(model.get_base_model()), [True, False, True]
+        observer = ModuleObserver(model, find_sites(model, blocks), blocks, torch.device("cpu"), iter(due).__next__)
+        counts = []
+        with fused_lora(model):
+            for _ in due:
+                assert_same(expected, gradients(model, inputs), 1e-4)
+                counts.append(len(calls))
+        observer.detach()
+        assert counts == [0, 2 * count_layers(model), 2 * count_layers(model)]
 
     def test_upper_blocks_alone_above_a_frozen_prefix(self) -> None:
         base = make("bert")

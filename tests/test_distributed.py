@@ -50,7 +50,7 @@ def test_a_loop_of_ones_own(results: Path, name: str) -> None:
     record, masks = of_rank(results, 0, name)
     assert_close(record, whole.record())
     torch.testing.assert_close(masks, whole.masks.values, rtol=0, atol=1e-4)
-    assert record.meta["scored_tokens"] == whole.record().meta["scored_tokens"]
+    assert record.meta["ratio_tokens"] == whole.record().meta["ratio_tokens"]
     assert record.meta["processes"] == 2
 
 
@@ -61,7 +61,7 @@ def test_a_trainer(results: Path, tmp_path: Path, name: str) -> None:
     record, masks = of_rank(results, 0, name)
     assert_close(record, pruner.record())
     torch.testing.assert_close(masks, pruner.estimator.masks.values, rtol=0, atol=1e-4)
-    assert record.meta["scored_tokens"] == pruner.record().meta["scored_tokens"]
+    assert record.meta["ratio_tokens"] == pruner.record().meta["ratio_tokens"]
 
 
 @pytest.mark.parametrize("name", LOOPS + TRAINERS)

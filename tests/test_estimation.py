@@ -18,6 +18,7 @@ from transformers import BertConfig, BertForMultipleChoice
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.estimation import Estimator, stage_length
+from lightpeft.importance import ModuleObserver
 from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
 from lightpeft.prefix import FrozenPrefix
@@ -99,7 +100,7 @@ def test_scores_equal_the_definitions() -> None:
         torch.testing.assert_close(scores, (site.down.norm(dim=1) * site.up.norm(dim=0)).detach())
     assert record.meta["steps"] == 2
     assert record.meta["scored_steps"] == 1
-    assert record.meta["scored_tokens"] == int(inputs(seed=2)["attention_mask"].sum())
+    assert record.meta["ratio_tokens"] == int(inputs(seed=2)["attention_mask"].sum())
 
 
 def test_scores_are_means_over_steps_of_the_second_half() -> None:
@@ -114,6 +115,24 @@ def test_scores_are_means_over_steps_of_the_second_half() -> None:
         sums += estimator.masks.take_gradients().absolute
     scores = torch.cat(whole.of_blocks("heads", "taylor") + whole.of_blocks("neurons", "taylor"))
     torch.testing.assert_close(scores, sums / 2, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("every", "due"), [(1, [4, 5, 6, 7]), (3, [4, 7]), (100, [4])])
+def test_ratios_are_measured_every_so_many_steps(every: int, due: list[int]) -> None:
+    """Counted from the beginning of each half, so that what is scored has been measured."""
+    model = student()
+    estimator = started(model, length=8, ratio_every=every, mask_learning_rate=1e-30)
+    batches = [inputs(seed=seed, rows=4, padding="right") for seed in range(8)]
+    for data in batches:  # weights stand still
+        model(**data).loss.backward()
+        estimator.step()
+    found = estimator.record()
+    observer = ModuleObserver(model, estimator.sites, estimator.blocks, torch.device("cpu"))
+    for step in due:
+        model(**batches[step])
+    ratios, tokens = observer.sums
+    torch.testing.assert_close(found.of_modules("ratio"), ratios / tokens, rtol=1e-4, atol=0)
+    assert found.meta["ratio_tokens"] == tokens.max()
 
 
 def test_the_same_seed_gives_the_same_record_and_plan() -> None:
@@ -210,7 +229,7 @@ def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
         trainer(pruner.model, tmp_path, pruner.callback(), **settings).train()
         records.append(pruner.record())
     assert_close(records[1], records[0])
-    assert records[1].meta["scored_tokens"] == records[0].meta["scored_tokens"]
+    assert records[1].meta["ratio_tokens"] == records[0].meta["ratio_tokens"]
 
 
 def test_evaluation_in_between_leaves_the_scores(tmp_path: Path) -> None:

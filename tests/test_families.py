@@ -46,7 +46,7 @@ from lightpeft.families import (
     family_of,
     registry,
 )
-from lightpeft.records import BlockPlan, dense_parameters, removed_in_block
+from lightpeft.records import BlockPlan, block_parameters, removable_parameters, removed_in_block
 from lightpeft.sites import check_peft, find_sites
 from lightpeft.structure import SLOTS, BlockSpec
 from lightpeft.surgery import apply_plan
@@ -102,7 +102,7 @@ def test_costs_are_what_surgery_removes(name: str, kept: str) -> None:
     gone = dict.fromkeys(paths, 0)
     for spec, block in zip(plan.specs, blocks, strict=True):
         gone[block_path(spec)] += removed_in_block(spec, block)
-        assert kept == "some" or removed_in_block(spec, block) == dense_parameters(spec)
+        assert kept == "some" or removed_in_block(spec, block) == removable_parameters(spec)
     assert [old - new for old, new in zip(before, parameters(model, paths), strict=True)] == list(gone.values())
     assert whole - sum(p.numel() for p in model.parameters()) == sum(gone.values()) == plan.removed_parameters
 
@@ -115,6 +115,19 @@ def block_path(spec: BlockSpec) -> str:
 
 def block_paths(specs: Sequence[BlockSpec]) -> list[str]:
     return list(dict.fromkeys(block_path(spec) for spec in specs))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_all_parameters_of_a_block_are_counted(name: str) -> None:
+    """What pruning can reach and what it leaves; PEFT modules inside count for nothing."""
+    model = make(name)
+    counted = [block_specs(model), block_specs(with_lora(copy.deepcopy(model)).get_base_model())]
+    paths = block_paths(counted[0])
+    for specs in counted:
+        total = dict.fromkeys(paths, 0)
+        for spec in specs:
+            total[block_path(spec)] += block_parameters(spec)
+        assert list(total.values()) == parameters(model, paths)
 
 
 @pytest.mark.parametrize("name", MODELS)

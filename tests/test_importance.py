@@ -153,6 +153,20 @@ def test_a_failed_forward_leaves_no_trace() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_only_passes_that_are_due_count_and_are_watched() -> None:
+    model, due = student(), [True, False, True]
+    sites = sites_of(model)
+    blocks = block_specs(transformers_model(model))
+    observer = ModuleObserver(model, sites, blocks, torch.device("cpu"), iter(due).__next__)
+    watched, sums = [], []
+    model.register_forward_hook(lambda *_: watched.append(bool(sites[0].base._forward_hooks)))
+    for seed in range(3):
+        model(**inputs(seed=seed, rows=4, padding="right"))
+        sums.append(observer.sums.clone())
+    assert watched == due
+    assert sums[1].equal(sums[0]) and bool((sums[2] > sums[1]).all())
+
+
 @pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
 def test_rank_taylor(name: str) -> None:
     model, data = student(name), inputs(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
-from lightpeft.planning import Layer, Selection, keep, keep_by_cost, make_plan
-from lightpeft.records import EstimationRecord, PrunePlan, dense_parameters, removed_in_block
+from lightpeft.planning import Layer, Selection, cheapest_first, keep, make_plan, without
+from lightpeft.records import EstimationRecord, PrunePlan, block_parameters, removed_in_block
 from lightpeft.structure import BlockSpec, SiteSpec
 
 PROJECTIONS = {slot: slot for slot in ("q", "k", "v", "o", "ffn_in", "ffn_out")}
@@ -357,56 +358,76 @@ costly = st.builds(
 )
 
 
-def removed_parameters(layers: list[Layer], kept: list[list[int]]) -> int:
-    return sum((len(x.scores) - len(k)) * x.parameters for x, k in zip(layers, kept, strict=True))
+@given(layers=st.lists(costly, min_size=1, max_size=5))
+def test_units_go_by_score_per_parameter(layers: list[Layer]) -> None:
+    order = cheapest_first(layers)
+    units = [(float(score) / layer.parameters, layer) for layer in layers for score in layer.scores]
+    costs = [units[index][0] for index in order.tolist()]
+    assert costs == sorted(costs) and len(set(order.tolist())) == len(order)
+    for layer, kept in zip(layers, without(layers, order), strict=True):
+        assert len(kept) == min(layer.floor, len(layer.scores)), "all but the floors may go"
+        gone = set(range(len(layer.scores))) - set(kept)
+        assert all(layer.scores[unit] <= layer.scores[stays] for unit in gone for stays in kept)
 
 
-@given(layers=st.lists(costly, min_size=1, max_size=5), part=ratios)
-def test_the_cheapest_units_go_until_the_part_is_reached(layers: list[Layer], part: float) -> None:
-    total = sum(len(layer.scores) * layer.parameters for layer in layers)
-    removable = sum(max(len(x.scores) - x.floor, 0) * x.parameters for x in layers)
-    if removable < part * total:
-        with pytest.raises(LightPeftError, match="cannot be reached"):
-            keep_by_cost(layers, part)
-        return
-    kept = keep_by_cost(layers, part)
-    assert all(len(k) >= min(x.floor, len(x.scores)) for x, k in zip(layers, kept, strict=True))
-    assert removed_parameters(layers, kept) >= part * total
-    gone = [
-        (float(x.scores[unit]) / x.parameters, x.parameters)
-        for x, k in zip(layers, kept, strict=True)
-        for unit in set(range(len(x.scores))) - set(k)
-    ]
-    if not gone:
-        assert part == 0
-        return
-    dearest = max(gone)
-    assert removed_parameters(layers, kept) - max(p for d, p in gone if d == dearest[0]) < part * total
-    for layer, stay in zip(layers, kept, strict=True):
-        free = sorted(stay, key=lambda unit: float(layer.scores[unit]))[: max(len(stay) - layer.floor, 0)]
-        assert all(float(layer.scores[unit]) / layer.parameters >= dearest[0] for unit in free)
+@given(layers=st.lists(costly, min_size=1, max_size=5), count=st.integers(0, 40))
+def test_what_goes_first_is_gone(layers: list[Layer], count: int) -> None:
+    order = cheapest_first(layers)
+    kept = without(layers, order[:count])
+    flat = [unit for layer in layers for unit in range(len(layer.scores))]
+    assert sum(map(len, kept)) == len(flat) - min(count, len(order))
+    more = without(layers, order[: count + 1])
+    assert all(set(after) <= set(before) for before, after in zip(kept, more, strict=True))
 
 
-@given(layers=st.lists(costly, min_size=1, max_size=5), parts=st.tuples(ratios, ratios))
-def test_a_larger_part_takes_the_same_units_and_more(layers: list[Layer], parts: tuple[float, float]) -> None:
-    low, high = sorted(parts)
-    try:
-        small, large = keep_by_cost(layers, low), keep_by_cost(layers, high)
-    except LightPeftError:
-        assume(False)
-    assert all(set(b) <= set(a) for a, b in zip(small, large, strict=True))
+def part_removed(plan: PrunePlan) -> float:
+    whole = sum(block_parameters(spec) for spec in plan.specs)
+    return sum(removed_in_block(spec, kept) for spec, kept in zip(plan.specs, plan.blocks, strict=True)) / whole
 
 
-@given(record=records, part=st.sampled_from([0.0, 0.2, 0.5, 0.7]), unit=st.sampled_from(["group", "balanced"]))
-def test_blocks_is_the_part_of_the_blocks_that_goes(record: EstimationRecord, part: float, unit: str) -> None:
-    plan = plan_or_skip(record, {"blocks": part, "head_unit": unit, "modules": 0, "ranks": 0})
-    dense = sum(dense_parameters(spec) for spec in plan.specs)
-    gone = sum(removed_in_block(spec, kept) for spec, kept in zip(plan.specs, plan.blocks, strict=True))
+blocks_budgets = st.fixed_dictionaries(
+    {
+        "blocks": st.sampled_from([0.0, 0.2, 0.4, 0.5, 0.7]),
+        "head_unit": st.sampled_from(["group", "balanced"]),
+        "multiple_of": st.sampled_from([1, 1, 4, 8]),
+        "min_heads": st.integers(0, 2),
+        "min_neurons": st.integers(0, 3),
+        "modules": st.just(0.0),
+        "ranks": st.just(0.0),
+    }
+)
+
+
+@given(record=records, budget=blocks_budgets, fixed=st.sampled_from([0, 100]))
+def test_blocks_is_the_part_of_the_blocks_that_goes(
+    record: EstimationRecord, budget: dict[str, Any], fixed: int
+) -> None:
+    """Measured on the plan: keys and values, rounded widths and what no plan reaches are all counted."""
+    record.blocks = [replace(spec, fixed_parameters=fixed) for spec in record.blocks]
+    plan = plan_or_skip(record, budget)
+    assert part_removed(plan) >= budget["blocks"]
+    assert plan.removed_of_blocks == part_removed(plan)
     spec = plan.specs[0]
-    # balanced slices leave the KV heads, which are then no part of what is counted out
-    slack = sum(s.kv_heads * s.kv_parameters for s in plan.specs) if unit == "balanced" else 0
-    largest = spec.head_parameters * max(spec.heads_per_kv, spec.kv_heads) + spec.kv_parameters
-    assert part * (dense - slack) <= gone <= part * dense + largest
+    a_unit = spec.head_parameters * max(spec.heads_per_kv, spec.kv_heads) + spec.kv_parameters * spec.kv_heads
+    a_step = max(a_unit, spec.neuron_parameters * budget["multiple_of"])
+    whole = sum(block_parameters(spec) for spec in plan.specs)
+    assert not budget["blocks"] or part_removed(plan) * whole < budget["blocks"] * whole + a_step, "and no unit more"
+
+
+@given(record=records, budget=blocks_budgets, parts=st.tuples(ratios, ratios))
+def test_a_larger_part_takes_the_same_units_and_more(
+    record: EstimationRecord, budget: dict[str, Any], parts: tuple[float, float]
+) -> None:
+    low, high = (plan_or_skip(record, {**budget, "blocks": part}) for part in sorted(parts))
+    for less, more in zip(low.blocks, high.blocks, strict=True):
+        assert set(more.heads) <= set(less.heads) and set(more.neurons) <= set(less.neurons)
+
+
+def test_a_part_of_the_blocks_that_floors_forbid_says_what_can_be_reached() -> None:
+    record = make_record()
+    record.blocks = [replace(spec, fixed_parameters=400) for spec in record.blocks]
+    with pytest.raises(LightPeftError, match=r"blocks 0\.95 cannot be reached: at most 0\.\d+ .*min_heads"):
+        make_plan(record, Budget(blocks=0.95, min_neurons=4))
 
 
 def test_blocks_needs_scores_of_one_kind() -> None:

@@ -55,9 +55,8 @@ class Budget:
     ranks: float = 1 / 2
     """Part of the ranks of the PEFT modules that stay to remove, in [0, 1)."""
     blocks: float | None = None
-    """Part to remove of the parameters that the blocks' heads and neurons have (balanced heads leave keys and values,
-    which then do not count): all compete, and the lowest score per parameter goes first; takes the place of
-    `heads`, `neurons` and their scopes."""
+    """Part to remove, at least, of all parameters that the blocks have, in [0, 1): heads and neurons of all blocks
+    compete, and the lowest score per parameter goes first; takes the place of `heads`, `neurons` and their scopes."""
     target: float | None = None
     """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
 
@@ -129,6 +128,9 @@ class LightConfig(Budget):
     """Weight of the L1 penalty on the neuron masks (the paper's lambda_F)."""
     mask_learning_rate: float = 2e-2
     """Adam learning rate of the masks, constant over the stage; masks have no weight decay."""
+    ratio_every: int = 1
+    """Every so many steps the modules' ratios (`module_criterion: ratio`) are measured; in the others the modules are
+    computed faster."""
     check_every: int = 10
     """`length: auto` compares the sets that would be kept every so many steps."""
     settled_overlap: float = 0.95
@@ -166,7 +168,8 @@ class LightConfig(Budget):
         require(self.mask_learning_rate > 0, f"mask_learning_rate is {self.mask_learning_rate:g}; it must be positive")
         positive = self.lambda_heads >= 0 and self.lambda_neurons >= 0
         require(positive, "lambda_heads and lambda_neurons cannot be negative")
-        require(self.check_every >= 1 and self.settled_checks >= 1, "check_every and settled_checks start at 1")
+        counts = ("ratio_every", "check_every", "settled_checks")
+        require(all(getattr(self, name) >= 1 for name in counts), f"{', '.join(counts)} start at 1")
         require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
         require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
         scale = f"learning_rate_scale is {self.learning_rate_scale:g}; it must be positive and finite"

@@ -78,7 +78,7 @@ class Estimator:
             self._sums = self._zero_sums()
         self.masks.attach(self.model)
         self._ranks = RankObserver(self.sites)
-        self._modules = ModuleObserver(self.model, self.sites, self.blocks, device)
+        self._modules = ModuleObserver(self.model, self.sites, self.blocks, device, self._ratios_due)
         self._attached = True
 
     def stop(self) -> None:
@@ -168,6 +168,14 @@ class Estimator:
             return self.steps % self.config.check_every == 0 or self.steps == self.length
         return self.steps in (self.length // 2, self.length)
 
+    def _ratios_due(self) -> bool:
+        """Whether the step under way measures the modules' ratios: each window's first one does."""
+        return (self.steps - self._window_start) % self.config.ratio_every == 0
+
+    @property
+    def _window_start(self) -> int:
+        return self._windows[-1].end if self._windows else 0
+
     def _zero_sums(self) -> dict[str, Tensor]:
         ranks = sum(site.spec.rank for site in self.sites)
         zeros = {name: torch.zeros_like(self.masks.values) for name in scoring.STEP_CRITERIA}
@@ -178,8 +186,7 @@ class Estimator:
         self.check_finite()
         modules = _sum_over_processes(self._modules.sums.clone())
         sums = {name: value.cpu() for name, value in {**self._sums, "modules": modules}.items()}
-        start = self._windows[-1].end if self._windows else 0
-        self._windows.append(_Window(start, self.steps, sums))
+        self._windows.append(_Window(self._window_start, self.steps, sums))
         self._sums = self._zero_sums()
         self._modules.sums.zero_()
         if self.config.length == "auto":
@@ -250,7 +257,7 @@ class Estimator:
         return {
             "steps": self.steps,
             "scored_steps": scored_steps,
-            "scored_tokens": tokens,
+            "ratio_tokens": tokens,
             "length": config.length,
             "max_steps": self.length,
             "lambda_heads": config.lambda_heads,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,36 +52,58 @@ class ModuleObserver:
 
     The norms come from the outputs that the forward pass makes. Only training-mode forward passes with gradients count,
     and each once: what gradient checkpointing computes again in the backward pass is outside the model's forward.
+    Modules are watched in the passes that count and let alone in the others, where they compute as fast as they can.
     """
 
     def __init__(
-        self, model: PeftModel, sites: Sequence[Site], blocks: Sequence[BlockSpec], device: torch.device
+        self,
+        model: PeftModel,
+        sites: Sequence[Site],
+        blocks: Sequence[BlockSpec],
+        device: torch.device,
+        due: Callable[[], bool] = lambda: True,
     ) -> None:
+        """
+        Args:
+            due: whether the training step under way counts.
+        """
         self.sites = list(sites)
         self._blocks = [blocks[site.spec.block] for site in sites]  # type: ignore[index]
         self.sums = torch.zeros(2, len(self.sites), device=device)  # ratio sums, token counts
-        self._counting = False
+        self._due, self._counting = due, False
         self._real = RealTokens(model)
+        self._watching: list[RemovableHandle] = []
         self._handles: list[RemovableHandle | RealTokens] = [
             self._real,
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
-        for index, site in enumerate(self.sites):
-            self._handles.extend(site.observe(self._adder(index), lambda: self._counting))
 
     def detach(self) -> None:
         """Take all hooks off the model."""
+        self._watch(False)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # asked here, because reentrant checkpointing switches gradients off inside
-        self._counting = module.training and torch.is_grad_enabled()
+        self._counting = module.training and torch.is_grad_enabled() and self._due()
+        self._watch(self._counting)
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # the hooks stay until the next pass: checkpointing has to compute this one again in the same way
         self._counting = False
+
+    def _watch(self, wanted: bool) -> None:
+        """Put the hooks on the modules, or take them off."""
+        if wanted and not self._watching:
+            for index, site in enumerate(self.sites):
+                self._watching.extend(site.observe(self._adder(index), lambda: self._counting))
+        elif not wanted:
+            for handle in self._watching:
+                handle.remove()
+            self._watching.clear()
 
     def _adder(self, index: int) -> Report:
         @torch.no_grad()

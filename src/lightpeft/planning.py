@@ -6,6 +6,7 @@ keeps a floor. Heads, neurons, PEFT modules and ranks differ only in what a unit
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError, require
-from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan, removed_in_block
+from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_in_block
 from lightpeft.structure import BlockSpec, SiteSpec
 
 
@@ -160,7 +161,7 @@ def _head_units(record: EstimationRecord, budget: Budget) -> list[HeadUnits]:
 
 
 def _blocks_by_cost(record: EstimationRecord, budget: Budget, part: float) -> list[BlockPlan]:
-    """Heads and neurons of all blocks compete: the lowest score per parameter goes first, until `part` of them is gone.
+    """Heads and neurons of all blocks compete: the lowest score per parameter goes first, until `part` of all goes.
 
     With Fisher scores that is the set whose removal costs least by the second-order estimate of the loss in which units
     do not interact: removing unit i adds about F_i / 2, so what counts is F_i by what the unit costs to keep.
@@ -172,8 +173,29 @@ def _blocks_by_cost(record: EstimationRecord, budget: Budget, part: float) -> li
     layers = [Layer(of_block.sum, of_block.parameters, budget.min_heads) for of_block in units]
     for scores, spec in zip(neurons, record.blocks, strict=True):
         layers.append(Layer(scores.double(), spec.neuron_parameters, budget.min_neurons))
-    kept = keep_by_cost(layers, part)
-    return _block_plans(record, budget, units, kept[: len(units)], kept[len(units) :])
+    order = cheapest_first(layers)
+    whole = sum(block_parameters(spec) for spec in record.blocks)
+
+    def plan(count: int) -> list[BlockPlan]:
+        kept = without(layers, order[:count])
+        return _block_plans(record, budget, units, kept[: len(units)], kept[len(units) :])
+
+    def reached(count: int) -> bool:
+        return _removed(record, plan(count)) >= part * whole
+
+    # counted in whole plans, because KV heads go with their last query head, and widths are rounded
+    count = bisect_left(range(len(order) + 1), True, key=reached)
+    require(
+        count <= len(order),
+        f"blocks {part:g} cannot be reached: at most {_removed(record, plan(len(order))) / whole:.3f} of the blocks' "
+        "parameters can go within the floors; lower blocks, min_heads or min_neurons",
+    )
+    return plan(count)
+
+
+def _removed(record: EstimationRecord, blocks: Sequence[BlockPlan]) -> int:
+    """Parameters that go when `blocks` stays."""
+    return sum(removed_in_block(spec, kept) for spec, kept in zip(record.blocks, blocks, strict=True))
 
 
 @dataclass(frozen=True)
@@ -185,28 +207,23 @@ class Layer:
     floor: int
 
 
-def keep_by_cost(layers: Sequence[Layer], part: float) -> list[list[int]]:
-    """The units that stay in each layer when the lowest scores per parameter go until `part` of the parameters is gone.
+def cheapest_first(layers: Sequence[Layer]) -> Tensor:
+    """The units that may go, by ascending score per parameter, as indices into the units of all layers: [units].
 
     Raises:
-        LightPeftError: a score is not finite, or the floors leave too little to remove.
+        LightPeftError: a score is not finite.
     """
     finite = all(bool(torch.isfinite(layer.scores).all()) for layer in layers)
     require(finite, "the scores of the heads and neurons are not finite; the estimation stage diverged")
-    sizes = [len(layer.scores) for layer in layers]
-    costs = torch.cat([torch.full((len(layer.scores),), layer.parameters) for layer in layers])
     removable = torch.cat([_first(_weakest_first(x.scores), len(x.scores) - x.floor) for x in layers])
-    order = _weakest_first(torch.cat([layer.scores for layer in layers]) / costs.clamp_min(1))
-    order = order[removable[order]]
-    removed, wanted = costs[order].cumsum(0), part * float(costs.sum())
-    most = float(removed[-1]) / float(costs.sum()) if len(order) else 0.0
-    require(
-        most >= part,
-        f"blocks {part:g} cannot be reached: at most {most:.3f} of the blocks' parameters can go within the floors; "
-        "lower blocks, min_heads or min_neurons",
-    )
-    count = int((removed < wanted).sum()) + 1 if part > 0 else 0
-    stays = torch.ones(len(costs), dtype=torch.bool).scatter(0, order[:count], False)
+    order = _weakest_first(torch.cat([layer.scores / max(layer.parameters, 1) for layer in layers]))
+    return order[removable[order]]
+
+
+def without(layers: Sequence[Layer], gone: Tensor) -> list[list[int]]:
+    """The units that stay in each layer when these, as indices into the units of all layers, go."""
+    sizes = [len(layer.scores) for layer in layers]
+    stays = torch.ones(sum(sizes), dtype=torch.bool).scatter(0, gone, False)
     return [of_layer.nonzero().flatten().tolist() for of_layer in stays.split(sizes)]
 
 
@@ -244,7 +261,7 @@ def _blocks_for_target(record: EstimationRecord, budget: Budget, target: float) 
         return _plan_blocks(record, replace(_plain(budget), heads=heads, neurons=neurons))
 
     def removed(blocks: list[BlockPlan]) -> float:
-        return sum(removed_in_block(s, b) for s, b in zip(record.blocks, blocks, strict=True)) / record.base_parameters
+        return _removed(record, blocks) / record.base_parameters
 
     ratio = _smallest(lambda x: removed(plan(x, x)) >= target)
     if ratio is None:

@@ -136,6 +136,11 @@ class PrunePlan:
         """Base parameters removed over all base parameters, embeddings included."""
         return self.removed_parameters / self.base_parameters
 
+    @property
+    def removed_of_blocks(self) -> float:
+        """Base parameters removed over all that the blocks have, norms and biases included."""
+        return self.removed_parameters / sum(block_parameters(spec) for spec in self.specs)
+
     def rows(self) -> list[dict[str, str]]:
         """One row a block: heads, KV heads, neurons and PEFT modules with their ranks, each as kept/dense."""
         return [self._row(spec, kept) for spec, kept in zip(self.specs, self.blocks, strict=True)]
@@ -144,7 +149,7 @@ class PrunePlan:
         dense = [site for site in self.dense_sites if site.block == spec.index]
         stay = [site for site in dense if site.name in self.sites]
         modules = " ".join(f"{site.slot}:{len(self.sites[site.name])}" for site in stay)
-        removed = removed_in_block(spec, kept) / dense_parameters(spec)
+        removed = removed_in_block(spec, kept) / block_parameters(spec)
         return {
             "layer": spec.label or str(spec.index),
             "heads": f"{len(kept.heads)}/{spec.heads}",
@@ -161,8 +166,8 @@ class PrunePlan:
         dense_ranks = sum(site.rank for site in self.dense_sites)
         return (
             f"removes {self.removed_parameters:,} of {self.base_parameters:,} base parameters "
-            f"({self.removed_ratio:.1%}); keeps {len(self.sites)} of {len(self.dense_sites)} PEFT modules "
-            f"and {ranks} of {dense_ranks} ranks"
+            f"({self.removed_ratio:.1%}; {self.removed_of_blocks:.1%} of the blocks'); "
+            f"keeps {len(self.sites)} of {len(self.dense_sites)} PEFT modules and {ranks} of {dense_ranks} ranks"
         )
 
     def __str__(self) -> str:
@@ -253,9 +258,14 @@ def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
     )
 
 
-def dense_parameters(spec: BlockSpec) -> int:
+def removable_parameters(spec: BlockSpec) -> int:
     """Parameters of a block that pruning can reach."""
     return removed_in_block(spec, BlockPlan((), (), ()))
+
+
+def block_parameters(spec: BlockSpec) -> int:
+    """All parameters of a dense block."""
+    return removable_parameters(spec) + spec.fixed_parameters
 
 
 def to_ranges(indices: Sequence[int]) -> str:

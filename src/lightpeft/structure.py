@@ -39,6 +39,8 @@ class BlockSpec:
     """Parameters that one neuron takes with it."""
     rest_parameters: int = 0
     """Parameters that go only when all heads go: norms of queries and keys, and rows before a norm over all heads."""
+    fixed_parameters: int = 0
+    """Parameters that no plan removes: norms and the biases of output projections."""
     label: str = ""
     """What people call the block: its layer, in encoder-decoders with the stack ("encoder 0", "cross 3")."""
     interleaved: bool = False

@@ -18,6 +18,7 @@ from lightpeft.families.encoders import ENCODERS
 from lightpeft.families.spec import Family, Stack
 from lightpeft.layout import Kind, cut_dim, segment_size, segments, width
 from lightpeft.linears import describe, features, is_linear
+from lightpeft.records import removable_parameters
 from lightpeft.structure import BlockSpec
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*ENCODERS, *DECODERS, *ENCODER_DECODERS)}
@@ -88,13 +89,14 @@ def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[Bl
     base = model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
     specs: list[BlockSpec] = []
+    modules: list[nn.Module] = []
     for stack in family.stacks:
-        blocks = _submodule(base, stack.layers)
-        for layer, block in enumerate(blocks or ()):
+        for layer, block in enumerate(_submodule(base, stack.layers) or ()):
             specs.append(_block_spec(stack, len(specs), layer, block, f"{prefix}{stack.layers}", config))
+            modules.append(block)
     require(bool(specs), f"there is no {prefix}{family.stacks[0].layers} in this {type(model).__name__}")
     _check_complete(model, specs, [f"{prefix}{stack.layers}" for stack in family.stacks])
-    return specs
+    return _with_fixed(specs, modules)
 
 
 def block_lists(model: PreTrainedModel) -> list[nn.ModuleList]:
@@ -164,6 +166,23 @@ def _with_counts(spec: BlockSpec, linear: dict[str, nn.Module]) -> BlockSpec:
         kv_parameters=counts["kv_heads"],
         neuron_parameters=counts["neurons"],
     )
+
+
+def _with_fixed(specs: list[BlockSpec], modules: list[nn.Module]) -> list[BlockSpec]:
+    """The specs with the parameters that pruning leaves; of two in one module (cross-attention), the first has them."""
+    fixed = {module: _base_parameters(module) for module in modules}
+    for spec, module in zip(specs, modules, strict=True):
+        fixed[module] -= removable_parameters(spec)
+    return [replace(spec, fixed_parameters=fixed.pop(module, 0)) for spec, module in zip(specs, modules, strict=True)]
+
+
+def _base_parameters(module: nn.Module) -> int:
+    """Parameters of a module, quantised ones as many as they stand for; those of PEFT apart."""
+    layer = _unwrapped(module)
+    if is_linear(layer):
+        return math.prod(features(layer)) + (features(layer)[0] if getattr(layer, "bias", None) is not None else 0)
+    own = sum(p.numel() for p in layer.parameters(recurse=False))
+    return own + sum(_base_parameters(child) for child in layer.children())
 
 
 def _rest_parameters(spec: BlockSpec, attention: nn.Module) -> int:
