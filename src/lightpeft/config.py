@@ -188,6 +188,7 @@ _BY_COST: dict[str, Any] = {
     "least_steps": 32,
     "module_blocks": 2 / 3,
     "modules": 0.0,
+    "ratio_every": 16,
     "dropout": 0.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {
