@@ -16,12 +16,13 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import plots
 from matplotlib.figure import Figure
@@ -66,6 +67,7 @@ class Options:
     curve: int
     learning_rates: Mapping[str, float]
     light_files: Mapping[str, Path]
+    finished_only: bool
     metric: str = "accuracy"
 
 
@@ -76,9 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options = _options(given)
         suite = Suite(options)
-        suite.run_cells()
-        suite.measure_speeds()
+        if not options.finished_only:
+            suite.run_cells()
+            suite.measure_speeds()
         results = suite.results()
+        require(BASELINE in results["methods"], f"{options.out} has no finished cell of plain LoRA")
         write(results, options.out)
         if given.write_readme:
             publish(results, options)
@@ -116,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--light-config", nargs="+", default=[], metavar="PRESET=FILE", help="a config of its own for a preset"
     )
+    parser.add_argument("--finished-only", action="store_true", help="run nothing: results of the cells that are there")
     parser.add_argument("--write-readme", action="store_true", help="put table, plot and results beside README.md")
     return parser
 
@@ -142,6 +147,7 @@ def _options(given: argparse.Namespace) -> Options:
         given.curve,
         numbers,
         {name: Path(value) for name, value in files.items()},
+        given.finished_only,
     )
 
 
@@ -427,11 +433,9 @@ class Curve(TrainerCallback):
         self.lasted = time.perf_counter() - self.started - self.spent
 
 
-@contextmanager
-def observed(curve: Curve) -> Iterator[None]:
+def observed(curve: Curve) -> AbstractContextManager[Any]:
     """Let the curve watch the fine-tuning of `pipeline.run`, which makes its trainers itself."""
-    module: Any = pipeline
-    make = module.make_trainer
+    make = vars(pipeline)["make_trainer"]
 
     def with_curve(*args: Any, **options: Any) -> Trainer:
         trainer = make(*args, **options)
@@ -439,11 +443,7 @@ def observed(curve: Curve) -> Iterator[None]:
             trainer.add_callback(curve)
         return trainer
 
-    module.make_trainer = with_curve
-    try:
-        yield
-    finally:
-        module.make_trainer = make
+    return mock.patch.object(pipeline, "make_trainer", with_curve)
 
 
 # -- over seeds ----------------------------------------------------------------------------------------------------
@@ -526,9 +526,11 @@ def publish(results: dict[str, Any], options: Options) -> None:
 def markdown(results: dict[str, Any]) -> str:
     """Two tables: quality, sizes and times of the runs, and the alternating measurement of speed."""
     found: dict[str, dict[str, Any]] = results["methods"]
+    several = any(method["seeds"] != results["seeds"] for method in found.values())
     runs = markdown_table(
         (
             "method",
+            *(["seeds"] if several else []),
             f"{results['metric']}, %",
             "minus plain LoRA, points",
             "trained (head apart)",
@@ -538,7 +540,7 @@ def markdown(results: dict[str, Any]) -> str:
             "to LoRA's quality - 1 point, s",
             "saved, KiB",
         ),
-        [_run_row(method) for method in found.values()],
+        [_run_row(method, several) for method in found.values()],
     )
     speeds = markdown_table(
         ("method", "training samples/s", *(f"inference, batch {n}" for n in INFERENCE_BATCHES), "peak memory, MiB"),
@@ -555,10 +557,11 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(part for part in (runs, speeds, note, f"Failed:\n\n{failed}" if failed else "") if part)
 
 
-def _run_row(method: dict[str, Any]) -> list[str]:
+def _run_row(method: dict[str, Any], with_seeds: bool) -> list[str]:
     sizes, goal = method["parameters"], method["seconds_to_quality"]
     return [
         method["label"],
+        *([str(len(method["seeds"]))] if with_seeds else []),
         _mean(method["quality"], 100, 1),
         _mean(method["difference"], 100, 1, "+"),
         f"{sizes['trained']:,.0f} (+ {sizes['head']:,.0f})",

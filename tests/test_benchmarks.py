@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -18,6 +20,7 @@ import peers
 import plots
 import pytest
 import readme_tables
+import recovery
 import scaling
 import steps
 import subjects
@@ -25,15 +28,18 @@ import synthetic
 import torch
 from tiny import relative_difference
 from torch import Tensor
+from training import inputs, student
 from workbench import Workbench, forked, read, stamps
 
 from lightpeft import pipeline
 from lightpeft.bench import Build
-from lightpeft.config import PRESETS, load_config
+from lightpeft.config import PRESETS, LightConfig, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.families import block_specs
 from lightpeft.loading import LoadedModel, add_peft
+from lightpeft.planning import make_plan
 from lightpeft.records import PrunePlan
+from lightpeft.reproduce.grid import slug
 from lightpeft.surgery import apply_plan
 
 PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
@@ -141,6 +147,22 @@ def test_finished_cells_are_kept_and_others_made(config: Path, compared: Path) -
     cells = [read(compared / "cells" / f"random-{seed}.json") for seed in (0, 1)]
     assert found["seeds"] == [0, 1]
     assert found["quality"]["mean"] == pytest.approx(sum(cell["quality"] for cell in cells) / 2)
+
+
+def test_results_of_what_is_there(config: Path, compared: Path, tmp_path: Path) -> None:
+    """Nothing is run, and the table says how many seeds each method has."""
+    out = shutil.copytree(compared, tmp_path / "out")
+    before = stamps(out / "cells")
+    assert compare(config, out, "--methods", "lora", "depth", "--seeds", 0, 5, "--finished-only") == 0
+    assert stamps(out / "cells") == before
+    table = (out / "peers.md").read_text().splitlines()
+    assert table[0].startswith("| method | seeds |")
+    assert any(line.startswith("| fewer layers, LoRA | 1 |") for line in table)
+
+
+def test_results_of_nothing_are_refused(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare(config, tmp_path, "--finished-only") == 2
+    assert "no finished cell" in capsys.readouterr().err
 
 
 def test_cells_of_other_settings_are_not_taken(
@@ -414,6 +436,79 @@ def test_subjects_of_a_run(
     assert results["time_ratio"][first]["median"] == 1
     assert script.main([str(tmp_path / "missing.yaml")]) == 2
     assert f"{name}: config file" in capsys.readouterr().err
+
+
+# -- recovery.py -------------------------------------------------------------------------------------------------------
+
+
+def test_recovery_compares_every_variant_with_the_run_as_it_is(
+    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+    config = bench.yaml("gradual", **{"light.length": 4, "light.blocks": 0.5, **fisher})
+    out, readme = bench.folder / "recovery", tmp_path / "README.md"
+    readme.write_text("<!-- results: recovery gradual -->\n<!-- /results: recovery gradual -->\n")
+    monkeypatch.setattr(recovery, "README", readme)
+    monkeypatch.setattr(recovery, "fill", lambda name, text: readme_tables.fill(name, text, readme))
+    words = [str(config), "--out", str(out), "--seeds", "0", "1", "--write-readme"]
+    assert recovery.main(words) == 0
+    results = read(tmp_path / "gradual.recovery.json")
+    assert results == read(out / "results.json")
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == list(recovery.VARIANTS)
+    base = rows[recovery.AS_IT_IS]["quality"]
+    for name, row in rows.items():
+        expected = None if name == recovery.AS_IT_IS else [a - b for a, b in zip(row["quality"], base, strict=True)]
+        assert row["seeds"] == [0, 1] and row["difference"] == expected
+        assert f"| {name} |" in readme.read_text()
+    assert len(list((tmp_path / "gradual.recovery.logs").iterdir())) == 2 * len(rows)
+    assert results["reports"]["distilled from the dense model/0"]["seconds"]["teacher"] > 0
+    first = {name: log(out / f"{slug(name)}-0") for name in rows}
+    assert all(first[name] != first[recovery.AS_IT_IS] for name in rows if name != recovery.AS_IT_IS)
+    before = stamps(out / f"{slug(recovery.AS_IT_IS)}-0")
+    assert recovery.main(words) == 0
+    assert stamps(out / f"{slug(recovery.AS_IT_IS)}-0") == before, "finished runs are not repeated"
+    assert recovery.main([str(tmp_path / "missing.yaml")]) == 2
+    assert "recovery: config file" in capsys.readouterr().err
+
+
+def log(folder: Path) -> list[Any]:
+    """What fine-tuning logged, without the times."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(line["loss"], line["learning_rate"]) for line in lines if line["stage"] == "train" and "loss" in line]
+
+
+def test_what_an_earlier_cut_took_stays_gone() -> None:
+    model, config = student(), LightConfig(length=4, blocks=0.6, modules=0.0)
+    estimator = recovery.GradualEstimator(model, config, cuts=2)
+    estimator.start(None)
+    gone = []
+    for seed in range(4):
+        model(**inputs(seed=seed)).loss.backward()
+        estimator.step()
+        gone.append(estimator.masks.values == 0)
+    assert not gone[0].any() and gone[1].any()
+    assert gone[3].equal(gone[1]), "the last cut is the plan's"
+    record = estimator.record()
+    plan = make_plan(record, config)
+    scores = torch.cat(record.of_blocks("heads", "mask") + record.of_blocks("neurons", "mask"))
+    assert (scores == 0).equal(gone[1])
+    flags = estimator._flags(plan)
+    assert not flags[gone[1]].any() and flags.sum() < (~gone[1]).sum()
+
+
+def test_gradual_cuts_need_the_budget_that_they_divide() -> None:
+    with pytest.raises(LightPeftError, match="light.blocks"):
+        recovery.GradualEstimator(student(), LightConfig(), cuts=2)
+
+
+def test_distillation_is_the_divergence_from_the_teacher() -> None:
+    torch.manual_seed(0)
+    student_logits, teacher = torch.randn(2, 5, 3)
+    p, q = (torch.softmax(x / recovery.TEMPERATURE, dim=1) for x in (teacher, student_logits))
+    expected = (p * (p.log() - q.log())).sum(1).mean() * recovery.TEMPERATURE**2
+    torch.testing.assert_close(recovery.distillation(student_logits, teacher), expected)
+    assert recovery.distillation(teacher, teacher).abs() < 1e-6
 
 
 # -- attention.py ------------------------------------------------------------------------------------------------------

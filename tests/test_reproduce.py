@@ -446,6 +446,7 @@ FIXED = Results(
             spreads(
                 parameters=(22_713_216, 0), removed=(0, 0), trained=(74_498, 0), samples_per_second=(118.4, 3),
                 training_memory_bytes=(557 * 2**20, 0), peak_memory_bytes=(557 * 2**20, 0), seconds=(204.4, 26.1),
+                adapter_bytes=(301 * 1024, 0),
             ),
         ),
         Row(
@@ -453,6 +454,7 @@ FIXED = Results(
             spreads(
                 parameters=(1_238_000_000, 0), removed=(0.2349, 0), trained=(19_093, 0), samples_per_second=(3070, 1),
                 training_memory_bytes=(256 * 2**20, 0), peak_memory_bytes=(612 * 2**20, 0), seconds=None,
+                adapter_bytes=(91 * 1024, 0),
             ),
         ),
         Row(
@@ -460,6 +462,7 @@ FIXED = Results(
             spreads(
                 parameters=(999, None), removed=(0, None), trained=(10, None), samples_per_second=None,
                 training_memory_bytes=None, peak_memory_bytes=None, seconds=(75, None),
+                adapter_bytes=(1e9, None),
             ),
         ),
     ],
@@ -474,11 +477,11 @@ CAPTION = (
     "MiB: of fine-tuning; peak MiB and seconds: estimation included."
 )
 MARKDOWN = f"""\
-| task | method | metric | seeds | quality | difference | p | parameters | removed, % | trained | samples/s | training MiB | peak MiB | seconds |
-| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| rte | lora | accuracy | 3 | 84.1 ± 0.4 | - | - | 22.7M | 0.0 | 74,498 | 118 | 557 | 557 | 204 ± 26 |
-| rte | light & 50%_off | accuracy | 2 | 83.1 ± 0.4 | -1.2 ± 0.8 | 0.239 | 1.24B | 23.5 | 19,093 | 3,070 | 256 | 612 | - |
-| texts | lora | perplexity | 1 | 21.9 | - | <0.001 | 999 | 0.0 | 10 | - | - | - | 75 |
+| task | method | metric | seeds | quality | difference | p | parameters | removed, % | trained | adapter KiB | samples/s | training MiB | peak MiB | seconds |
+| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| rte | lora | accuracy | 3 | 84.1 ± 0.4 | - | - | 22.7M | 0.0 | 74,498 | 301 | 118 | 557 | 557 | 204 ± 26 |
+| rte | light & 50%_off | accuracy | 2 | 83.1 ± 0.4 | -1.2 ± 0.8 | 0.239 | 1.24B | 23.5 | 19,093 | 91 | 3,070 | 256 | 612 | - |
+| texts | lora | perplexity | 1 | 21.9 | - | <0.001 | 999 | 0.0 | 10 | 976,562 | - | - | - | 75 |
 
 {CAPTION}
 
@@ -493,14 +496,14 @@ LATEX = r"""
 \setlength{\belowcaptionskip}{1ex}
 \caption{CAPTION}
 \resizebox{\linewidth}{!}{%
-\begin{tabular}{lllrrrrrrrrrrr}
+\begin{tabular}{lllrrrrrrrrrrrr}
 \toprule
-task & method & metric & seeds & quality & difference & p & parameters & \shortstack{removed,\\\%} & trained & samples/s & \shortstack{training\\MiB} & \shortstack{peak\\MiB} & seconds \\
+task & method & metric & seeds & quality & difference & p & parameters & \shortstack{removed,\\\%} & trained & \shortstack{adapter\\KiB} & samples/s & \shortstack{training\\MiB} & \shortstack{peak\\MiB} & seconds \\
 \midrule
-rte & lora & accuracy & 3 & 84.1 $\pm$ 0.4 & - & - & 22.7M & 0.0 & 74,498 & 118 & 557 & 557 & 204 $\pm$ 26 \\
-rte & light \& 50\%\_off & accuracy & 2 & 83.1 $\pm$ 0.4 & $-$1.2 $\pm$ 0.8 & 0.239 & 1.24B & 23.5 & 19,093 & 3,070 & 256 & 612 & - \\
+rte & lora & accuracy & 3 & 84.1 $\pm$ 0.4 & - & - & 22.7M & 0.0 & 74,498 & 301 & 118 & 557 & 557 & 204 $\pm$ 26 \\
+rte & light \& 50\%\_off & accuracy & 2 & 83.1 $\pm$ 0.4 & $-$1.2 $\pm$ 0.8 & 0.239 & 1.24B & 23.5 & 19,093 & 91 & 3,070 & 256 & 612 & - \\
 \midrule
-texts & lora & perplexity & 1 & 21.9 & - & $<$0.001 & 999 & 0.0 & 10 & - & - & - & 75 \\
+texts & lora & perplexity & 1 & 21.9 & - & $<$0.001 & 999 & 0.0 & 10 & 976,562 & - & - & - & 75 \\
 \bottomrule
 \end{tabular}}
 \end{table*}

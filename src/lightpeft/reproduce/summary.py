@@ -45,10 +45,12 @@ MEASURES: dict[str, Callable[[Report], float | None]] = {
     "training_memory_bytes": lambda report: _training(report, "train", "peak_memory_bytes"),
     "peak_memory_bytes": _peak,
     "seconds": _seconds,
+    "adapter_bytes": lambda report: report.get("adapter_bytes"),
 }
 """What a row has besides the quality. parameters: of the base that is left; removed: part of the base that is gone;
 trained: trainable parameters, the head's included; samples_per_second and training_memory_bytes: of fine-tuning;
-peak_memory_bytes: of the whole run, estimation included; seconds: of the whole run, evaluation left out."""
+peak_memory_bytes: of the whole run, estimation included; seconds: of the whole run, evaluation left out;
+adapter_bytes: of what is kept for the task beside the base (with method full: of the model)."""
 
 
 @dataclass(frozen=True)

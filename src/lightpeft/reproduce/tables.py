@@ -87,6 +87,7 @@ COLUMNS = (
     Column("parameters", lambda row: count(_mean(row, "parameters")), wide=True),
     Column("removed, %", lambda row: _mean_text(row, "removed", ".1f", 100.0)),
     Column("trained", lambda row: count(_mean(row, "trained"))),
+    Column("adapter KiB", lambda row: _mean_text(row, "adapter_bytes", ",.0f", 1 / 1024), wide=True),
     Column("samples/s", lambda row: _mean_text(row, "samples_per_second", ",.0f")),
     Column("training MiB", lambda row: _mean_text(row, "training_memory_bytes", ",.0f", 1 / _MIB), wide=True),
     Column("peak MiB", lambda row: _mean_text(row, "peak_memory_bytes", ",.0f", 1 / _MIB), wide=True),

@@ -1,0 +1,276 @@
+"""What might help a model to recover from the cut, or to be cut more gently: variants of one light run, over seeds.
+
+    python benchmarks/recovery.py configs/movie_reviews/minilm_default.yaml --seeds 0 1 2
+
+Every (variant, seed) is a run of its own below the output folder; finished ones are not repeated. Prints and writes a
+table of differences to the run as it is, paired by seed. Paths inside the config are relative to the current folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from peer_methods import with_settings
+from peft import PeftModel
+from readme_tables import README, fill
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+from transformers import Trainer
+
+from lightpeft import evaluation, pipeline, pruner
+from lightpeft.cli import quiet
+from lightpeft.config import LightConfig, RunConfig, load_config
+from lightpeft.errors import LightPeftError, require
+from lightpeft.estimation import Estimator
+from lightpeft.pipeline import Workspace
+from lightpeft.planning import make_plan
+from lightpeft.profiling import hardware
+from lightpeft.records import PrunePlan, read_json, write_json
+from lightpeft.reproduce.grid import slug
+from lightpeft.reproduce.summary import Report, Results, row
+from lightpeft.reproduce.tables import markdown_table
+
+AS_IT_IS = "as it is"
+REPORT = "recovery.json"
+"""In each run's folder: its metrics, with the seconds of what the variant adds."""
+TEMPERATURE = 2.0
+"""Of teacher and student in distillation (Hinton et al. 2015)."""
+WEIGHT = 0.5
+"""Of the distillation loss beside the task's."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing done differently."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the run by dotted name."""
+    around: Callable[[Workspace], AbstractContextManager[Any]] = lambda work: nullcontext()
+    """The stages of the run are inside this context."""
+
+
+# -- gradual cuts ------------------------------------------------------------------------------------------------------
+
+
+class GradualEstimator(Estimator):
+    """Estimation that cuts in equal steps: at each, masks of the weakest units become zero, and stay so.
+
+    The last cut is the plan's. Units that went before have score zero in its record.
+    """
+
+    def __init__(self, model: PeftModel, config: LightConfig, cuts: int) -> None:
+        """
+        Raises:
+            LightPeftError: `config.blocks`, the budget that is divided into steps, is unset.
+        """
+        super().__init__(model, config)
+        require(config.blocks is not None, "gradual cuts divide light.blocks; set it")
+        self.cuts = cuts
+        self.stays: Tensor | None = None
+
+    def step(self, grad_scale: float = 1.0) -> None:
+        super().step(grad_scale)
+        if self.stays is not None:
+            with torch.no_grad():
+                self.masks.values.mul_(self.stays)
+
+    def _at_boundary(self) -> bool:
+        return self.steps in [round(self.length * cut / self.cuts) for cut in range(1, self.cuts + 1)]
+
+    def _close_window(self) -> None:
+        super()._close_window()
+        if self.steps < self.length:
+            part = (self.config.blocks or 0.0) * self.steps / self.length
+            self.stays = self._flags(make_plan(self._record(), replace(self.config, blocks=part)))
+
+    def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+        scores = super()._unit_scores(sums, steps)
+        if self.stays is None:
+            return scores
+        of_kinds = dict(zip(("heads", "neurons"), self.masks.split(self.stays.cpu()), strict=True))
+        parts = {name: name.split("/") for name in scores}
+        return {name: scores[name] * of_kinds[kind][int(index)] for name, (kind, _, index) in parts.items()}
+
+    def _flags(self, plan: PrunePlan) -> Tensor:
+        """1 for the units that the plan keeps, flat like the masks."""
+        flags = torch.zeros_like(self.masks.values)
+        for kept, heads, neurons in zip(plan.blocks, *self.masks.split(flags), strict=True):
+            heads[list(kept.heads)] = neurons[list(kept.neurons)] = 1.0
+        return flags
+
+
+def cutting(cuts: int, work: Workspace) -> AbstractContextManager[Any]:
+    """Estimation cuts in so many steps."""
+    return mock.patch.object(pruner, "Estimator", partial(GradualEstimator, cuts=cuts))
+
+
+# -- fine-tuning -------------------------------------------------------------------------------------------------------
+
+
+def training(change: Callable[..., Trainer]) -> AbstractContextManager[Any]:
+    """Fine-tuning uses the trainer of `change`, which takes the usual maker and its arguments."""
+    make = vars(pipeline)["make_trainer"]
+
+    def changed(*arguments: Any, **options: Any) -> Trainer:
+        usual = options["stage"] != "train"
+        return make(*arguments, **options) if usual else change(make, *arguments, **options)
+
+    return mock.patch.object(pipeline, "make_trainer", changed)
+
+
+def at_full_rate(work: Workspace) -> AbstractContextManager[Any]:
+    """The learning rate does not rise again after the cut."""
+
+    def change(make: Any, model: nn.Module, rows: Any, collator: Any, config: Any, **options: Any) -> Trainer:
+        return make(model, rows, collator, replace(config, warmup=0.0), **options)
+
+    return training(change)
+
+
+def distilled(work: Workspace) -> AbstractContextManager[Any]:
+    """The pruned model also learns the class probabilities of the dense one, as estimation left it.
+
+    They are computed once for every training row; there is no teacher in memory while the pruned model trains.
+    """
+
+    def change(make: Any, model: nn.Module, rows: Any, collator: Any, config: Any, **options: Any) -> Trainer:
+        started = time.perf_counter()
+        taught = rows.add_column("teacher", [logits.float().tolist() for logits in teacher_logits(work)])
+        work.run.path.joinpath("teacher_seconds").write_text(str(time.perf_counter() - started))
+        return with_teacher(make(model, taught, partial(collated, collator), config, **options))
+
+    return training(change)
+
+
+def teacher_logits(work: Workspace) -> list[Tensor]:
+    """Logits of the dense model at the end of estimation for every training row."""
+    model = PeftModel.from_pretrained(pipeline.dense_model(work).model, str(work.run.estimation / "adapter"))
+    run = evaluation.Run(model, work.collator, work.config.training.eval_batch_size, work.config.training.bf16)
+    return evaluation.logits_of(run, work.train_rows)
+
+
+def collated(collator: Callable[..., dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch with the teacher's logits, [rows, classes]."""
+    teacher = torch.tensor([row["teacher"] for row in rows])
+    batch = collator([{name: value for name, value in row.items() if name != "teacher"} for row in rows])
+    return {**batch, "teacher": teacher}
+
+
+def with_teacher(trainer: Trainer) -> Trainer:
+    """The trainer, with the distillation loss in its loss."""
+    own = trainer.compute_loss
+
+    def compute_loss(model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **options: Any) -> Any:
+        teacher = inputs.pop("teacher")
+        loss, outputs = own(model, inputs, return_outputs=True, **options)
+        loss = (1 - WEIGHT) * loss + WEIGHT * distillation(outputs["logits"], teacher)
+        return (loss, outputs) if return_outputs else loss
+
+    trainer.compute_loss = compute_loss
+    return trainer
+
+
+def distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy to the teacher's softened probabilities, less their entropy: [rows, classes] each -> scalar."""
+    of_student, of_teacher = (log_softmax(logits.float() / TEMPERATURE, dim=-1) for logits in (student, teacher))
+    return kl_div(of_student, of_teacher, log_target=True, reduction="batchmean") * TEMPERATURE**2
+
+
+VARIANTS: dict[str, Variant] = {
+    AS_IT_IS: Variant(),
+    "cut in two steps": Variant(around=partial(cutting, 2)),
+    "cut in four steps": Variant(around=partial(cutting, 4)),
+    "distilled from the dense model": Variant(around=distilled),
+    "biases refitted": Variant({"light.refit": "bias"}),
+    "biases and low-rank matrices refitted": Variant({"light.refit": "low_rank"}),
+    "modules start anew": Variant({"light.restart": True}),
+    "no warmup after the cut": Variant(around=at_full_rate),
+}
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is not done, and write; 0 if all went well, 2 on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="YAML file of a run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, help="folder of runs (default: runs/recovery/<config's name>)")
+    parser.add_argument("--write-readme", action="store_true", help="put table, numbers and logs beside README.md")
+    given = parser.parse_args(arguments)
+    out = given.out or Path("runs") / "recovery" / given.config.stem
+    quiet()
+    try:
+        config = replace(load_config(given.config), method="light")
+        found = {(name, seed): report(config, name, seed, out) for seed in given.seeds for name in VARIANTS}
+        results = summarize(found, given.config.stem)
+        write_json(out / "results.json", as_data(results))
+        if given.write_readme:
+            publish(results, given.config.stem, out)
+    except LightPeftError as error:
+        Console(stderr=True, soft_wrap=True).print(f"recovery: {error}", markup=False)
+        return 2
+    Console(width=160).print(markdown_table(results), markup=False)
+    return 0
+
+
+def folder_of(out: Path, name: str, seed: int) -> Path:
+    """Where a variant's run is."""
+    return out / f"{slug(name)}-{seed}"
+
+
+def report(config: RunConfig, name: str, seed: int, out: Path) -> Report:
+    """Run a variant, unless it is done; what was cut short starts again."""
+    folder, variant = folder_of(out, name, seed), VARIANTS[name]
+    if not (folder / REPORT).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        Console(stderr=True).print(f"{name}, seed {seed}", markup=False)
+        config = with_settings(config, {**variant.settings, "seed": seed, "output": str(folder)})
+        with variant.around(pipeline.prepare(config)):
+            metrics = pipeline.run(config)
+        extra = folder / "teacher_seconds"
+        seconds = {**metrics["seconds"], **({"teacher": float(extra.read_text())} if extra.is_file() else {})}
+        write_json(folder / REPORT, {**metrics, "seconds": seconds})
+    return read_json(folder / REPORT)
+
+
+def summarize(found: Mapping[tuple[str, int], Report], config: str) -> Results:
+    """One row a variant."""
+    of = {name: {seed: report for (variant, seed), report in found.items() if variant == name} for name in VARIANTS}
+    rows = [row((config, "", name), reports, of[AS_IT_IS], AS_IT_IS) for name, reports in of.items()]
+    reports = {f"{name}/{seed}": report for (name, seed), report in found.items()}
+    return Results(rows, AS_IT_IS, len(found), reports)
+
+
+def as_data(results: Results) -> dict[str, Any]:
+    """The results as plain data."""
+    return {**asdict(results), "hardware": hardware()}
+
+
+def publish(results: Results, config: str, out: Path) -> None:
+    """Numbers and logs beside README.md, and the table in it."""
+    logs = README.with_name(f"{config}.recovery.logs")
+    logs.mkdir(exist_ok=True)
+    for name in results.reports:
+        variant, _, seed = name.rpartition("/")
+        shutil.copy(folder_of(out, variant, int(seed)) / "log.jsonl", logs / f"{slug(variant)}-{seed}.jsonl")
+    write_json(README.with_name(f"{config}.recovery.json"), as_data(results))
+    numbers = f"Every number: [{config}.recovery.json]({config}.recovery.json)."
+    fill(f"recovery {config}", f"{markdown_table(results)}\n{numbers}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
