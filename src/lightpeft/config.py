@@ -194,7 +194,7 @@ _BY_COST: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
-    # Over half of the blocks, where Fisher scores say that a parameter is worth least; one rank of eight, in the upper part.
+    # The part of the blocks where, by Fisher scores, a parameter is worth least; one rank of eight, in the upper blocks.
     "default": {**_BY_COST, "blocks": 0.57, "ranks": 7 / 8, "learning_rate_scale": 2.0},
     # Half of the heads and of the neurons of each layer, by the same scores: layers of equal size.
     "uniform": {
@@ -459,8 +459,8 @@ class RunConfig:
     """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder."""
 
     preset: Preset = "default"
-    """Starting values of `light`: default (over half of the blocks goes), uniform (half of each layer), fast (less goes), or
-    paper (Gu et al. 2024)."""
+    """Starting values of `light`: default (over half of the blocks goes), uniform (half of each layer), fast (less
+    goes), or paper (Gu et al. 2024)."""
     method: Method = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
     nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
