@@ -193,8 +193,7 @@ VARIANTS: dict[str, Variant] = {
     "cut in two steps": Variant(around=partial(cutting, 2)),
     "cut in four steps": Variant(around=partial(cutting, 4)),
     "distilled from the dense model": Variant(around=distilled),
-    "biases refitted": Variant({"light.refit": "bias"}),
-    "biases and low-rank matrices refitted": Variant({"light.refit": "low_rank"}),
+    "refit: low_rank": Variant({"light.refit": "low_rank"}),
     "modules start anew": Variant({"light.restart": True}),
     "no warmup after the cut": Variant(around=at_full_rate),
 }
