@@ -452,7 +452,8 @@ def observed(curve: Curve) -> AbstractContextManager[Any]:
 def _over_seeds(cells: Mapping[int, dict[str, Any]], baseline: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds; differences and times to a quality against plain LoRA's same seed."""
     shared = [seed for seed in cells if seed in baseline]
-    reached = [time_to(cells[seed]["curve"], baseline[seed]["quality"] - POINT) for seed in shared]
+    watched = [seed for seed in shared if cells[seed]["curve"]]
+    reached = [time_to(cells[seed]["curve"], baseline[seed]["quality"] - POINT) for seed in watched]
     times = [seconds for seconds in reached if seconds is not None]
     first = next(iter(cells.values()))
     return {
@@ -463,7 +464,7 @@ def _over_seeds(cells: Mapping[int, dict[str, Any]], baseline: Mapping[int, dict
         },
         "seconds": spread([cell["seconds"]["total"] for cell in cells.values()]),
         "seconds_before_training": spread([c["seconds"]["total"] - c["seconds"]["train"] for c in cells.values()]),
-        "seconds_to_quality": {**spread(times), "reached": len(times), "of": len(reached)} if first["curve"] else None,
+        "seconds_to_quality": {**spread(times), "reached": len(times), "of": len(reached)} if watched else None,
         "adapter_bytes": statistics.mean(cell["adapter_bytes"] for cell in cells.values()),
         "learning_rate": first["settings"]["training"]["learning_rate"],
         "seeds": list(cells),

@@ -231,6 +231,13 @@ def test_time_to_a_quality_is_that_of_the_first_point_that_has_it(quality: float
     assert peers.time_to([[1.0, 0.55], [2.0, 0.8], [3.0, 0.7]], quality) == seconds
 
 
+def test_time_to_a_quality_is_of_the_seeds_that_were_watched(compared: Path) -> None:
+    cell = read(compared / "cells" / "depth-0.json")
+    cells = {0: cell, 1: {**cell, "curve": []}}
+    assert peers._over_seeds(cells, cells)["seconds_to_quality"]["of"] == 1
+    assert peers._over_seeds({1: cells[1]}, cells)["seconds_to_quality"] is None
+
+
 def test_curve_does_not_count_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(peers.time, "perf_counter", lambda: clock.now)
