@@ -194,7 +194,7 @@ _BY_COST: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
-    # The part of the blocks where, by Fisher scores, a parameter is worth least; one rank of eight, in the upper blocks.
+    # What of the blocks is worth least for its parameters, by Fisher scores; one rank of eight, in the upper blocks.
     "default": {**_BY_COST, "blocks": 0.57, "ranks": 7 / 8, "learning_rate_scale": 2.0},
     # Half of the heads and of the neurons of each layer, by the same scores: layers of equal size.
     "uniform": {
