@@ -195,7 +195,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
     # What of the blocks is worth least for its parameters, by Fisher scores; one rank of eight, in the upper blocks.
-    "default": {**_BY_COST, "blocks": 0.57, "ranks": 7 / 8, "learning_rate_scale": 2.0},
+    "default": {**_BY_COST, "blocks": 0.6, "ranks": 7 / 8, "learning_rate_scale": 2.0},
     # Half of the heads and of the neurons of each layer, by the same scores: layers of equal size.
     "uniform": {
         **_BY_COST,
