@@ -39,7 +39,7 @@ def test_plan_table_has_a_row_for_every_layer(name: str) -> None:
         for site in plan.dense_sites:
             if site.block == spec.index and site.name in plan.sites:
                 assert f"{site.slot}:{len(plan.sites[site.name])}" in row
-    assert f"({plan.removed_ratio:.1%})" in shown_plan
+    assert f"({plan.removed_ratio:.1%}; {plan.removed_of_blocks:.1%} of the blocks')" in shown_plan
 
 
 def test_facts_are_shown_as_they_are() -> None:
