@@ -30,6 +30,7 @@ from lightpeft.config import PRESETS, RunConfig, load_yaml, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.families import block_specs
 from lightpeft.loading import LoadedModel, add_peft
+from lightpeft.machine import in_bf16
 from lightpeft.pipeline import Workspace
 from lightpeft.records import PrunePlan
 from lightpeft.structure import SLOTS
@@ -63,7 +64,7 @@ class Method:
 
     def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
         """Inside the block, the model trains as the method has it."""
-        lengths, bf16 = work.train_rows["length"][:], work.config.training.bf16
+        lengths, bf16 = work.train_rows["length"][:], in_bf16(work.config.training)
         return accelerated(model, lengths, dropout=0.0, bf16=bf16) if self.accelerated else nullcontext()
 
 

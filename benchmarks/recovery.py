@@ -34,6 +34,7 @@ from lightpeft.cli import quiet
 from lightpeft.config import LightConfig, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.estimation import Estimator
+from lightpeft.machine import in_bf16
 from lightpeft.pipeline import Workspace
 from lightpeft.planning import make_plan
 from lightpeft.profiling import hardware
@@ -157,7 +158,8 @@ def distilled(work: Workspace) -> AbstractContextManager[Any]:
 def teacher_logits(work: Workspace) -> list[Tensor]:
     """Logits of the dense model at the end of estimation for every training row."""
     model = PeftModel.from_pretrained(pipeline.dense_model(work).model, str(work.run.estimation / "adapter"))
-    run = evaluation.Run(model, work.collator, work.config.training.eval_batch_size, work.config.training.bf16)
+    training = work.config.training
+    run = evaluation.Run(model, work.collator, training.eval_batch_size, in_bf16(training))
     return evaluation.logits_of(run, work.train_rows)
 
 

@@ -32,6 +32,7 @@ from lightpeft.checkpoint import load_light
 from lightpeft.config import RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.loading import add_peft, quiet_libraries
+from lightpeft.machine import in_bf16
 from lightpeft.pipeline import Workspace
 from lightpeft.prefix import STATES, FrozenPrefix, StateStore, cache_prefix
 from lightpeft.profiling import (
@@ -233,7 +234,7 @@ class Subject:
         if isinstance(self.model, PeftModel) and self.config.peft == "lora":
             self.model = copy.deepcopy(self.model).merge_and_unload()
         batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
-        return _samples(batches) / sum(measure_inference(self.model, batches, bf16=self.config.training.bf16))
+        return _samples(batches) / sum(measure_inference(self.model, batches, bf16=in_bf16(self.config.training)))
 
     @contextmanager
     def _as_trained(self) -> Iterator[Sequence[Mapping[str, Any]]]:
@@ -252,7 +253,11 @@ class Subject:
             return None
         rows = concatenate_datasets(sample_rows(self.work, len(self.batches)))
         training, folder = self.config.training, Path(self._folder.name)
-        options: dict[str, Any] = {"batch_size": training.eval_batch_size, "bf16": training.bf16, "progress": silent}
+        options: dict[str, Any] = {
+            "batch_size": training.eval_batch_size,
+            "bf16": in_bf16(training),
+            "progress": silent,
+        }
         started = time.perf_counter()
         cached = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
         self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
@@ -261,7 +266,7 @@ class Subject:
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:
         training = self.config.training
         return measure_training(
-            self.model, batches, self.optimizer, bf16=training.bf16, max_grad_norm=training.max_grad_norm
+            self.model, batches, self.optimizer, bf16=in_bf16(training), max_grad_norm=training.max_grad_norm
         )
 
 

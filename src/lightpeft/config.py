@@ -415,8 +415,8 @@ class TrainingConfig:
     """AdamW weight decay of the PEFT modules and the head."""
     max_grad_norm: float = 1.0
     """Gradient norm clipping; 0 switches it off."""
-    bf16: bool = False
-    """bfloat16 autocast in training and evaluation."""
+    bf16: bool | Literal["auto"] = False
+    """bfloat16 autocast in training and evaluation; auto: on hardware that has bfloat16 arithmetic."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     by_length: bool = True

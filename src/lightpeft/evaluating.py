@@ -17,6 +17,7 @@ from lightpeft.errors import require
 from lightpeft.evaluation import Outcome, Run, outcome, prefixed, scores_of
 from lightpeft.families import max_positions
 from lightpeft.harness import MEANS, HarnessScores, run_harness
+from lightpeft.machine import in_bf16
 from lightpeft.opening import Found, Wanted, check_answers, find_model, open_model
 from lightpeft.pipeline import parameter_report
 from lightpeft.prediction_files import check_predictions_path, write_predictions
@@ -102,7 +103,7 @@ def evaluate_model(
     said = given.get("data") or {}
     tasks = [_for_model(each, task, said) for each in found]  # all are found good before any of them is loaded
     require(not per_class or task.labels, f"per_class needs classes, which {task.config.task} has not; leave it out")
-    bf16 = config.training.bf16
+    bf16 = in_bf16(config.training)
     measured = [_measure(each, of, batch_size, bf16) for each, of in zip(found, tasks, strict=True)]
     report = _report(measured, per_class, seed)
     if predictions is not None:

@@ -78,11 +78,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def accelerator() -> torch.device | None:
-    """The accelerator of this machine; None without one, whatever PyTorch was built for."""
-    return torch.accelerator.current_accelerator(check_available=True)
-
-
 @dataclass
 class LoadedModel:
     """A dense foundation model with what later stages need to know of how it was loaded."""

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lightpeft.checkpoint import DESCRIPTION, load_light, read_description
 from lightpeft.config import Head, ModelConfig, RunConfig, from_dict, load_config
 from lightpeft.errors import LightPeftError, require
-from lightpeft.loading import accelerator, load_model, load_model_config, load_tokenizer, peft_task_type
+from lightpeft.loading import load_model, load_model_config, load_tokenizer, peft_task_type
+from lightpeft.machine import accelerator
 from lightpeft.records import understandable
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import ensure_pad_token, restore_task

@@ -30,7 +30,8 @@ from lightpeft.errors import require
 from lightpeft.estimation import stage_length
 from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
-from lightpeft.loading import LoadedModel, accelerator, add_peft, load_model, load_model_config, load_tokenizer
+from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_config, load_tokenizer
+from lightpeft.machine import accelerator, has_bf16, in_bf16
 from lightpeft.planning import make_plan
 from lightpeft.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, folder_bytes, hardware, throughput
@@ -225,7 +226,7 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
     """Train for a stage, from its last checkpoint if there is one."""
     run, config = work.run, work.config
     run.begin()
-    announce_cuts(work, stage)
+    announce_settings(work, stage)
     # in estimation the masks of every block train, so that no block is frozen, wherever the modules are
     prefix = FrozenPrefix(model, blocks=[] if stage == "estimate" else None)
     with prefix.attached():
@@ -264,19 +265,19 @@ def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[No
     if not config.training.fast_steps:
         return base_dropout(model, config.light.dropout)
     lengths = work.train_rows["length"][:]
-    return accelerated(model, lengths, dropout=config.light.dropout, bf16=config.training.bf16)
+    return accelerated(model, lengths, dropout=config.light.dropout, bf16=in_bf16(config.training))
 
 
-def announce_cuts(work: Workspace, stage: str) -> None:
-    """Say in a run's first stage if the length limit costs many rows a part of their text."""
-    first = "estimate" if work.config.method == "light" else "train"
-    if stage != first or not work.task.cuts:
+def announce_settings(work: Workspace, stage: str) -> None:
+    """Say in a run's first stage which settings cost more than a user may know of."""
+    if stage != ("estimate" if work.config.method == "light" else "train"):
         return
-    share = share_at_limit(work.train_rows, work.config.data.max_length)
+    limit = work.config.data.max_length
+    share = share_at_limit(work.train_rows, limit) if work.task.cuts else 0.0
     if share >= NOTABLE_CUTS:
-        work.run.announce(
-            stage, f"{share:.0%} of the training rows are cut to data.max_length: {work.config.data.max_length} tokens"
-        )
+        work.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
+    if in_bf16(work.config.training) and not has_bf16():
+        work.run.announce(stage, "training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead")
 
 
 def _settings(config: RunConfig) -> TrainingConfig:
@@ -300,7 +301,7 @@ def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> t
         settings,
         work.run.checkpoints("prefix"),
         batch_size=config.eval_batch_size,
-        bf16=config.bf16,
+        bf16=in_bf16(config),
         announce=lambda line: work.run.announce(stage, line),
     )
     return (cached.rows, cached.collator) if cached else (work.train_rows, work.collator)
@@ -338,7 +339,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
     """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
     training, splits = work.config.training, {"": work.test_rows, **work.more_test_rows}
-    run = evaluation.Run(model, work.collator, training.eval_batch_size, training.bf16)
+    run = evaluation.Run(model, work.collator, training.eval_batch_size, in_bf16(training))
     return {prefix: evaluation.outcome(run, rows, work.task) for prefix, rows in splits.items()}
 
 

@@ -18,7 +18,8 @@ from lightpeft.checkpoint import LightModel, load_light, read_description
 from lightpeft.config import ModelConfig
 from lightpeft.errors import require
 from lightpeft.evaluation import Run, likelihoods_of, logits_of, option_logits, spans_of, texts_of
-from lightpeft.loading import accelerator, load_tokenizer
+from lightpeft.loading import load_tokenizer
+from lightpeft.machine import accelerator
 from lightpeft.prediction_files import check_predictions_path, read_inputs, write_predictions
 from lightpeft.sites import transformers_model
 from lightpeft.tasks import Task, convert, ensure_pad_token, input_columns, restore_task

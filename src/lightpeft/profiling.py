@@ -33,6 +33,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightpeft.errors import require
+from lightpeft.machine import has_bf16
 from lightpeft.quantised import logical_numel
 from lightpeft.tasks.tokens import without_labels
 
@@ -466,6 +467,8 @@ def hardware() -> dict[str, str | int | None]:
     return {
         "cpu": _cpu_name(),
         "logical_cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": has_bf16(),
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": int(psutil.virtual_memory().total),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -33,6 +33,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
+from lightpeft.machine import in_bf16
 
 _COMPLETE = "complete"
 """Marker in a checkpoint folder, written when everything else in it is."""
@@ -89,7 +90,7 @@ def make_trainer(
         warmup_steps=int(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=config.bf16,
+        bf16=in_bf16(config),
         use_cpu=not torch.accelerator.is_available(),
         gradient_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if config.by_length else "random",
