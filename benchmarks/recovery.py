@@ -1,6 +1,6 @@
 """What might help a model to recover from the cut, or to be cut more gently: variants of one light run, over seeds.
 
-    python benchmarks/recovery.py configs/movie_reviews/minilm_default.yaml --seeds 0 1 2
+    python benchmarks/recovery.py configs/movie_reviews/minilm_short.yaml --seeds 0 1 2
 
 Every (variant, seed) is a run of its own below the output folder; finished ones are not repeated. Prints and writes a
 table of differences to the run as it is, paired by seed. Paths inside the config are relative to the current folder.

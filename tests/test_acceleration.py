@@ -20,6 +20,7 @@ from lightpeft.acceleration import SHORT_ROWS, accelerated, base_dropout
 from lightpeft.families import block_specs
 from lightpeft.importance import ModuleObserver
 from lightpeft.prefix import FrozenPrefix
+from lightpeft.profiling import count_flops
 from lightpeft.sites import find_sites, fused, fused_lora
 
 LINEAR = [name for name in LAYOUTS if name not in ("gpt2", "falcon")]
@@ -67,6 +68,15 @@ class TestFusedLora:
             found = gradients(model, inputs)
         assert len(calls) == count_layers(model) > 0
         assert_same(expected, found, 1e-4)
+
+    @pytest.mark.parametrize("name", ["bert", "llama-gqa"])
+    def test_counts_as_many_flops_as_peft(self, name: str, calls: list[torch.dtype]) -> None:
+        model = with_lora(make(name))
+        inputs = inputs_for(model, labels=True)
+        expected = count_flops(model, inputs)
+        with fused_lora(model):
+            assert count_flops(model, inputs) == expected
+        assert calls
 
     @pytest.mark.parametrize("name", ["gpt2", "falcon"])
     def test_another_layer_is_left_to_peft(self, name: str, calls: list[torch.dtype]) -> None:

@@ -84,7 +84,7 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_print_config_shows_defaults_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
     plain = printed(capsys, "run")
     assert plain["light"]["head_criterion"] == "fisher"
-    assert plain["light"]["blocks"] == 0.5
+    assert plain["light"]["blocks"] == 0.6
     assert plain["light"]["multiple_of"] == 8
     assert plain["training"]["batch_size"] == TrainingConfig().batch_size
     paper = printed(capsys, "run", "--preset", "paper")

@@ -114,7 +114,7 @@ def test_presets() -> None:
     lora = RunConfig().lora
     assert (lora.r, lora.alpha, lora.dropout, lora.slots) == (8, 16, 0.05, None)
     assert preset_light("default", heads=0.5).heads == 0.5
-    assert preset_light("default").blocks == 0.5
+    assert preset_light("default").blocks == 0.6
     fields = {field.name for field in dataclasses.fields(LightConfig)}
     assert all(set(values) <= fields for values in PRESETS.values())
 
@@ -122,8 +122,8 @@ def test_presets() -> None:
 @pytest.mark.parametrize(
     ("given", "blocks", "target"),
     [
-        ({}, 0.5, None),
-        ({"modules": 0.1}, 0.5, None),
+        ({}, 0.6, None),
+        ({"modules": 0.1}, 0.6, None),
         ({"blocks": 0.2}, 0.2, None),
         ({"heads": 0.2}, None, None),
         ({"neurons": 0.0}, None, None),

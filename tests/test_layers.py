@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
     {"errors", "config", "forwards", "structure", "records"},
-    {"layout", "linears", "quantised", "scoring", "planning", "tasks"},
+    {"layout", "linears", "machine", "quantised", "scoring", "planning", "tasks"},
     {"families", "statistics"},
     {"bottleneck"},
     {"sites"},

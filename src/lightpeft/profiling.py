@@ -127,15 +127,24 @@ def count_flops(model: nn.Module, batch: Batch) -> Flops:
     """
     batch = _to(batch, _device(model))
     with _countable_attention(model):
-        with _mode(model, training=False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with _mode(model, training=False), torch.no_grad(), _flop_counter() as counter:
             model(**batch)
         forward = counter.get_total_flops()
         if not _trainable(model):
             return Flops(forward, None)
-        counter = FlopCounterMode(display=False)
+        counter = _flop_counter()
         with _mode(model, training=True), _kept_gradients(model), _kept_random_state(model), counter:
             torch.autograd.backward(_loss(model, batch))
         return Flops(forward, counter.get_total_flops())
+
+
+def _flop_counter() -> FlopCounterMode:
+    """Counts what is added in place too (fused LoRA layers do), which PyTorch leaves out."""
+
+    def addmm_(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
 
 
 def kv_cache_bytes(model: nn.Module, batch: Batch) -> float | None:
