@@ -21,7 +21,7 @@ def accelerator() -> torch.device | None:
 def has_bf16() -> bool:
     """Whether the accelerator, or without one the CPU, has bfloat16 arithmetic.
 
-    Where it has not, bfloat16 saves no time: it is computed in float32 and rounded, on CPUs in several times the time.
+    Where it has not, bfloat16 saves no time: it is computed in float32 and rounded.
     """
     device = accelerator()
     if device is not None:
