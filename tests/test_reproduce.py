@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from workbench import GRIDS, Workbench, at_step, checksums, in_child, lightpeft, read, signalling, stamps
@@ -24,7 +25,7 @@ from workbench import GRIDS, Workbench, at_step, checksums, in_child, lightpeft,
 from lightpeft import pipeline
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
-from lightpeft.records import read_json, write_json
+from lightpeft.records import PrunePlan, read_json, write_json
 from lightpeft.reproduce import (
     METHODS,
     Cell,
@@ -209,6 +210,35 @@ def test_accelerate_reads_the_command_so() -> None:
     given = launch.launch_command_parser().parse_args(running.command(Path("out/cell"), 2)[3:])
     assert (given.num_processes, given.num_machines, given.main_process_port, given.module) == (2, 1, 0, True)
     assert [given.training_script, *given.training_script_args] == ["lightpeft", "run", "--run", "out/cell"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes on the CPU need a machine without more")
+def test_a_cell_over_two_processes_does_what_one_does(tmp_path: Path) -> None:
+    """Estimation, plan, losses and metrics, without dropout, which is drawn in each process."""
+    training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-2, "logging_steps": 1}
+    shared = {"lora": {"r": 4, "dropout": 0.0}, "light": {"length": 0.25, "multiple_of": 1}, "training": training}
+    file = grid_file(tmp_path / "grid.yaml", Workbench(tmp_path, "llama"), methods=["light-lora"], run=shared)
+    reports, runs = [], []
+    for devices in (1, 2):
+        results = reproduce(file, tmp_path / f"on-{devices}", devices=devices)
+        assert not results.failures
+        reports += results.reports.values()
+        runs += [cell.run for cell in load_grid(file).cells(tmp_path / f"on-{devices}")]
+    one, two = ([entry["loss"] for entry in run.log_entries() if "loss" in entry] for run in runs)
+    assert len(one) == len(two) == 16
+    assert two == pytest.approx(one, rel=1e-3)
+    assert PrunePlan.load(runs[1].plan) == PrunePlan.load(runs[0].plan)
+    assert reports[1]["metrics"] == pytest.approx(reports[0]["metrics"], rel=1e-3)
+    assert len([stage for stage in runs[1].log_entries() if stage.get("done")]) == 4, "the main process alone writes"
+
+
+def test_more_devices_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(LightPeftError, match="--devices is 4, but this machine has 2"):
+        reproduce(grid_file(tmp_path / "grid.yaml"), tmp_path / "out", devices=4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_step_sees_as_many_rows_on_any_number_of_devices(tmp_path: Path) -> None:

@@ -376,7 +376,11 @@ def _reproduce_options(parser: ArgumentParser) -> None:
         metavar="AXIS=NAME",
         help="Run a part of the grid, as in method=lora seed=0; several of one axis are alternatives.",
     )
-    parser.add_argument("--devices", type=int, help="Accelerators that each cell is spread over (default: all).")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        help="Accelerators, or without any processes on the CPU, that each cell is spread over (default: all; 1).",
+    )
 
 
 def _reproduce(options: Namespace) -> None:
@@ -439,9 +443,8 @@ def _fail(message: str, code: int) -> NoReturn:
 
 def quiet() -> None:
     """Leave the screen to lightpeft's own bars, tables and one-line errors; of several processes, the main one's."""
-    from accelerate import PartialState
-
     from lightpeft.loading import quiet_libraries
+    from lightpeft.machine import processes
 
     quiet_libraries()
-    _out.quiet = not PartialState().is_main_process
+    _out.quiet = not processes().is_main_process

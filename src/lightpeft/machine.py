@@ -1,4 +1,4 @@
-"""What this machine computes on, and in which precision."""
+"""What this run computes on: device, processes, and precision."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from lightpeft.config import TrainingConfig
 
@@ -16,6 +17,11 @@ _CPU_BF16 = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
 def accelerator() -> torch.device | None:
     """The accelerator of this machine; None without one, whatever PyTorch was built for."""
     return torch.accelerator.current_accelerator(check_available=True)
+
+
+def processes() -> PartialState:
+    """The processes that `accelerate launch` or `torchrun` started for this run; without them, this one alone."""
+    return PartialState(cpu=accelerator() is None)  # unless it is told so, it does not see those of a CPU
 
 
 def has_bf16() -> bool:

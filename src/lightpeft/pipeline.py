@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ from lightpeft.estimation import stage_length
 from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
 from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_config, load_tokenizer
-from lightpeft.machine import accelerator, has_bf16, in_bf16
+from lightpeft.machine import accelerator, has_bf16, in_bf16, processes
 from lightpeft.planning import make_plan
 from lightpeft.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, folder_bytes, hardware, throughput
@@ -77,7 +76,7 @@ class Workspace:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run, estimation included."""
-        return total_steps(len(self.train_rows), self.config.training, processes=process_count())
+        return total_steps(len(self.train_rows), self.config.training, processes=processes().num_processes)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def prepare(config: RunConfig) -> Workspace:
         prefix: task.encode_test(rows, tokenizer, config.data.max_length) for prefix, rows in task.more_tests.items()
     }
     if config.method == "light":
-        steps = total_steps(len(train_rows), config.training, process_count())
+        steps = total_steps(len(train_rows), config.training, processes().num_processes)
         length = stage_length(config.light, steps)
         require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
     return Workspace(RunFolder.open(config), task, tokenizer, train_rows, test_rows, more, positions)
@@ -146,9 +145,9 @@ def plan(run: RunFolder) -> PrunePlan:
         require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")
         return result
     run.begin()
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         result.save(run.plan)
-    PartialState().wait_for_everyone()
+    processes().wait_for_everyone()
     return result
 
 
@@ -251,7 +250,7 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
             seconds = fit(trainer, checkpoint)
     begun = step_of(checkpoint) if checkpoint else 0
     a_step = len(work.train_rows) / total_steps(
-        len(work.train_rows), replace(config.training, epochs=1), process_count()
+        len(work.train_rows), replace(config.training, epochs=1), processes().num_processes
     )
     speed = throughput(a_step * (trainer.state.global_step - begun), seconds)
     return StageCost(caching + seconds, speed, memory.bytes, memory.method, begun)
@@ -310,7 +309,7 @@ def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> t
 def prefix_cache(work: Workspace, prefix: FrozenPrefix, steps: int) -> PrefixCache | None:
     """How a stage of so many steps keeps the outputs of its frozen blocks; None where no row is seen twice."""
     config = work.config.training
-    seen = steps * config.batch_size * config.gradient_accumulation * process_count()
+    seen = steps * config.batch_size * config.gradient_accumulation * processes().num_processes
     if config.prefix_cache == "off" or not prefix or seen <= len(work.train_rows):
         return None
     return PrefixCache(config.prefix_cache, config.prefix_dtype, int(config.prefix_limit * 2**30))
@@ -422,11 +421,6 @@ def parameter_report(model: Model) -> dict[str, Any]:
         "head": count.head,
         "trained": count.peft + count.head if isinstance(model, PeftModel) else count.base,
     }
-
-
-def process_count() -> int:
-    """Processes of the run: those that `accelerate launch` or `torchrun` started, 1 without them."""
-    return PartialState().num_processes
 
 
 def _finite(model: Model) -> bool:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
 from rich.console import Console
 
 from lightpeft.checkpoint import DESCRIPTION
 from lightpeft.config import READ_BY_PLANS, Method, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
+from lightpeft.machine import processes
 from lightpeft.training import append_line
 
 _CONFIG = "config.yaml"
@@ -68,7 +68,7 @@ class RunFolder:
         Raises:
             LightPeftError: the folder cannot be written.
         """
-        state = PartialState()
+        state = processes()
         if state.is_main_process:
             self._write_config()
         state.wait_for_everyone()
@@ -159,7 +159,7 @@ class RunFolder:
 
         Of several processes the main one does it, and the others wait.
         """
-        state = PartialState()
+        state = processes()
         if state.is_main_process:
             save()
             self._note(stage, seconds, facts)
@@ -171,7 +171,7 @@ class RunFolder:
 
     def announce(self, stage: str, line: str) -> None:
         """Say something worth knowing before a stage begins, on stderr and in the log."""
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             append_line(self.log, {"stage": stage, "note": line})
             Console(stderr=True).print(line, markup=False, highlight=False)
 

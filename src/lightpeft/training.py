@@ -33,7 +33,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.machine import in_bf16
+from lightpeft.machine import accelerator, in_bf16
 
 _COMPLETE = "complete"
 """Marker in a checkpoint folder, written when everything else in it is."""
@@ -91,7 +91,7 @@ def make_trainer(
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=in_bf16(config),
-        use_cpu=not torch.accelerator.is_available(),
+        use_cpu=accelerator() is None,
         gradient_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if config.by_length else "random",
         length_column_name="length",
@@ -126,11 +126,15 @@ def make_trainer(
 
 
 class _StageTrainer(Trainer):
-    """A `Trainer` whose batches by length depend on seed and epoch alone, so that a resumed run sees the same ones."""
+    """A `Trainer` whose batches by length depend on seed and epoch alone, so that a resumed run sees the same ones.
+
+    Its steps see the same rows on any number of processes.
+    """
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
+            sampler.batch_size *= self.args.world_size
             sampler.lengths = list(sampler.lengths)  # a data set's column makes a new data set for every item read
             return _EpochOrder(sampler, lambda: self.args.seed + int(self.state.epoch or 0))
         return sampler

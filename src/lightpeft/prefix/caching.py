@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from rich.filesize import decimal
 from torch import Tensor
 
 from lightpeft.errors import LightPeftError
+from lightpeft.machine import processes
 from lightpeft.prefix.blocks import STATES, FrozenPrefix
 from lightpeft.prefix.states import StateStore, store_bytes
 from lightpeft.records import read_json, write_json
@@ -151,7 +151,7 @@ class _Caching:
 
     def fill(self, store: StateStore, facts_file: Path, facts: dict[str, Any], progress: Progress) -> None:
         """Compute all rows; several processes share a file's rows among them."""
-        state = PartialState()
+        state = processes()
         state.wait_for_everyone()  # until all have seen what lies there
         if store.file is not None:
             store.file.parent.mkdir(parents=True, exist_ok=True)

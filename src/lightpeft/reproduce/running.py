@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.machine import accelerator
 from lightpeft.reproduce.estimations import take_estimation
 from lightpeft.reproduce.grid import Cell, load_grid, selected
 from lightpeft.reproduce.summary import Results, main_value, summarize
@@ -43,7 +44,7 @@ def reproduce(
         file: YAML of the grid; paths in it are relative to the current folder.
         out: folder of the cells and the tables; None: runs/<folder of the file>/<its name>.
         only: run a part of the grid, as in "method=lora"; the table still has all that is done.
-        devices: accelerators that a cell is spread over; None: all that are there.
+        devices: accelerators that a cell is spread over; None: all that are there. Without any, processes on the CPU.
         launch: how a cell is run.
 
     Raises:
@@ -52,8 +53,7 @@ def reproduce(
     """
     grid = load_grid(file)
     out = Path(out) if out is not None else Path("runs") / Path(file).parent.name / Path(file).stem
-    devices = device_count() if devices is None else devices
-    require(devices >= 1, f"--devices is {devices}; it starts at 1")
+    devices = _checked(devices)
     cells = [spread(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
     for cell in cells:
@@ -110,9 +110,14 @@ class _Suite:
 # -- one cell ------------------------------------------------------------------------------------------------------
 
 
-def device_count() -> int:
-    """Accelerators of this machine, 1 where there is none: the CPU."""
-    return max(torch.accelerator.device_count(), 1) if torch.accelerator.is_available() else 1
+def _checked(devices: int | None) -> int:
+    """How many devices a cell is spread over: those of this machine, unless fewer are asked for; processes on a CPU."""
+    there = torch.accelerator.device_count() if accelerator() else 0
+    if devices is None:
+        return max(there, 1)
+    require(devices >= 1, f"--devices is {devices}; it starts at 1")
+    require(devices <= there or not there, f"--devices is {devices}, but this machine has {there}")
+    return devices
 
 
 def spread(cell: Cell, devices: int) -> Cell:
@@ -133,8 +138,9 @@ def command(folder: Path, devices: int) -> list[str]:
     if devices == 1:
         return [sys.executable, "-m", *run]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
-    # a port that is free, and nothing from a config file of the user's: the cell's own config says it all
-    options = ["--num_machines", "1", "--num_processes", str(devices), "--main_process_port", "0"]
+    # a port that is free, and nothing from a config file of the user's: the cell's own config says it all;
+    # --multi_gpu is what starts several processes, on a CPU too: without it one would see a share of the rows
+    options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(devices), "--main_process_port", "0"]
     return [*launcher, *options, "--mixed_precision", "no", "--dynamo_backend", "no", "--module", *run]
 
 
