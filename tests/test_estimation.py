@@ -38,7 +38,7 @@ def gradients_of_examples(model: PeftModel, masks: UnitMasks, data: dict[str, Te
     rows = [torch.cat(torch.autograd.grad(model(**row).loss, leaves)) for row in chunks(data, 1)]
     model.train()
     masks._tally.copy_(tally)
-    masks._examples._of_step -= len(rows)
+    masks._batch._of_step -= len(rows)
     return torch.stack(rows)
 
 

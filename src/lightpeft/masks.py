@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
@@ -32,7 +34,7 @@ class UnitMasks:
         self.head_count = sum(block.heads for block in blocks)
         self.values = torch.ones(sum(self.sizes), device=device)
         self._tally = torch.zeros(2, len(self.values), device=device)  # of single examples: sizes, squares
-        self._examples = _Examples()
+        self._batch = _Batch()
         # leaves that share the storage of `values`: each block's gradient arrives apart, updates reach all at once
         self._leaves = [part.detach().requires_grad_() for part in self.values.split(self.sizes)]
         self._handles: list[RemovableHandle] = []
@@ -55,14 +57,14 @@ class UnitMasks:
     def attach(self, model: nn.Module) -> None:
         """Let the projections of a transformers model, or of a PeftModel around it, read the masks."""
         inner = transformers_model(model)
-        self._handles.append(inner.register_forward_pre_hook(self._examples, with_kwargs=True))
+        self._handles.append(inner.register_forward_pre_hook(self._batch, with_kwargs=True))
         tallies = self._tally.split(self.sizes, dim=1)
         of_heads, of_neurons = tallies[: len(self.blocks)], tallies[len(self.blocks) :]
         for block, *parts in zip(self.blocks, self.heads, self.neurons, of_heads, of_neurons, strict=True):
             heads, neurons, head_tally, neuron_tally = parts
             projections = {slot: inner.get_submodule(name) for slot, name in block.projections.items()}
-            scaler = _Scaler(heads, head_tally, self._examples, channels=block.head_dim)
-            self._handles.append(projections["o"].register_forward_pre_hook(scaler))
+            scaler = _Scaler(heads, head_tally, self._batch, channels=block.head_dim)
+            self._handles += scaler.attach(projections["o"])
             if block.neurons:
                 self._attach_neurons(projections, neurons, neuron_tally, block.activation)
 
@@ -71,8 +73,8 @@ class UnitMasks:
     ) -> None:
         # autograd saves what ReLU gives, not what it takes, so that there is nothing to gain from computing it again
         function = ACT2FN[activation] if activation and activation != "relu" else None
-        scaler = _Scaler(mask, tally, self._examples, activation=function)
-        self._handles.append(projections["ffn_out"].register_forward_pre_hook(scaler))
+        scaler = _Scaler(mask, tally, self._batch, activation=function)
+        self._handles += scaler.attach(projections["ffn_out"])
         for slot in ("ffn_gate_in", "ffn_gate", "ffn_in"):
             if slot in projections and function is not None:
                 self._handles.append(projections[slot].register_forward_hook(scaler.remember))
@@ -89,7 +91,7 @@ class UnitMasks:
         for leaf in self._leaves:
             leaf.grad = None
         # each example's gradient has arrived as a part of the mean: divided by the examples of the step
-        taken = MaskGradients(torch.cat(parts), self._tally[0].clone(), self._tally[1] * self._examples.taken())
+        taken = MaskGradients(torch.cat(parts), self._tally[0].clone(), self._tally[1] * self._batch.taken())
         self._tally.zero_()
         return taken
 
@@ -101,17 +103,20 @@ class UnitMasks:
                 leaf.zero_()[torch.tensor(units, dtype=torch.long, device=leaf.device)] = 1.0
 
 
-class _Examples:
+class _Batch:
     """Forward pre-hook of the model: how many examples the batch under way has, and how many the step has so far."""
 
     def __init__(self) -> None:
-        self.of_batch, self._of_step = 1, 0
+        self.examples, self._of_step = 1, 0
+        self.checkpointed = False
+        """Whether gradient checkpointing drops what the backward pass needs, and computes it again."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
-        self.of_batch = len(tensors[0]) if tensors else 1
+        self.examples = len(tensors[0]) if tensors else 1
+        self.checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
         if torch.is_grad_enabled():
-            self._of_step += self.of_batch
+            self._of_step += self.examples
 
     def taken(self) -> int:
         """Examples of the step that ends here."""
@@ -125,48 +130,73 @@ class _Examples:
         what belongs to an example is one piece of it. Where it cannot be told apart, all are one example.
         """
         rows = products.flatten(0, -2)
-        examples = self.of_batch if len(rows) % self.of_batch == 0 else 1
+        examples = self.examples if len(rows) % self.examples == 0 else 1
         return rows.unflatten(0, (examples, -1))
 
 
 class _Scaler:
-    """Pre-hook of an output projection: scales the `channels` of each unit in its input [..., units * channels].
+    """Scales the `channels` of each unit in the input of an output projection, [..., units * channels].
 
-    The gradient of a mask needs that input. That of the FFN's output projection is seldom saved by other operations:
-    keeping it would cost about a tenth of LoRA's memory. What it was computed from is saved anyway, so it is computed
-    again in the backward pass, provided that the first call of each mode (training, evaluation) has shown that this
-    gives the same bits.
+    The backward pass needs that input twice: unscaled for the gradient of the mask, and scaled for that of a LoRA
+    module. Neither is kept: they are computed again from what other operations save anyway. Of attention that is its
+    output; of the FFN what its activation function takes, provided that the first call of each mode (training,
+    evaluation) has shown that this gives the same bits. Kept, they would be up to a fifth of LoRA's memory.
     """
 
     def __init__(
         self,
         mask: Tensor,
         tally: Tensor,
-        examples: _Examples,
+        batch: _Batch,
         channels: int = 1,
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.mask, self.tally, self.examples, self.channels, self.activation = (
-            mask,
-            tally,
-            examples,
-            channels,
-            activation,
-        )
+        self.mask, self.tally, self.batch, self.channels, self.activation = mask, tally, batch, channels, activation
         self._sources: list[Tensor] = []
         self._reproducible: dict[bool, bool] = {} if activation is not None else {True: False, False: False}
+        self._hooks: saved_tensors_hooks | None = None
+
+    def attach(self, projection: nn.Module) -> list[RemovableHandle]:
+        """Scale what a projection takes."""
+        return [
+            projection.register_forward_pre_hook(self._begin),
+            projection.register_forward_hook(self._end, always_call=True),
+        ]
 
     def remember(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Forward hook of the projections into the FFN (gate first, where there is one)."""
         if self._reproducible.get(module.training, True):
             self._sources.append(output.detach())
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        sources, self._sources = self._sources, []
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, sources = args[0], self._sources
+        self._sources = []
         if module.training not in self._reproducible:
-            self._reproducible[module.training] = _activated(self.activation, sources, args[0]).equal(args[0])
+            self._reproducible[module.training] = _activated(self.activation, sources, x.shape[-1]).equal(x)
         again = self._reproducible[module.training]
-        return (_Scaled.apply(args[0], self.mask, self, again, *(sources if again else args[:1])), *args[1:])
+        unscaled = _Unscaled(self.activation if again else None, x.shape[-1])
+        sources = sources if again else [x.detach()]
+        scaled = _Scaled.apply(x, self.mask, self, unscaled, *sources)
+        if torch.is_grad_enabled() and not self.batch.checkpointed:
+            # not the tensor itself, which every saved tensor would keep by its hooks
+            pack = partial(self._pack, _memory(scaled), unscaled, sources)
+            self._hooks = saved_tensors_hooks(pack, _unpack)
+            self._hooks.__enter__()
+        return scaled, *args[1:]
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._hooks is not None:
+            self._hooks.__exit__()
+            self._hooks = None
+
+    def _pack(
+        self, memory: object, unscaled: _Unscaled, sources: Sequence[Tensor], saved: Tensor
+    ) -> Tensor | Callable[[], Tensor]:
+        """What is kept of a tensor that the projection saves: itself or, of its input, how to get it again."""
+        if memory is None or _memory(saved) != memory:
+            return saved
+        shape = saved.shape
+        return lambda: self.scaled(unscaled.of(sources)).view(shape)
 
     def scaled(self, x: Tensor) -> Tensor:
         """`x` with every unit multiplied by its mask."""
@@ -175,32 +205,64 @@ class _Scaler:
     def gradient_of_mask(self, products: Tensor) -> Tensor:
         """Sum over tokens and channels of input times gradient, [units]; every example's own goes into the tally."""
         of_units = products.unflatten(-1, (-1, self.channels)).sum(-1) if self.channels > 1 else products
-        of_examples = self.examples.split(of_units).sum(1, dtype=torch.float32)
+        of_examples = self.batch.split(of_units).sum(1, dtype=torch.float32)
         self.tally[0] += of_examples.abs().sum(0)
         self.tally[1] += of_examples.square().sum(0)
         return of_examples.sum(0)
 
 
+class _Unscaled:
+    """The input of one call of a projection as it was before scaling, computed again once for all that need it."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] | None, width: int) -> None:
+        """
+        Args:
+            activation: the FFN's; None: the source is the input itself.
+            width: channels of the input.
+        """
+        self.activation, self.width = activation, width
+        self._x: Tensor | None = None
+
+    def of(self, sources: Sequence[Tensor]) -> Tensor:
+        """The input, kept until it is taken."""
+        if self._x is None:
+            self._x = _activated(self.activation, sources, self.width) if self.activation else sources[0]
+        return self._x
+
+    def take(self, sources: Sequence[Tensor]) -> Tensor:
+        """The input, for the last that needs it."""
+        x, self._x = self.of(sources), None
+        return x
+
+
 class _Scaled(torch.autograd.Function):
-    """`scaler.scaled(x)`; `saved` is x, or (`again`) what x is computed from."""
+    """`scaler.scaled(x)`; the last arguments are what x is computed from."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor, scaler: _Scaler, again: bool, *saved: Tensor) -> Tensor:
-        ctx.scaler, ctx.again = scaler, again
-        ctx.save_for_backward(*saved)
+    def forward(ctx: Any, x: Tensor, mask: Tensor, scaler: _Scaler, unscaled: _Unscaled, *sources: Tensor) -> Tensor:
+        ctx.scaler, ctx.unscaled = scaler, unscaled
+        ctx.save_for_backward(*sources)
         return scaler.scaled(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        scaler, saved = ctx.scaler, ctx.saved_tensors
-        x = _activated(scaler.activation, saved, gradient) if ctx.again else saved[0]
-        of_mask = scaler.gradient_of_mask(gradient * x)
-        return scaler.scaled(gradient), of_mask, *(None for _ in range(2 + len(saved)))
+        scaler, sources = ctx.scaler, ctx.saved_tensors
+        of_mask = scaler.gradient_of_mask(gradient * ctx.unscaled.take(sources))
+        return scaler.scaled(gradient), of_mask, *(None for _ in range(2 + len(sources)))
 
 
-def _activated(activation: Any, sources: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The FFN's hidden channels, shaped as `like`: `act(in)`, or `act(gate) * in` from two tensors or one fused."""
+def _memory(tensor: Tensor) -> object:
+    """Equal for tensors that are all of the same contiguous memory, as long as one of them is there; else None."""
+    return (tensor.data_ptr(), tensor.numel(), tensor.dtype) if tensor.is_contiguous() else None
+
+
+def _unpack(saved: Tensor | Callable[[], Tensor]) -> Tensor:
+    return saved if isinstance(saved, Tensor) else saved()
+
+
+def _activated(activation: Any, sources: Sequence[Tensor], width: int) -> Tensor:
+    """The FFN's hidden channels, so many: `act(in)`, or `act(gate) * in` from two tensors or one fused."""
     first, *rest = sources
-    if not rest and first.shape[-1] == 2 * like.shape[-1]:
+    if not rest and first.shape[-1] == 2 * width:
         first, *rest = first.chunk(2, dim=-1)
     return activation(first) * rest[0] if rest else activation(first)
