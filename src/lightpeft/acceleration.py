@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightpeft.labelled import labelled_head
 from lightpeft.sites import fused_lora, peft_parts
 
 SHORT_ROWS = 64
@@ -23,14 +24,14 @@ def accelerated(
     dropout: float | None = None,
     bf16: bool = False,
 ) -> Iterator[None]:
-    """Inside the block a light model trains with fused LoRA layers, its base's dropout, and attention for short rows.
+    """Inside the block a light model trains with fused LoRA layers, attention for short rows, and logits where labels are.
 
     Args:
         lengths: tokens of the training rows; none: rows of unknown length.
         dropout: probability that replaces the base's own ones; None: those stay.
         bf16: training computes under bfloat16 autocast.
     """
-    with base_dropout(model, dropout), fused_lora(model), _short_attention(model, lengths, bf16):
+    with base_dropout(model, dropout), fused_lora(model), labelled_head(model), _short_attention(model, lengths, bf16):
         yield
 
 

@@ -425,8 +425,8 @@ class TrainingConfig:
     """Batches are padded to a multiple of so many tokens (where the model takes as many): few different shapes are
     faster than a few tokens less."""
     fast_steps: bool = True
-    """Light runs compute a LoRA layer in one step, and attention of short rows on CPUs by plain products; off: as PEFT
-    and PyTorch do."""
+    """Light runs compute a LoRA layer in one step, attention of short rows on CPUs by plain products, and a language
+    model's logits where labels are; off: as PEFT, PyTorch and transformers do."""
     prefix_cache: PrefixPlace = "file"
     """Blocks below the lowest PEFT module compute the same for a row in every epoch. file, memory: compute them once,
     without dropout, and keep their outputs there; off: compute them every time, with dropout."""
