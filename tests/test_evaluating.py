@@ -27,7 +27,7 @@ from transformers import (
 )
 from workbench import Workbench, labelled, lightpeft, read, write_rows
 
-from lightpeft import pipeline
+from lightpeft import load_light, pipeline
 from lightpeft.config import ModelConfig, run_config_from_dict
 from lightpeft.evaluating import class_order, evaluate_harness, evaluate_model, renumbered
 from lightpeft.loading import load_model
@@ -498,6 +498,18 @@ def test_an_adapter_with_other_sizes(bench: Workbench, tmp_path: Path) -> None:
     three = write_rows(tmp_path / "three.csv", [{"text": "word1", "label": name} for name in "xyz"])
     text = refusal(lambda: evaluate_model(bench.folder / "plain" / "adapter", rows_of(bench, test=str(three))))
     assert "does not fit classification with 3 labels" in text
+
+
+def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> None:
+    """transformers cannot put it into layers of its config's widths; what to give instead is said."""
+    load_light(bench.folder / "light" / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
+    shutil.copytree(bench.base, tmp_path / "merged", dirs_exist_ok=True, ignore=only_tokenizer)
+    text = refusal(lambda: evaluate_model(tmp_path / "merged", rows_of(bench)))
+    assert "a pruned model that was merged (give its adapter)" in text
+
+
+def only_tokenizer(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if "token" not in name]
 
 
 def test_an_unfinished_run(bench: Workbench, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def accelerated(
     dropout: float | None = None,
     bf16: bool = False,
 ) -> Iterator[None]:
-    """Inside the block a light model trains with fused LoRA layers, attention for short rows, and logits where labels are.
+    """Inside the block a light model trains with fused LoRA, attention for short rows, and logits where labels are.
 
     Args:
         lengths: tokens of the training rows; none: rows of unknown length.

@@ -23,8 +23,8 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
     output take a good part of a step's time and most of its memory. The loss is the same but for the order of its sum.
     `logits` of a model's output in training are then [1, labelled tokens, vocabulary].
 
-    The first batch is computed as usual, to see that the model hands the head's logits to transformers' loss. Models that
-    do not, have no head, or have a loss of their own are left alone, and so are calls without labels.
+    The first batch is computed as usual, to see that the model hands the head's logits to transformers' loss. Models
+    that do not, have no head, or have a loss of their own are left alone, and so are calls without labels.
 
     Args:
         model: a transformers model, or a PeftModel around one.

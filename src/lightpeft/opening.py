@@ -224,8 +224,11 @@ def _load_peft(found: Found, wanted: Wanted) -> nn.Module:
 def _load_whole(found: Found, wanted: Wanted) -> nn.Module:
     try:
         loaded = load_model(found.model, wanted.head, wanted.labels, to_prune=False)
-    except RuntimeError as error:  # sizes of a head that differ
-        raise _not_fitting(found, wanted, error) from error
+    except RuntimeError as error:  # sizes of a head that differ, or of pruned layers
+        shapes = (
+            "weights have other shapes: another number of labels, or a pruned model that was merged (give its adapter)"
+        )
+        raise _not_fitting(found, wanted, shapes if "ignore_mismatched_sizes" in str(error) else error) from error
     _require_trained(found, loaded.new_modules, wanted)
     return loaded.model
 
@@ -250,7 +253,7 @@ def _require_trained(found: Found, untrained: Sequence[str], wanted: Wanted) -> 
     )
 
 
-def _not_fitting(found: Found, wanted: Wanted, error: Exception) -> LightPeftError:
+def _not_fitting(found: Found, wanted: Wanted, why: Exception | str) -> LightPeftError:
     classes = f" with {len(wanted.labels)} labels" if wanted.labels else ""
-    reason = " ".join(str(error).split())[-200:]
+    reason = " ".join(str(why).split())[-200:]
     return LightPeftError(f"{found.name} does not fit {wanted.what}{classes}: {reason}")
