@@ -115,6 +115,8 @@ def test_presets() -> None:
     assert (lora.r, lora.alpha, lora.dropout, lora.slots) == (8, 16, 0.05, None)
     assert preset_light("default", heads=0.5).heads == 0.5
     assert preset_light("default").blocks == 0.6
+    assert preset_light("paper", "bottleneck") == preset_light("paper")
+    assert preset_light("fast", "bottleneck") == preset_light("fast", learning_rate_scale=4.0)
     fields = {field.name for field in dataclasses.fields(LightConfig)}
     assert all(set(values) <= fields for values in PRESETS.values())
 
@@ -155,6 +157,7 @@ def test_given_values_win_over_the_preset() -> None:
     config = run_config_from_dict({"preset": "paper", "light": {"mask_learning_rate": 0.1, "heads": 0.25}})
     assert config.light == preset_light("paper", mask_learning_rate=0.1, heads=0.25)
     assert run_config_from_dict({}).light == preset_light("default")
+    assert run_config_from_dict({"peft": "bottleneck"}).light == preset_light("default", "bottleneck")
 
 
 # Plain data

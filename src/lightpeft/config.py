@@ -209,6 +209,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {**_BY_COST, "blocks": 0.4, "ranks": 0.5},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
+_WITH_ADAPTERS: dict[str, Any] = {"learning_rate_scale": 4.0}
+"""What the presets of this project, all but `paper`, have of their own for bottleneck adapters."""
 
 
 @dataclass(kw_only=True)
@@ -490,10 +492,16 @@ class RunConfig:
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; it lies in [0, 2**32)")
 
 
-def preset_light(name: str, **overrides: Any) -> LightConfig:
-    """`LightConfig` of a preset (a key of `PRESETS`) with some fields replaced."""
-    require(name in PRESETS, f'preset "{name}" is unknown; choose one of {", ".join(PRESETS)}')
-    return LightConfig(**merged(PRESETS[name], overrides))
+def preset_light(name: str, peft: PeftKind = "lora", **overrides: Any) -> LightConfig:
+    """`LightConfig` of a preset (a key of `PRESETS`) for a kind of PEFT, with some fields replaced."""
+    return LightConfig(**merged(_preset(name, peft), overrides))
+
+
+def _preset(name: Any, peft: Any) -> dict[str, Any]:
+    """What a preset sets."""
+    known = isinstance(name, str) and name in PRESETS
+    require(known, f'preset "{name}" is unknown; choose one of {", ".join(PRESETS)}')
+    return PRESETS[name] | (_WITH_ADAPTERS if peft == "bottleneck" and name != "paper" else {})
 
 
 _AMOUNTS = ({"heads", "neurons"}, {"blocks"}, {"target"})
@@ -544,11 +552,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
     """A `RunConfig` from nested plain data, with the preset below the given values."""
-    preset = data.get("preset", "default")
-    known = isinstance(preset, str) and preset in PRESETS
-    require(known, f'preset "{preset}" is unknown; choose one of {", ".join(PRESETS)}')
+    preset = _preset(data.get("preset", "default"), data.get("peft"))
     given = data.get("light") or {}
-    light = merged(PRESETS[preset], given) if isinstance(given, dict) else given
+    light = merged(preset, given) if isinstance(given, dict) else given
     return from_dict(RunConfig, {**data, "light": light})
 
 
