@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -23,30 +24,55 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
     output take a good part of a step's time and most of its memory. The loss is the same but for the order of its sum.
     `logits` of a model's output in training are then [1, labelled tokens, vocabulary].
 
-    The first batch is computed as usual, to see that the model hands the head's logits to transformers' loss. Models
-    that do not, have no head, or have a loss of their own are left alone, and so are calls without labels.
+    Models that have no such head, do not hand its logits to transformers' loss, or have a loss of their own are left
+    alone, and so are calls without labels.
 
     Args:
         model: a transformers model, or a PeftModel around one.
     """
     inner = transformers_model(model)
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if type(head) is not nn.Linear or getattr(inner, "loss_function", None) is not ForCausalLMLoss:
+    if type(head) is not nn.Linear or not _has_usual_loss(inner):
         yield
         return
-    own = vars(inner).get("_loss_function")
     labelled = _Labelled(head.forward)
-    handles = [
-        inner.register_forward_pre_hook(labelled.begin, with_kwargs=True),
-        inner.register_forward_hook(labelled.end),
-    ]
+    handle = inner.register_forward_pre_hook(labelled.begin, with_kwargs=True)
     try:
-        with instead(head, labelled.project):
-            inner.loss_function = labelled.loss
+        with _loss_instead(inner, labelled.loss), instead(head, labelled.project):
             yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+
+
+def _has_usual_loss(inner: Any) -> bool:
+    """Whether the model's forward hands logits, position by position, to transformers' loss: tried with two tokens."""
+    if getattr(inner, "loss_function", None) is not ForCausalLMLoss:
+        return False
+    seen: list[tuple[int, ...]] = []
+
+    def loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(tuple(logits.shape[:-1]))
+        return logits.new_zeros(())
+
+    device = inner.get_input_embeddings().weight.device
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    state = torch.random.fork_rng([device] if device.type == "cuda" else [])  # dropout draws no numbers of the run's
+    try:
+        with _loss_instead(inner, loss), torch.no_grad(), state:
+            inner(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens)
+    except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
+        return False
+    return seen == [tuple(tokens.shape)]
+
+
+@contextmanager
+def _loss_instead(inner: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside the block the model has another loss function."""
+    own = vars(inner).get("_loss_function")
+    inner.loss_function = loss
+    try:
+        yield
+    finally:
         del inner._loss_function
         if own is not None:
             inner.loss_function = own
@@ -65,26 +91,18 @@ class _Labelled:
         """Label of each position's next token, [rows, length]; None: logits are wanted everywhere."""
         self._selected = False
         """Whether the logits of the call under way are those of labelled tokens alone."""
-        self._usual: bool | None = None
-        """Whether the model's logits go to its loss as they come; None: not seen yet."""
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: which logits the loss will read."""
         labels = kwargs.get("labels")
-        wanted = module.training and isinstance(labels, Tensor) and labels.dim() == 2
         elsewhere = kwargs.get("shift_labels") is not None or kwargs.get("logits_to_keep")
-        self._next = pad(labels, (0, 1), value=IGNORED)[:, 1:] if wanted and not elsewhere else None
-        self._selected = False
-
-    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the model: one that never came by its loss function has a loss of its own."""
-        if self._next is not None:
-            self._usual = bool(self._usual)
-            self._next = None
+        self._next, self._selected = None, False
+        if module.training and not elsewhere and isinstance(labels, Tensor) and labels.dim() == 2:
+            self._next = pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
     def project(self, hidden: Tensor) -> Tensor:
         """The head's forward: [rows, length, hidden] -> [1, labelled tokens, vocabulary], or logits of all tokens."""
-        if self._next is None or not self._usual or hidden.shape[:-1] != self._next.shape:
+        if self._next is None or hidden.shape[:-1] != self._next.shape:
             return self._project(hidden)
         self._selected = True
         return self._project(hidden[self._next.to(hidden.device) != IGNORED])[None]
@@ -93,6 +111,4 @@ class _Labelled:
         """transformers' loss, of the logits that are there."""
         if self._selected and self._next is not None:
             kwargs["shift_labels"] = self._next[self._next != IGNORED][None]
-        elif self._next is not None:
-            self._usual = logits.shape[:-1] == self._next.shape
         return ForCausalLMLoss(logits, labels, vocab_size, *args, **kwargs)
