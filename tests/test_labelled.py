@@ -80,7 +80,7 @@ def test_inside_a_trainer(tmp_path: Path, accumulation: int) -> None:
     losses = []
     for context in (nullcontext(), None):
         model = student("llama-gqa")
-        with context or accelerated(model):
+        with context or accelerated(model, loss_alone=True):
             run = trainer(model, tmp_path, max_steps=6, logging_steps=1, gradient_accumulation_steps=accumulation)
             run.train()
         losses.append([entry["loss"] for entry in run.state.log_history if "loss" in entry])
@@ -152,6 +152,12 @@ def test_the_trial_draws_no_random_numbers() -> None:
     torch.manual_seed(0)
     with labelled_head(model):
         assert torch.rand(3).equal(expected)
+
+
+def test_who_reads_logits_gets_them_all() -> None:
+    model = student("llama-gqa")
+    with accelerated(model):
+        assert model(**answers(model)).logits.shape[:2] == (4, 12)
 
 
 def test_everything_is_put_back() -> None:

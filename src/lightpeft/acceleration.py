@@ -23,15 +23,19 @@ def accelerated(
     *,
     dropout: float | None = None,
     bf16: bool = False,
+    loss_alone: bool = False,
 ) -> Iterator[None]:
-    """Inside the block a light model trains with fused LoRA, attention for short rows, and logits where labels are.
+    """Inside the block a light model trains with fused LoRA layers, its base's dropout, and attention for short rows.
 
     Args:
         lengths: tokens of the training rows; none: rows of unknown length.
         dropout: probability that replaces the base's own ones; None: those stay.
         bf16: training computes under bfloat16 autocast.
+        loss_alone: nobody reads a language model's logits in training (TRL's trainers do, for their metrics), so that
+            those of tokens without a label need not be computed.
     """
-    with base_dropout(model, dropout), fused_lora(model), labelled_head(model), _short_attention(model, lengths, bf16):
+    head = labelled_head(model) if loss_alone else nullcontext()
+    with base_dropout(model, dropout), fused_lora(model), head, _short_attention(model, lengths, bf16):
         yield
 
 

@@ -264,7 +264,7 @@ def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[No
     if not config.training.fast_steps:
         return base_dropout(model, config.light.dropout)
     lengths = work.train_rows["length"][:]
-    return accelerated(model, lengths, dropout=config.light.dropout, bf16=in_bf16(config.training))
+    return accelerated(model, lengths, dropout=config.light.dropout, bf16=in_bf16(config.training), loss_alone=True)
 
 
 def announce_settings(work: Workspace, stage: str) -> None:
