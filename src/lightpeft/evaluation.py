@@ -196,10 +196,10 @@ def _options(run: Run, dataset: Dataset, task: Task) -> Outcome:
 def _likelihood(run: Run, dataset: Dataset, task: Task) -> Outcome:
     labels = dataset["labels"][:]
     scored = likelihoods_of(run, dataset)
-    picked = {rule: _picked(dataset, [int(row.argmax()) for row in rows]) for rule, rows in scored.scores.items()}
+    picked = {rule: _picked(dataset, [int(row.argmax(-1)) for row in rows]) for rule, rows in scored.scores.items()}
     right = [numbers[label] for numbers, label in zip(scored.sequences, labels, strict=True)]
     accuracies = {name: accuracy.scores(picked[rule])["accuracy"] for rule, name in ACCURACIES.items()}
-    measured = {"loss": float(scored.losses[right].sum() / scored.tokens[right].sum())}
+    measured = {"loss": float(scored.losses[right].sum()) / float(scored.tokens[right].sum())}
     rule = task.config.likelihood
     answers = replace(picked[rule], scores=accuracies)
     if task.labels:

@@ -195,7 +195,7 @@ def _labels(probabilities: np.ndarray, task: Task) -> Columns:
 
 def _picked(probabilities: list[np.ndarray], rows: Dataset) -> Columns:
     """The most probable option, and its probability."""
-    best = [int(of_row.argmax()) for of_row in probabilities]
+    best = [int(of_row.argmax(-1)) for of_row in probabilities]
     texts = rows["names" if "names" in rows.column_names else "options"]
     return {
         "answer": [options[index] for options, index in zip(texts, best, strict=True)],
