@@ -493,7 +493,11 @@ class RunConfig:
 
 
 def preset_light(name: str, peft: PeftKind = "lora", **overrides: Any) -> LightConfig:
-    """`LightConfig` of a preset (a key of `PRESETS`) for a kind of PEFT, with some fields replaced."""
+    """`LightConfig` of a preset (a key of `PRESETS`) for a kind of PEFT, with some fields replaced.
+
+    Raises:
+        LightPeftError: no such preset, or a value that a field does not take.
+    """
     return LightConfig(**merged(_preset(name, peft), overrides))
 
 

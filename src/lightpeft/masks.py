@@ -114,8 +114,8 @@ class _Batch:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
         self.examples = len(tensors[0]) if tensors else 1
-        self.checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
         if torch.is_grad_enabled():
+            self.checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
             self._of_step += self.examples
 
     def taken(self) -> int:
@@ -140,7 +140,7 @@ class _Scaler:
     The backward pass needs that input twice: unscaled for the gradient of the mask, and scaled for that of a LoRA
     module. Neither is kept: they are computed again from what other operations save anyway. Of attention that is its
     output; of the FFN what its activation function takes, provided that the first call of each mode (training,
-    evaluation) has shown that this gives the same bits. Kept, they would be up to a fifth of LoRA's memory.
+    evaluation) has shown that this gives the same bits. `benchmarks/estimation_cost.py` measures what that saves.
     """
 
     def __init__(

@@ -225,9 +225,7 @@ def _load_whole(found: Found, wanted: Wanted) -> nn.Module:
     try:
         loaded = load_model(found.model, wanted.head, wanted.labels, to_prune=False)
     except RuntimeError as error:  # sizes of a head that differ, or of pruned layers
-        shapes = (
-            "weights have other shapes: another number of labels, or a pruned model that was merged (give its adapter)"
-        )
+        shapes = "weights have other shapes: other labels, or a pruned model that was merged (give its adapter)"
         raise _not_fitting(found, wanted, shapes if "ignore_mismatched_sizes" in str(error) else error) from error
     _require_trained(found, loaded.new_modules, wanted)
     return loaded.model
