@@ -501,11 +501,60 @@ def test_an_adapter_with_other_sizes(bench: Workbench, tmp_path: Path) -> None:
 
 
 def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> None:
-    """transformers cannot put it into layers of its config's widths; what to give instead is said."""
+    """transformers cannot put it into layers of its config's widths, and its plan is not there."""
     load_light(bench.folder / "light" / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
     shutil.copytree(bench.base, tmp_path / "merged", dirs_exist_ok=True, ignore=only_tokenizer)
     text = refusal(lambda: evaluate_model(tmp_path / "merged", rows_of(bench)))
-    assert "a pruned model that was merged (give its adapter)" in text
+    assert "merged by other means than lightpeft export" in text
+
+
+@pytest.mark.parametrize("source", ["light", "light/adapter"])
+def test_an_export(bench: Workbench, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The export of a run or of a light adapter gets the numbers of the run, and answers new rows, without the base."""
+    assert lightpeft("export", bench.folder / source, tmp_path / "merged") == 0
+    assert f"the model is in {tmp_path / 'merged'}" in capsys.readouterr().out
+    elsewhere = bench.base.rename(bench.folder / "moved_base")
+    try:
+        report = evaluate_model(tmp_path / "merged", rows_of(bench))
+        assert lightpeft("predict", tmp_path / "merged", bench.test, "--output", tmp_path / "merged.csv") == 0
+    finally:
+        elsewhere.rename(bench.base)
+    assert report["model"]["kind"] == "merged light model"
+    expected = measured(bench, "light")
+    assert report["model"]["metrics"] == pytest.approx(expected["metrics"], rel=1e-4)
+    parameters = report["model"]["parameters"]
+    for name in ("base_dense", "base", "base_removed_ratio"):
+        assert parameters[name] == expected["parameters"][name]
+    assert "trained" not in parameters
+    assert lightpeft("predict", bench.folder / "light", bench.test, "--output", tmp_path / "light.csv") == 0
+    merged, light = (list(csv.DictReader((tmp_path / f"{name}.csv").open())) for name in ("merged", "light"))
+    assert [row["label"] for row in merged] == [row["label"] for row in light]
+    assert len(merged) == 40
+
+
+def test_an_export_beside_its_run(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lightpeft("export", bench.folder / "light", tmp_path / "merged") == 0
+    report = evaluate_model(tmp_path / "merged", rows_of(bench), other=str(bench.folder / "light"))
+    assert report["comparison"]["accuracy"]["difference"] == 0 and report["comparison"]["accuracy"]["p_value"] == 1
+    capsys.readouterr()
+    assert lightpeft("inspect", tmp_path / "merged") == 0
+    shown = capsys.readouterr().out
+    assert "merged light model" in shown and "heads" in shown
+
+
+def test_what_cannot_be_exported(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    for source, target, expected in [
+        (bench.folder / "plain", tmp_path / "out", "is a run (PEFT adapter); give a light adapter"),
+        (bench.base, tmp_path / "out", "is a model; give a light adapter"),
+        (tmp_path / "nothing", tmp_path / "out", "there is no folder"),
+        (bench.folder / "light", tmp_path / "full", "is not empty"),
+    ]:
+        assert lightpeft("export", source, target) == 2
+        written = capsys.readouterr()
+        assert expected in written.err and written.err.count("\n") == 1 and written.out == ""
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / "full").iterdir())) == 1
 
 
 def only_tokenizer(folder: str, names: list[str]) -> list[str]:

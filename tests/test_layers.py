@@ -22,9 +22,9 @@ LAYERS: tuple[set[str], ...] = (
     {"acceleration", "evaluation", "estimation", "prefix", "refit", "surgery", "streaming", "training"},
     {"discovery"},
     {"checkpoint"},
-    {"pruner", "runs", "tables", "predicting"},
+    {"exporting", "pruner", "runs", "tables"},
     {"opening", "pipeline"},
-    {"bench", "evaluating", "reproduce"},
+    {"bench", "evaluating", "predicting", "reproduce"},
     {"cli", "__main__", "__init__"},
 )
 """Modules and sub-packages of lightpeft, lowest layer first."""

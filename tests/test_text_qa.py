@@ -215,8 +215,9 @@ def test_chats(chat_run: Bench) -> None:
 def answered(base: Path, task: Task, rows: Rows, **options: Any) -> dict[str, Any]:
     """What an untrained model answers, with every weight of its head drawn from one seed."""
     set_seed(0)
-    model = load_model(ModelConfig(name=str(base)), task.head, task.labels).model.eval()
-    return {"model": model, **answer_rows(model, task, Dataset.from_list(rows), **options)}  # type: ignore[arg-type]
+    config = ModelConfig(name=str(base))
+    model, tokenizer = load_model(config, task.head, task.labels).model.eval(), load_tokenizer(config)
+    return {"model": model, **answer_rows(model, tokenizer, task, Dataset.from_list(rows), **options)}
 
 
 @pytest.fixture(scope="module")

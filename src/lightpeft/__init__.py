@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
     from lightpeft.discovery import ensure_family
     from lightpeft.errors import LightPeftError
+    from lightpeft.exporting import load_merged, save_merged
     from lightpeft.pipeline import run
     from lightpeft.planning import make_plan
     from lightpeft.pruner import EarlyPruner
@@ -31,9 +32,11 @@ _HOMES = {
     "ensure_family": "discovery",
     "load_config": "config",
     "load_light": "checkpoint",
+    "load_merged": "exporting",
     "make_plan": "planning",
     "preset_light": "config",
     "run": "pipeline",
+    "save_merged": "exporting",
 }
 """Public name -> module. Resolved on first use, so that `lightpeft --help` does not wait for torch."""
 
@@ -51,9 +54,11 @@ __all__ = [
     "ensure_family",
     "load_config",
     "load_light",
+    "load_merged",
     "make_plan",
     "preset_light",
     "run",
+    "save_merged",
 ]
 
 

@@ -62,7 +62,7 @@ class LightModel(PeftModel):
             super().save_pretrained(str(temporary), **kwargs)
             if self.light_refit:
                 save_file(refit_tensors(self.light_refit), temporary / _REFIT_FILE)
-            (temporary / "README.md").write_text(_model_card(self), encoding="utf-8")
+            (temporary / "README.md").write_text(model_card(self, *_CARD), encoding="utf-8")
             write_json(temporary / DESCRIPTION, _description(self, temporary))
         if not self.light_refit:
             (Path(save_directory) / _REFIT_FILE).unlink(missing_ok=True)  # of what was saved here before
@@ -174,9 +174,18 @@ def _read_refit(folder: Path) -> Refit:
 
 
 def _description(model: LightModel, folder: Path) -> dict[str, Any]:
+    description = facts_of(model)
+    checksums = {name: _file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
+    # JSON turns integer keys into strings; hash what a reader will see
+    seen = json.loads(json.dumps(description))
+    return {**description, "checksums": {**checksums, DESCRIPTION: _content_checksum(seen)}}
+
+
+def facts_of(model: LightModel) -> dict[str, Any]:
+    """What is written down of a light model beside its weights: base, plan, task, metrics, versions."""
     inner = transformers_model(model)
     config = inner.config
-    description: dict[str, Any] = {
+    return {
         "base": {
             "id": getattr(config, "_name_or_path", ""),
             "revision": getattr(config, "_commit_hash", None),
@@ -194,10 +203,6 @@ def _description(model: LightModel, folder: Path) -> dict[str, Any]:
         "metrics": model.light_metrics,
         "versions": versions(),
     }
-    checksums = {name: _file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
-    # JSON turns integer keys into strings; hash what a reader will see
-    seen = json.loads(json.dumps(description))
-    return {**description, "checksums": {**checksums, DESCRIPTION: _content_checksum(seen)}}
 
 
 def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, int]]:
@@ -259,11 +264,7 @@ def _load_base(
     if "id2label" in settings:
         settings["id2label"] = {int(index): label for index, label in settings["id2label"].items()}
         settings["label2id"] = {label: index for index, label in settings["id2label"].items()}
-    architecture = getattr(transformers, saved["architecture"], None)
-    if architecture is None:
-        raise LightPeftError(
-            f"transformers has no {saved['architecture']}; load the base yourself and pass it as base="
-        )
+    architecture = architecture_of(saved, "load the base yourself and pass it as base=")
     if stream is not None:
         architecture = stream.loader(architecture)
     revision = saved["revision"] if base is None else None
@@ -287,6 +288,17 @@ def _load_base(
         raise LightPeftError(f"base {name} cannot be loaded ({reason}); give another place: base=...") from error
     keep_own_names(model, names)
     return model
+
+
+def architecture_of(saved: dict[str, Any], instead: str) -> Any:
+    """The class of transformers that a saved model's base is of.
+
+    Raises:
+        LightPeftError: there is none in this version; the line ends with what to do instead.
+    """
+    architecture = getattr(transformers, saved["architecture"], None)
+    require(architecture is not None, f"transformers has no {saved['architecture']}; {instead}")
+    return architecture
 
 
 def _check_base(
@@ -356,7 +368,21 @@ def _content_checksum(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _model_card(model: LightModel) -> str:
+_CARD = (
+    "Light adapter",
+    "A task over an untouched base: PEFT weights and the plan of which attention heads and FFN neurons the task needs",
+    "load_light",
+)
+"""Title, description and loader of a light adapter."""
+
+
+def model_card(model: LightModel, title: str, what: str, loader: str) -> str:
+    """The text of README.md beside saved weights.
+
+    Args:
+        what: is in the folder.
+        loader: name of the function of lightpeft that reads it.
+    """
     base = getattr(transformers_model(model).config, "_name_or_path", "") or "the base"
     # a local path is of no use to a reader elsewhere, and not a valid hub id
     front = "" if Path(base).exists() else f"base_model: {base}\n"
@@ -366,13 +392,13 @@ library_name: lightpeft
 {front}tags: [lightpeft, peft, lora, pruning]
 ---
 
-# Light adapter
+# {title}
 
-A task over an untouched base: PEFT weights and the plan of which attention heads and FFN neurons the task needs
+{what}
 (Light-PEFT, Gu et al., Findings of ACL 2024).
 
-    from lightpeft import load_light
-    model = load_light("this folder")
+    from lightpeft import {loader}
+    model = {loader}("this folder")
 
 {model.light_plan.summary()}.
 

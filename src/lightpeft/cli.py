@@ -36,7 +36,8 @@ _STAGES = {
 _USAGES = {"evaluate": "lightpeft evaluate [model] [options]"}
 _OTHERS = {
     "predict": "Answer text lines, the rows of a table or one row: labels, options, spans or texts.",
-    "inspect": "Show a plan, a light adapter or a run as a table, layer by layer.",
+    "export": "Merge a light adapter into its pruned base: a whole model in a folder of its own.",
+    "inspect": "Show a plan, a light adapter, a merged light model or a run as a table, layer by layer.",
     "reproduce": "Run a grid of models, tasks, methods and seeds, and write one table of it.",
 }
 
@@ -86,7 +87,7 @@ def _dispatch(arguments: list[str]) -> None:
     if verb in _STAGES:
         _run_stage(verb, options)
     else:
-        {"predict": _predict, "inspect": _inspect, "reproduce": _reproduce}[verb](options)
+        _OTHER_VERBS[verb](options)
 
 
 def _parser(asked: str | None) -> tuple[ArgumentParser, list[str]]:
@@ -142,7 +143,8 @@ def _evaluate_options(parser: ArgumentParser) -> None:
         "model",
         nargs="?",
         type=str,
-        help="Folder of a run, a light adapter, a PEFT adapter or a transformers model, or a model's name on the hub.",
+        help="Folder of a run, a light adapter, a merged light model, a PEFT adapter or a transformers model, or a "
+        "model's name on the hub.",
     )
     for name, option in _EVALUATE.items():
         parser.add_argument(f"--{name}", **option)
@@ -314,7 +316,7 @@ def _evaluate_harness(model: str, settings: dict[str, Any], compare: str | None 
 
 
 def _predict_options(parser: ArgumentParser) -> None:
-    parser.add_argument("model", type=str, help="Light adapter folder, or the folder of a finished run.")
+    parser.add_argument("model", type=str, help="Folder of a light adapter, a merged light model or a finished run.")
     parser.add_argument(
         "input",
         type=str | None,
@@ -344,24 +346,44 @@ def _predict(options: Namespace) -> None:
     predict(given.pop("model"), given.pop("input", None), **given)
 
 
+def _export_options(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="Folder of a light adapter or of a finished run.")
+    parser.add_argument("output", type=str, help="Where the whole model goes: a new folder.")
+    parser.add_argument("--base", type=str, help="Name or folder of the base, if it moved since the adapter was saved.")
+
+
+def _export(options: Namespace) -> None:
+    from lightpeft.exporting import save_merged
+    from lightpeft.opening import find_model, open_light
+
+    quiet()
+    found = find_model(options.model, options.get("base"))
+    light = open_light(found)
+    save_merged(light, options.output, found.tokenizer())
+    _out.print(f"{light.light_plan.summary()}; the model is in {options.output}", markup=False, soft_wrap=True)
+
+
 def _inspect_options(parser: ArgumentParser) -> None:
-    parser.add_argument("path", type=str, help="plan.json, a light adapter folder, or a run folder.")
+    parser.add_argument("path", type=str, help="plan.json, or the folder of an adapter, a merged light model or a run.")
 
 
 def _inspect(options: Namespace) -> None:
-    from lightpeft.checkpoint import read_description
-    from lightpeft.predicting import adapter_folder
+    from lightpeft.checkpoint import DESCRIPTION, read_description
+    from lightpeft.exporting import MERGED, read_merged
     from lightpeft.records import PrunePlan
     from lightpeft.tables import facts_table, plan_table
 
     path = Path(options.path)
-    require(path.exists(), f"{path} does not exist; give a plan.json, a light adapter folder or a run folder")
-    if path.is_file() or (not (path / "adapter" / "lightpeft.json").is_file() and (path / "plan.json").is_file()):
+    require(path.exists(), f"{path} does not exist; give a plan.json, or a folder that lightpeft wrote")
+    adapter = path / "adapter" if (path / "adapter").is_dir() else path
+    if path.is_file() or (not (adapter / DESCRIPTION).is_file() and (path / "plan.json").is_file()):
         _out.print(plan_table(PrunePlan.load(path if path.is_file() else path / "plan.json")))
         return
-    description = read_description(adapter_folder(path))
+    merged = (path / MERGED).is_file()
+    description = read_merged(path) if merged else read_description(adapter)
     base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
-    _out.print(facts_table({**base, **description["metrics"]}, f"light adapter {adapter_folder(path)}"))
+    title = f"merged light model {path}" if merged else f"light adapter {adapter}"
+    _out.print(facts_table({**base, **description["metrics"]}, title))
     _out.print(plan_table(PrunePlan.from_dict(description["plan"])))
 
 
@@ -398,10 +420,17 @@ _OPTIONS: dict[str, Callable[[ArgumentParser], None]] = {
     "evaluate": _evaluate_options,
     "bench": _bench_options,
     "predict": _predict_options,
+    "export": _export_options,
     "inspect": _inspect_options,
     "reproduce": _reproduce_options,
 }
 """What adds the options of a verb; of all others those of a run."""
+_OTHER_VERBS: dict[str, Callable[[Namespace], None]] = {
+    "predict": _predict,
+    "export": _export,
+    "inspect": _inspect,
+    "reproduce": _reproduce,
+}
 
 
 # -- errors ------------------------------------------------------------------------------------------------------

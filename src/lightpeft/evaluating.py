@@ -75,7 +75,8 @@ def evaluate_model(
     """Measure a model on the rows of a task, alone or beside another one.
 
     Args:
-        name: a run, a light adapter, a PEFT adapter or a transformers model (see `opening.find_model`).
+        name: a run, a light adapter, a merged light model, a PEFT adapter or a transformers model (see
+            `opening.find_model`).
         settings: of `RunConfig`, nested; those of `data` go over what the model was trained with, those of `model` say
             how it is loaded.
         base: where the base of an adapter is, if not where the adapter says.
@@ -201,7 +202,10 @@ def _measure(found: Found, task: Task, batch_size: int | None, bf16: bool) -> Me
     ensure_pad_token(tokenizer, transformers_model(model).config)
     run = Run(model, task.collator(tokenizer), batch_size, bf16)
     outcomes = {prefix: outcome(run, rows, task) for prefix, rows in encoded.items()}
-    return Measured(found, task, outcomes, parameter_report(model))
+    parameters = parameter_report(model)
+    if found.form == "merged light model":
+        del parameters["trained"]  # which were trained cannot be told any more
+    return Measured(found, task, outcomes, parameters)
 
 
 def _splits(task: Task) -> Iterator[tuple[str, Dataset]]:

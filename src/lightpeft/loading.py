@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -153,6 +153,26 @@ def keep_own_names(model: PreTrainedModel, mapping: Mapping[str, str] | None) ->
     if mapping:
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
+
+
+def with_reader(architecture: type[PreTrainedModel], read: Callable[..., Any]) -> type[PreTrainedModel]:
+    """The class, with a `from_pretrained` whose weights `read` brings in; the models it makes are of the class itself.
+
+    transformers builds, renames, converts, casts and ties, as for any model.
+
+    Args:
+        read: takes the model on the meta device and the other arguments of transformers' `_load_pretrained_model`;
+            returns what that returns.
+    """
+
+    def load(model: PreTrainedModel, *rest: Any) -> Any:
+        model.__class__ = architecture
+        return read(model, *rest)
+
+    # transformers looks up settings by these names, and treats classes of other packages as code of the user's own
+    names = {"__module__": architecture.__module__, "__qualname__": architecture.__qualname__}
+    members = {**names, "_load_pretrained_model": staticmethod(load)}
+    return cast(type[PreTrainedModel], type(architecture.__name__, (architecture,), members))
 
 
 def peft_task_type(head: Head) -> TaskType | None:

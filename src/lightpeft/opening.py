@@ -1,4 +1,4 @@
-"""What a path or a name stands for (a run, a light adapter, a PEFT adapter, a whole model), and its live model."""
+"""What a path or a name stands for (a run, an adapter, a merged or any other whole model), and its live model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lightpeft.checkpoint import DESCRIPTION, load_light, read_description
+from lightpeft.checkpoint import DESCRIPTION, LightModel, load_light, read_description
 from lightpeft.config import Head, ModelConfig, RunConfig, from_dict, load_config
 from lightpeft.errors import LightPeftError, require
+from lightpeft.exporting import MERGED, load_merged, read_merged
 from lightpeft.loading import load_model, load_model_config, load_tokenizer, peft_task_type
 from lightpeft.machine import accelerator
 from lightpeft.records import understandable
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import ensure_pad_token, restore_task
 
-Form = Literal["light adapter", "PEFT adapter", "model"]
+Form = Literal["light adapter", "merged light model", "PEFT adapter", "model"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Found:
     folder: Path | None = None
     """Where the adapter is."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What a light adapter says of its task; empty for all others."""
+    """What a light model says of its task; empty for all others."""
     run: RunConfig | None = None
     """The run that it is the result of, if that was asked for."""
 
@@ -69,8 +70,8 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
     """Find out what a path or a name stands for.
 
     Args:
-        name: folder of a finished run, of a light adapter, of a PEFT adapter or of a transformers model; or a model's
-            name on the hub.
+        name: folder of a finished run, of a light adapter or merged light model, of a PEFT adapter or of a transformers
+            model; or a model's name on the hub.
         base: where an adapter's base is, if not where the adapter says.
         settings: of `ModelConfig`, in place of those that the model was trained with.
 
@@ -82,7 +83,7 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
     for marker, find in _FINDERS.items():
         if (folder / marker).is_file():
             return find(folder, base, given)
-    kinds = "a run, a light adapter, a PEFT adapter or a transformers model"
+    kinds = "a run, a light adapter, a merged light model, a PEFT adapter or a transformers model"
     require(not folder.is_dir(), f"{name} is none of {kinds}: it has no {', '.join(_FINDERS)}")
     require(not folder.is_file(), f"{name} is a file; give the folder of {kinds}")
     try:
@@ -109,11 +110,21 @@ def _find_light(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
     at_home = {"revision": saved["revision"]} if base is None else {}
     settings = {"gguf_file": saved.get("gguf_file"), "dtype": saved["dtype"], **at_home, **given}
     model, config = _base(folder, base or saved["id"], settings)
-    with understandable(folder / DESCRIPTION):
-        facts = description["task"]
-        if facts:  # an adapter that was made in a loop of one's own has none
+    return Found(str(folder), "light adapter", model, config, folder, _facts(description, folder / DESCRIPTION))
+
+
+def _find_merged(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
+    facts = _facts(read_merged(folder), folder / MERGED)
+    return replace(_find_whole(folder, base, given), form="merged light model", folder=folder, facts=facts)
+
+
+def _facts(description: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a description says of the task; nothing if the model was made in a loop of one's own."""
+    with understandable(path):
+        facts: dict[str, Any] = description["task"]
+        if facts:
             restore_task(facts)
-    return Found(str(folder), "light adapter", model, config, folder, facts)
+    return facts
 
 
 def _find_peft(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
@@ -129,6 +140,7 @@ def _find_whole(name: str | Path, base: str | None, given: dict[str, Any]) -> Fo
 
 _FINDERS: dict[str, Callable[[Path, str | None, dict[str, Any]], Found]] = {
     DESCRIPTION: _find_light,
+    MERGED: _find_merged,
     "adapter_config.json": _find_peft,
     "config.json": _find_whole,
     "config.yaml": _find_run,
@@ -200,7 +212,13 @@ def open_model(found: Found, wanted: Wanted) -> nn.Module:
     return model
 
 
-def _load_light(found: Found, wanted: Wanted) -> nn.Module:
+def open_light(found: Found) -> LightModel:
+    """The live model of a light adapter, with its own head, in host memory.
+
+    Raises:
+        LightPeftError: it is none, or cannot be loaded.
+    """
+    require(found.form == "light adapter", f"{found.name} is a {found.kind}; give a light adapter or the run of one")
     return load_light(
         _folder(found),
         found.model.name,
@@ -208,6 +226,14 @@ def _load_light(found: Found, wanted: Wanted) -> nn.Module:
         attention=found.model.attention,
         trust_remote_code=found.model.trust_remote_code,
     )
+
+
+def _load_light(found: Found, wanted: Wanted) -> nn.Module:
+    return open_light(found)
+
+
+def _load_merged(found: Found, wanted: Wanted) -> nn.Module:
+    return load_merged(_folder(found), dtype=found.model.dtype, attention=found.model.attention)
 
 
 def _load_peft(found: Found, wanted: Wanted) -> nn.Module:
@@ -225,7 +251,7 @@ def _load_whole(found: Found, wanted: Wanted) -> nn.Module:
     try:
         loaded = load_model(found.model, wanted.head, wanted.labels, to_prune=False)
     except RuntimeError as error:  # sizes of a head that differ, or of pruned layers
-        shapes = "weights have other shapes: other labels, or a pruned model that was merged (give its adapter)"
+        shapes = "weights have other shapes: other labels, or merged by other means than lightpeft export"
         raise _not_fitting(found, wanted, shapes if "ignore_mismatched_sizes" in str(error) else error) from error
     _require_trained(found, loaded.new_modules, wanted)
     return loaded.model
@@ -233,6 +259,7 @@ def _load_whole(found: Found, wanted: Wanted) -> nn.Module:
 
 _LOADERS: dict[Form, Callable[[Found, Wanted], nn.Module]] = {
     "light adapter": _load_light,
+    "merged light model": _load_merged,
     "PEFT adapter": _load_peft,
     "model": _load_whole,
 }

@@ -412,7 +412,8 @@ def save_peft(model: PeftModel, folder: Path) -> None:
 def parameter_report(model: Model) -> dict[str, Any]:
     """Parameters that are there, that were trained, and what part of the base is gone: measured on the live model."""
     count = count_parameters(model)
-    dense = model.light_plan.base_parameters if isinstance(model, LightModel) else count.base
+    plan = getattr(model, "light_plan", None)
+    dense = count.base if plan is None else plan.base_parameters
     return {
         "base_dense": dense,
         "base": count.base,

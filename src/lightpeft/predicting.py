@@ -1,4 +1,4 @@
-"""Answers for new rows from a saved light adapter: all it takes is in the adapter's folder and its base."""
+"""Answers for new rows from a light model that was saved with its task: adapter, merged model, or run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from scipy.special import softmax
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from lightpeft.checkpoint import LightModel, load_light, read_description
-from lightpeft.config import ModelConfig
 from lightpeft.errors import require
 from lightpeft.evaluation import Run, likelihoods_of, logits_of, option_logits, spans_of, texts_of
-from lightpeft.loading import load_tokenizer
-from lightpeft.machine import accelerator
+from lightpeft.opening import Found, Wanted, find_model, open_model
 from lightpeft.prediction_files import check_predictions_path, read_inputs, write_predictions
 from lightpeft.sites import transformers_model
 from lightpeft.tasks import Task, convert, ensure_pad_token, input_columns, restore_task
@@ -49,7 +48,7 @@ def predict(
     """Answer the rows of a file, or one row, and write them with the answers.
 
     Args:
-        model: light adapter folder, or the folder of a finished run.
+        model: folder of a light adapter, of a merged light model, or of a finished run of one.
         source: text lines (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or "-" for standard input, which holds
             text lines where a row needs one text alone, and JSON lines where it needs more.
         output: .csv or .jsonl file; None: CSV on standard output.
@@ -62,37 +61,37 @@ def predict(
         bf16: compute in bfloat16.
 
     Raises:
-        LightPeftError: bad input, or an adapter that does not say what its task is.
+        LightPeftError: bad input, or a model that does not say what its task is.
     """
     require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
     require((source is None) != (example is None), "give a file to predict on (- for standard input), or an example")
-    folder = adapter_folder(model)
     if output is not None:
         check_predictions_path(Path(output))
-    task = _task(folder, {"text": text, "text_pair": text_pair}, answer_tokens)
+    found = find_model(model, None if base is None else str(base))
+    task = _task(found, {"text": text, "text_pair": text_pair}, answer_tokens)
     rows = _read(task, source, example)
     canonical = convert(rows, task.entry, "input", answered=False)
     task.check_inputs(canonical, task.entry, "input")
-    light = load_light(folder, base, device=accelerator())
-    columns = answer_rows(light, task, canonical, base=base, batch_size=batch_size, bf16=bf16)
+    opened = open_model(found, Wanted(task.config.task, task.head, task.labels))
+    columns = answer_rows(opened, found.tokenizer(), task, canonical, batch_size=batch_size, bf16=bf16)
     write_predictions(None if output is None else Path(output), rows, columns)
 
 
 def answer_rows(
-    light: LightModel,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Dataset,
     *,
-    base: str | Path | None = None,
     batch_size: int | None = None,
     bf16: bool = False,
 ) -> Columns:
-    """What a light model answers.
+    """What a live model answers.
 
     Args:
+        tokenizer: its tokenizer.
         task: says how it answers.
         rows: in the columns of the task's kind; answers are not needed.
-        base: where the tokenizer is, if not where the model's base was.
         batch_size: rows a forward pass; None: as many as fit into memory.
         bf16: compute in bfloat16.
 
@@ -100,26 +99,20 @@ def answer_rows(
         Columns `label` and `p_<label>` of classes, `value` of regression, `answer` and `probability` of options,
         `answer` and `margin` (how much better it scores than no answer) of spans, and `answer` of written texts.
     """
-    inner = transformers_model(light)
-    name = str(base) if base is not None else inner.config._name_or_path
-    tokenizer = load_tokenizer(ModelConfig(name=name, gguf_file=getattr(inner, "light_gguf_file", None)))
-    ensure_pad_token(tokenizer, inner.config)
+    ensure_pad_token(tokenizer, transformers_model(model).config)
     encoded = task.encode_inputs(rows, tokenizer, task.config.max_length)
-    run = Run(light, task.collator(tokenizer), batch_size, bf16)
+    run = Run(model, task.collator(tokenizer), batch_size, bf16)
     return PREDICTING[task.answering](run, encoded, task, rows)
 
 
-def adapter_folder(path: str | Path) -> Path:
-    """The light adapter at a path: the folder itself, or `adapter/` of a run."""
-    path = Path(path)
-    return path / "adapter" if (path / "adapter").is_dir() else path
-
-
-def _task(folder: Path, columns: dict[str, str | None], answer_tokens: int | None) -> Task:
-    """The task that an adapter was trained for, with some settings changed."""
-    facts = read_description(folder)["task"]
-    require(facts, f"{folder} does not say what task it was trained for, so there is nothing to predict")
-    task = restore_task(facts)
+def _task(found: Found, columns: dict[str, str | None], answer_tokens: int | None) -> Task:
+    """The task that a model was trained for, with some settings changed."""
+    require(
+        found.facts,
+        f"{found.name} is a {found.kind} that does not say what task it was trained for, as light adapters and merged "
+        "light models of runs do, so there is nothing to predict; lightpeft evaluate takes it with a task of yours",
+    )
+    task = restore_task(found.facts)
     given = {name: column for name, column in columns.items() if column is not None}
     allowed = (*task.columns, *task.optional)
     for name in given:

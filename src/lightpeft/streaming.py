@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from lightpeft.errors import require
 from lightpeft.layout import cut_dim, kept_channels
 from lightpeft.linears import slice_linear, stored_weight
-from lightpeft.loading import Sample, digest_of, sample
+from lightpeft.loading import Sample, digest_of, sample, with_reader
 from lightpeft.records import BlockPlan, PrunePlan
 from lightpeft.structure import BlockSpec
 
@@ -61,8 +61,7 @@ class Stream:
                 projection has none.
         """
 
-        def load(model: PreTrainedModel, state_dict: Any, files: list[str] | None, config: Any, *rest: Any) -> Any:
-            model.__class__ = architecture
+        def read(model: PreTrainedModel, state_dict: Any, files: list[str] | None, config: Any, *rest: Any) -> Any:
             _check_files(files, config)
             self._check(model)
             self._places = dict(_places(model, self._plan))
@@ -75,10 +74,7 @@ class Stream:
             self._check_complete()
             return result
 
-        # transformers looks up settings by these names, and treats classes of other packages as code of the user's own
-        names = {"__module__": architecture.__module__, "__qualname__": architecture.__qualname__}
-        members = {**names, "_load_pretrained_model": staticmethod(load)}
-        return cast(type[PreTrainedModel], type(architecture.__name__, (architecture,), members))
+        return with_reader(architecture, read)
 
     def fingerprint(self, model: PreTrainedModel, blocks: Sequence[BlockSpec]) -> str:
         """`loading.fingerprint` of the dense base, from what was sampled while its weights went by.

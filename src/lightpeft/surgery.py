@@ -173,20 +173,30 @@ class ConfigView:
         return getattr(self.shared, name)
 
 
+class Selection:
+    """What stays of the last dimension of a tensor. Follows it to its device; no buffer, so in no state dict."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+
+    def of(self, states: Tensor) -> Tensor:
+        """[..., all] -> [..., those that stay]."""
+        index = self.index.to(states.device)
+        self.index = index
+        return states.index_select(-1, index)
+
+
 class SelectedChannels(nn.Module):
     """A norm over all heads of the dense model, then the channels of the heads that stay."""
-
-    index: Tensor
 
     def __init__(self, norm: nn.Module, index: Tensor) -> None:
         super().__init__()
         self.norm = norm
-        device = next((p.device for p in norm.parameters()), None)
-        self.register_buffer("index", index.to(device), persistent=False)
+        self.selection = Selection(index)
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., heads * head_dim] -> [..., kept heads * head_dim]."""
-        return self.norm(states).index_select(-1, self.index)
+        return self.selection.of(self.norm(states))
 
 
 def _stacks_apart(plan: PrunePlan) -> set[str | None]:
@@ -204,27 +214,41 @@ def _stop_sharing(attention: Any, spec: BlockSpec, kept: BlockPlan, tables: dict
     if spec.position_bias:
         attention.has_relative_attention_bias = True
         name = spec.position_bias.rpartition(".")[2]
-        setattr(attention, name, SharedBiases(tables[spec.position_bias], torch.tensor(kept.heads)))
+        table, heads = tables[spec.position_bias], Selection(torch.tensor(kept.heads))
+        if spec.position_bias.startswith(f"{spec.attention}."):
+            table.register_forward_hook(_SelectOutput(heads))
+        else:
+            setattr(attention, name, SharedBiases(table, heads))
 
 
 class SharedBiases(nn.Module):
-    """Columns of the table of relative position biases that all blocks of a stack share; it stays one parameter."""
+    """A block's own columns of the table of relative position biases that another block of the stack holds."""
 
-    index: Tensor
+    table: nn.Embedding
 
-    def __init__(self, table: nn.Embedding, heads: Tensor) -> None:
+    def __init__(self, table: nn.Embedding, heads: Selection) -> None:
         super().__init__()
-        self.table = table
-        self.register_buffer("index", heads.to(table.weight.device), persistent=False)
+        vars(self)["table"] = table  # no part of this module, so that it is counted, saved and moved once
+        self.heads = heads
 
     @property
     def weight(self) -> Tensor:
         """[buckets, kept heads]."""
-        return self.table.weight.index_select(1, self.index)
+        return self.heads.of(self.table.weight)
 
     def forward(self, buckets: Tensor) -> Tensor:
         """[queries, keys] -> [queries, keys, kept heads]."""
         return functional.embedding(buckets, self.weight)
+
+
+class _SelectOutput:
+    """Forward hook that keeps a part of what a module gives."""
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self.selection.of(output)
 
 
 class _Without:

@@ -1,0 +1,107 @@
+"""A light model that stands on its own: pruned weights with PEFT merged into them, in a folder that needs no base."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightpeft.checkpoint import LightModel, architecture_of, facts_of, model_card
+from lightpeft.discovery import ensure_family
+from lightpeft.errors import LightPeftError, require
+from lightpeft.loading import UNREADABLE, with_reader
+from lightpeft.records import PrunePlan, read_json, understandable, write_json, writing_files
+from lightpeft.sites import transformers_model
+from lightpeft.surgery import apply_plan
+
+MERGED = "merged.json"
+"""What says that the weights beside it belong into a model that a plan has cut."""
+_CARD = (
+    "Pruned model",
+    "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it",
+    "load_merged",
+)
+
+
+def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Write a light model as whole weights: what transformers saves, with `merged.json` and a model card beside it.
+
+    The model stays as it is; a copy of it is merged, which takes its memory once more.
+
+    Args:
+        folder: new or empty.
+        tokenizer: to be saved with it.
+
+    Raises:
+        LightPeftError: its PEFT modules cannot be merged, the base is quantised, or the folder cannot be written;
+            nothing is half-written.
+    """
+    folder = Path(folder)
+    require(not folder.is_dir() or not any(folder.iterdir()), f"{folder} is not empty; give a new folder")
+    quantised = getattr(transformers_model(model).config, "quantization_config", None) is not None
+    require(not quantised, "the base is quantised, and merging would round it again; keep the light adapter")
+    whole = copy.deepcopy(model).merge_and_unload()
+    with writing_files(folder, last=MERGED) as temporary:
+        whole.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(model, *_CARD), encoding="utf-8")
+        write_json(temporary / MERGED, facts_of(model))
+
+
+def load_merged(
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """Load what `save_merged` wrote: a plain transformers model, pruned, in evaluation mode.
+
+    The weights go straight into the cut layers, so that memory never holds the dense model. `model.light_plan` says
+    which units of it are here.
+
+    Args:
+        dtype: of the weights; "auto": as they were saved.
+        device: where to put the model; None: the CPU.
+        attention: attention backend; None: the one the base would use.
+
+    Raises:
+        LightPeftError: a file is missing, damaged or of a newer schema, or the weights are not those of the plan.
+    """
+    folder = Path(folder)
+    description = read_merged(folder)
+    with understandable(folder / MERGED):
+        plan, saved = PrunePlan.from_dict(description["plan"]), dict(description["base"])
+        architecture = architecture_of(saved, "install the version that it was saved with")
+
+    def read(model: PreTrainedModel, *rest: Any) -> Any:
+        ensure_family(model)
+        apply_plan(model, plan)
+        return architecture._load_pretrained_model(model, *rest)
+
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    try:
+        model, info = with_reader(architecture, read).from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, **options
+        )
+    except (*UNREADABLE, RuntimeError) as error:
+        raise LightPeftError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    astray = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    require(not astray, f"the weights in {folder} are not those of its plan: {', '.join(astray[:3])}")
+    model.light_plan = plan
+    return model.eval() if device is None else model.eval().to(device)
+
+
+def read_merged(folder: str | Path) -> dict[str, Any]:
+    """`merged.json` of a folder: base, plan, task, metrics and versions of the light model it was.
+
+    Raises:
+        LightPeftError: it has none, or one that is damaged or of a newer schema; or there is no config beside it.
+    """
+    for name in (MERGED, "config.json"):  # transformers would go on without its config
+        require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
+    return read_json(Path(folder) / MERGED)

@@ -1,0 +1,240 @@
+"""Merged light models: whole, without a base, loaded in one call; what cannot be one is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_bottleneck import adapted
+from test_checkpoint import light_over, logits
+from tiny import ALL, DROPPED, batch, crossed, inputs_for, make, plan_for, refusal, relative_difference, with_lora
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from workbench import checksums
+
+from lightpeft import load_merged, save_merged
+from lightpeft.checkpoint import as_light
+from lightpeft.exporting import MERGED, read_merged
+from lightpeft.refit import Correction, apply_refit
+from lightpeft.surgery import apply_plan
+
+CLOSE = 1e-5
+"""Merging adds LoRA's weights to the base's, which rounds."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merged light model, to be copied before it is damaged."""
+    folder = tmp_path_factory.mktemp("home") / "merged"
+    save_merged(light_over(make("bert"), {"accuracy": 0.75}), folder)
+    return folder
+
+
+@pytest.fixture
+def merged(home: Path, tmp_path: Path) -> Path:
+    """A copy of `home`."""
+    return Path(shutil.copytree(home, tmp_path / "merged"))
+
+
+# Save and load
+
+
+@crossed(ALL, {"usual": {}, "dropped": DROPPED})
+def test_the_same_answers_without_a_base(name: str, budget: dict[str, Any], tmp_path: Path) -> None:
+    light = light_over(make(name), **budget)
+    expected, before = logits(light), {key: value.clone() for key, value in light.state_dict().items()}
+    save_merged(light, tmp_path)
+    assert all(before[key].equal(value) for key, value in light.state_dict().items()), "the light model stays as it is"
+    loaded = load_merged(tmp_path)
+    assert isinstance(loaded, PreTrainedModel) and type(loaded) is type(make(name)) and not loaded.training
+    assert relative_difference(logits(loaded), expected) < CLOSE
+    assert not any(tensor.is_meta for tensor in [*loaded.parameters(), *loaded.buffers()])
+    whole = sum(parameter.numel() for parameter in make(name).parameters())
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == whole - light.light_plan.removed_parameters
+    assert loaded.light_plan == light.light_plan
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "olmo2", "falcon", "gpt2", "t5", "whisper"])
+def test_generate(name: str, tmp_path: Path) -> None:
+    light = light_over(make(name), **DROPPED)
+    save_merged(light, tmp_path)
+    options: dict[str, Any] = {**inputs_for(light, "left", generate=True), "max_new_tokens": 6, "do_sample": False}
+    assert load_merged(tmp_path).generate(**options).equal(light.generate(**options))
+
+
+def test_every_loading_gives_the_same(merged: Path) -> None:
+    assert logits(load_merged(merged)).equal(logits(load_merged(merged)))
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    save_merged(light_over(make("llama-tied")), tmp_path)
+    loaded = load_merged(tmp_path)
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+
+
+def test_position_biases_that_a_stack_shares_stay_one_table(tmp_path: Path) -> None:
+    save_merged(light_over(make("t5"), **DROPPED), tmp_path)
+    names = [name for name in load_file(tmp_path / "model.safetensors") if "relative_attention_bias" in name]
+    assert len([name for name in names if name.endswith("weight")]) == 2, "one of the encoder and one of the decoder"
+    blocks = load_merged(tmp_path).encoder.block
+    attentions = [block.layer[0].SelfAttention for block in blocks[1:]]
+    assert len({id(attention.relative_attention_bias.table) for attention in attentions}) == 1
+
+
+def test_refit_is_merged(tmp_path: Path) -> None:
+    light = light_over(make("bert"))
+    before, plan = logits(light), light.light_plan
+    refit = {plan.specs[0].projections["ffn_out"]: Correction(torch.randn(32))}
+    apply_refit(light, refit)
+    save_merged(as_light(light, plan, refit=refit), tmp_path)
+    assert relative_difference(logits(light), before) > 1e-3
+    assert relative_difference(logits(load_merged(tmp_path)), logits(light)) < CLOSE
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}])
+def test_variants_of_lora(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = with_lora(make("bert"), **settings)
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    light = as_light(model.eval(), plan)
+    save_merged(light, tmp_path)
+    assert relative_difference(logits(load_merged(tmp_path)), logits(light)) < CLOSE
+
+
+def test_data_type_attention_and_device(merged: Path) -> None:
+    loaded = load_merged(merged, dtype="bfloat16", attention="eager", device="cpu")
+    assert loaded.dtype == torch.bfloat16 and loaded.config._attn_implementation == "eager"
+    assert relative_difference(logits(loaded).float(), logits(load_merged(merged))) < 0.2
+
+
+def test_of_a_bfloat16_base(tmp_path: Path) -> None:
+    light = light_over(make("llama-gqa").bfloat16())
+    save_merged(light, tmp_path)
+    loaded = load_merged(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert relative_difference(logits(loaded).float(), logits(light).float()) < 0.2
+
+
+def test_training_goes_on_as_with_any_model(merged: Path) -> None:
+    model = load_merged(merged).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        loss = model(**batch(labels=True)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    light = light_over(make("llama-gqa"), **DROPPED)
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda self, to: save(self, to, max_shard_size="20KB"))
+    save_merged(light, tmp_path)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert relative_difference(logits(load_merged(tmp_path)), logits(light)) < CLOSE
+
+
+# What is written
+
+
+def test_what_is_in_the_folder(merged: Path) -> None:
+    assert sorted(path.name for path in merged.iterdir()) == ["README.md", "config.json", MERGED, "model.safetensors"]
+    description = read_merged(merged)
+    assert description["metrics"] == {"accuracy": 0.75} and description["base"]["model_type"] == "bert"
+    card = (merged / "README.md").read_text()
+    assert "# Pruned model" in card and 'load_merged("this folder")' in card and "accuracy: 0.75" in card
+
+
+def test_transformers_alone_refuses_it(merged: Path) -> None:
+    """Widths differ from layer to layer, which its config cannot say; it must not load something else silently."""
+    with pytest.raises(RuntimeError, match="mismatched"):
+        AutoModelForSequenceClassification.from_pretrained(merged)
+
+
+# Refusals
+
+
+def test_a_folder_with_something_in_it(merged: Path) -> None:
+    before = checksums(merged)
+    assert "is not empty" in refusal(lambda: save_merged(light_over(make("bert")), merged))
+    assert checksums(merged) == before
+
+
+def test_bottleneck_adapters(tmp_path: Path) -> None:
+    model = adapted(make("bert"))
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    assert "cannot be merged" in refusal(lambda: save_merged(as_light(model, plan), tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quantised_base(tmp_path: Path) -> None:
+    light = light_over(make("bert"))
+    light.config.quantization_config = SimpleNamespace()
+    assert "keep the light adapter" in refusal(lambda: save_merged(light, tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_merged_model(tmp_path: Path) -> None:
+    assert "is no merged light model" in refusal(lambda: load_merged(tmp_path))
+    light_over(make("bert")).save_pretrained(tmp_path)
+    assert "is no merged light model" in refusal(lambda: load_merged(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_is_missing_or_cut(name: str, merged: Path) -> None:
+    data = (merged / name).read_bytes()
+    (merged / name).write_bytes(data[: len(data) // 2])
+    assert str(merged) in refusal(lambda: load_merged(merged))
+    (merged / name).unlink()
+    assert str(merged) in refusal(lambda: load_merged(merged))
+
+
+def altered(merged: Path, change: Any) -> str:
+    """The refusal of a folder whose weights `change` has altered."""
+    tensors: dict[str, Tensor] = load_file(merged / "model.safetensors")
+    change(tensors)
+    save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    return refusal(lambda: load_merged(merged))
+
+
+def test_weights_of_another_plan(merged: Path) -> None:
+    name = "bert.encoder.layer.0.attention.self.query.weight"
+
+    def narrower(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name][:-1].contiguous()
+
+    assert "cannot be loaded" in altered(merged, narrower)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.pop("classifier.weight"), lambda t: t.update(stray=torch.zeros(1))])
+def test_weights_that_are_missing_or_too_many(change: Any, merged: Path) -> None:
+    assert "are not those of its plan" in altered(merged, change)
+
+
+def test_a_plan_that_was_edited(merged: Path) -> None:
+    description = json.loads((merged / MERGED).read_text())
+    description["plan"]["blocks"] = description["plan"]["blocks"][:-1]
+    (merged / MERGED).write_text(json.dumps(description))
+    assert "does not have the expected content" in refusal(lambda: load_merged(merged))
+
+
+def test_a_plan_of_another_model(merged: Path, tmp_path: Path) -> None:
+    save_merged(light_over(make("bert", num_hidden_layers=2)), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / MERGED, merged)
+    assert "the plan is for another model" in refusal(lambda: load_merged(merged))
+
+
+def test_a_newer_schema(merged: Path) -> None:
+    description = json.loads((merged / MERGED).read_text())
+    (merged / MERGED).write_text(json.dumps({**description, "schema_version": 99}))
+    assert "upgrade lightpeft" in refusal(lambda: load_merged(merged))
