@@ -2,9 +2,9 @@
 
     python benchmarks/estimation_cost.py configs/movie_reviews/minilm_default.yaml
 
-Modules sit in every block, so that PEFT alone runs backwards through all of them too; the last subject is estimation as
-the config has it. All train with the faster steps of light runs, but modules whose ratios are being measured are
-computed by their parts. Prints and writes training speed and peak memory. Paths inside the config are relative to the
+Modules sit in every block, so that PEFT alone runs backwards through all of them too; the last subject but one is
+estimation as the config has it. All but the last train with the faster steps of light runs, and modules whose ratios are
+being measured are computed by their parts; the last is PEFT as it trains by itself, with the base's dropout. Prints and writes training speed and peak memory. Paths inside the config are relative to the
 current folder.
 """
 
@@ -23,6 +23,7 @@ from lightpeft.pipeline import Workspace
 
 PLAIN, EVERY_STEP = "PEFT in every block", "with masks and importances, ratios in every step"
 SAMPLED, AS_IT_IS = "with masks and importances", "estimation as the config has it"
+BY_HABIT = "PEFT in every block, without the faster steps"
 
 
 def same_sites(work: Workspace) -> Made:
@@ -38,6 +39,7 @@ def subjects_of(config: RunConfig) -> subjects.Subjects:
         EVERY_STEP: ("estimation", with_settings(everywhere, {"light.ratio_every": 1})),
         SAMPLED: ("estimation", everywhere),
         AS_IT_IS: ("estimation", config),
+        BY_HABIT: (Build(same_sites), everywhere),
     }
 
 

@@ -200,12 +200,13 @@ class _Scaler:
 
     def scaled(self, x: Tensor) -> Tensor:
         """`x` with every unit multiplied by its mask."""
-        return (x.unflatten(-1, (-1, self.channels)) * self.mask.to(x).unsqueeze(-1)).flatten(-2)
+        mask = self.mask.to(x)
+        return x * (mask.repeat_interleave(self.channels) if self.channels > 1 else mask)
 
     def gradient_of_mask(self, products: Tensor) -> Tensor:
         """Sum over tokens and channels of input times gradient, [units]; every example's own goes into the tally."""
-        of_units = products.unflatten(-1, (-1, self.channels)).sum(-1) if self.channels > 1 else products
-        of_examples = self.batch.split(of_units).sum(1, dtype=torch.float32)
+        of_channels = _sum_of_tokens(self.batch.split(products))
+        of_examples = of_channels.unflatten(-1, (-1, self.channels)).sum(-1) if self.channels > 1 else of_channels
         self.tally[0] += of_examples.abs().sum(0)
         self.tally[1] += of_examples.square().sum(0)
         return of_examples.sum(0)
@@ -229,10 +230,11 @@ class _Unscaled:
             self._x = _activated(self.activation, sources, self.width) if self.activation else sources[0]
         return self._x
 
-    def take(self, sources: Sequence[Tensor]) -> Tensor:
-        """The input, for the last that needs it."""
+    def times(self, gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
+        """Its product with a gradient, for the last that needs the input; in the input's memory if it is nobody's."""
         x, self._x = self.of(sources), None
-        return x
+        taken = {source.untyped_storage().data_ptr() for source in sources}
+        return gradient * x if x.untyped_storage().data_ptr() in taken else x.mul_(gradient)
 
 
 class _Scaled(torch.autograd.Function):
@@ -247,8 +249,14 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         scaler, sources = ctx.scaler, ctx.saved_tensors
-        of_mask = scaler.gradient_of_mask(gradient * ctx.unscaled.take(sources))
+        of_mask = scaler.gradient_of_mask(ctx.unscaled.times(gradient, sources))
         return scaler.scaled(gradient), of_mask, *(None for _ in range(2 + len(sources)))
+
+
+def _sum_of_tokens(products: Tensor) -> Tensor:
+    """[examples, tokens, channels] -> [examples, channels], float32."""
+    # CPUs copy what they are to sum in another type; bfloat16 has the range for the sum, and it is float32 inside
+    return products.sum(1).float() if products.dtype == torch.bfloat16 else products.sum(1, dtype=torch.float32)
 
 
 def _memory(tensor: Tensor) -> object:
