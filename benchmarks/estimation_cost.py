@@ -3,9 +3,9 @@
     python benchmarks/estimation_cost.py configs/movie_reviews/minilm_default.yaml
 
 Modules sit in every block, so that PEFT alone runs backwards through all of them too; the last subject but one is
-estimation as the config has it. All but the last train with the faster steps of light runs, and modules whose ratios are
-being measured are computed by their parts; the last is PEFT as it trains by itself, with the base's dropout. Prints and writes training speed and peak memory. Paths inside the config are relative to the
-current folder.
+estimation as the config has it. All but the last train with the faster steps of light runs, and modules whose ratios
+are being measured are computed by their parts; the last is PEFT as it trains by itself, with the base's dropout. Prints
+and writes training speed and peak memory. Paths inside the config are relative to the current folder.
 """
 
 from __future__ import annotations
