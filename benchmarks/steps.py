@@ -57,16 +57,6 @@ def compiled(work: Workspace) -> Made:
     return model, optimizer
 
 
-def pruned(config: RunConfig, folder: Path) -> RunConfig:
-    """The run in a folder of its own, estimated and pruned."""
-    config = replace(config, method="light", output=str(folder))
-    work = pipeline.prepare(config)
-    pipeline.estimate(work)
-    pipeline.plan(work.run)
-    pipeline.prune(work)
-    return config
-
-
 def changed(run: RunConfig, settings: Mapping[str, Any], folder: Path) -> RunConfig:
     """Other settings on the pruned model of a run."""
     config = replace(with_settings(run, settings), output=str(folder))
@@ -79,12 +69,12 @@ def changed(run: RunConfig, settings: Mapping[str, Any], folder: Path) -> RunCon
 def subjects_of(config: RunConfig) -> subjects.Subjects:
     """What is measured, nearly all of it on one pruned model."""
     folder = Path("runs") / "steps" / Path(config.output).name
-    run = pruned(config, folder / AS_IT_IS)
+    run = subjects.pruned(config, folder / AS_IT_IS)
     found = {name: ("light", changed(run, settings, folder / name)) for name, settings in SETTINGS.items()}
     return {
         AS_IT_IS: ("light", run),
         **found,
-        UNROUNDED: ("light", pruned(with_settings(config, {"light.multiple_of": 1}), folder / UNROUNDED)),
+        UNROUNDED: ("light", subjects.pruned(with_settings(config, {"light.multiple_of": 1}), folder / UNROUNDED)),
         CHECKPOINTED: (replace(LIGHT, make=checkpointed), run),
         COMPILED: (replace(LIGHT, make=compiled), run),
     }

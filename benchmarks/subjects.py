@@ -1,11 +1,11 @@
-"""Training speed and memory of several subjects of one run, in alternation, and their table."""
+"""Several subjects of one run, measured in alternation: by default training speed and memory, and their table."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from readme_tables import README, fill, markdown_table
 from rich.console import Console
 
+from lightpeft import pipeline
 from lightpeft.bench import Build, Subject, Worker
 from lightpeft.cli import quiet
 from lightpeft.config import RunConfig, load_config
@@ -24,37 +25,14 @@ Subjects = Mapping[str, tuple[str | Build, RunConfig]]
 """By name: what to measure, as `lightpeft.bench.Subject` takes it, and its run."""
 
 
-def main(
-    script: str, about: str, subjects_of: Callable[[RunConfig], Subjects], arguments: list[str] | None = None
-) -> int:
-    """Measure the subjects of the config on the command line, and write; 0 if all went well, 2 on bad input.
-
-    Args:
-        script: name of the program, of its folder of results, and of its table in README.md.
-        subjects_of: makes the subjects of a config; the first is what the others are compared with.
-    """
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="YAML file of a run")
-    parser.add_argument("--rounds", type=int, default=9, help="alternations")
-    parser.add_argument("--steps", type=int, default=12, help="batches a round")
-    parser.add_argument("--out", type=Path, help=f"JSON file (default: runs/{script}/<config's name>.json)")
-    parser.add_argument(
-        "--write-readme", action="store_true", help="put table and numbers into README.md and beside it"
-    )
-    given = parser.parse_args(arguments)
-    name = given.config.stem
-    quiet()
-    try:
-        results = measure(subjects_of(load_config(given.config)), given.rounds, given.steps)
-        write_json(given.out or Path("runs") / script / f"{name}.json", results)
-        if given.write_readme:
-            write_json(README.with_name(f"{name}.{script}.json"), results)
-            fill(f"{script} {name}", markdown(results))
-    except LightPeftError as error:
-        Console(stderr=True, soft_wrap=True).print(f"{script}: {error}", markup=False)
-        return 2
-    Console(width=120).print(markdown(results), markup=False)
-    return 0
+def pruned(config: RunConfig, folder: Path) -> RunConfig:
+    """The light run of a config in a folder of its own, estimated and pruned."""
+    config = replace(config, method="light", output=str(folder))
+    work = pipeline.prepare(config)
+    pipeline.estimate(work)
+    pipeline.plan(work.run)
+    pipeline.prune(work)
+    return config
 
 
 def measure(subjects: Subjects, rounds: int, steps: int) -> dict[str, Any]:
@@ -90,3 +68,43 @@ def markdown(results: dict[str, Any]) -> str:
             ]
         )
     return markdown_table(("", "training samples/s", "time a step", "peak memory, MiB", ""), rows)
+
+
+def main(
+    script: str,
+    about: str,
+    subjects_of: Callable[[RunConfig], Subjects],
+    arguments: list[str] | None = None,
+    measure: Callable[[Subjects, int, int], dict[str, Any]] = measure,
+    markdown: Callable[[dict[str, Any]], str] = markdown,
+) -> int:
+    """Measure the subjects of the config on the command line, and write; 0 if all went well, 2 on bad input.
+
+    Args:
+        script: name of the program, of its folder of results, and of its table in README.md.
+        subjects_of: makes the subjects of a config; the first is what the others are compared with.
+        measure: takes subjects, rounds and batches a round; gives the results.
+        markdown: the results as a table.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="YAML file of a run")
+    parser.add_argument("--rounds", type=int, default=9, help="alternations")
+    parser.add_argument("--steps", type=int, default=12, help="batches a round")
+    parser.add_argument("--out", type=Path, help=f"JSON file (default: runs/{script}/<config's name>.json)")
+    parser.add_argument(
+        "--write-readme", action="store_true", help="put table and numbers into README.md and beside it"
+    )
+    given = parser.parse_args(arguments)
+    name = given.config.stem
+    quiet()
+    try:
+        results = measure(subjects_of(load_config(given.config)), given.rounds, given.steps)
+        write_json(given.out or Path("runs") / script / f"{name}.json", results)
+        if given.write_readme:
+            write_json(README.with_name(f"{name}.{script}.json"), results)
+            fill(f"{script} {name}", markdown(results))
+    except LightPeftError as error:
+        Console(stderr=True, soft_wrap=True).print(f"{script}: {error}", markup=False)
+        return 2
+    Console(width=120).print(markdown(results), markup=False)
+    return 0

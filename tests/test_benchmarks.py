@@ -14,6 +14,7 @@ from typing import Any
 import attention
 import estimation_cost
 import gpu
+import inference
 import peer_methods
 import peer_pruning
 import peers
@@ -417,7 +418,7 @@ def test_readme_has_a_place_for_every_script(
     assert {path.stem for path in (tmp_path / "tiny.peers.logs").iterdir()} == {"lora-0", "depth-0"}
 
 
-# -- estimation_cost.py, steps.py --------------------------------------------------------------------------------------
+# -- estimation_cost.py, steps.py, inference.py ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", [estimation_cost, steps], ids=lambda script: script.__name__)
@@ -443,6 +444,22 @@ def test_subjects_of_a_run(
     assert results["time_ratio"][first]["median"] == 1
     assert script.main([str(tmp_path / "missing.yaml")]) == 2
     assert f"{name}: config file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Workbench(tmp_path / "bench", family)
+    monkeypatch.chdir(tmp_path)
+    config = bench.yaml("tiny", **{"training.epochs": 1, "preset": "paper"})
+    assert inference.main([str(config), "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
+    results = read(tmp_path / "out.json")
+    for size in ("1", "32"):
+        assert list(results["values"][size]) == list(inference.KINDS)
+        assert results["speed_ratio"][size]["plain, merged"]["median"] == 1
+        assert all(speed["median"] > 0 for speed in results["samples_per_second"][size].values())
+    caches = results["kv_cache_bytes_per_token"]
+    assert (set(caches.values()) == {None}) == (family == "bert")
+    assert family == "bert" or caches["light, merged"] < caches["plain, merged"] == caches["plain, unmerged"]
 
 
 # -- recovery.py -------------------------------------------------------------------------------------------------------

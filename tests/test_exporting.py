@@ -15,7 +15,7 @@ from test_bottleneck import adapted
 from test_checkpoint import light_over, logits
 from tiny import ALL, DROPPED, batch, crossed, inputs_for, make, plan_for, refusal, relative_difference, with_lora
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from workbench import checksums
 
 from lightpeft import load_merged, save_merged
@@ -24,7 +24,7 @@ from lightpeft.exporting import MERGED, read_merged
 from lightpeft.refit import Correction, apply_refit
 from lightpeft.surgery import apply_plan
 
-CLOSE = 1e-5
+CLOSE = 3e-5
 """Merging adds LoRA's weights to the base's, which rounds."""
 
 
@@ -141,6 +141,46 @@ def test_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     save_merged(light, tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert relative_difference(logits(load_merged(tmp_path)), logits(light)) < CLOSE
+
+
+EVEN: dict[str, Any] = {"heads": 0.5, "neurons": 0.5, "neurons_scope": "layerwise"}
+"""Half of the heads and of the neurons of every layer."""
+NARROW: dict[str, Any] = {**EVEN, "heads": 0.0}
+
+
+HEADS_IN_CONFIG = ("llama-gqa", "llama-head-dim", "llama-tied", "mistral", "qwen3", "gemma2", "phi3")
+WIDTH_IN_CONFIG = ("bert", "distilbert", "modernbert", "vit", "gpt2", "gpt_neox", "opt", "olmo2")
+NOT_IN_CONFIG = ("bert", "gpt2", "gpt_neox", "falcon", "olmo2", "t5")
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "native"),
+    [
+        *((name, EVEN, True) for name in HEADS_IN_CONFIG),
+        *((name, NARROW, True) for name in WIDTH_IN_CONFIG),
+        *((name, EVEN, False) for name in NOT_IN_CONFIG),
+        ("llama-gqa", {}, False),
+    ],
+)
+def test_layers_of_equal_width_are_a_checkpoint_like_any_other(
+    name: str, budget: dict[str, Any], native: bool, tmp_path: Path
+) -> None:
+    light = light_over(make(name), **budget)
+    assert save_merged(light, tmp_path) == native
+    assert relative_difference(logits(load_merged(tmp_path)), logits(light)) < CLOSE
+    if native:
+        (tmp_path / MERGED).unlink()
+        loaded = type(make(name)).from_pretrained(tmp_path)
+        assert relative_difference(logits(loaded), logits(light)) < CLOSE
+
+
+def test_generate_from_a_checkpoint_like_any_other(tmp_path: Path) -> None:
+    light = light_over(make("llama-gqa"), **EVEN)
+    save_merged(light, tmp_path)
+    options: dict[str, Any] = {**batch(padding="left"), "max_new_tokens": 6, "do_sample": False}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generate(**options).equal(light.generate(**options))
+    assert loaded.config.num_attention_heads == 2 and loaded.config.intermediate_size == 24
 
 
 # What is written

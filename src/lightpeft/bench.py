@@ -225,13 +225,14 @@ class Subject:
         with self._as_trained() as batches:
             return _samples(self.batches) / sum(self._train(batches))
 
-    def inference(self, batch_size: int | None = None) -> float:
-        """Inference samples a second, with merged weights where they can be merged.
+    def inference(self, batch_size: int | None = None, merged: bool = True) -> float:
+        """Inference samples a second.
 
         Args:
             batch_size: rows a batch; None: as in training.
+            merged: merge PEFT into the weights where that can be done; for good.
         """
-        if isinstance(self.model, PeftModel) and self.config.peft == "lora":
+        if merged and isinstance(self.model, PeftModel) and self.config.peft == "lora":
             self.model = copy.deepcopy(self.model).merge_and_unload()
         batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
         return _samples(batches) / sum(measure_inference(self.model, batches, bf16=in_bf16(self.config.training)))

@@ -359,8 +359,10 @@ def _export(options: Namespace) -> None:
     quiet()
     found = find_model(options.model, options.get("base"))
     light = open_light(found)
-    save_merged(light, options.output, found.tokenizer())
-    _out.print(f"{light.light_plan.summary()}; the model is in {options.output}", markup=False, soft_wrap=True)
+    native = save_merged(light, options.output, found.tokenizer())
+    reader = "transformers" if native else "lightpeft.load_merged"
+    line = f"{light.light_plan.summary()}; the model is in {options.output}, for {reader} to load"
+    _out.print(line, markup=False, soft_wrap=True)
 
 
 def _inspect_options(parser: ArgumentParser) -> None:

@@ -1,4 +1,8 @@
-"""A light model that stands on its own: pruned weights with PEFT merged into them, in a folder that needs no base."""
+"""A light model that stands on its own: pruned weights with PEFT merged into them, in a folder that needs no base.
+
+Where all layers are equally wide and the family's config can say so, the folder is *native*: a checkpoint like any
+other, for transformers and all that reads such. Else a plan beside the weights says it, and `load_merged` is needed.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.checkpoint import LightModel, architecture_of, facts_of, model_card
+from lightpeft.checkpoint import LightModel, architecture_of, facts_of, model_card, per_layer_config
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
 from lightpeft.loading import UNREADABLE, with_reader
@@ -26,7 +30,7 @@ _CARD = (
 )
 
 
-def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> bool:
     """Write a light model as whole weights: what transformers saves, with `merged.json` and a model card beside it.
 
     The model stays as it is; a copy of it is merged, which takes its memory once more.
@@ -34,6 +38,9 @@ def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedToke
     Args:
         folder: new or empty.
         tokenizer: to be saved with it.
+
+    Returns:
+        Whether the folder is native: transformers alone loads it.
 
     Raises:
         LightPeftError: its PEFT modules cannot be merged, the base is quantised, or the folder cannot be written;
@@ -44,12 +51,40 @@ def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedToke
     quantised = getattr(transformers_model(model).config, "quantization_config", None) is not None
     require(not quantised, "the base is quantised, and merging would round it again; keep the light adapter")
     whole = copy.deepcopy(model).merge_and_unload()
+    native = _native_config(whole, model.light_plan)
+    if native is not None:
+        whole.config = native
     with writing_files(folder, last=MERGED) as temporary:
         whole.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(model, *_CARD), encoding="utf-8")
-        write_json(temporary / MERGED, facts_of(model))
+        write_json(temporary / MERGED, {**facts_of(model), "native": native is not None})
+    return native is not None
+
+
+def _native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig | None:
+    """A config that says how wide the layers of a pruned model are; None where its family has no words for that."""
+    widths = list(per_layer_config(whole.config.model_type, plan).values())
+    if not widths or any(of_layer != widths[0] for of_layer in widths):
+        return None
+    config = copy.deepcopy(whole.config)
+    fewer_heads = len(plan.blocks[0].heads) < plan.specs[0].heads
+    try:
+        if fewer_heads:  # families that can have any size of heads read it even where their config has none
+            config.head_dim = plan.specs[0].head_dim
+        for name, value in widths[0].items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+        with torch.device("meta"):
+            skeleton = type(whole)(copy.deepcopy(config))
+    except (AttributeError, ValueError, ZeroDivisionError, RuntimeError):  # the family cannot have these widths
+        return None
+    return config if _shapes(skeleton) == _shapes(whole) else None
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def load_merged(
@@ -76,11 +111,13 @@ def load_merged(
     description = read_merged(folder)
     with understandable(folder / MERGED):
         plan, saved = PrunePlan.from_dict(description["plan"]), dict(description["base"])
+        native = bool(description["native"])
         architecture = architecture_of(saved, "install the version that it was saved with")
 
     def read(model: PreTrainedModel, *rest: Any) -> Any:
-        ensure_family(model)
-        apply_plan(model, plan)
+        if not native:
+            ensure_family(model)
+            apply_plan(model, plan)
         return architecture._load_pretrained_model(model, *rest)
 
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
