@@ -362,7 +362,7 @@ def test_adapter_on_another_base(bench: Workbench, adapter: Path, refused: Refus
     assert "belongs to another base" in line
     other = save_base(bench.folder / "another_family", "llama")
     assert "belongs to another base" in refused("predict", adapter, bench.test, "--base", other)
-    assert "cannot be loaded" in refused("predict", adapter, bench.test, "--base", bench.folder / "nowhere")
+    assert "another place of it: --base" in refused("predict", adapter, bench.test, "--base", bench.folder / "nowhere")
 
 
 def test_adapter_with_a_flipped_byte(bench: Workbench, copied: Path, refused: Refused) -> None:
@@ -391,7 +391,7 @@ def test_adapter_that_lacks_something(bench: Workbench, copied: Path, refused: R
     file.unlink()
     assert "adapter_model.safetensors is missing" in refused("predict", copied, bench.test)
     (copied / "lightpeft.json").unlink()
-    assert "is not a light adapter" in refused("predict", copied, bench.test)
+    assert "that does not say what task it was trained for" in refused("predict", copied, bench.test)
 
 
 def test_adapter_of_a_future_version(bench: Workbench, copied: Path, refused: Refused) -> None:
@@ -409,7 +409,7 @@ def test_adapter_of_a_future_version(bench: Workbench, copied: Path, refused: Re
 def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> None:
     assert 'not "out.xlsx"' in refused("predict", adapter, bench.test, "--output", "out.xlsx")
     assert "does not exist" in refused("predict", bench.folder / "none", bench.test)
-    assert "is not a light adapter" in refused("predict", bench.base, bench.test)
+    assert "that does not say what task it was trained for" in refused("predict", bench.base, bench.test)
     assert "does not exist" in refused("predict", adapter, bench.folder / "none.csv")
     assert "cannot be read" in refused("predict", adapter, bench.folder / "none.txt")
     assert 'data.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
@@ -431,7 +431,7 @@ def test_bad_examples(bench: Workbench, adapter: Path, refused: Refused) -> None
 
 def test_plain_lora_run_has_no_light_adapter(bench: Workbench, refused: Refused) -> None:
     pipeline.run(bench.config("plain_lora", method="plain", **{"training.epochs": 1}))
-    assert "is not a light adapter" in refused("predict", bench.folder / "plain_lora", bench.test)
+    assert "does not say what task it was trained for" in refused("predict", bench.folder / "plain_lora", bench.test)
 
 
 def test_inspection_of_something_else(bench: Workbench, adapter: Path, copied: Path, refused: Refused) -> None:

@@ -109,8 +109,8 @@ def _task(found: Found, columns: dict[str, str | None], answer_tokens: int | Non
     """The task that a model was trained for, with some settings changed."""
     require(
         found.facts,
-        f"{found.name} is a {found.kind} that does not say what task it was trained for, as light adapters and merged "
-        "light models of runs do, so there is nothing to predict; lightpeft evaluate takes it with a task of yours",
+        f"{found.name} is a {found.kind} that does not say what task it was trained for; give a light adapter, a "
+        "merged light model or a run that made one",
     )
     task = restore_task(found.facts)
     given = {name: column for name, column in columns.items() if column is not None}
