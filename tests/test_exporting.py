@@ -217,6 +217,15 @@ def test_bottleneck_adapters(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_biases_of_lora_on_layers_without_one(tmp_path: Path) -> None:
+    model = with_lora(make("llama-gqa"), lora_bias=True)
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    said = refusal(lambda: save_merged(as_light(model, plan), tmp_path / "out"))
+    assert "cannot be merged; keep the light adapter" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_quantised_base(tmp_path: Path) -> None:
     light = light_over(make("bert"))
     light.config.quantization_config = SimpleNamespace()

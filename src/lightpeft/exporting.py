@@ -50,7 +50,11 @@ def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedToke
     require(not folder.is_dir() or not any(folder.iterdir()), f"{folder} is not empty; give a new folder")
     quantised = getattr(transformers_model(model).config, "quantization_config", None) is not None
     require(not quantised, "the base is quantised, and merging would round it again; keep the light adapter")
-    whole = copy.deepcopy(model).merge_and_unload()
+    try:
+        whole = copy.deepcopy(model).merge_and_unload()
+    except RuntimeError as error:  # of PEFT: biases of LoRA, say, on a layer without one
+        reason = " ".join(str(error).split())[:200]
+        raise LightPeftError(f"this model cannot be merged; keep the light adapter: {reason}") from error
     native = _native_config(whole, model.light_plan)
     if native is not None:
         whole.config = native
