@@ -150,6 +150,17 @@ def test_inference_takes_batches_of_any_size(bench: Workbench, report: dict[str,
     assert subject.inference() > 0
 
 
+def test_unmerged_inference_goes_through_the_modules(bench: Workbench, report: dict[str, Any]) -> None:
+    """Whatever was measured before it: merging is of a copy."""
+    subject = Subject(benching.BUILDS["light"], bench.config("run", **UPPER), STEPS)
+    calls = []
+    for module in subject.model.modules():
+        if hasattr(module, "lora_A"):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    assert subject.inference(1) > 0 and not calls
+    assert subject.inference(1, merged=False) > 0 and calls
+
+
 def test_subjects_are_what_they_say(bench: Workbench, report: dict[str, Any]) -> None:
     sizes = {}
     for name in ("plain", "estimation", "light"):

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -230,12 +230,18 @@ class Subject:
 
         Args:
             batch_size: rows a batch; None: as in training.
-            merged: merge PEFT into the weights where that can be done; for good.
+            merged: with PEFT merged into the weights, where that can be done.
         """
-        if merged and isinstance(self.model, PeftModel) and self.config.peft == "lora":
-            self.model = copy.deepcopy(self.model).merge_and_unload()
+        model = self._merged if merged else self.model
         batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
-        return _samples(batches) / sum(measure_inference(self.model, batches, bf16=in_bf16(self.config.training)))
+        return _samples(batches) / sum(measure_inference(model, batches, bf16=in_bf16(self.config.training)))
+
+    @cached_property
+    def _merged(self) -> nn.Module:
+        """A copy with PEFT merged into its weights; the model itself where that cannot be done."""
+        if not isinstance(self.model, PeftModel) or self.config.peft != "lora":
+            return self.model
+        return copy.deepcopy(self.model).merge_and_unload()
 
     @contextmanager
     def _as_trained(self) -> Iterator[Sequence[Mapping[str, Any]]]:

@@ -202,10 +202,7 @@ def _measure(found: Found, task: Task, batch_size: int | None, bf16: bool) -> Me
     ensure_pad_token(tokenizer, transformers_model(model).config)
     run = Run(model, task.collator(tokenizer), batch_size, bf16)
     outcomes = {prefix: outcome(run, rows, task) for prefix, rows in encoded.items()}
-    parameters = parameter_report(model)
-    if found.form == "merged light model":
-        del parameters["trained"]  # which were trained cannot be told any more
-    return Measured(found, task, outcomes, parameters)
+    return Measured(found, task, outcomes, parameter_report(model))
 
 
 def _splits(task: Task) -> Iterator[tuple[str, Dataset]]:

@@ -17,6 +17,9 @@ from lightpeft.scoring import MaskGradients
 from lightpeft.sites import transformers_model
 from lightpeft.structure import BlockSpec
 
+_KEPT_ANYWAY = ("relu", "linear")
+"""Activations of which autograd saves the output, or whose output is their input: nothing is gained by another pass."""
+
 
 class UnitMasks:
     """One trainable scalar per query head and per FFN neuron, all 1 at the start (Light-PEFT, section 3.2).
@@ -71,8 +74,7 @@ class UnitMasks:
     def _attach_neurons(
         self, projections: dict[str, nn.Module], mask: Tensor, tally: Tensor, activation: str | None
     ) -> None:
-        # autograd saves what ReLU gives, not what it takes, so that there is nothing to gain from computing it again
-        function = ACT2FN[activation] if activation and activation != "relu" else None
+        function = ACT2FN[activation] if activation and activation not in _KEPT_ANYWAY else None
         scaler = _Scaler(mask, tally, self._batch, activation=function)
         self._handles += scaler.attach(projections["ffn_out"])
         for slot in ("ffn_gate_in", "ffn_gate", "ffn_in"):
@@ -231,10 +233,9 @@ class _Unscaled:
         return self._x
 
     def times(self, gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
-        """Its product with a gradient, for the last that needs the input; in the input's memory if it is nobody's."""
+        """Its product with a gradient, for the last that needs it; in the memory of what was computed again."""
         x, self._x = self.of(sources), None
-        taken = {source.untyped_storage().data_ptr() for source in sources}
-        return gradient * x if x.untyped_storage().data_ptr() in taken else x.mul_(gradient)
+        return x.mul_(gradient) if self.activation else gradient * x
 
 
 class _Scaled(torch.autograd.Function):

@@ -414,14 +414,16 @@ def parameter_report(model: Model) -> dict[str, Any]:
     count = count_parameters(model)
     plan = getattr(model, "light_plan", None)
     dense = count.base if plan is None else plan.base_parameters
-    return {
+    sizes = {
         "base_dense": dense,
         "base": count.base,
         "base_removed_ratio": 1 - count.base / dense,
         "peft": count.peft,
         "head": count.head,
-        "trained": count.peft + count.head if isinstance(model, PeftModel) else count.base,
     }
+    if isinstance(model, PeftModel):
+        return {**sizes, "trained": count.peft + count.head}
+    return sizes if plan is not None else {**sizes, "trained": count.base}  # merging leaves no trace of what trained
 
 
 def _finite(model: Model) -> bool:

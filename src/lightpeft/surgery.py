@@ -173,7 +173,7 @@ class ConfigView:
         return getattr(self.shared, name)
 
 
-class Selection:
+class KeptEntries:
     """What stays of the last dimension of a tensor. Follows it to its device; no buffer, so in no state dict."""
 
     def __init__(self, index: Tensor) -> None:
@@ -192,11 +192,11 @@ class SelectedChannels(nn.Module):
     def __init__(self, norm: nn.Module, index: Tensor) -> None:
         super().__init__()
         self.norm = norm
-        self.selection = Selection(index)
+        self.kept = KeptEntries(index)
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., heads * head_dim] -> [..., kept heads * head_dim]."""
-        return self.selection.of(self.norm(states))
+        return self.kept.of(self.norm(states))
 
 
 def _stacks_apart(plan: PrunePlan) -> set[str | None]:
@@ -214,9 +214,9 @@ def _stop_sharing(attention: Any, spec: BlockSpec, kept: BlockPlan, tables: dict
     if spec.position_bias:
         attention.has_relative_attention_bias = True
         name = spec.position_bias.rpartition(".")[2]
-        table, heads = tables[spec.position_bias], Selection(torch.tensor(kept.heads))
+        table, heads = tables[spec.position_bias], KeptEntries(torch.tensor(kept.heads))
         if spec.position_bias.startswith(f"{spec.attention}."):
-            table.register_forward_hook(_SelectOutput(heads))
+            table.register_forward_hook(_KeepOutput(heads))
         else:
             setattr(attention, name, SharedBiases(table, heads))
 
@@ -226,7 +226,7 @@ class SharedBiases(nn.Module):
 
     table: nn.Embedding
 
-    def __init__(self, table: nn.Embedding, heads: Selection) -> None:
+    def __init__(self, table: nn.Embedding, heads: KeptEntries) -> None:
         super().__init__()
         vars(self)["table"] = table  # no part of this module, so that it is counted, saved and moved once
         self.heads = heads
@@ -241,14 +241,14 @@ class SharedBiases(nn.Module):
         return functional.embedding(buckets, self.weight)
 
 
-class _SelectOutput:
+class _KeepOutput:
     """Forward hook that keeps a part of what a module gives."""
 
-    def __init__(self, selection: Selection) -> None:
-        self.selection = selection
+    def __init__(self, kept: KeptEntries) -> None:
+        self.kept = kept
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return self.selection.of(output)
+        return self.kept.of(output)
 
 
 class _Without:
