@@ -9,6 +9,7 @@ table of differences to the run as it is, paired by seed. Paths inside the confi
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 import sys
 import time
@@ -34,14 +35,19 @@ from lightpeft.cli import quiet
 from lightpeft.config import LightConfig, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.estimation import Estimator
+from lightpeft.importance import RealTokens
 from lightpeft.machine import in_bf16
 from lightpeft.pipeline import Workspace
 from lightpeft.planning import make_plan
 from lightpeft.profiling import hardware
 from lightpeft.records import PrunePlan, read_json, write_json
+from lightpeft.refit import Batches, Refit, apply_refit, correction
 from lightpeft.reproduce.grid import slug
 from lightpeft.reproduce.summary import Report, Results, row
 from lightpeft.reproduce.tables import markdown_table
+from lightpeft.sites import transformers_model
+from lightpeft.structure import OUTPUT_SLOTS, BlockSpec
+from lightpeft.surgery import apply_plan
 
 AS_IT_IS = "as it is"
 REPORT = "recovery.json"
@@ -117,6 +123,56 @@ def cutting(cuts: int, work: Workspace) -> AbstractContextManager[Any]:
     return mock.patch.object(pruner, "Estimator", partial(GradualEstimator, cuts=cuts))
 
 
+# -- refit -------------------------------------------------------------------------------------------------------------
+
+
+def refit_in_order(
+    model: PeftModel, plan: PrunePlan, batches: Batches, rank: int, dtype: torch.dtype = torch.bfloat16
+) -> Refit:
+    """Like `fit_refit`, projection after projection: each is corrected for what reaches it in the pruned model, with
+    the corrections before it in place, to give what the dense model gives there."""
+    pruned = copy.deepcopy(model)
+    apply_plan(pruned, plan)
+    result: Refit = {}
+    for spec, slot in [(spec, slot) for spec in plan.specs for slot in OUTPUT_SLOTS if slot in spec.projections]:
+        _, wanted = states_at(model, spec, slot, batches)
+        inputs, outputs = states_at(pruned, spec, slot, batches)
+        missing = wanted - outputs
+        pairs = torch.cat([inputs, missing, missing.new_ones(len(missing), 1)], dim=1)
+        (width, out), index = (inputs.shape[1], missing.shape[1]), torch.arange(inputs.shape[1])
+        read_missing = torch.cat([missing.new_zeros(out, width), torch.eye(out)], dim=1)
+        moment, nothing = pairs.T @ pairs / len(pairs), missing.new_zeros(out, width)
+        result[spec.projections[slot]] = correction(moment, read_missing, nothing, index, rank, dtype)
+        apply_refit(pruned, {spec.projections[slot]: result[spec.projections[slot]]})
+    return result
+
+
+@torch.no_grad()
+def states_at(model: PeftModel, spec: BlockSpec, slot: str, batches: Batches) -> tuple[Tensor, Tensor]:
+    """What a projection reads and gives, [tokens, width] each, at all real tokens."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    real = RealTokens(model)
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        seen.append((real.select(args[0], spec, slot).float(), real.select(output, spec, slot).float()))
+
+    handle = transformers_model(model).get_submodule(spec.projections[slot]).register_forward_hook(note)
+    training = model.training
+    model.eval()
+    for batch in batches():
+        model(**batch)
+    model.train(training)
+    handle.remove()
+    real.remove()
+    inputs, outputs = zip(*seen, strict=True)
+    return torch.cat(inputs), torch.cat(outputs)
+
+
+def in_order(work: Workspace) -> AbstractContextManager[Any]:
+    """The refit goes from projection to projection."""
+    return mock.patch.object(pruner, "fit_refit", refit_in_order)
+
+
 # -- fine-tuning -------------------------------------------------------------------------------------------------------
 
 
@@ -190,12 +246,16 @@ def distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_div(of_student, of_teacher, log_target=True, reduction="batchmean") * TEMPERATURE**2
 
 
+WHOLE = {"light.refit": "low_rank", "light.refit_rank": 1536, "light.refit_rows": 512}
+"""A refit whose matrices have as many ranks as there are."""
 VARIANTS: dict[str, Variant] = {
     AS_IT_IS: Variant(),
     "cut in two steps": Variant(around=partial(cutting, 2)),
     "cut in four steps": Variant(around=partial(cutting, 4)),
     "distilled from the dense model": Variant(around=distilled),
     "refit: low_rank": Variant({"light.refit": "low_rank"}),
+    "refit by whole matrices": Variant(WHOLE),
+    "refit by whole matrices, in order": Variant(WHOLE, in_order),
     "modules start anew": Variant({"light.restart": True}),
     "no warmup after the cut": Variant(around=at_full_rate),
 }

@@ -27,6 +27,7 @@ import steps
 import subjects
 import synthetic
 import torch
+from peft import PeftModel
 from tiny import relative_difference
 from torch import Tensor
 from training import inputs, student
@@ -36,10 +37,12 @@ from lightpeft import pipeline
 from lightpeft.bench import Build
 from lightpeft.config import PRESETS, LightConfig, load_config
 from lightpeft.errors import LightPeftError
+from lightpeft.estimation import Estimator
 from lightpeft.families import block_specs
 from lightpeft.loading import LoadedModel, add_peft
 from lightpeft.planning import make_plan
 from lightpeft.records import PrunePlan
+from lightpeft.refit import Refit, apply_refit, fit_refit
 from lightpeft.reproduce.grid import slug
 from lightpeft.surgery import apply_plan
 
@@ -524,6 +527,33 @@ def test_what_an_earlier_cut_took_stays_gone() -> None:
 def test_gradual_cuts_need_the_budget_that_they_divide() -> None:
     with pytest.raises(LightPeftError, match="light.blocks"):
         recovery.GradualEstimator(student(), LightConfig(), cuts=2)
+
+
+def test_a_refit_in_order_is_nearer_to_the_dense_model_than_one_of_all_at_once() -> None:
+    model, config = student(), LightConfig(length=2, blocks=0.5, modules=0.0)
+    estimator = Estimator(model, config)
+    estimator.start(None)
+    batches = [inputs(seed=seed) for seed in range(8)]
+    for batch in batches[:2]:
+        model(**batch).loss.backward()
+        estimator.step()
+    estimator.stop()
+    plan = make_plan(estimator.record(), config)
+    last = plan.specs[-1]
+
+    def given(model: PeftModel) -> Tensor:
+        return recovery.states_at(model, last, "ffn_out", lambda: batches)[1]
+
+    def error(refit: Refit) -> float:
+        pruned = copy.deepcopy(model)
+        apply_plan(pruned, plan)
+        apply_refit(pruned, refit)
+        return float((given(pruned) - given(model)).square().mean())
+
+    refits = [fit(model, plan, lambda: batches, rank=64) for fit in (recovery.refit_in_order, fit_refit)]
+    assert all(correction.up is not None for correction in refits[0].values())
+    in_order, at_once = map(error, refits)
+    assert in_order < 0.9 * at_once < 0.9 * error({})
 
 
 def test_distillation_is_the_divergence_from_the_teacher() -> None:

@@ -85,7 +85,7 @@ def fit_refit(
             index = kept_channels(spec, kept, slot)
             assert index is not None
             before, after = weights.before(name), weights.after(name, index)
-            result[name] = _correction(moment, before, after, index.to(moment.device), rank, dtype)
+            result[name] = correction(moment, before, after, index.to(moment.device), rank, dtype)
     return result
 
 
@@ -215,10 +215,19 @@ def _moments(
     return [total / total[-1, -1].clamp_min(1) for total in sums]
 
 
-def _correction(
+def correction(
     moment: Tensor, before: Tensor, after: Tensor, index: Tensor, rank: int, dtype: torch.dtype
 ) -> Correction:
-    """The correction of at most `rank` (0: a bias alone) that is best on the data, kept as `dtype`."""
+    """The correction that brings what `after` gives on some inputs nearest to what `before` gives on all of them.
+
+    Args:
+        moment: mean of [x, 1] [x, 1]^T over the data, [in + 1, in + 1].
+        before: [out, in].
+        after: [out, kept inputs].
+        index: which inputs are kept.
+        rank: of the matrix that is added, at most; 0: a bias alone.
+        dtype: in which the correction is kept.
+    """
     size = len(moment) - 1
     mean = moment[:size, size]
     covariance = moment[:size, :size] - torch.outer(mean, mean)
