@@ -136,7 +136,7 @@ PEERS = (
         "Houlsby adapters",
         "plain",
         plain_peft,
-        # the rate of configs/movie_reviews/minilm_houlsby.yaml: adapters have eight times LoRA's parameters
+        # adapters have eight times LoRA's parameters
         {"peft": "bottleneck", "bottleneck.placement": "houlsby", "training.learning_rate": 1e-3},
     ),
     # every weight moves by about the rate a step, so what LoRA needs would destroy the pretrained weights; 1e-4 is the

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -43,6 +44,10 @@ from lightpeft.pruner import EarlyPruner
 FAMILIES = ("roberta", "llama")
 SUBJECTS = ("plain", "estimation", "light")
 """LoRA on q and v of the dense model, the estimation stage, and the pruned model."""
+
+PRODUCTS = {f"aten::{name}" for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm")}
+ATTENTION = "aten::_scaled_dot_product"
+"""Operators, by their names in a profile; of attention the start of the name."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +171,15 @@ class Synthetic:
         with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.bf16):
             flops = count_flops(self.model, self.batches[0])
         count = count_parameters(self.model)
+        with self._as_trained():
+            products = product_seconds(self.model, self.batches[0], self.optimizer, self.case.bf16)
         return {
             "peak_memory_bytes": memory.bytes + (0 if memory.method == "cuda" else weights),
             "base_parameters": count.base,
             "removed_ratio": 1 - count.base / self.dense_parameters,
             "peft_parameters": count.peft,
             "flops": {"forward": flops.forward, "training": flops.training},
+            "product_seconds": products,
         }
 
     def training(self) -> float:
@@ -189,6 +197,20 @@ class Synthetic:
         if isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()
         return statistics.mean(measure_inference(self.model, self.batches, bf16=self.case.bf16))
+
+
+def product_seconds(
+    model: nn.Module, batch: Mapping[str, Tensor], optimizer: Callable[..., torch.optim.Optimizer], bf16: bool
+) -> float:
+    """Seconds of a training step that are spent in what FLOPs count: products of matrices, and attention as a whole."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    measure_training(model, [batch], optimizer, steps=1, warmup=0, bf16=bf16)
+    with profile(activities=activities) as profiled:
+        measure_training(model, [batch], optimizer, steps=1, warmup=0, bf16=bf16)
+    counted = [event for event in profiled.key_averages() if event.key in PRODUCTS or ATTENTION in event.key]
+    on_device = any(event.self_device_time_total for event in counted)
+    times = [event.self_device_time_total if on_device else event.self_cpu_time_total for event in counted]
+    return sum(times) / 1e6
 
 
 def measure(case: Case, subjects: Sequence[str], rounds: int) -> dict[str, Any]:

@@ -612,6 +612,7 @@ def test_scaling_measures_sizes_and_lengths(scaled: Path) -> None:
         assert light["training_speedup"]["median"] == pytest.approx(seconds[0] / seconds[1])
         assert plain["training_speedup"]["median"] == 1
         assert min(subject["peak_memory_bytes"] for subject in (plain, light)) > 4 * light["base_parameters"]
+        assert min(subject["product_seconds"] for subject in (plain, light)) > 0
     assert all((scaled / f"scaling.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
 
 

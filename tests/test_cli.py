@@ -155,7 +155,7 @@ def test_shipped_configs_are_valid(capsys: pytest.CaptureFixture[str], path: Pat
 
 
 def test_there_are_shipped_configs() -> None:
-    assert "minilm_lora" in {path.stem for path in RUNS}
+    assert "minilm_default" in {path.stem for path in RUNS}
 
 
 def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,12 @@ from lightpeft.predicting import predict
 from lightpeft.records import PrunePlan
 from lightpeft.surgery import apply_plan
 
-CONFIG = Path(__file__).parents[1] / "configs" / "movie_reviews" / "minilm_lora.yaml"
+CONFIG = Path(__file__).parents[1] / "configs" / "movie_reviews" / "minilm_default.yaml"
+IN_BLOCKS = 6 * (4 * (384 * 384 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384)
+"""Parameters of MiniLM's six blocks: attention, FFN and two norms each."""
 
 
-def test_minilm_learns_sentiment_on_a_third_less(minilm: Path, movie_reviews: Path, tmp_path: Path) -> None:
+def test_minilm_learns_with_two_fifths_of_its_blocks(minilm: Path, movie_reviews: Path, tmp_path: Path) -> None:
     config = load_config(CONFIG)
     config = replace(
         config,
@@ -32,14 +34,14 @@ def test_minilm_learns_sentiment_on_a_third_less(minilm: Path, movie_reviews: Pa
             limit_train=1200,
             limit_test=400,
         ),
-        training=replace(config.training, epochs=2, batch_size=16, learning_rate=3e-3),
+        training=replace(config.training, epochs=2, batch_size=16, learning_rate=1.5e-3),
     )
     report = pipeline.run(config)
     plan = PrunePlan.load(tmp_path / "run" / "plan.json")
-    assert {len(block.heads) for block in plan.blocks} == {8}, "a third of 12 heads goes in every layer"
-    assert sum(len(block.neurons) for block in plan.blocks) == 6 * 1024
     parameters = report["parameters"]
-    assert parameters["base_dense"] - parameters["base"] == plan.removed_parameters > 3_500_000
+    assert parameters["base_dense"] - parameters["base"] == plan.removed_parameters
+    assert 0.6 <= plan.removed_parameters / IN_BLOCKS < 0.605
+    assert all(len(block.neurons) % 8 == 0 for block in plan.blocks)
     # the classes are even, so 0.5 is chance; 400 rows have a standard error of 0.025
     assert report["metrics"]["accuracy"] > 0.6
 
