@@ -14,7 +14,7 @@ from workbench import Workbench, forked, lightpeft, read, stamps
 
 from lightpeft import bench as benching
 from lightpeft import pipeline
-from lightpeft.bench import StoredBatches, Subject, Worker, sample_batches
+from lightpeft.bench import StoredBatches, Subject, Worker, sample_batches, sample_rows
 from lightpeft.errors import LightPeftError
 from lightpeft.profiling import count_flops
 from lightpeft.tables import bench_table
@@ -139,7 +139,11 @@ def test_batches_are_the_same_for_all_and_spread_over_the_epoch(bench: Workbench
     assert all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(batches, again, strict=True))
     assert all(len(batch["labels"]) == 8 for batch in batches)
     assert len({batch["input_ids"].shape[1] for batch in batches}) > 1
-    assert len(sample_batches(work, 100)) == 8  # no more than there are
+    whole = sample_batches(work, 100)
+    assert len(whole) == 8  # no more than there are
+    assert sum(len(batch["input_ids"]) for batch in whole) == len(work.train_rows)
+    seen = [row["input_ids"] for rows in sample_rows(work, 100) for row in rows]
+    assert sorted(seen) == sorted(work.train_rows["input_ids"]), "each row once"
 
 
 def test_inference_takes_batches_of_any_size(bench: Workbench, report: dict[str, Any]) -> None:

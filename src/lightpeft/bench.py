@@ -315,7 +315,8 @@ def sample_rows(work: Workspace, steps: int, size: int | None = None) -> list[Da
     order = list(sampler)
     # the sampler puts the longest batch first; take batches all over the epoch
     starts = range(0, max(len(order) - size, 0) + 1, size)
-    picked = [starts[index * len(starts) // steps] for index in range(min(steps, len(starts)))]
+    count = min(steps, len(starts))
+    picked = [starts[index * len(starts) // count] for index in range(count)]
     return [work.train_rows.select(order[start : start + size]) for start in picked]
 
 
