@@ -151,8 +151,8 @@ def _say(line: str) -> None:
 
 
 def _table(found: Sequence[dict[str, Any]]) -> str:
-    header = ("model", "tokens a row", "removed", "plain, s a step", "light, s a step", "not in products")
-    header += ("speed-up", "ideal", "memory")
+    header = ["model", "tokens a row", "removed", "plain, s a step", "light, s a step", "not in products"]
+    header += ["speed-up", "ideal", "memory"]
     return markdown_table(header, [_row(result) for result in found])
 
 

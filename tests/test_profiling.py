@@ -277,7 +277,7 @@ def test_peak_memory_forgets_earlier_peaks() -> None:
 
 def test_peak_memory_samples_where_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     missing = tmp_path / "clear_refs"
-    monkeypatch.setattr(profiling, "_CLEAR_REFS", missing)
+    monkeypatch.setattr(profiling.memory, "_CLEAR_REFS", missing)
     with PeakMemory(nn.Linear(2, 2)) as memory:
         block = torch.ones(200 * MEGABYTE // 4)
     assert block.numel()
@@ -289,8 +289,8 @@ def test_peak_memory_samples_where_the_kernel_refuses(monkeypatch: pytest.Monkey
 def test_peak_memory_samples_where_the_reset_has_no_effect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake = tmp_path / "clear_refs"
     fake.touch()
-    monkeypatch.setattr(profiling, "_CLEAR_REFS", fake)
-    monkeypatch.setattr(profiling, "_high_water", lambda: 2**50)
+    monkeypatch.setattr(profiling.memory, "_CLEAR_REFS", fake)
+    monkeypatch.setattr(profiling.memory, "_high_water", lambda: 2**50)
     with PeakMemory(nn.Linear(2, 2)) as memory:
         pass
     assert fake.read_bytes() == b"5"
@@ -381,7 +381,7 @@ def test_steps_on_cuda_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: stream.append("wait"))
     batches = [{"seconds": torch.tensor(seconds)} for seconds in (3, 5)]
     step = lambda batch: stream.append(str(int(batch["seconds"])))  # noqa: E731
-    assert profiling._timed(step, batches, 3, 2, torch.device("cuda")) == [3.0, 5.0, 3.0]
+    assert profiling.speed._timed(step, batches, 3, 2, torch.device("cuda")) == [3.0, 5.0, 3.0]
     assert stream == ["3", "5", "3", "5", "3", "wait"]
 
 
@@ -461,7 +461,7 @@ def test_hardware_is_plain_data() -> None:
 
 
 def test_version_of_an_uninstalled_package() -> None:
-    assert profiling._version("no-such-package-at-all") == "0+unknown"
+    assert profiling.surroundings._version("no-such-package-at-all") == "0+unknown"
 
 
 def test_folder_bytes(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""Comparisons on a noisy machine: in alternation, by medians and quartiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightpeft.errors import require
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of a sample, in the unit of its values."""
+
+    median: float
+    low: float
+    """First quartile."""
+    high: float
+    """Third quartile."""
+    n: int
+    """Number of values."""
+
+
+def summarize(values: Iterable[float]) -> Spread:
+    """Median and quartiles (linear interpolation) of at least one value.
+
+    Raises:
+        LightPeftError: no values.
+    """
+    array = np.fromiter(values, dtype=float)
+    require(array.size > 0, "no values to summarize; measure at least once")
+    low, median, high = (float(value) for value in np.percentile(array, (25, 50, 75)))
+    return Spread(median=median, low=low, high=high, n=array.size)
+
+
+def alternate(subjects: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Measure every subject once a round, in turn: its values by name, one a round.
+
+    Every other round goes backwards, so that a drift of the machine falls on all subjects alike.
+
+    Raises:
+        LightPeftError: no subjects, or `rounds` below 1.
+    """
+    require(subjects, "no subjects to measure; name at least one")
+    require(rounds >= 1, f"rounds is {rounds}; measure at least 1")
+    values: dict[str, list[float]] = {name: [] for name in subjects}
+    for index in range(rounds):
+        for name in list(subjects)[:: -1 if index % 2 else 1]:
+            values[name].append(subjects[name]())
+    return values
+
+
+def ratio(a: Sequence[float], b: Sequence[float]) -> Spread:
+    """Spread of `a[i] / b[i]` over paired rounds, as `alternate` returns them.
+
+    Raises:
+        LightPeftError: different lengths, no values, or a zero in `b`.
+    """
+    require(len(a) == len(b), f"{len(a)} and {len(b)} values cannot be paired; measure both in the same rounds")
+    require(all(b), "a ratio to 0 is not defined; the second series holds a 0")
+    return summarize(x / y for x, y in zip(a, b, strict=True))

@@ -1,0 +1,115 @@
+"""What a batch computes: floating-point operations, and what a KV cache keeps of a token."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightpeft.profiling.live import Batch, device_of, in_mode, loss_of, moved, trainable
+from lightpeft.tasks.tokens import without_labels
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one batch; a multiply-add is 2."""
+
+    forward: int
+    """Forward pass, as in inference."""
+    training: int | None
+    """Forward and backward pass; None where no parameter requires a gradient."""
+
+    @property
+    def backward(self) -> int | None:
+        """Backward pass alone."""
+        return None if self.training is None else self.training - self.forward
+
+
+def count_flops(model: nn.Module, batch: Batch) -> Flops:
+    """Count the matrix products of one real forward and one real forward and backward pass over `batch`.
+
+    PyTorch's `FlopCounterMode` does the counting, so frozen weights cost no weight-gradient product and padding counts
+    as tokens do. It does not know the fused attention kernel of the CPU and counts a recomputation in those of CUDA;
+    attention therefore runs unfused here, with full (not halved) score matrices under a causal mask. Thus the numbers
+    depend neither on the device nor on the attention backend. Recomputation under gradient checkpointing is counted.
+    Weights, gradients, mode and random state are left as they were.
+
+    Raises:
+        LightPeftError: parameters require a gradient, but the batch brings no loss.
+    """
+    batch = moved(batch, device_of(model))
+    with _countable_attention(model):
+        with in_mode(model, training=False), torch.no_grad(), _flop_counter() as counter:
+            model(**batch)
+        forward = counter.get_total_flops()
+        if not trainable(model):
+            return Flops(forward, None)
+        counter = _flop_counter()
+        with in_mode(model, training=True), _kept_gradients(model), _kept_random_state(model), counter:
+            torch.autograd.backward(loss_of(model, batch))
+        return Flops(forward, counter.get_total_flops())
+
+
+def _flop_counter() -> FlopCounterMode:
+    """Counts what is added in place too (fused LoRA layers do), which PyTorch leaves out."""
+
+    def addmm_(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
+
+
+def kv_cache_bytes(model: nn.Module, batch: Batch) -> float | None:
+    """Bytes of keys and values that generation keeps for a token, over all layers; None without a KV cache.
+
+    A layer that lost its attention still counts tokens, with one channel of zeros.
+    """
+    batch = moved(without_labels(batch), device_of(model))
+    with in_mode(model, training=False), torch.no_grad():
+        cache = getattr(model(**batch), "past_key_values", None)
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", None)
+    if not layers:
+        return None
+    kept = sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
+    rows, _, tokens, _ = layers[0].keys.shape
+    return kept / (rows * tokens)
+
+
+@contextlib.contextmanager
+def _countable_attention(model: nn.Module) -> Iterator[None]:
+    """Attention as plain matrix products; backends beside eager and SDPA are switched to SDPA meanwhile."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    backend = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    switch = backend not in (None, "eager", "sdpa")
+    if switch:
+        base.set_attn_implementation("sdpa")
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        if switch:
+            base.set_attn_implementation(backend)
+
+
+@contextlib.contextmanager
+def _kept_gradients(model: nn.Module) -> Iterator[None]:
+    kept = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+def _kept_random_state(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    device = device_of(model)
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

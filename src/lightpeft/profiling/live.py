@@ -1,0 +1,53 @@
+"""What measuring does with a live model: where it is, what trains, its loss, its mode."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lightpeft.errors import require
+
+Batch = Mapping[str, Tensor]
+"""Keyword arguments of the model's forward; with `labels` wherever a loss is needed."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's (first) parameters are."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def moved(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch on a device."""
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss of a batch.
+
+    Raises:
+        LightPeftError: the model returned none.
+    """
+    loss = getattr(model(**batch), "loss", None)
+    require(loss is not None, "the model returned no loss; give batches with labels")
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Train or eval mode inside the block, every module's own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

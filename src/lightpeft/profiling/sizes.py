@@ -1,0 +1,68 @@
+"""How large a model is: its parameters in memory, its files on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from lightpeft.errors import require
+from lightpeft.quantised import logical_numel
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of scalar parameters; tied weights count once."""
+
+    base: int
+    """Foundation model: neither PEFT weights nor the copies that PEFT trains in place of a module."""
+    peft: int
+    """PEFT weights, of all adapters, whether they require a gradient or not."""
+    head: int
+    """Full modules saved with the adapter (`modules_to_save`, such as a classifier). Each is a copy of a module that
+    `base` already counts."""
+    trainable: int
+    """Parameters of any kind that require a gradient."""
+
+    @property
+    def total(self) -> int:
+        """Parameters of the model with its adapters: base + peft (a saved module stands in for its original)."""
+        return self.base + self.peft
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count the parameters of a bare transformers model or a PeftModel, pruned or not."""
+    head = {id(p) for wrapper in _of_type(model, ModulesToSaveWrapper) for p in wrapper.modules_to_save.parameters()}
+    peft = {id(p) for layer in _of_type(model, BaseTunerLayer) for p in _adapter_weights(layer)} - head
+    sizes = {id(p): logical_numel(p) for p in model.parameters()}
+    return ParameterCount(
+        base=sum(size for key, size in sizes.items() if key not in head | peft),
+        peft=sum(sizes[key] for key in peft),
+        head=sum(sizes[key] for key in head),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
+
+
+def _of_type(model: nn.Module, cls: type) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, cls)]
+
+
+def _adapter_weights(layer: Any) -> list[nn.Parameter]:
+    """Parameters that a tuner layer holds besides those of the layer it wraps."""
+    wrapped = {id(p) for p in layer.get_base_layer().parameters()}
+    return [p for p in layer.parameters() if id(p) not in wrapped]
+
+
+def folder_bytes(path: str | Path) -> int:
+    """Sizes of all files under a folder, in bytes.
+
+    Raises:
+        LightPeftError: `path` is not a folder.
+    """
+    path = Path(path)
+    require(path.is_dir(), f"{path} is not a folder; give the folder whose size is wanted")
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

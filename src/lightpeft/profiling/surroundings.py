@@ -1,0 +1,50 @@
+"""The machine and the software that numbers were measured with."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import psutil
+import torch
+
+from lightpeft.machine import has_bf16
+
+
+def hardware() -> dict[str, str | int | None]:
+    """The machine and the software that numbers were measured with, as plain data for a report."""
+    return {
+        "cpu": _cpu_name(),
+        "logical_cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": has_bf16(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_bytes": int(psutil.virtual_memory().total),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        **versions(),
+    }
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of lightpeft and of what its results depend on; "0+unknown" for a source tree that is not installed."""
+    return {name: _version(name) for name in ("torch", "transformers", "peft", "lightpeft")}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
