@@ -26,12 +26,13 @@ from lightpeft import pipeline
 from lightpeft.acceleration import accelerated
 from lightpeft.bench import Made, adamw
 from lightpeft.checkpoint import as_light
-from lightpeft.config import PRESETS, RunConfig, load_yaml, run_config_from_dict
+from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.families import block_specs
 from lightpeft.loading import LoadedModel, add_peft
 from lightpeft.machine import in_bf16
 from lightpeft.pipeline import Workspace
+from lightpeft.plain_data import load_yaml
 from lightpeft.records import PrunePlan
 from lightpeft.structure import SLOTS
 from lightpeft.surgery import apply_plan

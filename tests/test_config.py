@@ -19,13 +19,12 @@ from lightpeft.config import (
     ModelConfig,
     RunConfig,
     TrainingConfig,
-    from_dict,
     load_config,
     preset_light,
     run_config_from_dict,
-    unknown_key,
 )
 from lightpeft.errors import LightPeftError
+from lightpeft.plain_data import from_dict, unknown_key
 
 
 def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:

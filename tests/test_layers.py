@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "config", "forwards", "structure", "records"},
+    {"errors", "plain_data", "config", "forwards", "structure", "records"},
     {"layout", "linears", "machine", "quantised", "scoring", "planning", "tasks"},
     {"families", "statistics"},
     {"bottleneck"},
@@ -31,7 +31,8 @@ LAYERS: tuple[set[str], ...] = (
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 WITHIN_LAYER = {
-    "config": {"errors", "structure"},
+    "plain_data": {"errors"},
+    "config": {"errors", "plain_data"},
     "records": {"errors", "config", "structure"},
     "__main__": {"cli"},
     "linears": {"quantised"},

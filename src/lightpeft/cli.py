@@ -17,8 +17,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
 
-from lightpeft.config import RunConfig, load_yaml, merged, run_config_from_dict, unknown_key
+from lightpeft.config import RunConfig, merged, run_config_from_dict
 from lightpeft.errors import LightPeftError, require
+from lightpeft.plain_data import load_yaml, unknown_key
 
 _out = Console()
 

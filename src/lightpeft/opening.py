@@ -12,11 +12,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lightpeft.checkpoint import DESCRIPTION, LightModel, load_light, read_description
-from lightpeft.config import Head, ModelConfig, RunConfig, from_dict, load_config
+from lightpeft.config import Head, ModelConfig, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.exporting import MERGED, load_merged, read_merged
 from lightpeft.loading import load_model, load_model_config, load_tokenizer, peft_task_type
 from lightpeft.machine import accelerator
+from lightpeft.plain_data import from_dict
 from lightpeft.records import understandable
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import ensure_pad_token, restore_task

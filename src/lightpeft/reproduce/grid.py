@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightpeft.config import RunConfig, load_yaml, merged, run_config_from_dict, unknown_key
+from lightpeft.config import RunConfig, merged, run_config_from_dict
 from lightpeft.errors import LightPeftError, require
+from lightpeft.plain_data import load_yaml, unknown_key
 from lightpeft.reproduce.methods import METHODS, Method, Settings
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import find_entry

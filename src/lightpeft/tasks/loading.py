@@ -9,7 +9,8 @@ from typing import Any
 from datasets import Dataset
 from transformers import PretrainedConfig
 
-from lightpeft.config import DataConfig, TaskEntry, from_dict
+from lightpeft.config import DataConfig, TaskEntry
+from lightpeft.plain_data import from_dict
 from lightpeft.tasks.answering import TASKS, task_class
 from lightpeft.tasks.base import Task, limited, split_rows
 from lightpeft.tasks.converting import convert_rows, data_setting, source_columns
