@@ -109,6 +109,12 @@ def test_modules_import_lower_layers_only() -> None:
     assert not faults, "\n".join(faults)
 
 
+def test_the_design_page_shows_these_layers() -> None:
+    page = (SOURCE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^ {4}(.+)$", page.partition("## Layers")[2].partition("## ")[0], re.MULTILINE)
+    assert [set(line.split()) for line in shown] == [layer - {"__main__", "__init__"} for layer in LAYERS]
+
+
 def test_scoring_and_planning_never_see_modules() -> None:
     files = {path: source for path, source in sources().items() if unit_of(path) in WITHOUT_MODULES}
     assert {unit_of(path) for path in files} == set(WITHOUT_MODULES)
