@@ -37,6 +37,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.estimation import Estimator
 from lightpeft.importance import RealTokens
 from lightpeft.machine import in_bf16
+from lightpeft.meanwhile import in_mode
 from lightpeft.pipeline import Workspace
 from lightpeft.planning import make_plan
 from lightpeft.profiling import hardware
@@ -157,11 +158,9 @@ def states_at(model: PeftModel, spec: BlockSpec, slot: str, batches: Batches) ->
         seen.append((real.select(args[0], spec, slot).float(), real.select(output, spec, slot).float()))
 
     handle = transformers_model(model).get_submodule(spec.projections[slot]).register_forward_hook(note)
-    training = model.training
-    model.eval()
-    for batch in batches():
-        model(**batch)
-    model.train(training)
+    with in_mode(model, training=False):
+        for batch in batches():
+            model(**batch)
     handle.remove()
     real.remove()
     inputs, outputs = zip(*seen, strict=True)

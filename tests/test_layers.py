@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "plain_data", "config", "forwards", "structure", "records"},
+    {"errors", "plain_data", "config", "meanwhile", "structure", "records"},
     {"layout", "linears", "machine", "quantised", "scoring", "planning", "tasks"},
     {"families", "statistics"},
     {"bottleneck"},

@@ -123,6 +123,18 @@ def test_the_prefix_keeps_its_dropout_until_its_states_are_given() -> None:
         assert torch.equal(model(**given).loss, model(**given).loss)
 
 
+def test_computing_leaves_every_module_in_its_own_mode() -> None:
+    model = upper()
+    model.train()
+    blocks_of(model)[0].eval()  # as users keep the dropout of a part off
+    modes = [module.training for module in model.modules()]
+    prefix = FrozenPrefix(model)
+    with prefix.attached():
+        prefix.compute(inputs(model))
+    assert [module.training for module in model.modules()] == modes
+    assert len(set(modes)) == 2
+
+
 def test_what_is_frozen() -> None:
     assert len(FrozenPrefix(upper(lowest=0)).blocks) == 0
     assert len(FrozenPrefix(upper(lowest=3)).blocks) == 3  # only the head trains

@@ -164,6 +164,16 @@ def test_what_removed_lora_learned_is_kept() -> None:
     assert distances[1] < 0.5 * distances[0]
 
 
+def test_fitting_leaves_every_module_in_its_own_mode() -> None:
+    model = student()
+    model.train()
+    transformers_model(model).bert.embeddings.eval()  # as users keep the dropout of a part off
+    modes = [module.training for module in model.modules()]
+    fit_refit(model, tiny.plan_for(model, **BUDGET), lambda: rows(model))
+    assert [module.training for module in model.modules()] == modes
+    assert len(set(modes)) == 2
+
+
 def test_groups_of_moments_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = student("llama-gqa")
     plan = tiny.plan_for(model, **BUDGET)

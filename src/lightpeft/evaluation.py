@@ -6,7 +6,6 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from lightpeft.batching import fitting_batch_size, in_batches
 from lightpeft.config import LikelihoodRule
 from lightpeft.errors import require
 from lightpeft.generating import generate_texts
+from lightpeft.meanwhile import in_mode
 from lightpeft.statistics import Interval, bootstrap_intervals
 from lightpeft.tasks.answers import BESIDES, Answers
 from lightpeft.tasks.base import Task
@@ -150,7 +150,7 @@ class Run:
             with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 return batch, self.model(**inputs)
 
-        with _eval_mode(self.model):
+        with in_mode(self.model, training=False):
             size = self.batch_size or fitting_batch_size(self.model, order, compute)
             batches = in_batches(order, compute, size)
             for rows, (batch, output) in self.progress(batches, math.ceil(len(order) / size), description):
@@ -288,7 +288,7 @@ def texts_of(run: Run, dataset: Dataset, task: Task) -> list[str]:
     require(len(dataset) > 0, "there are no rows to evaluate")
     tokenizer = run.collator.tokenizer
     assert tokenizer is not None
-    with _eval_mode(run.model):
+    with in_mode(run.model, training=False):
         return generate_texts(
             run.model,
             dataset["input_ids"][:],
@@ -352,15 +352,3 @@ def _accepted_inputs(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     get_base_model = getattr(model, "get_base_model", None)
     base = model if get_base_model is None else get_base_model()
     return inspect.signature(base.forward).parameters
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode meanwhile; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lightpeft.forwards import instead
+from lightpeft.meanwhile import instead
 from lightpeft.sites import transformers_model
 from lightpeft.tasks.tokens import IGNORED
 

@@ -24,6 +24,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.importance import RealTokens
 from lightpeft.layout import kept_channels, width
 from lightpeft.linears import add_to_linear, can_be_added_to, dense_weight
+from lightpeft.meanwhile import in_mode
 from lightpeft.records import BlockPlan, PrunePlan
 from lightpeft.sites import base_linear, find_sites, transformers_model
 from lightpeft.structure import OUTPUT_SLOTS, BlockSpec
@@ -203,13 +204,11 @@ def _moments(
         inner.get_submodule(spec.projections[slot]).register_forward_pre_hook(adder(index, spec, slot))
         for index, (spec, slot) in enumerate(places)
     ]
-    training = model.training
-    model.eval()
     try:
-        for batch in batches():
-            model(**batch)
+        with in_mode(model, training=False):
+            for batch in batches():
+                model(**batch)
     finally:
-        model.train(training)
         for handle in (*handles, real):
             handle.remove()
     return [total / total[-1, -1].clamp_min(1) for total in sums]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightpeft.families import block_lists
-from lightpeft.forwards import instead
+from lightpeft.meanwhile import in_mode, instead
 from lightpeft.sites import transformers_model
 
 STATES = "prefix_states"
@@ -70,16 +70,14 @@ class FrozenPrefix:
     @torch.no_grad()
     def compute(self, batch: Mapping[str, Any]) -> Tensor:
         """What the prefix gives for a batch, in eval mode: [batch, length, width]; the blocks above do not run."""
-        training = self.model.training
-        self.model.eval()
         self._capturing = True
         try:
-            self.model(**batch)
+            with in_mode(self.model, training=False):
+                self.model(**batch)
         except _Captured as captured:
             return captured.states
         finally:
             self._capturing = False
-            self.model.train(training)
         raise RuntimeError("the model's forward did not reach its last frozen block")
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

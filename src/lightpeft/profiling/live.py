@@ -1,9 +1,8 @@
-"""What measuring does with a live model: where it is, what trains, its loss, its mode."""
+"""What measuring does with a live model: where it is, what trains, its loss."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +38,3 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     require(loss is not None, "the model returned no loss; give batches with labels")
     assert isinstance(loss, Tensor)
     return loss
-
-
-@contextlib.contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Train or eval mode inside the block, every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lightpeft.errors import require
-from lightpeft.profiling.live import Batch, device_of, in_mode, loss_of, moved, trainable
+from lightpeft.meanwhile import in_mode
+from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
 from lightpeft.tasks.tokens import without_labels
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]

@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightpeft.forwards import instead
+from lightpeft.meanwhile import instead
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A module's forward replaced for a while."""
+"""What is changed in a live model for a while, and is as before afterwards."""
 
 from __future__ import annotations
 
@@ -20,3 +20,15 @@ def instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         vars(module).pop("forward")
         if before is not None:
             vars(module)["forward"] = before
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Inside the block, the model is in train or eval mode; afterwards every module is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, own in modes:
+            module.training = own
