@@ -38,7 +38,6 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "100M": (768, 14, 12),
     "300M": (1024, 24, 16),
     "1B": (2048, 20, 32),
-    "1.5B": (2048, 30, 32),
     "3B": (3072, 27, 48),
     "7B": (4096, 34, 64),
 }
@@ -151,8 +150,7 @@ def _say(line: str) -> None:
 
 
 def _table(found: Sequence[dict[str, Any]]) -> str:
-    header = ["model", "tokens a row", "removed", "plain, s a step", "light, s a step", "not in products"]
-    header += ["speed-up", "ideal", "memory"]
+    header = ("model", "tokens a row", "removed", "plain, s a step", "light, s a step", "speed-up", "ideal", "memory")
     return markdown_table(header, [_row(result) for result in found])
 
 
@@ -162,17 +160,11 @@ def _row(result: dict[str, Any]) -> list[str]:
         result["case"]["shape"]["name"],
         str(result["case"]["length"]),
         f"{light['removed_ratio']:.1%}",
-        *(f"{_seconds(subject):.3f}" for subject in (plain, light)),
-        ", ".join(f"{1 - subject['product_seconds'] / _seconds(subject):.0%}" for subject in (plain, light)),
+        *(f"{subject['training_seconds']['median']:.3f}" for subject in (plain, light)),
         spread_text(light["training_speedup"]),
         f"{result['ideal']['training']:.2f}",
         f"{light['peak_memory_bytes'] / plain['peak_memory_bytes']:.2f}",
     ]
-
-
-def _seconds(subject: dict[str, Any]) -> float:
-    """Of a training step."""
-    return float(subject["training_seconds"]["median"])
 
 
 def _figure(found: Sequence[dict[str, Any]], at: str, length: int) -> Figure:
@@ -202,7 +194,7 @@ def _panel(results: Sequence[dict[str, Any]], axis: str, what: str, where: str) 
             values = (time["median"], time["low"], time["high"]) if what == "time" else (memory, memory, memory)
             series[name].append((x, *values))
         if what == "time":
-            ideal = _seconds(result["subjects"]["plain"]) / result["ideal"]["training"]
+            ideal = result["subjects"]["plain"]["training_seconds"]["median"] / result["ideal"]["training"]
             series["ideal"].append((x, ideal, ideal, ideal))
     return plots.LinePanel(
         title=where,

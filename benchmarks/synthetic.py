@@ -171,21 +171,28 @@ class Synthetic:
         with torch.autocast(self.case.device, torch.bfloat16, enabled=self.case.bf16):
             flops = count_flops(self.model, self.batches[0])
         count = count_parameters(self.model)
-        with self._as_trained():
-            products = product_seconds(self.model, self.batches[0], self.optimizer, self.case.bf16)
         return {
             "peak_memory_bytes": memory.bytes + (0 if memory.method == "cuda" else weights),
             "base_parameters": count.base,
             "removed_ratio": 1 - count.base / self.dense_parameters,
             "peft_parameters": count.peft,
             "flops": {"forward": flops.forward, "training": flops.training},
-            "product_seconds": products,
         }
 
     def training(self) -> float:
         """Seconds a training step."""
         with self._as_trained():
             return statistics.mean(measure_training(self.model, self.batches, self.optimizer, bf16=self.case.bf16))
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of a training step on the CPU that are spent in what FLOPs count, products of matrices and attention
+        as a whole, and in all other operators."""
+        batch, bf16 = self.batches[:1], self.case.bf16
+        with self._as_trained(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+            measure_training(self.model, batch, self.optimizer, steps=1, warmup=1, bf16=bf16)
+        seconds = {event.key: event.self_cpu_time_total / 1e6 / 2 for event in profiled.key_averages()}
+        products = sum(time for key, time in seconds.items() if key in PRODUCTS or ATTENTION in key)
+        return {"products": products, "else": sum(seconds.values()) - products}
 
     def _as_trained(self) -> AbstractContextManager[None]:
         """Light models train as in light runs, the others as by habit."""
@@ -197,20 +204,6 @@ class Synthetic:
         if isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()
         return statistics.mean(measure_inference(self.model, self.batches, bf16=self.case.bf16))
-
-
-def product_seconds(
-    model: nn.Module, batch: Mapping[str, Tensor], optimizer: Callable[..., torch.optim.Optimizer], bf16: bool
-) -> float:
-    """Seconds of a training step that are spent in what FLOPs count: products of matrices, and attention as a whole."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-    measure_training(model, [batch], optimizer, steps=1, warmup=0, bf16=bf16)
-    with profile(activities=activities) as profiled:
-        measure_training(model, [batch], optimizer, steps=1, warmup=0, bf16=bf16)
-    counted = [event for event in profiled.key_averages() if event.key in PRODUCTS or ATTENTION in event.key]
-    on_device = any(event.self_device_time_total for event in counted)
-    times = [event.self_device_time_total if on_device else event.self_cpu_time_total for event in counted]
-    return sum(times) / 1e6
 
 
 def measure(case: Case, subjects: Sequence[str], rounds: int) -> dict[str, Any]:
