@@ -137,7 +137,7 @@ PEERS = (
         "Houlsby adapters",
         "plain",
         plain_peft,
-        # adapters have eight times LoRA's parameters
+        # adapters have eight times LoRA's parameters: no higher rate than this
         {"peft": "bottleneck", "bottleneck.placement": "houlsby", "training.learning_rate": 1e-3},
     ),
     # every weight moves by about the rate a step, so what LoRA needs would destroy the pretrained weights; 1e-4 is the

@@ -12,6 +12,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from synthetic import FAMILIES, Case, Synthetic, spread_text
 from lightpeft.bench import Worker
 from lightpeft.cli import quiet
 from lightpeft.config import preset_light
-from lightpeft.profiling import hardware, ratio, summarize
+from lightpeft.profiling import alternate, hardware, ratio, summarize
 from lightpeft.records import write_json
 
 PARTS = {"products": "products", "else": "all else"}
@@ -60,8 +61,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(Synthetic, name, case)) for name in ("plain", "light")}
         flops = {name: worker.measure("fixed")["flops"]["training"] for name, worker in workers.items()}
-        measured = [{name: worker.measure("parts") for name, worker in workers.items()} for _ in range(rounds)]
-    values = {part: {name: [of[name][part] for of in measured] for name in workers} for part in PARTS}
+        measured = alternate({name: partial(worker.measure, "parts") for name, worker in workers.items()}, rounds)
+    values = {part: {name: [of[part] for of in rows] for name, rows in measured.items()} for part in PARTS}
     return {
         "case": asdict(case),
         "ideal": flops["plain"] / flops["light"],

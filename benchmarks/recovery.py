@@ -42,7 +42,7 @@ from lightpeft.pipeline import Workspace
 from lightpeft.planning import make_plan
 from lightpeft.profiling import hardware
 from lightpeft.records import PrunePlan, read_json, write_json
-from lightpeft.refit import Batches, Refit, apply_refit, correction
+from lightpeft.refit import Batches, Correction, Refit, apply_refit, correction
 from lightpeft.reproduce.grid import slug
 from lightpeft.reproduce.summary import Report, Results, row
 from lightpeft.reproduce.tables import markdown_table
@@ -127,9 +127,7 @@ def cutting(cuts: int, work: Workspace) -> AbstractContextManager[Any]:
 # -- refit -------------------------------------------------------------------------------------------------------------
 
 
-def refit_in_order(
-    model: PeftModel, plan: PrunePlan, batches: Batches, rank: int, dtype: torch.dtype = torch.bfloat16
-) -> Refit:
+def refit_in_order(model: PeftModel, plan: PrunePlan, batches: Batches, rank: int) -> Refit:
     """Like `fit_refit`, projection after projection: each is corrected for what reaches it in the pruned model, with
     the corrections before it in place, to give what the dense model gives there."""
     pruned = copy.deepcopy(model)
@@ -138,14 +136,19 @@ def refit_in_order(
     for spec, slot in [(spec, slot) for spec in plan.specs for slot in OUTPUT_SLOTS if slot in spec.projections]:
         _, wanted = states_at(model, spec, slot, batches)
         inputs, outputs = states_at(pruned, spec, slot, batches)
-        missing = wanted - outputs
-        pairs = torch.cat([inputs, missing, missing.new_ones(len(missing), 1)], dim=1)
-        (width, out), index = (inputs.shape[1], missing.shape[1]), torch.arange(inputs.shape[1])
-        read_missing = torch.cat([missing.new_zeros(out, width), torch.eye(out)], dim=1)
-        moment, nothing = pairs.T @ pairs / len(pairs), missing.new_zeros(out, width)
-        result[spec.projections[slot]] = correction(moment, read_missing, nothing, index, rank, dtype)
-        apply_refit(pruned, {spec.projections[slot]: result[spec.projections[slot]]})
+        fitted = map_to(inputs, wanted - outputs, rank)
+        apply_refit(pruned, {spec.projections[slot]: fitted})
+        result[spec.projections[slot]] = fitted
     return result
+
+
+def map_to(inputs: Tensor, outputs: Tensor, rank: int) -> Correction:
+    """The correction that, read from inputs [tokens, in], is nearest to outputs [tokens, out]."""
+    (tokens, width), out = inputs.shape, outputs.shape[1]
+    pairs = torch.cat([inputs, outputs, inputs.new_ones(tokens, 1)], dim=1)
+    second_half = torch.cat([inputs.new_zeros(out, width), torch.eye(out, device=inputs.device)], dim=1)
+    index = torch.arange(width, device=inputs.device)
+    return correction(pairs.T @ pairs / tokens, second_half, inputs.new_zeros(out, width), index, rank, torch.bfloat16)
 
 
 @torch.no_grad()

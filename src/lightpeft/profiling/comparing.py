@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from lightpeft.errors import require
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ def summarize(values: Iterable[float]) -> Spread:
     return Spread(median=median, low=low, high=high, n=array.size)
 
 
-def alternate(subjects: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure every subject once a round, in turn: its values by name, one a round.
+def alternate(subjects: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Measure every subject once a round, in turn: what it measured by name, one a round.
 
     Every other round goes backwards, so that a drift of the machine falls on all subjects alike.
 
@@ -45,7 +48,7 @@ def alternate(subjects: Mapping[str, Callable[[], float]], rounds: int) -> dict[
     """
     require(subjects, "no subjects to measure; name at least one")
     require(rounds >= 1, f"rounds is {rounds}; measure at least 1")
-    values: dict[str, list[float]] = {name: [] for name in subjects}
+    values: dict[str, list[T]] = {name: [] for name in subjects}
     for index in range(rounds):
         for name in list(subjects)[:: -1 if index % 2 else 1]:
             values[name].append(subjects[name]())
