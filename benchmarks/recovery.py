@@ -1,4 +1,4 @@
-"""What might help a model to recover from the cut, or to be cut more gently: variants of one light run, over seeds.
+"""What might help a model to recover from the cut, or to be cut better: variants of one light run, over seeds.
 
     python benchmarks/recovery.py configs/movie_reviews/minilm_short.yaml --seeds 0 1 2
 
@@ -41,7 +41,7 @@ from lightpeft.meanwhile import in_mode
 from lightpeft.pipeline import Workspace
 from lightpeft.planning import make_plan
 from lightpeft.profiling import hardware
-from lightpeft.records import PrunePlan, read_json, write_json
+from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json
 from lightpeft.refit import Batches, Correction, Refit, apply_refit, correction
 from lightpeft.reproduce.grid import slug
 from lightpeft.reproduce.summary import Report, Results, row
@@ -67,6 +67,39 @@ class Variant:
     """Settings of the run by dotted name."""
     around: Callable[[Workspace], AbstractContextManager[Any]] = lambda work: nullcontext()
     """The stages of the run are inside this context."""
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+def rescaled(scale: Callable[[Tensor], Tensor], work: Workspace) -> AbstractContextManager[Any]:
+    """Layers compete by `scale` of what their units are worth for their parameters: [units] -> [units]."""
+
+    def plan(record: EstimationRecord, budget: LightConfig) -> PrunePlan:
+        return make_plan(rescale(record, scale, (budget.head_criterion, budget.neuron_criterion)), budget)
+
+    return mock.patch.object(pipeline, "make_plan", plan)
+
+
+def rescale(record: EstimationRecord, scale: Callable[[Tensor], Tensor], criteria: tuple[str, str]) -> EstimationRecord:
+    """The record with other scores of its heads and neurons, each block's heads and neurons on a scale of their own."""
+    scores = dict(record.scores)
+    for spec in record.blocks:
+        costs = spec.head_parameters + spec.kv_parameters / spec.heads_per_kv, spec.neuron_parameters
+        for kind, criterion, cost in zip(("heads", "neurons"), criteria, costs, strict=True):
+            name = f"{kind}/{criterion}/{spec.index}"
+            scores[name] = scale(scores[name].double() / cost) * cost
+    return replace(record, scores=scores)
+
+
+def standardised(values: Tensor) -> Tensor:
+    """With mean 0 and standard deviation 1; equal values with 0."""
+    return (values - values.mean()) / values.std(correction=0).clamp_min(torch.finfo(values.dtype).tiny)
+
+
+def by_mean(values: Tensor, power: float = 1.0) -> Tensor:
+    """With mean 1; with a smaller power, part of the way there."""
+    return values / values.mean() ** power
 
 
 # -- gradual cuts ------------------------------------------------------------------------------------------------------
@@ -252,6 +285,9 @@ WHOLE = {"light.refit": "low_rank", "light.refit_rank": 1536, "light.refit_rows"
 """A refit whose matrices have as many ranks as there are."""
 VARIANTS: dict[str, Variant] = {
     AS_IT_IS: Variant(),
+    "scores standardised in each layer": Variant(around=partial(rescaled, standardised)),
+    "scores divided by their layer's mean": Variant(around=partial(rescaled, by_mean)),
+    "scores divided by its square root": Variant(around=partial(rescaled, partial(by_mean, power=0.5))),
     "cut in two steps": Variant(around=partial(cutting, 2)),
     "cut in four steps": Variant(around=partial(cutting, 4)),
     "distilled from the dense model": Variant(around=distilled),

