@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from readme_tables import README, fill, markdown_table
+from publishing import add_option, markdown_table, publish
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -36,9 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=32, help="rows a batch")
     parser.add_argument("--rounds", type=int, default=15, help="alternations")
     parser.add_argument("--out", type=Path, default=Path("runs/attention.json"), help="JSON file")
-    parser.add_argument(
-        "--write-readme", action="store_true", help="put table and numbers into README.md and beside it"
-    )
+    add_option(parser)
     given = parser.parse_args(arguments)
     cases = [
         measure(dtype, heads, length, given.head_dim, given.rows, given.rounds)
@@ -49,8 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = {"cases": cases, "rows": given.rows, "head_dim": given.head_dim, "hardware": hardware()}
     write_json(given.out, results)
     if given.write_readme:
-        write_json(README.with_name("attention.json"), results)
-        fill("attention", markdown(cases))
+        publish("attention", markdown(cases), "attention.json", results)
     Console(width=120).print(markdown(cases), markup=False)
     return 0
 

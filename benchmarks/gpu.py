@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from readme_tables import README, fill, markdown_table
+from publishing import add_option, markdown_table, publish
 from rich.console import Console
 from synthetic import SUBJECTS, Case, Shape, measure, spread_text
 
@@ -57,14 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
                 failures[name] = str(error)
                 _say(f"{name}: {error}")
         require(results, f"no shape could be measured: {'; '.join(failures.values())}")
-        report = {"shapes": results, "failures": failures, "hardware": hardware()}
+        machine = hardware()
+        report = {"shapes": results, "failures": failures, "hardware": machine}
         write_json(given.out / "gpu.results.json", report)
         text = _table(results)
         (given.out / "gpu.md").write_text(text + "\n", encoding="utf-8")
         if given.write_readme:
-            write_json(README.with_name("gpu.results.json"), report)
-            machine = hardware()
-            fill("gpu", f"{text}\n\n{machine['gpu'] or machine['cpu']}, torch {machine['torch']}.")
+            about = f"{text}\n\n{machine['gpu'] or machine['cpu']}, torch {machine['torch']}."
+            publish("gpu", about, "gpu.results.json", report)
     except LightPeftError as error:
         _say(f"gpu: {error}")
         return 2
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="batches a round")
     parser.add_argument("--preset", default="default", help="lightpeft preset that sets the budget")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
-    parser.add_argument("--write-readme", action="store_true", help="put table and results beside README.md")
+    add_option(parser)
     return parser
 
 

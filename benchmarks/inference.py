@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import subjects
-from readme_tables import markdown_table
+from publishing import markdown_table
 
 from lightpeft.bench import Subject, Worker
 from lightpeft.config import RunConfig

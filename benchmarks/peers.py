@@ -25,10 +25,11 @@ from typing import Any, cast
 from unittest import mock
 
 import plots
+import publishing
 from matplotlib.figure import Figure
 from peer_methods import BASELINE, Method, light_config, methods, with_settings
 from peer_pruning import goal_of
-from readme_tables import README, fill, markdown_table
+from publishing import markdown_table
 from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "--light-config", nargs="+", default=[], metavar="PRESET=FILE", help="a config of its own for a preset"
     )
     parser.add_argument("--finished-only", action="store_true", help="run nothing: results of the cells that are there")
-    parser.add_argument("--write-readme", action="store_true", help="put table, plot and results beside README.md")
+    publishing.add_option(parser)
     return parser
 
 
@@ -514,15 +515,15 @@ def write(results: dict[str, Any], out: Path) -> None:
 def publish(results: dict[str, Any], options: Options) -> None:
     """Results, logs and plot beside README.md, and the table in it."""
     name = options.config.stem
-    logs = README.with_name(f"{name}.peers.logs")
+    logs = publishing.beside(f"{name}.peers.logs")
     logs.mkdir(exist_ok=True)
     for run in (f"{method}-{cell['seed']}" for method, cells in results["cells"].items() for cell in cells):
         shutil.copy(options.out / "runs" / run / "log.jsonl", logs / f"{run}.jsonl")
-    write_json(README.with_name(f"{name}.peers.results.json"), results)
-    png, svg = plots.save(plot(results), README.with_name(f"{name}.peers"))
+    png, svg = plots.save(plot(results), publishing.beside(f"{name}.peers"))
     svg.unlink()
+    numbers = f"{name}.peers.results.json"
     text = f"![quality against time and against inference speed]({png.name})\n\n{markdown(results)}"
-    fill(f"peers {name}", f"{text}\n\nEvery number: [{name}.peers.results.json]({name}.peers.results.json).")
+    publishing.publish(f"peers {name}", f"{text}\n\nEvery number: [{numbers}]({numbers}).", numbers, results)
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from readme_tables import README, fill, markdown_table
+from publishing import add_option, markdown_table, publish
 from rich.console import Console
 from scaling import SIZES, shape_of
 from synthetic import FAMILIES, Case, Synthetic, spread_text
@@ -39,9 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8, help="rows a batch")
     parser.add_argument("--rounds", type=int, default=5, help="alternations of plain and light")
     parser.add_argument("--out", type=Path, default=Path("runs/products.json"), help="JSON file")
-    parser.add_argument(
-        "--write-readme", action="store_true", help="put table and numbers into README.md and beside it"
-    )
+    add_option(parser)
     given = parser.parse_args(arguments)
     quiet()
     light = preset_light("default", length=2)
@@ -50,8 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = {"cases": cases, "hardware": hardware()}
     write_json(given.out, results)
     if given.write_readme:
-        write_json(README.with_name("products.json"), results)
-        fill("products", markdown(cases))
+        publish("products", markdown(cases), "products.json", results)
     Console(width=120).print(markdown(cases), markup=False)
     return 0
 

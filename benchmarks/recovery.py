@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import publishing
 import torch
 from peer_methods import with_settings
 from peft import PeftModel
-from readme_tables import README, fill
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("config", type=Path, help="YAML file of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, help="folder of runs (default: runs/recovery/<config's name>)")
-    parser.add_argument("--write-readme", action="store_true", help="put table, numbers and logs beside README.md")
+    publishing.add_option(parser)
     given = parser.parse_args(arguments)
     out = given.out or Path("runs") / "recovery" / given.config.stem
     quiet()
@@ -361,14 +361,14 @@ def as_data(results: Results) -> dict[str, Any]:
 
 def publish(results: Results, config: str, out: Path) -> None:
     """Numbers and logs beside README.md, and the table in it."""
-    logs = README.with_name(f"{config}.recovery.logs")
+    logs = publishing.beside(f"{config}.recovery.logs")
     logs.mkdir(exist_ok=True)
     for name in results.reports:
         variant, _, seed = name.rpartition("/")
         shutil.copy(folder_of(out, variant, int(seed)) / "log.jsonl", logs / f"{slug(variant)}-{seed}.jsonl")
-    write_json(README.with_name(f"{config}.recovery.json"), as_data(results))
-    numbers = f"Every number: [{config}.recovery.json]({config}.recovery.json)."
-    fill(f"recovery {config}", f"{markdown_table(results)}\n{numbers}")
+    numbers = f"{config}.recovery.json"
+    text = f"{markdown_table(results)}\nEvery number: [{numbers}]({numbers})."
+    publishing.publish(f"recovery {config}", text, numbers, as_data(results))
 
 
 if __name__ == "__main__":

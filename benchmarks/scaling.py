@@ -21,7 +21,7 @@ from typing import Any
 import plots
 import psutil
 from matplotlib.figure import Figure
-from readme_tables import README, fill, markdown_table
+from publishing import add_option, beside, markdown_table, publish
 from rich.console import Console
 from synthetic import FAMILIES, Case, Shape, measure, spread_text
 
@@ -60,10 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
         figure = _figure(found, given.at, given.length)
         plots.save(figure, given.out / "scaling")
         if given.write_readme:
-            write_json(README.with_name("scaling.results.json"), results)
-            png, svg = plots.save(figure, README.with_name("scaling"))
+            png, svg = plots.save(figure, beside("scaling"))
             svg.unlink()
-            fill("scaling", f"![step time and memory against size and length]({png.name})\n\n{_table(found)}")
+            text = f"![step time and memory against size and length]({png.name})\n\n{_table(found)}"
+            publish("scaling", text, "scaling.results.json", results)
     except LightPeftError as error:
         _say(f"scaling: {error}")
         return 2
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="default", help="lightpeft preset that sets the budget")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 weights and autocast")
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
-    parser.add_argument("--write-readme", action="store_true", help="put table, plot and results beside README.md")
+    add_option(parser)
     return parser
 
 

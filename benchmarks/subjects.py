@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from readme_tables import README, fill, markdown_table
+from publishing import add_option, markdown_table, publish
 from rich.console import Console
 
 from lightpeft import pipeline
@@ -91,9 +91,7 @@ def main(
     parser.add_argument("--rounds", type=int, default=9, help="alternations")
     parser.add_argument("--steps", type=int, default=12, help="batches a round")
     parser.add_argument("--out", type=Path, help=f"JSON file (default: runs/{script}/<config's name>.json)")
-    parser.add_argument(
-        "--write-readme", action="store_true", help="put table and numbers into README.md and beside it"
-    )
+    add_option(parser)
     given = parser.parse_args(arguments)
     name = given.config.stem
     quiet()
@@ -101,8 +99,7 @@ def main(
         results = measure(subjects_of(load_config(given.config)), given.rounds, given.steps)
         write_json(given.out or Path("runs") / script / f"{name}.json", results)
         if given.write_readme:
-            write_json(README.with_name(f"{name}.{script}.json"), results)
-            fill(f"{script} {name}", markdown(results))
+            publish(f"{script} {name}", markdown(results), f"{name}.{script}.json", results)
     except LightPeftError as error:
         Console(stderr=True, soft_wrap=True).print(f"{script}: {error}", markup=False)
         return 2

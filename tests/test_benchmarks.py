@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -20,23 +22,22 @@ import peer_pruning
 import peers
 import plots
 import products
+import publishing
 import pytest
-import readme_tables
 import recovery
 import scaling
 import steps
-import subjects
 import synthetic
 import torch
 from peft import PeftModel
-from tiny import relative_difference
+from tiny import random_record, relative_difference
 from torch import Tensor
 from training import inputs, student
 from workbench import Workbench, forked, read, stamps
 
 from lightpeft import pipeline
 from lightpeft.bench import Build
-from lightpeft.config import PRESETS, LightConfig, load_config
+from lightpeft.config import PRESETS, Budget, LightConfig, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.estimation import Estimator
 from lightpeft.families import block_specs
@@ -391,31 +392,42 @@ def test_names_of_points_overlap_neither_each_other_nor_a_point() -> None:
         assert not any(box.contains(x, y) for box in boxes)
 
 
-def test_results_go_to_their_place_in_the_readme(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results: a -->\nold\n<!-- /results: a -->\nafter\n<!-- results: b -->\n")
-    readme_tables.fill("a", "new", readme)
-    readme_tables.fill("a", "newer", readme)
+def readme_with(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A README.md that scripts write into instead of their own."""
+    readme = folder / "README.md"
+    readme.write_text(text)
+    monkeypatch.setattr(publishing, "README", readme)
+    return readme
+
+
+def place(name: str) -> str:
+    """Where a table goes."""
+    return f"<!-- results: {name} -->\n<!-- /results: {name} -->\n"
+
+
+def test_results_go_to_their_place_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = "before\n<!-- results: a -->\nold\n<!-- /results: a -->\nafter\n<!-- results: b -->\n"
+    readme = readme_with(before, tmp_path, monkeypatch)
+    publishing.fill("a", "new")
+    publishing.fill("a", "newer")
     text = readme.read_text()
     assert text == ("before\n<!-- results: a -->\n\nnewer\n\n<!-- /results: a -->\nafter\n<!-- results: b -->\n")
     for missing in ("b", "c"):
         with pytest.raises(LightPeftError, match=f"no place for these results; add .*results: {missing}"):
-            readme_tables.fill(missing, "text", readme)
+            publishing.publish(missing, "text", "numbers.json", {})
     assert readme.read_text() == text
+    assert list(tmp_path.iterdir()) == [readme], "nothing is half-written"
 
 
 def test_readme_has_a_place_for_every_script(
     compared: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(readme_tables.README.read_text())
+    readme = readme_with(publishing.README.read_text() + place("peers tiny"), tmp_path, monkeypatch)
     for name in ("peers minilm_default", "scaling", "gpu"):
-        readme_tables.fill(name, f"table of {name}", readme)
+        publishing.fill(name, f"table of {name}")
         assert f"table of {name}" in readme.read_text()
-    monkeypatch.setattr(peers, "README", readme)
-    monkeypatch.setattr(peers, "fill", lambda name, text: readme_tables.fill("gpu", f"{name}: {text}", readme))
     assert compare(config, compared, "--seeds", 0, "--methods", "lora", "depth", "--write-readme", "--curve", 2) == 0
-    assert "peers tiny: ![" in readme.read_text()
+    assert "![quality against time and against inference speed](tiny.peers.png)" in readme.read_text()
     assert "| fewer layers, LoRA |" in readme.read_text()
     files = {"README.md", "tiny.peers.png", "tiny.peers.results.json", "tiny.peers.logs"}
     assert {path.name for path in tmp_path.iterdir()} == files
@@ -430,11 +442,8 @@ def test_subjects_of_a_run(
     script: Any, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = script.__name__
-    readme, out = tmp_path / "README.md", tmp_path / "out.json"
-    readme.write_text(f"<!-- results: {name} tiny -->\n<!-- /results: {name} tiny -->\n")
+    readme, out = readme_with(place(f"{name} tiny"), tmp_path, monkeypatch), tmp_path / "out.json"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(subjects, "README", readme)
-    monkeypatch.setattr(subjects, "fill", lambda name, text: readme_tables.fill(name, text, readme))
     words = (str(config), "--rounds", "2", "--steps", "1", "--out", str(out), "--write-readme")
     assert script.main(list(words)) == 0
     results = read(out)
@@ -474,10 +483,7 @@ def test_recovery_compares_every_variant_with_the_run_as_it_is(
 ) -> None:
     fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
     config = bench.yaml("gradual", **{"light.length": 4, "light.blocks": 0.5, **fisher})
-    out, readme = bench.folder / "recovery", tmp_path / "README.md"
-    readme.write_text("<!-- results: recovery gradual -->\n<!-- /results: recovery gradual -->\n")
-    monkeypatch.setattr(recovery, "README", readme)
-    monkeypatch.setattr(recovery, "fill", lambda name, text: readme_tables.fill(name, text, readme))
+    out, readme = bench.folder / "recovery", readme_with(place("recovery gradual"), tmp_path, monkeypatch)
     words = [str(config), "--out", str(out), "--seeds", "0", "1", "--write-readme"]
     assert recovery.main(words) == 0
     results = read(tmp_path / "gradual.recovery.json")
@@ -498,6 +504,24 @@ def test_recovery_compares_every_variant_with_the_run_as_it_is(
     assert stamps(out / f"{slug(recovery.AS_IT_IS)}-0") == before, "finished runs are not repeated"
     assert recovery.main([str(tmp_path / "missing.yaml")]) == 2
     assert "recovery: config file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", [recovery.standardised, recovery.by_mean])
+def test_scores_on_a_scale_of_their_layer_do_not_tell_layers_apart(scale: Callable[[Tensor], Tensor]) -> None:
+    record = random_record(student())
+    louder = {name: scores * (50 if name.endswith("/1") else 1) for name, scores in record.scores.items()}
+    fisher = ("fisher", "fisher")
+    budget = Budget(blocks=0.5, head_criterion=fisher[0], neuron_criterion=fisher[1])
+    records = record, replace(record, scores=louder)
+    as_they_are = [make_plan(each, budget).blocks for each in records]
+    rescaled = [make_plan(recovery.rescale(each, scale, fisher), budget).blocks for each in records]
+    assert as_they_are[0] != as_they_are[1]
+    assert rescaled[0] == rescaled[1]
+
+
+def test_part_of_the_way_to_the_scale_of_a_layer_keeps_part_of_the_difference() -> None:
+    values = torch.tensor([1.0, 3.0])
+    torch.testing.assert_close(recovery.by_mean(100 * values, 0.5), 10 * recovery.by_mean(values, 0.5))
 
 
 def log(folder: Path) -> list[Any]:
@@ -570,10 +594,7 @@ def test_distillation_is_the_divergence_from_the_teacher() -> None:
 
 
 def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- results: attention -->\n<!-- /results: attention -->\n")
-    monkeypatch.setattr(attention, "README", readme)
-    monkeypatch.setattr(attention, "fill", lambda name, text: readme_tables.fill(name, text, readme))
+    readme = readme_with(place("attention"), tmp_path, monkeypatch)
     sizes = {"--heads": 2, "--head-dim": 4, "--rows": 3, "--rounds": 2, "--out": tmp_path / "out.json"}
     words = [str(word) for option in sizes.items() for word in option]
     assert attention.main([*words, "--lengths", "4", "8", "--write-readme"]) == 0
@@ -588,10 +609,7 @@ def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_products_and_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- results: products -->\n<!-- /results: products -->\n")
-    monkeypatch.setattr(products, "README", readme)
-    monkeypatch.setattr(products, "fill", lambda name, text: readme_tables.fill(name, text, readme))
+    readme = readme_with(place("products"), tmp_path, monkeypatch)
     words = ["--sizes", "tiny", "--length", "8", "--rounds", "2", "--out", str(tmp_path / "out.json"), "--write-readme"]
     assert products.main(words) == 0
     results = read(tmp_path / "out.json")

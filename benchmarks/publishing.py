@@ -1,0 +1,55 @@
+"""What `--write-readme` does: numbers beside benchmarks/README.md, and tables in it.
+
+Each table has its place between two HTML comments and is written by a script.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightpeft.errors import require
+from lightpeft.records import write_json
+
+README = Path(__file__).with_name("README.md")
+
+
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--write-readme`."""
+    about = "put the table into benchmarks/README.md, and all else beside it"
+    parser.add_argument("--write-readme", action="store_true", help=about)
+
+
+def beside(name: str) -> Path:
+    """A file or folder next to README.md."""
+    return README.with_name(name)
+
+
+def publish(place: str, text: str, numbers: str, results: dict[str, Any]) -> None:
+    """Put `text` into its place in README.md, and the results beside it, into the file `numbers`.
+
+    Raises:
+        LightPeftError: README.md has no such place.
+    """
+    fill(place, text)
+    write_json(beside(numbers), results)
+
+
+def fill(place: str, text: str) -> None:
+    """Put `text` between `<!-- results: place -->` and `<!-- /results: place -->` of README.md."""
+    start, end = f"<!-- results: {place} -->", f"<!-- /results: {place} -->"
+    content = README.read_text(encoding="utf-8")
+    before, found, rest = content.partition(start)
+    _, closed, after = rest.partition(end)
+    require(found and closed, f"{README} has no place for these results; add the lines {start} and {end}")
+    temporary = beside(f".{README.name}.tmp")
+    temporary.write_text(f"{before}{start}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
+    temporary.replace(README)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is aligned left and all others right."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
