@@ -116,6 +116,7 @@ def test_presets() -> None:
     assert preset_light("default").blocks == 0.6
     assert preset_light("paper", "bottleneck") == preset_light("paper")
     assert preset_light("fast", "bottleneck") == preset_light("fast", learning_rate_scale=4.0)
+    assert preset_light("default", "bottleneck") == preset_light("default", blocks=0.5, learning_rate_scale=4.0)
     fields = {field.name for field in dataclasses.fields(LightConfig)}
     assert all(set(values) <= fields for values in PRESETS.values())
 

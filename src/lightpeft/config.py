@@ -203,8 +203,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {**_BY_COST, "blocks": 0.4, "ranks": 0.5},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
-_WITH_ADAPTERS: dict[str, Any] = {"learning_rate_scale": 4.0}
-"""What the presets of this project, all but `paper`, have of their own for bottleneck adapters."""
+_WITH_ADAPTERS: dict[str, dict[str, Any]] = {
+    "default": {"blocks": 0.5, "learning_rate_scale": 4.0},
+    "uniform": {"learning_rate_scale": 4.0},
+    "fast": {"learning_rate_scale": 4.0},
+}
+"""What presets have of their own for bottleneck adapters, which take larger steps and lose more by a cut than LoRA."""
 
 
 @dataclass(kw_only=True)
@@ -499,7 +503,7 @@ def _preset(name: Any, peft: Any) -> dict[str, Any]:
     """What a preset sets."""
     known = isinstance(name, str) and name in PRESETS
     require(known, f'preset "{name}" is unknown; choose one of {", ".join(PRESETS)}')
-    return PRESETS[name] | (_WITH_ADAPTERS if peft == "bottleneck" and name != "paper" else {})
+    return PRESETS[name] | (_WITH_ADAPTERS.get(name, {}) if peft == "bottleneck" else {})
 
 
 _AMOUNTS = ({"heads", "neurons"}, {"blocks"}, {"target"})
