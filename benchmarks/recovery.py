@@ -315,7 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = replace(load_config(given.config), method="light")
         found = {(name, seed): report(config, name, seed, out) for seed in given.seeds for name in VARIANTS}
-        results = summarize(found, given.config.stem)
+        results = summarize(found, given.config.stem, config.data.task)
         write_json(out / "results.json", as_data(results))
         if given.write_readme:
             publish(results, given.config.stem, out)
@@ -346,10 +346,10 @@ def report(config: RunConfig, name: str, seed: int, out: Path) -> Report:
     return read_json(folder / REPORT)
 
 
-def summarize(found: Mapping[tuple[str, int], Report], config: str) -> Results:
+def summarize(found: Mapping[tuple[str, int], Report], config: str, task: str) -> Results:
     """One row a variant."""
     of = {name: {seed: report for (variant, seed), report in found.items() if variant == name} for name in VARIANTS}
-    rows = [row((config, "", name), reports, of[AS_IT_IS], AS_IT_IS) for name, reports in of.items()]
+    rows = [row((config, task, name), reports, of[AS_IT_IS], AS_IT_IS) for name, reports in of.items()]
     reports = {f"{name}/{seed}": report for (name, seed), report in found.items()}
     return Results(rows, AS_IT_IS, len(found), reports)
 
