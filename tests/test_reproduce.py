@@ -100,7 +100,8 @@ def test_every_grid_of_the_repository_is_one(path: Path) -> None:
 def test_known_methods_do_what_they_say_under_every_preset(tmp_path: Path, name: str, preset: str) -> None:
     file = grid_file(tmp_path / "grid.yaml", methods=[name], run={"preset": preset}, seeds=[3])
     (cell,) = load_grid(file).cells(tmp_path)
-    config, whole = cell.config, run_config_from_dict({"preset": preset}).light
+    config = cell.config
+    whole = run_config_from_dict({"preset": preset, "peft": config.peft}).light
     light = config.light
     assert (config.seed, light.seed) == (3, 3)
     assert config.method == {"full": "full", "lora": "plain", "adapter": "plain"}.get(name, "light")
