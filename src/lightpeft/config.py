@@ -459,7 +459,7 @@ class RunConfig:
     """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder."""
 
     preset: Preset = "default"
-    """Starting values of `light`: default (over half of the blocks goes), uniform (half of each layer), fast (less
+    """Starting values of `light`: default (half of the blocks or more goes), uniform (half of each layer), fast (less
     goes), or paper (Gu et al. 2024)."""
     method: Method = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
