@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import add_option, markdown_table, publish
+from publishing import add_option, markdown_table, publish, spread_text
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -86,7 +86,7 @@ def markdown(cases: list[dict[str, Any]]) -> str:
         [
             f"{case['dtype']}, {case['heads']} heads, {case['length']} tokens",
             *(f"{case['seconds'][name]['median'] * 1000:.2f}" for name in KERNELS),
-            f"{case['ratio']['median']:.2f} ({case['ratio']['low']:.2f}-{case['ratio']['high']:.2f})",
+            spread_text(case["ratio"]),
         ]
         for case in cases
     ]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import add_option, markdown_table, publish
+from publishing import add_option, markdown_table, publish, spread_text
 from rich.console import Console
-from synthetic import SUBJECTS, Case, Shape, measure, spread_text
+from synthetic import SUBJECTS, Case, Shape, measure
 
 from lightpeft.cli import quiet
 from lightpeft.config import preset_light

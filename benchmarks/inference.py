@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import subjects
-from publishing import markdown_table
+from publishing import markdown_table, spread_text
 
 from lightpeft.bench import Subject, Worker
 from lightpeft.config import RunConfig
@@ -70,15 +70,11 @@ def markdown(results: dict[str, Any]) -> str:
     one, many = BATCHES
     rows = []
     for name in speeds[one]:
-        row = [name, f"{1e3 / speeds[one][name]['median']:.1f}", _spread(ratios[one][name])]
-        row += [f"{speeds[many][name]['median']:,.0f}", _spread(ratios[many][name])]
+        row = [name, f"{1e3 / speeds[one][name]['median']:.1f}", spread_text(ratios[one][name])]
+        row += [f"{speeds[many][name]['median']:,.0f}", spread_text(ratios[many][name])]
         rows.append(row if caches[name] is None else [*row, f"{caches[name] / 1024:.1f}"])
     header = ("", "one row, ms", "speed", f"batches of {many}, samples/s", "speed", "KV cache, KiB a token")
     return markdown_table(header[: len(rows[0])], rows)
-
-
-def _spread(values: dict[str, float]) -> str:
-    return f"{values['median']:.2f} ({values['low']:.2f}-{values['high']:.2f})"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from publishing import add_option, markdown_table, publish
+from publishing import add_option, markdown_table, publish, spread_text
 from rich.console import Console
 from scaling import SIZES, shape_of
-from synthetic import FAMILIES, Case, Synthetic, spread_text
+from synthetic import FAMILIES, Case, Synthetic
 
 from lightpeft.bench import Worker
 from lightpeft.cli import quiet

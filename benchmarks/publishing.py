@@ -6,7 +6,7 @@ Each table has its place between two HTML comments and is written by a script.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,18 @@ def beside(name: str) -> Path:
 
 
 def publish(place: str, text: str, numbers: str, results: dict[str, Any]) -> None:
-    """Put `text` into its place in README.md, and the results beside it, into the file `numbers`.
+    """Put `text` between `<!-- results: place -->` and `<!-- /results: place -->` of README.md, and the results beside
+    it, into the file `numbers`.
 
     Raises:
         LightPeftError: README.md has no such place.
     """
-    fill(place, text)
-    write_json(beside(numbers), results)
-
-
-def fill(place: str, text: str) -> None:
-    """Put `text` between `<!-- results: place -->` and `<!-- /results: place -->` of README.md."""
     start, end = f"<!-- results: {place} -->", f"<!-- /results: {place} -->"
     content = README.read_text(encoding="utf-8")
     before, found, rest = content.partition(start)
     _, closed, after = rest.partition(end)
     require(found and closed, f"{README} has no place for these results; add the lines {start} and {end}")
+    write_json(beside(numbers), results)
     temporary = beside(f".{README.name}.tmp")
     temporary.write_text(f"{before}{start}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
     temporary.replace(README)
@@ -53,3 +49,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table whose first column is aligned left and all others right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def spread_text(spread: Mapping[str, float]) -> str:
+    """Median with quartiles."""
+    return f"{spread['median']:.2f} ({spread['low']:.2f}-{spread['high']:.2f})"

@@ -13,7 +13,7 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer
 
-from lightpeft import evaluation, pipeline, pruner
+from lightpeft import evaluation, pipeline, planning, pruner
 from lightpeft.cli import quiet
 from lightpeft.config import LightConfig, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
@@ -39,9 +39,9 @@ from lightpeft.importance import RealTokens
 from lightpeft.machine import in_bf16
 from lightpeft.meanwhile import in_mode
 from lightpeft.pipeline import Workspace
-from lightpeft.planning import make_plan
+from lightpeft.planning import Layer, cheapest_first, make_plan
 from lightpeft.profiling import hardware
-from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json
+from lightpeft.records import PrunePlan, read_json, write_json
 from lightpeft.refit import Batches, Correction, Refit, apply_refit, correction
 from lightpeft.reproduce.grid import slug
 from lightpeft.reproduce.summary import Report, Results, row
@@ -72,33 +72,22 @@ class Variant:
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def rescaled(scale: Callable[[Tensor], Tensor], work: Workspace) -> AbstractContextManager[Any]:
-    """Layers compete by `scale` of what their units are worth for their parameters: [units] -> [units]."""
+def rescaled(scale: Callable[[Tensor], Tensor], work: Workspace | None = None) -> AbstractContextManager[Any]:
+    """Heads, or neurons, of a layer compete by `scale` of what each is worth for its parameters: [units] -> [units]."""
 
-    def plan(record: EstimationRecord, budget: LightConfig) -> PrunePlan:
-        return make_plan(rescale(record, scale, (budget.head_criterion, budget.neuron_criterion)), budget)
+    def order(layers: Sequence[Layer]) -> Tensor:
+        return cheapest_first([replace(x, scores=scale(x.scores / x.parameters) * x.parameters) for x in layers])
 
-    return mock.patch.object(pipeline, "make_plan", plan)
-
-
-def rescale(record: EstimationRecord, scale: Callable[[Tensor], Tensor], criteria: tuple[str, str]) -> EstimationRecord:
-    """The record with other scores of its heads and neurons, each block's heads and neurons on a scale of their own."""
-    scores = dict(record.scores)
-    for spec in record.blocks:
-        costs = spec.head_parameters + spec.kv_parameters / spec.heads_per_kv, spec.neuron_parameters
-        for kind, criterion, cost in zip(("heads", "neurons"), criteria, costs, strict=True):
-            name = f"{kind}/{criterion}/{spec.index}"
-            scores[name] = scale(scores[name].double() / cost) * cost
-    return replace(record, scores=scores)
+    return mock.patch.object(planning, "cheapest_first", order)
 
 
 def standardised(values: Tensor) -> Tensor:
-    """With mean 0 and standard deviation 1; equal values with 0."""
+    """With mean 0 and standard deviation 1, equal values with 0: [units] -> [units]."""
     return (values - values.mean()) / values.std(correction=0).clamp_min(torch.finfo(values.dtype).tiny)
 
 
 def by_mean(values: Tensor, power: float = 1.0) -> Tensor:
-    """With mean 1; with a smaller power, part of the way there."""
+    """With mean 1, or with a smaller power part of the way there: [units] -> [units]."""
     return values / values.mean() ** power
 
 

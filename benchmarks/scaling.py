@@ -6,6 +6,7 @@
 RoBERTa- and Llama-shaped models with random weights. The dashed line is plain LoRA's time times the part of the FLOPs
 that the light model still needs (`profiling.count_flops`). Finished cases are kept in the output folder and not
 repeated; one that does not fit into memory is reported and left out. Writes scaling.results.json and scaling.png/.svg.
+What was published before (`--write-readme`) stays where it is not measured again; every case names its hardware.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from typing import Any
 import plots
 import psutil
 from matplotlib.figure import Figure
-from publishing import add_option, beside, markdown_table, publish
+from publishing import add_option, beside, markdown_table, publish, spread_text
 from rich.console import Console
-from synthetic import FAMILIES, Case, Shape, measure, spread_text
+from synthetic import FAMILIES, Case, Shape, measure
 
 from lightpeft.cli import quiet
 from lightpeft.config import preset_light
@@ -43,6 +44,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "7B": (4096, 34, 64),
 }
 """Parameters of the blocks -> hidden size, layers, heads; a head has 64 channels or fewer."""
+RESULTS = "scaling.results.json"
 VOCABULARY = 8192
 """Small, so that blocks and not embeddings are what grows."""
 NAMES = {"plain": "plain LoRA", "light": "light", "ideal": "ideal, by FLOPs"}
@@ -56,20 +58,30 @@ def main(arguments: list[str] | None = None) -> int:
         require(given.rounds >= 1 and given.steps >= 1, "--rounds and --steps start at 1")
         found, failures = _measure_all(given)
         require(found, f"no case could be measured: {'; '.join(failures.values())}")
-        results = {"cases": found, "failures": failures, "hardware": hardware()}
-        write_json(given.out / "scaling.results.json", results)
-        figure = _figure(found, given.at, given.length)
-        plots.save(figure, given.out / "scaling")
+        write_json(given.out / RESULTS, {"cases": found, "failures": failures})
+        plots.save(_figure(found, given.at, given.length), given.out / "scaling")
         if given.write_readme:
-            png, svg = plots.save(figure, beside("scaling"))
-            svg.unlink()
-            text = f"![step time and memory against size and length]({png.name})\n\n{_table(found)}"
-            publish("scaling", text, "scaling.results.json", results)
+            _publish(found, given.at, given.length)
     except LightPeftError as error:
         _say(f"scaling: {error}")
         return 2
     Console(width=160).print(_table(found), markup=False)
     return 1 if failures else 0
+
+
+def _publish(found: Sequence[dict[str, Any]], at: str, length: int) -> None:
+    """Cases, table and plot beside README.md and in it, with the cases published before that are not among these."""
+    published = read_json(beside(RESULTS))["cases"] if beside(RESULTS).is_file() else []
+    cases = sorted({_key(case): case for case in (*published, *found)}.values(), key=_key)
+    png, svg = plots.save(_figure(cases, at, length), beside("scaling"))
+    svg.unlink()
+    text = f"![step time and memory against size and length]({png.name})\n\n{_table(cases)}"
+    publish("scaling", text, RESULTS, {"cases": cases})
+
+
+def _key(result: dict[str, Any]) -> tuple[str, float, int]:
+    """What tells cases apart, and their order: family, size, tokens a row."""
+    return result["case"]["shape"]["family"], _blocks(result), result["case"]["length"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,7 +150,7 @@ def _measure(path: Path, case: Case, rounds: int, name: str) -> dict[str, Any]:
     there = psutil.virtual_memory().available
     require(needed < there, f"the weights of two models take {needed >> 20:,} MiB of {there >> 20:,} that are free")
     _say(f"measuring {name}")
-    result = measure(case, ("plain", "light"), rounds)
+    result = {**measure(case, ("plain", "light"), rounds), "hardware": hardware()}
     write_json(path, result)
     return result
 

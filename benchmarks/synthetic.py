@@ -6,7 +6,7 @@ Speed and memory do not depend on what weights say, so random ones serve for sha
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -237,8 +237,3 @@ def measure(case: Case, subjects: Sequence[str], rounds: int) -> dict[str, Any]:
         },
         "values": {"training": training, "inference": inference},
     }
-
-
-def spread_text(spread: Mapping[str, float], digits: int = 2) -> str:
-    """Median with quartiles."""
-    return f"{spread['median']:.{digits}f} ({spread['low']:.{digits}f}-{spread['high']:.{digits}f})"

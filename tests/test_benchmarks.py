@@ -408,15 +408,16 @@ def place(name: str) -> str:
 def test_results_go_to_their_place_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = "before\n<!-- results: a -->\nold\n<!-- /results: a -->\nafter\n<!-- results: b -->\n"
     readme = readme_with(before, tmp_path, monkeypatch)
-    publishing.fill("a", "new")
-    publishing.fill("a", "newer")
+    publishing.publish("a", "new", "a.json", {"a": 1})
+    publishing.publish("a", "newer", "a.json", {"a": 2})
     text = readme.read_text()
     assert text == ("before\n<!-- results: a -->\n\nnewer\n\n<!-- /results: a -->\nafter\n<!-- results: b -->\n")
     for missing in ("b", "c"):
         with pytest.raises(LightPeftError, match=f"no place for these results; add .*results: {missing}"):
             publishing.publish(missing, "text", "numbers.json", {})
     assert readme.read_text() == text
-    assert list(tmp_path.iterdir()) == [readme], "nothing is half-written"
+    assert read(tmp_path / "a.json")["a"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "a.json"}, "nothing is half-written"
 
 
 def test_readme_has_a_place_for_every_script(
@@ -424,7 +425,7 @@ def test_readme_has_a_place_for_every_script(
 ) -> None:
     readme = readme_with(publishing.README.read_text() + place("peers tiny"), tmp_path, monkeypatch)
     for name in ("peers minilm_default", "scaling", "gpu"):
-        publishing.fill(name, f"table of {name}")
+        publishing.publish(name, f"table of {name}", "tiny.peers.results.json", {})
         assert f"table of {name}" in readme.read_text()
     assert compare(config, compared, "--seeds", 0, "--methods", "lora", "depth", "--write-readme", "--curve", 2) == 0
     assert "![quality against time and against inference speed](tiny.peers.png)" in readme.read_text()
@@ -510,11 +511,11 @@ def test_recovery_compares_every_variant_with_the_run_as_it_is(
 def test_scores_on_a_scale_of_their_layer_do_not_tell_layers_apart(scale: Callable[[Tensor], Tensor]) -> None:
     record = random_record(student())
     louder = {name: scores * (50 if name.endswith("/1") else 1) for name, scores in record.scores.items()}
-    fisher = ("fisher", "fisher")
-    budget = Budget(blocks=0.5, head_criterion=fisher[0], neuron_criterion=fisher[1])
+    budget = Budget(blocks=0.5, head_criterion="fisher", neuron_criterion="fisher")
     records = record, replace(record, scores=louder)
     as_they_are = [make_plan(each, budget).blocks for each in records]
-    rescaled = [make_plan(recovery.rescale(each, scale, fisher), budget).blocks for each in records]
+    with recovery.rescaled(scale):
+        rescaled = [make_plan(each, budget).blocks for each in records]
     assert as_they_are[0] != as_they_are[1]
     assert rescaled[0] == rescaled[1]
 
@@ -665,6 +666,24 @@ def test_scaling_goes_on_where_it_was(
     assert scaling.main([*SCALING, "--out", str(scaled)]) == 0
     assert stamps(scaled / "cases") == before
     assert "llama tiny" in capsys.readouterr().out
+
+
+def test_published_cases_stay_unless_they_are_measured_again(
+    scaled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = readme_with(place("scaling"), tmp_path, monkeypatch)
+    words = [*SCALING, "--out", str(scaled), "--write-readme"]
+    assert scaling.main(words) == 0
+    numbers = tmp_path / "scaling.results.json"
+    published = read(numbers)
+    cases = published["cases"]
+    assert [case["case"]["length"] for case in cases] == [8, 16] and all(case["hardware"]["cpu"] for case in cases)
+    other = copy.deepcopy(cases[0])
+    other["case"]["length"], other["case"]["shape"]["name"] = 4, "llama of another day"
+    numbers.write_text(json.dumps({**published, "cases": [other, {**cases[1], "hardware": "of another day"}]}))
+    assert scaling.main(words) == 0
+    assert read(numbers)["cases"] == [other, *cases]
+    assert "| llama of another day | 4 |" in readme.read_text()
 
 
 def test_scaling_leaves_out_what_fails(
