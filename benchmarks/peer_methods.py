@@ -14,7 +14,6 @@ from peer_pruning import (
     Decider,
     Goal,
     apply_to_peft,
-    block_list,
     by_magnitude,
     by_random,
     by_slimformers,
@@ -27,6 +26,7 @@ from lightpeft.acceleration import accelerated
 from lightpeft.bench import Made, adamw
 from lightpeft.checkpoint import as_light
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
+from lightpeft.depth import leave_out
 from lightpeft.errors import require
 from lightpeft.families import block_specs
 from lightpeft.loading import LoadedModel, add_peft
@@ -88,11 +88,10 @@ def top_half(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
 
 def fewer_layers(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
     """The model without its top layers, as many as come nearest to the goal."""
-    layers = block_list(loaded.model)
-    count = round(goal.removed / (goal.blocks / len(layers)))
-    require(count < len(layers), f"removing {count} of {len(layers)} layers leaves none")
-    del layers[len(layers) - count :]
-    loaded.model.config.num_hidden_layers = len(layers)
+    layers = len(block_specs(loaded.model))
+    count = round(goal.removed / (goal.blocks / layers))
+    require(count < layers, f"removing {count} of {layers} layers leaves none")
+    leave_out(loaded.model, layers - count)
     return add_peft(loaded, work.config)
 
 

@@ -65,7 +65,12 @@ class Goal:
 
 
 def goal_of(model: PreTrainedModel, budget: Budget) -> Goal:
-    """What a plan of this budget removes; which units those are hardly changes how many parameters go."""
+    """What a plan of this budget removes; which units those are hardly changes how many parameters go.
+
+    Raises:
+        LightPeftError: the budget has a depth and no total, which the peers could take for theirs.
+    """
+    require(not budget.depth or budget.blocks is not None, "with light.depth, say in light.blocks how much goes in all")
     plan = _plan(model, budget, "random", seed=0)
     heads = sum(spec.heads - len(kept.heads) for spec, kept in zip(plan.specs, plan.blocks, strict=True))
     return Goal(
@@ -128,7 +133,7 @@ def _plan(model: PreTrainedModel, budget: Budget, criterion: str, seed: int) -> 
     own: dict[str, Any] = {f"{kind}_criterion": "random" for kind in ("module", "rank")}
     own |= {f"{kind}_criterion": criterion for kind in ("head", "neuron")}
     plain = Budget(**{f.name: getattr(budget, f.name) for f in fields(Budget)})
-    return make_plan(_record(model, seed), replace(plain, modules=0.0, ranks=0.0, **own))
+    return make_plan(_record(model, seed), replace(plain, modules=0.0, ranks=0.0, depth=0.0, **own))
 
 
 @torch.no_grad()

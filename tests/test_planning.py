@@ -24,13 +24,21 @@ PROJECTIONS = {slot: slot for slot in ("q", "k", "v", "o", "ffn_in", "ffn_out")}
 
 
 def make_record(
-    layers: int = 3, groups: int = 2, per_group: int = 2, neurons: int = 12, rank: int = 4, seed: int = 0, ties: int = 0
+    layers: int = 3,
+    groups: int = 2,
+    per_group: int = 2,
+    neurons: int = 12,
+    rank: int = 4,
+    seed: int = 0,
+    ties: int = 0,
+    left_out: int = 0,
 ) -> EstimationRecord:
-    """A record without a model; `ties`: scores are whole numbers below it."""
-    blocks = [
+    """A record without a model; `ties`: scores are whole numbers below it; `left_out`: blocks above the scored ones."""
+    specs = [
         BlockSpec(index, "attention", PROJECTIONS, groups * per_group, groups, 8, neurons, 500, 400, 65)
-        for index in range(layers)
+        for index in range(layers + left_out)
     ]
+    blocks, above = specs[:layers], specs[layers:]
     sites = [SiteSpec(f"{index}.{slot}", rank, index, slot) for index in range(layers) for slot in PROJECTIONS]
     generator = torch.Generator().manual_seed(seed)
 
@@ -43,8 +51,8 @@ def make_record(
     values |= {f"neurons/mask/{index}": scores(neurons) for index in range(layers)}
     values |= {f"ranks/taylor/{index}": scores(rank) for index in range(len(sites))}
     values["modules/ratio"] = scores(len(sites))
-    dense = layers * (groups * per_group * 500 + groups * 400 + neurons * 65)
-    return EstimationRecord(blocks, sites, values, base_parameters=2 * dense, fingerprint="f", meta={})
+    dense = len(specs) * (groups * per_group * 500 + groups * 400 + neurons * 65)
+    return EstimationRecord(blocks, sites, values, base_parameters=2 * dense, fingerprint="f", left_out=above)
 
 
 records = st.builds(
@@ -56,6 +64,7 @@ records = st.builds(
     rank=st.integers(1, 6),
     seed=st.integers(0, 1000),
     ties=st.sampled_from([0, 1, 3]),
+    left_out=st.sampled_from([0, 0, 1, 2]),
 )
 ratios = st.one_of(st.sampled_from([0.0, 1 / 3, 0.5, 0.75, 0.999]), st.floats(0, 0.999))
 scopes = st.sampled_from(["layerwise", "global"])
@@ -188,7 +197,7 @@ def test_what_every_plan_satisfies(record: EstimationRecord, budget: dict[str, A
     plan = plan_or_skip(record, budget)
     assert (plan.base_parameters, plan.fingerprint) == (record.base_parameters, record.fingerprint)
     assert 0 <= plan.removed_parameters <= plan.base_parameters
-    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+    for spec, kept in plan.parts:
         size = spec.heads_per_kv
         by_group = [[head for head in kept.heads if head // size == group] for group in range(spec.kv_heads)]
         assert kept.kv_heads == tuple(group for group, heads in enumerate(by_group) if heads)
@@ -232,7 +241,7 @@ def check_sites(plan: PrunePlan, budget: dict[str, Any]) -> None:
 @given(record=records)
 def test_ratio_zero_keeps_all(record: EstimationRecord) -> None:
     plan = make_plan(record, Budget(heads=0, neurons=0, modules=0, ranks=0, multiple_of=8))
-    assert plan.removed_parameters == 0
+    assert plan.removed_parameters == of_left_out(plan)
     assert plan.sites == {site.name: tuple(range(site.rank)) for site in record.sites}
 
 
@@ -380,9 +389,14 @@ def test_what_goes_first_is_gone(layers: list[Layer], count: int) -> None:
     assert all(set(after) <= set(before) for before, after in zip(kept, more, strict=True))
 
 
+def of_left_out(plan: PrunePlan) -> int:
+    """Parameters of the blocks that the plan leaves out whole."""
+    return sum(block_parameters(spec) for spec in plan.specs[len(plan.blocks) :])
+
+
 def part_removed(plan: PrunePlan) -> float:
     whole = sum(block_parameters(spec) for spec in plan.specs)
-    return sum(removed_in_block(spec, kept) for spec, kept in zip(plan.specs, plan.blocks, strict=True)) / whole
+    return (sum(removed_in_block(spec, kept) for spec, kept in plan.parts) + of_left_out(plan)) / whole
 
 
 blocks_budgets = st.fixed_dictionaries(
@@ -404,6 +418,7 @@ def test_blocks_is_the_part_of_the_blocks_that_goes(
 ) -> None:
     """Measured on the plan: keys and values, rounded widths and what no plan reaches are all counted."""
     record.blocks = [replace(spec, fixed_parameters=fixed) for spec in record.blocks]
+    record.left_out = [replace(spec, fixed_parameters=fixed) for spec in record.left_out]
     plan = plan_or_skip(record, budget)
     assert part_removed(plan) >= budget["blocks"]
     assert plan.removed_of_blocks == part_removed(plan)
@@ -411,7 +426,8 @@ def test_blocks_is_the_part_of_the_blocks_that_goes(
     a_unit = spec.head_parameters * max(spec.heads_per_kv, spec.kv_heads) + spec.kv_parameters * spec.kv_heads
     a_step = max(a_unit, spec.neuron_parameters * budget["multiple_of"])
     whole = sum(block_parameters(spec) for spec in plan.specs)
-    assert not budget["blocks"] or part_removed(plan) * whole < budget["blocks"] * whole + a_step, "and no unit more"
+    most = max(budget["blocks"] * whole, of_left_out(plan)) + a_step
+    assert not budget["blocks"] or part_removed(plan) * whole < most, "and no unit more"
 
 
 @given(record=records, budget=blocks_budgets, parts=st.tuples(ratios, ratios))
@@ -428,6 +444,14 @@ def test_a_part_of_the_blocks_that_floors_forbid_says_what_can_be_reached() -> N
     record.blocks = [replace(spec, fixed_parameters=400) for spec in record.blocks]
     with pytest.raises(LightPeftError, match=r"blocks 0\.95 cannot be reached: at most 0\.\d+ .*min_heads"):
         make_plan(record, Budget(blocks=0.95, min_neurons=4))
+
+
+def test_a_depth_that_was_not_estimated() -> None:
+    assert make_plan(make_record(layers=2, left_out=1), Budget(depth=1 / 3)).left_out
+    with pytest.raises(
+        LightPeftError, match=r"depth 0\.333333 leaves out blocks that the estimation had; estimate with"
+    ):
+        make_plan(make_record(layers=3), Budget(depth=1 / 3))
 
 
 def test_blocks_needs_scores_of_one_kind() -> None:

@@ -256,9 +256,9 @@ def without_dropout(model: nn.Module) -> Any:
     return model
 
 
-def random_record(model: PeftModel, seed: int = 0, ties: bool = False) -> EstimationRecord:
-    """A record of the model's structure with random scores under every criterion."""
-    estimator = Estimator(model, LightConfig(length=2))
+def random_record(model: PeftModel, seed: int = 0, ties: bool = False, depth: float = 0.0) -> EstimationRecord:
+    """A record of the model's structure with random scores under every criterion; `depth` is cut first."""
+    estimator = Estimator(model, LightConfig(length=2, depth=depth))
     estimator.start(total_steps=None)
     estimator.stop()
     estimator.steps = 2

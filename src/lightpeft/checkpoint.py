@@ -216,7 +216,7 @@ def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, in
             "num_key_value_heads": len(kept.kv_heads),
             stacks[0].width_key or "intermediate_size": len(kept.neurons),
         }
-        for spec, kept in zip(plan.specs, plan.blocks, strict=True)
+        for spec, kept in plan.parts
     }
 
 

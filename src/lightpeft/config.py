@@ -53,6 +53,9 @@ class Budget:
     compete, and the lowest score per parameter goes first; takes the place of `heads`, `neurons` and their scopes."""
     target: float | None = None
     """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
+    depth: float = 0.0
+    """Part of the blocks to leave out whole, from the top, in [0, 1): before estimation, which scores what is left.
+    What `blocks` and `target` say includes them; ratios are of what is left."""
 
     heads_scope: Scope = "layerwise"
     """Rank heads within each layer or over all layers together."""
@@ -86,7 +89,7 @@ class Budget:
     """Which score ranks the ranks."""
 
     def __post_init__(self) -> None:
-        for name in ("heads", "neurons", "modules", "ranks", "blocks", "target"):
+        for name in ("heads", "neurons", "modules", "ranks", "blocks", "target", "depth"):
             value = getattr(self, name)
             if value is not None:
                 require(0 <= value < 1, f"{name} is {value:g}; a ratio to remove lies in [0, 1), for example 0.5")
@@ -101,12 +104,16 @@ class Budget:
         require(self.multiple_of >= 1, f"multiple_of is {self.multiple_of}; it must be at least 1")
         check_choices(self)
 
+    def blocks_left(self, blocks: int) -> int:
+        """How many of so many blocks `depth` leaves."""
+        return max(1, blocks - int(self.depth * blocks + 0.5))
+
     def first_module_block(self, blocks: int) -> int:
-        """The lowest of so many blocks in which PEFT modules may stay."""
+        """The lowest of so many blocks, those that are left out not counted, in which PEFT modules may stay."""
         return blocks - max(1, int(self.module_blocks * blocks + 0.5))
 
 
-READ_BY_PLANS = frozenset(f.name for f in dataclasses.fields(Budget)) - {"module_blocks"}
+READ_BY_PLANS = frozenset(f.name for f in dataclasses.fields(Budget)) - {"module_blocks", "depth"}
 """Settings of a budget that estimation does not depend on. (No module is made in a block where none may stay.)"""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightpeft import scoring
 from lightpeft.config import LightConfig
+from lightpeft.depth import leave_out
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs
 from lightpeft.importance import ModuleObserver, RankObserver
@@ -36,19 +37,23 @@ _HISTORY_FILE = "lightpeft_estimation.json"
 
 
 class Estimator:
-    """Masks, importance sums and the length of the stage, for one PeftModel."""
+    """Masks, importance sums and the length of the stage, for one PeftModel, whose depth is cut first."""
 
     def __init__(self, model: PeftModel, config: LightConfig) -> None:
         """
         Raises:
-            LightPeftError: the model is not one that can be pruned (see `check_peft`, `block_specs`, `find_sites`).
+            LightPeftError: the model is not one that can be pruned (see `check_peft`, `block_specs`, `find_sites`,
+                `leave_out`).
         """
         check_peft(model)
         self.model, self.config = model, config
-        self.blocks = block_specs(transformers_model(model))
-        self.sites = find_sites(model, self.blocks)
+        dense = block_specs(transformers_model(model))
         self.base_parameters = count_parameters(model).base
-        self.fingerprint = fingerprint(model, self.blocks)
+        self.fingerprint = fingerprint(model, dense)
+        stay = config.blocks_left(len(dense))
+        self.blocks, self.left_out = dense[:stay], dense[stay:]
+        leave_out(model, stay)
+        self.sites = find_sites(model, self.blocks)
         self.history: list[dict[str, float]] = []
         self.steps = 0
         self.length = 0
@@ -223,6 +228,7 @@ class Estimator:
             base_parameters=self.base_parameters,
             fingerprint=self.fingerprint,
             meta=self._meta(steps, int(tokens.max())),
+            left_out=self.left_out,
         )
 
     def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:

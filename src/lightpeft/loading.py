@@ -236,8 +236,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """Put the run's PEFT modules on a model.
 
-    LoRA sits on all projections of the blocks in which modules may stay (`light.module_blocks`) or, with method plain,
-    on q and v of every block as it is used by habit.
+    LoRA sits on all projections of the blocks in which modules may stay (`light.depth`, `light.module_blocks`) or, with
+    method plain, on q and v of every block as it is used by habit.
 
     Raises:
         LightPeftError: unknown slots, target modules that match nothing, or a place that the family does not have; or
@@ -245,13 +245,16 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """
     blocks = block_specs(loaded.model)
     _check_weights(loaded, blocks)
-    lowest = config.light.first_module_block(len(blocks)) if config.method == "light" else 0
+    lowest, end = 0, len(blocks)
+    if config.method == "light":
+        end = config.light.blocks_left(len(blocks))
+        lowest = config.light.first_module_block(end)
     common: dict[str, Any] = {"task_type": _HEADS[loaded.head].peft, "modules_to_save": loaded.new_modules or None}
     if config.peft == "bottleneck":
-        below = [name for block in blocks[:lowest] for name in block.projections.values()]
-        adapters = BottleneckConfig(**asdict(config.bottleneck), exclude_modules=below or None, **common)
+        others = [name for block in (*blocks[:lowest], *blocks[end:]) for name in block.projections.values()]
+        adapters = BottleneckConfig(**asdict(config.bottleneck), exclude_modules=others or None, **common)
         return get_peft_model(loaded.model, adapters)
-    targets = config.lora.target_modules or _slot_targets(blocks[lowest:], config)
+    targets = config.lora.target_modules or _slot_targets(blocks[lowest:end], config)
     lora = LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,

@@ -1,7 +1,8 @@
 """From scores and a budget to a plan: a pure function, so the same record and budget always give the same plan.
 
 Every decision is the same small problem: units with scores sit in layers, so many of them have to go, and each layer
-keeps a floor. Heads, neurons, PEFT modules and ranks differ only in what a unit is.
+keeps a floor. Heads, neurons, PEFT modules and ranks differ only in what a unit is. Blocks that are left out whole have
+gone before: they only count.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError, require
-from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_in_block
+from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_parameters
 from lightpeft.structure import BlockSpec, SiteSpec
 
 
@@ -28,6 +29,9 @@ def make_plan(record: EstimationRecord, budget: Budget) -> PrunePlan:
     Raises:
         LightPeftError: scores that are not finite, a missing criterion, or a budget that cannot be met.
     """
+    specs = (*record.blocks, *record.left_out)
+    too_deep = budget.blocks_left(len(specs)) < len(record.blocks)
+    require(not too_deep, f"depth {budget.depth:g} leaves out blocks that the estimation had; estimate with this depth")
     if budget.blocks is not None:
         blocks = _blocks_by_cost(record, budget, budget.blocks)
     elif budget.target is not None:
@@ -38,7 +42,7 @@ def make_plan(record: EstimationRecord, budget: Budget) -> PrunePlan:
     require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the ratios")
     sites = _plan_sites(record, budget, blocks)
     return PrunePlan(
-        specs=tuple(record.blocks),
+        specs=specs,
         blocks=tuple(blocks),
         sites=sites,
         dense_sites=tuple(record.sites),
@@ -174,7 +178,7 @@ def _blocks_by_cost(record: EstimationRecord, budget: Budget, part: float) -> li
     for scores, spec in zip(neurons, record.blocks, strict=True):
         layers.append(Layer(scores.double(), spec.neuron_parameters, budget.min_neurons))
     order = cheapest_first(layers)
-    whole = sum(block_parameters(spec) for spec in record.blocks)
+    whole = sum(block_parameters(spec) for spec in (*record.blocks, *record.left_out))
 
     def plan(count: int) -> list[BlockPlan]:
         kept = without(layers, order[:count])
@@ -195,7 +199,7 @@ def _blocks_by_cost(record: EstimationRecord, budget: Budget, part: float) -> li
 
 def _removed(record: EstimationRecord, blocks: Sequence[BlockPlan]) -> int:
     """Parameters that go when `blocks` stays."""
-    return sum(removed_in_block(spec, kept) for spec, kept in zip(record.blocks, blocks, strict=True))
+    return removed_parameters(zip(record.blocks, blocks, strict=True), record.left_out)
 
 
 @dataclass(frozen=True)

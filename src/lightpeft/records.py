@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,6 +41,8 @@ class EstimationRecord:
     """Of the base the scores belong to."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Steps, tokens, settings, seed, loss, history of `length: auto`, versions."""
+    left_out: list[BlockSpec] = field(default_factory=list)
+    """Blocks of the base above `blocks` that were left out whole before estimation, and have no scores."""
 
     def of_blocks(self, kind: str, criterion: str) -> list[Tensor]:
         """Scores of "heads" or "neurons" under a criterion, one tensor a block."""
@@ -69,6 +72,7 @@ class EstimationRecord:
                     "fingerprint": self.fingerprint,
                     "meta": self.meta,
                     "blocks": [asdict(block) for block in self.blocks],
+                    "left_out": [asdict(block) for block in self.left_out],
                     "sites": [asdict(site) for site in self.sites],
                 },
             )
@@ -95,6 +99,7 @@ class EstimationRecord:
                 base_parameters=data["base_parameters"],
                 fingerprint=data["fingerprint"],
                 meta=data["meta"],
+                left_out=[BlockSpec(**block) for block in data.get("left_out", [])],
             )
 
 
@@ -114,7 +119,7 @@ class PrunePlan:
     specs: tuple[BlockSpec, ...]
     """The dense structure that the indices refer to."""
     blocks: tuple[BlockPlan, ...]
-    """What stays, one entry a block."""
+    """What stays, one entry a block; blocks of `specs` beyond the last entry are left out whole."""
     sites: dict[str, tuple[int, ...]]
     """PEFT modules that stay -> the ranks of theirs that stay."""
     dense_sites: tuple[SiteSpec, ...]
@@ -127,9 +132,19 @@ class PrunePlan:
     """The budget that the plan was made from."""
 
     @property
+    def parts(self) -> list[tuple[BlockSpec, BlockPlan]]:
+        """The blocks that stay, each with what stays of it."""
+        return list(zip(self.specs, self.blocks, strict=False))
+
+    @property
+    def left_out(self) -> tuple[BlockSpec, ...]:
+        """The blocks that go whole: the topmost ones."""
+        return self.specs[len(self.blocks) :]
+
+    @property
     def removed_parameters(self) -> int:
         """Base parameters that the plan removes."""
-        return sum(removed_in_block(spec, kept) for spec, kept in zip(self.specs, self.blocks, strict=True))
+        return removed_parameters(self.parts, self.left_out)
 
     @property
     def removed_ratio(self) -> float:
@@ -143,13 +158,14 @@ class PrunePlan:
 
     def rows(self) -> list[dict[str, str]]:
         """One row a block: heads, KV heads, neurons and PEFT modules with their ranks, each as kept/dense."""
-        return [self._row(spec, kept) for spec, kept in zip(self.specs, self.blocks, strict=True)]
+        return [self._row(spec, kept) for spec, kept in zip_longest(self.specs, self.blocks)]
 
-    def _row(self, spec: BlockSpec, kept: BlockPlan) -> dict[str, str]:
+    def _row(self, spec: BlockSpec, kept: BlockPlan | None) -> dict[str, str]:
+        removed = 1.0 if kept is None else removed_in_block(spec, kept) / block_parameters(spec)
+        kept = kept or BlockPlan((), (), ())
         dense = [site for site in self.dense_sites if site.block == spec.index]
         stay = [site for site in dense if site.name in self.sites]
         modules = " ".join(f"{site.slot}:{len(self.sites[site.name])}" for site in stay)
-        removed = removed_in_block(spec, kept) / block_parameters(spec)
         return {
             "layer": spec.label or str(spec.index),
             "heads": f"{len(kept.heads)}/{spec.heads}",
@@ -231,7 +247,8 @@ def check_fit(plan: PrunePlan) -> None:
     Raises:
         LightPeftError: it is not.
     """
-    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+    require(0 < len(plan.blocks) <= len(plan.specs), "the plan keeps other blocks than there were")
+    for spec, kept in plan.parts:
         groups = sorted({head // spec.heads_per_kv for head in kept.heads})
         fits = list(kept.kv_heads) == groups and len(kept.heads) % max(len(groups), 1) == 0
         require(fits, f"block {spec.label} of the plan keeps query heads that do not fit its KV heads")
@@ -241,6 +258,8 @@ def check_fit(plan: PrunePlan) -> None:
     for name, ranks in plan.sites.items():
         require(name in dense, f"the plan keeps a PEFT module {name} that there was not")
         _check_indices(ranks, dense[name], f"ranks of {name}")
+    above = {name for spec in plan.left_out for name in spec.projections.values()} & plan.sites.keys()
+    require(not above, f"the plan keeps a PEFT module in a block that it leaves out: {', '.join(sorted(above)[:1])}")
 
 
 def _check_indices(kept: Sequence[int], dense: int, what: str) -> None:
@@ -256,6 +275,11 @@ def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
         + (spec.neurons - len(kept.neurons)) * spec.neuron_parameters
         + (0 if kept.heads else spec.rest_parameters)
     )
+
+
+def removed_parameters(parts: Iterable[tuple[BlockSpec, BlockPlan]], left_out: Iterable[BlockSpec]) -> int:
+    """Parameters that go when so much of some blocks stays, and others are left out whole."""
+    return sum(removed_in_block(*part) for part in parts) + sum(map(block_parameters, left_out))
 
 
 def removable_parameters(spec: BlockSpec) -> int:

@@ -163,7 +163,7 @@ class _Weights:
 
 def _changed(plan: PrunePlan) -> Iterator[tuple[BlockSpec, BlockPlan, str]]:
     """The projections that lose inputs, with their blocks."""
-    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+    for spec, kept in plan.parts:
         for slot in OUTPUT_SLOTS:
             if slot in spec.projections and kept_channels(spec, kept, slot) is not None:
                 yield spec, kept, slot

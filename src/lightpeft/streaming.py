@@ -140,7 +140,8 @@ class _Place:
 
 
 def _places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module, _Place]]:
-    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+    nothing = [(spec, BlockPlan((), (), ())) for spec in plan.left_out]
+    for spec, kept in (*plan.parts, *nothing):
         for slot, name in spec.projections.items():
             layer = model.get_submodule(name)
             stand_in = copy.copy(layer)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
 
+from lightpeft.depth import leave_out
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs
 from lightpeft.layout import cut_dim, head_channels, kept_channels, width
@@ -48,16 +49,20 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     """
     inner = transformers_model(model)
     check_fit(plan)
-    for spec in plan.specs:
+    there = [spec.structure() for spec in block_specs(inner)]
+    # a model whose depth was cut before, as for estimation, has the blocks that stay
+    specs = plan.specs[: max(len(there), len(plan.blocks))]
+    for spec in specs:
         _check_structure(inner, spec)
-    same = [spec.structure() for spec in block_specs(inner)] == [spec.structure() for spec in plan.specs]
+    same = there == [spec.structure() for spec in specs]
     require(same, "the plan is for another model: its blocks have other parts than those of this one")
     _check_widths(inner, plan)
+    leave_out(model, len(plan.blocks))
     if isinstance(model, PeftModel):
         _cut_sites(model, plan)
     apart = _stacks_apart(plan)
     tables = {name: inner.get_submodule(name) for name in apart if name}
-    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+    for spec, kept in plan.parts:
         _cut_ffn(inner, spec, kept)
         _cut_attention(inner, spec, kept)
         if spec.shared_arguments and spec.position_bias in apart and kept.heads:
@@ -84,7 +89,7 @@ def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
 
 def _check_widths(inner: nn.Module, plan: PrunePlan) -> None:
     """Refuse widths that a quantised layer cannot have, before anything is cut."""
-    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
+    for spec, kept in plan.parts:
         for slot, name in spec.projections.items():
             index = kept_channels(spec, kept, slot)
             reason = fault(base_linear(inner, name), len(index), cut_dim(slot)) if index is not None else None
@@ -201,11 +206,7 @@ class SelectedChannels(nn.Module):
 
 def _stacks_apart(plan: PrunePlan) -> set[str | None]:
     """Stacks whose blocks hand on what has one entry a head, and of which one lost heads; by their position table."""
-    return {
-        spec.position_bias
-        for spec, kept in zip(plan.specs, plan.blocks, strict=True)
-        if spec.shared_arguments and len(kept.heads) < spec.heads
-    }
+    return {spec.position_bias for spec, kept in plan.parts if spec.shared_arguments and len(kept.heads) < spec.heads}
 
 
 def _stop_sharing(attention: Any, spec: BlockSpec, kept: BlockPlan, tables: dict[str, Any]) -> None:
@@ -311,7 +312,7 @@ class DroppedAttention(nn.Module):
 
 def _adapt_generation(inner: Any, plan: PrunePlan) -> None:
     """Keep `generate` and its kin from counting on the heads of the dense model."""
-    cut = [(s, k) for s, k in zip(plan.specs, plan.blocks, strict=True) if len(k.heads) < s.heads]
+    cut = [(spec, kept) for spec, kept in plan.parts if len(kept.heads) < spec.heads]
     if cut:
         inner._get_static_cache_init_shape = _no_common_shape
     if any(0 < len(kept.kv_heads) < spec.kv_heads for spec, kept in cut):
