@@ -162,7 +162,9 @@ def test_a_model_of_equal_layers_is_one_for_transformers_alone(tmp_path: Path) -
 
 
 def test_the_table_shows_what_is_left_out() -> None:
-    rows = shallow(make("llama-gqa")).light_plan.rows()
+    plan = shallow(make("llama-gqa")).light_plan
+    assert "of the blocks'); 1 of 3 blocks whole; keeps" in plan.summary()
+    rows = plan.rows()
     assert [row["removed"] == "100%" for row in rows] == [False, False, True]
     assert (rows[2]["layer"], rows[2]["heads"], rows[2]["module:ranks"]) == ("2", "0/4", "-")
 

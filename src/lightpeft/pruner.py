@@ -38,11 +38,12 @@ class EarlyPruner:
     def __init__(self, model: PeftModel, config: LightConfig | None = None) -> None:
         """
         Args:
-            model: what `peft.get_peft_model` returned. It is pruned in place by `prune`.
+            model: what `peft.get_peft_model` returned. It is pruned in place by `prune`; the blocks that `config.depth`
+                leaves out are taken out here.
             config: budget and estimation settings; the default preset if None.
 
         Raises:
-            LightPeftError: an unsupported model family, PEFT type, or quantisation.
+            LightPeftError: an unsupported model family, PEFT type, or quantisation, or a depth that cannot be cut.
         """
         self.model = model
         self.config = config or LightConfig()

@@ -177,12 +177,13 @@ class PrunePlan:
         }
 
     def summary(self) -> str:
-        """One line: what part of the base, of the PEFT modules and of their ranks goes."""
+        """One line: what part of the base, of its blocks, of the PEFT modules and of their ranks goes."""
         ranks = sum(len(kept) for kept in self.sites.values())
         dense_ranks = sum(site.rank for site in self.dense_sites)
+        whole = f"{len(self.left_out)} of {len(self.specs)} blocks whole; " if self.left_out else ""
         return (
             f"removes {self.removed_parameters:,} of {self.base_parameters:,} base parameters "
-            f"({self.removed_ratio:.1%}; {self.removed_of_blocks:.1%} of the blocks'); "
+            f"({self.removed_ratio:.1%}; {self.removed_of_blocks:.1%} of the blocks'); {whole}"
             f"keeps {len(self.sites)} of {len(self.dense_sites)} PEFT modules and {ranks} of {dense_ranks} ranks"
         )
 
