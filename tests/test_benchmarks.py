@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import attention
+import depth_probe
 import estimation_cost
 import gpu
 import inference
@@ -31,7 +32,7 @@ import synthetic
 import torch
 from peft import PeftModel
 from tiny import random_record, relative_difference
-from torch import Tensor
+from torch import Tensor, nn
 from training import inputs, student
 from workbench import Workbench, forked, read, stamps
 
@@ -458,6 +459,66 @@ def test_subjects_of_a_run(
     assert results["time_ratio"][first]["median"] == 1
     assert script.main([str(tmp_path / "missing.yaml")]) == 2
     assert f"{name}: config file" in capsys.readouterr().err
+
+
+# -- depth_probe.py ----------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_judged_by_the_others() -> None:
+    """The closed form is what leaving each row out and fitting again gives, at the penalty that does best."""
+    generator = torch.Generator().manual_seed(0)
+    states, labels = torch.randn(12, 3, generator=generator), torch.arange(12) % 2
+    states[:, 1] += labels
+    scaled = (states.double() - states.double().mean(0)) / states.double().std(0)
+    inputs, targets = torch.cat([scaled, torch.ones(12, 1)], 1), nn.functional.one_hot(labels).double()
+    errors = []
+    for ridge in depth_probe.RIDGES:
+        wrong = []
+        for row in range(12):
+            others = [other for other in range(12) if other != row]
+            x = inputs[others]
+            weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(4), x.T @ targets[others])
+            wrong.append((targets[row] - inputs[row] @ weights).square().sum())
+        errors.append(torch.stack(wrong))
+    best = min(errors, key=lambda of_ridge: float(of_ridge.mean()))
+    found = depth_probe.probe(states, labels)
+    torch.testing.assert_close(found["errors"], best)
+    assert found["error"] == pytest.approx(float(best.mean())) and found["accuracy"] > 0.5
+
+
+def test_the_least_depth_within_noise() -> None:
+    noise = torch.tensor([0.0, 0.2] * 8)
+    assert depth_probe.enough([noise + 1, noise.flip(0) + 0.01, noise, noise]) == 2
+    assert depth_probe.enough([noise + 1, noise + 0.5, noise, noise + 1]) == 3
+
+
+def test_where_a_head_reads() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    assert depth_probe.place_of_head(mask, first=False).tolist() == [3, 2]
+    assert depth_probe.place_of_head(mask, first=True).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_depth_probe(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = Workbench(tmp_path / "bench", family)
+    readme = readme_with(place("depth_probe tiny"), tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert depth_probe.main([str(bench.yaml("tiny")), "--rows", "48", "--write-readme"]) == 0
+    results = read(tmp_path / "tiny.depth_probe.json")
+    assert len(results["blocks"]) == 2 and results["enough"] in (1, 2)
+    assert "| 2 |" in readme.read_text()
+    assert depth_probe.main([str(bench.yaml("tiny")), "--rows", "65"]) == 2
+    assert "depth_probe: --rows is 65; there are 64 training rows" in capsys.readouterr().err
+
+
+def test_depth_probe_of_a_language_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert depth_probe.main([str(Workbench(tmp_path / "bench", "llama", "causal-lm").yaml("tiny"))]) == 2
+    assert "does not classify" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
