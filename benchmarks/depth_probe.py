@@ -120,20 +120,19 @@ def _keep(seen: list[Tensor], places: Tensor) -> Any:
 def probe(states: Tensor, labels: Tensor) -> dict[str, Any]:
     """Accuracy and squared errors of rows by classifiers that have not seen them.
 
-    With K = X X^T of the standardised states, alpha = (K + lambda I)^-1 Y and D the diagonal of that inverse, the error
-    of row i without itself in the data is alpha_i / D_i.
+    With K = X X^T of the standardised states, the fit is H Y, H = K (K + lambda I)^-1 + 1/n (a free intercept), and the
+    error of row i without itself in the data is (Y - H Y)_i / (1 - H_ii).
 
     Args:
         states: [rows, width].
         labels: [rows], class numbers.
     """
     scaled = (states.double() - states.double().mean(0)) / states.double().std(0).clamp_min(1e-6)
-    inputs = torch.cat([scaled, torch.ones(len(scaled), 1, dtype=torch.float64)], 1)
     targets = nn.functional.one_hot(labels).double()
-    products, best = inputs @ inputs.T, None
+    products, identity, best = scaled @ scaled.T, torch.eye(len(scaled), dtype=torch.float64), None
     for ridge in RIDGES:
-        inverse = torch.linalg.inv(products + ridge * torch.eye(len(products), dtype=torch.float64))
-        left = inverse @ targets / inverse.diagonal().unsqueeze(1)
+        fit = torch.linalg.solve(products + ridge * identity, products) + 1 / len(scaled)
+        left = (targets - fit @ targets) / (1 - fit.diagonal()).unsqueeze(1)
         errors = left.square().sum(1)
         if best is None or errors.mean() < best["error"]:
             right = (targets - left).argmax(1) == labels
