@@ -58,6 +58,7 @@ def test_ratios_in_range(value: float) -> None:
         (Budget, {"heads_scope": "local"}, 'heads_scope is "local"; choose one of layerwise, global'),
         (Budget, {"head_unit": "pair"}, 'head_unit is "pair"; choose one of group, balanced'),
         (Budget, {"module_blocks": 0.0}, "module_blocks is 0; it lies in (0, 1]"),
+        (Budget, {"depth": 1.0}, "depth is 1; a ratio to remove lies in [0, 1)"),
         (Budget, {"module_blocks": 1.5}, "module_blocks is 1.5; it lies in (0, 1]"),
         (Budget, {"module_criterion": "mask"}, 'is "mask"; choose one of ratio, taylor, random'),
         (Budget, {"blocks": 0.5, "target": 0.5}, "blocks and target both say how much goes"),

@@ -180,6 +180,13 @@ def test_a_plan_that_keeps_a_module_above_is_refused() -> None:
     assert "other blocks than there were" in refusal(lambda: PrunePlan.from_dict({**plan.to_dict(), "blocks": []}))
 
 
+def test_a_plan_for_other_modules_takes_no_block_out() -> None:
+    plan = shallow(make("bert")).light_plan
+    model = with_lora(make("bert"), target_modules=["query", "value"])
+    assert "other PEFT modules" in refusal(lambda: apply_plan(model, plan))
+    assert len(blocks_of(model)) == 3 and model.config.num_hidden_layers == 3
+
+
 # Estimation
 
 

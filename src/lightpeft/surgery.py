@@ -57,9 +57,10 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     same = there == [spec.structure() for spec in specs]
     require(same, "the plan is for another model: its blocks have other parts than those of this one")
     _check_widths(inner, plan)
+    sites = _checked_sites(model, plan) if isinstance(model, PeftModel) else []
     leave_out(model, len(plan.blocks))
-    if isinstance(model, PeftModel):
-        _cut_sites(model, plan)
+    for site in sites:
+        _cut_site(site, plan) if site.spec.name in plan.sites else remove_site(model, site)
     apart = _stacks_apart(plan)
     tables = {name: inner.get_submodule(name) for name in apart if name}
     for spec, kept in plan.parts:
@@ -96,21 +97,18 @@ def _check_widths(inner: nn.Module, plan: PrunePlan) -> None:
             require(reason is None, f"{name} cannot be cut: {reason}")
 
 
-def _cut_sites(model: PeftModel, plan: PrunePlan) -> None:
-    """Remove PEFT modules that go and cut those that stay: along their ranks and along the cut base dimensions."""
-    sites = find_sites(model, plan.specs)
+def _checked_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
+    """The PEFT modules in blocks that stay; refuses those that do not fit, or cannot go, before anything is cut."""
+    sites = find_sites(model, [spec for spec, _ in plan.parts])
     dense = {site.spec.name: site.spec.rank for site in sites}
     planned = {site.name: site.rank for site in plan.dense_sites}
     require(dense == planned, "the plan is for other PEFT modules than this model has")
     check_removable(model, [site for site in sites if site.spec.name not in plan.sites])
-    for site in sites:
-        if site.spec.name in plan.sites:
-            _cut_site(site, plan)
-        else:
-            remove_site(model, site)
+    return sites
 
 
 def _cut_site(site: Site, plan: PrunePlan) -> None:
+    """Cut a PEFT module along its ranks and along the cut base dimension."""
     spec, kept = plan.specs[site.spec.block], plan.blocks[site.spec.block]  # type: ignore[index]
     slot: str = site.spec.slot  # type: ignore[assignment]
     ranks = plan.sites[site.spec.name]
