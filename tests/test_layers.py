@@ -16,7 +16,7 @@ LAYERS: tuple[set[str], ...] = (
     {"families", "statistics"},
     {"bottleneck"},
     {"sites"},
-    {"harness", "labelled", "loading", "masks", "importance", "prediction_files", "profiling"},
+    {"depth", "harness", "labelled", "loading", "masks", "importance", "prediction_files", "profiling"},
     {"batching"},
     {"generating"},
     {"acceleration", "evaluation", "estimation", "prefix", "refit", "surgery", "streaming", "training"},
