@@ -108,7 +108,7 @@ def place_of_head(mask: Tensor, first: bool) -> Tensor:
 
 
 def _keep(seen: list[Tensor], places: Tensor) -> Any:
-    """Forward hook that keeps a block's output at one place a row."""
+    """Forward hook that keeps a block's output at one place a row; all of every block's would not fit into memory."""
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output

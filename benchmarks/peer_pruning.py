@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from lightpeft import scoring
 from lightpeft.bench import sample_batches
 from lightpeft.config import Budget
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.families import block_specs
 from lightpeft.layout import squared_norms
 from lightpeft.linears import dense_weight, is_linear
@@ -32,7 +32,7 @@ from lightpeft.loading import fingerprint
 from lightpeft.pipeline import Workspace
 from lightpeft.planning import make_plan
 from lightpeft.profiling import count_parameters
-from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan
+from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters
 from lightpeft.sites import base_linear, find_sites, transformers_model
 from lightpeft.structure import BlockSpec, SiteSpec
 
@@ -72,28 +72,14 @@ def goal_of(model: PreTrainedModel, budget: Budget) -> Goal:
     """
     require(not budget.depth or budget.blocks is not None, "with light.depth, say in light.blocks how much goes in all")
     plan = _plan(model, budget, "random", seed=0)
-    heads = sum(spec.heads - len(kept.heads) for spec, kept in zip(plan.specs, plan.blocks, strict=True))
+    heads = sum(spec.heads - len(kept.heads) for spec, kept in plan.parts)
     return Goal(
         budget=Budget(**{f.name: getattr(budget, f.name) for f in fields(Budget)}),
         removed=plan.removed_parameters,
         heads=round(heads / len(plan.blocks)),
         base=plan.base_parameters,
-        blocks=sum(p.numel() for p in block_list(model).parameters()),
+        blocks=sum(block_parameters(spec) for spec in plan.specs),
     )
-
-
-def block_list(model: nn.Module) -> nn.ModuleList:
-    """The list of the model's transformer blocks.
-
-    Raises:
-        LightPeftError: its blocks are not all in one list, as in encoder-decoders.
-    """
-    inner = transformers_model(model)
-    specs = block_specs(inner)
-    for name, module in inner.named_modules():
-        if isinstance(module, nn.ModuleList) and all(spec.attention.startswith(f"{name}.") for spec in specs):
-            return module
-    raise LightPeftError(f"the blocks of {type(inner).__name__} are not in one list; it has no one depth to cut")
 
 
 def apply_to_peft(model: PeftModel, blocks: tuple[BlockPlan, ...], by: str) -> PrunePlan:

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from test_bottleneck import adapted
-from tiny import ALL, GENERATORS, inputs_for, make, random_record, refusal, relative_difference, with_lora
+from tiny import ALL, GENERATORS, inputs_for, make, plan_for, refusal, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft, read
@@ -21,7 +20,6 @@ from lightpeft.config import Budget
 from lightpeft.depth import leave_out
 from lightpeft.estimation import Estimator
 from lightpeft.families import block_lists
-from lightpeft.planning import make_plan
 from lightpeft.profiling import count_parameters
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.sites import transformers_model
@@ -34,15 +32,10 @@ A_THIRD = 1 / 3
 """One block of the three that tiny models have."""
 
 
-def shallow_plan(model: PeftModel, **budget: Any) -> PrunePlan:
-    """A plan from random scores over a model that loses a third of its depth on the way."""
-    return make_plan(random_record(model, depth=A_THIRD), Budget(**{"heads": 0.5, "modules": 0.3, **budget}))
-
-
 def shallow(base: PreTrainedModel, **budget: Any) -> LightModel:
     """A light model of two blocks with fewer heads and neurons."""
     model = with_lora(base)
-    plan = shallow_plan(model, **budget)
+    plan = plan_for(model, depth=A_THIRD, **budget)
     apply_plan(model, plan)
     return as_light(model.eval(), plan)
 
@@ -93,7 +86,7 @@ def test_generate_counts_on_the_blocks_that_are_there(name: str) -> None:
 
 def test_nothing_to_leave_out() -> None:
     model = make("bert")
-    leave_out(model, 3)
+    leave_out(model, 4)
     assert len(blocks_of(model)) == 3 and model.config.num_hidden_layers == 3
 
 

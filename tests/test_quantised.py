@@ -335,7 +335,9 @@ def test_masked_and_pruned_models(folder: Path, kind: str, neurons: float) -> No
 
 
 @all_configs
-@pytest.mark.parametrize("budget", [BUDGET, BUDGET | {"min_heads": 0, "min_neurons": 0, "heads": 0.6}])
+@pytest.mark.parametrize(
+    "budget", [BUDGET, BUDGET | {"min_heads": 0, "min_neurons": 0, "heads": 0.6}, BUDGET | {"depth": 1 / 3}]
+)
 def test_trains_saves_and_loads(folder: Path, tmp_path: Path, kind: str, budget: dict[str, Any]) -> None:
     if "min_heads" in budget:
         budget = {**budget, "heads_scope": "global"}

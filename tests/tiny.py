@@ -283,8 +283,8 @@ def weak_sublayers(record: EstimationRecord) -> EstimationRecord:
 
 
 def plan_for(model: PeftModel, seed: int = 3, **budget: Any) -> PrunePlan:
-    """A plan from random scores; with the `DROPPED` budget, one that drops whole sub-layers."""
-    record = random_record(model, seed)
+    """A plan from random scores; with the `DROPPED` budget, one that drops whole sub-layers. Cuts a depth at once."""
+    record = random_record(model, seed, depth=budget.get("depth", 0.0))
     if budget.get("min_heads") == 0:
         record = weak_sublayers(record)
     return make_plan(record, Budget(**{**USUAL, **budget}))

@@ -10,12 +10,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.errors import require
-from lightpeft.families import block_lists, block_specs
+from lightpeft.families import block_lists
 from lightpeft.sites import refresh_config, transformers_model
 
 
 def leave_out(model: nn.Module, stay: int) -> None:
     """Take all blocks but the lowest `stay` out of a transformers model, or the one inside a PeftModel, in place.
+
+    A model that has no more than these stays as it is.
 
     What was above them (the last norm, the head) then reads their output. The config says so, so that generation,
     caches and `save_pretrained` take the model for one of that depth; PEFT modules go with their blocks.
@@ -25,12 +27,11 @@ def leave_out(model: nn.Module, stay: int) -> None:
             beside the blocks that has a size by their number; nothing was taken out.
     """
     inner = transformers_model(model)
-    if len(block_specs(inner)) <= stay:
-        return
-    stacks = block_lists(inner)
-    kind = inner.config.model_type
+    stacks, kind = block_lists(inner), inner.config.model_type
     several = f"depth leaves out blocks of models with one stack, and {kind} has {len(stacks)}; set light.depth to 0"
     require(len(stacks) == 1, several)
+    if len(stacks[0]) <= stay:
+        return
     _check_rest(inner, stay)
     del stacks[0][stay:]
     _set_depth(inner.config, stay)

@@ -52,7 +52,8 @@ class Estimator:
         self.fingerprint = fingerprint(model, dense)
         stay = config.blocks_left(len(dense))
         self.blocks, self.left_out = dense[:stay], dense[stay:]
-        leave_out(model, stay)
+        if self.left_out:
+            leave_out(model, stay)
         self.sites = find_sites(model, self.blocks)
         self.history: list[dict[str, float]] = []
         self.steps = 0

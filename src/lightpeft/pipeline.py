@@ -116,7 +116,10 @@ def prepare(config: RunConfig) -> Workspace:
 
 
 def estimate(work: Workspace) -> EstimationRecord:
-    """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance."""
+    """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance.
+
+    Blocks that `light.depth` leaves out are gone before that: `EarlyPruner` takes them out.
+    """
     run, config = work.run, work.config
     if run.has("estimate"):
         return EstimationRecord.load(run.estimation)

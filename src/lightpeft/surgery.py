@@ -58,7 +58,8 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     require(same, "the plan is for another model: its blocks have other parts than those of this one")
     _check_widths(inner, plan)
     sites = _checked_sites(model, plan) if isinstance(model, PeftModel) else []
-    leave_out(model, len(plan.blocks))
+    if plan.left_out:
+        leave_out(model, len(plan.blocks))
     for site in sites:
         _cut_site(site, plan) if site.spec.name in plan.sites else remove_site(model, site)
     apart = _stacks_apart(plan)
