@@ -30,7 +30,7 @@ from lightpeft.depth import leave_out
 from lightpeft.errors import require
 from lightpeft.families import block_specs
 from lightpeft.loading import LoadedModel, add_peft
-from lightpeft.machine import in_bf16
+from lightpeft.machine import autocast_dtype
 from lightpeft.pipeline import Workspace
 from lightpeft.plain_data import load_yaml
 from lightpeft.records import PrunePlan
@@ -65,8 +65,8 @@ class Method:
 
     def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
         """Inside the block, the model trains as the method has it."""
-        lengths, bf16 = work.train_rows["length"][:], in_bf16(work.config.training)
-        return accelerated(model, lengths, dropout=0.0, bf16=bf16) if self.accelerated else nullcontext()
+        lengths, half = work.train_rows["length"][:], autocast_dtype(work.config.training)
+        return accelerated(model, lengths, dropout=0.0, autocast=half) if self.accelerated else nullcontext()
 
 
 def plain_peft(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:

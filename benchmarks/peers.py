@@ -40,7 +40,7 @@ from lightpeft.checkpoint import LightModel
 from lightpeft.cli import quiet
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
-from lightpeft.machine import in_bf16
+from lightpeft.machine import autocast_dtype
 from lightpeft.pipeline import Workspace
 from lightpeft.profiling import alternate, count_parameters, folder_bytes, hardware, ratio, summarize
 from lightpeft.records import read_json, write_json
@@ -262,7 +262,7 @@ class Suite:
     def _evaluate(self, work: Workspace, model: nn.Module) -> dict[str, float]:
         training = work.config.training
         return evaluation.evaluate(
-            model, work.test_rows, work.task, work.collator, training.eval_batch_size, in_bf16(training), silent
+            model, work.test_rows, work.task, work.collator, training.eval_batch_size, autocast_dtype(training), silent
         )
 
     def _run_light(self, config: RunConfig, curve: Curve) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from lightpeft.config import LightConfig, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.estimation import Estimator
 from lightpeft.importance import RealTokens
-from lightpeft.machine import in_bf16
+from lightpeft.machine import autocast_dtype
 from lightpeft.meanwhile import in_mode
 from lightpeft.pipeline import Workspace
 from lightpeft.planning import Layer, cheapest_first, make_plan
@@ -239,7 +239,7 @@ def teacher_logits(work: Workspace) -> list[Tensor]:
     """Logits of the dense model at the end of estimation for every training row."""
     model = PeftModel.from_pretrained(pipeline.dense_model(work).model, str(work.run.estimation / "adapter"))
     training = work.config.training
-    run = evaluation.Run(model, work.collator, training.eval_batch_size, in_bf16(training))
+    run = evaluation.Run(model, work.collator, training.eval_batch_size, autocast_dtype(training))
     return evaluation.logits_of(run, work.train_rows)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import subjects
+import torch
 from peer_methods import with_settings
 
 from lightpeft import pipeline
@@ -37,6 +38,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
     "in float32": {"training.bf16": False},
 }
 """What is measured: settings that differ from the config's."""
+FLOAT16 = "in float16, the loss scaled"
 CHECKPOINTED, COMPILED = "with gradient checkpointing", "compiled (torch.compile)"
 UNROUNDED = "neurons in any number instead of multiples of 8"
 
@@ -75,6 +77,7 @@ def subjects_of(config: RunConfig) -> subjects.Subjects:
         AS_IT_IS: ("light", run),
         **found,
         UNROUNDED: ("light", subjects.pruned(with_settings(config, {"light.multiple_of": 1}), folder / UNROUNDED)),
+        FLOAT16: (replace(LIGHT, autocast=torch.float16), run),
         CHECKPOINTED: (replace(LIGHT, make=checkpointed), run),
         COMPILED: (replace(LIGHT, make=compiled), run),
     }

@@ -254,16 +254,16 @@ def probabilities(model: nn.Module) -> dict[str, float]:
 
 class TestShortAttention:
     @pytest.mark.parametrize(
-        ("lengths", "bf16", "plain"),
+        ("lengths", "autocast", "plain"),
         [
-            ([SHORT_ROWS, SHORT_ROWS], True, True),
-            ([SHORT_ROWS, SHORT_ROWS + 1], True, False),
-            ([8], False, False),
-            ([], True, False),
+            ([SHORT_ROWS, SHORT_ROWS], torch.bfloat16, True),
+            ([SHORT_ROWS, SHORT_ROWS + 1], torch.bfloat16, False),
+            ([8], None, False),
+            ([], torch.bfloat16, False),
         ],
     )
-    def test_short_rows_in_half_precision(self, lengths: list[int], bf16: bool, plain: bool) -> None:
-        with accelerated(make("bert"), lengths, bf16=bf16):
+    def test_short_rows_in_half_precision(self, lengths: list[int], autocast: torch.dtype | None, plain: bool) -> None:
+        with accelerated(make("bert"), lengths, autocast=autocast):
             assert torch.backends.cuda.flash_sdp_enabled() != plain
         assert torch.backends.cuda.flash_sdp_enabled()
 

@@ -170,7 +170,7 @@ class TestClassification:
         collator = task.collator(tokenizer)
         logits = all_logits(Run(model, collator, 4, progress=silent), encoded)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)  # a fresh LoRA adds nothing
-        half = all_logits(Run(model, collator, 4, bf16=True, progress=silent), encoded)
+        half = all_logits(Run(model, collator, 4, autocast=torch.bfloat16, progress=silent), encoded)
         assert half.dtype == torch.float32
         assert not torch.equal(half, logits)
         torch.testing.assert_close(half, logits, rtol=0.1, atol=0.3)

@@ -11,7 +11,7 @@ from workbench import Workbench
 
 from lightpeft import machine, pipeline
 from lightpeft.config import TrainingConfig
-from lightpeft.machine import has_bf16, in_bf16
+from lightpeft.machine import autocast_dtype, has_bf16
 
 
 @pytest.fixture
@@ -29,15 +29,15 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_cpus_with_bfloat16(cpu: Any, instructions: str) -> None:
     cpu(avx2=True, **{instructions: True})
     assert has_bf16()
-    assert in_bf16(TrainingConfig(bf16="auto"))
-    assert not in_bf16(TrainingConfig())
+    assert autocast_dtype(TrainingConfig(bf16="auto")) is torch.bfloat16
+    assert autocast_dtype(TrainingConfig()) is None
 
 
 def test_cpus_without_bfloat16(cpu: Any) -> None:
     cpu(avx2=True, avx512_f=True, avx512_bf16=False)
     assert not has_bf16()
-    assert not in_bf16(TrainingConfig(bf16="auto"))
-    assert in_bf16(TrainingConfig(bf16=True))  # what a user asks for is done
+    assert autocast_dtype(TrainingConfig(bf16="auto")) is None
+    assert autocast_dtype(TrainingConfig(bf16=True)) is torch.bfloat16  # what a user asks for is done
 
 
 def test_gpus(cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:

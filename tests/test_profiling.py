@@ -310,11 +310,11 @@ def test_peak_memory_on_cuda() -> None:
 # Time
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_training_steps_train_the_peft_weights_only(bf16: bool) -> None:
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_training_steps_train_the_peft_weights_only(autocast: torch.dtype | None) -> None:
     model = bert_lora().eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    seconds = measure_training(model, [bert_batch()], torch.optim.SGD, steps=3, warmup=1, bf16=bf16)
+    seconds = measure_training(model, [bert_batch()], torch.optim.SGD, steps=3, warmup=1, autocast=autocast)
     assert len(seconds) == 3 and min(seconds) > 0
     for name, parameter in model.named_parameters():
         assert parameter.grad is None
@@ -356,7 +356,7 @@ def test_bf16_runs_under_autocast() -> None:
     dtypes: list[torch.dtype] = []
     model = bert()
     model.classifier.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    measure_inference(model, [bert_batch()], warmup=0, bf16=True)
+    measure_inference(model, [bert_batch()], warmup=0, autocast=torch.bfloat16)
     measure_inference(model, [bert_batch()], warmup=0)
     assert dtypes == [torch.bfloat16, torch.float32]
 

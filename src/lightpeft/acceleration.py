@@ -22,7 +22,7 @@ def accelerated(
     lengths: Sequence[int] = (),
     *,
     dropout: float | None = None,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
     loss_alone: bool = False,
 ) -> Iterator[None]:
     """Inside the block a light model trains with fused LoRA layers, its base's dropout, and attention for short rows.
@@ -30,12 +30,12 @@ def accelerated(
     Args:
         lengths: tokens of the training rows; none: rows of unknown length.
         dropout: probability that replaces the base's own ones; None: those stay.
-        bf16: training computes under bfloat16 autocast.
+        autocast: half precision that training computes in under autocast; None: that of the weights.
         loss_alone: nobody reads a language model's logits in training (TRL's trainers do, for their metrics), so that
             those of tokens without a label need not be computed.
     """
     head = labelled_head(model) if loss_alone else nullcontext()
-    with base_dropout(model, dropout), fused_lora(model), head, _short_attention(model, lengths, bf16):
+    with base_dropout(model, dropout), fused_lora(model), head, _short_attention(model, lengths, autocast):
         yield
 
 
@@ -65,9 +65,11 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
             yield from ((module, name, vars(module)[name]) for name in names if isinstance(vars(module)[name], float))
 
 
-def _short_attention(model: nn.Module, lengths: Sequence[int], bf16: bool) -> AbstractContextManager[None]:
+def _short_attention(
+    model: nn.Module, lengths: Sequence[int], autocast: torch.dtype | None
+) -> AbstractContextManager[None]:
     """Attention of plain products where PyTorch's own is slower: half precision on a CPU, in rows of few tokens."""
     parameter = next(model.parameters())
-    half = bf16 or parameter.dtype in (torch.bfloat16, torch.float16)
+    half = (autocast or parameter.dtype) in (torch.bfloat16, torch.float16)
     short = bool(lengths) and sum(lengths) <= SHORT_ROWS * len(lengths)
     return sdpa_kernel(SDPBackend.MATH) if parameter.device.type == "cpu" and half and short else nullcontext()

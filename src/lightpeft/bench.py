@@ -32,7 +32,7 @@ from lightpeft.checkpoint import load_light
 from lightpeft.config import RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.loading import add_peft, quiet_libraries
-from lightpeft.machine import in_bf16
+from lightpeft.machine import autocast_dtype
 from lightpeft.pipeline import Workspace
 from lightpeft.prefix import STATES, FrozenPrefix, StateStore, cache_prefix
 from lightpeft.profiling import (
@@ -183,6 +183,8 @@ class Build:
     """Training is measured inside this context of a run and its model."""
     masked: bool = False
     """Whether masks train, in every block, so that none is frozen."""
+    autocast: torch.dtype | None = None
+    """Half precision instead of the run's own."""
 
 
 class Subject:
@@ -199,6 +201,7 @@ class Subject:
         self.work = pipeline.prepare(config)
         self.batches = sample_batches(self.work, steps)
         self.build = BUILDS[build] if isinstance(build, str) else build
+        self.autocast = self.build.autocast or autocast_dtype(config.training)
         self.model, self.optimizer = self.build.make(self.work)
         self._folder = tempfile.TemporaryDirectory()
         self._stored: Sequence[Mapping[str, Any]] | None = None
@@ -234,7 +237,7 @@ class Subject:
         """
         model = self._merged if merged else self.model
         batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
-        return _samples(batches) / sum(measure_inference(model, batches, bf16=in_bf16(self.config.training)))
+        return _samples(batches) / sum(measure_inference(model, batches, autocast=self.autocast))
 
     @cached_property
     def _merged(self) -> nn.Module:
@@ -262,7 +265,7 @@ class Subject:
         training, folder = self.config.training, Path(self._folder.name)
         options: dict[str, Any] = {
             "batch_size": training.eval_batch_size,
-            "bf16": in_bf16(training),
+            "autocast": self.autocast,
             "progress": silent,
         }
         started = time.perf_counter()
@@ -273,7 +276,7 @@ class Subject:
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:
         training = self.config.training
         return measure_training(
-            self.model, batches, self.optimizer, bf16=in_bf16(training), max_grad_norm=training.max_grad_norm
+            self.model, batches, self.optimizer, autocast=self.autocast, max_grad_norm=training.max_grad_norm
         )
 
 

@@ -424,6 +424,8 @@ class TrainingConfig:
     """Gradient norm clipping; 0 switches it off."""
     bf16: bool | Literal["auto"] = False
     """bfloat16 autocast in training and evaluation; auto: on hardware that has bfloat16 arithmetic."""
+    fp16: bool = False
+    """float16 autocast instead, with a scaled loss, for GPUs that have no bfloat16 arithmetic."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     by_length: bool = True
@@ -455,6 +457,7 @@ class TrainingConfig:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name} is {value:g}; it cannot be negative or infinite")
         check_choices(self)
+        require(not (self.fp16 and self.bf16), "training.fp16 and training.bf16 exclude each other; set one of them")
         require(self.prefix_limit > 0, f"training.prefix_limit is {self.prefix_limit:g}; it must be positive")
         require(0 <= self.warmup < 1, f"training.warmup is {self.warmup:g}; it lies in [0, 1)")
         for name in ("save_steps", "logging_steps", "pad_to_multiple_of"):

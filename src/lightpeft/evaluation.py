@@ -19,6 +19,7 @@ from lightpeft.batching import fitting_batch_size, in_batches
 from lightpeft.config import LikelihoodRule
 from lightpeft.errors import require
 from lightpeft.generating import generate_texts
+from lightpeft.machine import autocasting
 from lightpeft.meanwhile import in_mode
 from lightpeft.statistics import Interval, bootstrap_intervals
 from lightpeft.tasks.answers import BESIDES, Answers
@@ -48,7 +49,7 @@ def evaluate(
     task: Task,
     collator: Collator,
     batch_size: int | None,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
     progress: Progress = bar,
 ) -> dict[str, float]:
     """Metrics of `model` on encoded rows with labels; arguments as for `outcome` and `Run`.
@@ -63,7 +64,7 @@ def evaluate(
     Raises:
         LightPeftError: there is no row, or no token to predict.
     """
-    return values_of(outcome(Run(model, collator, batch_size, bf16, progress), dataset, task), task)
+    return values_of(outcome(Run(model, collator, batch_size, autocast, progress), dataset, task), task)
 
 
 def values_of(outcome: Outcome, task: Task) -> dict[str, float]:
@@ -129,8 +130,8 @@ class Run:
     batch_size: int | None
     """Rows a forward pass (of likelihood: options, of spans: windows); rows of similar length share one. None: as many
     as fit into memory; where even that is too much, half of them."""
-    bf16: bool = False
-    """Forward under bfloat16 autocast; losses are computed in float32 either way."""
+    autocast: torch.dtype | None = None
+    """Half precision of the forward pass under autocast; None: that of the weights. Losses are computed in float32."""
     progress: Progress = bar
     """How the loop is shown."""
 
@@ -147,7 +148,7 @@ class Run:
         def compute(rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
             batch = self.collator(_rows(dataset, rows))
             inputs = {name: value.to(device) for name, value in without_labels(batch).items() if name in accepted}
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.inference_mode(), autocasting(device, self.autocast):
                 return batch, self.model(**inputs)
 
         with in_mode(self.model, training=False):
@@ -296,7 +297,7 @@ def texts_of(run: Run, dataset: Dataset, task: Task) -> list[str]:
             max_new_tokens=task.config.answer_tokens,
             one_line=task.answering == "generation",
             batch_size=run.batch_size,
-            bf16=run.bf16,
+            autocast=run.autocast,
             progress=run.progress,
         )
 

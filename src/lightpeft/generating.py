@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.batching import fitting_batch_size, in_batches
+from lightpeft.machine import autocasting
 from lightpeft.tasks.progress import Progress, bar
 
 LINE_END = "\n"
@@ -24,7 +25,7 @@ def generate_texts(
     max_new_tokens: int,
     one_line: bool = False,
     batch_size: int | None = None,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
     progress: Progress = bar,
 ) -> list[str]:
     """What the model says is most probable at every token (greedy search), up to its end token.
@@ -36,7 +37,7 @@ def generate_texts(
         max_new_tokens: tokens of a text at most.
         one_line: end a text where its first line ends, too.
         batch_size: prompts at once; None: as many as fit into memory.
-        bf16: compute under bfloat16 autocast.
+        autocast: half precision to compute in; None: that of the weights.
         progress: how the loop is shown.
 
     Returns:
@@ -49,7 +50,7 @@ def generate_texts(
         ids = {"input_ids": [list(prompts[row]) for row in rows]}
         # whatever side the tokenizer pads on, a prompt must end where the text begins
         batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.inference_mode(), autocasting(device, autocast):
             written = model.generate(**batch, generation_config=config)
         return written[:, batch["input_ids"].shape[1] :].cpu()
 

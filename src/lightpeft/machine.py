@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 
 from lightpeft.config import TrainingConfig
+from lightpeft.errors import require
 
 _CPU_BF16 = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
 """What x86 and ARM call bfloat16 arithmetic."""
@@ -36,6 +37,28 @@ def has_bf16() -> bool:
     return any(read().get(name, False) for name in _CPU_BF16)
 
 
-def in_bf16(training: TrainingConfig) -> bool:
-    """Whether a run computes under bfloat16 autocast here."""
-    return has_bf16() if training.bf16 == "auto" else training.bf16
+def check_precision(training: TrainingConfig) -> None:
+    """
+    Raises:
+        LightPeftError: training in float16 without an accelerator, where accelerate would train in float32 instead.
+    """
+    require(
+        not training.fp16 or accelerator() is not None,
+        "training.fp16 needs a GPU, and there is none; set training.bf16: auto, which takes what this CPU is good at",
+    )
+
+
+def autocast_dtype(training: TrainingConfig) -> torch.dtype | None:
+    """The half precision that a run computes in under autocast here; None: that of the weights.
+
+    What was trained in float16 is computed so on an accelerator alone: CPUs have no arithmetic for it.
+    """
+    if training.fp16:
+        return None if accelerator() is None else torch.float16
+    chosen = has_bf16() if training.bf16 == "auto" else training.bf16
+    return torch.bfloat16 if chosen else None
+
+
+def autocasting(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """A context whose products of matrices are computed in a half precision; None: in that of what they are given."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)

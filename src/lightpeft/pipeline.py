@@ -30,7 +30,7 @@ from lightpeft.estimation import stage_length
 from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
 from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_config, load_tokenizer
-from lightpeft.machine import accelerator, has_bf16, in_bf16, processes
+from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
 from lightpeft.planning import make_plan
 from lightpeft.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, folder_bytes, hardware, throughput
@@ -97,6 +97,7 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 def prepare(config: RunConfig) -> Workspace:
     """Read and check the data, the tokenizer and the run folder; nothing is written yet."""
+    check_precision(config.training)
     model_config = load_model_config(config.model)
     task = load_task(config.data, model_config, config.tasks)
     tokenizer = load_tokenizer(config.model)
@@ -267,7 +268,8 @@ def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[No
     if not config.training.fast_steps:
         return base_dropout(model, config.light.dropout)
     lengths = work.train_rows["length"][:]
-    return accelerated(model, lengths, dropout=config.light.dropout, bf16=in_bf16(config.training), loss_alone=True)
+    half = autocast_dtype(config.training)
+    return accelerated(model, lengths, dropout=config.light.dropout, autocast=half, loss_alone=True)
 
 
 def announce_settings(work: Workspace, stage: str) -> None:
@@ -278,7 +280,7 @@ def announce_settings(work: Workspace, stage: str) -> None:
     share = share_at_limit(work.train_rows, limit) if work.task.cuts else 0.0
     if share >= NOTABLE_CUTS:
         work.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
-    if in_bf16(work.config.training) and not has_bf16():
+    if autocast_dtype(work.config.training) is torch.bfloat16 and not has_bf16():
         work.run.announce(stage, "training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead")
 
 
@@ -303,7 +305,7 @@ def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> t
         settings,
         work.run.checkpoints("prefix"),
         batch_size=config.eval_batch_size,
-        bf16=in_bf16(config),
+        autocast=autocast_dtype(config),
         announce=lambda line: work.run.announce(stage, line),
     )
     return (cached.rows, cached.collator) if cached else (work.train_rows, work.collator)
@@ -341,7 +343,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
     """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
     training, splits = work.config.training, {"": work.test_rows, **work.more_test_rows}
-    run = evaluation.Run(model, work.collator, training.eval_batch_size, in_bf16(training))
+    run = evaluation.Run(model, work.collator, training.eval_batch_size, autocast_dtype(training))
     return {prefix: evaluation.outcome(run, rows, work.task) for prefix, rows in splits.items()}
 
 

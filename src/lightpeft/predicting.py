@@ -101,7 +101,7 @@ def answer_rows(
     """
     ensure_pad_token(tokenizer, transformers_model(model).config)
     encoded = task.encode_inputs(rows, tokenizer, task.config.max_length)
-    run = Run(model, task.collator(tokenizer), batch_size, bf16)
+    run = Run(model, task.collator(tokenizer), batch_size, torch.bfloat16 if bf16 else None)
     return PREDICTING[task.answering](run, encoded, task, rows)
 
 

@@ -33,7 +33,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.machine import accelerator, in_bf16
+from lightpeft.machine import accelerator, autocast_dtype
 
 _COMPLETE = "complete"
 """Marker in a checkpoint folder, written when everything else in it is."""
@@ -68,7 +68,7 @@ def make_trainer(
     shown_steps: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trainer:
-    """A `Trainer` for one stage of a run.
+    """A `Trainer` for one stage of a run; under float16 autocast, what trains of the model is made float32.
 
     Args:
         rows: encoded rows with a `length` column.
@@ -80,6 +80,8 @@ def make_trainer(
         shown_steps: what the progress bar counts to, where the stage ends before its schedule does.
         callbacks: called before the ones made here.
     """
+    if config.fp16:
+        _train_in_float32(model)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=steps,
@@ -90,7 +92,8 @@ def make_trainer(
         warmup_steps=int(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=in_bf16(config),
+        bf16=autocast_dtype(config) is torch.bfloat16,
+        fp16=config.fp16,
         use_cpu=accelerator() is None,
         gradient_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if config.by_length else "random",
@@ -123,6 +126,13 @@ def make_trainer(
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
     return trainer
+
+
+def _train_in_float32(model: torch.nn.Module) -> None:
+    """Weights that train become float32: PEFT makes its own so, but no head, and a gradient scaler takes no others."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 class _StageTrainer(Trainer):

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from lightpeft.errors import LightPeftError
-from lightpeft.machine import processes
+from lightpeft.machine import autocasting, processes
 from lightpeft.prefix.blocks import STATES, FrozenPrefix
 from lightpeft.prefix.states import StateStore, store_bytes
 from lightpeft.records import read_json, write_json
@@ -64,7 +64,7 @@ def cache_prefix(
     folder: Path,
     *,
     batch_size: int,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
     announce: Callable[[str], None] = lambda line: None,
     progress: Progress = bar,
 ) -> CachedRows | None:
@@ -74,7 +74,7 @@ def cache_prefix(
         rows: encoded rows with a `length` column; the same row must always give the same tokens.
         collator: makes padded batches with an `attention_mask`.
         folder: where a file goes.
-        bf16: compute under bfloat16 autocast, as training does.
+        autocast: half precision to compute in, as training does; None: that of the weights.
         announce: told, before anything is computed, what it will take, or why there will be no cache.
 
     Returns:
@@ -87,7 +87,7 @@ def cache_prefix(
     if isinstance(rows[0]["input_ids"][0], list):
         announce("no prefix cache: it keeps one sequence a row, and multiple choice reads one an option")
         return None
-    caching = _Caching(prefix, rows, collator, batch_size, bf16)
+    caching = _Caching(prefix, rows, collator, batch_size, autocast)
     first = caching.compute_checked()
     if first is None:
         announce("no prefix cache: what the frozen blocks give for a row depends on the padding of its batch")
@@ -103,7 +103,7 @@ def cache_prefix(
         return None
     file = None if settings.place == "memory" else folder / _FILE
     store = StateStore(lengths, width, dtype, file)
-    facts = {"rows": _digest(rows), "width": width, "dtype": str(dtype), "blocks": blocks, "bf16": bf16}
+    facts = {"rows": _digest(rows), "width": width, "dtype": str(dtype), "blocks": blocks, "autocast": str(autocast)}
     try:
         if file is not None and caching.matches(store, folder / _FACTS, facts):
             announce(f"prefix cache: {decimal(size)} of {where}, from the interrupted run")
@@ -119,8 +119,16 @@ def cache_prefix(
 class _Caching:
     """Runs the prefix over rows."""
 
-    def __init__(self, prefix: FrozenPrefix, rows: Dataset, collator: Collate, batch_size: int, bf16: bool) -> None:
-        self.prefix, self.rows, self.collator, self.batch_size, self.bf16 = prefix, rows, collator, batch_size, bf16
+    def __init__(
+        self,
+        prefix: FrozenPrefix,
+        rows: Dataset,
+        collator: Collate,
+        batch_size: int,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.prefix, self.rows, self.collator = prefix, rows, collator
+        self.batch_size, self.autocast = batch_size, autocast
         self.device = next(prefix.model.parameters()).device
 
     def compute(self, numbers: Sequence[int]) -> list[Tensor]:
@@ -128,7 +136,7 @@ class _Caching:
         batch = self.collator(self.rows.select(numbers).to_list())
         mask = batch["attention_mask"].bool()
         inputs = {name: value.to(self.device) for name, value in without_labels(batch).items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with autocasting(self.device, self.autocast):
             states = self.prefix.compute(inputs)
         return [row[real] for row, real in zip(states.cpu(), mask, strict=True)]
 
@@ -145,7 +153,7 @@ class _Caching:
         Tokens are compared as vectors: decoders have single channels of a thousand times the others' size, whose
         rounding reaches all of them through the norms.
         """
-        tolerance = 0.05 if self.bf16 or one.dtype != torch.float32 else 1e-3
+        tolerance = 0.05 if self.autocast or one.dtype != torch.float32 else 1e-3
         one, other = one.float(), other.float()
         return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
 

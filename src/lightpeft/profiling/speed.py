@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lightpeft.errors import require
+from lightpeft.machine import autocasting
 from lightpeft.meanwhile import in_mode
 from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
 from lightpeft.tasks.tokens import without_labels
@@ -27,7 +28,7 @@ def measure_training(
     *,
     steps: int | None = None,
     warmup: int = 2,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
     max_grad_norm: float = 1.0,
 ) -> list[float]:
     """Seconds of each training step: copy to the device, forward, backward, clipping, optimizer step.
@@ -39,7 +40,7 @@ def measure_training(
         optimizer_factory: makes the optimizer of the list of trainable parameters.
         steps: timed steps; unset: one pass over `batches`.
         warmup: steps before those, not timed; the first one allocates the optimizer's state.
-        bf16: bfloat16 autocast in the forward pass.
+        autocast: half precision of the forward pass; None: that of the weights. In float16 the loss is scaled.
         max_grad_norm: gradient norm clipping; 0 switches it off.
 
     Raises:
@@ -49,14 +50,17 @@ def measure_training(
     require(parameters, "nothing to train: no parameter of the model requires a gradient")
     optimizer = optimizer_factory(parameters)
     device = device_of(model)
+    scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
 
     def step(batch: Batch) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocasting(device, autocast):
             loss = loss_of(model, moved(batch, device))
-        torch.autograd.backward(loss)
+        torch.autograd.backward(scaler.scale(loss))
         if max_grad_norm:
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
 
     with in_mode(model, training=True):
@@ -69,7 +73,7 @@ def measure_inference(
     *,
     steps: int | None = None,
     warmup: int = 2,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> list[float]:
     """Seconds of each forward pass in eval mode without gradients; labels are left out, so no loss is computed.
 
@@ -81,7 +85,7 @@ def measure_inference(
     device = device_of(model)
 
     def step(batch: Batch) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocasting(device, autocast):
             model(**moved(without_labels(batch), device))
 
     with in_mode(model, training=False), torch.no_grad():

@@ -1,0 +1,130 @@
+"""Training in float16, whose gradients come scaled and may overflow; on a GPU where there is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from tiny import relative_difference
+from workbench import Workbench
+
+from lightpeft import load_light, machine, pipeline
+from lightpeft.config import TrainingConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.machine import autocast_dtype, autocasting
+
+
+class Scalers:
+    """The gradient scalers that runs made on a CPU, and the scale they begin with; on a GPU they are accelerate's."""
+
+    def __init__(self) -> None:
+        self.first = 2.0**16
+        self.made: list[torch.amp.GradScaler] = []
+
+    def make(self) -> torch.amp.GradScaler:
+        self.made.append(torch.amp.GradScaler("cpu", init_scale=self.first))
+        return self.made[-1]
+
+
+@pytest.fixture
+def scalers(monkeypatch: pytest.MonkeyPatch) -> Scalers:
+    """Lets accelerate train in float16 on a CPU as it does on a GPU."""
+    scalers = Scalers()
+    create = accelerate.Accelerator.__init__
+
+    def init(self: accelerate.Accelerator, *arguments: Any, **options: Any) -> None:
+        create(self, *arguments, **options)
+        if self.mixed_precision == "fp16":
+            self.native_amp, self.scaler = True, scalers.make()
+
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(accelerate.Accelerator, "__init__", init)
+        monkeypatch.setattr(machine, "accelerator", lambda: torch.device("cpu"))
+    return scalers
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_run_goes_as_in_float32(tmp_path: Path, family: str, scalers: Scalers) -> None:
+    bench = Workbench(tmp_path, family, "classification")
+    losses = []
+    for name in ("half", "whole"):
+        result = pipeline.run(bench.config(name, **{"training.fp16": name == "half"}))
+        losses.append([result["metrics"]["loss"], *(line["loss"] for line in _steps(tmp_path / name))])
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    assert len(scalers.made) == (0 if torch.cuda.is_available() else 2)
+    assert all(scaler.get_scale() > 1 for scaler in scalers.made)
+    light = load_light(tmp_path / "half" / "adapter")
+    assert {parameter.dtype for parameter in light.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["light", "plain", "full"])
+def test_a_base_in_float16(tmp_path: Path, method: str, scalers: Scalers) -> None:
+    """Its head trains in float32, which PEFT would leave in float16."""
+    bench = Workbench(tmp_path, "bert", "classification")
+    losses = [
+        pipeline.run(bench.config(name, method=method, **changes))["metrics"]["loss"]
+        for name, changes in {"half": {"training.fp16": True, "model.dtype": "float16"}, "whole": {}}.items()
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_scores_are_of_the_loss_before_scaling(tmp_path: Path, family: str, scalers: Scalers) -> None:
+    """Of steps that change no weight, so that two runs see one model."""
+    bench = Workbench(tmp_path, family, "classification")
+    still = {"training.learning_rate": 1e-12, "light.mask_learning_rate": 1e-12, "light.length": 8}
+    half, whole = (
+        pipeline.estimate(pipeline.prepare(bench.config(name, **still, **{"training.fp16": name == "half"})))
+        for name in ("half", "whole")
+    )
+    for kind in ("heads", "neurons"):
+        found, expected = (torch.cat(record.of_blocks(kind, "taylor")) for record in (half, whole))
+        assert relative_difference(found, expected) < 0.02, kind
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the first scale is set for CPUs alone")
+def test_steps_that_overflow_are_left_out(tmp_path: Path, scalers: Scalers) -> None:
+    """The scaler begins too high, skips the step and halves its scale until all gradients are finite."""
+    scalers.first = 2.0**24
+    bench = Workbench(tmp_path, "bert", "classification")
+    work = pipeline.prepare(bench.config("run", **{"training.fp16": True, "light.length": 16}))
+    record = pipeline.estimate(work)
+    (scaler,) = scalers.made
+    assert 1 < scaler.get_scale() < scalers.first
+    taylor = torch.cat(record.of_blocks("neurons", "taylor"))
+    assert torch.isfinite(taylor).all() and taylor.max() > 0
+    assert record.meta["steps"] == 16
+
+
+def _steps(run: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "loss" in line]
+
+
+def test_without_a_gpu_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "accelerator", lambda: None)
+    with pytest.raises(LightPeftError, match=r"training\.fp16 needs a GPU, .* set training\.bf16: auto"):
+        pipeline.prepare(Workbench(tmp_path).config(**{"training.fp16": True}))
+    assert not (tmp_path / "run").exists()
+    assert autocast_dtype(TrainingConfig(fp16=True)) is None  # what a GPU trained is evaluated in float32
+
+
+def test_a_gpu_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "accelerator", lambda: torch.device("cuda"))
+    assert autocast_dtype(TrainingConfig(fp16=True)) is torch.float16
+
+
+@pytest.mark.parametrize("bf16", [True, "auto"])
+def test_one_half_precision_at_a_time(bf16: Any) -> None:
+    with pytest.raises(LightPeftError, match=r"training\.fp16 and training\.bf16 exclude each other"):
+        TrainingConfig(fp16=True, bf16=bf16)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_autocasting(dtype: torch.dtype | None) -> None:
+    with autocasting(torch.device("cpu"), dtype):
+        assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype is (dtype or torch.float32)
