@@ -12,7 +12,7 @@ import pytest
 import yaml
 from workbench import RUNS, Workbench, lightpeft
 
-from lightpeft import cli, pipeline
+from lightpeft import __version__, cli, pipeline
 from lightpeft.config import Budget, RunConfig, TrainingConfig, load_config
 
 VERBS = ["run", "estimate", "plan", "prune", "train", "evaluate", "bench", "predict", "inspect", "reproduce"]
@@ -56,6 +56,13 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
     assert "Rows a step and process. (type: int, default: 32)" in text
     assert "Optimizer steps" in text or "optimizer steps (int)" in text
     assert "--print_config" in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.strip() == f"lightpeft {__version__}"
 
 
 def test_help_does_not_wait_for_torch() -> None:

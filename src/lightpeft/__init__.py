@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from lightpeft.pruner import EarlyPruner
     from lightpeft.records import EstimationRecord, PrunePlan
     from lightpeft.surgery import apply_plan
+
+__version__ = importlib.metadata.version("lightpeft")
 
 _HOMES = {
     "Budget": "config",

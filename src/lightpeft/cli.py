@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
 
+from lightpeft import __version__
 from lightpeft.config import RunConfig, merged, run_config_from_dict
 from lightpeft.errors import LightPeftError, require
 from lightpeft.plain_data import load_yaml, unknown_key
@@ -98,6 +99,7 @@ def _parser(asked: str | None) -> tuple[ArgumentParser, list[str]]:
         description="PEFT on a foundation model that is pruned early in the same run. Settings come from the preset, "
         "then --config, then options such as --light.heads 0.5.",
         exit_on_error=False,
+        version=__version__,
     )
     verbs = parser.add_subcommands(required=True, metavar="verb")
     known: list[str] = []
