@@ -201,6 +201,17 @@ def test_an_overflow_under_a_scaler_is_skipped() -> None:
     assert torch.cat(record.of_blocks("neurons", "taylor")).gt(0).any()
 
 
+def test_a_stage_of_overflows_alone_is_refused() -> None:
+    model = student()
+    estimator = started(model, length=2)
+    for step in range(2):
+        (model(**inputs(seed=step)).loss * math.inf).backward()
+        estimator.step(grad_scale=2.0**16)
+        model.zero_grad()
+    with pytest.raises(LightPeftError, match="no mask got a finite gradient in 2 steps of estimation"):
+        estimator.record()
+
+
 def test_bfloat16_autocast_is_close_to_float32() -> None:
     records = []
     for enabled in (False, True):

@@ -250,3 +250,19 @@ def test_masks_follow_the_task_gradient_plus_l1() -> None:
     estimator.step()
     assert estimator.masks.values.equal(reference)
     assert torch.cat([*estimator.masks.heads, *estimator.masks.neurons]).equal(reference)
+
+
+def test_products_beyond_the_range_of_float16() -> None:
+    """A scaled loss's gradients and the activations are in the range, and what they give multiplied is not."""
+    model = student().half()
+    masks = masks_on(model)
+    block = masks.blocks[0]
+    projection = transformers_model(model).get_submodule(block.projections["o"])
+    x = torch.full((1, 2, block.heads * block.head_dim), 1e3, dtype=torch.float16, requires_grad=True)
+    output = projection(x)
+    output.backward(torch.full_like(output, 1e4))
+    assert x.grad is not None and x.grad.isfinite().all()
+    assert (x.grad.abs() * 1e3).gt(torch.finfo(torch.float16).max).any()
+    expected = (x.grad.float() * 1e3).sum((0, 1)).unflatten(0, (block.heads, -1)).sum(-1)
+    assert masks.heads[0].grad is not None
+    torch.testing.assert_close(masks.heads[0].grad, expected, rtol=1e-3, atol=1e3)

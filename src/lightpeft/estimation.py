@@ -155,14 +155,19 @@ class Estimator:
         return record
 
     def _check_reached(self, record: EstimationRecord) -> None:
-        """Raise `LightPeftError` if the loss reached some blocks and not others: a plan would cut those away unseen."""
+        """Raise `LightPeftError` if gradients did not reach every block: a plan would cut the others away unseen."""
         parts = zip(record.of_blocks("heads", "fisher"), record.of_blocks("neurons", "fisher"), strict=True)
         reached = [bool(heads.any() or neurons.any()) for heads, neurons in parts]
+        require(
+            any(reached),
+            f"no mask got a finite gradient in {self.steps} steps of estimation; run it on a loss that depends on the "
+            "blocks and, in float16, for longer: a gradient scaler finds its scale by steps that overflow",
+        )
         missed = [
             block.label or str(block.index) for block, found in zip(self.blocks, reached, strict=True) if not found
         ]
         require(
-            not missed or not any(reached),
+            not missed,
             f"the masks of block {', '.join(missed)} got no gradient; estimation needs all blocks in the graph, so run "
             "it without FrozenPrefix and without torch.no_grad around them",
         )

@@ -235,6 +235,8 @@ class _Unscaled:
     def times(self, gradient: Tensor, sources: Sequence[Tensor]) -> Tensor:
         """Its product with a gradient, for the last that needs it; in the memory of what was computed again."""
         x, self._x = self.of(sources), None
+        if x.dtype == torch.float16:  # where a scaled loss's gradients may be finite, and their products not
+            return x.float() * gradient
         return x.mul_(gradient) if self.activation else gradient * x
 
 
