@@ -81,6 +81,7 @@ class Estimator:
             self._lambdas = torch.full_like(self.masks.values, self.config.lambda_neurons)
             self._lambdas[: self.masks.head_count] = self.config.lambda_heads
             self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
+            self._overflowed = torch.zeros((), dtype=torch.bool, device=device)
             self._sums = self._zero_sums()
         self.masks.attach(self.model)
         self._ranks = RankObserver(self.sites)
@@ -114,8 +115,9 @@ class Estimator:
         parts = (taken.mean, taken.absolute, taken.squares, self._ranks.take_terms())
         values = _mean_over_processes(torch.cat(parts))
         finite = torch.isfinite(values).all()
-        if grad_scale == 1.0:  # a gradient scaler overflows on purpose and skips the step itself
-            self._nonfinite |= ~finite
+        # a gradient scaler overflows on purpose and skips the step itself
+        seen = self._nonfinite if grad_scale == 1.0 else self._overflowed
+        seen |= ~finite
         values = torch.where(finite, values, 0.0)
         mean, absolute, squares, ranks = values.split([len(part) for part in parts])
         gradients = scoring.MaskGradients(mean / grad_scale, absolute / grad_scale, squares / grad_scale**2)
@@ -155,19 +157,19 @@ class Estimator:
         return record
 
     def _check_reached(self, record: EstimationRecord) -> None:
-        """Raise `LightPeftError` if gradients did not reach every block: a plan would cut the others away unseen."""
+        """Raise `LightPeftError` if the loss reached some blocks and not others: a plan would cut those away unseen."""
         parts = zip(record.of_blocks("heads", "fisher"), record.of_blocks("neurons", "fisher"), strict=True)
         reached = [bool(heads.any() or neurons.any()) for heads, neurons in parts]
         require(
-            any(reached),
-            f"no mask got a finite gradient in {self.steps} steps of estimation; run it on a loss that depends on the "
-            "blocks and, in float16, for longer: a gradient scaler finds its scale by steps that overflow",
+            any(reached) or not bool(self._overflowed),
+            f"all {self.steps} steps of estimation overflowed, as a gradient scaler's first steps in float16 do; "
+            "estimate for longer",
         )
         missed = [
             block.label or str(block.index) for block, found in zip(self.blocks, reached, strict=True) if not found
         ]
         require(
-            not missed,
+            not missed or not any(reached),
             f"the masks of block {', '.join(missed)} got no gradient; estimation needs all blocks in the graph, so run "
             "it without FrozenPrefix and without torch.no_grad around them",
         )
