@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,11 @@ def test_a_run_goes_as_in_float32(tmp_path: Path, family: str, scalers: Scalers)
 
 @pytest.mark.parametrize("method", ["light", "plain", "full"])
 def test_a_base_in_float16(tmp_path: Path, method: str, scalers: Scalers) -> None:
-    """Its head trains in float32, which PEFT would leave in float16."""
-    bench = Workbench(tmp_path, "bert", "classification")
-    losses = [
-        pipeline.run(bench.config(name, method=method, **changes))["metrics"]["loss"]
-        for name, changes in {"half": {"training.fp16": True, "model.dtype": "float16"}, "whole": {}}.items()
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    """Its head trains in float32, which PEFT would leave in float16 and a scaler would refuse."""
+    changes = {"training.fp16": True, "training.full_learning_rate": 3e-3, "model.dtype": "float16", "method": method}
+    result = pipeline.run(Workbench(tmp_path, "bert", "classification").config("run", **changes))
+    untrained = math.log(2)
+    assert result["metrics"]["loss"] < untrained - 0.02
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
