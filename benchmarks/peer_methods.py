@@ -65,8 +65,8 @@ class Method:
 
     def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
         """Inside the block, the model trains as the method has it."""
-        lengths, half = work.train_rows["length"][:], autocast_dtype(work.config.training)
-        return accelerated(model, lengths, dropout=0.0, autocast=half) if self.accelerated else nullcontext()
+        lengths, autocast = work.train_rows["length"][:], autocast_dtype(work.config.training)
+        return accelerated(model, lengths, dropout=0.0, autocast=autocast) if self.accelerated else nullcontext()
 
 
 def plain_peft(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:

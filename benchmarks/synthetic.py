@@ -89,7 +89,7 @@ class Case:
     """Frozen weights and autocast in bfloat16; PEFT weights stay in float32."""
 
     @property
-    def half(self) -> torch.dtype | None:
+    def autocast(self) -> torch.dtype | None:
         """What is computed in under autocast."""
         return torch.bfloat16 if self.bf16 else None
 
@@ -150,7 +150,7 @@ class Synthetic:
         """The model after two steps of estimation: enough for a plan of the right size."""
         pruner = EarlyPruner(self.model, self.case.light)
         pruner.start()
-        with autocasting(torch.device(self.case.device), self.case.half):
+        with autocasting(torch.device(self.case.device), self.case.autocast):
             while not pruner.finished:
                 batch = {name: value.to(self.case.device) for name, value in self.batches[0].items()}
                 self.model(**batch).loss.backward()
@@ -173,8 +173,10 @@ class Synthetic:
         """Parameters, FLOPs of a batch, and the peak of training memory, weights included."""
         weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         with self._as_trained(), PeakMemory(self.model) as memory:
-            measure_training(self.model, self.batches[:1], self.optimizer, steps=2, warmup=1, autocast=self.case.half)
-        with autocasting(torch.device(self.case.device), self.case.half):
+            measure_training(
+                self.model, self.batches[:1], self.optimizer, steps=2, warmup=1, autocast=self.case.autocast
+            )
+        with autocasting(torch.device(self.case.device), self.case.autocast):
             flops = count_flops(self.model, self.batches[0])
         count = count_parameters(self.model)
         return {
@@ -188,14 +190,16 @@ class Synthetic:
     def training(self) -> float:
         """Seconds a training step."""
         with self._as_trained():
-            return statistics.mean(measure_training(self.model, self.batches, self.optimizer, autocast=self.case.half))
+            return statistics.mean(
+                measure_training(self.model, self.batches, self.optimizer, autocast=self.case.autocast)
+            )
 
     def parts(self) -> dict[str, float]:
         """Seconds of a training step on the CPU that are spent in what FLOPs count, products of matrices and attention
         as a whole, and in all other operators."""
-        steps, batch, half = 2, self.batches[:1], self.case.half
+        steps, batch, autocast = 2, self.batches[:1], self.case.autocast
         with self._as_trained(), profile(activities=[ProfilerActivity.CPU]) as profiled:
-            measure_training(self.model, batch, self.optimizer, steps=steps, warmup=0, autocast=half)
+            measure_training(self.model, batch, self.optimizer, steps=steps, warmup=0, autocast=autocast)
         seconds = {event.key: event.self_cpu_time_total / 1e6 / steps for event in profiled.key_averages()}
         products = sum(time for key, time in seconds.items() if key in PRODUCTS or key.startswith(ATTENTION))
         return {"products": products, "else": sum(seconds.values()) - products}
@@ -204,13 +208,13 @@ class Synthetic:
         """Light models train as in light runs, the others as by habit."""
         if self.subject != "light":
             return nullcontext()
-        return accelerated(self.model, [self.case.length], dropout=0.0, autocast=self.case.half)
+        return accelerated(self.model, [self.case.length], dropout=0.0, autocast=self.case.autocast)
 
     def inference(self) -> float:
         """Seconds a forward pass, with merged weights."""
         if isinstance(self.model, PeftModel):
             self.model = self.model.merge_and_unload()
-        return statistics.mean(measure_inference(self.model, self.batches, autocast=self.case.half))
+        return statistics.mean(measure_inference(self.model, self.batches, autocast=self.case.autocast))
 
 
 def measure(case: Case, subjects: Sequence[str], rounds: int) -> dict[str, Any]:

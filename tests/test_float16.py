@@ -31,6 +31,11 @@ class Scalers:
         return self.made[-1]
 
 
+def logged_steps(run: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "loss" in line]
+
+
 @pytest.fixture
 def scalers(monkeypatch: pytest.MonkeyPatch) -> Scalers:
     """Lets accelerate train in float16 on a CPU as it does on a GPU."""
@@ -54,7 +59,7 @@ def test_a_run_goes_as_in_float32(tmp_path: Path, family: str, scalers: Scalers)
     losses = []
     for name in ("half", "whole"):
         result = pipeline.run(bench.config(name, **{"training.fp16": name == "half"}))
-        losses.append([result["metrics"]["loss"], *(line["loss"] for line in _steps(tmp_path / name))])
+        losses.append([result["metrics"]["loss"], *(line["loss"] for line in logged_steps(tmp_path / name))])
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
     assert len(scalers.made) == (0 if torch.cuda.is_available() else 2)
     assert all(scaler.get_scale() > 1 for scaler in scalers.made)
@@ -97,11 +102,6 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path, scalers: Scalers) -> N
     taylor = torch.cat(record.of_blocks("neurons", "taylor"))
     assert torch.isfinite(taylor).all() and taylor.max() > 0
     assert record.meta["steps"] == 16
-
-
-def _steps(run: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if "loss" in line]
 
 
 def test_without_a_gpu_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from lightpeft.records import EstimationRecord, PrunePlan
     from lightpeft.surgery import apply_plan
 
-__version__ = importlib.metadata.version("lightpeft")
+__version__ = "0.1.0"
 
 _HOMES = {
     "Budget": "config",

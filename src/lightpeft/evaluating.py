@@ -105,8 +105,8 @@ def evaluate_model(
     said = given.get("data") or {}
     tasks = [_for_model(each, task, said) for each in found]  # all are found good before any of them is loaded
     require(not per_class or task.labels, f"per_class needs classes, which {task.config.task} has not; leave it out")
-    half = autocast_dtype(config.training)
-    measured = [_measure(each, of, batch_size, half) for each, of in zip(found, tasks, strict=True)]
+    autocast = autocast_dtype(config.training)
+    measured = [_measure(each, of, batch_size, autocast) for each, of in zip(found, tasks, strict=True)]
     report = _report(measured, per_class, seed)
     if predictions is not None:
         write_predictions(Path(predictions), task.test, _predictions(measured[0]))
@@ -195,13 +195,13 @@ def _listed(names: Sequence[str]) -> str:
 # -- measuring -----------------------------------------------------------------------------------------------------
 
 
-def _measure(found: Found, task: Task, batch_size: int | None, half: torch.dtype | None) -> Measured:
+def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.dtype | None) -> Measured:
     tokenizer, length = found.tokenizer(), task.config.max_length
     check_max_length(length, max_positions(found.config), tokenizer)
     encoded = {prefix: task.encode_test(rows, tokenizer, length) for prefix, rows in _splits(task)}
     model = open_model(found, _wanted(task))
     ensure_pad_token(tokenizer, transformers_model(model).config)
-    run = Run(model, task.collator(tokenizer), batch_size, half)
+    run = Run(model, task.collator(tokenizer), batch_size, autocast)
     outcomes = {prefix: outcome(run, rows, task) for prefix, rows in encoded.items()}
     return Measured(found, task, outcomes, parameter_report(model))
 

@@ -38,7 +38,8 @@ def has_bf16() -> bool:
 
 
 def check_precision(training: TrainingConfig) -> None:
-    """
+    """Refuse a precision that would silently be another one here.
+
     Raises:
         LightPeftError: training in float16 without an accelerator, where accelerate would train in float32 instead.
     """

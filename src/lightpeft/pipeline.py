@@ -268,8 +268,8 @@ def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[No
     if not config.training.fast_steps:
         return base_dropout(model, config.light.dropout)
     lengths = work.train_rows["length"][:]
-    half = autocast_dtype(config.training)
-    return accelerated(model, lengths, dropout=config.light.dropout, autocast=half, loss_alone=True)
+    autocast = autocast_dtype(config.training)
+    return accelerated(model, lengths, dropout=config.light.dropout, autocast=autocast, loss_alone=True)
 
 
 def announce_settings(work: Workspace, stage: str) -> None:

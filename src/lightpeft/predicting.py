@@ -73,7 +73,8 @@ def predict(
     canonical = convert(rows, task.entry, "input", answered=False)
     task.check_inputs(canonical, task.entry, "input")
     opened = open_model(found, Wanted(task.config.task, task.head, task.labels))
-    columns = answer_rows(opened, found.tokenizer(), task, canonical, batch_size=batch_size, bf16=bf16)
+    autocast = torch.bfloat16 if bf16 else None
+    columns = answer_rows(opened, found.tokenizer(), task, canonical, batch_size=batch_size, autocast=autocast)
     write_predictions(None if output is None else Path(output), rows, columns)
 
 
@@ -84,7 +85,7 @@ def answer_rows(
     rows: Dataset,
     *,
     batch_size: int | None = None,
-    bf16: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> Columns:
     """What a live model answers.
 
@@ -93,7 +94,7 @@ def answer_rows(
         task: says how it answers.
         rows: in the columns of the task's kind; answers are not needed.
         batch_size: rows a forward pass; None: as many as fit into memory.
-        bf16: compute in bfloat16.
+        autocast: half precision to compute in; None: that of the weights.
 
     Returns:
         Columns `label` and `p_<label>` of classes, `value` of regression, `answer` and `probability` of options,
@@ -101,7 +102,7 @@ def answer_rows(
     """
     ensure_pad_token(tokenizer, transformers_model(model).config)
     encoded = task.encode_inputs(rows, tokenizer, task.config.max_length)
-    run = Run(model, task.collator(tokenizer), batch_size, torch.bfloat16 if bf16 else None)
+    run = Run(model, task.collator(tokenizer), batch_size, autocast)
     return PREDICTING[task.answering](run, encoded, task, rows)
 
 

@@ -80,7 +80,8 @@ def make_trainer(
         shown_steps: what the progress bar counts to, where the stage ends before its schedule does.
         callbacks: called before the ones made here.
     """
-    if config.fp16:
+    autocast = autocast_dtype(config)
+    if autocast is torch.float16:
         _train_in_float32(model)
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -92,8 +93,8 @@ def make_trainer(
         warmup_steps=int(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        bf16=autocast_dtype(config) is torch.bfloat16,
-        fp16=config.fp16,
+        bf16=autocast is torch.bfloat16,
+        fp16=autocast is torch.float16,
         use_cpu=accelerator() is None,
         gradient_checkpointing=config.gradient_checkpointing,
         train_sampling_strategy="group_by_length" if config.by_length else "random",

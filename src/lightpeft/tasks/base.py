@@ -93,11 +93,11 @@ class Task(ABC):
                 encoded = encoded.add_column(name, rows[name][:])
         return encoded
 
+    @abstractmethod
     def encode_inputs(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
     ) -> Dataset:
         """Rows to predict on, which need no answers: as `encode_test` gives them, without labels."""
-        raise NotImplementedError(f"{type(self).__name__} has nothing to predict")
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
