@@ -21,8 +21,8 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
-from lightpeft.records import write_json
 
 KERNELS = {"PyTorch's": SDPBackend.FLASH_ATTENTION, "plain products": SDPBackend.MATH}
 

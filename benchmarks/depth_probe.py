@@ -29,9 +29,9 @@ from lightpeft.config import load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_lists
 from lightpeft.families.decoders import DECODERS
+from lightpeft.files import write_json
 from lightpeft.pipeline import Workspace
 from lightpeft.profiling import hardware
-from lightpeft.records import write_json
 
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
 """Strengths of the penalty that are tried on standardised states; each block has its best."""

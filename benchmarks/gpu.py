@@ -23,8 +23,8 @@ from synthetic import SUBJECTS, Case, Shape, measure
 from lightpeft.cli import quiet
 from lightpeft.config import preset_light
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import write_json
 from lightpeft.profiling import hardware
-from lightpeft.records import write_json
 
 SHAPES = {
     shape.name: shape

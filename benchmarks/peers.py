@@ -40,10 +40,10 @@ from lightpeft.checkpoint import LightModel
 from lightpeft.cli import quiet
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import read_json, write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.pipeline import Workspace
 from lightpeft.profiling import alternate, count_parameters, folder_bytes, hardware, ratio, summarize
-from lightpeft.records import read_json, write_json
 from lightpeft.tasks.progress import silent
 from lightpeft.training import fit, make_trainer
 

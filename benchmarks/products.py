@@ -24,8 +24,8 @@ from synthetic import FAMILIES, Case, Synthetic
 from lightpeft.bench import Worker
 from lightpeft.cli import quiet
 from lightpeft.config import preset_light
+from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
-from lightpeft.records import write_json
 
 PARTS = {"products": "products", "else": "all else"}
 

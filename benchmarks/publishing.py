@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightpeft.errors import require
-from lightpeft.records import write_json
+from lightpeft.files import write_json
 
 README = Path(__file__).with_name("README.md")
 

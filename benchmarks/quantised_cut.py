@@ -28,11 +28,12 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from lightpeft.cli import quiet
 from lightpeft.families import block_specs
+from lightpeft.files import write_json
 from lightpeft.linears import dense_weight
 from lightpeft.loading import fingerprint
 from lightpeft.profiling import count_parameters, hardware, versions
 from lightpeft.quantised import prepare_quantised
-from lightpeft.records import BlockPlan, PrunePlan, write_json
+from lightpeft.records import BlockPlan, PrunePlan
 from lightpeft.sites import base_linear
 from lightpeft.surgery import apply_plan
 

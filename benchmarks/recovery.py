@@ -35,13 +35,14 @@ from lightpeft.cli import quiet
 from lightpeft.config import LightConfig, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.estimation import Estimator
+from lightpeft.files import read_json, write_json
 from lightpeft.importance import RealTokens
 from lightpeft.machine import autocast_dtype
 from lightpeft.meanwhile import in_mode
 from lightpeft.pipeline import Workspace
 from lightpeft.planning import Layer, cheapest_first, make_plan
 from lightpeft.profiling import hardware
-from lightpeft.records import PrunePlan, read_json, write_json
+from lightpeft.records import PrunePlan
 from lightpeft.refit import Batches, Correction, Refit, apply_refit, correction
 from lightpeft.reproduce.grid import slug
 from lightpeft.reproduce.summary import Report, Results, row

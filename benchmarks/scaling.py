@@ -29,8 +29,8 @@ from synthetic import FAMILIES, Case, Shape, measure
 from lightpeft.cli import quiet
 from lightpeft.config import preset_light
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import read_json, write_json
 from lightpeft.profiling import hardware
-from lightpeft.records import read_json, write_json
 
 SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (32, 2, 4),

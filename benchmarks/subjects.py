@@ -18,8 +18,8 @@ from lightpeft.bench import Build, Subject, Worker
 from lightpeft.cli import quiet
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError
+from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
-from lightpeft.records import write_json
 
 Subjects = Mapping[str, tuple[str | Build, RunConfig]]
 """By name: what to measure, as `lightpeft.bench.Subject` takes it, and its run."""

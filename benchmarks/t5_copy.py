@@ -24,8 +24,8 @@ from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerC
 
 from lightpeft import EarlyPruner, preset_light
 from lightpeft.cli import quiet
+from lightpeft.files import write_json
 from lightpeft.profiling import count_parameters, hardware, versions
-from lightpeft.records import write_json
 from lightpeft.tables import facts_table, plan_table
 
 SYMBOLS, LENGTH, END = 24, 8, 1

@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "plain_data", "config", "meanwhile", "structure", "records"},
+    {"errors", "files", "plain_data", "config", "meanwhile", "structure", "records"},
     {"layout", "linears", "machine", "quantised", "scoring", "planning", "tasks"},
     {"families", "statistics"},
     {"bottleneck"},
@@ -31,9 +31,11 @@ LAYERS: tuple[set[str], ...] = (
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 WITHIN_LAYER = {
-    "plain_data": {"errors"},
+    "files": {"errors"},
+    "plain_data": {"errors", "files"},
     "config": {"errors", "plain_data"},
-    "records": {"errors", "config", "structure"},
+    "structure": {"errors"},
+    "records": {"errors", "files", "plain_data", "structure"},
     "__main__": {"cli"},
     "linears": {"quantised"},
 }

@@ -16,16 +16,8 @@ from tiny import DROPPED, MODELS, make, plan_for, random_record, with_lora
 
 from lightpeft import records
 from lightpeft.errors import LightPeftError
-from lightpeft.records import (
-    SCHEMA_VERSION,
-    EstimationRecord,
-    PrunePlan,
-    from_ranges,
-    read_json,
-    to_ranges,
-    write_json,
-    writing_files,
-)
+from lightpeft.files import SCHEMA_VERSION, read_json, replacing_folder, write_json
+from lightpeft.records import EstimationRecord, PrunePlan, from_ranges, to_ranges
 
 
 def full_disk(*args: Any, **kwargs: Any) -> None:
@@ -51,14 +43,14 @@ def record() -> EstimationRecord:
 @given(st.sets(st.integers(0, 300)))
 def test_ranges_round_trip(indices: set[int]) -> None:
     ascending = tuple(sorted(indices))
-    assert from_ranges(to_ranges(ascending)) == ascending
+    assert from_ranges(to_ranges(ascending), 301) == ascending
 
 
 @pytest.mark.parametrize(
     ("indices", "text"), [((), ""), ((0,), "0"), ((0, 1, 2, 5), "0-2,5"), ((3, 4, 10, 12, 13), "3-4,10,12-13")]
 )
 def test_ranges_are_compact(indices: tuple[int, ...], text: str) -> None:
-    assert to_ranges(indices) == text and from_ranges(text) == indices
+    assert to_ranges(indices) == text and from_ranges(text, 14) == indices
 
 
 # Plans
@@ -224,7 +216,7 @@ def test_writing_files_moves_all_and_keeps_the_rest(tmp_path: Path, monkeypatch:
     moved: list[str] = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
-    with writing_files(folder, last="a.txt") as temporary:
+    with replacing_folder(folder) as temporary:
         for name in ("a.txt", "b.txt", "c.txt"):
             (temporary / name).write_text("new")
         assert (folder / "a.txt").read_text() == "old"
@@ -240,11 +232,11 @@ def test_writing_files_moves_all_and_keeps_the_rest(tmp_path: Path, monkeypatch:
 
 def test_writing_files_cleans_up_when_the_block_fails(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    with pytest.raises(KeyError), writing_files(folder, last="a.txt") as temporary:
+    with pytest.raises(KeyError), replacing_folder(folder) as temporary:
         (temporary / "a.txt").write_text("half")
         raise KeyError("x")
     assert os.listdir(tmp_path) == []
-    with pytest.raises(LightPeftError, match="cannot write .*No space left"), writing_files(folder, last="a.txt"):
+    with pytest.raises(LightPeftError, match="cannot write .*No space left"), replacing_folder(folder):
         full_disk()
     assert os.listdir(tmp_path) == []
 
@@ -266,7 +258,7 @@ def test_writing_files_when_moving_fails(fails_at: int, tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "replace", replace)
     try:
-        with writing_files(folder, last="b.txt") as temporary:
+        with replacing_folder(folder) as temporary:
             for name in ("a.txt", "b.txt", "c.txt"):
                 (temporary / name).write_text("new")
     except LightPeftError as error:

@@ -25,7 +25,8 @@ from workbench import GRIDS, Workbench, at_step, checksums, in_child, lightpeft,
 from lightpeft import pipeline
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
-from lightpeft.records import PrunePlan, read_json, write_json
+from lightpeft.files import read_json, write_json
+from lightpeft.records import PrunePlan
 from lightpeft.reproduce import (
     METHODS,
     Cell,

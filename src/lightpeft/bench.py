@@ -31,6 +31,7 @@ from lightpeft import pipeline
 from lightpeft.checkpoint import load_light
 from lightpeft.config import RunConfig
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import write_json
 from lightpeft.loading import add_peft, quiet_libraries
 from lightpeft.machine import autocast_dtype
 from lightpeft.pipeline import Workspace
@@ -48,7 +49,7 @@ from lightpeft.profiling import (
     throughput,
 )
 from lightpeft.pruner import EarlyPruner
-from lightpeft.records import EstimationRecord, write_json
+from lightpeft.records import EstimationRecord
 from lightpeft.tasks.progress import silent
 
 Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]

@@ -21,10 +21,11 @@ from transformers.quantizers import AutoQuantizationConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, family_of
+from lightpeft.files import read_json, replacing_folder, understandable, write_json
 from lightpeft.loading import UNREADABLE, base_names, fingerprint, keep_own_names
 from lightpeft.profiling import versions
 from lightpeft.quantised import prepare_quantised
-from lightpeft.records import PrunePlan, read_json, understandable, write_json, writing_files
+from lightpeft.records import PrunePlan
 from lightpeft.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
 from lightpeft.sites import transformers_model
 from lightpeft.streaming import Stream
@@ -58,7 +59,7 @@ class LightModel(PeftModel):
         require(kwargs.get("safe_serialization", True), "a light adapter is written as safetensors, never as pickle")
         if not is_main_process:
             return
-        with writing_files(save_directory, last=DESCRIPTION) as temporary:
+        with replacing_folder(save_directory) as temporary:
             super().save_pretrained(str(temporary), **kwargs)
             if self.light_refit:
                 save_file(refit_tensors(self.light_refit), temporary / _REFIT_FILE)

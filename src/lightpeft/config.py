@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightpeft.errors import require
-from lightpeft.plain_data import check_choices, from_dict, load_yaml
+from lightpeft.plain_data import check_values, from_dict, load_yaml
 
 Scope = Literal["layerwise", "global"]
 HeadUnit = Literal["group", "balanced"]
@@ -102,7 +102,7 @@ class Budget:
             value = getattr(self, f"min_{name}")
             require(value >= least, f"min_{name} is {value}; it must be at least {least}")
         require(self.multiple_of >= 1, f"multiple_of is {self.multiple_of}; it must be at least 1")
-        check_choices(self)
+        check_values(self)
 
     def blocks_left(self, blocks: int) -> int:
         """How many of so many blocks `depth` leaves."""
@@ -238,7 +238,7 @@ class ModelConfig:
     """Run model code that comes with the checkpoint. Leave off unless you trust its author."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
 
 
 @dataclass(kw_only=True)
@@ -280,7 +280,7 @@ class TaskEntry:
     """What is measured, the main metric first; empty: what the kind measures."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         known = not self.words or len(self.words) == len(self.labels)
         require(known, f"words are {len(self.words)} for {len(self.labels)} labels; give one a label, or none")
         require(not (self.columns and self.convert), "columns and convert both say what a row is; give one of them")
@@ -349,7 +349,7 @@ class DataConfig:
     """Use only so many test rows, after a seeded shuffle."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
         require(self.answer_tokens >= 1, f"data.answer_tokens is {self.answer_tokens}; it must be at least 1")
         require(0 < self.test_fraction < 1, f"data.test_fraction is {self.test_fraction:g}; it lies in (0, 1)")
@@ -395,7 +395,7 @@ class BottleneckSettings:
     """Factor on the adapter's output; learned: one trainable scalar an adapter."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         require(self.size >= 1, f"bottleneck.size is {self.size}; it must be at least 1")
         require(0 <= self.dropout < 1, f"bottleneck.dropout is {self.dropout:g}; it lies in [0, 1)")
 
@@ -456,7 +456,7 @@ class TrainingConfig:
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name} is {value:g}; it cannot be negative or infinite")
-        check_choices(self)
+        check_values(self)
         require(not (self.fp16 and self.bf16), "training.fp16 and training.bf16 exclude each other; set one of them")
         require(self.prefix_limit > 0, f"training.prefix_limit is {self.prefix_limit:g}; it must be positive")
         require(0 <= self.warmup < 1, f"training.warmup is {self.warmup:g}; it lies in [0, 1)")
@@ -496,7 +496,7 @@ class RunConfig:
     """Tasks of your own by name, for `data.task`."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_values(self)
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; it lies in [0, 2**32)")
 
 

@@ -21,6 +21,7 @@ from lightpeft.config import LightConfig
 from lightpeft.depth import leave_out
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs
+from lightpeft.files import read_json, replacing_folder, write_json
 from lightpeft.importance import ModuleObserver, RankObserver
 from lightpeft.layout import squared_norms
 from lightpeft.linears import dense_weight
@@ -28,7 +29,7 @@ from lightpeft.loading import fingerprint
 from lightpeft.masks import UnitMasks
 from lightpeft.planning import make_plan
 from lightpeft.profiling import count_parameters, versions
-from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
+from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.sites import Site, base_linear, check_peft, find_sites, transformers_model
 from lightpeft.structure import BlockSpec
 
@@ -313,7 +314,7 @@ class Estimator:
             "last_plan": self._last_plan.to_dict() if self._last_plan else None,
             "windows": [[window.start, window.end] for window in self._windows],
         }
-        with writing_files(folder, last=_HISTORY_FILE) as temporary:
+        with replacing_folder(folder) as temporary:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / _STATE_FILE)
             write_json(temporary / _HISTORY_FILE, state)
 

@@ -17,12 +17,12 @@ from lightpeft.config import RunConfig, merged, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.evaluation import Outcome, Run, outcome, prefixed, scores_of
 from lightpeft.families import max_positions
+from lightpeft.files import write_json
 from lightpeft.harness import MEANS, HarnessScores, run_harness
 from lightpeft.machine import autocast_dtype
 from lightpeft.opening import Found, Wanted, check_answers, find_model, open_model
 from lightpeft.pipeline import parameter_report
 from lightpeft.prediction_files import check_predictions_path, write_predictions
-from lightpeft.records import write_json
 from lightpeft.sites import transformers_model
 from lightpeft.statistics import LEVEL, RESAMPLES, Comparison, compare
 from lightpeft.tasks import (

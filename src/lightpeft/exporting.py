@@ -16,8 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lightpeft.checkpoint import LightModel, architecture_of, facts_of, model_card, per_layer_config
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import read_json, replacing_folder, understandable, write_json
 from lightpeft.loading import UNREADABLE, with_reader
-from lightpeft.records import PrunePlan, read_json, understandable, write_json, writing_files
+from lightpeft.records import PrunePlan
 from lightpeft.sites import transformers_model
 from lightpeft.surgery import apply_plan
 
@@ -58,7 +59,7 @@ def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedToke
     native = _native_config(whole, model.light_plan)
     if native is not None:
         whole.config = native
-    with writing_files(folder, last=MERGED) as temporary:
+    with replacing_folder(folder) as temporary:
         whole.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

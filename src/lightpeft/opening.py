@@ -15,10 +15,10 @@ from lightpeft.checkpoint import DESCRIPTION, LightModel, load_light, read_descr
 from lightpeft.config import Head, ModelConfig, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.exporting import MERGED, load_merged, read_merged
+from lightpeft.files import understandable
 from lightpeft.loading import load_model, load_model_config, load_tokenizer, peft_task_type
 from lightpeft.machine import accelerator
 from lightpeft.plain_data import from_dict
-from lightpeft.records import understandable
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import ensure_pad_token, restore_task
 

@@ -29,13 +29,14 @@ from lightpeft.errors import require
 from lightpeft.estimation import stage_length
 from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
+from lightpeft.files import read_json, replacing_folder, write_json
 from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_config, load_tokenizer
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
 from lightpeft.planning import make_plan
 from lightpeft.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, folder_bytes, hardware, throughput
 from lightpeft.pruner import EarlyPruner, cut
-from lightpeft.records import EstimationRecord, PrunePlan, read_json, write_json, writing_files
+from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task, share_at_limit, task_facts
 from lightpeft.tasks.tokens import without_labels
@@ -400,7 +401,7 @@ def save_result(work: Workspace, model: Model) -> None:
     if isinstance(model, PeftModel):
         save_peft(model, work.run.adapter)
         return
-    with writing_files(work.run.model, last="config.json") as temporary:
+    with replacing_folder(work.run.model) as temporary:
         model.save_pretrained(temporary)
         work.tokenizer.save_pretrained(temporary)
 
@@ -410,7 +411,7 @@ def save_peft(model: PeftModel, folder: Path) -> None:
     if isinstance(model, LightModel):
         model.save_pretrained(folder)
         return
-    with writing_files(folder, last="adapter_config.json") as temporary:
+    with replacing_folder(folder) as temporary:
         model.save_pretrained(str(temporary))
 
 

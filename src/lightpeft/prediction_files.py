@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from datasets import Dataset
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.records import replacing
+from lightpeft.files import replacing
 from lightpeft.tasks.reading import read_file, read_json_text
 
 

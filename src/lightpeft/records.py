@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import (
+    check_file,
+    file_checksum,
+    read_json,
+    read_tensors,
+    replacing_folder,
+    understandable,
+    write_json,
+    write_tensors,
+)
+from lightpeft.plain_data import from_dict
 from lightpeft.structure import BlockSpec, SiteSpec
 
-SCHEMA_VERSION = 1
-"""Version of every JSON file written here; files of a newer version are refused."""
+_SCORES = "scores.safetensors"
 
 
 @dataclass
@@ -64,7 +67,8 @@ class EstimationRecord:
 
     def save(self, folder: str | Path) -> None:
         """Write `estimation.json` and `scores.safetensors` into `folder`."""
-        with writing_files(folder, last="estimation.json") as temporary:
+        with replacing_folder(folder) as temporary:
+            write_tensors(temporary / _SCORES, self.scores)
             write_json(
                 temporary / "estimation.json",
                 {
@@ -74,9 +78,9 @@ class EstimationRecord:
                     "blocks": [asdict(block) for block in self.blocks],
                     "left_out": [asdict(block) for block in self.left_out],
                     "sites": [asdict(site) for site in self.sites],
+                    "scores": file_checksum(temporary / _SCORES),
                 },
             )
-            save_file({key: value.contiguous() for key, value in self.scores.items()}, temporary / "scores.safetensors")
 
     @classmethod
     def load(cls, folder: str | Path) -> EstimationRecord:
@@ -87,20 +91,12 @@ class EstimationRecord:
         """
         folder = Path(folder)
         data = read_json(folder / "estimation.json")
-        try:
-            scores = load_file(folder / "scores.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise LightPeftError(f"{folder / 'scores.safetensors'} cannot be read: {error}") from error
+        scores = read_tensors(folder / _SCORES)
         with understandable(folder / "estimation.json"):
-            return cls(
-                blocks=[BlockSpec(**block) for block in data["blocks"]],
-                sites=[SiteSpec(**site) for site in data["sites"]],
-                scores=scores,
-                base_parameters=data["base_parameters"],
-                fingerprint=data["fingerprint"],
-                meta=data["meta"],
-                left_out=[BlockSpec(**block) for block in data.get("left_out", [])],
-            )
+            if data["schema_version"] >= 2:
+                check_file(folder, _SCORES, data["scores"])
+            kept = {key: value for key, value in data.items() if key not in ("schema_version", "scores")}
+            return from_dict(cls, {"left_out": [], **kept, "scores": scores})
 
 
 @dataclass(frozen=True)
@@ -211,18 +207,26 @@ class PrunePlan:
         """The plan that `to_dict` described.
 
         Raises:
-            ValueError: the parts do not fit each other (see `check_fit`).
-            KeyError, TypeError, AttributeError: a part is missing or of another kind.
+            LightPeftError: a part is missing or of another kind, or the parts do not fit each other (see `check_fit`).
         """
-        plan = cls(
-            specs=tuple(BlockSpec(**spec) for spec in data["specs"]),
-            blocks=tuple(BlockPlan(**{k: from_ranges(v) for k, v in block.items()}) for block in data["blocks"]),
-            sites={name: from_ranges(ranks) for name, ranks in data["sites"].items()},
-            dense_sites=tuple(SiteSpec(**site) for site in data["dense_sites"]),
-            base_parameters=data["base_parameters"],
-            fingerprint=data["fingerprint"],
-            budget=data["budget"],
+        facts = from_dict(_PlanFacts, {key: value for key, value in data.items() if key != "schema_version"}, "plan.")
+        require(
+            sum(spec.heads + spec.neurons for spec in facts.specs) <= _MOST_UNITS,
+            f"the plan is for a model of more than {_MOST_UNITS:,} heads and neurons",
         )
+        ranks = {site.name: site.rank for site in facts.dense_sites}
+        unknown = sorted(facts.sites.keys() - ranks)
+        require(not unknown, f"the plan keeps a PEFT module that there was not: {', '.join(unknown[:1])}")
+        plan = cls(
+            specs=tuple(facts.specs),
+            blocks=tuple(_block_plan(*pair) for pair in zip(facts.specs, facts.blocks, strict=False)),
+            sites={name: from_ranges(kept, ranks[name]) for name, kept in facts.sites.items()},
+            dense_sites=tuple(facts.dense_sites),
+            base_parameters=facts.base_parameters,
+            fingerprint=facts.fingerprint,
+            budget=facts.budget,
+        )
+        require(len(facts.blocks) <= len(facts.specs), "the plan keeps other blocks than there were")
         check_fit(plan)
         return plan
 
@@ -304,120 +308,39 @@ def to_ranges(indices: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
-def from_ranges(text: str) -> tuple[int, ...]:
-    """The indices that `to_ranges` wrote."""
+def from_ranges(text: str, below: int) -> tuple[int, ...]:
+    """The indices that `to_ranges` wrote: ascending, and below a number of units.
+
+    Raises:
+        LightPeftError: they are others; none of them is made.
+    """
     bounds = [part.split("-") for part in text.split(",") if part]
-    return tuple(index for bound in bounds for index in range(int(bound[0]), int(bound[-1]) + 1))
+    ends = [(int(bound[0]), int(bound[-1])) for bound in bounds]
+    before = -1
+    for first, last in ends:
+        require(before < first <= last < below, f"{text[:40]!r} are not ascending indices below {below}")
+        before = last
+    return tuple(index for first, last in ends for index in range(first, last + 1))
 
 
-@contextmanager
-def understandable(path: str | Path) -> Iterator[None]:
-    """Turn the errors of reading unexpected content into one line about the file."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = str(error) if isinstance(error, LightPeftError) else repr(error)
-        raise LightPeftError(f"{path} does not have the expected content ({reason}); was it edited?") from error
+_MOST_UNITS = 2**23
+"""Heads and neurons that a plan may be for: with 100 layers of 53,248 neurons it would be for 5 million."""
 
 
-def write_json(path: str | Path, data: dict[str, Any]) -> None:
-    """Write `data` with the schema version, to a temporary name that is moved into place."""
-    write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=1, allow_nan=False) + "\n")
+@dataclass(frozen=True)
+class _PlanFacts:
+    """A plan as its file has it."""
+
+    specs: list[BlockSpec]
+    blocks: list[dict[str, str]]
+    sites: dict[str, str]
+    dense_sites: list[SiteSpec]
+    base_parameters: int
+    fingerprint: str
+    budget: dict[str, Any]
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write text to a temporary name that is moved into place.
-
-    Raises:
-        LightPeftError: it cannot be written.
-    """
-    with replacing(path) as file:
-        file.write(text)
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[TextIO]:
-    """A text file that takes the place of `path` when it is complete, and vanishes if writing fails.
-
-    Raises:
-        LightPeftError: it cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        temporary.replace(path)
-    except OSError as error:
-        raise LightPeftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read what `write_json` wrote.
-
-    Raises:
-        LightPeftError: the file is missing, not JSON, or of a newer schema.
-    """
-    path = Path(path)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LightPeftError(f"{path} does not exist") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise LightPeftError(f"{path} cannot be read: {error}") from error
-    require(isinstance(data, dict), f"{path} does not hold a JSON object")
-    version = data.get("schema_version")
-    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
-        raise LightPeftError(
-            f"{path} has schema version {version}, this lightpeft reads up to {SCHEMA_VERSION}; upgrade lightpeft"
-        )
-    return data
-
-
-@contextmanager
-def writing_files(folder: str | Path, last: str) -> Iterator[Path]:
-    """A temporary folder whose files move into `folder` when the block ends well; other files there stay.
-
-    Args:
-        last: the file that moves last: it describes the others, so a reader can tell a set that is not whole.
-
-    Raises:
-        LightPeftError: the disk is full or the place cannot be written; no file of `folder` is half-written.
-    """
-    folder = Path(folder)
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        yield temporary
-        folder.mkdir(exist_ok=True)
-        _move_files(temporary, folder, last)
-    except (OSError, SafetensorError) as error:
-        raise LightPeftError(f"cannot write {folder}: {error}; nothing was changed") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _move_files(source: Path, folder: Path, last: str) -> None:
-    """Move all files of `source` into `folder`, `last` at the end; when one cannot be moved, the old ones come back."""
-    names = sorted((file.name for file in source.iterdir()), key=lambda name: name == last)
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    try:
-        for name in reversed(names):
-            if (folder / name).exists():
-                (folder / name).replace(old / name)
-        for name in names:
-            (source / name).replace(folder / name)
-    except OSError:
-        for name in names:
-            if not (source / name).exists():
-                (folder / name).unlink(missing_ok=True)
-        for file in old.iterdir():
-            file.rename(folder / file.name)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+def _block_plan(spec: BlockSpec, kept: dict[str, str]) -> BlockPlan:
+    """What stays of a block, by its file's ranges."""
+    dense = {"heads": spec.heads, "kv_heads": spec.kv_heads, "neurons": spec.neurons}
+    return BlockPlan(**{name: from_ranges(kept[name], below) for name, below in dense.items()})

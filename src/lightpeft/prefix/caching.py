@@ -16,10 +16,10 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from lightpeft.errors import LightPeftError
+from lightpeft.files import read_json, write_json
 from lightpeft.machine import autocasting, processes
 from lightpeft.prefix.blocks import STATES, FrozenPrefix
 from lightpeft.prefix.states import StateStore, store_bytes
-from lightpeft.records import read_json, write_json
 from lightpeft.tasks.progress import Progress, bar
 from lightpeft.tasks.tokens import without_labels
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
-from lightpeft.records import read_json
+from lightpeft.files import read_json
 from lightpeft.reproduce.grid import Cell
 
 Key = tuple[str, str, str]

@@ -13,8 +13,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from lightpeft.files import write_json, write_text
 from lightpeft.profiling import versions
-from lightpeft.records import write_json, write_text
 from lightpeft.reproduce.summary import MEASURES, UNBOUNDED, Results, Row, Spread, spread
 
 _MIB = 2**20

@@ -1,0 +1,46 @@
+"""Files: bounded and verified on the way in, whole or not at all on the way out, in folders that one process holds."""
+
+from lightpeft.files.locks import InUseError, holding
+from lightpeft.files.reading import (
+    DATA_LIMIT,
+    SCHEMA_VERSION,
+    check_file,
+    check_sealed,
+    content_checksum,
+    file_checksum,
+    read_json,
+    read_tensors,
+    read_text,
+    understandable,
+)
+from lightpeft.files.writing import (
+    clean,
+    replacing,
+    replacing_folder,
+    seal,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+__all__ = [
+    "DATA_LIMIT",
+    "SCHEMA_VERSION",
+    "InUseError",
+    "check_file",
+    "check_sealed",
+    "clean",
+    "content_checksum",
+    "file_checksum",
+    "holding",
+    "read_json",
+    "read_tensors",
+    "read_text",
+    "replacing",
+    "replacing_folder",
+    "seal",
+    "understandable",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]

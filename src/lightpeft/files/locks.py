@@ -1,0 +1,117 @@
+"""One process at a time in a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lightpeft.errors import LightPeftError
+
+try:
+    import fcntl
+except ImportError:  # on Windows folders are not locked
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+"""File of a folder that whoever works in it holds; it stays, because only its lock says something."""
+_mine: dict[Path, int] = {}
+"""Folders that this process holds -> how many times."""
+
+
+class InUseError(LightPeftError):
+    """Another process works in the folder."""
+
+
+@contextmanager
+def holding(folder: Path, *, wait: Callable[[], None] | None = None, inherited: bool = False) -> Iterator[None]:
+    """Inside the block no other process holds the folder, which is made if it is not there; one process may hold it
+    many times over. The lock goes with the process, however that ends.
+
+    Args:
+        wait: called once before waiting for another process; None: do not wait.
+        inherited: processes that are started inside the block hold the folder, too.
+
+    Raises:
+        InUseError: another process holds it.
+        LightPeftError: it cannot be made or written to.
+    """
+    place = folder.resolve()
+    if fcntl is None or place in _mine:
+        folder.mkdir(parents=True, exist_ok=True)
+        _mine[place] = _mine.get(place, 0) + 1
+        try:
+            yield
+        finally:
+            _release(place)
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise LightPeftError(f"cannot write to output {folder}: {error.strerror or error}") from error
+    try:
+        _take(descriptor, folder, wait)
+        os.set_inheritable(descriptor, inherited)
+        _mine[place] = 1
+        try:
+            yield
+        finally:
+            _release(place)
+    finally:
+        os.close(descriptor)
+
+
+def _release(place: Path) -> None:
+    _mine[place] -= 1
+    if not _mine[place]:
+        del _mine[place]
+
+
+def _take(descriptor: int, folder: Path, wait: Callable[[], None] | None) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        if wait is None:
+            raise InUseError(
+                f"{folder} is in use by another process ({_holder(descriptor)}); wait until it ends, or give another "
+                "output"
+            ) from error
+        wait()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:  # a file system without locks
+        return
+    with suppress(OSError):  # a full disk is no reason not to work, only to say less
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+
+
+def _holder(descriptor: int) -> str:
+    number = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+    return f"number {number}" if number.isdigit() else "of an unknown number"
+
+
+def is_dead(path: Path) -> bool:
+    """Whether whoever made a temporary file or folder, which it holds as long as it lives, is gone."""
+    if fcntl is None:
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return path.is_symlink()  # nobody here makes links
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def hold_temporary(descriptor: int) -> None:
+    """Show that the maker of a temporary file or folder lives, for as long as the descriptor is open."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,277 @@
+"""Files and folders that appear whole or not at all, whatever ends the process and whatever lay there before."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files.locks import hold_temporary, is_dead
+from lightpeft.files.reading import CHECKSUM, CHECKSUMS, SCHEMA_VERSION, content_checksum, file_checksum
+
+_SUFFIX = ".tmp"
+"""Temporary files and folders are called .<name>.<random><suffix>, beside what they will be."""
+_OLD = ".old.tmp"
+"""Ending of what is in the way of a folder, where two folders cannot change places in one step."""
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write `data` with the schema version and a checksum of it all; it takes the place of `path` when it is complete.
+
+    Raises:
+        LightPeftError: it cannot be written, or has a number that is NaN or infinite.
+    """
+    try:
+        # as a reader will see it: JSON turns integer keys into strings
+        content = json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **data}, allow_nan=False))
+    except ValueError as error:
+        raise LightPeftError(f"cannot write {path}: a number in it is NaN or infinite; nothing was changed") from error
+    content.pop(CHECKSUM, None)
+    write_text(path, json.dumps({**content, CHECKSUM: content_checksum(content)}, indent=1) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text that takes the place of `path` when it is complete.
+
+    Raises:
+        LightPeftError: it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(text)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, straight to its place: into a folder that is not there yet for others.
+
+    Raises:
+        LightPeftError: it cannot be written.
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except (OSError, SafetensorError) as error:
+        raise LightPeftError(f"cannot write {path}: {' '.join(str(error).split())}") from error
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[TextIO]:
+    """A text file that takes the place of `path` when it is complete, and vanishes if writing fails.
+
+    Raises:
+        LightPeftError: it cannot be written.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        clean(path.parent, path.name)
+        descriptor, name = tempfile.mkstemp(prefix=_prefix(path.name), suffix=_SUFFIX, dir=path.parent)
+        temporary = Path(name)
+        hold_temporary(descriptor)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            yield file
+            file.flush()
+            _open_to_users(temporary)
+            os.fsync(descriptor)
+            temporary.replace(path)
+        _sync(path.parent)
+    except UnicodeEncodeError as error:
+        raise LightPeftError(f"cannot write {path}: it would hold half a character; nothing was changed") from error
+    except OSError as error:
+        raise LightPeftError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder whose files are in `folder` when the block ends well; other files there stay.
+
+    The new folder changes places with the old one in one step, so that at every moment one of them is there, whole. (A
+    folder that is a mount point stays, and its files are replaced one by one.)
+
+    Raises:
+        LightPeftError: the disk is full or the place cannot be written; nothing of `folder` has changed.
+    """
+    folder = Path(folder)
+    temporary: Path | None = None
+    descriptor: int | None = None
+    try:
+        target = folder.resolve()
+        mounted = target.is_mount()
+        place = target if mounted else target.parent
+        place.mkdir(parents=True, exist_ok=True)
+        require(not target.exists() or target.is_dir(), f"cannot write {folder}: it is a file; nothing was changed")
+        clean(place, target.name)
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(target.name), suffix=_SUFFIX, dir=place))
+        descriptor = os.open(temporary, os.O_RDONLY)
+        hold_temporary(descriptor)
+        yield temporary
+        _settle(temporary)
+        if mounted:
+            _move_files(temporary, target)
+        elif target.exists():
+            _take_along(target, temporary)
+            _exchange(temporary, target)
+        else:
+            temporary.rename(target)
+        _sync(place)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise LightPeftError(f"cannot write {folder}: {reason}; nothing was changed") from error
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Write down the SHA-256 of every file in a folder, for `reading.check_sealed`; before it is moved into place."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    write_json(folder / CHECKSUMS, {"files": {str(path.relative_to(folder)): file_checksum(path) for path in files}})
+
+
+def clean(place: Path, name: str = "") -> None:
+    """Remove from a folder what processes that are gone left half-written, of one name or of all.
+
+    What such a process had taken out of the way comes back.
+    """
+    for path in place.glob(f".{_escaped(name)}*{_SUFFIX}"):
+        if not _is_temporary(path, name) or not is_dead(path):
+            continue
+        if path.name.endswith(_OLD):
+            home = path.with_name(path.name[1 : -len(_OLD)].rpartition(".")[0])
+            if not home.exists():
+                path.rename(home)
+                continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_temporary(path: Path, name: str) -> bool:
+    """Whether a path is called as temporary ones are: of a name, or of any."""
+    stem = path.name.removesuffix(_OLD).removesuffix(_SUFFIX)
+    of, _, random = stem[1:].rpartition(".")
+    return bool(of) and len(random) == 8 and (not name or of == name[:_LONGEST])
+
+
+_LONGEST = 200
+"""Characters of a name that its temporary names repeat: file systems take 255 bytes."""
+
+
+def _prefix(name: str) -> str:
+    return f".{name[:_LONGEST]}."
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name[:_LONGEST])
+
+
+def _open_to_users(path: Path) -> None:
+    """Temporary files are their maker's alone; what stays is for whom the user's umask says."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+
+
+def _umask() -> int:
+    current = os.umask(0o077)  # it cannot be read without being set
+    os.umask(current)
+    return current
+
+
+def _settle(folder: Path) -> None:
+    """Make a folder as lasting and as readable as it is to be when it is moved into place."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_symlink():
+            continue
+        _open_to_users(path)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # folders of Windows cannot be opened
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that need no such call
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _take_along(source: Path, folder: Path) -> None:
+    """Give a new folder what else an old one holds, without copying it where the file system can."""
+
+    def link(file: str, to: str) -> None:
+        try:
+            os.link(file, to, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(file, to, follow_symlinks=False)
+
+    for entry in source.iterdir():
+        place = folder / entry.name
+        if place.exists() or place.is_symlink() or _is_temporary(entry, ""):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, place, symlinks=True, copy_function=link)
+        else:
+            link(str(entry), str(place))
+
+
+def _move_files(source: Path, folder: Path) -> None:
+    for entry in sorted(source.iterdir()):
+        if (folder / entry.name).is_dir():
+            shutil.rmtree(folder / entry.name)
+        entry.replace(folder / entry.name)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Let two folders change places, in one step where the system can; `one` may be gone afterwards."""
+    if _exchange_at_once(one, other):
+        return
+    old = one.with_name(one.name.removesuffix(_SUFFIX) + _OLD)
+    other.rename(old)
+    try:
+        one.rename(other)
+    except OSError:
+        old.rename(other)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""Of Linux's renameat2."""
+
+
+def _exchange_at_once(one: Path, other: Path) -> bool:
+    """Whether the system could do it."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if rename is None:
+        return False
+    done = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    if done == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
