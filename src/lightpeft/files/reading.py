@@ -1,4 +1,4 @@
-"""What others may have written: bounded in size, checked in form, compared with its checksum, and only then believed."""
+"""What others may have written: bounded in size, checked in form, compared with its checksum, then believed."""
 
 from __future__ import annotations
 
