@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,13 +20,22 @@ from transformers.quantizers import AutoQuantizationConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, family_of
-from lightpeft.files import read_json, replacing_folder, understandable, write_json
+from lightpeft.files import (
+    check_file,
+    content_checksum,
+    file_checksum,
+    read_json,
+    replacing_folder,
+    understandable,
+    write_json,
+    write_text,
+)
 from lightpeft.loading import UNREADABLE, base_names, fingerprint, keep_own_names
 from lightpeft.profiling import versions
 from lightpeft.quantised import prepare_quantised
 from lightpeft.records import PrunePlan
 from lightpeft.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
-from lightpeft.sites import transformers_model
+from lightpeft.sites import hide_config, own_adapter, read_config, transformers_model
 from lightpeft.streaming import Stream
 from lightpeft.structure import BlockSpec
 from lightpeft.surgery import apply_plan
@@ -53,20 +61,49 @@ class LightModel(PeftModel):
     def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:
         """Write a light adapter: PEFT's own two files, `lightpeft.json`, a model card and, after a refit, that.
 
+        Where anything of the base is cut, PEFT's own loader refuses the folder (`sites.hide_config`). The reference that
+        one of TRL's trainers has put beside the adapter is not written.
+
         Raises:
-            LightPeftError: the folder cannot be written (for example: disk full); no file is half-written.
+            LightPeftError: there are other adapters, or the folder cannot be written (for example: disk full); no file
+                is half-written.
         """
         require(kwargs.get("safe_serialization", True), "a light adapter is written as safetensors, never as pickle")
+        name = own_adapter(self)
+        selected = kwargs.pop("selected_adapters", None)
+        require(selected in (None, [name]), f"a light adapter has one adapter, {name}, and {selected} was selected")
         if not is_main_process:
             return
         with replacing_folder(save_directory) as temporary:
-            super().save_pretrained(str(temporary), **kwargs)
+            super().save_pretrained(str(temporary), selected_adapters=[name], **kwargs)
+            _move_up(temporary / name)
+            if self.light_plan.removed_parameters or self.light_refit:
+                hide_config(temporary)
             if self.light_refit:
                 save_file(refit_tensors(self.light_refit), temporary / _REFIT_FILE)
             (temporary / "README.md").write_text(model_card(self, *_CARD), encoding="utf-8")
             write_json(temporary / DESCRIPTION, _description(self, temporary))
         if not self.light_refit:
             (Path(save_directory) / _REFIT_FILE).unlink(missing_ok=True)  # of what was saved here before
+
+
+def _move_up(folder: Path) -> None:
+    """Move the files of an adapter that is not called "default" to where PEFT writes those of one that is."""
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.replace(folder.parent / file.name)
+        folder.rmdir()
+
+
+def save_metrics(model: LightModel, folder: str | Path) -> None:
+    """Write what was measured of a light model into where it is saved; no weight is written again.
+
+    Raises:
+        LightPeftError: there is no light adapter, or it cannot be written.
+    """
+    file = Path(folder) / DESCRIPTION
+    write_json(file, {**read_json(file), "metrics": model.light_metrics})
+    write_text(Path(folder) / "README.md", model_card(model, *_CARD))
 
 
 def as_light(
@@ -137,7 +174,7 @@ def load_light(
     refit = _read_refit(folder) if _REFIT_FILE in description["checksums"] else {}
     apply_refit(dense, refit)
     try:
-        model = PeftModel.from_pretrained(dense, str(folder), is_trainable=is_trainable)
+        model = PeftModel.from_pretrained(dense, str(folder), is_trainable=is_trainable, config=read_config(folder))
     except (RuntimeError, ValueError, KeyError) as error:
         raise LightPeftError(f"{folder} does not fit its base: {' '.join(str(error).split())[:300]}") from error
     if not is_trainable:
@@ -157,11 +194,11 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     description = read_json(folder / DESCRIPTION)
     with understandable(folder / DESCRIPTION):
         expected = dict(description["checksums"])
-        own = expected.pop(DESCRIPTION)
-    require(own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
-    for name, checksum in expected.items():
-        require((folder / name).is_file(), f"{folder} is incomplete: {name} is missing")
-        require(_file_checksum(folder / name) == checksum, f"{folder / name} was altered or damaged")
+        if description["schema_version"] == 1:  # which had no checksum for every JSON file
+            own = expected.pop(DESCRIPTION)
+            require(own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
+        for name, checksum in expected.items():
+            check_file(folder, name, checksum)
     return description
 
 
@@ -175,11 +212,8 @@ def _read_refit(folder: Path) -> Refit:
 
 
 def _description(model: LightModel, folder: Path) -> dict[str, Any]:
-    description = facts_of(model)
-    checksums = {name: _file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
-    # JSON turns integer keys into strings; hash what a reader will see
-    seen = json.loads(json.dumps(description))
-    return {**description, "checksums": {**checksums, DESCRIPTION: _content_checksum(seen)}}
+    checksums = {name: file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
+    return {**facts_of(model), "checksums": checksums}
 
 
 def facts_of(model: LightModel) -> dict[str, Any]:
@@ -339,7 +373,7 @@ def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, folder: Path) -> Non
         skeleton = type(dense)(copy.deepcopy(dense.config))
     apply_plan(skeleton, plan)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = read_config(folder)
         config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
         model = get_peft_model(skeleton, config)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
@@ -358,15 +392,9 @@ def _report_difference(names: Sequence[str], what: str) -> None:
     require(not names, f"{what}: {names[0] if names else ''}{more}")
 
 
-def _file_checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _content_checksum(description: dict[str, Any]) -> str:
-    """SHA-256 of everything in `lightpeft.json` but the checksums themselves."""
-    content = {key: value for key, value in description.items() if key not in ("checksums", "schema_version")}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of everything in a `lightpeft.json` of version 1 but the checksums themselves."""
+    return content_checksum({k: value for k, value in description.items() if k not in ("checksums", "schema_version")})
 
 
 _CARD = (

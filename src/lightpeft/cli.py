@@ -17,12 +17,24 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 from rich.console import Console
 
-from lightpeft import __version__
+from lightpeft import __version__, streams
 from lightpeft.config import RunConfig, merged, run_config_from_dict
 from lightpeft.errors import LightPeftError, require
-from lightpeft.plain_data import load_yaml, unknown_key
+from lightpeft.plain_data import load_yaml, shown, unknown_key
 
-_out = Console()
+
+class _Screen(Console):
+    """Standard output for tables and lines; what cannot be written is told, not lost."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with streams.written():
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+_out = _Screen()
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -46,10 +58,11 @@ _OTHERS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input prints one line and exits with 2; an interrupted run exits with 130."""
+    streams.prepare()
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # on import they warn of kernels they lack
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with _stoppable():
+        with _stoppable(), streams.flushed():
             _dispatch(sys.argv[1:] if arguments is None else arguments)
     except LightPeftError as error:
         _fail(str(error), 2)
@@ -57,6 +70,11 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(stop) or "stopped; the same command goes on from the last result", 130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        name = "" if error.filename is None else f"{shown(str(error.filename))}: "
+        _fail(f"{name}{error.strerror or shown(str(error))}", 2)
+    except MemoryError:
+        _fail("out of memory; give smaller batches, a smaller model, or fewer rows", 2)
 
 
 @contextmanager
@@ -180,7 +198,8 @@ _EXTRA: dict[str, tuple[str, ...]] = {"bench": ("rounds", "steps", "json"), "eva
 
 
 def _print_config(config: RunConfig) -> None:
-    sys.stdout.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+    with streams.utf8_output() as file:
+        file.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
 
 
 def _run(config: RunConfig) -> None:
@@ -249,12 +268,14 @@ def _config(given: dict[str, Any]) -> RunConfig:
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """The same as far as they are given, nested, before presets and defaults."""
+    from lightpeft.runs import stored_settings
+
     file, folder = given.pop("config", None), given.pop("run", None)
     require(not (file and folder), "give --config or --run, not both: a run folder has its own config.yaml")
     data: dict[str, Any] = {}
     if folder is not None:
         require((Path(folder) / "config.yaml").is_file(), f"{folder} is not a run folder: it has no config.yaml")
-        data = {**load_yaml(Path(folder) / "config.yaml"), "output": str(folder)}
+        data = {**stored_settings(Path(folder)), "output": str(folder)}
     elif file is not None:
         data = load_yaml(file)
     return merged(data, given)
@@ -378,6 +399,7 @@ def _inspect(options: Namespace) -> None:
     from lightpeft.records import PrunePlan
     from lightpeft.tables import facts_table, plan_table
 
+    streams.standard_output()
     path = Path(options.path)
     require(path.exists(), f"{path} does not exist; give a plan.json, or a folder that lightpeft wrote")
     adapter = path / "adapter" if (path / "adapter").is_dir() else path

@@ -218,6 +218,10 @@ _WITH_ADAPTERS: dict[str, dict[str, Any]] = {
 """What presets have of their own for bottleneck adapters, which take larger steps and lose more by a cut than LoRA."""
 
 
+SWITCHES = ("trust_remote_code",)
+"""Settings of `ModelConfig` that let somebody else's code in: whoever runs a command gives them, never a folder."""
+
+
 @dataclass(kw_only=True)
 class ModelConfig:
     """The foundation model."""

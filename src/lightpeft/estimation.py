@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightpeft import scoring
@@ -21,7 +20,7 @@ from lightpeft.config import LightConfig
 from lightpeft.depth import leave_out
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs
-from lightpeft.files import read_json, replacing_folder, write_json
+from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
 from lightpeft.importance import ModuleObserver, RankObserver
 from lightpeft.layout import squared_norms
 from lightpeft.linears import dense_weight
@@ -314,9 +313,8 @@ class Estimator:
             "last_plan": self._last_plan.to_dict() if self._last_plan else None,
             "windows": [[window.start, window.end] for window in self._windows],
         }
-        with replacing_folder(folder) as temporary:
-            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / _STATE_FILE)
-            write_json(temporary / _HISTORY_FILE, state)
+        write_tensors(Path(folder) / _STATE_FILE, tensors)
+        write_json(Path(folder) / _HISTORY_FILE, state)
 
     def load_state(self, folder: str | Path) -> None:
         """Go on from what `save_state` wrote; call it after `start`, in every process.
@@ -325,7 +323,11 @@ class Estimator:
             LightPeftError: the folder holds no estimation state, or that of another model.
         """
         state = read_json(Path(folder) / _HISTORY_FILE)
-        tensors = load_file(Path(folder) / _STATE_FILE)
+        tensors = read_tensors(Path(folder) / _STATE_FILE)
+        with understandable(folder):
+            self._take_state(state, tensors, folder)
+
+    def _take_state(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> None:
         same = tensors["values"].shape == self.masks.values.shape and tensors["modules"].shape[1] == len(self.sites)
         require(same, f"{folder} holds the estimation state of another model")
         with torch.no_grad():

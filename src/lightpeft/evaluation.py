@@ -22,7 +22,7 @@ from lightpeft.generating import generate_texts
 from lightpeft.machine import autocasting
 from lightpeft.meanwhile import in_mode
 from lightpeft.statistics import Interval, bootstrap_intervals
-from lightpeft.tasks.answers import BESIDES, Answers
+from lightpeft.tasks.answers import BESIDES, Answers, require_finite
 from lightpeft.tasks.base import Task
 from lightpeft.tasks.likelihood import ACCURACIES, option_scores, option_sequences
 from lightpeft.tasks.metrics import accuracy
@@ -62,7 +62,7 @@ def evaluate(
         option.
 
     Raises:
-        LightPeftError: there is no row, or no token to predict.
+        LightPeftError: as `outcome`.
     """
     return values_of(outcome(Run(model, collator, batch_size, autocast, progress), dataset, task), task)
 
@@ -111,7 +111,7 @@ def outcome(run: Run, dataset: Dataset, task: Task) -> Outcome:
         task: says how the model answers.
 
     Raises:
-        LightPeftError: there is no row, or no token to predict.
+        LightPeftError: there is no row or no token to predict, or the model's answers are NaN or infinite.
     """
     return ANSWERING[task.answering](run, dataset, task)
 
@@ -159,7 +159,15 @@ class Run:
 
 
 def logits_of(run: Run, dataset: Dataset) -> list[Tensor]:
-    """Every row's logits, float32 [classes or options] on the CPU."""
+    """Every row's logits, float32 [classes] on the CPU.
+
+    Raises:
+        LightPeftError: there is no row, or logits are not finite.
+    """
+    return _finite(_logits(run, dataset))
+
+
+def _logits(run: Run, dataset: Dataset) -> list[Tensor]:
     result = [torch.empty(0)] * len(dataset)
     for rows, _, output in run.outputs(dataset, "Predicting"):
         for row, of_row in zip(rows, output.logits.float().cpu(), strict=True):
@@ -182,9 +190,19 @@ def _numbers(run: Run, dataset: Dataset, task: Task) -> Outcome:
 
 
 def option_logits(run: Run, dataset: Dataset) -> list[Tensor]:
-    """Every row's logits, float32 [options]; a batch fills rows up to its largest number of options."""
+    """Every row's logits, float32 [options]; a batch fills rows up to its largest number of options.
+
+    Raises:
+        LightPeftError: as `logits_of`.
+    """
     counts = [len(options) for options in dataset["input_ids"]]
-    return [of_row[:count] for of_row, count in zip(logits_of(run, dataset), counts, strict=True)]
+    return _finite([of_row[:count] for of_row, count in zip(_logits(run, dataset), counts, strict=True)])
+
+
+def _finite(rows: list[Tensor]) -> list[Tensor]:
+    """The logits of all rows, found to be numbers."""
+    require_finite([bool(of_row.isfinite().all()) for of_row in rows])
+    return rows
 
 
 def _options(run: Run, dataset: Dataset, task: Task) -> Outcome:
@@ -210,6 +228,7 @@ def _likelihood(run: Run, dataset: Dataset, task: Task) -> Outcome:
 
 def _next_tokens(run: Run, dataset: Dataset, task: Task) -> Outcome:
     sums = _token_sums(run, dataset)
+    require_finite(np.isfinite(sums[:, 0]))
     require(
         sums[:, 2].sum() > 0, "there is no token to predict in these rows; raise data.max_length or give longer texts"
     )
@@ -256,9 +275,15 @@ class Likelihoods:
 
 
 def likelihoods_of(run: Run, dataset: Dataset) -> Likelihoods:
-    """Scores of every row's options, of what `LikelihoodTask.encode_test` or `encode_inputs` returned."""
+    """Scores of every row's options, of what `LikelihoodTask.encode_test` or `encode_inputs` returned.
+
+    Raises:
+        LightPeftError: there is no row, or a probability is no number.
+    """
     sequences = option_sequences(dataset)
     losses, _, tokens = _token_sums(run, sequences.rows).T
+    asked = zip(sequences.asked, sequences.unconditional, strict=True)
+    require_finite([bool(np.isfinite(losses[[*options, *plain]]).all()) for options, plain in asked])
     scores = option_scores(sequences, -losses, tokens, dataset["bytes"][:])
     return Likelihoods(scores, sequences.asked, losses, tokens)
 
@@ -269,23 +294,33 @@ def spans_of(run: Run, dataset: Dataset, most_tokens: int) -> tuple[list[Span], 
     Args:
         dataset: what `SpanTask.encode_test` or `encode_inputs` returned.
         most_tokens: tokens of an answer at most.
+
+    Raises:
+        LightPeftError: there is no row, or logits are not finite.
     """
     spans: dict[int, list[Span]] = defaultdict(list)
+    finite: dict[int, bool] = defaultdict(lambda: True)
     losses = []
     for numbers, batch, output in run.outputs(dataset, "Answering"):
         real = batch["attention_mask"].bool()
         logits = torch.stack([output.start_logits, output.end_logits], dim=1).float().cpu()
         for row, of_window, tokens in zip(_rows(dataset, numbers), logits, real, strict=True):
             window, of_tokens = window_of(row), of_window[:, tokens]  # without padding, on whatever side
+            finite[window.example] &= bool(of_tokens.isfinite().all())
             spans[window.example].append(best_span(window, of_tokens[0], of_tokens[1], most_tokens))
             if SPAN_LABELS[0] in row:
                 targets = torch.tensor([row[name] for name in SPAN_LABELS])
                 losses.append(nn.functional.cross_entropy(of_tokens, targets).item())
+    require_finite([finite[row] for row in range(len(spans))])
     return [best_of_windows(spans[row]) for row in range(len(spans))], losses
 
 
 def texts_of(run: Run, dataset: Dataset, task: Task) -> list[str]:
-    """What the model writes behind every row's tokens; of `data.task: generation`, one line."""
+    """What the model writes behind every row's tokens; of `data.task: generation`, one line.
+
+    Raises:
+        LightPeftError: there is no row, or logits are not finite.
+    """
     require(len(dataset) > 0, "there are no rows to evaluate")
     tokenizer = run.collator.tokenizer
     assert tokenizer is not None

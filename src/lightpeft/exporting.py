@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lightpeft.checkpoint import LightModel, architecture_of, facts_of, model_card, per_layer_config
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import read_json, replacing_folder, understandable, write_json
+from lightpeft.files import check_file, file_checksum, read_json, replacing_folder, understandable, write_json
 from lightpeft.loading import UNREADABLE, with_reader
 from lightpeft.records import PrunePlan
 from lightpeft.sites import transformers_model
@@ -64,7 +64,8 @@ def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedToke
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(model, *_CARD), encoding="utf-8")
-        write_json(temporary / MERGED, {**facts_of(model), "native": native is not None})
+        checksums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir())}
+        write_json(temporary / MERGED, {**facts_of(model), "native": native is not None, "checksums": checksums})
     return native is not None
 
 
@@ -146,4 +147,9 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     """
     for name in (MERGED, "config.json"):  # transformers would go on without its config
         require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
-    return read_json(Path(folder) / MERGED)
+    description = read_json(Path(folder) / MERGED)
+    with understandable(Path(folder) / MERGED):
+        # those of version 1 have none
+        for name, checksum in dict(description["checksums"] if description["schema_version"] > 1 else {}).items():
+            check_file(Path(folder), name, checksum)
+    return description

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.batching import fitting_batch_size, in_batches
 from lightpeft.machine import autocasting
+from lightpeft.tasks.answers import require_finite
 from lightpeft.tasks.progress import Progress, bar
 
 LINE_END = "\n"
@@ -42,26 +43,43 @@ def generate_texts(
 
     Returns:
         One text a prompt, without special tokens and surrounding space.
+
+    Raises:
+        LightPeftError: a token was picked of logits that are NaN or infinite.
     """
     config = _greedy(model, tokenizer, max_new_tokens, one_line)
     device = next(model.parameters()).device
 
-    def compute(rows: Sequence[int]) -> Tensor:
+    def compute(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         ids = {"input_ids": [list(prompts[row]) for row in rows]}
         # whatever side the tokenizer pads on, a prompt must end where the text begins
         batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
+        seen = _Finite()
         with torch.inference_mode(), autocasting(device, autocast):
-            written = model.generate(**batch, generation_config=config)
-        return written[:, batch["input_ids"].shape[1] :].cpu()
+            written = model.generate(**batch, generation_config=config, logits_processor=[seen])
+        return written[:, batch["input_ids"].shape[1] :].cpu(), seen.finite.cpu()
 
     longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     size = batch_size or fitting_batch_size(model, longest_first, compute)
     batches = in_batches(longest_first, compute, size)
-    texts = [""] * len(prompts)
-    for rows, written in progress(batches, math.ceil(len(prompts) / size), "Generating"):
-        for row, ids in zip(rows, written, strict=True):
-            texts[row] = _text(ids, tokenizer, one_line)
+    texts, finite = [""] * len(prompts), [True] * len(prompts)
+    for rows, (written, numbers) in progress(batches, math.ceil(len(prompts) / size), "Generating"):
+        for row, ids, number in zip(rows, written, numbers, strict=True):
+            texts[row], finite[row] = _text(ids, tokenizer, one_line), bool(number)
+    require_finite(finite)
     return texts
+
+
+class _Finite(LogitsProcessor):
+    """Sees whether tokens are picked of numbers; the largest logit tells, and others may be minus infinity."""
+
+    def __init__(self) -> None:
+        self.finite = torch.tensor(True)
+        """Bool [rows]."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.finite = self.finite.to(scores.device) & scores.amax(-1).isfinite()
+        return scores
 
 
 def _greedy(

@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from lightpeft.records import PrunePlan
 from lightpeft.scoring import MaskGradients
-from lightpeft.sites import transformers_model
+from lightpeft.sites import adapter_in_use, transformers_model
 from lightpeft.structure import BlockSpec
 
 _KEPT_ANYWAY = ("relu", "linear")
@@ -60,6 +60,7 @@ class UnitMasks:
     def attach(self, model: nn.Module) -> None:
         """Let the projections of a transformers model, or of a PeftModel around it, read the masks."""
         inner = transformers_model(model)
+        self._batch.masked = adapter_in_use(model)
         self._handles.append(inner.register_forward_pre_hook(self._batch, with_kwargs=True))
         tallies = self._tally.split(self.sizes, dim=1)
         of_heads, of_neurons = tallies[: len(self.blocks)], tallies[len(self.blocks) :]
@@ -110,6 +111,8 @@ class _Batch:
 
     def __init__(self) -> None:
         self.examples, self._of_step = 1, 0
+        self.masked: Callable[[], bool] = lambda: True
+        """Whether a pass is masked: not where it gives the reference that the model is trained against."""
         self.checkpointed = False
         """Whether gradient checkpointing drops what the backward pass needs, and computes it again."""
 
@@ -173,6 +176,8 @@ class _Scaler:
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, sources = args[0], self._sources
         self._sources = []
+        if not self.batch.masked():
+            return args
         if module.training not in self._reproducible:
             self._reproducible[module.training] = _activated(self.activation, sources, x.shape[-1]).equal(x)
         again = self._reproducible[module.training]

@@ -12,14 +12,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lightpeft.checkpoint import DESCRIPTION, LightModel, load_light, read_description
-from lightpeft.config import Head, ModelConfig, RunConfig, load_config
+from lightpeft.config import Head, ModelConfig, RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.exporting import MERGED, load_merged, read_merged
 from lightpeft.files import understandable
 from lightpeft.loading import load_model, load_model_config, load_tokenizer, peft_task_type
 from lightpeft.machine import accelerator
 from lightpeft.plain_data import from_dict
-from lightpeft.runs import RunFolder
+from lightpeft.runs import RunFolder, stored_config
 from lightpeft.tasks import ensure_pad_token, restore_task
 
 Form = Literal["light adapter", "merged light model", "PEFT adapter", "model"]
@@ -94,7 +94,7 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
 
 
 def _find_run(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
-    run = RunFolder(folder, load_config(folder / "config.yaml"))
+    run = RunFolder(folder, stored_config(folder))
     run.need("train", "evaluate")
     settings = {key: value for key, value in vars(run.config.model).items() if key != "name"} | given
     if run.config.method == "full":

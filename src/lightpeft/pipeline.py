@@ -22,14 +22,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lightpeft import evaluation
 from lightpeft.acceleration import accelerated, base_dropout
-from lightpeft.checkpoint import LightModel, load_light
+from lightpeft.checkpoint import LightModel, load_light, save_metrics
 from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
 from lightpeft.estimation import stage_length
 from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
-from lightpeft.files import read_json, replacing_folder, write_json
+from lightpeft.files import check_sealed, read_json, replacing_folder, seal, write_json
 from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_config, load_tokenizer
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
 from lightpeft.planning import make_plan
@@ -40,7 +40,7 @@ from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task, share_at_limit, task_facts
 from lightpeft.tasks.tokens import without_labels
-from lightpeft.training import fit, last_checkpoint, make_trainer, step_of, total_steps
+from lightpeft.training import fit, make_trainer, step_of, total_steps
 
 NOTABLE_CUTS = 0.05
 """Part of the training rows that may be cut without a word."""
@@ -128,16 +128,18 @@ def estimate(work: Workspace) -> EstimationRecord:
     set_seed(config.seed)
     model = add_peft(dense_model(work), config)
     pruner = EarlyPruner(model, config.light)
-    callback = pruner.callback(resume_from=last_checkpoint(run.checkpoints("estimate")))
     length = stage_length(config.light, work.steps)
-    cost = _train_stage(work, model, "estimate", work.steps, config.seed, shown_steps=length, callbacks=[callback])
-    record = pruner.record()
+    with run.held():
+        checkpoint = run.last_checkpoint("estimate")
+        options = {"shown_steps": length, "callbacks": [pruner.callback(resume_from=checkpoint)]}
+        cost = _train_stage(work, model, "estimate", work.steps, config.seed, checkpoint, **options)
+        record = pruner.record()
 
-    def save() -> None:
-        save_peft(model, run.estimation / "adapter")
-        record.save(run.estimation)
+        def save() -> None:
+            save_peft(model, run.estimation / "adapter")
+            record.save(run.estimation)
 
-    run.finish_stage("estimate", **asdict(cost), save=save, steps=record.meta["steps"])
+        run.finish_stage("estimate", **asdict(cost), save=save, steps=record.meta["steps"])
     return record
 
 
@@ -149,10 +151,10 @@ def plan(run: RunFolder) -> PrunePlan:
         unchanged = PrunePlan.load(run.plan) == result
         require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")
         return result
-    run.begin()
-    if processes().is_main_process:
-        result.save(run.plan)
-    processes().wait_for_everyone()
+    with run.held():
+        if processes().is_main_process:
+            result.save(run.plan)
+        processes().wait_for_everyone()
     return result
 
 
@@ -165,10 +167,11 @@ def prune(work: Workspace) -> None:
     started = time.perf_counter()
     chosen = PrunePlan.load(run.plan)
     base = dense_model(work).model
-    model = PeftModel.from_pretrained(base, str(run.estimation / "adapter"), is_trainable=True)
+    model = _load_peft(base, run.estimation / "adapter", is_trainable=True)
     light = cut(model, chosen, config.light, lambda: calibration_batches(work))
     light.light_task = task_facts(work.task)
-    run.finish_stage("prune", time.perf_counter() - started, lambda: light.save_pretrained(run.pruned))
+    with run.held():
+        run.finish_stage("prune", time.perf_counter() - started, lambda: light.save_pretrained(run.pruned))
 
 
 def calibration_batches(work: Workspace) -> Iterator[dict[str, Tensor]]:
@@ -195,10 +198,11 @@ def train(work: Workspace) -> None:
     else:
         model = _full_model(work) if config.method == "full" else add_peft(dense_model(work), config)
         steps, seed = work.steps, config.seed
-    cost = _train_stage(work, model, "train", steps, seed)
-    rate = "full_learning_rate" if config.method == "full" else "learning_rate"
-    require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{rate}")
-    run.finish_stage("train", **asdict(cost), save=lambda: save_result(work, model), steps=steps)
+    with run.held():
+        cost = _train_stage(work, model, "train", steps, seed, run.last_checkpoint("train"))
+        rate = "full_learning_rate" if config.method == "full" else "learning_rate"
+        require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{rate}")
+        run.finish_stage("train", **asdict(cost), save=lambda: save_result(work, model), steps=steps)
 
 
 def _full_model(work: Workspace) -> PreTrainedModel:
@@ -226,10 +230,11 @@ class StageCost:
     """Step that the last part of the stage began at; 0 for a stage that was not interrupted."""
 
 
-def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: int, **options: Any) -> StageCost:
-    """Train for a stage, from its last checkpoint if there is one."""
+def _train_stage(
+    work: Workspace, model: Model, stage: str, steps: int, seed: int, checkpoint: Path | None, **options: Any
+) -> StageCost:
+    """Train for a stage, from a checkpoint if there is one."""
     run, config = work.run, work.config
-    run.begin()
     announce_settings(work, stage)
     # in estimation the masks of every block train, so that no block is frozen, wherever the modules are
     prefix = FrozenPrefix(model, blocks=[] if stage == "estimate" else None)
@@ -250,7 +255,6 @@ def _train_stage(work: Workspace, model: Model, stage: str, steps: int, seed: in
             token_loss=work.task.head == "causal-lm",
             **options,
         )
-        checkpoint = last_checkpoint(run.checkpoints(stage))
         with accelerating(work, model), PeakMemory(model) as memory:
             seconds = fit(trainer, checkpoint)
     begun = step_of(checkpoint) if checkpoint else 0
@@ -334,10 +338,11 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     def save() -> None:
         if isinstance(model, LightModel):
             model.light_metrics = dict(scores.metrics)
-            model.save_pretrained(run.adapter)
+            save_metrics(model, run.adapter)
         write_json(run.metrics, report(work, model, scores))
 
-    run.finish_stage("evaluate", time.perf_counter() - started, save)
+    with run.held():
+        run.finish_stage("evaluate", time.perf_counter() - started, save)
     return read_json(run.metrics)
 
 
@@ -388,12 +393,13 @@ def dense_model(work: Workspace, model: ModelConfig | None = None) -> LoadedMode
 def trained_model(work: Workspace) -> Model:
     """The run's result, loaded for inference."""
     if work.config.method == "full":
+        check_sealed(work.run.model)
         trained = replace(work.config.model, name=str(work.run.model), revision=None, gguf_file=None)
         return dense_model(work, trained).model.eval()
     base = dense_model(work).model
     if work.config.method == "light":
         return load_light(work.run.adapter, base)
-    return PeftModel.from_pretrained(base, str(work.run.adapter))
+    return _load_peft(base, work.run.adapter)
 
 
 def save_result(work: Workspace, model: Model) -> None:
@@ -404,6 +410,7 @@ def save_result(work: Workspace, model: Model) -> None:
     with replacing_folder(work.run.model) as temporary:
         model.save_pretrained(temporary)
         work.tokenizer.save_pretrained(temporary)
+        seal(temporary)
 
 
 def save_peft(model: PeftModel, folder: Path) -> None:
@@ -413,6 +420,17 @@ def save_peft(model: PeftModel, folder: Path) -> None:
         return
     with replacing_folder(folder) as temporary:
         model.save_pretrained(str(temporary))
+        seal(temporary)
+
+
+def _load_peft(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
+    """What `save_peft` wrote of plain PEFT.
+
+    Raises:
+        LightPeftError: a file is missing or altered.
+    """
+    check_sealed(folder)
+    return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
 
 
 def parameter_report(model: Model) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
     """Build dataclass `cls` from nested plain data; unknown keys are errors that name the nearest key."""
     require(isinstance(data, dict), f"{where or 'the configuration'} must be a mapping, not {shown(data)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = _hints(cls)
+    hints = _hints(typing.cast(Any, cls))
     values: dict[str, Any] = {}
     for key, value in data.items():
         if key not in fields:
@@ -120,7 +120,7 @@ def unknown_key(key: str, known: list[str]) -> str:
 
 def check_values(config: Any) -> None:
     """Check every field of dataclass `config`: literal choices are known ones, and numbers are finite and no bombs."""
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(typing.cast(Any, type(config))).items():
         options = _literals(hint)
         value = getattr(config, name)
         if options and isinstance(value, str) and value not in options:

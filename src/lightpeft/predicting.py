@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from lightpeft.evaluation import Run, likelihoods_of, logits_of, option_logits, 
 from lightpeft.opening import Found, Wanted, find_model, open_model
 from lightpeft.prediction_files import check_predictions_path, read_inputs, write_predictions
 from lightpeft.sites import transformers_model
+from lightpeft.streams import standard_input, standard_output
 from lightpeft.tasks import Task, convert, ensure_pad_token, input_columns, restore_task
 from lightpeft.tasks.chat import as_chats
 from lightpeft.tasks.span import SpanTask
@@ -65,13 +65,15 @@ def predict(
     """
     require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
     require((source is None) != (example is None), "give a file to predict on (- for standard input), or an example")
-    if output is not None:
+    if output is None:
+        standard_output()
+    else:
         check_predictions_path(Path(output))
     found = find_model(model, None if base is None else str(base))
     task = _task(found, {"text": text, "text_pair": text_pair}, answer_tokens)
-    rows = _read(task, source, example)
-    canonical = convert(rows, task.entry, "input", answered=False)
-    task.check_inputs(canonical, task.entry, "input")
+    rows, what = _read(task, source, example)
+    canonical = convert(rows, task.entry, what, answered=False)
+    task.check_inputs(canonical, task.entry, what)
     opened = open_model(found, Wanted(task.config.task, task.head, task.labels))
     autocast = torch.bfloat16 if bf16 else None
     columns = answer_rows(opened, found.tokenizer(), task, canonical, batch_size=batch_size, autocast=autocast)
@@ -124,14 +126,19 @@ def _task(found: Found, columns: dict[str, str | None], answer_tokens: int | Non
     return task
 
 
-def _read(task: Task, source: str | Path | None, example: str | None) -> Dataset:
+def _read(task: Task, source: str | Path | None, example: str | None) -> tuple[Dataset, str]:
+    """The rows as they are, and what they are called in error lines."""
     columns = input_columns(task)
     column = columns[0] if len(columns) == 1 else None
+    opened: Path | TextIO
     if example is not None:
-        rows = read_inputs(io.StringIO(example.replace("\n", " ") if column else example), column)
+        opened, what = io.StringIO(example.replace("\n", " ") if column else example), "the example"
+    elif str(source) == "-":
+        opened, what = standard_input(), "standard input"
     else:
-        rows = read_inputs(sys.stdin if str(source) == "-" else Path(str(source)), column)
-    return as_chats(rows, column) if task.entry.kind == "chat" and column else rows
+        opened, what = Path(str(source)), "input"
+    rows = read_inputs(opened, column, what)
+    return (as_chats(rows, column) if task.entry.kind == "chat" and column else rows), what
 
 
 # -- how each head's answers are written -------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,42 +12,45 @@ from datasets import Dataset
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import replacing
+from lightpeft.streams import utf8_output
 from lightpeft.tasks.reading import read_file, read_json_text
 
 
-def read_inputs(source: Path | TextIO, column: str | None) -> Dataset:
+def read_inputs(source: Path | TextIO, column: str | None, what: str = "input") -> Dataset:
     """Rows to predict on, as they are.
 
     Args:
         source: a .txt file with one text a line, a table (.csv, .tsv, .json, .jsonl, .parquet), or an open text stream:
             of texts where one column is enough, else of JSON objects.
         column: what texts are called; None: a row needs several columns, so lines of text will not do.
+        what: names the source in error lines.
 
     Raises:
         LightPeftError: missing, empty or malformed, or texts where a table is needed.
     """
     if isinstance(source, Path) and source.suffix.lower() != ".txt":
-        return read_file(source, "input")
+        return read_file(source, what)
     if column is None:
         require(
             not isinstance(source, Path),
             "a row of this task has several columns, which text lines have not; "
             "give a table, or JSON lines on standard input",
         )
-        return read_json_text(_content(source), "standard input")
-    lines = [line.rstrip("\r") for line in _content(source).split("\n")]
+        return read_json_text(_content(source, what), what)
+    lines = [line.rstrip("\r") for line in _content(source, what).split("\n")]
     lines = [line for line in lines if line.strip()]  # blank ones are nothing to predict on
-    require(lines, "input has no text: every line is blank")
+    require(lines, f"{what} has no text: every line is blank")
     return Dataset.from_dict({column: lines})
 
 
-def _content(source: Path | TextIO) -> str:
+def _content(source: Path | TextIO, what: str) -> str:
+    where = f"{what} {source}" if isinstance(source, Path) else what
     try:
         return source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()
     except UnicodeDecodeError as error:
-        raise LightPeftError(f"input is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+        raise LightPeftError(f"{where} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
-        raise LightPeftError(f"input {source} cannot be read: {error.strerror}") from error
+        raise LightPeftError(f"{where} cannot be read: {error.strerror}") from error
 
 
 def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -60,7 +62,7 @@ def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Se
         columns: the new ones, one value a row.
 
     Raises:
-        LightPeftError: another suffix, or the file cannot be written.
+        LightPeftError: another suffix, or the file or standard output cannot be written.
     """
     renamed = {name: f"input_{name}" if name in columns else name for name in rows.column_names}
     found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
@@ -69,7 +71,8 @@ def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Se
     )
     header = [*renamed.values(), *columns]
     if path is None:
-        _write_csv(sys.stdout, header, table)
+        with utf8_output() as file:
+            _write_csv(file, header, table)
         return
     write = check_predictions_path(path)
     with replacing(path) as file:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import yaml
 from rich.console import Console
 
 from lightpeft.checkpoint import DESCRIPTION
-from lightpeft.config import READ_BY_PLANS, Method, RunConfig, load_config
+from lightpeft.config import READ_BY_PLANS, SWITCHES, Method, RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import check_free, clean, holding, is_own_file, read_text, write_text
 from lightpeft.machine import processes
-from lightpeft.training import append_line
+from lightpeft.plain_data import parse_yaml
+from lightpeft.training import append_line, last_checkpoint
 
 _CONFIG = "config.yaml"
 _RESULT_FILES: dict[Method, str] = {"light": DESCRIPTION, "plain": "adapter_config.json", "full": "config.json"}
@@ -37,6 +40,8 @@ class RunFolder:
 
     path: Path
     config: RunConfig
+    replan: bool = False
+    """Whether the budget may be another one than that of the folder, as long as nothing was pruned by that one."""
 
     @classmethod
     def open(cls, config: RunConfig, replan: bool = False) -> RunFolder:
@@ -48,48 +53,62 @@ class RunFolder:
         Raises:
             LightPeftError: the folder holds something else, or the run of another config.
         """
-        path = Path(config.output)
-        run = cls(path, config)
-        require(not path.exists() or path.is_dir(), f"output {path} is a file; give a folder")
-        if (path / _CONFIG).is_file():
-            differing = _differences(run._stored(), config, skip_budget=replan and not run.has("prune"))
-            if differing:
-                raise LightPeftError(
-                    f"output {path} is the run of another config (it differs in {', '.join(differing)}); "
-                    "give another output, or the same settings to go on"
-                )
-        elif path.is_dir() and any(not file.name.startswith(f".{_CONFIG}.") for file in path.iterdir()):
-            raise LightPeftError(f"output {path} is not empty and not a run; give a new folder")
+        run = cls(Path(config.output), config, replan)
+        require(not run.path.exists() or run.path.is_dir(), f"output {run.path} is a file; give a folder")
+        check_free(run.path)
+        run._check_same()
         return run
 
-    def begin(self) -> None:
-        """Make the folder and store the config in it; to be called when all input has been found good.
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block no other process works in the folder, which is there with its config in it.
+
+        To be entered when all input has been found good. What killed processes left half-written is removed. Of several
+        processes of one run the main one holds it.
 
         Raises:
-            LightPeftError: the folder cannot be written.
+            LightPeftError: another process holds the folder or has made it the run of another config, or it cannot be
+                written.
         """
         state = processes()
-        if state.is_main_process:
-            self._write_config()
-        state.wait_for_everyone()
+        with holding(self.path) if state.is_main_process else nullcontext():
+            if state.is_main_process:
+                clean(self.path)
+                self._write_config()
+            state.wait_for_everyone()
+            yield
 
-    def _write_config(self) -> None:
-        file, text = self.path / _CONFIG, to_yaml(self.config)
-        temporary = self.path / f".{_CONFIG}.{os.getpid()}.tmp"
-        try:
-            if file.is_file() and file.read_text(encoding="utf-8") == text:
-                return
-            self.path.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(file)
-        except OSError as error:
-            raise LightPeftError(f"cannot write to output {self.path}: {error.strerror or error}") from error
+    def begin(self) -> None:
+        """Make the folder and store the config in it, and no more.
 
-    def _stored(self) -> RunConfig:
+        Raises:
+            LightPeftError: as `held`.
+        """
+        with self.held():
+            pass
+
+    def _check_same(self) -> None:
+        """Refuse a folder that holds something else, or the run of another config."""
+        if not (self.path / _CONFIG).exists():
+            empty = not self.path.is_dir() or all(map(is_own_file, self.path.iterdir()))
+            require(empty, f"output {self.path} is not empty and not a run; give a new folder")
+            return
         try:
-            return load_config(self.path / _CONFIG)
+            stored = stored_config(self.path)
         except LightPeftError as error:
             raise LightPeftError(f"output {self.path} is not a run, or its {_CONFIG} was edited: {error}") from error
+        differing = _differences(stored, self.config, skip_budget=self.replan and not self.has("prune"))
+        require(
+            not differing,
+            f"output {self.path} is the run of another config (it differs in {', '.join(differing)}); "
+            "give another output, or the same settings to go on",
+        )
+
+    def _write_config(self) -> None:
+        self._check_same()  # once more: somebody may have been here since
+        file, text = self.path / _CONFIG, _signed(to_yaml(self.config))
+        if not file.exists() or read_text(file) != text:
+            write_text(file, text)
 
     @property
     def estimation(self) -> Path:
@@ -135,6 +154,10 @@ class RunFolder:
         """Where a stage's trainer checkpoints go while it runs."""
         return self.path / "checkpoints" / stage
 
+    def last_checkpoint(self, stage: str) -> Path | None:
+        """The newest checkpoint of a stage that is as it was written; damaged ones are named and removed."""
+        return last_checkpoint(self.checkpoints(stage), lambda line: self.announce(stage, line))
+
     def has(self, stage: str) -> bool:
         """Whether a stage ("estimate", "plan", "prune", "train", "evaluate") has left its result."""
         result = {
@@ -177,21 +200,54 @@ class RunFolder:
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of each finished stage, from the log; a stage that was resumed counts its last part."""
-        return {stage: entry["seconds"] for stage, entry in self.finished_stages().items()}
+        return {stage: entry.get("seconds", 0.0) for stage, entry in self.finished_stages().items()}
 
     def finished_stages(self) -> dict[str, dict[str, Any]]:
         """What the log says of each finished stage."""
-        return {entry["stage"]: entry for entry in self.log_entries() if entry.get("done")}
+        done = [entry for entry in self.log_entries() if entry.get("done") and isinstance(entry.get("stage"), str)]
+        return {entry["stage"]: entry for entry in done}
 
     def log_entries(self) -> Iterable[dict[str, Any]]:
         """The entries of log.jsonl; a line that a killed run left half-written is skipped."""
         if not self.log.is_file():
             return
-        for line in self.log.read_text(encoding="utf-8").splitlines():
+        for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(entry, dict):
+                yield entry
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run folder's config.yaml, nested; what would let code in (`SWITCHES`) is not among them.
+
+    Raises:
+        LightPeftError: it is not there, or not as it was written.
+    """
+    file = folder / _CONFIG
+    text = read_text(file)
+    settings = parse_yaml(text, file)
+    require(text == _signed(text.rpartition(_SIGNATURE)[0]), f"{file} was altered or damaged")
+    require(isinstance(settings, dict), f"{file} must hold a mapping of settings")
+    model = settings.get("model")
+    if isinstance(model, dict):
+        settings["model"] = {name: value for name, value in model.items() if name not in SWITCHES}
+    return settings
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The same as a config."""
+    return run_config_from_dict(stored_settings(folder))
+
+
+_SIGNATURE = "# sha256 of what is above: "
+"""Begins the last line of config.yaml: a config that lost its end would be that of another run."""
+
+
+def _signed(text: str) -> str:
+    return f"{text}{_SIGNATURE}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -204,7 +260,7 @@ def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list
     `skip_budget`."""
     budget = {f"light.{name}" for name in READ_BY_PLANS} if skip_budget else set()
     stored, given = _without_other_tasks(stored), _without_other_tasks(given)
-    skipped = budget | {"output", "preset"}
+    skipped = budget | {"output", "preset"} | {f"model.{name}" for name in SWITCHES}
     before, after = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(given))
     unused = _UNUSED[given.method]
     return [

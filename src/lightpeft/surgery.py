@@ -21,6 +21,7 @@ from lightpeft.sites import (
     base_layer,
     base_linear,
     check_removable,
+    drop_reference,
     find_sites,
     refresh_config,
     remove_site,
@@ -58,6 +59,8 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     require(same, "the plan is for another model: its blocks have other parts than those of this one")
     _check_widths(inner, plan)
     sites = _checked_sites(model, plan) if isinstance(model, PeftModel) else []
+    if isinstance(model, PeftModel):
+        drop_reference(model)
     if plan.left_out:
         leave_out(model, len(plan.blocks))
     for site in sites:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,14 +33,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.machine import accelerator, autocast_dtype
-
-_COMPLETE = "complete"
-"""Marker in a checkpoint folder, written when everything else in it is."""
-
-
-_TORCH_SAVE_FAILED = re.compile("PytorchStreamWriter|inline_container")
-"""In the messages of the bare RuntimeErrors that `torch.save` raises on a full disk."""
+from lightpeft.files import CHECKSUMS, check_sealed, seal
+from lightpeft.machine import accelerator, autocast_dtype, processes
 
 
 class Interrupted(KeyboardInterrupt):
@@ -119,7 +113,7 @@ def make_trainer(
         arguments,
         train_dataset=rows,
         data_collator=collator,
-        callbacks=[*callbacks, ProgressBar(stage, shown_steps or steps), LogLines(log, stage), MarkComplete()],
+        callbacks=[*callbacks, ProgressBar(stage, shown_steps or steps), LogLines(log, stage), SealCheckpoint()],
     )
     # transformers takes any forward with **kwargs for one whose loss is normalised by `num_items_in_batch`; those for
     # classification ignore it, and their gradients would grow with accumulation steps and processes
@@ -149,6 +143,14 @@ class _StageTrainer(Trainer):
             sampler.lengths = list(sampler.lengths)  # a data set's column makes a new data set for every item read
             return _EpochOrder(sampler, lambda: self.args.seed + int(self.state.epoch or 0))
         return sampler
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **options)
+        except RuntimeError as error:  # what `torch.save` raises on a full disk, in many words
+            reason = " ".join(str(error).split())[:200]
+            line = f"cannot write below {self.args.output_dir}; is the disk full? ({reason})"
+            raise LightPeftError(line) from error
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the trainer would go through all parameters at every step, for a number that nobody reads."""
@@ -200,17 +202,24 @@ def _readable_errors(checkpoints: str) -> Iterator[None]:
         raise LightPeftError("out of memory; lower training.batch_size and raise gradient_accumulation") from error
     except (OSError, SafetensorError) as error:
         raise LightPeftError(f"cannot write below {checkpoints}: {' '.join(str(error).split())}") from error
-    except RuntimeError as error:
-        if not _TORCH_SAVE_FAILED.search(str(error)):
-            raise
-        reason = " ".join(str(error).split())
-        raise LightPeftError(f"cannot write below {checkpoints}; is the disk full? ({reason})") from error
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written completely."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
-    return max(complete, key=step_of, default=None)
+def last_checkpoint(folder: Path, announce: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest checkpoint that is as it was written; None without any.
+
+    Args:
+        announce: told of a damaged one, which is removed.
+    """
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKSUMS}") if path.parent.name[11:].isdigit()]
+    for checkpoint in sorted(complete, key=step_of, reverse=True):
+        try:
+            check_sealed(checkpoint)
+        except LightPeftError as error:
+            announce(f"{error}; going on from an older checkpoint, or from the beginning of the stage")
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        else:
+            return checkpoint
+    return None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -218,12 +227,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-class MarkComplete(TrainerCallback):
-    """Marks a checkpoint when everything in it is written: a run that was killed while saving skips it."""
+class SealCheckpoint(TrainerCallback):
+    """Seals a checkpoint when everything in it is written: a run that was killed while saving skips it."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        processes().wait_for_everyone()  # each writes its random state
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class LogLines(TrainerCallback):

@@ -1,13 +1,15 @@
 """Files: bounded and verified on the way in, whole or not at all on the way out, in folders that one process holds."""
 
-from lightpeft.files.locks import InUseError, holding
+from lightpeft.files.locks import InUseError, check_free, holding, is_own_file
 from lightpeft.files.reading import (
+    CHECKSUMS,
     DATA_LIMIT,
     SCHEMA_VERSION,
     check_file,
     check_sealed,
     content_checksum,
     file_checksum,
+    parse_json,
     read_json,
     read_tensors,
     read_text,
@@ -24,15 +26,19 @@ from lightpeft.files.writing import (
 )
 
 __all__ = [
+    "CHECKSUMS",
     "DATA_LIMIT",
     "SCHEMA_VERSION",
     "InUseError",
     "check_file",
+    "check_free",
     "check_sealed",
     "clean",
     "content_checksum",
     "file_checksum",
     "holding",
+    "is_own_file",
+    "parse_json",
     "read_json",
     "read_tensors",
     "read_text",

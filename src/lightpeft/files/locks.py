@@ -63,6 +63,22 @@ def holding(folder: Path, *, wait: Callable[[], None] | None = None, inherited: 
         os.close(descriptor)
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder that another process holds just now; nothing is made.
+
+    Raises:
+        InUseError: one does.
+    """
+    if fcntl is None or folder.resolve() in _mine or not (folder / LOCK).is_file():
+        return
+    with suppress(OSError):  # what is wrong with the folder is said by who writes to it
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            _take(descriptor, folder, wait=None)
+        finally:
+            os.close(descriptor)
+
+
 def _release(place: Path) -> None:
     _mine[place] -= 1
     if not _mine[place]:
@@ -115,3 +131,8 @@ def hold_temporary(descriptor: int) -> None:
     if fcntl is not None:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether a file is there for this package's own order: a lock, or something temporary."""
+    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))

@@ -16,7 +16,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from lightpeft.errors import LightPeftError
-from lightpeft.files import read_json, write_json
+from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.machine import autocasting, processes
 from lightpeft.prefix.blocks import STATES, FrozenPrefix
 from lightpeft.prefix.states import StateStore, store_bytes
@@ -27,6 +27,7 @@ Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
 _ROW = "prefix_row"
 _FACTS = "states.json"
 _FILE = "states.bin"
+_STATES_CHECKSUM = "states"
 _CHECKED_ROWS = 8
 """Rows of a stored cache that are computed again before it is taken over."""
 
@@ -173,16 +174,19 @@ class _Caching:
                 store.write(row, states)
         state.wait_for_everyone()
         if store.file is not None and state.is_main_process:
-            write_json(facts_file, facts)
+            write_json(facts_file, {**facts, _STATES_CHECKSUM: file_checksum(store.file)})
         state.wait_for_everyone()
 
     def matches(self, store: StateStore, facts_file: Path, facts: dict[str, Any]) -> bool:
         """Whether what lies there was made by the same prefix from the same rows; some rows are computed to see."""
-        stored = read_json(facts_file) if facts_file.is_file() else {}
-        if any(stored.get(name) != value for name, value in facts.items()):
+        try:
+            stored = read_json(facts_file)
+        except LightPeftError:  # none, or a damaged one
             return False
         assert store.file is not None
-        if not store.file.is_file() or store.file.stat().st_size != store.bytes:
+        if any(stored.get(name) != value for name, value in facts.items()) or not store.file.is_file():
+            return False
+        if store.file.stat().st_size != store.bytes or file_checksum(store.file) != stored.get(_STATES_CHECKSUM):
             return False
         step = max(1, len(self.rows) // _CHECKED_ROWS)
         numbers = list(range(0, len(self.rows), step))[:_CHECKED_ROWS]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from lightpeft.structure import BlockSpec, SiteSpec
 
 KINDS: tuple[type[Site], ...] = (DoraSite, LoraSite, Ia3Site, BottleneckSite)
 """PEFT kinds that can be pruned; the first that matches a configuration is taken."""
+REFERENCE = "ref"
+"""What TRL's trainers call the frozen copy of an adapter that they add to a PeftModel, as their reference."""
 
 
 def check_peft(model: nn.Module) -> None:
@@ -32,16 +35,51 @@ def check_peft(model: nn.Module) -> None:
         raise LightPeftError(f"expected a PeftModel from peft.get_peft_model, got a {type(model).__name__}")
     nested = isinstance(transformers_model(model), PeftModel)
     require(not nested, "there is a PeftModel inside the PeftModel; lightpeft prunes one adapter at a time")
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    names = list(dict.fromkeys([*model.peft_config, *(name for layer in layers for name in _adapters(layer))]))
-    require(len(names) == 1, f"the model has adapters {', '.join(names)}; lightpeft prunes one adapter at a time")
+    name, layers = own_adapter(model), _tuner_layers(model)
     kind, config = _kind(model), _config(model)
     kind.check(config)
     merged = any(layer.merged for layer in layers)
     require(not merged, "the PEFT weights are merged; call model.unmerge_adapter() first")
     disabled = any(layer.disable_adapters for layer in layers)
     require(not disabled, "the PEFT modules are disabled; call model.enable_adapter_layers() first")
-    kind.remember_base(config, [layer for layer in layers if isinstance(layer, kind.layer_type)], names[0])
+    kind.remember_base(config, [layer for layer in layers if isinstance(layer, kind.layer_type)], name)
+
+
+def own_adapter(model: PeftModel) -> str:
+    """The name of a model's one adapter; beside it there may be the reference of one of TRL's trainers.
+
+    Raises:
+        LightPeftError: there are several.
+    """
+    in_layers = (name for layer in _tuner_layers(model) for name in layer._all_available_adapter_names())
+    names = list(dict.fromkeys([*model.peft_config, *in_layers]))
+    own = [name for name in names if name != REFERENCE] or names
+    several = f"the model has adapters {', '.join(names)}; lightpeft prunes, and saves, one adapter at a time"
+    require(len(own) == 1, f"{several}: delete_adapter() the others")
+    return own[0]
+
+
+def drop_reference(model: PeftModel) -> None:
+    """Take the reference of one of TRL's trainers out of a model; the next makes one of the model that it is given."""
+    if REFERENCE in model.peft_config and own_adapter(model) != REFERENCE:
+        model.delete_adapter(REFERENCE)
+
+
+def adapter_in_use(model: nn.Module) -> Callable[[], bool]:
+    """What tells whether a forward pass computes with the adapter that is active now; without one, it always does.
+
+    TRL's trainers compute their reference on the same model, with its adapter off or a frozen copy in its place.
+    """
+    layer = next(iter(_tuner_layers(model)), None)
+    return partial(_in_use, layer, None if layer is None else list(layer.active_adapters))
+
+
+def _in_use(layer: BaseTunerLayer | None, adapters: list[str] | None) -> bool:
+    return layer is None or (layer.active_adapters == adapters and not layer.disable_adapters)
+
+
+def _tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
@@ -103,11 +141,6 @@ def restart_sites(sites: Sequence[Site], seed: int) -> None:
         torch.manual_seed(seed)
         for site in sites:
             site.restart()
-
-
-def _adapters(layer: BaseTunerLayer) -> list[str]:
-    """Names of all adapters that a PEFT module has weights for, active or not."""
-    return list(layer._all_available_adapter_names())
 
 
 def _config(model: PeftModel) -> Any:

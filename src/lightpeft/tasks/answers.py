@@ -8,6 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from lightpeft.errors import require
+
+SHOWN_ROWS = 5
+"""Rows that an error line names at most."""
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -48,6 +53,24 @@ def _take(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:
     if isinstance(values, np.ndarray):
         return values[np.asarray(indices)]
     return [values[index] for index in indices]
+
+
+def require_finite(finite: Sequence[bool] | np.ndarray) -> None:
+    """Refuse answers that are no numbers: a label picked of them would look like any other.
+
+    Args:
+        finite: whether all that a row's answer was picked from was finite, one a row.
+
+    Raises:
+        LightPeftError: it was NaN or infinite somewhere; the rows are named, the first being number 1.
+    """
+    bad = [str(number) for number, good in enumerate(finite, 1) if not good]
+    named = ", ".join(bad[:SHOWN_ROWS]) + (", ..." if bad[SHOWN_ROWS:] else "")
+    require(
+        not bad,
+        f"the model's answers to {len(bad)} of {len(finite)} rows are NaN or infinite (row {named}); compute in float32 "
+        "(model.dtype: float32, bf16 and fp16 off), or train it again with a lower learning rate",
+    )
 
 
 Metric = Callable[[Answers], dict[str, float]]

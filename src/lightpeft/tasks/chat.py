@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightpeft.config import Head, TaskEntry
 from lightpeft.errors import LightPeftError, require
+from lightpeft.limits import limited
 from lightpeft.tasks.base import Task, values
 from lightpeft.tasks.causal import completion_collator, prompt_columns
 from lightpeft.tasks.progress import Progress, bar
@@ -151,11 +153,11 @@ def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> t
     Raises:
         LightPeftError: the template refuses the chat, or writes earlier turns differently once there are later ones.
     """
-    messages = [dict(message) for message in chat]
+    messages = _plain(chat)
     if _MARKS_ASSISTANT.search(str(tokenizer.chat_template)):
-        encoded = _templated(tokenizer, messages, place, tokenize=True, return_assistant_tokens_mask=True)
-        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
-    text, turns = _turns(messages, tokenizer, place)
+        text, turns = _rendered(tokenizer, messages, place, return_assistant_tokens_mask=True)
+    else:
+        text, turns = _turns(messages, tokenizer, place)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     marks = [any(end > first and begin < last for first, last in turns) for begin, end in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), marks
@@ -163,26 +165,31 @@ def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> t
 
 def encode_prompt(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> list[int]:
     """Tokens of a chat up to where the assistant answers: without its last turn, if that is the assistant's."""
-    messages = [dict(message) for message in chat]
+    messages = _plain(chat)
     if messages[-1]["role"] == ASSISTANT:
         messages.pop()
     require(messages, f"{place}: there is no message to answer")
-    encoded = _templated(tokenizer, messages, place, tokenize=True, add_generation_prompt=True)
-    return list(encoded["input_ids"])
+    text, _ = _rendered(tokenizer, messages, place, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _plain(chat: Chat) -> list[dict[str, Any]]:
+    """The messages without what they leave open: tables have every field that any message has."""
+    return [{name: value for name, value in message.items() if value is not None} for message in chat]
 
 
 def _turns(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, place: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """The chat's text, and where the turns of the assistant begin and end in it."""
-    text = _templated(tokenizer, messages, place, tokenize=False)
+    text, _ = _rendered(tokenizer, messages, place)
     turns = []
     for number, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
         require(number > 0, f"{place}: the assistant speaks first; begin with a message of the user or the system")
-        before = _templated(tokenizer, messages[:number], place, tokenize=False, add_generation_prompt=True)
-        through = _templated(tokenizer, messages[: number + 1], place, tokenize=False)
+        before, _ = _rendered(tokenizer, messages[:number], place, add_generation_prompt=True)
+        through, _ = _rendered(tokenizer, messages[: number + 1], place)
         require(
             text.startswith(through) and through.startswith(before),
             f"{place}: the chat template writes message {number + 1} differently within the whole chat, so the "
@@ -192,9 +199,34 @@ def _turns(
     return text, turns
 
 
-def _templated(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], place: str, **options: Any) -> Any:
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise LightPeftError(f"{place}: the chat template refuses the messages: {reason}") from error
+_SECONDS, _MEMORY = 2.0, 128 * 2**20
+"""Bounds of CPU time and memory for writing one chat: templates are programs, and come with whatever tokenizer."""
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], place: str, **options: bool
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text that the template makes of a chat, and where in it are the parts that it marks.
+
+    It is not tokenised here, because tokenizers have threads of their own, which a bound in memory would end.
+    """
+    with limited(f"{place}: the chat template", _SECONDS, _MEMORY):
+        try:
+            texts, marked = render_jinja_template(
+                conversations=[messages],
+                chat_template=tokenizer.get_chat_template(),
+                **tokenizer.special_tokens_map,
+                **options,
+            )
+        except (
+            TemplateError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise LightPeftError(f"{place}: the chat template refuses the messages: {reason}") from error
+    return texts[0], marked[0] if marked else []
