@@ -17,6 +17,7 @@ import peft.peft_model
 import pytest
 import safetensors
 import torch
+import workbench
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import (
@@ -39,7 +40,7 @@ from lightpeft import LightModel, checkpoint, load_light
 from lightpeft.checkpoint import as_light, per_layer_config, read_description
 from lightpeft.errors import LightPeftError
 from lightpeft.records import PrunePlan
-from lightpeft.sites import find_sites, transformers_model
+from lightpeft.sites import find_sites, read_config, transformers_model
 from lightpeft.surgery import apply_plan
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lightpeft.json"]
@@ -204,10 +205,10 @@ def test_merging_after_loading(light: Path) -> None:
 
 
 def test_peft_reads_the_folder_on_a_pruned_base(home: Path, light: Path) -> None:
-    """Without lightpeft's loader: cut the base to the plan, then PEFT's own."""
+    """Without lightpeft's loader: cut the base to the plan, then PEFT's own, with the configuration that it hides."""
     base = from_folder("bert", home / "base")
     apply_plan(base, PrunePlan.from_dict(json.loads((light / "lightpeft.json").read_text())["plan"]))
-    model = PeftModel.from_pretrained(base, str(light)).eval()
+    model = PeftModel.from_pretrained(base, str(light), config=read_config(light)).eval()
     assert logits(model).equal(logits(load_light(light)))
 
 
@@ -289,9 +290,9 @@ def test_description(home: Path, light: Path) -> None:
     assert (base["id"], base["model_type"]) == (str(home / "base"), "bert")
     assert (base["architecture"], base["dtype"]) == ("BertForSequenceClassification", "float32")
     assert base["fingerprint"] == description["plan"]["fingerprint"]
-    assert description["schema_version"] == 1 and description["metrics"] == {"accuracy": 0.75}
+    assert description["schema_version"] == 2 and description["metrics"] == {"accuracy": 0.75}
     assert set(description["versions"]) == {"lightpeft", "torch", "transformers", "peft"}
-    assert set(description["checksums"]) == {"adapter_config.json", "adapter_model.safetensors", "lightpeft.json"}
+    assert set(description["checksums"]) == {"adapter_config.json", "adapter_model.safetensors"}
     assert description["per_layer_config"] == per_layer_config("bert", PrunePlan.from_dict(description["plan"]))
     card = (light / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: lightpeft\n") and "accuracy: 0.75" in card
@@ -344,12 +345,8 @@ def test_the_model_card_may_be_edited(light: Path) -> None:
 
 def sealed(light: Path, edit: Callable[[dict[str, Any]], Any] = lambda description: None) -> None:
     """Edit lightpeft.json and make all checksums right again, as a careful editor would."""
-    path = light / "lightpeft.json"
-    description = json.loads(path.read_text())
-    edit(description)
     checksums = {name: hashlib.sha256((light / name).read_bytes()).hexdigest() for name in FILES[1:3]}
-    checksums["lightpeft.json"] = checkpoint._content_checksum(description)
-    path.write_text(json.dumps({**description, "checksums": checksums}))
+    workbench.edit(light / "lightpeft.json", lambda d: (edit(d), d.update(checksums=checksums)))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +357,8 @@ def sealed(light: Path, edit: Callable[[dict[str, Any]], Any] = lambda descripti
         lambda d: d["metrics"].update(accuracy=1.0),
         lambda d: d.update(extra=1),
         lambda d: d.pop("versions"),
-        lambda d: d["checksums"].update({"lightpeft.json": "0" * 64}),
+        lambda d: d["checksums"].pop("adapter_model.safetensors"),
+        lambda d: d.pop("checksum"),
     ],
 )
 def test_an_edited_description(edit: Callable[[dict[str, Any]], Any], light: Path) -> None:
@@ -391,9 +389,20 @@ def test_a_base_section_that_is_not_there(light: Path, home: Path) -> None:
     assert "lightpeft.json" in refusal(lambda: load_light(light))
 
 
+def test_a_light_adapter_of_the_first_schema(light: Path) -> None:
+    """It had its checksum among those of the files."""
+    expected, path = logits(load_light(light)), light / "lightpeft.json"
+    description = {**workbench.read(path), "schema_version": 1}
+    description["checksums"]["lightpeft.json"] = checkpoint._content_checksum(description)
+    path.write_text(json.dumps(description))
+    assert logits(load_light(light)).equal(expected)
+    path.write_text(json.dumps({**description, "metrics": {}}))
+    assert refusal(lambda: load_light(light)) == f"{path} was altered or damaged"
+
+
 def test_an_unknown_schema_version(light: Path) -> None:
-    sealed(light, lambda d: d.update(schema_version=2))
-    assert "schema version 2, this lightpeft reads up to 1; upgrade" in refusal(lambda: load_light(light))
+    sealed(light, lambda d: d.update(schema_version=3))
+    assert "schema version 3, this lightpeft reads up to 2; upgrade" in refusal(lambda: load_light(light))
 
 
 def rewrite_tensors(light: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:

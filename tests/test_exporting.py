@@ -16,11 +16,12 @@ from test_checkpoint import light_over, logits
 from tiny import ALL, DROPPED, batch, crossed, inputs_for, make, plan_for, refusal, relative_difference, with_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from workbench import checksums
+from workbench import checksums, edit, read
 
 from lightpeft import load_merged, save_merged
 from lightpeft.checkpoint import as_light
 from lightpeft.exporting import MERGED, read_merged
+from lightpeft.files import file_checksum
 from lightpeft.refit import Correction, apply_refit
 from lightpeft.surgery import apply_plan
 
@@ -253,6 +254,11 @@ def altered(merged: Path, change: Any) -> str:
     tensors: dict[str, Tensor] = load_file(merged / "model.safetensors")
     change(tensors)
     save_file(tensors, merged / "model.safetensors", metadata={"format": "pt"})
+    assert "model.safetensors was altered or damaged" in refusal(lambda: load_merged(merged))
+    edit(
+        merged / MERGED,
+        lambda d: d["checksums"].update({"model.safetensors": file_checksum(merged / "model.safetensors")}),
+    )
     return refusal(lambda: load_merged(merged))
 
 
@@ -271,15 +277,16 @@ def test_weights_that_are_missing_or_too_many(change: Any, merged: Path) -> None
 
 
 def test_a_plan_that_was_edited(merged: Path) -> None:
-    description = json.loads((merged / MERGED).read_text())
-    description["plan"]["blocks"] = description["plan"]["blocks"][:-1]
-    (merged / MERGED).write_text(json.dumps(description))
+    edit(merged / MERGED, lambda d: d["plan"].update(blocks=d["plan"]["blocks"][:-1]))
     assert "does not have the expected content" in refusal(lambda: load_merged(merged))
 
 
 def test_a_plan_of_another_model(merged: Path, tmp_path: Path) -> None:
     save_merged(light_over(make("bert", num_hidden_layers=2)), tmp_path / "other")
+    own = read(merged / MERGED)["checksums"]
     shutil.copy(tmp_path / "other" / MERGED, merged)
+    assert "was altered or damaged" in refusal(lambda: load_merged(merged))
+    edit(merged / MERGED, lambda d: d.update(checksums=own))
     assert "the plan is for another model" in refusal(lambda: load_merged(merged))
 
 

@@ -92,6 +92,7 @@ def test_light_run_leaves_every_artifact(benches: dict[tuple[str, str], Workbenc
     result = pipeline.run(bench.config("light"))
     folder = bench.folder / "light"
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "config.yaml",
         "log.jsonl",
         "estimation",
@@ -125,7 +126,13 @@ def test_plain_lora_run_takes_as_many_steps(benches: dict[tuple[str, str], Workb
     pipeline.run(bench.config("light"))
     result = pipeline.run(bench.config("lora", method="plain"))
     folder = bench.folder / "lora"
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "log.jsonl", "adapter", "metrics.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "log.jsonl",
+        "adapter",
+        "metrics.json",
+    }
     assert result["parameters"]["base_removed_ratio"] == 0
     assert steps_of(folder) == steps_of(bench.folder / "light") == 24
     names = [name for name in load_file(folder / "adapter" / "adapter_model.safetensors") if "lora_A" in name]
@@ -140,7 +147,13 @@ def test_full_fine_tuning_leaves_a_model(benches: dict[tuple[str, str], Workbenc
     rates = {"training.full_learning_rate": 3e-3, "training.learning_rate": 1e3}  # the latter would destroy the model
     result = pipeline.run(bench.config("full", method="full", **rates))
     folder = bench.folder / "full"
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "log.jsonl", "model", "metrics.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock",
+        "config.yaml",
+        "log.jsonl",
+        "model",
+        "metrics.json",
+    }
     assert checksums(bench.base) == before
     config = {**read(folder / "metrics.json")["config"], "model": {"name": str(folder / "model")}}
     work = pipeline.prepare(bench.config("full", method="full", **rates))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import DROPPED, MODELS, make, plan_for, random_record, with_lora
+from workbench import edit
 
-from lightpeft import records
 from lightpeft.errors import LightPeftError
-from lightpeft.files import SCHEMA_VERSION, read_json, replacing_folder, write_json
+from lightpeft.files import file_checksum, writing
 from lightpeft.records import EstimationRecord, PrunePlan, from_ranges, to_ranges
 
 
@@ -105,52 +106,31 @@ def test_record_with_a_file_missing_or_damaged(record: EstimationRecord, tmp_pat
     record.save(tmp_path)
     scores = tmp_path / "scores.safetensors"
     scores.write_bytes(scores.read_bytes()[:-5])
-    with pytest.raises(LightPeftError, match=r"scores\.safetensors cannot be read") as error:
+    with pytest.raises(LightPeftError, match=r"scores\.safetensors was altered or damaged") as error:
         EstimationRecord.load(tmp_path)
     message(error)
-    scores.unlink()
+    edit(tmp_path / "estimation.json", lambda data: data.update(scores=file_checksum(scores)))
     with pytest.raises(LightPeftError, match=r"scores\.safetensors cannot be read"):
+        EstimationRecord.load(tmp_path)
+    scores.unlink()
+    with pytest.raises(LightPeftError, match=r"scores\.safetensors is missing"):
         EstimationRecord.load(tmp_path)
 
 
 @pytest.mark.parametrize("damage", [lambda d: d.pop("blocks"), lambda d: d["blocks"][0].pop("heads")])
 def test_record_with_unexpected_content(record: EstimationRecord, tmp_path: Path, damage: Any) -> None:
     record.save(tmp_path)
-    data = json.loads((tmp_path / "estimation.json").read_text())
-    damage(data)
-    (tmp_path / "estimation.json").write_text(json.dumps(data))
+    path = tmp_path / "estimation.json"
+    path.write_text(path.read_text().replace("fingerprint", "Fingerprint"))
+    with pytest.raises(LightPeftError, match=r"estimation\.json was altered or damaged"):
+        EstimationRecord.load(tmp_path)
+    record.save(tmp_path)
+    edit(path, damage)
     with pytest.raises(LightPeftError, match=r"estimation\.json does not have the expected content"):
         EstimationRecord.load(tmp_path)
 
 
-# JSON
-
-
-def test_json_carries_the_schema_version(tmp_path: Path) -> None:
-    write_json(tmp_path / "a.json", {"x": 1})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"schema_version": SCHEMA_VERSION, "x": 1}
-    assert read_json(tmp_path / "a.json")["x"] == 1
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (b'{"schema_version": 99}', "schema version 99, this lightpeft reads up to 1; upgrade lightpeft"),
-        (b'{"schema_version": "1"}', "schema version 1"),
-        (b"{}", "schema version None"),
-        (b'{"schema_version": 1', "cannot be read"),
-        (b"[1]", "does not hold a JSON object"),
-        (b"\xff\xfe", "cannot be read"),
-        (b"", "cannot be read"),
-    ],
-)
-def test_json_that_cannot_be_used(content: bytes, says: str, tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    path.write_bytes(content)
-    for read in (read_json, PrunePlan.load):
-        with pytest.raises(LightPeftError) as error:
-            read(path)
-        assert says in message(error) and str(path) in message(error)
+# Damage
 
 
 @pytest.mark.parametrize(
@@ -174,99 +154,42 @@ def test_json_that_cannot_be_used(content: bytes, says: str, tmp_path: Path) -> 
 def test_edited_plans(damage: Any, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     plan_for(with_lora(make("bert"))).save(path)
-    data = json.loads(path.read_text())
-    damage(data)
-    path.write_text(json.dumps(data))
+    edit(path, damage)
     with pytest.raises(LightPeftError) as error:
         PrunePlan.load(path)
     assert f"{path} does not have the expected content" in message(error)
 
 
-def test_missing_json(tmp_path: Path) -> None:
+def test_missing_plan(tmp_path: Path) -> None:
     with pytest.raises(LightPeftError, match=r"plan\.json does not exist"):
         PrunePlan.load(tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize("target", ["os.replace", "Path.open"])
-def test_interrupted_writing_leaves_the_old_file(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+BOMB = "0-99999999999"
+
+
+@pytest.mark.parametrize("place", ["heads", "neurons", "ranks", "specs"])
+def test_ranges_that_would_not_fit_into_memory(place: str, tmp_path: Path) -> None:
+    """Nothing is made of them, also where the plan says that the model is as large."""
     path = tmp_path / "plan.json"
-    write_json(path, {"x": "old"})
-    owner, name = (os, "replace") if target == "os.replace" else (Path, "open")
-    with monkeypatch.context() as full, pytest.raises(LightPeftError) as error:
-        full.setattr(owner, name, full_disk)
-        write_json(path, {"x": "new"})
-    assert message(error) == f"cannot write {path}: No space left on device; nothing was changed"
-    assert read_json(path)["x"] == "old" and os.listdir(tmp_path) == ["plan.json"]
+    plan_for(with_lora(make("bert"))).save(path)
 
+    def change(data: dict[str, Any]) -> None:
+        if place == "ranks":
+            data["sites"] = dict.fromkeys(data["sites"], BOMB)
+            return
+        data["blocks"][0]["neurons" if place == "specs" else place] = BOMB
+        if place == "specs":
+            data["specs"][0]["neurons"] = 10**11
 
-def test_values_that_json_does_not_have(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "a.json", {"x": float("nan")})
-    assert os.listdir(tmp_path) == []
-
-
-# Folders
-
-
-def test_writing_files_moves_all_and_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "mine.txt").write_text("mine")
-    (folder / "a.txt").write_text("old")
-    moved: list[str] = []
-    replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace(a, b)))
-    with replacing_folder(folder) as temporary:
-        for name in ("a.txt", "b.txt", "c.txt"):
-            (temporary / name).write_text("new")
-        assert (folder / "a.txt").read_text() == "old"
-    assert {file.name: file.read_text() for file in folder.iterdir()} == {
-        "mine.txt": "mine",
-        "a.txt": "new",
-        "b.txt": "new",
-        "c.txt": "new",
-    }
-    assert [name for name in moved if not name.startswith(".")][-1] == "a.txt"
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_writing_files_cleans_up_when_the_block_fails(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    with pytest.raises(KeyError), replacing_folder(folder) as temporary:
-        (temporary / "a.txt").write_text("half")
-        raise KeyError("x")
-    assert os.listdir(tmp_path) == []
-    with pytest.raises(LightPeftError, match="cannot write .*No space left"), replacing_folder(folder):
-        full_disk()
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("fails_at", range(6))
-def test_writing_files_when_moving_fails(fails_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "out"
-    folder.mkdir()
-    old = {"a.txt": "old a", "b.txt": "old b"}
-    for name, text in old.items():
-        (folder / name).write_text(text)
-    calls = []
-
-    def replace(source: Any, destination: Any) -> None:
-        calls.append(source)
-        if len(calls) == fails_at + 1:
-            full_disk()
-        os.rename(source, destination)
-
-    monkeypatch.setattr(os, "replace", replace)
-    try:
-        with replacing_folder(folder) as temporary:
-            for name in ("a.txt", "b.txt", "c.txt"):
-                (temporary / name).write_text("new")
-    except LightPeftError as error:
-        assert "nothing was changed" in str(error)
-        assert {file.name: file.read_text() for file in folder.iterdir()} == old
-    else:
-        assert len(calls) == fails_at == 5, "two old files and three new ones are moved"
-    assert os.listdir(tmp_path) == ["out"]
+    edit(path, change)
+    tracemalloc.start()
+    with pytest.raises(LightPeftError) as error:
+        PrunePlan.load(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert ("below" in message(error)) != (place == "specs")
+    assert ("heads and neurons" in message(error)) == (place == "specs")
 
 
 def test_writing_where_nothing_can_be_written(record: EstimationRecord, tmp_path: Path) -> None:
@@ -287,7 +210,7 @@ def test_disk_full_while_saving_a_record(
     record_of_zeros = EstimationRecord(
         record.blocks, record.sites, {key: torch.zeros_like(v) for key, v in record.scores.items()}, 1, "f"
     )
-    monkeypatch.setattr(records, "save_file", full_disk)
+    monkeypatch.setattr(writing, "save_file", full_disk)
     with pytest.raises(LightPeftError, match="No space left on device"):
         record_of_zeros.save(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -18,6 +18,7 @@ from workbench import Workbench, labelled
 from lightpeft import pipeline
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
+from lightpeft.files import check_sealed, seal
 from lightpeft.loading import add_peft
 from lightpeft.training import (
     Interrupted,
@@ -203,16 +204,34 @@ def test_last_checkpoint_is_the_newest_complete_one(tmp_path: Path) -> None:
     for step, complete in ((9, True), (10, True), (100, False)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        (folder / "weights").write_text(str(step))
         if complete:
-            (folder / "complete").touch()
+            seal(folder)
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("x")])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, damage: Any) -> None:
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "weights").write_text(str(step))
+        seal(tmp_path / f"checkpoint-{step}")
+    lines: list[str] = []
+    for left in (9, None):
+        damage(tmp_path / f"checkpoint-{(left or 8) + 1}" / "weights")
+        assert last_checkpoint(tmp_path, lines.append) == (tmp_path / f"checkpoint-{left}" if left else None)
+    assert len(lines) == 2
+    assert "checkpoint-10" in lines[0] and "checkpoint-9" in lines[1]
+    assert all("going on from an older checkpoint, or from the beginning" in line for line in lines)
+    assert os.listdir(tmp_path) == [], "nobody stumbles over them again"
 
 
 def test_checkpoints_are_two_at_most_and_none_at_the_end(work: pipeline.Workspace, tmp_path: Path) -> None:
     fit(trainer_for(work, tmp_path, save_steps=2), None)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["checkpoint-4", "checkpoint-6"]  # of 8 steps
-    assert all((tmp_path / "checkpoints" / name / "complete").is_file() for name in kept)
+    for name in kept:
+        check_sealed(tmp_path / "checkpoints" / name)
 
 
 class Signal(TrainerCallback):

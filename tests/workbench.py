@@ -34,6 +34,7 @@ from transformers import (
 from lightpeft import bench as benching
 from lightpeft import cli, pipeline
 from lightpeft.config import RunConfig, run_config_from_dict
+from lightpeft.files import write_json
 
 NEUTRAL = tuple(f"word{index}" for index in range(20))
 GOOD = tuple(f"good{index}" for index in range(6))
@@ -264,6 +265,36 @@ def before(owner: Any, name: str, act: Disturb, calls: int = 1) -> Disturb:
     return disturb
 
 
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate", "ctypes.dlsym"}
+"""Audit events of what changes something on disk (the last one comes before two folders change places)."""
+
+
+def at_file_operation(number: int, act: Disturb, counted: Callable[[int], object] = lambda count: None) -> Disturb:
+    """Makes `act` happen before the n-th time that the process changes something on disk.
+
+    Args:
+        counted: told each time how many there were so far.
+    """
+
+    def disturb() -> None:
+        count = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
+            # compiled modules are no business of ours
+            if (event in CHANGES or opened) and not str(arguments[0]).endswith(".pyc"):
+                count += 1
+                counted(count)
+                if count == number:
+                    act()
+
+        sys.addaudithook(hook)
+
+    return disturb
+
+
 def in_child(disturb: Disturb, *arguments: object) -> tuple[int, str]:
     """The command in a forked process, in which `disturb` is called first.
 
@@ -308,6 +339,14 @@ def stamps(folder: Path) -> dict[str, int]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON object."""
+    """A JSON object, without its checksum."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content.pop("checksum", None)
     return content
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a JSON object as who wrote it could: its checksum fits again."""
+    content = read(path)
+    change(content)
+    write_json(path, content)

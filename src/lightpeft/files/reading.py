@@ -37,15 +37,17 @@ def read_text(path: str | Path, limit: int = DATA_LIMIT) -> str:
         # without O_NONBLOCK the opening of a pipe would wait for somebody to write into it
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with os.fdopen(descriptor, "rb") as file:
-            require(stat.S_ISREG(os.fstat(descriptor).st_mode), f"{path} is not a regular file")
-            raw = file.read(limit + 1)
+            state = os.fstat(descriptor)
+            require(stat.S_ISREG(state.st_mode), f"{path} is not a regular file")
+            large = f"{path} is larger than {limit // 2**10} KiB, which no such file should be"
+            require(state.st_size <= limit, large)
+            raw = file.read(state.st_size + 1)
     except FileNotFoundError as error:
         raise LightPeftError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it, but also our own
         if isinstance(error, LightPeftError):
             raise
         raise LightPeftError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    require(len(raw) <= limit, f"{path} is larger than {limit // 2**10} KiB, which no such file should be")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -118,11 +120,12 @@ def check_sealed(folder: Path) -> None:
     """
     seals = read_json(folder / CHECKSUMS)
     with understandable(folder / CHECKSUMS):
-        for name, checksum in dict(seals["files"]).items():
-            check_file(folder, name, checksum)
+        files = dict(seals["files"])
+    for name, checksum in files.items():
+        check_file(folder, name, checksum)
 
 
-def check_file(folder: Path, name: str, checksum: str) -> None:
+def check_file(folder: Path, name: str, checksum: Any) -> None:
     """Check that a file of a folder has a checksum.
 
     Raises:
