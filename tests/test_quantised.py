@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import batch, make, masked, plan_for, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
+from lightpeft import EarlyPruner, LightConfig
 from lightpeft.checkpoint import as_light, load_light
 from lightpeft.errors import LightPeftError
 from lightpeft.families import block_specs
 from lightpeft.linears import dense_weight, fault, features, is_linear, slice_linear, stored_weight
-from lightpeft.quantised import FOUR_BITS, logical_numel, prepare_quantised
+from lightpeft.quantised import logical_numel, prepare_quantised
 from lightpeft.surgery import apply_plan
 
 ROWS, COLUMNS = 64, 256
@@ -242,19 +244,32 @@ def test_stored_numbers_outlast_a_pass(kind: str) -> None:
 # Widths
 
 
-@pytest.mark.parametrize("width", [32, 96, 100, 128, 144, 192])
-def test_4_bit_widths_that_the_kernels_of_this_machine_get_wrong(width: int) -> None:
+@pytest.mark.parametrize("width", [16, 32, 96, 100, 128, 144, 192])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "nf4-double", "nf4-blocks-128"])
+def test_4_bit_widths_that_the_kernels_of_this_machine_get_wrong(kind: str, width: int) -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    layer = four_bits(plain())
-    reason = fault(layer, width, 1)
-    assert fault(layer, width, 0) is None
+    layer = KINDS[kind](plain())
+    assert fault(layer, width, 0) is None and fault(layer, width, 1) is None
     cut = copy.deepcopy(layer)
-    FOUR_BITS.keep(cut, torch.arange(width), 1)
+    slice_linear(cut, torch.arange(width), 1)
     kernel = bnb.functional.dequantize_4bit(cut.weight.data, cut.weight.quant_state)
-    assert (reason is None) == torch.allclose(kernel, dense_weight(cut), atol=1e-6)
-    assert relative_error(dense_weight(cut), dense_weight(layer)[:, :width]) < 0.1  # is read rightly in any case
-    assert width % BLOCK or reason is None
-    assert reason is None or (f"with {width} input features" in reason and "multiple of 64" in reason)
+    right = torch.allclose(kernel, dense_weight(cut), atol=1e-6)
+    assert right == (type(cut) is bnb.nn.Linear4bit) and (right or width % cut.weight.quant_state.blocksize)
+    assert relative_error(dense_weight(cut), dense_weight(layer)[:, :width]) < 0.12
+    x = torch.randn(5, width, dtype=torch.bfloat16)
+    for model in (cut.train(), copy.deepcopy(cut).eval()):
+        expected = x.float() @ dense_weight(cut).T + cut.bias
+        assert model(x).dtype == torch.bfloat16 and relative_error(model(x).float(), expected) < 0.01
+
+
+@pytest.mark.parametrize("width", [64, 96])
+def test_prepared_layers_of_any_width_compute_with_their_weight(width: int) -> None:
+    """Those of a base that nothing was cut from."""
+    source = nn.Linear(width, ROWS)
+    model = nn.Sequential(four_bits(source.requires_grad_(False)))
+    prepare_quantised(model)
+    x = torch.randn(5, width)
+    torch.testing.assert_close(model(x), x @ dense_weight(model[0]).T + source.bias, rtol=1e-4, atol=1e-4)
 
 
 def test_widths_of_other_kinds() -> None:
@@ -287,6 +302,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 all_configs = pytest.mark.parametrize("kind", CONFIGS)
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
 BUDGET = {"heads": 0.5, "neurons": 0.5, "modules": 0.3, "multiple_of": 64}
+NARROW: list[dict[str, Any]] = [{"heads": 0.5, "neurons": 0.5}, {"blocks": 0.5, "head_unit": "balanced"}]
+"""Budgets that leave widths which are no multiples of a block of 64."""
 
 
 @pytest.fixture(scope="module")
@@ -358,6 +375,39 @@ def test_trains_saves_and_loads(folder: Path, tmp_path: Path, kind: str, budget:
     expected = logits(model)
     as_light(model, plan).save_pretrained(tmp_path)
     assert logits(load_light(tmp_path, base=load(folder, kind))).equal(expected)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
+@pytest.mark.parametrize("budget", NARROW)
+def test_heads_and_neurons_of_any_width_in_4_bits(tmp_path: Path, kind: str, budget: dict[str, Any]) -> None:
+    """Heads of 16 channels, of which a block has four, in a width of 160: nothing is a multiple of 64."""
+    make("llama-gqa", hidden_size=160, intermediate_size=224, head_dim=16).save_pretrained(tmp_path / "base")
+    model = with_lora(load(tmp_path / "base", kind), trained=False, lora_dropout=0.0)
+    pruner = EarlyPruner(model, LightConfig(length=3, modules=0.3, **budget))
+    pruner.start()
+    while not pruner.finished:
+        model.train()(**batch(), labels=batch()["input_ids"]).loss.backward()
+        pruner.step()
+    light = pruner.prune()
+    widths = {kept.heads and len(kept.heads) * 16 for kept in light.light_plan.blocks}
+    assert all(width % 64 for width in widths) or all(len(kept.neurons) % 64 for kept in light.light_plan.blocks)
+    dense = densified(light)
+    assert relative_difference(logits(light, train=True), logits(dense, train=True)) < 1e-5
+    assert relative_difference(logits(light), logits(dense)) < 1e-5
+    expected = logits(light)
+    light.save_pretrained(tmp_path / "light")
+    assert logits(load_light(tmp_path / "light", base=load(tmp_path / "base", kind))).equal(expected)
+
+
+def densified(model: Any) -> Any:
+    """A copy whose quantised layers are ordinary ones with the same weights."""
+    copied = copy.deepcopy(model)
+    for name, module in list(copied.named_modules()):
+        if type(module) is not nn.Linear and not isinstance(module, BaseTunerLayer) and is_linear(module):
+            linear = nn.Linear(*reversed(features(module)), bias=module.bias is not None)
+            linear.weight, linear.bias = nn.Parameter(dense_weight(module)), module.bias
+            copied.set_submodule(name, linear.requires_grad_(False))
+    return copied
 
 
 @all_configs

@@ -93,22 +93,12 @@ class FourBitLinear(QuantisedLinear):
         return bnb is not None and isinstance(layer, bnb.nn.Linear4bit) and _four_bit_state(layer.weight) is not None
 
     def dense_weight(self, layer: Any) -> Tensor:
-        state = layer.weight.quant_state
-        return _dequantised(*_codes(layer.weight), state).view(state.shape)
+        return _dense(layer.weight)
 
     def stored_weight(self, layer: Any) -> Tensor:
         state = layer.weight.quant_state
         packed, _ = _codes(layer.weight)
         return torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: math.prod(state.shape)].view(state.shape)
-
-    def fault(self, layer: Any, width: int, dim: int) -> str | None:
-        state = layer.weight.quant_state
-        if dim == 0 or layer.weight.device.type != "cpu" or _cpu_kernel_is_right(width, state.blocksize):
-            return None
-        return (
-            f"bitsandbytes computes wrongly on this CPU with {width} input features in 4 bits; "
-            f"keep a multiple of {state.blocksize} (multiple_of), or prune on a GPU"
-        )
 
     def _cut_weight(self, layer: Any, index: Tensor, dim: int) -> None:
         old = layer.weight
@@ -124,7 +114,7 @@ class FourBitLinear(QuantisedLinear):
         )
         layer.weight = kept.to(dense.device)  # this quantises
         layer.weight.quant_state.dtype = _dtype(old.quant_state)
-        _keep_layout(layer)
+        _fit_for_cpu(layer)
 
 
 class EightBitLinear(QuantisedLinear):
@@ -154,15 +144,13 @@ def prepare_quantised(model: nn.Module) -> None:
     """Make a model with bitsandbytes layers, freshly loaded, fit to train and to prune; others are left as they are.
 
     Layers that the checkpoint has no weights for (a task head) are of bitsandbytes' types, too, but nothing quantised
-    them; they become ordinary ones. 4-bit weights stay in the layout they were loaded in: on CPUs with AVX512-BF16
-    bitsandbytes else packs them anew at the first forward pass in eval mode, which rounds their scales to bfloat16 for
-    good and fails on widths other than multiples of 32 rows and of whole blocks.
+    them; they become ordinary ones. 4-bit layers become right on CPUs, too (`_fit_for_cpu`).
     """
     for name, module in list(model.named_modules()):
         if _never_quantised(module):
             model.set_submodule(name, _ordinary(module))
         elif FOUR_BITS.matches(module):
-            _keep_layout(module)
+            _fit_for_cpu(module)
 
 
 def _never_quantised(layer: Any) -> bool:
@@ -178,8 +166,48 @@ def _ordinary(layer: Any) -> nn.Linear:
     return linear.train(layer.training)
 
 
-def _keep_layout(layer: Any) -> None:
+def _fit_for_cpu(layer: Any) -> None:
+    """Make a 4-bit layer compute with its weight on CPUs as well, whatever its width.
+
+    The weight stays in the layout it was loaded in: on CPUs with AVX512-BF16 bitsandbytes else packs it anew at the
+    first forward pass in eval mode, which rounds the scales to bfloat16 for good and fails on widths other than
+    multiples of 32 rows and of whole blocks. A kernel that takes the scales of other blocks is not used.
+    """
     layer.support_avx512bf16_for_cpu = False
+    state = layer.weight.quant_state
+    if not _cpu_kernel_is_right(state.shape[1], state.blocksize):
+        layer.__class__ = _block_wise()
+
+
+@functools.cache
+def _block_wise() -> type[Any]:
+    """bitsandbytes' `Linear4bit` for rows that its kernel for CPUs gets wrong."""
+    bnb: Any = sys.modules["bitsandbytes"]
+
+    class BlockWiseLinear4bit(bnb.nn.Linear4bit):
+        """Dequantises block by block instead of row by row, in which shape the same kernel is right."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            """[..., in] -> [..., out]."""
+            if x.device.type != "cpu":
+                return super().forward(x)
+            result = _BlockWise.apply(x.to(self.compute_dtype or x.dtype), self.weight)
+            return (result if self.bias is None else result + self.bias.to(result.dtype)).to(x.dtype)
+
+    return BlockWiseLinear4bit
+
+
+class _BlockWise(torch.autograd.Function):
+    """`x @ weight.T`; the backward pass dequantises once more, so that no dense weight is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return x @ _dense(weight).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ _dense(ctx.weight).to(gradient.dtype), None
 
 
 def _row_scales(layer: Any) -> Any:
@@ -206,6 +234,11 @@ def _codes(weight: Any) -> tuple[Tensor, Tensor]:
     else:
         scales = state.absmax
     return packed.contiguous().view(torch.uint8).flatten(), scales.float()
+
+
+def _dense(weight: Any) -> Tensor:
+    """A 4-bit weight, [out, in], in float32."""
+    return _dequantised(*_codes(weight), weight.quant_state).view(weight.quant_state.shape)
 
 
 def _dequantised(packed: Tensor, scales: Tensor, state: Any) -> Tensor:
@@ -238,9 +271,9 @@ def _cpu_kernel_is_right(width: int, blocksize: int) -> bool:
     functional: Any = sys.modules["bitsandbytes"].functional
     if width % blocksize == 0:
         return True
-    rows = torch.arange(1.0, 4 * width + 1).view(4, width)
+    rows = torch.arange(1.0, blocksize * width + 1).view(blocksize, width)  # many blocks, however narrow they are
     packed, state = functional.quantize_4bit(rows, blocksize=blocksize, quant_type="nf4")
-    expected = _dequantised(packed.flatten(), state.absmax, state).view(4, width)
+    expected = _dequantised(packed.flatten(), state.absmax, state).view_as(rows)
     return torch.allclose(functional.dequantize_4bit(packed, state), expected)
 
 

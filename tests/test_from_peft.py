@@ -1,0 +1,192 @@
+"""Stock PEFT, transformers and their hub never take a light adapter for one over the dense base; all else is PEFT's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import workbench
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from test_checkpoint import logits
+from tiny import make, plan_for, refusal, relative_difference, task_type
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import TrainingArguments as Arguments
+
+from lightpeft import LightModel, load_light
+from lightpeft.bottleneck import BottleneckConfig
+from lightpeft.checkpoint import as_light
+from lightpeft.families import block_specs
+from lightpeft.files import file_checksum
+from lightpeft.refit import Correction, apply_refit
+from lightpeft.sites import LIGHT_TYPE, read_config
+from lightpeft.surgery import apply_plan
+
+NOTHING = {"heads": 0.0, "neurons": 0.0, "modules": 0.5, "ranks": 0.5}
+"""Modules and ranks go, and nothing of the base."""
+DEPTH = {"heads": 0.0, "neurons": 0.0, "depth": 1 / 3}
+
+
+def lora(base: PreTrainedModel, **settings: Any) -> LoraConfig:
+    targets = [name for block in block_specs(base) for name in block.projections.values()]
+    return LoraConfig(**{"r": 4, "target_modules": targets, "task_type": task_type(base), **settings})
+
+
+KINDS: dict[str, Callable[[PreTrainedModel], PeftConfig]] = {
+    "lora": lora,
+    "dora": lambda base: lora(base, use_dora=True),
+    "rslora": lambda base: lora(base, use_rslora=True),
+    "ia3": lambda base: IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    "bottleneck": lambda base: BottleneckConfig(placement="houlsby", size=5, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A folder with a dense decoder."""
+    make("llama-gqa").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def light_of(base: Path, kind: str = "lora", adapter_name: str = "default", **budget: Any) -> LightModel:
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(dense, KINDS[kind](dense), adapter_name)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dim() > 1:  # as if trained
+            parameter.data.add_(0.1)
+            assert adapter_name in name
+    plan = plan_for(model, **budget)
+    apply_plan(model, plan)
+    return as_light(model.eval(), plan)
+
+
+# Loading with something else than load_light
+
+
+def ways_in(base: Path, folder: Path) -> dict[str, Callable[[], Any]]:
+    """How people load an adapter who do not know that it is a light one."""
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    return {
+        "PeftModel": lambda: PeftModel.from_pretrained(dense, str(folder)),
+        "AutoPeftModel": lambda: AutoPeftModelForCausalLM.from_pretrained(str(folder)),
+        "PeftConfig": lambda: PeftConfig.from_pretrained(str(folder)),
+        "AutoModel": lambda: AutoModelForCausalLM.from_pretrained(folder),
+        "load_adapter": lambda: dense.load_adapter(str(folder)),
+        "another adapter": lambda: get_peft_model(dense, lora(dense)).load_adapter(str(folder), "second"),
+        "hotswap": lambda: hotswap_adapter(get_peft_model(dense, lora(dense)), str(folder), "default"),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("budget", [{}, DEPTH], ids=["narrower", "shallower"])
+def test_every_other_loader_names_the_right_one(kind: str, budget: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    light = light_of(base, kind, **budget)
+    light.save_pretrained(tmp_path / "light")
+    for way, load in ways_in(base, tmp_path / "light").items():
+        with pytest.raises(KeyError, match=r"load it with lightpeft\.load_light"):
+            pytest.fail(f"{way} gave a {type(load()).__name__}")
+    assert logits(load_light(tmp_path / "light")).equal(logits(light))
+
+
+def test_programs_that_do_not_ask_for_the_type(base: Path, tmp_path: Path) -> None:
+    """vLLM, say, looks for these keys, and for nothing else."""
+    light_of(base).save_pretrained(tmp_path)
+    shown = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert shown["peft_type"] == LIGHT_TYPE and shown["base_model_name_or_path"] == str(base)
+    assert not shown.keys() & {"r", "lora_alpha", "target_modules"}
+    assert read_config(tmp_path).peft_type == "LORA"
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bottleneck"])
+def test_peft_loads_what_cuts_nothing_of_the_base(kind: str, base: Path, tmp_path: Path) -> None:
+    light = light_of(base, kind, **NOTHING)
+    light.save_pretrained(tmp_path / "light")
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    stock = PeftModel.from_pretrained(dense, str(tmp_path / "light")).eval()
+    assert relative_difference(logits(stock), logits(light)) == 0
+    assert logits(load_light(tmp_path / "light")).equal(logits(light))
+
+
+def test_a_refit_is_more_than_peft_would_load(base: Path, tmp_path: Path) -> None:
+    light = light_of(base, **NOTHING)
+    refit = {light.light_plan.specs[0].projections["ffn_out"]: Correction(light.get_base_model().lm_head.weight[0] * 0)}
+    apply_refit(light, refit)
+    as_light(light, light.light_plan, refit=refit).save_pretrained(tmp_path)
+    with pytest.raises(KeyError, match="load_light"):
+        PeftConfig.from_pretrained(str(tmp_path))
+
+
+def test_a_light_adapter_from_before_loads(base: Path, tmp_path: Path) -> None:
+    """Its configuration is not hidden."""
+    light = light_of(base)
+    light.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text())["peft_config"]))
+    workbench.edit(tmp_path / "lightpeft.json", lambda d: d["checksums"].update({file.name: file_checksum(file)}))
+    assert logits(load_light(tmp_path)).equal(logits(light))
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", '{"peft_type": "XX"}', '{"peft_config": 3}', '{"peft_type": ["LORA"]}', "x"]
+)
+def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(text)
+    assert str(tmp_path / "adapter_config.json") in refusal(lambda: read_config(tmp_path))
+
+
+# What works as it does in PEFT
+
+
+def test_an_adapter_with_a_name_of_its_own(base: Path, tmp_path: Path) -> None:
+    light = light_of(base, adapter_name="reviews")
+    light.save_pretrained(tmp_path / "light")
+    assert (tmp_path / "light" / "adapter_model.safetensors").is_file() and not (tmp_path / "light/reviews").exists()
+    assert logits(load_light(tmp_path / "light")).equal(logits(light))
+
+
+def test_several_adapters_are_not_saved_as_one(base: Path, tmp_path: Path) -> None:
+    light = light_of(base)
+    light.add_adapter("second", light.peft_config["default"])
+    assert "adapters default, second" in refusal(lambda: light.save_pretrained(tmp_path / "light"))
+    light.delete_adapter("second")
+    said = refusal(lambda: light.save_pretrained(tmp_path / "light", selected_adapters=["default", "second"]))
+    assert said == "a light adapter has one adapter, default; it cannot be saved with default, second"
+    light.save_pretrained(tmp_path / "light", selected_adapters=["default"])
+    assert logits(load_light(tmp_path / "light")).equal(logits(light))
+
+
+def test_a_trainer_goes_on_from_its_checkpoint_and_takes_the_best(base: Path, tmp_path: Path) -> None:
+    light_of(base).save_pretrained(tmp_path / "light")
+    rows = Dataset.from_list([{"input_ids": [3 + i, 9, 4 + i], "labels": [3 + i, 9, 4 + i]} for i in range(16)])
+
+    def trainer(steps: int) -> Trainer:
+        settings: dict[str, Any] = {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps", "learning_rate": 1e-2}
+        settings |= {"load_best_model_at_end": True, "lr_scheduler_type": "constant", "max_steps": steps}
+        settings |= {"report_to": [], "use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 4}
+        model = load_light(tmp_path / "light", is_trainable=True)
+        return Trainer(model, Arguments(str(tmp_path / "run"), **settings), train_dataset=rows, eval_dataset=rows)
+
+    begun = trainer(2)
+    begun.train()
+    rest = trainer(4)
+    rest.train(resume_from_checkpoint=True)
+    assert logits(rest.model.eval()).equal(logits(load_light(rest.state.best_model_checkpoint)))
+    assert not logits(rest.model).equal(logits(begun.model.eval()))
+
+
+def test_push_to_hub_sends_the_light_adapter(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def upload(self: Any, folder: str, *args: Any, **kwargs: Any) -> None:
+        shutil.copytree(folder, tmp_path / "sent")
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", MagicMock())
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", MagicMock())
+    monkeypatch.setattr("transformers.utils.hub.PushToHubMixin._upload_modified_files", upload)
+    light = light_of(base)
+    light.push_to_hub("someone/light")
+    assert logits(load_light(tmp_path / "sent")).equal(logits(light))
