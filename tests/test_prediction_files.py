@@ -45,8 +45,8 @@ class TestInputs:
             (latin, "t", "not UTF-8"),
             (io.StringIO("\n \n"), "t", "every line is blank"),
             (text, None, "has several columns, which text lines have not; give a table"),
-            (io.StringIO("x\n"), None, "standard input line 1 is not JSON"),
-            (io.StringIO(" \n"), None, "standard input has no rows"),
+            (io.StringIO("x\n"), None, "input line 1 is not JSON"),
+            (io.StringIO(" \n"), None, "input has no rows"),
         ]
         for source, column, expected in cases:
             with pytest.raises(LightPeftError) as caught:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightpeft.errors import require
-from lightpeft.plain_data import check_values, from_dict, load_yaml
+from lightpeft.plain_data import check_values, from_dict, load_yaml, shown
 
 Scope = Literal["layerwise", "global"]
 HeadUnit = Literal["group", "balanced"]
@@ -31,6 +31,25 @@ RefitForm = Literal["none", "bias", "low_rank"]
 PrefixPlace = Literal["file", "memory", "off"]
 PrefixDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Preset = Literal["default", "uniform", "fast", "paper"]
+Auto = Literal["auto"]
+
+
+_WIDEST = 2**16
+"""What ranks and widths may be: no model's hidden size is larger."""
+_LONGEST = 2**24
+"""Tokens that a row may have: no model reads more."""
+_MOST_ROWS = 2**20
+"""Rows that may go into a step."""
+_MOST_EPOCHS = 10**6
+"""Passes over the rows; steps are counted in 64 bits."""
+
+
+def _check_most(config: Any, section: str, limits: dict[str, int]) -> None:
+    """Refuse values that could only end in a lack of memory, or in an overflow."""
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        fits = not isinstance(value, (int, float)) or value <= limit
+        require(fits, f"{section}{name} is {shown(value)}; it can be at most {limit:,}")
 
 
 @dataclass(kw_only=True)
@@ -142,6 +161,8 @@ class LightConfig(Budget):
     """`length: auto` and `least_steps` stop at this part of the whole run at the latest."""
     least_steps: int = 2
     """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
+    least_examples: int = 128
+    """Examples, repeated ones included, that the stage's second half must have scored; from fewer no plan is made."""
     refit: RefitForm = "none"
     """After the cut, correct attention and FFN outputs by least squares on training rows: by a bias, or by a bias and a
     low-rank matrix; the corrections become part of the light adapter."""
@@ -173,10 +194,12 @@ class LightConfig(Budget):
         require(all(getattr(self, name) >= 1 for name in counts), f"{', '.join(counts)} start at 1")
         require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
         require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
+        _check_most(self, "", {"refit_rank": _WIDEST, "refit_rows": _MOST_ROWS})
         scale = f"learning_rate_scale is {self.learning_rate_scale:g}; it must be positive and finite"
         require(0 < self.learning_rate_scale < math.inf, scale)
         require(self.dropout is None or 0 <= self.dropout < 1, f"dropout is {self.dropout}; it lies in [0, 1)")
         require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")
+        require(self.least_examples >= 0, f"least_examples is {self.least_examples}; it cannot be negative")
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
 
 
@@ -218,7 +241,7 @@ _WITH_ADAPTERS: dict[str, dict[str, Any]] = {
 """What presets have of their own for bottleneck adapters, which take larger steps and lose more by a cut than LoRA."""
 
 
-SWITCHES = ("trust_remote_code",)
+SWITCHES = ("trust_remote_code", "allow_pickle")
 """Settings of `ModelConfig` that let somebody else's code in: whoever runs a command gives them, never a folder."""
 
 
@@ -240,6 +263,9 @@ class ModelConfig:
     """Attention backend; unset: what transformers chooses."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Leave off unless you trust its author."""
+    allow_pickle: bool = False
+    """Read weights from pickle files (.bin) where there are none in safetensors; weights alone are unpickled. Leave off
+    unless you trust its author."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -356,6 +382,11 @@ class DataConfig:
         check_values(self)
         require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
         require(self.answer_tokens >= 1, f"data.answer_tokens is {self.answer_tokens}; it must be at least 1")
+        _check_most(self, "data.", dict.fromkeys(("max_length", "answer_tokens", "stride"), _LONGEST))
+        require(0 <= self.split_seed < 2**32, f"data.split_seed is {self.split_seed}; it lies in [0, 2**32)")
+        for name, least in (("stride", 0), ("limit_train", 1), ("limit_test", 1)):
+            value = getattr(self, name)
+            require(value is None or value >= least, f"data.{name} is {value}; it must be at least {least}")
         require(0 < self.test_fraction < 1, f"data.test_fraction is {self.test_fraction:g}; it lies in (0, 1)")
         paired = (self.prompt is None) == (self.completion is None)
         require(paired, "data.prompt and data.completion go together; give both columns or neither")
@@ -378,7 +409,9 @@ class LoraSettings:
     """Names of target modules as PEFT takes them; overrides `slots`."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(self.r >= 1, f"lora.r is {self.r}; it must be at least 1")
+        _check_most(self, "lora.", {"r": _WIDEST})
         require(self.alpha > 0, f"lora.alpha is {self.alpha}; it must be positive")
         require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout:g}; it lies in [0, 1)")
 
@@ -401,6 +434,7 @@ class BottleneckSettings:
     def __post_init__(self) -> None:
         check_values(self)
         require(self.size >= 1, f"bottleneck.size is {self.size}; it must be at least 1")
+        _check_most(self, "bottleneck.", {"size": _WIDEST})
         require(0 <= self.dropout < 1, f"bottleneck.dropout is {self.dropout:g}; it lies in [0, 1)")
 
 
@@ -408,16 +442,18 @@ class BottleneckSettings:
 class TrainingConfig:
     """The fine-tuning run as a whole; estimation is its first part."""
 
-    epochs: float = 3
-    """Passes over the training rows, estimation included."""
+    epochs: float | Auto = "auto"
+    """Passes over the training rows, estimation included; auto: 3, and as many more as make 200 optimizer steps, up to
+    40."""
     batch_size: int = 32
     """Rows a step and process."""
     eval_batch_size: int = 64
     """Rows a step in evaluation and prediction."""
     gradient_accumulation: int = 1
     """Backward passes an optimizer step."""
-    learning_rate: float = 3e-4
-    """Peak learning rate of the PEFT modules and the head; linear decay to zero."""
+    learning_rate: float | Auto = "auto"
+    """Peak learning rate of the PEFT modules and the head; linear decay to zero. auto: by the model's width, from 1e-3
+    (384 and below) to 3e-4 (4,096 and above)."""
     full_learning_rate: float = 2e-5
     """Peak learning rate where every weight trains (method full): what PEFT needs would destroy pretrained weights."""
     warmup: float = 0.06
@@ -456,11 +492,14 @@ class TrainingConfig:
         rates = ("learning_rate", "full_learning_rate")
         for name in ("epochs", "batch_size", "eval_batch_size", "gradient_accumulation", *rates):
             value = getattr(self, name)
-            require(0 < value < math.inf, f"training.{name} is {value:g}; it must be positive and finite")
+            if not isinstance(value, str):
+                require(0 < value < math.inf, f"training.{name} is {value:g}; it must be positive and finite")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name} is {value:g}; it cannot be negative or infinite")
         check_values(self)
+        rows = ("batch_size", "eval_batch_size", "gradient_accumulation")
+        _check_most(self, "training.", {"epochs": _MOST_EPOCHS, **dict.fromkeys(rows, _MOST_ROWS)})
         require(not (self.fp16 and self.bf16), "training.fp16 and training.bf16 exclude each other; set one of them")
         require(self.prefix_limit > 0, f"training.prefix_limit is {self.prefix_limit:g}; it must be positive")
         require(0 <= self.warmup < 1, f"training.warmup is {self.warmup:g}; it lies in [0, 1)")

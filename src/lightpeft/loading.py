@@ -6,16 +6,15 @@ import hashlib
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,11 +30,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from lightpeft import hub
 from lightpeft.bottleneck import BottleneckConfig
 from lightpeft.config import Head, ModelConfig, RunConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs, check_not_refused
+from lightpeft.foreign import check_config, check_folder, check_weights, parsing
 from lightpeft.linears import stored_weight
 from lightpeft.quantised import prepare_quantised
 from lightpeft.sites import base_layer, base_linear, transformers_model
@@ -63,10 +65,8 @@ _QUANTISED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
 }
-_CUTTABLE = ("bitsandbytes", "torchao")
+CUTTABLE = ("bitsandbytes", "torchao")
 """Quantisation methods, as transformers names them, whose weights can be cut."""
-UNREADABLE = (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError)
-"""What transformers raises for a checkpoint that is missing, damaged, or needs a package that is not there."""
 
 
 def quiet_libraries() -> None:
@@ -76,6 +76,17 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of every cast
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep transformers' reports off the screen inside the block: weights that an adapter brings, it calls missing."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 @dataclass
@@ -114,20 +125,16 @@ def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, t
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
     reader = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(hf_config), None) if head == "span" else None
     names = base_names(reader) if reader is not None else None
-    try:
+    with _opening(config):
         model, info = _HEADS[head].auto.from_pretrained(
             config.name,
             config=hf_config,
-            revision=config.revision or "main",
             dtype=config.dtype,
-            gguf_file=config.gguf_file,
-            trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             key_mapping=names,
+            **check_checkpoint(config, weights=True),
             **options,
         )
-    except UNREADABLE as error:
-        raise _not_loadable(config, error) from error
     if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
         del model.config.quantization_config  # the weights were dequantised on loading
     model.light_gguf_file = config.gguf_file
@@ -185,52 +192,73 @@ def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> Non
     quantised = getattr(hf_config, "quantization_config", None)
     if quantised is None or config.gguf_file:
         return
-    settings = quantised if isinstance(quantised, dict) else quantised.to_dict()
-    method = str(settings.get("quant_method", "unknown method")).rpartition(".")[2].lower()
+    method = quantisation_method(quantised if isinstance(quantised, dict) else quantised.to_dict())
     require(
-        method in _CUTTABLE,
+        method in CUTTABLE,
         f"model {config.name} is quantised ({method}), which cannot be cut; give the base in float32, bfloat16 or "
-        f"float16, or quantised by {' or '.join(_CUTTABLE)}",
+        f"float16, or quantised by {' or '.join(CUTTABLE)}",
     )
     require(config.quantise is None, f"model {config.name} is quantised already ({method}); leave model.quantise unset")
+
+
+def quantisation_method(settings: Mapping[str, Any]) -> str:
+    """The method, as `CUTTABLE` has it, in a quantisation's settings."""
+    return str(settings.get("quant_method", "unknown method")).rpartition(".")[2].lower()
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
     """The model's configuration.
 
     Raises:
-        LightPeftError: there is no such model.
+        LightPeftError: there is no such model, or its files are not what they should be.
     """
-    require(config.name, "model.name is empty; give a hub name or a local folder")
-    looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
-    missing = looks_local and not Path(config.name).expanduser().is_dir()
-    require(not missing, f"model folder {config.name} does not exist")
-    try:
-        return AutoConfig.from_pretrained(
-            config.name,
-            revision=config.revision or "main",
-            gguf_file=config.gguf_file,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except UNREADABLE as error:
-        raise _not_loadable(config, error) from error
+    with _opening(config):
+        return AutoConfig.from_pretrained(config.name, **check_checkpoint(config))
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        LightPeftError: there is none.
+        LightPeftError: there is none, or its files are not what they should be.
     """
-    try:
-        return AutoTokenizer.from_pretrained(
-            config.name,
-            revision=config.revision or "main",
-            gguf_file=config.gguf_file,
-            trust_remote_code=config.trust_remote_code,
-        )
-    except UNREADABLE as error:
-        raise _not_loadable(config, error) from error
+    with _opening(config):
+        return AutoTokenizer.from_pretrained(config.name, **check_checkpoint(config))
+
+
+def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, Any]:
+    """Look at a model's files before transformers makes anything of them.
+
+    Args:
+        weights: are to be read.
+
+    Returns:
+        How any `from_pretrained` of transformers is to be called for it.
+
+    Raises:
+        LightPeftError: the folder is not there, or holds what no model has: see `foreign`.
+        Exception: what transformers raises for a configuration that is missing or damaged.
+    """
+    require(config.name, "model.name is empty; give a hub name or a local folder")
+    folder = Path(config.name).expanduser()
+    looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
+    require(folder.is_dir() or not looks_local, f"model folder {config.name} does not exist")
+    hub.look_for(config.name)
+    if folder.is_dir():
+        check_folder(folder)
+    place = {"revision": config.revision or "main"}
+    if config.gguf_file is None:
+        settings, _ = PretrainedConfig.get_config_dict(config.name, **place)
+        check_config(settings, f"model {config.name}")
+        # transformers would load the model that the adapter names and put the adapter into it
+        both = find_adapter_config_file(config.name, **place) is not None
+        require(not both, f"model {config.name} has a PEFT adapter beside it; give a folder of the model alone")
+    options = {**place, "gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
+    if not weights:
+        return options
+    if folder.is_dir() and config.gguf_file is None:
+        check_weights(folder, config.allow_pickle)
+    return {**options, "weights_only": True, "use_safetensors": None if config.allow_pickle else True}
 
 
 def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
@@ -340,6 +368,18 @@ def _top_module(model: PreTrainedModel, key: str) -> str:
     return prefix + key.removeprefix(prefix).partition(".")[0]
 
 
-def _not_loadable(config: ModelConfig, error: Exception) -> LightPeftError:
-    reason = " ".join(str(error).split())[:300]
-    return LightPeftError(f"model {config.name} cannot be loaded: {reason}")
+@contextmanager
+def _opening(config: ModelConfig) -> Iterator[None]:
+    """Say in one line why a model cannot be loaded, and which switch it lacks."""
+    try:
+        with parsing(f"model {config.name} cannot be loaded"):
+            yield
+    except LightPeftError as error:
+        if error.__cause__ is None:
+            raise
+        if "trust_remote_code" in str(error) and not config.trust_remote_code:
+            needs = "needs Python code that comes with it; if you trust its author, say so: trust_remote_code"
+            raise LightPeftError(f"model {config.name} {needs}") from error
+        if "safetensors" in str(error) and not config.allow_pickle:
+            raise LightPeftError(f"{error}; for pickled weights of an author you trust: allow_pickle") from error
+        raise

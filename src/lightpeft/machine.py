@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from rich.console import Console
 
 from lightpeft.config import TrainingConfig
-from lightpeft.errors import require
+from lightpeft.errors import LightPeftError, require
 
 _CPU_BF16 = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
 """What x86 and ARM call bfloat16 arithmetic."""
@@ -21,8 +25,45 @@ def accelerator() -> torch.device | None:
 
 
 def processes() -> PartialState:
-    """The processes that `accelerate launch` or `torchrun` started for this run; without them, this one alone."""
+    """The processes that `accelerate launch` or `torchrun` started for this run; without them, this one alone.
+
+    Raises:
+        LightPeftError: the environment tells of others, but not how to meet them: it is left over from another job.
+    """
+    told = [name for name in _LAUNCHERS if name in os.environ]
+    if not told or torch.distributed.is_initialized():
+        return _state()
+    waiting = threading.Timer(_PATIENCE, _say_waiting, [told])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # threads of CPUs are accelerate's business
+            return _state()
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LightPeftError(f"{_launched(told)}, but it cannot meet the others ({reason}); {_UNSET}") from error
+    finally:
+        waiting.cancel()
+
+
+def _state() -> PartialState:
     return PartialState(cpu=accelerator() is None)  # unless it is told so, it does not see those of a CPU
+
+
+_LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables by which launchers tell a process that it is one of several."""
+_PATIENCE = 20.0
+"""Seconds that processes of one job may need to start, one after the other."""
+_UNSET = "start all with accelerate launch or torchrun, or unset what is left over from another job"
+
+
+def _launched(told: Sequence[str]) -> str:
+    return f"the environment ({', '.join(told)}) says that this process is one of several"
+
+
+def _say_waiting(told: Sequence[str]) -> None:
+    line = f"{_launched(told)}; waiting for the others to start; if there are none, {_UNSET}"
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)
 
 
 def has_bf16() -> bool:

@@ -21,7 +21,15 @@ from lightpeft.opening import Found, Wanted, find_model, open_model
 from lightpeft.prediction_files import check_predictions_path, read_inputs, write_predictions
 from lightpeft.sites import transformers_model
 from lightpeft.streams import standard_input, standard_output
-from lightpeft.tasks import Task, convert, ensure_pad_token, input_columns, restore_task
+from lightpeft.tasks import (
+    Task,
+    check_tokens,
+    check_vocabulary,
+    convert,
+    ensure_pad_token,
+    input_columns,
+    restore_task,
+)
 from lightpeft.tasks.chat import as_chats
 from lightpeft.tasks.span import SpanTask
 from lightpeft.tasks.windows import answer_text
@@ -101,9 +109,15 @@ def answer_rows(
     Returns:
         Columns `label` and `p_<label>` of classes, `value` of regression, `answer` and `probability` of options,
         `answer` and `margin` (how much better it scores than no answer) of spans, and `answer` of written texts.
+
+    Raises:
+        LightPeftError: tokenizer and model do not fit, or the model's answers are NaN or infinite.
     """
-    ensure_pad_token(tokenizer, transformers_model(model).config)
+    config = transformers_model(model).config
+    check_vocabulary(tokenizer, config)
+    ensure_pad_token(tokenizer, config)
     encoded = task.encode_inputs(rows, tokenizer, task.config.max_length)
+    check_tokens(encoded, tokenizer, config, "the input")
     run = Run(model, task.collator(tokenizer), batch_size, autocast)
     return PREDICTING[task.answering](run, encoded, task, rows)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightpeft.config import RunConfig, merged, run_config_from_dict
 from lightpeft.errors import LightPeftError, require
-from lightpeft.plain_data import load_yaml, unknown_key
+from lightpeft.plain_data import load_yaml, shown, unknown_key
 from lightpeft.reproduce.methods import METHODS, Method, Settings
 from lightpeft.runs import RunFolder
 from lightpeft.tasks import find_entry
@@ -108,7 +108,8 @@ def load_grid(path: str | Path) -> Grid:
             raise LightPeftError(f"{path}: {unknown_key(str(key), known)}")
     models, tasks, methods = (_named(path, key, data.get(key)) for key in _ROWS_OF_A_FILE)
     baseline = data.get("baseline", next(iter(methods)))
-    require(baseline in methods, f"{path}: baseline {baseline!r} is none of its methods: {', '.join(methods)}")
+    among = isinstance(baseline, str) and baseline in methods
+    require(among, f"{path}: baseline {shown(baseline)} is none of its methods: {', '.join(methods)}")
     return Grid(
         name=str(path),
         # a bare name is that of a model on the hub or in a folder, and of a known task
@@ -135,7 +136,7 @@ def _named(path: Path, axis: str, given: Any) -> dict[str, dict[str, Any]]:
 
 
 def _settings(path: Path, where: str, given: Any) -> dict[str, Any]:
-    require(given is None or isinstance(given, dict), f"{path}: {where} must be a mapping of settings, not {given!r}")
+    require(given is None or isinstance(given, dict), f"{path}: {where} must be a mapping of settings, not {shown(given)}")
     settings = {key: value for key, value in (given or {}).items() if value is not None}
     taken = [key for key in _OF_THE_GRID if key in settings]
     require(not taken, f"{path}: {where} sets {', '.join(taken)}, which every cell has of its own; take it out")
@@ -144,7 +145,7 @@ def _settings(path: Path, where: str, given: Any) -> dict[str, Any]:
 
 def _seeds(path: Path, given: Any) -> list[int]:
     whole = isinstance(given, list) and given and all(type(seed) is int for seed in given)
-    require(whole, f"{path}: seeds must be a list of whole numbers, not {given!r}")
+    require(whole, f"{path}: seeds must be a list of whole numbers, not {shown(given)}")
     require(len(set(given)) == len(given), f"{path}: seeds names {max(given, key=given.count)} twice")
     return list(given)
 
@@ -154,7 +155,8 @@ def _method(path: Path, name: str, settings: dict[str, Any]) -> Method:
     if name not in METHODS and not settings:
         raise LightPeftError(f"{path}: {unknown_key(name, list(METHODS)).replace('key', 'method', 1)}")
     start = settings.pop(FROM, name if name in METHODS else START)
-    require(start in METHODS, f"{path}: methods.{name} is from {start!r}, which is no known method")
+    known = isinstance(start, str) and start in METHODS
+    require(known, f"{path}: methods.{name} is from {shown(start)}, which is no known method; give one's name")
     base = METHODS[start]
     return replace(base, settings=merged(dict(base.settings), settings))
 

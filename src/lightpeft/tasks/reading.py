@@ -17,6 +17,7 @@ import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
+from lightpeft import hub
 from lightpeft.errors import LightPeftError, require
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
@@ -214,6 +215,7 @@ def read_hub(source: str, what: str) -> Dataset:
     require(match, f'{what}: "{source}" is neither a file nor a hub name as owner/name[/config][:split]')
     assert match is not None
     split = match["split"] or ("test" if what == "data.test" else "train")
+    hub.look_for(source)
     try:
         with _quiet():
             rows = datasets.load_dataset(match["name"], match["config"], split=split)

@@ -1,0 +1,31 @@
+"""Whether the hub can be reached: asked once, so that what is not there is told at once and not after all retries."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+from huggingface_hub import constants
+
+
+def look_for(name: str) -> None:
+    """To be called before the libraries below look for a model or data set by a name that may be the hub's.
+
+    Where the hub does not answer they go offline for the rest of this process, as with HF_HUB_OFFLINE=1: they take what
+    is in the cache. HF_HUB_ETAG_TIMEOUT says how many seconds an answer may take; mirrors and proxies are asked as the
+    libraries ask them.
+    """
+    if not huggingface_hub.is_offline_mode() and not Path(name).expanduser().exists() and not _answers():
+        constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+
+
+@functools.cache
+def _answers() -> bool:
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # whichever the HTTP library of the hub's client has
+        return False
+    return True
