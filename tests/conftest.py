@@ -18,6 +18,8 @@ import pytest
 import torch
 from transformers import set_seed
 
+from lightpeft.config import LightConfig
+
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
 LONG = ("support", "resume", "parity", "surgery", "bad_input", "task_entries", "peft_variants", "benchmarks")
@@ -70,6 +72,13 @@ def fetched(name: str, option: str = "") -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; run: python demo/fetch.py{option}")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_examples_are_enough() -> None:
+    """Tiny models are estimated on a handful of rows; tests of `light.least_examples` give it."""
+    assert LightConfig.__init__.__kwdefaults__ is not None
+    LightConfig.__init__.__kwdefaults__["least_examples"] = 0
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.files import check_sealed, seal
 from lightpeft.loading import add_peft
+from lightpeft.schedule import total_steps
 from lightpeft.training import (
     Interrupted,
     LogLines,
@@ -28,7 +29,6 @@ from lightpeft.training import (
     fit,
     last_checkpoint,
     make_trainer,
-    total_steps,
 )
 
 

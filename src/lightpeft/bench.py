@@ -360,7 +360,7 @@ def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
     """The factory of the optimizer that a run uses."""
     training = work.config.training
     return lambda parameters: torch.optim.AdamW(
-        parameters, lr=training.learning_rate, weight_decay=training.weight_decay
+        parameters, lr=float(training.learning_rate), weight_decay=training.weight_decay
     )
 
 

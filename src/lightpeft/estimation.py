@@ -112,18 +112,20 @@ class Estimator:
         if self.finished:
             return
         taken = self.masks.take_gradients()
-        parts = (taken.mean, taken.absolute, taken.squares, self._ranks.take_terms())
+        examples = taken.mean.new_tensor([self.masks.examples])
+        parts = (taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples)
         values = _mean_over_processes(torch.cat(parts))
         finite = torch.isfinite(values).all()
         # a gradient scaler overflows on purpose and skips the step itself
         seen = self._nonfinite if grad_scale == 1.0 else self._overflowed
         seen |= ~finite
         values = torch.where(finite, values, 0.0)
-        mean, absolute, squares, ranks = values.split([len(part) for part in parts])
+        mean, absolute, squares, ranks, examples = values.split([len(part) for part in parts])
         gradients = scoring.MaskGradients(mean / grad_scale, absolute / grad_scale, squares / grad_scale**2)
         for name, criterion in scoring.STEP_CRITERIA.items():
             self._sums[name] += criterion(self.masks.values, gradients)
         self._sums["ranks"] += scoring.rank_taylor(*(ranks / grad_scale).chunk(2))
+        self._sums["examples"] += examples * _processes()
         self.masks.values.grad = gradients.mean + self._lambdas * self.masks.values.sign()
         self._optimizer.step()
         self.steps += 1
@@ -146,13 +148,14 @@ class Estimator:
         """Scores of every unit under every criterion, from the second half of the stage.
 
         Raises:
-            LightPeftError: the stage has not run, or diverged, or some blocks ran without gradients.
+            LightPeftError: the stage has not run, or diverged, or saw too little, or some blocks ran without gradients.
         """
         require(self.steps > 0, "estimation has not run a single step; train with the callback, or call step()")
         self.check_finite()
         if not self._windows or self._windows[-1].end < self.steps:
             self._close_window()
         record = self._record()
+        check_examples(self.config, record.meta["scored_examples"])
         self._check_reached(record)
         return record
 
@@ -192,7 +195,8 @@ class Estimator:
     def _zero_sums(self) -> dict[str, Tensor]:
         ranks = sum(site.spec.rank for site in self.sites)
         zeros = {name: torch.zeros_like(self.masks.values) for name in scoring.STEP_CRITERIA}
-        return zeros | {"ranks": torch.zeros(ranks, device=self.masks.values.device)}
+        sizes = {"ranks": ranks, "examples": 1}
+        return zeros | {name: torch.zeros(size, device=self.masks.values.device) for name, size in sizes.items()}
 
     def _close_window(self) -> None:
         """Move the sums of the steps since the last boundary to the host, and compare sets under `length: auto`."""
@@ -235,7 +239,7 @@ class Estimator:
             scores=scores,
             base_parameters=self.base_parameters,
             fingerprint=self.fingerprint,
-            meta=self._meta(steps, int(tokens.max())),
+            meta=self._meta(steps, int(sums["examples"]), int(tokens.max())),
             left_out=self.left_out,
         )
 
@@ -266,11 +270,12 @@ class Estimator:
             heads, neurons = heads + of_heads.cpu(), neurons + of_neurons.cpu()
         return heads.sqrt(), neurons.sqrt()
 
-    def _meta(self, scored_steps: int, tokens: int) -> dict[str, Any]:
+    def _meta(self, scored_steps: int, examples: int, tokens: int) -> dict[str, Any]:
         config = self.config
         return {
             "steps": self.steps,
             "scored_steps": scored_steps,
+            "scored_examples": examples,
             "ratio_tokens": tokens,
             "length": config.length,
             "max_steps": self.length,
@@ -378,6 +383,24 @@ def stage_length(config: LightConfig, total_steps: int | None) -> int:
             f"estimation of {steps} steps is longer than the run of {total_steps}; shorten it or train longer",
         )
     return steps
+
+
+def scored_steps(length: int) -> int:
+    """How many of a stage's steps count for the scores: those of its second half."""
+    return length - length // 2
+
+
+def check_examples(config: LightConfig, examples: int) -> None:
+    """Refuse scores of next to nothing: a plan of those is little better than chance.
+
+    Raises:
+        LightPeftError: fewer than `least_examples`.
+    """
+    require(
+        examples >= config.least_examples,
+        f"estimation scores {examples} examples, and from fewer than {config.least_examples} (light.least_examples) no "
+        "plan is to be trusted; raise light.length, or train for more epochs",
+    )
 
 
 def _part(fraction: float, total_steps: int) -> int:

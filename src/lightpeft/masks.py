@@ -38,6 +38,8 @@ class UnitMasks:
         self.values = torch.ones(sum(self.sizes), device=device)
         self._tally = torch.zeros(2, len(self.values), device=device)  # of single examples: sizes, squares
         self._batch = _Batch()
+        self.examples = 0
+        """Examples of the step whose gradients were taken last."""
         # leaves that share the storage of `values`: each block's gradient arrives apart, updates reach all at once
         self._leaves = [part.detach().requires_grad_() for part in self.values.split(self.sizes)]
         self._handles: list[RemovableHandle] = []
@@ -94,7 +96,8 @@ class UnitMasks:
         for leaf in self._leaves:
             leaf.grad = None
         # each example's gradient has arrived as a part of the mean: divided by the examples of the step
-        taken = MaskGradients(torch.cat(parts), self._tally[0].clone(), self._tally[1] * self._batch.taken())
+        self.examples = self._batch.taken()
+        taken = MaskGradients(torch.cat(parts), self._tally[0].clone(), self._tally[1] * self.examples)
         self._tally.zero_()
         return taken
 

@@ -22,11 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from lightpeft import evaluation
 from lightpeft.acceleration import accelerated, base_dropout
+from lightpeft.adapters import load_adapter, read_adapter
 from lightpeft.checkpoint import LightModel, load_light, save_metrics
 from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
-from lightpeft.estimation import stage_length
+from lightpeft.estimation import check_examples, scored_steps, stage_length
 from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
 from lightpeft.files import check_sealed, read_json, replacing_folder, seal, write_json
@@ -38,9 +39,20 @@ from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, fold
 from lightpeft.pruner import EarlyPruner, cut
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.runs import RunFolder
-from lightpeft.tasks import Collator, Task, check_max_length, ensure_pad_token, load_task, share_at_limit, task_facts
+from lightpeft.schedule import least_examples, settled, steps_an_epoch, total_steps
+from lightpeft.tasks import (
+    Collator,
+    Task,
+    check_max_length,
+    check_tokens,
+    check_vocabulary,
+    ensure_pad_token,
+    load_task,
+    share_at_limit,
+    task_facts,
+)
 from lightpeft.tasks.tokens import without_labels
-from lightpeft.training import fit, make_trainer, step_of, total_steps
+from lightpeft.training import fit, make_trainer, step_of
 
 NOTABLE_CUTS = 0.05
 """Part of the training rows that may be cut without a word."""
@@ -61,11 +73,13 @@ class Workspace:
     """Rows of further splits to evaluate on, by the prefix of their metrics."""
     positions: int | None
     """Tokens that the model's position table has room for; None: any number."""
+    training: TrainingConfig
+    """The run's `training`, with numbers for what is auto."""
 
     @property
     def config(self) -> RunConfig:
-        """The run's settings."""
-        return self.run.config
+        """The run's settings, with numbers for what is auto in `training`."""
+        return replace(self.run.config, training=self.training)
 
     @property
     def collator(self) -> Collator:
@@ -104,17 +118,31 @@ def prepare(config: RunConfig) -> Workspace:
     tokenizer = load_tokenizer(config.model)
     positions = max_positions(model_config)
     check_max_length(config.data.max_length, positions, tokenizer)
+    check_vocabulary(tokenizer, model_config)
     ensure_pad_token(tokenizer, model_config)
     train_rows = task.encode(task.train, tokenizer, config.data.max_length)
     test_rows = task.encode_test(task.test, tokenizer, config.data.max_length)
     more = {
         prefix: task.encode_test(rows, tokenizer, config.data.max_length) for prefix, rows in task.more_tests.items()
     }
-    if config.method == "light":
-        steps = total_steps(len(train_rows), config.training, processes().num_processes)
-        length = stage_length(config.light, steps)
-        require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
-    return Workspace(RunFolder.open(config), task, tokenizer, train_rows, test_rows, more, positions)
+    for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
+        check_tokens(rows, tokenizer, model_config, what)
+    run = RunFolder.open(config)
+    width = getattr(model_config.get_text_config(), "hidden_size", None)
+    training = settled(config.training, len(train_rows), width, processes().num_processes)
+    work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, training)
+    if config.method == "light" and not run.has("estimate"):
+        _check_estimation(work)
+    return work
+
+
+def _check_estimation(work: Workspace) -> None:
+    """Before anything is trained: whether estimation leaves steps to train with, and sees enough to be trusted."""
+    steps, light = work.steps, work.config.light
+    length = stage_length(light, steps)
+    require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
+    rows, number = len(work.train_rows), processes().num_processes
+    check_examples(light, least_examples(scored_steps(length), rows, work.training, number))
 
 
 def estimate(work: Workspace) -> EstimationRecord:
@@ -258,9 +286,8 @@ def _train_stage(
         with accelerating(work, model), PeakMemory(model) as memory:
             seconds = fit(trainer, checkpoint)
     begun = step_of(checkpoint) if checkpoint else 0
-    a_step = len(work.train_rows) / total_steps(
-        len(work.train_rows), replace(config.training, epochs=1), processes().num_processes
-    )
+    rows_seen = len(work.train_rows)
+    a_step = rows_seen / steps_an_epoch(rows_seen, config.training, processes().num_processes)
     speed = throughput(a_step * (trainer.state.global_step - begun), seconds)
     return StageCost(caching + seconds, speed, memory.bytes, memory.method, begun)
 
@@ -281,6 +308,11 @@ def announce_settings(work: Workspace, stage: str) -> None:
     """Say in a run's first stage which settings cost more than a user may know of."""
     if stage != ("estimate" if work.config.method == "light" else "train"):
         return
+    asked = work.run.config.training
+    if "auto" in (asked.epochs, asked.learning_rate):
+        rate = float(_settings(work.config).learning_rate)
+        length = f"{work.training.epochs:g} epochs, {work.steps} steps"
+        work.run.announce(stage, f"training for {length}, estimation included, at a learning rate of {rate:.2g}")
     limit = work.config.data.max_length
     share = share_at_limit(work.train_rows, limit) if work.task.cuts else 0.0
     if share >= NOTABLE_CUTS:
@@ -294,8 +326,8 @@ def _settings(config: RunConfig) -> TrainingConfig:
     training = config.training
     rates = {
         "full": training.full_learning_rate,
-        "plain": training.learning_rate,
-        "light": training.learning_rate * config.light.learning_rate_scale,
+        "plain": float(training.learning_rate),
+        "light": float(training.learning_rate) * config.light.learning_rate_scale,
     }
     return replace(training, learning_rate=rates[config.method])
 
@@ -427,10 +459,10 @@ def _load_peft(base: PreTrainedModel, folder: Path, is_trainable: bool = False) 
     """What `save_peft` wrote of plain PEFT.
 
     Raises:
-        LightPeftError: a file is missing or altered.
+        LightPeftError: a file is missing or altered, or the adapter does not fit.
     """
     check_sealed(folder)
-    return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+    return load_adapter(base, folder, read_adapter(folder), is_trainable)
 
 
 def parameter_report(model: Model) -> dict[str, Any]:

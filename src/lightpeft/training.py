@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import signal
 import time
@@ -41,12 +40,6 @@ class Interrupted(KeyboardInterrupt):
     """A signal asked the run to stop; what was done so far is on disk and the same command goes on from it."""
 
 
-def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:
-    """Optimizer steps of a whole run over `rows` training rows."""
-    batches = math.ceil(rows / (config.batch_size * processes))
-    return max(1, math.ceil(math.ceil(batches / config.gradient_accumulation) * config.epochs))
-
-
 def make_trainer(
     model: PeftModel | PreTrainedModel,
     rows: Dataset,
@@ -82,7 +75,7 @@ def make_trainer(
         max_steps=steps,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
+        learning_rate=float(config.learning_rate),
         lr_scheduler_type="linear",
         warmup_steps=int(config.warmup * steps),
         weight_decay=config.weight_decay,
