@@ -13,7 +13,16 @@ import pytest
 import yaml
 from datasets import Dataset
 from layouts import LAYOUTS, rows_of, write_rows, write_task
-from transformers import BartConfig, BertConfig, EsmConfig, GPT2Config, LlamaConfig, PretrainedConfig, T5Config
+from transformers import (
+    BartConfig,
+    BertConfig,
+    EsmConfig,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    RobertaConfig,
+    T5Config,
+)
 
 from lightpeft.config import DataConfig, TaskEntry, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
@@ -468,6 +477,7 @@ class TestWhoAnswers:
             ("multiple-choice", "auto", None, "multiple-choice"),
             ("regression", "auto", LlamaConfig(), "regression"),
             ("causal-lm", "head", LlamaConfig(), "causal-lm"),
+            ("causal-lm", "head", BertConfig(is_decoder=True), "causal-lm"),
         ],
     )
     def test_by_kind_setting_and_model(
@@ -494,6 +504,10 @@ class TestWhoAnswers:
                 "cannot answer regression; it can classification, multiple-choice",
             ),
             ("multiple-choice", "auto", EsmConfig(), "esm has neither a multiple-choice head nor"),
+            ("causal-lm", "auto", BertConfig(), "causal-lm needs a causal language model; bert is none"),
+            ("causal-lm", "auto", RobertaConfig(), "causal-lm needs a causal language model; roberta is none"),
+            ("generation", "auto", BertConfig(), "generation needs a causal language model; bert is none"),
+            ("chat", "auto", T5Config(), "chat needs a causal language model; t5 is none"),
         ],
     )
     def test_what_cannot_be(self, kind: Any, answer: Any, model: PretrainedConfig, says: str) -> None:

@@ -29,7 +29,10 @@ from lightpeft.tasks import (
     Answers,
     Task,
     check_max_length,
+    check_tokens,
+    check_vocabulary,
     ensure_pad_token,
+    is_decoder,
     load_task,
     load_test,
     run_settings,
@@ -197,8 +200,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.dtype | None) -> Measured:
     tokenizer, length = found.tokenizer(), task.config.max_length
+    check_vocabulary(tokenizer, found.config)
     check_max_length(length, max_positions(found.config), tokenizer)
     encoded = {prefix: task.encode_test(rows, tokenizer, length) for prefix, rows in _splits(task)}
+    for rows in encoded.values():
+        check_tokens(rows, tokenizer, found.config, "the test rows")
     model = open_model(found, _wanted(task))
     ensure_pad_token(tokenizer, transformers_model(model).config)
     run = Run(model, task.collator(tokenizer), batch_size, autocast)
@@ -343,6 +349,8 @@ def evaluate_harness(
     wanted = Wanted("the harness's tasks", "causal-lm")
     for each in found:
         check_answers(each, wanted)
+        refusal = f"the harness's tasks need a causal language model; {each.name} ({each.config.model_type}) is none"
+        require(is_decoder(each.config), refusal)
     scores = [_in_harness(each, wanted, tasks, batch_size=batch_size, seed=seed, **options) for each in found]
     report: dict[str, Any] = {
         role: {"name": each.name, "kind": each.kind, "tasks": {task: entry.to_dict() for task, entry in of.items()}}

@@ -4,7 +4,7 @@ A task is a `TaskEntry` (declared in `glue`, `superglue`, `choice_qa` or a run's
 class with its columns.
 """
 
-from lightpeft.tasks.answering import TASKS, task_class
+from lightpeft.tasks.answering import TASKS, is_decoder, task_class
 from lightpeft.tasks.answers import Answers, Metric
 from lightpeft.tasks.base import Task
 from lightpeft.tasks.causal import CausalLMTask
@@ -29,7 +29,14 @@ from lightpeft.tasks.reading import read_rows
 from lightpeft.tasks.regression import RegressionTask
 from lightpeft.tasks.span import SpanTask
 from lightpeft.tasks.texts import encode_texts
-from lightpeft.tasks.tokens import Collator, check_max_length, ensure_pad_token, share_at_limit
+from lightpeft.tasks.tokens import (
+    Collator,
+    check_max_length,
+    check_tokens,
+    check_vocabulary,
+    ensure_pad_token,
+    share_at_limit,
+)
 
 __all__ = [
     "ENTRIES",
@@ -50,11 +57,14 @@ __all__ = [
     "Task",
     "bar",
     "check_max_length",
+    "check_tokens",
+    "check_vocabulary",
     "convert",
     "encode_texts",
     "ensure_pad_token",
     "find_entry",
     "input_columns",
+    "is_decoder",
     "load_task",
     "load_test",
     "read_rows",

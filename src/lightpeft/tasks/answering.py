@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
     MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
@@ -47,7 +47,7 @@ def task_class(kind: TaskKind, answer: AnswerBy, model: PretrainedConfig | None)
     by_options = kind == "multiple-choice"
     if answer == "auto":
         answer = "likelihood" if by_options and not _has_options_head(model) else "head"
-        possible = answer == "head" or model is None or _is_decoder(model)
+        possible = answer == "head" or model is None or is_decoder(model)
         require(possible, f"{_name(model)} has neither a multiple-choice head nor reads from left to right only")
     if answer == "head":
         possible = not by_options or _has_options_head(model)
@@ -55,7 +55,7 @@ def task_class(kind: TaskKind, answer: AnswerBy, model: PretrainedConfig | None)
         return TASKS[kind]
     require(kind in SCORABLE, f"data.answer is likelihood, which cannot answer {kind}; it can {', '.join(SCORABLE)}")
     require(
-        model is None or _is_decoder(model),
+        model is None or is_decoder(model),
         f"data.answer is likelihood, which needs a causal language model; {_name(model)} is none: set it to head",
     )
     return LikelihoodTask
@@ -67,7 +67,7 @@ def _check_readable(kind: TaskKind, model: PretrainedConfig | None) -> None:
         return
     spans = kind != "span" or model.model_type in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES
     require(spans, f"{_name(model)} has no question answering head, which {kind} needs; give another model")
-    writes = kind not in ("generation", "chat") or _is_decoder(model)
+    writes = kind not in ("generation", "chat", "causal-lm") or is_decoder(model)
     require(writes, f"{kind} needs a causal language model; {_name(model)} is none: give another model")
 
 
@@ -75,10 +75,16 @@ def _has_options_head(model: PretrainedConfig | None) -> bool:
     return model is None or model.model_type in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 
-def _is_decoder(model: PretrainedConfig) -> bool:
-    """Whether transformers has it as a language model that reads from left to right only."""
-    kind = model.model_type
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+def is_decoder(model: PretrainedConfig) -> bool:
+    """Whether a model is a language model that reads from left to right only, so that no token has seen the next one.
+
+    transformers has families that read both ways as language models as well; of those, models that were made to look
+    back only say so in their config.
+    """
+    if model.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model, "is_decoder", False):
+        return False
+    own_code = getattr(model, "auto_map", None) or {}
+    return type(model) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
 
 
 def _name(model: PretrainedConfig | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,6 +26,11 @@ LABELS = ("labels", *SPAN_LABELS)
 """What a batch has for the loss alone."""
 NOT_INPUTS = ("length", "group", "names", "right")
 """Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
+LEAST_VOCABULARY = 0.1
+"""Part of a model's embeddings that its tokenizer uses at least. Vocabularies padded to a round number use nearly all;
+what transformers makes up where there are no tokenizer files is special tokens, of T5's 32,128 tokens 104."""
+MOSTLY = 0.5
+"""From this part on, unknown tokens are most of a row, and such rows most of the data."""
 
 
 def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -41,6 +46,73 @@ def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrain
         max_length <= longest,
         f"data.max_length is {max_length}, but the model takes at most {longest} tokens; set it to {longest} or less",
     )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
+    """Refuse a tokenizer that cannot be the model's own, because it knows next to nothing of its vocabulary.
+
+    Raises:
+        LightPeftError: so it is, as where the checkpoint has no tokenizer files.
+    """
+    known, embeddings = len(tokenizer), _embeddings(model_config)
+    require(
+        embeddings is None or known >= LEAST_VOCABULARY * embeddings,
+        f"the tokenizer knows {known:,} tokens, and the model has embeddings of {embeddings or 0:,}: the files of its "
+        "tokenizer are missing or another model's; put those that belong to it into its folder",
+    )
+
+
+def check_tokens(
+    encoded: Dataset, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, what: str
+) -> None:
+    """Refuse encoded rows that the model cannot read, because they are another tokenizer's, or in another script.
+
+    Args:
+        encoded: with input_ids; of several options, as lists.
+        what: names the rows in error lines.
+
+    Raises:
+        LightPeftError: a token has no embedding, or most rows are mostly unknown tokens.
+    """
+    embeddings, unread = _embeddings(model_config), 0
+    for ids in _token_lists(encoded):
+        highest = max(ids, default=0)
+        require(
+            embeddings is None or highest < embeddings,
+            f"{what}: the tokenizer gives token {highest}, and the model has embeddings of tokens 0 to "
+            f"{(embeddings or 0) - 1}; put the tokenizer that belongs to it into its folder",
+        )
+        unread += _mostly_unknown(ids, tokenizer)
+    require(
+        unread <= MOSTLY * len(encoded),
+        f"{what}: {unread} of {len(encoded)} rows are mostly tokens that the tokenizer does not know "
+        f"({tokenizer.unk_token}); give a model whose vocabulary fits these texts, or its own tokenizer",
+    )
+
+
+def _embeddings(model_config: PretrainedConfig) -> int | None:
+    """How many tokens a model has embeddings of; None where its config does not say."""
+    return getattr(model_config.get_text_config(), "vocab_size", None)
+
+
+def _mostly_unknown(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether most of a row's tokens, special ones apart, stand for what is not in the vocabulary.
+
+    Tokenizers by bytes know everything, and call the end of a text unknown.
+    """
+    unknown = tokenizer.unk_token_id
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
+    if unknown is None or unknown in others or unknown not in ids:
+        return False
+    special = set(tokenizer.all_special_ids) - {unknown}
+    return ids.count(unknown) > MOSTLY * sum(token not in special for token in ids)
+
+
+def _token_lists(encoded: Dataset) -> Iterator[list[int]]:
+    """Every row's tokens; those of several options one behind the other."""
+    for chunk in encoded.select_columns("input_ids").iter(ENCODE_ROWS):
+        for ids in chunk["input_ids"]:
+            yield [token for option in ids for token in option] if ids and isinstance(ids[0], list) else ids
 
 
 def share_at_limit(encoded: Dataset, max_length: int) -> float:
