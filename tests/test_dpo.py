@@ -20,7 +20,7 @@ from lightpeft.sites.registry import REFERENCE
 
 trl = pytest.importorskip("trl")
 
-BUDGET = {"length": 4, "heads": 0.5, "neurons": 0.5, "modules": 0.5}
+BUDGET: dict[str, Any] = {"length": 4, "heads": 0.5, "neurons": 0.5, "modules": 0.5}
 
 
 def dpo(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **settings: Any) -> Any:

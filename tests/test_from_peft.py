@@ -24,13 +24,14 @@ from lightpeft.bottleneck import BottleneckConfig
 from lightpeft.checkpoint import as_light
 from lightpeft.families import block_specs
 from lightpeft.files import file_checksum
+from lightpeft.opening import find_model
 from lightpeft.refit import Correction, apply_refit
 from lightpeft.sites import LIGHT_TYPE, read_config
 from lightpeft.surgery import apply_plan
 
-NOTHING = {"heads": 0.0, "neurons": 0.0, "modules": 0.5, "ranks": 0.5}
+NOTHING: dict[str, Any] = {"heads": 0.0, "neurons": 0.0, "modules": 0.5, "ranks": 0.5}
 """Modules and ranks go, and nothing of the base."""
-DEPTH = {"heads": 0.0, "neurons": 0.0, "depth": 1 / 3}
+DEPTH: dict[str, Any] = {"heads": 0.0, "neurons": 0.0, "depth": 1 / 3}
 
 
 def lora(base: PreTrainedModel, **settings: Any) -> LoraConfig:
@@ -120,6 +121,12 @@ def test_a_refit_is_more_than_peft_would_load(base: Path, tmp_path: Path) -> Non
     as_light(light, light.light_plan, refit=refit).save_pretrained(tmp_path)
     with pytest.raises(KeyError, match="load_light"):
         PeftConfig.from_pretrained(str(tmp_path))
+
+
+def test_a_folder_without_its_plan_is_no_adapter_of_peft(base: Path, tmp_path: Path) -> None:
+    light_of(base).save_pretrained(tmp_path)
+    (tmp_path / "lightpeft.json").unlink()
+    assert "lightpeft.json is missing" in refusal(lambda: find_model(tmp_path))
 
 
 def test_a_light_adapter_from_before_loads(base: Path, tmp_path: Path) -> None:

@@ -30,13 +30,18 @@ def hide_config(folder: Path) -> None:
     write_text(folder / CONFIG_NAME, json.dumps({**shown, _OWN: config}, indent=2, sort_keys=True))
 
 
-def read_config(folder: Path) -> PeftConfig:
-    """PEFT's configuration of the adapter in a folder, hidden or as PEFT writes it.
+def read_config(folder: Path, light: bool = True) -> PeftConfig:
+    """PEFT's configuration of the adapter in a folder.
+
+    Args:
+        light: the adapter is a light one, whose configuration may be hidden; else it is as PEFT writes it.
 
     Raises:
-        LightPeftError: the file is missing or damaged, or no configuration of a PEFT method.
+        LightPeftError: the file is missing or damaged, hidden, or no configuration of a PEFT method.
     """
     data = _read(folder)
+    alone = f"{folder} has an adapter of a pruned base, but not the plan of that: lightpeft.json is missing"
+    require(light or _OWN not in data, alone)
     with understandable(folder / CONFIG_NAME):
         own = dict(data.get(_OWN, data))
         return PEFT_TYPE_TO_CONFIG_MAPPING[own["peft_type"]].from_peft_type(**own)
