@@ -1,0 +1,383 @@
+"""Kills, damage and company: whatever happens to a run and its files, the end is the same, or one line says why not.
+
+A sample in `make test`; `make test-faults` takes hundreds of kills and thousands of mutations.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_pipeline import comparable
+from workbench import (
+    Disturb,
+    Workbench,
+    at_file_operation,
+    at_step,
+    edit,
+    in_child,
+    lightpeft,
+    read,
+    signalling,
+)
+
+from lightpeft import pipeline
+from lightpeft.files import read_json
+
+FULL = bool(os.environ.get("LIGHTPEFT_FAULTS"))
+"""Whether all faults are tried."""
+KILLED_AT_OPERATIONS, KILLED_AT_TIMES, KILLED_EXPORTS = (120, 60, 20) if FULL else (10, 4, 4)
+MUTATIONS = 2000 if FULL else 150
+SETTINGS: dict[str, Any] = {"light.length": 0.4, "training.save_steps": 3}
+KILL = signalling(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def finished(bench: Workbench) -> Path:
+    pipeline.run(bench.config("finished", **SETTINGS))
+    return bench.folder / "finished"
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What is there for a while only."""
+    return [str(path) for path in folder.rglob("*") if path.name.endswith(".tmp") or path.name == "checkpoints"]
+
+
+def check_parses(folder: Path) -> None:
+    """Every JSON file of a run is whole; so is every line of its log but the last."""
+    for path in folder.rglob("*.json"):
+        if "checkpoints" not in path.parts and not any(part.endswith(".tmp") for part in path.parts):
+            json.loads(path.read_text(encoding="utf-8"))
+    if (folder / "config.yaml").exists():
+        assert isinstance(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), dict)
+    log = (folder / "log.jsonl").read_text(encoding="utf-8") if (folder / "log.jsonl").exists() else ""
+    for line in log.splitlines()[:-1]:
+        json.loads(line)
+
+
+# -- kills -------------------------------------------------------------------------------------------------------
+
+
+def operations(*command: object) -> int:
+    """How many times a command changes something on disk."""
+    counted = multiprocessing.get_context("fork").Value("i", 0)
+
+    def count(number: int) -> None:
+        counted.value = number
+
+    assert in_child(at_file_operation(0, KILL, count), *command)[0] == 0
+    return int(counted.value)
+
+
+def after(seconds: float) -> Disturb:
+    """Kills the process when some time has passed."""
+    return lambda: threading.Timer(seconds, KILL).start()
+
+
+def test_killed_at_file_operations_and_at_any_time(bench: Workbench, finished: Path) -> None:
+    expected, name, file = comparable(finished), "killed", bench.yaml("killed", **SETTINGS)
+    folder = bench.folder / name
+    started = time.monotonic()
+    total = operations("run", "--config", file)
+    seconds = time.monotonic() - started
+    assert comparable(folder) == expected
+    draw = random.Random(0)
+    disturbances = [at_file_operation(at, KILL) for at in draw.sample(range(1, total + 1), KILLED_AT_OPERATIONS)]
+    disturbances += [after(draw.uniform(0, seconds)) for _ in range(KILLED_AT_TIMES)]
+    killed = 0
+    for disturb in disturbances:
+        shutil.rmtree(folder)
+        killed += in_child(disturb, "run", "--config", file)[0] == -signal.SIGKILL
+        check_parses(folder)
+        assert in_child(lambda: None, "run", "--config", file) == (0, "")
+        assert comparable(folder) == expected
+        assert leftovers(folder) == []
+    assert killed >= KILLED_AT_OPERATIONS
+
+
+def test_killed_over_and_over_at_file_operations(bench: Workbench, finished: Path) -> None:
+    """Also what goes on from what a kill left is killed."""
+    file, draw = bench.yaml("unlucky", **SETTINGS), random.Random(1)
+    for _ in range(40 if FULL else 8):
+        in_child(at_file_operation(draw.randint(1, 60), KILL), "run", "--config", file)
+        check_parses(bench.folder / "unlucky")
+    assert in_child(lambda: None, "run", "--config", file)[0] == 0
+    assert comparable(bench.folder / "unlucky") == comparable(finished)
+    assert leftovers(bench.folder / "unlucky") == []
+
+
+def test_killed_while_the_metrics_are_noted(bench: Workbench, finished: Path) -> None:
+    """The trained adapter is there at every moment."""
+    folder = Path(shutil.copytree(finished, bench.folder / "noted"))
+    (folder / "metrics.json").unlink()
+    edit(folder / "adapter" / "lightpeft.json", lambda d: d.update(metrics={}))
+    command = ("predict", folder / "adapter", "--example", "good1 word1")
+    for number in range(1, 1 + operations("evaluate", "--run", folder)):
+        (folder / "metrics.json").unlink(missing_ok=True)
+        in_child(at_file_operation(number, KILL), "evaluate", "--run", folder)
+        assert lightpeft(*command) == 0
+    assert in_child(lambda: None, "evaluate", "--run", folder)[0] == 0
+    assert comparable(folder) == comparable(finished) and leftovers(folder) == []
+
+
+def test_a_killed_export_is_made_again_by_the_same_command(bench: Workbench, finished: Path) -> None:
+    out = bench.folder / "exports" / "whole"
+    command = ("export", finished / "adapter", out)
+    total = operations(*command)
+    expected = sorted(path.name for path in out.iterdir())
+    for number in random.Random(2).sample(range(1, total + 1), min(KILLED_EXPORTS, total)):
+        shutil.rmtree(out.parent)
+        assert in_child(at_file_operation(number, KILL), *command)[0] == -signal.SIGKILL
+        if not out.exists():  # else it was killed when all was done but the cleaning up
+            assert in_child(lambda: None, *command)[0] == 0
+        assert sorted(path.name for path in out.iterdir()) == expected
+        assert lightpeft("predict", out, "--example", "good1 word1") == 0
+        assert os.listdir(out.parent) == ["whole"] or FULL
+
+
+# -- company -----------------------------------------------------------------------------------------------------
+
+
+def beside(disturb: Disturb, *command: object) -> Callable[[], tuple[int, str]]:
+    """A command that runs meanwhile; returns what waits for it."""
+    result: list[tuple[int, str]] = []
+    thread = threading.Thread(target=lambda: result.append(in_child(disturb, *command)))
+    thread.start()
+
+    def wait() -> tuple[int, str]:
+        thread.join()
+        return result[0]
+
+    return wait
+
+
+@pytest.mark.parametrize("change", [{}, {"seed": 1}])
+def test_two_runs_into_one_folder(bench: Workbench, finished: Path, change: dict[str, Any]) -> None:
+    """One of them is refused in one line; the other's result is its own alone."""
+    name = "shared_seeds" if change else "shared"
+    output = {"output": str(bench.folder / name)}
+    one, other = bench.yaml(f"{name}_1", **SETTINGS, **output), bench.yaml(f"{name}_2", **SETTINGS, **output, **change)
+    ready, go = (multiprocessing.get_context("fork").Event() for _ in range(2))
+    first = beside(at_step("estimate", 2, lambda: (ready.set(), go.wait(120))), "run", "--config", one)
+    assert ready.wait(120)
+    code, line = in_child(lambda: None, "run", "--config", other)
+    go.set()
+    assert code == 2 and line.count("\n") == 1
+    assert "is in use by another process" in line
+    assert first()[0] == 0
+    assert comparable(bench.folder / name) == comparable(finished)
+    code, line = in_child(lambda: None, "run", "--config", other)
+    assert (code, "differs in seed" in line) == ((2, True) if change else (0, False))
+
+
+def test_two_runs_that_begin_at_once(bench: Workbench, finished: Path) -> None:
+    file = bench.yaml("twins", **SETTINGS)
+    waits = [beside(lambda: None, "run", "--config", file) for _ in range(2)]
+    results = [wait() for wait in waits]
+    assert {code for code, _ in results} <= {0, 2} and 0 in {code for code, _ in results}
+    for code, errors in results:
+        assert (code, errors.count("\n")) in ((0, 0), (2, 1))
+    assert comparable(bench.folder / "twins") == comparable(finished)
+
+
+# -- damage ------------------------------------------------------------------------------------------------------
+
+Mutation = Callable[[bytes, random.Random], bytes]
+
+
+def _flip(data: bytes, draw: random.Random) -> bytes:
+    at = draw.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :]
+
+
+def _piece(data: bytes, draw: random.Random) -> tuple[int, int]:
+    first, last = sorted(draw.randrange(len(data) + 1) for _ in range(2))
+    return first, last
+
+
+def _cut_out(data: bytes, draw: random.Random) -> bytes:
+    first, last = _piece(data, draw)
+    return data[:first] + data[last:]
+
+
+def _zeros(data: bytes, draw: random.Random) -> bytes:
+    first, last = _piece(data, draw)
+    return data[:first] + bytes(last - first) + data[last:]
+
+
+def _twice(data: bytes, draw: random.Random) -> bytes:
+    first, last = _piece(data, draw)
+    return data[:last] + data[first:]
+
+
+def _digit(data: bytes, draw: random.Random) -> bytes:
+    places = [at for at, letter in enumerate(data) if chr(letter).isdigit()]
+    at = draw.choice(places) if places else 0
+    return data[:at] + str(draw.randrange(10)).encode() + data[at + 1 :]
+
+
+MUTATING: dict[str, Mutation] = {
+    "flip": _flip,
+    "cut off": lambda data, draw: data[: draw.randrange(len(data))],
+    "cut out": _cut_out,
+    "zeros": _zeros,
+    "twice": _twice,
+    "digit": _digit,
+    "garbage": lambda data, draw: draw.randbytes(draw.randrange(200)),
+}
+
+
+def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Paths to all values in plain data."""
+    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in entries:
+        yield (*path, key)
+        yield from leaves(value, (*path, key))
+
+
+ODD = [None, True, -1, 0, 5, 1.5, 1e308, 10**30, "", "x", "../..", "0-99999999999", [], [1], [[]], {}, {"a": 1}]
+
+
+def rewrite(data: dict[str, Any], draw: random.Random) -> None:
+    """Take a value out of plain data, or put an odd one in its place."""
+    *way, last = draw.choice(list(leaves(data)))
+    place: Any = data
+    for key in way:
+        place = place[key]
+    if draw.random() < 0.25:
+        del place[last]
+    else:
+        place[last] = draw.choice(ODD)
+
+
+def damage(folder: Path, draw: random.Random) -> str:
+    """Change one file below a folder at random; says what was done."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    path = draw.choice(files)
+    what = draw.choice([*MUTATING, "gone"])
+    if what == "gone":
+        path.unlink()
+    elif path.stat().st_size:
+        path.write_bytes(MUTATING[what](path.read_bytes(), draw))
+    return f"{what}: {path.relative_to(folder)}"
+
+
+@pytest.fixture(scope="module")
+def subjects(bench: Workbench, finished: Path) -> dict[str, tuple[Path, Callable[[Path], object]]]:
+    """What is damaged, by name: a good folder, and a command on a copy of it with what it gives."""
+    assert lightpeft("export", finished / "adapter", bench.folder / "merged") == 0
+    file = bench.yaml("stopped", **SETTINGS)
+    for name, stage, step in (("stopped", "train", 11), ("stopped_early", "estimate", 8)):
+        file = bench.yaml(name, **SETTINGS)
+        assert in_child(at_step(stage, step, KILL), "run", "--config", file)[0] == -signal.SIGKILL
+    assert lightpeft("plan", "--config", bench.yaml("planned", **SETTINGS)) == 2
+    file = bench.yaml("planned", **SETTINGS)
+    assert lightpeft("estimate", "--config", file) == lightpeft("plan", "--config", file) == 0
+
+    def predictions(folder: Path) -> object:
+        out = bench.folder / "predicted.csv"
+        out.unlink(missing_ok=True)
+        code = lightpeft("predict", folder, bench.test, "--output", out)
+        return code or out.read_bytes()
+
+    def rerun(folder: Path) -> object:
+        code = lightpeft("run", "--run", folder)
+        return code or comparable(folder)
+
+    return {
+        "adapter": (finished / "adapter", predictions),
+        "merged": (bench.folder / "merged", predictions),
+        "finished run": (finished, predictions),
+        "planned run": (bench.folder / "planned", rerun),
+        "run stopped in training": (bench.folder / "stopped", rerun),
+        "run stopped in estimation": (bench.folder / "stopped_early", rerun),
+    }
+
+
+WEIGHTS = {"adapter": 6, "merged": 5, "finished run": 4, "planned run": 1, "run stopped in training": 1}
+WEIGHTS |= {"run stopped in estimation": 1}
+"""How often each is damaged: runs that go on take seconds."""
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_damaged_files_give_the_same_or_one_line(
+    bench: Workbench,
+    subjects: dict[str, tuple[Path, Callable[[Path], object]]],
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good, command = subjects[name]
+    copy = bench.folder / "damaged"
+    shutil.rmtree(copy, ignore_errors=True)
+    expected = command(Path(shutil.copytree(good, copy)))
+    assert expected != 2
+    same = refused = 0
+    for seed in range(MUTATIONS * WEIGHTS[name] // sum(WEIGHTS.values())):
+        shutil.rmtree(copy)
+        shutil.copytree(good, copy)
+        done = f"{name}, seed {seed}: {damage(copy, random.Random(seed))}"
+        capsys.readouterr()
+        result = command(copy)
+        errors = capsys.readouterr().err
+        if result == 2:
+            lines = [line for line in errors.splitlines() if not line.startswith(("prefix cache: ", str(copy)))]
+            assert len(lines) == 1 and lines[0].startswith("lightpeft: "), (done, errors)
+            refused += 1
+        else:
+            assert result == expected, done
+            same += 1
+    assert refused or "stopped" in name, "checkpoints give way to older ones"
+    print(f"{name}: {same} the same, {refused} refused")  # noqa: T201 (for `make test-faults`, which shows it)
+
+
+DESCRIPTIONS = ["adapter/lightpeft.json", "plan.json", "estimation/estimation.json", "metrics.json"]
+
+
+@pytest.mark.parametrize("name", [*DESCRIPTIONS, "merged.json"])
+def test_a_description_that_its_author_made_odd(
+    bench: Workbench, subjects: dict[str, Any], finished: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With checksums that fit: what it says may be another thing, but nothing ends in a traceback."""
+    good = bench.folder / "merged" if name == "merged.json" else finished
+    commands = {
+        "merged.json": [("predict", "{}", bench.test), ("inspect", "{}")],
+        "adapter/lightpeft.json": [("predict", "{}", bench.test), ("inspect", "{}"), ("evaluate", "{}/adapter")],
+        "plan.json": [("inspect", "{}/plan.json"), ("run", "--run", "{}")],
+        "estimation/estimation.json": [("plan", "--run", "{}")],
+        "metrics.json": [("run", "--run", "{}"), ("evaluate", "--run", "{}")],
+    }[name]
+    copy = bench.folder / "odd"
+    for seed in range(MUTATIONS // 10):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(good, copy)
+        draw = random.Random(seed)
+        edit(copy / name, lambda data, draw=draw: rewrite(data, draw))
+        for command in commands:
+            capsys.readouterr()
+            code = lightpeft(*(str(word).format(copy) for word in command))
+            errors = capsys.readouterr().err
+            assert code in (0, 2), (seed, command, read(copy / name))
+            assert code == 0 or errors.count("\n") == 1, (seed, command, errors)
+
+
+def test_nothing_is_written_twice_by_a_finished_run(finished: Path) -> None:
+    """What `read_json` reads is what `write_json` wrote, in every file of a run."""
+    for path in finished.rglob("*.json"):
+        if path.name not in ("adapter_config.json",):
+            assert read_json(path)["schema_version"] == 2
