@@ -101,12 +101,25 @@ def test_in_another_dtype_to_train_on(tmp_path: Path) -> None:
     assert transformers_model(loaded).dtype == torch.bfloat16 and any(p.requires_grad for p in loaded.parameters())
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-classifier", "vit"])
-def test_a_base_without_its_head(name: str, tmp_path: Path) -> None:
-    """The keys have no prefix, and the head's weights are in the adapter, or random (PEFT has no task of images)."""
+def save_without_head(name: str, home: Path) -> None:
+    """A base without a head in home/base, and in home/light an adapter over it that was trained with one."""
     model = make(name)
-    model.base_model.save_pretrained(tmp_path / "base")
-    save_light(type(model).from_pretrained(tmp_path / "base", num_labels=3), tmp_path / "light")
+    model.base_model.save_pretrained(home / "base")
+    save_light(type(model).from_pretrained(home / "base", num_labels=3), home / "light")
+
+
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_a_head_that_nobody_brings_is_refused(low_memory: bool, tmp_path: Path) -> None:
+    """PEFT has no task of images, so that the head is in the adapter only if its user says so."""
+    save_without_head("vit", tmp_path)
+    text = refusal(lambda: load_light(tmp_path / "light", low_memory=low_memory))
+    assert "has no weights for classifier.bias, classifier.weight" in text and "would be random" in text
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-classifier"])
+def test_a_base_without_its_head(name: str, tmp_path: Path) -> None:
+    """The keys have no prefix, and the head's weights are in the adapter."""
+    save_without_head(name, tmp_path)
     loaded = []
     for low_memory in (True, False):
         set_seed(5)
@@ -268,7 +281,8 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "base" / "model.safetensors"
     torch.save(load_file(file), tmp_path / "base" / "pytorch_model.bin")
     file.unlink()
-    text = refused(tmp_path / "light")
+    assert "has its weights pickled (pytorch_model.bin)" in refused(tmp_path / "light")
+    text = refusal(lambda: load_light(tmp_path / "light", low_memory=True, allow_pickle=True))
     assert "safetensors files, which the base does not have" in text and "without low_memory" in text
 
 

@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from peft import PeftConfig, PeftModel
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import AutoQuantizationConfig
 
+from lightpeft.adapters import check_fit, load_adapter, read_adapter, skeleton_of
+from lightpeft.bases import BaseFacts, base_facts, load_base
 from lightpeft.discovery import ensure_family
-from lightpeft.errors import LightPeftError, require
-from lightpeft.families import block_specs, family_of
+from lightpeft.errors import require
+from lightpeft.families import block_specs
 from lightpeft.files import (
     check_file,
     content_checksum,
     file_checksum,
     read_json,
+    read_tensors,
     replacing_folder,
     understandable,
     write_json,
     write_text,
 )
-from lightpeft.loading import UNREADABLE, base_names, fingerprint, keep_own_names
+from lightpeft.loading import fingerprint
 from lightpeft.profiling import versions
 from lightpeft.quantised import prepare_quantised
 from lightpeft.records import PrunePlan
 from lightpeft.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
-from lightpeft.sites import hide_config, own_adapter, read_config, transformers_model
+from lightpeft.sites import hide_config, own_adapter, transformers_model
 from lightpeft.streaming import Stream
 from lightpeft.structure import BlockSpec
 from lightpeft.surgery import apply_plan
+from lightpeft.whole import per_layer_config, settle
 
 DESCRIPTION = "lightpeft.json"
 _REFIT_FILE = "refit.safetensors"
@@ -61,8 +63,8 @@ class LightModel(PeftModel):
     def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:
         """Write a light adapter: PEFT's own two files, `lightpeft.json`, a model card and, after a refit, that.
 
-        Where anything of the base is cut, PEFT's own loader refuses the folder (`sites.hide_config`). The reference that
-        one of TRL's trainers has put beside the adapter is not written.
+        Where anything of the base is cut, PEFT's own loader refuses the folder (`sites.hide_config`). The reference of
+        one of TRL's trainers, beside the adapter, is not written.
 
         Raises:
             LightPeftError: there are other adapters, or the folder cannot be written (for example: disk full); no file
@@ -70,8 +72,9 @@ class LightModel(PeftModel):
         """
         require(kwargs.get("safe_serialization", True), "a light adapter is written as safetensors, never as pickle")
         name = own_adapter(self)
-        selected = kwargs.pop("selected_adapters", None)
-        require(selected in (None, [name]), f"a light adapter has one adapter, {name}, and {selected} was selected")
+        selected = kwargs.pop("selected_adapters", None) or [name]
+        several = f"a light adapter has one adapter, {name}; it cannot be saved with {', '.join(selected)}"
+        require(list(selected) == [name], several)
         if not is_main_process:
             return
         with replacing_folder(save_directory) as temporary:
@@ -85,6 +88,35 @@ class LightModel(PeftModel):
             write_json(temporary / DESCRIPTION, _description(self, temporary))
         if not self.light_refit:
             (Path(save_directory) / _REFIT_FILE).unlink(missing_ok=True)  # of what was saved here before
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's `load_adapter`, of weights for the units that are here, as in a trainer's checkpoint of this model.
+
+        Raises:
+            LightPeftError: they are a light adapter's with another plan.
+        """
+        folder = Path(model_id)
+        if (folder / DESCRIPTION).is_file():
+            with understandable(folder / DESCRIPTION):
+                plan = PrunePlan.from_dict(read_description(folder)["plan"])
+            other = f"{folder} is for other units of the base than are here; load_light(folder) gives its own"
+            require(plan == self.light_plan, other)
+        return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """PEFT's `merge_and_unload`: a plain transformers model, pruned, that saves itself so that it can be loaded.
+
+        If its layers are all equally wide and its config can say so, by transformers; else by `load_merged`.
+        """
+        return self._settled(self.base_model.merge_and_unload(*args, **kwargs))
+
+    def unload(self) -> PreTrainedModel:
+        """PEFT's `unload`: the same without the adapter, the pruned base alone."""
+        return self._settled(self.base_model.unload())
+
+    def _settled(self, whole: PreTrainedModel) -> PreTrainedModel:
+        settle(whole, self.light_plan, {**facts_of(self), "metrics": {}})  # which it need not have any more
+        return whole
 
 
 def _move_up(folder: Path) -> None:
@@ -135,6 +167,7 @@ def load_light(
     device: str | torch.device | None = None,
     attention: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     low_memory: bool = False,
 ) -> LightModel:
     """Load a light adapter over a fresh base.
@@ -147,6 +180,8 @@ def load_light(
         dtype: of the base weights when they are loaded here; "auto": as it was when the adapter was saved.
         device: where to put the model; None: where the base is.
         attention: attention backend; None: the one the base would use.
+        trust_remote_code: run Python code that comes with the base, if it needs any.
+        allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
         low_memory: read the base from disk one tensor at a time and keep only what the plan keeps, so that memory holds
             the pruned model and one tensor, never the dense model; for unquantised bases in safetensors files.
 
@@ -158,25 +193,26 @@ def load_light(
     description = read_description(folder)
     with understandable(folder / DESCRIPTION):
         plan = PrunePlan.from_dict(description["plan"])
-        metrics, task, saved = (dict(description[name]) for name in ("metrics", "task", "base"))
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if attention is not None:
-        options["attn_implementation"] = attention
+        metrics, task = (dict(description[name]) for name in ("metrics", "task"))
+    saved = base_facts(description, folder / DESCRIPTION)
+    config = read_adapter(folder, explicit=True)
     live = cast(PreTrainedModel, base) if isinstance(base, nn.Module) else None
     stream = _stream(live, saved, plan, folder, device) if low_memory else None
-    dense = live if live is not None else _load_base(saved, cast(Any, base), dtype, options, stream)
+    if live is None:
+        place = replace(saved.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        dense, lacking = load_base(saved, place, dtype=dtype, attention=attention, stream=stream)
+    else:
+        dense, lacking = live, []
     _check_base(dense, saved, plan, folder, stream)
+    _check_brought(lacking, config, folder)
     prepare_quantised(dense)
-    _check_tensors(dense, plan, folder)
+    _check_tensors(dense, plan, config, folder)
     apply_plan(dense, plan)
     if stream is not None:
         stream.fill(dense)
     refit = _read_refit(folder) if _REFIT_FILE in description["checksums"] else {}
     apply_refit(dense, refit)
-    try:
-        model = PeftModel.from_pretrained(dense, str(folder), is_trainable=is_trainable, config=read_config(folder))
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise LightPeftError(f"{folder} does not fit its base: {' '.join(str(error).split())[:300]}") from error
+    model = load_adapter(dense, folder, config, is_trainable)
     if not is_trainable:
         model.eval()
     return as_light(model if device is None else model.to(device), plan, metrics, task, refit)
@@ -194,21 +230,19 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     description = read_json(folder / DESCRIPTION)
     with understandable(folder / DESCRIPTION):
         expected = dict(description["checksums"])
-        if description["schema_version"] == 1:  # which had no checksum for every JSON file
-            own = expected.pop(DESCRIPTION)
-            require(own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
-        for name, checksum in expected.items():
-            check_file(folder, name, checksum)
+        first = description["schema_version"] == 1  # had no checksum that `read_json` could compare
+        own = expected.pop(DESCRIPTION) if first else None
+    require(not first or own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
+    for name, checksum in expected.items():
+        check_file(folder, name, checksum)
     return description
 
 
 def _read_refit(folder: Path) -> Refit:
     """The corrections of a light adapter."""
     file = folder / _REFIT_FILE
-    try:
-        return refit_of_tensors(load_file(file))
-    except SafetensorError as error:
-        raise LightPeftError(f"{file} is damaged: {error}") from error
+    with understandable(file):
+        return refit_of_tensors(read_tensors(file))
 
 
 def _description(model: LightModel, folder: Path) -> dict[str, Any]:
@@ -240,21 +274,6 @@ def facts_of(model: LightModel) -> dict[str, Any]:
     }
 
 
-def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, int]]:
-    """Widths of every block in the schema of transformers' `per_layer_config`: layer -> config key -> value."""
-    stacks = family_of(model_type).stacks
-    if len(stacks) > 1:  # the schema counts one stack of layers only
-        return {}
-    return {
-        str(spec.index): {
-            "num_attention_heads": len(kept.heads),
-            "num_key_value_heads": len(kept.kv_heads),
-            stacks[0].width_key or "intermediate_size": len(kept.neurons),
-        }
-        for spec, kept in plan.parts
-    }
-
-
 def _head_settings(config: transformers.PretrainedConfig) -> dict[str, Any]:
     """Config values that the task set and the base's own config does not have."""
     settings = {"pad_token_id": config.pad_token_id} if hasattr(config, "pad_token_id") else {}
@@ -271,7 +290,7 @@ def _quantisation(config: transformers.PretrainedConfig) -> dict[str, Any] | Non
 
 def _stream(
     live: PreTrainedModel | None,
-    saved: dict[str, Any],
+    saved: BaseFacts,
     plan: PrunePlan,
     folder: Path,
     device: str | torch.device | None,
@@ -280,76 +299,23 @@ def _stream(
     require(
         live is None, "low_memory reads the base from disk, and base= is a model in memory: load without low_memory"
     )
-    kind = "quantised" if saved.get("quantisation") else "a GGUF file" if saved.get("gguf_file") else None
+    kind = "quantised" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
     require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
     return Stream(plan, lambda model: _check_blocks(model, saved, plan, folder), device)
 
 
-def _load_base(
-    saved: dict[str, Any],
-    base: str | Path | None,
-    dtype: str | torch.dtype,
-    options: dict[str, Any],
-    stream: Stream | None = None,
-) -> PreTrainedModel:
-    """Load the base, dense or into a stream, with the head that the adapter was trained with."""
-    name = str(base) if base is not None else saved["id"]
-    require(name, "the light adapter does not name its base; give one: load_light(folder, base=...)")
-    settings = dict(saved["config"])
-    if "id2label" in settings:
-        settings["id2label"] = {int(index): label for index, label in settings["id2label"].items()}
-        settings["label2id"] = {label: index for index, label in settings["id2label"].items()}
-    architecture = architecture_of(saved, "load the base yourself and pass it as base=")
-    if stream is not None:
-        architecture = stream.loader(architecture)
-    revision = saved["revision"] if base is None else None
-    if saved.get("quantisation"):
-        options = {**options, "quantization_config": AutoQuantizationConfig.from_dict(saved["quantisation"])}
-    names = base_names(architecture)
-    try:
-        model = architecture.from_pretrained(
-            name,
-            revision=revision or "main",
-            gguf_file=saved.get("gguf_file"),
-            dtype=saved["dtype"] if dtype == "auto" else dtype,
-            key_mapping=names,
-            **settings,
-            **options,
-        )
-    except LightPeftError:
-        raise
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LightPeftError(f"base {name} cannot be loaded ({reason}); give another place: base=...") from error
-    keep_own_names(model, names)
-    return model
-
-
-def architecture_of(saved: dict[str, Any], instead: str) -> Any:
-    """The class of transformers that a saved model's base is of.
-
-    Raises:
-        LightPeftError: there is none in this version; the line ends with what to do instead.
-    """
-    architecture = getattr(transformers, saved["architecture"], None)
-    require(architecture is not None, f"transformers has no {saved['architecture']}; {instead}")
-    return architecture
-
-
-def _check_base(
-    dense: PreTrainedModel, saved: dict[str, Any], plan: PrunePlan, folder: Path, stream: Stream | None
-) -> None:
+def _check_base(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, folder: Path, stream: Stream | None) -> None:
     """Refuse a base other than the one the plan was made for, before anything is cut."""
     blocks = _check_blocks(dense, saved, plan, folder)
     found = fingerprint(dense, blocks) if stream is None else stream.fingerprint(dense, blocks)
     require(found == plan.fingerprint, _another_base(folder))
 
 
-def _check_blocks(dense: PreTrainedModel, saved: dict[str, Any], plan: PrunePlan, folder: Path) -> list[BlockSpec]:
+def _check_blocks(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, folder: Path) -> list[BlockSpec]:
     """Refuse a base of another structure, whatever its weights."""
     plain = isinstance(dense, PreTrainedModel)
     require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
-    require(saved.get("model_type") == dense.config.model_type, _another_base(folder))
+    require(len({saved.model_type, dense.config.model_type}) == 1, _another_base(folder))
     ensure_family(dense)
     blocks = block_specs(dense)
     same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
@@ -364,32 +330,22 @@ def _another_base(folder: Path) -> str:
     )
 
 
-def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, folder: Path) -> None:
-    """Compare the tensors in the file with those that the model will have, before anything is cut.
+def _check_brought(lacking: Sequence[str], config: PeftConfig, folder: Path) -> None:
+    """Refuse a base that lacks weights which the adapter does not bring: they would be random."""
+    brought = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
+    random = [name for name in lacking if not any(module in f".{name}." for module in brought)]
+    require(
+        not random,
+        f"the base of {folder} has no weights for {', '.join(random[:3])}, and the adapter brings none, so that its "
+        "answers would be random; give the base that it was trained on",
+    )
 
-    What it will have is read off a model without storage, on the meta device.
-    """
-    with torch.device("meta"):
-        skeleton = type(dense)(copy.deepcopy(dense.config))
+
+def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, folder: Path) -> None:
+    """Compare the tensors in the file with those that the model will have, before anything is cut."""
+    skeleton = skeleton_of(dense)
     apply_plan(skeleton, plan)
-    try:
-        config = read_config(folder)
-        config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
-        model = get_peft_model(skeleton, config)
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise LightPeftError(f"{folder} does not fit its base: {' '.join(str(error).split())[:300]}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model).items()}
-    _report_difference(sorted(expected.keys() - found), f"{folder} does not fit its base: it lacks tensors")
-    _report_difference(sorted(found.keys() - expected), f"{folder} has tensors that fit nowhere")
-    other = sorted(name for name, shape in expected.items() if found[name] != shape)
-    _report_difference(other, f"{folder} does not fit its base: tensors of another shape")
-
-
-def _report_difference(names: Sequence[str], what: str) -> None:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    require(not names, f"{what}: {names[0] if names else ''}{more}")
+    check_fit(skeleton, config, folder)
 
 
 def _content_checksum(description: dict[str, Any]) -> str:

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.checkpoint import LightModel, architecture_of, facts_of, model_card, per_layer_config
+from lightpeft.bases import architecture_of, base_facts
+from lightpeft.checkpoint import LightModel, facts_of, model_card
+from lightpeft.config import ModelConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import check_file, file_checksum, read_json, replacing_folder, understandable, write_json
-from lightpeft.loading import UNREADABLE, with_reader
+from lightpeft.files import check_file, read_json, understandable
+from lightpeft.foreign import parsing
+from lightpeft.loading import check_checkpoint, with_reader
 from lightpeft.records import PrunePlan
 from lightpeft.sites import transformers_model
 from lightpeft.surgery import apply_plan
+from lightpeft.whole import MERGED, check_mergeable, native_config, save_whole, settle
 
-MERGED = "merged.json"
-"""What says that the weights beside it belong into a model that a plan has cut."""
 _CARD = (
     "Pruned model",
     "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it",
@@ -49,48 +51,16 @@ def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedToke
     """
     folder = Path(folder)
     require(not folder.is_dir() or not any(folder.iterdir()), f"{folder} is not empty; give a new folder")
-    quantised = getattr(transformers_model(model).config, "quantization_config", None) is not None
-    require(not quantised, "the base is quantised, and merging would round it again; keep the light adapter")
+    check_mergeable(transformers_model(model).config)
     try:
         whole = copy.deepcopy(model).merge_and_unload()
     except RuntimeError as error:  # of PEFT: biases of LoRA, say, on a layer without one
         reason = " ".join(str(error).split())[:200]
         raise LightPeftError(f"this model cannot be merged; keep the light adapter: {reason}") from error
-    native = _native_config(whole, model.light_plan)
-    if native is not None:
-        whole.config = native
-    with replacing_folder(folder) as temporary:
-        whole.save_pretrained(temporary)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(model, *_CARD), encoding="utf-8")
-        checksums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir())}
-        write_json(temporary / MERGED, {**facts_of(model), "native": native is not None, "checksums": checksums})
-    return native is not None
-
-
-def _native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig | None:
-    """A config that says how wide the layers of a pruned model are; None where its family has no words for that."""
-    widths = list(per_layer_config(whole.config.model_type, plan).values())
-    if not widths or any(of_layer != widths[0] for of_layer in widths):
-        return None
-    config = copy.deepcopy(whole.config)
-    fewer_heads = len(plan.blocks[0].heads) < plan.specs[0].heads
-    try:
-        if fewer_heads:  # families that can have any size of heads read it even where their config has none
-            config.head_dim = plan.specs[0].head_dim
-        for name, value in widths[0].items():
-            if hasattr(config, name):
-                setattr(config, name, value)
-        with torch.device("meta"):
-            skeleton = type(whole)(copy.deepcopy(config))
-    except (AttributeError, ValueError, ZeroDivisionError, RuntimeError):  # the family cannot have these widths
-        return None
-    return config if _shapes(skeleton) == _shapes(whole) else None
-
-
-def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+    native = native_config(whole, model.light_plan) is not None
+    facts = {**facts_of(model), "native": native}
+    save_whole(whole, facts, folder, tokenizer=tokenizer, card=model_card(model, *_CARD))
+    return native
 
 
 def load_merged(
@@ -115,10 +85,11 @@ def load_merged(
     """
     folder = Path(folder)
     description = read_merged(folder)
+    facts = {name: value for name, value in description.items() if name not in ("schema_version", "checksums")}
     with understandable(folder / MERGED):
-        plan, saved = PrunePlan.from_dict(description["plan"]), dict(description["base"])
-        native = bool(description["native"])
-        architecture = architecture_of(saved, "install the version that it was saved with")
+        plan, native = PrunePlan.from_dict(description["plan"]), bool(description["native"])
+    saved = base_facts(description, folder / MERGED)
+    architecture = architecture_of(saved, "install the version that it was saved with")
 
     def read(model: PreTrainedModel, *rest: Any) -> Any:
         if not native:
@@ -127,15 +98,17 @@ def load_merged(
         return architecture._load_pretrained_model(model, *rest)
 
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    try:
+    with parsing(f"{folder} cannot be loaded"):
         model, info = with_reader(architecture, read).from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, **options
+            str(folder),
+            dtype=dtype,
+            output_loading_info=True,
+            **check_checkpoint(ModelConfig(name=str(folder)), weights=True),
+            **options,
         )
-    except (*UNREADABLE, RuntimeError) as error:
-        raise LightPeftError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     astray = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     require(not astray, f"the weights in {folder} are not those of its plan: {', '.join(astray[:3])}")
-    model.light_plan = plan
+    settle(model, plan, {**facts, "metrics": {}})  # which are those from before it is trained on
     return model.eval() if device is None else model.eval().to(device)
 
 
@@ -149,7 +122,7 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
         require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
     description = read_json(Path(folder) / MERGED)
     with understandable(Path(folder) / MERGED):
-        # those of version 1 have none
-        for name, checksum in dict(description["checksums"] if description["schema_version"] > 1 else {}).items():
-            check_file(Path(folder), name, checksum)
+        checksums = dict(description["checksums"] if description["schema_version"] > 1 else {})  # version 1 had none
+    for name, checksum in checksums.items():
+        check_file(Path(folder), name, checksum)
     return description

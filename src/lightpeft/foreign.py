@@ -12,15 +12,14 @@ from typing import Any
 import torch
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import read_text
-from lightpeft.files.reading import parse_json
+from lightpeft.files import parse_json, read_text
 
 _CONFIG_LIMIT = 4 * 2**20
 """Bytes that a configuration may have: names of 20,000 classes take a tenth of it."""
 _FILE_LIMIT = 256 * 2**20
 """Bytes that any other JSON or text file beside the weights may have; the largest tokenizers have 60 million."""
 _MOST_FILES = 10_000
-_CONFIGS = re.compile(r"(\w+_)?config\.json")
+_CONFIGS = re.compile(r"(\w+_)?config(\.[\d.]+)?\.json")
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".py")
 _KEPT_IN = ("", "additional_chat_templates")
 """Folders, within that of a model, that libraries read."""
@@ -42,8 +41,8 @@ _KERNELS = ("use_kernels", "kernel_config")
 def parsing(what: str, instead: str = "") -> Iterator[None]:
     """Turn whatever a library raises for a file that is not what it expects into one line.
 
-    What parsers raise is no part of what they promise: unpickling errors, lookups of keys that are not there, attributes
-    of values that are no objects. Only a lack of memory says nothing about the file.
+    What parsers raise is no part of what they promise: errors of unpickling, of keys that are not there, of attributes
+    that a number does not have. Only a lack of memory says nothing about the file.
 
     Args:
         what: happened, as the beginning of the line.

@@ -7,20 +7,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from lightpeft.adapters import check_fit, load_adapter, read_adapter, skeleton_of
+from lightpeft.bases import base_facts
 from lightpeft.checkpoint import DESCRIPTION, LightModel, load_light, read_description
 from lightpeft.config import Head, ModelConfig, RunConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.exporting import MERGED, load_merged, read_merged
+from lightpeft.exporting import load_merged, read_merged
 from lightpeft.files import understandable
 from lightpeft.loading import load_model, load_model_config, load_tokenizer, peft_task_type
 from lightpeft.machine import accelerator
 from lightpeft.plain_data import from_dict
 from lightpeft.runs import RunFolder, stored_config
 from lightpeft.tasks import ensure_pad_token, restore_task
+from lightpeft.whole import MERGED
 
 Form = Literal["light adapter", "merged light model", "PEFT adapter", "model"]
 
@@ -107,10 +110,10 @@ def _find_run(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
 
 def _find_light(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
     description = read_description(folder)
-    saved = description["base"]
-    at_home = {"revision": saved["revision"]} if base is None else {}
-    settings = {"gguf_file": saved.get("gguf_file"), "dtype": saved["dtype"], **at_home, **given}
-    model, config = _base(folder, base or saved["id"], settings)
+    saved = base_facts(description, folder / DESCRIPTION)
+    at_home = {"revision": saved.revision} if base is None else {}
+    settings = {"gguf_file": saved.gguf_file, "dtype": saved.dtype, **at_home, **given}
+    model, config = _base(folder, base or saved.id, settings)
     return Found(str(folder), "light adapter", model, config, folder, _facts(description, folder / DESCRIPTION))
 
 
@@ -129,7 +132,8 @@ def _facts(description: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _find_peft(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
-    model, config = _base(folder, base or _peft_config(folder).base_model_name_or_path, given)
+    adapter = read_adapter(folder, allow_pickle=bool(given.get("allow_pickle")))
+    model, config = _base(folder, base or adapter.base_model_name_or_path, given)
     return Found(str(folder), "PEFT adapter", model, config, folder)
 
 
@@ -158,14 +162,6 @@ def _base(folder: Path, name: str | None, settings: dict[str, Any]) -> tuple[Mod
         raise LightPeftError(f"{folder} needs its base: {error}; give another place of it: --base") from error
 
 
-def _peft_config(folder: Path) -> PeftConfig:
-    try:
-        return PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LightPeftError(f"{folder} is not a readable PEFT adapter: {reason}") from error
-
-
 # -- loading -----------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +186,7 @@ def check_answers(found: Found, wanted: Wanted) -> None:
         trained = restore_task(found.facts)
         _require_head(found, trained.head == wanted.head, str(Wanted(trained.config.task, trained.head)), wanted)
     if found.form == "PEFT adapter":
-        kind = _peft_config(_folder(found)).task_type
+        kind = _adapter(found).task_type
         _require_head(found, kind in (None, peft_task_type(wanted.head)), f"PEFT's task type {kind}", wanted)
 
 
@@ -226,6 +222,7 @@ def open_light(found: Found) -> LightModel:
         dtype=found.model.dtype,
         attention=found.model.attention,
         trust_remote_code=found.model.trust_remote_code,
+        allow_pickle=found.model.allow_pickle,
     )
 
 
@@ -238,22 +235,25 @@ def _load_merged(found: Found, wanted: Wanted) -> nn.Module:
 
 
 def _load_peft(found: Found, wanted: Wanted) -> nn.Module:
-    folder = _folder(found)
+    folder, config = _folder(found), _adapter(found)
     loaded = load_model(found.model, wanted.head, wanted.labels, to_prune=False)
-    brought = set(_peft_config(folder).modules_to_save or ())
+    brought = set(config.modules_to_save or ())
     _require_trained(found, [name for name in loaded.new_modules if name not in brought], wanted)
     try:
-        return PeftModel.from_pretrained(loaded.model, str(folder))
-    except (RuntimeError, ValueError, KeyError) as error:
+        check_fit(skeleton_of(loaded.model), config, folder, exact=False)
+        return load_adapter(loaded.model, folder, config)
+    except LightPeftError as error:
         raise _not_fitting(found, wanted, error) from error
 
 
 def _load_whole(found: Found, wanted: Wanted) -> nn.Module:
     try:
         loaded = load_model(found.model, wanted.head, wanted.labels, to_prune=False)
-    except RuntimeError as error:  # sizes of a head that differ, or of pruned layers
+    except LightPeftError as error:
+        if "ignore_mismatched_sizes" not in str(error.__cause__):
+            raise
         shapes = "weights have other shapes: other labels, or merged by other means than lightpeft export"
-        raise _not_fitting(found, wanted, shapes if "ignore_mismatched_sizes" in str(error) else error) from error
+        raise _not_fitting(found, wanted, shapes) from error
     _require_trained(found, loaded.new_modules, wanted)
     return loaded.model
 
@@ -269,6 +269,10 @@ _LOADERS: dict[Form, Callable[[Found, Wanted], nn.Module]] = {
 def _folder(found: Found) -> Path:
     assert found.folder is not None
     return found.folder
+
+
+def _adapter(found: Found) -> PeftConfig:
+    return read_adapter(_folder(found), allow_pickle=found.model.allow_pickle)
 
 
 def _require_trained(found: Found, untrained: Sequence[str], wanted: Wanted) -> None:
