@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from accelerate import PartialState
 from workbench import Workbench
 
 from lightpeft import machine, pipeline
 from lightpeft.config import TrainingConfig
-from lightpeft.machine import autocast_dtype, has_bf16
+from lightpeft.errors import LightPeftError
+from lightpeft.machine import autocast_dtype, has_bf16, processes
 
 
 @pytest.fixture
@@ -58,3 +64,53 @@ def test_a_run_says_where_bfloat16_is_slow(cpu: Any, tmp_path: Path, native: boo
     assert [note for note in notes if "bf16" in note] == (
         [] if native else ["training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"]
     )
+
+
+# -- what launchers left behind ----------------------------------------------------------------------------------
+
+
+LEFT_OVER = [
+    {"WORLD_SIZE": "2"},
+    {"LOCAL_RANK": "0"},
+    {"WORLD_SIZE": "many", "RANK": "0"},
+    {"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"},
+    {"PMI_SIZE": "3", "PMI_RANK": "1"},
+]
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """accelerate has not looked for other processes yet; what it writes into the environment meanwhile goes again."""
+    PartialState._reset_state()
+    with mock.patch.dict(os.environ):
+        yield
+    PartialState._reset_state()
+
+
+@pytest.mark.parametrize("left", LEFT_OVER, ids=str)
+def test_variables_of_another_job(alone: None, monkeypatch: pytest.MonkeyPatch, left: dict[str, str]) -> None:
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LightPeftError, match="says that this process is one of several") as caught:
+        processes()
+    assert "unset what is left over" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(left)[0] in str(caught.value)
+
+
+def test_waiting_for_others_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: None
+) -> None:
+    """Where the variables are complete, nothing but time tells that nobody else comes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(machine, "_PATIENCE", 0.05)
+    told = threading.Event()
+    monkeypatch.setattr(machine, "_state", lambda: told.wait(10))
+    say = machine._say_waiting
+    monkeypatch.setattr(machine, "_say_waiting", lambda names: (say(names), told.set()))
+    assert processes() is True  # it said so before it had to wait for long
+    assert "waiting for the others to start" in capsys.readouterr().err
+
+
+def test_nothing_is_told_of_a_process_alone(alone: None) -> None:
+    assert processes().num_processes == 1

@@ -395,9 +395,10 @@ def _inspect_options(parser: ArgumentParser) -> None:
 
 def _inspect(options: Namespace) -> None:
     from lightpeft.checkpoint import DESCRIPTION, read_description
-    from lightpeft.exporting import MERGED, read_merged
+    from lightpeft.exporting import read_merged
     from lightpeft.records import PrunePlan
     from lightpeft.tables import facts_table, plan_table
+    from lightpeft.whole import MERGED
 
     streams.standard_output()
     path = Path(options.path)

@@ -37,7 +37,9 @@ def processes() -> PartialState:
     waiting.daemon = True
     waiting.start()
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # threads of CPUs are accelerate's business
+        with warnings.catch_warnings(
+            action="ignore", category=UserWarning
+        ):  # threads of CPUs are accelerate's business
             return _state()
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

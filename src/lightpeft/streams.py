@@ -3,12 +3,13 @@ silently."""
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from lightpeft.errors import LightPeftError, require
 
@@ -118,10 +119,7 @@ def utf8_output() -> Iterator[TextIO]:
             yield stream
             return
         stream.flush()
-        file = io.TextIOWrapper(buffer, encoding="utf-8", newline="", write_through=True)
         try:
-            yield file
+            yield cast(TextIO, codecs.getwriter("utf-8")(buffer))  # which does not close it when it goes
         except UnicodeEncodeError as error:
             raise LightPeftError("standard output cannot be written: there is half a character in a text") from error
-        finally:
-            file.detach()

@@ -136,7 +136,9 @@ def _named(path: Path, axis: str, given: Any) -> dict[str, dict[str, Any]]:
 
 
 def _settings(path: Path, where: str, given: Any) -> dict[str, Any]:
-    require(given is None or isinstance(given, dict), f"{path}: {where} must be a mapping of settings, not {shown(given)}")
+    require(
+        given is None or isinstance(given, dict), f"{path}: {where} must be a mapping of settings, not {shown(given)}"
+    )
     settings = {key: value for key, value in (given or {}).items() if value is not None}
     taken = [key for key in _OF_THE_GRID if key in settings]
     require(not taken, f"{path}: {where} sets {', '.join(taken)}, which every cell has of its own; take it out")

@@ -1,0 +1,128 @@
+"""Names on the hub, without a network: one line at once, and what is in the cache is used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import datasets
+import pytest
+from huggingface_hub import constants
+from workbench import save_base
+
+from lightpeft import hub
+
+NOWHERE = "http://127.0.0.1:9"
+"""An address where nobody answers."""
+
+
+@pytest.fixture(autouse=True)
+def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nobody has asked yet, and nothing says that there is no network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    hub._answers.cache_clear()
+    yield
+    hub._answers.cache_clear()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    asked: int = 0
+
+    def do_HEAD(self) -> None:
+        type(self).asked += 1
+        self.send_error(404)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
+    """A hub on this machine, which knows nothing but answers."""
+    server = HTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(_Hub, "asked", 0)
+    yield _Hub
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_that_answers_is_asked_once(answering: type[_Hub]) -> None:
+    for _ in range(3):
+        hub.look_for("someone/something")
+    assert answering.asked == 1
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", NOWHERE)
+    hub.look_for("someone/something")
+    assert constants.HF_HUB_OFFLINE
+    assert datasets.config.HF_HUB_OFFLINE
+
+
+def test_nobody_is_asked_for_folders_or_offline(
+    answering: type[_Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.look_for(str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.look_for("someone/something")
+    assert answering.asked == 0
+
+
+def cached(home: Path, name: str) -> None:
+    """A model in the hub's cache."""
+    folder = home / "hub" / f"models--{name.replace('/', '--')}"
+    revision = "0" * 40
+    save_base(folder / "snapshots" / revision)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(revision, encoding="utf-8")
+
+
+def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cached model is loaded; for others, and for data sets, one line says that there is no network."""
+    cached(tmp_path, "someone/tiny")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    done = subprocess.run([sys.executable, "-c", _LOADING], capture_output=True, text=True, timeout=120, check=False)
+    assert "Retrying" not in done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"] == "bert"
+    assert found["tokens"] > 0
+    assert "couldn't find them in the cached files" in found["other"]
+    assert "the hub was not reached for a data set of that name" in found["data"]
+    assert all("\n" not in found[name] for name in ("other", "data"))
+    assert found["seconds"] < 5  # the libraries' own retries take 23
+
+
+_LOADING = """
+import json, time
+from lightpeft.cli import quiet
+from lightpeft.config import ModelConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.loading import load_model_config, load_tokenizer
+from lightpeft.tasks.reading import read_hub
+
+def line(load, *arguments):
+    try:
+        load(*arguments)
+    except LightPeftError as error:
+        return str(error)
+
+quiet()
+started = time.monotonic()
+tiny = ModelConfig(name="someone/tiny")
+found = {"model": load_model_config(tiny).model_type, "tokens": len(load_tokenizer(tiny))}
+found["other"] = line(load_model_config, ModelConfig(name="someone/other"))
+found["data"] = line(read_hub, "someone/rows", "data.train")
+found["seconds"] = time.monotonic() - started
+print(json.dumps(found))
+"""
