@@ -304,7 +304,9 @@ def test_a_grid_that_is_stopped_stops_its_cell(tmp_path: Path) -> None:
     process.stdout.close()
 
 
-def test_one_grid_waits_for_another_in_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_grid_waits_for_another_in_its_folder(
+    bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("fcntl")
     code = (
         "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
@@ -313,8 +315,8 @@ def test_one_grid_waits_for_another_in_its_folder(tmp_path: Path, capsys: pytest
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline().strip() == b"in"
-    with running._alone(tmp_path):
-        assert "waiting for it to end" in capsys.readouterr().err.replace("\n", " ")
+    reproduce(grid_file(tmp_path / "grid.yaml", bench, methods=["lora"]), tmp_path, launch=lambda *cell: "not run")
+    assert "waiting" in capsys.readouterr().err
     other.wait(timeout=30)
     other.stdout.close()
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import holding
 from lightpeft.machine import accelerator
 from lightpeft.reproduce.estimations import take_estimation
 from lightpeft.reproduce.grid import Cell, load_grid, selected
@@ -58,7 +57,9 @@ def reproduce(
     chosen = selected(cells, only)
     for cell in cells:
         RunFolder.open(cell.config)
-    with _alone(out):
+    # cells inherit the lock: one that outlives its grid, because that was killed, is waited for before it is run again
+    busy = f"{out} is in use by another grid or one of its cells; waiting for it to end"
+    with holding(out, wait=lambda: _say(busy), inherited=True):
         suite = _Suite(out, grid.baseline, cells, devices, launch or run_cell)
         return suite.run(chosen)
 
@@ -187,35 +188,6 @@ def _reason(code: int, log: Path) -> str:
     own = [line.partition(": ")[2] for line in lines if line.startswith("lightpeft: ")]
     killed = [f"killed by {signal.Signals(-code).name}"] if code < 0 else []
     return f"{(killed or own or lines or [f'exit code {code}'])[-1]} (see {log})"
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Inside the block nobody else works in a folder.
-
-    Cells inherit the lock: one that outlives its grid, because that was killed, is waited for before it is run again.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    file = out / ".lock"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(file, os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise LightPeftError(f"cannot write to {out}: {error.strerror or error}") from error
-    os.set_inheritable(descriptor, True)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(f"{out} is in use by another grid or one of its cells; waiting for it to end")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 # -- progress ------------------------------------------------------------------------------------------------------
