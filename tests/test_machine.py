@@ -95,7 +95,7 @@ def test_variables_of_another_job(alone: None, monkeypatch: pytest.MonkeyPatch, 
         processes()
     assert "unset what is left over" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert list(left)[0] in str(caught.value)
+    assert next(iter(left)) in str(caught.value)
 
 
 def test_waiting_for_others_is_told(

@@ -26,6 +26,6 @@ def look_for(name: str) -> None:
 def _answers() -> bool:
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # whichever the HTTP library of the hub's client has
+    except Exception:  # noqa: BLE001 - which ones there are depends on the HTTP library of the hub's client
         return False
     return True

@@ -39,7 +39,7 @@ def processes() -> PartialState:
     try:
         with warnings.catch_warnings(
             action="ignore", category=UserWarning
-        ):  # threads of CPUs are accelerate's business
+        ):  # about threads of CPUs
             return _state()
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
