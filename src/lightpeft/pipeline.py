@@ -25,6 +25,7 @@ from lightpeft.acceleration import accelerated, base_dropout
 from lightpeft.adapters import load_adapter, read_adapter
 from lightpeft.checkpoint import LightModel, load_light, save_metrics
 from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
+from lightpeft.depth import leave_out
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
 from lightpeft.estimation import check_examples, scored_steps, stage_length
@@ -49,10 +50,12 @@ from lightpeft.tasks import (
     ensure_pad_token,
     load_task,
     share_at_limit,
+    silent,
     task_facts,
 )
 from lightpeft.tasks.tokens import without_labels
 from lightpeft.training import fit, make_trainer, step_of
+from lightpeft.watching import Watcher, notices, sample
 
 NOTABLE_CUTS = 0.05
 """Part of the training rows that may be cut without a word."""
@@ -196,10 +199,23 @@ def prune(work: Workspace) -> None:
     chosen = PrunePlan.load(run.plan)
     base = dense_model(work).model
     model = _load_peft(base, run.estimation / "adapter", is_trainable=True)
+    watcher = watcher_of(work)
+    if chosen.left_out:
+        leave_out(model, len(chosen.blocks))  # estimation did without these blocks
+    watcher.look("after_estimation", model)
     light = cut(model, chosen, config.light, lambda: calibration_batches(work))
+    watcher.look("after_the_cut", light)
     light.light_task = task_facts(work.task)
+    seconds = time.perf_counter() - started - watcher.seconds
     with run.held():
-        run.finish_stage("prune", time.perf_counter() - started, lambda: light.save_pretrained(run.pruned))
+        run.finish_stage("prune", seconds, lambda: light.save_pretrained(run.pruned), **watcher.facts())
+
+
+def watcher_of(work: Workspace) -> Watcher:
+    """What looks at the model between stages, on a few test rows."""
+    chosen = sample(work.task)
+    rows = work.task.encode_test(chosen, work.tokenizer, work.config.data.max_length, progress=silent)
+    return Watcher(work.task, rows, len(chosen), lambda model: _asking(work, model))
 
 
 def calibration_batches(work: Workspace) -> Iterator[dict[str, Tensor]]:
@@ -312,7 +328,7 @@ def announce_settings(work: Workspace, stage: str) -> None:
     if "auto" in (asked.epochs, asked.learning_rate):
         rate = float(_settings(work.config).learning_rate)
         length = f"{work.training.epochs:g} epochs, {work.steps} steps"
-        work.run.announce(stage, f"training for {length}, estimation included, at a learning rate of {rate:.2g}")
+        work.run.announce(stage, f"training for {length}, at a learning rate of {rate:.2g}")
     limit = work.config.data.max_length
     share = share_at_limit(work.train_rows, limit) if work.task.cuts else 0.0
     if share >= NOTABLE_CUTS:
@@ -364,25 +380,40 @@ def evaluate(work: Workspace) -> dict[str, Any]:
         return read_json(run.metrics)
     run.need("train", "evaluate")
     started = time.perf_counter()
-    model = trained_model(work)
-    scores = evaluation.scores_of(measure(work, model), work.task)
+    watcher, base = watcher_of(work), dense_model(work)
+    if not base.new_modules:  # else its head is random, and so are its answers
+        watcher.look("untouched_base", base.model)
+    model = trained_model(work, base.model)
+    outcomes = measure(work, model)
+    scores = evaluation.scores_of(outcomes, work.task)
+    if watcher.examples == len(work.task.test):
+        watcher.outcomes["in_the_end"] = outcomes[""]
+    else:
+        watcher.look("in_the_end", model)
+    noticed = notices(watcher, run.finished_stages().values(), outcomes[""].answers, scores.intervals)
 
     def save() -> None:
         if isinstance(model, LightModel):
             model.light_metrics = dict(scores.metrics)
             save_metrics(model, run.adapter)
-        write_json(run.metrics, report(work, model, scores))
+        write_json(run.metrics, {**report(work, model, scores), **noticed})
 
+    seconds = time.perf_counter() - started - watcher.seconds
     with run.held():
-        run.finish_stage("evaluate", time.perf_counter() - started, save)
+        run.finish_stage("evaluate", seconds, save, warnings=noticed["warnings"])
     return read_json(run.metrics)
 
 
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
     """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
-    training, splits = work.config.training, {"": work.test_rows, **work.more_test_rows}
-    run = evaluation.Run(model, work.collator, training.eval_batch_size, autocast_dtype(training))
+    run, splits = _asking(work, model), {"": work.test_rows, **work.more_test_rows}
     return {prefix: evaluation.outcome(run, rows, work.task) for prefix, rows in splits.items()}
+
+
+def _asking(work: Workspace, model: nn.Module) -> evaluation.Run:
+    """How test rows are fed to a model."""
+    training = work.config.training
+    return evaluation.Run(model, work.collator, training.eval_batch_size, autocast_dtype(training))
 
 
 def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
@@ -422,13 +453,13 @@ def dense_model(work: Workspace, model: ModelConfig | None = None) -> LoadedMode
     return loaded
 
 
-def trained_model(work: Workspace) -> Model:
-    """The run's result, loaded for inference."""
+def trained_model(work: Workspace, base: PreTrainedModel | None = None) -> Model:
+    """The run's result, loaded for inference; unless the method is full, over its base, which is changed in place."""
     if work.config.method == "full":
         check_sealed(work.run.model)
         trained = replace(work.config.model, name=str(work.run.model), revision=None, gguf_file=None)
         return dense_model(work, trained).model.eval()
-    base = dense_model(work).model
+    base = base or dense_model(work).model
     if work.config.method == "light":
         return load_light(work.run.adapter, base)
     return _load_peft(base, work.run.adapter)

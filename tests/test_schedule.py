@@ -1,0 +1,183 @@
+"""How long a run trains and at which rate, where the settings say auto; and what too few scored examples are worth."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from training import estimate, student
+from workbench import Workbench, lightpeft
+
+from lightpeft import LightPeftError, pipeline
+from lightpeft.config import LightConfig, TrainingConfig, load_config
+from lightpeft.estimation import scored_steps
+from lightpeft.schedule import (
+    LEAST_EPOCHS,
+    LEAST_RATE,
+    LEAST_STEPS,
+    MOST_EPOCHS,
+    RATE,
+    RATE_WIDTH,
+    auto_epochs,
+    auto_rate,
+    least_examples,
+    settled,
+    steps_an_epoch,
+    total_steps,
+)
+
+AUTO = {"training.epochs": "auto", "training.learning_rate": "auto"}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("schedule"))
+
+
+# The rule
+
+rows_and_batches = {
+    "rows": st.integers(1, 20_000),
+    "batch_size": st.integers(1, 64),
+    "gradient_accumulation": st.integers(1, 4),
+    "processes": st.integers(1, 4),
+}
+
+
+@given(**rows_and_batches)
+def test_few_rows_are_seen_more_often(rows: int, processes: int, **sizes: int) -> None:
+    training = settled(TrainingConfig(**sizes), rows, RATE_WIDTH, processes)
+    epochs, steps = training.epochs, total_steps(rows, training, processes)
+    assert LEAST_EPOCHS <= epochs <= MOST_EPOCHS
+    assert steps >= LEAST_STEPS or epochs == MOST_EPOCHS
+    # no pass more than that takes
+    assert epochs == LEAST_EPOCHS or steps - steps_an_epoch(rows, training, processes) < LEAST_STEPS
+
+
+@pytest.mark.parametrize(("rows", "epochs"), [(20, 40), (300, 20), (600, 11), (2000, 4), (8282, 3), (100_000, 3)])
+def test_epochs_of_common_sizes(rows: int, epochs: int) -> None:
+    assert settled(TrainingConfig(), rows, RATE_WIDTH).epochs == epochs
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000))
+def test_more_steps_an_epoch_are_never_more_epochs(a: int, b: int) -> None:
+    few, many = sorted((a, b))
+    assert auto_epochs(few) >= auto_epochs(many)
+
+
+@given(st.integers(16, 50_000), st.integers(16, 50_000))
+def test_wider_models_never_train_at_a_higher_rate(a: int, b: int) -> None:
+    narrow, wide = sorted((a, b))
+    assert RATE >= auto_rate(narrow) >= auto_rate(wide) >= LEAST_RATE
+
+
+def test_rates_at_both_ends() -> None:
+    assert auto_rate(RATE_WIDTH) == auto_rate(64) == RATE
+    assert auto_rate(4096) == pytest.approx(3e-4, rel=0.03) and auto_rate(16_384) == LEAST_RATE
+    assert auto_rate(None) == LEAST_RATE  # as if it were wide
+
+
+@given(st.floats(0.01, 100), st.floats(1e-7, 10), st.integers(1, 10_000))
+def test_numbers_stay(epochs: float, rate: float, rows: int) -> None:
+    given = TrainingConfig(epochs=epochs, learning_rate=rate)
+    assert settled(given, rows, 4096) == given
+
+
+@pytest.mark.parametrize("name", ["epochs", "learning_rate"])
+def test_each_is_settled_alone(name: str) -> None:
+    given: dict[str, Any] = {"epochs": 2.5, "learning_rate": 7e-3, name: "auto"}
+    training = settled(TrainingConfig(**given), 64, 384)
+    assert isinstance(getattr(training, name), (int, float))
+    other = {"epochs", "learning_rate"} - {name}
+    assert all(getattr(training, each) == given[each] for each in other)
+
+
+@pytest.mark.parametrize("name", ["epochs", "learning_rate"])
+def test_other_words_are_refused(name: str) -> None:
+    with pytest.raises(LightPeftError, match=f'{name} is "many"; choose one of auto'):
+        TrainingConfig(**{name: "many"})
+
+
+@given(steps=st.integers(1, 60), **{**rows_and_batches, "rows": st.integers(1, 300)})
+def test_least_examples_of_some_steps_in_a_row(steps: int, rows: int, processes: int, **sizes: int) -> None:
+    config = TrainingConfig(**sizes)
+    of_step = math.prod(sizes.values()) * processes
+    of_steps = [min(of_step, rows - start) for start in range(0, rows, of_step)]
+    if len(of_steps) == steps_an_epoch(rows, config, processes):  # else accumulation ends in the middle of a batch
+        assert least_examples(steps, rows, config, processes) == min(sums_of_windows(of_steps, steps))
+
+
+def sums_of_windows(of_steps: Sequence[int], steps: int) -> list[int]:
+    """What `steps` steps see, from each step of an epoch on."""
+    return [sum(itertools.islice(itertools.cycle(of_steps), start, start + steps)) for start in range(len(of_steps))]
+
+
+# In runs
+
+
+def test_a_run_says_what_auto_stands_for(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    config = bench.config("auto", method="plain", **AUTO, **{"training.batch_size": 32})
+    report = pipeline.run(config)
+    line = "training for 40 epochs, 80 steps, at a learning rate of 0.001"
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert line in (bench.folder / "auto" / "log.jsonl").read_text()
+    assert report["config"]["training"]["epochs"] == 40 and report["config"]["training"]["learning_rate"] == 1e-3
+    stored = load_config(bench.folder / "auto" / "config.yaml").training
+    assert (stored.epochs, stored.learning_rate) == ("auto", "auto")  # as it was given: the same command goes on
+    assert pipeline.run(config) == report
+
+
+def test_numbers_are_taken_without_a_word(bench: Workbench) -> None:
+    work = pipeline.prepare(bench.config("numbers"))
+    assert work.config == work.run.config
+    pipeline.announce_settings(work, "estimate")
+    assert not bench.folder.joinpath("numbers").exists()
+
+
+# Too few scored examples
+
+
+def test_a_run_of_few_examples_is_refused_before_it_begins(
+    bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """64 rows in 8 batches, three times: of 6 steps of estimation three are scored."""
+    few = {"light.least_examples": 25}
+    assert lightpeft("run", "--config", bench.yaml("few", **few)) == 2
+    error = capsys.readouterr().err
+    assert "estimation scores 24 examples, and from fewer than 25 (light.least_examples)" in error
+    assert error.count("\n") == 1 and not (bench.folder / "few").exists()
+    pipeline.prepare(bench.config("enough", **{"light.least_examples": 24}))
+
+
+def test_what_is_estimated_already_goes_on(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders whose stage ran before there was a minimum are still evaluated."""
+    config = bench.config("estimated")
+    pipeline.estimate(pipeline.prepare(config))
+    monkeypatch.setattr(pipeline, "check_examples", lambda light, examples: pytest.fail("asked again"))
+    assert pipeline.run(config)["metrics"]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_examples_are_counted_in_the_second_half(parts: int) -> None:
+    assert estimate(student(), steps=5, parts=parts, rows=8).record().meta["scored_examples"] == 3 * 8
+
+
+def test_a_loop_of_few_examples_makes_no_plan() -> None:
+    assert estimate(student(), steps=4, rows=8, least_examples=16).record()
+    with pytest.raises(LightPeftError, match=r"scores 16 examples, .* fewer than 17 .*; raise light\.length"):
+        estimate(student(), steps=4, rows=8, least_examples=17).record()
+
+
+@given(st.integers(1, 1000))
+def test_the_second_half_is_scored(length: int) -> None:
+    assert length <= 2 * scored_steps(length) <= length + 1
+
+
+def test_least_examples_are_no_negative_number() -> None:
+    with pytest.raises(LightPeftError, match="least_examples is -1; it cannot be negative"):
+        LightConfig(least_examples=-1)
