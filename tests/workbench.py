@@ -334,8 +334,9 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def stamps(folder: Path) -> dict[str, int]:
-    """Relative path -> time of the last change, in nanoseconds, of everything below a folder."""
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+    """Relative path -> time of the last change, in nanoseconds, of everything below a folder but locks."""
+    files = (path for path in sorted(folder.rglob("*")) if path.name != ".lock")
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class RunFolder:
         """
         run = cls(Path(config.output), config, replan)
         require(not run.path.exists() or run.path.is_dir(), f"output {run.path} is a file; give a folder")
-        check_free(run.path)
+        if processes().is_main_process:
+            check_free(run.path)
         run._check_same()
         return run
 

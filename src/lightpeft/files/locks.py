@@ -52,7 +52,8 @@ def holding(folder: Path, *, wait: Callable[[], None] | None = None, inherited: 
     except OSError as error:
         raise LightPeftError(f"cannot write to output {folder}: {error.strerror or error}") from error
     try:
-        _take(descriptor, folder, wait)
+        if _lock(descriptor, folder, wait):
+            _sign(descriptor)
         os.set_inheritable(descriptor, inherited)
         _mine[place] = 1
         try:
@@ -74,7 +75,7 @@ def check_free(folder: Path) -> None:
     with suppress(OSError):  # what is wrong with the folder is said by who writes to it
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
         try:
-            _take(descriptor, folder, wait=None)
+            _lock(descriptor, folder, wait=None)
         finally:
             os.close(descriptor)
 
@@ -85,7 +86,8 @@ def _release(place: Path) -> None:
         del _mine[place]
 
 
-def _take(descriptor: int, folder: Path, wait: Callable[[], None] | None) -> None:
+def _lock(descriptor: int, folder: Path, wait: Callable[[], None] | None) -> bool:
+    """Whether the file system has locks; raises where somebody has this one, or waits."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -96,8 +98,13 @@ def _take(descriptor: int, folder: Path, wait: Callable[[], None] | None) -> Non
             ) from error
         wait()
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks
-        return
+    except OSError:
+        return False
+    return True
+
+
+def _sign(descriptor: int) -> None:
+    """Say in a lock who has it."""
     with suppress(OSError):  # a full disk is no reason not to work, only to say less
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)

@@ -55,11 +55,11 @@ def reproduce(
     devices = _checked(devices)
     cells = [spread(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
-    for cell in cells:
-        RunFolder.open(cell.config)
     # cells inherit the lock: one that outlives its grid, because that was killed, is waited for before it is run again
     busy = f"{out} is in use by another grid or one of its cells; waiting for it to end"
     with holding(out, wait=lambda: _say(busy), inherited=True):
+        for cell in cells:
+            RunFolder.open(cell.config)
         suite = _Suite(out, grid.baseline, cells, devices, launch or run_cell)
         return suite.run(chosen)
 
