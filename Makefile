@@ -8,11 +8,12 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test fetch lint format clean
+.PHONY: help demo test test-faults fetch lint format clean
 
 help:
 	@echo "make demo    set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
 	@echo "make test    set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
+	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
 	@echo "make lint    ruff (lint and format) and mypy"
 	@echo "make format  rewrite the sources in ruff's format"
 	@echo "make clean   remove caches and build outputs (not .venv, not demo/cache)"
@@ -27,6 +28,10 @@ test: lint fetch
 
 fetch: $(VENV)/.installed-dev
 	$(BIN)/python demo/fetch.py --decoder
+
+test-faults: fetch
+	LIGHTPEFT_FAULTS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest -n $(WORKERS) -rP tests/test_faults.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
