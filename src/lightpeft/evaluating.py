@@ -39,6 +39,7 @@ from lightpeft.tasks import (
     task_class,
 )
 from lightpeft.tasks.answers import MeanMetric, Metric
+from lightpeft.watching import constant_score, doubts
 
 UNNAMED = re.compile(r"LABEL_\d+")
 """What transformers calls a class without a name."""
@@ -92,8 +93,9 @@ def evaluate_model(
         seed: of the bootstrap.
 
     Returns:
-        The report: task, examples, model (name, kind, metrics, intervals, parameters), and with `other` the same of it
-        as other, and comparison; with `per_class`, classes.
+        The report: task, examples, constant_answer (the main metric of always giving one answer), model (name, kind,
+        metrics, intervals, warnings, parameters), and with `other` the same of it as other, and comparison; with
+        `per_class`, classes.
 
     Raises:
         LightPeftError: bad input, or a model that does not fit the data.
@@ -222,6 +224,7 @@ def _report(measured: Sequence[Measured], per_class: bool, seed: int) -> dict[st
     report = {
         "task": first.task.config.task,
         "examples": len(first.answers()),
+        "constant_answer": constant_score(first.answers(), first.task),
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
         "model": _of_model(first, seed),
     }
@@ -234,10 +237,13 @@ def _report(measured: Sequence[Measured], per_class: bool, seed: int) -> dict[st
 
 
 def _of_model(measured: Measured, seed: int) -> dict[str, Any]:
+    scores = scores_of(measured.outcomes, measured.task, seed)
+    interval = scores.intervals.get(measured.task.main_metric)
     return {
         "name": measured.found.name,
         "kind": measured.found.kind,
-        **asdict(scores_of(measured.outcomes, measured.task, seed)),
+        **asdict(scores),
+        "warnings": list(doubts(measured.answers(), measured.task, interval)),
         "parameters": measured.parameters,
     }
 

@@ -33,11 +33,32 @@ def facts_table(facts: Mapping[str, Any], title: str) -> Table:
     return table
 
 
-def metrics_table(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float] | None], title: str) -> Table:
-    """One metric a row, with its 95% interval where there is one."""
-    table = _numbers_table(title, "", "value", "95% interval")
+def metrics_table(
+    metrics: Mapping[str, float],
+    intervals: Mapping[str, Sequence[float] | None],
+    title: str,
+    constant: Mapping[str, float] | None = None,
+) -> Table:
+    """One metric a row, with its 95% interval where there is one; beside what a constant answer gets, where given."""
+    table = _numbers_table(title, "", "value", "95% interval", *(["constant answer"] if constant else []))
     for name, value in metrics.items():
-        table.add_row(escape(name), shown(value), _range(intervals.get(name)))
+        beside = [shown(constant[name]) if name in constant else ""] if constant else []
+        table.add_row(escape(name), shown(value), _range(intervals.get(name)), *beside)
+    return table
+
+
+def milestones_table(milestones: Mapping[str, Any]) -> Table:
+    """The course of a run on a sample of test rows: one moment a row, with the main metric and the loss.
+
+    Args:
+        milestones: what metrics.json has under that name.
+    """
+    metrics: Mapping[str, Mapping[str, float]] = milestones["metrics"]
+    columns = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    table = _numbers_table(f"the course of the run, on {milestones['examples']:,} test rows", "", *columns)
+    for moment, values in metrics.items():
+        numbers = [shown(values[name]) if name in values else "" for name in columns]
+        table.add_row(escape(moment.replace("_", " ")), *numbers)
     return table
 
 
