@@ -34,6 +34,7 @@ from lightpeft.files import (
     replacing_folder,
     seal,
     write_json,
+    write_text,
     writing,
 )
 from lightpeft.plain_data import load_yaml
@@ -218,6 +219,12 @@ def test_temporary_names_cannot_be_guessed_and_links_are_not_followed(tmp_path: 
     with replacing(tmp_path / "out.csv") as file:
         file.write("more rows")
     assert victim.read_text() == "mine" and sorted(os.listdir(tmp_path)) == ["out.csv", "victim"]
+
+
+def test_what_is_to_be_new_takes_nobody_s_place(tmp_path: Path) -> None:
+    write_text(tmp_path / "config.yaml", "mine", new=True)
+    assert "File exists; nothing was changed" in refused(lambda: write_text(tmp_path / "config.yaml", "x", new=True))
+    assert (tmp_path / "config.yaml").read_text() == "mine" and os.listdir(tmp_path) == ["config.yaml"]
 
 
 def old_folder(folder: Path) -> dict[str, str]:

@@ -42,13 +42,16 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     write_text(path, json.dumps({**content, CHECKSUM: content_checksum(content)}, indent=1) + "\n")
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, *, new: bool = False) -> None:
     """Write a text that takes the place of `path` when it is complete.
+
+    Args:
+        new: nothing may be there.
 
     Raises:
         LightPeftError: it cannot be written.
     """
-    with replacing(path) as file:
+    with replacing(path, new=new) as file:
         file.write(text)
 
 
@@ -65,8 +68,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[TextIO]:
+def replacing(path: str | Path, *, new: bool = False) -> Iterator[TextIO]:
     """A text file that takes the place of `path` when it is complete, and vanishes if writing fails.
+
+    Args:
+        new: nothing may be there, also where two processes find nothing at the same time.
 
     Raises:
         LightPeftError: it cannot be written.
@@ -84,7 +90,10 @@ def replacing(path: str | Path) -> Iterator[TextIO]:
             file.flush()
             _open_to_users(temporary)
             os.fsync(descriptor)
-            temporary.replace(path)
+            if new:
+                os.link(temporary, path)
+            else:
+                temporary.replace(path)
         _sync(path.parent)
     except UnicodeEncodeError as error:
         raise LightPeftError(f"cannot write {path}: it would hold half a character; nothing was changed") from error
