@@ -37,11 +37,12 @@ from torch import Tensor
 from transformers import BertForMaskedLM, PreTrainedModel
 
 from lightpeft import LightModel, checkpoint, load_light
-from lightpeft.checkpoint import as_light, per_layer_config, read_description
+from lightpeft.checkpoint import as_light, read_description
 from lightpeft.errors import LightPeftError
 from lightpeft.records import PrunePlan
 from lightpeft.sites import find_sites, read_config, transformers_model
 from lightpeft.surgery import apply_plan
+from lightpeft.whole import per_layer_config
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lightpeft.json"]
 

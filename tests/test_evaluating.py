@@ -34,6 +34,7 @@ from lightpeft.loading import load_model
 from lightpeft.opening import find_model
 from lightpeft.tasks import find_entry, run_settings, task_class, task_facts
 from lightpeft.tasks.answers import Answers
+from lightpeft.whole import MERGED
 
 METHODS = ("light", "plain", "full")
 
@@ -502,9 +503,12 @@ def test_an_adapter_with_other_sizes(bench: Workbench, tmp_path: Path) -> None:
 
 
 def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> None:
-    """transformers cannot put it into layers of its config's widths, and its plan is not there."""
+    """transformers cannot put it into layers of its config's widths; with its plan it answers, without it does not."""
     load_light(bench.folder / "light" / "adapter").merge_and_unload().save_pretrained(tmp_path / "merged")
     shutil.copytree(bench.base, tmp_path / "merged", dirs_exist_ok=True, ignore=only_tokenizer)
+    answers = evaluate_model(tmp_path / "merged", rows_of(bench))["model"]
+    assert answers["metrics"] == pytest.approx(measured(bench, "light")["metrics"], rel=1e-4)
+    (tmp_path / "merged" / MERGED).unlink()
     text = refusal(lambda: evaluate_model(tmp_path / "merged", rows_of(bench)))
     assert "merged by other means than lightpeft export" in text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -15,15 +16,22 @@ from test_bottleneck import adapted
 from test_checkpoint import light_over, logits
 from tiny import ALL, DROPPED, batch, crossed, inputs_for, make, plan_for, refusal, relative_difference, with_lora
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from workbench import checksums, edit, read
 
 from lightpeft import load_merged, save_merged
 from lightpeft.checkpoint import as_light
-from lightpeft.exporting import MERGED, read_merged
+from lightpeft.exporting import read_merged
 from lightpeft.files import file_checksum
 from lightpeft.refit import Correction, apply_refit
 from lightpeft.surgery import apply_plan
+from lightpeft.whole import MERGED
 
 CLOSE = 3e-5
 """Merging adds LoRA's weights to the base's, which rounds."""
@@ -147,6 +155,7 @@ def test_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 EVEN: dict[str, Any] = {"heads": 0.5, "neurons": 0.5, "neurons_scope": "layerwise"}
 """Half of the heads and of the neurons of every layer."""
 NARROW: dict[str, Any] = {**EVEN, "heads": 0.0}
+SHALLOW: dict[str, Any] = {"heads": 0.0, "neurons": 0.0, "depth": 1 / 3}
 
 
 HEADS_IN_CONFIG = ("llama-gqa", "llama-head-dim", "llama-tied", "mistral", "qwen3", "gemma2", "phi3")
@@ -182,6 +191,61 @@ def test_generate_from_a_checkpoint_like_any_other(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generate(**options).equal(light.generate(**options))
     assert loaded.config.num_attention_heads == 2 and loaded.config.intermediate_size == 24
+
+
+# The model that merging gives
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"), [*((name, EVEN) for name in HEADS_IN_CONFIG[:2]), ("bert", NARROW), ("llama-gqa", SHALLOW)]
+)
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
+def test_what_its_config_can_say_is_saved_as_any_other(
+    way: str, name: str, budget: dict[str, Any], tmp_path: Path
+) -> None:
+    light = light_over(make(name), **budget)
+    whole = getattr(light, way)()
+    whole.save_pretrained(tmp_path)
+    assert sorted(
+        path.name for path in tmp_path.iterdir() if path.suffix == ".json" and "generation" not in path.name
+    ) == ["config.json"]
+    assert logits(type(make(name)).from_pretrained(tmp_path)).equal(logits(whole))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "t5", "gpt2"])
+@pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
+def test_what_its_config_cannot_say_is_saved_with_its_plan(way: str, name: str, tmp_path: Path) -> None:
+    light = light_over(make(name), {"accuracy": 0.75}, **DROPPED)
+    whole = getattr(light, way)()
+    whole.save_pretrained(tmp_path / "whole")
+    loaded = load_merged(tmp_path / "whole")
+    assert logits(loaded).equal(logits(whole)) and loaded.light_plan == light.light_plan
+    assert read_merged(tmp_path / "whole")["metrics"] == {}, "it may have been trained since they were measured"
+    loaded.save_pretrained(tmp_path / "again")
+    assert logits(load_merged(tmp_path / "again")).equal(logits(whole))
+    copied = copy.deepcopy(loaded)
+    with torch.no_grad():
+        next(parameter for parameter in copied.parameters() if parameter.dim() > 1).mul_(1.1)
+    copied.save_pretrained(tmp_path / "copied")
+    assert logits(load_merged(tmp_path / "copied")).equal(logits(copied)), "a copy saves its own weights"
+    whole.save_pretrained(tmp_path / "rank1", is_main_process=False)
+    assert not (tmp_path / "rank1").exists()
+
+
+def test_a_trainer_saves_checkpoints_of_it(tmp_path: Path) -> None:
+    model = light_over(make("bert"), **DROPPED).merge_and_unload().train()
+    rows = [{"input_ids": [4, 5, 6 + i], "labels": i % 2} for i in range(8)]
+    settings: dict[str, Any] = {"max_steps": 2, "save_steps": 1, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    Trainer(model, TrainingArguments(str(tmp_path), **settings), train_dataset=rows).train()
+    assert logits(load_merged(tmp_path / "checkpoint-2")).equal(logits(model.eval()))
+    assert not logits(load_merged(tmp_path / "checkpoint-1")).equal(logits(model))
+
+
+def test_a_quantised_one_is_not_saved(tmp_path: Path) -> None:
+    whole = light_over(make("bert")).merge_and_unload()
+    whole.config.quantization_config = SimpleNamespace()
+    assert "keep the light adapter" in refusal(lambda: whole.save_pretrained(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
 
 
 # What is written

@@ -187,6 +187,20 @@ def test_a_trainer_goes_on_from_its_checkpoint_and_takes_the_best(base: Path, tm
     assert not logits(rest.model).equal(logits(begun.model.eval()))
 
 
+def test_weights_for_other_units_are_not_loaded(base: Path, tmp_path: Path) -> None:
+    """All shapes fit, so that PEFT would load them."""
+    light, other = light_of(base), light_of(base, seed=4)
+    other.save_pretrained(tmp_path / "other")
+    before = logits(light)
+    for name in ("default", "second"):
+        said = refusal(lambda name=name: light.load_adapter(tmp_path / "other", name))
+        assert said.startswith(f"{tmp_path / 'other'} is for other units") and "load_light" in said
+    assert logits(light).equal(before) and not logits(other).equal(before)
+    light.save_pretrained(tmp_path / "own")
+    light.load_adapter(str(tmp_path / "own"), "default")
+    assert logits(light).equal(before)
+
+
 def test_push_to_hub_sends_the_light_adapter(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def upload(self: Any, folder: str, *args: Any, **kwargs: Any) -> None:
         shutil.copytree(folder, tmp_path / "sent")

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import batch, make, masked, plan_for, relative_difference, with_lora
+from tiny import batch, make, masked, plan_for, refusal, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
@@ -275,7 +275,7 @@ def test_prepared_layers_of_any_width_compute_with_their_weight(width: int) -> N
 def test_widths_of_other_kinds() -> None:
     grouped = KINDS["torchao-int8-groups"](plain())
     assert fault(grouped, 64, 1) is None and fault(grouped, 33, 0) is None
-    assert "33 input features" in str(fault(grouped, 33, 1)) and "multiple_of" in str(fault(grouped, 33, 1))
+    assert fault(grouped, 33, 1) == "33 input features are no multiple of the 32 weights that share a scale"
     for layer in (plain(), eight_bits(plain()), KINDS["torchao-int8"](plain())):
         assert fault(layer, 33, 0) is None and fault(layer, 33, 1) is None
 
@@ -408,6 +408,40 @@ def densified(model: Any) -> Any:
             linear.weight, linear.bias = nn.Parameter(dense_weight(module)), module.bias
             copied.set_submodule(name, linear.requires_grad_(False))
     return copied
+
+
+GROUPS_OF_32 = "are no multiple of the 32 weights that share a scale; set light."
+
+
+@pytest.mark.parametrize(
+    ("budget", "advice"),
+    [
+        ({"heads": 0.5, "neurons": 0.0}, "heads to 0, or quantise by rows"),
+        ({"heads": 0.5, "neurons": 0.0, "head_unit": "balanced"}, None),
+        ({"heads": 0.0, "neurons": 0.5}, "multiple_of to a multiple of these, or quantise by rows"),
+        ({"heads": 0.0, "neurons": 0.5, "multiple_of": 64}, None),
+        (
+            {"blocks": 0.5, "multiple_of": 32},
+            "heads to 0, with light.neurons in place of light.blocks and light",
+        ),
+        ({"heads": 0.0, "neurons": 0.0}, None),
+    ],
+)
+def test_widths_that_groups_cannot_have_are_refused_before_estimation(
+    tmp_path: Path, budget: dict[str, Any], advice: str | None
+) -> None:
+    """Heads of 16 channels: four heads in two KV groups of two are 32 channels a group; four in four are 16."""
+    package = pytest.importorskip("torchao.quantization")
+    groups = 4 if budget.get("head_unit") is None else 2
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 16, "num_key_value_heads": groups}
+    make("llama-gqa", **sizes).save_pretrained(tmp_path)
+    config = torchao_config(granularity=package.PerGroup(32))
+    model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32))
+    if advice is None:
+        EarlyPruner(model, LightConfig(**budget))
+    else:
+        said = refusal(lambda: EarlyPruner(model, LightConfig(**budget)))
+        assert said.startswith("model.layers.0.") and f"{GROUPS_OF_32}{advice}" in said
 
 
 @all_configs

@@ -18,7 +18,7 @@ from lightpeft.quantised import prepare_quantised
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.refit import Batches, Refit, apply_refit, fit_refit
 from lightpeft.sites import find_sites, restart_sites
-from lightpeft.surgery import apply_plan
+from lightpeft.surgery import apply_plan, check_budget
 
 
 class EarlyPruner:
@@ -43,12 +43,14 @@ class EarlyPruner:
             config: budget and estimation settings; the default preset if None.
 
         Raises:
-            LightPeftError: an unsupported model family, PEFT type, or quantisation, or a depth that cannot be cut.
+            LightPeftError: an unsupported model family, PEFT type, or quantisation, or a budget that a quantised layer
+                or the model's depth cannot have.
         """
         self.model = model
         self.config = config or LightConfig()
         ensure_family(model)
         prepare_quantised(model)
+        check_budget(model, self.config)
         self.estimator = Estimator(model, self.config)
 
     def callback(self, resume_from: str | Path | None = None) -> EstimationCallback:

@@ -305,7 +305,7 @@ class TorchaoLinear(QuantisedLinear):
         group = _group_size(layer.weight)
         if dim == 0 or group is None or width % group == 0:
             return None
-        return f"{width} input features are no multiple of the {group} weights that share a scale; set multiple_of"
+        return f"{width} input features are no multiple of the {group} weights that share a scale"
 
     def _cut_weight(self, layer: Any, index: Tensor, dim: int) -> None:
         layer.weight = nn.Parameter(_cut_torchao(layer.weight, index, dim), requires_grad=False)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
 
+from lightpeft.config import Budget
 from lightpeft.depth import leave_out
 from lightpeft.errors import LightPeftError, require
 from lightpeft.families import block_specs
@@ -76,6 +77,29 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     inner.light_pruned = bool(plan.removed_parameters)
     if isinstance(model, PeftModel):
         refresh_config(model)
+
+
+def check_budget(model: nn.Module, budget: Budget) -> None:
+    """Refuse a budget by which a quantised layer may get a width that it cannot have; call it before estimation.
+
+    Raises:
+        LightPeftError: naming the layer, with what to set instead.
+    """
+    by_parameters = budget.blocks is not None or budget.target is not None
+    instead = ", with light.neurons in place of light.blocks and light.target" if by_parameters else ""
+    for spec in block_specs(transformers_model(model)):
+        balanced = budget.head_unit == "balanced" and spec.heads_per_kv > 1
+        unit = spec.kv_heads if balanced else spec.heads_per_kv
+        if budget.heads or by_parameters:
+            _check_unit(model, spec, "o", unit * spec.head_dim, f"set light.heads to 0{instead}")
+        if spec.neurons and (budget.neurons or by_parameters):
+            _check_unit(model, spec, "ffn_out", budget.multiple_of, "set light.multiple_of to a multiple of these")
+
+
+def _check_unit(model: nn.Module, spec: BlockSpec, slot: str, width: int, instead: str) -> None:
+    name = spec.projections[slot]
+    reason = fault(base_linear(model, name), width, cut_dim(slot))
+    require(reason is None, f"{name} cannot be cut in steps of {width}: {reason}; {instead}, or quantise by rows")
 
 
 def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
