@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import threading
@@ -149,6 +150,25 @@ def test_a_killed_export_is_made_again_by_the_same_command(bench: Workbench, fin
         assert sorted(path.name for path in out.iterdir()) == expected
         assert lightpeft("predict", out, "--example", "good1 word1") == 0
         assert os.listdir(out.parent) == ["whole"] or FULL
+
+
+@pytest.mark.parametrize("size", [100, 700, 3_000, 6_000, 10_000, 16_000, 24_000, 40_000])
+def test_a_disk_that_fills_up(bench: Workbench, finished: Path, size: int) -> None:
+    """In the middle of whatever file is the first that is larger: one line, and the same command goes on with room."""
+    name = f"full_{size}"
+    file, folder = bench.yaml(name, **SETTINGS), bench.folder / name
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    code, errors = in_child(fill, "run", "--config", file)
+    assert (code, errors.count("\n")) in ((2, 1), (0, 0))
+    if code:
+        assert "cannot write" in errors
+    check_parses(folder)
+    assert in_child(lambda: None, "run", "--config", file)[0] == 0
+    assert comparable(folder) == comparable(finished) and leftovers(folder) == []
 
 
 # -- company -----------------------------------------------------------------------------------------------------
