@@ -1,0 +1,402 @@
+"""What a run says of its own course: the same rows at every turn, nothing of the run changed, and doubts said aloud."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tiny import refusal
+from torch import nn
+from workbench import Workbench, lightpeft, read
+
+from lightpeft import load_light, pipeline
+from lightpeft.config import DataConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.evaluating import evaluate_harness, evaluate_model
+from lightpeft.evaluation import Outcome, Run, outcome
+from lightpeft.families import block_lists
+from lightpeft.sites import transformers_model
+from lightpeft.statistics import bootstrap_intervals
+from lightpeft.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, RegressionTask, Task
+from lightpeft.tasks.answers import Answers
+from lightpeft.watching import (
+    MILESTONES,
+    MOST_ROWS,
+    MOST_WRITTEN,
+    Watcher,
+    constant_answers,
+    constant_score,
+    course,
+    doubts,
+    doubts_of_run,
+    notices,
+    sample,
+)
+
+FEW: dict[str, Any] = {"light.least_examples": 0}
+"""Runs this short estimate on few examples."""
+
+
+def task_of(kind: type[Task], labels: Sequence[str] = (), rows: int = 4) -> Task:
+    numbered = Dataset.from_dict({"number": list(range(rows))})
+    return kind(DataConfig(train="unused"), numbered, numbered, list(labels))
+
+
+CLASSES = task_of(ClassificationTask, ["no", "yes"])
+
+
+# -- what a model is held against ----------------------------------------------------------------------------------
+
+
+class TestConstantAnswers:
+    @pytest.mark.parametrize(
+        ("references", "best"),
+        [
+            ([1, 0, 1], 1),
+            ([1.0, 2.0, 6.0], 3.0),
+            ([["a", "b"], ["b"], ["a"]], "a"),
+            ([[], [], ["a"]], ""),
+            (["x", "y", "y"], "y"),
+        ],
+    )
+    def test_the_best_of_them(self, references: list[Any], best: Any) -> None:
+        constant = constant_answers(Answers(references, references))
+        assert constant is not None and list(constant.predictions) == [best] * 3
+        assert constant.references == references
+
+    def test_language_modelling_has_none(self) -> None:
+        answers = Answers([(1.0, 2.0, 3.0)], [None])
+        assert constant_answers(answers) is None
+        assert constant_score(answers, task_of(CausalLMTask)) == {}
+
+    def test_classes_that_no_row_has_count_too(self) -> None:
+        """F1 of three classes is a mean over them, whichever are right somewhere."""
+        task = task_of(ClassificationTask, ["a", "b", "c"])
+        answers = Answers([0, 1, 1], [0, 0, 1], None, np.eye(3, dtype=np.float32)[[0, 1, 1]])
+        constant = constant_answers(answers)
+        assert constant is not None and constant.probabilities is not None
+        assert constant.probabilities.tolist() == [[1, 0, 0]] * 3
+        assert constant_score(answers, task) == {"accuracy": 2 / 3}
+
+
+class TestSample:
+    @pytest.mark.parametrize(
+        ("kind", "rows", "chosen"),
+        [(ClassificationTask, 1000, MOST_ROWS), (GenerationTask, 1000, MOST_WRITTEN), (ClassificationTask, 7, 7)],
+    )
+    def test_so_many_rows_and_always_the_same(self, kind: type[Task], rows: int, chosen: int) -> None:
+        state = torch.get_rng_state()
+        first, again = (sample(task_of(kind, rows=rows))["number"][:] for _ in range(2))
+        assert first == again == sorted(set(first)) and len(first) == chosen
+        assert chosen == rows or first != list(range(chosen))
+        assert torch.get_rng_state().equal(state)
+
+
+# -- doubts --------------------------------------------------------------------------------------------------------
+
+
+def told(answers: Answers, task: Task) -> list[str]:
+    intervals = bootstrap_intervals(answers, *task.measures)
+    return list(doubts(answers, task, intervals[task.main_metric]))
+
+
+def classes(right: int, wrong: int, task: Task = CLASSES) -> Answers:
+    """Half of the rows are of either class."""
+    references = [number % 2 for number in range(right + wrong)]
+    return Answers([r if n < right else 1 - r for n, r in enumerate(references)], references)
+
+
+class TestDoubts:
+    def test_a_good_model_raises_none(self) -> None:
+        assert told(classes(80, 20), CLASSES) == []
+
+    def test_no_better_than_a_constant_answer(self) -> None:
+        (line,) = told(classes(55, 45), CLASSES)
+        assert line.startswith("accuracy 0.5500 (95% interval 0.4")
+        assert ' cannot be told from the 0.5000 of always answering "no"; train longer' in line
+
+    def test_worse_than_a_constant_answer(self) -> None:
+        (line,) = told(classes(20, 80), CLASSES)
+        assert line.startswith("accuracy 0.2000 ") and ' is worse than the 0.5000 of always answering "no"; ' in line
+
+    def test_one_class_alone(self) -> None:
+        (line,) = told(Answers([1] * 40, [0, 1] * 20), CLASSES)
+        assert line.startswith('all 40 test rows are answered "yes"; train longer')
+
+    @pytest.mark.parametrize("references", [[0, 1, 1, 1], [1] * 40, [0] + [1] * 199])
+    def test_one_class_alone_may_be_right(self, references: list[int]) -> None:
+        """Rows are few, all of that class, or nearly all: a model that is right as often may well answer so."""
+        assert not [
+            line for line in told(Answers([1] * len(references), references), CLASSES) if "are answered" in line
+        ]
+
+    def test_less_is_better_of_errors(self) -> None:
+        task = task_of(RegressionTask)
+        task.entry.metrics = ["mse"]
+        right = [float(number) for number in range(40)]
+        assert told(Answers([value + 1 for value in right], right), task) == []
+        (line,) = told(Answers([value + 50 for value in right], right), task)
+        assert " is worse than the 133.2500 of always answering the mean, 19.5; " in line
+
+    def test_options_have_no_names(self) -> None:
+        task = task_of(MultipleChoiceTask)
+        (line,) = told(Answers([0, 1, 2] * 10, [1, 2, 1] * 10), task)
+        assert "always answering option 2; " in line
+
+    def test_language_modelling_and_single_rows_tell_nothing(self) -> None:
+        assert told(Answers([(1.0, 2.0, 3.0)] * 3, [None] * 3), task_of(CausalLMTask)) == []
+        assert told(classes(0, 1), CLASSES) == []
+
+
+def watcher(**answers: Answers) -> Watcher:
+    outcomes = {moment: Outcome(of_then) for moment, of_then in answers.items()}
+    return Watcher(CLASSES, Dataset.from_dict({}), 100, lambda model: pytest.fail("asked"), outcomes)
+
+
+class TestDoubtsOfRun:
+    def test_worse_than_the_untouched_base(self) -> None:
+        before, after = classes(80, 20), classes(60, 40)
+        (line,) = doubts_of_run(watcher(untouched_base=before, in_the_end=after), {})
+        assert line.startswith("accuracy 0.6000 on 100 test rows is worse than the untouched base's 0.8000 (p = ")
+        assert line.endswith("; train at a lower learning rate, or cut less (light.blocks)")
+        assert list(doubts_of_run(watcher(untouched_base=after, in_the_end=before), {})) == []
+        assert list(doubts_of_run(watcher(untouched_base=before, in_the_end=classes(78, 22)), {})) == []  # by chance
+
+    @pytest.mark.parametrize(
+        ("losses", "accuracies", "said"),
+        [
+            ((0.5, 0.7, 0.6), (0.8, 0.7), True),
+            ((0.5, 0.7, 0.6), (0.8, 0.8), True),
+            ((0.5, 0.7, 0.6), (0.8, 0.9), False),  # surer of fewer mistakes
+            ((0.5, 0.7, 0.51), (0.8, 0.7), False),  # brought back
+            ((0.5, 0.51, 0.7), (0.8, 0.7), False),  # not by the cut
+        ],
+    )
+    def test_a_loss_that_the_cut_raised(
+        self, losses: tuple[float, ...], accuracies: tuple[float, float], said: bool
+    ) -> None:
+        before, after = accuracies
+        moments = zip(MILESTONES[2:], losses, (before, after, after), strict=True)
+        milestones = {name: {"accuracy": accuracy, "loss": loss} for name, loss, accuracy in moments}
+        lines = list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones))
+        assert len(lines) == said
+        if said:
+            assert (
+                "the cut raised the loss on 100 test rows from 0.5000 to 0.7000, and training left it at 0.6000; "
+                in lines[0]
+            )
+
+    def test_texts_have_no_loss(self) -> None:
+        milestones = {name: {"f1": 0.5} for name in MILESTONES}
+        assert list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)) == []
+
+
+class TestCourse:
+    def test_of_all_stages_in_order(self) -> None:
+        earlier = [
+            {"stage": "train", "done": True},
+            {"stage": "prune", "milestones": {"after_the_cut": {"loss": 2.0}, "after_estimation": {"loss": 1.0}}},
+        ]
+        found = course(watcher(in_the_end=classes(3, 1)), earlier)
+        assert list(found) == ["constant_answer", "after_estimation", "after_the_cut", "in_the_end"]
+        assert found["in_the_end"] == {"accuracy": 0.75} and found["constant_answer"] == {"accuracy": 0.5}
+
+    @pytest.mark.parametrize("entry", [{}, {"milestones": None}, {"milestones": 5}, {"milestones": {"unknown": {}}}])
+    def test_older_and_other_logs(self, entry: dict[str, Any]) -> None:
+        assert list(course(watcher(in_the_end=classes(3, 1)), [entry])) == ["constant_answer", "in_the_end"]
+
+    def test_what_cannot_be_measured_is_a_warning(self) -> None:
+        def run(model: nn.Module) -> Run:
+            raise LightPeftError("the model's answers to 1 of 9 rows are NaN or infinite (row 2)")
+
+        watching = Watcher(CLASSES, Dataset.from_dict({}), 9, run)
+        watching.look("after_the_cut", nn.Identity())
+        answers = classes(80, 20)
+        found = notices(watching, [], answers, bootstrap_intervals(answers, *CLASSES.measures))
+        assert found["milestones"] == {"examples": 9, "metrics": {}}
+        assert found["warnings"] == ["after the cut: the model's answers to 1 of 9 rows are NaN or infinite (row 2)"]
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    bench = Workbench(tmp_path_factory.mktemp("watching"))
+    pipeline.run(bench.config("light", **FEW))
+    return bench
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("language"), "llama", "causal-lm")
+
+
+def milestones(folder: Path) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = read(folder / "metrics.json")["milestones"]["metrics"]
+    return found
+
+
+def test_every_number_is_that_of_the_model_then(bench: Workbench) -> None:
+    folder = bench.folder / "light"
+    found = milestones(folder)
+    assert list(found) == ["constant_answer", "after_estimation", "after_the_cut", "in_the_end"]
+    assert found["constant_answer"] == {"accuracy": 0.5}
+    metrics = read(folder / "metrics.json")["metrics"]
+    assert found["in_the_end"] == {name: metrics[name] for name in ("accuracy", "loss")}
+    cut = evaluate_model(folder / "pruned", {"data": {"test": str(bench.test), "max_length": 32}})["model"]["metrics"]
+    assert found["after_the_cut"] == pytest.approx({name: cut[name] for name in ("accuracy", "loss")})
+    work = pipeline.prepare(bench.config("light", **FEW))
+    dense = pipeline._load_peft(pipeline.dense_model(work).model, folder / "estimation" / "adapter")
+    before = pipeline.measure(work, dense)[""].answers
+    assert found["after_estimation"]["loss"] == pytest.approx(before.scores["loss"].mean())
+
+
+def test_a_sample_of_many_rows(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightpeft.watching.MOST_ROWS", 10)
+    pipeline.run(bench.config("few", **FEW))
+    report = read(bench.folder / "few" / "metrics.json")
+    assert report["milestones"]["examples"] == 10
+    work = pipeline.prepare(bench.config("few", **FEW))
+    chosen = work.test_rows.select(sorted(torch.randperm(40, generator=torch.Generator().manual_seed(0))[:10].tolist()))
+    run = pipeline._asking(work, load_light(bench.folder / "few" / "adapter", bench.base))
+    losses = outcome(run, chosen, work.task).answers.scores["loss"]
+    assert report["milestones"]["metrics"]["in_the_end"]["loss"] == pytest.approx(losses.mean())
+    assert report["metrics"]["examples"] == 40
+
+
+@pytest.mark.parametrize("settings", [{}, {"light.refit": "bias"}], ids=["plain", "refit"])
+def test_watching_changes_nothing(bench: Workbench, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for name in ("watched", "unwatched"):
+        folder = f"{name}-{len(settings)}"
+        pipeline.run(bench.config(folder, **FEW, **settings))
+        weights = load_file(bench.folder / folder / "adapter" / "adapter_model.safetensors")
+        results.append((weights, read(bench.folder / folder / "metrics.json")["metrics"]))
+        monkeypatch.setattr(Watcher, "look", lambda self, name, model: None)
+    assert results[0][0].keys() == results[1][0].keys()
+    assert all(weight.equal(results[1][0][name]) for name, weight in results[0][0].items())
+    assert results[0][1] == results[1][1]
+
+
+def test_looking_is_no_part_of_a_stage(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def look(self: Watcher, name: str, model: nn.Module) -> None:
+        self.seconds += 1000
+
+    monkeypatch.setattr(Watcher, "look", look)
+    pipeline.run(bench.config("timed", **FEW))
+    seconds = read(bench.folder / "timed" / "metrics.json")["seconds"]
+    assert seconds["prune"] < -1900 and seconds["train"] > 0
+
+
+@pytest.mark.parametrize("method", ["light", "plain", "full"])
+def test_a_base_that_can_answer_is_asked(llama: Workbench, method: str) -> None:
+    """The language-modelling head needs no training to answer."""
+    pipeline.run(llama.config(method, method=method, **FEW))
+    found = milestones(llama.folder / method)
+    between = ["after_estimation", "after_the_cut"] if method == "light" else []
+    assert list(found) == ["untouched_base", *between, "in_the_end"]
+    data = {"task": "causal-lm", "test": str(llama.test), "prompt": "prompt", "completion": "completion"}
+    base = evaluate_model(llama.base, {"data": {**data, "max_length": 32}})["model"]["metrics"]
+    assert found["untouched_base"] == pytest.approx({name: base[name] for name in ("perplexity", "loss")})
+    assert found["in_the_end"]["loss"] < found["untouched_base"]["loss"]
+
+
+@pytest.mark.parametrize("method", ["plain", "full"])
+def test_other_methods_have_fewer_moments(bench: Workbench, method: str) -> None:
+    pipeline.run(bench.config(method, method=method))
+    assert list(milestones(bench.folder / method)) == ["constant_answer", "in_the_end"]
+
+
+def test_blocks_that_estimation_did_without_are_gone(
+    llama: Workbench, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, look = {}, Watcher.look
+
+    def count(self: Watcher, name: str, model: nn.Module) -> None:
+        blocks[name] = len(block_lists(transformers_model(model))[0])
+        look(self, name, model)
+
+    monkeypatch.setattr(Watcher, "look", count)
+    changes = {"light.depth": 0.5, "model.name": str(llama.base)}
+    pipeline.run(bench.config("shallow", **FEW, **changes))
+    assert blocks == {"after_estimation": 1, "after_the_cut": 1}
+    assert list(milestones(bench.folder / "shallow"))[1:] == ["after_estimation", "after_the_cut", "in_the_end"]
+
+
+def test_a_run_that_an_older_version_pruned(bench: Workbench) -> None:
+    file = bench.yaml("older", **FEW)
+    for verb in ("estimate", "plan", "prune"):
+        assert lightpeft(verb, "--config", file) == 0
+    log = bench.folder / "older" / "log.jsonl"
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    assert "milestones" in entries[-1]
+    kept = [{name: value for name, value in e.items() if name not in ("milestones", "warnings")} for e in entries]
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+    assert lightpeft("run", "--config", file) == 0
+    assert list(milestones(bench.folder / "older")) == ["constant_answer", "in_the_end"]
+
+
+def flat(model: nn.Module) -> None:
+    """Answer the first class, whatever is asked."""
+    head = transformers_model(model).classifier
+    for module in head.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data.zero_()
+            module.bias.data.copy_(torch.tensor([1.0, 0.0]))
+
+
+def test_a_collapsed_run_says_so_whenever_it_is_shown(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: Callable[..., nn.Module] = pipeline.trained_model
+
+    def collapsed(*args: Any) -> nn.Module:
+        model = trained(*args)
+        flat(model)
+        return model
+
+    monkeypatch.setattr(pipeline, "trained_model", collapsed)
+    file = bench.yaml("collapsed", **FEW)
+    for _ in range(2):
+        capsys.readouterr()
+        assert lightpeft("run", "--config", file) == 0
+        written = capsys.readouterr()
+        lines = [line for line in written.err.splitlines() if line.startswith("warning: ")]
+        assert 'warning: all 40 test rows are answered "negative"; train longer' in lines[0]
+        for shown in ("the course of the run, on 40 test rows", "constant answer", "after the cut", "in the end"):
+            assert shown in written.out
+        monkeypatch.undo()
+    warnings = read(bench.folder / "collapsed" / "metrics.json")["warnings"]
+    assert [f"warning: {line}" for line in warnings] == lines
+    log = [json.loads(line) for line in (bench.folder / "collapsed" / "log.jsonl").read_text().splitlines()]
+    assert next(entry for entry in log if entry["stage"] == "evaluate")["warnings"] == warnings
+
+
+def test_evaluate_holds_any_model_against_a_constant_answer(
+    bench: Workbench, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    settings = {"training.learning_rate": 1e-9, "method": "plain"}  # learns nothing
+    pipeline.run(bench.config("untaught", **settings))
+    capsys.readouterr()
+    report = tmp_path / "report.json"
+    assert lightpeft("evaluate", bench.folder / "untaught", "--json", report) == 0
+    written = capsys.readouterr()
+    entry = read(report)
+    assert entry["constant_answer"] == {"accuracy": 0.5}
+    (line,) = entry["model"]["warnings"]
+    assert "test rows are answered" in line or "of always answering" in line
+    assert written.err == f"warning: {bench.folder / 'untaught'}: {line}\n"
+    assert "constant answer" in written.out and "0.5000" in written.out
+
+
+def test_the_harness_wants_a_language_model(bench: Workbench) -> None:
+    line = refusal(lambda: evaluate_harness(bench.base, ["questions"]))
+    assert "need a causal language model" in line and "(bert) is none" in line
