@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import yaml
 from workbench import RUNS, Workbench, lightpeft
 
-from lightpeft import __version__, cli, pipeline
-from lightpeft.config import Budget, RunConfig, TrainingConfig, load_config
+from lightpeft import __version__, cli, options, pipeline
+from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_config
+from lightpeft.runs import RunFolder
 
 VERBS = ["run", "estimate", "plan", "prune", "train", "evaluate", "bench", "predict", "inspect", "reproduce"]
 
@@ -56,6 +58,43 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
     assert "Rows a step and process. (type: int, default: 32)" in text
     assert "Optimizer steps" in text or "optimizer steps (int)" in text
     assert "--print_config" in text
+
+
+def test_help_shows_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(shown(capsys, "run", "--help").split())
+    for name, value in PRESETS[RunConfig.preset].items():
+        described = text[text.index(f"--light.{name} ") :]
+        assert described[described.index("default: ") :].startswith(f"default: {value})")
+
+
+MISNAMED = {
+    ("run", "--lr", "3e-4"): "unknown option --lr; did you mean --training.learning_rate?",
+    ("run", "--epochs=3"): "did you mean --training.epochs?",
+    ("run", "--per-device-train-batch-size", "8"): "did you mean --training.batch_size?",
+    ("run", "--batch_size", "8"): "did you mean --training.batch_size?",
+    ("predict", "run", "-b", "8"): "did you mean --batch_size?",
+    ("run", "--rank=4"): "did you mean --lora.r?",
+    ("run", "--model", "bert"): "--model takes a YAML file, and bert is none; did you mean --model.name?",
+    ("run", "--training=5"): "did you mean --training.epochs?",
+    ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train?",
+    ("run", "-o", "here"): "unknown option -o; did you mean --output?",
+    ("train", "--heads", "0.5"): "did you mean --light.heads?",
+    ("run", "--frobnicate"): "unknown option --frobnicate; --help shows all that there are",
+    ("inspect", "run", "--lr", "3"): "unknown option --lr; --help shows all that there are",
+}
+
+
+@pytest.mark.parametrize("arguments", MISNAMED, ids=" ".join)
+def test_options_by_names_of_other_tools(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> None:
+    assert lightpeft(*arguments) == 2
+    line = capsys.readouterr().err
+    assert MISNAMED[arguments] in line
+    assert line.count("\n") == 1
+
+
+def test_every_name_of_other_tools_leads_to_an_option() -> None:
+    known = {option for verb in VERBS for option in cli._parser(verb)[1]}
+    assert {f"--{option}" for option in options._ELSEWHERE.values()} <= known | {"--overwrite"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,7 +242,35 @@ def test_inspect_shows_an_adapter_and_a_run(bench: Workbench, capsys: pytest.Cap
 
 
 def test_inspect_shows_the_plan_of_an_unfinished_run(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.yaml("unfinished")
+    file, folder = bench.yaml("unfinished"), bench.folder / "unfinished"
     assert lightpeft("estimate", "--config", file) == 0
+    estimated = shown(capsys, "inspect", folder)
+    assert "scored_examples" in estimated
+    assert "the plan that the run's budget makes of it" in estimated
+    assert shown(capsys, "inspect", folder / "estimation") == estimated
     assert lightpeft("plan", "--config", file) == 0
-    assert "3/4" in shown(capsys, "inspect", bench.folder / "unfinished")
+    planned = shown(capsys, "inspect", folder)
+    assert planned.count("3/4") == estimated.count("3/4") > 0
+    assert planned.splitlines()[-1] == estimated.splitlines()[-1]
+
+
+def test_inspect_shows_an_estimation_alone(
+    bench: Workbench, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    alone = shutil.copytree(bench.folder / "run" / "estimation", tmp_path / "scores")
+    text = shown(capsys, "inspect", alone)
+    assert "scored_steps" in text
+    assert "budget" not in text
+
+
+def test_inspect_shows_what_plain_runs_measured(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.run(bench.config("plain", method="plain", **{"training.epochs": 1}))
+    text = shown(capsys, "inspect", bench.folder / "plain")
+    assert "accuracy" in text
+    assert "method plain" in text
+
+
+def test_inspect_of_a_run_that_has_just_begun(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    RunFolder.open(bench.config("begun")).begin()
+    assert lightpeft("inspect", bench.folder / "begun") == 2
+    assert f"lightpeft run --run {bench.folder / 'begun'}" in capsys.readouterr().err

@@ -11,20 +11,20 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "files", "plain_data", "config", "meanwhile", "structure", "records"},
-    {"layout", "linears", "machine", "quantised", "scoring", "planning", "tasks"},
+    {"errors", "files", "hub", "foreign", "limits", "streams", "plain_data", "config", "meanwhile", "structure", "records"},
+    {"layout", "linears", "machine", "quantised", "schedule", "scoring", "planning", "tasks"},
     {"families", "statistics"},
     {"bottleneck"},
     {"sites"},
-    {"depth", "harness", "labelled", "loading", "masks", "importance", "prediction_files", "profiling"},
+    {"adapters", "depth", "harness", "labelled", "loading", "masks", "importance", "prediction_files", "profiling"},
     {"batching"},
     {"generating"},
     {"acceleration", "evaluation", "estimation", "prefix", "refit", "surgery", "streaming", "training"},
-    {"discovery"},
+    {"bases", "discovery", "watching", "whole"},
     {"checkpoint"},
     {"exporting", "pruner", "runs", "tables"},
     {"opening", "pipeline"},
-    {"bench", "evaluating", "predicting", "reproduce"},
+    {"bench", "evaluating", "inspecting", "options", "predicting", "reproduce"},
     {"cli", "__main__", "__init__"},
 )
 """Modules and sub-packages of lightpeft, lowest layer first."""
@@ -32,6 +32,9 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 WITHIN_LAYER = {
     "files": {"errors"},
+    "foreign": {"errors", "files"},
+    "limits": {"errors"},
+    "streams": {"errors"},
     "plain_data": {"errors", "files"},
     "config": {"errors", "plain_data"},
     "structure": {"errors"},

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator
+from argparse import SUPPRESS
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,9 +18,10 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_s
 from rich.console import Console
 
 from lightpeft import __version__, streams
-from lightpeft.config import RunConfig, merged, run_config_from_dict
+from lightpeft.config import PRESETS, SWITCHES, RunConfig, merged, run_config_from_dict
 from lightpeft.errors import LightPeftError, require
-from lightpeft.plain_data import load_yaml, shown, unknown_key
+from lightpeft.options import explained
+from lightpeft.plain_data import load_yaml, shown
 
 
 class _Screen(Console):
@@ -101,7 +102,7 @@ def _dispatch(arguments: list[str]) -> None:
     try:
         given = parser.parse_args(arguments, defaults=False)
     except ArgumentError as error:
-        raise LightPeftError(_argument_error(str(error), options_of_verb, arguments)) from error
+        raise LightPeftError(explained(str(error), options_of_verb, arguments)) from error
     verb = given.subcommand
     options = given[verb]
     if verb in _STAGES:
@@ -139,8 +140,12 @@ def _parser(asked: str | None) -> tuple[ArgumentParser, list[str]]:
 def _stage_options(parser: ArgumentParser, skip: Collection[str] = ()) -> None:
     parser.add_argument("--config", type=str, help="YAML file with settings.")
     parser.add_argument("--run", type=str, help="Folder of a run to go on with; its own config.yaml holds.")
-    parser.add_argument("--print_config", action="store_true", help="Show all settings as YAML and exit.")
+    parser.add_argument(
+        "--print_config", action="store_true", help="Show all settings as YAML, as they would be, and exit."
+    )
     parser.add_class_arguments(RunConfig, skip=set(skip))
+    preset = PRESETS[RunConfig.preset]
+    parser.set_defaults({f"light.{name}": value for name, value in preset.items()})  # as help shows them
 
 
 _EVALUATE: dict[str, dict[str, Any]] = {
@@ -157,6 +162,8 @@ _EVALUATE: dict[str, dict[str, Any]] = {
     "limit": {"type": float, "help": "Documents a task of the harness or, below 1, that part of them (default: all)."},
 }
 """Options of `evaluate` beside those of a run."""
+_COLUMNS = ("text", "text_pair")
+"""Settings of `data` that `predict` and `evaluate` take without their section, too."""
 
 
 def _evaluate_options(parser: ArgumentParser) -> None:
@@ -170,6 +177,8 @@ def _evaluate_options(parser: ArgumentParser) -> None:
     for name, option in _EVALUATE.items():
         parser.add_argument(f"--{name}", **option)
     _stage_options(parser, skip=["tasks"])  # tasks of one's own come from --config
+    for name in _COLUMNS:
+        parser.add_argument(f"--{name}", type=str, help=SUPPRESS)
 
 
 def _bench_options(parser: ArgumentParser) -> None:
@@ -182,6 +191,8 @@ def _bench_options(parser: ArgumentParser) -> None:
 def _run_stage(verb: str, options: Namespace) -> None:
     given = options.as_dict()
     show = given.pop("print_config", False)
+    columns = {name: given.pop(name) for name in _COLUMNS if name in given}
+    given = merged(given, {"data": columns}) if columns else given
     extra = {name: given.pop(name) for name in _EXTRA.get(verb, ()) if name in given}
     if show:
         _print_config(_config(given))
@@ -255,10 +266,19 @@ _STAGE_VERBS: dict[str, Callable[..., None]] = {
 
 
 def _show_metrics(report: dict[str, Any]) -> None:
-    from lightpeft.tables import facts_table, metrics_table
+    from lightpeft.tables import facts_table, metrics_table, milestones_table
 
     _out.print(metrics_table(report["metrics"], report.get("intervals", {}), f"method {report['method']}"))
+    if "milestones" in report:  # older runs have none
+        _out.print(milestones_table(report["milestones"]))
     _out.print(facts_table(report["parameters"], "parameters"))
+    _warn(report.get("warnings", []))
+
+
+def _warn(lines: Sequence[str]) -> None:
+    """Say what there is to worry about, one line each."""
+    for line in lines if not _out.quiet else ():
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"warning: {line}", markup=False)
 
 
 def _config(given: dict[str, Any]) -> RunConfig:
@@ -295,7 +315,7 @@ def _evaluate(given: dict[str, Any], options: dict[str, Any]) -> None:
         if not options:
             _show_metrics(report)
             return
-        model, settings = config.output, {}
+        model, settings = config.output, {"model": {name: getattr(config.model, name) for name in SWITCHES}}
     else:
         require("run" not in given, f"give {model} or --run, not both: a run folder can be the model itself")
         settings = _settings(given)
@@ -312,7 +332,9 @@ def _evaluate_task(model: str, settings: dict[str, Any], compare: str | None = N
     report = evaluate_model(model, settings, other=compare, **options)
     shown = [report[name] for name in ("model", "other") if name in report]
     for entry in shown:
-        _out.print(metrics_table(entry["metrics"], entry["intervals"], f"{entry['name']}: {report['task']}"))
+        title = f"{entry['name']}: {report['task']}"
+        _out.print(metrics_table(entry["metrics"], entry["intervals"], title, report["constant_answer"]))
+        _warn([f"{entry['name']}: {line}" for line in entry["warnings"]])
     if "comparison" in report:
         _out.print(paired_table(report["comparison"], *(entry["name"] for entry in shown)))
     if "classes" in report:
@@ -357,9 +379,17 @@ def _predict_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--answer_tokens", type=int, help="Tokens of an answer at most, where it is a text (default: as in training)."
     )
-    parser.add_argument("--text", type=str, help="Column with the text (default: as in training).")
-    parser.add_argument("--text_pair", type=str, help="Column with the second text (default: as in training).")
+    for name, what in (("text", "the text"), ("text_pair", "the second text")):
+        parser.add_argument(
+            f"--data.{name}", f"--{name}", type=str, help=f"Column with {what} (default: as in training)."
+        )
     parser.add_argument("--bf16", action="store_true", help="Compute in bfloat16.")
+    _switch_options(parser)
+
+
+def _switch_options(parser: ArgumentParser) -> None:
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run Python code that comes with the base.")
+    parser.add_argument("--allow_pickle", action="store_true", help="Read pickled weights of the base (.bin).")
 
 
 def _predict(options: Namespace) -> None:
@@ -367,13 +397,14 @@ def _predict(options: Namespace) -> None:
 
     quiet()
     given = options.as_dict()
-    predict(given.pop("model"), given.pop("input", None), **given)
+    predict(given.pop("model"), given.pop("input", None), **given.pop("data", {}), **given)
 
 
 def _export_options(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="Folder of a light adapter or of a finished run.")
     parser.add_argument("output", type=str, help="Where the whole model goes: a new folder.")
     parser.add_argument("--base", type=str, help="Name or folder of the base, if it moved since the adapter was saved.")
+    _switch_options(parser)
 
 
 def _export(options: Namespace) -> None:
@@ -381,7 +412,8 @@ def _export(options: Namespace) -> None:
     from lightpeft.opening import find_model, open_light
 
     quiet()
-    found = find_model(options.model, options.get("base"))
+    switches = {name: options[name] for name in SWITCHES if name in options}
+    found = find_model(options.model, options.get("base"), switches)
     light = open_light(found)
     native = save_merged(light, options.output, found.tokenizer())
     reader = "transformers" if native else "lightpeft.load_merged"
@@ -390,29 +422,17 @@ def _export(options: Namespace) -> None:
 
 
 def _inspect_options(parser: ArgumentParser) -> None:
-    parser.add_argument("path", type=str, help="plan.json, or the folder of an adapter, a merged light model or a run.")
+    parser.add_argument(
+        "path", type=str, help="plan.json, or the folder of an adapter, a merged light model, an estimation or a run."
+    )
 
 
 def _inspect(options: Namespace) -> None:
-    from lightpeft.checkpoint import DESCRIPTION, read_description
-    from lightpeft.exporting import read_merged
-    from lightpeft.records import PrunePlan
-    from lightpeft.tables import facts_table, plan_table
-    from lightpeft.whole import MERGED
+    from lightpeft.inspecting import inspect
 
     streams.standard_output()
-    path = Path(options.path)
-    require(path.exists(), f"{path} does not exist; give a plan.json, or a folder that lightpeft wrote")
-    adapter = path / "adapter" if (path / "adapter").is_dir() else path
-    if path.is_file() or (not (adapter / DESCRIPTION).is_file() and (path / "plan.json").is_file()):
-        _out.print(plan_table(PrunePlan.load(path if path.is_file() else path / "plan.json")))
-        return
-    merged = (path / MERGED).is_file()
-    description = read_merged(path) if merged else read_description(adapter)
-    base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
-    title = f"merged light model {path}" if merged else f"light adapter {adapter}"
-    _out.print(facts_table({**base, **description["metrics"]}, title))
-    _out.print(plan_table(PrunePlan.from_dict(description["plan"])))
+    for table in inspect(Path(options.path)):
+        _out.print(table)
 
 
 def _reproduce_options(parser: ArgumentParser) -> None:
@@ -462,35 +482,6 @@ _OTHER_VERBS: dict[str, Callable[[Namespace], None]] = {
 
 
 # -- errors ------------------------------------------------------------------------------------------------------
-
-
-def _argument_error(message: str, known: list[str], arguments: list[str]) -> str:
-    """jsonargparse's message as one line; for an unknown option, with the nearest known one."""
-    line = " ".join(message.split())
-    refused = _REFUSED.search(line)
-    if refused is not None:
-        return _refusal(refused["key"], refused["value"])
-    unknown = next((word.partition("=")[0] for word in arguments if word.startswith("--") and word in line), None)
-    if not known or unknown is None or "nrecognized" not in line:
-        return line
-    return unknown_key(unknown, known).replace("unknown key", "unknown option")
-
-
-_REFUSED = re.compile(r'Parser key "(?P<key>[\w.]+)".*(Got value|Given value): (?P<value>.*)')
-"""What jsonargparse says of a value of the wrong type."""
-
-
-def _refusal(key: str, value: str) -> str:
-    """What the config says of the value, which is the same line as for a YAML file."""
-    nested: Any = value
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    if nested.keys() <= {field.name for field in dataclasses.fields(RunConfig)}:
-        try:
-            run_config_from_dict(nested)
-        except LightPeftError as error:
-            return str(error)
-    return f"option --{key} is {value!r}; --help tells what it takes"
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -443,7 +443,7 @@ class TrainingConfig:
     """The fine-tuning run as a whole; estimation is its first part."""
 
     epochs: float | Auto = "auto"
-    """Passes over the training rows, estimation included; auto: 3, and as many more as make 200 optimizer steps, up to
+    """Passes over the training rows, estimation included; auto: 3, and as many more as make 300 optimizer steps, up to
     40."""
     batch_size: int = 32
     """Rows a step and process."""
@@ -532,7 +532,7 @@ class RunConfig:
     bottleneck: BottleneckSettings = field(default_factory=BottleneckSettings)
     """The adapters that the run starts with (peft: bottleneck)."""
     light: LightConfig = field(default_factory=LightConfig)
-    """Estimation and budget."""
+    """Estimation and budget. (What help shows are the values of preset `default`; --print_config shows those of a run.)"""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The fine-tuning run."""
     tasks: dict[str, TaskEntry] = field(default_factory=dict)

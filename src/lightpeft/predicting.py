@@ -52,6 +52,8 @@ def predict(
     answer_tokens: int | None = None,
     batch_size: int | None = None,
     bf16: bool = False,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> None:
     """Answer the rows of a file, or one row, and write them with the answers.
 
@@ -67,6 +69,8 @@ def predict(
         answer_tokens: tokens of an answer at most, where it is a text; None: as in training.
         batch_size: rows a forward pass; None: as many as fit into memory.
         bf16: compute in bfloat16.
+        trust_remote_code: run Python code that comes with the base, if it needs any.
+        allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
 
     Raises:
         LightPeftError: bad input, or a model that does not say what its task is.
@@ -77,7 +81,8 @@ def predict(
         standard_output()
     else:
         check_predictions_path(Path(output))
-    found = find_model(model, None if base is None else str(base))
+    switches = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    found = find_model(model, None if base is None else str(base), switches)
     task = _task(found, {"text": text, "text_pair": text_pair}, answer_tokens)
     rows, what = _read(task, source, example)
     canonical = convert(rows, task.entry, what, answered=False)

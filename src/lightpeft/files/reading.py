@@ -9,13 +9,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from lightpeft.errors import LightPeftError, require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SCHEMA_VERSION = 2
 """Version of every JSON file written here; files of a newer version are refused. Those from 2 on have a checksum."""
@@ -105,6 +106,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     Raises:
         LightPeftError: the file is missing or damaged.
     """
+    from safetensors.torch import load_file  # settings are read before PyTorch is needed
+
     require(Path(path).is_file(), f"{path} does not exist, or is no file")
     try:
         return load_file(path)

@@ -11,15 +11,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.locks import hold_temporary, is_dead
 from lightpeft.files.reading import CHECKSUM, CHECKSUMS, SCHEMA_VERSION, content_checksum, file_checksum
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SUFFIX = ".tmp"
 """Temporary files and folders are called .<name>.<random><suffix>, beside what they will be."""
@@ -61,6 +62,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         LightPeftError: it cannot be written.
     """
+    from safetensors.torch import save_file  # as in `reading.read_tensors`
+
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except (OSError, SafetensorError) as error:
