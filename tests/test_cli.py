@@ -13,7 +13,8 @@ import pytest
 import yaml
 from workbench import RUNS, Workbench, lightpeft
 
-from lightpeft import __version__, cli, options, pipeline
+from lightpeft import __version__, cli, pipeline
+from lightpeft import options as naming
 from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_config
 from lightpeft.runs import RunFolder
 
@@ -94,7 +95,7 @@ def test_options_by_names_of_other_tools(capsys: pytest.CaptureFixture[str], arg
 
 def test_every_name_of_other_tools_leads_to_an_option() -> None:
     known = {option for verb in VERBS for option in cli._parser(verb)[1]}
-    assert {f"--{option}" for option in options._ELSEWHERE.values()} <= known | {"--overwrite"}
+    assert {f"--{option}" for option in naming._ELSEWHERE.values()} <= known | {"--overwrite"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

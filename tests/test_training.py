@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from lightpeft.schedule import total_steps
 from lightpeft.training import (
     Interrupted,
     LogLines,
+    ProgressBar,
     StopOnSignal,
     append_line,
     fit,
@@ -251,6 +253,29 @@ def test_signal_ends_training_with_a_checkpoint(work: pipeline.Workspace, tmp_pa
         fit(trainer, None)
     assert last_checkpoint(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "checkpoint-3"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("act", "shown"), [(None, (8, 8)), ("signal", (3, 8)), ("stop", (3, 3))])
+def test_bar_shows_where_a_stage_stopped(
+    work: pipeline.Workspace, tmp_path: Path, act: str | None, shown: tuple[int, int]
+) -> None:
+    """Full where the stage is over, also after fewer steps than it might have taken; not where it was interrupted."""
+    trainer = trainer_for(work, tmp_path)
+    if act is not None:
+        trainer.add_callback(Signal(2) if act == "signal" else EndAt(3))
+    bar = next(c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressBar))
+    with pytest.raises(Interrupted) if act == "signal" else nullcontext():
+        fit(trainer, None)
+    task = bar.progress.tasks[0]
+    assert (task.completed, task.total) == shown
+
+
+class EndAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
 
 
 def test_resumed_training_is_the_same_training(work: pipeline.Workspace, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from lightpeft.tables import facts_table, metrics_table, plan_table
 from lightpeft.whole import MERGED
 
 _RECORD = "estimation.json"
+_OF_META = ("steps", "scored_steps", "scored_examples")
+"""What is shown of how an estimation was made."""
 _CONFIG = "config.yaml"
 
 
@@ -55,9 +57,13 @@ def _merged(folder: Path) -> list[Table]:
 def _record(folder: Path) -> list[Table]:
     """Of an estimation: how the scores were obtained, and the plan that its run would make of them."""
     record, config = EstimationRecord.load(folder), folder.parent / _CONFIG
-    meta = {name: record.meta[name] for name in ("steps", "scored_steps", "scored_examples") if name in record.meta}
-    sizes = {"blocks": len(record.blocks), "PEFT modules": len(record.sites)}
-    facts = facts_table({**meta, **sizes, "base parameters": record.base_parameters}, f"estimation {folder}")
+    found: dict[str, Any] = {name: record.meta[name] for name in _OF_META if name in record.meta}
+    found |= {
+        "blocks": len(record.blocks),
+        "PEFT modules": len(record.sites),
+        "base parameters": record.base_parameters,
+    }
+    facts = facts_table(found, f"estimation {folder}")
     if not config.is_file():
         return [facts]
     plan = plan_table(make_plan(record, stored_config(folder.parent).light))

@@ -175,12 +175,14 @@ def fit(trainer: Trainer, resume_from: Path | None) -> float:
     trainer.add_callback(stop)
     started = time.perf_counter()
     with stop.listening(), _readable_errors(trainer.args.output_dir):
+        bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
         try:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            for bar in bars if not stop.requested else ():
+                bar.end_at(trainer.state.global_step)
         finally:
-            for callback in trainer.callback_handler.callbacks:
-                if isinstance(callback, ProgressBar):
-                    callback.progress.stop()
+            for bar in bars:
+                bar.progress.stop()
     if stop.requested:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
     return time.perf_counter() - started
@@ -296,11 +298,9 @@ class ProgressBar(TrainerCallback):
         if logs and "loss" in logs:
             self.progress.update(self.task, loss=f"loss {float(logs['loss']):.4f}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.progress.update(self.task, total=state.global_step, completed=state.global_step)
-        self.progress.stop()
+    def end_at(self, step: int) -> None:
+        """The stage is over, perhaps after fewer steps than it might have taken."""
+        self.progress.update(self.task, total=step, completed=step)
 
 
 class StopOnSignal(TrainerCallback):
