@@ -260,6 +260,9 @@ def test_4_bit_widths_that_the_kernels_of_this_machine_get_wrong(kind: str, widt
     for model in (cut.train(), copy.deepcopy(cut).eval()):
         expected = x.float() @ dense_weight(cut).T + cut.bias
         assert model(x).dtype == torch.bfloat16 and relative_error(model(x).float(), expected) < 0.01
+    y = x.float().requires_grad_()
+    cut.train()(y).square().sum().backward()
+    torch.testing.assert_close(y.grad, 2 * expected @ dense_weight(cut), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("width", [64, 96])
