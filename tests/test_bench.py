@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,39 @@ def test_worker_that_vanishes_gives_one_line(
         for _ in range(2):
             with pytest.raises(LightPeftError, match="ended early"):
                 worker.measure("training")
+
+
+@pytest.mark.usefixtures("forking")
+def test_workers_leave_interrupts_to_the_command(bench: Workbench, report: dict[str, Any]) -> None:
+    """Ctrl-C reaches all processes of a terminal; one of them tells of it."""
+    with Worker(Subject, "plain", bench.config("run", **UPPER), 1) as worker:
+        assert worker._process.pid is not None
+        os.kill(worker._process.pid, signal.SIGINT)
+        assert worker.measure("training") > 0
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.usefixtures("forking")
+def test_measurements_that_are_stopped(
+    bench: Workbench, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is shown when it is done, and the last line says that none is kept."""
+    before = stamps(bench.folder)
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benching, "alternate", stop)
+    capsys.readouterr()
+    assert lightpeft("bench", "--run", bench.folder / "run", "--rounds", 1, "--steps", 1) == 130
+    *shown, last = capsys.readouterr().err.splitlines()
+    assert last == (
+        "lightpeft: stopped; what was measured is not kept; the same command measures anew, on the run that is pruned "
+        "already"
+    )
+    starts = [f"[{number}/8] {name}, memory and FLOPs: " for number, name in enumerate(benching.SUBJECTS, 1)]
+    assert all(line.startswith(start) for line, start in zip(shown, starts, strict=True))
+    assert stamps(bench.folder) == before
 
 
 @pytest.mark.usefixtures("forking")

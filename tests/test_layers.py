@@ -11,7 +11,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "files", "hub", "foreign", "limits", "streams", "plain_data", "config", "meanwhile", "structure", "records"},
+    {"errors", "files", "hub", "foreign", "limits", "streams", "plain_data", "config", "meanwhile", "progress", "structure", "records"},
     {"layout", "linears", "machine", "quantised", "schedule", "scoring", "planning", "tasks"},
     {"families", "statistics"},
     {"bottleneck"},

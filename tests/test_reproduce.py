@@ -10,7 +10,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -647,24 +646,3 @@ def fake_report(config: RunConfig, accuracy: float) -> None:
     run = RunFolder.open(config)
     run.begin()
     write_json(run.metrics, report)
-
-
-@pytest.mark.parametrize(("seconds", "shown"), [(42.4, "42 s"), (720.0, "12 min"), (12_600.0, "3.5 h")])
-def test_durations(seconds: float, shown: str) -> None:
-    assert running.duration(seconds) == shown
-
-
-def test_progress_tells_rate_and_remaining_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = iter([0.0, 0.0, 600.0, 600.0, 1800.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    progress = running.CellProgress(total=6, done=2)
-    for name in ("a", "b"):
-        progress.begin(name)
-        progress.end(name, "accuracy 0.5000")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "[3/6] a: accuracy 0.5000; 10 min, 6 cells/h, time left: 30 min",
-        "[4/6] b: accuracy 0.5000; 20 min, 4 cells/h, time left: 30 min",
-    ]

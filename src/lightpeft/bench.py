@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import multiprocessing
+import signal
 import tempfile
 import time
 import traceback
@@ -48,6 +49,7 @@ from lightpeft.profiling import (
     summarize,
     throughput,
 )
+from lightpeft.progress import StepProgress
 from lightpeft.pruner import EarlyPruner
 from lightpeft.records import EstimationRecord
 from lightpeft.tasks.progress import silent
@@ -56,6 +58,10 @@ Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
 """A model, and the factory of its optimizer."""
 SUBJECTS = ("plain", "estimation", "light")
 """Plain PEFT on the dense model, the estimation stage, and the pruned model."""
+_INFERRING = ("plain", "light")
+"""Those of them that infer; estimation is a stage of training."""
+_WHAT = {"fixed": "memory and FLOPs"}
+"""Methods of `Subject` as people call what they measure."""
 _MEASURED_STEPS = 3
 """Training steps of the memory measurement: the second allocates nothing new but the optimizer's state."""
 
@@ -73,6 +79,10 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
         By subject: samples/s in training and inference (merged weights where they can be merged), peak
         memory, FLOPs; ratios to plain PEFT; and the end-to-end time of a whole run computed from the medians,
         estimation included.
+
+    Raises:
+        LightPeftError: bad input, or a measurement failed.
+        KeyboardInterrupt: stopped; no measurement is kept.
     """
     require(rounds >= 1 and steps >= 1, "bench.rounds and bench.steps start at 1")
     config = replace(config, method="light")
@@ -80,11 +90,7 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
     pipeline.estimate(work)
     pipeline.plan(work.run)
     pipeline.prune(work)
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in SUBJECTS}
-        fixed = {name: worker.measure("fixed") for name, worker in workers.items()}
-        training = alternate({name: partial(worker.measure, "training") for name, worker in workers.items()}, rounds)
-        inference = alternate({n: partial(workers[n].measure, "inference") for n in ("plain", "light")}, rounds)
+    fixed, training, inference = _measure(config, rounds, steps)
     report = {
         "subjects": {
             name: {
@@ -106,6 +112,38 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
     return report
 
 
+def _measure(
+    config: RunConfig, rounds: int, steps: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], dict[str, list[float]]]:
+    """What does not vary, by subject, and the samples a second of all rounds, in training and in inference."""
+    total = len(SUBJECTS) + rounds * (len(SUBJECTS) + len(_INFERRING))
+    try:
+        with ExitStack() as stack:
+            workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in SUBJECTS}
+            progress = stack.enter_context(StepProgress(total, 0, "measurements"))
+
+            def measuring(what: str, name: str) -> Callable[[], Any]:
+                return partial(_shown, progress, workers[name], what, name)
+
+            fixed = {name: measuring("fixed", name)() for name in SUBJECTS}
+            training = alternate({name: measuring("training", name) for name in SUBJECTS}, rounds)
+            inference = alternate({name: measuring("inference", name) for name in _INFERRING}, rounds)
+    except KeyboardInterrupt as stop:
+        kept = "what was measured is not kept; the same command measures anew, on the run that is pruned already"
+        raise KeyboardInterrupt(f"stopped; {kept}") from stop
+    return fixed, training, inference
+
+
+def _shown(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
+    """A measurement of a subject, shown as one step."""
+    label = f"{name}, {_WHAT.get(what, what)}"
+    progress.begin(label)
+    value = worker.measure(what)
+    fixed = what == "fixed"
+    progress.end(label, f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if fixed else f"{value:,.1f} samples/s")
+    return value
+
+
 class Worker:
     """A process that holds one subject and measures it when asked."""
 
@@ -119,15 +157,17 @@ class Worker:
         self._process = context.Process(target=_serve, args=(self._far_end, make, arguments), daemon=True)
 
     def __enter__(self) -> Worker:
-        self._process.start()
+        with _without_interrupts():
+            self._process.start()
         self._far_end.close()  # so that the pipe ends when the process does
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with suppress(OSError):  # it ended already
             self._pipe.send(None)
         self._pipe.close()
-        self._process.join(timeout=5)  # it ends when asked to, unless it is in the middle of something
+        if kind is None or issubclass(kind, Exception):
+            self._process.join(timeout=5)  # it ends when asked to, unless it is in the middle of something
         self._process.terminate()
         self._process.join()
 
@@ -146,6 +186,20 @@ class Worker:
         if isinstance(answer, Failure):
             raise LightPeftError(f"measuring failed: {answer.reason}")
         return answer
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside the block leave Ctrl-C to this one, which ends them."""
+    block = getattr(signal, "pthread_sigmask", None)
+    if block is None:  # on Windows
+        yield
+        return
+    before = block(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        block(signal.SIG_SETMASK, before)
 
 
 class Failure:

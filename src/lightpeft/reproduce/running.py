@@ -5,18 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import holding
 from lightpeft.machine import accelerator
+from lightpeft.progress import StepProgress
 from lightpeft.reproduce.estimations import take_estimation
 from lightpeft.reproduce.grid import Cell, load_grid, selected
 from lightpeft.reproduce.summary import Results, main_value, summarize
@@ -77,7 +76,7 @@ class _Suite:
 
     def run(self, chosen: Sequence[Cell]) -> Results:
         todo = [cell for cell in chosen if not cell.run.has("evaluate")]
-        with CellProgress(len(chosen), len(chosen) - len(todo)) as progress:
+        with StepProgress(len(chosen), len(chosen) - len(todo), "cells") as progress:
             results = self._write()
             for cell in todo:
                 progress.begin(cell.name)
@@ -195,56 +194,3 @@ def _reason(code: int, log: Path) -> str:
 
 def _say(line: str) -> None:
     Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-class CellProgress:
-    """A line on stderr for each cell that ends, with the rate and the time that is left; on a terminal also a bar."""
-
-    def __init__(self, total: int, done: int) -> None:
-        """
-        Args:
-            total: cells of the grid that were asked for.
-            done: how many of them were there already.
-        """
-        self.total, self.before, self.done = total, done, done
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.task = self.bar.add_task("", total=total, completed=done)
-        self.started = self.begun = time.monotonic()
-
-    def __enter__(self) -> CellProgress:
-        self.bar.start()
-        if self.before:
-            self._print(f"{self.before} of {self.total} cells are done already")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def begin(self, name: str) -> None:
-        """A cell begins."""
-        self.begun = time.monotonic()
-        self.bar.update(self.task, description=name)
-
-    def end(self, name: str, outcome: str) -> None:
-        """A cell has ended, well or not."""
-        now = time.monotonic()
-        self.done += 1
-        self.bar.update(self.task, completed=self.done)
-        each = (now - self.started) / (self.done - self.before)
-        left = duration(each * (self.total - self.done)) if self.done < self.total else "none"
-        took = duration(now - self.begun)
-        self._print(
-            f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {3600 / each:.3g} cells/h, time left: {left}"
-        )
-
-    def _print(self, line: str) -> None:
-        self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: 42 s, 12 min, 3.5 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
