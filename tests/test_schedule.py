@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,7 @@ from training import estimate, student
 from workbench import Workbench, lightpeft
 
 from lightpeft import LightPeftError, pipeline
-from lightpeft.config import LightConfig, TrainingConfig, load_config
-from lightpeft.estimation import scored_steps
+from lightpeft.config import LightConfig, RunConfig, TrainingConfig, load_config
 from lightpeft.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,
@@ -25,7 +25,9 @@ from lightpeft.schedule import (
     RATE_WIDTH,
     auto_epochs,
     auto_rate,
+    enough_steps,
     least_examples,
+    scored_steps,
     settled,
     steps_an_epoch,
     total_steps,
@@ -41,6 +43,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 # The rule
 
+
+def trained(rows: int, width: int = RATE_WIDTH, processes: int = 1, **given: Any) -> TrainingConfig:
+    return settled(RunConfig(training=TrainingConfig(**given)), rows, width, processes).training
+
+
 rows_and_batches = {
     "rows": st.integers(1, 20_000),
     "batch_size": st.integers(1, 64),
@@ -51,7 +58,7 @@ rows_and_batches = {
 
 @given(**rows_and_batches)
 def test_few_rows_are_seen_more_often(rows: int, processes: int, **sizes: int) -> None:
-    training = settled(TrainingConfig(**sizes), rows, RATE_WIDTH, processes)
+    training = trained(rows, RATE_WIDTH, processes, **sizes)
     epochs, steps = training.epochs, total_steps(rows, training, processes)
     assert LEAST_EPOCHS <= epochs <= MOST_EPOCHS
     assert steps >= LEAST_STEPS or epochs == MOST_EPOCHS
@@ -59,9 +66,9 @@ def test_few_rows_are_seen_more_often(rows: int, processes: int, **sizes: int) -
     assert epochs == LEAST_EPOCHS or steps - steps_an_epoch(rows, training, processes) < LEAST_STEPS
 
 
-@pytest.mark.parametrize(("rows", "epochs"), [(20, 40), (300, 20), (600, 11), (2000, 4), (8282, 3), (100_000, 3)])
+@pytest.mark.parametrize(("rows", "epochs"), [(20, 40), (300, 30), (600, 16), (2000, 5), (8282, 3), (100_000, 3)])
 def test_epochs_of_common_sizes(rows: int, epochs: int) -> None:
-    assert settled(TrainingConfig(), rows, RATE_WIDTH).epochs == epochs
+    assert trained(rows).epochs == epochs
 
 
 @given(st.integers(1, 10_000), st.integers(1, 10_000))
@@ -84,14 +91,14 @@ def test_rates_at_both_ends() -> None:
 
 @given(st.floats(0.01, 100), st.floats(1e-7, 10), st.integers(1, 10_000))
 def test_numbers_stay(epochs: float, rate: float, rows: int) -> None:
-    given = TrainingConfig(epochs=epochs, learning_rate=rate)
-    assert settled(given, rows, 4096) == given
+    given = {"epochs": epochs, "learning_rate": rate}
+    assert trained(rows, 4096, **given) == TrainingConfig(**given)
 
 
 @pytest.mark.parametrize("name", ["epochs", "learning_rate"])
 def test_each_is_settled_alone(name: str) -> None:
     given: dict[str, Any] = {"epochs": 2.5, "learning_rate": 7e-3, name: "auto"}
-    training = settled(TrainingConfig(**given), 64, 384)
+    training = trained(64, **given)
     assert isinstance(getattr(training, name), (int, float))
     other = {"epochs", "learning_rate"} - {name}
     assert all(getattr(training, each) == given[each] for each in other)
@@ -110,6 +117,23 @@ def test_least_examples_of_some_steps_in_a_row(steps: int, rows: int, processes:
     of_steps = [min(of_step, rows - start) for start in range(0, rows, of_step)]
     if len(of_steps) == steps_an_epoch(rows, config, processes):  # else accumulation ends in the middle of a batch
         assert least_examples(steps, rows, config, processes) == min(sums_of_windows(of_steps, steps))
+
+
+@given(examples=st.integers(0, 600), **{**rows_and_batches, "rows": st.integers(1, 300)})
+def test_stages_of_small_batches_are_longer(examples: int, rows: int, processes: int, **sizes: int) -> None:
+    config = trained(rows, processes=processes, **sizes)
+    length, steps = enough_steps(examples, rows, config, processes), total_steps(rows, config, processes)
+    assert length == steps or least_examples(scored_steps(length), rows, config, processes) >= examples
+    assert length <= 2 or least_examples(scored_steps(length - 1), rows, config, processes) < examples
+
+
+@pytest.mark.parametrize(("batch_size", "least"), [(32, 32), (8, 63), (4, 127)])
+def test_least_steps_of_a_run(batch_size: int, least: int) -> None:
+    light = LightConfig(least_steps=32, least_examples=256)
+    config = RunConfig(light=light, training=TrainingConfig(batch_size=batch_size))
+    assert settled(config, 4096, 384).light == replace(light, least_steps=least)
+    plain = replace(config, method="plain")
+    assert settled(plain, 4096, 384).light == light  # which it has no use for
 
 
 def sums_of_windows(of_steps: Sequence[int], steps: int) -> list[int]:
@@ -145,13 +169,13 @@ def test_numbers_are_taken_without_a_word(bench: Workbench) -> None:
 def test_a_run_of_few_examples_is_refused_before_it_begins(
     bench: Workbench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """64 rows in 8 batches, three times: of 6 steps of estimation three are scored."""
-    few = {"light.least_examples": 25}
+    """64 rows in 8 batches, three times: of 7 steps, the most that estimation may take, four are scored."""
+    few = {"light.least_examples": 33}
     assert lightpeft("run", "--config", bench.yaml("few", **few)) == 2
     error = capsys.readouterr().err
-    assert "estimation scores 24 examples, and from fewer than 25 (light.least_examples)" in error
+    assert "estimation scores 32 examples, and from fewer than 33 (light.least_examples)" in error
     assert error.count("\n") == 1 and not (bench.folder / "few").exists()
-    pipeline.prepare(bench.config("enough", **{"light.least_examples": 24}))
+    assert pipeline.prepare(bench.config("enough", **{"light.least_examples": 32})).config.light.least_steps == 7
 
 
 def test_what_is_estimated_already_goes_on(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,8 +161,9 @@ class LightConfig(Budget):
     """`length: auto` and `least_steps` stop at this part of the whole run at the latest."""
     least_steps: int = 2
     """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
-    least_examples: int = 128
-    """Examples, repeated ones included, that the stage's second half must have scored; from fewer no plan is made."""
+    least_examples: int = 256
+    """Examples, repeated ones included, that the stage's second half scores at least; from fewer no plan is made. A stage
+    whose `length` is a part of the run is longer for it, up to `max_fraction`."""
     refit: RefitForm = "none"
     """After the cut, correct attention and FFN outputs by least squares on training rows: by a bias, or by a bias and a
     low-rank matrix; the corrections become part of the light adapter."""

@@ -385,11 +385,6 @@ def stage_length(config: LightConfig, total_steps: int | None) -> int:
     return steps
 
 
-def scored_steps(length: int) -> int:
-    """How many of a stage's steps count for the scores: those of its second half."""
-    return length - length // 2
-
-
 def check_examples(config: LightConfig, examples: int) -> None:
     """Refuse scores of next to nothing: a plan of those is little better than chance.
 

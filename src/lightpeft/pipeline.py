@@ -28,7 +28,7 @@ from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
 from lightpeft.depth import leave_out
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
-from lightpeft.estimation import check_examples, scored_steps, stage_length
+from lightpeft.estimation import check_examples, stage_length
 from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
 from lightpeft.files import check_sealed, read_json, replacing_folder, seal, write_json
@@ -40,7 +40,7 @@ from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, fold
 from lightpeft.pruner import EarlyPruner, cut
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.runs import RunFolder
-from lightpeft.schedule import least_examples, settled, steps_an_epoch, total_steps
+from lightpeft.schedule import least_examples, scored_steps, settled, steps_an_epoch, total_steps
 from lightpeft.tasks import (
     Collator,
     Task,
@@ -76,13 +76,8 @@ class Workspace:
     """Rows of further splits to evaluate on, by the prefix of their metrics."""
     positions: int | None
     """Tokens that the model's position table has room for; None: any number."""
-    training: TrainingConfig
-    """The run's `training`, with numbers for what is auto."""
-
-    @property
-    def config(self) -> RunConfig:
-        """The run's settings, with numbers for what is auto in `training`."""
-        return replace(self.run.config, training=self.training)
+    config: RunConfig
+    """The run's settings, with numbers for what is auto in `training`."""
 
     @property
     def collator(self) -> Collator:
@@ -132,8 +127,8 @@ def prepare(config: RunConfig) -> Workspace:
         check_tokens(rows, tokenizer, model_config, what)
     run = RunFolder.open(config)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
-    training = settled(config.training, len(train_rows), width, processes().num_processes)
-    work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, training)
+    numbers = settled(config, len(train_rows), width, processes().num_processes)
+    work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, numbers)
     if config.method == "light" and not run.has("estimate"):
         _check_estimation(work)
     return work
@@ -145,7 +140,7 @@ def _check_estimation(work: Workspace) -> None:
     length = stage_length(light, steps)
     require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
     rows, number = len(work.train_rows), processes().num_processes
-    check_examples(light, least_examples(scored_steps(length), rows, work.training, number))
+    check_examples(light, least_examples(scored_steps(length), rows, work.config.training, number))
 
 
 def estimate(work: Workspace) -> EstimationRecord:
@@ -327,7 +322,7 @@ def announce_settings(work: Workspace, stage: str) -> None:
     asked = work.run.config.training
     if "auto" in (asked.epochs, asked.learning_rate):
         rate = float(_settings(work.config).learning_rate)
-        length = f"{work.training.epochs:g} epochs, {work.steps} steps"
+        length = f"{work.config.training.epochs:g} epochs, {work.steps} steps"
         work.run.announce(stage, f"training for {length}, at a learning rate of {rate:.2g}")
     limit = work.config.data.max_length
     share = share_at_limit(work.train_rows, limit) if work.task.cuts else 0.0

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from lightpeft.config import TrainingConfig
+from lightpeft.config import RunConfig, TrainingConfig
 
-LEAST_STEPS = 200
+LEAST_STEPS = 300
 """Optimizer steps that a run takes under `epochs: auto`, also where rows are few: below, PEFT has hardly moved."""
 LEAST_EPOCHS = 3
 """Passes over the rows where these are enough steps."""
@@ -41,16 +41,37 @@ def least_examples(steps: int, rows: int, config: TrainingConfig, processes: int
     return epochs * rows + (rows - (of_epoch - more) * of_step if more else 0)
 
 
-def settled(config: TrainingConfig, rows: int, width: int | None, processes: int = 1) -> TrainingConfig:
-    """The settings with numbers for `auto`; what is a number stays.
+def scored_steps(length: int) -> int:
+    """How many steps of an estimation count for the scores: those of its second half."""
+    return length - length // 2
+
+
+def enough_steps(examples: int, rows: int, config: TrainingConfig, processes: int = 1) -> int:
+    """Steps of the shortest estimation that scores so many examples; all of the run's, where none does."""
+    steps = total_steps(rows, config, processes)
+    lengths = (
+        length
+        for length in range(2, steps)
+        if least_examples(scored_steps(length), rows, config, processes) >= examples
+    )
+    return next(lengths, steps)
+
+
+def settled(config: RunConfig, rows: int, width: int | None, processes: int = 1) -> RunConfig:
+    """The settings with numbers for `auto`, and `light.least_steps` that score `light.least_examples`.
 
     Args:
         rows: training rows.
         width: hidden size of the foundation model, if it has one.
     """
-    epochs = auto_epochs(steps_an_epoch(rows, config, processes)) if config.epochs == "auto" else config.epochs
-    rate = auto_rate(width) if config.learning_rate == "auto" else config.learning_rate
-    return replace(config, epochs=epochs, learning_rate=rate)
+    training, light = config.training, config.light
+    epochs = auto_epochs(steps_an_epoch(rows, training, processes)) if training.epochs == "auto" else training.epochs
+    rate = auto_rate(width) if training.learning_rate == "auto" else training.learning_rate
+    training = replace(training, epochs=epochs, learning_rate=rate)
+    if config.method == "light":
+        enough = max(2, enough_steps(light.least_examples, rows, training, processes))
+        light = replace(light, least_steps=max(light.least_steps, enough))
+    return replace(config, training=training, light=light)
 
 
 def auto_epochs(steps: int) -> int:
