@@ -212,6 +212,12 @@ class TestCourse:
     def test_older_and_other_logs(self, entry: dict[str, Any]) -> None:
         assert list(course(watcher(in_the_end=classes(3, 1)), [entry])) == ["constant_answer", "in_the_end"]
 
+    @pytest.mark.parametrize("entry", [{}, {"warnings": 5}, {"warnings": None}, {"warnings": ["of the cut"]}])
+    def test_warnings_of_earlier_stages(self, entry: dict[str, Any]) -> None:
+        answers = classes(80, 20)
+        found = notices(watcher(in_the_end=answers), [entry], answers, bootstrap_intervals(answers, *CLASSES.measures))
+        assert found["warnings"] == (["of the cut"] if entry.get("warnings") == ["of the cut"] else [])
+
     def test_what_cannot_be_measured_is_a_warning(self) -> None:
         def run(model: nn.Module) -> Run:
             raise LightPeftError("the model's answers to 1 of 9 rows are NaN or infinite (row 2)")
@@ -378,6 +384,16 @@ def test_a_collapsed_run_says_so_whenever_it_is_shown(
     assert [f"warning: {line}" for line in warnings] == lines
     log = [json.loads(line) for line in (bench.folder / "collapsed" / "log.jsonl").read_text().splitlines()]
     assert next(entry for entry in log if entry["stage"] == "evaluate")["warnings"] == warnings
+
+
+def test_what_an_earlier_evaluation_said_is_not_said_again(bench: Workbench) -> None:
+    settings = {"method": "plain", "training.learning_rate": 1e-9}
+    pipeline.run(bench.config("again", **settings))
+    metrics = bench.folder / "again" / "metrics.json"
+    warnings = read(metrics)["warnings"]
+    metrics.unlink()
+    pipeline.run(bench.config("again", **settings))
+    assert read(metrics)["warnings"] == warnings != []
 
 
 def test_evaluate_holds_any_model_against_a_constant_answer(

@@ -39,6 +39,7 @@ from lightpeft.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
 from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, folder_bytes, hardware, throughput
 from lightpeft.pruner import EarlyPruner, cut
 from lightpeft.records import EstimationRecord, PrunePlan
+from lightpeft.reuse import find_estimation, take_estimation
 from lightpeft.runs import RunFolder
 from lightpeft.schedule import least_examples, scored_steps, settled, steps_an_epoch, total_steps
 from lightpeft.tasks import (
@@ -92,14 +93,23 @@ class Workspace:
         return total_steps(len(self.train_rows), self.config.training, processes=processes().num_processes)
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, *, overwrite: bool = False, estimation: str | Path | None = None) -> dict[str, Any]:
     """Run all stages that are not done yet and return the metrics.
+
+    Args:
+        overwrite: where the output folder holds the run of another config, remove that and begin anew.
+        estimation: folder of another run, whose estimation is taken instead of one of this run's own.
 
     Raises:
         LightPeftError: bad input, or an output folder that holds something else.
         Interrupted: a signal stopped the run; the same call goes on from there.
     """
-    work = prepare(config)
+    work = prepare(config, overwrite=overwrite)
+    donor = None if estimation is None else find_estimation(config, Path(estimation))
+    if overwrite:
+        work.run.start_anew()
+    if donor is not None:
+        take_estimation(work.run, donor)
     if config.method == "light":
         estimate(work)
         plan(work.run)
@@ -108,8 +118,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     return evaluate(work)
 
 
-def prepare(config: RunConfig) -> Workspace:
-    """Read and check the data, the tokenizer and the run folder; nothing is written yet."""
+def prepare(config: RunConfig, *, overwrite: bool = False) -> Workspace:
+    """Read and check the data, the tokenizer and the run folder; nothing is written yet.
+
+    Args:
+        overwrite: the output folder may hold the run of another config.
+    """
     check_precision(config.training)
     model_config = load_model_config(config.model)
     task = load_task(config.data, model_config, config.tasks)
@@ -125,11 +139,11 @@ def prepare(config: RunConfig) -> Workspace:
     }
     for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
         check_tokens(rows, tokenizer, model_config, what)
-    run = RunFolder.open(config)
+    run = RunFolder.open(config, overwrite=overwrite)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
     numbers = settled(config, len(train_rows), width, processes().num_processes)
     work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, numbers)
-    if config.method == "light" and not run.has("estimate"):
+    if config.method == "light" and (overwrite or not run.has("estimate")):
         _check_estimation(work)
     return work
 
@@ -385,7 +399,8 @@ def evaluate(work: Workspace) -> dict[str, Any]:
         watcher.outcomes["in_the_end"] = outcomes[""]
     else:
         watcher.look("in_the_end", model)
-    noticed = notices(watcher, run.finished_stages().values(), outcomes[""].answers, scores.intervals)
+    earlier = [entry for stage, entry in run.finished_stages().items() if stage != "evaluate"]
+    noticed = notices(watcher, earlier, outcomes[""].answers, scores.intervals)
 
     def save() -> None:
         if isinstance(model, LightModel):

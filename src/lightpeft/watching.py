@@ -145,7 +145,8 @@ def notices(
         `milestones` (`examples` of the sample, and `metrics` by name in `MILESTONES`) and `warnings`, a line each.
     """
     milestones = course(watcher, earlier)
-    lines = [line for entry in (*earlier, watcher.facts()) for line in entry.get("warnings", ())]
+    noted = [entry["warnings"] for entry in (*earlier, watcher.facts()) if isinstance(entry.get("warnings"), list)]
+    lines = [str(line) for warnings in noted for line in warnings]
     lines += doubts(answers, watcher.task, intervals.get(watcher.task.main_metric))
     lines += doubts_of_run(watcher, milestones)
     return {"milestones": {"examples": watcher.examples, "metrics": milestones}, "warnings": lines}
