@@ -22,7 +22,7 @@ LAYERS: tuple[set[str], ...] = (
     {"acceleration", "evaluation", "estimation", "prefix", "refit", "surgery", "streaming", "training"},
     {"bases", "discovery", "watching", "whole"},
     {"checkpoint"},
-    {"exporting", "pruner", "runs", "tables"},
+    {"exporting", "pruner", "reuse", "runs", "tables"},
     {"opening", "pipeline"},
     {"bench", "evaluating", "inspecting", "options", "predicting", "reproduce"},
     {"cli", "__main__", "__init__"},
@@ -41,6 +41,7 @@ WITHIN_LAYER = {
     "records": {"errors", "files", "plain_data", "structure"},
     "__main__": {"cli"},
     "linears": {"quantised"},
+    "reuse": {"runs"},
 }
 """Imports within a layer that are allowed; those of one sub-package among its own modules always are."""
 WITHOUT_MODULES = ("scoring", "planning")

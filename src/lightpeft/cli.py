@@ -181,6 +181,21 @@ def _evaluate_options(parser: ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=str, help=SUPPRESS)
 
 
+_ESTIMATION = "Folder of another run, of the same settings but for the budget: take its estimation."
+
+
+def _run_options(parser: ArgumentParser) -> None:
+    _plan_options(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="Remove the run of another config from the output folder first."
+    )
+
+
+def _plan_options(parser: ArgumentParser) -> None:
+    _stage_options(parser)
+    parser.add_argument("--estimation", type=str, help=_ESTIMATION)
+
+
 def _bench_options(parser: ArgumentParser) -> None:
     _stage_options(parser)
     parser.add_argument("--rounds", type=int, default=5, help="Alternations of plain LoRA and light.")
@@ -204,7 +219,12 @@ def _run_stage(verb: str, options: Namespace) -> None:
         _STAGE_VERBS[verb](_config(given), **extra)
 
 
-_EXTRA: dict[str, tuple[str, ...]] = {"bench": ("rounds", "steps", "json"), "evaluate": ("model", *_EVALUATE)}
+_EXTRA: dict[str, tuple[str, ...]] = {
+    "run": ("estimation", "overwrite"),
+    "plan": ("estimation",),
+    "bench": ("rounds", "steps", "json"),
+    "evaluate": ("model", *_EVALUATE),
+}
 """Options of a verb that are no settings of a run."""
 
 
@@ -213,10 +233,10 @@ def _print_config(config: RunConfig) -> None:
         file.write(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
 
 
-def _run(config: RunConfig) -> None:
+def _run(config: RunConfig, **options: Any) -> None:
     from lightpeft import pipeline
 
-    _show_metrics(pipeline.run(config))
+    _show_metrics(pipeline.run(config, **options))
 
 
 def _estimate(config: RunConfig) -> None:
@@ -226,12 +246,16 @@ def _estimate(config: RunConfig) -> None:
     _out.print(f"{record.meta['steps']} steps; scores are in {config.output}/estimation", markup=False, soft_wrap=True)
 
 
-def _plan(config: RunConfig) -> None:
+def _plan(config: RunConfig, estimation: str | None = None) -> None:
     from lightpeft import pipeline
+    from lightpeft.reuse import find_estimation, take_estimation
     from lightpeft.runs import RunFolder
     from lightpeft.tables import plan_table
 
-    _out.print(plan_table(pipeline.plan(RunFolder.open(config, replan=True))))
+    run = RunFolder.open(config, replan=True)
+    if estimation is not None:
+        take_estimation(run, find_estimation(config, Path(estimation)))
+    _out.print(plan_table(pipeline.plan(run)))
 
 
 def _prune(config: RunConfig) -> None:
@@ -465,6 +489,8 @@ def _reproduce(options: Namespace) -> None:
 
 
 _OPTIONS: dict[str, Callable[[ArgumentParser], None]] = {
+    "run": _run_options,
+    "plan": _plan_options,
     "evaluate": _evaluate_options,
     "bench": _bench_options,
     "predict": _predict_options,

@@ -533,7 +533,7 @@ class RunConfig:
     bottleneck: BottleneckSettings = field(default_factory=BottleneckSettings)
     """The adapters that the run starts with (peft: bottleneck)."""
     light: LightConfig = field(default_factory=LightConfig)
-    """Estimation and budget. (What help shows are the values of preset `default`; --print_config shows those of a run.)"""
+    """Estimation and budget. (Help shows the values of preset `default`; --print_config those of a run.)"""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The fine-tuning run."""
     tasks: dict[str, TaskEntry] = field(default_factory=dict)

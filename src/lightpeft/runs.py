@@ -26,6 +26,18 @@ from lightpeft.training import append_line, last_checkpoint
 _CONFIG = "config.yaml"
 _RESULT_FILES: dict[Method, str] = {"light": DESCRIPTION, "plain": "adapter_config.json", "full": "config.json"}
 """The file that is written last of what training leaves."""
+_RESULTS = (
+    "metrics.json",
+    "bench.json",
+    "adapter",
+    "model",
+    "pruned",
+    "plan.json",
+    "estimation",
+    "checkpoints",
+    "log.jsonl",
+)
+"""All that a run leaves in its folder beside its config; later results first."""
 _UNUSED: dict[Method, tuple[str, ...]] = {
     "light": ("training.full_learning_rate",),
     "plain": ("light.", "training.full_learning_rate"),
@@ -44,11 +56,12 @@ class RunFolder:
     """Whether the budget may be another one than that of the folder, as long as nothing was pruned by that one."""
 
     @classmethod
-    def open(cls, config: RunConfig, replan: bool = False) -> RunFolder:
+    def open(cls, config: RunConfig, replan: bool = False, overwrite: bool = False) -> RunFolder:
         """The run of `config` in its output folder, new or to be resumed; nothing is written before `begin`.
 
         Args:
             replan: accept another budget than the folder's, as long as nothing was pruned by that one.
+            overwrite: accept the run of another config, to be removed by `start_anew`.
 
         Raises:
             LightPeftError: the folder holds something else, or the run of another config.
@@ -57,7 +70,10 @@ class RunFolder:
         require(not run.path.exists() or run.path.is_dir(), f"output {run.path} is a file; give a folder")
         if processes().is_main_process:
             check_free(run.path)
-        run._check_same()
+        if overwrite:
+            run._differing()  # which refuses what is no run
+        else:
+            run._check_same()
         return run
 
     @contextmanager
@@ -90,20 +106,39 @@ class RunFolder:
 
     def _check_same(self) -> None:
         """Refuse a folder that holds something else, or the run of another config."""
+        differing = self._differing()
+        require(
+            not differing,
+            f"output {self.path} is the run of another config (it differs in {', '.join(differing)}); give another "
+            "output, the same settings to go on, or run --overwrite to begin anew",
+        )
+
+    def _differing(self) -> list[str]:
+        """Names of settings in which the folder is the run of another config; refuses what is no run."""
         if not (self.path / _CONFIG).exists():
             empty = not self.path.is_dir() or all(map(is_own_file, self.path.iterdir()))
             require(empty, f"output {self.path} is not empty and not a run; give a new folder")
-            return
+            return []
         try:
             stored = stored_config(self.path)
         except LightPeftError as error:
             raise LightPeftError(f"output {self.path} is not a run, or its {_CONFIG} was edited: {error}") from error
-        differing = _differences(stored, self.config, skip_budget=self.replan and not self.has("prune"))
-        require(
-            not differing,
-            f"output {self.path} is the run of another config (it differs in {', '.join(differing)}); "
-            "give another output, or the same settings to go on",
-        )
+        return _differences(stored, self.config, skip_budget=self.replan and not self.has("prune"))
+
+    def start_anew(self) -> None:
+        """Remove the results of a run of another config, and no other file; that of the same config goes on.
+
+        Raises:
+            LightPeftError: another process holds the folder, or it is not the folder of a run.
+        """
+        state = processes()
+        if state.is_main_process and self._differing():
+            with holding(self.path):
+                if self._differing():  # still: somebody may have been here since
+                    for name in _RESULTS:
+                        _remove(self.path / name)
+                    write_text(self.path / _CONFIG, _signed(to_yaml(self.config)))
+        state.wait_for_everyone()
 
     def _write_config(self) -> None:
         self._check_same()  # once more: somebody may have been here since
@@ -223,6 +258,14 @@ class RunFolder:
                 yield entry
 
 
+def _remove(path: Path) -> None:
+    """Remove a file or a folder; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def stored_settings(folder: Path) -> dict[str, Any]:
     """The settings in a run folder's config.yaml, nested; what would let code in (`SWITCHES`) is not among them.
 
@@ -264,7 +307,7 @@ def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list
     budget = {f"light.{name}" for name in READ_BY_PLANS} if skip_budget else set()
     stored, given = _without_other_tasks(stored), _without_other_tasks(given)
     skipped = budget | {"output", "preset"} | {f"model.{name}" for name in SWITCHES}
-    before, after = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(given))
+    before, after = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(given))
     unused = _UNUSED[given.method]
     return [
         name
@@ -278,8 +321,9 @@ def _without_other_tasks(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, tasks={n: entry for n, entry in config.tasks.items() if n == config.data.task})
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    result: dict[str, Any] = {}
     for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
