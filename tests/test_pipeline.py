@@ -423,6 +423,6 @@ def test_pytorch_with_cuda_on_a_machine_without(bench: Workbench, monkeypatch: p
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
     pipeline.run(bench.config("driverless", **{"training.epochs": 1, "light.refit": "bias"}))
     text = bench.folder / "lines.txt"
-    text.write_text("a line\n")
+    text.write_text("word1 good1\n")
     predict(str(bench.folder / "driverless"), str(text), output=str(bench.folder / "labels.csv"))
     assert (bench.folder / "labels.csv").is_file()
