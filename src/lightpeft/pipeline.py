@@ -336,8 +336,8 @@ def announce_settings(work: Workspace, stage: str) -> None:
     asked = work.run.config.training
     if "auto" in (asked.epochs, asked.learning_rate):
         rate = float(_settings(work.config).learning_rate)
-        length = f"{work.config.training.epochs:g} epochs, {work.steps} steps"
-        work.run.announce(stage, f"training for {length}, at a learning rate of {rate:.2g}")
+        length = f"{work.steps} steps (epochs: {work.config.training.epochs:g})"
+        work.run.announce(stage, f"training takes {length} at a learning rate of {rate:.2g}")
     limit = work.config.data.max_length
     share = share_at_limit(work.train_rows, limit) if work.task.cuts else 0.0
     if share >= NOTABLE_CUTS:
