@@ -31,7 +31,7 @@ fetch: $(VENV)/.installed-dev
 
 test-faults: fetch
 	LIGHTPEFT_FAULTS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -n $(WORKERS) -rP tests/test_faults.py
+		$(BIN)/python -m pytest -n $(WORKERS) -rP tests/test_faults.py tests/test_hostile.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

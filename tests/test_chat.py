@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lightpeft.errors import LightPeftError
+from lightpeft.tasks import chat as chats
 from lightpeft.tasks.chat import check_chat, check_template, encode_chat, encode_prompt
 
 WORDS = ("system", "user", "assistant", "hello", "there", "bye", "now", "one", "two", "be", "kind")
@@ -84,6 +85,43 @@ def test_the_prompt_is_what_comes_before_the_last_answer() -> None:
 def test_templates_that_cannot_do_it(template: str, chat: list[dict[str, str]], message: str) -> None:
     with pytest.raises(LightPeftError, match=message):
         encode_chat(chat, tokenizer(template), "row 1")
+
+
+LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+GROWING = (
+    "{% set kept = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set kept.x = kept.x ~ kept.x %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (LOOP, "needs more than 0.2 seconds"),
+        ("{{ (10 ** (10 ** 9)) > 3 }}", "needs more than 0.2 seconds"),
+        (GROWING, "needs more than 128 MiB"),
+        ("{{ 'a' * 100000000000 }}", "needs more than 128 MiB"),
+        ("{{ 'a'|center(100000000000) }}", "needs more than 128 MiB"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "refuses the messages"),
+        ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "refuses the messages"),
+        ("{{ 1 / 0 }}", "refuses the messages"),
+        ("{{ messages.nothing.at_all }}", "refuses the messages"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses the messages"),
+    ],
+)
+def test_templates_that_are_made_to_harm(
+    template: str, message: str, marked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chats, "_SECONDS", 0.2)
+    for encode in (encode_chat, encode_prompt):
+        with pytest.raises(LightPeftError, match=f"row 1: the chat template {message}"):
+            encode(CHAT, tokenizer(template + marked), "row 1")
+
+
+def test_fields_that_tables_leave_open() -> None:
+    template = "{% for m in messages %}{{ 'bye' if m.tools is defined else 'now' }} {% endfor %}"
+    ids = encode_prompt([{**CHAT[0], "tools": None}], tokenizer(template), "row 1")
+    assert tokenizer(template).decode(ids) == "now"
 
 
 def test_no_template() -> None:

@@ -31,6 +31,7 @@ from lightpeft.files import (
     write_json,
     write_text,
 )
+from lightpeft.foreign import check_folder
 from lightpeft.loading import fingerprint
 from lightpeft.profiling import versions
 from lightpeft.quantised import prepare_quantised
@@ -227,6 +228,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     require(folder.is_dir(), f"light adapter folder {folder} does not exist")
     require((folder / DESCRIPTION).is_file(), f"{folder} is not a light adapter: it has no {DESCRIPTION}")
+    check_folder(folder)
     description = read_json(folder / DESCRIPTION)
     with understandable(folder / DESCRIPTION):
         expected = dict(description["checksums"])

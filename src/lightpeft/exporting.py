@@ -19,7 +19,7 @@ from lightpeft.config import ModelConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_file, read_json, understandable
-from lightpeft.foreign import parsing
+from lightpeft.foreign import check_folder, parsing
 from lightpeft.loading import check_checkpoint, with_reader
 from lightpeft.records import PrunePlan
 from lightpeft.sites import transformers_model
@@ -120,6 +120,7 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     """
     for name in (MERGED, "config.json"):  # transformers would go on without its config
         require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
+    check_folder(Path(folder))
     description = read_json(Path(folder) / MERGED)
     with understandable(Path(folder) / MERGED):
         checksums = dict(description["checksums"] if description["schema_version"] > 1 else {})  # version 1 had none

@@ -377,9 +377,9 @@ def _opening(config: ModelConfig) -> Iterator[None]:
     except LightPeftError as error:
         if error.__cause__ is None:
             raise
-        if "trust_remote_code" in str(error) and not config.trust_remote_code:
+        if "trust_remote_code" in str(error.__cause__) and not config.trust_remote_code:
             needs = "needs Python code that comes with it; if you trust its author, say so: trust_remote_code"
             raise LightPeftError(f"model {config.name} {needs}") from error
-        if "safetensors" in str(error) and not config.allow_pickle:
+        if "safetensors" in str(error.__cause__) and not config.allow_pickle:
             raise LightPeftError(f"{error}; for pickled weights of an author you trust: allow_pickle") from error
         raise

@@ -1,0 +1,594 @@
+"""Folders that are made to harm: no code of theirs runs, nothing leaves for the network, nothing is written elsewhere,
+nothing takes for ever, and each is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from test_faults import FULL, damage, rewrite
+from tiny import refusal
+from transformers import AutoModelForSequenceClassification
+from workbench import Workbench, checksums, edit, lightpeft
+
+from lightpeft import load_light, load_merged, pipeline
+from lightpeft.config import ModelConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.evaluating import evaluate_model
+from lightpeft.files import file_checksum
+from lightpeft.loading import load_model, load_model_config, load_tokenizer
+
+SECONDS = 20
+"""What one command may take here, where tests run side by side; alone it is one or two."""
+MIB = 512
+"""What the memory of this process may grow by, with what libraries allocate for the first time."""
+MUTATIONS = 400 if FULL else 40
+LABELS = ("negative", "positive")
+
+Edit = Callable[[dict[str, Any]], Any]
+
+
+# -- a place with a light adapter, a merged model, a PEFT adapter and their base, and guards around it ----------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    bench = Workbench(tmp_path_factory.mktemp("hostile"))
+    pipeline.run(bench.config("run"))
+    shutil.copytree(bench.folder / "run" / "adapter", bench.folder / "light")
+    assert lightpeft("export", bench.folder / "light", bench.folder / "merged") == 0
+    model = AutoModelForSequenceClassification.from_pretrained(bench.base, num_labels=2)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"])
+    get_peft_model(model, lora).save_pretrained(bench.folder / "peft")
+    return bench
+
+
+@pytest.fixture
+def place(bench: Workbench, tmp_path: Path) -> Path:
+    """A copy of it all, to be made hostile."""
+    for name in ("base", "light", "merged", "peft"):
+        shutil.copytree(bench.folder / name, tmp_path / name)
+    base = str(tmp_path / "base")
+    edit(tmp_path / "light" / "lightpeft.json", lambda data: data["base"].update(id=base))
+    rewritten(tmp_path / "peft" / "adapter_config.json", lambda data: data.update(base_model_name_or_path=base))
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing connects, and nothing asks for an address, also where the error of that would be caught."""
+    asked: list[object] = []
+
+    def refuse(*arguments: object, **_: object) -> None:
+        asked.append(arguments)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert not asked
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Neither for ever nor in all of the memory."""
+
+    def late(*_: Any) -> None:
+        raise AssertionError(f"it takes more than {SECONDS} s")
+
+    before, most = signal.signal(signal.SIGALRM, late), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < most + MIB * 1024
+
+
+def touched(place: Path) -> Path:
+    """What code from a hostile folder would make."""
+    return place / "code-ran"
+
+
+class Payload:
+    """Unpickling it runs code."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(touched(self.place)),)
+
+
+def rewritten(path: Path, change: Edit) -> None:
+    """Change a JSON object of another library's."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    change(data)
+    path.write_text(json.dumps(data), encoding="utf-8")
+
+
+def sealed(folder: Path, change: Edit = lambda data: None) -> None:
+    """Change what a light adapter or merged model says of itself, and make every checksum right, as its author can."""
+    name = "lightpeft.json" if (folder / "lightpeft.json").is_file() else "merged.json"
+    files = [file for file in folder.iterdir() if file.is_file() and file.name not in (name, "README.md")]
+
+    def seal(data: dict[str, Any]) -> None:
+        data["checksums"] = {file.name: file_checksum(file) for file in files}
+        change(data)
+
+    edit(folder / name, seal)
+
+
+def doors(place: Path, bench: Workbench, *kinds: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every way into folders of these kinds."""
+    test = ("--data.task", "classification", "--data.test", bench.test, "--data.max_length", 32)
+    config = bench.yaml("other", **{"model.name": str(place / "base")})
+    if "light" in kinds:
+        yield "load_light", lambda: load_light(place / "light")
+        yield "low_memory", lambda: load_light(place / "light", low_memory=True)
+        yield "trainable", lambda: load_light(place / "light", is_trainable=True)
+        yield "predict", lambda: lightpeft("predict", place / "light", bench.test)
+        yield "evaluate", lambda: lightpeft("evaluate", place / "light", *test)
+        yield "export", lambda: lightpeft("export", place / "light", place / "exported")
+    if "merged" in kinds:
+        yield "load_merged", lambda: load_merged(place / "merged")
+        yield "predict merged", lambda: lightpeft("predict", place / "merged", bench.test)
+        yield "evaluate merged", lambda: lightpeft("evaluate", place / "merged", *test)
+    if "peft" in kinds:
+        yield "evaluate peft", lambda: lightpeft("evaluate", place / "peft", *test)
+    if "base" in kinds:
+        yield "load_model", lambda: load_model(ModelConfig(name=str(place / "base")), "classification", LABELS)
+    if "base" in kinds or "words" in kinds:
+        yield "run", lambda: lightpeft("run", "--config", config)
+
+
+def rows_of(test: Path) -> dict[str, Any]:
+    return {"data": {"task": "classification", "test": str(test), "max_length": 32}}
+
+
+def refused(place: Path, bench: Workbench, *kinds: str, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The one line of each door; nothing ran, and nothing is written anywhere."""
+    lines = {}
+    found = list(doors(place, bench, *kinds))
+    before = {**checksums(place), **checksums(bench.folder)}
+    for name, door in found:
+        capsys.readouterr()
+        with bounded():
+            try:
+                code, text = door(), capsys.readouterr().err.removeprefix("lightpeft: ")
+            except LightPeftError as error:
+                code, text = 2, f"{error}\n"
+        assert code == 2, name
+        assert text.count("\n") == 1 and len(text) < 1000, (name, text)
+        assert not touched(place).exists(), name
+        lines[name] = text
+    assert {**checksums(place), **checksums(bench.folder)} == before
+    return lines
+
+
+# -- descriptions that ask for more than they may ----------------------------------------------------------------------
+
+DEMANDS: dict[str, Edit] = {
+    "base.config.weights_only": lambda base: base["config"].update(weights_only=False),
+    "base.config.use_safetensors": lambda base: base["config"].update(use_safetensors=False),
+    "base.config.attn_implementation": lambda base: base["config"].update(attn_implementation="owner/kernel"),
+    "base.config.use_kernels": lambda base: base["config"].update(use_kernels=True),
+    "base.config.trust_remote_code": lambda base: base["config"].update(trust_remote_code=True),
+    "base.config.config": lambda base: base["config"].update(config="elsewhere"),
+    "base.config.cache_dir": lambda base: base["config"].update(cache_dir="here"),
+    "base.config.device_map": lambda base: base["config"].update(device_map="disk", offload_folder="here"),
+    "base.config.num_hidden_layers": lambda base: base["config"].update(num_hidden_layers=10**7),
+    "base.config.id2label": lambda base: base["config"].update(id2label=5),
+    "base.config.pad_token_id": lambda base: base["config"].update(pad_token_id="[PAD]"),
+    "base.config": lambda base: base.update(config=[]),
+    "base.code": lambda base: base.update(code="import os"),
+    "base.revision": lambda base: base.update(revision=5),
+    "dtype": lambda base: base.update(dtype="auto"),
+    "base.dtype": lambda base: base.update(dtype=5),
+    "gguf_file": lambda base: base.update(gguf_file="../../model.gguf"),
+    "by gptq": lambda base: base.update(quantisation={"quant_method": "gptq"}),
+    "base.quantisation": lambda base: base.update(quantisation=5),
+    "base.architecture": lambda base: base.update(architecture=5),
+    "no pipeline that is a model": lambda base: base.update(architecture="pipeline"),
+    "no AutoModel that is a model": lambda base: base.update(architecture="AutoModel"),
+    "no PreTrainedModel that is a model": lambda base: base.update(architecture="PreTrainedModel"),
+    "no RagRetriever that is a model": lambda base: base.update(architecture="RagRetriever"),
+    "no os that is a model": lambda base: base.update(architecture="os"),
+}
+"""What the line about it says -> how the base's description is changed."""
+
+
+@pytest.mark.parametrize("what", DEMANDS)
+def test_a_base_is_described_and_not_configured(
+    what: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pickled_only(place, place / "base")
+    for kind in ("light", "merged"):
+        sealed(place / kind, lambda data: DEMANDS[what](data["base"]))
+        lines = refused(place, bench, kind, capsys=capsys)
+        assert all(what in line for line in lines.values()), lines
+
+
+# -- weights that are programs -----------------------------------------------------------------------------------------
+
+
+def pickled_only(place: Path, folder: Path, name: str = "pytorch_model.bin") -> None:
+    """Put a program in the place of weights."""
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    torch.save({"weight": Payload(place)}, folder / name)
+
+
+def test_the_payload_is_one(place: Path) -> None:
+    pickled_only(place, place / "base")
+    torch.load(place / "base" / "pytorch_model.bin", weights_only=False)
+    assert touched(place).exists()
+
+
+def test_pickled_weights(place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    pickled_only(place, place / "base")
+    pickled_only(place, place / "peft", "adapter_model.bin")
+    pickled_only(place, place / "merged")
+    sealed(place / "merged")
+    lines = refused(place, bench, "light", "merged", "peft", "base", capsys=capsys)
+    assert all("pickled" in line and "allow_pickle" in line for line in lines.values()), lines
+
+
+def test_pickled_weights_are_weights_even_where_they_are_allowed(place: Path, bench: Workbench) -> None:
+    pickled_only(place, place / "base")
+    assert "cannot be loaded" in refusal(lambda: load_light(place / "light", allow_pickle=True))
+    model = ModelConfig(name=str(place / "base"), allow_pickle=True)
+    assert "cannot be loaded" in refusal(lambda: load_model(model, "classification", LABELS))
+    shutil.rmtree(place / "base")
+    shutil.copytree(bench.base, place / "base")
+    pickled_only(place, place / "peft", "adapter_model.bin")
+    given = {**rows_of(bench.test), "model": {"allow_pickle": True}}
+    assert "does not fit" in refusal(lambda: evaluate_model(place / "peft", given))
+    assert not touched(place).exists()
+
+
+def test_pickled_weights_are_read_where_they_are_allowed(place: Path, bench: Workbench) -> None:
+    expected = load_merged(place / "merged").state_dict()
+    torch.save(load_file(place / "base" / "model.safetensors"), place / "base" / "pytorch_model.bin")
+    (place / "base" / "model.safetensors").unlink()
+    found = load_light(place / "light", allow_pickle=True).merge_and_unload().state_dict()
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+    command = ("predict", place / "light", bench.test, "--output", place / "p.csv")
+    assert lightpeft(*command) == 2
+    assert lightpeft(*command, "--allow_pickle") == 0
+    assert lightpeft("export", place / "light", place / "whole", "--allow_pickle") == 0
+
+
+@pytest.mark.parametrize("shard", ["../light/adapter_model.safetensors", "pytorch_model.bin", 5])
+def test_an_index_that_names_other_files(
+    shard: Any, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pickled_only(place, place / "base")
+    index = {"metadata": {}, "weight_map": {"bert.embeddings.word_embeddings.weight": shard}}
+    (place / "base" / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    lines = refused(place, bench, "light", "base", capsys=capsys)
+    assert all("names other files" in line for line in lines.values()), lines
+
+
+# -- code that comes with a model --------------------------------------------------------------------------------------
+
+MODULE = """
+import os
+os.mkdir({marker!r})
+import transformers
+class BertConfig(transformers.BertConfig): pass
+class BertForSequenceClassification(transformers.BertForSequenceClassification): config_class = BertConfig
+class Words(transformers.PreTrainedTokenizerFast): pass
+"""
+"""Code of a model's own, which leaves a trace."""
+CLASSES = {"AutoConfig": "own.BertConfig", "AutoModelForSequenceClassification": "own.BertForSequenceClassification"}
+
+
+def with_code(place: Path, folder: Path, **config: Any) -> None:
+    """Give a model a module of its own."""
+    (folder / "own.py").write_text(MODULE.format(marker=str(touched(place))), encoding="utf-8")
+    rewritten(folder / "config.json", lambda data: data.update(auto_map=CLASSES, **config))
+    words = {"auto_map": {"AutoTokenizer": ["own.Words", "own.Words"]}, "tokenizer_class": "Words"}
+    rewritten(folder / "tokenizer_config.json", lambda data: data.update(words))
+
+
+def test_code_of_a_model_that_needs_it(place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    with_code(place, place / "base", model_type="own")
+    lines = refused(place, bench, "base", "peft", capsys=capsys)
+    assert all("trust_remote_code" in line and "Python code" in line for line in lines.values()), lines
+    refused(place, bench, "light", capsys=capsys)
+    with_code(place, place / "merged", model_type="own")
+    sealed(place / "merged")
+    for _, door in doors(place, bench, "merged"):
+        opened(door)
+        assert not touched(place).exists()
+    load_model_config(ModelConfig(name=str(place / "base"), trust_remote_code=True))
+    assert touched(place).exists(), "it runs where its user says so"
+
+
+def test_code_of_a_model_that_does_without(place: Path, bench: Workbench) -> None:
+    """A run that was made with trust_remote_code, or says that it was, has it no longer for who opens the folder."""
+    with_code(place, place / "base")
+    (place / "base" / "tokenizer_config.json").write_text((bench.base / "tokenizer_config.json").read_text())
+    changes = {"model.name": str(place / "base"), "model.trust_remote_code": True, "output": str(place / "run")}
+    file = bench.yaml("trusting", **changes)
+    assert lightpeft("run", "--config", file) == 0
+    assert touched(place).exists(), "it runs where its user says so"
+    touched(place).rmdir()
+    assert "trust_remote_code: true" in (place / "run" / "config.yaml").read_text()
+    for command in (
+        ("run", "--run", place / "run"),
+        ("evaluate", "--run", place / "run", "--per_class"),
+        ("evaluate", place / "run"),
+        ("predict", place / "run", bench.test, "--output", place / "p.csv"),
+        ("export", place / "run", place / "whole"),
+    ):
+        assert lightpeft(*command) == 0, command
+        assert not touched(place).exists(), command
+
+
+KERNELS: dict[str, Any] = {
+    "attn_implementation": "owner/kernel",
+    "_attn_implementation": "kernels-community/flash-attn",
+    "text_config": {"attn_implementation": "paged|owner/kernel@main:function"},
+    "experts_implementation": "owner/kernel",
+    "use_kernels": True,
+    "kernel_config": {"RMSNorm": "owner/kernel:RMSNorm"},
+}
+
+
+@pytest.mark.parametrize("setting", KERNELS)
+def test_kernels_by_name(setting: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "merged"):
+        rewritten(place / name / "config.json", lambda data: data.update({setting: KERNELS[setting]}))
+    sealed(place / "merged")
+    lines = refused(place, bench, "light", "merged", "peft", "base", capsys=capsys)
+    assert all("code from the hub" in line for line in lines.values()), lines
+
+
+def test_a_base_with_an_adapter_in_it(place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers would put it into the model, by PEFT's rules alone."""
+    for file in (place / "peft").glob("adapter_*"):
+        shutil.copy(file, place / "base")
+    lines = refused(place, bench, "light", "base", capsys=capsys)
+    assert all("has a PEFT adapter beside it" in line for line in lines.values()), lines
+
+
+ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
+    "a module to import": ({"megatron_config": {"a": 1}, "megatron_core": "own"}, "megatron_config"),
+    "a rank": ({"r": 10**8}, "r is 100,000,000"),
+    "another rank": ({"r": 10**6, "rank_pattern": {}}, "does not fit"),
+    "a rank of one module": ({"rank_pattern": {"query": 10**8}}, "rank_pattern is 100,000,000"),
+    "copies of layers": ({"layer_replication": [[0, 10**7]]}, "layer_replication"),
+    "an endless expression": ({"target_modules": r"(\w+\.?)+!"}, "finding the modules"),
+    "endless expressions for ranks": ({"rank_pattern": {r"(\w+\.?)+!": 4}}, "finding the modules"),
+    "endless exceptions": ({"exclude_modules": r"(\w+\.?)+!"}, "finding the modules"),
+    "endless modules to save": ({"modules_to_save": ["classifier", r"(\w+\.?)+!"]}, "finding the modules"),
+    "no expression": ({"target_modules": "(("}, "does not fit"),
+    "an unknown type": ({"peft_type": "XX"}, "adapter_config.json"),
+    "a type of another kind": ({"peft_type": ["LORA"]}, "adapter_config.json"),
+    "a file elsewhere": (
+        {
+            "peft_type": "MULTITASK_PROMPT_TUNING",
+            "prompt_tuning_init_state_dict_path": "x.bin",
+            "num_virtual_tokens": 2,
+        },
+        "prompt_tuning_init_state_dict_path",
+    ),
+    "a model elsewhere": ({"peft_type": "XLORA", "hidden_size": 32, "adapters": {"a": "owner/name"}}, "adapters"),
+    "modules of another kind": ({"modules_to_save": [True]}, ""),
+    "ranks as text": ({"rank_pattern": {"query": "8"}, "r": "8"}, ""),
+    "negative ranks": ({"rank_pattern": {}, "r": -8}, ""),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters(name: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, said = ADAPTERS[name]
+    (place / "own.py").write_text(MODULE.format(marker=str(touched(place))), encoding="utf-8")
+    rewritten(place / "peft" / "adapter_config.json", lambda data: data.update(changes))
+    (line,) = refused(place, bench, "peft", capsys=capsys).values()
+    assert said in line
+
+    def change(data: dict[str, Any]) -> None:
+        data.get("peft_config", data).update(changes)
+
+    rewritten(place / "light" / "adapter_config.json", change)
+    sealed(place / "light")
+    refused(place, bench, "light", capsys=capsys)
+
+
+# -- what never ends, or fills the memory ------------------------------------------------------------------------------
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def large(path: Path) -> None:
+    with path.open("ab") as file:
+        file.truncate(2**30)
+
+
+def nested(path: Path) -> None:
+    path.write_text("[" * 10**6, encoding="utf-8")
+
+
+def digits(path: Path) -> None:
+    path.write_text('{"vocab_size": ' + "9" * 10**5 + "}", encoding="utf-8")
+
+
+PLACES = {
+    "base/config.json": ("light", "base", "peft"),
+    "base/tokenizer.json": ("words",),
+    "base/tokenizer_config.json": ("words",),
+    "peft/adapter_config.json": ("peft",),
+    "light/adapter_config.json": ("light",),
+    "light/lightpeft.json": ("light",),
+    "merged/config.json": ("merged",),
+    "merged/merged.json": ("merged",),
+}
+
+
+@pytest.mark.parametrize("bomb", [pipe, device, large, nested, digits])
+@pytest.mark.parametrize("name", PLACES)
+def test_files_that_never_end(
+    name: str, bomb: Callable[[Path], None], place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bomb(place / name)
+    for kind in PLACES[name]:
+        for line in only_refusals(place, bench, kind, capsys=capsys):
+            assert line
+
+
+def only_refusals(place: Path, bench: Workbench, kind: str, *, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """As `refused`, where files cannot be read whole to be compared."""
+    lines = []
+    for name, door in doors(place, bench, kind):
+        capsys.readouterr()
+        with bounded():
+            try:
+                code, text = door(), capsys.readouterr().err
+            except LightPeftError as error:
+                code, text = 2, f"{error}\n"
+        assert code == 2 and text.count("\n") == 1 and len(text) < 1000, (name, text)
+        lines.append(text)
+    return lines
+
+
+COUNTS: dict[str, Any] = {
+    "num_hidden_layers": 10**7,
+    "num_labels": 10**9,
+    "vocab_size": 10**12,
+    "max_position_embeddings": 10**12,
+    "text_config": {"num_hidden_layers": 10**7},
+    "encoder_layers": 1e9,
+    "num_experts": 10**6,
+}
+
+
+@pytest.mark.parametrize("setting", COUNTS)
+def test_models_without_end(setting: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "merged"):
+        rewritten(place / name / "config.json", lambda data: data.update({setting: COUNTS[setting]}))
+    sealed(place / "merged")
+    lines = refused(place, bench, "light", "merged", "peft", "base", capsys=capsys)
+    assert all("no model has more than" in line for line in lines.values()), lines
+
+
+def test_layers_full_of_experts(place: Path) -> None:
+    rewritten(place / "base" / "config.json", lambda data: data.update(num_hidden_layers=1000, num_local_experts=1000))
+    assert "which no model has" in refusal(lambda: load_model_config(ModelConfig(name=str(place / "base"))))
+
+
+# -- whatever else anybody writes into them ----------------------------------------------------------------------------
+
+ODD_FILES = {
+    "config.json": [
+        "[]",
+        "5",
+        "null",
+        "{}",
+        "",
+        "{",
+        '{"model_type": 5}',
+        '{"model_type": "bert", "quantization_config": 5}',
+    ],
+    "tokenizer.json": ["{}", "[]", "", '{"version": "1.0", "model": {}}'],
+    "tokenizer_config.json": ["[]", "5", "", '{"tokenizer_class": 5}', '{"added_tokens_decoder": 5}'],
+    "model.safetensors": ["", "x" * 100, "{}" * 50],
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_bases_of_garbage(name: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ODD_FILES[name]:
+        (place / "base" / name).write_text(content, encoding="utf-8")
+        if "tokenizer" not in name:
+            refused(place, bench, "light", "peft", "base", capsys=capsys)
+            continue
+        with bounded():
+            opened(lambda: load_tokenizer(ModelConfig(name=str(place / "base"))))
+
+
+def opened(action: Callable[[], object]) -> str | None:
+    """The one line of a refusal; None if it is none."""
+    try:
+        action()
+    except LightPeftError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return str(error)
+    return None
+
+
+MODELS: dict[str, Callable[[Path], object]] = {
+    "base": lambda place: load_light(place / "light"),
+    "merged": lambda place: load_merged(place / "merged"),
+    "peft": lambda place: evaluate_model(place / "peft", rows_of(place / "test.csv")),
+    "tokenizer": lambda place: load_tokenizer(ModelConfig(name=str(place / "base"))),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_damage_is_one_line(model: str, place: Path, bench: Workbench) -> None:
+    shutil.copy(bench.test, place / "test.csv")
+    folder = place / ("base" if model == "tokenizer" else model)
+    shutil.copytree(folder, place / "good")
+    lines = 0
+    for seed in range(MUTATIONS):
+        shutil.rmtree(folder)
+        shutil.copytree(place / "good", folder)
+        damage(folder, random.Random(seed))
+        with bounded():
+            lines += opened(lambda: MODELS[model](place)) is not None
+    assert lines
+
+
+ODD = {
+    "base": "config.json",
+    "merged": "config.json",
+    "peft": "adapter_config.json",
+    "tokenizer": "tokenizer_config.json",
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_odd_values_are_one_line(model: str, place: Path, bench: Workbench) -> None:
+    shutil.copy(bench.test, place / "test.csv")
+    file = place / ("base" if model == "tokenizer" else model) / ODD[model]
+    good, lines = file.read_text(encoding="utf-8"), 0
+    for seed in range(MUTATIONS):
+        draw = random.Random(seed)
+        file.write_text(good, encoding="utf-8")
+        rewritten(file, lambda data, draw=draw: rewrite(data, draw))
+        if model == "merged":
+            sealed(place / "merged")
+        with bounded():
+            lines += opened(lambda: MODELS[model](place)) is not None
+    assert lines
+
+
+def test_nothing_is_said_of_weights_that_the_adapter_brings(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_light(place / "light")
+    written = capfd.readouterr()
+    assert "classifier" not in written.out + written.err
