@@ -50,7 +50,8 @@ def test_a_loop_of_ones_own(results: Path, name: str) -> None:
     record, masks = of_rank(results, 0, name)
     assert_close(record, whole.record())
     torch.testing.assert_close(masks, whole.masks.values, rtol=0, atol=1e-4)
-    assert record.meta["ratio_tokens"] == whole.record().meta["ratio_tokens"]
+    for count in ("ratio_tokens", "scored_examples"):
+        assert record.meta[count] == whole.record().meta[count]
     assert record.meta["processes"] == 2
 
 

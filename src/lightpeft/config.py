@@ -444,7 +444,7 @@ class TrainingConfig:
     """The fine-tuning run as a whole; estimation is its first part."""
 
     epochs: float | Auto = "auto"
-    """Passes over the training rows, estimation included; auto: 3, and as many more as make 300 optimizer steps, up to
+    """Passes over the training rows, estimation included; auto: 3, and as many more as make 200 optimizer steps, up to
     40."""
     batch_size: int = 32
     """Rows a step and process."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from lightpeft.config import RunConfig, TrainingConfig
 
-LEAST_STEPS = 300
+LEAST_STEPS = 200
 """Optimizer steps that a run takes under `epochs: auto`, also where rows are few: below, PEFT has hardly moved."""
 LEAST_EPOCHS = 3
 """Passes over the rows where these are enough steps."""
