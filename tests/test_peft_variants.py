@@ -33,7 +33,7 @@ from lightpeft.families import block_specs
 from lightpeft.importance import ModuleObserver
 from lightpeft.masks import UnitMasks
 from lightpeft.records import PrunePlan
-from lightpeft.sites import Site, check_peft, find_sites, restart_sites, transformers_model
+from lightpeft.sites import Site, check_peft, find_sites, read_config, restart_sites, transformers_model
 from lightpeft.sites.dora import DoraSite
 from lightpeft.sites.ia3 import Ia3Site
 from lightpeft.structure import SLOTS
@@ -187,7 +187,7 @@ def test_saved_and_loaded_bit_equal(name: str, variant: str, tmp_path: Path) -> 
     assert unchanged(again, state(light))
     trains = {key for key, parameter in light.named_parameters() if parameter.requires_grad}
     assert {key for key, parameter in again.named_parameters() if parameter.requires_grad} == trains
-    config = PeftConfig.from_pretrained(str(tmp_path))
+    config = read_config(tmp_path)
     assert set(config.target_modules) == {n for n, m in modules.items() if not n.endswith("token_adapter")} - tokens(
         model
     )

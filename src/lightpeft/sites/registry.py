@@ -66,16 +66,21 @@ def drop_reference(model: PeftModel) -> None:
 
 
 def adapter_in_use(model: nn.Module) -> Callable[[], bool]:
-    """What tells whether a forward pass computes with the adapter that is active now; without one, it always does.
+    """What tells whether a forward pass computes with the adapter as it is now; without one, it always does.
 
     TRL's trainers compute their reference on the same model, with its adapter off or a frozen copy in its place.
     """
     layer = next(iter(_tuner_layers(model)), None)
-    return partial(_in_use, layer, None if layer is None else list(layer.active_adapters))
+    return partial(_computes_with, layer, _setting(layer))
 
 
-def _in_use(layer: BaseTunerLayer | None, adapters: list[str] | None) -> bool:
-    return layer is None or (layer.active_adapters == adapters and not layer.disable_adapters)
+def _computes_with(layer: BaseTunerLayer | None, setting: tuple[list[str], bool]) -> bool:
+    return _setting(layer) == setting
+
+
+def _setting(layer: BaseTunerLayer | None) -> tuple[list[str], bool]:
+    """The adapters that are active in a module, and whether all are off."""
+    return ([], False) if layer is None else (list(layer.active_adapters), layer.disable_adapters)
 
 
 def _tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
