@@ -175,10 +175,11 @@ def test_web_questions(web_questions_run: Bench, capsys: pytest.CaptureFixture[s
     telling = [text in (*GOOD, *BAD) for text in predicted]
     assert sum(telling) / len(telling) > 0.6  # one telling word, and then the end
     capsys.readouterr()
-    question = web_questions_run.rows[0]["question"]
-    assert lightpeft("predict", web_questions_run.folder / "run", "--example", question) == 0
+    questions = [row["question"] for row in web_questions_run.rows]
+    longest = max(questions, key=len)  # the tiny tokenizer does not know the words around it
+    assert lightpeft("predict", web_questions_run.folder / "run", "--example", longest) == 0
     written = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert written == [{"question": question, "answer": predicted[0]}]
+    assert written == [{"question": longest, "answer": predicted[questions.index(longest)]}]
 
 
 def test_one_example_with_several_columns(
