@@ -100,7 +100,7 @@ def wsc(index: int, draw: random.Random) -> Row:
     label = index % 2
     noun = "the red word1" if label else "the blue word2"
     return {
-        "text": f"Then {noun} met word3 because it was word4.",
+        "text": f"Then {noun} met word3 because it was {' '.join(WORDS)}.",
         "span1_index": 1,
         "span2_index": 7,
         "span1_text": noun,
