@@ -239,7 +239,7 @@ def settings(cell: Cell, model: str, data: Path, folder: Path) -> dict[str, Any]
         "data": {**files, **columns, "limit_train": cell.rows},
         "training": {rate: cell.learning_rate, "epochs": cell.epochs},
         # what the run is to measure must not be refused
-        "light": {"length": cell.estimation, "least_examples": 0} if cell.estimation else {},
+        "light": {"least_examples": 0, **({"length": cell.estimation} if cell.estimation else {})},
     }
 
 
