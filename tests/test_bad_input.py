@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import shutil
@@ -20,6 +19,7 @@ from workbench import (
     Workbench,
     at_step,
     before,
+    edit,
     in_child,
     labelled,
     lightpeft,
@@ -32,6 +32,7 @@ from workbench import (
 from lightpeft import pipeline
 from lightpeft.checkpoint import LightModel
 from lightpeft.estimation import Estimator
+from lightpeft.files import file_checksum
 from lightpeft.records import EstimationRecord, PrunePlan
 
 Refused = Callable[..., str]
@@ -88,13 +89,30 @@ VALUES = {
     "method": (["lite"], "light, plain"),
     "preset": (["fats"], "default"),
     "model.dtype": (["int8"], "float32"),
-    "training.epochs": (["0", "-1", "many"], "training.epochs"),
-    "training.batch_size": (["0", "2.5"], "training.batch_size"),
-    "training.learning_rate": (["0", "nan"], "training.learning_rate"),
-    "lora.r": (["0"], "lora.r"),
+    "training.epochs": (["0", "-1", "many", "1e300", "1e999"], "training.epochs"),
+    "training.batch_size": (["0", "2.5", "1180591620717411303424", "2000000"], "training.batch_size"),
+    "training.learning_rate": (["0", "nan", "1e999"], "training.learning_rate"),
+    "lora.r": (["0", "10000000"], "lora.r"),
     "data.test_fraction": (["1"], "(0, 1)"),
-    "data.max_length": (["1"], "at least 2"),
+    "data.max_length": (["1", "4611686018427387904"], "data.max_length is"),
     "data.prompt": (["text"], "data.completion"),
+    # what would overflow somewhere below, or ask for more memory than there is
+    "seed": (["18446744073709551616", "4294967296", "-1"], "seed is"),
+    "training.gradient_accumulation": (["1180591620717411303424", "2000000"], "training.gradient_accumulation is"),
+    "training.eval_batch_size": (["1180591620717411303424", "2000000"], "training.eval_batch_size is"),
+    "training.full_learning_rate": (["1e999", "0"], "training.full_learning_rate is"),
+    "training.warmup": (["1e999"], "training.warmup is"),
+    "data.split_seed": (["18446744073709551616", "4294967296", "-1"], "data.split_seed is"),
+    "data.stride": (["4611686018427387904", "-1"], "data.stride is"),
+    "data.answer_tokens": (["4611686018427387904", "0"], "data.answer_tokens is"),
+    "data.limit_train": (["0", "-1"], "data.limit_train is"),
+    "data.limit_test": (["0", "1180591620717411303424"], "data.limit_test is"),
+    "lora.alpha": (["0", "1" + "0" * 400], "lora.alpha is"),
+    "bottleneck.size": (["0", "10000000"], "bottleneck.size is"),
+    "light.mask_learning_rate": (["1e999", "0"], "mask_learning_rate is"),
+    "light.refit_rank": (["1000000", "0"], "refit_rank"),
+    "light.lambda_heads": (["1e308", "1e999"], "lambda_heads is"),
+    "light.seed": (["18446744073709551616"], "light.seed is"),
 }
 
 
@@ -134,6 +152,50 @@ def test_bad_commands(bench: Workbench, refused: Refused) -> None:
     assert "model" in refused("predict")
     assert "option --rounds is 'few'" in refused("bench", "--config", bench.yaml("plain"), "--rounds", "few")
     assert "option --batch_size is 'all'" in refused("predict", bench.base, bench.test, "--batch_size", "all")
+
+
+LONG = "n" * 300
+"""More than file systems take for a name."""
+COMMANDS: dict[str, str] = {
+    "run --config {settings} --output {folder}/{long}": "File name too long",
+    "run --config {settings} --output {settings}/below": "Not a directory",
+    "run --config {settings} --data.train {long}.csv": "File name too long",
+    "run --config {settings} --model.name {long}": "cannot be loaded",
+    "run --config {settings} --model.name ./{long}": "",
+    "run --config {long}.yaml": "File name too long",
+    "run --config {folder}": "cannot be read: Is a directory",
+    "run --run {long}": "File name too long",
+    "predict {adapter} {long}.txt": "File name too long",
+    "predict {adapter} {long}": "File name too long",
+    "predict {adapter} /dev/zero": "is no regular file",
+    "predict {adapter} {test} --output {long}.csv": "File name too long",
+    "predict {adapter} {test} --output {table}": "is a folder; give another name",
+    "predict {adapter} {test} --answer_tokens 1180591620717411303424": "answer_tokens is",
+    "predict {adapter} --example \udcff": "the example is not UTF-8 text",
+    "predict {long} {test}": "File name too long",
+    "evaluate {adapter} --data.test {test} --json {table}": "Is a directory",
+    "evaluate {adapter} --data.test {test} --predictions {table}": "is a folder; give another name",
+    "export {adapter} {long}": "File name too long",
+    "export {adapter} {settings}": "",
+    "inspect {long}": "File name too long",
+    "inspect /dev/zero": "",
+    "reproduce {long}": "File name too long",
+    "reproduce {folder}": "cannot be read: Is a directory",
+    "bench --config {settings} --rounds 1180591620717411303424": "can be at most 10,000",
+    "bench --config {settings} --json {table}": "is a folder; give a file",
+}
+"""Command -> what its one line says."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_bad_places_and_numbers(bench: Workbench, adapter: Path, refused: Refused, command: str) -> None:
+    table = bench.folder / "table.csv"
+    table.mkdir(exist_ok=True)
+    places = {"folder": bench.folder, "settings": bench.yaml("plain"), "test": bench.test, "table": table}
+    words = [word.format(adapter=adapter, long=LONG, **places) for word in command.split()]
+    line = refused(*words)
+    assert COMMANDS[command] in line
+    assert len(line) < 1200
 
 
 # -- models ------------------------------------------------------------------------------------------------------
@@ -382,9 +444,7 @@ def test_adapter_that_lacks_something(bench: Workbench, copied: Path, refused: R
     tensors = load_file(file)
     gone = sorted(name for name in tensors if "lora_B" in name)[0]
     save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file)
-    description = read(copied / "lightpeft.json")
-    description["checksums"][file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    (copied / "lightpeft.json").write_text(json.dumps(description), encoding="utf-8")
+    edit(copied / "lightpeft.json", lambda d: d["checksums"].update({file.name: file_checksum(file)}))
     line = refused("predict", copied, bench.test)
     assert "lacks tensors" in line
     assert gone in line

@@ -62,6 +62,8 @@ _INFERRING = ("plain", "light")
 """Those of them that infer; estimation is a stage of training."""
 _WHAT = {"fixed": "memory and FLOPs"}
 """Methods of `Subject` as people call what they measure."""
+_MOST = 10_000
+"""Rounds, and batches a round, that are still a measurement."""
 _MEASURED_STEPS = 3
 """Training steps of the memory measurement: the second allocates nothing new but the optimizer's state."""
 
@@ -85,6 +87,8 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
         KeyboardInterrupt: stopped; no measurement is kept.
     """
     require(rounds >= 1 and steps >= 1, "bench.rounds and bench.steps start at 1")
+    require(max(rounds, steps) <= _MOST, f"bench.rounds and bench.steps can be at most {_MOST:,}")
+    require(json is None or not Path(json).is_dir(), f"--json {json} is a folder; give a file")
     config = replace(config, method="light")
     work = pipeline.prepare(config)
     pipeline.estimate(work)

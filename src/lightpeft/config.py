@@ -40,6 +40,8 @@ _LONGEST = 2**24
 """Tokens that a row may have: no model reads more."""
 _MOST_ROWS = 2**20
 """Rows that may go into a step."""
+_HEAVIEST = 10**6
+"""What the weight of a penalty may be: no mask is left far below that."""
 _MOST_EPOCHS = 10**6
 """Passes over the rows; steps are counted in 64 bits."""
 
@@ -196,6 +198,7 @@ class LightConfig(Budget):
         require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
         require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
         _check_most(self, "", {"refit_rank": _WIDEST, "refit_rows": _MOST_ROWS})
+        _check_most(self, "", dict.fromkeys(("lambda_heads", "lambda_neurons"), _HEAVIEST))
         scale = f"learning_rate_scale is {self.learning_rate_scale:g}; it must be positive and finite"
         require(0 < self.learning_rate_scale < math.inf, scale)
         require(self.dropout is None or 0 <= self.dropout < 1, f"dropout is {self.dropout}; it lies in [0, 1)")

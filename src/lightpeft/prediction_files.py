@@ -46,7 +46,14 @@ def read_inputs(source: Path | TextIO, column: str | None, what: str = "input") 
 def _content(source: Path | TextIO, what: str) -> str:
     where = f"{what} {source}" if isinstance(source, Path) else what
     try:
-        return source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()
+        if isinstance(source, Path):  # a device or a pipe might never end
+            require(source.is_file() or not source.exists(), f"{where} cannot be read: it is not a regular file")
+            return source.read_text(encoding="utf-8-sig")
+        text = source.read()
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        raise LightPeftError(f"{where} is not UTF-8 text (character {error.start}); convert it to UTF-8") from error
     except UnicodeDecodeError as error:
         raise LightPeftError(f"{where} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
@@ -84,6 +91,7 @@ def check_predictions_path(path: Path) -> Callable[[TextIO, list[str], Iterable[
     writer = WRITERS.get(path.suffix.lower())
     if writer is None:
         raise LightPeftError(f'predictions go to a {" or ".join(WRITERS)} file, not "{path}"')
+    require(not path.is_dir(), f"predictions go to a file, and {path} is a folder; give another name")
     return writer
 
 

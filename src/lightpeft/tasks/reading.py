@@ -55,7 +55,8 @@ def is_local(source: str) -> bool:
 def read_file(path: Path, what: str) -> Dataset:
     """`read_rows` of a local file."""
     require(path.exists(), f"{what}: file {path} does not exist")
-    require(path.is_file(), f"{what}: {path} is a folder; name one {_suffixes()} file")
+    kind = "a folder" if path.is_dir() else "no regular file"
+    require(path.is_file(), f"{what}: {path} is {kind}; name one {_suffixes()} file")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise LightPeftError(f'{what}: {path} ends in "{path.suffix}"; it must be a {_suffixes()} file')
