@@ -11,7 +11,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
 LAYERS: tuple[set[str], ...] = (
-    {"errors", "files", "hub", "foreign", "limits", "streams", "plain_data", "config", "meanwhile", "progress", "structure", "records"},
+    {"errors", "files", "foreign", "hub", "limits", "meanwhile", "progress", "streams"},
+    {"plain_data", "config", "structure", "records"},
     {"layout", "linears", "machine", "quantised", "schedule", "scoring", "planning", "tasks"},
     {"families", "statistics"},
     {"bottleneck"},
@@ -35,10 +36,8 @@ WITHIN_LAYER = {
     "foreign": {"errors", "files"},
     "limits": {"errors"},
     "streams": {"errors"},
-    "plain_data": {"errors", "files"},
-    "config": {"errors", "plain_data"},
-    "structure": {"errors"},
-    "records": {"errors", "files", "plain_data", "structure"},
+    "config": {"plain_data"},
+    "records": {"plain_data", "structure"},
     "__main__": {"cli"},
     "linears": {"quantised"},
     "reuse": {"runs"},
