@@ -97,6 +97,26 @@ def test_another_text_column(bench: Workbench, expected: np.ndarray, tmp_path: P
     check(table((tmp_path / "out.csv").read_text(encoding="utf-8")), expected)
 
 
+@pytest.mark.parametrize("option", ["--text", "--data.text"])
+def test_columns_are_called_the_same_in_predict_and_evaluate(
+    bench: Workbench, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"sentence": row["text"], "label": row["label"]} for row in labelled(40, seed=2)]
+    source, run = write_rows(tmp_path / "rows.csv", rows), bench.folder / "run" / "adapter"
+    assert lightpeft("predict", run, source, option, "sentence", "--output", tmp_path / "out.csv") == 0
+    predicted = table((tmp_path / "out.csv").read_text(encoding="utf-8"))
+    right = sum(row["label"] == row["input_label"] for row in predicted) / len(predicted)
+    options = ("--data.test", source, option, "sentence", "--json", tmp_path / "out.json")
+    assert lightpeft("evaluate", run, *options) == 0
+    assert read(tmp_path / "out.json")["model"]["metrics"]["accuracy"] == pytest.approx(right)
+
+
+def test_errors_name_the_example(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lightpeft("predict", bench.folder / "run", "--example", " \n ") == 2
+    assert "the example has no text" in capsys.readouterr().err
+    assert lightpeft("predict", bench.folder / "run", "--example", "word1", "--data.text", "other") == 0
+
+
 def test_accuracy_is_the_one_that_was_measured(bench: Workbench, tmp_path: Path) -> None:
     predict(bench.folder / "run", bench.test, output=tmp_path / "out.csv")
     rows = table((tmp_path / "out.csv").read_text(encoding="utf-8"))
