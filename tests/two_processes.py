@@ -31,7 +31,7 @@ def loop(parts: int = 1, synchronise: str = "last", **options: Any) -> Estimator
     """A hand-written loop over this process's share of the rows, in `parts` backward passes a step."""
     model = student()
     parallel = DistributedDataParallel(model, **options)
-    estimator = Estimator(model, LightConfig(length=STEPS))
+    estimator = Estimator(model, LightConfig(length=STEPS, least_examples=0))
     estimator.start(total_steps=None)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(STEPS):
@@ -67,7 +67,7 @@ def seen_gradients(**options: Any) -> dict[str, torch.Tensor]:
 
 def in_trainer(folder: Path, rows: int, parts: int = 1) -> EarlyPruner:
     """A language model: its loss is the one that the trainer averages over the tokens of all processes."""
-    pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=4))
+    pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=4, least_examples=0))
     settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts, "ddp_backend": "gloo"}
     trainer(pruner.model, folder, pruner.callback(), **settings).train()
     return pruner
@@ -77,9 +77,9 @@ def resumed_in_trainer(folder: Path) -> EarlyPruner:
     """Stop after three of four steps, inside the second window, and go on from the checkpoint."""
     settings: dict[str, Any] = {"per_device_train_batch_size": 4, "ddp_backend": "gloo"}
     settings |= {"save_strategy": "steps", "save_steps": 3}
-    first = EarlyPruner(student("llama-gqa"), LightConfig(length=4))
+    first = EarlyPruner(student("llama-gqa"), LightConfig(length=4, least_examples=0))
     trainer(first.model, folder, first.callback(), StopAt(3), **settings).train()
-    second, checkpoint = EarlyPruner(student("llama-gqa"), LightConfig(length=4)), folder / "checkpoint-3"
+    second, checkpoint = EarlyPruner(student("llama-gqa"), LightConfig(length=4, least_examples=0)), folder / "checkpoint-3"
     again = trainer(second.model, folder, second.callback(resume_from=checkpoint), **settings)
     again.train(resume_from_checkpoint=str(checkpoint))
     return second
