@@ -50,7 +50,7 @@ def meant_option(word: str, known: Collection[str]) -> str | None:
     of_section = [option for option in known if option.startswith(f"--{name}.")]
     if len(in_section) == 1 or of_section:
         return (in_section or of_section)[0]
-    return next(iter(difflib.get_close_matches(word, set(known) - {"--help", "-h"}, n=1, cutoff=0.5)), None)
+    return next(iter(difflib.get_close_matches(word, set(known) - {"--help", "-h"}, n=1, cutoff=0.6)), None)
 
 
 def _refusal(key: str, value: str) -> str:
