@@ -394,7 +394,7 @@ def check_examples(config: LightConfig, examples: int) -> None:
     require(
         examples >= config.least_examples,
         f"estimation scores {examples} examples, and from fewer than {config.least_examples} (light.least_examples) no "
-        "plan is to be trusted; raise light.length, or train for more epochs",
+        "plan is to be trusted; raise light.length, or train for longer (training.epochs)",
     )
 
 
