@@ -23,7 +23,8 @@ from lightpeft.config import LightConfig
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
 LONG = ("support", "resume", "parity", "surgery", "bad_input", "task_entries", "peft_variants", "benchmarks")
-LONG += ("faults", "pipeline", "families", "checkpoint", "discovery", "prefix", "streaming", "reproduce", "real_models", "docs")
+LONG += ("faults", "hostile", "pipeline", "families", "checkpoint", "discovery", "prefix", "streaming", "reproduce")
+LONG += ("real_models", "docs")
 """Test files that take longest, the longest first."""
 
 

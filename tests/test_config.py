@@ -69,7 +69,9 @@ def test_ratios_in_range(value: float) -> None:
         (LightConfig, {"heads": 1.5}, "heads is 1.5"),
         (LightConfig, {"mask_learning_rate": 0.0}, "mask_learning_rate is 0; it must be positive"),
         (LightConfig, {"lambda_heads": -1.0}, "cannot be negative"),
-        (LightConfig, {"lambda_neurons": float("nan")}, "cannot be negative"),
+        (LightConfig, {"lambda_neurons": float("nan")}, "lambda_neurons is nan; it must be a finite number"),
+        (LightConfig, {"lambda_heads": float("inf")}, "lambda_heads is inf; it must be a finite number"),
+        (LightConfig, {"refit_rows": 2**70}, "below 2**63"),
         (LightConfig, {"check_every": 0}, "start at 1"),
         (LightConfig, {"settled_overlap": 1.1}, "settled_overlap is 1.1"),
         (LightConfig, {"max_fraction": 1.0}, "max_fraction is 1"),
@@ -255,7 +257,7 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
         (b"light: [1", "is not YAML"),
         (b"- 1\n- 2\n", "must hold a mapping of settings, not a list"),
         (b"heads: 0.5", "unknown key heads"),
-        (b"\xff\xfe\x00light", "is not YAML"),
+        (b"\xff\xfe\x00light", "is not UTF-8 text (byte 0)"),
         (b"a: !!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
@@ -268,8 +270,8 @@ def test_bad_files(content: bytes, says: str, tmp_path: Path) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.yaml", tmp_path):
-        with pytest.raises(LightPeftError, match="does not exist"):
+    for path, says in {tmp_path / "none.yaml": "does not exist", tmp_path: "Is a directory"}.items():
+        with pytest.raises(LightPeftError, match=says):
             load_config(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -415,6 +416,9 @@ class TestOwnTasks:
             ({"columns": {"text": "a"}}, "tasks.mine.columns lacks label; rows of kind classification need them"),
             ({"columns": {"text": "a", "lable": "n"}}, 'tasks.mine.columns has "lable", which does not exist; did you'),
             ({"columns": {"text": "{a", "label": "n"}}, '"{a" is no template'),
+            ({"columns": {"text": "{a:>99999999999}", "label": "n"}}, "braces hold the name of a column and nothing"),
+            ({"prompt": "{text!r:>{text}}"}, "braces hold the name of a column and nothing"),
+            ({"prompt": "{text.__class__}"}, "braces hold the name of a column and nothing"),
             ({"metrics": ["acuracy"]}, "did you mean accuracy?"),
             ({"columns": {}, "convert": "arc"}, 'tasks.mine.convert has "arc", which does not exist'),
             ({"prompt": "{text_pair}?"}, 'tasks.mine.prompt has "text_pair", which does not exist; did you mean text?'),
@@ -422,7 +426,10 @@ class TestOwnTasks:
         ],
     )
     def test_badly_declared(self, fields: dict[str, Any], says: str) -> None:
-        assert says in error_of(find_entry, DataConfig(task="mine"), {"mine": self.entry(**fields)})
+        entry = self.entry(**fields)
+        assert says in error_of(find_entry, DataConfig(task="mine"), {"mine": entry})
+        stored = {"entry": asdict(replace(entry, name="mine")), "answer": "head", "likelihood": "sum", "labels": []}
+        assert says in error_of(restore_task, stored), "nor is it believed of a light adapter"
 
     def test_contradictions(self) -> None:
         assert "words are 1 for 2 labels" in error_of(self.entry, words=["yes"])

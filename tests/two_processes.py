@@ -79,7 +79,8 @@ def resumed_in_trainer(folder: Path) -> EarlyPruner:
     settings |= {"save_strategy": "steps", "save_steps": 3}
     first = EarlyPruner(student("llama-gqa"), LightConfig(length=4, least_examples=0))
     trainer(first.model, folder, first.callback(), StopAt(3), **settings).train()
-    second, checkpoint = EarlyPruner(student("llama-gqa"), LightConfig(length=4, least_examples=0)), folder / "checkpoint-3"
+    second = EarlyPruner(student("llama-gqa"), LightConfig(length=4, least_examples=0))
+    checkpoint = folder / "checkpoint-3"
     again = trainer(second.model, folder, second.callback(resume_from=checkpoint), **settings)
     again.train(resume_from_checkpoint=str(checkpoint))
     return second

@@ -80,6 +80,26 @@ class BaseFacts:
         return ModelConfig(name=name, revision=revision, gguf_file=self.gguf_file)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a description has besides, of which kind."""
+
+    plan: dict[str, Any]
+    task: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def check_parts(description: Mapping[str, Any], path: Path) -> None:
+    """Check that a description that was read from a file has the parts that light models are described by.
+
+    Raises:
+        LightPeftError: a part is missing, or of another kind.
+    """
+    with understandable(path):
+        from_dict(_Parts, {name: description[name] for name in ("plan", "task", "metrics")})
+    base_facts(description, path)
+
+
 def base_facts(description: Mapping[str, Any], path: Path) -> BaseFacts:
     """The base in a description that was read from a file.
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightpeft.adapters import check_fit, load_adapter, read_adapter, skeleton_of
-from lightpeft.bases import BaseFacts, base_facts, load_base
+from lightpeft.bases import BaseFacts, base_facts, check_parts, load_base
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import require
 from lightpeft.families import block_specs
@@ -235,6 +235,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         first = description["schema_version"] == 1  # had no checksum that `read_json` could compare
         own = expected.pop(DESCRIPTION) if first else None
     require(not first or own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
+    check_parts(description, folder / DESCRIPTION)
     for name, checksum in expected.items():
         check_file(folder, name, checksum)
     return description

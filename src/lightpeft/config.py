@@ -164,8 +164,8 @@ class LightConfig(Budget):
     least_steps: int = 2
     """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
     least_examples: int = 256
-    """Examples, repeated ones included, that the stage's second half scores at least; from fewer no plan is made. A stage
-    whose `length` is a part of the run is longer for it, up to `max_fraction`."""
+    """Examples, repeated ones included, that the stage's second half scores at least; from fewer no plan is made. A
+    stage whose `length` is a part of the run is longer for it, up to `max_fraction`."""
     refit: RefitForm = "none"
     """After the cut, correct attention and FFN outputs by least squares on training rows: by a bias, or by a bias and a
     low-rank matrix; the corrections become part of the light adapter."""

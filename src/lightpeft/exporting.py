@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.bases import architecture_of, base_facts
+from lightpeft.bases import architecture_of, base_facts, check_parts
 from lightpeft.checkpoint import LightModel, facts_of, model_card
 from lightpeft.config import ModelConfig
 from lightpeft.discovery import ensure_family
@@ -124,6 +124,7 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     description = read_json(Path(folder) / MERGED)
     with understandable(Path(folder) / MERGED):
         checksums = dict(description["checksums"] if description["schema_version"] > 1 else {})  # version 1 had none
+    check_parts(description, Path(folder) / MERGED)
     for name, checksum in checksums.items():
         check_file(Path(folder), name, checksum)
     return description

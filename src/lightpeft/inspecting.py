@@ -11,10 +11,9 @@ from rich.table import Table
 from lightpeft.checkpoint import DESCRIPTION, read_description
 from lightpeft.errors import LightPeftError, require
 from lightpeft.exporting import read_merged
-from lightpeft.files import read_json
 from lightpeft.planning import make_plan
 from lightpeft.records import EstimationRecord, PrunePlan
-from lightpeft.runs import stored_config
+from lightpeft.runs import read_report, stored_config
 from lightpeft.tables import facts_table, metrics_table, plan_table
 from lightpeft.whole import MERGED
 
@@ -72,7 +71,7 @@ def _record(folder: Path) -> list[Table]:
 
 
 def _measured(folder: Path) -> list[Table]:
-    report = read_json(folder / "metrics.json")
+    report = read_report(folder / "metrics.json")
     return [metrics_table(report["metrics"], report.get("intervals", {}), f"run {folder}: method {report['method']}")]
 
 

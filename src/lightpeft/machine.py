@@ -37,9 +37,7 @@ def processes() -> PartialState:
     waiting.daemon = True
     waiting.start()
     try:
-        with warnings.catch_warnings(
-            action="ignore", category=UserWarning
-        ):  # about threads of CPUs
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # about threads of CPUs
             return _state()
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

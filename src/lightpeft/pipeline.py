@@ -31,7 +31,7 @@ from lightpeft.errors import require
 from lightpeft.estimation import check_examples, stage_length
 from lightpeft.evaluation import Outcome, Scores
 from lightpeft.families import max_positions
-from lightpeft.files import check_sealed, read_json, replacing_folder, seal, write_json
+from lightpeft.files import check_sealed, replacing_folder, seal, write_json
 from lightpeft.loading import LoadedModel, add_peft, load_model, load_model_config, load_tokenizer
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
 from lightpeft.planning import make_plan
@@ -40,7 +40,7 @@ from lightpeft.profiling import MemoryMethod, PeakMemory, count_parameters, fold
 from lightpeft.pruner import EarlyPruner, cut
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.reuse import find_estimation, take_estimation
-from lightpeft.runs import RunFolder
+from lightpeft.runs import RunFolder, read_report
 from lightpeft.schedule import least_examples, scored_steps, settled, steps_an_epoch, total_steps
 from lightpeft.tasks import (
     Collator,
@@ -386,7 +386,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     """Measure the result on the test rows; the numbers go to metrics.json and into the light adapter."""
     run = work.run
     if run.has("evaluate"):
-        return read_json(run.metrics)
+        return read_report(run.metrics)
     run.need("train", "evaluate")
     started = time.perf_counter()
     watcher, base = watcher_of(work), dense_model(work)
@@ -411,7 +411,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     seconds = time.perf_counter() - started - watcher.seconds
     with run.held():
         run.finish_stage("evaluate", seconds, save, warnings=noticed["warnings"])
-    return read_json(run.metrics)
+    return read_report(run.metrics)
 
 
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
@@ -448,7 +448,7 @@ def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     """Stage by stage what training took, as far as the log knows: older runs noted seconds alone."""
     names = [field.name for field in fields(StageCost)]
     for stage, entry in run.finished_stages().items():
-        if "samples_per_second" in entry:
+        if entry.keys() >= set(names):
             yield stage, {name: entry[name] for name in names}
 
 

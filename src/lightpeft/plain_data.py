@@ -181,7 +181,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return value
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
-        if typing.get_origin(option) in (list, tuple) and isinstance(value, (list, tuple)):
+        if _is_list(option) and isinstance(value, (list, tuple)) and _fits(len(value), option):
             item = typing.get_args(option)[0]
             return [_coerce(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
         if typing.get_origin(option) is dict and isinstance(value, dict):
@@ -199,6 +199,16 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     # YAML 1.1 reads words such as no, on and 1 as other things than text
     quotes = " (in quotes)" if str in options and isinstance(value, (bool, int, float)) else ""
     raise LightPeftError(f"{where} is {shown(value)}; it must be {wanted}{quotes}")
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) in (list, tuple)
+
+
+def _fits(length: int, hint: Any) -> bool:
+    """Whether a list may have so many entries: tuple[float, float] has two."""
+    of = typing.get_args(hint)
+    return typing.get_origin(hint) is list or of[-1] is Ellipsis or len(of) == length
 
 
 def _key(key: Any, where: str) -> str:

@@ -65,6 +65,27 @@ class EstimationRecord:
             raise LightPeftError(f'the estimation record has no scores "{key}"; it has {", ".join(known)}')
         return self.scores[key]
 
+    def check(self) -> None:
+        """Check that scores, blocks and sites fit each other.
+
+        Raises:
+            LightPeftError: they do not.
+        """
+        numbered = [block.index for block in self.blocks] == list(range(len(self.blocks)))
+        require(self.blocks and numbered, "the record's blocks are not numbered from 0 on")
+        placed = all(site.block is None or site.block < len(self.blocks) for site in self.sites)
+        require(placed, "a PEFT module of the record sits in a block that it does not have")
+        sizes: dict[str, int] = {}
+        for block in self.blocks:
+            sizes |= {f"heads/{block.index}": block.heads, f"neurons/{block.index}": block.neurons}
+        sizes |= {"modules": len(self.sites)}
+        sizes |= {f"ranks/{index}": site.rank for index, site in enumerate(self.sites)}
+        for key, scores in self.scores.items():
+            kind, _, rest = key.partition("/")
+            unit = rest.partition("/")[2]
+            size = sizes.get(f"{kind}/{unit}" if unit else kind)
+            require(scores.shape == (size,), f"the record's scores {key} are {tuple(scores.shape)}, not ({size},)")
+
     def save(self, folder: str | Path) -> None:
         """Write `estimation.json` and `scores.safetensors` into `folder`."""
         with replacing_folder(folder) as temporary:
@@ -91,12 +112,14 @@ class EstimationRecord:
         """
         folder = Path(folder)
         data = read_json(folder / "estimation.json")
+        if data["schema_version"] > 1:  # version 1 had no checksum
+            check_file(folder, _SCORES, data.get("scores"))
         scores = read_tensors(folder / _SCORES)
         with understandable(folder / "estimation.json"):
-            if data["schema_version"] >= 2:
-                check_file(folder, _SCORES, data["scores"])
             kept = {key: value for key, value in data.items() if key not in ("schema_version", "scores")}
-            return from_dict(cls, {"left_out": [], **kept, "scores": scores})
+            record = from_dict(cls, {"left_out": [], **kept, "scores": scores})
+            record.check()
+        return record
 
 
 @dataclass(frozen=True)

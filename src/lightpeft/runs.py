@@ -18,9 +18,9 @@ from rich.console import Console
 from lightpeft.checkpoint import DESCRIPTION
 from lightpeft.config import READ_BY_PLANS, SWITCHES, Method, RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import check_free, clean, holding, is_own_file, read_text, write_text
+from lightpeft.files import check_free, clean, holding, is_own_file, read_json, read_text, understandable, write_text
 from lightpeft.machine import processes
-from lightpeft.plain_data import parse_yaml
+from lightpeft.plain_data import from_dict, parse_yaml
 from lightpeft.training import append_line, last_checkpoint
 
 _CONFIG = "config.yaml"
@@ -264,6 +264,41 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Milestones:
+    """What a run was worth on its way."""
+
+    examples: int = 0
+    metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What people and tables read of a metrics.json."""
+
+    method: str
+    metrics: dict[str, float]
+    parameters: dict[str, int | float]
+    intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    milestones: _Milestones = dataclasses.field(default_factory=_Milestones)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What `metrics.json` says.
+
+    Raises:
+        LightPeftError: it is missing or damaged, or says something else.
+    """
+    report = read_json(path)
+    with understandable(path):
+        names = [each.name for each in dataclasses.fields(_Report) if each.name in report]
+        from_dict(_Report, {name: report[name] for name in names})
+    return report
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:

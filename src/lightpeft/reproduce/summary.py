@@ -10,8 +10,8 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
-from lightpeft.files import read_json
 from lightpeft.reproduce.grid import Cell
+from lightpeft.runs import read_report
 
 Key = tuple[str, str, str]
 """Model, task and method."""
@@ -105,7 +105,7 @@ class Results:
 
 def summarize(cells: Sequence[Cell], baseline: str, failures: Mapping[str, str] = MappingProxyType({})) -> Results:
     """One row for each model, task and method that has a finished cell."""
-    reports: dict[str, Report] = {c.name: read_json(c.run.metrics) for c in cells if c.run.has("evaluate")}
+    reports: dict[str, Report] = {c.name: read_report(c.run.metrics) for c in cells if c.run.has("evaluate")}
     groups: dict[Key, dict[int, Report]] = {(cell.model, cell.task, cell.method): {} for cell in cells}
     for cell in cells:
         if cell.name in reports:

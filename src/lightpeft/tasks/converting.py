@@ -54,12 +54,15 @@ def template_columns(template: str) -> list[str]:
     """Names of the columns that a template reads.
 
     Raises:
-        LightPeftError: it is no template.
+        LightPeftError: it is no template, or has more than names of columns in it: a width could fill the memory.
     """
     try:
-        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        parts = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise LightPeftError(f'"{template}" is no template ({error}); write "{{{{" for a brace') from error
+    plain = all(name and not spec and not conversion and "__" not in name for _, name, spec, conversion in parts)
+    require(plain, f'"{template}" is no template: braces hold the name of a column and nothing else')
+    fields = [str(name) for _, name, _, _ in parts]
     return [name.partition(".")[0].partition("[")[0] for name in fields]
 
 

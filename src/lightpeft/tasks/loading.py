@@ -14,7 +14,7 @@ from lightpeft.plain_data import from_dict
 from lightpeft.tasks.answering import TASKS, task_class
 from lightpeft.tasks.base import Task, limited, split_rows
 from lightpeft.tasks.converting import convert_rows, data_setting, source_columns
-from lightpeft.tasks.entries import ENTRIES, converter, find_entry
+from lightpeft.tasks.entries import ENTRIES, check_entry, converter, find_entry
 from lightpeft.tasks.likelihood import LikelihoodTask
 from lightpeft.tasks.sources import Split, read_splits, read_tests
 
@@ -132,6 +132,7 @@ def restore_task(facts: Mapping[str, Any]) -> Task:
         LightPeftError: these are no such facts.
     """
     entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
+    check_entry(entry)
     config = DataConfig(
         task=entry.name or entry.kind,
         answer=facts["answer"],
