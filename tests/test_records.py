@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from tiny import DROPPED, MODELS, make, plan_for, random_record, with_lora
 from workbench import edit
 
 from lightpeft.errors import LightPeftError
-from lightpeft.files import file_checksum, writing
+from lightpeft.files import file_checksum
 from lightpeft.records import EstimationRecord, PrunePlan, from_ranges, to_ranges
 
 
@@ -210,7 +211,7 @@ def test_disk_full_while_saving_a_record(
     record_of_zeros = EstimationRecord(
         record.blocks, record.sites, {key: torch.zeros_like(v) for key, v in record.scores.items()}, 1, "f"
     )
-    monkeypatch.setattr(writing, "save_file", full_disk)
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
     with pytest.raises(LightPeftError, match="No space left on device"):
         record_of_zeros.save(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
