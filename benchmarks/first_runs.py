@@ -79,7 +79,11 @@ def defaults() -> list[Cell]:
     light = [cell for data, rows in sizes.items() for cell in (Cell(data, rows), Cell(data, rows, "light", *BEFORE))]
     plain = [Cell("movies", 600, "plain"), Cell("movies", 600, "plain", *BEFORE)]
     full = [Cell("movies", 600, "full"), Cell("movies", 600, "full", epochs=3)]
-    return [*light, *plain, *full, Cell("cola", 1000), Cell("sst2", 2000)]
+    larger = {"cola": (1000,), "rte": (2000,), "sst2": (2000, 10_000)}
+    more = [Cell(data, rows) for data, many in larger.items() for rows in many]
+    more += [Cell(data, many[0], "light", *BEFORE) for data, many in larger.items()]
+    again = [Cell(data, rows, seed=1) for data, rows in sizes.items()]
+    return [*light, *plain, *full, *more, *again]
 
 
 def rates() -> list[Cell]:

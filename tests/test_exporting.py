@@ -274,6 +274,19 @@ def test_a_folder_with_something_in_it(merged: Path) -> None:
     assert checksums(merged) == before
 
 
+def test_overwriting_leaves_nothing_of_what_was_there(merged: Path, tmp_path: Path) -> None:
+    (merged / "model-00001-of-00002.safetensors").write_text("old")
+    light = light_over(make("bert"))
+    assert "or overwrite what is there" in refusal(lambda: save_merged(light, merged))
+    save_merged(light, merged, overwrite=True)
+    assert sorted(path.name for path in merged.iterdir()) == ["README.md", "config.json", MERGED, "model.safetensors"]
+    assert logits(load_merged(merged)).shape == logits(light).shape
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "give a new folder" in refusal(lambda: save_merged(light, tmp_path / "mine", overwrite=True))
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+
+
 def test_bottleneck_adapters(tmp_path: Path) -> None:
     model = adapted(make("bert"))
     plan = plan_for(model)

@@ -244,8 +244,8 @@ def content_of(folder: Path) -> dict[str, str]:
 NEW = {"a.txt": "new", "b.txt": "new", "c.txt": "new"}
 
 
-def write_new(folder: Path) -> None:
-    with replacing_folder(folder) as temporary:
+def write_new(folder: Path, alone: bool = False) -> None:
+    with replacing_folder(folder, alone=alone) as temporary:
         for name, text in NEW.items():
             (temporary / name).write_text(text)
 
@@ -264,6 +264,16 @@ def test_a_folder_is_replaced(there: bool, exchange: Any, tmp_path: Path, monkey
     write_new(tmp_path / "link")
     assert content_of(tmp_path / "out") == {**kept, **NEW}
     assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "out"]
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_a_folder_is_replaced_with_all_that_is_in_it(
+    mounted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_folder(tmp_path / "out")
+    monkeypatch.setattr(Path, "is_mount", lambda path: mounted)
+    write_new(tmp_path / "out", alone=True)
+    assert content_of(tmp_path / "out") == NEW and os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("exchange", [writing._exchange_at_once, slowly])

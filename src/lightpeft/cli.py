@@ -428,6 +428,7 @@ def _export_options(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=str, help="Folder of a light adapter or of a finished run.")
     parser.add_argument("output", type=str, help="Where the whole model goes: a new folder.")
     parser.add_argument("--base", type=str, help="Name or folder of the base, if it moved since the adapter was saved.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a merged light model that is there.")
     _switch_options(parser)
 
 
@@ -439,7 +440,7 @@ def _export(options: Namespace) -> None:
     switches = {name: options[name] for name in SWITCHES if name in options}
     found = find_model(options.model, options.get("base"), switches)
     light = open_light(found)
-    native = save_merged(light, options.output, found.tokenizer())
+    native = save_merged(light, options.output, found.tokenizer(), overwrite=options.get("overwrite", False))
     reader = "transformers" if native else "lightpeft.load_merged"
     line = f"{light.light_plan.summary()}; the model is in {options.output}, for {reader} to load"
     _out.print(line, markup=False, soft_wrap=True)

@@ -33,7 +33,13 @@ _CARD = (
 )
 
 
-def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> bool:
+def save_merged(
+    model: LightModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> bool:
     """Write a light model as whole weights: what transformers saves, with `merged.json` and a model card beside it.
 
     The model stays as it is; a copy of it is merged, which takes its memory once more.
@@ -41,6 +47,7 @@ def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedToke
     Args:
         folder: new or empty.
         tokenizer: to be saved with it.
+        overwrite: the folder may also hold a merged light model, which goes with all that is in it.
 
     Returns:
         Whether the folder is native: transformers alone loads it.
@@ -50,7 +57,10 @@ def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedToke
             nothing is half-written.
     """
     folder = Path(folder)
-    require(not folder.is_dir() or not any(folder.iterdir()), f"{folder} is not empty; give a new folder")
+    merged = (folder / MERGED).is_file()
+    instead = "a new folder, or overwrite what is there (--overwrite)" if merged else "a new folder"
+    free = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and merged)
+    require(free, f"{folder} is not empty; give {instead}")
     check_mergeable(transformers_model(model).config)
     try:
         whole = copy.deepcopy(model).merge_and_unload()
@@ -59,7 +69,7 @@ def save_merged(model: LightModel, folder: str | Path, tokenizer: PreTrainedToke
         raise LightPeftError(f"this model cannot be merged; keep the light adapter: {reason}") from error
     native = native_config(whole, model.light_plan) is not None
     facts = {**facts_of(model), "native": native}
-    save_whole(whole, facts, folder, tokenizer=tokenizer, card=model_card(model, *_CARD))
+    save_whole(whole, facts, folder, tokenizer=tokenizer, card=model_card(model, *_CARD), alone=True)
     return native
 
 

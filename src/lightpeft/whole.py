@@ -50,12 +50,14 @@ def save_whole(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
+    alone: bool = False,
     is_main_process: bool = True,
     **options: Any,
 ) -> None:
     """Write what transformers saves, with `merged.json` and, if given, a tokenizer and a model card beside it.
 
     Args:
+        alone: nothing else that is in the folder stays.
         options: of transformers' `save_pretrained`.
 
     Raises:
@@ -64,7 +66,7 @@ def save_whole(
     check_mergeable(model.config)
     if not is_main_process:
         return
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, alone=alone) as temporary:
         type(model).save_pretrained(model, temporary, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -109,11 +109,14 @@ def replacing(path: str | Path, *, new: bool = False) -> Iterator[TextIO]:
 
 
 @contextmanager
-def replacing_folder(folder: str | Path) -> Iterator[Path]:
+def replacing_folder(folder: str | Path, *, alone: bool = False) -> Iterator[Path]:
     """A temporary folder whose files are in `folder` when the block ends well; other files there stay.
 
     The new folder changes places with the old one in one step, so that at every moment one of them is there, whole. (A
     folder that is a mount point stays, and its files are replaced one by one.)
+
+    Args:
+        alone: other files do not stay.
 
     Raises:
         LightPeftError: the disk is full or the place cannot be written; nothing of `folder` has changed.
@@ -134,9 +137,10 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         yield temporary
         _settle(temporary)
         if mounted:
-            _move_files(temporary, target)
+            _move_files(temporary, target, alone)
         elif target.exists():
-            _take_along(target, temporary)
+            if not alone:
+                _take_along(target, temporary)
             _exchange(temporary, target)
         else:
             temporary.rename(target)
@@ -250,7 +254,10 @@ def _take_along(source: Path, folder: Path) -> None:
             link(str(entry), str(place))
 
 
-def _move_files(source: Path, folder: Path) -> None:
+def _move_files(source: Path, folder: Path, alone: bool) -> None:
+    for entry in folder.iterdir() if alone else ():
+        if entry != source:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     for entry in sorted(source.iterdir()):
         if (folder / entry.name).is_dir():
             shutil.rmtree(folder / entry.name)
