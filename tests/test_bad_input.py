@@ -451,7 +451,7 @@ def test_adapter_that_lacks_something(bench: Workbench, copied: Path, refused: R
     file.unlink()
     assert "adapter_model.safetensors is missing" in refused("predict", copied, bench.test)
     (copied / "lightpeft.json").unlink()
-    assert "that does not say what task it was trained for" in refused("predict", copied, bench.test)
+    assert "but not the plan of that: lightpeft.json is missing" in refused("predict", copied, bench.test)
 
 
 def test_adapter_of_a_future_version(bench: Workbench, copied: Path, refused: Refused) -> None:

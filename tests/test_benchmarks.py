@@ -34,7 +34,7 @@ from peft import PeftModel
 from tiny import random_record, relative_difference
 from torch import Tensor, nn
 from training import inputs, student
-from workbench import Workbench, forked, read, stamps
+from workbench import Workbench, edit, forked, read, stamps
 
 from lightpeft import pipeline
 from lightpeft.bench import Build
@@ -742,7 +742,7 @@ def test_published_cases_stay_unless_they_are_measured_again(
     assert [case["case"]["length"] for case in cases] == [8, 16] and all(case["hardware"]["cpu"] for case in cases)
     other = copy.deepcopy(cases[0])
     other["case"]["length"], other["case"]["shape"]["name"] = 4, "llama of another day"
-    numbers.write_text(json.dumps({**published, "cases": [other, {**cases[1], "hardware": "of another day"}]}))
+    edit(numbers, lambda data: data.update(cases=[other, {**cases[1], "hardware": "of another day"}]))
     assert scaling.main(words) == 0
     assert read(numbers)["cases"] == [other, *cases]
     assert "| llama of another day | 4 |" in readme.read_text()

@@ -434,14 +434,14 @@ def test_several_adapters() -> None:
     model = bert_with(lora())
     model.add_adapter("second", lora())
     assert model.active_adapter == "default"
-    assert_refused(model, "the model has adapters default, second; lightpeft prunes one adapter at a time")
+    assert_refused(model, "the model has adapters default, second; lightpeft prunes, and saves, one adapter at a time")
     model.delete_adapter("second")
     check_peft(model)
 
 
 def test_adapters_inside_the_base() -> None:
     base = peft.inject_adapter_in_model(lora(), make("bert"), adapter_name="inner")
-    says = "the model has adapters inner, default; lightpeft prunes one adapter at a time"
+    says = "the model has adapters inner, default; lightpeft prunes, and saves, one adapter at a time"
     assert_refused(get_peft_model(base, lora(target_modules=["key"])), says)
     with pytest.warns(UserWarning):
         twice = get_peft_model(bert_with(lora()), lora(target_modules=["key"]))

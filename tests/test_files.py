@@ -428,6 +428,25 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
     assert os.listdir(folder) == [".lock"]
 
 
+def test_those_who_only_look_are_in_nobody_s_way(tmp_path: Path) -> None:
+    with holding(tmp_path):
+        pass
+
+    def look() -> None:
+        for _ in range(3000):
+            check_free(tmp_path)
+
+    lookers = [FORK.Process(target=look) for _ in range(3)]
+    for process in lookers:
+        process.start()
+    for _ in range(50):
+        with holding(tmp_path):
+            pass
+    for process in lookers:
+        process.kill()
+        process.join()
+
+
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
     def die() -> None:
         with holding(tmp_path):

@@ -645,6 +645,7 @@ def fake_report(config: RunConfig, accuracy: float) -> None:
     """Leave metrics.json of a run of a version that did not measure its training."""
     sizes = {"base": 10, "base_removed_ratio": 0.5, "trained": 3}
     report = {
+        "method": config.method,
         "main_metric": "accuracy",
         "metrics": {"f1": 0.1, "accuracy": accuracy},
         "parameters": sizes,

@@ -233,7 +233,7 @@ class TestClassification:
         assert task.test["text"][:] != ["text 0", "text 1", "text 2"]
         assert len(task.train) == 20
         assert task.train["text"][:] != [f"text {i}" for i in range(20)]
-        assert "data.limit_test is 0" in error_of(load_task, DataConfig(train=source, limit_test=0))
+        assert "data.limit_test is 0" in error_of(DataConfig, train=source, limit_test=0)
 
     def test_bad_rows(self, tmp_path: Path) -> None:
         def line(labels: list[Any], texts: list[Any] | None = None, **settings: Any) -> str:

@@ -192,7 +192,7 @@ def test_one_example_with_several_columns(
     assert [row["answer"] for row in squad_run.predictions("-")] == expected
     capsys.readouterr()
     assert lightpeft("predict", squad_run.folder / "run", "--example", "word0") == 2
-    assert "standard input line 1 is not JSON" in capsys.readouterr().err
+    assert "the example line 1 is not JSON" in capsys.readouterr().err
     assert lightpeft("predict", squad_run.folder / "run", "--example", '{"question": "word0"}') == 2
     assert "has only the columns question" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from lightpeft.config import ModelConfig
 from lightpeft.discovery import ensure_family
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_file, read_json, understandable
-from lightpeft.foreign import check_folder, parsing
+from lightpeft.foreign import check_folder, parsing, read_config
 from lightpeft.loading import check_checkpoint, with_reader
 from lightpeft.records import PrunePlan
 from lightpeft.sites import transformers_model
@@ -99,6 +99,8 @@ def load_merged(
     with understandable(folder / MERGED):
         plan, native = PrunePlan.from_dict(description["plan"]), bool(description["native"])
     saved = base_facts(description, folder / MERGED)
+    of_base = read_config(folder / "config.json").get("model_type") == saved.model_type
+    require(of_base, f"{folder / 'config.json'} is of another family than {MERGED} says")
     architecture = architecture_of(saved, "install the version that it was saved with")
 
     def read(model: PreTrainedModel, *rest: Any) -> Any:

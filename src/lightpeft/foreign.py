@@ -107,6 +107,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     Raises:
         LightPeftError: it asks for more parts, or larger ones, than models have, or for code from the hub.
     """
+    require(isinstance(config.get("model_type", ""), str), f"{where} has a model_type that is no text")
     parts = {"layer": 1.0, "expert": 1.0}
     for key, value in _settings(config):
         if isinstance(value, (int, float)) and not isinstance(value, bool):

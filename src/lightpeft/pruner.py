@@ -17,7 +17,7 @@ from lightpeft.planning import make_plan
 from lightpeft.quantised import prepare_quantised
 from lightpeft.records import EstimationRecord, PrunePlan
 from lightpeft.refit import Batches, Refit, apply_refit, fit_refit
-from lightpeft.sites import find_sites, restart_sites
+from lightpeft.sites import check_peft, find_sites, restart_sites
 from lightpeft.surgery import apply_plan, check_budget
 
 
@@ -50,6 +50,7 @@ class EarlyPruner:
         self.config = config or LightConfig()
         ensure_family(model)
         prepare_quantised(model)
+        check_peft(model)
         check_budget(model, self.config)
         self.estimator = Estimator(model, self.config)
 

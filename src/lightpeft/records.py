@@ -71,6 +71,7 @@ class EstimationRecord:
         Raises:
             LightPeftError: they do not.
         """
+        _check_specs([*self.blocks, *self.left_out], self.sites)
         numbered = [block.index for block in self.blocks] == list(range(len(self.blocks)))
         require(self.blocks and numbered, "the record's blocks are not numbered from 0 on")
         placed = all(site.block is None or site.block < len(self.blocks) for site in self.sites)
@@ -233,6 +234,7 @@ class PrunePlan:
             LightPeftError: a part is missing or of another kind, or the parts do not fit each other (see `check_fit`).
         """
         facts = from_dict(_PlanFacts, {key: value for key, value in data.items() if key != "schema_version"}, "plan.")
+        _check_specs(facts.specs, facts.dense_sites)
         require(
             sum(spec.heads + spec.neurons for spec in facts.specs) <= _MOST_UNITS,
             f"the plan is for a model of more than {_MOST_UNITS:,} heads and neurons",
@@ -348,6 +350,21 @@ def from_ranges(text: str, below: int) -> tuple[int, ...]:
 
 _MOST_UNITS = 2**23
 """Heads and neurons that a plan may be for: with 100 layers of 53,248 neurons it would be for 5 million."""
+
+
+_MOST_COUNTED = 2**40
+"""More than any count of a block, parameters included."""
+
+
+def _check_specs(blocks: Sequence[BlockSpec], sites: Sequence[SiteSpec]) -> None:
+    """Check that what was read counts as a dense model can."""
+    for part in (*blocks, *sites):
+        for name, value in vars(part).items():
+            possible = type(value) is not int or 0 <= value < _MOST_COUNTED
+            require(possible, f"{type(part).__name__} {getattr(part, 'label', '')} has {value} {name}")
+    for spec in blocks:
+        grouped = spec.heads % spec.kv_heads == 0 if spec.kv_heads else not spec.heads
+        require(grouped, f"block {spec.label or spec.index} has {spec.heads} heads over {spec.kv_heads} KV heads")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightpeft.errors import require
-
 SLOTS = ("q", "k", "v", "qkv", "o", "ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
 """The projections of a block, in the order they are used; "qkv" and "ffn_gate_in" (gate first) are fused modules."""
-
-_MOST = 2**40
-"""More than any count of a block, parameters included."""
 
 OUTPUT_SLOTS = ("o", "ffn_out")
 """Projections that are cut along their inputs; all others are cut along their outputs."""
@@ -65,11 +60,6 @@ class BlockSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shared_arguments", tuple(self.shared_arguments))
-        counts = {name: value for name, value in vars(self).items() if type(value) is int}
-        for name, value in counts.items():
-            require(0 <= value < _MOST, f"block {self.label or self.index} has {value} {name}")
-        grouped = self.heads % self.kv_heads == 0 if self.kv_heads else not self.heads
-        require(grouped, f"block {self.label or self.index} has {self.heads} heads over {self.kv_heads} KV heads")
 
     @property
     def heads_per_kv(self) -> int:
@@ -95,6 +85,3 @@ class SiteSpec:
     rank: int
     block: int | None
     slot: str | None
-
-    def __post_init__(self) -> None:
-        require(0 <= self.rank < _MOST, f"PEFT module {self.name} has rank {self.rank}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -75,7 +76,9 @@ def check_free(folder: Path) -> None:
     with suppress(OSError):  # what is wrong with the folder is said by who writes to it
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
         try:
-            _lock(descriptor, folder, wait=None)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # those who only look are not in each other's way
+        except BlockingIOError as error:
+            raise _in_use(descriptor, folder) from error
         finally:
             os.close(descriptor)
 
@@ -88,19 +91,29 @@ def _release(place: Path) -> None:
 
 def _lock(descriptor: int, folder: Path, wait: Callable[[], None] | None) -> bool:
     """Whether the file system has locks; raises where somebody has this one, or waits."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        if wait is None:
-            raise InUseError(
-                f"{folder} is in use by another process ({_holder(descriptor)}); wait until it ends, or give another "
-                "output"
-            ) from error
-        wait()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        return False
+    for _ in range(_TRIES):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_PAUSE)
+        except OSError:
+            return False
+        else:
+            return True
+    if wait is None:
+        raise _in_use(descriptor, folder)
+    wait()
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
     return True
+
+
+_TRIES, _PAUSE = 5, 0.02
+"""Somebody who only looks (`check_free`) has the lock for a moment, too; seconds."""
+
+
+def _in_use(descriptor: int, folder: Path) -> InUseError:
+    who = _holder(descriptor)
+    return InUseError(f"{folder} is in use by another process ({who}); wait until it ends, or give another output")
 
 
 def _sign(descriptor: int) -> None:
