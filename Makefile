@@ -11,12 +11,12 @@ WORKERS ?= 2
 .PHONY: help demo test test-faults fetch lint format clean
 
 help:
-	@echo "make demo    set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
-	@echo "make test    set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
+	@echo "make demo         set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
+	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
 	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
-	@echo "make lint    ruff (lint and format) and mypy"
-	@echo "make format  rewrite the sources in ruff's format"
-	@echo "make clean   remove caches and build outputs (not .venv, not demo/cache)"
+	@echo "make lint         ruff (lint and format) and mypy"
+	@echo "make format       rewrite the sources in ruff's format"
+	@echo "make clean        remove caches and build outputs (not .venv, not demo/cache)"
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python demo/fetch.py
