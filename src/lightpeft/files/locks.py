@@ -38,31 +38,34 @@ def holding(folder: Path, *, wait: Callable[[], None] | None = None, inherited: 
         InUseError: another process holds it.
         LightPeftError: it cannot be made or written to.
     """
-    place = folder.resolve()
-    if fcntl is None or place in _mine:
-        folder.mkdir(parents=True, exist_ok=True)
-        _mine[place] = _mine.get(place, 0) + 1
-        try:
-            yield
-        finally:
-            _release(place)
-        return
+    place, descriptor = folder.resolve(), None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+        if fcntl is not None and place not in _mine:
+            descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise LightPeftError(f"cannot write to output {folder}: {error.strerror or error}") from error
     try:
-        if _lock(descriptor, folder, wait):
-            _sign(descriptor)
-        os.set_inheritable(descriptor, inherited)
-        _mine[place] = 1
-        try:
+        if descriptor is not None:
+            _take(descriptor, folder, wait)
+            os.set_inheritable(descriptor, inherited)
+        with _counted(place):
             yield
-        finally:
-            _release(place)
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+@contextmanager
+def _counted(place: Path) -> Iterator[None]:
+    """Inside the block this process knows that it holds the folder."""
+    _mine[place] = _mine.get(place, 0) + 1
+    try:
+        yield
+    finally:
+        _mine[place] -= 1
+        if not _mine[place]:
+            del _mine[place]
 
 
 def check_free(folder: Path) -> None:
@@ -83,10 +86,13 @@ def check_free(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _release(place: Path) -> None:
-    _mine[place] -= 1
-    if not _mine[place]:
-        del _mine[place]
+def _take(descriptor: int, folder: Path, wait: Callable[[], None] | None) -> None:
+    """Lock, and say in the lock whose it is; where the file system has no locks, do without."""
+    if not _lock(descriptor, folder, wait):
+        return
+    with suppress(OSError):  # a full disk is no reason not to work, only to say less
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
 
 def _lock(descriptor: int, folder: Path, wait: Callable[[], None] | None) -> bool:
@@ -114,13 +120,6 @@ _TRIES, _PAUSE = 5, 0.02
 def _in_use(descriptor: int, folder: Path) -> InUseError:
     who = _holder(descriptor)
     return InUseError(f"{folder} is in use by another process ({who}); wait until it ends, or give another output")
-
-
-def _sign(descriptor: int) -> None:
-    """Say in a lock who has it."""
-    with suppress(OSError):  # a full disk is no reason not to work, only to say less
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
 
 
 def _holder(descriptor: int) -> str:
