@@ -396,6 +396,41 @@ def test_a_description_that_its_author_made_odd(
             assert code == 0 or errors.count("\n") == 1, (seed, command, errors)
 
 
+ONCE_TRACEBACKS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str, str]] = {
+    "fewer labels": ("adapter/lightpeft.json", lambda d: d["task"]["labels"].pop(), "predict", "tells 2 classes apart"),
+    "metrics as text": ("adapter/lightpeft.json", lambda d: d.update(metrics="x"), "inspect", "metrics is 'x'"),
+    "no metrics": ("metrics.json", lambda d: d.pop("metrics"), "run", "metrics is missing"),
+    "half an interval": ("metrics.json", lambda d: d["intervals"].update(accuracy=[0.5]), "run", "must be a list"),
+    "milestones of nothing": ("metrics.json", lambda d: d["milestones"].pop("metrics"), "run", "metrics is missing"),
+    "a site in no block": (
+        "estimation/estimation.json",
+        lambda d: d["sites"][0].update(block=99),
+        "plan",
+        "that it does",
+    ),
+    "scores of others": ("estimation/estimation.json", lambda d: d["sites"].pop(), "plan", "the record's scores"),
+    "no report": ("metrics.json", lambda d: (d.clear(), d.update(x=1)), "run", "is missing"),
+}
+
+
+@pytest.mark.parametrize("name", ONCE_TRACEBACKS)
+def test_what_a_file_says_against_itself(
+    bench: Workbench, finished: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, change, verb, says = ONCE_TRACEBACKS[name]
+    copy = bench.folder / "against"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(finished, copy)
+    if verb == "plan":
+        shutil.rmtree(copy / "pruned")
+    edit(copy / file, change)
+    arguments = {"predict": (copy, bench.test), "inspect": (copy,), "run": ("--run", copy), "plan": ("--run", copy)}
+    capsys.readouterr()
+    assert lightpeft(verb, *arguments[verb]) == 2
+    written = capsys.readouterr().err
+    assert says in written and written.count("\n") == 1
+
+
 def test_nothing_is_written_twice_by_a_finished_run(finished: Path) -> None:
     """What `read_json` reads is what `write_json` wrote, in every file of a run."""
     for path in finished.rglob("*.json"):

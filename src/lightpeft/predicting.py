@@ -208,6 +208,9 @@ PREDICTING: dict[str, Callable[[Run, Dataset, Task, Dataset], Columns]] = {
 
 def _labels(probabilities: np.ndarray, task: Task) -> Columns:
     """The most probable label, and every label's probability."""
+    classes = probabilities.shape[-1]
+    named = f"the model tells {classes} classes apart, and its task has {len(task.labels)} labels"
+    require(classes == len(task.labels), f"{named}; is it another task's?")
     labels = {"label": [task.labels[best] for best in probabilities.argmax(-1)]}
     of_labels = zip(task.labels, probabilities.T, strict=True)
     return {**labels, **{f"p_{name}": [round(float(p), DIGITS) for p in column] for name, column in of_labels}}

@@ -270,8 +270,8 @@ def _remove(path: Path) -> None:
 class _Milestones:
     """What a run was worth on its way."""
 
-    examples: int = 0
-    metrics: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    examples: int
+    metrics: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +284,7 @@ class _Report:
     intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    milestones: _Milestones = dataclasses.field(default_factory=_Milestones)
+    milestones: _Milestones = _Milestones(examples=0, metrics={})
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
