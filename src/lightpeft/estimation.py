@@ -112,7 +112,7 @@ class Estimator:
         if self.finished:
             return
         taken = self.masks.take_gradients()
-        examples = taken.mean.new_tensor([self.masks.examples])
+        examples = taken.mean.new_full((1,), self.masks.examples)  # filled there: no copy from the host
         parts = (taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples)
         values = _mean_over_processes(torch.cat(parts))
         finite = torch.isfinite(values).all()

@@ -389,10 +389,8 @@ def evaluate(work: Workspace) -> dict[str, Any]:
         return read_report(run.metrics)
     run.need("train", "evaluate")
     started = time.perf_counter()
-    watcher, base = watcher_of(work), dense_model(work)
-    if not base.new_modules:  # else its head is random, and so are its answers
-        watcher.look("untouched_base", base.model)
-    model = trained_model(work, base.model)
+    watcher = watcher_of(work)
+    model = trained_model(work, _asked_base(work, watcher))
     outcomes = measure(work, model)
     scores = evaluation.scores_of(outcomes, work.task)
     if watcher.examples == len(work.task.test):
@@ -412,6 +410,14 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     with run.held():
         run.finish_stage("evaluate", seconds, save, warnings=noticed["warnings"])
     return read_report(run.metrics)
+
+
+def _asked_base(work: Workspace, watcher: Watcher) -> PreTrainedModel | None:
+    """The untouched base, which has answered before a result is built on it; None where the result needs none."""
+    base = dense_model(work)
+    if not base.new_modules:  # else its head is random, and so are its answers
+        watcher.look("untouched_base", base.model)
+    return None if work.config.method == "full" else base.model
 
 
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:

@@ -140,6 +140,8 @@ class _StageTrainer(Trainer):
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         try:
             super()._save_checkpoint(*args, **options)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # what `torch.save` raises on a full disk, in many words
             reason = " ".join(str(error).split())[:200]
             line = f"cannot write below {self.args.output_dir}; is the disk full? ({reason})"

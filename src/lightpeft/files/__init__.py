@@ -3,7 +3,6 @@
 from lightpeft.files.locks import InUseError, check_free, holding, is_own_file
 from lightpeft.files.reading import (
     CHECKSUMS,
-    DATA_LIMIT,
     SCHEMA_VERSION,
     check_file,
     check_sealed,
@@ -27,7 +26,6 @@ from lightpeft.files.writing import (
 
 __all__ = [
     "CHECKSUMS",
-    "DATA_LIMIT",
     "SCHEMA_VERSION",
     "InUseError",
     "check_file",

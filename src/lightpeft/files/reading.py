@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 """Version of every JSON file written here; files of a newer version are refused. Those from 2 on have a checksum."""
-DATA_LIMIT = 16 * 2**20
+_DATA_LIMIT = 16 * 2**20
 """Bytes that a JSON file may have: a plan for 100 layers of 30,000 neurons has about 5 million."""
 CHECKSUM = "checksum"
 """Key of a JSON file's SHA-256 over all else in it."""
@@ -28,7 +28,7 @@ CHECKSUMS = "checksums.json"
 """File that says what else is in a sealed folder."""
 
 
-def read_text(path: str | Path, limit: int = DATA_LIMIT) -> str:
+def read_text(path: str | Path, limit: int = _DATA_LIMIT) -> str:
     """The text of a regular file.
 
     Raises:
@@ -45,9 +45,9 @@ def read_text(path: str | Path, limit: int = DATA_LIMIT) -> str:
             raw = file.read(state.st_size + 1)
     except FileNotFoundError as error:
         raise LightPeftError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it, but also our own
-        if isinstance(error, LightPeftError):
-            raise
+    except LightPeftError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
         raise LightPeftError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
         return raw.decode("utf-8")

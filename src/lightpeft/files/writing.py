@@ -97,7 +97,7 @@ def replacing(path: str | Path, *, new: bool = False) -> Iterator[TextIO]:
                 os.link(temporary, path)
             else:
                 temporary.replace(path)
-        _sync(path.parent)
+        _sync_names(path.parent)
     except UnicodeEncodeError as error:
         raise LightPeftError(f"cannot write {path}: it would hold half a character; nothing was changed") from error
     except OSError as error:
@@ -144,7 +144,7 @@ def replacing_folder(folder: str | Path, *, alone: bool = False) -> Iterator[Pat
             _exchange(temporary, target)
         else:
             temporary.rename(target)
-        _sync(place)
+        _sync_names(place)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise LightPeftError(f"cannot write {folder}: {reason}; nothing was changed") from error
@@ -233,6 +233,12 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _sync_names(folder: Path) -> None:
+    """Wait until what was moved into a folder is on the disk; it is in place, whether or not that can be waited for."""
+    with suppress(OSError):
+        _sync(folder)
 
 
 def _take_along(source: Path, folder: Path) -> None:
