@@ -69,8 +69,8 @@ class Cell:
     """Steps of estimation; None: as the preset has it."""
     seed: int = 0
     ratio: float | None = None
-    """As README's command for one's own data has it: part of heads and neurons to remove, in a run that holds out a fifth
-    of its file; measured on further rows. None: as the preset has it, and all rows train."""
+    """As README's command for one's own data has it: part of heads and neurons to remove, in a run that holds out a
+    fifth of its file; measured on further rows. None: as the preset has it, and all rows train."""
 
     @property
     def name(self) -> str:
