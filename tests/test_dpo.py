@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from test_sft import WORDS, tokenizer
+from test_sft import SETTINGS, WORDS, tokenizer
 from tiny import batch, make, refusal, relative_difference, with_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -33,22 +33,10 @@ def dpo(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **settings:
         }
         for i in range(32)
     ]
-    values: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 16,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        **settings,
-    }
     return trl.DPOTrainer(
         model,
         ref_model=ref_model,
-        args=trl.DPOConfig(str(folder), **values),
+        args=trl.DPOConfig(str(folder), **{**SETTINGS, "max_steps": 16, **settings}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
         callbacks=list(callbacks),

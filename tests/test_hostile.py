@@ -360,15 +360,6 @@ KERNELS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("setting", KERNELS)
-def test_kernels_by_name(setting: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("base", "merged"):
-        rewritten(place / name / "config.json", lambda data: data.update({setting: KERNELS[setting]}))
-    sealed(place / "merged")
-    lines = refused(place, bench, "light", "merged", "peft", "base", capsys=capsys)
-    assert all("code from the hub" in line for line in lines.values()), lines
-
-
 def test_a_base_with_an_adapter_in_it(place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers would put it into the model, by PEFT's rules alone."""
     for file in (place / "peft").glob("adapter_*"):
@@ -496,13 +487,19 @@ COUNTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("setting", COUNTS)
-def test_models_without_end(setting: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+ASKED = {"code from the hub": KERNELS, "no model has more than": COUNTS}
+
+
+@pytest.mark.parametrize(("says", "setting"), [(says, name) for says, settings in ASKED.items() for name in settings])
+def test_what_a_config_may_not_ask_for(
+    says: str, setting: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kernels by their name on the hub, and models without end."""
     for name in ("base", "merged"):
-        rewritten(place / name / "config.json", lambda data: data.update({setting: COUNTS[setting]}))
+        rewritten(place / name / "config.json", lambda data: data.update({setting: ASKED[says][setting]}))
     sealed(place / "merged")
     lines = refused(place, bench, "light", "merged", "peft", "base", capsys=capsys)
-    assert all("no model has more than" in line for line in lines.values()), lines
+    assert all(says in line for line in lines.values()), lines
 
 
 def test_layers_full_of_experts(place: Path) -> None:

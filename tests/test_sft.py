@@ -18,6 +18,19 @@ trl = pytest.importorskip("trl")
 
 WORDS = [f"w{index}" for index in range(VOCABULARY - 3)]
 
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 20,
+    "learning_rate": 1e-2,
+    "save_strategy": "no",
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+}
+"""Of TRL's trainers, for short runs on a CPU."""
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
@@ -31,21 +44,9 @@ def sft(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **settings:
         {"prompt": " ".join(WORDS[i : i + 2 + i % 3]) + " ", "completion": " ".join(WORDS[i + 5 : i + 8])}
         for i in range(32)
     ]
-    values: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 20,
-        "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        **settings,
-    }
     return trl.SFTTrainer(
         model,
-        trl.SFTConfig(str(folder), **values),
+        trl.SFTConfig(str(folder), **{**SETTINGS, **settings}),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
         callbacks=list(callbacks),
