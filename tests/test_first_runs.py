@@ -50,6 +50,19 @@ def test_what_is_done_is_not_run_again(out: Path, base: Path, monkeypatch: pytes
     assert len(read(out / "results.json")["cells"]) == 4 and stamps(out / "cells").items() > before.items()
 
 
+def test_a_users_own_file(out: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run like that of README's command holds out a fifth of its file; what is published is of further rows."""
+    monkeypatch.setattr(first_runs, "QUESTIONS", {"own": lambda: [Cell("movies", 40, epochs=64, ratio=0.5)]})
+    assert first_runs.main(["--questions", "own", "--model", str(base), "--out", str(out)]) == 0
+    (found,) = read(out / "results.json")["cells"]
+    assert len(rows_of(out / "data" / "movies.own.csv")) == 40
+    assert found["steps"] == 64 and found["scored_examples"] > 256  # 32 rows train, a step each epoch
+    further = len(rows_of(out / "data" / "movies.test.csv"))
+    assert found["accuracy"] * further == pytest.approx(round(found["accuracy"] * further))
+    config = first_runs.settings(Cell("movies", 40, ratio=0.5), str(base), out / "data", out / "run")
+    assert config["light"] == {"heads": 0.5, "neurons": 0.5} and "test" not in config["data"]
+
+
 def test_data_sets(out: Path, tmp_path: Path) -> None:
     rte: list[dict[str, Any]] = [{"sentence1": f"a{i}", "sentence2": "b", "label": i % 2, "idx": i} for i in range(700)]
     for split in ("train", "validation"):
