@@ -14,7 +14,7 @@ help:
 	@echo "make demo         set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
 	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
 	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
-	@echo "make lint         ruff (lint and format) and mypy"
+	@echo "make lint         ruff (lint and format), mypy and import-linter"
 	@echo "make format       rewrite the sources in ruff's format"
 	@echo "make clean        remove caches and build outputs (not .venv, not demo/cache)"
 
@@ -37,6 +37,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -23,15 +23,15 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import set_seed
 
-from lightpeft import pipeline
-from lightpeft.cli import quiet
+from lightpeft.cli.command import quiet
 from lightpeft.config import load_config
 from lightpeft.errors import LightPeftError, require
-from lightpeft.families import block_lists
-from lightpeft.families.decoders import DECODERS
 from lightpeft.files import write_json
-from lightpeft.pipeline import Workspace
+from lightpeft.models.families import block_lists
+from lightpeft.models.families.decoders import DECODERS
 from lightpeft.profiling import hardware
+from lightpeft.runs import pipeline
+from lightpeft.runs.pipeline import Workspace
 
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
 """Strengths of the penalty that are tried on standardised states; each block has its best."""

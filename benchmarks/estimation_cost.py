@@ -15,11 +15,11 @@ import sys
 import subjects
 from peer_methods import with_settings
 
-from lightpeft import pipeline
-from lightpeft.bench import Build, Made, adamw
 from lightpeft.config import RunConfig
-from lightpeft.loading import add_peft
-from lightpeft.pipeline import Workspace
+from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.runs import pipeline
+from lightpeft.runs.bench import Build, Made, adamw
+from lightpeft.runs.pipeline import Workspace
 
 PLAIN, EVERY_STEP = "PEFT in every block", "with masks and importances, ratios in every step"
 SAMPLED, AS_IT_IS = "with masks and importances", "estimation as the config has it"

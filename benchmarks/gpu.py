@@ -20,7 +20,7 @@ from publishing import add_option, markdown_table, publish, spread_text
 from rich.console import Console
 from synthetic import SUBJECTS, Case, Shape, measure
 
-from lightpeft.cli import quiet
+from lightpeft.cli.command import quiet
 from lightpeft.config import preset_light
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json

@@ -19,9 +19,9 @@ from typing import Any
 import subjects
 from publishing import markdown_table, spread_text
 
-from lightpeft.bench import Subject, Worker
 from lightpeft.config import RunConfig
 from lightpeft.profiling import alternate, hardware, ratio, summarize
+from lightpeft.runs.bench import Subject, Worker
 
 BATCHES = (1, 32)
 """Rows at a time."""

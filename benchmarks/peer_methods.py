@@ -21,22 +21,23 @@ from peer_pruning import (
 )
 from torch import nn
 
-from lightpeft import pipeline
-from lightpeft.acceleration import accelerated
-from lightpeft.bench import Made, adamw
-from lightpeft.checkpoint import as_light
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
-from lightpeft.depth import leave_out
+from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
-from lightpeft.families import block_specs
-from lightpeft.loading import LoadedModel, add_peft
 from lightpeft.machine import autocast_dtype
-from lightpeft.pipeline import Workspace
-from lightpeft.plain_data import load_yaml
-from lightpeft.records import PrunePlan
-from lightpeft.structure import SLOTS
-from lightpeft.surgery import apply_plan
+from lightpeft.models.families import block_specs
+from lightpeft.models.loading import LoadedModel
+from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.structure import SLOTS
+from lightpeft.prune.depth import leave_out
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.runs import pipeline
+from lightpeft.runs.bench import Made, adamw
+from lightpeft.runs.pipeline import Workspace
+from lightpeft.saved.light_adapter import as_light
 from lightpeft.tasks import task_facts
+from lightpeft.training.acceleration import accelerated
 
 Kind = Literal["plain", "pruned", "light"]
 """Dense model; pruned once before training; lightpeft."""

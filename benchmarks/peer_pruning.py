@@ -21,20 +21,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lightpeft import scoring
-from lightpeft.bench import sample_batches
 from lightpeft.config import Budget
 from lightpeft.errors import require
-from lightpeft.families import block_specs
-from lightpeft.layout import squared_norms
-from lightpeft.linears import dense_weight, is_linear
-from lightpeft.loading import fingerprint
-from lightpeft.pipeline import Workspace
-from lightpeft.planning import make_plan
+from lightpeft.models.families import block_specs
+from lightpeft.models.linears import dense_weight, is_linear
+from lightpeft.models.unwrap import base_linear, transformers_model
+from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.plans import scoring
+from lightpeft.plans.layout import squared_norms
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters
+from lightpeft.plans.structure import BlockSpec, SiteSpec
 from lightpeft.profiling import count_parameters
-from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters
-from lightpeft.sites import base_linear, find_sites, transformers_model
-from lightpeft.structure import BlockSpec, SiteSpec
+from lightpeft.prune.fingerprint import fingerprint
+from lightpeft.runs.bench import sample_batches
+from lightpeft.runs.pipeline import Workspace
 
 CALIBRATION_BATCHES = 10
 """Training batches that the criteria of other libraries may look at; the number in their own examples."""

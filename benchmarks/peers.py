@@ -34,18 +34,19 @@ from rich.console import Console
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
-from lightpeft import evaluation, pipeline
-from lightpeft.bench import Build, Subject, Worker
-from lightpeft.checkpoint import LightModel
-from lightpeft.cli import quiet
+from lightpeft.cli.command import quiet
 from lightpeft.config import RunConfig, load_config
+from lightpeft.console.bars import silent
 from lightpeft.errors import LightPeftError, require
+from lightpeft.evaluation import answering
 from lightpeft.files import read_json, write_json
 from lightpeft.machine import autocast_dtype
-from lightpeft.pipeline import Workspace
 from lightpeft.profiling import alternate, count_parameters, folder_bytes, hardware, ratio, summarize
-from lightpeft.tasks.progress import silent
-from lightpeft.training import fit, make_trainer
+from lightpeft.runs import pipeline
+from lightpeft.runs.bench import Build, Subject, Worker
+from lightpeft.runs.pipeline import Workspace
+from lightpeft.saved.light_adapter import LightModel
+from lightpeft.training.trainer import fit, make_trainer
 
 POINT = 0.01
 """One point of accuracy."""
@@ -261,7 +262,7 @@ class Suite:
 
     def _evaluate(self, work: Workspace, model: nn.Module) -> dict[str, float]:
         training = work.config.training
-        return evaluation.evaluate(
+        return answering.evaluate(
             model, work.test_rows, work.task, work.collator, training.eval_batch_size, autocast_dtype(training), silent
         )
 

@@ -21,11 +21,11 @@ from rich.console import Console
 from scaling import SIZES, shape_of
 from synthetic import FAMILIES, Case, Synthetic
 
-from lightpeft.bench import Worker
-from lightpeft.cli import quiet
+from lightpeft.cli.command import quiet
 from lightpeft.config import preset_light
 from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
+from lightpeft.runs.bench import Worker
 
 PARTS = {"products": "products", "else": "all else"}
 

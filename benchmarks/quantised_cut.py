@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow, quantize_
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from lightpeft.cli import quiet
-from lightpeft.families import block_specs
+from lightpeft.cli.command import quiet
 from lightpeft.files import write_json
-from lightpeft.linears import dense_weight
-from lightpeft.loading import fingerprint
+from lightpeft.models.families import block_specs
+from lightpeft.models.linears import dense_weight
+from lightpeft.models.quantised import prepare_quantised
+from lightpeft.models.unwrap import base_linear
+from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.profiling import count_parameters, hardware, versions
-from lightpeft.quantised import prepare_quantised
-from lightpeft.records import BlockPlan, PrunePlan
-from lightpeft.sites import base_linear
-from lightpeft.surgery import apply_plan
+from lightpeft.prune.fingerprint import fingerprint
+from lightpeft.prune.surgery import apply_plan
 
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 REVIEWS = 128

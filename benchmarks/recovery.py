@@ -30,26 +30,29 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import Trainer
 
-from lightpeft import evaluation, pipeline, planning, pruner
-from lightpeft.cli import quiet
+from lightpeft.cli.command import quiet
 from lightpeft.config import LightConfig, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
-from lightpeft.estimation import Estimator
+from lightpeft.evaluation import answering
 from lightpeft.files import read_json, write_json
-from lightpeft.importance import RealTokens
 from lightpeft.machine import autocast_dtype
-from lightpeft.meanwhile import in_mode
-from lightpeft.pipeline import Workspace
-from lightpeft.planning import Layer, cheapest_first, make_plan
+from lightpeft.models.patching import in_mode
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans import planning
+from lightpeft.plans.planning import Layer, cheapest_first, make_plan
+from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.structure import OUTPUT_SLOTS, BlockSpec
 from lightpeft.profiling import hardware
-from lightpeft.records import PrunePlan
-from lightpeft.refit import Batches, Correction, Refit, apply_refit, correction
-from lightpeft.reproduce.grid import slug
-from lightpeft.reproduce.summary import Report, Results, row
-from lightpeft.reproduce.tables import markdown_table
-from lightpeft.sites import transformers_model
-from lightpeft.structure import OUTPUT_SLOTS, BlockSpec
-from lightpeft.surgery import apply_plan
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.importance import RealTokens
+from lightpeft.prune.refit import Batches, Correction, Refit, apply_refit, correction
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.recipe import pruner
+from lightpeft.runs import pipeline
+from lightpeft.runs.pipeline import Workspace
+from lightpeft.runs.reproduce.grid import slug
+from lightpeft.runs.reproduce.summary import Report, Results, row
+from lightpeft.runs.reproduce.tables import markdown_table
 
 AS_IT_IS = "as it is"
 REPORT = "recovery.json"
@@ -240,8 +243,8 @@ def teacher_logits(work: Workspace) -> list[Tensor]:
     """Logits of the dense model at the end of estimation for every training row."""
     model = PeftModel.from_pretrained(pipeline.dense_model(work).model, str(work.run.estimation / "adapter"))
     training = work.config.training
-    run = evaluation.Run(model, work.collator, training.eval_batch_size, autocast_dtype(training))
-    return evaluation.logits_of(run, work.train_rows)
+    run = answering.Run(model, work.collator, training.eval_batch_size, autocast_dtype(training))
+    return answering.logits_of(run, work.train_rows)
 
 
 def collated(collator: Callable[..., dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:

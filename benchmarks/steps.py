@@ -19,13 +19,13 @@ import subjects
 import torch
 from peer_methods import with_settings
 
-from lightpeft import pipeline
-from lightpeft.bench import BUILDS, Made
 from lightpeft.config import RunConfig
-from lightpeft.families import block_lists
-from lightpeft.pipeline import Workspace
-from lightpeft.runs import RunFolder
-from lightpeft.sites import transformers_model
+from lightpeft.models.families import block_lists
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.runs import pipeline
+from lightpeft.runs.bench import BUILDS, Made
+from lightpeft.runs.pipeline import Workspace
+from lightpeft.saved.run_folder import RunFolder
 
 LIGHT = BUILDS["light"]
 AS_IT_IS = "as it is"

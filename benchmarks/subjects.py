@@ -13,13 +13,13 @@ from typing import Any
 from publishing import add_option, markdown_table, publish
 from rich.console import Console
 
-from lightpeft import pipeline
-from lightpeft.bench import Build, Subject, Worker
-from lightpeft.cli import quiet
+from lightpeft.cli.command import quiet
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
+from lightpeft.runs import pipeline
+from lightpeft.runs.bench import Build, Subject, Worker
 
 Subjects = Mapping[str, tuple[str | Build, RunConfig]]
 """By name: what to measure, as `lightpeft.bench.Subject` takes it, and its run."""

@@ -25,11 +25,9 @@ from transformers import (
     set_seed,
 )
 
-from lightpeft.acceleration import accelerated
-from lightpeft.bench import Worker
 from lightpeft.config import LightConfig
-from lightpeft.families import block_specs
 from lightpeft.machine import autocasting
+from lightpeft.models.families import block_specs
 from lightpeft.profiling import (
     PeakMemory,
     alternate,
@@ -40,7 +38,9 @@ from lightpeft.profiling import (
     ratio,
     summarize,
 )
-from lightpeft.pruner import EarlyPruner
+from lightpeft.recipe.pruner import EarlyPruner
+from lightpeft.runs.bench import Worker
+from lightpeft.training.acceleration import accelerated
 
 FAMILIES = ("roberta", "llama")
 SUBJECTS = ("plain", "estimation", "light")

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from lightpeft import EarlyPruner, preset_light
-from lightpeft.cli import quiet
+from lightpeft.cli.command import quiet
+from lightpeft.cli.tables import facts_table, plan_table
 from lightpeft.files import write_json
 from lightpeft.profiling import count_parameters, hardware, versions
-from lightpeft.tables import facts_table, plan_table
 
 SYMBOLS, LENGTH, END = 24, 8, 1
 """Symbols are the tokens 2 to 25; a sequence has eight of them and an end mark."""

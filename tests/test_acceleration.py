@@ -15,13 +15,13 @@ from tiny import ALL, LAYOUTS, inputs_for, make, relative_difference, with_lora
 from torch import Tensor, nn
 from workbench import Workbench
 
-from lightpeft import pipeline
-from lightpeft.acceleration import SHORT_ROWS, accelerated, base_dropout
-from lightpeft.families import block_specs
-from lightpeft.importance import ModuleObserver
-from lightpeft.prefix import FrozenPrefix
+from lightpeft.models.families import block_specs
+from lightpeft.peft_kinds.sites import find_sites, fused, fused_lora
 from lightpeft.profiling import count_flops
-from lightpeft.sites import find_sites, fused, fused_lora
+from lightpeft.prune.importance import ModuleObserver
+from lightpeft.runs import pipeline
+from lightpeft.training.acceleration import SHORT_ROWS, accelerated, base_dropout
+from lightpeft.training.prefix import FrozenPrefix
 
 LINEAR = [name for name in LAYOUTS if name not in ("gpt2", "falcon")]
 """Layouts whose projections are plain `nn.Linear`; those of GPT-2 (`Conv1D`) and Falcon are left to PEFT."""

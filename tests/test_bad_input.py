@@ -29,11 +29,11 @@ from workbench import (
     write_rows,
 )
 
-from lightpeft import pipeline
-from lightpeft.checkpoint import LightModel
-from lightpeft.estimation import Estimator
 from lightpeft.files import file_checksum
-from lightpeft.records import EstimationRecord, PrunePlan
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.prune.estimation import Estimator
+from lightpeft.runs import pipeline
+from lightpeft.saved.light_adapter import LightModel
 
 Refused = Callable[..., str]
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from workbench import Workbench, forked, lightpeft, read, stamps
 
-from lightpeft import bench as benching
-from lightpeft import pipeline
-from lightpeft.bench import StoredBatches, Subject, Worker, sample_batches, sample_rows
+from lightpeft.cli.tables import bench_table
 from lightpeft.errors import LightPeftError
 from lightpeft.profiling import count_flops
-from lightpeft.tables import bench_table
+from lightpeft.runs import bench as benching
+from lightpeft.runs import pipeline
+from lightpeft.runs.bench import StoredBatches, Subject, Worker, sample_batches, sample_rows
 
 ROUNDS, STEPS = 2, 2
 UPPER = {"light.module_blocks": 0.5, "light.modules": 0.5}

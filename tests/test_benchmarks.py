@@ -36,18 +36,19 @@ from torch import Tensor, nn
 from training import inputs, student
 from workbench import Workbench, edit, forked, read, stamps
 
-from lightpeft import pipeline
-from lightpeft.bench import Build
 from lightpeft.config import PRESETS, Budget, LightConfig, load_config
 from lightpeft.errors import LightPeftError
-from lightpeft.estimation import Estimator
-from lightpeft.families import block_specs
-from lightpeft.loading import LoadedModel, add_peft
-from lightpeft.planning import make_plan
-from lightpeft.records import PrunePlan
-from lightpeft.refit import Refit, apply_refit, fit_refit
-from lightpeft.reproduce.grid import slug
-from lightpeft.surgery import apply_plan
+from lightpeft.models.families import block_specs
+from lightpeft.models.loading import LoadedModel
+from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.refit import Refit, apply_refit, fit_refit
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.runs import pipeline
+from lightpeft.runs.bench import Build
+from lightpeft.runs.reproduce.grid import slug
 
 PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
 

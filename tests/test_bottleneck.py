@@ -23,11 +23,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from lightpeft.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer, BottleneckModel, placed_modules
-from lightpeft.bottleneck.registration import bottleneck_type, register
 from lightpeft.errors import LightPeftError
-from lightpeft.families import block_specs
-from lightpeft.linears import slice_linear
+from lightpeft.models.families import block_specs
+from lightpeft.models.linears import slice_linear
+from lightpeft.peft_kinds.bottleneck import (
+    Bottleneck,
+    BottleneckConfig,
+    BottleneckLayer,
+    BottleneckModel,
+    placed_modules,
+)
+from lightpeft.peft_kinds.bottleneck.registration import bottleneck_type, register
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 FAMILIES = ("bert", "llama-gqa", "opt")
@@ -295,7 +301,7 @@ def test_the_saved_config_says_where_adapters_are(tmp_path: Path, monkeypatch: p
     def refuse(model: PreTrainedModel) -> None:
         raise AssertionError("the model family was asked")
 
-    monkeypatch.setattr("lightpeft.bottleneck.model.block_specs", refuse)
+    monkeypatch.setattr("lightpeft.peft_kinds.bottleneck.model.block_specs", refuse)
     assert output(PeftModel.from_pretrained(make("opt"), str(tmp_path))).equal(output(model))
 
 

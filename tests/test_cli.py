@@ -13,10 +13,12 @@ import pytest
 import yaml
 from workbench import RUNS, Workbench, lightpeft
 
-from lightpeft import __version__, cli, pipeline
-from lightpeft import options as naming
+from lightpeft import __version__, cli
+from lightpeft.cli import command
+from lightpeft.cli import hints as naming
 from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_config
-from lightpeft.runs import RunFolder
+from lightpeft.runs import pipeline
+from lightpeft.saved.run_folder import RunFolder
 
 VERBS = ["run", "estimate", "plan", "prune", "train", "evaluate", "bench", "predict", "inspect", "reproduce"]
 
@@ -49,9 +51,9 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     text = " ".join(shown(capsys, verb, "--help").split())
-    described = {**cli._STAGES, **cli._OTHERS}[verb]
+    described = {**command._STAGES, **command._OTHERS}[verb]
     assert described.split(".")[0] in text
-    if verb in cli._OTHERS:
+    if verb in command._OTHERS:
         return
     for config, section in ((Budget, "light"), (TrainingConfig, "training")):
         assert all(f"--{section}.{field.name}" in text for field in dataclasses.fields(config))
@@ -94,7 +96,7 @@ def test_options_by_names_of_other_tools(capsys: pytest.CaptureFixture[str], arg
 
 
 def test_every_name_of_other_tools_leads_to_an_option() -> None:
-    known = {option for verb in VERBS for option in cli._parser(verb)[1]}
+    known = {option for verb in VERBS for option in command._parser(verb)[1]}
     assert {f"--{option}" for option in naming._ELSEWHERE.values()} <= known | {"--overwrite"}
 
 

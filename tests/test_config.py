@@ -23,8 +23,8 @@ from lightpeft.config import (
     preset_light,
     run_config_from_dict,
 )
+from lightpeft.config.validation import from_dict, unknown_key
 from lightpeft.errors import LightPeftError
-from lightpeft.plain_data import from_dict, unknown_key
 
 
 def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:

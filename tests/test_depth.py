@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft, read
 
-from lightpeft import EarlyPruner, LightConfig, load_light, load_merged, pipeline, save_merged
-from lightpeft.checkpoint import LightModel, as_light
+from lightpeft import EarlyPruner, LightConfig, load_light, load_merged, save_merged
 from lightpeft.config import Budget
-from lightpeft.depth import leave_out
-from lightpeft.estimation import Estimator
-from lightpeft.families import block_lists
+from lightpeft.models.families import block_lists
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import count_parameters
-from lightpeft.records import EstimationRecord, PrunePlan
-from lightpeft.sites import transformers_model
-from lightpeft.surgery import apply_plan
+from lightpeft.prune.depth import leave_out
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.runs import pipeline
+from lightpeft.saved.light_adapter import LightModel, as_light
 
 TWO_STACKS = [name for name in ALL if name.startswith(("t5", "mt5", "bart", "mbart", "whisper"))]
 ONE_STACK = [name for name in ALL if name not in (*TWO_STACKS, "esm")]

@@ -36,10 +36,9 @@ from tiny import (
 from torch import nn
 from transformers import BigBirdConfig, BigBirdForSequenceClassification, PreTrainedModel
 
-from lightpeft import EarlyPruner, LightConfig, discovery, load_light
-from lightpeft.discovery import check_family, discover_family, ensure_family
+from lightpeft import EarlyPruner, LightConfig, load_light
 from lightpeft.errors import LightPeftError
-from lightpeft.families import (
+from lightpeft.models.families import (
     FAMILIES,
     REFUSED,
     Family,
@@ -50,9 +49,11 @@ from lightpeft.families import (
     register_family,
     skeleton,
 )
-from lightpeft.families.probing import Probe, block_slots
-from lightpeft.records import BlockPlan
-from lightpeft.surgery import apply_plan
+from lightpeft.models.families.probing import Probe, block_slots
+from lightpeft.plans.records import BlockPlan
+from lightpeft.prune import discovery
+from lightpeft.prune.discovery import check_family, discover_family, ensure_family
+from lightpeft.prune.surgery import apply_plan
 
 GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **TOKENS}
 SOUND = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

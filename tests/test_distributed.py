@@ -14,9 +14,9 @@ from torch import Tensor
 from training import assert_close, assert_equal, collate, encoded, estimate, student, trainer, upper
 
 from lightpeft.config import LightConfig
-from lightpeft.prefix import FrozenPrefix
-from lightpeft.pruner import EarlyPruner
-from lightpeft.records import EstimationRecord
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.recipe.pruner import EarlyPruner
+from lightpeft.training.prefix import FrozenPrefix
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 

@@ -19,8 +19,9 @@ from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from lightpeft import EarlyPruner, LightConfig, cli, pipeline
-from lightpeft.reproduce import Cell, running
+from lightpeft import EarlyPruner, LightConfig, cli
+from lightpeft.runs import pipeline
+from lightpeft.runs.reproduce import Cell, running
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lightpeft import EarlyPruner, LightConfig, load_light
-from lightpeft.sites.registry import REFERENCE
+from lightpeft.peft_kinds.sites.registry import REFERENCE
 
 trl = pytest.importorskip("trl")
 

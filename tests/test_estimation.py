@@ -17,12 +17,12 @@ from transformers import BertConfig, BertForMultipleChoice
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.estimation import Estimator, stage_length
-from lightpeft.importance import ModuleObserver
-from lightpeft.masks import UnitMasks
-from lightpeft.planning import make_plan
-from lightpeft.prefix import FrozenPrefix
-from lightpeft.pruner import EarlyPruner
+from lightpeft.plans.planning import make_plan
+from lightpeft.prune.estimation import Estimator, stage_length
+from lightpeft.prune.importance import ModuleObserver
+from lightpeft.prune.masks import UnitMasks
+from lightpeft.recipe.pruner import EarlyPruner
+from lightpeft.training.prefix import FrozenPrefix
 
 
 def started(model: PeftModel, total_steps: int | None = None, **config: Any) -> Estimator:

@@ -27,14 +27,15 @@ from transformers import (
 )
 from workbench import Workbench, labelled, lightpeft, read, write_rows
 
-from lightpeft import load_light, pipeline
+from lightpeft import load_light
 from lightpeft.config import ModelConfig, run_config_from_dict
-from lightpeft.evaluating import class_order, evaluate_harness, evaluate_model, renumbered
-from lightpeft.loading import load_model
-from lightpeft.opening import find_model
+from lightpeft.evaluation.reports import class_order, evaluate_harness, evaluate_model, renumbered
+from lightpeft.models.loading import load_model
+from lightpeft.runs import pipeline
+from lightpeft.saved.opening import find_model
+from lightpeft.saved.whole_model import MERGED
 from lightpeft.tasks import find_entry, run_settings, task_class, task_facts
 from lightpeft.tasks.answers import Answers
-from lightpeft.whole import MERGED
 
 METHODS = ("light", "plain", "full")
 

@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from lightpeft.config import DataConfig
+from lightpeft.console.bars import silent
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation import Run, evaluate, logits_of
-from lightpeft.tasks import CausalLMTask, ClassificationTask, silent
+from lightpeft.evaluation.answering import Run, evaluate, logits_of
+from lightpeft.tasks import CausalLMTask, ClassificationTask
 
 T = TypeVar("T")
 VOCABULARY = 20

@@ -26,12 +26,12 @@ from transformers import (
 from workbench import checksums, edit, read
 
 from lightpeft import load_merged, save_merged
-from lightpeft.checkpoint import as_light
-from lightpeft.exporting import read_merged
 from lightpeft.files import file_checksum
-from lightpeft.refit import Correction, apply_refit
-from lightpeft.surgery import apply_plan
-from lightpeft.whole import MERGED
+from lightpeft.prune.refit import Correction, apply_refit
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.light_adapter import as_light
+from lightpeft.saved.merging import read_merged
+from lightpeft.saved.whole_model import MERGED
 
 CLOSE = 3e-5
 """Merging adds LoRA's weights to the base's, which rounds."""

@@ -34,7 +34,7 @@ from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedModel, T5Encoder
 from transformers.pytorch_utils import Conv1D
 
 from lightpeft import EarlyPruner
-from lightpeft.families import (
+from lightpeft.models.families import (
     FAMILIES,
     REFUSED,
     Family,
@@ -46,10 +46,10 @@ from lightpeft.families import (
     family_of,
     registry,
 )
-from lightpeft.records import BlockPlan, block_parameters, removable_parameters, removed_in_block
-from lightpeft.sites import check_peft, find_sites
-from lightpeft.structure import SLOTS, BlockSpec
-from lightpeft.surgery import apply_plan
+from lightpeft.peft_kinds.sites import check_peft, find_sites
+from lightpeft.plans.records import BlockPlan, block_parameters, removable_parameters, removed_in_block
+from lightpeft.plans.structure import SLOTS, BlockSpec
+from lightpeft.prune.surgery import apply_plan
 
 # Structure
 

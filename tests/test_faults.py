@@ -33,8 +33,8 @@ from workbench import (
     signalling,
 )
 
-from lightpeft import pipeline
 from lightpeft.files import read_json
+from lightpeft.runs import pipeline
 
 FULL = bool(os.environ.get("LIGHTPEFT_FAULTS"))
 """Whether all faults are tried."""

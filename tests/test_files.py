@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from workbench import at_file_operation, signalling
 
+from lightpeft.config.validation import load_yaml
 from lightpeft.errors import LightPeftError
 from lightpeft.files import (
     SCHEMA_VERSION,
@@ -37,7 +38,6 @@ from lightpeft.files import (
     write_text,
     writing,
 )
-from lightpeft.plain_data import load_yaml
 
 FORK = multiprocessing.get_context("fork")
 

@@ -13,10 +13,11 @@ import torch
 from tiny import relative_difference
 from workbench import Workbench
 
-from lightpeft import load_light, machine, pipeline
+from lightpeft import load_light, machine
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.machine import autocast_dtype, autocasting
+from lightpeft.runs import pipeline
 
 
 class Scalers:

@@ -11,10 +11,10 @@ from tiny import DROPPED, VOCABULARY, make, plan_for, with_lora
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightpeft import generating
-from lightpeft.generating import generate_texts
-from lightpeft.surgery import apply_plan
-from lightpeft.tasks import silent
+from lightpeft.console.bars import silent
+from lightpeft.evaluation import generating
+from lightpeft.evaluation.generating import generate_texts
+from lightpeft.prune.surgery import apply_plan
 
 END, LINE = 2, 5
 PROMPTS = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 16], [17, 18], [20] * 9]

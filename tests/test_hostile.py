@@ -24,12 +24,13 @@ from tiny import refusal
 from transformers import AutoModelForSequenceClassification
 from workbench import Workbench, checksums, edit, lightpeft
 
-from lightpeft import load_light, load_merged, pipeline
+from lightpeft import load_light, load_merged
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluating import evaluate_model
+from lightpeft.evaluation.reports import evaluate_model
 from lightpeft.files import file_checksum
-from lightpeft.loading import load_model, load_model_config, load_tokenizer
+from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
+from lightpeft.runs import pipeline
 
 SECONDS, WAITING = 12, 120
 """CPU time that one command may take, most of it for reading data; and time on the clock, as tests run side by side."""

@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 from workbench import save_base
 
-from lightpeft import hub
+from lightpeft.models import hub
 
 NOWHERE = "http://127.0.0.1:9"
 """An address where nobody answers."""
@@ -105,7 +105,7 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 _LOADING = """
 import json, time
-from lightpeft.cli import quiet
+from lightpeft.cli.command import quiet
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.loading import load_model_config, load_tokenizer

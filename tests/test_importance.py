@@ -13,9 +13,10 @@ from tiny import LAYOUTS, inputs_for, make, with_lora
 from torch import Tensor
 from training import inputs, student
 
-from lightpeft.families import block_specs
-from lightpeft.importance import ModuleObserver, RankObserver
-from lightpeft.sites import Site, find_sites, transformers_model
+from lightpeft.models.families import block_specs
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import Site, find_sites
+from lightpeft.prune.importance import ModuleObserver, RankObserver
 
 
 def sites_of(model: PeftModel) -> list[Site]:

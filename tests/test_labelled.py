@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from training import student, trainer
 
 from lightpeft import accelerated
-from lightpeft.labelled import labelled_head
-from lightpeft.sites import transformers_model
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.training.logits import labelled_head
 
 
 def answers(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny import kept_channels as expected_channels
 from torch import Tensor
 
-from lightpeft.layout import cut_dim, head_channels, kept_channels, segments, squared_norms, width
-from lightpeft.records import BlockPlan
-from lightpeft.structure import SLOTS, BlockSpec
+from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, segments, squared_norms, width
+from lightpeft.plans.records import BlockPlan
+from lightpeft.plans.structure import SLOTS, BlockSpec
 
 
 def spec_of(kv_heads: int, heads_per_kv: int, head_dim: int, neurons: int, interleaved: bool = False) -> BlockSpec:

@@ -23,13 +23,14 @@ from transformers import (
 )
 
 from lightpeft.config import DataConfig, TaskEntry
+from lightpeft.console.bars import silent
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation import Run, evaluate, outcome
-from lightpeft.importance import RealTokens
-from lightpeft.prefix import FrozenPrefix, PrefixCache, cache_prefix
-from lightpeft.tasks import ClassificationTask, LikelihoodTask, MultipleChoiceTask, share_at_limit, silent
-from lightpeft.tasks.likelihood import ACCURACIES, encode_pairs, option_sequences
+from lightpeft.evaluation.answering import Run, evaluate, outcome
+from lightpeft.prune.importance import RealTokens
+from lightpeft.tasks import ClassificationTask, LikelihoodTask, MultipleChoiceTask, share_at_limit
+from lightpeft.tasks.kinds.likelihood import ACCURACIES, encode_pairs, option_sequences
 from lightpeft.tasks.tokens import IGNORED
+from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(12)), "Answer", "Question", ":", "yes", "no", "é"]
 SIZES: dict[str, Any] = {"vocab_size": len(WORDS), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

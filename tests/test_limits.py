@@ -11,7 +11,7 @@ import time
 import pytest
 
 from lightpeft.errors import LightPeftError
-from lightpeft.limits import limited
+from lightpeft.files.limits import limited
 
 ENDLESS = re.compile(r"(a+)+$"), "a" * 40 + "b"
 

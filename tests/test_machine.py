@@ -14,10 +14,11 @@ import torch
 from accelerate import PartialState
 from workbench import Workbench
 
-from lightpeft import machine, pipeline
+from lightpeft import machine
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.machine import autocast_dtype, has_bf16, processes
+from lightpeft.runs import pipeline
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 from training import estimate, inputs, student
 
 from lightpeft.config import LightConfig
-from lightpeft.estimation import Estimator
-from lightpeft.families import block_specs
-from lightpeft.masks import UnitMasks
-from lightpeft.sites import fused_lora, transformers_model
+from lightpeft.models.families import block_specs
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import fused_lora
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.masks import UnitMasks
 
 
 def masks_on(model: PeftModel) -> UnitMasks:

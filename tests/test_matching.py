@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightpeft.statistics import bootstrap_intervals
+from lightpeft.evaluation.statistics import bootstrap_intervals
 from lightpeft.tasks.answers import Answers
 from lightpeft.tasks.matching import best, by_answerability, exact, normalised, text_match, token_f1
 

@@ -41,10 +41,10 @@ from lightpeft.tasks import (
     task_class,
     task_facts,
 )
-from lightpeft.tasks.classification import label_names
-from lightpeft.tasks.entries import CONVERTERS, check_entry
-from lightpeft.tasks.likelihood import SCORABLE
-from lightpeft.tasks.reading import HUB_NAME
+from lightpeft.tasks.entries.registry import CONVERTERS, check_entry
+from lightpeft.tasks.kinds.classification import label_names
+from lightpeft.tasks.kinds.likelihood import SCORABLE
+from lightpeft.tasks.rows.reading import HUB_NAME
 
 
 def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

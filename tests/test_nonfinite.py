@@ -15,9 +15,10 @@ from tiny import refusal
 from workbench import NEUTRAL, SPECIAL, Workbench, labelled, lightpeft, save_base, write_rows
 
 from lightpeft.config import DataConfig, ModelConfig, TaskEntry
-from lightpeft.evaluation import Run, outcome
-from lightpeft.loading import load_model, load_tokenizer
-from lightpeft.tasks import load_task, silent
+from lightpeft.console.bars import silent
+from lightpeft.evaluation.answering import Run, outcome
+from lightpeft.models.loading import load_model, load_tokenizer
+from lightpeft.tasks import load_task
 from lightpeft.tasks.answers import require_finite
 
 POISON = NEUTRAL[7]

@@ -33,11 +33,12 @@ from tiny import (
 from torch import Tensor
 
 from lightpeft.config import Budget
-from lightpeft.masks import UnitMasks
-from lightpeft.planning import make_plan
-from lightpeft.records import PrunePlan
-from lightpeft.sites import find_sites, transformers_model
-from lightpeft.surgery import apply_plan
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.masks import UnitMasks
+from lightpeft.prune.surgery import apply_plan
 
 TOLERANCE = 1e-5
 BUDGETS = {"usual": USUAL, "dropped": DROPPED}

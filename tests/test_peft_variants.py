@@ -28,16 +28,17 @@ from training import StopAt, trainer
 from transformers import PreTrainedModel
 
 from lightpeft import EarlyPruner, LightConfig, LightPeftError, load_light
-from lightpeft.checkpoint import as_light
-from lightpeft.families import block_specs
-from lightpeft.importance import ModuleObserver
-from lightpeft.masks import UnitMasks
-from lightpeft.records import PrunePlan
-from lightpeft.sites import Site, check_peft, find_sites, read_config, restart_sites, transformers_model
-from lightpeft.sites.dora import DoraSite
-from lightpeft.sites.ia3 import Ia3Site
-from lightpeft.structure import SLOTS
-from lightpeft.surgery import apply_plan
+from lightpeft.models.families import block_specs
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import Site, check_peft, find_sites, read_config, restart_sites
+from lightpeft.peft_kinds.sites.dora import DoraSite
+from lightpeft.peft_kinds.sites.ia3 import Ia3Site
+from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.structure import SLOTS
+from lightpeft.prune.importance import ModuleObserver
+from lightpeft.prune.masks import UnitMasks
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.light_adapter import as_light
 
 TOLERANCE = 1e-5
 MODELS = ("bert", "llama-gqa", "gpt2", "t5")

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 from workbench import Workbench, checksums, lightpeft, read, stamps
 
-from lightpeft import pipeline
-from lightpeft.checkpoint import LightModel, load_light
 from lightpeft.config import ModelConfig, load_config
 from lightpeft.errors import LightPeftError
-from lightpeft.loading import load_tokenizer
-from lightpeft.predicting import predict
+from lightpeft.evaluation.predicting import predict
+from lightpeft.models.loading import load_tokenizer
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import count_parameters
-from lightpeft.records import EstimationRecord, PrunePlan
-from lightpeft.runs import RunFolder
-from lightpeft.sites import transformers_model
+from lightpeft.runs import pipeline
+from lightpeft.saved.light_adapter import LightModel, load_light
+from lightpeft.saved.run_folder import RunFolder
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 KINDS = [("bert", "classification"), ("llama", "classification"), ("llama", "causal-lm")]

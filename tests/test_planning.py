@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
-from lightpeft.planning import Layer, Selection, cheapest_first, keep, make_plan, without
-from lightpeft.records import EstimationRecord, PrunePlan, block_parameters, removed_in_block
-from lightpeft.structure import BlockSpec, SiteSpec
+from lightpeft.plans.planning import Layer, Selection, cheapest_first, keep, make_plan, without
+from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameters, removed_in_block
+from lightpeft.plans.structure import BlockSpec, SiteSpec
 
 PROJECTIONS = {slot: slot for slot in ("q", "k", "v", "o", "ffn_in", "ffn_out")}
 

@@ -16,8 +16,9 @@ import torch
 from transformers import AutoTokenizer
 from workbench import Workbench, labelled, lightpeft, read, write_rows
 
-from lightpeft import load_light, pipeline
-from lightpeft.predicting import predict
+from lightpeft import load_light
+from lightpeft.evaluation.predicting import predict
+from lightpeft.runs import pipeline
 
 LABELS = ["negative", "positive"]
 TEXTS = [row["text"] for row in labelled(17, seed=9)]

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset
 
 from lightpeft.errors import LightPeftError
-from lightpeft.prediction_files import check_predictions_path, read_inputs, write_predictions
+from lightpeft.evaluation.prediction_files import check_predictions_path, read_inputs, write_predictions
 
 
 class TestInputs:

@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from training import blocks_of, collate, encoded, upper
 from workbench import Workbench, at_step, in_child, lightpeft, read, signalling
 
-from lightpeft import pipeline
-from lightpeft.prefix import STATES, FrozenPrefix, PrefixCache, StateStore, cache_prefix
-from lightpeft.sites import transformers_model
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.runs import pipeline
+from lightpeft.training.prefix import STATES, FrozenPrefix, PrefixCache, StateStore, cache_prefix
 
 TEXT = sorted(set(tiny.ENCODERS) - {"vit", "dinov2"} | set(tiny.DECODERS))
 

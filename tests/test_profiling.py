@@ -17,7 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 from lightpeft import profiling
 from lightpeft.errors import LightPeftError
-from lightpeft.families import block_specs
+from lightpeft.models.families import block_specs
+from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.profiling import (
     Flops,
     PeakMemory,
@@ -34,8 +35,7 @@ from lightpeft.profiling import (
     summarize,
     throughput,
 )
-from lightpeft.records import BlockPlan, PrunePlan
-from lightpeft.surgery import apply_plan
+from lightpeft.prune.surgery import apply_plan
 
 HIDDEN, FFN, LAYERS, VOCABULARY, LABELS = 16, 32, 2, 50, 3
 BATCH, LENGTH, RANK = 2, 8, 4

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lightpeft.progress import StepProgress, duration
+from lightpeft.console.progress import StepProgress, duration
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(42.4, "42 s"), (720.0, "12 min"), (12_600.0, "3.5 h")])

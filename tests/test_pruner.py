@@ -12,8 +12,8 @@ from training import inputs, student, trainer
 from transformers import BertModel
 
 from lightpeft import Budget, EarlyPruner, LightConfig, LightModel, LightPeftError, load_light
-from lightpeft.records import PrunePlan
-from lightpeft.sites import find_sites
+from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.plans.records import PrunePlan
 
 HALF = {"heads": 0.5, "neurons": 0.5, "modules": 0.5, "ranks": 0.5}
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
 from lightpeft import EarlyPruner, LightConfig
-from lightpeft.checkpoint import as_light, load_light
 from lightpeft.errors import LightPeftError
-from lightpeft.families import block_specs
-from lightpeft.linears import dense_weight, fault, features, is_linear, slice_linear, stored_weight
-from lightpeft.quantised import logical_numel, prepare_quantised
-from lightpeft.surgery import apply_plan
+from lightpeft.models.families import block_specs
+from lightpeft.models.linears import dense_weight, fault, features, is_linear, slice_linear, stored_weight
+from lightpeft.models.quantised import logical_numel, prepare_quantised
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.light_adapter import as_light, load_light
 
 ROWS, COLUMNS = 64, 256
 BLOCK = 64

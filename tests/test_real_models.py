@@ -10,10 +10,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightpeft import Budget, load_config, load_light, make_plan, pipeline
-from lightpeft.predicting import predict
-from lightpeft.records import PrunePlan
-from lightpeft.surgery import apply_plan
+from lightpeft import Budget, load_config, load_light, make_plan
+from lightpeft.evaluation.predicting import predict
+from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.runs import pipeline
 
 CONFIG = Path(__file__).parents[1] / "configs" / "movie_reviews" / "minilm_default.yaml"
 IN_BLOCKS = 6 * (4 * (384 * 384 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384)

@@ -19,7 +19,7 @@ from workbench import edit
 
 from lightpeft.errors import LightPeftError
 from lightpeft.files import file_checksum
-from lightpeft.records import EstimationRecord, PrunePlan, from_ranges, to_ranges
+from lightpeft.plans.records import EstimationRecord, PrunePlan, from_ranges, to_ranges
 
 
 def full_disk(*args: Any, **kwargs: Any) -> None:

@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightpeft import refit as refitting
-from lightpeft.checkpoint import as_light, load_light
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.layout import kept_channels
-from lightpeft.linears import add_to_linear, dense_weight
-from lightpeft.pruner import EarlyPruner, cut
-from lightpeft.records import PrunePlan
-from lightpeft.refit import apply_refit, fit_refit
-from lightpeft.sites import base_linear, transformers_model
-from lightpeft.surgery import apply_plan
+from lightpeft.models.linears import add_to_linear, dense_weight
+from lightpeft.models.unwrap import base_linear, transformers_model
+from lightpeft.plans.layout import kept_channels
+from lightpeft.plans.records import PrunePlan
+from lightpeft.prune import refit as refitting
+from lightpeft.prune.refit import apply_refit, fit_refit
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.recipe.pruner import EarlyPruner, cut
+from lightpeft.saved.light_adapter import as_light, load_light
 
 FAMILIES = ["bert", "distilbert", "llama-gqa", "gpt2", "opt", "phi3", "t5", "bart", "modernbert"]
 BUDGET = {"heads": 0.5, "neurons": 0.5}

@@ -21,12 +21,12 @@ import yaml
 from rich.console import Console
 from workbench import GRIDS, Workbench, at_step, checksums, in_child, lightpeft, read, signalling, stamps
 
-from lightpeft import pipeline
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json, write_json
-from lightpeft.records import PrunePlan
-from lightpeft.reproduce import (
+from lightpeft.plans.records import PrunePlan
+from lightpeft.runs import pipeline
+from lightpeft.runs.reproduce import (
     METHODS,
     Cell,
     Results,
@@ -43,8 +43,8 @@ from lightpeft.reproduce import (
     tables,
     write_results,
 )
-from lightpeft.reproduce.summary import MEASURES, Spread, p_value
-from lightpeft.runs import RunFolder
+from lightpeft.runs.reproduce.summary import MEASURES, Spread, p_value
+from lightpeft.saved.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

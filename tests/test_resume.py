@@ -15,12 +15,13 @@ from test_pipeline import comparable
 from transformers import Trainer, TrainerCallback
 from workbench import Disturb, Workbench, at_step, before, in_child, lightpeft, read, signalling, stamps
 
-from lightpeft import evaluation, pipeline
-from lightpeft.checkpoint import LightModel
-from lightpeft.estimation import Estimator
-from lightpeft.records import EstimationRecord
-from lightpeft.runs import RunFolder
-from lightpeft.training import last_checkpoint
+from lightpeft.evaluation import answering
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.prune.estimation import Estimator
+from lightpeft.runs import pipeline
+from lightpeft.saved.light_adapter import LightModel
+from lightpeft.saved.run_folder import RunFolder
+from lightpeft.training.trainer import last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ KILLS: dict[str, Disturb] = {
     "trained-but-not-saved": before(pipeline, "save_peft", KILL, 2),
     "trained-but-not-noted": before(RunFolder, "_note", KILL, 3),
     "between-training-and-evaluation": before(pipeline, "evaluate", KILL),
-    "in-evaluation": before(evaluation, "outcome", KILL),
+    "in-evaluation": before(answering, "outcome", KILL),
     "evaluated-but-not-reported": before(pipeline, "report", KILL),
 }
 
@@ -150,7 +151,7 @@ STOPS: dict[str, tuple[Disturb, int | None]] = {
     "sigterm-in-estimation": (at_step("estimate", 4, signalling(signal.SIGTERM), "on_step_begin"), 5),
     "sigint-in-training": (at_step("train", 7, signalling(signal.SIGINT), "on_step_begin"), 8),
     "sigterm-in-the-last-step-of-estimation": (at_step("estimate", 9, signalling(signal.SIGTERM), "on_step_begin"), 9),
-    "sigterm-in-evaluation": (before(evaluation, "outcome", signalling(signal.SIGTERM)), None),
+    "sigterm-in-evaluation": (before(answering, "outcome", signalling(signal.SIGTERM)), None),
     "sigint-while-pruning": (before(pipeline, "cut", signalling(signal.SIGINT)), None),
 }
 

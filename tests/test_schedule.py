@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from training import estimate, student
 from workbench import Workbench, lightpeft
 
-from lightpeft import LightPeftError, pipeline
+from lightpeft import LightPeftError
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig, load_config
-from lightpeft.schedule import (
+from lightpeft.runs import pipeline
+from lightpeft.training.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,
     LEAST_STEPS,

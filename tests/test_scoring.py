@@ -6,12 +6,13 @@ import pytest
 import torch
 from tiny import batch, make, relative_difference, with_lora
 
-from lightpeft import scoring
 from lightpeft.config import LightConfig
-from lightpeft.families import block_specs
-from lightpeft.importance import ModuleObserver
-from lightpeft.pruner import EarlyPruner
-from lightpeft.sites import find_sites, transformers_model
+from lightpeft.models.families import block_specs
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.plans import scoring
+from lightpeft.prune.importance import ModuleObserver
+from lightpeft.recipe.pruner import EarlyPruner
 
 MASKS = torch.tensor([1.0, -0.5, 0.0, 2.0])
 GRADIENTS = scoring.MaskGradients(

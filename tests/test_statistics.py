@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binom, bootstrap, pearsonr
 
 from lightpeft.errors import LightPeftError
-from lightpeft.statistics import Comparison, bootstrap_intervals, compare
+from lightpeft.evaluation.statistics import Comparison, bootstrap_intervals, compare
 from lightpeft.tasks.answers import Answers, ClassMetric, MeanMetric
 from lightpeft.tasks.metrics import METRICS
 

@@ -21,12 +21,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import BitsAndBytesConfig, PreTrainedModel, conversion_mapping, set_seed
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from lightpeft import LightModel, load_light, streaming
-from lightpeft.checkpoint import as_light
-from lightpeft.layout import kept_channels
-from lightpeft.sites import transformers_model
-from lightpeft.streaming import Stream
-from lightpeft.surgery import apply_plan
+from lightpeft import LightModel, load_light
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.layout import kept_channels
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved import streaming
+from lightpeft.saved.light_adapter import as_light
+from lightpeft.saved.streaming import Stream
 
 SHARDS: dict[str, Any] = {"max_shard_size": "20KB"}
 

@@ -14,7 +14,8 @@ from typing import ClassVar
 import pytest
 from workbench import Workbench, labelled, lightpeft, write_rows
 
-from lightpeft import cli, pipeline
+from lightpeft.cli import command
+from lightpeft.runs import pipeline
 
 LABELS = {"negative": "übel", "positive": "schön"}
 TEXT = "good0 good1 good2 wörter"
@@ -200,7 +201,7 @@ def test_memory_and_the_system_are_told_in_a_line(
         def fail(arguments: list[str], error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(cli, "_dispatch", fail)
+        monkeypatch.setattr(command, "_dispatch", fail)
         assert lightpeft("run") == 2
         line = capsys.readouterr().err
         assert says in line

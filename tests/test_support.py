@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from lightpeft.errors import LightPeftError
-from lightpeft.families.decoders import DECODERS
-from lightpeft.families.encoder_decoders import ENCODER_DECODERS
-from lightpeft.families.encoders import ENCODERS
-from lightpeft.masks import UnitMasks
-from lightpeft.sites import transformers_model
-from lightpeft.surgery import ConfigView, SelectedChannels, SharedBiases, apply_plan
+from lightpeft.models.families.decoders import DECODERS
+from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
+from lightpeft.models.families.encoders import ENCODERS
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.prune.masks import UnitMasks
+from lightpeft.prune.surgery import ConfigView, SelectedChannels, SharedBiases, apply_plan
 
 COMPILED = {"llama-gqa": "bottleneck"}
 """Compiling takes seconds: in an ordinary run one model; all with COMPILE=all in the environment."""

@@ -33,12 +33,13 @@ from torch import nn
 from lightpeft import EarlyPruner, LightConfig
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
-from lightpeft.linears import dense_weight
-from lightpeft.planning import make_plan
+from lightpeft.models.linears import dense_weight
+from lightpeft.models.unwrap import base_layer, transformers_model
+from lightpeft.peft_kinds.sites import find_sites, restart_sites
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import count_parameters
-from lightpeft.records import PrunePlan
-from lightpeft.sites import base_layer, find_sites, restart_sites, transformers_model
-from lightpeft.surgery import DroppedAttention, apply_plan
+from lightpeft.prune.surgery import DroppedAttention, apply_plan
 
 BUDGETS: dict[str, dict[str, Any]] = {"usual": {}, "dropped": DROPPED, "balanced": {"head_unit": "balanced"}}
 all_models = crossed(ALL, BUDGETS)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from tiny import make, plan_for, with_lora
 
-from lightpeft.tables import (
+from lightpeft.cli.tables import (
     comparison_table,
     facts_table,
     metrics_table,

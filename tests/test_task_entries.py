@@ -11,11 +11,13 @@ from layouts import LAYOUTS, TELLING, WORDS, write_task
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lightpeft import evaluation, pipeline
-from lightpeft.checkpoint import load_light
 from lightpeft.config import RunConfig, run_config_from_dict
-from lightpeft.tasks import ENTRIES, LikelihoodTask, MultipleChoiceTask, RegressionTask, Task, restore_task, silent
-from lightpeft.tasks.likelihood import SCORABLE
+from lightpeft.console.bars import silent
+from lightpeft.evaluation import answering
+from lightpeft.runs import pipeline
+from lightpeft.saved.light_adapter import load_light
+from lightpeft.tasks import ENTRIES, LikelihoodTask, MultipleChoiceTask, RegressionTask, Task, restore_task
+from lightpeft.tasks.kinds.likelihood import SCORABLE
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 PROMPT_WORDS = ("Question", "Answer", "True", "False", "Neither", "yes", "no", "negative", "positive", "because", "it")
@@ -158,7 +160,7 @@ def test_a_light_run_and_what_its_adapter_says(
     )
     notes = [entry.get("note", "") for entry in work.run.log_entries()]
     assert not any("cut to data.max_length" in note for note in notes)
-    again = evaluation.evaluate(model, work.test_rows, restored, restored.collator(work.tokenizer), 5, progress=silent)
+    again = answering.evaluate(model, work.test_rows, restored, restored.collator(work.tokenizer), 5, progress=silent)
     assert again == pytest.approx(report["metrics"], rel=1e-4, abs=1e-6)
 
 

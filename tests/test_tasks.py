@@ -15,20 +15,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from lightpeft.config import DataConfig, TaskEntry
+from lightpeft.console.bars import bar, silent
 from lightpeft.errors import LightPeftError
-from lightpeft.families import max_positions
+from lightpeft.models.families import max_positions
 from lightpeft.tasks import (
     TASKS,
     CausalLMTask,
     ClassificationTask,
-    bar,
     check_max_length,
     encode_texts,
     ensure_pad_token,
     load_task,
-    silent,
 )
-from lightpeft.tasks.reading import is_local, read_rows
+from lightpeft.tasks.rows.reading import is_local, read_rows
 
 TEXTS = ['plain, with "quotes"', "two\nlines\tand a tab", "NA", "1984", "déjà vu 电影"]
 WORDS = ["<pad>", "<s>", "</s>", "a", "b", "c", "d", "e", "f", "g", "h"]

@@ -26,11 +26,13 @@ from transformers import (
 )
 from workbench import BAD, GOOD, Workbench, lightpeft, read
 
-from lightpeft import load_light, pipeline
+from lightpeft import load_light
 from lightpeft.config import DataConfig, LikelihoodRule, ModelConfig, TaskEntry
+from lightpeft.console.bars import silent
 from lightpeft.errors import LightPeftError
-from lightpeft.loading import load_model, load_tokenizer
-from lightpeft.predicting import answer_rows
+from lightpeft.evaluation.predicting import answer_rows
+from lightpeft.models.loading import load_model, load_tokenizer
+from lightpeft.runs import pipeline
 from lightpeft.tasks import (
     Answers,
     LikelihoodTask,
@@ -40,12 +42,11 @@ from lightpeft.tasks import (
     Task,
     load_task,
     restore_task,
-    silent,
     task_facts,
 )
+from lightpeft.tasks.kinds.span import answer_places
+from lightpeft.tasks.kinds.windows import answer_text, best_of_windows, best_span, make_windows
 from lightpeft.tasks.matching import text_match
-from lightpeft.tasks.span import answer_places
-from lightpeft.tasks.windows import answer_text, best_of_windows, best_span, make_windows
 
 
 class Bench(Workbench):

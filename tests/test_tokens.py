@@ -12,9 +12,9 @@ from tiny import refusal
 from transformers import AutoModel, BertConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, T5Config
 from workbench import SPECIAL, Workbench, lightpeft
 
-from lightpeft import pipeline
 from lightpeft.config import ModelConfig
-from lightpeft.loading import load_tokenizer
+from lightpeft.models.loading import load_tokenizer
+from lightpeft.runs import pipeline
 from lightpeft.tasks import check_tokens, check_vocabulary
 
 EMBEDDINGS = 36

@@ -16,18 +16,17 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from workbench import Workbench, labelled
 
-from lightpeft import pipeline
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.files import check_sealed, seal
-from lightpeft.loading import add_peft
-from lightpeft.schedule import total_steps
-from lightpeft.training import (
+from lightpeft.files import append_line, check_sealed, seal
+from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.runs import pipeline
+from lightpeft.training.schedule import total_steps
+from lightpeft.training.trainer import (
     Interrupted,
     LogLines,
     ProgressBar,
     StopOnSignal,
-    append_line,
     fit,
     last_checkpoint,
     make_trainer,

@@ -16,17 +16,11 @@ from tiny import refusal
 from torch import nn
 from workbench import Workbench, lightpeft, read
 
-from lightpeft import load_light, pipeline
+from lightpeft import load_light
 from lightpeft.config import DataConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluating import evaluate_harness, evaluate_model
-from lightpeft.evaluation import Outcome, Run, outcome
-from lightpeft.families import block_lists
-from lightpeft.sites import transformers_model
-from lightpeft.statistics import bootstrap_intervals
-from lightpeft.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, RegressionTask, Task
-from lightpeft.tasks.answers import Answers
-from lightpeft.watching import (
+from lightpeft.evaluation.answering import Outcome, Run, outcome
+from lightpeft.evaluation.milestones import (
     MILESTONES,
     MOST_ROWS,
     MOST_WRITTEN,
@@ -39,6 +33,13 @@ from lightpeft.watching import (
     notices,
     sample,
 )
+from lightpeft.evaluation.reports import evaluate_harness, evaluate_model
+from lightpeft.evaluation.statistics import bootstrap_intervals
+from lightpeft.models.families import block_lists
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.runs import pipeline
+from lightpeft.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, RegressionTask, Task
+from lightpeft.tasks.answers import Answers
 
 FEW: dict[str, Any] = {"light.least_examples": 0}
 """Runs this short estimate on few examples."""
@@ -266,7 +267,7 @@ def test_every_number_is_that_of_the_model_then(bench: Workbench) -> None:
 
 
 def test_a_sample_of_many_rows(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightpeft.watching.MOST_ROWS", 10)
+    monkeypatch.setattr("lightpeft.evaluation.milestones.MOST_ROWS", 10)
     pipeline.run(bench.config("few", **FEW))
     report = read(bench.folder / "few" / "metrics.json")
     assert report["milestones"]["examples"] == 10

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lightpeft.errors import LightPeftError
-from lightpeft.tasks.windows import (
+from lightpeft.tasks.kinds.windows import (
     Span,
     Window,
     answer_text,

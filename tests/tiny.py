@@ -15,14 +15,15 @@ from transformers import PreTrainedModel
 
 from lightpeft.config import Budget, LightConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.estimation import Estimator
-from lightpeft.families import block_specs
-from lightpeft.masks import UnitMasks
-from lightpeft.planning import make_plan
-from lightpeft.records import BlockPlan, EstimationRecord, PrunePlan
-from lightpeft.sites import find_sites, transformers_model
-from lightpeft.sites.bottleneck import BottleneckSite
-from lightpeft.structure import BlockSpec
+from lightpeft.models.families import block_specs
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan
+from lightpeft.plans.structure import BlockSpec
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.masks import UnitMasks
 
 VOCABULARY = 67
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightpeft.config import LightConfig
-from lightpeft.estimation import Estimator
-from lightpeft.families import block_lists
-from lightpeft.records import EstimationRecord
-from lightpeft.sites import transformers_model
+from lightpeft.models.families import block_lists
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.prune.estimation import Estimator
 
 
 def student(name: str = "bert", **changes: Any) -> PeftModel:

@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from training import StopAt, chunks, collate, encoded, student, trainer, upper
 
 from lightpeft.config import LightConfig
-from lightpeft.estimation import Estimator
-from lightpeft.importance import RankObserver
-from lightpeft.prefix import FrozenPrefix, PrefixCache, cache_prefix
-from lightpeft.pruner import EarlyPruner
-from lightpeft.scoring import rank_taylor_terms
+from lightpeft.plans.scoring import rank_taylor_terms
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.importance import RankObserver
+from lightpeft.recipe.pruner import EarlyPruner
+from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
 
 STEPS, ROWS = 3, 8
 

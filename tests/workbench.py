@@ -31,10 +31,11 @@ from transformers import (
     TrainerCallback,
 )
 
-from lightpeft import bench as benching
-from lightpeft import cli, pipeline
+from lightpeft import cli
 from lightpeft.config import RunConfig, run_config_from_dict
 from lightpeft.files import write_json
+from lightpeft.runs import bench as benching
+from lightpeft.runs import pipeline
 
 NEUTRAL = tuple(f"word{index}" for index in range(20))
 GOOD = tuple(f"good{index}" for index in range(6))

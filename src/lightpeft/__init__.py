@@ -6,43 +6,46 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightpeft.acceleration import accelerated
-    from lightpeft.checkpoint import LightModel, load_light
     from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
-    from lightpeft.discovery import ensure_family
     from lightpeft.errors import LightPeftError
-    from lightpeft.exporting import load_merged, save_merged
-    from lightpeft.pipeline import run
-    from lightpeft.planning import make_plan
-    from lightpeft.pruner import EarlyPruner
-    from lightpeft.records import EstimationRecord, PrunePlan
-    from lightpeft.surgery import apply_plan
+    from lightpeft.peft_kinds.bottleneck import BottleneckConfig
+    from lightpeft.plans.planning import make_plan
+    from lightpeft.plans.records import EstimationRecord, PrunePlan
+    from lightpeft.prune.discovery import ensure_family
+    from lightpeft.prune.surgery import apply_plan
+    from lightpeft.recipe.pruner import EarlyPruner
+    from lightpeft.runs.pipeline import run
+    from lightpeft.saved.light_adapter import LightModel, load_light
+    from lightpeft.saved.merging import load_merged, save_merged
+    from lightpeft.training.acceleration import accelerated
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Budget": "config",
-    "EarlyPruner": "pruner",
-    "EstimationRecord": "records",
+    "EarlyPruner": "recipe.pruner",
+    "EstimationRecord": "plans.records",
+    "BottleneckConfig": "peft_kinds.bottleneck",
     "LightConfig": "config",
-    "LightModel": "checkpoint",
+    "LightModel": "saved.light_adapter",
     "LightPeftError": "errors",
-    "PrunePlan": "records",
+    "PrunePlan": "plans.records",
     "RunConfig": "config",
-    "accelerated": "acceleration",
-    "apply_plan": "surgery",
-    "ensure_family": "discovery",
+    "accelerated": "training.acceleration",
+    "apply_plan": "prune.surgery",
+    "ensure_family": "prune.discovery",
     "load_config": "config",
-    "load_light": "checkpoint",
-    "load_merged": "exporting",
-    "make_plan": "planning",
+    "load_light": "saved.light_adapter",
+    "load_merged": "saved.merging",
+    "make_plan": "plans.planning",
     "preset_light": "config",
-    "run": "pipeline",
-    "save_merged": "exporting",
+    "run": "runs.pipeline",
+    "save_merged": "saved.merging",
 }
 """Public name -> module. Resolved on first use, so that `lightpeft --help` does not wait for torch."""
 
 __all__ = [
+    "BottleneckConfig",
     "Budget",
     "EarlyPruner",
     "EstimationRecord",

@@ -15,6 +15,7 @@ from lightpeft.files.reading import (
     understandable,
 )
 from lightpeft.files.writing import (
+    append_line,
     clean,
     replacing,
     replacing_folder,
@@ -28,6 +29,7 @@ __all__ = [
     "CHECKSUMS",
     "SCHEMA_VERSION",
     "InUseError",
+    "append_line",
     "check_file",
     "check_free",
     "check_sealed",

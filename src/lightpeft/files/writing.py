@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -300,3 +301,16 @@ def _exchange_at_once(one: Path, other: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(other))
+
+
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    """Append one JSON line, stamped with the time.
+
+    Raises:
+        LightPeftError: the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), **entry}) + "\n")
+    except OSError as error:
+        raise LightPeftError(f"cannot write {path}: {error.strerror or error}") from error

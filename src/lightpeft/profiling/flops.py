@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightpeft.meanwhile import in_mode
+from lightpeft.models.patching import in_mode
 from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
 from lightpeft.tasks.tokens import without_labels
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from lightpeft.errors import require
-from lightpeft.quantised import logical_numel
+from lightpeft.models.quantised import logical_numel
 
 
 @dataclass(frozen=True)
@@ -66,3 +67,20 @@ def folder_bytes(path: str | Path) -> int:
     path = Path(path)
     require(path.is_dir(), f"{path} is not a folder; give the folder whose size is wanted")
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def parameter_report(model: nn.Module) -> dict[str, Any]:
+    """Parameters that are there, that were trained, and what part of the base is gone: measured on the live model."""
+    count = count_parameters(model)
+    plan = getattr(model, "light_plan", None)
+    dense = count.base if plan is None else plan.base_parameters
+    sizes = {
+        "base_dense": dense,
+        "base": count.base,
+        "base_removed_ratio": 1 - count.base / dense,
+        "peft": count.peft,
+        "head": count.head,
+    }
+    if isinstance(model, PeftModel):
+        return {**sizes, "trained": count.peft + count.head}
+    return sizes if plan is not None else {**sizes, "trained": count.base}  # merging leaves no trace of what trained

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
-from lightpeft.meanwhile import in_mode
+from lightpeft.models.patching import in_mode
 from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
 from lightpeft.tasks.tokens import without_labels
 

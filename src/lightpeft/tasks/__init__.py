@@ -4,31 +4,23 @@ A task is a `TaskEntry` (declared in `glue`, `superglue`, `choice_qa` or a run's
 class with its columns.
 """
 
-from lightpeft.tasks.answering import TASKS, is_decoder, task_class
+from lightpeft.console.bars import Progress, bar, silent
 from lightpeft.tasks.answers import Answers, Metric
-from lightpeft.tasks.base import Task
-from lightpeft.tasks.causal import CausalLMTask
-from lightpeft.tasks.chat import ChatTask
-from lightpeft.tasks.classification import ClassificationTask
-from lightpeft.tasks.entries import ENTRIES, find_entry
-from lightpeft.tasks.generation import GenerationTask
-from lightpeft.tasks.likelihood import LikelihoodTask
-from lightpeft.tasks.loading import (
-    convert,
-    input_columns,
-    load_task,
-    load_test,
-    restore_task,
-    run_settings,
-    task_facts,
-)
+from lightpeft.tasks.entries.registry import ENTRIES, find_entry
+from lightpeft.tasks.kinds.base import Task
+from lightpeft.tasks.kinds.causal import CausalLMTask
+from lightpeft.tasks.kinds.chat import ChatTask
+from lightpeft.tasks.kinds.choice import TASKS, is_decoder, task_class
+from lightpeft.tasks.kinds.classification import ClassificationTask
+from lightpeft.tasks.kinds.generation import GenerationTask
+from lightpeft.tasks.kinds.likelihood import LikelihoodTask
+from lightpeft.tasks.kinds.multiple_choice import MultipleChoiceTask
+from lightpeft.tasks.kinds.regression import RegressionTask
+from lightpeft.tasks.kinds.span import SpanTask
+from lightpeft.tasks.kinds.texts import encode_texts
+from lightpeft.tasks.loading import convert, input_columns, load_task, load_test, restore_task, run_settings, task_facts
 from lightpeft.tasks.metrics import METRICS
-from lightpeft.tasks.multiple_choice import MultipleChoiceTask
-from lightpeft.tasks.progress import Progress, bar, silent
-from lightpeft.tasks.reading import read_rows
-from lightpeft.tasks.regression import RegressionTask
-from lightpeft.tasks.span import SpanTask
-from lightpeft.tasks.texts import encode_texts
+from lightpeft.tasks.rows.reading import read_rows
 from lightpeft.tasks.tokens import (
     Collator,
     check_max_length,

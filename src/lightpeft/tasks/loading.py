@@ -10,13 +10,13 @@ from datasets import Dataset
 from transformers import PretrainedConfig
 
 from lightpeft.config import DataConfig, TaskEntry
-from lightpeft.plain_data import from_dict
-from lightpeft.tasks.answering import TASKS, task_class
-from lightpeft.tasks.base import Task, limited, split_rows
-from lightpeft.tasks.converting import convert_rows, data_setting, source_columns
-from lightpeft.tasks.entries import ENTRIES, check_entry, converter, find_entry
-from lightpeft.tasks.likelihood import LikelihoodTask
-from lightpeft.tasks.sources import Split, read_splits, read_tests
+from lightpeft.config.validation import from_dict
+from lightpeft.tasks.entries.converting import convert_rows, data_setting, source_columns
+from lightpeft.tasks.entries.registry import ENTRIES, check_entry, converter, find_entry
+from lightpeft.tasks.kinds.base import Task, limited, split_rows
+from lightpeft.tasks.kinds.choice import TASKS, task_class
+from lightpeft.tasks.kinds.likelihood import LikelihoodTask
+from lightpeft.tasks.rows.sources import Split, read_splits, read_tests
 
 READING = ("max_length", "stride", "null_threshold", "answer_tokens")
 """Settings of `data` that decide how rows are read and answered."""

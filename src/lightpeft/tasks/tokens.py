@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from lightpeft.console.bars import Progress
 from lightpeft.errors import require
-from lightpeft.tasks.progress import Progress
 
 T = TypeVar("T")
 

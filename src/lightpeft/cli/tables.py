@@ -1,0 +1,170 @@
+"""Plans, light adapters and measurements as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from lightpeft.plans.records import PrunePlan
+
+PLAIN = {"lora": "plain LoRA", "bottleneck": "plain adapters"}
+"""What people call the usual way of a PEFT kind."""
+
+
+def plan_table(plan: PrunePlan) -> Table:
+    """One row a layer: what stays of heads, neurons, PEFT modules and their ranks."""
+    rows = plan.rows()
+    table = Table(caption=plan.summary(), caption_justify="left")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "module:ranks" else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+def facts_table(facts: Mapping[str, Any], title: str) -> Table:
+    """Names and values, one a row."""
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(escape(name), escape(shown(value)))
+    return table
+
+
+def metrics_table(
+    metrics: Mapping[str, float],
+    intervals: Mapping[str, Sequence[float] | None],
+    title: str,
+    constant: Mapping[str, float] | None = None,
+) -> Table:
+    """One metric a row, with its 95% interval where there is one; beside what a constant answer gets, where given."""
+    table = _numbers_table(title, "", "value", "95% interval", *(["constant answer"] if constant else []))
+    for name, value in metrics.items():
+        beside = [shown(constant[name]) if name in constant else ""] if constant else []
+        table.add_row(escape(name), shown(value), _range(intervals.get(name)), *beside)
+    return table
+
+
+def milestones_table(milestones: Mapping[str, Any]) -> Table:
+    """The course of a run on a sample of test rows: one moment a row, with the main metric and the loss.
+
+    Args:
+        milestones: what metrics.json has under that name.
+    """
+    metrics: Mapping[str, Mapping[str, float]] = milestones["metrics"]
+    columns = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    table = _numbers_table(f"the course of the run, on {milestones['examples']:,} test rows", "", *columns)
+    for moment, values in metrics.items():
+        numbers = [shown(values[name]) if name in values else "" for name in columns]
+        table.add_row(escape(moment.replace("_", " ")), *numbers)
+    return table
+
+
+def paired_table(comparison: Mapping[str, Mapping[str, Any]], first: str, second: str) -> Table:
+    """Two models on the same examples: one metric a row, the difference with its interval, and the test's p value."""
+    title = f"on the same examples\nA: {first}\nB: {second}"
+    table = _numbers_table(title, "", "A", "B", "B - A", "95% interval", "p", "test")
+    table.box, table.pad_edge, table.padding = None, False, (0, 1, 0, 0)  # lines would not fit 80 characters
+    for name, entry in comparison.items():
+        values = [shown(entry[key]) for key in ("first", "second")]
+        p_value = "" if entry["p_value"] is None else f"{entry['p_value']:.3g}"
+        table.add_row(
+            escape(name), *values, f"{entry['difference']:+.4f}", _range(entry["interval"]), p_value, entry["test"]
+        )
+    return table
+
+
+def per_class_table(classes: Mapping[str, Mapping[str, float]]) -> Table:
+    """Precision, recall and F1 of every class, and how many examples it has."""
+    table = _numbers_table("by class", "", "precision", "recall", "F1", "examples")
+    for name, entry in classes.items():
+        values = [f"{entry[key]:.4f}" for key in ("precision", "recall", "f1-score")]
+        table.add_row(escape(name), *values, f"{entry['support']:,.0f}")
+    return table
+
+
+def _numbers_table(title: str, first: str, *others: str) -> Table:
+    """An empty table: a column of names, and columns of numbers."""
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column(escape(first), no_wrap=True)
+    for name in others:
+        table.add_column(escape(name), justify="right")
+    return table
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+
+def bench_table(report: Mapping[str, Any]) -> Table:
+    """Plain PEFT, light, and their ratio, with the quartiles of the ratio."""
+    plain, light, ratios = report["subjects"]["plain"], report["subjects"]["light"], report["ratios"]
+    kind = PLAIN[report["config"]["peft"]]
+    table = Table(title=f"{kind} beside light (medians over rounds)", title_justify="left")
+    for name in ("", kind, "light", "light / plain", "quartiles"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, key in (("training samples/s", "training"), ("inference samples/s", "inference")):
+        values = [subject[f"{key}_samples_per_second"]["median"] for subject in (plain, light)]
+        table.add_row(name, *(f"{value:.1f}" for value in values), *_ratio(ratios[f"{key}_throughput"]))
+    memory = [subject["peak_memory_bytes"] / 2**20 for subject in (plain, light)]
+    table.add_row(
+        "peak training memory, MiB", *(f"{value:.0f}" for value in memory), f"{ratios['peak_memory']:.2f}", ""
+    )
+    for name, key in (("training", "training"), ("inference", "forward")):
+        flops = [subject["flops"][key] / 1e9 for subject in (plain, light)]
+        table.add_row(f"{name} GFLOP a batch", *(f"{value:.1f}" for value in flops), f"{flops[1] / flops[0]:.2f}", "")
+    caches = [subject["kv_cache_bytes_per_token"] for subject in (plain, light)]
+    if caches[0] is not None:
+        sizes = (f"{size / 1024:.1f}" for size in caches)
+        table.add_row("KV cache, KiB a token", *sizes, f"{caches[1] / caches[0]:.2f}", "")
+    whole = report["end_to_end"]
+    seconds = (f"{whole['plain_seconds']:.0f}", f"{whole['light_seconds']:.0f}", f"{whole['light_over_plain']:.2f}")
+    table.add_row("whole run, s (estimation included)", *seconds, "")
+    slowdown = ratios["estimation_throughput"]["median"]
+    table.caption = f"estimation trains {slowdown:.2f} times as fast as {kind}, for {whole['estimation_steps']} steps"
+    return table
+
+
+def _ratio(spread: Mapping[str, float]) -> tuple[str, str]:
+    return f"{spread['median']:.2f}", f"{spread['low']:.2f} - {spread['high']:.2f}"
+
+
+def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: Mapping[str, Any]) -> Table:
+    """The whole comparison of two finished runs: quality, size and speed.
+
+    Args:
+        plain: metrics.json of a run with method plain.
+        light: metrics.json of a run with method light.
+        bench: bench.json.
+    """
+    kind = PLAIN[plain["config"]["peft"]]
+    table = Table(title=f"{kind} beside lightpeft", title_justify="left")
+    for name in ("", kind, "lightpeft"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name in ("accuracy", "f1", "loss"):
+        if name in plain["metrics"]:
+            table.add_row(name, f"{plain['metrics'][name]:.4f}", f"{light['metrics'][name]:.4f}")
+    sizes = [report["parameters"] for report in (plain, light)]
+    table.add_row("base parameters", *(f"{size['base']:,}" for size in sizes))
+    table.add_row("base parameters removed", *(f"{size['base_removed_ratio']:.1%}" for size in sizes))
+    table.add_row("trainable PEFT parameters", *(f"{size['peft']:,}" for size in sizes))
+    table.add_row("trainable head parameters", *(f"{size['head']:,}" for size in sizes))
+    subjects = [bench["subjects"][name] for name in ("plain", "light")]
+    for key in ("training", "inference"):
+        values = [subject[f"{key}_samples_per_second"]["median"] for subject in subjects]
+        ratio = bench["ratios"][f"{key}_throughput"]["median"]
+        table.add_row(f"{key} samples/s", f"{values[0]:.0f}", f"{values[1]:.0f} ({ratio:.2f}x)")
+    table.add_row("peak training memory, MiB", *(f"{s['peak_memory_bytes'] / 2**20:.0f}" for s in subjects))
+    table.add_row("saved adapter, KiB", *(f"{report['adapter_bytes'] / 1024:.0f}" for report in (plain, light)))
+    times = [sum(report["seconds"].values()) for report in (plain, light)]
+    table.add_row("training time, s (estimation included)", *(f"{value:.0f}" for value in times))
+    return table
+
+
+def shown(value: Any) -> str:
+    """A value as people read it: floats short, large counts with separators."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,77 @@
+"""What a user can set: typed, documented dataclasses, checked when they are made.
+
+`LightConfig` is all that `EarlyPruner` and `LightTrainer` need. `RunConfig` adds the model, the data and the training
+of a whole `lightpeft run`; it is read from YAML and from the command line, and an unknown key names its nearest
+neighbour.
+"""
+
+from lightpeft.config.light import (
+    READ_BY_PLANS,
+    Budget,
+    HeadUnit,
+    LightConfig,
+    ModuleCriterion,
+    RankCriterion,
+    RefitForm,
+    Scope,
+    UnitCriterion,
+)
+from lightpeft.config.presets import PRESETS, PeftKind, Preset, merged, preset_light, preset_settings
+from lightpeft.config.run import (
+    SWITCHES,
+    AnswerBy,
+    Auto,
+    BottleneckSettings,
+    DataConfig,
+    Head,
+    LikelihoodRule,
+    LoraSettings,
+    Method,
+    ModelConfig,
+    Placement,
+    PrefixDtype,
+    PrefixPlace,
+    RunConfig,
+    TaskEntry,
+    TaskKind,
+    TrainingConfig,
+    load_config,
+    run_config_from_dict,
+)
+
+__all__ = [
+    "PRESETS",
+    "READ_BY_PLANS",
+    "SWITCHES",
+    "AnswerBy",
+    "Auto",
+    "BottleneckSettings",
+    "Budget",
+    "DataConfig",
+    "Head",
+    "HeadUnit",
+    "LightConfig",
+    "LikelihoodRule",
+    "LoraSettings",
+    "Method",
+    "ModelConfig",
+    "ModuleCriterion",
+    "PeftKind",
+    "Placement",
+    "PrefixDtype",
+    "PrefixPlace",
+    "Preset",
+    "RankCriterion",
+    "RefitForm",
+    "RunConfig",
+    "Scope",
+    "TaskEntry",
+    "TaskKind",
+    "TrainingConfig",
+    "UnitCriterion",
+    "load_config",
+    "merged",
+    "preset_light",
+    "preset_settings",
+    "run_config_from_dict",
+]

@@ -1,0 +1,179 @@
+"""The budget, and how the scores behind it are estimated: all that `EarlyPruner` and `LightTrainer` need."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lightpeft.config.validation import check_most, check_values
+from lightpeft.errors import require
+
+Scope = Literal["layerwise", "global"]
+HeadUnit = Literal["group", "balanced"]
+UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
+ModuleCriterion = Literal["ratio", "taylor", "random"]
+RankCriterion = Literal["taylor", "magnitude", "random"]
+RefitForm = Literal["none", "bias", "low_rank"]
+
+WIDEST = 2**16
+"""What ranks and widths may be: no model's hidden size is larger."""
+
+MOST_ROWS = 2**20
+"""Rows that may go into a step."""
+_HEAVIEST = 10**6
+"""What the weight of a penalty may be: no mask is left far below that."""
+
+
+@dataclass(kw_only=True)
+class Budget:
+    """What to remove, as ratios of what is there; with a record it determines a plan."""
+
+    heads: float = 1 / 3
+    """Part of the attention head units to remove, in [0, 1)."""
+    neurons: float = 1 / 3
+    """Part of the FFN neurons to remove, in [0, 1)."""
+    modules: float = 3 / 4
+    """Part of the PEFT modules to remove, in [0, 1); of those that `module_blocks` allows."""
+    module_blocks: float = 1.0
+    """Part of the blocks, counted from the top, in which PEFT modules may stay, in (0, 1]: no block below needs a
+    backward pass, and each gives the same for a row in every epoch."""
+    ranks: float = 1 / 2
+    """Part of the ranks of the PEFT modules that stay to remove, in [0, 1)."""
+    blocks: float | None = None
+    """Part to remove, at least, of all parameters that the blocks have, in [0, 1): heads and neurons of all blocks
+    compete, and the lowest score per parameter goes first; takes the place of `heads`, `neurons` and their scopes."""
+    target: float | None = None
+    """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
+    depth: float = 0.0
+    """Part of the blocks to leave out whole, from the top, in [0, 1): before estimation, which scores what is left.
+    What `blocks` and `target` say includes them; ratios are of what is left."""
+
+    heads_scope: Scope = "layerwise"
+    """Rank heads within each layer or over all layers together."""
+    neurons_scope: Scope = "global"
+    """Rank neurons within each layer or over all layers together."""
+    modules_scope: Scope = "global"
+    """Rank PEFT modules within each layer or over all layers together."""
+    ranks_scope: Scope = "layerwise"
+    """Rank the ranks within each PEFT module or over all modules together."""
+
+    min_heads: int = 1
+    """Head units that stay in every layer; 0 lets a layer lose its attention."""
+    min_neurons: int = 1
+    """Neurons that stay in every layer; 0 lets a layer lose its FFN."""
+    min_modules: int = 0
+    """PEFT modules that stay in every layer."""
+    min_ranks: int = 1
+    """Ranks that stay in every PEFT module that stays (at least 1)."""
+    multiple_of: int = 1
+    """FFN widths are rounded to the nearest multiple of this (1: exact counts; 8 and more: fast kernels)."""
+    head_unit: HeadUnit = "group"
+    """Under grouped-query attention: whole KV groups, or query heads removed equally from every group."""
+
+    head_criterion: UnitCriterion = "mask"
+    """Which score ranks the heads."""
+    neuron_criterion: UnitCriterion = "mask"
+    """Which score ranks the neurons."""
+    module_criterion: ModuleCriterion = "ratio"
+    """Which score ranks the PEFT modules."""
+    rank_criterion: RankCriterion = "taylor"
+    """Which score ranks the ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "neurons", "modules", "ranks", "blocks", "target", "depth"):
+            value = getattr(self, name)
+            if value is not None:
+                require(0 <= value < 1, f"{name} is {value:g}; a ratio to remove lies in [0, 1), for example 0.5")
+        within = f"module_blocks is {self.module_blocks:g}; it lies in (0, 1], for example 0.5 for the upper half"
+        require(0 < self.module_blocks <= 1, within)
+        require(
+            self.blocks is None or self.target is None, "blocks and target both say how much goes; give one of them"
+        )
+        for name, least in (("heads", 0), ("neurons", 0), ("modules", 0), ("ranks", 1)):
+            value = getattr(self, f"min_{name}")
+            require(value >= least, f"min_{name} is {value}; it must be at least {least}")
+        require(self.multiple_of >= 1, f"multiple_of is {self.multiple_of}; it must be at least 1")
+        check_values(self)
+
+    def blocks_left(self, blocks: int) -> int:
+        """How many of so many blocks `depth` leaves."""
+        return max(1, blocks - int(self.depth * blocks + 0.5))
+
+    def first_module_block(self, blocks: int) -> int:
+        """The lowest of so many blocks, those that are left out not counted, in which PEFT modules may stay."""
+        return blocks - max(1, int(self.module_blocks * blocks + 0.5))
+
+
+READ_BY_PLANS = frozenset(f.name for f in dataclasses.fields(Budget)) - {"module_blocks", "depth"}
+"""Settings of a budget that estimation does not depend on. (No module is made in a block where none may stay.)"""
+
+
+@dataclass(kw_only=True)
+class LightConfig(Budget):
+    """All that Light-PEFT adds to a PEFT run: the budget and how the scores behind it are estimated."""
+
+    length: int | float | Literal["auto"] = 0.1
+    """Estimation stage: optimizer steps (int), part of the whole run (float in (0, 1)), or "auto": until settled."""
+    lambda_heads: float = 1e-4
+    """Weight of the L1 penalty on the head masks (the paper's lambda_A)."""
+    lambda_neurons: float = 1e-4
+    """Weight of the L1 penalty on the neuron masks (the paper's lambda_F)."""
+    mask_learning_rate: float = 2e-2
+    """Adam learning rate of the masks, constant over the stage; masks have no weight decay."""
+    ratio_every: int = 1
+    """Every so many steps the modules' ratios (`module_criterion: ratio`) are measured; in the others the modules are
+    computed faster."""
+    check_every: int = 10
+    """`length: auto` compares the sets that would be kept every so many steps."""
+    settled_overlap: float = 0.95
+    """`length: auto` calls two consecutive sets equal from this overlap (0 to 1) on."""
+    settled_checks: int = 3
+    """`length: auto` stops after so many equal comparisons in a row."""
+    max_fraction: float = 0.3
+    """`length: auto` and `least_steps` stop at this part of the whole run at the latest."""
+    least_steps: int = 2
+    """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
+    least_examples: int = 256
+    """Examples, repeated ones included, that the stage's second half scores at least; from fewer no plan is made. A
+    stage whose `length` is a part of the run is longer for it, up to `max_fraction`."""
+    refit: RefitForm = "none"
+    """After the cut, correct attention and FFN outputs by least squares on training rows: by a bias, or by a bias and a
+    low-rank matrix; the corrections become part of the light adapter."""
+    refit_rank: int = 16
+    """Rank of the correction (refit: low_rank)."""
+    refit_rows: int = 256
+    """Training rows that the correction is fitted on."""
+    learning_rate_scale: float = 1.0
+    """Learning rate of a light run, as a multiple of `training.learning_rate`: a PEFT of few parameters takes more."""
+    dropout: float | None = None
+    """Dropout of the foundation model and its head in a light run; none: as the model has it. (PEFT keeps its own.)"""
+    restart: bool = False
+    """Re-initialise the PEFT modules after pruning instead of going on from what estimation learned."""
+    seed: int = 0
+    """Seed of the `random` criteria."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.length, str):
+            require(self.length == "auto", f'length is "{self.length}"; give steps, a fraction of the run, or auto')
+        elif isinstance(self.length, int):
+            require(self.length >= 2, f"length is {self.length} steps; estimation needs at least 2")
+        else:
+            require(0 < self.length < 1, f"length is {self.length:g}; a fraction of the run lies in (0, 1)")
+        require(self.mask_learning_rate > 0, f"mask_learning_rate is {self.mask_learning_rate:g}; it must be positive")
+        positive = self.lambda_heads >= 0 and self.lambda_neurons >= 0
+        require(positive, "lambda_heads and lambda_neurons cannot be negative")
+        counts = ("ratio_every", "check_every", "settled_checks")
+        require(all(getattr(self, name) >= 1 for name in counts), f"{', '.join(counts)} start at 1")
+        require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
+        require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
+        check_most(self, "", {"refit_rank": WIDEST, "refit_rows": MOST_ROWS})
+        check_most(self, "", dict.fromkeys(("lambda_heads", "lambda_neurons"), _HEAVIEST))
+        scale = f"learning_rate_scale is {self.learning_rate_scale:g}; it must be positive and finite"
+        require(0 < self.learning_rate_scale < math.inf, scale)
+        require(self.dropout is None or 0 <= self.dropout < 1, f"dropout is {self.dropout}; it lies in [0, 1)")
+        require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")
+        require(self.least_examples >= 0, f"least_examples is {self.least_examples}; it cannot be negative")
+        require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")

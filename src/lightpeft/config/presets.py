@@ -1,0 +1,90 @@
+"""Settings that belong together, by name, and how settings go over one another."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightpeft.config.light import LightConfig
+from lightpeft.errors import require
+
+PeftKind = Literal["lora", "bottleneck"]
+Preset = Literal["default", "uniform", "fast", "paper"]
+
+
+_BY_COST: dict[str, Any] = {
+    "head_criterion": "fisher",
+    "neuron_criterion": "fisher",
+    "mask_learning_rate": 3e-4,
+    "multiple_of": 8,
+    "length": 0.075,
+    "least_steps": 32,
+    "module_blocks": 2 / 3,
+    "modules": 0.0,
+    "ratio_every": 16,
+    "dropout": 0.0,
+}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
+    "paper": {"mask_learning_rate": 3e-4},
+    # What of the blocks is worth least for its parameters, by Fisher scores; one rank of eight, in the upper blocks.
+    "default": {**_BY_COST, "blocks": 0.6, "ranks": 7 / 8, "learning_rate_scale": 2.0},
+    # Half of the heads and of the neurons of each layer, by the same scores: layers of equal size.
+    "uniform": {
+        **_BY_COST,
+        "heads": 0.5,
+        "neurons": 0.5,
+        "neurons_scope": "layerwise",
+        "ranks": 7 / 8,
+        "learning_rate_scale": 2.0,
+    },
+    # Less is cut, and modules keep half of their ranks: the best quality.
+    "fast": {**_BY_COST, "blocks": 0.4, "ranks": 0.5},
+}
+"""Values of `LightConfig` fields that differ from its defaults, by preset name."""
+
+
+_WITH_ADAPTERS: dict[str, dict[str, Any]] = {
+    "default": {"blocks": 0.5, "learning_rate_scale": 4.0},
+    "uniform": {"learning_rate_scale": 4.0},
+    "fast": {"learning_rate_scale": 4.0},
+}
+"""What presets have of their own for bottleneck adapters, which take larger steps and lose more by a cut than LoRA."""
+
+
+def preset_light(name: str, peft: PeftKind = "lora", **overrides: Any) -> LightConfig:
+    """`LightConfig` of a preset (a key of `PRESETS`) for a kind of PEFT, with some fields replaced.
+
+    Raises:
+        LightPeftError: no such preset, or a value that a field does not take.
+    """
+    return LightConfig(**merged(preset_settings(name, peft), overrides))
+
+
+def preset_settings(name: Any, peft: Any) -> dict[str, Any]:
+    """What a preset sets."""
+    known = isinstance(name, str) and name in PRESETS
+    require(known, f'preset "{name}" is unknown; choose one of {", ".join(PRESETS)}')
+    return PRESETS[name] | (_WITH_ADAPTERS.get(name, {}) if peft == "bottleneck" else {})
+
+
+_AMOUNTS = ({"heads", "neurons"}, {"blocks"}, {"target"})
+"""Settings that say how much of the base goes, each in its own way."""
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with others on top.
+
+    What says how much of the base goes in one way (heads and neurons, blocks, or target) takes the place of what said
+    it in another way below.
+    """
+    result = dict(below)
+    said = [ways for ways in _AMOUNTS if any(above.get(name) is not None for name in ways)]
+    for name in ("blocks", "target"):
+        if said and name in below and not any(name in ways for ways in said):
+            result[name] = None
+    for key, value in above.items():
+        nested = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if nested else value
+    return result

@@ -1,0 +1,224 @@
+"""YAML and plain data to typed dataclasses: what is unknown or of another type is refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import re
+import reprlib
+import sys
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import read_text
+
+T = TypeVar("T")
+
+_YAML_LIMIT = 2**20
+"""Bytes that a YAML file may have."""
+_MOST_NODES = 100_000
+"""Keys, values and list entries that it may have, each counted as often as aliases repeat it."""
+_LARGEST = 2**63 - 1
+"""What counts may be: the largest integer that the libraries below take."""
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        LightPeftError: the file is missing, not YAML, not a mapping, or much larger than settings are.
+    """
+    path = Path(path)
+    require(path.exists(), f"config file {path} does not exist")
+    data = parse_yaml(read_text(path, _YAML_LIMIT), path)
+    data = {} if data is None else data
+    require(isinstance(data, dict), f"{path} must hold a mapping of settings, not a {type(data).__name__}")
+    return data
+
+
+def parse_yaml(text: str, path: str | Path) -> Any:
+    """A YAML value; `path` names it in the line about what is wrong with it."""
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    try:
+        node = loader.get_single_node()
+        _check_size(node, path)
+        return None if node is None else loader.construct_document(node)
+    except LightPeftError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
+        raise LightPeftError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        loader.dispose()
+
+
+def _check_size(root: yaml.Node | None, path: str | Path) -> None:
+    """Refuse what a few lines of aliases to aliases make of themselves, or that holds itself."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_NODES  # what holds itself has no size
+            parts = node.value if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) else []
+            flat = [part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,))]
+            sizes[id(node)] = 1 + sum(map(size, flat))
+        return sizes[id(node)]
+
+    total = 0 if root is None else size(root)
+    require(total < _MOST_NODES, f"{path} has more than {_MOST_NODES:,} values, or repeats some by aliases too often")
+
+
+def shown(value: Any) -> str:
+    """A value in an error line: its `repr`, or the beginning of that."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a number of more than {sys.get_int_max_str_digits()} digits"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 120
+_short.maxlevel = 3
+
+
+def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
+    """Build dataclass `cls` from nested plain data; unknown keys are errors that name the nearest key."""
+    require(isinstance(data, dict), f"{where or 'the configuration'} must be a mapping, not {shown(data)}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = _hints(typing.cast(Any, cls))
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in fields:
+            raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in fields]))
+        values[key] = _coerce(value, hints[key], f"{where}{key}")
+    lacking = [name for name, each in fields.items() if name not in values and _is_required(each)]
+    require(not lacking, f"{where}{lacking[0] if lacking else ''} is missing")
+    return cls(**values)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """The one line about an unknown key, with the nearest known one."""
+    key = key if len(key) <= _short.maxstring else f"{key[: _short.maxstring]}..."
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {nearest[0]}?" if nearest else f"; known keys: {', '.join(known)}"
+    return f"unknown key {key}{hint}"
+
+
+def check_values(config: Any) -> None:
+    """Check every field of dataclass `config`: literal choices are known ones, and numbers are finite and no bombs."""
+    for name, hint in _hints(typing.cast(Any, type(config))).items():
+        options = _literals(hint)
+        value = getattr(config, name)
+        if options and isinstance(value, str) and value not in options:
+            raise LightPeftError(f'{name} is "{value}"; choose one of {", ".join(map(str, options))}')
+        if isinstance(value, (int, float)):
+            _check_number(value, name)
+
+
+def _check_number(value: int | float, where: str) -> None:
+    finite = math.isfinite(value) if isinstance(value, float) else abs(value) <= _LARGEST
+    require(finite, f"{where} is {shown(value)}; it must be a finite number, and below 2**63 where it is whole")
+
+
+def _check_text(value: str, where: str) -> None:
+    """Text goes into names of files and onto screens: no NUL, no half of a character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise LightPeftError(f"{where} has half a character; write it anew") from error
+    require("\0" not in value, f"{where} has a NUL character in it; take it out")
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    return tuple(value for part in typing.get_args(hint) for value in _literals(part))
+
+
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+"""Numbers such as 3e-4, which YAML 1.1 reads as strings because they have no dot."""
+
+
+_KINDS: dict[Any, str] = {
+    dict: "a mapping",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    tuple: "a list",
+    type(None): "unset",
+}
+"""Types of settings as error messages call them."""
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """Check a plain value against a field's type; YAML's integers are fine where floats are asked for."""
+    if isinstance(value, (int, float)):
+        _check_number(value, where)
+    if isinstance(value, str):
+        _check_text(value, where)
+    if dataclasses.is_dataclass(hint):
+        section = {} if value is None else value  # a heading with nothing below it
+        return from_dict(typing.cast(type, hint), section, f"{where}.")
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (None, list, tuple, dict, Literal) else (hint,)
+    for option in options:
+        if option is Any or (option is type(None) and value is None):
+            return value
+        if typing.get_origin(option) is Literal and value in typing.get_args(option):
+            return value
+        if _is_list(option) and isinstance(value, (list, tuple)) and _fits(len(value), option):
+            item = typing.get_args(option)[0]
+            return [_coerce(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
+        if typing.get_origin(option) is dict and isinstance(value, dict):
+            item = typing.get_args(option)[1]
+            return {_key(key, where): _coerce(entry, item, f"{where}.{key}") for key, entry in value.items()}
+        if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            return value
+        if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
+            return float(value)
+        if option is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
+            return float(value)
+    choices = _literals(hint)
+    kinds = [_KINDS.get(typing.get_origin(option) or option) for option in options]
+    wanted = " or ".join([kind for kind in kinds if kind] + ([f"one of {', '.join(choices)}"] if choices else []))
+    # YAML 1.1 reads words such as no, on and 1 as other things than text
+    quotes = " (in quotes)" if str in options and isinstance(value, (bool, int, float)) else ""
+    raise LightPeftError(f"{where} is {shown(value)}; it must be {wanted}{quotes}")
+
+
+def _is_list(hint: Any) -> bool:
+    return typing.get_origin(hint) in (list, tuple)
+
+
+def _fits(length: int, hint: Any) -> bool:
+    """Whether a list may have so many entries: tuple[float, float] has two."""
+    of = typing.get_args(hint)
+    return typing.get_origin(hint) is list or of[-1] is Ellipsis or len(of) == length
+
+
+def _key(key: Any, where: str) -> str:
+    _check_text(str(key), f"a key of {where}")
+    return str(key)
+
+
+def check_most(config: Any, section: str, limits: dict[str, int]) -> None:
+    """Refuse values that could only end in a lack of memory, or in an overflow."""
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        fits = not isinstance(value, (int, float)) or value <= limit
+        require(fits, f"{section}{name} is {shown(value)}; it can be at most {limit:,}")

@@ -1,0 +1,1 @@
+"""Foundation models: which can be pruned, what their layers are made of, and how they are loaded."""

@@ -1,0 +1,147 @@
+"""Decoder families."""
+
+from dataclasses import replace
+
+from lightpeft.models.families.spec import Family, Stack
+
+_SEPARATE_ATTENTION = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+}
+_GATED_FFN = {"ffn_in": "mlp.up_proj", "ffn_gate": "mlp.gate_proj", "ffn_out": "mlp.down_proj"}
+_LLAMA = Stack(
+    layers="layers",
+    attention="self_attn",
+    projections=_SEPARATE_ATTENTION | _GATED_FFN,
+    head_attributes={"num_key_value_groups": "heads_per_kv"},
+)
+
+LLAMA = Family("llama", (_LLAMA,))
+MISTRAL = Family("mistral", (_LLAMA,))
+QWEN2 = Family("qwen2", (_LLAMA,))
+QWEN3 = Family("qwen3", (_LLAMA,))
+GRANITE = Family("granite", (_LLAMA,))
+_GEMMA = replace(_LLAMA, activation_key="hidden_activation")
+GEMMA = Family("gemma", (_LLAMA,))
+GEMMA2 = Family("gemma2", (_GEMMA,))
+GEMMA3 = Family("gemma3_text", (_GEMMA,))
+
+STARCODER2 = Family(
+    "starcoder2",
+    (replace(_LLAMA, projections=_SEPARATE_ATTENTION | {"ffn_in": "mlp.c_fc", "ffn_out": "mlp.c_proj"}),),
+)
+
+OLMO2 = Family("olmo2", (replace(_LLAMA, wide_norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"}),))
+
+PHI3 = Family(
+    "phi3",
+    (
+        replace(
+            _LLAMA,
+            projections={
+                "qkv": "self_attn.qkv_proj",
+                "o": "self_attn.o_proj",
+                "ffn_gate_in": "mlp.gate_up_proj",
+                "ffn_out": "mlp.down_proj",
+            },
+            head_attributes={
+                "num_key_value_groups": "heads_per_kv",
+                "num_key_value_heads": "kv_heads",
+                "config.num_attention_heads": "heads",
+            },
+        ),
+    ),
+)
+
+GPT2 = Family(
+    "gpt2",
+    (
+        Stack(
+            layers="h",
+            attention="attn",
+            projections={"qkv": "attn.c_attn", "o": "attn.c_proj", "ffn_in": "mlp.c_fc", "ffn_out": "mlp.c_proj"},
+            head_attributes={"num_heads": "heads", "split_size": "width"},
+            width_key="n_inner",
+            activation_key="activation_function",
+        ),
+    ),
+)
+
+GPT_NEOX = Family(
+    "gpt_neox",
+    (
+        Stack(
+            layers="layers",
+            attention="attention",
+            projections={
+                "qkv": "attention.query_key_value",
+                "o": "attention.dense",
+                "ffn_in": "mlp.dense_h_to_4h",
+                "ffn_out": "mlp.dense_4h_to_h",
+            },
+            interleaved=True,
+        ),
+    ),
+)
+
+FALCON = Family(
+    "falcon",
+    (
+        Stack(
+            layers="h",
+            attention="self_attention",
+            projections={
+                "qkv": "self_attention.query_key_value",
+                "o": "self_attention.dense",
+                "ffn_in": "mlp.dense_h_to_4h",
+                "ffn_out": "mlp.dense_4h_to_h",
+            },
+            head_attributes={"num_heads": "heads", "num_kv_heads": "kv_heads"},
+            width_key="ffn_hidden_size",
+            activation_key="activation",
+            interleaved=True,
+        ),
+    ),
+    needs={"alibi": False},
+)
+
+OPT = Family(
+    "opt",
+    (
+        Stack(
+            layers="decoder.layers",
+            attention="self_attn",
+            projections={
+                "q": "self_attn.q_proj",
+                "k": "self_attn.k_proj",
+                "v": "self_attn.v_proj",
+                "o": "self_attn.out_proj",
+                "ffn_in": "fc1",
+                "ffn_out": "fc2",
+            },
+            head_attributes={"num_heads": "heads"},
+            width_key="ffn_dim",
+            activation_key="activation_function",
+        ),
+    ),
+)
+
+DECODERS = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GRANITE,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    STARCODER2,
+    OLMO2,
+    PHI3,
+    GPT2,
+    GPT_NEOX,
+    FALCON,
+    OPT,
+)

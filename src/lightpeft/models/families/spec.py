@@ -1,0 +1,86 @@
+"""A model family as a declarative record: where the prunable projections of its transformer blocks live."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightpeft.plans.structure import SLOTS
+
+_QUANTITIES = {"heads", "kv_heads", "heads_per_kv", "width"}
+_ATTENTION = ({"q", "k", "v", "o"}, {"qkv", "o"})
+_FFN: tuple[set[str], ...] = (
+    set(),
+    {"ffn_in", "ffn_out"},
+    {"ffn_in", "ffn_gate", "ffn_out"},
+    {"ffn_gate_in", "ffn_out"},
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One list of equal blocks: attention and, except for cross-attention, the FFN that follows it."""
+
+    layers: str
+    """The list of transformer blocks, relative to the model without its task head."""
+    attention: str
+    """Relative to a block: the module whose forward runs attention and which holds the head counts."""
+    projections: dict[str, str] | Sequence[dict[str, str]]
+    """Slot (see `SLOTS`) -> linear layer, relative to a block; or several such tables, of which the first that fits the
+    model counts (a family whose FFN may have a gate)."""
+    head_attributes: dict[str, str] = field(default_factory=dict)
+    """Attribute of the attention module -> what it holds: "heads", "kv_heads", "heads_per_kv" or "width". What it
+    reads from the shared config, such as "config.num_attention_heads", it then reads from a view of its own."""
+    heads_key: str = "num_attention_heads"
+    """Config key of the number of query heads."""
+    head_dim_key: str = "head_dim"
+    """Config key of the head dimension; where the config has none, it is the hidden size by the heads."""
+    width_key: str | None = "intermediate_size"
+    """Config key of the FFN width; None where the config does not hold it."""
+    activation_key: str = "hidden_act"
+    """Config key of the FFN's activation."""
+    label: str = ""
+    """The stack's name in tables, where a model has several."""
+    interleaved: bool = False
+    """Whether fused qkv rows come KV group by KV group instead of all q, all k, all v."""
+    wide_norms: dict[str, str] = field(default_factory=dict)
+    """"q" or "k" -> norm, relative to a block, that runs over all its heads together."""
+    position_bias: str | None = None
+    """In the first block: the table of relative position biases, one column a head, that the whole stack shares."""
+    shared_arguments: tuple[str, ...] = ()
+    """Arguments of attention with one entry a head that each block hands to the next."""
+    attention_outputs: int = 2
+    """Length of the tuple that attention returns."""
+
+    @property
+    def tables(self) -> tuple[dict[str, str], ...]:
+        """The tables of projections, in the order they are tried."""
+        return (self.projections,) if isinstance(self.projections, dict) else tuple(self.projections)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one family's modules, as transformers spells them."""
+
+    model_type: str
+    """`config.model_type` of the family."""
+    stacks: tuple[Stack, ...]
+    """One stack for encoders and decoders; encoder, decoder and cross-attention for encoder-decoders."""
+    positions_after_padding: bool = False
+    """Whether position numbers start after the padding index, so that the position table has unused entries."""
+    needs: dict[str, Any] = field(default_factory=dict)
+    """Config values without which models of this family cannot be pruned."""
+
+    def __post_init__(self) -> None:
+        for stack in self.stacks:
+            for table in stack.tables:
+                attention = {slot for slot in table if not slot.startswith("ffn")}
+                if attention not in _ATTENTION or set(table) - attention not in _FFN:
+                    raise ValueError(
+                        f"family {self.model_type}: {sorted(table)} are not the projections of a block; give q, k, v "
+                        f"(or qkv), o and, with an FFN, ffn_in, ffn_gate (or ffn_gate_in), ffn_out; slots: {SLOTS}"
+                    )
+            unknown = set(stack.head_attributes.values()) - _QUANTITIES
+            if unknown:
+                raise ValueError(f"family {self.model_type}: unknown head attribute quantities {sorted(unknown)}")

@@ -1,0 +1,273 @@
+"""From names and folders to a live model, its tokenizer, and the fingerprint of its base weights."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+from peft import TaskType
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
+from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from lightpeft.config import Head, ModelConfig
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files.foreign import check_config, check_folder, check_weights, parsing
+from lightpeft.models import hub
+from lightpeft.models.families import check_not_refused
+from lightpeft.models.quantised import prepare_quantised
+
+
+@dataclass(frozen=True)
+class _HeadClass:
+    """How a head is loaded and wrapped."""
+
+    auto: Any
+    """transformers' class that picks the model."""
+    peft: TaskType | None
+    """PEFT's name of what the model is for; None: PEFT has none, and passes inputs on as they are."""
+
+
+_HEADS: dict[Head, _HeadClass] = {
+    "classification": _HeadClass(AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "regression": _HeadClass(AutoModelForSequenceClassification, TaskType.SEQ_CLS),
+    "multiple-choice": _HeadClass(AutoModelForMultipleChoice, None),
+    "span": _HeadClass(AutoModelForQuestionAnswering, TaskType.QUESTION_ANS),
+    "causal-lm": _HeadClass(AutoModelForCausalLM, TaskType.CAUSAL_LM),
+}
+_QUANTISED: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"load_in_8bit": True},
+}
+CUTTABLE = ("bitsandbytes", "torchao")
+"""Quantisation methods, as transformers names them, whose weights can be cut."""
+
+
+def quiet_libraries() -> None:
+    """Keep load reports, bars and notices of deprecation of the libraries below off the screen of this process."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of every cast
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep transformers' reports off the screen inside the block: weights that an adapter brings, it calls missing."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@dataclass
+class LoadedModel:
+    """A dense foundation model with what later stages need to know of how it was loaded."""
+
+    model: PreTrainedModel
+    new_modules: list[str]
+    """Modules that the checkpoint has no weights for (the task head); they train and travel with the adapter."""
+    head: Head
+    """What the model was loaded with."""
+
+
+def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, to_prune: bool = True) -> LoadedModel:
+    """Load the foundation model with the head of the task.
+
+    Args:
+        labels: names of the classes in order.
+        to_prune: refuse what cannot be pruned; off for models that are measured only.
+
+    Raises:
+        LightPeftError: no such model, or one that is to be pruned and cannot be.
+    """
+    hf_config = load_model_config(config)
+    if to_prune:
+        check_not_refused(hf_config.model_type)
+        _check_quantisation(config, hf_config)
+    if head == "regression":
+        hf_config.num_labels = 1  # by which transformers knows that the loss is the squared error
+    if head == "classification":
+        hf_config.num_labels = len(labels)
+        hf_config.id2label = dict(enumerate(labels))
+        hf_config.label2id = {label: index for index, label in enumerate(labels)}
+    options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
+    if config.quantise:
+        options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
+    reader = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(hf_config), None) if head == "span" else None
+    names = base_names(reader) if reader is not None else None
+    with _opening(config):
+        model, info = _HEADS[head].auto.from_pretrained(
+            config.name,
+            config=hf_config,
+            dtype=config.dtype,
+            output_loading_info=True,
+            key_mapping=names,
+            **check_checkpoint(config, weights=True),
+            **options,
+        )
+    if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
+        del model.config.quantization_config  # the weights were dequantised on loading
+    model.light_gguf_file = config.gguf_file
+    keep_own_names(model, names)
+    prepare_quantised(model)
+    return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
+
+
+def base_names(architecture: type[PreTrainedModel]) -> dict[str, str] | None:
+    """`key_mapping` for `from_pretrained`, where a head calls its base otherwise than the family's checkpoints do.
+
+    transformers' question answering heads of Llama and its kin do ("transformer" for "model"). Without it they would
+    load no weight of the base.
+    """
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(architecture.config_class, None)
+    if causal is None or causal.base_model_prefix == architecture.base_model_prefix:
+        return None
+    return {rf"^{causal.base_model_prefix}\.": f"{architecture.base_model_prefix}."}
+
+
+def keep_own_names(model: PreTrainedModel, mapping: Mapping[str, str] | None) -> None:
+    """Let a model that was loaded with `base_names` be saved under its own names, so that it can be loaded plainly."""
+    if mapping:
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
+
+
+def with_reader(architecture: type[PreTrainedModel], read: Callable[..., Any]) -> type[PreTrainedModel]:
+    """The class, with a `from_pretrained` whose weights `read` brings in; the models it makes are of the class itself.
+
+    transformers builds, renames, converts, casts and ties, as for any model.
+
+    Args:
+        read: takes the model on the meta device and the other arguments of transformers' `_load_pretrained_model`;
+            returns what that returns.
+    """
+
+    def load(model: PreTrainedModel, *rest: Any) -> Any:
+        model.__class__ = architecture
+        return read(model, *rest)
+
+    # transformers looks up settings by these names, and treats classes of other packages as code of the user's own
+    names = {"__module__": architecture.__module__, "__qualname__": architecture.__qualname__}
+    members = {**names, "_load_pretrained_model": staticmethod(load)}
+    return cast(type[PreTrainedModel], type(architecture.__name__, (architecture,), members))
+
+
+def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """Refuse weights that cannot be cut; those of a GGUF file are dequantised when they are loaded."""
+    quantised = getattr(hf_config, "quantization_config", None)
+    if quantised is None or config.gguf_file:
+        return
+    method = quantisation_method(quantised if isinstance(quantised, dict) else quantised.to_dict())
+    require(
+        method in CUTTABLE,
+        f"model {config.name} is quantised ({method}), which cannot be cut; give the base in float32, bfloat16 or "
+        f"float16, or quantised by {' or '.join(CUTTABLE)}",
+    )
+    require(config.quantise is None, f"model {config.name} is quantised already ({method}); leave model.quantise unset")
+
+
+def quantisation_method(settings: Mapping[str, Any]) -> str:
+    """The method, as `CUTTABLE` has it, in a quantisation's settings."""
+    return str(settings.get("quant_method", "unknown method")).rpartition(".")[2].lower()
+
+
+def load_model_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's configuration.
+
+    Raises:
+        LightPeftError: there is no such model, or its files are not what they should be.
+    """
+    with _opening(config):
+        return AutoConfig.from_pretrained(config.name, **check_checkpoint(config))
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        LightPeftError: there is none, or its files are not what they should be.
+    """
+    with _opening(config):
+        return AutoTokenizer.from_pretrained(config.name, **check_checkpoint(config))
+
+
+def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, Any]:
+    """Look at a model's files before transformers makes anything of them.
+
+    Args:
+        weights: are to be read.
+
+    Returns:
+        How any `from_pretrained` of transformers is to be called for it.
+
+    Raises:
+        LightPeftError: the folder is not there, or holds what no model has: see `foreign`.
+        Exception: what transformers raises for a configuration that is missing or damaged.
+    """
+    require(config.name, "model.name is empty; give a hub name or a local folder")
+    folder = Path(config.name).expanduser()
+    looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
+    require(folder.is_dir() or not looks_local, f"model folder {config.name} does not exist")
+    hub.look_for(config.name)
+    if folder.is_dir():
+        check_folder(folder)
+    place = {"revision": config.revision or "main"}
+    if config.gguf_file is None:
+        settings, _ = PretrainedConfig.get_config_dict(config.name, **place)
+        check_config(settings, f"model {config.name}")
+        # transformers would load the model that the adapter names and put the adapter into it
+        both = find_adapter_config_file(config.name, **place) is not None
+        require(not both, f"model {config.name} has a PEFT adapter beside it; give a folder of the model alone")
+    options = {**place, "gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
+    if not weights:
+        return options
+    if folder.is_dir() and config.gguf_file is None:
+        check_weights(folder, config.allow_pickle)
+    return {**options, "weights_only": True, "use_safetensors": None if config.allow_pickle else True}
+
+
+def _top_module(model: PreTrainedModel, key: str) -> str:
+    """The module to train for a missing weight: the head as a whole, or the nearest module inside the base."""
+    prefix = f"{model.base_model_prefix}."
+    if not key.startswith(prefix):
+        return key.partition(".")[0]
+    return prefix + key.removeprefix(prefix).partition(".")[0]
+
+
+@contextmanager
+def _opening(config: ModelConfig) -> Iterator[None]:
+    """Say in one line why a model cannot be loaded, and which switch it lacks."""
+    try:
+        with parsing(f"model {config.name} cannot be loaded"):
+            yield
+    except LightPeftError as error:
+        if error.__cause__ is None:
+            raise
+        if "trust_remote_code" in str(error.__cause__) and not config.trust_remote_code:
+            needs = "needs Python code that comes with it; if you trust its author, say so: trust_remote_code"
+            raise LightPeftError(f"model {config.name} {needs}") from error
+        if "safetensors" in str(error.__cause__) and not config.allow_pickle:
+            raise LightPeftError(f"{error}; for pickled weights of an author you trust: allow_pickle") from error
+        raise

@@ -1,0 +1,23 @@
+"""What is inside: the transformers model in a PeftModel, the frozen layer in a PEFT module."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The frozen layer inside a PEFT module, or the module itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def base_linear(model: nn.Module, name: str) -> nn.Module:
+    """The frozen linear layer `name` of a transformers model, or of the one inside a PeftModel."""
+    return base_layer(transformers_model(model).get_submodule(name))

@@ -1,0 +1,20 @@
+"""Bottleneck adapters as a PEFT method: importing this package makes PEFT know `peft_type` "BOTTLENECK".
+
+    from peft import get_peft_model
+    from lightpeft.bottleneck import BottleneckConfig
+
+    model = get_peft_model(base, BottleneckConfig(placement="houlsby", size=64, task_type="SEQ_CLS"))
+
+Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP" (serial adapters after attention and FFN);
+Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Transfer Learning" (after the FFN alone);
+He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning" (parallel to the FFN).
+"""
+
+from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig
+from lightpeft.peft_kinds.bottleneck.layer import Bottleneck, BottleneckLayer
+from lightpeft.peft_kinds.bottleneck.model import BottleneckModel, placed_modules
+from lightpeft.peft_kinds.bottleneck.registration import register
+
+register(BottleneckConfig, BottleneckModel)
+
+__all__ = ["Bottleneck", "BottleneckConfig", "BottleneckLayer", "BottleneckModel", "placed_modules"]

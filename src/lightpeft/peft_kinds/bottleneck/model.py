@@ -1,0 +1,163 @@
+"""The tuner: puts bottleneck adapters into a model, in the way that PEFT asks for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.models.families import block_specs
+from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig
+from lightpeft.peft_kinds.bottleneck.layer import NO_MERGE, BottleneckLayer
+
+_READS_FFN_INPUT = ("ffn_gate_in", "ffn_gate", "ffn_in")
+"""Slots that read what the FFN reads; a block's first one is the source of a parallel adapter."""
+
+
+class BottleneckModel(BaseTuner):
+    """A model with bottleneck adapters, made by `peft.get_peft_model` from a `BottleneckConfig`.
+
+    Houlsby et al. 2019 (serial adapters), Pfeiffer et al. 2021 (after the FFN alone), He et al. 2022 (parallel).
+    """
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's name; placements take its place)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._record_places(self.peft_config[adapter_name], adapter_name)
+
+    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> BottleneckConfig:
+        if peft_config.target_modules is None:
+            targets, sources = placed_modules(self.model, str(peft_config.placement))
+            peft_config.target_modules, peft_config.parallel_inputs = targets, sources
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: BottleneckConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name)
+        size = _size(peft_config, current_key)
+        layer.update_layer(adapter_name, peft_config, size, self._source(peft_config, current_key))
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _source(self, config: BottleneckConfig, target: str) -> tuple[str, nn.Module] | None:
+        """Name of the module whose input the adapter on `target` reads, and the module; None for a serial adapter."""
+        name = _source_name(config.parallel_inputs, target)
+        if name is None:
+            require(
+                config.placement != "parallel",
+                f'placement="parallel": parallel_inputs has no entry for {target}, the module whose input it reads',
+            )
+            return None
+        try:
+            source = self.model.get_submodule(name)
+        except AttributeError as error:
+            raise LightPeftError(
+                f"parallel_inputs: the model has no module {name} for {target} to read from"
+            ) from error
+        # adapters may be taken off the source again; what is inside them stays and reads the same
+        while isinstance(source, BottleneckLayer):
+            source = source.base_layer
+        return name, source
+
+    def _record_places(self, config: BottleneckConfig, adapter_name: str) -> None:
+        """Make the configuration say exactly which modules have the adapter, how wide, and what they read."""
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, BottleneckLayer) and adapter_name in module.size
+        }
+        if not layers:  # PEFT allows a placeholder that targets nothing
+            return
+        unused = [key for key in config.size_pattern if not any(_fits(key, name) for name in layers)]
+        if unused:
+            warnings.warn(f"size_pattern: no adapter is on a module that fits {', '.join(unused)}", stacklevel=2)
+        sizes = {name: layer.size[adapter_name] for name, layer in layers.items()}
+        sources = {name: layer.sources for name, layer in layers.items()}
+        config.target_modules = sorted(layers)
+        config.size_pattern = {name: size for name, size in sizes.items() if size != config.size}
+        config.parallel_inputs = {
+            name: inputs[adapter_name].name for name, inputs in sources.items() if adapter_name in inputs
+        }
+
+    def _check_merge_allowed(self) -> None:
+        raise LightPeftError(NO_MERGE)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT's own expects the name right before the parameter; here it is before `down`, `up` or `scaling`
+        head, mark, tail = key.rpartition(f".bottleneck_adapters.{adapter_name}.")
+        return (
+            f"{head}.bottleneck_adapters.{tail}" if mark else super()._remove_adapter_name_from_key(key, adapter_name)
+        )
+
+
+def placed_modules(model: nn.Module, placement: str) -> tuple[list[str], dict[str, str]]:
+    """Where the adapters of a placement go (see `BottleneckConfig.placement`), in the order of blocks.
+
+    Args:
+        model: a transformers model, or a PeftModel around one.
+        placement: "houlsby", "pfeiffer" or "parallel".
+
+    Returns:
+        Names of the modules that get an adapter, and for parallel adapters which module's input each reads.
+
+    Raises:
+        LightPeftError: not a transformers model of a supported family, or no block has such a place.
+    """
+    inner = model
+    while isinstance(inner, PeftModel):
+        inner = inner.get_base_model()
+    if not isinstance(inner, PreTrainedModel):
+        raise LightPeftError(
+            f'placement="{placement}" needs a transformers model, got a {type(inner).__name__}; give target_modules'
+        )
+    path = next(name for name, module in model.named_modules() if module is inner)
+    prefix = f"{path}." if path else ""
+    blocks = [spec.projections for spec in block_specs(inner)]
+    slots = ("o", "ffn_out") if placement == "houlsby" else ("ffn_out",)
+    targets = [prefix + block[slot] for block in blocks for slot in slots if slot in block]
+    require(bool(targets), f'placement="{placement}": no block of the {type(inner).__name__} has such a projection')
+    sources = {}
+    if placement == "parallel":
+        for block in blocks:
+            if "ffn_out" in block:
+                first = next(slot for slot in _READS_FFN_INPUT if slot in block)
+                sources[prefix + block["ffn_out"]] = prefix + block[first]
+    return targets, sources
+
+
+def _source_name(parallel_inputs: Mapping[str, str], target: str) -> str | None:
+    if target in parallel_inputs:
+        return parallel_inputs[target]
+    for ending, source in parallel_inputs.items():
+        if target.endswith(f".{ending}"):
+            return target.removesuffix(ending) + source
+    return None
+
+
+def _size(config: BottleneckConfig, name: str) -> int:
+    sizes = config.size_pattern
+    return sizes.get(name) or sizes.get(get_pattern_key(sizes.keys(), name), config.size)
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether a key of `size_pattern` is meant for the module."""
+    return bool(get_pattern_key([pattern], name) == pattern)

@@ -1,0 +1,42 @@
+"""One view of the PEFT modules of a live model: where they are, what they add, how they are cut.
+
+All that lightpeft knows of PEFT's classes is here: one `Site` class a PEFT kind, and LoRA computed in one step. Modules
+are found by type, never by their names.
+"""
+
+from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
+from lightpeft.peft_kinds.sites.base import Site, peft_parts
+from lightpeft.peft_kinds.sites.config_file import LIGHT_TYPE, hide_config, read_config
+from lightpeft.peft_kinds.sites.fused import fused_lora
+from lightpeft.peft_kinds.sites.registry import (
+    adapter_in_use,
+    check_peft,
+    check_removable,
+    drop_reference,
+    find_sites,
+    own_adapter,
+    refresh_config,
+    remove_site,
+    restart_sites,
+)
+
+__all__ = [
+    "LIGHT_TYPE",
+    "Site",
+    "adapter_in_use",
+    "base_layer",
+    "base_linear",
+    "check_peft",
+    "check_removable",
+    "drop_reference",
+    "find_sites",
+    "fused_lora",
+    "hide_config",
+    "own_adapter",
+    "peft_parts",
+    "read_config",
+    "refresh_config",
+    "remove_site",
+    "restart_sites",
+    "transformers_model",
+]

@@ -1,0 +1,146 @@
+"""What every PEFT kind has to say of its modules, whatever they compute."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightpeft.plans.structure import SiteSpec
+
+Report = Callable[[Tensor, Tensor, float], None]
+"""Called at every forward pass with what a module adds (up to a factor, which comes third) and what that is measured
+against, both [..., width]."""
+
+
+@dataclass(frozen=True)
+class Site(ABC):
+    """One live PEFT module on a linear layer of a prunable block. A PEFT kind is one subclass."""
+
+    spec: SiteSpec
+    layer: Any
+    """PEFT's module, with the frozen layer inside."""
+    adapter: str
+
+    peft_type: ClassVar[PeftType]
+    layer_type: ClassVar[type]
+
+    # -- the kind ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def matches(cls, config: PeftConfig) -> bool:
+        """Whether a PEFT configuration makes modules of this kind."""
+        return config.peft_type == cls.peft_type
+
+    @classmethod  # noqa: B027 (most kinds have nothing to refuse)
+    def check(cls, config: PeftConfig) -> None:
+        """Refuse variants of the kind that cannot be pruned correctly.
+
+        Raises:
+            LightPeftError: naming the variant.
+        """
+
+    @classmethod
+    @abstractmethod
+    def rank_of(cls, layer: Any, adapter: str) -> int:
+        """Ranks of a module's adapter; 0 if the module does not have it."""
+
+    @classmethod
+    @abstractmethod
+    def refresh(cls, config: Any, layers: dict[str, Any], adapter: str) -> None:
+        """Make the PEFT configuration describe exactly these modules (name -> module) and their sizes."""
+
+    @classmethod  # noqa: B027 (most kinds leave the base as it is)
+    def remember_base(cls, config: PeftConfig, layers: Sequence[Any], adapter: str) -> None:
+        """Note on the modules what training changes in the base, so that it can be put back; called before training.
+
+        Raises:
+            LightPeftError: training has begun.
+        """
+
+    @classmethod  # noqa: B027
+    def check_removable(cls, config: PeftConfig, sites: Sequence[Site]) -> None:
+        """Refuse to remove modules whose removal would leave a changed base behind.
+
+        Raises:
+            LightPeftError: naming the first one.
+        """
+
+    # -- one module ----------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def down(self) -> nn.Parameter | None:
+        """Weights into the ranks, [rank, in]; None where there is nothing to rank."""
+
+    @property
+    @abstractmethod
+    def up(self) -> nn.Parameter | None:
+        """Weights out of the ranks, [out, rank]; None where there is nothing to rank."""
+
+    @abstractmethod
+    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """Call `report` at every forward pass for which `counting()` holds."""
+
+    @abstractmethod
+    def cut(self, index: Tensor, dim: int) -> None:
+        """Keep these output features (`dim` 0) or input features (`dim` 1) of the frozen layer's PEFT weights."""
+
+    @abstractmethod
+    def keep_ranks(self, index: Tensor) -> None:
+        """Keep these ranks; the module computes as if the others were zero."""
+
+    def delta(self, ranks: Tensor | None = None) -> Tensor | None:
+        """What the module adds to the frozen layer's weight, float32 [out, in] or zero; with `ranks`, what those add.
+
+        None: it changes what the layer computes in another way.
+        """
+        return None
+
+    @abstractmethod
+    def restart(self) -> None:
+        """Re-initialise as PEFT does, so that the module adds nothing again."""
+
+    def removed(self) -> None:  # noqa: B027
+        """Called before the frozen layer is put back in the module's place."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen layer."""
+        return self.layer.get_base_layer()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes."""
+        return next(self.layer.parameters()).device
+
+
+def peft_parts(model: nn.Module) -> set[nn.Module]:
+    """The modules that PEFT has put in, such as the dropout in front of LoRA's A."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    parts = [part for layer in layers for name, part in layer.named_children() if name != "base_layer"]
+    return {module for part in parts for module in part.modules()}
+
+
+def observe_pair(
+    base: nn.Module, delta: nn.Module, scaling: float, report: Report, counting: Callable[[], bool]
+) -> list[RemovableHandle]:
+    """Report the output of `delta`, which is added with the factor `scaling`, against that of `base` before it."""
+    outputs: list[Tensor] = []
+
+    def remember(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if counting():
+            outputs[:] = [output.detach()]
+
+    def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if outputs:
+            report(output.detach(), outputs.pop(), scaling)
+
+    return [base.register_forward_hook(remember), delta.register_forward_hook(compare)]

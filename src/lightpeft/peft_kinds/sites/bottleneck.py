@@ -1,0 +1,95 @@
+"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2021; He et al. 2022); their ranks are bottleneck units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightpeft.errors import require
+from lightpeft.models.linears import slice_linear
+from lightpeft.peft_kinds.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer
+from lightpeft.peft_kinds.bottleneck.registration import bottleneck_type
+from lightpeft.peft_kinds.sites.base import Report, Site
+from lightpeft.plans.structure import OUTPUT_SLOTS
+
+
+@dataclass(frozen=True)
+class BottleneckSite(Site):
+    """`y + scaling * up(f(down(y)))` for the frozen layer's output y, or from what another module reads."""
+
+    peft_type = bottleneck_type()
+    layer_type = BottleneckLayer
+
+    def __post_init__(self) -> None:
+        name = self.spec.name
+        require(
+            self.spec.slot in OUTPUT_SLOTS,
+            f"the adapter on {name} mixes heads or neurons that pruning removes; "
+            "put adapters on attention-output and FFN-output projections (placement houlsby, pfeiffer or parallel)",
+        )
+        source = self.layer.sources.get(self.adapter)
+        require(
+            source is None or source.name != name,
+            f"the adapter on {name} reads that projection's own input, heads or neurons that pruning removes; "
+            'use placement="parallel", which reads the input of the FFN',
+        )
+
+    @classmethod
+    def rank_of(cls, layer: BottleneckLayer, adapter: str) -> int:
+        return layer.size.get(adapter, 0)
+
+    @classmethod
+    def refresh(cls, config: BottleneckConfig, layers: dict[str, BottleneckLayer], adapter: str) -> None:
+        sizes = {name: layer.size[adapter] for name, layer in layers.items()}
+        config.size_pattern = {name: size for name, size in sizes.items() if size != config.size}
+        config.parallel_inputs = {
+            name: layer.sources[adapter].name for name, layer in layers.items() if adapter in layer.sources
+        }
+
+    @property
+    def branch(self) -> Bottleneck:
+        """The adapter's own layers."""
+        return self.layer.bottleneck_adapters[self.adapter]
+
+    @property
+    def down(self) -> nn.Parameter:
+        """[size, width that the adapter reads]."""
+        return cast(nn.Parameter, self.branch.down.weight)
+
+    @property
+    def up(self) -> nn.Parameter:
+        """[width, size]."""
+        return cast(nn.Parameter, self.branch.up.weight)
+
+    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """The adapter's output against its input (Light-PEFT, module importance)."""
+
+        def compare(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if counting():
+                report(output.detach(), args[0].detach(), 1.0)
+
+        return [self.branch.register_forward_hook(compare)]
+
+    def cut(self, index: Tensor, dim: int) -> None:
+        """Nothing: the adapter sits behind the projection, on the hidden width, which is never pruned."""
+
+    def keep_ranks(self, index: Tensor) -> None:
+        slice_linear(self.branch.down, index, dim=0)
+        slice_linear(self.branch.up, index, dim=1)
+        self.layer.size[self.adapter] = len(index)
+
+    def delta(self, ranks: Tensor | None = None) -> Tensor:
+        """Zero: an adapter comes after the frozen layer."""
+        return torch.zeros((), device=self.device)
+
+    def restart(self) -> None:
+        self.branch.reset_parameters()
+
+    def removed(self) -> None:
+        """Take the hook of a parallel adapter off the module that it reads from."""
+        self.layer.detach_source()

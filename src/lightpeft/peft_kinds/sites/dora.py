@@ -1,0 +1,60 @@
+"""LoRA with weight decomposition (DoRA, Liu et al. 2024): a trained length for every row of the adapted weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from lightpeft.models.linears import dense_weight, sliced
+from lightpeft.peft_kinds.sites.base import Report, observe_pair
+from lightpeft.peft_kinds.sites.lora import LoraSite
+
+
+class DoraSite(LoraSite):
+    """`m * V x / ||V||` beside the bias, for V = W + scaling * B A, one length m and one norm a row (DoRA, eq. 5)."""
+
+    @classmethod
+    def matches(cls, config: LoraConfig) -> bool:
+        return super().matches(config) and config.use_dora
+
+    @property
+    def magnitude(self) -> Any:
+        """PEFT's module with m, `weight` [out]."""
+        return self.layer.lora_magnitude_vector[self.adapter]
+
+    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """All that changes in the frozen layer's output, against that output."""
+        return observe_pair(self.base, self.magnitude, 1.0, report, counting)
+
+    @torch.no_grad()
+    def cut(self, index: Tensor, dim: int) -> None:
+        """Rows keep their length; where columns go, it shrinks with the norm, so that `m / ||V||` stays."""
+        if dim == 0:
+            self.magnitude.weight = sliced(self.magnitude.weight, index, 0)
+        else:
+            direction = self._direction()
+            self.magnitude.weight.mul_(direction[:, index].norm(dim=1) / direction.norm(dim=1))
+        self.magnitude._cache_clear()
+        super().cut(index, dim)
+
+    def keep_ranks(self, index: Tensor) -> None:
+        super().keep_ranks(index)
+        self.magnitude._cache_clear()
+
+    def delta(self, ranks: Tensor | None = None) -> None:
+        """None: the norm over W and B A makes it more than a matrix beside W."""
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        super().restart()
+        self.magnitude.weight.copy_(self._direction().norm(dim=1))
+        self.magnitude._cache_clear()
+
+    def _direction(self) -> Tensor:
+        """V, [out, in], float32."""
+        return dense_weight(self.base).float() + self.scaling * (self.up.detach().float() @ self.down.detach().float())

@@ -1,0 +1,133 @@
+"""LoRA layers computed as one node of the autograd graph: the same result, with fewer passes over memory.
+
+PEFT computes a LoRA layer out of a frozen projection, two small ones, a scaling and a sum; autograd then keeps and
+adds what lies between them. With few ranks on small (pruned) projections that costs more than the products themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lightpeft.models.patching import instead
+
+
+@contextmanager
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """Inside the block, LoRA on frozen `nn.Linear` layers computes `W x + b + s B A x` in one step.
+
+    Outputs and gradients are those of PEFT but for the order of rounding. What has something more to it is left to
+    PEFT, call by call: DoRA and other variants, trained biases, quantised layers, several, merged or disabled adapters,
+    hooks on the parts, and weights of another data type than the computation.
+
+    Args:
+        model: a PeftModel, or a model that holds one.
+    """
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if type(layer) is LoraLinear:
+                stack.enter_context(instead(layer, _Fused(layer, layer.forward)))
+        yield
+
+
+class _Fused:
+    """The forward of one LoRA layer."""
+
+    def __init__(self, layer: LoraLinear, otherwise: Callable[..., Any]) -> None:
+        """
+        Args:
+            otherwise: the layer's own forward.
+        """
+        self.layer, self.otherwise = layer, otherwise
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        adapter = None if args or kwargs else self._plain_adapter()
+        dtype = self._dtype(x, adapter) if adapter is not None else None
+        if adapter is None or dtype is None:
+            return self.otherwise(x, *args, **kwargs)
+        layer = self.layer
+        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        dropout = layer.lora_dropout[adapter]
+        dropped = dropout(x).to(dtype) if layer.training and not isinstance(dropout, nn.Identity) else None
+        base = layer.base_layer
+        weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
+        return _LoraLinear.apply(x.to(dtype), dropped, weight, bias, down, up, layer.scaling[adapter])
+
+    def _plain_adapter(self) -> str | None:
+        """The one adapter that is added to the frozen layer, and nothing else."""
+        layer = self.layer
+        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+        if len(adapters) != 1 or layer.disable_adapters or layer.merged or adapters[0] in layer.lora_variant:
+            return None
+        base, down, up = layer.base_layer, layer.lora_A[adapters[0]], layer.lora_B[adapters[0]]
+        frozen = not any(parameter.requires_grad for parameter in base.parameters())
+        plain = all(type(part) is nn.Linear and _bare(part) for part in (base, down, up))
+        return adapters[0] if frozen and plain and down.bias is None and up.bias is None else None
+
+    def _dtype(self, x: Tensor, adapter: str) -> torch.dtype | None:
+        """What PEFT would compute all of it in; None where the parts would differ."""
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        weights = (self.layer.base_layer.weight, self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight)
+        return x.dtype if all(weight.dtype == x.dtype for weight in weights) else None
+
+
+def _bare(linear: nn.Linear) -> bool:
+    """Whether nobody watches or changes what the layer computes, and its weight is an ordinary tensor."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return not any(hooks) and "forward" not in vars(linear) and type(linear.weight) is nn.Parameter
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`x W' + b + s (low A') B'` on rows; `low` is x, or x after dropout."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """
+        Args:
+            x: [..., in], of the data type of the computation.
+            dropped: x after dropout, or None.
+            weight, bias: the frozen layer's, [out, in] and [out], of that data type.
+            down, up: A [rank, in] and B [out, rank], of any.
+            scaling: s.
+        """
+        low = (x if dropped is None else dropped).flatten(0, -2)
+        down, scaled_up = down.to(x.dtype), (up * scaling).to(x.dtype)
+        inner = low @ down.T  # [rows, rank]
+        rows = x.flatten(0, -2)
+        result = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        result.addmm_(inner, scaled_up.T)
+        ctx.save_for_backward(low, inner, weight, down, scaled_up)
+        ctx.scaling, ctx.shape, ctx.dropout = scaling, x.shape, dropped is not None
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        low, inner, weight, down, scaled_up = ctx.saved_tensors
+        gradient = gradient.flatten(0, -2)
+        of_inner = gradient @ scaled_up
+        of_down, of_up = of_inner.T @ low, (gradient.T @ inner) * ctx.scaling
+        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_dropped = None
+        if ctx.dropout:
+            of_dropped = (of_inner @ down).view(ctx.shape) if ctx.needs_input_grad[1] else None
+        elif of_x is not None:
+            of_x.addmm_(of_inner, down)
+        of_x = None if of_x is None else of_x.view(ctx.shape)
+        return of_x, of_dropped, None, None, of_down, of_up, None

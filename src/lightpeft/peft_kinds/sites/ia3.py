@@ -1,0 +1,74 @@
+"""IA3 modules (Liu et al. 2022): one factor for every output of a layer or, in a feed-forward module, every input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from peft import IA3Config, PeftType
+from peft.tuners.ia3 import IA3Layer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightpeft.models.linears import sliced
+from lightpeft.peft_kinds.sites.base import Report, Site
+
+
+class Ia3Site(Site):
+    """`l * base(x)`, or `base(l * x)` where PEFT was told that the module is a feed-forward one; there are no ranks."""
+
+    peft_type = PeftType.IA3
+    layer_type = IA3Layer
+
+    @classmethod
+    def rank_of(cls, layer: IA3Layer, adapter: str) -> int:
+        return int(adapter in layer.ia3_l)
+
+    @classmethod
+    def refresh(cls, config: IA3Config, layers: dict[str, IA3Layer], adapter: str) -> None:
+        config.feedforward_modules = sorted(name for name, layer in layers.items() if layer.is_feedforward)
+
+    @property
+    def down(self) -> None:
+        """No ranks, so no weights into them."""
+
+    @property
+    def up(self) -> None:
+        """No ranks, so no weights out of them."""
+
+    @property
+    def factors(self) -> nn.Parameter:
+        """l, [out, 1], or [1, in] in a feed-forward module."""
+        return self.layer.ia3_l[self.adapter]
+
+    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """What the factors change, against what they are applied to."""
+
+        def compare(states: Tensor) -> None:
+            if counting():
+                states = states.detach()
+                report((self.factors.detach().flatten() - 1) * states, states, 1.0)
+
+        def see_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+            compare(args[0])
+
+        def see_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            compare(output)
+
+        if self.layer.is_feedforward:
+            return [self.layer.register_forward_pre_hook(see_input)]
+        return [self.base.register_forward_hook(see_output)]
+
+    def cut(self, index: Tensor, dim: int) -> None:
+        if dim == int(self.layer.is_feedforward):
+            self.layer.ia3_l[self.adapter] = sliced(self.factors, index, dim)
+        if dim == 0:
+            self.layer.out_features = len(index)
+        else:
+            self.layer.in_features = len(index)
+
+    def keep_ranks(self, index: Tensor) -> None:
+        """Nothing: there are no ranks."""
+
+    def restart(self) -> None:
+        self.layer.reset_ia3_parameters(self.adapter)

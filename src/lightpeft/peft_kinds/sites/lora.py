@@ -1,0 +1,165 @@
+"""LoRA modules (Hu et al. 2022), with rank-stabilised scaling if asked for (rsLoRA, Kalajdzievski 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftType
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.models.linears import slice_linear
+from lightpeft.peft_kinds.sites.base import Report, Site, observe_pair
+
+_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
+"""LoRA initialisations that write to the base weights."""
+_UNSUPPORTED = (
+    "use_bdlora",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "kasa_config",
+    "monteclora_config",
+    "layer_replication",
+    "target_parameters",
+)
+"""LoRA settings that change what a module computes or where it sits in a way the site view does not know."""
+
+
+class LoraSite(Site):
+    """`base(x) + scaling * B A x`."""
+
+    peft_type = PeftType.LORA
+    layer_type = LoraLayer
+
+    @classmethod
+    def check(cls, config: LoraConfig) -> None:
+        start = config.init_lora_weights
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise LightPeftError(f'init_lora_weights="{start}" changes the base weights; use True, "gaussian" or "eva"')
+        require(
+            config.bias in ("none", "lora_only"),
+            f'LoRA bias="{config.bias}" also trains biases of the base where no LoRA module is, which tasks then no '
+            'longer share; use bias="none" or "lora_only"',
+        )
+        for name in _UNSUPPORTED:
+            require(not getattr(config, name, None), f"LoRA with {name} cannot be pruned; use LoRA, rsLoRA or DoRA")
+
+    @classmethod
+    def rank_of(cls, layer: LoraLayer, adapter: str) -> int:
+        return layer.r.get(adapter, 0)
+
+    @classmethod
+    def refresh(cls, config: LoraConfig, layers: dict[str, LoraLayer], adapter: str) -> None:
+        config.layers_to_transform = config.layers_pattern = None
+        if config.init_lora_weights == "orthogonal":  # asks for even ranks when the modules are made to be loaded
+            config.init_lora_weights = True
+        config.rank_pattern = {name: layer.r[adapter] for name, layer in layers.items() if layer.r[adapter] != config.r}
+        config.alpha_pattern = {
+            name: layer.lora_alpha[adapter]
+            for name, layer in layers.items()
+            if layer.lora_alpha[adapter] != config.lora_alpha
+        }
+
+    @classmethod
+    def remember_base(cls, config: LoraConfig, layers: Sequence[LoraLayer], adapter: str) -> None:
+        """Keep the biases that `bias="lora_only"` trains: PEFT saves them only beside a LoRA module."""
+        for layer in layers if config.bias != "none" else ():
+            bias = getattr(layer.get_base_layer(), "bias", None)
+            if bias is None or _original_bias(layer) is not None or adapter not in layer.lora_B:
+                continue
+            require(
+                not layer.lora_B[adapter].weight.any(),
+                f'LoRA bias="{config.bias}": where pruning removes a module, the bias of the base is put back; '
+                'make the pruner before training, on LoRA that starts at zero, or use bias="none"',
+            )
+            layer.light_original_bias = bias.detach().clone()
+
+    @classmethod
+    def check_removable(cls, config: LoraConfig, sites: Sequence[Site]) -> None:
+        for site in sites if config.bias != "none" else ():
+            require(
+                getattr(site.base, "bias", None) is None or _original_bias(site.layer) is not None,
+                f'LoRA bias="{config.bias}" has trained the bias of {site.spec.name}, where the plan removes LoRA, '
+                "and its value from before is not known; make the pruner before training",
+            )
+
+    @property
+    def down(self) -> nn.Parameter:
+        """A, [rank, in]."""
+        return self.layer.lora_A[self.adapter].weight
+
+    @property
+    def up(self) -> nn.Parameter:
+        """B, [out, rank]."""
+        return self.layer.lora_B[self.adapter].weight
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.layer.scaling[self.adapter]
+
+    def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
+        """The low-rank output against the frozen layer's output (Light-PEFT, module importance)."""
+        return observe_pair(self.base, self.layer.lora_B[self.adapter], self.scaling, report, counting)
+
+    def cut(self, index: Tensor, dim: int) -> None:
+        slice_linear((self.layer.lora_B if dim == 0 else self.layer.lora_A)[self.adapter], index, dim)
+        if dim == 0:
+            self.layer.out_features = len(index)
+            original = _original_bias(self.layer)
+            if original is not None:
+                self.layer.light_original_bias = original.index_select(0, index.to(original.device))
+        else:
+            self.layer.in_features = len(index)
+
+    def keep_ranks(self, index: Tensor) -> None:
+        """Keep these ranks; alpha shrinks with the rank, so that the scaling stays to the last bit."""
+        slice_linear(self.layer.lora_A[self.adapter], index, dim=0)
+        slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
+        rank = len(index)
+        self.layer.r[self.adapter] = rank
+        divisor = math.sqrt(rank) if self.layer.use_rslora[self.adapter] else rank
+        self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
+
+    def delta(self, ranks: Tensor | None = None) -> Tensor | None:
+        down, up = self.down.detach().float(), self.up.detach().float()
+        if ranks is not None:
+            down, up = down[ranks.to(down.device)], up[:, ranks.to(up.device)]
+        return self.scaling * (up @ down)
+
+    def restart(self) -> None:
+        self.layer.reset_lora_parameters(self.adapter, init_lora_weights=True)
+        self._restore_bias()
+
+    def removed(self) -> None:
+        """Leave the frozen layer as the base has it."""
+        if self._restore_bias():
+            self.base.bias.requires_grad_(False)
+
+    @torch.no_grad()
+    def _restore_bias(self) -> bool:
+        original = _original_bias(self.layer)
+        if original is None:
+            return False
+        self.layer.get_base_layer().bias.copy_(original)
+        return True
+
+
+def _original_bias(layer: LoraLayer) -> Tensor | None:
+    """The bias that the frozen layer had before training, where training changes it."""
+    return getattr(layer, "light_original_bias", None)
+
+
+def _exact_alpha(scaling: float, divisor: float) -> float:
+    """The float alpha with `alpha / divisor == scaling`, as PEFT will compute it; the nearest if there is none."""
+    near = scaling * divisor
+    candidates = [near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)]
+    alpha: Any = min(candidates, key=lambda candidate: abs(candidate / divisor - scaling))
+    return int(alpha) if alpha.is_integer() else alpha

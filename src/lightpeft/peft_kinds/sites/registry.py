@@ -1,0 +1,164 @@
+"""Finding the PEFT modules of a model, whatever their kind, and changing where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.models.unwrap import base_layer, transformers_model
+from lightpeft.peft_kinds.sites.base import Site
+from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
+from lightpeft.peft_kinds.sites.dora import DoraSite
+from lightpeft.peft_kinds.sites.ia3 import Ia3Site
+from lightpeft.peft_kinds.sites.lora import LoraSite
+from lightpeft.plans.structure import BlockSpec, SiteSpec
+
+KINDS: tuple[type[Site], ...] = (DoraSite, LoraSite, Ia3Site, BottleneckSite)
+"""PEFT kinds that can be pruned; the first that matches a configuration is taken."""
+REFERENCE = "ref"
+"""What TRL's trainers call the frozen copy of an adapter that they add to a PeftModel, as their reference."""
+
+
+def check_peft(model: nn.Module) -> None:
+    """Refuse what cannot be pruned correctly, and note what pruning has to put back; call it before training.
+
+    Raises:
+        LightPeftError: not a PeftModel, an unsupported PEFT type or variant, several adapters, merged or disabled ones.
+    """
+    if not isinstance(model, PeftModel):
+        raise LightPeftError(f"expected a PeftModel from peft.get_peft_model, got a {type(model).__name__}")
+    nested = isinstance(transformers_model(model), PeftModel)
+    require(not nested, "there is a PeftModel inside the PeftModel; lightpeft prunes one adapter at a time")
+    name, layers = own_adapter(model), _tuner_layers(model)
+    kind, config = _kind(model), _config(model)
+    kind.check(config)
+    merged = any(layer.merged for layer in layers)
+    require(not merged, "the PEFT weights are merged; call model.unmerge_adapter() first")
+    disabled = any(layer.disable_adapters for layer in layers)
+    require(not disabled, "the PEFT modules are disabled; call model.enable_adapter_layers() first")
+    kind.remember_base(config, [layer for layer in layers if isinstance(layer, kind.layer_type)], name)
+
+
+def own_adapter(model: PeftModel) -> str:
+    """The name of a model's one adapter; beside it there may be the reference of one of TRL's trainers.
+
+    Raises:
+        LightPeftError: there are several.
+    """
+    in_layers = (name for layer in _tuner_layers(model) for name in layer._all_available_adapter_names())
+    names = list(dict.fromkeys([*model.peft_config, *in_layers]))
+    own = [name for name in names if name != REFERENCE] or names
+    several = f"the model has adapters {', '.join(names)}; lightpeft prunes, and saves, one adapter at a time"
+    require(len(own) == 1, f"{several}: delete_adapter() the others")
+    return own[0]
+
+
+def drop_reference(model: PeftModel) -> None:
+    """Take the reference of one of TRL's trainers out of a model; the next makes one of the model that it is given."""
+    if REFERENCE in model.peft_config and own_adapter(model) != REFERENCE:
+        model.delete_adapter(REFERENCE)
+
+
+def adapter_in_use(model: nn.Module) -> Callable[[], bool]:
+    """What tells whether a forward pass computes with the adapter as it is now; without one, it always does.
+
+    TRL's trainers compute their reference on the same model, with its adapter off or a frozen copy in its place.
+    """
+    layer = next(iter(_tuner_layers(model)), None)
+    return partial(_computes_with, layer, _setting(layer))
+
+
+def _computes_with(layer: BaseTunerLayer | None, setting: tuple[list[str], bool]) -> bool:
+    return _setting(layer) == setting
+
+
+def _setting(layer: BaseTunerLayer | None) -> tuple[list[str], bool]:
+    """The adapters that are active in a module, and whether all are off."""
+    return ([], False) if layer is None else (list(layer.active_adapters), layer.disable_adapters)
+
+
+def _tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
+    """The PEFT modules on projections of the blocks, in the order of blocks and slots.
+
+    PEFT modules elsewhere (on embeddings, a language-model head) are left alone and are not listed.
+
+    Raises:
+        LightPeftError: no PEFT module sits on a prunable projection.
+    """
+    kind, adapter = _kind(model), model.active_adapter
+    modules = dict(transformers_model(model).named_modules())
+    sites = []
+    for block in blocks:
+        for slot, name in block.projections.items():
+            layer = modules.get(name)  # None where attention was dropped
+            rank = kind.rank_of(layer, adapter) if isinstance(layer, kind.layer_type) else 0
+            if rank:
+                sites.append(kind(SiteSpec(name, rank, block.index, slot), layer, adapter))
+    known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in blocks[0].projections.values()))
+    require(bool(sites), f"no PEFT module sits on a prunable projection; target_modules may name: {known}")
+    return sites
+
+
+def check_removable(model: PeftModel, sites: Sequence[Site]) -> None:
+    """Refuse to remove modules whose removal would leave a changed base behind.
+
+    Raises:
+        LightPeftError: naming the first one.
+    """
+    _kind(model).check_removable(_config(model), sites)
+
+
+def remove_site(model: PeftModel, site: Site) -> None:
+    """Put the frozen layer back where the PEFT module was."""
+    site.removed()
+    inner = transformers_model(model)
+    parent, _, child = site.spec.name.rpartition(".")
+    setattr(inner.get_submodule(parent), child, base_layer(site.layer))
+
+
+def refresh_config(model: PeftModel) -> None:
+    """Make the PEFT configuration say exactly which modules there are, with their sizes."""
+    kind, adapter, config = _kind(model), model.active_adapter, _config(model)
+    layers = {
+        name: module
+        for name, module in transformers_model(model).named_modules()
+        if isinstance(module, kind.layer_type) and kind.rank_of(module, adapter)
+    }
+    config.target_modules = sorted(layers)
+    config.exclude_modules = None
+    kind.refresh(config, layers, adapter)
+    model.base_model.targeted_module_names = sorted(layers)
+
+
+def restart_sites(sites: Sequence[Site], seed: int) -> None:
+    """Re-initialise the PEFT modules, reproducibly."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for site in sites:
+            site.restart()
+
+
+def _config(model: PeftModel) -> Any:
+    """The configuration of the active adapter."""
+    return model.peft_config[model.active_adapter]
+
+
+def _kind(model: PeftModel) -> type[Site]:
+    config = _config(model)
+    for kind in KINDS:
+        if kind.matches(config):
+            return kind
+    name = getattr(config.peft_type, "value", config.peft_type)
+    known = ", ".join(dict.fromkeys(kind.peft_type.value for kind in KINDS))
+    raise LightPeftError(f"PEFT type {name} cannot be pruned; use one of {known}")

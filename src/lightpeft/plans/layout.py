@@ -1,0 +1,97 @@
+"""Which channels of a projection belong to which unit, for separate and for fused projections alike.
+
+A projection is a row of segments along the dimension that pruning cuts; each segment belongs to one query head, KV head
+or neuron. Everything that depends on how heads lie in memory (cutting, counting, weight norms) reads the segments.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightpeft.plans.records import BlockPlan
+from lightpeft.plans.structure import OUTPUT_SLOTS, BlockSpec
+
+Kind = Literal["heads", "kv_heads", "neurons"]
+Segment = tuple[Kind, int]
+"""What a run of channels belongs to."""
+
+
+def cut_dim(slot: str) -> int:
+    """Dimension of an [out, in] weight that pruning cuts: 0 (outputs) or 1 (inputs)."""
+    return 1 if slot in OUTPUT_SLOTS else 0
+
+
+def segments(spec: BlockSpec, slot: str) -> list[Segment]:
+    """The units of a projection along its cut dimension, in the order they lie there."""
+    queries: list[Segment] = [("heads", head) for head in range(spec.heads)]
+    groups: list[Segment] = [("kv_heads", head) for head in range(spec.kv_heads)]
+    neurons: list[Segment] = [("neurons", neuron) for neuron in range(spec.neurons)]
+    if slot == "qkv" and spec.interleaved:
+        size = spec.heads_per_kv
+        return [s for g, group in enumerate(groups) for s in (*queries[g * size : (g + 1) * size], group, group)]
+    plain = {"q": queries, "o": queries, "k": groups, "v": groups, "qkv": queries + groups + groups}
+    if slot in plain:
+        return plain[slot]
+    return neurons + neurons if slot == "ffn_gate_in" else neurons
+
+
+def segment_size(spec: BlockSpec, slot: str) -> int:
+    """Channels a segment: the head dimension, or 1 for neurons."""
+    return 1 if slot.startswith("ffn") else spec.head_dim
+
+
+def width(spec: BlockSpec, slot: str) -> int:
+    """Channels of a dense projection along its cut dimension."""
+    return len(segments(spec, slot)) * segment_size(spec, slot)
+
+
+def kept_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
+    """Channels of a projection that stay, ascending, int64; None: all of them."""
+    if slot in spec.wide_norms or keeps_all(spec, kept, slot):
+        return None
+    return head_channels(spec, kept, slot)
+
+
+def head_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor:
+    """Channels of the units that stay, also where the rows before a norm over all heads have to stay."""
+    units = {"heads": set(kept.heads), "kv_heads": set(kept.kv_heads), "neurons": set(kept.neurons)}
+    size = segment_size(spec, slot)
+    stay = [index for index, (kind, unit) in enumerate(segments(spec, slot)) if unit in units[kind]]
+    return (torch.tensor(stay, dtype=torch.long).unsqueeze(1) * size + torch.arange(size)).flatten()
+
+
+def keeps_all(spec: BlockSpec, kept: BlockPlan, slot: str) -> bool:
+    """Whether the plan takes nothing from a projection."""
+    if slot.startswith("ffn"):
+        return len(kept.neurons) == spec.neurons
+    if slot in ("k", "v"):
+        return len(kept.kv_heads) == spec.kv_heads
+    return len(kept.heads) == spec.heads
+
+
+def squared_norms(spec: BlockSpec, slot: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of squares that each query head (with its share of the KV group's rows) and each neuron has in a weight.
+
+    Args:
+        weight: [out, in] of the dense projection.
+
+    Returns:
+        [heads] and [neurons], float32.
+    """
+    squares = weight.float().square().sum(1 - cut_dim(slot))
+    runs = squares.view(-1, segment_size(spec, slot)).sum(1)
+    sums = {
+        "heads": runs.new_zeros(spec.heads),
+        "kv_heads": runs.new_zeros(spec.kv_heads),
+        "neurons": runs.new_zeros(spec.neurons),
+    }
+    order = segments(spec, slot)
+    for kind, total in sums.items():
+        places = [(index, unit) for index, (owner, unit) in enumerate(order) if owner == kind]
+        if places:
+            index, unit = torch.tensor(places, device=runs.device).T
+            total.index_add_(0, unit, runs[index])
+    return sums["heads"] + sums["kv_heads"].repeat_interleave(spec.heads_per_kv), sums["neurons"]

@@ -1,0 +1,1 @@
+"""From a live model to scores, and from a plan to a smaller live model."""

@@ -1,0 +1,437 @@
+"""The estimation stage: masks and PEFT modules train together while the importance of every unit is summed up.
+
+It rides on any training loop. The masks are not the model's: they have gradients of their own, an optimizer of their
+own, and an L1 term that is added to their gradient directly, so a loop needs one call between backward and
+`optimizer.step()`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor
+
+from lightpeft.config import LightConfig
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
+from lightpeft.models.families import block_specs
+from lightpeft.models.linears import dense_weight
+from lightpeft.models.unwrap import base_linear, transformers_model
+from lightpeft.peft_kinds.sites import Site, check_peft, find_sites
+from lightpeft.plans import scoring
+from lightpeft.plans.layout import squared_norms
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.structure import BlockSpec
+from lightpeft.profiling import count_parameters, versions
+from lightpeft.prune.depth import leave_out
+from lightpeft.prune.fingerprint import fingerprint
+from lightpeft.prune.importance import ModuleObserver, RankObserver
+from lightpeft.prune.masks import UnitMasks
+
+_STATE_FILE = "lightpeft_estimation.safetensors"
+_HISTORY_FILE = "lightpeft_estimation.json"
+
+
+class Estimator:
+    """Masks, importance sums and the length of the stage, for one PeftModel, whose depth is cut first."""
+
+    def __init__(self, model: PeftModel, config: LightConfig) -> None:
+        """
+        Raises:
+            LightPeftError: the model is not one that can be pruned (see `check_peft`, `block_specs`, `find_sites`,
+                `leave_out`).
+        """
+        check_peft(model)
+        self.model, self.config = model, config
+        dense = block_specs(transformers_model(model))
+        self.base_parameters = count_parameters(model).base
+        self.fingerprint = fingerprint(model, dense)
+        stay = config.blocks_left(len(dense))
+        self.blocks, self.left_out = dense[:stay], dense[stay:]
+        if self.left_out:
+            leave_out(model, stay)
+        self.sites = find_sites(model, self.blocks)
+        self.history: list[dict[str, float]] = []
+        self.steps = 0
+        self.length = 0
+        self._settled_in_a_row = 0
+        self._last_plan: PrunePlan | None = None
+        self._windows: list[_Window] = []
+        self._attached = False
+
+    def start(self, total_steps: int | None) -> None:
+        """Attach masks and observers.
+
+        Args:
+            total_steps: optimizer steps of the whole run, which a fractional or automatic length refers to.
+
+        Raises:
+            LightPeftError: the length needs `total_steps`, or is longer than the run.
+        """
+        require(not self._attached, "the estimation stage has started already")
+        self.length = stage_length(self.config, total_steps)
+        device = self.sites[0].device
+        if not self.steps:
+            self.masks = UnitMasks(self.blocks, device)
+            self._optimizer = torch.optim.Adam([self.masks.values], lr=self.config.mask_learning_rate)
+            self._lambdas = torch.full_like(self.masks.values, self.config.lambda_neurons)
+            self._lambdas[: self.masks.head_count] = self.config.lambda_heads
+            self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
+            self._overflowed = torch.zeros((), dtype=torch.bool, device=device)
+            self._sums = self._zero_sums()
+        self.masks.attach(self.model)
+        self._ranks = RankObserver(self.sites)
+        self._modules = ModuleObserver(self.model, self.sites, self.blocks, device, self._ratios_due)
+        self._attached = True
+
+    def stop(self) -> None:
+        """Take masks and observers off the model, which is then an ordinary PeftModel again."""
+        if self._attached:
+            self.masks.detach()
+            self._ranks.detach()
+            self._modules.detach()
+            self._attached = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has run its length, or has settled."""
+        return self.steps > 0 and (self.steps >= self.length or self._settled_in_a_row >= self.config.settled_checks)
+
+    @torch.no_grad()
+    def step(self, grad_scale: float = 1.0) -> None:
+        """Take in one optimizer step's gradients and train the masks; call it after the (last) backward.
+
+        Args:
+            grad_scale: the factor that a gradient scaler multiplied the loss with; it is undone here.
+        """
+        require(self._attached, "the estimation stage has not started; call start(total_steps) first")
+        if self.finished:
+            return
+        taken = self.masks.take_gradients()
+        examples = taken.mean.new_full((1,), self.masks.examples)  # filled there: no copy from the host
+        parts = (taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples)
+        values = _mean_over_processes(torch.cat(parts))
+        finite = torch.isfinite(values).all()
+        # a gradient scaler overflows on purpose and skips the step itself
+        seen = self._nonfinite if grad_scale == 1.0 else self._overflowed
+        seen |= ~finite
+        values = torch.where(finite, values, 0.0)
+        mean, absolute, squares, ranks, examples = values.split([len(part) for part in parts])
+        gradients = scoring.MaskGradients(mean / grad_scale, absolute / grad_scale, squares / grad_scale**2)
+        for name, criterion in scoring.STEP_CRITERIA.items():
+            self._sums[name] += criterion(self.masks.values, gradients)
+        self._sums["ranks"] += scoring.rank_taylor(*(ranks / grad_scale).chunk(2))
+        self._sums["examples"] += examples * _processes()
+        self.masks.values.grad = gradients.mean + self._lambdas * self.masks.values.sign()
+        self._optimizer.step()
+        self.steps += 1
+        if self._at_boundary():
+            self._close_window()
+
+    def check_finite(self) -> None:
+        """One host copy: whether all gradients so far were finite.
+
+        Raises:
+            LightPeftError: they were not.
+        """
+        if bool(self._nonfinite):
+            raise LightPeftError(
+                f"loss or gradients became NaN or infinite within the first {self.steps} steps of estimation; "
+                "lower the learning rate, or use bfloat16 or float32 instead of float16"
+            )
+
+    def record(self) -> EstimationRecord:
+        """Scores of every unit under every criterion, from the second half of the stage.
+
+        Raises:
+            LightPeftError: the stage has not run, or diverged, or saw too little, or some blocks ran without gradients.
+        """
+        require(self.steps > 0, "estimation has not run a single step; train with the callback, or call step()")
+        self.check_finite()
+        if not self._windows or self._windows[-1].end < self.steps:
+            self._close_window()
+        record = self._record()
+        check_examples(self.config, record.meta["scored_examples"])
+        self._check_reached(record)
+        return record
+
+    def _check_reached(self, record: EstimationRecord) -> None:
+        """Raise `LightPeftError` if the loss reached some blocks and not others: a plan would cut those away unseen."""
+        parts = zip(record.of_blocks("heads", "fisher"), record.of_blocks("neurons", "fisher"), strict=True)
+        reached = [bool(heads.any() or neurons.any()) for heads, neurons in parts]
+        require(
+            any(reached) or not bool(self._overflowed),
+            f"all {self.steps} steps of estimation overflowed, as a gradient scaler's first steps in float16 do; "
+            "estimate for longer",
+        )
+        missed = [
+            block.label or str(block.index) for block, found in zip(self.blocks, reached, strict=True) if not found
+        ]
+        require(
+            not missed or not any(reached),
+            f"the masks of block {', '.join(missed)} got no gradient; estimation needs all blocks in the graph, so run "
+            "it without FrozenPrefix and without torch.no_grad around them",
+        )
+
+    # -- sums over windows of steps ------------------------------------------------------------------------------
+
+    def _at_boundary(self) -> bool:
+        if self.config.length == "auto":
+            return self.steps % self.config.check_every == 0 or self.steps == self.length
+        return self.steps in (self.length // 2, self.length)
+
+    def _ratios_due(self) -> bool:
+        """Whether the step under way measures the modules' ratios: each window's first one does."""
+        return (self.steps - self._window_start) % self.config.ratio_every == 0
+
+    @property
+    def _window_start(self) -> int:
+        return self._windows[-1].end if self._windows else 0
+
+    def _zero_sums(self) -> dict[str, Tensor]:
+        ranks = sum(site.spec.rank for site in self.sites)
+        zeros = {name: torch.zeros_like(self.masks.values) for name in scoring.STEP_CRITERIA}
+        sizes = {"ranks": ranks, "examples": 1}
+        return zeros | {name: torch.zeros(size, device=self.masks.values.device) for name, size in sizes.items()}
+
+    def _close_window(self) -> None:
+        """Move the sums of the steps since the last boundary to the host, and compare sets under `length: auto`."""
+        self.check_finite()
+        modules = _sum_over_processes(self._modules.sums.clone())
+        sums = {name: value.cpu() for name, value in {**self._sums, "modules": modules}.items()}
+        self._windows.append(_Window(self._window_start, self.steps, sums))
+        self._sums = self._zero_sums()
+        self._modules.sums.zero_()
+        if self.config.length == "auto":
+            self._compare_with_last_plan()
+
+    def _compare_with_last_plan(self) -> None:
+        plan = make_plan(self._record(), self.config)
+        if self._last_plan is not None:
+            overlap = plan_overlap(self._last_plan, plan)
+            settled = overlap >= self.config.settled_overlap
+            self._settled_in_a_row = self._settled_in_a_row + 1 if settled else 0
+            self.history.append({"step": self.steps, "overlap": overlap})
+        self._last_plan = plan
+
+    def _record(self) -> EstimationRecord:
+        late = [window for window in self._windows if window.start >= self.steps // 2] or self._windows[-1:]
+        steps = sum(window.end - window.start for window in late)
+        sums = {name: torch.stack([window.sums[name] for window in late]).sum(0) for name in late[0].sums}
+        scores = self._unit_scores(sums, steps)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        ratio, tokens = sums["modules"]
+        scores["modules/ratio"] = ratio / tokens.clamp_min(1)
+        scores["modules/random"] = scoring.random(len(self.sites), generator)
+        taylor = (sums["ranks"] / steps).split([site.spec.rank for site in self.sites])
+        scores["modules/taylor"] = torch.stack([of_ranks.sum() for of_ranks in taylor])
+        for index, site in enumerate(self.sites):
+            scores[f"ranks/taylor/{index}"] = taylor[index].clone()
+            scores[f"ranks/magnitude/{index}"] = _rank_magnitude(site).cpu()
+            scores[f"ranks/random/{index}"] = scoring.random(site.spec.rank, generator)
+        return EstimationRecord(
+            blocks=self.blocks,
+            sites=[site.spec for site in self.sites],
+            scores=scores,
+            base_parameters=self.base_parameters,
+            fingerprint=self.fingerprint,
+            meta=self._meta(steps, int(sums["examples"]), int(tokens.max())),
+            left_out=self.left_out,
+        )
+
+    def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """Scores of heads and neurons under every criterion, keyed as in `EstimationRecord`."""
+        flat = {name: sums[name] / steps for name in scoring.STEP_CRITERIA}
+        flat["mask"] = scoring.mask_size(self.masks.values.detach().cpu())
+        generator = torch.Generator().manual_seed(self.config.seed)
+        flat["random"] = scoring.random(len(self.masks.values), generator)
+        scores = {}
+        for criterion, values in flat.items():
+            heads, neurons = self.masks.split(values)
+            for block, of_heads, of_neurons in zip(self.blocks, heads, neurons, strict=True):
+                scores[f"heads/{criterion}/{block.index}"] = of_heads.clone()
+                scores[f"neurons/{criterion}/{block.index}"] = of_neurons.clone()
+        for block in self.blocks:
+            of_heads, of_neurons = self._magnitudes(block)
+            scores[f"heads/magnitude/{block.index}"] = of_heads
+            scores[f"neurons/magnitude/{block.index}"] = of_neurons
+        return scores
+
+    @torch.no_grad()
+    def _magnitudes(self, block: BlockSpec) -> tuple[Tensor, Tensor]:
+        """Weight norms of a block's query heads (with their share of the KV group's rows) and neurons."""
+        heads, neurons = torch.zeros(block.heads), torch.zeros(block.neurons)
+        for slot, name in block.projections.items():
+            of_heads, of_neurons = squared_norms(block, slot, dense_weight(base_linear(self.model, name)))
+            heads, neurons = heads + of_heads.cpu(), neurons + of_neurons.cpu()
+        return heads.sqrt(), neurons.sqrt()
+
+    def _meta(self, scored_steps: int, examples: int, tokens: int) -> dict[str, Any]:
+        config = self.config
+        return {
+            "steps": self.steps,
+            "scored_steps": scored_steps,
+            "scored_examples": examples,
+            "ratio_tokens": tokens,
+            "length": config.length,
+            "max_steps": self.length,
+            "lambda_heads": config.lambda_heads,
+            "lambda_neurons": config.lambda_neurons,
+            "mask_learning_rate": config.mask_learning_rate,
+            "seed": config.seed,
+            "settled_overlap": config.settled_overlap,
+            "settled_checks": config.settled_checks,
+            "history": self.history,
+            "processes": _processes(),
+            "versions": versions(),
+        }
+
+    # -- resuming ------------------------------------------------------------------------------------------------
+
+    def save_state(self, folder: str | Path, write: bool = True) -> None:
+        """Write all that a resumed stage needs into a trainer's checkpoint folder.
+
+        Args:
+            folder: an existing checkpoint; its other files stay.
+            write: off in all processes but one, which call this all the same, because sums are added up over them.
+
+        Raises:
+            LightPeftError: the folder cannot be written.
+        """
+        modules = _sum_over_processes(self._modules.sums.clone())
+        if not write:
+            return
+        tensors = {"values": self.masks.values, "modules": modules}
+        tensors |= {f"sums/{name}": value for name, value in self._sums.items()}
+        adam = self._optimizer.state[self.masks.values]
+        tensors |= {f"adam/{name}": value.reshape(-1) for name, value in adam.items()}
+        for index, window in enumerate(self._windows):
+            tensors |= {f"window/{index}/{name}": value for name, value in window.sums.items()}
+        state = {
+            "steps": self.steps,
+            "history": self.history,
+            "settled": self._settled_in_a_row,
+            "last_plan": self._last_plan.to_dict() if self._last_plan else None,
+            "windows": [[window.start, window.end] for window in self._windows],
+        }
+        write_tensors(Path(folder) / _STATE_FILE, tensors)
+        write_json(Path(folder) / _HISTORY_FILE, state)
+
+    def load_state(self, folder: str | Path) -> None:
+        """Go on from what `save_state` wrote; call it after `start`, in every process.
+
+        Raises:
+            LightPeftError: the folder holds no estimation state, or that of another model.
+        """
+        state = read_json(Path(folder) / _HISTORY_FILE)
+        tensors = read_tensors(Path(folder) / _STATE_FILE)
+        with understandable(folder):
+            self._take_state(state, tensors, folder)
+
+    def _take_state(self, state: dict[str, Any], tensors: dict[str, Tensor], folder: str | Path) -> None:
+        same = tensors["values"].shape == self.masks.values.shape and tensors["modules"].shape[1] == len(self.sites)
+        require(same, f"{folder} holds the estimation state of another model")
+        with torch.no_grad():
+            self.masks.values.copy_(tensors["values"])
+        self._modules.sums.copy_(tensors["modules"] / _processes())
+        for name, value in self._sums.items():
+            value.copy_(tensors[f"sums/{name}"])
+        adam = {name.removeprefix("adam/"): t for name, t in tensors.items() if name.startswith("adam/")}
+        adam["step"] = adam["step"].reshape(())
+        self._optimizer.state[self.masks.values] = {
+            name: t if name == "step" else t.to(self.masks.values.device) for name, t in adam.items()
+        }
+        self.steps, self.history = state["steps"], state["history"]
+        self._settled_in_a_row = state["settled"]
+        self._last_plan = PrunePlan.from_dict(state["last_plan"]) if state["last_plan"] else None
+        names = [*self._sums, "modules"]
+        self._windows = [
+            _Window(start, end, {name: tensors[f"window/{index}/{name}"] for name in names})
+            for index, (start, end) in enumerate(state["windows"])
+        ]
+
+
+class _Window:
+    """Importance sums over the steps from `start` to `end`, on the host."""
+
+    def __init__(self, start: int, end: int, sums: dict[str, Tensor]) -> None:
+        self.start, self.end, self.sums = start, end, sums
+
+
+def stage_length(config: LightConfig, total_steps: int | None) -> int:
+    """Optimizer steps of the stage, at most; `length: auto` may end earlier.
+
+    Raises:
+        LightPeftError: the length needs `total_steps`, or the stage would be longer than the run.
+    """
+    if isinstance(config.length, int):
+        steps = config.length
+    else:
+        if total_steps is None:
+            raise LightPeftError(f"length {config.length} needs the number of steps of the whole run")
+        most = _part(config.max_fraction, total_steps)
+        steps = (
+            most if config.length == "auto" else max(_part(config.length, total_steps), min(config.least_steps, most))
+        )
+    if total_steps is not None:
+        require(
+            steps <= total_steps,
+            f"estimation of {steps} steps is longer than the run of {total_steps}; shorten it or train longer",
+        )
+    return steps
+
+
+def check_examples(config: LightConfig, examples: int) -> None:
+    """Refuse scores of next to nothing: a plan of those is little better than chance.
+
+    Raises:
+        LightPeftError: fewer than `least_examples`.
+    """
+    require(
+        examples >= config.least_examples,
+        f"estimation scores {examples} examples, and from fewer than {config.least_examples} (light.least_examples) no "
+        "plan is to be trusted; raise light.length, or train for longer (training.epochs)",
+    )
+
+
+def _part(fraction: float, total_steps: int) -> int:
+    return max(2, int(fraction * total_steps + 0.5))
+
+
+def plan_overlap(before: PrunePlan, after: PrunePlan) -> float:
+    """How far two plans of equal counts agree: intersection over union of what stays, the least of the kinds."""
+    kinds = [
+        (_units(before, "heads"), _units(after, "heads")),
+        (_units(before, "neurons"), _units(after, "neurons")),
+        (set(before.sites), set(after.sites)),
+    ]
+    return min(len(a & b) / max(len(a | b), 1) for a, b in kinds)
+
+
+def _units(plan: PrunePlan, kind: str) -> set[Any]:
+    return {(index, unit) for index, block in enumerate(plan.blocks) for unit in getattr(block, kind)}
+
+
+def _rank_magnitude(site: Site) -> Tensor:
+    if site.down is None or site.up is None:
+        return torch.ones(site.spec.rank)
+    return scoring.rank_magnitude(site.down, site.up)
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _sum_over_processes(value: Tensor) -> Tensor:
+    if _processes() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    return _sum_over_processes(value) / _processes()

@@ -1,0 +1,59 @@
+"""A hash of the base, by which a plan knows the model that it was made for."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightpeft.models.linears import stored_weight
+from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
+from lightpeft.plans.structure import BlockSpec
+
+
+def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
+    """A hash of the base: names, shapes and a sample of every prunable weight and of the input embeddings.
+
+    Values are sampled at fixed strides and rounded to bfloat16, so a base loaded in float32 and in bfloat16 agree,
+    and a large model takes milliseconds. Of quantised weights the integers count, so a base in 4 bits is another one.
+    """
+    names = [name for block in blocks for name in block.projections.values()]
+    return digest_of(model, ((name, sample(stored_weight(base_linear(model, name)))) for name in names))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the fingerprint reads of a weight."""
+
+    shape: torch.Size
+    values: Tensor
+    """[about 1024], bfloat16."""
+
+
+def sample(weight: Tensor) -> Sample:
+    """What the fingerprint reads of a weight, as a copy that does not hold on to it."""
+    values = weight.flatten()[:: max(1, weight.numel() // 1024)].to(torch.bfloat16).cpu()
+    return Sample(weight.shape, values.clone())
+
+
+def digest_of(model: nn.Module, projections: Iterable[tuple[str, Sample]]) -> str:
+    """The fingerprint of a base whose prunable weights were sampled before; its input embeddings are sampled here."""
+    digest = hashlib.sha256()
+    embeddings = _input_embeddings(transformers_model(model)).detach()
+    for name, taken in itertools.chain(projections, [("input_embeddings", sample(embeddings))]):
+        digest.update(f"{name} {tuple(taken.shape)}".encode())
+        digest.update(taken.values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _input_embeddings(model: PreTrainedModel) -> Tensor:
+    """Weights that the input meets first: embeddings of tokens, of image patches or of sound frames."""
+    try:
+        return next(base_layer(model.get_input_embeddings()).parameters())
+    except NotImplementedError:  # models that read raw sound
+        return next(model.parameters())

@@ -1,0 +1,179 @@
+"""Importance of PEFT modules and ranks, read from what training computes anyway: hooks, no extra matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightpeft.peft_kinds.sites import Site
+from lightpeft.peft_kinds.sites.base import Report
+from lightpeft.plans import scoring
+from lightpeft.plans.structure import BlockSpec
+
+
+class RealTokens:
+    """Which tokens of the batch under way are no padding, for whoever hooks a layer inside the model.
+
+    Padding is known from the `attention_mask` that the model is called with, that of a decoder beside an encoder from
+    `decoder_attention_mask` or, without one, from the labels.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._masks: dict[bool, Tensor | None] = {}
+        self._handle = model.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    def of(self, block: BlockSpec, slot: str | None) -> Tensor | None:
+        """1 for the real tokens that a projection sees, [batch, length]; None: all are real."""
+        return self._masks[_reads_decoder(block, slot)]
+
+    def select(self, states: Tensor, block: BlockSpec, slot: str | None) -> Tensor:
+        """The real tokens of what a projection sees, [..., width] -> [tokens, width]."""
+        rows, mask = states.flatten(0, -2), self.of(block, slot)
+        return rows if mask is None or mask.numel() != len(rows) else rows[mask.flatten().bool()]
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if _reads_options(args, kwargs) and mask is not None:
+            mask = mask.flatten(0, 1)  # as the model flattens what its blocks see
+        self._masks = {False: _token_mask(mask), True: _decoder_mask(kwargs)}
+
+
+class ModuleObserver:
+    """Sums of `||delta_M(x)|| / ||base_M(x)||` over real tokens, per site, on the device, without host copies.
+
+    The norms come from the outputs that the forward pass makes. Only training-mode forward passes with gradients count,
+    and each once: what gradient checkpointing computes again in the backward pass is outside the model's forward.
+    Modules are watched in the passes that count and let alone in the others, where they compute as fast as they can.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        sites: Sequence[Site],
+        blocks: Sequence[BlockSpec],
+        device: torch.device,
+        due: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """
+        Args:
+            due: whether the training step under way counts.
+        """
+        self.sites = list(sites)
+        self._blocks = [blocks[site.spec.block] for site in sites]  # type: ignore[index]
+        self.sums = torch.zeros(2, len(self.sites), device=device)  # ratio sums, token counts
+        self._due, self._counting = due, False
+        self._real = RealTokens(model)
+        self._watching: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | RealTokens] = [
+            self._real,
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def detach(self) -> None:
+        """Take all hooks off the model."""
+        self._watch(False)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # asked here, because reentrant checkpointing switches gradients off inside
+        self._counting = module.training and torch.is_grad_enabled() and self._due()
+        self._watch(self._counting)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # the hooks stay until the next pass: checkpointing has to compute this one again in the same way
+        self._counting = False
+
+    def _watch(self, wanted: bool) -> None:
+        """Put the hooks on the modules, or take them off."""
+        if wanted and not self._watching:
+            for index, site in enumerate(self.sites):
+                self._watching.extend(site.observe(self._adder(index), lambda: self._counting))
+        elif not wanted:
+            for handle in self._watching:
+                handle.remove()
+            self._watching.clear()
+
+    def _adder(self, index: int) -> Report:
+        @torch.no_grad()
+        def add(delta: Tensor, reference: Tensor, scaling: float) -> None:
+            real = self._real.of(self._blocks[index], self.sites[index].spec.slot)
+            ratio, tokens = scoring.module_ratio(delta, reference, real)
+            self.sums[0, index] += ratio * scaling
+            self.sums[1, index] += tokens
+
+        return add
+
+
+def _reads_decoder(block: BlockSpec, slot: str | None) -> bool:
+    """Whether a projection sees the decoder's tokens in an encoder-decoder; cross-attention's k and v do not."""
+    return block.label.startswith("decoder") or (block.label.startswith("cross") and slot not in ("k", "v"))
+
+
+def _reads_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the model reads options of questions, [batch, options, length]."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    return isinstance(ids, Tensor) and ids.dim() == 3
+
+
+def _token_mask(mask: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
+    mask, labels = _token_mask(kwargs.get("decoder_attention_mask")), _token_mask(kwargs.get("labels"))
+    return labels != -100 if mask is None and labels is not None else mask
+
+
+class RankObserver:
+    """Signed rank Taylor terms of the step under way, read from the gradients as they accumulate.
+
+    A hook after each accumulation sees the running sum of the micro-batches, before clipping; the last one before the
+    optimizer step is the whole step's.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = list(sites)
+        self._handles: list[RemovableHandle] = []
+        self._terms: list[Tensor | None] = [None] * (2 * len(self.sites))
+        for index, site in enumerate(self.sites):
+            self._watch(index, site.down, dim=1)
+            self._watch(len(self.sites) + index, site.up, dim=0)
+
+    def _watch(self, position: int, parameter: nn.Parameter | None, dim: int) -> None:
+        if parameter is None:
+            return
+
+        def hook(p: Tensor) -> None:
+            if p.grad is not None:
+                self._terms[position] = scoring.rank_taylor_terms(p.detach(), p.grad, dim)
+
+        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def take_terms(self) -> Tensor:
+        """The step's terms, flat: those of A for the ranks of all sites, then those of B."""
+        device = self.sites[0].device
+        ranks = 2 * [site.spec.rank for site in self.sites]
+        terms = [
+            torch.zeros(rank, device=device) if term is None else term.to(device)
+            for rank, term in zip(ranks, self._terms, strict=True)
+        ]
+        self._terms = [None] * len(self._terms)
+        return torch.cat(terms)
+
+    def detach(self) -> None:
+        """Take all hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

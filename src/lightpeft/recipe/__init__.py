@@ -1,0 +1,1 @@
+"""Light-PEFT from beginning to end, for a loop or a trainer of one's own."""

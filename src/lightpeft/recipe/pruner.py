@@ -1,0 +1,159 @@
+"""`EarlyPruner`: the composable face of Light-PEFT for a model and a training loop of your own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lightpeft.config import Budget, LightConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.models.quantised import prepare_quantised
+from lightpeft.peft_kinds.sites import check_peft, find_sites, restart_sites
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.prune.discovery import ensure_family
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.refit import Batches, Refit, apply_refit, fit_refit
+from lightpeft.prune.surgery import apply_plan, check_budget
+from lightpeft.saved.light_adapter import LightModel, as_light
+
+
+class EarlyPruner:
+    """Estimate, plan, prune: the three steps around any training loop.
+
+    With a `Trainer` (or TRL's): add `callback()`, train, then `prune()`. The callback ends training when the
+    estimation stage is done. With a loop of your own, between `loss.backward()` and `optimizer.step()`:
+
+        pruner.start(total_steps)
+        while not pruner.finished:
+            model(**batch).loss.backward()
+            pruner.step()
+            optimizer.step(); optimizer.zero_grad()
+        light = pruner.prune()          # then make a new optimizer and train on
+    """
+
+    def __init__(self, model: PeftModel, config: LightConfig | None = None) -> None:
+        """
+        Args:
+            model: what `peft.get_peft_model` returned. It is pruned in place by `prune`; the blocks that `config.depth`
+                leaves out are taken out here.
+            config: budget and estimation settings; the default preset if None.
+
+        Raises:
+            LightPeftError: an unsupported model family, PEFT type, or quantisation, or a budget that a quantised layer
+                or the model's depth cannot have.
+        """
+        self.model = model
+        self.config = config or LightConfig()
+        ensure_family(model)
+        prepare_quantised(model)
+        check_peft(model)
+        check_budget(model, self.config)
+        self.estimator = Estimator(model, self.config)
+
+    def callback(self, resume_from: str | Path | None = None) -> EstimationCallback:
+        """A `TrainerCallback` that runs the estimation stage and then stops the trainer.
+
+        Args:
+            resume_from: a trainer checkpoint of an interrupted stage, the same that `train` resumes from.
+        """
+        return EstimationCallback(self.estimator, resume_from)
+
+    def start(self, total_steps: int | None = None) -> None:
+        """Begin the stage in a loop of your own; a fractional length needs the `total_steps` of the whole run."""
+        self.estimator.start(total_steps)
+
+    def step(self, grad_scale: float = 1.0) -> None:
+        """Take in one optimizer step's gradients; `grad_scale` is the scale of a gradient scaler that is still on."""
+        self.estimator.step(grad_scale)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has run its length, or has settled."""
+        return self.estimator.finished
+
+    def record(self) -> EstimationRecord:
+        """The scores, to inspect, to save, or to make other plans from."""
+        return self.estimator.record()
+
+    def plan(self, budget: Budget | None = None) -> PrunePlan:
+        """The plan for a budget (default: the config's)."""
+        return make_plan(self.record(), budget or self.config)
+
+    def prune(self, plan: PrunePlan | None = None, calibration: Batches | None = None) -> LightModel:
+        """Cut the model down to the plan, in place; it stays a `PeftModel` and its `save_pretrained` a light adapter.
+
+        Args:
+            calibration: gives model inputs of some training rows, on the model's device, for `config.refit`; called
+                once or more.
+
+        Make a new optimizer afterwards: the old one holds the parameters from before.
+        """
+        plan = plan or self.plan()
+        self.estimator.stop()
+        return cut(self.model, plan, self.config, calibration)
+
+
+def cut(model: PeftModel, plan: PrunePlan, config: LightConfig, calibration: Batches | None = None) -> LightModel:
+    """Cut a dense model down to a plan, in place, and make up for the loss as the config says.
+
+    Raises:
+        LightPeftError: the plan does not fit, or `config.refit` has no calibration rows to work with.
+    """
+    refit: Refit = {}
+    if config.refit != "none":
+        if calibration is None:
+            raise LightPeftError(f"refit: {config.refit} needs rows; give prune(calibration=...), or set refit to none")
+        rank = config.refit_rank if config.refit == "low_rank" else 0
+        refit = fit_refit(model, plan, calibration, rank)
+    apply_plan(model, plan)
+    apply_refit(model, refit)
+    if config.restart:
+        restart_sites(find_sites(model, plan.specs), config.seed)
+    return as_light(model, plan, refit=refit)
+
+
+class EstimationCallback(TrainerCallback):
+    """Runs an `Estimator` inside a `transformers.Trainer` (or TRL's trainers) and stops the run when it is done."""
+
+    def __init__(self, estimator: Estimator, resume_from: str | Path | None = None) -> None:
+        self.estimator = estimator
+        self.resume_from = resume_from
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the stage, or go on with an interrupted one."""
+        self.estimator.start(state.max_steps)
+        if self.resume_from is not None:
+            self.estimator.load_state(self.resume_from)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take in the step's gradients."""
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        self.estimator.step(scaler.get_scale() if scaler is not None else 1.0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the trainer when the stage is done."""
+        if self.estimator.finished:
+            control.should_training_stop = True
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look for divergence where the trainer waits for the device anyway."""
+        self.estimator.check_finite()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the stage's state into the trainer's checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.estimator.save_state(folder, write=state.is_world_process_zero)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take masks and observers off the model."""
+        self.estimator.stop()

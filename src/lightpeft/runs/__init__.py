@@ -1,0 +1,1 @@
+"""Whole runs in a folder each, what they cost, and grids of them."""

@@ -1,0 +1,464 @@
+"""Plain PEFT beside the light model: speed, memory and FLOPs, each subject in a process of its own, in alternation.
+
+The same batches, padding, batch size and data type go to all. Only one process computes at a time, so that on a noisy
+machine a drift falls on all subjects alike; ratios are taken within rounds.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import multiprocessing
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
+from torch import nn
+from transformers import set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from lightpeft.config import RunConfig
+from lightpeft.console.bars import silent
+from lightpeft.console.progress import StepProgress
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import write_json
+from lightpeft.machine import autocast_dtype
+from lightpeft.models.loading import quiet_libraries
+from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.profiling import (
+    PeakMemory,
+    alternate,
+    count_flops,
+    hardware,
+    kv_cache_bytes,
+    measure_inference,
+    measure_training,
+    ratio,
+    summarize,
+    throughput,
+)
+from lightpeft.recipe.pruner import EarlyPruner
+from lightpeft.runs import pipeline
+from lightpeft.runs.pipeline import Workspace
+from lightpeft.saved.light_adapter import load_light
+from lightpeft.training.prefix import STATES, FrozenPrefix, StateStore, cache_prefix
+
+Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
+"""A model, and the factory of its optimizer."""
+SUBJECTS = ("plain", "estimation", "light")
+"""Plain PEFT on the dense model, the estimation stage, and the pruned model."""
+_INFERRING = ("plain", "light")
+"""Those of them that infer; estimation is a stage of training."""
+_WHAT = {"fixed": "memory and FLOPs"}
+"""Methods of `Subject` as people call what they measure."""
+_MOST = 10_000
+"""Rounds, and batches a round, that are still a measurement."""
+_MEASURED_STEPS = 3
+"""Training steps of the memory measurement: the second allocates nothing new but the optimizer's state."""
+
+
+def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path | None = None) -> dict[str, Any]:
+    """Measure the run of `config` against plain PEFT, and write the result to `json`.
+
+    A run that has not been pruned yet is estimated, planned and pruned first.
+
+    Args:
+        rounds: alternations; medians and quartiles are over rounds.
+        steps: batches a round.
+
+    Returns:
+        By subject: samples/s in training and inference (merged weights where they can be merged), peak
+        memory, FLOPs; ratios to plain PEFT; and the end-to-end time of a whole run computed from the medians,
+        estimation included.
+
+    Raises:
+        LightPeftError: bad input, or a measurement failed.
+        KeyboardInterrupt: stopped; no measurement is kept.
+    """
+    require(rounds >= 1 and steps >= 1, "bench.rounds and bench.steps start at 1")
+    require(max(rounds, steps) <= _MOST, f"bench.rounds and bench.steps can be at most {_MOST:,}")
+    require(json is None or not Path(json).is_dir(), f"--json {json} is a folder; give a file")
+    config = replace(config, method="light")
+    work = pipeline.prepare(config)
+    pipeline.estimate(work)
+    pipeline.plan(work.run)
+    pipeline.prune(work)
+    fixed, training, inference = _measure(config, rounds, steps)
+    report = {
+        "subjects": {
+            name: {
+                **fixed[name],
+                "training_samples_per_second": asdict(summarize(training[name])),
+                **({"inference_samples_per_second": asdict(summarize(inference[name]))} if name in inference else {}),
+            }
+            for name in SUBJECTS
+        },
+        "ratios": _ratios(training, inference, fixed),
+        "end_to_end": _end_to_end(work, training, fixed["light"]["prefix_samples_per_second"]),
+        "rounds": rounds,
+        "steps": steps,
+        "values": {"training": training, "inference": inference},
+        "hardware": hardware(),
+        "config": asdict(config),
+    }
+    write_json(json or work.run.path / "bench.json", report)
+    return report
+
+
+def _measure(
+    config: RunConfig, rounds: int, steps: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], dict[str, list[float]]]:
+    """What does not vary, by subject, and the samples a second of all rounds, in training and in inference."""
+    total = len(SUBJECTS) + rounds * (len(SUBJECTS) + len(_INFERRING))
+    try:
+        with ExitStack() as stack:
+            workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in SUBJECTS}
+            progress = stack.enter_context(StepProgress(total, 0, "measurements"))
+
+            def measuring(what: str, name: str) -> Callable[[], Any]:
+                return partial(_shown, progress, workers[name], what, name)
+
+            fixed = {name: measuring("fixed", name)() for name in SUBJECTS}
+            training = alternate({name: measuring("training", name) for name in SUBJECTS}, rounds)
+            inference = alternate({name: measuring("inference", name) for name in _INFERRING}, rounds)
+    except KeyboardInterrupt as stop:
+        kept = "what was measured is not kept; the same command measures anew, on the run that is pruned already"
+        raise KeyboardInterrupt(f"stopped; {kept}") from stop
+    return fixed, training, inference
+
+
+def _shown(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
+    """A measurement of a subject, shown as one step."""
+    label = f"{name}, {_WHAT.get(what, what)}"
+    progress.begin(label)
+    value = worker.measure(what)
+    fixed = what == "fixed"
+    progress.end(label, f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if fixed else f"{value:,.1f} samples/s")
+    return value
+
+
+class Worker:
+    """A process that holds one subject and measures it when asked."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
+        """
+        Args:
+            make: makes the subject of `arguments` in the process; all of them can be pickled.
+        """
+        context = multiprocessing.get_context("spawn")
+        self._pipe, self._far_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._far_end, make, arguments), daemon=True)
+
+    def __enter__(self) -> Worker:
+        with _without_interrupts():
+            self._process.start()
+        self._far_end.close()  # so that the pipe ends when the process does
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with suppress(OSError):  # it ended already
+            self._pipe.send(None)
+        self._pipe.close()
+        if kind is None or issubclass(kind, Exception):
+            self._process.join(timeout=5)  # it ends when asked to, unless it is in the middle of something
+        self._process.terminate()
+        self._process.join()
+
+    def measure(self, what: str, *arguments: Any) -> Any:
+        """Ask the subject for a measurement by the name of its method, and wait for the answer.
+
+        Raises:
+            LightPeftError: the measurement failed.
+        """
+        try:
+            with suppress(BrokenPipeError):  # it ended, perhaps with a failure to be read
+                self._pipe.send((what, arguments))
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionResetError) as error:
+            raise LightPeftError("a measuring process ended early; is there memory for all models?") from error
+        if isinstance(answer, Failure):
+            raise LightPeftError(f"measuring failed: {answer.reason}")
+        return answer
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside the block leave Ctrl-C to this one, which ends them."""
+    block = getattr(signal, "pthread_sigmask", None)
+    if block is None:  # on Windows
+        yield
+        return
+    before = block(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        block(signal.SIG_SETMASK, before)
+
+
+class Failure:
+    """What a measuring process answers when it cannot measure."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Make the subject once, then answer requests until there is none or the pipe is closed."""
+    quiet_libraries()
+    try:
+        subject = make(*arguments)
+        while request := pipe.recv():
+            what, given = request
+            pipe.send(getattr(subject, what)(*given))
+    except EOFError:
+        return
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error) if isinstance(error, LightPeftError) else traceback.format_exception_only(error)[-1]
+        pipe.send(Failure(" ".join(reason.split())))
+
+
+def by_habit(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
+    """Steps as PEFT, transformers and PyTorch make them."""
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a subject is made and trains; it goes to another process, so that all of it can be pickled."""
+
+    make: Callable[[Workspace], Made]
+    accelerating: Callable[[Workspace, nn.Module], AbstractContextManager[None]] = by_habit
+    """Training is measured inside this context of a run and its model."""
+    masked: bool = False
+    """Whether masks train, in every block, so that none is frozen."""
+    autocast: torch.dtype | None = None
+    """Half precision instead of the run's own."""
+
+
+class Subject:
+    """One subject's model and the batches that all subjects share."""
+
+    def __init__(self, build: str | Build, config: RunConfig, steps: int) -> None:
+        """
+        Args:
+            build: what to measure, or its name in `BUILDS`.
+            steps: batches a measurement.
+        """
+        set_seed(config.seed)
+        self.config = config
+        self.work = pipeline.prepare(config)
+        self.batches = sample_batches(self.work, steps)
+        self.build = BUILDS[build] if isinstance(build, str) else build
+        self.autocast = self.build.autocast or autocast_dtype(config.training)
+        self.model, self.optimizer = self.build.make(self.work)
+        self._folder = tempfile.TemporaryDirectory()
+        self._stored: Sequence[Mapping[str, Any]] | None = None
+        self._prefix_speed: float | None = None
+
+    def fixed(self) -> dict[str, Any]:
+        """Peak memory of training, FLOPs of one batch and size of the KV cache, which do not vary."""
+        with self._as_trained() as batches:
+            with PeakMemory(self.model) as memory:
+                self._train(batches[:_MEASURED_STEPS])
+            largest = max(range(len(batches)), key=lambda index: self.batches[index]["input_ids"].numel())
+            training = count_flops(self.model, batches[largest]).training
+            forward = count_flops(self.model, self.batches[largest]).forward
+        return {
+            "prefix_samples_per_second": self._prefix_speed,
+            "peak_memory_bytes": memory.bytes,
+            "peak_memory_method": memory.method,
+            "flops": {"forward": forward, "training": training},
+            "kv_cache_bytes_per_token": kv_cache_bytes(self.model, self.batches[0]),
+        }
+
+    def training(self) -> float:
+        """Training samples a second: forward, backward, clipping and optimizer step."""
+        with self._as_trained() as batches:
+            return _samples(self.batches) / sum(self._train(batches))
+
+    def inference(self, batch_size: int | None = None, merged: bool = True) -> float:
+        """Inference samples a second.
+
+        Args:
+            batch_size: rows a batch; None: as in training.
+            merged: with PEFT merged into the weights, where that can be done.
+        """
+        model = self._merged if merged else self.model
+        batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
+        return _samples(batches) / sum(measure_inference(model, batches, autocast=self.autocast))
+
+    @cached_property
+    def _merged(self) -> nn.Module:
+        """A copy with PEFT merged into its weights; the model itself where that cannot be done."""
+        if not isinstance(self.model, PeftModel) or self.config.peft != "lora":
+            return self.model
+        return copy.deepcopy(self.model).merge_and_unload()
+
+    @contextmanager
+    def _as_trained(self) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """The batches as training sees them: with the outputs of a frozen prefix, read as a run reads them."""
+        prefix = FrozenPrefix(self.model, blocks=[] if self.build.masked else None)
+        with prefix.attached():
+            if self._stored is None:
+                self._stored = self._store(prefix) or self.batches
+            with self.build.accelerating(self.work, self.model):
+                yield self._stored
+
+    def _store(self, prefix: FrozenPrefix) -> StoredBatches | None:
+        """The batches with their states, and how fast those are computed; None where a run would store none."""
+        settings = pipeline.prefix_cache(self.work, prefix, self.work.steps)
+        if settings is None:
+            return None
+        rows = concatenate_datasets(sample_rows(self.work, len(self.batches)))
+        training, folder = self.config.training, Path(self._folder.name)
+        options: dict[str, Any] = {
+            "batch_size": training.eval_batch_size,
+            "autocast": self.autocast,
+            "progress": silent,
+        }
+        started = time.perf_counter()
+        cached = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
+        self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
+        return StoredBatches(self.batches, cached.store) if cached else None
+
+    def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:
+        training = self.config.training
+        return measure_training(
+            self.model, batches, self.optimizer, autocast=self.autocast, max_grad_norm=training.max_grad_norm
+        )
+
+
+class StoredBatches(Sequence[Mapping[str, Any]]):
+    """Batches that bring the outputs of the frozen prefix, read anew each time as by the collator of a run."""
+
+    def __init__(self, batches: Sequence[Mapping[str, Any]], store: StateStore) -> None:
+        """
+        Args:
+            store: states of the rows of all batches, in their order.
+        """
+        self.batches, self.store = batches, store
+        self.starts = [0, *itertools.accumulate(len(batch["input_ids"]) for batch in batches)]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        batch, rows = self.batches[index], range(self.starts[index], self.starts[index + 1])
+        return {**batch, STATES: self.store.padded(rows, batch["attention_mask"])}
+
+
+def _samples(batches: Sequence[Mapping[str, Any]]) -> int:
+    return sum(len(batch["input_ids"]) for batch in batches)
+
+
+def sample_batches(work: Workspace, steps: int, size: int | None = None) -> list[dict[str, Any]]:
+    """Batches that a run would train on, of similar length, padded to the longest; `size` rows instead of its own."""
+    return [work.collator(rows.to_list()) for rows in sample_rows(work, steps, size)]
+
+
+def sample_rows(work: Workspace, steps: int, size: int | None = None) -> list[Dataset]:
+    """The rows of `sample_batches`, one data set a batch."""
+    size = size or work.config.training.batch_size
+    lengths = work.train_rows["length"][:]
+    sampler = LengthGroupedSampler(size, lengths=lengths, generator=torch.Generator().manual_seed(work.config.seed))
+    order = list(sampler)
+    # the sampler puts the longest batch first; take batches all over the epoch
+    starts = range(0, max(len(order) - size, 0) + 1, size)
+    count = min(steps, len(starts))
+    picked = [starts[index * len(starts) // count] for index in range(count)]
+    return [work.train_rows.select(order[start : start + size]) for start in picked]
+
+
+def _plain(work: Workspace) -> Made:
+    config = work.config
+    return add_peft(pipeline.dense_model(work), replace(config, method="plain")), adamw(work)
+
+
+def _estimation(work: Workspace) -> Made:
+    """The dense model with all PEFT modules, masks and observers on; the masks train in the optimizer's step."""
+    config = work.config
+    model = add_peft(pipeline.dense_model(work), config)
+    pruner = EarlyPruner(model, replace(config.light, length=10**9))
+    pruner.start()
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        made = adamw(work)(parameters)
+        made.register_step_pre_hook(lambda *_: pruner.step())
+        return made
+
+    return model, optimizer
+
+
+def _light(work: Workspace) -> Made:
+    return load_light(work.run.pruned, pipeline.dense_model(work).model, is_trainable=True), adamw(work)
+
+
+BUILDS: dict[str, Build] = {
+    "plain": Build(_plain),
+    "estimation": Build(_estimation, pipeline.accelerating, masked=True),
+    "light": Build(_light, pipeline.accelerating),
+}
+"""Subject -> how it is made and trains."""
+
+
+def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
+    """The factory of the optimizer that a run uses."""
+    training = work.config.training
+    return lambda parameters: torch.optim.AdamW(
+        parameters, lr=float(training.learning_rate), weight_decay=training.weight_decay
+    )
+
+
+def _ratios(
+    training: Mapping[str, list[float]], inference: Mapping[str, list[float]], fixed: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Light over plain PEFT, and estimation over plain PEFT; paired by round where rounds exist."""
+    return {
+        "training_throughput": asdict(ratio(training["light"], training["plain"])),
+        "inference_throughput": asdict(ratio(inference["light"], inference["plain"])),
+        "estimation_throughput": asdict(ratio(training["estimation"], training["plain"])),
+        "peak_memory": fixed["light"]["peak_memory_bytes"] / max(fixed["plain"]["peak_memory_bytes"], 1),
+        "training_flops": fixed["light"]["flops"]["training"] / fixed["plain"]["flops"]["training"],
+        "inference_flops": fixed["light"]["flops"]["forward"] / fixed["plain"]["flops"]["forward"],
+    }
+
+
+def _end_to_end(work: Workspace, training: Mapping[str, list[float]], prefix_speed: float | None) -> dict[str, float]:
+    """Seconds of whole runs of equal steps, from the medians; light counts estimation, surgery and its prefix cache.
+
+    Args:
+        prefix_speed: rows a second that the frozen prefix is computed for; None: it is not stored.
+    """
+    step_seconds = {
+        name: work.config.training.batch_size * work.config.training.gradient_accumulation / summarize(values).median
+        for name, values in training.items()
+    }
+    estimation_steps = EstimationRecord.load(work.run.estimation).meta["steps"]
+    surgery = work.run.stage_seconds().get("prune", 0.0)
+    estimation = estimation_steps * step_seconds["estimation"]
+    caching = len(work.train_rows) / prefix_speed if prefix_speed else 0.0
+    light = estimation + surgery + caching + (work.steps - estimation_steps) * step_seconds["light"]
+    plain = work.steps * step_seconds["plain"]
+    return {
+        "steps": work.steps,
+        "estimation_steps": estimation_steps,
+        "plain_seconds": plain,
+        "light_seconds": light,
+        "light_estimation_seconds": estimation,
+        "light_caching_seconds": caching,
+        "light_over_plain": light / plain,
+    }

@@ -1,0 +1,25 @@
+"""Grids of runs over models, tasks, methods and seeds, and the one table of them: `lightpeft reproduce`."""
+
+from lightpeft.runs.reproduce.grid import Cell, Grid, load_grid, selected
+from lightpeft.runs.reproduce.methods import METHODS, Method
+from lightpeft.runs.reproduce.running import reproduce
+from lightpeft.runs.reproduce.summary import Results, Row, summarize
+from lightpeft.runs.reproduce.tables import csv_table, latex_table, markdown_table, rich_table, write_results
+
+__all__ = [
+    "METHODS",
+    "Cell",
+    "Grid",
+    "Method",
+    "Results",
+    "Row",
+    "csv_table",
+    "latex_table",
+    "load_grid",
+    "markdown_table",
+    "reproduce",
+    "rich_table",
+    "selected",
+    "summarize",
+    "write_results",
+]

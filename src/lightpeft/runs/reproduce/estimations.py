@@ -1,0 +1,28 @@
+"""Cells of a grid that differ in nothing that estimation depends on share one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightpeft.runs.reproduce.grid import Cell
+from lightpeft.runs.reuse import copy_estimation, estimation_settings
+
+
+def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
+    """Give a cell the estimation of another one that has the same; its time and memory count for both.
+
+    Returns:
+        The name of the other cell; None where the cell has an estimation, needs none, or nobody has it.
+
+    Raises:
+        LightPeftError: it cannot be copied.
+    """
+    if cell.config.method != "light" or cell.run.has("estimate"):
+        return None
+    wanted = estimation_settings(cell.config)
+    for other in others:
+        done = other.run.has("estimate") and "estimate" in other.run.finished_stages()
+        if done and estimation_settings(other.config) == wanted:
+            copy_estimation(other.run, cell.run, other.name)
+            return other.name
+    return None

@@ -1,0 +1,403 @@
+"""Light adapters: a plan and PEFT weights in one small folder, over a base that is never written to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightpeft.errors import require
+from lightpeft.files import (
+    check_file,
+    content_checksum,
+    file_checksum,
+    read_json,
+    read_tensors,
+    replacing_folder,
+    understandable,
+    write_json,
+    write_text,
+)
+from lightpeft.files.foreign import check_folder
+from lightpeft.models.families import block_specs
+from lightpeft.models.quantised import prepare_quantised
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import hide_config, own_adapter
+from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.structure import BlockSpec
+from lightpeft.profiling import versions
+from lightpeft.prune.discovery import ensure_family
+from lightpeft.prune.fingerprint import fingerprint
+from lightpeft.prune.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.bases import BaseFacts, base_facts, check_parts, load_base
+from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
+from lightpeft.saved.streaming import Stream
+from lightpeft.saved.whole_model import per_layer_config, settle
+
+DESCRIPTION = "lightpeft.json"
+_REFIT_FILE = "refit.safetensors"
+_FILES = ("adapter_config.json", "adapter_model.safetensors", _REFIT_FILE)
+"""What is in the folder besides the description, as far as it is there."""
+
+
+class LightModel(PeftModel):
+    """A pruned `PeftModel`. It trains, generates and merges as one; `save_pretrained` writes a light adapter."""
+
+    light_plan: PrunePlan
+    """Which units of the dense base are here."""
+    light_refit: Refit
+    """Corrections of its projections that are merged into their weights; empty without a refit."""
+    light_metrics: dict[str, Any]
+    """What was measured of this model; saved with it."""
+    light_task: dict[str, Any]
+    """How inputs are read (task kind, columns, length); saved with it, empty if unknown."""
+
+    def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:
+        """Write a light adapter: PEFT's own two files, `lightpeft.json`, a model card and, after a refit, that.
+
+        Where anything of the base is cut, PEFT's own loader refuses the folder (`sites.hide_config`). The reference of
+        one of TRL's trainers, beside the adapter, is not written.
+
+        Raises:
+            LightPeftError: there are other adapters, or the folder cannot be written (for example: disk full); no file
+                is half-written.
+        """
+        require(kwargs.get("safe_serialization", True), "a light adapter is written as safetensors, never as pickle")
+        name = own_adapter(self)
+        selected = kwargs.pop("selected_adapters", None) or [name]
+        several = f"a light adapter has one adapter, {name}; it cannot be saved with {', '.join(selected)}"
+        require(list(selected) == [name], several)
+        if not is_main_process:
+            return
+        with replacing_folder(save_directory) as temporary:
+            super().save_pretrained(str(temporary), selected_adapters=[name], **kwargs)
+            _move_up(temporary / name)
+            if self.light_plan.removed_parameters or self.light_refit:
+                hide_config(temporary)
+            if self.light_refit:
+                save_file(refit_tensors(self.light_refit), temporary / _REFIT_FILE)
+            (temporary / "README.md").write_text(model_card(self, *_CARD), encoding="utf-8")
+            write_json(temporary / DESCRIPTION, _description(self, temporary))
+        if not self.light_refit:
+            (Path(save_directory) / _REFIT_FILE).unlink(missing_ok=True)  # of what was saved here before
+
+    def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's `load_adapter`, of weights for the units that are here, as in a trainer's checkpoint of this model.
+
+        Raises:
+            LightPeftError: they are a light adapter's with another plan.
+        """
+        folder = Path(model_id)
+        if (folder / DESCRIPTION).is_file():
+            with understandable(folder / DESCRIPTION):
+                plan = PrunePlan.from_dict(read_description(folder)["plan"])
+            other = f"{folder} is for other units of the base than are here; load_light(folder) gives its own"
+            require(plan == self.light_plan, other)
+        return super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """PEFT's `merge_and_unload`: a plain transformers model, pruned, that saves itself so that it can be loaded.
+
+        If its layers are all equally wide and its config can say so, by transformers; else by `load_merged`.
+        """
+        return self._settled(self.base_model.merge_and_unload(*args, **kwargs))
+
+    def unload(self) -> PreTrainedModel:
+        """PEFT's `unload`: the same without the adapter, the pruned base alone."""
+        return self._settled(self.base_model.unload())
+
+    def _settled(self, whole: PreTrainedModel) -> PreTrainedModel:
+        settle(whole, self.light_plan, {**facts_of(self), "metrics": {}})  # which it need not have any more
+        return whole
+
+
+def _move_up(folder: Path) -> None:
+    """Move the files of an adapter that is not called "default" to where PEFT writes those of one that is."""
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.replace(folder.parent / file.name)
+        folder.rmdir()
+
+
+def save_metrics(model: LightModel, folder: str | Path) -> None:
+    """Write what was measured of a light model into where it is saved; no weight is written again.
+
+    Raises:
+        LightPeftError: there is no light adapter, or it cannot be written.
+    """
+    file = Path(folder) / DESCRIPTION
+    write_json(file, {**read_json(file), "metrics": model.light_metrics})
+    write_text(Path(folder) / "README.md", model_card(model, *_CARD))
+
+
+def as_light(
+    model: PeftModel,
+    plan: PrunePlan,
+    metrics: dict[str, Any] | None = None,
+    task: dict[str, Any] | None = None,
+    refit: Refit | None = None,
+) -> LightModel:
+    """Make a pruned `PeftModel` one that saves itself as a light adapter; same object, same weights."""
+    kind = type(model)
+    if not issubclass(kind, LightModel):
+        # the model keeps its own class (for sequence classification, causal LM, ...) with `save_pretrained` before it
+        model.__class__ = type(f"Light{kind.__name__}", (LightModel, kind), {})
+    light = cast(LightModel, model)
+    light.light_plan = plan
+    light.light_refit = dict(refit or {})
+    light.light_metrics = dict(metrics or {})
+    light.light_task = dict(task or {})
+    return light
+
+
+def load_light(
+    folder: str | Path,
+    base: str | Path | PreTrainedModel | None = None,
+    *,
+    is_trainable: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    low_memory: bool = False,
+) -> LightModel:
+    """Load a light adapter over a fresh base.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        base: name or folder of the base, or the dense model itself, which is then pruned in place;
+            None: the base that the adapter names.
+        is_trainable: go on training; else the weights are frozen and the model is in eval mode.
+        dtype: of the base weights when they are loaded here; "auto": as it was when the adapter was saved.
+        device: where to put the model; None: where the base is.
+        attention: attention backend; None: the one the base would use.
+        trust_remote_code: run Python code that comes with the base, if it needs any.
+        allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
+        low_memory: read the base from disk one tensor at a time and keep only what the plan keeps, so that memory holds
+            the pruned model and one tensor, never the dense model; for unquantised bases in safetensors files.
+
+    Raises:
+        LightPeftError: a file is missing, altered, or of a newer schema; or the base is another one, or not of the kind
+            that `low_memory` can read. No partial load.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    with understandable(folder / DESCRIPTION):
+        plan = PrunePlan.from_dict(description["plan"])
+        metrics, task = (dict(description[name]) for name in ("metrics", "task"))
+    saved = base_facts(description, folder / DESCRIPTION)
+    config = read_adapter(folder, explicit=True)
+    live = cast(PreTrainedModel, base) if isinstance(base, nn.Module) else None
+    stream = _stream(live, saved, plan, folder, device) if low_memory else None
+    if live is None:
+        place = replace(saved.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+        dense, lacking = load_base(saved, place, dtype=dtype, attention=attention, stream=stream)
+    else:
+        dense, lacking = live, []
+    _check_base(dense, saved, plan, folder, stream)
+    _check_brought(lacking, config, folder)
+    prepare_quantised(dense)
+    _check_tensors(dense, plan, config, folder)
+    apply_plan(dense, plan)
+    if stream is not None:
+        stream.fill(dense)
+    refit = _read_refit(folder) if _REFIT_FILE in description["checksums"] else {}
+    apply_refit(dense, refit)
+    model = load_adapter(dense, folder, config, is_trainable)
+    if not is_trainable:
+        model.eval()
+    return as_light(model if device is None else model.to(device), plan, metrics, task, refit)
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """`lightpeft.json` of a light adapter, after the checksums of all its files have been verified.
+
+    Raises:
+        LightPeftError: not a light adapter, a file is missing or altered, or a newer schema.
+    """
+    folder = Path(folder)
+    require(folder.is_dir(), f"light adapter folder {folder} does not exist")
+    require((folder / DESCRIPTION).is_file(), f"{folder} is not a light adapter: it has no {DESCRIPTION}")
+    check_folder(folder)
+    description = read_json(folder / DESCRIPTION)
+    with understandable(folder / DESCRIPTION):
+        expected = dict(description["checksums"])
+        first = description["schema_version"] == 1  # had no checksum that `read_json` could compare
+        own = expected.pop(DESCRIPTION) if first else None
+    require(not first or own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
+    check_parts(description, folder / DESCRIPTION)
+    for name, checksum in expected.items():
+        check_file(folder, name, checksum)
+    return description
+
+
+def _read_refit(folder: Path) -> Refit:
+    """The corrections of a light adapter."""
+    file = folder / _REFIT_FILE
+    with understandable(file):
+        return refit_of_tensors(read_tensors(file))
+
+
+def _description(model: LightModel, folder: Path) -> dict[str, Any]:
+    checksums = {name: file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
+    return {**facts_of(model), "checksums": checksums}
+
+
+def facts_of(model: LightModel) -> dict[str, Any]:
+    """What is written down of a light model beside its weights: base, plan, task, metrics, versions."""
+    inner = transformers_model(model)
+    config = inner.config
+    return {
+        "base": {
+            "id": getattr(config, "_name_or_path", ""),
+            "revision": getattr(config, "_commit_hash", None),
+            "model_type": config.model_type,
+            "architecture": type(inner).__name__,
+            "dtype": str(inner.dtype).removeprefix("torch."),
+            "fingerprint": model.light_plan.fingerprint,
+            "config": _head_settings(config),
+            "gguf_file": getattr(inner, "light_gguf_file", None),
+            "quantisation": _quantisation(config),
+        },
+        "plan": model.light_plan.to_dict(),
+        "per_layer_config": per_layer_config(config.model_type, model.light_plan),
+        "task": model.light_task,
+        "metrics": model.light_metrics,
+        "versions": versions(),
+    }
+
+
+def _head_settings(config: transformers.PretrainedConfig) -> dict[str, Any]:
+    """Config values that the task set and the base's own config does not have."""
+    settings = {"pad_token_id": config.pad_token_id} if hasattr(config, "pad_token_id") else {}
+    if any("Classification" in name for name in getattr(config, "architectures", None) or ()) or config.id2label:
+        settings["id2label"] = {str(index): label for index, label in config.id2label.items()}
+    return settings
+
+
+def _quantisation(config: transformers.PretrainedConfig) -> dict[str, Any] | None:
+    """How the base was quantised, in transformers' own words."""
+    settings = getattr(config, "quantization_config", None)
+    return json.loads(settings.to_json_string(use_diff=False)) if settings is not None else None
+
+
+def _stream(
+    live: PreTrainedModel | None,
+    saved: BaseFacts,
+    plan: PrunePlan,
+    folder: Path,
+    device: str | torch.device | None,
+) -> Stream:
+    """What reads the base one tensor at a time; refuses at once what cannot be read so."""
+    require(
+        live is None, "low_memory reads the base from disk, and base= is a model in memory: load without low_memory"
+    )
+    kind = "quantised" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
+    require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
+    return Stream(plan, lambda model: _check_blocks(model, saved, plan, folder), device)
+
+
+def _check_base(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, folder: Path, stream: Stream | None) -> None:
+    """Refuse a base other than the one the plan was made for, before anything is cut."""
+    blocks = _check_blocks(dense, saved, plan, folder)
+    found = fingerprint(dense, blocks) if stream is None else stream.fingerprint(dense, blocks)
+    require(found == plan.fingerprint, _another_base(folder))
+
+
+def _check_blocks(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, folder: Path) -> list[BlockSpec]:
+    """Refuse a base of another structure, whatever its weights."""
+    plain = isinstance(dense, PreTrainedModel)
+    require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
+    require(len({saved.model_type, dense.config.model_type}) == 1, _another_base(folder))
+    ensure_family(dense)
+    blocks = block_specs(dense)
+    same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
+    require(same, _another_base(folder))
+    return blocks
+
+
+def _another_base(folder: Path) -> str:
+    return (
+        f"{folder} belongs to another base: the weights given are not the ones it was made for; "
+        "pass the original base, in the same revision and, if it was quantised, in the same bits"
+    )
+
+
+def _check_brought(lacking: Sequence[str], config: PeftConfig, folder: Path) -> None:
+    """Refuse a base that lacks weights which the adapter does not bring: they would be random."""
+    brought = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
+    random = [name for name in lacking if not any(module in f".{name}." for module in brought)]
+    require(
+        not random,
+        f"the base of {folder} has no weights for {', '.join(random[:3])}, and the adapter brings none, so that its "
+        "answers would be random; give the base that it was trained on",
+    )
+
+
+def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, folder: Path) -> None:
+    """Compare the tensors in the file with those that the model will have, before anything is cut."""
+    skeleton = skeleton_of(dense)
+    apply_plan(skeleton, plan)
+    check_fit(skeleton, config, folder)
+
+
+def _content_checksum(description: dict[str, Any]) -> str:
+    """SHA-256 of everything in a `lightpeft.json` of version 1 but the checksums themselves."""
+    return content_checksum({k: value for k, value in description.items() if k not in ("checksums", "schema_version")})
+
+
+_CARD = (
+    "Light adapter",
+    "A task over an untouched base: PEFT weights and the plan of which attention heads and FFN neurons the task needs",
+    "load_light",
+)
+"""Title, description and loader of a light adapter."""
+
+
+def model_card(model: LightModel, title: str, what: str, loader: str) -> str:
+    """The text of README.md beside saved weights.
+
+    Args:
+        what: is in the folder.
+        loader: name of the function of lightpeft that reads it.
+    """
+    base = getattr(transformers_model(model).config, "_name_or_path", "") or "the base"
+    # a local path is of no use to a reader elsewhere, and not a valid hub id
+    front = "" if Path(base).exists() else f"base_model: {base}\n"
+    metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"
+    return f"""---
+library_name: lightpeft
+{front}tags: [lightpeft, peft, lora, pruning]
+---
+
+# {title}
+
+{what}
+(Light-PEFT, Gu et al., Findings of ACL 2024).
+
+    from lightpeft import {loader}
+    model = {loader}("this folder")
+
+{model.light_plan.summary()}.
+
+## Metrics
+
+{metrics}
+
+## Plan
+
+```
+{model.light_plan}
+```
+"""

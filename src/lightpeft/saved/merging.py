@@ -1,0 +1,142 @@
+"""A light model that stands on its own: pruned weights with PEFT merged into them, in a folder that needs no base.
+
+Where all layers are equally wide and the family's config can say so, the folder is *native*: a checkpoint like any
+other, for transformers and all that reads such. Else a plan beside the weights says it, and `load_merged` is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightpeft.config import ModelConfig
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import check_file, read_json, understandable
+from lightpeft.files.foreign import check_folder, parsing, read_config
+from lightpeft.models.loading import check_checkpoint, with_reader
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.discovery import ensure_family
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.bases import architecture_of, base_facts, check_parts
+from lightpeft.saved.light_adapter import LightModel, facts_of, model_card
+from lightpeft.saved.whole_model import MERGED, check_mergeable, native_config, save_whole, settle
+
+_CARD = (
+    "Pruned model",
+    "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it",
+    "load_merged",
+)
+
+
+def save_merged(
+    model: LightModel,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    overwrite: bool = False,
+) -> bool:
+    """Write a light model as whole weights: what transformers saves, with `merged.json` and a model card beside it.
+
+    The model stays as it is; a copy of it is merged, which takes its memory once more.
+
+    Args:
+        folder: new or empty.
+        tokenizer: to be saved with it.
+        overwrite: the folder may also hold a merged light model, which goes with all that is in it.
+
+    Returns:
+        Whether the folder is native: transformers alone loads it.
+
+    Raises:
+        LightPeftError: its PEFT modules cannot be merged, the base is quantised, or the folder cannot be written;
+            nothing is half-written.
+    """
+    folder = Path(folder)
+    merged = (folder / MERGED).is_file()
+    instead = "a new folder, or overwrite what is there (--overwrite)" if merged else "a new folder"
+    free = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and merged)
+    require(free, f"{folder} is not empty; give {instead}")
+    check_mergeable(transformers_model(model).config)
+    try:
+        whole = copy.deepcopy(model).merge_and_unload()
+    except RuntimeError as error:  # of PEFT: biases of LoRA, say, on a layer without one
+        reason = " ".join(str(error).split())[:200]
+        raise LightPeftError(f"this model cannot be merged; keep the light adapter: {reason}") from error
+    native = native_config(whole, model.light_plan) is not None
+    facts = {**facts_of(model), "native": native}
+    save_whole(whole, facts, folder, tokenizer=tokenizer, card=model_card(model, *_CARD), alone=True)
+    return native
+
+
+def load_merged(
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attention: str | None = None,
+) -> PreTrainedModel:
+    """Load what `save_merged` wrote: a plain transformers model, pruned, in evaluation mode.
+
+    The weights go straight into the cut layers, so that memory never holds the dense model. `model.light_plan` says
+    which units of it are here.
+
+    Args:
+        dtype: of the weights; "auto": as they were saved.
+        device: where to put the model; None: the CPU.
+        attention: attention backend; None: the one the base would use.
+
+    Raises:
+        LightPeftError: a file is missing, damaged or of a newer schema, or the weights are not those of the plan.
+    """
+    folder = Path(folder)
+    description = read_merged(folder)
+    facts = {name: value for name, value in description.items() if name not in ("schema_version", "checksums")}
+    with understandable(folder / MERGED):
+        plan, native = PrunePlan.from_dict(description["plan"]), bool(description["native"])
+    saved = base_facts(description, folder / MERGED)
+    of_base = read_config(folder / "config.json").get("model_type") == saved.model_type
+    require(of_base, f"{folder / 'config.json'} is of another family than {MERGED} says")
+    architecture = architecture_of(saved, "install the version that it was saved with")
+
+    def read(model: PreTrainedModel, *rest: Any) -> Any:
+        if not native:
+            ensure_family(model)
+            apply_plan(model, plan)
+        return architecture._load_pretrained_model(model, *rest)
+
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    with parsing(f"{folder} cannot be loaded"):
+        model, info = with_reader(architecture, read).from_pretrained(
+            str(folder),
+            dtype=dtype,
+            output_loading_info=True,
+            **check_checkpoint(ModelConfig(name=str(folder)), weights=True),
+            **options,
+        )
+    astray = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+    require(not astray, f"the weights in {folder} are not those of its plan: {', '.join(astray[:3])}")
+    settle(model, plan, {**facts, "metrics": {}})  # which are those from before it is trained on
+    return model.eval() if device is None else model.eval().to(device)
+
+
+def read_merged(folder: str | Path) -> dict[str, Any]:
+    """`merged.json` of a folder: base, plan, task, metrics and versions of the light model it was.
+
+    Raises:
+        LightPeftError: it has none, or one that is damaged or of a newer schema; or there is no config beside it.
+    """
+    for name in (MERGED, "config.json"):  # transformers would go on without its config
+        require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
+    check_folder(Path(folder))
+    description = read_json(Path(folder) / MERGED)
+    with understandable(Path(folder) / MERGED):
+        checksums = dict(description["checksums"] if description["schema_version"] > 1 else {})  # version 1 had none
+    check_parts(description, Path(folder) / MERGED)
+    for name, checksum in checksums.items():
+        check_file(Path(folder), name, checksum)
+    return description

@@ -1,0 +1,154 @@
+"""PEFT adapters in folders that anybody may have made: checked before PEFT believes them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files.foreign import check_folder, parsing
+from lightpeft.files.limits import limited
+from lightpeft.peft_kinds.sites import read_config
+
+WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+_ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model", "layer_replication")
+"""Settings by which PEFT imports modules, reads other files or loads other models, or copies layers."""
+_LARGEST = 2**20
+"""What ranks and other counts of an adapter may be; seeds may be larger."""
+_NAME = re.compile(r"[\w.-]+")
+"""What modules are called, in place of expressions that match such names."""
+_SECONDS = 2.0
+"""CPU time for finding an adapter's modules, and as much again for every thousand modules of the model."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_adapter(folder: Path, *, explicit: bool = False, allow_pickle: bool = False) -> PeftConfig:
+    """The configuration of the adapter in a folder, light or as PEFT writes it.
+
+    Args:
+        explicit: modules are named one by one, as surgery leaves them, not by expressions.
+        allow_pickle: the weights may be pickled; they are then still read as weights alone.
+
+    Raises:
+        LightPeftError: it cannot be read, asks for what is elsewhere, or has no weights beside it.
+    """
+    check_folder(folder)
+    with parsing(f"{folder} is not a readable PEFT adapter"):
+        config = read_config(folder, light=explicit)
+        settings = vars(config)
+        _check_settings(settings, folder)
+        if explicit:
+            _check_names(settings, folder)
+    pickled = not (folder / WEIGHTS).is_file() and (folder / _PICKLED).is_file()
+    require(
+        allow_pickle or not pickled,
+        f"{folder} has its weights pickled ({_PICKLED}), not as safetensors; save it again, or if you trust its "
+        "author: allow_pickle",
+    )
+    require(pickled or (folder / WEIGHTS).is_file(), f"{folder} is incomplete: {WEIGHTS} is missing")  # no hub name
+    return config
+
+
+def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
+    for name in _ELSEWHERE:
+        require(not settings.get(name), f"{folder} is an adapter with {name}, which lightpeft does not load")
+    saved = settings.get("modules_to_save") or ()
+    named = isinstance(saved, (list, tuple, set)) and all(isinstance(name, str) for name in saved)
+    require(named, f"{folder}: modules_to_save of an adapter is a list of names of modules")
+    for name, value in _numbers(settings):
+        usual = value <= _LARGEST or "seed" in name or "key" in name
+        require(usual, f"{folder} says {name} is {value:,}, and no adapter has more than {_LARGEST:,}")
+
+
+def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in settings.items():
+        for each in value.values() if isinstance(value, dict) else [value]:
+            if isinstance(each, int):
+                yield name, each
+
+
+def _check_names(settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse expressions in the place of names: PEFT would match them, however long that takes."""
+    for setting, value in settings.items():
+        if not setting.endswith(("_modules", "_pattern", "modules_to_save")) or not value:
+            continue
+        plain = not isinstance(value, str) and all(isinstance(name, str) and _NAME.fullmatch(name) for name in value)
+        require(plain, f"{folder}: {setting} of a light adapter is a list of names of modules")
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, config: PeftConfig, is_trainable: bool = False) -> PeftModel:
+    """Put an adapter onto a model.
+
+    Raises:
+        LightPeftError: it does not fit; the model is then of no more use.
+    """
+    with parsing(f"{folder} does not fit its base"):
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable, config=config)
+
+
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A model like this one, without storage."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+def check_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, exact: bool = True) -> None:
+    """Compare the tensors of an adapter with those that it will have on a model, before any are made.
+
+    Args:
+        skeleton: a model as `skeleton_of` gives it; of no more use afterwards.
+        exact: there are no more tensors than the model will have; else more are PEFT's to judge, which saves embeddings
+            at times, and pickled ones are not looked at.
+
+    Raises:
+        LightPeftError: they are others, or finding the modules takes too long.
+    """
+    try:
+        expected = _expected(skeleton, config, folder)
+    except LightPeftError as error:
+        # some of PEFT's kinds look at values, which are not there
+        if exact or not isinstance(error.__cause__, RuntimeError):
+            raise
+        return
+    if not exact and not (folder / WEIGHTS).is_file():
+        return
+    found = _found(folder)
+    _report_difference(sorted(expected.keys() - found), f"{folder} does not fit its base: it lacks tensors")
+    if exact:
+        _report_difference(sorted(found.keys() - expected), f"{folder} has tensors that fit nowhere")
+    other = sorted(name for name, shape in expected.items() if found[name] != shape)
+    _report_difference(other, f"{folder} does not fit its base: tensors of another shape")
+
+
+def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Shapes:
+    config = copy.deepcopy(config)
+    config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
+    config.inference_mode = True
+    seconds = _SECONDS * (1 + sum(1 for _ in skeleton.modules()) / 1000)
+    with (
+        limited(f"{folder}: finding the modules of the adapter", seconds),
+        parsing(f"{folder} does not fit its base"),
+        torch.device("meta"),
+    ):
+        tensors = get_peft_model_state_dict(get_peft_model(skeleton, config))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _found(folder: Path) -> Shapes:
+    with parsing(f"{folder / WEIGHTS} cannot be read"), safe_open(folder / WEIGHTS, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+
+def _report_difference(names: Sequence[str], what: str) -> None:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    require(not names, f"{what}: {names[0] if names else ''}{more}")

@@ -1,0 +1,374 @@
+"""The folder of a run: where each stage leaves its result, and whether it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from lightpeft.config import READ_BY_PLANS, SWITCHES, Method, RunConfig, run_config_from_dict
+from lightpeft.config.validation import from_dict, parse_yaml
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import (
+    append_line,
+    check_free,
+    clean,
+    holding,
+    is_own_file,
+    read_json,
+    read_text,
+    understandable,
+    write_text,
+)
+from lightpeft.machine import processes
+from lightpeft.saved.light_adapter import DESCRIPTION
+from lightpeft.training.trainer import last_checkpoint
+
+_CONFIG = "config.yaml"
+_RESULT_FILES: dict[Method, str] = {"light": DESCRIPTION, "plain": "adapter_config.json", "full": "config.json"}
+"""The file that is written last of what training leaves."""
+_RESULTS = (
+    "metrics.json",
+    "bench.json",
+    "adapter",
+    "model",
+    "pruned",
+    "plan.json",
+    "estimation",
+    "checkpoints",
+    "log.jsonl",
+)
+"""All that a run leaves in its folder beside its config; later results first."""
+_UNUSED: dict[Method, tuple[str, ...]] = {
+    "light": ("training.full_learning_rate",),
+    "plain": ("light.", "training.full_learning_rate"),
+    "full": ("light.", "peft", "lora.", "bottleneck.", "training.learning_rate"),
+}
+"""Beginnings of the names of settings that a method has no use for."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk. A stage is done when its result is there; every result appears whole or not at all."""
+
+    path: Path
+    config: RunConfig
+    replan: bool = False
+    """Whether the budget may be another one than that of the folder, as long as nothing was pruned by that one."""
+
+    @classmethod
+    def open(cls, config: RunConfig, replan: bool = False, overwrite: bool = False) -> RunFolder:
+        """The run of `config` in its output folder, new or to be resumed; nothing is written before `begin`.
+
+        Args:
+            replan: accept another budget than the folder's, as long as nothing was pruned by that one.
+            overwrite: accept the run of another config, to be removed by `start_anew`.
+
+        Raises:
+            LightPeftError: the folder holds something else, or the run of another config.
+        """
+        run = cls(Path(config.output), config, replan)
+        require(not run.path.exists() or run.path.is_dir(), f"output {run.path} is a file; give a folder")
+        if processes().is_main_process:
+            check_free(run.path)
+        if overwrite:
+            run._differing()  # which refuses what is no run
+        else:
+            run._check_same()
+        return run
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block no other process works in the folder, which is there with its config in it.
+
+        To be entered when all input has been found good. What killed processes left half-written is removed. Of several
+        processes of one run the main one holds it.
+
+        Raises:
+            LightPeftError: another process holds the folder or has made it the run of another config, or it cannot be
+                written.
+        """
+        state = processes()
+        with holding(self.path) if state.is_main_process else nullcontext():
+            if state.is_main_process:
+                clean(self.path)
+                self._write_config()
+            state.wait_for_everyone()
+            yield
+
+    def begin(self) -> None:
+        """Make the folder and store the config in it, and no more.
+
+        Raises:
+            LightPeftError: as `held`.
+        """
+        with self.held():
+            pass
+
+    def _check_same(self) -> None:
+        """Refuse a folder that holds something else, or the run of another config."""
+        differing = self._differing()
+        require(
+            not differing,
+            f"output {self.path} is the run of another config (it differs in {', '.join(differing)}); give another "
+            "output, the same settings to go on, or run --overwrite to begin anew",
+        )
+
+    def _differing(self) -> list[str]:
+        """Names of settings in which the folder is the run of another config; refuses what is no run."""
+        if not (self.path / _CONFIG).exists():
+            empty = not self.path.is_dir() or all(map(is_own_file, self.path.iterdir()))
+            require(empty, f"output {self.path} is not empty and not a run; give a new folder")
+            return []
+        try:
+            stored = stored_config(self.path)
+        except LightPeftError as error:
+            raise LightPeftError(f"output {self.path} is not a run, or its {_CONFIG} was edited: {error}") from error
+        return _differences(stored, self.config, skip_budget=self.replan and not self.has("prune"))
+
+    def start_anew(self) -> None:
+        """Remove the results of a run of another config, and no other file; that of the same config goes on.
+
+        Raises:
+            LightPeftError: another process holds the folder, or it is not the folder of a run.
+        """
+        state = processes()
+        if state.is_main_process and self._differing():
+            with holding(self.path):
+                if self._differing():  # still: somebody may have been here since
+                    for name in _RESULTS:
+                        _remove(self.path / name)
+                    write_text(self.path / _CONFIG, _signed(to_yaml(self.config)))
+        state.wait_for_everyone()
+
+    def _write_config(self) -> None:
+        self._check_same()  # once more: somebody may have been here since
+        file, text = self.path / _CONFIG, _signed(to_yaml(self.config))
+        if not file.exists():
+            write_text(file, text, new=True)
+        elif read_text(file) != text:
+            write_text(file, text)
+
+    @property
+    def estimation(self) -> Path:
+        """Scores, and in `adapter/` the PEFT weights at the end of the stage."""
+        return self.path / "estimation"
+
+    @property
+    def plan(self) -> Path:
+        """Which units stay."""
+        return self.path / "plan.json"
+
+    @property
+    def pruned(self) -> Path:
+        """The light adapter before fine-tuning."""
+        return self.path / "pruned"
+
+    @property
+    def adapter(self) -> Path:
+        """The result: a light adapter (method light) or a PEFT adapter (method plain)."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The result of method full: a transformers model with its tokenizer."""
+        return self.path / "model"
+
+    @property
+    def result(self) -> Path:
+        """What training leaves, by the run's method."""
+        return self.model if self.config.method == "full" else self.adapter
+
+    @property
+    def metrics(self) -> Path:
+        """What was measured of the result."""
+        return self.path / "metrics.json"
+
+    @property
+    def log(self) -> Path:
+        """Losses and stage times, one JSON object a line."""
+        return self.path / "log.jsonl"
+
+    def checkpoints(self, stage: str) -> Path:
+        """Where a stage's trainer checkpoints go while it runs."""
+        return self.path / "checkpoints" / stage
+
+    def last_checkpoint(self, stage: str) -> Path | None:
+        """The newest checkpoint of a stage that is as it was written; damaged ones are named and removed."""
+        return last_checkpoint(self.checkpoints(stage), lambda line: self.announce(stage, line))
+
+    def has(self, stage: str) -> bool:
+        """Whether a stage ("estimate", "plan", "prune", "train", "evaluate") has left its result."""
+        result = {
+            "estimate": self.estimation / "estimation.json",
+            "plan": self.plan,
+            "prune": self.pruned / DESCRIPTION,
+            "train": self.result / _RESULT_FILES[self.config.method],
+            "evaluate": self.metrics,
+        }
+        return result[stage].is_file()
+
+    def need(self, stage: str, verb: str) -> None:
+        """Require that an earlier stage has run before `verb`.
+
+        Raises:
+            LightPeftError: it has not.
+        """
+        require(self.has(stage), f"{self.path} has no result of `lightpeft {stage}` yet; run that before {verb}")
+
+    def finish_stage(self, stage: str, seconds: float, save: Callable[[], None], **facts: Any) -> None:
+        """Save a stage's result, note its time, and drop its checkpoints, which nobody will resume from.
+
+        Of several processes the main one does it, and the others wait.
+        """
+        state = processes()
+        if state.is_main_process:
+            save()
+            self._note(stage, seconds, facts)
+        state.wait_for_everyone()
+
+    def _note(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
+        append_line(self.log, {"stage": stage, "seconds": round(seconds, 3), "done": True, **facts})
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # also those of a run that was killed right here
+
+    def announce(self, stage: str, line: str) -> None:
+        """Say something worth knowing before a stage begins, on stderr and in the log."""
+        if processes().is_main_process:
+            append_line(self.log, {"stage": stage, "note": line})
+            Console(stderr=True).print(line, markup=False, highlight=False)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of each finished stage, from the log; a stage that was resumed counts its last part."""
+        return {stage: entry.get("seconds", 0.0) for stage, entry in self.finished_stages().items()}
+
+    def finished_stages(self) -> dict[str, dict[str, Any]]:
+        """What the log says of each finished stage."""
+        done = [entry for entry in self.log_entries() if entry.get("done") and isinstance(entry.get("stage"), str)]
+        return {entry["stage"]: entry for entry in done}
+
+    def log_entries(self) -> Iterable[dict[str, Any]]:
+        """The entries of log.jsonl; a line that a killed run left half-written is skipped."""
+        if not self.log.is_file():
+            return
+        for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict):
+                yield entry
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Milestones:
+    """What a run was worth on its way."""
+
+    examples: int
+    metrics: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What people and tables read of a metrics.json."""
+
+    method: str
+    metrics: dict[str, float]
+    parameters: dict[str, int | float]
+    intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    milestones: _Milestones = _Milestones(examples=0, metrics={})
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """What `metrics.json` says.
+
+    Raises:
+        LightPeftError: it is missing or damaged, or says something else.
+    """
+    report = read_json(path)
+    with understandable(path):
+        names = [each.name for each in dataclasses.fields(_Report) if each.name in report]
+        from_dict(_Report, {name: report[name] for name in names})
+    return report
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The settings in a run folder's config.yaml, nested; what would let code in (`SWITCHES`) is not among them.
+
+    Raises:
+        LightPeftError: it is not there, or not as it was written.
+    """
+    file = folder / _CONFIG
+    text = read_text(file)
+    settings = parse_yaml(text, file)
+    require(text == _signed(text.rpartition(_SIGNATURE)[0]), f"{file} was altered or damaged")
+    require(isinstance(settings, dict), f"{file} must hold a mapping of settings")
+    model = settings.get("model")
+    if isinstance(model, dict):
+        settings["model"] = {name: value for name, value in model.items() if name not in SWITCHES}
+    return settings
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The same as a config."""
+    return run_config_from_dict(stored_settings(folder))
+
+
+_SIGNATURE = "# sha256 of what is above: "
+"""Begins the last line of config.yaml: a config that lost its end would be that of another run."""
+
+
+def _signed(text: str) -> str:
+    return f"{text}{_SIGNATURE}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def to_yaml(config: RunConfig) -> str:
+    """A config as YAML that `load_config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list[str]:
+    """Dotted names of settings that differ; `output` and what the method has no use for do not count, nor the budget if
+    `skip_budget`."""
+    budget = {f"light.{name}" for name in READ_BY_PLANS} if skip_budget else set()
+    stored, given = _without_other_tasks(stored), _without_other_tasks(given)
+    skipped = budget | {"output", "preset"} | {f"model.{name}" for name in SWITCHES}
+    before, after = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(given))
+    unused = _UNUSED[given.method]
+    return [
+        name
+        for name in after
+        if name not in skipped and before.get(name) != after[name] and not name.startswith(unused)
+    ]
+
+
+def _without_other_tasks(config: RunConfig) -> RunConfig:
+    """The config without the user's tasks that the run has nothing to do with."""
+    return dataclasses.replace(config, tasks={n: entry for n, entry in config.tasks.items() if n == config.data.task})
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    result: dict[str, Any] = {}
+    for key, value in data.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result

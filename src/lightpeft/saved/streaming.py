@@ -1,0 +1,199 @@
+"""Reading a base that does not fit: its weights come from disk one at a time, and only what a plan keeps stays.
+
+transformers itself builds, renames, converts, casts and ties, as for any model. Here are only the two ends: tensors
+that are read from their file when they are asked for, and projections that are cut as they arrive.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import PreTrainedModel
+
+from lightpeft.errors import require
+from lightpeft.models.linears import slice_linear, stored_weight
+from lightpeft.models.loading import with_reader
+from lightpeft.plans.layout import cut_dim, kept_channels
+from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.structure import BlockSpec
+from lightpeft.prune.fingerprint import Sample, digest_of, sample
+
+_INSTEAD = "load the adapter without low_memory"
+
+
+class Stream:
+    """Loads a transformers model whose projections arrive cut to what a plan keeps.
+
+    `loader` is the class to call `from_pretrained` of. The model that comes back has its dense structure, with the
+    projections that the plan cuts on the meta device; after `apply_plan`, `fill` gives them their weights. Until then
+    they are held here, and at no time is there more than the kept weights and the one tensor that is being cut.
+    """
+
+    def __init__(
+        self, plan: PrunePlan, check: Callable[[PreTrainedModel], object], device: str | torch.device | None = None
+    ) -> None:
+        """
+        Args:
+            plan: what stays.
+            check: called with the model on the meta device before any weight is read; raises to refuse it.
+            device: where kept parts of projections go; None: they stay in host memory.
+        """
+        self._plan = plan
+        self._check = check
+        self._device = device
+        self._places: dict[nn.Module, _Place] = {}
+        self._samples: dict[str, Sample] = {}
+
+    def loader(self, architecture: type[PreTrainedModel]) -> type[PreTrainedModel]:
+        """The class, with a `from_pretrained` that reads into this stream; the models it makes are of the class itself.
+
+        Raises (when it loads):
+            LightPeftError: `check` refuses the model, the weights are quantised or not in safetensors files, or some
+                projection has none.
+        """
+
+        def read(model: PreTrainedModel, state_dict: Any, files: list[str] | None, config: Any, *rest: Any) -> Any:
+            _check_files(files, config)
+            self._check(model)
+            self._places = dict(_places(model, self._plan))
+            hook = register_module_parameter_registration_hook(self._receive)
+            try:
+                with _one_at_a_time():
+                    result = architecture._load_pretrained_model(model, _on_disk(files or []), files, config, *rest)
+            finally:
+                hook.remove()
+            self._check_complete()
+            return result
+
+        return with_reader(architecture, read)
+
+    def fingerprint(self, model: PreTrainedModel, blocks: Sequence[BlockSpec]) -> str:
+        """`loading.fingerprint` of the dense base, from what was sampled while its weights went by.
+
+        Raises:
+            LightPeftError: some projection had no weights.
+        """
+        self._check_complete()
+        names = (name for block in blocks for name in block.projections.values())
+        return digest_of(model, ((name, self._samples[name]) for name in names))
+
+    def fill(self, model: PreTrainedModel) -> None:
+        """Give the projections of the model, now cut by `apply_plan`, their weights; nothing is held here any more.
+
+        Raises:
+            LightPeftError: some other weight was never read.
+        """
+        modules = dict(model.named_modules())
+        for place in self._places.values():
+            layer = modules.get(place.name)
+            if layer is not None and place.index is not None:  # those of a dropped attention are gone
+                for name, parameter in place.layer.named_parameters(recurse=False):
+                    setattr(layer, name, parameter)
+        self._places = {}
+        empty = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
+        require(not empty, f"low_memory left {', '.join(empty[:3])} without weights; {_INSTEAD}")
+
+    def _receive(self, module: nn.Module, name: str, parameter: Any) -> Any:
+        """Called when a parameter is set in any module; returns what is set instead, or None."""
+        place = self._places.get(module)
+        if place is None or parameter.is_meta:
+            return None
+        place.layer._parameters[name] = parameter
+        if name == "weight":
+            self._samples[place.name] = sample(stored_weight(place.layer))
+        if place.index is None:
+            return None
+        if not any(other.is_meta for other in place.layer.parameters(recurse=False)):
+            slice_linear(place.layer, place.index, place.dim)
+            place.layer.to(self._device)
+        waiting: Any = module._parameters[name]
+        waiting._is_hf_initialized = True  # transformers would draw random values for it
+        return waiting
+
+    def _check_complete(self) -> None:
+        names = [name for spec in self._plan.specs for name in spec.projections.values()]
+        cut = {p.name: p.layer for p in self._places.values() if p.index is not None}
+        empty = {name for name, layer in cut.items() if any(p.is_meta for p in layer.parameters(recurse=False))}
+        lacking = [name for name in names if name not in self._samples or name in empty]
+        require(not lacking, f"the base has no weights of {', '.join(lacking[:1])} to read one by one; {_INSTEAD}")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A projection that weights are to arrive for."""
+
+    name: str
+    index: Tensor | None
+    """Channels that stay; None: all."""
+    dim: int
+    layer: nn.Module
+    """A stand-in of the projection in the model; takes the dense parameters and is cut when all of them are there."""
+
+
+def _places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module, _Place]]:
+    nothing = [(spec, BlockPlan((), (), ())) for spec in plan.left_out]
+    for spec, kept in (*plan.parts, *nothing):
+        for slot, name in spec.projections.items():
+            layer = model.get_submodule(name)
+            stand_in = copy.copy(layer)
+            stand_in.__dict__["_parameters"] = dict(layer._parameters)
+            yield layer, _Place(name, _kept(spec, kept, slot), cut_dim(slot), stand_in)
+
+
+def _kept(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
+    """Channels of a projection that stay; None: all. Rows before a norm over all heads stay unless all heads go."""
+    if slot in spec.wide_norms and not kept.heads:
+        return torch.empty(0, dtype=torch.long)
+    return kept_channels(spec, kept, slot)
+
+
+def _check_files(files: list[str] | None, config: Any) -> None:
+    require(config.hf_quantizer is None, f"the base is quantised, which low_memory cannot read; {_INSTEAD}")
+    safe = bool(files) and all(str(file).endswith(".safetensors") for file in files or ())
+    require(
+        safe, f"low_memory reads safetensors files, which the base does not have; {_INSTEAD}, or save the base in them"
+    )
+
+
+class _OnDisk:
+    """A tensor in a file. It is read when it is indexed, and its file is open only so long."""
+
+    def __init__(self, file: str, key: str) -> None:
+        self._file = file
+        self._key = key
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with safe_open(self._file, framework="pt") as file:
+            tensor: Tensor = file.get_slice(self._key)[index]
+        return tensor
+
+
+def _on_disk(files: Sequence[str]) -> dict[str, _OnDisk]:
+    """Every tensor of the files by its name there; of equal names the last counts, as in transformers."""
+    tensors = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            tensors.update({key: _OnDisk(file, key) for key in opened.keys()})  # noqa: SIM118 (it is no mapping)
+    return tensors
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """transformers' threads else read ahead of what has been cut, in the worst case the whole model."""
+    switch = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(switch) if before is None else os.environ.update({switch: before})

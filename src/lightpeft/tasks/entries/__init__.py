@@ -1,0 +1,1 @@
+"""Tasks by name, declared: where rows are, how they become those of a kind, and what is measured."""

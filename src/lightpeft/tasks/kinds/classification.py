@@ -1,0 +1,115 @@
+"""Classification of a text or a pair of texts."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, ClassVar
+
+from datasets import ClassLabel, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lightpeft.config import Head, TaskEntry
+from lightpeft.console.bars import Progress, bar
+from lightpeft.errors import LightPeftError, require
+from lightpeft.tasks.kinds.base import HIDDEN, place, source_column
+from lightpeft.tasks.kinds.texts import TextTask
+
+INTEGER = re.compile(r"-?\d+")
+SHOWN_LABELS = 5
+"""Labels that an error line lists at most."""
+
+
+class ClassificationTask(TextTask):
+    """One label a row; the label set is the entry's or, without one, that of all training rows."""
+
+    head: ClassVar[Head] = "classification"
+    answering: ClassVar[str] = "classification"
+    default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
+
+    @classmethod
+    def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
+        """Texts are strings that are not blank; labels are integers, strings or booleans."""
+        cls.check_inputs(rows, entry, what)
+        shown = source_column(entry, "label")
+        for number, value in enumerate(label_names(rows, entry, what), 1):
+            require(value is not None, f"{place(what, number, shown)}: there is no label; {HIDDEN}")
+
+    @classmethod
+    def label_set(cls, rows: Dataset, entry: TaskEntry) -> list[str]:
+        """The entry's labels; else a hub data set's class names, integers by value, other names by alphabet."""
+        feature = rows.features["label"]
+        if entry.labels:
+            return list(entry.labels)
+        if isinstance(feature, ClassLabel):
+            return list(feature.names)
+        names = {name for name in label_names(rows, entry, "data.train") if name is not None}
+        integers = all(INTEGER.fullmatch(name) for name in names)
+        return sorted(names, key=lambda name: (int(name), name)) if integers else sorted(names)
+
+    @classmethod
+    def check_split(cls, train: Dataset, test: Dataset, labels: list[str], entry: TaskEntry) -> None:
+        """Training needs two classes at least; test labels must be known from training."""
+        present = set(label_names(train, entry, "data.train"))
+        if len(present) == 1:
+            raise LightPeftError(
+                f'all {len(train)} training rows have the one label "{present.pop()}" '
+                f'(column "{source_column(entry, "label")}"); classification needs at least two'
+            )
+        unseen = sorted(set(label_names(test, entry, "data.test")) - set(labels))  # type: ignore[type-var]
+        require(
+            not unseen,
+            f"data.test has labels that no training row has: {listed(unseen)}; training has {listed(labels)}",
+        )
+
+    def encode(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
+    ) -> Dataset:
+        """Rows cut to `max_length` tokens, with `labels` as class numbers."""
+        encoded = self.encode_inputs(rows, tokenizer, max_length, progress)
+        return encoded.add_column("labels", self.class_numbers(rows))
+
+    def class_numbers(self, rows: Dataset) -> list[int]:
+        """Every row's label as its class number.
+
+        Raises:
+            LightPeftError: a label that training has not.
+        """
+        number = {name: index for index, name in enumerate(self.labels)}
+        names = label_names(rows, self.entry, "data")
+        unknown = sorted({str(name) for name in names if name not in number})
+        require(not unknown, f"these rows have labels that training has not: {', '.join(unknown[:SHOWN_LABELS])}")
+        return [number[name] for name in names if name is not None]
+
+
+def listed(names: list[Any]) -> str:
+    """The first names in quotes, for an error line."""
+    return ", ".join(f'"{name}"' for name in names[:SHOWN_LABELS]) + (", ..." if names[SHOWN_LABELS:] else "")
+
+
+def label_names(rows: Dataset, entry: TaskEntry, what: str) -> list[str | None]:
+    """Every row's label as its name; None where there is none, or where it is hidden (-1, as hub data sets do)."""
+    feature, shown = rows.features["label"], source_column(entry, "label")
+    numbered = isinstance(feature, ClassLabel)
+    names = list(entry.labels) or (list(feature.names) if numbered else None)
+    return [_label_name(value, names, numbered, place(what, i, shown)) for i, value in enumerate(rows["label"][:], 1)]
+
+
+def _label_name(value: Any, names: list[str] | None, numbered: bool, where: str) -> str | None:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # integers become floats where a table had gaps
+    require(isinstance(value, (bool, int, str)), f"{where}: {value!r} is no label; use an integer, string or boolean")
+    if names is None or (str(value) in names and not numbered):
+        return str(value)
+    return _by_number(value, names, where)
+
+
+def _by_number(value: Any, names: list[str], where: str) -> str | None:
+    """The label that a number from 0 on means where label names are declared; None for -1."""
+    known = isinstance(value, int) or INTEGER.fullmatch(value)
+    require(known and -1 <= int(value) < len(names), f"{where}: {value!r} is no label of {listed(names)} (0, 1, ...)")
+    return names[int(value)] if int(value) >= 0 else None

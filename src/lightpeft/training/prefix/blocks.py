@@ -1,0 +1,130 @@
+"""Which blocks are frozen, and how a live model runs them without a graph or skips them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightpeft.models.families import block_lists
+from lightpeft.models.patching import in_mode, instead
+from lightpeft.models.unwrap import transformers_model
+
+STATES = "prefix_states"
+"""Keyword argument of the model that takes the prefix' outputs instead of computing them: [batch, length, width]."""
+
+
+class FrozenPrefix:
+    """The blocks of one stack below the lowest block that holds a trained parameter.
+
+    While attached, they run without a graph: no activation and no dropout mask of theirs is kept, also where the
+    embeddings were made to require gradients (gradient checkpointing). A batch that brings its `prefix_states` skips
+    them altogether; everything around the blocks (embeddings, positions, masks, rotary angles) runs as always.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> None:
+        """
+        Args:
+            model: a transformers model or a PeftModel, with `requires_grad` as it will be trained.
+            blocks: the frozen ones, where more than the model's own parameters trains; None: those that
+                `frozen_blocks` finds.
+        """
+        self.model = model
+        self.blocks = frozen_blocks(model) if blocks is None else list(blocks)
+        self.outputs = 0
+        """Length of the tuple that a block returns, 0 for a bare tensor; known after a forward pass."""
+        self._states: Tensor | None = None
+        self._capturing = False
+        self._attached = ExitStack()
+
+    def __bool__(self) -> bool:
+        return bool(self.blocks)
+
+    @contextmanager
+    def attached(self) -> Iterator[FrozenPrefix]:
+        """Inside the block the prefix runs without a graph, or is skipped."""
+        self.attach()
+        try:
+            yield self
+        finally:
+            self.detach()
+
+    def attach(self) -> None:
+        """Let the frozen blocks run without a graph, or be skipped; nothing happens if there are none."""
+        if not self.blocks:
+            return
+        enter = self._attached.enter_context
+        enter(self.model.register_forward_pre_hook(self._take, with_kwargs=True))
+        enter(self.model.register_forward_hook(self._drop, always_call=True))
+        for block in self.blocks:
+            enter(instead(block, partial(self._run, block.forward, block is self.blocks[-1])))
+
+    def detach(self) -> None:
+        """Take it back; the model is as before `attach`."""
+        self._attached.close()
+
+    @torch.no_grad()
+    def compute(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the prefix gives for a batch, in eval mode: [batch, length, width]; the blocks above do not run."""
+        self._capturing = True
+        try:
+            with in_mode(self.model, training=False):
+                self.model(**batch)
+        except _Captured as captured:
+            return captured.states
+        finally:
+            self._capturing = False
+        raise RuntimeError("the model's forward did not reach its last frozen block")
+
+    def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._states = kwargs.pop(STATES, None)
+        return args, kwargs
+
+    def _drop(self, *_: Any) -> None:
+        self._states = None
+
+    def _run(self, forward: Callable[..., Any], last: bool, *args: Any, **kwargs: Any) -> Any:
+        """One frozen block's forward."""
+        states = args[0] if args else kwargs["hidden_states"]
+        if self._states is not None:
+            given = self._states.to(device=states.device, dtype=states.dtype)
+            # reentrant checkpointing of the block above needs an input that requires a gradient
+            given = given.requires_grad_() if states.requires_grad else given
+            return (given, *[None] * (self.outputs - 1)) if self.outputs else given
+        with torch.no_grad():
+            output = forward(*args, **kwargs)
+        self.outputs = len(output) if isinstance(output, tuple) else 0
+        if last and self._capturing:
+            raise _Captured(output[0] if self.outputs else output)
+        if not (torch.is_grad_enabled() and states.requires_grad):
+            return output
+        return (output[0].requires_grad_(), *output[1:]) if self.outputs else output.requires_grad_()
+
+
+class _Captured(Exception):
+    """Ends a forward pass when the prefix has been computed."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+def frozen_blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks, from the first on, whose outputs no trained parameter can change.
+
+    None where that cannot be said: encoder-decoders, whose blocks hand more than hidden states to each other, and
+    models that train something beside the blocks inside the foundation model, such as embeddings.
+    """
+    inner = transformers_model(model)
+    stacks = block_lists(inner)
+    if len(stacks) != 1:
+        return []
+    blocks = list(stacks[0])
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    if any(p.requires_grad and id(p) not in inside for p in inner.base_model.parameters()):
+        return []
+    trained = (index for index, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
+    return blocks[: next(trained, len(blocks))]
