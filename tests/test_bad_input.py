@@ -32,7 +32,7 @@ from workbench import (
 from lightpeft.files import file_checksum
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.estimation import Estimator
-from lightpeft.runs import pipeline
+from lightpeft.runs import pipeline, stages
 from lightpeft.saved.light_adapter import LightModel
 
 Refused = Callable[..., str]
@@ -383,12 +383,12 @@ FULL_DISK = {
     "checkpoint-of-estimation": before(Trainer, "_save_checkpoint", no_more_room),
     "optimizer-in-a-checkpoint": before(Trainer, "_save_optimizer_and_scheduler", no_more_room),
     "state-of-estimation": before(Estimator, "save_state", no_more_room),
-    "adapter-of-estimation": before(pipeline, "save_peft", no_more_room),
+    "adapter-of-estimation": before(stages, "save_peft", no_more_room),
     "scores": before(EstimationRecord, "save", no_more_room),
     "plan": before(PrunePlan, "save", no_more_room),
     "pruned-adapter": before(LightModel, "save_pretrained", no_more_room),
-    "log": at_step("train", 1, no_more_room),
-    "trained-adapter": before(pipeline, "save_peft", no_more_room, 2),
+    "log": at_step(7, no_more_room),
+    "trained-adapter": before(pipeline, "save_result", no_more_room),
     "metrics": before(pipeline, "write_json", no_more_room),
 }
 

@@ -272,7 +272,7 @@ def test_curve_does_not_count_its_own_time(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture(scope="module")
 def prepared(bench: Workbench) -> tuple[pipeline.Workspace, LoadedModel, peer_pruning.Goal]:
     work = pipeline.prepare(bench.config("peer", method="plain", **{"light.heads": 0.5}))
-    loaded = pipeline.dense_model(work)
+    loaded = work.dense_model()
     loaded.model.eval()
     return work, loaded, peer_pruning.goal_of(loaded.model, work.config.light)
 
@@ -362,7 +362,7 @@ def test_peers_go_to_processes_of_their_own(prepared: Any) -> None:
 def test_grouped_queries_are_refused_by_libraries_that_do_not_know_them(bench: Workbench, tmp_path: Path) -> None:
     llama = Workbench(tmp_path, "llama")
     work = pipeline.prepare(llama.config("peer", method="plain"))
-    model = pipeline.dense_model(work).model
+    model = work.dense_model().model
     goal = peer_pruning.goal_of(model, work.config.light)
     for by in (peer_pruning.by_torch_pruning, peer_pruning.by_slimformers):
         with pytest.raises(LightPeftError, match="head"):

@@ -194,7 +194,7 @@ def test_two_runs_into_one_folder(bench: Workbench, finished: Path, change: dict
     output = {"output": str(bench.folder / name)}
     one, other = bench.yaml(f"{name}_1", **SETTINGS, **output), bench.yaml(f"{name}_2", **SETTINGS, **output, **change)
     ready, go = (multiprocessing.get_context("fork").Event() for _ in range(2))
-    first = beside(at_step("estimate", 2, lambda: (ready.set(), go.wait(120))), "run", "--config", one)
+    first = beside(at_step(2, lambda: (ready.set(), go.wait(120))), "run", "--config", one)
     assert ready.wait(120)
     code, line = in_child(lambda: None, "run", "--config", other)
     go.set()
@@ -303,9 +303,9 @@ def subjects(bench: Workbench, finished: Path) -> dict[str, tuple[Path, Callable
     """What is damaged, by name: a good folder, and a command on a copy of it with what it gives."""
     assert lightpeft("export", finished / "adapter", bench.folder / "merged") == 0
     file = bench.yaml("stopped", **SETTINGS)
-    for name, stage, step in (("stopped", "train", 11), ("stopped_early", "estimate", 8)):
+    for name, step in (("stopped", 21), ("stopped_early", 8)):
         file = bench.yaml(name, **SETTINGS)
-        assert in_child(at_step(stage, step, KILL), "run", "--config", file)[0] == -signal.SIGKILL
+        assert in_child(at_step(step, KILL), "run", "--config", file)[0] == -signal.SIGKILL
     assert lightpeft("plan", "--config", bench.yaml("planned", **SETTINGS)) == 2
     file = bench.yaml("planned", **SETTINGS)
     assert lightpeft("estimate", "--config", file) == lightpeft("plan", "--config", file) == 0

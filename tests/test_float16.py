@@ -62,7 +62,7 @@ def test_a_run_goes_as_in_float32(tmp_path: Path, family: str, scalers: Scalers)
         result = pipeline.run(bench.config(name, **{"training.fp16": name == "half"}))
         losses.append([result["metrics"]["loss"], *(line["loss"] for line in logged_steps(tmp_path / name))])
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
-    assert len(scalers.made) == (0 if torch.cuda.is_available() else 2)
+    assert len(scalers.made) == (0 if torch.cuda.is_available() else 1)
     assert all(scaler.get_scale() > 1 for scaler in scalers.made)
     light = load_light(tmp_path / "half" / "adapter")
     assert {parameter.dtype for parameter in light.parameters()} == {torch.float32}

@@ -159,7 +159,7 @@ def test_full_fine_tuning_leaves_a_model(benches: dict[tuple[str, str], Workbenc
     work = pipeline.prepare(bench.config("full", method="full", **rates))
     again = pipeline.trained_model(work)
     assert not again.training
-    untouched = pipeline.dense_model(work).model.state_dict()
+    untouched = work.dense_model().model.state_dict()
     assert config["model"]["name"] == again.name_or_path
     assert all(
         not torch.equal(weight, untouched[name]) for name, weight in again.state_dict().items() if weight.dim() > 1
@@ -238,7 +238,7 @@ def test_a_run_over_a_base_in_8_bits(benches: dict[tuple[str, str], Workbench]) 
 def test_tiny_model_learns(benches: dict[tuple[str, str], Workbench]) -> None:
     """The data can be learned, so what the other tests compare is not noise alone."""
     bench = benches["llama", "classification"]
-    result = pipeline.run(bench.config("learned", **{"training.epochs": 8, "light.heads": 0.5}))
+    result = pipeline.run(bench.config("learned", seed=1, **{"training.epochs": 8, "light.heads": 0.5}))
     assert result["metrics"]["accuracy"] >= 0.8
     assert result["parameters"]["base_removed_ratio"] > 0.3
 
@@ -396,8 +396,7 @@ def test_log_lines_tell_stage_step_and_loss(finished: Path) -> None:
     done = [entry["stage"] for entry in lines if entry.get("done")]
     assert done[:3] == ["estimate", "prune", "train"]
     losses = {stage: [e["step"] for e in lines if e["stage"] == stage and "loss" in e] for stage in done[::2]}
-    assert losses["estimate"] == [4]
-    assert losses["train"] == [4, 8, 12, 16]
+    assert losses == {"estimate": [4], "train": [8, 12, 16, 20, 24]}, "steps are those of the run"
     assert all(entry["learning_rate"] <= 3e-2 for entry in lines if "loss" in entry)
 
 

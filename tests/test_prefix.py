@@ -22,7 +22,16 @@ from workbench import Workbench, at_step, in_child, lightpeft, read, signalling
 
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.runs import pipeline
-from lightpeft.training.prefix import STATES, FrozenPrefix, PrefixCache, StateStore, cache_prefix
+from lightpeft.training.prefix import (
+    STATES,
+    FrozenPrefix,
+    Numbered,
+    PrefixCache,
+    StateStore,
+    cache_prefix,
+    number_rows,
+    with_states,
+)
 
 TEXT = sorted(set(tiny.ENCODERS) - {"vit", "dinov2"} | set(tiny.DECODERS))
 
@@ -221,16 +230,15 @@ class Caching:
         rows, collator = changes.pop("rows", encoded()), changes.pop("collate", collate)
         with prefix.attached():
             options = {"batch_size": 4, "announce": self.said.append}
-            self.cached = cache_prefix(prefix, rows, collator, PrefixCache(**changes), folder, **options)
+            self.store = cache_prefix(prefix, rows, collator, PrefixCache(**changes), folder, **options)
 
 
 @pytest.mark.parametrize("place", ["file", "memory"])
 def test_batches_bring_the_states_of_their_rows(tmp_path: Path, place: str) -> None:
-    cached = Caching(tmp_path, place=place).cached
-    assert cached is not None
+    store = Caching(tmp_path, place=place).store
     model = upper()
     picked = [7, 0, 5]
-    batch = cached.collator(cached.rows.select(picked).to_list())
+    batch = with_states(Numbered(collate)(number_rows(encoded()).select(picked).to_list()), store)
     plain = collate(encoded().select(picked).to_list())
     with FrozenPrefix(model).attached():
         assert_same(gradients(model, batch), gradients(upper(), plain))
@@ -238,10 +246,10 @@ def test_batches_bring_the_states_of_their_rows(tmp_path: Path, place: str) -> N
 
 
 def test_states_may_be_rounded(tmp_path: Path) -> None:
-    full, half = (Caching(tmp_path / dtype, dtype=dtype).cached for dtype in ("auto", "bfloat16"))
+    full, half = (Caching(tmp_path / dtype, dtype=dtype).store for dtype in ("auto", "bfloat16"))
     assert full and half
-    assert 2 * half.store.bytes == full.store.bytes
-    assert torch.equal(half.store.read(3), full.store.read(3).bfloat16())
+    assert 2 * half.bytes == full.bytes
+    assert torch.equal(half.read(3), full.read(3).bfloat16())
 
 
 def test_what_an_interrupted_run_left_is_taken_over(tmp_path: Path) -> None:
@@ -250,7 +258,7 @@ def test_what_an_interrupted_run_left_is_taken_over(tmp_path: Path) -> None:
     again = Caching(tmp_path)
     assert again.computed == 11  # those three, and eight that are checked
     assert "interrupted" in again.said[0]
-    assert torch.equal(again.cached.store.read(4), first.cached.store.read(4))
+    assert torch.equal(again.store.read(4), first.store.read(4))
 
 
 def other_rows() -> Dataset:
@@ -280,7 +288,7 @@ def test_other_states_are_not_taken_over(tmp_path: Path, change: Any) -> None:
 
 def test_states_that_do_not_fit_are_not_made(tmp_path: Path) -> None:
     caching = Caching(tmp_path / "new", limit=1000)
-    assert caching.cached is None
+    assert caching.store is None
     assert caching.computed == 3
     assert "no prefix cache" in caching.said[0]
     assert not (tmp_path / "new").exists()
@@ -294,7 +302,7 @@ def test_states_that_depend_on_padding_are_not_stored(tmp_path: Path) -> None:
 
     for name, refused in (("gpt2", True), ("llama-gqa", False)):
         caching = Caching(tmp_path / name, model=upper(name), collate=left)
-        assert (caching.cached is None) == refused
+        assert (caching.store is None) == refused
         assert ("depends on the padding" in caching.said[0]) == refused
 
 
@@ -339,7 +347,7 @@ def test_without_a_second_pass_nothing_is_stored(bench: Workbench) -> None:
 def test_a_killed_run_finds_the_states_of_before(bench: Workbench) -> None:
     pipeline.run(bench.config("whole", **UPPER))
     file = bench.yaml("killed", **UPPER)
-    assert in_child(at_step("train", 7, signalling(signal.SIGKILL)), "run", "--config", file)[0] == -signal.SIGKILL
+    assert in_child(at_step(13, signalling(signal.SIGKILL)), "run", "--config", file)[0] == -signal.SIGKILL
     assert (bench.folder / "killed/checkpoints/prefix/states.bin").is_file()
     assert lightpeft("run", "--config", file) == 0
     assert comparable(bench.folder / "killed") == comparable(bench.folder / "whole")

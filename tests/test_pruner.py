@@ -134,7 +134,7 @@ def test_a_plan_that_was_written_down() -> None:
     plan = stage(student()).plan()
     again = PrunePlan.from_dict(plan.to_dict())
     model = student()
-    assert EarlyPruner(model).prune(again).light_plan == plan
+    assert EarlyPruner(model, LightConfig()).prune(again).light_plan == plan
 
 
 def test_a_plan_is_a_table() -> None:

@@ -439,7 +439,7 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(
 def test_a_killed_grid_goes_on_inside_its_cell(bench: Workbench, finished: Path, tmp_path: Path) -> None:
     file = grid_file(tmp_path / "grid.yaml", bench)
     out = tmp_path / "out"
-    disturb = at_step("train", 5, signalling(signal.SIGKILL))
+    disturb = at_step(11, signalling(signal.SIGKILL))
 
     def disturbed() -> None:
         running.run_cell = here

@@ -15,13 +15,14 @@ from test_pipeline import comparable
 from transformers import Trainer, TrainerCallback
 from workbench import Disturb, Workbench, at_step, before, in_child, lightpeft, read, signalling, stamps
 
+from lightpeft.config import load_config
 from lightpeft.evaluation import answering
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.estimation import Estimator
-from lightpeft.runs import pipeline
+from lightpeft.runs import pipeline, stages, trainers
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.saved.run_folder import RunFolder
-from lightpeft.training.trainer import last_checkpoint
+from lightpeft.training.checkpoints import last_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +48,20 @@ def run_disturbed(file: Path, disturb: Disturb) -> int:
 
 
 KILLS: dict[str, Disturb] = {
-    "estimation-before-any-checkpoint": at_step("estimate", 2, KILL),
-    "estimation-after-a-checkpoint": at_step("estimate", 5, KILL),
-    "estimation-in-its-second-epoch": at_step("estimate", 9, KILL, "on_step_begin"),
+    "estimation-before-any-checkpoint": at_step(2, KILL),
+    "estimation-after-a-checkpoint": at_step(5, KILL),
+    "estimation-in-its-second-epoch": at_step(9, KILL, "on_step_begin"),
     "estimation-while-a-checkpoint-is-written": before(Trainer, "_save_optimizer_and_scheduler", KILL, 2),
     "estimation-before-its-state-is-written": before(Estimator, "save_state", KILL, 2),
     "estimation-over-but-not-saved": before(EstimationRecord, "save", KILL),
-    "between-estimation-and-plan": before(pipeline, "plan", KILL),
-    "between-plan-and-pruning": before(pipeline, "prune", KILL),
+    "between-estimation-and-plan": before(trainers, "leave_plan", KILL),
+    "planned-but-not-saved": before(PrunePlan, "save", KILL),
+    "between-plan-and-pruning": before(trainers, "leave_pruned", KILL),
     "pruned-but-not-saved": before(LightModel, "save_pretrained", KILL),
-    "training-before-any-checkpoint": at_step("train", 1, KILL),
-    "training-after-checkpoints": at_step("train", 8, KILL),
-    "training-in-its-second-epoch": at_step("train", 13, KILL),
-    "trained-but-not-saved": before(pipeline, "save_peft", KILL, 2),
+    "training-before-any-checkpoint": at_step(11, KILL),
+    "training-after-checkpoints": at_step(18, KILL),
+    "training-in-its-second-epoch": at_step(23, KILL),
+    "trained-but-not-saved": before(pipeline, "save_result", KILL),
     "trained-but-not-noted": before(RunFolder, "_note", KILL, 3),
     "between-training-and-evaluation": before(pipeline, "evaluate", KILL),
     "in-evaluation": before(answering, "outcome", KILL),
@@ -82,10 +84,10 @@ def test_killed_run_goes_on_to_the_same_end(bench: Workbench, undisturbed: dict[
 def test_run_killed_over_and_over_comes_to_the_same_end(bench: Workbench, undisturbed: dict[str, Any]) -> None:
     file = bench.yaml("unlucky", **SETTINGS)
     for disturb in (
-        at_step("estimate", 4, KILL),
-        at_step("estimate", 7, KILL),
-        at_step("train", 4, KILL),
-        at_step("train", 11, KILL),
+        at_step(4, KILL),
+        at_step(7, KILL),
+        at_step(14, KILL),
+        at_step(21, KILL),
     ):
         assert run_disturbed(file, disturb) == -signal.SIGKILL
     assert lightpeft("run", "--config", file) == 0
@@ -95,14 +97,14 @@ def test_run_killed_over_and_over_comes_to_the_same_end(bench: Workbench, undist
 def test_checkpoint_that_is_not_complete_is_skipped(bench: Workbench) -> None:
     file = bench.yaml("torn", **SETTINGS)
     assert run_disturbed(file, before(Trainer, "_save_optimizer_and_scheduler", KILL, 3)) == -signal.SIGKILL
-    checkpoints = bench.folder / "torn" / "checkpoints" / "estimate"
+    checkpoints = bench.folder / "torn" / "checkpoints" / "train"
     assert (checkpoints / "checkpoint-9").is_dir()
     assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-6"
 
 
 def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
     file = bench.yaml("resumed", **SETTINGS)
-    assert run_disturbed(file, at_step("train", 8, KILL)) == -signal.SIGKILL
+    assert run_disturbed(file, at_step(18, KILL)) == -signal.SIGKILL
     kept = ("estimation", "plan.json", "pruned")
     before = {name: stamps(bench.folder / "resumed" / name) for name in kept}
     steps: list[int] = []
@@ -111,11 +113,8 @@ def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             steps.append(state.global_step)
 
-    make = pipeline.make_trainer
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "make_trainer", lambda *a, **o: make(*a, **{**o, "callbacks": [Watch()]}))
-        assert lightpeft("run", "--config", file) == 0
-    assert steps == list(range(6, 14))
+    pipeline.run(load_config(file), callbacks=[Watch()])
+    assert steps == list(range(15, 24))
     assert {name: stamps(bench.folder / "resumed" / name) for name in kept} == before
 
 
@@ -128,7 +127,7 @@ def test_resuming_is_exact_with_other_settings(bench: Workbench, changes: dict[s
     settings = {**SETTINGS, **changes, "light.max_fraction": 0.4}
     assert lightpeft("run", "--config", bench.yaml(f"{name}_whole", **settings)) == 0
     file = bench.yaml(name, **settings)
-    for disturb in (at_step("estimate", 5, KILL), at_step("train", 11, KILL)):
+    for disturb in (at_step(5, KILL), at_step(21, KILL)):
         assert run_disturbed(file, disturb) == -signal.SIGKILL
     assert lightpeft("run", "--config", file) == 0
     assert comparable(bench.folder / name) == comparable(bench.folder / f"{name}_whole")
@@ -140,7 +139,7 @@ def test_plain_lora_and_full_fine_tuning_go_on_too(bench: Workbench, method: str
     whole = bench.yaml(f"{method}_whole", method=method, **settings)
     assert lightpeft("run", "--config", whole) == 0
     file = bench.yaml(f"{method}_killed", method=method, **settings)
-    assert run_disturbed(file, at_step("train", 11, KILL)) == -signal.SIGKILL
+    assert run_disturbed(file, at_step(11, KILL)) == -signal.SIGKILL
     assert lightpeft("run", "--config", file) == 0
     reports = [read(bench.folder / f"{method}_{name}" / "metrics.json") for name in ("whole", "killed")]
     assert reports[0]["metrics"] == reports[1]["metrics"]
@@ -148,11 +147,11 @@ def test_plain_lora_and_full_fine_tuning_go_on_too(bench: Workbench, method: str
 
 
 STOPS: dict[str, tuple[Disturb, int | None]] = {
-    "sigterm-in-estimation": (at_step("estimate", 4, signalling(signal.SIGTERM), "on_step_begin"), 5),
-    "sigint-in-training": (at_step("train", 7, signalling(signal.SIGINT), "on_step_begin"), 8),
-    "sigterm-in-the-last-step-of-estimation": (at_step("estimate", 9, signalling(signal.SIGTERM), "on_step_begin"), 9),
+    "sigterm-in-estimation": (at_step(4, signalling(signal.SIGTERM), "on_step_begin"), 5),
+    "sigint-in-training": (at_step(17, signalling(signal.SIGINT), "on_step_begin"), 18),
+    "sigterm-in-the-last-step-of-estimation": (at_step(9, signalling(signal.SIGTERM), "on_step_begin"), 10),
     "sigterm-in-evaluation": (before(answering, "outcome", signalling(signal.SIGTERM)), None),
-    "sigint-while-pruning": (before(pipeline, "cut", signalling(signal.SIGINT)), None),
+    "sigint-while-pruning": (before(stages, "cut", signalling(signal.SIGINT)), None),
 }
 
 
@@ -166,8 +165,7 @@ def test_stopped_run_says_so_and_goes_on(bench: Workbench, undisturbed: dict[str
     assert errors.startswith("lightpeft: stopped")
     assert "same command goes on" in errors
     if checkpoint is not None:
-        stage = "estimate" if "estimation" in name else "train"
-        folder = bench.folder / name / "checkpoints" / stage
+        folder = bench.folder / name / "checkpoints" / "train"
         assert last_checkpoint(folder) == folder / f"checkpoint-{checkpoint}"
     assert lightpeft("run", "--config", file) == 0
     assert comparable(bench.folder / name) == undisturbed
@@ -188,5 +186,5 @@ def test_second_signal_stops_at_once(bench: Workbench) -> None:
         Trainer.training_step = disturbed
 
     assert run_disturbed(bench.yaml("impatient", **SETTINGS), disturb) == 130
-    folder = bench.folder / "impatient" / "checkpoints" / "estimate"
+    folder = bench.folder / "impatient" / "checkpoints" / "train"
     assert last_checkpoint(folder) == folder / "checkpoint-3"

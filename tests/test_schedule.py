@@ -15,8 +15,10 @@ from training import estimate, student
 from workbench import Workbench, lightpeft
 
 from lightpeft import LightPeftError
-from lightpeft.config import LightConfig, RunConfig, TrainingConfig, load_config
-from lightpeft.runs import pipeline
+from lightpeft.config import LightConfig, TrainingConfig, load_config
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.recipe.trainer import fitted
+from lightpeft.runs import pipeline, workspace
 from lightpeft.training.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,
@@ -24,14 +26,11 @@ from lightpeft.training.schedule import (
     MOST_EPOCHS,
     RATE,
     RATE_WIDTH,
+    Pace,
     auto_epochs,
     auto_rate,
-    enough_steps,
-    least_examples,
     scored_steps,
     settled,
-    steps_an_epoch,
-    total_steps,
 )
 
 AUTO = {"training.epochs": "auto", "training.learning_rate": "auto"}
@@ -46,7 +45,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 
 def trained(rows: int, width: int = RATE_WIDTH, processes: int = 1, **given: Any) -> TrainingConfig:
-    return settled(RunConfig(training=TrainingConfig(**given)), rows, width, processes).training
+    return settled(TrainingConfig(**given), rows, width, processes)
 
 
 rows_and_batches = {
@@ -60,11 +59,12 @@ rows_and_batches = {
 @given(**rows_and_batches)
 def test_few_rows_are_seen_more_often(rows: int, processes: int, **sizes: int) -> None:
     training = trained(rows, RATE_WIDTH, processes, **sizes)
-    epochs, steps = training.epochs, total_steps(rows, training, processes)
+    epochs: Any = training.epochs
+    steps = Pace.of(rows, training, processes).steps(epochs)
     assert LEAST_EPOCHS <= epochs <= MOST_EPOCHS
     assert steps >= LEAST_STEPS or epochs == MOST_EPOCHS
     # no pass more than that takes
-    assert epochs == LEAST_EPOCHS or steps - steps_an_epoch(rows, training, processes) < LEAST_STEPS
+    assert epochs == LEAST_EPOCHS or steps - Pace.of(rows, training, processes).steps_an_epoch < LEAST_STEPS
 
 
 @pytest.mark.parametrize(("rows", "epochs"), [(20, 40), (300, 20), (600, 11), (2000, 4), (8282, 3), (100_000, 3)])
@@ -113,28 +113,28 @@ def test_other_words_are_refused(name: str) -> None:
 
 @given(steps=st.integers(1, 60), **{**rows_and_batches, "rows": st.integers(1, 300)})
 def test_least_examples_of_some_steps_in_a_row(steps: int, rows: int, processes: int, **sizes: int) -> None:
-    config = TrainingConfig(**sizes)
+    pace = Pace.of(rows, TrainingConfig(**sizes), processes)
     of_step = math.prod(sizes.values()) * processes
     of_steps = [min(of_step, rows - start) for start in range(0, rows, of_step)]
-    if len(of_steps) == steps_an_epoch(rows, config, processes):  # else accumulation ends in the middle of a batch
-        assert least_examples(steps, rows, config, processes) == min(sums_of_windows(of_steps, steps))
+    if len(of_steps) == pace.steps_an_epoch:  # else accumulation ends in the middle of a batch
+        assert pace.least_examples(steps) == min(sums_of_windows(of_steps, steps))
 
 
 @given(examples=st.integers(0, 600), **{**rows_and_batches, "rows": st.integers(1, 300)})
 def test_stages_of_small_batches_are_longer(examples: int, rows: int, processes: int, **sizes: int) -> None:
     config = trained(rows, processes=processes, **sizes)
-    length, steps = enough_steps(examples, rows, config, processes), total_steps(rows, config, processes)
-    assert length == steps or least_examples(scored_steps(length), rows, config, processes) >= examples
-    assert length <= 2 or least_examples(scored_steps(length - 1), rows, config, processes) < examples
+    pace, epochs = Pace.of(rows, config, processes), float(config.epochs)
+    length, steps = pace.enough_steps(examples, pace.steps(epochs)), pace.steps(epochs)
+    assert length == steps or pace.least_examples(scored_steps(length)) >= examples
+    assert length <= 2 or pace.least_examples(scored_steps(length - 1)) < examples
 
 
 @pytest.mark.parametrize(("batch_size", "least"), [(32, 32), (8, 63), (4, 127)])
 def test_least_steps_of_a_run(batch_size: int, least: int) -> None:
     light = LightConfig(least_steps=32, least_examples=256)
-    config = RunConfig(light=light, training=TrainingConfig(batch_size=batch_size))
-    assert settled(config, 4096, 384).light == replace(light, least_steps=least)
-    plain = replace(config, method="plain")
-    assert settled(plain, 4096, 384).light == light  # which it has no use for
+    pace = Pace(rows=4096, batch_size=batch_size)
+    assert fitted(light, pace, pace.steps(3)) == replace(light, least_steps=least)
+    assert fitted(light, None, 500) == light, "rows that are not counted"
 
 
 def sums_of_windows(of_steps: Sequence[int], steps: int) -> list[int]:
@@ -160,7 +160,7 @@ def test_a_run_says_what_auto_stands_for(bench: Workbench, capsys: pytest.Captur
 def test_numbers_are_taken_without_a_word(bench: Workbench) -> None:
     work = pipeline.prepare(bench.config("numbers"))
     assert work.config == work.run.config
-    pipeline.announce_settings(work, "estimate")
+    work.announce_settings()
     assert not bench.folder.joinpath("numbers").exists()
 
 
@@ -176,14 +176,15 @@ def test_a_run_of_few_examples_is_refused_before_it_begins(
     error = capsys.readouterr().err
     assert "estimation scores 32 examples, and from fewer than 33 (light.least_examples)" in error
     assert error.count("\n") == 1 and not (bench.folder / "few").exists()
-    assert pipeline.prepare(bench.config("enough", **{"light.least_examples": 32})).config.light.least_steps == 7
+    assert pipeline.run(bench.config("enough", **{"light.least_examples": 32}))["metrics"]
+    assert EstimationRecord.load(bench.folder / "enough" / "estimation").meta["steps"] == 7
 
 
 def test_what_is_estimated_already_goes_on(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folders whose stage ran before there was a minimum are still evaluated."""
     config = bench.config("estimated")
     pipeline.estimate(pipeline.prepare(config))
-    monkeypatch.setattr(pipeline, "check_examples", lambda light, examples: pytest.fail("asked again"))
+    monkeypatch.setattr(workspace, "fitted", lambda *_: pytest.fail("asked again"))
     assert pipeline.run(config)["metrics"]
 
 

@@ -21,16 +21,11 @@ from lightpeft.errors import LightPeftError
 from lightpeft.files import append_line, check_sealed, seal
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.runs import pipeline
-from lightpeft.training.schedule import total_steps
-from lightpeft.training.trainer import (
-    Interrupted,
-    LogLines,
-    ProgressBar,
-    StopOnSignal,
-    fit,
-    last_checkpoint,
-    make_trainer,
-)
+from lightpeft.training.arguments import training_arguments
+from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint, StopOnSignal
+from lightpeft.training.checkpoints import last_checkpoint
+from lightpeft.training.schedule import Pace
+from lightpeft.training.trainer import Interrupted, RunTrainer, fit
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +40,13 @@ def trainer_for(
     config = TrainingConfig(**{"batch_size": 8, "epochs": 1, "learning_rate": 1e-2, **settings})
     data = work.train_rows if rows is None else work.train_rows.select(range(rows))
     set_seed(0)
-    return make_trainer(
-        add_peft(pipeline.dense_model(work), replace(work.config, method="plain")),
-        data,
-        work.collator,
-        config,
-        stage="train",
-        checkpoints=folder / "checkpoints",
-        log=folder / "log.jsonl",
-        steps=total_steps(len(data), config),
-        seed=seed,
-        token_loss=False,
+    steps = Pace.of(len(data), config).steps(config.epochs)
+    return RunTrainer(
+        add_peft(work.dense_model(), replace(work.config, method="plain")),
+        training_arguments(config, folder / "checkpoints", steps, seed),
+        train_dataset=data,
+        data_collator=work.collator,
+        callbacks=[ProgressBar(steps), LogLines(folder / "log.jsonl"), SealCheckpoint()],
     )
 
 
@@ -83,9 +74,9 @@ def test_total_steps_are_those_of_the_trainer(
     accumulation: int,
     epochs: float,
 ) -> None:
-    """`Trainer` told the epochs takes as many steps as `total_steps` says, and that many steps make the epochs."""
+    """`Trainer` told the epochs takes as many steps as `Pace` says, and that many steps make the epochs."""
     settings = {"batch_size": batch_size, "gradient_accumulation": accumulation, "epochs": epochs}
-    steps = total_steps(rows, TrainingConfig(**settings))
+    steps = Pace.of(rows, TrainingConfig(**settings)).steps(epochs)
     monkeypatch.setattr(Trainer, "training_step", lambda *_, **__: torch.zeros(()))  # what counts is how often
     by_steps, by_epochs = Seen(), Seen()
     trainer = trainer_for(work, tmp_path, rows, **settings)
@@ -102,10 +93,10 @@ def test_total_steps_are_those_of_the_trainer(
 
 def test_total_steps_of_several_processes() -> None:
     config = TrainingConfig(batch_size=8, epochs=2)
-    assert total_steps(64, config, processes=2) == 8
-    assert total_steps(65, config, processes=2) == 10
-    assert total_steps(1, config) == 2
-    assert total_steps(1, TrainingConfig(epochs=0.01)) == 1
+    assert Pace.of(64, config, processes=2).steps(2) == 8
+    assert Pace.of(65, config, processes=2).steps(2) == 10
+    assert Pace.of(1, config).steps(2) == 2
+    assert Pace.of(1, config).steps(0.01) == 1
 
 
 # -- batches -----------------------------------------------------------------------------------------------------
@@ -183,7 +174,7 @@ def test_log_lines(work: pipeline.Workspace, tmp_path: Path) -> None:
 
 
 def test_only_losses_of_the_main_process_are_logged(tmp_path: Path) -> None:
-    callback, arguments = LogLines(tmp_path / "log.jsonl", "train"), TrainingArguments(str(tmp_path), use_cpu=True)
+    callback, arguments = LogLines(tmp_path / "log.jsonl"), TrainingArguments(str(tmp_path), use_cpu=True)
     state = TrainerState(is_world_process_zero=True, global_step=7)
     callback.on_log(arguments, state, TrainerControl(), logs={"train_runtime": 3.0})
     callback.on_log(arguments, TrainerState(is_world_process_zero=False), TrainerControl(), logs={"loss": 1.0})

@@ -38,6 +38,7 @@ from lightpeft.evaluation.statistics import bootstrap_intervals
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.runs import pipeline
+from lightpeft.saved.results import load_peft
 from lightpeft.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, RegressionTask, Task
 from lightpeft.tasks.answers import Answers
 
@@ -261,7 +262,7 @@ def test_every_number_is_that_of_the_model_then(bench: Workbench) -> None:
     cut = evaluate_model(folder / "pruned", {"data": {"test": str(bench.test), "max_length": 32}})["model"]["metrics"]
     assert found["after_the_cut"] == pytest.approx({name: cut[name] for name in ("accuracy", "loss")})
     work = pipeline.prepare(bench.config("light", **FEW))
-    dense = pipeline._load_peft(pipeline.dense_model(work).model, folder / "estimation" / "adapter")
+    dense = load_peft(work.dense_model().model, folder / "estimation" / "adapter")
     before = pipeline.measure(work, dense)[""].answers
     assert found["after_estimation"]["loss"] == pytest.approx(before.scores["loss"].mean())
 
@@ -273,7 +274,7 @@ def test_a_sample_of_many_rows(bench: Workbench, monkeypatch: pytest.MonkeyPatch
     assert report["milestones"]["examples"] == 10
     work = pipeline.prepare(bench.config("few", **FEW))
     chosen = work.test_rows.select(sorted(torch.randperm(40, generator=torch.Generator().manual_seed(0))[:10].tolist()))
-    run = pipeline._asking(work, load_light(bench.folder / "few" / "adapter", bench.base))
+    run = work.asking(load_light(bench.folder / "few" / "adapter", bench.base))
     losses = outcome(run, chosen, work.task).answers.scores["loss"]
     assert report["milestones"]["metrics"]["in_the_end"]["loss"] == pytest.approx(losses.mean())
     assert report["metrics"]["examples"] == 40

@@ -22,7 +22,7 @@ from lightpeft.plans.scoring import rank_taylor_terms
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.importance import RankObserver
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
+from lightpeft.training.prefix import FrozenPrefix, Numbered, PrefixCache, cache_prefix, number_rows, with_states
 
 STEPS, ROWS = 3, 8
 
@@ -96,12 +96,13 @@ def shared_prefix(folder: Path) -> dict[str, torch.Tensor]:
         inside = next(prefix.blocks[0].children())
         inside.register_forward_hook(lambda module, args, output: computed.append(len(args[0])))
         settings = PrefixCache("file")
-        cached = cache_prefix(prefix, encoded(16), collate, settings, folder / "prefix", batch_size=4)
-        assert cached is not None
+        store = cache_prefix(prefix, encoded(16), collate, settings, folder / "prefix", batch_size=4)
+        assert store is not None
         seen = sum(computed)
         share = range(dist.get_rank(), 16, dist.get_world_size())
-        parallel(**cached.collator(cached.rows.select(share).to_list())).loss.backward()
-    states = torch.cat([cached.store.read(row) for row in range(16)])
+        batch = Numbered(collate)(number_rows(encoded(16)).select(share).to_list())
+        parallel(**with_states(batch, store)).loss.backward()
+    states = torch.cat([store.read(row) for row in range(16)])
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {**own, "states": states, "computed": torch.tensor(seen), "again": torch.tensor(sum(computed) - seen)}
 

@@ -27,7 +27,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
 )
 
@@ -35,7 +34,7 @@ from lightpeft import cli
 from lightpeft.config import RunConfig, run_config_from_dict
 from lightpeft.files import write_json
 from lightpeft.runs import bench as benching
-from lightpeft.runs import pipeline
+from lightpeft.training.trainer import RunTrainer
 
 NEUTRAL = tuple(f"word{index}" for index in range(20))
 GOOD = tuple(f"good{index}" for index in range(6))
@@ -224,19 +223,17 @@ class _ActAt(TrainerCallback):
             self.act()
 
 
-def at_step(stage: str, step: int, act: Disturb, event: str = "on_step_end") -> Disturb:
-    """Makes `act` happen when a stage has done so many steps."""
+def at_step(step: int, act: Disturb, event: str = "on_step_end") -> Disturb:
+    """Makes `act` happen when the run has done so many steps."""
 
     def disturb() -> None:
-        make = pipeline.make_trainer
+        make = RunTrainer.__init__
 
-        def disturbed(*args: Any, **options: Any) -> Trainer:
-            trainer = make(*args, **options)
-            if options["stage"] == stage:
-                trainer.add_callback(_ActAt(step, act, event))
-            return trainer
+        def disturbed(self: RunTrainer, *args: Any, **options: Any) -> None:
+            make(self, *args, **options)
+            self.add_callback(_ActAt(step, act, event))
 
-        pipeline.make_trainer = disturbed
+        RunTrainer.__init__ = disturbed
 
     return disturb
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightpeft.prune.discovery import ensure_family
     from lightpeft.prune.surgery import apply_plan
     from lightpeft.recipe.pruner import EarlyPruner
+    from lightpeft.recipe.trainer import LightTrainer, light_trainer
     from lightpeft.runs.pipeline import run
     from lightpeft.saved.light_adapter import LightModel, load_light
     from lightpeft.saved.merging import load_merged, save_merged
@@ -29,11 +30,13 @@ _HOMES = {
     "LightConfig": "config",
     "LightModel": "saved.light_adapter",
     "LightPeftError": "errors",
+    "LightTrainer": "recipe.trainer",
     "PrunePlan": "plans.records",
     "RunConfig": "config",
     "accelerated": "training.acceleration",
     "apply_plan": "prune.surgery",
     "ensure_family": "prune.discovery",
+    "light_trainer": "recipe.trainer",
     "load_config": "config",
     "load_light": "saved.light_adapter",
     "load_merged": "saved.merging",
@@ -52,11 +55,13 @@ __all__ = [
     "LightConfig",
     "LightModel",
     "LightPeftError",
+    "LightTrainer",
     "PrunePlan",
     "RunConfig",
     "accelerated",
     "apply_plan",
     "ensure_family",
+    "light_trainer",
     "load_config",
     "load_light",
     "load_merged",

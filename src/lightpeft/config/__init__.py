@@ -16,6 +16,7 @@ from lightpeft.config.light import (
     Scope,
     UnitCriterion,
 )
+from lightpeft.config.methods import METHODS, Method, MethodName
 from lightpeft.config.presets import PRESETS, PeftKind, Preset, merged, preset_light, preset_settings
 from lightpeft.config.run import (
     SWITCHES,
@@ -26,7 +27,6 @@ from lightpeft.config.run import (
     Head,
     LikelihoodRule,
     LoraSettings,
-    Method,
     ModelConfig,
     Placement,
     PrefixDtype,
@@ -40,6 +40,7 @@ from lightpeft.config.run import (
 )
 
 __all__ = [
+    "METHODS",
     "PRESETS",
     "READ_BY_PLANS",
     "SWITCHES",
@@ -54,6 +55,7 @@ __all__ = [
     "LikelihoodRule",
     "LoraSettings",
     "Method",
+    "MethodName",
     "ModelConfig",
     "ModuleCriterion",
     "PeftKind",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightpeft.config.light import MOST_ROWS, WIDEST, LightConfig
+from lightpeft.config.methods import METHODS, Method, MethodName
 from lightpeft.config.presets import PeftKind, Preset, merged, preset_settings
 from lightpeft.config.validation import check_most, check_values, from_dict, load_yaml
 from lightpeft.errors import require
@@ -16,7 +17,6 @@ TaskKind = Literal["classification", "regression", "multiple-choice", "span", "g
 Head = Literal["classification", "regression", "multiple-choice", "span", "causal-lm"]
 AnswerBy = Literal["auto", "head", "likelihood"]
 LikelihoodRule = Literal["sum", "token", "byte", "unconditional"]
-Method = Literal["light", "plain", "full"]
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
 PrefixPlace = Literal["file", "memory", "off"]
 PrefixDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -303,7 +303,7 @@ class RunConfig:
     preset: Preset = "default"
     """Starting values of `light`: default (half of the blocks or more goes), uniform (half of each layer), fast (less
     goes), or paper (Gu et al. 2024)."""
-    method: Method = "light"
+    method: MethodName = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
     nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
     peft: PeftKind = "lora"
@@ -324,12 +324,19 @@ class RunConfig:
     """Estimation and budget. (Help shows the values of preset `default`; --print_config those of a run.)"""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The fine-tuning run."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Other fields of transformers' TrainingArguments, such as optim, lr_scheduler_type, eval_strategy, report_to."""
     tasks: dict[str, TaskEntry] = field(default_factory=dict)
     """Tasks of your own by name, for `data.task`."""
 
     def __post_init__(self) -> None:
         check_values(self)
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; it lies in [0, 2**32)")
+
+    @property
+    def way(self) -> Method:
+        """What the method is."""
+        return METHODS[self.method]
 
 
 def load_config(path: str | Path) -> RunConfig:

@@ -43,7 +43,7 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     blocks = block_specs(loaded.model)
     _check_weights(loaded, blocks)
     lowest, end = 0, len(blocks)
-    if config.method == "light":
+    if config.way.prunes:
         end = config.light.blocks_left(len(blocks))
         lowest = config.light.first_module_block(end)
     common: dict[str, Any] = {"task_type": _TASK_TYPES[loaded.head], "modules_to_save": loaded.new_modules or None}
@@ -82,5 +82,5 @@ def _check_weights(loaded: LoadedModel, blocks: Sequence[BlockSpec]) -> None:
 def _slot_targets(blocks: Sequence[BlockSpec], config: RunConfig) -> list[str]:
     unknown = set(config.lora.slots or ()) - set(SLOTS)
     require(not unknown, f"lora.slots has {', '.join(sorted(unknown))}; slots are {', '.join(SLOTS)}")
-    slots = config.lora.slots or (["q", "v", "qkv"] if config.method == "plain" else SLOTS)
+    slots = config.lora.slots or config.way.slots or SLOTS
     return [name for block in blocks for slot, name in block.projections.items() if slot in slots]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lightpeft.config import Budget, LightConfig
+from lightpeft.config import Budget, LightConfig, preset_light
 from lightpeft.errors import LightPeftError
 from lightpeft.models.quantised import prepare_quantised
 from lightpeft.peft_kinds.sites import check_peft, find_sites, restart_sites
@@ -18,14 +20,17 @@ from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.refit import Batches, Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan, check_budget
+from lightpeft.recipe.wrapping import leave_modules
 from lightpeft.saved.light_adapter import LightModel, as_light
+
+_log = logging.getLogger(__name__)
 
 
 class EarlyPruner:
     """Estimate, plan, prune: the three steps around any training loop.
 
-    With a `Trainer` (or TRL's): add `callback()`, train, then `prune()`. The callback ends training when the
-    estimation stage is done. With a loop of your own, between `loss.backward()` and `optimizer.step()`:
+    With a `Trainer`, `LightTrainer` is all of it in one call. With a loop of your own, between `loss.backward()` and
+    `optimizer.step()`:
 
         pruner.start(total_steps)
         while not pruner.finished:
@@ -33,26 +38,39 @@ class EarlyPruner:
             pruner.step()
             optimizer.step(); optimizer.zero_grad()
         light = pruner.prune()          # then make a new optimizer and train on
+
+    What else a preset says is the loop's to do; `advice()` lists it, and it is logged once as a warning.
     """
 
-    def __init__(self, model: PeftModel, config: LightConfig | None = None) -> None:
+    def __init__(self, model: PeftModel, light: str | LightConfig = "default") -> None:
         """
         Args:
-            model: what `peft.get_peft_model` returned. It is pruned in place by `prune`; the blocks that `config.depth`
-                leaves out are taken out here.
-            config: budget and estimation settings; the default preset if None.
+            model: what `peft.get_peft_model` returned. It is pruned in place by `prune`; the blocks that `light.depth`
+                leaves out, and the PEFT modules that `light.module_blocks` does not allow, are taken out here.
+            light: a preset's name, or budget and estimation settings of your own.
 
         Raises:
-            LightPeftError: an unsupported model family, PEFT type, or quantisation, or a budget that a quantised layer
-                or the model's depth cannot have.
+            LightPeftError: an unsupported model family, PEFT type, or quantisation, an unknown preset, or a budget that
+                a quantised layer or the model's depth cannot have.
         """
         self.model = model
-        self.config = config or LightConfig()
         ensure_family(model)
         prepare_quantised(model)
         check_peft(model)
+        self.config = light if isinstance(light, LightConfig) else preset_of(light, model)
         check_budget(model, self.config)
+        leave_modules(model, self.config)
         self.estimator = Estimator(model, self.config)
+
+    def advice(self) -> Iterator[str]:
+        """What the settings ask of a training loop, one line each."""
+        light = self.config
+        if light.learning_rate_scale != 1:
+            yield f"multiply plain PEFT's learning rate by {light.learning_rate_scale:g}, in both parts of training"
+        if light.dropout is not None:
+            yield f"train inside `with lightpeft.accelerated(model, dropout={light.dropout:g}):`"
+        if light.refit != "none":
+            yield f"give training rows to prune(calibration=...), for refit: {light.refit}"
 
     def callback(self, resume_from: str | Path | None = None) -> EstimationCallback:
         """A `TrainerCallback` that runs the estimation stage and then stops the trainer.
@@ -60,11 +78,18 @@ class EarlyPruner:
         Args:
             resume_from: a trainer checkpoint of an interrupted stage, the same that `train` resumes from.
         """
+        self._say()
         return EstimationCallback(self.estimator, resume_from)
 
     def start(self, total_steps: int | None = None) -> None:
         """Begin the stage in a loop of your own; a fractional length needs the `total_steps` of the whole run."""
+        self._say()
         self.estimator.start(total_steps)
+
+    def _say(self) -> None:
+        lines = "; ".join(self.advice())
+        if lines:
+            _log.warning("EarlyPruner leaves to your loop what LightTrainer does by itself: %s", lines)
 
     def step(self, grad_scale: float = 1.0) -> None:
         """Take in one optimizer step's gradients; `grad_scale` is the scale of a gradient scaler that is still on."""
@@ -87,7 +112,7 @@ class EarlyPruner:
         """Cut the model down to the plan, in place; it stays a `PeftModel` and its `save_pretrained` a light adapter.
 
         Args:
-            calibration: gives model inputs of some training rows, on the model's device, for `config.refit`; called
+            calibration: gives model inputs of some training rows, on the model's device, for `light.refit`; called
                 once or more.
 
         Make a new optimizer afterwards: the old one holds the parameters from before.
@@ -97,22 +122,32 @@ class EarlyPruner:
         return cut(self.model, plan, self.config, calibration)
 
 
-def cut(model: PeftModel, plan: PrunePlan, config: LightConfig, calibration: Batches | None = None) -> LightModel:
-    """Cut a dense model down to a plan, in place, and make up for the loss as the config says.
+def preset_of(name: str, model: PeftModel) -> LightConfig:
+    """A preset, as it is for the PEFT kind of a model.
 
     Raises:
-        LightPeftError: the plan does not fit, or `config.refit` has no calibration rows to work with.
+        LightPeftError: there is no such preset.
+    """
+    kinds = {str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()}
+    return preset_light(name, "bottleneck" if kinds == {"BOTTLENECK"} else "lora")
+
+
+def cut(model: PeftModel, plan: PrunePlan, light: LightConfig, calibration: Batches | None = None) -> LightModel:
+    """Cut a dense model down to a plan, in place, and make up for the loss as the settings say.
+
+    Raises:
+        LightPeftError: the plan does not fit, or `light.refit` has no calibration rows to work with.
     """
     refit: Refit = {}
-    if config.refit != "none":
+    if light.refit != "none":
         if calibration is None:
-            raise LightPeftError(f"refit: {config.refit} needs rows; give prune(calibration=...), or set refit to none")
-        rank = config.refit_rank if config.refit == "low_rank" else 0
+            raise LightPeftError(f"refit: {light.refit} needs rows; give prune(calibration=...), or set refit to none")
+        rank = light.refit_rank if light.refit == "low_rank" else 0
         refit = fit_refit(model, plan, calibration, rank)
     apply_plan(model, plan)
     apply_refit(model, refit)
-    if config.restart:
-        restart_sites(find_sites(model, plan.specs), config.seed)
+    if light.restart:
+        restart_sites(find_sites(model, plan.specs), light.seed)
     return as_light(model, plan, refit=refit)
 
 

@@ -50,8 +50,9 @@ from lightpeft.profiling import (
     throughput,
 )
 from lightpeft.recipe.pruner import EarlyPruner
+from lightpeft.recipe.trainer import light_steps
 from lightpeft.runs import pipeline
-from lightpeft.runs.pipeline import Workspace
+from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.light_adapter import load_light
 from lightpeft.training.prefix import STATES, FrozenPrefix, StateStore, cache_prefix
 
@@ -91,7 +92,7 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
     require(max(rounds, steps) <= _MOST, f"bench.rounds and bench.steps can be at most {_MOST:,}")
     require(json is None or not Path(json).is_dir(), f"--json {json} is a folder; give a file")
     config = replace(config, method="light")
-    work = pipeline.prepare(config)
+    work = prepare(config)
     pipeline.estimate(work)
     pipeline.plan(work.run)
     pipeline.prune(work)
@@ -229,6 +230,13 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
         pipe.send(Failure(" ".join(reason.split())))
 
 
+def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
+    """Steps as a light run makes them."""
+    config = work.config
+    autocast, fast = autocast_dtype(config.training), config.training.fast_steps
+    return light_steps(model, config.light, work.train_rows, fast=fast, autocast=autocast, loss_alone=True)
+
+
 def by_habit(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
     """Steps as PEFT, transformers and PyTorch make them."""
     return nullcontext()
@@ -258,7 +266,7 @@ class Subject:
         """
         set_seed(config.seed)
         self.config = config
-        self.work = pipeline.prepare(config)
+        self.work = prepare(config)
         self.batches = sample_batches(self.work, steps)
         self.build = BUILDS[build] if isinstance(build, str) else build
         self.autocast = self.build.autocast or autocast_dtype(config.training)
@@ -318,8 +326,11 @@ class Subject:
 
     def _store(self, prefix: FrozenPrefix) -> StoredBatches | None:
         """The batches with their states, and how fast those are computed; None where a run would store none."""
-        settings = pipeline.prefix_cache(self.work, prefix, self.work.steps)
-        if settings is None:
+        settings, seen = (
+            self.work.prefix_cache,
+            self.work.steps * self.work.pace.batch_size * self.work.pace.accumulation,
+        )
+        if settings is None or not prefix or seen <= self.work.pace.rows:
             return None
         rows = concatenate_datasets(sample_rows(self.work, len(self.batches)))
         training, folder = self.config.training, Path(self._folder.name)
@@ -329,9 +340,9 @@ class Subject:
             "progress": silent,
         }
         started = time.perf_counter()
-        cached = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
+        store = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
         self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
-        return StoredBatches(self.batches, cached.store) if cached else None
+        return StoredBatches(self.batches, store) if store else None
 
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:
         training = self.config.training
@@ -385,13 +396,13 @@ def sample_rows(work: Workspace, steps: int, size: int | None = None) -> list[Da
 
 def _plain(work: Workspace) -> Made:
     config = work.config
-    return add_peft(pipeline.dense_model(work), replace(config, method="plain")), adamw(work)
+    return add_peft(work.dense_model(), replace(config, method="plain")), adamw(work)
 
 
 def _estimation(work: Workspace) -> Made:
     """The dense model with all PEFT modules, masks and observers on; the masks train in the optimizer's step."""
     config = work.config
-    model = add_peft(pipeline.dense_model(work), config)
+    model = add_peft(work.dense_model(), config)
     pruner = EarlyPruner(model, replace(config.light, length=10**9))
     pruner.start()
 
@@ -404,13 +415,13 @@ def _estimation(work: Workspace) -> Made:
 
 
 def _light(work: Workspace) -> Made:
-    return load_light(work.run.pruned, pipeline.dense_model(work).model, is_trainable=True), adamw(work)
+    return load_light(work.run.pruned, work.dense_model().model, is_trainable=True), adamw(work)
 
 
 BUILDS: dict[str, Build] = {
     "plain": Build(_plain),
-    "estimation": Build(_estimation, pipeline.accelerating, masked=True),
-    "light": Build(_light, pipeline.accelerating),
+    "estimation": Build(_estimation, accelerating, masked=True),
+    "light": Build(_light, accelerating),
 }
 """Subject -> how it is made and trains."""
 

@@ -1,106 +1,63 @@
 """The story of a run: estimate -> plan -> prune -> fine-tune -> evaluate.
 
-Each stage reads what the one before it left in the run folder and leaves its own result there, so a run that was
-stopped anywhere goes on where it was, and a stage can be run alone.
+A run does what is not done yet, in one training where it can: the live model goes from stage to stage. Each stage
+leaves its result in the run folder on the way, so a run that was stopped anywhere goes on where it was, and a stage can
+be run alone; both come to the same end.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
-from lightpeft.console.bars import silent
+from lightpeft.config import RunConfig
 from lightpeft.errors import require
 from lightpeft.evaluation import answering
 from lightpeft.evaluation.answering import Outcome, Scores
-from lightpeft.evaluation.milestones import Watcher, notices, sample
-from lightpeft.files import check_sealed, replacing_folder, seal, write_json
-from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
-from lightpeft.models.families import max_positions
-from lightpeft.models.loading import LoadedModel, load_model, load_model_config, load_tokenizer
+from lightpeft.evaluation.milestones import Watcher, notices
+from lightpeft.files import check_sealed, write_json
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import MemoryMethod, PeakMemory, folder_bytes, hardware, throughput
+from lightpeft.profiling import folder_bytes, hardware
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.depth import leave_out
-from lightpeft.prune.discovery import ensure_family
-from lightpeft.prune.estimation import check_examples, stage_length
-from lightpeft.recipe.pruner import EarlyPruner, cut
+from lightpeft.recipe.resuming import read_cut
 from lightpeft.runs.reuse import find_estimation, take_estimation
+from lightpeft.runs.stages import leave_plan, leave_pruned
+from lightpeft.runs.trainers import DenseRun, InRun, LightRun, StageCost
+from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.light_adapter import LightModel, load_light, save_metrics
-from lightpeft.saved.peft_adapter import load_adapter, read_adapter
+from lightpeft.saved.results import load_peft, save_dense, save_peft
 from lightpeft.saved.run_folder import RunFolder, read_report
-from lightpeft.tasks import (
-    Collator,
-    Task,
-    check_max_length,
-    check_tokens,
-    check_vocabulary,
-    ensure_pad_token,
-    load_task,
-    share_at_limit,
-    task_facts,
-)
-from lightpeft.tasks.tokens import without_labels
-from lightpeft.training.acceleration import accelerated, base_dropout
-from lightpeft.training.prefix import Collate, FrozenPrefix, PrefixCache, cache_prefix
-from lightpeft.training.schedule import least_examples, scored_steps, settled, steps_an_epoch, total_steps
-from lightpeft.training.trainer import fit, make_trainer, step_of
+from lightpeft.training.trainer import fit
 
-NOTABLE_CUTS = 0.05
-"""Part of the training rows that may be cut without a word."""
+__all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train"]
+
 Model: TypeAlias = PeftModel | PreTrainedModel
 """What is trained and measured: a model with PEFT or, with method full, the model itself."""
 
 
-@dataclass
-class Workspace:
-    """A run with its data at hand."""
-
-    run: RunFolder
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    train_rows: Dataset
-    test_rows: Dataset
-    more_test_rows: dict[str, Dataset]
-    """Rows of further splits to evaluate on, by the prefix of their metrics."""
-    positions: int | None
-    """Tokens that the model's position table has room for; None: any number."""
-    config: RunConfig
-    """The run's settings, with numbers for what is auto in `training`."""
-
-    @property
-    def collator(self) -> Collator:
-        """Rows to padded batches."""
-        multiple, length = self.config.training.pad_to_multiple_of, self.config.data.max_length
-        fits = self.positions is None or math.ceil(length / multiple) * multiple <= self.positions
-        return self.task.collator(self.tokenizer, multiple if fits else None)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the whole run, estimation included."""
-        return total_steps(len(self.train_rows), self.config.training, processes=processes().num_processes)
-
-
-def run(config: RunConfig, *, overwrite: bool = False, estimation: str | Path | None = None) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    estimation: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
     """Run all stages that are not done yet and return the metrics.
 
     Args:
         overwrite: where the output folder holds the run of another config, remove that and begin anew.
         estimation: folder of another run, whose estimation is taken instead of one of this run's own.
+        callbacks: of the trainer.
 
     Raises:
         LightPeftError: bad input, or an output folder that holds something else.
@@ -112,276 +69,118 @@ def run(config: RunConfig, *, overwrite: bool = False, estimation: str | Path | 
         work.run.start_anew()
     if donor is not None:
         take_estimation(work.run, donor)
-    if config.method == "light":
-        estimate(work)
+    if config.way.prunes and not work.run.has("estimate"):
+        _train_light(work, callbacks)
+    elif config.way.prunes:
         plan(work.run)
-        prune(work)
-    train(work)
+        train(work, callbacks, light=prune(work))
+    else:
+        train(work, callbacks)
     return evaluate(work)
-
-
-def prepare(config: RunConfig, *, overwrite: bool = False) -> Workspace:
-    """Read and check the data, the tokenizer and the run folder; nothing is written yet.
-
-    Args:
-        overwrite: the output folder may hold the run of another config.
-    """
-    check_precision(config.training)
-    model_config = load_model_config(config.model)
-    task = load_task(config.data, model_config, config.tasks)
-    tokenizer = load_tokenizer(config.model)
-    positions = max_positions(model_config)
-    check_max_length(config.data.max_length, positions, tokenizer)
-    check_vocabulary(tokenizer, model_config)
-    ensure_pad_token(tokenizer, model_config)
-    train_rows = task.encode(task.train, tokenizer, config.data.max_length)
-    test_rows = task.encode_test(task.test, tokenizer, config.data.max_length)
-    more = {
-        prefix: task.encode_test(rows, tokenizer, config.data.max_length) for prefix, rows in task.more_tests.items()
-    }
-    for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
-        check_tokens(rows, tokenizer, model_config, what)
-    run = RunFolder.open(config, overwrite=overwrite)
-    width = getattr(model_config.get_text_config(), "hidden_size", None)
-    numbers = settled(config, len(train_rows), width, processes().num_processes)
-    work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, numbers)
-    if config.method == "light" and (overwrite or not run.has("estimate")):
-        _check_estimation(work)
-    return work
-
-
-def _check_estimation(work: Workspace) -> None:
-    """Before anything is trained: whether estimation leaves steps to train with, and sees enough to be trusted."""
-    steps, light = work.steps, work.config.light
-    length = stage_length(light, steps)
-    require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
-    rows, number = len(work.train_rows), processes().num_processes
-    check_examples(light, least_examples(scored_steps(length), rows, work.config.training, number))
 
 
 def estimate(work: Workspace) -> EstimationRecord:
     """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance.
 
-    Blocks that `light.depth` leaves out are gone before that: `EarlyPruner` takes them out.
+    Blocks that `light.depth` leaves out are gone before that.
     """
-    run, config = work.run, work.config
-    if run.has("estimate"):
-        return EstimationRecord.load(run.estimation)
-    set_seed(config.seed)
-    model = add_peft(dense_model(work), config)
-    pruner = EarlyPruner(model, config.light)
-    length = stage_length(config.light, work.steps)
+    if not work.run.has("estimate"):
+        _train_light(work, stop_at_cut=True)
+    return EstimationRecord.load(work.run.estimation)
+
+
+def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), stop_at_cut: bool = False) -> None:
+    """Estimate, cut and fine-tune in one training, from a checkpoint before the cut if there is one."""
+    run = work.run
+    set_seed(work.config.seed)
+    trainer = LightRun(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
     with run.held():
-        checkpoint = run.last_checkpoint("estimate")
-        options = {"shown_steps": length, "callbacks": [pruner.callback(resume_from=checkpoint)]}
-        cost = _train_stage(work, model, "estimate", work.steps, config.seed, checkpoint, **options)
-        record = pruner.record()
+        trainer.settle()
+        work.announce_settings()
+        fit(trainer, run.last_checkpoint("train"))
+        if not stop_at_cut:
+            _finish(work, trainer, trainer.state.max_steps - trainer.light_report["estimation_steps"])
 
-        def save() -> None:
-            save_peft(model, run.estimation / "adapter")
-            record.save(run.estimation)
 
-        run.finish_stage("estimate", **asdict(cost), save=save, steps=record.meta["steps"])
-    return record
+def _with_peft(work: Workspace) -> PeftModel:
+    return add_peft(work.dense_model(), work.config)
 
 
 def plan(run: RunFolder) -> PrunePlan:
     """Decide from the record and the budget which units stay."""
     run.need("estimate", "plan")
-    result = make_plan(EstimationRecord.load(run.estimation), run.config.light)
-    if run.has("plan") and run.has("prune"):
-        unchanged = PrunePlan.load(run.plan) == result
-        require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")
-        return result
-    with run.held():
-        if processes().is_main_process:
-            result.save(run.plan)
-        processes().wait_for_everyone()
-    return result
+    with nullcontext() if run.has("prune") else run.held():  # what is pruned already stays as it is
+        return leave_plan(run)
 
 
-def prune(work: Workspace) -> None:
-    """Cut base and PEFT modules down to the plan; leaves a light adapter that fine-tuning starts from."""
-    run, config = work.run, work.config
+def prune(work: Workspace) -> LightModel | None:
+    """Cut the model that estimation left, by the plan; returns it live, or None if it was done before."""
+    run = work.run
     if run.has("prune"):
-        return
+        return None
     run.need("plan", "prune")
-    started = time.perf_counter()
     chosen = PrunePlan.load(run.plan)
-    base = dense_model(work).model
-    model = _load_peft(base, run.estimation / "adapter", is_trainable=True)
-    watcher = watcher_of(work)
+    set_seed(work.config.seed)
+    model = load_peft(work.dense_model().model, run.estimation / "adapter", is_trainable=True)
     if chosen.left_out:
         leave_out(model, len(chosen.blocks))  # estimation did without these blocks
-    watcher.look("after_estimation", model)
-    light = cut(model, chosen, config.light, lambda: calibration_batches(work))
-    watcher.look("after_the_cut", light)
-    light.light_task = task_facts(work.task)
-    seconds = time.perf_counter() - started - watcher.seconds
     with run.held():
-        run.finish_stage("prune", seconds, lambda: light.save_pretrained(run.pruned), **watcher.facts())
+        return leave_pruned(work, model, chosen, work.calibration)
 
 
-def watcher_of(work: Workspace) -> Watcher:
-    """What looks at the model between stages, on a few test rows."""
-    chosen = sample(work.task)
-    rows = work.task.encode_test(chosen, work.tokenizer, work.config.data.max_length, progress=silent)
-    return Watcher(work.task, rows, len(chosen), lambda model: _asking(work, model))
+def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), light: LightModel | None = None) -> None:
+    """Fine-tune the small model with the small PEFT (light), the dense one with plain PEFT, or all of the dense one.
 
-
-def calibration_batches(work: Workspace) -> Iterator[dict[str, Tensor]]:
-    """Batches of some training rows, without labels, on the device of the model."""
-    config = work.config
-    generator = torch.Generator().manual_seed(config.seed)
-    numbers = torch.randperm(len(work.train_rows), generator=generator)[: config.light.refit_rows].tolist()
-    device = accelerator() or torch.device("cpu")
-    for start in range(0, len(numbers), config.training.eval_batch_size):
-        rows = work.train_rows.select(numbers[start : start + config.training.eval_batch_size]).to_list()
-        yield {name: values.to(device) for name, values in without_labels(work.collator(rows)).items()}
-
-
-def train(work: Workspace) -> None:
-    """Fine-tune the small model with the small PEFT (light), the dense one with plain PEFT, or all of the dense one."""
+    Args:
+        light: the model as `prune` has just left it; None: it is loaded.
+    """
     run, config = work.run, work.config
     if run.has("train"):
         return
     set_seed(config.seed)
-    if config.method == "light":
+    if config.way.prunes:
         run.need("prune", "train")
-        model: Model = load_light(run.pruned, dense_model(work).model, is_trainable=True)
-        steps, seed = work.steps - EstimationRecord.load(run.estimation).meta["steps"], config.seed + 1
-    else:
-        model = _full_model(work) if config.method == "full" else add_peft(dense_model(work), config)
-        steps, seed = work.steps, config.seed
+        light = light or load_light(run.pruned, work.dense_model().model, is_trainable=True)
+        _train_behind_the_cut(work, light, callbacks)
+        return
+    trainer = DenseRun(work, _with_peft(work) if config.way.has_peft else _full_model(work), callbacks)
     with run.held():
-        cost = _train_stage(work, model, "train", steps, seed, run.last_checkpoint("train"))
-        rate = "full_learning_rate" if config.method == "full" else "learning_rate"
-        require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{rate}")
-        run.finish_stage("train", **asdict(cost), save=lambda: save_result(work, model), steps=steps)
+        trainer.settle()
+        work.announce_settings()
+        fit(trainer, run.last_checkpoint("train"))
+        _finish(work, trainer, work.steps)
+
+
+def _train_behind_the_cut(work: Workspace, light: LightModel, callbacks: Sequence[TrainerCallback]) -> None:
+    """Go on where the cut was, or at a checkpoint behind it."""
+    run, begun = work.run, EstimationRecord.load(work.run.estimation).meta["steps"]
+    trainer = LightRun(work, light, callbacks=callbacks)
+    with run.held():
+        trainer.settle()
+        checkpoint = run.last_checkpoint("train")
+        if checkpoint is None or read_cut(checkpoint) is None:
+            checkpoint = trainer.checkpoint_at_cut(begun, work.steps)
+        fit(trainer, checkpoint)
+        _finish(work, trainer, work.steps - begun)
+
+
+def _finish(work: Workspace, trainer: InRun, steps: int) -> None:
+    """Leave the result of training in the run folder."""
+    run, config, model = work.run, work.config, trainer.model  # type: ignore[attr-defined]
+    assert trainer.meter is not None
+    cost = trainer.meter.stop(trainer.state.global_step)  # type: ignore[attr-defined]
+    require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{config.way.rate}")
+    run.finish_stage("train", **asdict(cost), save=lambda: save_result(work, model), steps=steps)
 
 
 def _full_model(work: Workspace) -> PreTrainedModel:
     """The dense model, all of whose weights train."""
-    model = dense_model(work).model
+    model = work.dense_model().model
     quantised = getattr(model, "is_quantized", False)
     require(
         not quantised, "method full trains every weight, which cannot be done in 4 or 8 bits; give the base unquantised"
     )
     return model
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What a training stage took, as metrics.json has it."""
-
-    seconds: float
-    """Wall-clock time, that of storing a frozen prefix included; of a resumed stage, that of its last part."""
-    samples_per_second: float
-    """Training rows a second of all processes together, that time left out."""
-    peak_memory_bytes: int
-    """Peak of training: on CUDA all that was allocated, else what came on top of the loaded model."""
-    peak_memory_method: MemoryMethod
-    resumed_at: int
-    """Step that the last part of the stage began at; 0 for a stage that was not interrupted."""
-
-
-def _train_stage(
-    work: Workspace, model: Model, stage: str, steps: int, seed: int, checkpoint: Path | None, **options: Any
-) -> StageCost:
-    """Train for a stage, from a checkpoint if there is one."""
-    run, config = work.run, work.config
-    announce_settings(work, stage)
-    # in estimation the masks of every block train, so that no block is frozen, wherever the modules are
-    prefix = FrozenPrefix(model, blocks=[] if stage == "estimate" else None)
-    with prefix.attached():
-        started = time.perf_counter()
-        rows, collator = rows_for(work, prefix, stage, steps)
-        caching = time.perf_counter() - started
-        trainer = make_trainer(
-            model,
-            rows,
-            collator,
-            _settings(config),
-            stage=stage,
-            checkpoints=run.checkpoints(stage),
-            log=run.log,
-            steps=steps,
-            seed=seed,
-            token_loss=work.task.head == "causal-lm",
-            **options,
-        )
-        with accelerating(work, model), PeakMemory(model) as memory:
-            seconds = fit(trainer, checkpoint)
-    begun = step_of(checkpoint) if checkpoint else 0
-    rows_seen = len(work.train_rows)
-    a_step = rows_seen / steps_an_epoch(rows_seen, config.training, processes().num_processes)
-    speed = throughput(a_step * (trainer.state.global_step - begun), seconds)
-    return StageCost(caching + seconds, speed, memory.bytes, memory.method, begun)
-
-
-def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
-    """Inside the block, steps of a light run are faster; the others train as they are used by habit."""
-    config = work.config
-    if config.method != "light":
-        return nullcontext()
-    if not config.training.fast_steps:
-        return base_dropout(model, config.light.dropout)
-    lengths = work.train_rows["length"][:]
-    autocast = autocast_dtype(config.training)
-    return accelerated(model, lengths, dropout=config.light.dropout, autocast=autocast, loss_alone=True)
-
-
-def announce_settings(work: Workspace, stage: str) -> None:
-    """Say in a run's first stage which settings cost more than a user may know of."""
-    if stage != ("estimate" if work.config.method == "light" else "train"):
-        return
-    asked = work.run.config.training
-    if "auto" in (asked.epochs, asked.learning_rate):
-        rate = float(_settings(work.config).learning_rate)
-        length = f"{work.steps} steps (epochs: {work.config.training.epochs:g})"
-        work.run.announce(stage, f"training takes {length} at a learning rate of {rate:.2g}")
-    limit = work.config.data.max_length
-    share = share_at_limit(work.train_rows, limit) if work.task.cuts else 0.0
-    if share >= NOTABLE_CUTS:
-        work.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
-    if autocast_dtype(work.config.training) is torch.bfloat16 and not has_bf16():
-        work.run.announce(stage, "training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead")
-
-
-def _settings(config: RunConfig) -> TrainingConfig:
-    """How the run's method trains."""
-    training = config.training
-    rates = {
-        "full": training.full_learning_rate,
-        "plain": float(training.learning_rate),
-        "light": float(training.learning_rate) * config.light.learning_rate_scale,
-    }
-    return replace(training, learning_rate=rates[config.method])
-
-
-def rows_for(work: Workspace, prefix: FrozenPrefix, stage: str, steps: int) -> tuple[Dataset, Collate]:
-    """The training rows and their collator; with the outputs of a frozen prefix where that saves time."""
-    config, settings = work.config.training, prefix_cache(work, prefix, steps)
-    cached = settings and cache_prefix(
-        prefix,
-        work.train_rows,
-        work.collator,
-        settings,
-        work.run.checkpoints("prefix"),
-        batch_size=config.eval_batch_size,
-        autocast=autocast_dtype(config),
-        announce=lambda line: work.run.announce(stage, line),
-    )
-    return (cached.rows, cached.collator) if cached else (work.train_rows, work.collator)
-
-
-def prefix_cache(work: Workspace, prefix: FrozenPrefix, steps: int) -> PrefixCache | None:
-    """How a stage of so many steps keeps the outputs of its frozen blocks; None where no row is seen twice."""
-    config = work.config.training
-    seen = steps * config.batch_size * config.gradient_accumulation * processes().num_processes
-    if config.prefix_cache == "off" or not prefix or seen <= len(work.train_rows):
-        return None
-    return PrefixCache(config.prefix_cache, config.prefix_dtype, int(config.prefix_limit * 2**30))
 
 
 def evaluate(work: Workspace) -> dict[str, Any]:
@@ -391,7 +190,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
         return read_report(run.metrics)
     run.need("train", "evaluate")
     started = time.perf_counter()
-    watcher = watcher_of(work)
+    watcher = work.watcher()
     model = trained_model(work, _asked_base(work, watcher))
     outcomes = measure(work, model)
     scores = answering.scores_of(outcomes, work.task)
@@ -416,22 +215,16 @@ def evaluate(work: Workspace) -> dict[str, Any]:
 
 def _asked_base(work: Workspace, watcher: Watcher) -> PreTrainedModel | None:
     """The untouched base, which has answered before a result is built on it; None where the result needs none."""
-    base = dense_model(work)
+    base = work.dense_model()
     if not base.new_modules:  # else its head is random, and so are its answers
         watcher.look("untouched_base", base.model)
-    return None if work.config.method == "full" else base.model
+    return base.model if work.config.way.has_peft else None
 
 
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
     """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
-    run, splits = _asking(work, model), {"": work.test_rows, **work.more_test_rows}
+    run, splits = work.asking(model), {"": work.test_rows, **work.more_test_rows}
     return {prefix: answering.outcome(run, rows, work.task) for prefix, rows in splits.items()}
-
-
-def _asking(work: Workspace, model: nn.Module) -> answering.Run:
-    """How test rows are fed to a model."""
-    training = work.config.training
-    return answering.Run(model, work.collator, training.eval_batch_size, autocast_dtype(training))
 
 
 def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
@@ -460,58 +253,24 @@ def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
             yield stage, {name: entry[name] for name in names}
 
 
-def dense_model(work: Workspace, model: ModelConfig | None = None) -> LoadedModel:
-    """The untouched foundation model, or another one, with the task's head, on the device that training uses."""
-    loaded = load_model(model or work.config.model, work.task.head, work.task.labels)
-    ensure_family(loaded.model)
-    ensure_pad_token(work.tokenizer, loaded.model.config)
-    device = accelerator()
-    if device is not None and not getattr(loaded.model, "is_quantized", False):  # those are put there on loading
-        loaded.model.to(device)
-    return loaded
-
-
 def trained_model(work: Workspace, base: PreTrainedModel | None = None) -> Model:
     """The run's result, loaded for inference; unless the method is full, over its base, which is changed in place."""
-    if work.config.method == "full":
+    if not work.config.way.has_peft:
         check_sealed(work.run.model)
         trained = replace(work.config.model, name=str(work.run.model), revision=None, gguf_file=None)
-        return dense_model(work, trained).model.eval()
-    base = base or dense_model(work).model
-    if work.config.method == "light":
+        return work.dense_model(trained).model.eval()
+    base = base or work.dense_model().model
+    if work.config.way.prunes:
         return load_light(work.run.adapter, base)
-    return _load_peft(base, work.run.adapter)
+    return load_peft(base, work.run.adapter)
 
 
 def save_result(work: Workspace, model: Model) -> None:
     """Write what training made: an adapter or, with method full, a whole transformers model with its tokenizer."""
     if isinstance(model, PeftModel):
         save_peft(model, work.run.adapter)
-        return
-    with replacing_folder(work.run.model) as temporary:
-        model.save_pretrained(temporary)
-        work.tokenizer.save_pretrained(temporary)
-        seal(temporary)
-
-
-def save_peft(model: PeftModel, folder: Path) -> None:
-    """Write a light adapter, or an adapter as PEFT writes it: whole or not at all."""
-    if isinstance(model, LightModel):
-        model.save_pretrained(folder)
-        return
-    with replacing_folder(folder) as temporary:
-        model.save_pretrained(str(temporary))
-        seal(temporary)
-
-
-def _load_peft(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
-    """What `save_peft` wrote of plain PEFT.
-
-    Raises:
-        LightPeftError: a file is missing or altered, or the adapter does not fit.
-    """
-    check_sealed(folder)
-    return load_adapter(base, folder, read_adapter(folder), is_trainable)
+    else:
+        save_dense(model, work.tokenizer, work.run.model)
 
 
 def _finite(model: Model) -> bool:

@@ -212,7 +212,7 @@ def load_light(
     apply_plan(dense, plan)
     if stream is not None:
         stream.fill(dense)
-    refit = _read_refit(folder) if _REFIT_FILE in description["checksums"] else {}
+    refit = read_refit(folder) if _REFIT_FILE in description["checksums"] else {}
     apply_refit(dense, refit)
     model = load_adapter(dense, folder, config, is_trainable)
     if not is_trainable:
@@ -242,9 +242,11 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     return description
 
 
-def _read_refit(folder: Path) -> Refit:
-    """The corrections of a light adapter."""
+def read_refit(folder: Path) -> Refit:
+    """The corrections of a light adapter whose files were checked; empty without a refit."""
     file = folder / _REFIT_FILE
+    if not file.is_file():
+        return {}
     with understandable(file):
         return refit_of_tensors(read_tensors(file))
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from lightpeft.config import READ_BY_PLANS, SWITCHES, Method, RunConfig, run_config_from_dict
+from lightpeft.config import READ_BY_PLANS, SWITCHES, RunConfig, run_config_from_dict
 from lightpeft.config.validation import from_dict, parse_yaml
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
@@ -31,11 +31,9 @@ from lightpeft.files import (
 )
 from lightpeft.machine import processes
 from lightpeft.saved.light_adapter import DESCRIPTION
-from lightpeft.training.trainer import last_checkpoint
+from lightpeft.training.checkpoints import last_checkpoint
 
 _CONFIG = "config.yaml"
-_RESULT_FILES: dict[Method, str] = {"light": DESCRIPTION, "plain": "adapter_config.json", "full": "config.json"}
-"""The file that is written last of what training leaves."""
 _RESULTS = (
     "metrics.json",
     "bench.json",
@@ -48,12 +46,6 @@ _RESULTS = (
     "log.jsonl",
 )
 """All that a run leaves in its folder beside its config; later results first."""
-_UNUSED: dict[Method, tuple[str, ...]] = {
-    "light": ("training.full_learning_rate",),
-    "plain": ("light.", "training.full_learning_rate"),
-    "full": ("light.", "peft", "lora.", "bottleneck.", "training.learning_rate"),
-}
-"""Beginnings of the names of settings that a method has no use for."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +178,7 @@ class RunFolder:
     @property
     def result(self) -> Path:
         """What training leaves, by the run's method."""
-        return self.model if self.config.method == "full" else self.adapter
+        return self.path / self.config.way.result
 
     @property
     def metrics(self) -> Path:
@@ -212,7 +204,7 @@ class RunFolder:
             "estimate": self.estimation / "estimation.json",
             "plan": self.plan,
             "prune": self.pruned / DESCRIPTION,
-            "train": self.result / _RESULT_FILES[self.config.method],
+            "train": self.result / self.config.way.last_file,
             "evaluate": self.metrics,
         }
         return result[stage].is_file()
@@ -353,7 +345,7 @@ def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list
     stored, given = _without_other_tasks(stored), _without_other_tasks(given)
     skipped = budget | {"output", "preset"} | {f"model.{name}" for name in SWITCHES}
     before, after = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(given))
-    unused = _UNUSED[given.method]
+    unused = tuple(given.way.unused)
     return [
         name
         for name in after

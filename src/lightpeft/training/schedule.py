@@ -6,9 +6,9 @@ The numbers are measured on MiniLM over small and large data (`benchmarks/first_
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from lightpeft.config import RunConfig, TrainingConfig
+from lightpeft.config import TrainingConfig
 
 LEAST_STEPS = 200
 """Optimizer steps that a run takes under `epochs: auto`, also where rows are few: below, PEFT has hardly moved."""
@@ -22,23 +22,40 @@ LEAST_RATE = 3e-4
 """The rate of wide models (Gu et al. 2024 train LLaMA of 7 billion parameters, 4,096 wide, with it)."""
 
 
-def steps_an_epoch(rows: int, config: TrainingConfig, processes: int = 1) -> int:
-    """Optimizer steps of one pass over `rows` training rows."""
-    batches = math.ceil(rows / (config.batch_size * processes))
-    return math.ceil(batches / config.gradient_accumulation)
+@dataclass(frozen=True)
+class Pace:
+    """How fast a run goes through its rows."""
 
+    rows: int
+    batch_size: int
+    """Rows a backward pass, of all processes together."""
+    accumulation: int = 1
+    """Backward passes an optimizer step."""
 
-def total_steps(rows: int, config: TrainingConfig, processes: int = 1) -> int:
-    """Optimizer steps of a whole run over `rows` training rows, whose `epochs` are a number."""
-    return max(1, math.ceil(steps_an_epoch(rows, config, processes) * float(config.epochs)))
+    @classmethod
+    def of(cls, rows: int, config: TrainingConfig, processes: int = 1) -> Pace:
+        """That of a run's settings."""
+        return cls(rows, config.batch_size * processes, config.gradient_accumulation)
 
+    @property
+    def steps_an_epoch(self) -> int:
+        """Optimizer steps of one pass over the rows."""
+        return math.ceil(math.ceil(self.rows / self.batch_size) / self.accumulation)
 
-def least_examples(steps: int, rows: int, config: TrainingConfig, processes: int = 1) -> int:
-    """Examples that any `steps` optimizer steps in a row see at least: an epoch's last step may have fewer."""
-    of_epoch = steps_an_epoch(rows, config, processes)
-    of_step = config.batch_size * config.gradient_accumulation * processes
-    epochs, more = divmod(steps, of_epoch)
-    return epochs * rows + (rows - (of_epoch - more) * of_step if more else 0)
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps of a whole run."""
+        return max(1, math.ceil(self.steps_an_epoch * epochs))
+
+    def least_examples(self, steps: int) -> int:
+        """Examples that any `steps` optimizer steps in a row see at least: an epoch's last step may have fewer."""
+        of_step = self.batch_size * self.accumulation
+        epochs, more = divmod(steps, self.steps_an_epoch)
+        return epochs * self.rows + (self.rows - (self.steps_an_epoch - more) * of_step if more else 0)
+
+    def enough_steps(self, examples: int, steps: int) -> int:
+        """Steps of the shortest estimation that scores so many examples; all `steps` of the run, where none does."""
+        lengths = (length for length in range(2, steps) if self.least_examples(scored_steps(length)) >= examples)
+        return next(lengths, steps)
 
 
 def scored_steps(length: int) -> int:
@@ -46,32 +63,16 @@ def scored_steps(length: int) -> int:
     return length - length // 2
 
 
-def enough_steps(examples: int, rows: int, config: TrainingConfig, processes: int = 1) -> int:
-    """Steps of the shortest estimation that scores so many examples; all of the run's, where none does."""
-    steps = total_steps(rows, config, processes)
-    lengths = (
-        length
-        for length in range(2, steps)
-        if least_examples(scored_steps(length), rows, config, processes) >= examples
-    )
-    return next(lengths, steps)
-
-
-def settled(config: RunConfig, rows: int, width: int | None, processes: int = 1) -> RunConfig:
-    """The settings with numbers for `auto`, and `light.least_steps` that score `light.least_examples`.
+def settled(config: TrainingConfig, rows: int, width: int | None, processes: int = 1) -> TrainingConfig:
+    """The settings with numbers for `auto`.
 
     Args:
         rows: training rows.
         width: hidden size of the foundation model, if it has one.
     """
-    training, light = config.training, config.light
-    epochs = auto_epochs(steps_an_epoch(rows, training, processes)) if training.epochs == "auto" else training.epochs
-    rate = auto_rate(width) if training.learning_rate == "auto" else training.learning_rate
-    training = replace(training, epochs=epochs, learning_rate=rate)
-    if config.method == "light":
-        enough = max(2, enough_steps(light.least_examples, rows, training, processes))
-        light = replace(light, least_steps=max(light.least_steps, enough))
-    return replace(config, training=training, light=light)
+    epochs = auto_epochs(Pace.of(rows, config, processes).steps_an_epoch) if config.epochs == "auto" else config.epochs
+    rate = auto_rate(width) if config.learning_rate == "auto" else config.learning_rate
+    return replace(config, epochs=epochs, learning_rate=rate)
 
 
 def auto_epochs(steps: int) -> int:

@@ -1,7 +1,23 @@
 """The frozen prefix: blocks below the lowest one that trains need no graph, and need to run only once."""
 
+from lightpeft.training.prefix.batches import ROWS, Numbered, number_rows, with_states
 from lightpeft.training.prefix.blocks import STATES, FrozenPrefix
-from lightpeft.training.prefix.caching import CachedRows, Collate, PrefixCache, cache_prefix
+from lightpeft.training.prefix.caching import Collate, PrefixCache, cache_prefix, lengths_of, obstacle
+from lightpeft.training.prefix.mixin import PrefixMixin
 from lightpeft.training.prefix.states import StateStore
 
-__all__ = ["STATES", "CachedRows", "Collate", "FrozenPrefix", "PrefixCache", "StateStore", "cache_prefix"]
+__all__ = [
+    "ROWS",
+    "STATES",
+    "Collate",
+    "FrozenPrefix",
+    "Numbered",
+    "PrefixCache",
+    "PrefixMixin",
+    "StateStore",
+    "cache_prefix",
+    "lengths_of",
+    "number_rows",
+    "obstacle",
+    "with_states",
+]

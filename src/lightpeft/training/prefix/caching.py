@@ -20,14 +20,15 @@ from lightpeft.errors import LightPeftError
 from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.machine import autocasting, processes
 from lightpeft.tasks.tokens import without_labels
-from lightpeft.training.prefix.blocks import STATES, FrozenPrefix
+from lightpeft.training.prefix.blocks import FrozenPrefix
 from lightpeft.training.prefix.states import StateStore, store_bytes
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
-_ROW = "prefix_row"
 _FACTS = "states.json"
 _FILE = "states.bin"
 _STATES_CHECKSUM = "states"
+_TRIED_ROWS = 16
+"""Rows that are made into a batch twice, to see whether they always give the same tokens."""
 _CHECKED_ROWS = 8
 """Rows of a stored cache that are computed again before it is taken over."""
 
@@ -48,15 +49,6 @@ class PrefixCache:
         return computed if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
-@dataclass(frozen=True)
-class CachedRows:
-    """Training rows whose batches bring their `prefix_states`."""
-
-    rows: Dataset
-    collator: Collate
-    store: StateStore
-
-
 def cache_prefix(
     prefix: FrozenPrefix,
     rows: Dataset,
@@ -68,25 +60,26 @@ def cache_prefix(
     autocast: torch.dtype | None = None,
     announce: Callable[[str], None] = lambda line: None,
     progress: Progress = bar,
-) -> CachedRows | None:
+) -> StateStore | None:
     """Compute the attached prefix for every row, or take over what an interrupted run left in `folder`.
 
     Args:
-        rows: encoded rows with a `length` column; the same row must always give the same tokens.
+        rows: encoded rows; a column `length` saves counting their tokens.
         collator: makes padded batches with an `attention_mask`.
         folder: where a file goes.
         autocast: half precision to compute in, as training does; None: that of the weights.
         announce: told, before anything is computed, what it will take, or why there will be no cache.
 
     Returns:
-        The rows with their states; None if they would not fit, differ with the padding of a batch, or if a row has
-        several sequences (multiple choice).
+        The states of the rows; None if they would not fit, differ with the padding of a batch, or if there is an
+        `obstacle`.
 
     Raises:
         LightPeftError: the folder cannot be written.
     """
-    if isinstance(rows[0]["input_ids"][0], list):
-        announce("no prefix cache: it keeps one sequence a row, and multiple choice reads one an option")
+    reason = obstacle(rows, collator)
+    if reason is not None:
+        announce(f"no prefix cache: {reason}")
         return None
     caching = _Caching(prefix, rows, collator, batch_size, autocast)
     first = caching.compute_checked()
@@ -94,7 +87,7 @@ def cache_prefix(
         announce("no prefix cache: what the frozen blocks give for a row depends on the padding of its batch")
         return None
     dtype = settings.stored_dtype(first.dtype)
-    lengths, width = list(rows["length"]), first.shape[-1]
+    lengths, width = lengths_of(rows), first.shape[-1]
     size = store_bytes(lengths, width, dtype)
     room, where = _room(settings, folder)
     blocks = len(prefix.blocks)
@@ -114,7 +107,7 @@ def cache_prefix(
             caching.fill(store, folder / _FACTS, facts, progress)
     except OSError as error:
         raise LightPeftError(f"cannot write the prefix cache to {folder}: {error.strerror or error}") from error
-    return CachedRows(rows.add_column(_ROW, range(len(rows))), _WithStates(collator, store), store)
+    return store
 
 
 class _Caching:
@@ -143,7 +136,7 @@ class _Caching:
 
     def compute_checked(self) -> Tensor | None:
         """States of one row; None if they are others in the company of a longer row."""
-        lengths = list(self.rows["length"])
+        lengths = lengths_of(self.rows)
         shortest, longest = lengths.index(min(lengths)), lengths.index(max(lengths))
         alone, padded = self.compute([shortest])[0], self.compute([shortest, longest])[0]
         return alone if self._close(alone, padded) else None
@@ -194,15 +187,32 @@ class _Caching:
         return all(self._close(new.to(store.dtype), old) for new, old in pairs)
 
 
-class _WithStates:
-    """A collator whose batches bring the states of their rows."""
+def lengths_of(rows: Dataset) -> list[int]:
+    """Tokens of each row."""
+    return list(rows["length"]) if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]]
 
-    def __init__(self, collator: Collate, store: StateStore) -> None:
-        self.collator, self.store = collator, store
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = self.collator([{name: row[name] for name in row if name != _ROW} for row in rows])
-        return {**batch, STATES: self.store.padded([row[_ROW] for row in rows], batch["attention_mask"])}
+def obstacle(rows: Any, collator: Collate) -> str | None:
+    """Why rows have no states that could be kept; None: they have.
+
+    Collators that draw random numbers are found by asking them twice.
+    """
+    if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or not len(rows):
+        return "the rows are no data set of tokens"
+    if isinstance(rows[0]["input_ids"][0], list):
+        return "it keeps one sequence a row, and multiple choice reads one an option"
+    picked = rows.select(range(min(_TRIED_ROWS, len(rows))))
+    first, again = (collator(picked.to_list()) for _ in range(2))
+    ids, mask = first.get("input_ids"), first.get("attention_mask")
+    if (
+        not isinstance(ids, Tensor)
+        or not isinstance(mask, Tensor)
+        or ids.shape[:1] != (len(picked),)
+        or mask.dim() != 2
+    ):
+        return "a batch is not one padded sequence a row"
+    same = ids.equal(again["input_ids"]) and mask.equal(again["attention_mask"])
+    return None if same else "a row does not give the same tokens each time"
 
 
 def _digest(rows: Dataset) -> str:

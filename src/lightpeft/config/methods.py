@@ -1,0 +1,49 @@
+"""The ways in which a run can fine-tune: what each trains, leaves behind, and has no use for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+MethodName = Literal["light", "plain", "full"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of fine-tuning."""
+
+    name: MethodName
+    result: Literal["adapter", "model"]
+    """Folder of a run that training leaves its result in."""
+    last_file: str
+    """The file there that is written last."""
+    unused: Sequence[str]
+    """Beginnings of the names of settings that it has no use for."""
+    prunes: bool = False
+    """Whether the model is estimated and cut on the way."""
+    has_peft: bool = True
+    """Whether PEFT modules train, and not every weight."""
+    slots: Sequence[str] | None = None
+    """Projections on which LoRA sits unless the settings say otherwise; None: all."""
+
+    @property
+    def rate(self) -> str:
+        """The setting that is its learning rate."""
+        return "learning_rate" if self.has_peft else "full_learning_rate"
+
+
+METHODS: dict[str, Method] = {
+    "light": Method("light", "adapter", "lightpeft.json", ("training.full_learning_rate",), prunes=True),
+    "plain": Method(
+        "plain", "adapter", "adapter_config.json", ("light.", "training.full_learning_rate"), slots=("q", "v", "qkv")
+    ),
+    "full": Method(
+        "full",
+        "model",
+        "config.json",
+        ("light.", "peft", "lora.", "bottleneck.", "training.learning_rate"),
+        has_peft=False,
+    ),
+}
+"""Method by name."""

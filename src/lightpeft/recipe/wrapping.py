@@ -1,0 +1,108 @@
+"""PEFT modules where the recipe wants them, on a model of any trainer."""
+
+from __future__ import annotations
+
+import copy
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightpeft.config import LightConfig
+from lightpeft.errors import LightPeftError, require
+from lightpeft.models.families import block_specs
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import check_removable, find_sites, refresh_config, remove_site
+from lightpeft.prune.discovery import ensure_family
+
+
+def inner_peft_model(model: nn.Module) -> PeftModel:
+    """The PeftModel that a trainer's model is, or has inside (an embedding model of sentence-transformers).
+
+    Raises:
+        LightPeftError: there is none, or several.
+    """
+    found = [module for module in model.modules() if isinstance(module, PeftModel)]
+    require(
+        len(found) == 1,
+        f"a {type(model).__name__} with {len(found) or 'no'} PeftModel in it cannot be estimated; give a model from "
+        "peft.get_peft_model, or a dense one with peft_config=",
+    )
+    return found[0]
+
+
+def with_peft(model: nn.Module, config: PeftConfig, light: LightConfig) -> nn.Module:
+    """Put PEFT modules on a dense model, in those of its blocks in which they may stay (`light.module_blocks`).
+
+    Args:
+        model: a transformers model, or one that has one inside, where the PeftModel then takes its place.
+
+    Returns:
+        The PeftModel, or the model around it.
+
+    Raises:
+        LightPeftError: there is no transformers model, or PEFT cannot make the modules.
+    """
+    require(
+        not any(isinstance(module, PeftModel) for module in model.modules()),
+        "the model has PEFT modules already; give it without peft_config=",
+    )
+    if isinstance(model, PreTrainedModel):
+        return _peft_model(model, config, light)
+    inner = next((name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)), None)
+    if inner is None:
+        raise LightPeftError(f"there is no transformers model in the {type(model).__name__} to put PEFT modules on")
+    parent, _, attribute = inner.rpartition(".")
+    wrapped = _peft_model(model.get_submodule(inner), config, light)
+    setattr(model.get_submodule(parent), attribute, wrapped)
+    return model
+
+
+def _peft_model(model: nn.Module, config: PeftConfig, light: LightConfig) -> PeftModel:
+    try:
+        return get_peft_model(model, placed(config, model, light))
+    except ValueError as error:
+        raise LightPeftError(f"PEFT cannot put its modules on the model: {' '.join(str(error).split())}") from error
+
+
+def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConfig:
+    """The PEFT configuration with its modules in the blocks in which they may stay.
+
+    Without `target_modules` they are all projections of these blocks; else what is named, but in no other block.
+    """
+    ensure_family(model)
+    blocks = block_specs(transformers_model(model))
+    end = light.blocks_left(len(blocks))
+    lowest = light.first_module_block(end)
+    stay, go = blocks[lowest:end], [*blocks[:lowest], *blocks[end:]]
+    config = copy.copy(config)
+    if getattr(config, "target_modules", "") is None:
+        config.target_modules = {name for block in stay for name in block.projections.values()}
+    elif go and hasattr(config, "exclude_modules"):
+        known = config.exclude_modules or []
+        pattern = isinstance(known, str)
+        require(not pattern, "exclude_modules is a pattern; give a list, or set light.module_blocks to 1")
+        config.exclude_modules = [*known, *(name for block in go for name in block.projections.values())]
+    return config
+
+
+def leave_modules(model: PeftModel, light: LightConfig) -> None:
+    """Take out the PEFT modules of blocks in which none may stay, so that none is trained in vain.
+
+    (Those of the blocks that `light.depth` leaves out go with these.)
+
+    Raises:
+        LightPeftError: none would be left.
+    """
+    blocks = block_specs(transformers_model(model))
+    lowest = light.first_module_block(light.blocks_left(len(blocks)))
+    sites = find_sites(model, blocks)
+    gone = [site for site in sites if (site.spec.block or 0) < lowest]
+    require(
+        len(gone) < len(sites), "no PEFT module sits in the blocks that module_blocks allows; raise it, or place others"
+    )
+    if gone:
+        check_removable(model, gone)
+        for site in gone:
+            remove_site(model, site)
+        refresh_config(model)

@@ -1,0 +1,66 @@
+"""What the stages of a light run leave in its folder, whoever runs them: one after another, or a trainer on its way."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from peft import PeftModel
+
+from lightpeft.errors import require
+from lightpeft.machine import processes
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.prune.refit import Batches
+from lightpeft.recipe.pruner import cut
+from lightpeft.runs.workspace import Workspace
+from lightpeft.saved.light_adapter import LightModel
+from lightpeft.saved.results import save_peft
+from lightpeft.saved.run_folder import RunFolder
+from lightpeft.tasks import task_facts
+
+
+def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: Any) -> None:
+    """Scores and PEFT weights at the end of the stage.
+
+    Args:
+        cost: the stage's `StageCost`.
+    """
+    run = work.run
+
+    def save() -> None:
+        save_peft(model, run.estimation / "adapter")
+        record.save(run.estimation)
+
+    run.finish_stage("estimate", **asdict(cost), save=save, steps=record.meta["steps"])
+
+
+def leave_plan(run: RunFolder) -> PrunePlan:
+    """Decide from the record and the budget which units stay."""
+    result = make_plan(EstimationRecord.load(run.estimation), run.config.light)
+    if run.has("plan") and run.has("prune"):
+        unchanged = PrunePlan.load(run.plan) == result
+        require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")
+        return result
+    if processes().is_main_process:
+        result.save(run.plan)
+    processes().wait_for_everyone()
+    return result
+
+
+def leave_pruned(work: Workspace, model: PeftModel, plan: PrunePlan, calibration: Batches) -> LightModel:
+    """Cut the model as estimation left it, in place, look at it before and after, and save it.
+
+    Args:
+        calibration: batches of training rows, for `light.refit`.
+    """
+    started = time.perf_counter()
+    watcher = work.watcher()
+    watcher.look("after_estimation", model)
+    light = cut(model, plan, work.config.light, calibration)
+    watcher.look("after_the_cut", light)
+    light.light_task = task_facts(work.task)
+    seconds = time.perf_counter() - started - watcher.seconds
+    work.run.finish_stage("prune", seconds, lambda: light.save_pretrained(work.run.pruned), **watcher.facts())
+    return light

@@ -1,0 +1,226 @@
+"""The trainers of a run: those that anybody can use, with the run's folder, log and measures around them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
+
+from lightpeft.errors import LightPeftError
+from lightpeft.evaluation.answering import outcome, scores_of
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.profiling import MemoryMethod, PeakMemory, throughput
+from lightpeft.recipe.trainer import light_trainer
+from lightpeft.runs.stages import leave_estimation, leave_plan, leave_pruned
+from lightpeft.runs.workspace import Workspace
+from lightpeft.saved.light_adapter import LightModel
+from lightpeft.training.arguments import training_arguments
+from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
+from lightpeft.training.prefix import PrefixMixin
+from lightpeft.training.trainer import RunTrainer
+
+TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a training stage took, as metrics.json has it."""
+
+    seconds: float
+    """Wall-clock time, that of storing a frozen prefix included; of a resumed stage, that of its last part."""
+    samples_per_second: float
+    """Training rows a second of all processes together, that time left out."""
+    peak_memory_bytes: int
+    """Peak of training: on CUDA all that was allocated, else what came on top of the loaded model."""
+    peak_memory_method: MemoryMethod
+    resumed_at: int
+    """Step of the run that the last part of the stage began at; 0 for a stage that was not interrupted."""
+
+
+class Meter:
+    """Measures a part of training."""
+
+    def __init__(self, work: Workspace, model: nn.Module, step: int, resumed: bool, before: float = 0.0) -> None:
+        """
+        Args:
+            step: of the run, at which the part begins.
+            resumed: whether an earlier process has begun the part.
+            before: seconds that went by before, and count.
+        """
+        self._work, self._begun, self._resumed, self._before = work, step, resumed, before
+        self._stack = ExitStack()
+        self._memory = self._stack.enter_context(PeakMemory(model))
+        self._started = time.perf_counter()
+
+    def stop(self, step: int) -> StageCost:
+        """What the part took, which ends at a step of the run."""
+        seconds = time.perf_counter() - self._started
+        self._stack.close()
+        rows_a_step = self._work.pace.rows / self._work.pace.steps_an_epoch
+        speed = throughput(rows_a_step * (step - self._begun), seconds)
+        begun = self._begun if self._resumed else 0
+        return StageCost(self._before + seconds, speed, self._memory.bytes, self._memory.method, begun)
+
+
+class InRun:
+    """Mixin of `Trainer` classes: a trainer of a run."""
+
+    work: Workspace
+    meter: Meter | None = None
+
+    @property
+    def _prefix_folder(self) -> Path:
+        return self.work.run.checkpoints("prefix")
+
+    def _remove_prefix_file(self) -> None:
+        """It goes with the checkpoints, when the result is there."""
+
+    def _announce(self, line: str) -> None:
+        self.work.run.announce("train", line)
+
+    def settle(self) -> None:
+        """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
+        trainer: Any = self
+        trainer.args.output_dir = str(self.work.run.checkpoints("train"))
+        if _wants_tensorboard(self.work.config.trainer):
+            trainer.add_callback(_tensorboard(self.work.run.path / TENSORBOARD))
+        trainer.add_callback(SealCheckpoint())  # last: all that others write is in the checkpoint then
+
+    def _show(self, stage: str) -> None:
+        """Let bar and log say which stage it is."""
+        trainer: Any = self
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, (LogLines, ProgressBar)):
+                callback.begin(stage)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
+        """The run's own metrics on its test rows, instead of what a trainer can see of a batch."""
+        trainer: Any = self
+        answers = {"": outcome(self.work.asking(trainer.model), self.work.test_rows, self.work.task)}
+        metrics = scores_of(answers, self.work.task).metrics
+        found = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        trainer.log(found)
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, found)
+        return found
+
+
+class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
+    """Light-PEFT in a run folder: what estimation and the cut find goes there on the way."""
+
+    def __init__(
+        self,
+        work: Workspace,
+        model: PeftModel,
+        *,
+        stop_at_cut: bool = False,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        """
+        Args:
+            model: with PEFT modules on the dense base or, to go on behind the cut, the light model.
+            stop_at_cut: end when estimation is over, with a dense model.
+            callbacks: called before those of the run.
+        """
+        self.work, self.stop_at_cut = work, stop_at_cut
+        training = work.config.training
+        options = {"light": work.config.light, "fast_steps": training.fast_steps, "prefix_cache": work.prefix_cache}
+        super().__init__(model, **_options(work, callbacks), **options)
+
+    def _begin_light(self, state: TrainerState) -> None:
+        super()._begin_light(state)
+        if self.light_plan is None:
+            self._show("estimate")
+            self.meter = Meter(self.work, self._peft_model, state.global_step, resumed=state.global_step > 0)
+
+    def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
+        """Leave the record in the run folder, and take the plan that the folder then has."""
+        assert self.meter is not None
+        leave_estimation(self.work, self._peft_model, record, self.meter.stop(self.state.global_step))
+        return None if self.stop_at_cut else leave_plan(self.work.run)
+
+    def prune_light_model(self, plan: PrunePlan) -> LightModel:
+        """Cut, and leave the light adapter before fine-tuning in the run folder."""
+        return leave_pruned(self.work, self._peft_model, plan, self.calibration)
+
+    def _begin_light_fine_tuning(self, max_steps: int) -> None:
+        self._show("train")
+        started, step = time.perf_counter(), self.state.global_step
+        super()._begin_light_fine_tuning(max_steps)
+        caching = time.perf_counter() - started
+        self.meter = Meter(self.work, self._peft_model, step, step > self._estimation_steps, caching)
+
+
+class DenseRun(InRun, PrefixMixin, RunTrainer):
+    """Plain PEFT, or every weight, in a run folder, as both train by habit; frozen blocks run without a graph."""
+
+    def __init__(self, work: Workspace, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        self.work, self.prefix_cache = work, work.prefix_cache
+        super().__init__(model, **_options(work, callbacks))
+        self.add_callback(_Begins(self))
+
+    def begin(self, state: TrainerState) -> None:
+        """Training begins, or goes on from a checkpoint."""
+        self._show("train")
+        started = time.perf_counter()
+        self._open_prefix(self.model, state.max_steps)
+        caching = time.perf_counter() - started
+        self.meter = Meter(self.work, self.model, state.global_step, state.global_step > 0, caching)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train, and leave the model as it was but for its weights."""
+        try:
+            return super().train(*args, **options)
+        finally:
+            self._close_prefix()
+
+
+class _Begins(TrainerCallback):
+    def __init__(self, trainer: DenseRun) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin(state)
+
+
+def _options(work: Workspace, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+    """What all trainers of a run are made with."""
+    config = work.config
+    training, given = replace(config.training, learning_rate=work.rate), dict(config.trainer)
+    if _wants_tensorboard(given):
+        given["report_to"] = [name for name in _names(given) if name != TENSORBOARD]
+    # a trainer makes its folder at once, and a run nothing before all is found good: see `InRun.settle`
+    arguments = training_arguments(training, Path(tempfile.gettempdir()), work.steps, config.seed, given)
+    return {
+        "args": arguments,
+        "train_dataset": work.train_rows,
+        "eval_dataset": work.test_rows,
+        "data_collator": work.collator,
+        "callbacks": [*callbacks, ProgressBar(work.steps), LogLines(work.run.log)],
+    }
+
+
+def _names(given: Mapping[str, Any]) -> list[str]:
+    named = given.get("report_to") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _wants_tensorboard(given: Mapping[str, Any]) -> bool:
+    return TENSORBOARD in _names(given)
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    """TensorBoard's callback, whose files stay in the run folder when the checkpoints go."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise LightPeftError("trainer.report_to: tensorboard is not installed; pip install tensorboard") from error
+    return TensorBoardCallback(SummaryWriter(str(folder)))

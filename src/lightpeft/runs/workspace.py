@@ -1,0 +1,163 @@
+"""A run with its data at hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
+from lightpeft.console.bars import silent
+from lightpeft.evaluation import answering
+from lightpeft.evaluation.milestones import Watcher, sample
+from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
+from lightpeft.models.families import max_positions
+from lightpeft.models.loading import LoadedModel, load_model, load_model_config, load_tokenizer
+from lightpeft.prune.discovery import ensure_family
+from lightpeft.recipe.trainer import calibration_batches, fitted
+from lightpeft.saved.run_folder import RunFolder
+from lightpeft.tasks import (
+    Collator,
+    Task,
+    check_max_length,
+    check_tokens,
+    check_vocabulary,
+    ensure_pad_token,
+    load_task,
+    share_at_limit,
+)
+from lightpeft.training.arguments import check_given
+from lightpeft.training.prefix import PrefixCache
+from lightpeft.training.schedule import Pace, settled
+
+NOTABLE_CUTS = 0.05
+"""Part of the training rows that may be cut without a word."""
+
+
+@dataclass
+class Workspace:
+    """A run with its data at hand."""
+
+    run: RunFolder
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: Dataset
+    test_rows: Dataset
+    more_test_rows: dict[str, Dataset]
+    """Rows of further splits to evaluate on, by the prefix of their metrics."""
+    positions: int | None
+    """Tokens that the model's position table has room for; None: any number."""
+    config: RunConfig
+    """The run's settings, with numbers for what is auto in `training`."""
+
+    @property
+    def collator(self) -> Collator:
+        """Rows to padded batches."""
+        multiple, length = self.config.training.pad_to_multiple_of, self.config.data.max_length
+        fits = self.positions is None or math.ceil(length / multiple) * multiple <= self.positions
+        return self.task.collator(self.tokenizer, multiple if fits else None)
+
+    @property
+    def pace(self) -> Pace:
+        """How fast the run goes through its rows."""
+        return Pace.of(len(self.train_rows), self.config.training, processes().num_processes)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run, estimation included."""
+        return self.pace.steps(float(self.config.training.epochs))
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate of the run's method, before a preset scales it."""
+        return float(getattr(self.config.training, self.config.way.rate))
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """How the outputs of frozen blocks are kept; None: not at all."""
+        training = self.config.training
+        if training.prefix_cache == "off":
+            return None
+        return PrefixCache(training.prefix_cache, training.prefix_dtype, int(training.prefix_limit * 2**30))
+
+    def dense_model(self, model: ModelConfig | None = None) -> LoadedModel:
+        """The untouched foundation model, or another one, with the task's head, on the device that training uses."""
+        loaded = load_model(model or self.config.model, self.task.head, self.task.labels)
+        ensure_family(loaded.model)
+        ensure_pad_token(self.tokenizer, loaded.model.config)
+        device = accelerator()
+        if device is not None and not getattr(loaded.model, "is_quantized", False):  # those are put there on loading
+            loaded.model.to(device)
+        return loaded
+
+    def calibration(self) -> Iterator[dict[str, Tensor]]:
+        """Batches of some training rows, for `light.refit`."""
+        config, device = self.config, accelerator() or torch.device("cpu")
+        size = config.training.eval_batch_size
+        return calibration_batches(self.train_rows, self.collator, config.light.refit_rows, config.seed, size, device)
+
+    def asking(self, model: nn.Module) -> answering.Run:
+        """How test rows are fed to a model."""
+        training = self.config.training
+        return answering.Run(model, self.collator, training.eval_batch_size, autocast_dtype(training))
+
+    def watcher(self) -> Watcher:
+        """What looks at the model between stages, on a few test rows."""
+        chosen = sample(self.task)
+        rows = self.task.encode_test(chosen, self.tokenizer, self.config.data.max_length, progress=silent)
+        return Watcher(self.task, rows, len(chosen), self.asking)
+
+    def announce_settings(self) -> None:
+        """Say, where training begins, which settings cost more than a user may know of."""
+        stage = "estimate" if self.config.way.prunes else "train"
+        asked, training = self.run.config.training, self.config.training
+        if "auto" in (asked.epochs, asked.learning_rate):
+            scale = self.config.light.learning_rate_scale if self.config.way.prunes else 1.0
+            length = f"{self.steps} steps (epochs: {training.epochs:g})"
+            self.run.announce(stage, f"training takes {length} at a learning rate of {self.rate * scale:.2g}")
+        limit = self.config.data.max_length
+        share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
+        if share >= NOTABLE_CUTS:
+            self.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
+        if autocast_dtype(training) is torch.bfloat16 and not has_bf16():
+            slow = "training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
+            self.run.announce(stage, slow)
+
+
+def prepare(config: RunConfig, *, overwrite: bool = False) -> Workspace:
+    """Read and check the data, the tokenizer and the run folder; nothing is written yet.
+
+    Args:
+        overwrite: the output folder may hold the run of another config.
+
+    Raises:
+        LightPeftError: bad input.
+    """
+    check_precision(config.training)
+    check_given(config.trainer)
+    model_config = load_model_config(config.model)
+    task = load_task(config.data, model_config, config.tasks)
+    tokenizer = load_tokenizer(config.model)
+    positions = max_positions(model_config)
+    check_max_length(config.data.max_length, positions, tokenizer)
+    check_vocabulary(tokenizer, model_config)
+    ensure_pad_token(tokenizer, model_config)
+    train_rows = task.encode(task.train, tokenizer, config.data.max_length)
+    test_rows = task.encode_test(task.test, tokenizer, config.data.max_length)
+    more = {
+        prefix: task.encode_test(rows, tokenizer, config.data.max_length) for prefix, rows in task.more_tests.items()
+    }
+    for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
+        check_tokens(rows, tokenizer, model_config, what)
+    run = RunFolder.open(config, overwrite=overwrite)
+    width = getattr(model_config.get_text_config(), "hidden_size", None)
+    training: TrainingConfig = settled(config.training, len(train_rows), width, processes().num_processes)
+    work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, replace(config, training=training))
+    if config.way.prunes and (overwrite or not run.has("estimate")):
+        fitted(config.light, work.pace, work.steps)  # whether estimation leaves steps to train with, and sees enough
+    return work

@@ -1,0 +1,117 @@
+"""A run's settings as `TrainingArguments`: ours are aliases of some fields, `trainer:` reaches the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lightpeft.config import TrainingConfig
+from lightpeft.config.validation import unknown_key
+from lightpeft.errors import LightPeftError, require
+from lightpeft.machine import accelerator, autocast_dtype
+
+_ALIASES = {
+    "num_train_epochs": "training.epochs",
+    "max_steps": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "per_device_eval_batch_size": "training.eval_batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "learning_rate": "training.learning_rate",
+    "warmup_steps": "training.warmup",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "bf16": "training.bf16",
+    "fp16": "training.fp16",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "train_sampling_strategy": "training.by_length",
+    "save_steps": "training.save_steps",
+    "logging_steps": "training.logging_steps",
+    "seed": "seed",
+    "data_seed": "seed",
+}
+"""Field of `TrainingArguments` -> the setting that says it here."""
+_OWN = (
+    "output_dir",
+    "use_cpu",
+    "length_column_name",
+    "remove_unused_columns",
+    "save_strategy",
+    "save_only_model",
+    "logging_strategy",
+    "logging_nan_inf_filter",
+    "disable_tqdm",
+    "auto_find_batch_size",
+    "push_to_hub",
+    "resume_from_checkpoint",
+)
+"""Fields that are the run folder's business."""
+
+
+def training_arguments(
+    config: TrainingConfig, folder: Path, steps: int, seed: int, given: Mapping[str, Any] | None = None
+) -> TrainingArguments:
+    """How a run trains.
+
+    Args:
+        config: with numbers for `auto`.
+        folder: for checkpoints, two at most.
+        steps: optimizer steps of the whole run.
+        given: other fields of `TrainingArguments`.
+
+    Raises:
+        LightPeftError: a field that there is not, that has a setting of its own or that a run decides, or a value that
+            transformers does not take.
+    """
+    check_given(given or {})
+    autocast = autocast_dtype(config)
+    fields: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "learning_rate": float(config.learning_rate),
+        "lr_scheduler_type": "linear",
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": autocast is torch.bfloat16,
+        "fp16": autocast is torch.float16,
+        "use_cpu": accelerator() is None,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "train_sampling_strategy": "group_by_length" if config.by_length else "random",
+        "length_column_name": "length",
+        "remove_unused_columns": False,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": 2,
+        "logging_strategy": "steps",
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,
+        "log_level": "error",
+        "log_level_replica": "error",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+        "report_to": [],
+        "seed": seed,
+        "data_seed": seed,
+    }
+    try:
+        return TrainingArguments(**{**fields, **(given or {})})
+    except (TypeError, ValueError, KeyError, ImportError) as error:
+        raise LightPeftError(f"trainer: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_given(given: Mapping[str, Any]) -> None:
+    """Raise `LightPeftError` for fields that `trainer:` cannot set."""
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    for name in given:
+        require(name not in _ALIASES, f"trainer.{name} is {_ALIASES.get(name)} here; set that")
+        require(name not in _OWN, f"trainer.{name} is the run's own to set; leave it out")
+        if name not in known:
+            raise LightPeftError(unknown_key(f"trainer.{name}", [f"trainer.{each}" for each in known]))

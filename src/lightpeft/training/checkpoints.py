@@ -1,0 +1,33 @@
+"""A trainer's checkpoints, of which only whole ones count."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from lightpeft.errors import LightPeftError
+from lightpeft.files import CHECKSUMS, check_sealed
+
+
+def last_checkpoint(folder: Path, announce: Callable[[str], None] = lambda line: None) -> Path | None:
+    """The newest checkpoint that is as it was written; None without any.
+
+    Args:
+        announce: told of a damaged one, which is removed.
+    """
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKSUMS}") if path.parent.name[11:].isdigit()]
+    for checkpoint in sorted(complete, key=step_of, reverse=True):
+        try:
+            check_sealed(checkpoint)
+        except LightPeftError as error:
+            announce(f"{error}; going on from an older checkpoint, or from the beginning of the stage")
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        else:
+            return checkpoint
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was written after."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -1,0 +1,384 @@
+"""`LightTrainer` and `light_trainer`: estimate, cut and fine-tune in one `train()` of any trainer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from tiny import make, refusal, with_lora
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from workbench import Workbench, labelled
+
+from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light, preset_light
+from lightpeft.plans.records import PrunePlan
+from lightpeft.runs import pipeline
+from lightpeft.saved.light_adapter import LightModel
+from lightpeft.training.arguments import training_arguments
+
+BUDGET: dict[str, Any] = {
+    "length": 0.25,
+    "least_steps": 2,
+    "least_examples": 0,
+    "heads": 0.25,
+    "neurons": 0.5,
+    "modules": 0.5,
+    "module_blocks": 0.5,
+    "ranks": 0.5,
+    "dropout": 0.0,
+    "learning_rate_scale": 2.0,
+}
+LIGHT = LightConfig(**BUDGET)
+SLOWLY = {"prefix_cache": None, "fast_steps": False}
+STEPS = {"estimation": 6, "run": 24}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("trainer"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bench: Workbench) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(bench.base)
+
+
+@pytest.fixture(scope="module")
+def rows(tokenizer: PreTrainedTokenizerFast) -> dict[str, Dataset]:
+    def encoded(count: int, seed: int) -> Dataset:
+        texts = labelled(count, seed)
+        tokens = tokenizer([row["text"] for row in texts], truncation=True, max_length=32)
+        return Dataset.from_dict({**tokens, "labels": [int(row["label"] == "positive") for row in texts]})
+
+    return {"train": encoded(64, 1), "test": encoded(40, 2)}
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 16,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0.1,
+        "train_sampling_strategy": "group_by_length",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+    return TrainingArguments(str(folder), **settings)
+
+
+def lora(**changes: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "task_type": "SEQ_CLS", **changes})
+
+
+class Builds:
+    """Makes trainers over one base."""
+
+    def __init__(self, bench: Workbench, tokenizer: PreTrainedTokenizerFast, rows: dict[str, Dataset], folder: Path):
+        self.bench, self.tokenizer, self.rows, self.folder = bench, tokenizer, rows, folder
+
+    def base(self) -> Any:
+        set_seed(0)
+        return AutoModelForSequenceClassification.from_pretrained(self.bench.base, num_labels=2)
+
+    def trainer(self, trainer_class: Any = LightTrainer, model: Any = None, **changes: Any) -> Any:
+        options: dict[str, Any] = {"light": LIGHT, "peft_config": lora() if model is None else None}
+        options |= {name: changes.pop(name) for name in [*options, "callbacks", "optimizers"] if name in changes}
+        fast = {name: changes.pop(name) for name in ("fast_steps", "prefix_cache") if name in changes}
+        compute = changes.pop("compute_metrics", accuracy)
+        return trainer_class(
+            model=self.base() if model is None else model,
+            args=changes.pop("args", None) or arguments(self.folder, **changes),
+            train_dataset=self.rows["train"],
+            eval_dataset=self.rows["test"],
+            data_collator=DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=8),
+            compute_metrics=compute,
+            **options,
+            **fast,
+        )
+
+
+def accuracy(predicted: Any) -> dict[str, float]:
+    return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+
+
+@pytest.fixture
+def builds(bench: Workbench, tokenizer: Any, rows: Any, tmp_path: Path) -> Builds:
+    return Builds(bench, tokenizer, rows, tmp_path / "out")
+
+
+class Events(TrainerCallback):
+    """What a tracker sees."""
+
+    def __init__(self) -> None:
+        self.begun = self.ended = 0
+        self.steps: list[int] = []
+        self.epochs: list[float] = []
+        self.logs: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun += 1
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ended += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(state.global_step)
+        self.epochs.append(state.epoch)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def weights(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    unequal = [name for name in one if not one[name].equal(other[name])]
+    assert not unequal, unequal
+
+
+# -- one training --------------------------------------------------------------------------------------------------
+
+
+def test_one_training_with_the_cut_as_an_event(builds: Builds) -> None:
+    seen = Events()
+    trainer = builds.trainer(callbacks=[seen])
+    trainer.train()
+    assert (seen.begun, seen.ended) == (1, 1)
+    assert seen.steps == list(range(1, 25)) and seen.epochs == sorted(seen.epochs) and seen.epochs[-1] == 3.0
+    (cut,) = [logs for logs in seen.logs if "light/base_parameters_after" in logs]
+    parameters = trainer.light_report["parameters"]
+    assert cut["light/base_parameters_before"] == parameters["before"]["base"]
+    assert cut["light/base_parameters_after"] == parameters["after"]["base"] < parameters["before"]["base"]
+    assert cut["light/trained_parameters_after"] < cut["light/trained_parameters_before"]
+    assert trainer.light_report["estimation_steps"] == trainer.light_record.meta["steps"] == STEPS["estimation"]
+    rates = [logs["learning_rate"] for logs in seen.logs if "learning_rate" in logs]
+    assert max(rates) == pytest.approx(2e-2) and rates[STEPS["estimation"]] < max(rates[STEPS["estimation"] :])
+    losses = [logs["loss"] for logs in seen.logs if "loss" in logs]
+    assert len(losses) == STEPS["run"] and sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_what_is_saved_is_a_light_adapter(builds: Builds, bench: Workbench, tmp_path: Path) -> None:
+    trainer = builds.trainer()
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    light = load_light(tmp_path / "adapter")
+    assert light.light_plan == trainer.light_plan
+    batch = builds.tokenizer(["good1 word2 bad3"], return_tensors="pt")
+    with torch.no_grad():
+        assert light(**batch).logits.equal(trainer.model.eval()(**batch).logits)
+
+
+def test_the_users_arguments_and_config_stay_as_they_are(builds: Builds) -> None:
+    args, config = arguments(builds.folder), lora()
+    before = args.to_dict(), copy.deepcopy(config.to_dict())
+    builds.trainer(args=args, peft_config=config).train()
+    assert (args.to_dict(), config.to_dict()) == before
+
+
+def test_modules_are_where_they_may_stay(builds: Builds) -> None:
+    for peft_config in (lora(), lora(target_modules="all-linear"), lora(target_modules=["query", "value"])):
+        model = builds.trainer(peft_config=peft_config).model
+        names = [name for name, _ in model.named_modules() if name.endswith("lora_A") and ".layer." in name]
+        assert names and all(".layer.1." in name for name in names)
+    given = get_peft_model(builds.base(), lora(target_modules="all-linear"))
+    model = builds.trainer(model=given, light=LightConfig(**BUDGET)).model
+    names = [name for name, _ in model.named_modules() if name.endswith("lora_A") and ".layer." in name]
+    assert names and all(".layer.1." in name for name in names)
+
+
+def test_a_peft_model_trains_as_a_dense_one_with_its_config(builds: Builds) -> None:
+    one = builds.trainer()
+    one.train()
+    names = sorted(one.light_record.sites[i].name for i in range(len(one.light_record.sites)))
+    other = builds.trainer(model=get_peft_model(builds.base(), lora(target_modules=names)))
+    other.train()
+    assert one.light_plan == other.light_plan
+    assert_equal(weights(one.model), weights(other.model))
+
+
+def test_a_presets_name(builds: Builds) -> None:
+    trainer = builds.trainer(light="fast")
+    assert trainer.light_config == preset_light("fast")
+    assert 'preset "quick" is unknown' in refusal(lambda: builds.trainer(light="quick"))
+
+
+# -- the same as a run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [("bert", "classification"), ("llama", "causal-lm")], ids="-".join)
+def test_shell_and_trainers_give_the_same_to_the_last_bit(tmp_path: Path, kind: tuple[str, str]) -> None:
+    """The shell, `LightTrainer` with a PEFT configuration, and `light_trainer(Trainer)` with a PeftModel."""
+    bench = Workbench(tmp_path, *kind)
+    light = {f"light.{name}": value for name, value in BUDGET.items()}
+    config = bench.config("shell", **light, **{"lora.dropout": 0.05})
+    report = pipeline.run(config)
+    plan = PrunePlan.load(tmp_path / "shell" / "plan.json")
+    work = pipeline.prepare(config)
+
+    def trained(trainer_class: Any, wrap: bool) -> Any:
+        set_seed(config.seed)
+        base = work.dense_model().model
+        peft_config = lora(task_type={"bert": "SEQ_CLS", "llama": "CAUSAL_LM"}[kind[0]])
+        if wrap:
+            peft_config.target_modules = list(plan.specs[1].projections.values())
+        args = training_arguments(work.config.training, tmp_path / f"python-{wrap}", work.steps, config.seed)
+        trainer = trainer_class(
+            model=get_peft_model(base, peft_config) if wrap else base,
+            peft_config=None if wrap else peft_config,
+            light=config.light,
+            args=args,
+            train_dataset=work.train_rows,
+            data_collator=work.collator,
+        )
+        trainer.train()
+        return trainer
+
+    for trainer in (trained(LightTrainer, wrap=False), trained(light_trainer(Trainer), wrap=True)):
+        assert trainer.light_plan == plan
+        trainer.save_model(str(tmp_path / "python"))
+        saved, shell = (
+            load_file(tmp_path / name / "adapter_model.safetensors") for name in ("python", "shell/adapter")
+        )
+        assert_equal(saved, shell)
+        found = pipeline.measure(work, load_light(tmp_path / "python", bench.base))
+        assert pipeline.answering.scores_of(found, work.task).metrics == report["metrics"]
+
+
+# -- what Trainer has ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [4, 8, 16])
+def test_training_goes_on_from_a_checkpoint_on_either_side(builds: Builds, step: int) -> None:
+    whole = builds.trainer(save_strategy="steps", save_steps=4)
+    whole.train()
+    rest = builds.trainer(save_strategy="steps", save_steps=4)
+    rest.train(resume_from_checkpoint=str(builds.folder / f"checkpoint-{step}"))
+    assert rest.light_plan == whole.light_plan and rest.state.global_step == STEPS["run"]
+    assert (rest.light_record is None) == (step > STEPS["estimation"])
+    assert_equal(weights(rest.model), weights(whole.model))
+    again = builds.trainer(save_strategy="steps", save_steps=4)
+    again.train(resume_from_checkpoint=True)
+    assert_equal(weights(again.model), weights(whole.model))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+        {"dataloader_num_workers": 1},
+        {"lr_scheduler_type": "cosine", "optim": "adafactor"},
+        {"train_sampling_strategy": "random"},
+        {"max_steps": 24, "num_train_epochs": 1},
+        {"label_smoothing_factor": 0.1},
+        {"remove_unused_columns": False},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_arguments_of_the_user(builds: Builds, changes: dict[str, Any]) -> None:
+    trainer = builds.trainer(**changes)
+    trainer.train()
+    assert trainer.state.global_step == 24 and isinstance(trainer.model, LightModel)
+    assert trainer.light_plan.removed_parameters > 0
+    assert trainer.evaluate()["eval_accuracy"] > 0.5
+
+
+def test_the_best_model_is_one_behind_the_cut(builds: Builds) -> None:
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = builds.trainer(load_best_model_at_end=True, metric_for_best_model="eval_loss", **changes)
+    trainer.train()
+    assert int(trainer.state.best_model_checkpoint.rpartition("-")[2]) >= STEPS["estimation"]
+    behind = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][2:]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(behind), abs=1e-6)
+
+
+def test_early_stopping_waits_for_the_cut(builds: Builds) -> None:
+    stopping = EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    changes |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    trainer = builds.trainer(callbacks=[stopping], **changes)
+    trainer.train()
+    assert isinstance(trainer.model, LightModel)
+    assert STEPS["estimation"] < trainer.state.global_step < STEPS["run"]
+
+
+def test_the_prefix_is_computed_once_and_changes_nothing(builds: Builds) -> None:
+    plain = lora(lora_dropout=0.0)
+    trainers = [builds.trainer(peft_config=plain, **options) for options in ({}, SLOWLY)]
+    for trainer in trainers:
+        trainer.train()
+    assert trainers[0].light_plan == trainers[1].light_plan
+    assert not (builds.folder / "prefix").exists()
+    for name, value in weights(trainers[0].model).items():
+        assert torch.allclose(value, weights(trainers[1].model)[name], atol=1e-4), name
+
+
+def test_rows_that_change_have_no_prefix_cache(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = builds.trainer()
+    plain = trainer.data_collator
+
+    def noisy(rows: list[Any]) -> dict[str, Any]:
+        batch = plain(rows)
+        batch["input_ids"][:, 1] = torch.randint(4, 20, (len(rows),))
+        return dict(batch)
+
+    trainer.data_collator = noisy
+    with caplog.at_level("INFO", logger="lightpeft"):
+        trainer.train()
+    assert "no prefix cache: a row does not give the same tokens each time" in caplog.text
+    assert isinstance(trainer.model, LightModel)
+
+
+# -- what cannot work ----------------------------------------------------------------------------------------------
+
+
+def test_refused_before_training(builds: Builds) -> None:
+    model = builds.base()
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert "leave optimizers out" in refusal(lambda: builds.trainer(optimizers=(optimizer, None)))
+    assert "torch.compile cannot follow" in refusal(lambda: builds.trainer(torch_compile=True))
+    assert "auto_find_batch_size cannot follow" in refusal(lambda: builds.trainer(auto_find_batch_size=True))
+    assert "give a model from peft.get_peft_model" in refusal(lambda: builds.trainer(model=model))
+    both = get_peft_model(builds.base(), lora())
+    assert "without peft_config=" in refusal(lambda: builds.trainer(model=both, peft_config=lora()))
+    short = LightConfig(**{**BUDGET, "length": 24})
+    assert "leaves none of the run's 24" in refusal(builds.trainer(light=short).train)
+    few = LightConfig(**{**BUDGET, "least_examples": 256})
+    assert "estimation scores 32 examples, and from fewer than 256" in refusal(builds.trainer(light=few).train)
+
+
+# -- `EarlyPruner` -------------------------------------------------------------------------------------------------
+
+
+def test_a_bare_pruner_has_the_default_preset(caplog: pytest.LogCaptureFixture) -> None:
+    pruner = EarlyPruner(with_lora(make("bert")))
+    assert pruner.config == preset_light("default") == EarlyPruner(with_lora(make("bert")), "default").config
+    pruner.start(100)
+    said = " ".join(caplog.text.split())
+    assert "multiply plain PEFT's learning rate by 2" in said and "accelerated(model, dropout=0)" in said
+    caplog.clear()
+    EarlyPruner(with_lora(make("bert")), LightConfig()).start(100)
+    assert not caplog.text

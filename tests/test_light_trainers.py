@@ -1,0 +1,340 @@
+"""`light_trainer` around the trainers that people use: TRL's, `Seq2SeqTrainer`, sentence-transformers', other tasks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from test_dpo import logits
+from test_sft import SETTINGS, WORDS, tokenizer
+from tiny import VOCABULARY, make, refusal
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from lightpeft import LightConfig, LightTrainer, light_trainer, load_light
+from lightpeft.saved.light_adapter import LightModel
+
+trl = pytest.importorskip("trl")
+
+LIGHT = LightConfig(length=5, least_examples=0, heads=0.5, neurons=0.5, modules=0.5, learning_rate_scale=1.0)
+ARGUMENTS: dict[str, Any] = {**SETTINGS, "warmup_steps": 2}
+
+
+def rows_of(count: int = 48) -> list[tuple[str, str, str]]:
+    """Prompt, good and bad answer."""
+    return [
+        (" ".join(WORDS[i % 20 : i % 20 + 2 + i % 3]), " ".join(WORDS[25:28]), " ".join(WORDS[29:31]))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> PreTrainedModel:
+    make("llama-gqa", eos_token_id=1).save_pretrained(tmp_path / "base")
+    set_seed(0)
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+
+def losses(trainer: Any, name: str = "loss") -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def check(trainer: Any, steps: int = 20, better: bool = True) -> None:
+    """One training, cut after five steps, that learned something."""
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert trainer.light_report["estimation_steps"] == 5 and trainer.light_plan.removed_parameters > 0
+    found = losses(trainer)
+    assert not better or mean(found[-4:]) < mean(found[:4])
+
+
+# -- TRL -----------------------------------------------------------------------------------------------------------
+
+
+def sft(base: PreTrainedModel, folder: Path, rows: list[dict[str, Any]], **changes: Any) -> Any:
+    return light_trainer(trl.SFTTrainer)(
+        model=base,
+        args=trl.SFTConfig(str(folder), **{**ARGUMENTS, **changes}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=chat_tokenizer(),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.05),
+        light=LIGHT,
+    )
+
+
+def chat_tokenizer() -> Any:
+    of_words = tokenizer()
+    of_words.chat_template = (
+        "{% for message in messages %}{{ message['content'] }} {% if message['role'] == 'assistant' %}"
+        "{% generation %}<eos>{% endgeneration %} {% endif %}{% endfor %}"
+    )
+    return of_words
+
+
+SFT_ROWS: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "text": lambda prompt, answer: {"text": f"{prompt} {answer}"},
+    "completion": lambda prompt, answer: {"prompt": f"{prompt} ", "completion": answer},
+    "chat": lambda prompt, answer: {
+        "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("text", {}),
+        ("text", {"packing": True, "max_length": 24, "max_steps": 20}),
+        ("completion", {"gradient_checkpointing": True}),
+        ("chat", {}),
+    ],
+    ids=["text", "packing", "completion", "chat"],
+)
+def test_sft(base: PreTrainedModel, tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    rows = [SFT_ROWS[kind](prompt, good) for prompt, good, _ in rows_of(192 if "packing" in changes else 48)]
+    trainer = sft(base, tmp_path / "out", rows, **changes)
+    check(trainer)
+    trainer.save_model(str(tmp_path / "light"))
+    again = load_light(tmp_path / "light", base=tmp_path / "base")
+    assert logits(again).equal(logits(trainer.model))
+
+
+def dpo(base: Any, folder: Path, **changes: Any) -> Any:
+    rows = [{"prompt": f"{prompt} ", "chosen": good, "rejected": bad} for prompt, good, bad in rows_of()]
+    reference = {"ref_model": changes.pop("ref_model")} if "ref_model" in changes else {}
+    return light_trainer(trl.DPOTrainer)(
+        model=base,
+        args=trl.DPOConfig(str(folder), **{**ARGUMENTS, **changes}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.0),
+        light=LIGHT,
+        **reference,
+    )
+
+
+def test_dpo_with_the_dense_model_as_reference(base: PreTrainedModel, tmp_path: Path) -> None:
+    """The reference is asked once, before training: the loss begins at the log of 2, and the cut changes nothing."""
+    dense = logits(base)
+    trainer = dpo(base, tmp_path / "out")
+    assert trainer.args.precompute_ref_log_probs
+    asked = trainer.train_dataset["ref_chosen_logps"][:]
+    check(trainer)
+    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
+    assert mean(losses(trainer, "rewards/margins")[-4:]) > 0.1
+    assert trainer.train_dataset["ref_chosen_logps"][:] == asked
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert logits(fresh).equal(dense)
+
+
+def test_dpo_with_a_reference_of_its_own(base: PreTrainedModel, tmp_path: Path) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = logits(reference)
+    trainer = dpo(base, tmp_path / "out", ref_model=reference)
+    assert not trainer.args.precompute_ref_log_probs
+    check(trainer)
+    assert logits(reference).equal(before)
+    assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
+
+
+def test_reward(tmp_path: Path) -> None:
+    set_seed(0)
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
+                        intermediate_size=48, pad_token_id=0)  # fmt: skip
+    rows = [{"chosen": f"{prompt} {good}", "rejected": f"{prompt} {bad}"} for prompt, good, bad in rows_of()]
+    trainer = light_trainer(trl.RewardTrainer)(
+        model=BertForSequenceClassification(config),
+        args=trl.RewardConfig(str(tmp_path / "out"), **ARGUMENTS),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(task_type="SEQ_CLS", r=4),
+        light=LIGHT,
+    )
+    check(trainer)
+
+
+# -- transformers --------------------------------------------------------------------------------------------------
+
+
+def test_seq2seq_on_t5(tmp_path: Path) -> None:
+    set_seed(0)
+    model, words = make("t5"), tokenizer()
+    rows = [{**words(prompt), "labels": words(good)["input_ids"]} for prompt, good, _ in rows_of()]
+    settings = {name: value for name, value in ARGUMENTS.items() if name != "bf16"}
+    trainer = light_trainer(Seq2SeqTrainer)(
+        model=model,
+        args=Seq2SeqTrainingArguments(
+            str(tmp_path / "out"), **settings, eval_strategy="steps", eval_steps=10, predict_with_generate=True
+        ),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:8]),
+        data_collator=DataCollatorForSeq2Seq(words, model),
+        processing_class=words,
+        peft_config=LoraConfig(task_type="SEQ_2_SEQ_LM", r=4),
+        light=LIGHT,
+    )
+    check(trainer)
+    generated = trainer.predict(trainer.eval_dataset, max_new_tokens=4).predictions
+    assert generated.shape[0] == 8
+
+
+def test_token_classification(tmp_path: Path) -> None:
+    set_seed(0)
+    config = BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=2,
+                        intermediate_size=48, pad_token_id=0)  # fmt: skip
+    words = tokenizer()
+    rows = [
+        {**words(prompt), "labels": [token % 2 for token in words(prompt)["input_ids"]]} for prompt, *_ in rows_of()
+    ]
+    settings = {name: value for name, value in ARGUMENTS.items() if name != "bf16"}
+    trainer = LightTrainer(
+        model=BertForTokenClassification(config),
+        args=TrainingArguments(str(tmp_path / "out"), **settings),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=DataCollatorForTokenClassification(words),
+        peft_config=LoraConfig(task_type="TOKEN_CLS", r=4),
+        light=LIGHT,
+    )
+    check(trainer)
+
+
+def test_image_classification(tmp_path: Path) -> None:
+    set_seed(0)
+    model = make("vit", num_labels=2)
+    size, channels = model.config.image_size, model.config.num_channels
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"pixel_values": torch.randn(channels, size, size, generator=generator) + 2 * (i % 2), "labels": i % 2}
+        for i in range(48)
+    ]
+    settings = {name: value for name, value in ARGUMENTS.items() if name != "bf16"}
+    trainer = LightTrainer(
+        model=model,
+        args=TrainingArguments(str(tmp_path / "out"), **settings),
+        train_dataset=rows,
+        peft_config=LoraConfig(r=4, modules_to_save=["classifier"]),
+        light=LIGHT,
+    )
+    check(trainer)
+    trainer.save_model(str(tmp_path / "light"))
+    assert isinstance(trainer.model, LightModel)
+
+
+class Weighted(Trainer):
+    """A trainer of somebody's own."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        outputs = model(**inputs)
+        loss: Tensor = 2 * outputs.loss
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_trainer_of_ones_own(base: PreTrainedModel, tmp_path: Path) -> None:
+    words = tokenizer()
+    rows = [
+        {**words(f"{prompt} {good}"), "labels": words(f"{prompt} {good}")["input_ids"]} for prompt, good, _ in rows_of()
+    ]
+    settings = {name: value for name, value in ARGUMENTS.items() if name != "bf16"}
+    light_class = light_trainer(Weighted)
+    assert light_class is light_trainer(Weighted) and issubclass(light_class, Weighted)
+    trainer = light_class(
+        model=base,
+        args=TrainingArguments(str(tmp_path / "out"), **settings),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=DataCollatorForSeq2Seq(words),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4),
+        light=LIGHT,
+    )
+    check(trainer)
+
+
+# -- sentence-transformers -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def embedder(tmp_path: Path) -> Any:
+    st = pytest.importorskip("sentence_transformers")
+    set_seed(0)
+    make("bert").base_model.save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    modules = pytest.importorskip("sentence_transformers.models")
+    transformer = modules.Transformer(str(tmp_path / "bert"), max_seq_length=16)
+    return st.SentenceTransformer(modules=[transformer, modules.Pooling(32)], device="cpu")
+
+
+def contrastive(embedder: Any, folder: Path, **changes: Any) -> Any:
+    st = pytest.importorskip("sentence_transformers")
+    losses_of = pytest.importorskip("sentence_transformers.losses")
+    rows = [{"anchor": " ".join(WORDS[i : i + 3]), "positive": " ".join(WORDS[i + 1 : i + 4])} for i in range(28)]
+    settings = {name: value for name, value in ARGUMENTS.items() if name != "bf16"}
+    return light_trainer(st.SentenceTransformerTrainer)(
+        model=embedder,
+        args=st.SentenceTransformerTrainingArguments(str(folder), **{**settings, **changes}),
+        train_dataset=Dataset.from_list(rows),
+        loss=losses_of.MultipleNegativesRankingLoss(embedder),
+        peft_config=LoraConfig(task_type="FEATURE_EXTRACTION", r=4, lora_dropout=0.0),
+        light=LIGHT,
+    )
+
+
+def test_sentence_transformers(embedder: Any, tmp_path: Path) -> None:
+    trainer = contrastive(embedder, tmp_path / "out", save_strategy="steps", save_steps=4)
+    check(trainer)
+    sentences = ["w1 w2 w3", "w9 w4"]
+    found = embedder.encode(sentences)
+    assert found.shape == (2, 32)
+    embedder.save_pretrained(str(tmp_path / "saved"))
+    light = load_light(next((tmp_path / "saved").rglob("lightpeft.json")).parent)
+    name = next(name for name, module in embedder.named_modules() if isinstance(module, LightModel))
+    parent, _, attribute = name.rpartition(".")
+    setattr(embedder.get_submodule(parent), attribute, light)
+    assert torch.tensor(embedder.encode(sentences)).allclose(torch.tensor(found), atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [4, 12])
+def test_sentence_transformers_go_on_from_a_checkpoint(embedder: Any, tmp_path: Path, step: int) -> None:
+    again = copy.deepcopy(embedder)
+    whole = contrastive(embedder, tmp_path / "out", save_strategy="steps", save_steps=4)
+    whole.train()
+    rest = contrastive(again, tmp_path / "out", save_strategy="steps", save_steps=4)
+    rest.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
+    assert rest.light_plan == whole.light_plan
+    for (name, one), (_, other) in zip(embedder.named_parameters(), again.named_parameters(), strict=True):
+        assert one.equal(other), name
+
+
+def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_path: Path) -> None:
+    rows = [{"prompt": prompt} for prompt, *_ in rows_of()]
+
+    def make_trainer() -> Any:
+        return light_trainer(trl.GRPOTrainer)(
+            model=base,
+            reward_funcs=lambda completions, **_: [0.0 for _ in completions],
+            args=trl.GRPOConfig(str(tmp_path / "out"), **ARGUMENTS, beta=0.1, num_generations=2),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer(),
+            peft_config=LoraConfig(task_type="CAUSAL_LM", r=4),
+            light=LIGHT,
+        )
+
+    assert "would take the cut model as its own reference" in refusal(make_trainer)
