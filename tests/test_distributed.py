@@ -11,10 +11,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from training import assert_close, assert_equal, collate, encoded, estimate, student, trainer, upper
+from training import (
+    assert_close,
+    assert_equal,
+    collate,
+    encoded,
+    estimate,
+    one_light_training,
+    student,
+    trained_weights,
+    trainer,
+    upper,
+)
 
 from lightpeft.config import LightConfig
-from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.prefix import FrozenPrefix
 
@@ -72,6 +83,19 @@ def test_both_processes_agree_to_the_last_bit(results: Path, name: str) -> None:
     assert masks[0].equal(masks[1])
     assert_equal(*records)
     assert records[0].meta == records[1].meta
+
+
+@pytest.mark.parametrize("name", ["light", "light-resumed"])
+def test_one_training_through_the_cut(results: Path, tmp_path: Path, name: str) -> None:
+    """Gradients are averaged over processes behind the cut, too, from a checkpoint as well as in one go."""
+    whole = one_light_training(tmp_path)
+    whole.train()
+    places = [results / f"rank{rank}" / name for rank in (0, 1)]
+    found = [load_file(place / "weights.safetensors") for place in places]
+    assert all(found[0][key].equal(found[1][key]) for key in found[0])
+    assert all(PrunePlan.load(place / "plan.json").blocks == whole.light_plan.blocks for place in places)
+    for key, value in trained_weights(whole.model).items():
+        torch.testing.assert_close(found[0][key], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", ["plain", "bucket-view"])

@@ -18,6 +18,7 @@ from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.estimation import Estimator
+from lightpeft.recipe.trainer import LightTrainer
 
 
 def student(name: str = "bert", **changes: Any) -> PeftModel:
@@ -53,6 +54,29 @@ def trainer(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **setti
     }
     rows = dataset(causal=model.peft_config["default"].task_type == "CAUSAL_LM")
     return Trainer(model, TrainingArguments(str(folder), **values), train_dataset=rows, callbacks=list(callbacks))
+
+
+def one_light_training(folder: Path, rows: int = 8, **settings: Any) -> Any:
+    """A `LightTrainer` of a tiny language model, that sees the rows in order and is cut after four of 16 steps."""
+    light = LightConfig(length=4, least_examples=0, heads=0.5, neurons=0.5, modules=0.5, dropout=0.0)
+    values: dict[str, Any] = {
+        "per_device_train_batch_size": rows,
+        "max_steps": 16,
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **settings,
+    }
+    arguments = TrainingArguments(str(folder), **values)
+    return LightTrainer(student("llama-gqa"), arguments, light=light, train_dataset=dataset(causal=True))
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what trains."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 class StopAt(TrainerCallback):

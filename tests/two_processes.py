@@ -15,7 +15,17 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tiny import batch
 from torch.nn.parallel import DistributedDataParallel
-from training import StopAt, chunks, collate, encoded, student, trainer, upper
+from training import (
+    StopAt,
+    chunks,
+    collate,
+    encoded,
+    one_light_training,
+    student,
+    trained_weights,
+    trainer,
+    upper,
+)
 
 from lightpeft.config import LightConfig
 from lightpeft.plans.scoring import rank_taylor_terms
@@ -86,6 +96,13 @@ def resumed_in_trainer(folder: Path) -> EarlyPruner:
     return second
 
 
+def light_training(folder: Path, rows: int, resume: bool = False) -> Any:
+    """Estimate, cut and fine-tune a language model in one training; `resume` from a checkpoint behind the cut."""
+    trainer = one_light_training(folder, rows, ddp_backend="gloo", save_strategy="steps", save_steps=8)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-8") if resume else None)
+    return trainer
+
+
 def shared_prefix(folder: Path) -> dict[str, torch.Tensor]:
     """States that both processes computed into one file, and the gradients of a step on this process's rows."""
     model = upper()
@@ -127,6 +144,11 @@ def main(folder: Path) -> None:
         save_file({"masks": estimator.masks.values.clone()}, place / "masks.safetensors")
     for name, options in (("plain", {}), ("bucket-view", {"gradient_as_bucket_view": True})):
         save_file(seen_gradients(**options), folder / f"rank{dist.get_rank()}" / f"{name}.safetensors")
+    for name, resume in (("light", False), ("light-resumed", True)):
+        trained = light_training(folder / "light", rows=4, resume=resume)
+        place = folder / f"rank{dist.get_rank()}" / name
+        trained.light_plan.save(place / "plan.json")
+        save_file(trained_weights(trained.model), place / "weights.safetensors")
     save_file(shared_prefix(folder), folder / f"rank{dist.get_rank()}" / "prefix.safetensors")
     dist.destroy_process_group()
 

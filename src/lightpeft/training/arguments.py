@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from lightpeft.config import TrainingConfig
 from lightpeft.config.validation import unknown_key
@@ -102,7 +103,9 @@ def training_arguments(
         "data_seed": seed,
     }
     try:
-        return TrainingArguments(**{**fields, **(given or {})})
+        arguments = TrainingArguments(**{**fields, **(given or {})})
+        get_reporting_integration_callbacks(arguments.report_to)  # which knows and imports them
+        return arguments
     except (TypeError, ValueError, KeyError, ImportError) as error:
         raise LightPeftError(f"trainer: {' '.join(str(error).split())[:300]}") from error
 
