@@ -55,6 +55,8 @@ class BlockSpec:
     """Name of the table [buckets, heads] of relative position biases that all blocks of the stack share."""
     shared_arguments: tuple[str, ...] = ()
     """Arguments with one entry a head that dense blocks hand to the next; after pruning each block makes its own."""
+    per_head_arguments: dict[str, int] = field(default_factory=dict)
+    """Argument of attention -> the dimension of it that has one entry a query head; the entries of kept heads stay."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
@@ -69,7 +71,8 @@ class BlockSpec:
     def structure(self) -> tuple[Any, ...]:
         """All that decides how the block is cut; blocks of one structure can take each other's plans."""
         sizes = (self.heads, self.kv_heads, self.head_dim, self.neurons)
-        return self.projections, sizes, self.interleaved, self.wide_norms, self.position_bias
+        by_head = (self.wide_norms, self.position_bias, self.per_head_arguments)
+        return self.projections, sizes, self.interleaved, *by_head
 
     def cut_slots(self) -> list[str]:
         """Slots that the block has and that pruning cuts."""

@@ -65,6 +65,7 @@ class _Attention:
     """Integers that the attention module reads while it runs."""
     outputs: int
     wide_norms: dict[str, str]
+    per_head_arguments: dict[str, int]
 
 
 def propose_families(small: PreTrainedModel) -> Iterator[Family]:
@@ -127,6 +128,7 @@ def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator
             counts=seen.counts,
             outputs=seen.outputs,
             wide_norms=seen.wide_norms,
+            per_head_arguments=probe.per_head_arguments(name, table["o"], sizes["heads"]),
         )
 
 
@@ -294,6 +296,7 @@ def _stack(config: Any, found: _Attention, interleaved: bool, counts: dict[str, 
         label=found.label,
         interleaved=interleaved and "qkv" in found.table,
         wide_norms=found.wide_norms,
+        per_head_arguments=found.per_head_arguments,
         attention_outputs=found.outputs,
     )
 

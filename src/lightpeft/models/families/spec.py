@@ -50,6 +50,9 @@ class Stack:
     """In the first block: the table of relative position biases, one column a head, that the whole stack shares."""
     shared_arguments: tuple[str, ...] = ()
     """Arguments of attention with one entry a head that each block hands to the next."""
+    per_head_arguments: dict[str, int] = field(default_factory=dict)
+    """Argument of attention that something outside the blocks makes -> the dimension of it that has one entry a query
+    head, counted from the front or (negative) from the back."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
