@@ -118,7 +118,7 @@ class ModuleObserver:
 
 def _reads_decoder(block: BlockSpec, slot: str | None) -> bool:
     """Whether a projection sees the decoder's tokens in an encoder-decoder; cross-attention's k and v do not."""
-    return block.label.startswith("decoder") or (block.label.startswith("cross") and slot not in ("k", "v"))
+    return block.role == "decoder" or (block.role == "cross" and slot not in ("k", "v"))
 
 
 def _reads_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
