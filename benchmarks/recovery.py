@@ -38,9 +38,9 @@ from lightpeft.files import read_json, write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans import planning
-from lightpeft.plans.planning import Layer, cheapest_first, make_plan
+from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.selection import Layer, weakest_first
 from lightpeft.plans.structure import OUTPUT_SLOTS, BlockSpec
 from lightpeft.profiling import hardware
 from lightpeft.prune.estimation import Estimator
@@ -80,9 +80,9 @@ def rescaled(scale: Callable[[Tensor], Tensor], work: Workspace | None = None) -
     """Heads, or neurons, of a layer compete by `scale` of what each is worth for its parameters: [units] -> [units]."""
 
     def order(layers: Sequence[Layer]) -> Tensor:
-        return cheapest_first([replace(x, scores=scale(x.scores / x.parameters) * x.parameters) for x in layers])
+        return weakest_first([replace(x, scores=scale(x.scores / x.cost) * x.cost) for x in layers])
 
-    return mock.patch.object(planning, "cheapest_first", order)
+    return mock.patch.object(pipeline, "make_plan", partial(make_plan, order=order))
 
 
 def standardised(values: Tensor) -> Tensor:

@@ -237,6 +237,10 @@ def _notes(model_type: str) -> str:
         notes.append("q and k have a norm over all heads: their rows stay, what follows the norm is cut")
     if stack.position_bias:
         notes.append("one table of position biases a stack; every block looks up those of its own heads")
+    notes += [
+        f"attention takes a `{name}` with one entry a head; every block selects those of its own heads"
+        for name in stack.per_head_arguments
+    ]
     notes += [f"needs `{key}={value}`" for key, value in family.needs.items()]
     return "; ".join(notes)
 

@@ -74,6 +74,11 @@ DECODERS: dict[str, Maker] = {
     "cohere": decoder("Cohere"),
     "nemotron": decoder("Nemotron"),
     "biogpt": maker("BioGptConfig", "BioGptForCausalLM", TEXT | TOKENS | {"max_position_embeddings": 64}),
+    "mpt": maker(
+        "MptConfig",
+        "MptForCausalLM",
+        {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64},
+    ),
     "smollm3": decoder("SmolLM3"),
     "glm": decoder("Glm", head_dim=8),
     "exaone4": decoder("Exaone4"),
@@ -92,8 +97,9 @@ OTHERS: dict[str, Maker] = {
 FOUND = DECODERS | OTHERS
 """Families that no entry lists, and that can be pruned all the same."""
 
-LISTED = ["bert", "roberta", "deberta-v2", "modernbert", "dinov2-swiglu", "whisper", "bart", "opt", "gpt2", "gpt_neox"]
-LISTED += ["falcon", "falcon-mqa", "falcon-mha", "phi3", "olmo2", "gemma2", "llama-gqa", "llama-mqa", "llama-head-dim"]
+LISTED = ["bert", "roberta", "deberta-v2", "mpnet", "modernbert", "dinov2-swiglu", "whisper", "bart", "opt", "gpt2"]
+LISTED += ["gpt_neox", "falcon", "falcon-mqa", "falcon-mha", "phi3", "olmo2", "gemma2", "llama-gqa", "llama-mqa"]
+LISTED += ["llama-head-dim"]
 """Listed families of every layout. T5 is not here: no measurement shows that blocks hand their position biases on."""
 
 
@@ -164,6 +170,14 @@ def test_unlisted_families_are_found(name: str, caplog: pytest.LogCaptureFixture
     assert {(s.heads, s.head_dim) for s in specs} == {(4, 8)}
     assert all(value.equal(before[key]) for key, value in model.state_dict().items()), "the model was not touched"
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_dimension_as_long_as_there_are_heads_is_not_yet_one_of_heads() -> None:
+    """Nine heads look at nine tokens: only the first dimension of the biases after that of rows is by head."""
+    small = skeleton(make("mpnet", hidden_size=36, num_attention_heads=9))
+    probe = Probe(small, small.mpnet.encoder.layer[0], "layer.0")
+    assert probe.inputs["input_ids"].shape == (1, 9)
+    assert probe.per_head_arguments("attention.attn", "attention.attn.o", 9) == {"position_bias": 1}
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -248,7 +262,7 @@ def test_masked_and_pruned_models_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["gptj", "gpt_bigcode-mqa", "persimmon", "olmo3", "glm", "roformer", "deit", "hubert", "pegasus"]
+    "name", ["gptj", "gpt_bigcode-mqa", "persimmon", "mpt", "olmo3", "glm", "roformer", "deit", "hubert", "pegasus"]
 )
 def test_from_estimation_to_a_loaded_light_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = dict(FAMILIES)
@@ -283,16 +297,10 @@ def test_the_pruner_discovers_the_family_of_a_peft_model() -> None:
 
 
 MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-MPT = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}
 XLNET = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
 REFUSALS: dict[str, tuple[Maker, str]] = {
     "no linear attention": (maker("MambaConfig", "MambaForCausalLM", MAMBA), "takes no part in a forward pass"),
     "no linear layers": (maker("XLNetConfig", "XLNetForSequenceClassification", XLNET), "no list of equal blocks"),
-    "a bias of every head": (
-        maker("MptConfig", "MptForCausalLM", MPT),
-        "without KV groups and neurons, MptForCausalLM",
-    ),
-    "shared position biases": (encoder("MPNet"), "without KV groups and neurons, MPNetForSequenceClassification"),
     "paired heads": (decoder("DiffLlama"), "found: layers[q=self_attn.q_proj"),
     "a norm of the neurons": (decoder("BitNet"), "without KV groups and neurons, BitNetForCausalLM"),
     "a bias beside the output": (
@@ -357,6 +365,7 @@ def swapped(name: str, first: str, second: str) -> dict[str, str]:
         ("gpt2", {"head_attributes": {}}, "without KV groups and neurons, GPT2LMHeadModel does not run"),
         ("llama-gqa", {"head_attributes": {}}, "without query heads and neurons, LlamaForCausalLM"),
         ("olmo2", {"wide_norms": {}}, "without KV groups and neurons, Olmo2ForCausalLM does not run"),
+        ("mpnet", {"per_head_arguments": {}}, "without KV groups and neurons, MPNetForSequenceClassification does not"),
         ("phi3", {"head_attributes": {"num_key_value_groups": "heads_per_kv"}}, "Phi3ForCausalLM does not run"),
         ("bert", {"attention": "attention"}, "whole sub-layers cannot be cut"),
     ],

@@ -11,15 +11,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import batch, without_dropout
-from torch import Tensor
+from torch import Tensor, nn
 from training import StopAt, assert_close, assert_equal, chunks, estimate, inputs, student, trainer
 from transformers import BertConfig, BertForMultipleChoice
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.plans.planning import make_plan
+from lightpeft.plans.structure import BlockSpec
+from lightpeft.prune import estimation
 from lightpeft.prune.estimation import Estimator, stage_length
-from lightpeft.prune.importance import ModuleObserver
+from lightpeft.prune.importance import ModuleObserver, weight_squares
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.prefix import FrozenPrefix
@@ -344,6 +346,28 @@ def test_auto_stops_when_the_plan_has_settled(tmp_path: Path) -> None:
     assert settled[-2:] == [True, True]
     assert (True, True) not in list(itertools.pairwise(settled[:-1]))
     assert (meta["settled_overlap"], meta["settled_checks"], meta["length"]) == (0.5, 2, "auto")
+
+
+def test_weights_are_measured_once_however_often_plans_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def counted(model: nn.Module, block: BlockSpec) -> tuple[Tensor, Tensor]:
+        measured.append(block.attention)
+        return weight_squares(model, block)
+
+    monkeypatch.setattr(estimation, "weight_squares", counted)
+    config = LightConfig(length="auto", check_every=3, settled_overlap=1.0, settled_checks=40, max_fraction=0.25)
+    pruner = EarlyPruner(student(), config)
+    trainer(pruner.model, tmp_path, pruner.callback()).train()
+    first, again = pruner.record(), pruner.record()
+    assert len(first.meta["history"]) == 3
+    assert measured == [block.attention for block in first.blocks]
+    for block in first.blocks:
+        heads, neurons = weight_squares(pruner.model, block)
+        assert again.scores[f"heads/magnitude/{block.index}"].equal(heads.sqrt())
+        assert again.scores[f"neurons/magnitude/{block.index}"].equal(neurons.sqrt())
 
 
 def test_auto_gives_up_at_its_limit(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.light_adapter import as_light
 from lightpeft.saved.merging import read_merged
-from lightpeft.saved.whole_model import MERGED
+from lightpeft.saved.whole_model import MERGED, native_config
 
 CLOSE = 3e-5
 """Merging adds LoRA's weights to the base's, which rounds."""
@@ -159,8 +160,8 @@ SHALLOW: dict[str, Any] = {"heads": 0.0, "neurons": 0.0, "depth": 1 / 3}
 
 
 HEADS_IN_CONFIG = ("llama-gqa", "llama-head-dim", "llama-tied", "mistral", "qwen3", "gemma2", "phi3")
-WIDTH_IN_CONFIG = ("bert", "distilbert", "modernbert", "vit", "gpt2", "gpt_neox", "opt", "olmo2")
-NOT_IN_CONFIG = ("bert", "gpt2", "gpt_neox", "falcon", "olmo2", "t5")
+WIDTH_IN_CONFIG = ("bert", "mpnet", "distilbert", "modernbert", "vit", "gpt2", "gpt_neox", "opt", "olmo2")
+NOT_IN_CONFIG = ("bert", "mpnet", "gpt2", "gpt_neox", "falcon", "olmo2", "t5")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,15 @@ def test_generate_from_a_checkpoint_like_any_other(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.generate(**options).equal(light.generate(**options))
     assert loaded.config.num_attention_heads == 2 and loaded.config.intermediate_size == 24
+
+
+def test_no_config_says_which_entries_of_an_argument_are_those_of_the_kept_heads() -> None:
+    """However well the shapes fit."""
+    light = light_over(make("llama-gqa"), **EVEN)
+    whole, plan = light.merge_and_unload(), light.light_plan
+    assert native_config(whole, plan) is not None
+    specs = tuple(replace(spec, per_head_arguments={"position_bias": 1}) for spec in plan.specs)
+    assert native_config(whole, replace(plan, specs=specs)) is None
 
 
 # The model that merging gives

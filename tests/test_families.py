@@ -68,11 +68,16 @@ def test_sizes(name: str) -> None:
     assert [spec.label for spec in specs] == [
         label.format(i) for label, depth in zip(labels, stacks, strict=True) for i in range(depth)
     ]
+    assert [spec.role for spec in specs] == [
+        label.removesuffix(" {}") if len(stacks) > 1 else None
+        for label, depth in zip(labels, stacks, strict=True)
+        for _ in range(depth)
+    ]
     for spec in specs:
         assert (spec.heads, spec.kv_heads) == (4, KV_HEADS.get(name, 2 if name in GROUPED else 4))
         assert spec.head_dim == (12 if name == "llama-head-dim" else 8)
         neurons = 64 if name == "dinov2" else 48
-        assert spec.neurons == (0 if spec.label.startswith("cross") else neurons)
+        assert spec.neurons == (0 if spec.role == "cross" else neurons)
         assert list(spec.projections) == [slot for slot in SLOTS if slot in spec.projections]
 
 
@@ -178,7 +183,7 @@ def test_a_model_without_a_head(name: str) -> None:
 def test_an_encoder_of_an_encoder_decoder() -> None:
     model = make("t5")
     encoder = T5EncoderModel(model.config)
-    assert block_specs(encoder) == [spec for spec in block_specs(model) if spec.label.startswith("encoder")]
+    assert block_specs(encoder) == [spec for spec in block_specs(model) if spec.role == "encoder"]
 
 
 def test_registry() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lightpeft"
-WITHOUT_MODULES = ("plans/scoring.py", "plans/planning.py", "plans/records.py", "plans/structure.py")
+WITHOUT_MODULES = [f"plans/{name}.py" for name in ("scoring", "selection", "planning", "records", "structure")]
 """Pure on tensors or plain data: they never see an `nn.Module`."""
 
 

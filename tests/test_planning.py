@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
-from lightpeft.plans.planning import Layer, Selection, cheapest_first, keep, make_plan, without
+from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameters, removed_in_block
+from lightpeft.plans.selection import Layer, weakest_first
 from lightpeft.plans.structure import BlockSpec, SiteSpec
 
 PROJECTIONS = {slot: slot for slot in ("q", "k", "v", "o", "ffn_in", "ffn_out")}
@@ -101,65 +103,6 @@ def plan_or_skip(record: EstimationRecord, budget: dict[str, Any]) -> PrunePlan:
 
 def half_up(value: float) -> int:
     return math.floor(value + 0.5)
-
-
-# One selection
-
-
-selections = st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), min_size=1, max_size=9), min_size=1)
-
-
-@given(layers=selections, ratio=ratios)
-def test_layerwise_keeps_the_top_of_each_layer(layers: list[list[float]], ratio: float) -> None:
-    kept = keep([torch.tensor(layer) for layer in layers], Selection(ratio, "layerwise", 0, "units"))
-    for layer, units in zip(layers, kept, strict=True):
-        best_first = sorted(range(len(layer)), key=lambda unit: (-layer[unit], unit))
-        assert units == sorted(best_first[: len(layer) - half_up(ratio * len(layer))])
-
-
-@given(layers=selections, ratio=ratios)
-def test_global_keeps_the_top_of_all(layers: list[list[float]], ratio: float) -> None:
-    kept = keep([torch.tensor(layer) for layer in layers], Selection(ratio, "global", 0, "units"))
-    everything = [(-score, i, j) for i, layer in enumerate(layers) for j, score in enumerate(layer)]
-    best_first = sorted(everything)
-    expected = best_first[: len(everything) - half_up(ratio * len(everything))]
-    assert {(i, j) for i, units in enumerate(kept) for j in units} == {(i, j) for _, i, j in expected}
-
-
-@given(layers=selections, ratio=ratios, floor=st.integers(0, 4), scope=scopes)
-def test_floors_win_and_counts_are_exact_where_they_allow(
-    layers: list[list[float]], ratio: float, floor: int, scope: str
-) -> None:
-    tensors = [torch.tensor(layer) for layer in layers]
-    kept = keep(tensors, Selection(ratio, scope, floor, "units"))
-    floors = [min(floor, len(layer)) for layer in layers]
-    for layer, units, least in zip(layers, kept, floors, strict=True):
-        assert len(units) >= least
-        best_first = sorted(range(len(layer)), key=lambda unit: (-layer[unit], unit))
-        assert units == sorted(best_first[: len(units)]), "within a layer the best stay"
-    sizes = [len(layer) for layer in layers]
-    if scope == "global":
-        expected = sum(sizes) - half_up(ratio * sum(sizes))
-        assert sum(map(len, kept)) == max(expected, sum(floors))
-    else:
-        counts = [max(size - half_up(ratio * size), least) for size, least in zip(sizes, floors, strict=True)]
-        assert list(map(len, kept)) == counts
-
-
-@given(layers=selections, low=ratios, high=ratios, floor=st.integers(0, 2), scope=scopes)
-def test_a_larger_ratio_keeps_a_subset(
-    layers: list[list[float]], low: float, high: float, floor: int, scope: str
-) -> None:
-    tensors = [torch.tensor(layer) for layer in layers]
-    more, less = (keep(tensors, Selection(ratio, scope, floor, "units")) for ratio in (min(low, high), max(low, high)))
-    assert all(set(few) <= set(many) for few, many in zip(less, more, strict=True))
-
-
-def test_ties_go_by_index() -> None:
-    equal = [torch.zeros(4), torch.zeros(4)]
-    assert keep(equal, Selection(0.5, "layerwise", 0, "units")) == [[0, 1], [0, 1]]
-    assert keep(equal, Selection(0.5, "global", 0, "units")) == [[0, 1, 2, 3], []]
-    assert keep(equal, Selection(0.5, "global", 1, "units")) == [[0, 1, 2], [0]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -357,36 +300,49 @@ def test_an_unreachable_target_says_what_can_be_reached() -> None:
         make_plan(make_record(), Budget(target=0.9))
 
 
+# Another order of heads and neurons
+
+
+def strongest_first(layers: Sequence[Layer]) -> Tensor:
+    return weakest_first(layers).flip(0)
+
+
+@settings(deadline=None)
+@given(record=records, budget=budgets)
+def test_another_order_takes_other_units_and_as_many(record: EstimationRecord, budget: dict[str, Any]) -> None:
+    budget |= {"heads_scope": "layerwise", "neurons_scope": "layerwise"}
+    plan = plan_or_skip(record, budget)
+    assert make_plan(record, Budget(**budget), weakest_first) == plan
+    other = make_plan(record, Budget(**budget), strongest_first)
+    assert plan.removed_parameters == other.removed_parameters
+    for spec, usual, kept in zip(record.blocks, plan.blocks, other.blocks, strict=True):
+        assert (len(usual.heads), len(usual.neurons)) == (len(kept.heads), len(kept.neurons))
+        scores = record.scores[f"neurons/mask/{spec.index}"]
+        gone = sorted(set(range(spec.neurons)) - set(kept.neurons))
+        assert all(scores[unit] >= scores[stays] for unit in gone for stays in kept.neurons), "also where it is rounded"
+
+
+def test_an_order_says_what_goes_first_wherever_it_lies() -> None:
+    """By a rule that no score can tell: all neurons from the last block down before any head."""
+    record = make_record(layers=3, neurons=12)
+
+    def from_the_top(layers: Sequence[Layer]) -> Tensor:
+        places = [(layer.kind == "heads", -(layer.index or 0)) for layer in layers for _ in layer.scores]
+        return torch.tensor(sorted(range(len(places)), key=lambda unit: places[unit]))
+
+    whole = sum(block_parameters(spec) for spec in record.blocks)
+    plan = make_plan(record, Budget(blocks=17 * 65 / whole, modules=0, ranks=0), from_the_top)
+    assert [len(kept.neurons) for kept in plan.blocks] == [12, 6, 1], "one stays: the floor"
+    assert all(len(kept.heads) == spec.heads for spec, kept in plan.parts)
+    assert plan.sites == make_plan(record, Budget(heads=0, neurons=0, modules=0, ranks=0)).sites
+
+
+def test_an_order_that_is_none_is_refused() -> None:
+    with pytest.raises(LightPeftError, match="an order names each unit once"):
+        make_plan(make_record(), Budget(), lambda layers: torch.zeros(2, dtype=torch.int64))
+
+
 # Heads against neurons
-
-costly = st.builds(
-    lambda scores, parameters, floor: Layer(torch.tensor(scores, dtype=torch.float64), parameters, floor),
-    scores=st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 7.0]), min_size=1, max_size=8),
-    parameters=st.sampled_from([1, 3, 10]),
-    floor=st.integers(0, 2),
-)
-
-
-@given(layers=st.lists(costly, min_size=1, max_size=5))
-def test_units_go_by_score_per_parameter(layers: list[Layer]) -> None:
-    order = cheapest_first(layers)
-    units = [(float(score) / layer.parameters, layer) for layer in layers for score in layer.scores]
-    costs = [units[index][0] for index in order.tolist()]
-    assert costs == sorted(costs) and len(set(order.tolist())) == len(order)
-    for layer, kept in zip(layers, without(layers, order), strict=True):
-        assert len(kept) == min(layer.floor, len(layer.scores)), "all but the floors may go"
-        gone = set(range(len(layer.scores))) - set(kept)
-        assert all(layer.scores[unit] <= layer.scores[stays] for unit in gone for stays in kept)
-
-
-@given(layers=st.lists(costly, min_size=1, max_size=5), count=st.integers(0, 40))
-def test_what_goes_first_is_gone(layers: list[Layer], count: int) -> None:
-    order = cheapest_first(layers)
-    kept = without(layers, order[:count])
-    flat = [unit for layer in layers for unit in range(len(layer.scores))]
-    assert sum(map(len, kept)) == len(flat) - min(count, len(order))
-    more = without(layers, order[: count + 1])
-    assert all(set(after) <= set(before) for before, after in zip(kept, more, strict=True))
 
 
 def of_left_out(plan: PrunePlan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from tiny import DROPPED, MODELS, make, plan_for, random_record, with_lora
 from workbench import edit
 
 from lightpeft.errors import LightPeftError
-from lightpeft.files import file_checksum
+from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.plans.records import EstimationRecord, PrunePlan, from_ranges, to_ranges
 
 
@@ -66,6 +67,23 @@ def test_plan_round_trip(name: str, tmp_path: Path) -> None:
     text = json.dumps(plan.to_dict())
     assert PrunePlan.from_dict(json.loads(text)) == plan
     assert os.listdir(tmp_path / "new") == ["plan.json"]
+
+
+@pytest.mark.parametrize("name", ["bert", "t5"])
+def test_files_of_earlier_versions_have_roles_in_labels_alone(name: str, tmp_path: Path) -> None:
+    model = with_lora(make(name))
+    plan, record = plan_for(copy.deepcopy(model)), random_record(model)
+    assert {spec.role for spec in plan.specs} == ({"encoder", "decoder", "cross"} if name == "t5" else {None})
+    facts = plan.to_dict()
+    assert PrunePlan.from_dict(facts | {"specs": without_roles(facts["specs"])}) == plan
+    record.save(tmp_path)
+    data = read_json(tmp_path / "estimation.json")
+    write_json(tmp_path / "estimation.json", data | {"blocks": without_roles(data["blocks"])})
+    assert EstimationRecord.load(tmp_path).blocks == record.blocks
+
+
+def without_roles(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in block.items() if key != "role"} for block in blocks]
 
 
 def test_plan_as_a_table() -> None:

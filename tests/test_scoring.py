@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
+from typing import get_args
+
 import pytest
 import torch
 from tiny import batch, make, relative_difference, with_lora
 
 from lightpeft.config import LightConfig
+from lightpeft.config.light import ModuleCriterion, RankCriterion, UnitCriterion
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import find_sites
@@ -24,9 +29,45 @@ GRADIENTS = scoring.MaskGradients(
 
 def test_unit_criteria() -> None:
     assert scoring.taylor(MASKS, GRADIENTS).tolist() == [1.0, 2.0, 0.0, 6.0]
-    assert scoring.fisher(MASKS, GRADIENTS).tolist() == [2.0, 17.0, 30.0, 9.5]
+    assert scoring.fisher(GRADIENTS).tolist() == [2.0, 17.0, 30.0, 9.5]
     assert scoring.mask_size(MASKS).tolist() == [1.0, 0.5, 0.0, 2.0]
-    assert {"taylor": scoring.taylor, "fisher": scoring.fisher} == scoring.STEP_CRITERIA
+    assert scoring.weight_norm(torch.tensor([4.0, 0.0, 9.0])).tolist() == [2.0, 0.0, 3.0]
+
+
+def test_module_criteria() -> None:
+    ratios = torch.tensor([[3.0, 0.0], [4.0, 0.0]])
+    assert scoring.mean_ratio(ratios).tolist() == [0.75, 0.0], "a module that saw no token"
+    assert scoring.module_taylor([torch.tensor([1.0, 2.0]), torch.tensor([5.0])]).tolist() == [3.0, 5.0]
+
+
+# The table
+
+
+OF_SETTINGS = {"heads": UnitCriterion, "neurons": UnitCriterion, "modules": ModuleCriterion, "ranks": RankCriterion}
+
+
+@pytest.mark.parametrize("unit", OF_SETTINGS)
+def test_the_settings_name_the_criteria_of_the_table(unit: scoring.Unit) -> None:
+    assert set(get_args(OF_SETTINGS[unit])) == set(scoring.criteria(unit))
+
+
+def test_a_unit_has_one_criterion_of_a_name() -> None:
+    rows = [(unit, criterion.name) for criterion in scoring.CRITERIA for unit in criterion.units]
+    assert len(rows) == len(set(rows))
+
+
+@pytest.mark.parametrize("criterion", scoring.CRITERIA, ids=lambda each: f"{each.name}-{each.units[0]}")
+def test_a_criterion_is_given_what_it_needs(criterion: scoring.Criterion) -> None:
+    taken = {name: object() for name in get_args(scoring.Fact)}
+    seen = []
+    replace(criterion, score=lambda *facts: seen.extend(facts))(taken)
+    assert seen == [taken[name] for name in criterion.needs]
+    assert len(inspect.signature(criterion.score).parameters) == len(criterion.needs)
+
+
+def test_what_needs_to_know_of_a_step_is_scored_at_every_step() -> None:
+    at_steps = [(criterion.name, criterion.units) for criterion in scoring.CRITERIA if criterion.every_step]
+    assert at_steps == [("taylor", ("heads", "neurons")), ("fisher", ("heads", "neurons")), ("taylor", ("ranks",))]
 
 
 def test_random_is_reproducible() -> None:

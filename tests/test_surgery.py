@@ -168,6 +168,9 @@ HEADS: dict[str, Callable[[Any, Any, Any], bool]] = {
     "bert": lambda a, spec, kept: (
         a.num_attention_heads == len(kept.heads) and a.all_head_size == len(kept.heads) * spec.head_dim
     ),
+    "mpnet": lambda a, spec, kept: (
+        a.num_attention_heads == len(kept.heads) and a.all_head_size == len(kept.heads) * spec.head_dim
+    ),
     "opt": lambda a, spec, kept: a.num_heads == len(kept.heads),
     "llama-gqa": lambda a, spec, kept: a.num_key_value_groups == len(kept.heads) // len(kept.kv_heads),
     "gpt2": lambda a, spec, kept: a.num_heads == len(kept.heads) and a.split_size == len(kept.heads) * spec.head_dim,

@@ -75,6 +75,7 @@ ENCODERS: dict[str, Maker] = {
     "esm": encoder("Esm", pad_token_id=0, mask_token_id=3, position_embedding_type="rotary"),
     "distilbert": maker("DistilBertConfig", "DistilBertForSequenceClassification", DISTILBERT),
     "deberta-v2": encoder("DebertaV2", norm_rel_ebd="layer_norm", **DEBERTA),
+    "mpnet": encoder("MPNet"),
     "modernbert": encoder("ModernBert", cls_token_id=1, sep_token_id=2, **TOKENS),
     "vit": maker("ViTConfig", "ViTForImageClassification", IMAGES | {"intermediate_size": 48}),
     "dinov2": maker("Dinov2Config", "Dinov2ForImageClassification", IMAGES | {"mlp_ratio": 2}),
@@ -134,7 +135,8 @@ VARIANTS: dict[str, Maker] = {
 
 ALL = MODELS | VARIANTS
 
-LAYOUTS = ["bert", "modernbert", "llama-gqa", "olmo2", "phi3", "gpt2", "gpt_neox", "falcon", "opt", "t5", "vit"]
+LAYOUTS = ["bert", "mpnet", "modernbert", "vit", "llama-gqa", "olmo2", "phi3", "gpt2", "gpt_neox", "falcon", "opt"]
+LAYOUTS += ["t5"]
 """One family of each kind of structure, for tests to which the rest would add nothing but time."""
 
 GROUPED = [name for name in DECODERS if name not in ("llama-mha", "gpt2", "gpt_neox", "opt")]
@@ -259,7 +261,7 @@ def without_dropout(model: nn.Module) -> Any:
 
 def random_record(model: PeftModel, seed: int = 0, ties: bool = False, depth: float = 0.0) -> EstimationRecord:
     """A record of the model's structure with random scores under every criterion; `depth` is cut first."""
-    estimator = Estimator(model, LightConfig(length=2, depth=depth))
+    estimator = Estimator(model, LightConfig(length=2, depth=depth, least_examples=0))
     estimator.start(total_steps=None)
     estimator.stop()
     estimator.steps = 2

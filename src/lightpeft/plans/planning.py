@@ -1,8 +1,7 @@
 """From scores and a budget to a plan: a pure function, so the same record and budget always give the same plan.
 
-Every decision is the same small problem: units with scores sit in layers, so many of them have to go, and each layer
-keeps a floor. Heads, neurons, PEFT modules and ranks differ only in what a unit is. Blocks that are left out whole have
-gone before: they only count.
+Heads and neurons of the blocks are selected first, then PEFT modules among those whose layer is still there, then their
+ranks. Blocks that are left out whole have gone before: they only count.
 """
 
 from __future__ import annotations
@@ -17,27 +16,28 @@ from torch import Tensor
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_parameters
+from lightpeft.plans.selection import Layer, Order, going, keep, keep_part, part_of, total, weakest_first, without
 from lightpeft.plans.structure import BlockSpec, SiteSpec
 
 
-def make_plan(record: EstimationRecord, budget: Budget) -> PrunePlan:
+def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = None) -> PrunePlan:
     """Decide which units stay.
 
     Counts are exact: of n units, `round(ratio * n)` go (layerwise: of each layer's n), lowest score first, and among
     equal scores the higher index first. `blocks` and `target` override the ratios of heads and neurons.
 
+    Args:
+        order: in which heads and neurons go instead; how many, and the floors, are still the budget's. It is asked for
+            the layers that compete, and for a layer alone where its width is rounded.
+
     Raises:
-        LightPeftError: scores that are not finite, a missing criterion, or a budget that cannot be met.
+        LightPeftError: scores that are not finite, a missing criterion, a budget that cannot be met, or an `order` that
+            is not one of the units.
     """
     specs = (*record.blocks, *record.left_out)
     too_deep = budget.blocks_left(len(specs)) < len(record.blocks)
     require(not too_deep, f"depth {budget.depth:g} leaves out blocks that the estimation had; estimate with this depth")
-    if budget.blocks is not None:
-        blocks = _blocks_by_cost(record, budget, budget.blocks)
-    elif budget.target is not None:
-        blocks = _blocks_for_target(record, budget, budget.target)
-    else:
-        blocks = _plan_blocks(record, budget)
+    blocks = _Blocks(record, budget, order or weakest_first).stay()
     emptied = not any(block.heads or block.neurons for block in blocks)
     require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the ratios")
     sites = _plan_sites(record, budget, blocks)
@@ -52,84 +52,7 @@ def make_plan(record: EstimationRecord, budget: Budget) -> PrunePlan:
     )
 
 
-@dataclass(frozen=True)
-class Selection:
-    """How many units go and from where: the ratio, the scope it applies to, and the floor of each layer."""
-
-    ratio: float
-    scope: str
-    floor: int
-    what: str
-
-
-def keep(scores: Sequence[Tensor], selection: Selection) -> list[list[int]]:
-    """The units that stay in each layer, ascending. Floors win over ratios.
-
-    Args:
-        scores: one [units] tensor a layer.
-
-    Raises:
-        LightPeftError: a score is not finite.
-    """
-    finite = all(bool(torch.isfinite(layer).all()) for layer in scores)
-    require(finite, f"the scores of the {selection.what} are not finite; the estimation stage diverged")
-    if selection.scope == "layerwise":
-        return [_without_lowest([layer], selection)[0] for layer in scores]
-    return _without_lowest(scores, selection)
-
-
-def _without_lowest(layers: Sequence[Tensor], selection: Selection) -> list[list[int]]:
-    """What is left of the layers when the lowest units of all of them together are gone."""
-    orders = [_weakest_first(layer) for layer in layers]
-    removable = torch.cat([_first(order, len(order) - selection.floor) for order in orders])
-    order = _weakest_first(torch.cat(list(layers)))
-    gone = order[removable[order]][: _count(selection.ratio, len(order))]
-    stays = torch.ones_like(removable).scatter(0, gone, False)
-    return [part.nonzero().flatten().tolist() for part in stays.split([len(layer) for layer in layers])]
-
-
-def _weakest_first(scores: Tensor) -> Tensor:
-    """Indices by ascending score, among equal scores the higher index first."""
-    return len(scores) - 1 - scores.flip(0).argsort(stable=True)
-
-
-def _first(order: Tensor, count: int) -> Tensor:
-    """Boolean per unit: whether it is among the first `count` of `order`."""
-    return torch.zeros(len(order), dtype=torch.bool).scatter(0, order[: max(count, 0)], True)
-
-
-def _count(ratio: float, units: int) -> int:
-    """Units to remove: the nearest whole number to `ratio * units`, halves up."""
-    return int(ratio * units + 0.5)
-
-
-def _plan_blocks(record: EstimationRecord, budget: Budget) -> list[BlockPlan]:
-    """Heads and neurons that stay, block by block."""
-    units = _head_units(record, budget)
-    heads = [of_block.mean for of_block in units]
-    kept_heads = keep(heads, Selection(budget.heads, budget.heads_scope, budget.min_heads, "head units"))
-    neurons = record.of_blocks("neurons", budget.neuron_criterion)
-    kept_neurons = keep(neurons, Selection(budget.neurons, budget.neurons_scope, budget.min_neurons, "neurons"))
-    return _block_plans(record, budget, units, kept_heads, kept_neurons)
-
-
-def _block_plans(
-    record: EstimationRecord,
-    budget: Budget,
-    units: Sequence[HeadUnits],
-    heads: Sequence[list[int]],
-    neurons: Sequence[list[int]],
-) -> list[BlockPlan]:
-    """Plans of the blocks from the head units and the neurons that stay; widths are rounded to `multiple_of`."""
-    plans = []
-    scores = record.of_blocks("neurons", budget.neuron_criterion)
-    for spec, of_block, kept, layer, stay in zip(record.blocks, units, heads, scores, neurons, strict=True):
-        queries = sorted(head for unit in kept for head in of_block.heads[unit])
-        groups = sorted({head // spec.heads_per_kv for head in queries})
-        untouched = budget.multiple_of == 1 or len(stay) == len(layer)
-        width = len(stay) if untouched else _rounded(len(stay), budget.multiple_of, len(layer))
-        plans.append(BlockPlan(tuple(queries), tuple(groups), tuple(_strongest(layer, width))))
-    return plans
+# Heads and neurons
 
 
 @dataclass(frozen=True)
@@ -141,18 +64,13 @@ class HeadUnits:
     """
 
     heads: list[list[int]]
-    sum: Tensor
+    scores: Tensor
     """Scores of each unit's heads, added up: [units], float64."""
     parameters: int
     """What one unit takes with it."""
 
-    @property
-    def mean(self) -> Tensor:
-        """Mean score of each unit's heads: [units]."""
-        return self.sum / torch.tensor([len(unit) for unit in self.heads], dtype=torch.float64)
 
-
-def _head_units(record: EstimationRecord, budget: Budget) -> list[HeadUnits]:
+def head_units(record: EstimationRecord, budget: Budget) -> list[HeadUnits]:
     """The head units of every block."""
     result = []
     for spec, scores in zip(record.blocks, record.of_blocks("heads", budget.head_criterion), strict=True):
@@ -162,73 +80,6 @@ def _head_units(record: EstimationRecord, budget: Budget) -> list[HeadUnits]:
         parameters = spec.head_parameters * len(units[0]) + (0 if balanced else spec.kv_parameters)
         result.append(HeadUnits(units, sums, parameters))
     return result
-
-
-def _blocks_by_cost(record: EstimationRecord, budget: Budget, part: float) -> list[BlockPlan]:
-    """Heads and neurons of all blocks compete: the lowest score per parameter goes first, until `part` of all goes.
-
-    With Fisher scores that is the set whose removal costs least by the second-order estimate of the loss in which units
-    do not interact: removing unit i adds about F_i / 2, so what counts is F_i by what the unit costs to keep.
-    """
-    same = budget.head_criterion == budget.neuron_criterion
-    require(same, "light.blocks compares heads with neurons; give head_criterion and neuron_criterion the same value")
-    units = _head_units(record, budget)
-    neurons = record.of_blocks("neurons", budget.neuron_criterion)
-    layers = [Layer(of_block.sum, of_block.parameters, budget.min_heads) for of_block in units]
-    for scores, spec in zip(neurons, record.blocks, strict=True):
-        layers.append(Layer(scores.double(), spec.neuron_parameters, budget.min_neurons))
-    order = cheapest_first(layers)
-    whole = sum(block_parameters(spec) for spec in (*record.blocks, *record.left_out))
-
-    def plan(count: int) -> list[BlockPlan]:
-        kept = without(layers, order[:count])
-        return _block_plans(record, budget, units, kept[: len(units)], kept[len(units) :])
-
-    def reached(count: int) -> bool:
-        return _removed(record, plan(count)) >= part * whole
-
-    # counted in whole plans, because KV heads go with their last query head, and widths are rounded
-    count = bisect_left(range(len(order) + 1), True, key=reached)
-    require(
-        count <= len(order),
-        f"blocks {part:g} cannot be reached: at most {_removed(record, plan(len(order))) / whole:.3f} of the blocks' "
-        "parameters can go within the floors; lower blocks, min_heads or min_neurons",
-    )
-    return plan(count)
-
-
-def _removed(record: EstimationRecord, blocks: Sequence[BlockPlan]) -> int:
-    """Parameters that go when `blocks` stays."""
-    return removed_parameters(zip(record.blocks, blocks, strict=True), record.left_out)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Units of one kind in one layer: scores [units], the parameters of each, and how many stay at least."""
-
-    scores: Tensor
-    parameters: int
-    floor: int
-
-
-def cheapest_first(layers: Sequence[Layer]) -> Tensor:
-    """The units that may go, by ascending score per parameter, as indices into the units of all layers: [units].
-
-    Raises:
-        LightPeftError: a score is not finite.
-    """
-    finite = all(bool(torch.isfinite(layer.scores).all()) for layer in layers)
-    require(finite, "the scores of the heads and neurons are not finite; the estimation stage diverged")
-    removable = torch.cat([_first(_weakest_first(x.scores), len(x.scores) - x.floor) for x in layers])
-    order = _weakest_first(torch.cat([layer.scores / max(layer.parameters, 1) for layer in layers]))
-    return order[removable[order]]
-
-
-def without(layers: Sequence[Layer], gone: Tensor) -> list[list[int]]:
-    """The units that stay in each layer when these, as indices into the units of all layers, go."""
-    sizes = [len(layer.scores) for layer in layers]
-    stays = torch.ones(sum(sizes), dtype=torch.bool).scatter(0, gone, False)
-    return [of_layer.nonzero().flatten().tolist() for of_layer in stays.split(sizes)]
 
 
 def _groups(spec: BlockSpec) -> list[list[int]]:
@@ -243,38 +94,106 @@ def _balanced_slices(spec: BlockSpec, scores: Tensor) -> list[list[int]]:
     return [[group * spec.heads_per_kv + int(head) for group, head in enumerate(column)] for column in ranked.T]
 
 
-def _rounded(width: int, multiple: int, dense: int) -> int:
-    """The multiple nearest to `width` that is not zero (unless `width` is) and not wider than the dense layer."""
-    if width == 0:
-        return 0
-    return min(max(int(width / multiple + 0.5), 1) * multiple, dense)
+class _Blocks:
+    """Heads and neurons of all blocks, and what a budget keeps of them."""
 
+    def __init__(self, record: EstimationRecord, budget: Budget, order: Order) -> None:
+        same = budget.blocks is None or budget.head_criterion == budget.neuron_criterion
+        instead = "give head_criterion and neuron_criterion the same value"
+        require(same, f"light.blocks compares heads with neurons; {instead}")
+        self.record, self.budget, self.order = record, budget, order
+        self.units = head_units(record, budget)
+        neurons = record.of_blocks("neurons", budget.neuron_criterion)
+        self.heads = [self._heads(*block) for block in zip(record.blocks, self.units, strict=True)]
+        self.neurons = [self._neurons(*block) for block in zip(record.blocks, neurons, strict=True)]
 
-def _strongest(scores: Tensor, count: int) -> list[int]:
-    """The `count` highest scores, equal ones by lower index; ascending indices."""
-    return sorted(_weakest_first(scores)[len(scores) - count :].tolist())
+    def _heads(self, spec: BlockSpec, units: HeadUnits) -> Layer:
+        """Head units by score per parameter where they compete with neurons, else by the mean of their heads."""
+        cost = len(units.heads[0]) if self.budget.blocks is None else units.parameters
+        return Layer("heads", spec.index, units.scores, self.budget.min_heads, cost)
 
+    def _neurons(self, spec: BlockSpec, scores: Tensor) -> Layer:
+        """Neurons by score per parameter where they compete with heads, else by score."""
+        cost = 1 if self.budget.blocks is None else spec.neuron_parameters
+        return Layer("neurons", spec.index, scores, self.budget.min_neurons, cost)
 
-def _blocks_for_target(record: EstimationRecord, budget: Budget, target: float) -> list[BlockPlan]:
-    """The smallest common ratio of heads and neurons that removes `target` of all base parameters.
+    def stay(self) -> list[BlockPlan]:
+        """What stays of each block."""
+        budget = self.budget
+        if budget.blocks is not None:
+            return self._by_cost(budget.blocks)
+        if budget.target is not None:
+            return self._for_target(budget.target)
+        return self._by_ratios(budget.heads, budget.neurons)
 
-    Heads come in coarse steps, so the neurons' ratio is then lowered as far as the target allows.
-    """
+    def _by_ratios(self, heads: float, neurons: float) -> list[BlockPlan]:
+        """These parts of heads and neurons go."""
+        kept_heads = keep_part(self.heads, heads, self.budget.heads_scope, self.order)
+        return self._block_plans(kept_heads, keep_part(self.neurons, neurons, self.budget.neurons_scope, self.order))
 
-    def plan(heads: float, neurons: float) -> list[BlockPlan]:
-        return _plan_blocks(record, replace(_plain(budget), heads=heads, neurons=neurons))
+    def _for_target(self, target: float) -> list[BlockPlan]:
+        """The smallest common ratio of heads and neurons that removes `target` of all base parameters.
 
-    def removed(blocks: list[BlockPlan]) -> float:
-        return _removed(record, blocks) / record.base_parameters
+        Heads come in coarse steps, so the neurons' ratio is then lowered as far as the target allows.
+        """
 
-    ratio = _smallest(lambda x: removed(plan(x, x)) >= target)
-    if ratio is None:
-        raise LightPeftError(
-            f"target {target:g} cannot be reached: at most {removed(plan(_RATIOS[-1], _RATIOS[-1])):.3f} of all base "
-            "parameters can go within the floors (embeddings are never pruned); lower target, min_heads or min_neurons"
+        def removed(heads: float, neurons: float) -> float:
+            return self._removed(self._by_ratios(heads, neurons)) / self.record.base_parameters
+
+        ratio = _smallest(lambda x: removed(x, x) >= target)
+        if ratio is None:
+            raise LightPeftError(
+                f"target {target:g} cannot be reached: at most {removed(_RATIOS[-1], _RATIOS[-1]):.3f} of all base "
+                "parameters can go within the floors (embeddings are never pruned); lower target, min_heads or "
+                "min_neurons"
+            )
+        neurons = _smallest(lambda x: removed(ratio, x) >= target, below=ratio)
+        return self._by_ratios(ratio, ratio if neurons is None else neurons)
+
+    def _by_cost(self, part: float) -> list[BlockPlan]:
+        """Heads and neurons of all blocks compete: the lowest score per parameter goes first, until `part` of all goes.
+
+        With Fisher scores that is the set whose removal costs least by the second-order estimate of the loss in which
+        units do not interact: removing unit i adds about F_i / 2, so what counts is F_i by what the unit costs to keep.
+        """
+        layers = [*self.heads, *self.neurons]
+        queue = going(layers, self.order)
+        whole = sum(block_parameters(spec) for spec in (*self.record.blocks, *self.record.left_out))
+
+        def plans(count: int) -> list[BlockPlan]:
+            kept = without(layers, queue[:count])
+            return self._block_plans(kept[: len(self.heads)], kept[len(self.heads) :])
+
+        # counted in whole plans, because KV heads go with their last query head, and widths are rounded
+        count = bisect_left(range(len(queue) + 1), part * whole, key=lambda count: self._removed(plans(count)))
+        require(
+            count <= len(queue),
+            f"blocks {part:g} cannot be reached: at most {self._removed(plans(len(queue))) / whole:.3f} of the blocks' "
+            "parameters can go within the floors; lower blocks, min_heads or min_neurons",
         )
-    neurons = _smallest(lambda x: removed(plan(ratio, x)) >= target, below=ratio)
-    return plan(ratio, ratio if neurons is None else neurons)
+        return plans(count)
+
+    def _block_plans(self, heads: Sequence[list[int]], neurons: Sequence[list[int]]) -> list[BlockPlan]:
+        """Plans of the blocks from the head units and the neurons that stay; widths are rounded to `multiple_of`."""
+        plans = []
+        parts = zip(self.record.blocks, self.units, heads, self.neurons, neurons, strict=True)
+        for spec, units, kept, layer, stay in parts:
+            queries = sorted(head for unit in kept for head in units.heads[unit])
+            groups = sorted({head // spec.heads_per_kv for head in queries})
+            plans.append(BlockPlan(tuple(queries), tuple(groups), tuple(self._rounded(layer, stay))))
+        return plans
+
+    def _rounded(self, layer: Layer, stay: list[int]) -> list[int]:
+        """The neurons that stay when the width is the multiple nearest to theirs: no zero unless it is zero already."""
+        dense, multiple = total([layer]), self.budget.multiple_of
+        if not stay or len(stay) == dense or multiple == 1:
+            return stay
+        width = min(max(int(len(stay) / multiple + 0.5), 1) * multiple, dense)
+        return keep([replace(layer, floor=0)], dense - width, self.order)[0]
+
+    def _removed(self, plans: Sequence[BlockPlan]) -> int:
+        """Parameters that go when so much stays."""
+        return removed_parameters(zip(self.record.blocks, plans, strict=True), self.record.left_out)
 
 
 _STEPS = 1000
@@ -293,9 +212,7 @@ def _smallest(reached: Callable[[float], bool], below: float = 1.0) -> float | N
     return _RATIOS[low] if low < _STEPS and reached(_RATIOS[low]) else None
 
 
-def _plain(budget: Budget) -> Budget:
-    """The `Budget` part of a budget, without a target."""
-    return Budget(**{**{f.name: getattr(budget, f.name) for f in fields(Budget)}, "target": None})
+# PEFT modules and their ranks
 
 
 def _plan_sites(record: EstimationRecord, budget: Budget, blocks: list[BlockPlan]) -> dict[str, tuple[int, ...]]:
@@ -304,9 +221,8 @@ def _plan_sites(record: EstimationRecord, budget: Budget, blocks: list[BlockPlan
     require(bool(alive), "every PEFT module sits in a sub-layer that the budget removes; lower the ratios")
     stay = _keep_modules(record, budget, alive)
     scores = record.of_ranks(budget.rank_criterion)
-    kept = keep(
-        [scores[index] for index in stay], Selection(budget.ranks, budget.ranks_scope, budget.min_ranks, "ranks")
-    )
+    layers = [Layer("ranks", index, scores[index], budget.min_ranks) for index in stay]
+    kept = keep_part(layers, budget.ranks, budget.ranks_scope)
     return {record.sites[index].name: tuple(ranks) for index, ranks in zip(stay, kept, strict=True)}
 
 
@@ -328,17 +244,12 @@ def _keep_modules(record: EstimationRecord, budget: Budget, alive: list[int]) ->
     by_block: dict[int | None, list[int]] = {}
     for index in alive:
         by_block.setdefault(record.sites[index].block, []).append(index)
-    layers = list(by_block.values())
+    layers = [Layer("modules", block, scores[sites], budget.min_modules) for block, sites in by_block.items()]
     if budget.modules_scope == "global":
         lost = len(allowed) - len(alive)
-        count = min(max(_count(budget.modules, len(allowed)) - lost, 0), len(alive) - 1)
-        ratio = count / len(alive)
+        kept = keep(layers, min(max(part_of(budget.modules, len(allowed)) - lost, 0), len(alive) - 1))
     else:
-        ratio = budget.modules
-    kept = keep(
-        [scores[layer] for layer in layers],
-        Selection(ratio, budget.modules_scope, budget.min_modules, "PEFT modules"),
-    )
-    stay = sorted(layer[unit] for layer, units in zip(layers, kept, strict=True) for unit in units)
+        kept = keep_part(layers, budget.modules, "layerwise")
+    stay = sorted(sites[unit] for sites, units in zip(by_block.values(), kept, strict=True) for unit in units)
     require(bool(stay), f"modules = {budget.modules:g} layerwise would remove every PEFT module; lower it")
     return stay

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lightpeft.files import (
     write_json,
     write_tensors,
 )
-from lightpeft.plans.structure import BlockSpec, SiteSpec
+from lightpeft.plans.structure import BlockSpec, SiteSpec, role_named
 
 _SCORES = "scores.safetensors"
 
@@ -119,6 +119,8 @@ class EstimationRecord:
         with understandable(folder / "estimation.json"):
             kept = {key: value for key, value in data.items() if key not in ("schema_version", "scores")}
             record = from_dict(cls, {"left_out": [], **kept, "scores": scores})
+            record.blocks = list(map(_with_role, record.blocks))
+            record.left_out = list(map(_with_role, record.left_out))
             record.check()
         return record
 
@@ -243,7 +245,7 @@ class PrunePlan:
         unknown = sorted(facts.sites.keys() - ranks)
         require(not unknown, f"the plan keeps a PEFT module that there was not: {', '.join(unknown[:1])}")
         plan = cls(
-            specs=tuple(facts.specs),
+            specs=tuple(map(_with_role, facts.specs)),
             blocks=tuple(_block_plan(*pair) for pair in zip(facts.specs, facts.blocks, strict=False)),
             sites={name: from_ranges(kept, ranks[name]) for name, kept in facts.sites.items()},
             dense_sites=tuple(facts.dense_sites),
@@ -365,6 +367,11 @@ def _check_specs(blocks: Sequence[BlockSpec], sites: Sequence[SiteSpec]) -> None
     for spec in blocks:
         grouped = spec.heads % spec.kv_heads == 0 if spec.kv_heads else not spec.heads
         require(grouped, f"block {spec.label or spec.index} has {spec.heads} heads over {spec.kv_heads} KV heads")
+
+
+def _with_role(spec: BlockSpec) -> BlockSpec:
+    """The spec with its stack's role, which files of earlier versions have in the label alone."""
+    return spec if spec.role else replace(spec, role=role_named(spec.label.partition(" ")[0]))
 
 
 @dataclass(frozen=True)

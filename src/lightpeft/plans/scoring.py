@@ -1,13 +1,14 @@
 """Pure tensors to scores: how important a head, a neuron, a PEFT module or a rank is. Higher is more important.
 
-A criterion is one pure function. Those in `STEP_CRITERIA` see masks and their gradients at every optimizer step and
-are summed over the stage; `random` and the weight norms of `layout.squared_norms` are computed once, at its end.
+A criterion is one pure function and one line in `CRITERIA`, which says what units it scores and what it needs to know.
+What needs to know of a step is scored at every optimizer step, and its mean counts; the rest once, in the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,13 +35,9 @@ def taylor(masks: Tensor, gradients: MaskGradients) -> Tensor:
     return masks.abs() * gradients.absolute
 
 
-def fisher(masks: Tensor, gradients: MaskGradients) -> Tensor:
+def fisher(gradients: MaskGradients) -> Tensor:
     """Diagonal empirical Fisher information of the masks, `E(dL/dm)^2` (Theis et al. 2018). Shapes: [units]."""
     return gradients.squares
-
-
-STEP_CRITERIA: dict[str, Callable[[Tensor, MaskGradients], Tensor]] = {"taylor": taylor, "fisher": fisher}
-"""Criteria of heads and neurons that are accumulated over optimizer steps: (masks, task gradients) -> score."""
 
 
 def mask_size(masks: Tensor) -> Tensor:
@@ -51,6 +48,16 @@ def mask_size(masks: Tensor) -> Tensor:
 def random(count: int, generator: torch.Generator) -> Tensor:
     """Uniform scores, the baseline every other criterion must beat. Shape: [count]."""
     return torch.rand(count, generator=generator)
+
+
+def weight_norm(squares: Tensor) -> Tensor:
+    """Norm of all weights that a unit takes with it, from the sums of their squares. Shapes: [units]."""
+    return squares.sqrt()
+
+
+def mean_ratio(ratios: Tensor) -> Tensor:
+    """Mean over tokens of the ratios that `module_ratio` sums up: [sums and tokens, modules] -> [modules]."""
+    return ratios[0] / ratios[1].clamp_min(1)
 
 
 def module_ratio(delta: Tensor, base: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,6 +97,75 @@ def rank_taylor(down: Tensor, up: Tensor) -> Tensor:
     return down.abs() + up.abs()
 
 
+def module_taylor(of_ranks: Sequence[Tensor]) -> Tensor:
+    """Taylor importance of a module, the sum of that of its ranks: one [rank] a module -> [modules]."""
+    return torch.stack([ranks.sum() for ranks in of_ranks])
+
+
 def rank_magnitude(down: Tensor, up: Tensor) -> Tensor:
     """Size of a rank's update, `||A[r]|| * ||B[:,r]||`: [rank, in], [out, rank] -> [rank]."""
     return down.detach().float().norm(dim=1) * up.detach().float().norm(dim=0)
+
+
+Unit = Literal["heads", "neurons", "modules", "ranks"]
+Fact = Literal[
+    "masks",  # of heads and neurons: [units]
+    "gradients",  # of the masks in one step: `MaskGradients`
+    "squares",  # sums of the squared weights that each head and neuron takes with it: [units]
+    "ratios",  # of modules, as `module_ratio` sums them up: [sums and tokens, modules]
+    "rank_taylor",  # Taylor scores of the ranks of every module: one [rank] a module
+    "down_terms",  # `rank_taylor_terms` of all A in one step: [ranks]
+    "up_terms",  # and of all B
+    "down",  # A of the module that has the ranks: [rank, in]
+    "up",  # and B: [out, rank]
+    "count",  # how many units there are
+    "generator",  # of random numbers
+]
+"""What estimation can know of units."""
+Facts = dict[Fact, Any]
+"""What is known of some units."""
+
+_OF_A_STEP: frozenset[Fact] = frozenset({"gradients", "down_terms", "up_terms"})
+"""What is another at every optimizer step."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One way of scoring units."""
+
+    name: str
+    """As settings call it."""
+    units: tuple[Unit, ...]
+    """What it scores."""
+    score: Callable[..., Tensor]
+    """From what it needs to one score a unit."""
+    needs: tuple[Fact, ...]
+    """What `score` takes, in its order."""
+
+    def __call__(self, facts: Facts) -> Tensor:
+        """The scores of the units that these facts are of."""
+        return self.score(*(facts[name] for name in self.needs))
+
+    @property
+    def every_step(self) -> bool:
+        """Whether it scores every optimizer step, and not the stage in its end."""
+        return not _OF_A_STEP.isdisjoint(self.needs)
+
+
+CRITERIA = (
+    Criterion("mask", ("heads", "neurons"), mask_size, ("masks",)),
+    Criterion("taylor", ("heads", "neurons"), taylor, ("masks", "gradients")),
+    Criterion("fisher", ("heads", "neurons"), fisher, ("gradients",)),
+    Criterion("magnitude", ("heads", "neurons"), weight_norm, ("squares",)),
+    Criterion("ratio", ("modules",), mean_ratio, ("ratios",)),
+    Criterion("taylor", ("modules",), module_taylor, ("rank_taylor",)),
+    Criterion("taylor", ("ranks",), rank_taylor, ("down_terms", "up_terms")),
+    Criterion("magnitude", ("ranks",), rank_magnitude, ("down", "up")),
+    Criterion("random", ("heads", "neurons", "modules", "ranks"), random, ("count", "generator")),
+)
+"""All criteria. The types of the settings in `config.light` name the same ones."""
+
+
+def criteria(*units: Unit) -> dict[str, Criterion]:
+    """The criteria of any of these units by name."""
+    return {criterion.name: criterion for criterion in CRITERIA if not set(units).isdisjoint(criterion.units)}

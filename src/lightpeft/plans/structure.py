@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
+
+Role = Literal["encoder", "decoder", "cross"]
+"""What a stack of blocks is in a model that has several; "cross" is the cross-attention of the decoder."""
 
 SLOTS = ("q", "k", "v", "qkv", "o", "ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
 """The projections of a block, in the order they are used; "qkv" and "ffn_gate_in" (gate first) are fused modules."""
 
 OUTPUT_SLOTS = ("o", "ffn_out")
 """Projections that are cut along their inputs; all others are cut along their outputs."""
+
+
+def role_named(name: str) -> Role | None:
+    """The role of that name; None: there is none."""
+    return next((role for role in get_args(Role) if role == name), None)
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class BlockSpec:
     """Parameters that no plan removes: norms and the biases of output projections."""
     label: str = ""
     """What people call the block: its layer, in encoder-decoders with the stack ("encoder 0", "cross 3")."""
+    role: Role | None = None
+    """What the block's stack is; None where the model has one stack."""
     interleaved: bool = False
     """Whether fused qkv rows come KV group by KV group (query heads, key, value); else all q, then all k, all v."""
     activation: str | None = None
@@ -55,6 +65,8 @@ class BlockSpec:
     """Name of the table [buckets, heads] of relative position biases that all blocks of the stack share."""
     shared_arguments: tuple[str, ...] = ()
     """Arguments with one entry a head that dense blocks hand to the next; after pruning each block makes its own."""
+    per_head_arguments: dict[str, int] = field(default_factory=dict)
+    """Argument of attention -> the dimension of it that has one entry a query head; the entries of kept heads stay."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
@@ -69,7 +81,8 @@ class BlockSpec:
     def structure(self) -> tuple[Any, ...]:
         """All that decides how the block is cut; blocks of one structure can take each other's plans."""
         sizes = (self.heads, self.kv_heads, self.head_dim, self.neurons)
-        return self.projections, sizes, self.interleaved, self.wide_norms, self.position_bias
+        by_head = (self.wide_norms, self.position_bias, self.per_head_arguments)
+        return self.projections, sizes, self.interleaved, *by_head
 
     def cut_slots(self) -> list[str]:
         """Slots that the block has and that pruning cuts."""

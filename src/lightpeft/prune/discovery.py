@@ -183,7 +183,8 @@ def describe(family: Family) -> str:
         slots = ", ".join(f"{slot}={name}" for slot, name in stack.tables[0].items())
         fused = ", qkv by KV groups" if stack.interleaved else ""
         counts = "".join(f", {name}={quantity}" for name, quantity in stack.head_attributes.items())
-        stacks.append(f"{stack.layers}[{slots}{fused}{counts}]")
+        by_head = "".join(f", {name} by head" for name in stack.per_head_arguments)
+        stacks.append(f"{stack.layers}[{slots}{fused}{counts}{by_head}]")
     return " ".join(stacks)
 
 

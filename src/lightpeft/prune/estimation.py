@@ -7,6 +7,7 @@ own, and an L1 term that is added to their gradient directly, so a loop needs on
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +20,30 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
 from lightpeft.models.families import block_specs
-from lightpeft.models.linears import dense_weight
-from lightpeft.models.unwrap import base_linear, transformers_model
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import Site, check_peft, find_sites
-from lightpeft.plans import scoring
-from lightpeft.plans.layout import squared_norms
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.plans.structure import BlockSpec
+from lightpeft.plans.scoring import Criterion, Facts, MaskGradients, Unit, criteria
 from lightpeft.profiling import count_parameters, versions
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
-from lightpeft.prune.importance import ModuleObserver, RankObserver
+from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares
 from lightpeft.prune.masks import UnitMasks
 
 _STATE_FILE = "lightpeft_estimation.safetensors"
 _HISTORY_FILE = "lightpeft_estimation.json"
+
+_MASKED: tuple[Unit, ...] = ("heads", "neurons")
+"""Units that have a mask each."""
+
+
+def _of_steps(kind: str, *units: Unit) -> dict[str, Criterion]:
+    return {f"{kind}/{name}": criterion for name, criterion in criteria(*units).items() if criterion.every_step}
+
+
+_SUMMED = _of_steps("masks", *_MASKED) | _of_steps("ranks", "ranks")
+"""What is summed up over steps, of all units that have masks or of all ranks -> the criterion."""
 
 
 class Estimator:
@@ -122,10 +131,12 @@ class Estimator:
         seen |= ~finite
         values = torch.where(finite, values, 0.0)
         mean, absolute, squares, ranks, examples = values.split([len(part) for part in parts])
-        gradients = scoring.MaskGradients(mean / grad_scale, absolute / grad_scale, squares / grad_scale**2)
-        for name, criterion in scoring.STEP_CRITERIA.items():
-            self._sums[name] += criterion(self.masks.values, gradients)
-        self._sums["ranks"] += scoring.rank_taylor(*(ranks / grad_scale).chunk(2))
+        gradients = MaskGradients(mean / grad_scale, absolute / grad_scale, squares / grad_scale**2)
+        down_terms, up_terms = (ranks / grad_scale).chunk(2)
+        facts: Facts = {"masks": self.masks.values, "gradients": gradients}
+        facts |= {"down_terms": down_terms, "up_terms": up_terms}
+        for name, criterion in _SUMMED.items():
+            self._sums[name] += criterion(facts)
         self._sums["examples"] += examples * _processes()
         self.masks.values.grad = gradients.mean + self._lambdas * self.masks.values.sign()
         self._optimizer.step()
@@ -194,10 +205,9 @@ class Estimator:
         return self._windows[-1].end if self._windows else 0
 
     def _zero_sums(self) -> dict[str, Tensor]:
-        ranks = sum(site.spec.rank for site in self.sites)
-        zeros = {name: torch.zeros_like(self.masks.values) for name in scoring.STEP_CRITERIA}
-        sizes = {"ranks": ranks, "examples": 1}
-        return zeros | {name: torch.zeros(size, device=self.masks.values.device) for name, size in sizes.items()}
+        sizes = {"masks": len(self.masks.values), "ranks": sum(site.spec.rank for site in self.sites)}
+        counts = {key: sizes[key.partition("/")[0]] for key in _SUMMED} | {"examples": 1}
+        return {key: torch.zeros(count, device=self.masks.values.device) for key, count in counts.items()}
 
     def _close_window(self) -> None:
         """Move the sums of the steps since the last boundary to the host, and compare sets under `length: auto`."""
@@ -223,53 +233,49 @@ class Estimator:
         late = [window for window in self._windows if window.start >= self.steps // 2] or self._windows[-1:]
         steps = sum(window.end - window.start for window in late)
         sums = {name: torch.stack([window.sums[name] for window in late]).sum(0) for name in late[0].sums}
-        scores = self._unit_scores(sums, steps)
-        generator = torch.Generator().manual_seed(self.config.seed)
-        ratio, tokens = sums["modules"]
-        scores["modules/ratio"] = ratio / tokens.clamp_min(1)
-        scores["modules/random"] = scoring.random(len(self.sites), generator)
-        taylor = (sums["ranks"] / steps).split([site.spec.rank for site in self.sites])
-        scores["modules/taylor"] = torch.stack([of_ranks.sum() for of_ranks in taylor])
-        for index, site in enumerate(self.sites):
-            scores[f"ranks/taylor/{index}"] = taylor[index].clone()
-            scores[f"ranks/magnitude/{index}"] = _rank_magnitude(site).cpu()
-            scores[f"ranks/random/{index}"] = scoring.random(site.spec.rank, generator)
+        scores = self._unit_scores(sums, steps) | self._site_scores(sums, steps)
         return EstimationRecord(
             blocks=self.blocks,
             sites=[site.spec for site in self.sites],
             scores=scores,
             base_parameters=self.base_parameters,
             fingerprint=self.fingerprint,
-            meta=self._meta(steps, int(sums["examples"]), int(tokens.max())),
+            meta=self._meta(steps, int(sums["examples"]), int(sums["modules"][1].max())),
             left_out=self.left_out,
         )
 
     def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
         """Scores of heads and neurons under every criterion, keyed as in `EstimationRecord`."""
-        flat = {name: sums[name] / steps for name in scoring.STEP_CRITERIA}
-        flat["mask"] = scoring.mask_size(self.masks.values.detach().cpu())
-        generator = torch.Generator().manual_seed(self.config.seed)
-        flat["random"] = scoring.random(len(self.masks.values), generator)
-        scores = {}
-        for criterion, values in flat.items():
-            heads, neurons = self.masks.split(values)
-            for block, of_heads, of_neurons in zip(self.blocks, heads, neurons, strict=True):
-                scores[f"heads/{criterion}/{block.index}"] = of_heads.clone()
-                scores[f"neurons/{criterion}/{block.index}"] = of_neurons.clone()
-        for block in self.blocks:
-            of_heads, of_neurons = self._magnitudes(block)
-            scores[f"heads/magnitude/{block.index}"] = of_heads
-            scores[f"neurons/magnitude/{block.index}"] = of_neurons
+        facts: Facts = {"masks": self.masks.values.detach().cpu(), "squares": self._squares}
+        facts |= {"count": len(self.masks.values), "generator": torch.Generator().manual_seed(self.config.seed)}
+        scores: dict[str, Tensor] = {}
+        for name, criterion in criteria(*_MASKED).items():
+            flat = sums[f"masks/{name}"] / steps if criterion.every_step else criterion(facts)
+            for unit, parts in zip(_MASKED, self.masks.split(flat), strict=True):
+                if unit in criterion.units:
+                    scores |= {f"{unit}/{name}/{index}": part.clone() for index, part in enumerate(parts)}
         return scores
 
+    def _site_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """Scores of PEFT modules and of their ranks under every criterion, keyed as in `EstimationRecord`."""
+        sizes, random = [site.spec.rank for site in self.sites], torch.Generator().manual_seed(self.config.seed)
+        means = {key: (sums[key] / steps).split(sizes) for key in _SUMMED if key.startswith("ranks/")}
+        facts: Facts = {"ratios": sums["modules"], "rank_taylor": means["ranks/taylor"]}
+        facts |= {"count": len(self.sites), "generator": random}
+        scores = {f"modules/{name}": criterion(facts) for name, criterion in criteria("modules").items()}
+        for index, site in enumerate(self.sites):
+            facts = {**_matrices(site), "count": site.spec.rank, "generator": random}
+            for name, criterion in criteria("ranks").items():
+                of_site = means[f"ranks/{name}"][index].clone() if criterion.every_step else criterion(facts).cpu()
+                scores[f"ranks/{name}/{index}"] = of_site
+        return scores
+
+    @functools.cached_property
     @torch.no_grad()
-    def _magnitudes(self, block: BlockSpec) -> tuple[Tensor, Tensor]:
-        """Weight norms of a block's query heads (with their share of the KV group's rows) and neurons."""
-        heads, neurons = torch.zeros(block.heads), torch.zeros(block.neurons)
-        for slot, name in block.projections.items():
-            of_heads, of_neurons = squared_norms(block, slot, dense_weight(base_linear(self.model, name)))
-            heads, neurons = heads + of_heads.cpu(), neurons + of_neurons.cpu()
-        return heads.sqrt(), neurons.sqrt()
+    def _squares(self) -> Tensor:
+        """Sums of squared weights of all heads and neurons, flat like the masks; once, because the base is frozen."""
+        parts = [weight_squares(self.model, block) for block in self.blocks]
+        return torch.cat([heads for heads, _ in parts] + [neurons for _, neurons in parts])
 
     def _meta(self, scored_steps: int, examples: int, tokens: int) -> dict[str, Any]:
         config = self.config
@@ -417,10 +423,11 @@ def _units(plan: PrunePlan, kind: str) -> set[Any]:
     return {(index, unit) for index, block in enumerate(plan.blocks) for unit in getattr(block, kind)}
 
 
-def _rank_magnitude(site: Site) -> Tensor:
+def _matrices(site: Site) -> Facts:
+    """A and B of a PEFT module; of a kind that has none, ranks are all alike."""
     if site.down is None or site.up is None:
-        return torch.ones(site.spec.rank)
-    return scoring.rank_magnitude(site.down, site.up)
+        return {"down": torch.ones(site.spec.rank, 1), "up": torch.ones(1, site.spec.rank)}
+    return {"down": site.down, "up": site.up}
 
 
 def _processes() -> int:

@@ -1,4 +1,5 @@
-"""Importance of PEFT modules and ranks, read from what training computes anyway: hooks, no extra matrix product."""
+"""What importance is computed from: of PEFT modules and ranks read from what training computes anyway, by hooks and
+without a matrix product more; of heads and neurons the norms of their weights."""
 
 from __future__ import annotations
 
@@ -10,9 +11,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightpeft.models.linears import dense_weight
+from lightpeft.models.unwrap import base_linear
 from lightpeft.peft_kinds.sites import Site
 from lightpeft.peft_kinds.sites.base import Report
 from lightpeft.plans import scoring
+from lightpeft.plans.layout import squared_norms
 from lightpeft.plans.structure import BlockSpec
 
 
@@ -118,7 +122,7 @@ class ModuleObserver:
 
 def _reads_decoder(block: BlockSpec, slot: str | None) -> bool:
     """Whether a projection sees the decoder's tokens in an encoder-decoder; cross-attention's k and v do not."""
-    return block.label.startswith("decoder") or (block.label.startswith("cross") and slot not in ("k", "v"))
+    return block.role == "decoder" or (block.role == "cross" and slot not in ("k", "v"))
 
 
 def _reads_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -177,3 +181,17 @@ class RankObserver:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+@torch.no_grad()
+def weight_squares(model: nn.Module, block: BlockSpec) -> tuple[Tensor, Tensor]:
+    """Sums of squares of the weights of a block's query heads (with their share of the KV group's rows) and neurons.
+
+    Returns:
+        [heads] and [neurons], float32, on the CPU.
+    """
+    heads, neurons = torch.zeros(block.heads), torch.zeros(block.neurons)
+    for slot, name in block.projections.items():
+        of_heads, of_neurons = squared_norms(block, slot, dense_weight(base_linear(model, name)))
+        heads, neurons = heads + of_heads.cpu(), neurons + of_neurons.cpu()
+    return heads, neurons

@@ -12,6 +12,7 @@ from transformers import Cache
 
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError, require
+from lightpeft.models.arguments import change_arguments
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import fault, features, is_linear, slice_linear
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
@@ -158,6 +159,10 @@ def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
         _set_head_attribute(attention, attribute, _QUANTITIES[quantity](spec, kept))
     for slot, name in spec.wide_norms.items():
         _replace(inner, name, SelectedChannels(inner.get_submodule(name), head_channels(spec, kept, slot)))
+    if spec.per_head_arguments:
+        index = torch.tensor(kept.heads)
+        selected = {name: KeptEntries(index, dim).of for name, dim in spec.per_head_arguments.items()}
+        change_arguments(attention, selected)
 
 
 def _cut_base(inner: nn.Module, spec: BlockSpec, kept: BlockPlan, slot: str) -> None:
@@ -196,16 +201,16 @@ class ConfigView:
 
 
 class KeptEntries:
-    """What stays of the last dimension of a tensor. Follows it to its device; no buffer, so in no state dict."""
+    """What stays of one dimension of a tensor. Follows it to its device; no buffer, so in no state dict."""
 
-    def __init__(self, index: Tensor) -> None:
-        self.index = index
+    def __init__(self, index: Tensor, dim: int = -1) -> None:
+        self.index, self.dim = index, dim
 
     def of(self, states: Tensor) -> Tensor:
-        """[..., all] -> [..., those that stay]."""
+        """[..., all, ...] -> [..., those that stay, ...]."""
         index = self.index.to(states.device)
         self.index = index
-        return states.index_select(-1, index)
+        return states.index_select(self.dim, index)
 
 
 class SelectedChannels(nn.Module):
@@ -228,7 +233,7 @@ def _stacks_apart(plan: PrunePlan) -> set[str | None]:
 
 def _stop_sharing(attention: Any, spec: BlockSpec, kept: BlockPlan, tables: dict[str, Any]) -> None:
     """Let a block make what it took over from the block before, and look up the biases of its own heads."""
-    attention.register_forward_pre_hook(_Without(spec.shared_arguments), with_kwargs=True)
+    change_arguments(attention, dict.fromkeys(spec.shared_arguments, _nothing))
     if spec.position_bias:
         attention.has_relative_attention_bias = True
         name = spec.position_bias.rpartition(".")[2]
@@ -269,14 +274,8 @@ class _KeepOutput:
         return self.kept.of(output)
 
 
-class _Without:
-    """Pre-hook that takes arguments with one entry a dense head away, so that attention makes its own."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {name: None if name in self.names else value for name, value in kwargs.items()}
+def _nothing(of_dense_heads: Any) -> None:
+    """What attention takes in place of an argument with one entry a dense head, so that it makes its own."""
 
 
 # Attention without heads

@@ -83,6 +83,8 @@ def native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig |
         return None
     config = copy.deepcopy(whole.config)
     fewer_heads = len(plan.blocks[0].heads) < plan.specs[0].heads
+    if fewer_heads and plan.specs[0].per_head_arguments:  # no config says which entries are those of the kept heads
+        return None
     try:
         if fewer_heads:  # families that can have any size of heads read it even where their config has none
             config.head_dim = plan.specs[0].head_dim

@@ -25,7 +25,7 @@ _T5_ENCODER = Stack(
     head_dim_key="d_kv",
     width_key="d_ff",
     activation_key="dense_act_fn",
-    label="encoder",
+    role="encoder",
     position_bias="layer.0.SelfAttention.relative_attention_bias",
     shared_arguments=("position_bias",),
     attention_outputs=3,
@@ -34,13 +34,13 @@ _T5_DECODER = replace(
     _T5_ENCODER,
     layers="decoder.block",
     projections=tuple(_T5_SELF | ffn for ffn in _t5_ffn("layer.2.DenseReluDense")),
-    label="decoder",
+    role="decoder",
 )
 _T5_CROSS = replace(
     _T5_DECODER,
     attention="layer.1.EncDecAttention",
     projections=_t5_attention("layer.1.EncDecAttention"),
-    label="cross",
+    role="cross",
     position_bias=None,
 )
 T5 = Family("t5", (_T5_ENCODER, _T5_DECODER, _T5_CROSS))
@@ -60,17 +60,17 @@ _BART_ENCODER = Stack(
     heads_key="encoder_attention_heads",
     width_key="encoder_ffn_dim",
     activation_key="activation_function",
-    label="encoder",
+    role="encoder",
 )
 _BART_DECODER = replace(
     _BART_ENCODER,
     layers="decoder.layers",
     heads_key="decoder_attention_heads",
     width_key="decoder_ffn_dim",
-    label="decoder",
+    role="decoder",
 )
 _BART_CROSS = replace(
-    _BART_DECODER, attention="encoder_attn", projections=_bart_attention("encoder_attn"), label="cross"
+    _BART_DECODER, attention="encoder_attn", projections=_bart_attention("encoder_attn"), role="cross"
 )
 BART = Family("bart", (_BART_ENCODER, _BART_DECODER, _BART_CROSS))
 MBART = replace(BART, model_type="mbart")

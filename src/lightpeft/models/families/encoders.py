@@ -69,6 +69,27 @@ DEBERTA_V2 = Family(
     ),
 )
 
+MPNET = Family(
+    "mpnet",
+    (
+        Stack(
+            layers="encoder.layer",
+            attention="attention.attn",
+            projections={
+                "q": "attention.attn.q",
+                "k": "attention.attn.k",
+                "v": "attention.attn.v",
+                "o": "attention.attn.o",
+                "ffn_in": "intermediate.dense",
+                "ffn_out": "output.dense",
+            },
+            head_attributes={"num_attention_heads": "heads", "all_head_size": "width"},
+            per_head_arguments={"position_bias": 1},
+        ),
+    ),
+    positions_after_padding=True,
+)
+
 MODERNBERT = Family(
     "modernbert",
     (
@@ -116,4 +137,4 @@ DINOV2 = Family(
     ),
 )
 
-ENCODERS = (BERT, ELECTRA, ROBERTA, XLM_ROBERTA, CAMEMBERT, ESM, DISTILBERT, DEBERTA_V2, MODERNBERT, VIT, DINOV2)
+ENCODERS = (BERT, ELECTRA, ROBERTA, XLM_ROBERTA, CAMEMBERT, ESM, DISTILBERT, DEBERTA_V2, MPNET, MODERNBERT, VIT, DINOV2)

@@ -2,7 +2,8 @@
 
 The output of one layer is changed at one token, and what the other layers then read tells its part: a change of k or v
 reaches the attention output at other tokens too, one of q at its own only; twice v gives twice the attention; what is
-left over is the FFN, where twice `in` gives twice the neurons and twice the gate does not.
+left over is the FFN, where twice `in` gives twice the neurons and twice the gate does not. In the same way an argument
+of attention has one entry a head if another entry changes what that head gives, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.models.arguments import argument_names, change_arguments
 from lightpeft.models.families.skeleton import one_line, random_inputs
 from lightpeft.models.linears import features, is_linear
 
@@ -50,7 +52,7 @@ class Probe:
         Raises:
             LightPeftError: the model does not run on random inputs, or does not use a layer.
         """
-        self.model, self.where = model, where
+        self.model, self.block, self.where = model, block, where
         self.inputs = random_inputs(model, rows=1)  # of one sequence: rows of [..., width] are its tokens
         self.linears = {name: module for name, module in block.named_modules() if is_linear(module)}
         modules = list(block.modules())
@@ -64,7 +66,7 @@ class Probe:
     def effect(self, name: str, change: Change) -> dict[str, tuple[Tensor, Tensor]]:
         """What changing the output of `name` does: layer -> what it read before and after, [tokens, width] each, of the
         later layers that read something else, in the order they run."""
-        changed = self._reads(name, change)
+        changed = self._reads(self.linears[name].register_forward_hook(_Once(change)))
         later = self.order[self.order.index(name) + 1 :]
         pairs = {other: (self.unchanged[other], changed[other]) for other in later}
         return {other: pair for other, pair in pairs.items() if differing_tokens(*pair).any()}
@@ -74,12 +76,49 @@ class Probe:
         before, after = self.effect(name, lambda rows: 2 * rows).get(reader, (torch.zeros(1), torch.ones(1)))
         return bool(torch.allclose(after, 2 * before, rtol=1e-3, atol=1e-4))
 
+    def per_head_arguments(self, attention: str, output: str, heads: int) -> dict[str, int]:
+        """Arguments of an attention module with one entry a query head -> the dimension that has them.
+
+        Another first entry makes the first head, and no other, give something else to the projection `output`.
+        """
+        module = self.block.get_submodule(attention)
+        arguments = self._arguments(module).items()
+        places = [(name, dim) for name, value in arguments for dim, size in enumerate(value.shape) if size == heads > 1]
+        return {name: dim for name, dim in places if self._changed_heads(module, name, dim, output, heads) == [0]}
+
+    def _arguments(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors of numbers that a module is called with, by name."""
+        seen: dict[str, Tensor] = {}
+
+        def note(name: str) -> Callable[[Any], Any]:
+            def same(value: Any) -> Any:
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    seen[name] = value
+                return value
+
+            return same
+
+        run(self.model, self.inputs, [change_arguments(module, {name: note(name) for name in argument_names(module)})])
+        return seen
+
+    def _changed_heads(self, module: nn.Module, argument: str, dim: int, output: str, heads: int) -> list[int]:
+        """Heads that give something else when the first entry of an argument along a dimension is another one."""
+
+        def change(value: Tensor) -> Tensor:
+            noise = torch.zeros_like(value)
+            noise.select(dim, 0).normal_(generator=torch.Generator().manual_seed(2))
+            return value + noise
+
+        before, after = self.unchanged[output], self._reads(change_arguments(module, {argument: change}))[output]
+        by_head = (before - after).abs().unflatten(-1, (heads, -1)).amax((0, 2))
+        return (by_head > 1e-5 * before.abs().max()).nonzero().flatten().tolist()
+
     def features(self, name: str) -> tuple[int, int]:
         """Output and input features of a layer."""
         return features(self.linears[name])
 
-    def _reads(self, name: str | None = None, change: Change | None = None) -> dict[str, Tensor]:
-        """The first input [tokens, width] of every linear layer, in the order they run."""
+    def _reads(self, *changes: RemovableHandle) -> dict[str, Tensor]:
+        """The first input [tokens, width] of every linear layer, in the order they run, under hooks that change it."""
         reads: dict[str, Tensor] = {}
 
         def note(other: str) -> Callable[..., None]:
@@ -89,9 +128,7 @@ class Probe:
             return hook
 
         handles = [layer.register_forward_pre_hook(note(other)) for other, layer in self.linears.items()]
-        if name is not None and change is not None:
-            handles.append(self.linears[name].register_forward_hook(_Once(change)))
-        run(self.model, self.inputs, handles)
+        run(self.model, self.inputs, [*handles, *changes])
         return reads
 
 

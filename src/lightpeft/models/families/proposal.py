@@ -21,7 +21,7 @@ from lightpeft.models.families.probing import Probe, block_slots, run
 from lightpeft.models.families.skeleton import random_inputs
 from lightpeft.models.families.spec import Family, Stack
 from lightpeft.models.linears import features, is_linear
-from lightpeft.plans.structure import SLOTS
+from lightpeft.plans.structure import SLOTS, Role, role_named
 
 _HEAD_KEYS = ("num_attention_heads", "num_heads", "n_heads", "n_head", "attention_heads")
 _HEAD_DIM_KEYS = ("head_dim", "d_kv", "kv_channels", "attention_head_dim", "attention_head_size")
@@ -60,11 +60,13 @@ class _Attention:
     sizes: dict[str, int]
     """Quantity that an entry of `head_attributes` may name -> its value here."""
     neurons: int
+    role: Role | None
     label: str
     counts: dict[str, int]
     """Integers that the attention module reads while it runs."""
     outputs: int
     wide_norms: dict[str, str]
+    per_head_arguments: dict[str, int]
 
 
 def propose_families(small: PreTrainedModel) -> Iterator[Family]:
@@ -80,7 +82,7 @@ def propose_families(small: PreTrainedModel) -> Iterator[Family]:
     require(lists, f"{type(small).__name__} has no list of equal blocks with linear layers")
     attentions = [found for path, block in lists.items() for found in _attentions(small, path, block)]
     if len(attentions) == 1:
-        attentions[0].label = ""
+        attentions[0].role, attentions[0].label = None, ""
     options = _count_options(attentions)
     layouts = (False, True) if any("qkv" in found.table for found in attentions) else (False,)
     for quantities in itertools.islice(itertools.product(*options.values()), _CANDIDATES):
@@ -104,13 +106,14 @@ def block_lists(base: nn.Module) -> dict[str, nn.Module]:
 
 def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator[_Attention]:
     """The attentions of a block in the order they run, the FFN with the first."""
-    where = f"{path}.0"
+    where, top = f"{path}.0", path.partition(".")[0]
     _check_no_experts(block, where)
     probe = Probe(small, block, where)
     attentions, ffn = block_slots(probe)
     for number, projections in enumerate(attentions):
         name = _common_parent([path for slot, path in projections.items() if slot != "o"])
         require(name, f"{where} runs attention itself, not in a module of its own")
+        role = role_named(top) if number == 0 else "cross"
         slots = projections | (ffn if number == 0 else {})
         table = {slot: slots[slot] for slot in SLOTS if slot in slots}
         heads_key, head_dim_key, sizes = _sizes(small.config, probe, projections, path)
@@ -123,10 +126,12 @@ def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator
             head_dim_key=head_dim_key,
             sizes=sizes,
             neurons=probe.features(table["ffn_out"])[1] if "ffn_out" in table else 0,
-            label=path.partition(".")[0] if number == 0 else "cross",
+            role=role,
+            label="" if role else top,
             counts=seen.counts,
             outputs=seen.outputs,
             wide_norms=seen.wide_norms,
+            per_head_arguments=probe.per_head_arguments(name, table["o"], sizes["heads"]),
         )
 
 
@@ -291,9 +296,11 @@ def _stack(config: Any, found: _Attention, interleaved: bool, counts: dict[str, 
         head_dim_key=found.head_dim_key,
         width_key=_width_key(config, found),
         activation_key=_activation_key(config),
+        role=found.role,
         label=found.label,
         interleaved=interleaved and "qkv" in found.table,
         wide_norms=found.wide_norms,
+        per_head_arguments=found.per_head_arguments,
         attention_outputs=found.outputs,
     )
 

@@ -136,13 +136,15 @@ def _block_spec(stack: Stack, index: int, layer: int, block: nn.Module, path: st
         head_parameters=0,
         kv_parameters=0,
         neuron_parameters=0,
-        label=f"{stack.label} {layer}".strip(),
+        label=f"{stack.label or stack.role or ''} {layer}".strip(),
+        role=stack.role,
         interleaved=stack.interleaved,
         activation=_activation(config, stack),
         head_attributes=dict(stack.head_attributes),
         wide_norms={slot: f"{where}.{name}" for slot, name in stack.wide_norms.items()},
         position_bias=f"{path}.0.{stack.position_bias}" if stack.position_bias else None,
         shared_arguments=stack.shared_arguments,
+        per_head_arguments=dict(stack.per_head_arguments),
         attention_outputs=stack.attention_outputs,
     )
     _check_widths(spec, linear, stack, config, where)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightpeft.plans.structure import SLOTS
+from lightpeft.plans.structure import SLOTS, Role
 
 _QUANTITIES = {"heads", "kv_heads", "heads_per_kv", "width"}
 _ATTENTION = ({"q", "k", "v", "o"}, {"qkv", "o"})
@@ -40,8 +40,10 @@ class Stack:
     """Config key of the FFN width; None where the config does not hold it."""
     activation_key: str = "hidden_act"
     """Config key of the FFN's activation."""
+    role: Role | None = None
+    """What the stack is, where a model has several."""
     label: str = ""
-    """The stack's name in tables, where a model has several."""
+    """The stack's name in tables, where it is not its role."""
     interleaved: bool = False
     """Whether fused qkv rows come KV group by KV group instead of all q, all k, all v."""
     wide_norms: dict[str, str] = field(default_factory=dict)
@@ -50,6 +52,9 @@ class Stack:
     """In the first block: the table of relative position biases, one column a head, that the whole stack shares."""
     shared_arguments: tuple[str, ...] = ()
     """Arguments of attention with one entry a head that each block hands to the next."""
+    per_head_arguments: dict[str, int] = field(default_factory=dict)
+    """Argument of attention that something outside the blocks makes -> the dimension of it that has one entry a query
+    head, counted from the front or (negative) from the back."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
