@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lightpeft import __version__
 from lightpeft.cli.hints import explained
-from lightpeft.config import PRESETS, SWITCHES, RunConfig, merged, run_config_from_dict
+from lightpeft.config import PRESETS, SWITCHES, RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml, shown
 from lightpeft.console import streams
 from lightpeft.errors import LightPeftError, require
@@ -208,7 +208,7 @@ def _run_stage(verb: str, options: Namespace) -> None:
     given = options.as_dict()
     show = given.pop("print_config", False)
     columns = {name: given.pop(name) for name in _COLUMNS if name in given}
-    given = merged(given, {"data": columns}) if columns else given
+    given = overlaid(given, {"data": columns}) if columns else given
     extra = {name: given.pop(name) for name in _EXTRA.get(verb, ()) if name in given}
     if show:
         _print_config(_config(given))
@@ -323,7 +323,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         data = {**stored_settings(Path(folder)), "output": str(folder)}
     elif file is not None:
         data = load_yaml(file)
-    return merged(data, given)
+    return overlaid(data, given)
 
 
 # -- evaluate ----------------------------------------------------------------------------------------------------

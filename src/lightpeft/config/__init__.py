@@ -17,7 +17,7 @@ from lightpeft.config.light import (
     UnitCriterion,
 )
 from lightpeft.config.methods import METHODS, Method, MethodName
-from lightpeft.config.presets import PRESETS, PeftKind, Preset, merged, preset_light, preset_settings
+from lightpeft.config.presets import PRESETS, PeftKind, Preset, overlaid, preset_light, preset_settings
 from lightpeft.config.run import (
     SWITCHES,
     AnswerBy,
@@ -72,7 +72,7 @@ __all__ = [
     "TrainingConfig",
     "UnitCriterion",
     "load_config",
-    "merged",
+    "overlaid",
     "preset_light",
     "preset_settings",
     "run_config_from_dict",

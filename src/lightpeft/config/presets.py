@@ -59,7 +59,7 @@ def preset_light(name: str, peft: PeftKind = "lora", **overrides: Any) -> LightC
     Raises:
         LightPeftError: no such preset, or a value that a field does not take.
     """
-    return LightConfig(**merged(preset_settings(name, peft), overrides))
+    return LightConfig(**overlaid(preset_settings(name, peft), overrides))
 
 
 def preset_settings(name: Any, peft: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ _AMOUNTS = ({"heads", "neurons"}, {"blocks"}, {"target"})
 """Settings that say how much of the base goes, each in its own way."""
 
 
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested settings with others on top.
 
     What says how much of the base goes in one way (heads and neurons, blocks, or target) takes the place of what said
@@ -86,5 +86,5 @@ def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             result[name] = None
     for key, value in above.items():
         nested = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if nested else value
+        result[key] = overlaid(result[key], value) if nested else value
     return result

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from lightpeft.config.light import MOST_ROWS, WIDEST, LightConfig
 from lightpeft.config.methods import METHODS, Method, MethodName
-from lightpeft.config.presets import PeftKind, Preset, merged, preset_settings
+from lightpeft.config.presets import PeftKind, Preset, overlaid, preset_settings
 from lightpeft.config.validation import check_most, check_values, from_dict, load_yaml
 from lightpeft.errors import require
 
@@ -352,5 +352,5 @@ def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
     """A `RunConfig` from nested plain data, with the preset below the given values."""
     preset = preset_settings(data.get("preset", "default"), data.get("peft"))
     given = data.get("light") or {}
-    light = merged(preset, given) if isinstance(given, dict) else given
+    light = overlaid(preset, given) if isinstance(given, dict) else given
     return from_dict(RunConfig, {**data, "light": light})

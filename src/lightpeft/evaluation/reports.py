@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from sklearn.metrics import classification_report
 
-from lightpeft.config import RunConfig, merged, run_config_from_dict
+from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.evaluation.answering import Outcome, Run, outcome, prefixed, scores_of
 from lightpeft.evaluation.harness import MEANS, HarnessScores, run_harness
@@ -130,8 +130,8 @@ def _check_batch_size(size: int | None) -> None:
 def _config(found: Found, given: dict[str, Any]) -> RunConfig:
     """What was trained with, as far as the model says, with what is given on top."""
     if found.run is not None:
-        return run_config_from_dict(merged(asdict(found.run), given))
-    return run_config_from_dict(merged(run_settings(found.facts), given))
+        return run_config_from_dict(overlaid(asdict(found.run), given))
+    return run_config_from_dict(overlaid(run_settings(found.facts), given))
 
 
 def _with_rows(found: Found, config: RunConfig) -> Task:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightpeft.config import RunConfig, merged, run_config_from_dict
+from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml, shown, unknown_key
 from lightpeft.errors import LightPeftError, require
 from lightpeft.runs.reproduce.methods import METHODS, Method, Settings
@@ -80,7 +80,7 @@ class Grid:
     def _config(self, out: Path, model: str, task: str, method: str, seed: int) -> RunConfig:
         data: dict[str, Any] = {"light": {"seed": seed}}  # so that random pruning is another one with every seed
         for settings in (self.run, self.models[model], self.tasks[task], self.methods[method].settings):
-            data = merged(data, dict(settings))
+            data = overlaid(data, dict(settings))
         folder = out.joinpath("cells", *(slug(str(part)) for part in (model, task, method, seed)))
         try:
             config = run_config_from_dict({**data, "seed": seed, "output": str(folder)})
@@ -160,7 +160,7 @@ def _method(path: Path, name: str, settings: dict[str, Any]) -> Method:
     known = isinstance(start, str) and start in METHODS
     require(known, f"{path}: methods.{name} is from {shown(start)}, which is no known method; give one's name")
     base = METHODS[start]
-    return replace(base, settings=merged(dict(base.settings), settings))
+    return replace(base, settings=overlaid(dict(base.settings), settings))
 
 
 def selected(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
