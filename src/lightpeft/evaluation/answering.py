@@ -23,6 +23,7 @@ from lightpeft.evaluation.generating import generate_texts
 from lightpeft.evaluation.statistics import Interval, bootstrap_intervals
 from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.tasks.answers import BESIDES, Answers, require_finite
 from lightpeft.tasks.kinds.base import Task
 from lightpeft.tasks.kinds.likelihood import ACCURACIES, option_scores, option_sequences
@@ -385,6 +386,4 @@ def _rows(dataset: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
 
 def _accepted_inputs(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Parameters of the transformers model's forward: not every model takes all that a tokenizer gives."""
-    get_base_model = getattr(model, "get_base_model", None)
-    base = model if get_base_model is None else get_base_model()
-    return inspect.signature(base.forward).parameters
+    return inspect.signature(transformers_model(model).forward).parameters

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -9,8 +11,11 @@ from transformers import PreTrainedModel
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    """The transformers model inside a PeftModel (or one PeftModel inside another), or the model itself."""
+    inner: Any = model
+    while isinstance(inner, PeftModel):
+        inner = inner.get_base_model()
+    return inner
 
 
 def base_layer(module: nn.Module) -> nn.Module:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightpeft.models.patching import in_mode
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
 from lightpeft.tasks.tokens import without_labels
 
@@ -86,7 +86,7 @@ def kv_cache_bytes(model: nn.Module, batch: Batch) -> float | None:
 @contextlib.contextmanager
 def _countable_attention(model: nn.Module) -> Iterator[None]:
     """Attention as plain matrix products; backends beside eager and SDPA are switched to SDPA meanwhile."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = transformers_model(model)
     backend = getattr(getattr(base, "config", None), "_attn_implementation", None)
     switch = backend not in (None, "eager", "sdpa")
     if switch:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families import block_specs
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig
 from lightpeft.peft_kinds.bottleneck.layer import NO_MERGE, BottleneckLayer
 
@@ -122,9 +122,7 @@ def placed_modules(model: nn.Module, placement: str) -> tuple[list[str], dict[st
     Raises:
         LightPeftError: not a transformers model of a supported family, or no block has such a place.
     """
-    inner = model
-    while isinstance(inner, PeftModel):
-        inner = inner.get_base_model()
+    inner = transformers_model(model)
     if not isinstance(inner, PreTrainedModel):
         raise LightPeftError(
             f'placement="{placement}" needs a transformers model, got a {type(inner).__name__}; give target_modules'

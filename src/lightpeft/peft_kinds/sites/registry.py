@@ -34,7 +34,7 @@ def check_peft(model: nn.Module) -> None:
     """
     if not isinstance(model, PeftModel):
         raise LightPeftError(f"expected a PeftModel from peft.get_peft_model, got a {type(model).__name__}")
-    nested = isinstance(transformers_model(model), PeftModel)
+    nested = isinstance(model.get_base_model(), PeftModel)
     require(not nested, "there is a PeftModel inside the PeftModel; lightpeft prunes one adapter at a time")
     name, layers = own_adapter(model), _tuner_layers(model)
     kind, config = _kind(model), _config(model)
