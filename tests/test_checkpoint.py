@@ -43,8 +43,8 @@ from lightpeft.peft_kinds.sites import find_sites, read_config
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved import light_adapter
+from lightpeft.saved.description import per_layer_config
 from lightpeft.saved.light_adapter import as_light, read_description
-from lightpeft.saved.whole_model import per_layer_config
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lightpeft.json"]
 

@@ -32,8 +32,8 @@ from lightpeft.config import ModelConfig, run_config_from_dict
 from lightpeft.evaluation.reports import class_order, evaluate_harness, evaluate_model, renumbered
 from lightpeft.models.loading import load_model
 from lightpeft.runs import pipeline
+from lightpeft.saved.merging import MERGED
 from lightpeft.saved.opening import find_model
-from lightpeft.saved.whole_model import MERGED
 from lightpeft.tasks import find_entry, run_settings, task_class, task_facts
 from lightpeft.tasks.answers import Answers
 

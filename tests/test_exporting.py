@@ -31,8 +31,7 @@ from lightpeft.files import file_checksum
 from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.light_adapter import as_light
-from lightpeft.saved.merging import read_merged
-from lightpeft.saved.whole_model import MERGED, native_config
+from lightpeft.saved.merging import MERGED, read_merged
 
 CLOSE = 3e-5
 """Merging adds LoRA's weights to the base's, which rounds."""

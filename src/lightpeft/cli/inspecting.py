@@ -13,9 +13,8 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.saved.light_adapter import DESCRIPTION, read_description
-from lightpeft.saved.merging import read_merged
+from lightpeft.saved.merging import MERGED, read_merged
 from lightpeft.saved.run_folder import read_report, stored_config
-from lightpeft.saved.whole_model import MERGED
 
 _RECORD = "estimation.json"
 _OF_META = ("steps", "scored_steps", "scored_examples")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
@@ -30,19 +28,18 @@ from lightpeft.files import (
 from lightpeft.files.foreign import check_folder
 from lightpeft.models.families import block_specs
 from lightpeft.models.quantised import prepare_quantised
-from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import hide_config, own_adapter
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec
-from lightpeft.profiling import versions
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.bases import BaseFacts, base_facts, check_parts, load_base
+from lightpeft.saved.bases import load_base
+from lightpeft.saved.description import BaseFacts, base_facts, check_parts, facts_of, model_card
+from lightpeft.saved.merging import settle
 from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.streaming import Stream
-from lightpeft.saved.whole_model import per_layer_config, settle
 
 DESCRIPTION = "lightpeft.json"
 _REFIT_FILE = "refit.safetensors"
@@ -256,44 +253,6 @@ def _description(model: LightModel, folder: Path) -> dict[str, Any]:
     return {**facts_of(model), "checksums": checksums}
 
 
-def facts_of(model: LightModel) -> dict[str, Any]:
-    """What is written down of a light model beside its weights: base, plan, task, metrics, versions."""
-    inner = transformers_model(model)
-    config = inner.config
-    return {
-        "base": {
-            "id": getattr(config, "_name_or_path", ""),
-            "revision": getattr(config, "_commit_hash", None),
-            "model_type": config.model_type,
-            "architecture": type(inner).__name__,
-            "dtype": str(inner.dtype).removeprefix("torch."),
-            "fingerprint": model.light_plan.fingerprint,
-            "config": _head_settings(config),
-            "gguf_file": getattr(inner, "light_gguf_file", None),
-            "quantisation": _quantisation(config),
-        },
-        "plan": model.light_plan.to_dict(),
-        "per_layer_config": per_layer_config(config.model_type, model.light_plan),
-        "task": model.light_task,
-        "metrics": model.light_metrics,
-        "versions": versions(),
-    }
-
-
-def _head_settings(config: transformers.PretrainedConfig) -> dict[str, Any]:
-    """Config values that the task set and the base's own config does not have."""
-    settings = {"pad_token_id": config.pad_token_id} if hasattr(config, "pad_token_id") else {}
-    if any("Classification" in name for name in getattr(config, "architectures", None) or ()) or config.id2label:
-        settings["id2label"] = {str(index): label for index, label in config.id2label.items()}
-    return settings
-
-
-def _quantisation(config: transformers.PretrainedConfig) -> dict[str, Any] | None:
-    """How the base was quantised, in transformers' own words."""
-    settings = getattr(config, "quantization_config", None)
-    return json.loads(settings.to_json_string(use_diff=False)) if settings is not None else None
-
-
 def _stream(
     live: PreTrainedModel | None,
     saved: BaseFacts,
@@ -365,41 +324,3 @@ _CARD = (
     "load_light",
 )
 """Title, description and loader of a light adapter."""
-
-
-def model_card(model: LightModel, title: str, what: str, loader: str) -> str:
-    """The text of README.md beside saved weights.
-
-    Args:
-        what: is in the folder.
-        loader: name of the function of lightpeft that reads it.
-    """
-    base = getattr(transformers_model(model).config, "_name_or_path", "") or "the base"
-    # a local path is of no use to a reader elsewhere, and not a valid hub id
-    front = "" if Path(base).exists() else f"base_model: {base}\n"
-    metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"
-    return f"""---
-library_name: lightpeft
-{front}tags: [lightpeft, peft, lora, pruning]
----
-
-# {title}
-
-{what}
-(Light-PEFT, Gu et al., Findings of ACL 2024).
-
-    from lightpeft import {loader}
-    model = {loader}("this folder")
-
-{model.light_plan.summary()}.
-
-## Metrics
-
-{metrics}
-
-## Plan
-
-```
-{model.light_plan}
-```
-"""

@@ -18,12 +18,11 @@ from lightpeft.files import understandable
 from lightpeft.machine import accelerator
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.peft_kinds.placing import peft_task_type
-from lightpeft.saved.bases import base_facts
+from lightpeft.saved.description import base_facts
 from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description
-from lightpeft.saved.merging import load_merged, read_merged
+from lightpeft.saved.merging import MERGED, load_merged, read_merged
 from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.run_folder import RunFolder, stored_config
-from lightpeft.saved.whole_model import MERGED
 from lightpeft.tasks import ensure_pad_token, restore_task
 
 Form = Literal["light adapter", "merged light model", "PEFT adapter", "model"]

@@ -1,0 +1,204 @@
+"""What stands beside the weights of a light model: its base, plan, task and metrics, and a card for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from transformers import PretrainedConfig
+
+from lightpeft.config import ModelConfig
+from lightpeft.config.validation import check_values, from_dict
+from lightpeft.errors import require
+from lightpeft.files import understandable
+from lightpeft.models.families import family_of
+from lightpeft.models.loading import CUTTABLE, quantisation_method
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.records import PrunePlan
+from lightpeft.profiling import versions
+
+if TYPE_CHECKING:
+    from lightpeft.saved.light_adapter import LightModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """What a task has set in the base's configuration."""
+
+    pad_token_id: int | None = None
+    id2label: dict[str, str] | None = None
+    """Class number -> name."""
+
+    def arguments(self) -> dict[str, Any]:
+        """As `from_pretrained` takes them."""
+        settings: dict[str, Any] = {} if self.pad_token_id is None else {"pad_token_id": self.pad_token_id}
+        if self.id2label is not None:
+            settings["id2label"] = {int(number): label for number, label in self.id2label.items()}
+            settings["label2id"] = {label: number for number, label in settings["id2label"].items()}
+        return settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFacts:
+    """The base of a light adapter or a merged model, as the file beside its weights describes it.
+
+    Raises:
+        LightPeftError: a value that no light model is saved with.
+    """
+
+    id: str
+    """Hub name or folder."""
+    revision: str | None = None
+    """Commit on the hub."""
+    model_type: str
+    architecture: str
+    """Class of transformers."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    fingerprint: str
+    config: HeadSettings
+    gguf_file: str | None = None
+    quantisation: dict[str, Any] | None = None
+    """In transformers' words; None: it was not."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        plain = self.gguf_file is None or Path(self.gguf_file).name == self.gguf_file
+        require(plain, f"gguf_file is {self.gguf_file!r}; it must be the name of a file beside the base")
+        if self.quantisation is not None:
+            method = quantisation_method(self.quantisation)
+            require(method in CUTTABLE, f"quantisation is by {method}; light models know {' and '.join(CUTTABLE)}")
+
+    def place(self, elsewhere: str | Path | None = None) -> ModelConfig:
+        """Where the base is; one that was moved has no revision.
+
+        Raises:
+            LightPeftError: nobody says where.
+        """
+        name = self.id if elsewhere is None else str(elsewhere)
+        require(name, "the light adapter does not name its base; give one: load_light(folder, base=...)")
+        revision = self.revision if elsewhere is None else None
+        return ModelConfig(name=name, revision=revision, gguf_file=self.gguf_file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a description has besides, of which kind."""
+
+    plan: dict[str, Any]
+    task: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def check_parts(description: Mapping[str, Any], path: Path) -> None:
+    """Check that a description that was read from a file has the parts that light models are described by.
+
+    Raises:
+        LightPeftError: a part is missing, or of another kind.
+    """
+    with understandable(path):
+        from_dict(_Parts, {name: description[name] for name in ("plan", "task", "metrics")})
+    base_facts(description, path)
+
+
+def base_facts(description: Mapping[str, Any], path: Path) -> BaseFacts:
+    """The base in a description that was read from a file.
+
+    Raises:
+        LightPeftError: a part is missing, unknown, or of another kind.
+    """
+    with understandable(path):
+        return from_dict(BaseFacts, description["base"], "base.")
+
+
+def facts_of(model: LightModel) -> dict[str, Any]:
+    """What is written down of a light model beside its weights: base, plan, task, metrics, versions."""
+    inner = transformers_model(model)
+    config = inner.config
+    return {
+        "base": {
+            "id": getattr(config, "_name_or_path", ""),
+            "revision": getattr(config, "_commit_hash", None),
+            "model_type": config.model_type,
+            "architecture": type(inner).__name__,
+            "dtype": str(inner.dtype).removeprefix("torch."),
+            "fingerprint": model.light_plan.fingerprint,
+            "config": _head_settings(config),
+            "gguf_file": getattr(inner, "light_gguf_file", None),
+            "quantisation": _quantisation(config),
+        },
+        "plan": model.light_plan.to_dict(),
+        "per_layer_config": per_layer_config(config.model_type, model.light_plan),
+        "task": model.light_task,
+        "metrics": model.light_metrics,
+        "versions": versions(),
+    }
+
+
+def _head_settings(config: PretrainedConfig) -> dict[str, Any]:
+    """Config values that the task set and the base's own config does not have."""
+    settings = {"pad_token_id": config.pad_token_id} if hasattr(config, "pad_token_id") else {}
+    if any("Classification" in name for name in getattr(config, "architectures", None) or ()) or config.id2label:
+        settings["id2label"] = {str(index): label for index, label in config.id2label.items()}
+    return settings
+
+
+def _quantisation(config: PretrainedConfig) -> dict[str, Any] | None:
+    """How the base was quantised, in transformers' own words."""
+    settings = getattr(config, "quantization_config", None)
+    return json.loads(settings.to_json_string(use_diff=False)) if settings is not None else None
+
+
+def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, int]]:
+    """Widths of every block in the schema of transformers' `per_layer_config`: layer -> config key -> value."""
+    stacks = family_of(model_type).stacks
+    if len(stacks) > 1:  # the schema counts one stack of layers only
+        return {}
+    return {
+        str(spec.index): {
+            "num_attention_heads": len(kept.heads),
+            "num_key_value_heads": len(kept.kv_heads),
+            stacks[0].width_key or "intermediate_size": len(kept.neurons),
+        }
+        for spec, kept in plan.parts
+    }
+
+
+def model_card(model: LightModel, title: str, what: str, loader: str) -> str:
+    """The text of README.md beside saved weights.
+
+    Args:
+        what: is in the folder.
+        loader: name of the function of lightpeft that reads it.
+    """
+    base = getattr(transformers_model(model).config, "_name_or_path", "") or "the base"
+    # a local path is of no use to a reader elsewhere, and not a valid hub id
+    front = "" if Path(base).exists() else f"base_model: {base}\n"
+    metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"
+    return f"""---
+library_name: lightpeft
+{front}tags: [lightpeft, peft, lora, pruning]
+---
+
+# {title}
+
+{what}
+(Light-PEFT, Gu et al., Findings of ACL 2024).
+
+    from lightpeft import {loader}
+    model = {loader}("this folder")
+
+{model.light_plan.summary()}.
+
+## Metrics
+
+{metrics}
+
+## Plan
+
+```
+{model.light_plan}
+```
+"""
