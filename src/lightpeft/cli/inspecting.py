@@ -1,8 +1,7 @@
-"""What is in a plan, an adapter, a merged model or a run, however far it has come: tables for people."""
+"""What is in a plan, an estimation, a light model or a run, however far it has come: tables for people."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,20 @@ from lightpeft.cli.tables import facts_table, metrics_table, plan_table
 from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.saved.light_adapter import DESCRIPTION, read_description
-from lightpeft.saved.merging import MERGED, read_merged
-from lightpeft.saved.run_folder import read_report, stored_config
+from lightpeft.saved.forms import Found
+from lightpeft.saved.opening import find_folder
+from lightpeft.saved.run_folder import RunFolder, is_run, read_report
 
 _RECORD = "estimation.json"
 _OF_META = ("steps", "scored_steps", "scored_examples")
 """What is shown of how an estimation was made."""
-_CONFIG = "config.yaml"
 
 
 def inspect(path: Path) -> list[Table]:
     """Tables of what is in a file or folder.
 
     Args:
-        path: a plan.json, or the folder of an adapter, a merged light model, an estimation or a run.
+        path: a plan.json, or the folder of a light adapter, a merged light model, an estimation or a run.
 
     Raises:
         LightPeftError: it is none of that, or is damaged, or there is nothing to show yet.
@@ -34,27 +32,42 @@ def inspect(path: Path) -> list[Table]:
     require(path.exists(), f"{path} does not exist; give a plan.json, or a folder that lightpeft wrote")
     if path.is_file():
         return [plan_table(PrunePlan.load(path))]
-    show = next((show for marker, show in _SHOWN.items() if (path / marker).is_file()), _light_adapter)
-    return show(path)
+    if is_run(path):
+        return _run(RunFolder.at(path))
+    if (path / _RECORD).is_file():
+        return _estimation(path)
+    return _model(find_folder(path))
 
 
-def _light_adapter(folder: Path) -> list[Table]:
-    return _light(read_description(folder), f"light adapter {folder}")
+def _run(run: RunFolder) -> list[Table]:
+    """What the last stage left that there is something to show of."""
+    light = run.config.method == "light"
+    if light and run.has("train"):
+        return _model(find_folder(run.adapter))
+    if light and run.has("plan"):
+        return [plan_table(PrunePlan.load(run.plan))]
+    if light and run.has("estimate"):
+        return _estimation(run.estimation)
+    if run.has("evaluate"):
+        report, title = read_report(run.metrics), f"run {run.path}: method {run.config.method}"
+        return [metrics_table(report["metrics"], report.get("intervals", {}), title)]
+    begun = f"{run.path} is a run without a result to show yet"
+    raise LightPeftError(f"{begun}; go on with it: lightpeft run --run {run.path}")
 
 
-def _light(description: Mapping[str, Any], title: str) -> list[Table]:
+def _model(found: Found) -> list[Table]:
+    """Of a light model: the base, what was measured, and the plan; the base itself need not be there."""
+    description = found.description
+    instead = "give a light adapter, a merged light model, a plan.json or a run"
+    require(description, f"{found.name} is a {found.kind}, which has no plan to show; {instead}")
     base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
-    facts = facts_table({**base, **description["metrics"]}, title)
+    facts = facts_table({**base, **description["metrics"]}, f"{found.kind} {found.name}")
     return [facts, plan_table(PrunePlan.from_dict(description["plan"]))]
 
 
-def _merged(folder: Path) -> list[Table]:
-    return _light(read_merged(folder), f"merged light model {folder}")
-
-
-def _record(folder: Path) -> list[Table]:
-    """Of an estimation: how the scores were obtained, and the plan that its run would make of them."""
-    record, config = EstimationRecord.load(folder), folder.parent / _CONFIG
+def _estimation(folder: Path) -> list[Table]:
+    """How the scores were obtained, and the plan that its run would make of them."""
+    record = EstimationRecord.load(folder)
     found: dict[str, Any] = {name: record.meta[name] for name in _OF_META if name in record.meta}
     found |= {
         "blocks": len(record.blocks),
@@ -62,30 +75,8 @@ def _record(folder: Path) -> list[Table]:
         "base parameters": record.base_parameters,
     }
     facts = facts_table(found, f"estimation {folder}")
-    if not config.is_file():
+    if not is_run(folder.parent):
         return [facts]
-    plan = plan_table(make_plan(record, stored_config(folder.parent).light))
+    plan = plan_table(make_plan(record, RunFolder.at(folder.parent).config.light))
     plan.title, plan.title_justify = "the plan that the run's budget makes of it", "left"
     return [facts, plan]
-
-
-def _measured(folder: Path) -> list[Table]:
-    report = read_report(folder / "metrics.json")
-    return [metrics_table(report["metrics"], report.get("intervals", {}), f"run {folder}: method {report['method']}")]
-
-
-def _begun(folder: Path) -> list[Table]:
-    raise LightPeftError(f"{folder} is a run without a result to show yet; go on with it: lightpeft run --run {folder}")
-
-
-_SHOWN: dict[str, Callable[[Path], list[Table]]] = {
-    f"adapter/{DESCRIPTION}": lambda folder: _light_adapter(folder / "adapter"),
-    DESCRIPTION: _light_adapter,
-    MERGED: _merged,
-    "plan.json": lambda folder: [plan_table(PrunePlan.load(folder / "plan.json"))],
-    _RECORD: _record,
-    f"estimation/{_RECORD}": lambda folder: _record(folder / "estimation"),
-    "metrics.json": _measured,
-    _CONFIG: _begun,
-}
-"""File in a folder -> what is shown of the folder; the first that is there counts."""

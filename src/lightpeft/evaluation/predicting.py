@@ -20,7 +20,8 @@ from lightpeft.errors import require
 from lightpeft.evaluation.answering import Run, likelihoods_of, logits_of, option_logits, spans_of, texts_of
 from lightpeft.evaluation.prediction_files import check_predictions_path, read_inputs, write_predictions
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.saved.opening import Found, Wanted, find_model, open_model
+from lightpeft.saved.forms import Found, Wanted
+from lightpeft.saved.opening import find_model
 from lightpeft.tasks import Task, check_tokens, check_vocabulary, convert, ensure_pad_token, input_columns, restore_task
 from lightpeft.tasks.kinds.chat import as_chats
 from lightpeft.tasks.kinds.span import SpanTask
@@ -79,7 +80,7 @@ def predict(
     rows, what = _read(task, source, example)
     canonical = convert(rows, task.entry, what, answered=False)
     task.check_inputs(canonical, task.entry, what)
-    opened = open_model(found, Wanted(task.config.task, task.head, task.labels))
+    opened = found.open(Wanted.of(task))
     autocast = torch.bfloat16 if bf16 else None
     columns = answer_rows(opened, found.tokenizer(), task, canonical, batch_size=batch_size, autocast=autocast)
     write_predictions(None if output is None else Path(output), rows, columns)

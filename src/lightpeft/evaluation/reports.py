@@ -25,7 +25,8 @@ from lightpeft.machine import autocast_dtype
 from lightpeft.models.families import max_positions
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.sizes import parameter_report
-from lightpeft.saved.opening import Found, Wanted, check_answers, find_model, open_model
+from lightpeft.saved.forms import Found, Wanted
+from lightpeft.saved.opening import find_model
 from lightpeft.tasks import (
     Answers,
     Task,
@@ -156,12 +157,8 @@ def _for_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
     if found.class_names is not None and kind.head == "classification":
         labels = class_order(found.class_names, labels, found.name)
     own = kind(config, task.train, task.test, labels, task.entry, task.more_tests)
-    check_answers(found, _wanted(own))
+    found.check(Wanted.of(own))
     return own
-
-
-def _wanted(task: Task) -> Wanted:
-    return Wanted(task.config.task, task.head, task.labels)
 
 
 def class_order(classes: Sequence[str], labels: Sequence[str], name: str) -> list[str]:
@@ -207,7 +204,7 @@ def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.d
     encoded = {prefix: task.encode_test(rows, tokenizer, length) for prefix, rows in _splits(task)}
     for rows in encoded.values():
         check_tokens(rows, tokenizer, found.config, "the test rows")
-    model = open_model(found, _wanted(task))
+    model = found.open(Wanted.of(task))
     ensure_pad_token(tokenizer, transformers_model(model).config)
     run = Run(model, task.collator(tokenizer), batch_size, autocast)
     outcomes = {prefix: outcome(run, rows, task) for prefix, rows in encoded.items()}
@@ -354,7 +351,7 @@ def evaluate_harness(
     found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
     wanted = Wanted("the harness's tasks", "causal-lm")
     for each in found:
-        check_answers(each, wanted)
+        each.check(wanted)
         refusal = f"the harness's tasks need a causal language model; {each.name} ({each.config.model_type}) is none"
         require(is_decoder(each.config), refusal)
     scores = [_in_harness(each, wanted, tasks, batch_size=batch_size, seed=seed, **options) for each in found]
@@ -374,4 +371,4 @@ def evaluate_harness(
 
 
 def _in_harness(found: Found, wanted: Wanted, tasks: Sequence[str], **options: Any) -> dict[str, HarnessScores]:
-    return run_harness(open_model(found, wanted), found.tokenizer(), tasks, **options)
+    return run_harness(found.open(wanted), found.tokenizer(), tasks, **options)

@@ -53,7 +53,7 @@ from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.recipe.trainer import light_steps
 from lightpeft.runs import pipeline
 from lightpeft.runs.workspace import Workspace, prepare
-from lightpeft.saved.light_adapter import load_light
+from lightpeft.saved.results import open_peft
 from lightpeft.training.prefix import STATES, FrozenPrefix, StateStore, cache_prefix
 
 Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
@@ -415,7 +415,7 @@ def _estimation(work: Workspace) -> Made:
 
 
 def _light(work: Workspace) -> Made:
-    return load_light(work.run.pruned, work.dense_model().model, is_trainable=True), adamw(work)
+    return open_peft(work.run.pruned, work.dense_model().model, is_trainable=True), adamw(work)
 
 
 BUILDS: dict[str, Build] = {

@@ -1,73 +1,43 @@
-"""What a path or a name stands for (a run, an adapter, a merged or any other whole model), and its live model."""
+"""The one road from a path or a name to a live model: a run, an adapter, a merged or any other whole model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from peft import PeftConfig
-from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.config import Head, ModelConfig, RunConfig
-from lightpeft.config.validation import from_dict
+from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import understandable
-from lightpeft.machine import accelerator
-from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
-from lightpeft.peft_kinds.placing import peft_task_type
-from lightpeft.saved.description import base_facts
-from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description
-from lightpeft.saved.merging import MERGED, load_merged, read_merged
-from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
-from lightpeft.saved.run_folder import RunFolder, stored_config
-from lightpeft.tasks import ensure_pad_token, restore_task
+from lightpeft.files import check_sealed, read_json
+from lightpeft.models.loading import LoadedModel, load_model
+from lightpeft.prune.discovery import ensure_family
+from lightpeft.saved.forms import (
+    Found,
+    LightAdapter,
+    MergedModel,
+    PeftAdapter,
+    Wanted,
+    WholeModel,
+    said_of_task,
+    to_device,
+)
+from lightpeft.saved.light_adapter import DESCRIPTION, LightModel
+from lightpeft.saved.merging import MERGED
+from lightpeft.saved.results import Model
+from lightpeft.saved.run_folder import CONFIG, RunFolder, is_run
+from lightpeft.tasks import Task, ensure_pad_token
 
-Form = Literal["light adapter", "merged light model", "PEFT adapter", "model"]
-
-
-@dataclass(frozen=True)
-class Found:
-    """A model that is there; nothing of it is loaded yet."""
-
-    name: str
-    """As it was asked for."""
-    form: Form
-    """What its weights are."""
-    model: ModelConfig
-    """The model itself, or the base of an adapter."""
-    config: PretrainedConfig
-    """Of that."""
-    folder: Path | None = None
-    """Where the adapter is."""
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """What a light model says of its task; empty for all others."""
-    run: RunConfig | None = None
-    """The run that it is the result of, if that was asked for."""
-
-    @property
-    def kind(self) -> str:
-        """What it is, for people."""
-        return self.form if self.run is None else f"run ({self.form})"
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names of its classes in order; None where it does not say."""
-        if self.facts:
-            return list(self.facts["labels"]) or None
-        classifies = any("SequenceClassification" in name for name in self.config.architectures or ())
-        return list(self.config.id2label.values()) if self.form == "model" and classifies else None
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer, with a token to pad with."""
-        tokenizer = load_tokenizer(self.model)
-        ensure_pad_token(tokenizer, self.config)
-        return tokenizer
-
-
-# -- finding -----------------------------------------------------------------------------------------------------
+_FORMS: dict[str, type[Found]] = {
+    DESCRIPTION: LightAdapter,
+    MERGED: MergedModel,
+    "adapter_config.json": PeftAdapter,
+    "config.json": WholeModel,
+}
+"""File in a folder -> the form of the model there; the first that is there counts."""
+_KINDS = "a run, a light adapter, a merged light model, a PEFT adapter or a transformers model"
 
 
 def find_model(name: str | Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found:
@@ -80,210 +50,82 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
         settings: of `ModelConfig`, in place of those that the model was trained with.
 
     Raises:
-        LightPeftError: nothing of that kind is there, or it is incomplete.
+        LightPeftError: nothing of that kind is there, or it or its base is incomplete.
     """
-    folder = Path(name)
-    given = dict(settings or {})
-    for marker, find in _FINDERS.items():
-        if (folder / marker).is_file():
-            return find(folder, base, given)
-    kinds = "a run, a light adapter, a merged light model, a PEFT adapter or a transformers model"
-    require(not folder.is_dir(), f"{name} is none of {kinds}: it has no {', '.join(_FINDERS)}")
-    require(not folder.is_file(), f"{name} is a file; give the folder of {kinds}")
+    if Path(name).is_dir():
+        return find_folder(Path(name), base, settings).checked()
+    require(not Path(name).is_file(), f"{name} is a file; give the folder of {_KINDS}")
     try:
-        return _find_whole(name, base, given)
+        return WholeModel.find(name, base, settings or {}).checked()
     except LightPeftError as error:
         raise LightPeftError(f"there is no folder {name} here, and as a model's name: {error}") from error
 
 
-def _find_run(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
-    run = RunFolder(folder, stored_config(folder))
-    run.need("train", "evaluate")
-    settings = {key: value for key, value in vars(run.config.model).items() if key != "name"} | given
-    if run.config.method == "full":
-        found = _find_whole(run.model, None, settings | {"revision": None, "gguf_file": None})
-    else:
-        find = _find_light if run.config.method == "light" else _find_peft
-        found = find(run.adapter, base or run.config.model.name, settings)
-    return replace(found, name=str(folder), run=run.config)
+def find_folder(folder: Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found:
+    """The same of a folder, whether the base of an adapter is there or not."""
+    form = next((form for marker, form in _FORMS.items() if (folder / marker).is_file()), None)
+    if form is not None:
+        return form.find(folder, base, settings or {})
+    nothing = f"{folder} is none of {_KINDS}: it has no {', '.join(_FORMS)}, {CONFIG}"
+    require(is_run(folder), nothing)
+    return find_result(RunFolder.at(folder), base, settings)
 
 
-def _find_light(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
-    description = read_description(folder)
-    saved = base_facts(description, folder / DESCRIPTION)
-    at_home = {"revision": saved.revision} if base is None else {}
-    settings = {"gguf_file": saved.gguf_file, "dtype": saved.dtype, **at_home, **given}
-    model, config = _base(folder, base or saved.id, settings)
-    return Found(str(folder), "light adapter", model, config, folder, _facts(description, folder / DESCRIPTION))
-
-
-def _find_merged(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
-    facts = _facts(read_merged(folder), folder / MERGED)
-    return replace(_find_whole(folder, base, given), form="merged light model", folder=folder, facts=facts)
-
-
-def _facts(description: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What a description says of the task; nothing if the model was made in a loop of one's own."""
-    with understandable(path):
-        facts: dict[str, Any] = description["task"]
-        if facts:
-            restore_task(facts)
-    return facts
-
-
-def _find_peft(folder: Path, base: str | None, given: dict[str, Any]) -> Found:
-    adapter = read_adapter(folder, allow_pickle=bool(given.get("allow_pickle")))
-    model, config = _base(folder, base or adapter.base_model_name_or_path, given)
-    return Found(str(folder), "PEFT adapter", model, config, folder)
-
-
-def _find_whole(name: str | Path, base: str | None, given: dict[str, Any]) -> Found:
-    require(base is None, f"{name} is a whole model, which has no base; leave --base out")
-    model = from_dict(ModelConfig, {**given, "name": str(name)}, "model.")
-    return Found(str(name), "model", model, load_model_config(model))
-
-
-_FINDERS: dict[str, Callable[[Path, str | None, dict[str, Any]], Found]] = {
-    DESCRIPTION: _find_light,
-    MERGED: _find_merged,
-    "adapter_config.json": _find_peft,
-    "config.json": _find_whole,
-    "config.yaml": _find_run,
-}
-"""File in a folder -> what the folder is; the first that is there counts."""
-
-
-def _base(folder: Path, name: str | None, settings: dict[str, Any]) -> tuple[ModelConfig, PretrainedConfig]:
-    require(name, f"{folder} does not name its base; give its name or folder: --base")
-    model = from_dict(ModelConfig, {**settings, "name": name}, "model.")
-    try:
-        return model, load_model_config(model)
-    except LightPeftError as error:
-        raise LightPeftError(f"{folder} needs its base: {error}; give another place of it: --base") from error
-
-
-# -- loading -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a model is to be opened for."""
-
-    what: str
-    """Name of the task, for error lines."""
-    head: Head
-    """The head that answers it."""
-    labels: Sequence[str] = ()
-    """Names of the classes in order; empty without classes."""
-
-    def __str__(self) -> str:
-        return self.what if self.what == self.head else f"{self.what} ({self.head})"
-
-
-def check_answers(found: Found, wanted: Wanted) -> None:
-    """Raise `LightPeftError` unless the model can be expected to answer; nothing is loaded for that."""
-    if found.facts:
-        trained = restore_task(found.facts)
-        _require_head(found, trained.head == wanted.head, str(Wanted(trained.config.task, trained.head)), wanted)
-    if found.form == "PEFT adapter":
-        kind = _adapter(found).task_type
-        _require_head(found, kind in (None, peft_task_type(wanted.head)), f"PEFT's task type {kind}", wanted)
-
-
-def _require_head(found: Found, fits: bool, trained: str, wanted: Wanted) -> None:
-    refusal = f"{found.name} was trained for {trained} and cannot answer {wanted}"
-    require(fits, f"{refusal}; give a model of this task, or another task")
-
-
-def open_model(found: Found, wanted: Wanted) -> nn.Module:
-    """The live model in evaluation mode, with the head that is wanted, on the device at hand.
+def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found:
+    """The result of a run; arguments as for `find_model`.
 
     Raises:
-        LightPeftError: it cannot be loaded, or its weights don't fit.
+        LightPeftError: it has none yet, or a damaged one.
     """
-    check_answers(found, wanted)
-    model = _LOADERS[found.form](found, wanted).eval()
-    device = accelerator()
-    if device is not None and not getattr(model, "is_quantized", False):  # those are put there on loading
-        model.to(device)
-    return model
+    run.need("train", "evaluate")
+    config, form = run.config, _FORMS[run.config.way.last_file]
+    given = {name: value for name, value in vars(config.model).items() if name != "name"} | dict(settings or {})
+    if form is WholeModel:
+        base, given = None, given | {"revision": None, "gguf_file": None}
+    else:
+        base = base or config.model.name
+    found = form.find(run.result, base, given)
+    if form is not LightAdapter:
+        check_sealed(run.result)
+        found = replace(found, facts=_task_of(run))
+    return replace(found, name=str(run.path), run=config)
+
+
+def _task_of(run: RunFolder) -> dict[str, Any]:
+    """What a run that leaves no light adapter says of its task; nothing, if an earlier version made it."""
+    return said_of_task(read_json(run.task), run.task) if run.task.is_file() else {}
+
+
+# -- live --------------------------------------------------------------------------------------------------------
+
+
+def open_result(run: RunFolder, task: Task, base: PreTrainedModel | None = None) -> Model:
+    """The result of a run for its own task; as `Found.open`."""
+    return find_result(run).open(Wanted.of(task), base)
 
 
 def open_light(found: Found) -> LightModel:
-    """The live model of a light adapter, with its own head, in host memory.
+    """The live model of a light adapter, in host memory.
 
     Raises:
         LightPeftError: it is none, or cannot be loaded.
     """
-    require(found.form == "light adapter", f"{found.name} is a {found.kind}; give a light adapter or the run of one")
-    return load_light(
-        _folder(found),
-        found.model.name,
-        dtype=found.model.dtype,
-        attention=found.model.attention,
-        trust_remote_code=found.model.trust_remote_code,
-        allow_pickle=found.model.allow_pickle,
-    )
+    if not isinstance(found, LightAdapter):
+        raise LightPeftError(f"{found.name} is a {found.kind}; give a light adapter or the run of one")
+    return found.load()
 
 
-def _load_light(found: Found, wanted: Wanted) -> nn.Module:
-    return open_light(found)
+def open_base(model: ModelConfig, wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    """An untouched foundation model that is to be trained, with the head that is wanted, on the device at hand.
 
+    Args:
+        tokenizer: its tokenizer, which the model learns from what it is to pad with.
 
-def _load_merged(found: Found, wanted: Wanted) -> nn.Module:
-    return load_merged(_folder(found), dtype=found.model.dtype, attention=found.model.attention)
-
-
-def _load_peft(found: Found, wanted: Wanted) -> nn.Module:
-    folder, config = _folder(found), _adapter(found)
-    loaded = load_model(found.model, wanted.head, wanted.labels, to_prune=False)
-    brought = set(config.modules_to_save or ())
-    _require_trained(found, [name for name in loaded.new_modules if name not in brought], wanted)
-    try:
-        check_fit(skeleton_of(loaded.model), config, folder, exact=False)
-        return load_adapter(loaded.model, folder, config)
-    except LightPeftError as error:
-        raise _not_fitting(found, wanted, error) from error
-
-
-def _load_whole(found: Found, wanted: Wanted) -> nn.Module:
-    try:
-        loaded = load_model(found.model, wanted.head, wanted.labels, to_prune=False)
-    except LightPeftError as error:
-        if "ignore_mismatched_sizes" not in str(error.__cause__):
-            raise
-        shapes = "weights have other shapes: other labels, or merged by other means than lightpeft export"
-        raise _not_fitting(found, wanted, shapes) from error
-    _require_trained(found, loaded.new_modules, wanted)
-    return loaded.model
-
-
-_LOADERS: dict[Form, Callable[[Found, Wanted], nn.Module]] = {
-    "light adapter": _load_light,
-    "merged light model": _load_merged,
-    "PEFT adapter": _load_peft,
-    "model": _load_whole,
-}
-
-
-def _folder(found: Found) -> Path:
-    assert found.folder is not None
-    return found.folder
-
-
-def _adapter(found: Found) -> PeftConfig:
-    return read_adapter(_folder(found), allow_pickle=found.model.allow_pickle)
-
-
-def _require_trained(found: Found, untrained: Sequence[str], wanted: Wanted) -> None:
-    require(
-        not untrained,
-        f"{found.name} has no weights for {', '.join(untrained)}, so its answers to {wanted} "
-        "would be random; train it first: lightpeft run",
-    )
-
-
-def _not_fitting(found: Found, wanted: Wanted, why: Exception | str) -> LightPeftError:
-    classes = f" with {len(wanted.labels)} labels" if wanted.labels else ""
-    reason = " ".join(str(why).split())[-200:]
-    return LightPeftError(f"{found.name} does not fit {wanted.what}{classes}: {reason}")
+    Raises:
+        LightPeftError: it cannot be loaded, or cannot be pruned.
+    """
+    loaded = load_model(model, wanted.head, wanted.labels)
+    ensure_family(loaded.model)
+    ensure_pad_token(tokenizer, loaded.model.config)
+    to_device(loaded.model)
+    return loaded

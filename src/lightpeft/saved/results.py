@@ -1,15 +1,21 @@
-"""What training leaves in a run's folder: an adapter, or a whole model."""
+"""The weights that the stages of a run leave: written whole and sealed, and checked before a later stage takes them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.files import check_sealed, replacing_folder, seal
-from lightpeft.saved.light_adapter import LightModel
+from lightpeft.files import check_sealed, replacing_folder, seal, write_json
+from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light
 from lightpeft.saved.peft_adapter import load_adapter, read_adapter
+from lightpeft.saved.run_folder import RunFolder
+
+Model: TypeAlias = PeftModel | PreTrainedModel
+"""What is trained and measured: a model with PEFT or, with method full, the model itself."""
 
 
 def save_peft(model: PeftModel, folder: Path) -> None:
@@ -22,6 +28,21 @@ def save_peft(model: PeftModel, folder: Path) -> None:
         seal(temporary)
 
 
+def open_peft(folder: Path, base: PreTrainedModel, *, is_trainable: bool = False) -> PeftModel:
+    """What `save_peft` wrote, over its live base, which is changed in place.
+
+    Args:
+        is_trainable: to train on; else the weights are frozen and the model is in eval mode.
+
+    Raises:
+        LightPeftError: a file is missing or altered, or the adapter does not fit.
+    """
+    if (folder / DESCRIPTION).is_file():
+        return load_light(folder, base, is_trainable=is_trainable)
+    check_sealed(folder)
+    return load_adapter(base, folder, read_adapter(folder), is_trainable)
+
+
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a whole transformers model with its tokenizer: whole or not at all."""
     with replacing_folder(folder) as temporary:
@@ -30,11 +51,20 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         seal(temporary)
 
 
-def load_peft(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
-    """What `save_peft` wrote of plain PEFT.
+def save_result(run: RunFolder, model: Model, tokenizer: PreTrainedTokenizerBase, task: Mapping[str, Any]) -> None:
+    """Write what training made: an adapter or, with method full, a whole transformers model with its tokenizer.
 
-    Raises:
-        LightPeftError: a file is missing or altered, or the adapter does not fit.
+    Args:
+        task: its facts (`tasks.task_facts`). A light adapter says them itself, for all others the run folder does.
     """
-    check_sealed(folder)
-    return load_adapter(base, folder, read_adapter(folder), is_trainable)
+    if not isinstance(model, LightModel):
+        write_json(run.task, {"task": task})
+    if isinstance(model, PeftModel):
+        save_peft(model, run.adapter)
+    else:
+        save_dense(model, tokenizer, run.model)
+
+
+def load_peft(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
+    """As `open_peft`."""
+    return open_peft(folder, base, is_trainable=is_trainable)

@@ -33,12 +33,13 @@ from lightpeft.machine import processes
 from lightpeft.saved.light_adapter import DESCRIPTION
 from lightpeft.training.checkpoints import last_checkpoint
 
-_CONFIG = "config.yaml"
+CONFIG = "config.yaml"
 _RESULTS = (
     "metrics.json",
     "bench.json",
     "adapter",
     "model",
+    "task.json",
     "pruned",
     "plan.json",
     "estimation",
@@ -77,6 +78,15 @@ class RunFolder:
         else:
             run._check_same()
         return run
+
+    @classmethod
+    def at(cls, folder: Path) -> RunFolder:
+        """The run that is in a folder, with the config that is there.
+
+        Raises:
+            LightPeftError: there is none, or its config is not as it was written.
+        """
+        return cls(folder, stored_config(folder))
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -117,14 +127,14 @@ class RunFolder:
 
     def _differing(self) -> list[str]:
         """Names of settings in which the folder is the run of another config; refuses what is no run."""
-        if not (self.path / _CONFIG).exists():
+        if not (self.path / CONFIG).exists():
             empty = not self.path.is_dir() or all(map(is_own_file, self.path.iterdir()))
             require(empty, f"output {self.path} is not empty and not a run; give a new folder")
             return []
         try:
             stored = stored_config(self.path)
         except LightPeftError as error:
-            raise LightPeftError(f"output {self.path} is not a run, or its {_CONFIG} was edited: {error}") from error
+            raise LightPeftError(f"output {self.path} is not a run, or its {CONFIG} was edited: {error}") from error
         return _differences(stored, self.config, skip_budget=self.replan and not self.has("prune"))
 
     def start_anew(self) -> None:
@@ -139,12 +149,12 @@ class RunFolder:
                 if self._differing():  # still: somebody may have been here since
                     for name in _RESULTS:
                         _remove(self.path / name)
-                    write_text(self.path / _CONFIG, _signed(to_yaml(self.config)))
+                    write_text(self.path / CONFIG, _signed(to_yaml(self.config)))
         state.wait_for_everyone()
 
     def _write_config(self) -> None:
         self._check_same()  # once more: somebody may have been here since
-        file, text = self.path / _CONFIG, _signed(to_yaml(self.config))
+        file, text = self.path / CONFIG, _signed(to_yaml(self.config))
         if not file.exists():
             write_text(file, text, new=True)
         elif read_text(file) != text:
@@ -174,6 +184,11 @@ class RunFolder:
     def model(self) -> Path:
         """The result of method full: a transformers model with its tokenizer."""
         return self.path / "model"
+
+    @property
+    def task(self) -> Path:
+        """What the task is, by which results are asked; in runs of method light the adapter says it."""
+        return self.path / "task.json"
 
     @property
     def result(self) -> Path:
@@ -260,6 +275,11 @@ class RunFolder:
                 yield entry
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is one of a run, however far it has come."""
+    return (folder / CONFIG).is_file()
+
+
 def _remove(path: Path) -> None:
     """Remove a file or a folder; of a link, the link."""
     if path.is_dir() and not path.is_symlink():
@@ -309,7 +329,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     Raises:
         LightPeftError: it is not there, or not as it was written.
     """
-    file = folder / _CONFIG
+    file = folder / CONFIG
     text = read_text(file)
     settings = parse_yaml(text, file)
     require(text == _signed(text.rpartition(_SIGNATURE)[0]), f"{file} was altered or damaged")
