@@ -46,6 +46,7 @@ from lightpeft.runs import pipeline
 from lightpeft.runs.bench import Build, Subject, Worker
 from lightpeft.runs.pipeline import Workspace
 from lightpeft.saved.light_adapter import LightModel
+from lightpeft.saved.results import save_peft
 from lightpeft.training.trainer import fit, make_trainer
 
 POINT = 0.01
@@ -400,7 +401,7 @@ class Suite:
 def _save(model: nn.Module, folder: Path) -> None:
     """A light adapter, an adapter as PEFT writes it, or a whole model."""
     if isinstance(model, LightModel) or hasattr(model, "peft_config"):
-        pipeline.save_peft(cast(Any, model), folder)
+        save_peft(cast(Any, model), folder)
     else:
         cast(Any, model).save_pretrained(str(folder))
 

@@ -19,6 +19,7 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import count_parameters
 from lightpeft.runs import pipeline
 from lightpeft.saved.light_adapter import LightModel, load_light
+from lightpeft.saved.opening import open_result
 from lightpeft.saved.run_folder import RunFolder
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -131,6 +132,7 @@ def test_plain_lora_run_takes_as_many_steps(benches: dict[tuple[str, str], Workb
         "config.yaml",
         "log.jsonl",
         "adapter",
+        "task.json",
         "metrics.json",
     }
     assert result["parameters"]["base_removed_ratio"] == 0
@@ -152,12 +154,13 @@ def test_full_fine_tuning_leaves_a_model(benches: dict[tuple[str, str], Workbenc
         "config.yaml",
         "log.jsonl",
         "model",
+        "task.json",
         "metrics.json",
     }
     assert checksums(bench.base) == before
     config = {**read(folder / "metrics.json")["config"], "model": {"name": str(folder / "model")}}
     work = pipeline.prepare(bench.config("full", method="full", **rates))
-    again = pipeline.trained_model(work)
+    again = open_result(work.run, work.task)
     assert not again.training
     untouched = work.dense_model().model.state_dict()
     assert config["model"]["name"] == again.name_or_path
@@ -406,8 +409,9 @@ def test_half_written_log_line_is_skipped(bench: Workbench, tmp_path: Path) -> N
     assert run.stage_seconds() == {"train": 1.5}
 
 
-def test_trained_model_is_the_one_in_the_folder(bench: Workbench, finished: Path) -> None:
-    model = pipeline.trained_model(pipeline.prepare(bench.config("finished")))
+def test_the_result_is_the_one_in_the_folder(bench: Workbench, finished: Path) -> None:
+    work = pipeline.prepare(bench.config("finished"))
+    model = open_result(work.run, work.task)
     assert isinstance(model, LightModel)
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())

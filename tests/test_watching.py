@@ -38,7 +38,7 @@ from lightpeft.evaluation.statistics import bootstrap_intervals
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.runs import pipeline
-from lightpeft.saved.results import load_peft
+from lightpeft.saved.results import open_peft
 from lightpeft.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, RegressionTask, Task
 from lightpeft.tasks.answers import Answers
 
@@ -262,7 +262,7 @@ def test_every_number_is_that_of_the_model_then(bench: Workbench) -> None:
     cut = evaluate_model(folder / "pruned", {"data": {"test": str(bench.test), "max_length": 32}})["model"]["metrics"]
     assert found["after_the_cut"] == pytest.approx({name: cut[name] for name in ("accuracy", "loss")})
     work = pipeline.prepare(bench.config("light", **FEW))
-    dense = load_peft(work.dense_model().model, folder / "estimation" / "adapter")
+    dense = open_peft(folder / "estimation" / "adapter", work.dense_model().model)
     before = pipeline.measure(work, dense)[""].answers
     assert found["after_estimation"]["loss"] == pytest.approx(before.scores["loss"].mean())
 
@@ -364,14 +364,14 @@ def flat(model: nn.Module) -> None:
 def test_a_collapsed_run_says_so_whenever_it_is_shown(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained: Callable[..., nn.Module] = pipeline.trained_model
+    trained: Callable[..., nn.Module] = pipeline.open_result
 
     def collapsed(*args: Any) -> nn.Module:
         model = trained(*args)
         flat(model)
         return model
 
-    monkeypatch.setattr(pipeline, "trained_model", collapsed)
+    monkeypatch.setattr(pipeline, "open_result", collapsed)
     file = bench.yaml("collapsed", **FEW)
     for _ in range(2):
         capsys.readouterr()

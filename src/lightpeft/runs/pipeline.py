@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -23,7 +23,7 @@ from lightpeft.errors import require
 from lightpeft.evaluation import answering
 from lightpeft.evaluation.answering import Outcome, Scores
 from lightpeft.evaluation.milestones import Watcher, notices
-from lightpeft.files import check_sealed, write_json
+from lightpeft.files import write_json
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import folder_bytes, hardware
@@ -35,14 +35,13 @@ from lightpeft.runs.stages import leave_plan, leave_pruned
 from lightpeft.runs.trainers import DenseRun, InRun, LightRun, StageCost
 from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.light_adapter import LightModel, load_light, save_metrics
-from lightpeft.saved.results import load_peft, save_dense, save_peft
+from lightpeft.saved.opening import open_result
+from lightpeft.saved.results import Model, open_peft, save_result
 from lightpeft.saved.run_folder import RunFolder, read_report
+from lightpeft.tasks import task_facts
 from lightpeft.training.trainer import fit
 
 __all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train"]
-
-Model: TypeAlias = PeftModel | PreTrainedModel
-"""What is trained and measured: a model with PEFT or, with method full, the model itself."""
 
 
 def run(
@@ -121,7 +120,7 @@ def prune(work: Workspace) -> LightModel | None:
     run.need("plan", "prune")
     chosen = PrunePlan.load(run.plan)
     set_seed(work.config.seed)
-    model = load_peft(work.dense_model().model, run.estimation / "adapter", is_trainable=True)
+    model = open_peft(run.estimation / "adapter", work.dense_model().model, is_trainable=True)
     if chosen.left_out:
         leave_out(model, len(chosen.blocks))  # estimation did without these blocks
     with run.held():
@@ -170,7 +169,11 @@ def _finish(work: Workspace, trainer: InRun, steps: int) -> None:
     assert trainer.meter is not None
     cost = trainer.meter.stop(trainer.state.global_step)  # type: ignore[attr-defined]
     require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{config.way.rate}")
-    run.finish_stage("train", **asdict(cost), save=lambda: save_result(work, model), steps=steps)
+
+    def save() -> None:
+        save_result(run, model, work.tokenizer, task_facts(work.task))
+
+    run.finish_stage("train", **asdict(cost), save=save, steps=steps)
 
 
 def _full_model(work: Workspace) -> PreTrainedModel:
@@ -191,7 +194,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     run.need("train", "evaluate")
     started = time.perf_counter()
     watcher = work.watcher()
-    model = trained_model(work, _asked_base(work, watcher))
+    model = open_result(run, work.task, _asked_base(work, watcher))
     outcomes = measure(work, model)
     scores = answering.scores_of(outcomes, work.task)
     if watcher.examples == len(work.task.test):
@@ -251,26 +254,6 @@ def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
     for stage, entry in run.finished_stages().items():
         if entry.keys() >= set(names):
             yield stage, {name: entry[name] for name in names}
-
-
-def trained_model(work: Workspace, base: PreTrainedModel | None = None) -> Model:
-    """The run's result, loaded for inference; unless the method is full, over its base, which is changed in place."""
-    if not work.config.way.has_peft:
-        check_sealed(work.run.model)
-        trained = replace(work.config.model, name=str(work.run.model), revision=None, gguf_file=None)
-        return work.dense_model(trained).model.eval()
-    base = base or work.dense_model().model
-    if work.config.way.prunes:
-        return load_light(work.run.adapter, base)
-    return load_peft(base, work.run.adapter)
-
-
-def save_result(work: Workspace, model: Model) -> None:
-    """Write what training made: an adapter or, with method full, a whole transformers model with its tokenizer."""
-    if isinstance(model, PeftModel):
-        save_peft(model, work.run.adapter)
-    else:
-        save_dense(model, work.tokenizer, work.run.model)
 
 
 def _finite(model: Model) -> bool:

@@ -11,15 +11,16 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lightpeft.config import ModelConfig, RunConfig, TrainingConfig
+from lightpeft.config import RunConfig, TrainingConfig
 from lightpeft.console.bars import silent
 from lightpeft.evaluation import answering
 from lightpeft.evaluation.milestones import Watcher, sample
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
 from lightpeft.models.families import max_positions
-from lightpeft.models.loading import LoadedModel, load_model, load_model_config, load_tokenizer
-from lightpeft.prune.discovery import ensure_family
+from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer
 from lightpeft.recipe.trainer import calibration_batches, fitted
+from lightpeft.saved.forms import Wanted
+from lightpeft.saved.opening import open_base
 from lightpeft.saved.run_folder import RunFolder
 from lightpeft.tasks import (
     Collator,
@@ -85,15 +86,9 @@ class Workspace:
             return None
         return PrefixCache(training.prefix_cache, training.prefix_dtype, int(training.prefix_limit * 2**30))
 
-    def dense_model(self, model: ModelConfig | None = None) -> LoadedModel:
-        """The untouched foundation model, or another one, with the task's head, on the device that training uses."""
-        loaded = load_model(model or self.config.model, self.task.head, self.task.labels)
-        ensure_family(loaded.model)
-        ensure_pad_token(self.tokenizer, loaded.model.config)
-        device = accelerator()
-        if device is not None and not getattr(loaded.model, "is_quantized", False):  # those are put there on loading
-            loaded.model.to(device)
-        return loaded
+    def dense_model(self) -> LoadedModel:
+        """The untouched foundation model with the task's head, on the device that training uses."""
+        return open_base(self.config.model, Wanted.of(self.task), self.tokenizer)
 
     def calibration(self) -> Iterator[dict[str, Tensor]]:
         """Batches of some training rows, for `light.refit`."""

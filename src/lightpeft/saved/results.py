@@ -63,8 +63,3 @@ def save_result(run: RunFolder, model: Model, tokenizer: PreTrainedTokenizerBase
         save_peft(model, run.adapter)
     else:
         save_dense(model, tokenizer, run.model)
-
-
-def load_peft(base: PreTrainedModel, folder: Path, is_trainable: bool = False) -> PeftModel:
-    """As `open_peft`."""
-    return open_peft(folder, base, is_trainable=is_trainable)
