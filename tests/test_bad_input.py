@@ -496,6 +496,7 @@ def test_plain_lora_run_has_no_light_adapter(bench: Workbench, refused: Refused)
 
 def test_inspection_of_something_else(bench: Workbench, adapter: Path, copied: Path, refused: Refused) -> None:
     assert "does not exist" in refused("inspect", bench.folder / "none")
-    assert "is not a light adapter" in refused("inspect", bench.base)
+    assert "is a model, which has no plan to show; give a light adapter" in refused("inspect", bench.base)
+    assert "is none of a run, a light adapter" in refused("inspect", bench.folder)
     assert "cannot be read" in refused("inspect", bench.train)
     assert "does not have the expected content" in refused("inspect", adapter.parent / "metrics.json")

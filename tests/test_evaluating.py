@@ -29,6 +29,7 @@ from workbench import Workbench, labelled, lightpeft, read, write_rows
 
 from lightpeft import load_light
 from lightpeft.config import ModelConfig, run_config_from_dict
+from lightpeft.evaluation.predicting import predict
 from lightpeft.evaluation.reports import class_order, evaluate_harness, evaluate_model, renumbered
 from lightpeft.models.loading import load_model
 from lightpeft.runs import pipeline
@@ -565,6 +566,26 @@ def test_what_cannot_be_exported(bench: Workbench, tmp_path: Path, capsys: pytes
 
 def only_tokenizer(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if "token" not in name]
+
+
+@pytest.mark.parametrize(("method", "result"), [("plain", "adapter"), ("full", "model")])
+def test_a_result_that_is_not_as_it_was_written(bench: Workbench, tmp_path: Path, method: str, result: str) -> None:
+    """One road: what the stages of a run refuse, everybody else does, too."""
+    run = Path(shutil.copytree(bench.folder / method, tmp_path / "run"))
+    weights = next((run / result).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    for ask in (lambda: evaluate_model(run), lambda: predict(run, bench.test)):
+        assert "was altered or damaged" in refusal(ask)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_remembers_the_order_of_its_classes(bench: Workbench, tmp_path: Path, method: str) -> None:
+    """Whatever order the data have them in; they are those of another model of the comparison."""
+    shutil.copy(bench.test, tmp_path / "validation.csv")
+    mood = {"kind": "classification", "path": str(tmp_path), "labels": ["positive", "negative"]}
+    settings = {"tasks": {"mood": mood}, "data": {"task": "mood", "max_length": 32}}
+    report = evaluate_model(bench.folder / "full" / "model", settings, other=str(bench.folder / method))
+    assert report["other"]["metrics"]["accuracy"] == pytest.approx(measured(bench, method)["metrics"]["accuracy"])
 
 
 def test_an_unfinished_run(bench: Workbench, tmp_path: Path) -> None:

@@ -13,14 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import refusal
 from transformers import AutoTokenizer
 from workbench import Workbench, labelled, lightpeft, read, write_rows
 
 from lightpeft import load_light
 from lightpeft.evaluation.predicting import predict
+from lightpeft.evaluation.reports import evaluate_model
 from lightpeft.runs import pipeline
 
 LABELS = ["negative", "positive"]
+METHODS = ("light", "plain", "full")
 TEXTS = [row["text"] for row in labelled(17, seed=9)]
 
 
@@ -141,6 +144,58 @@ def test_base_that_moved(
         check(table(capsys.readouterr().out), expected)
     finally:
         elsewhere.rename(bench.base)
+
+
+@pytest.fixture(scope="module")
+def halves(bench: Workbench) -> Workbench:
+    """A run of each method, in bfloat16, whose training data are gone."""
+    train = shutil.copy(bench.train, bench.folder / "gone.csv")
+    for method in METHODS:
+        settings = {"method": method, "data.train": str(train), "training.bf16": True}
+        pipeline.run(bench.config(f"half-{method}", **settings, **{"training.full_learning_rate": 3e-3}))
+    Path(train).rename(bench.folder / "elsewhere.csv")
+    return bench
+
+
+def probabilities(file: Path) -> np.ndarray:
+    return np.array([[float(row[f"p_{label}"]) for label in LABELS] for row in table(file.read_text(encoding="utf-8"))])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_answers_as_it_was_evaluated(halves: Workbench, tmp_path: Path, method: str) -> None:
+    """Whatever its method, without its training data, and in its precision unless another one is asked for."""
+    run = halves.folder / f"half-{method}"
+    predict(run, halves.test, output=tmp_path / "out.csv")
+    rows = table((tmp_path / "out.csv").read_text(encoding="utf-8"))
+    right = sum(row["label"] == row["input_label"] for row in rows) / len(rows)
+    assert right == pytest.approx(read(run / "metrics.json")["metrics"]["accuracy"])
+    (halves.folder / "elsewhere.csv").rename(halves.folder / "gone.csv")
+    try:
+        evaluate_model(run, predictions=tmp_path / "evaluated.csv")
+    finally:
+        (halves.folder / "gone.csv").rename(halves.folder / "elsewhere.csv")
+    evaluated = table((tmp_path / "evaluated.csv").read_text(encoding="utf-8"))
+    assert [row["label"] for row in rows] == [row["prediction"] for row in evaluated]
+    assert len({row["label"] for row in rows}) == 2
+    assert np.allclose(probabilities(tmp_path / "out.csv"), probabilities(tmp_path / "evaluated.csv"), atol=2e-6)
+    for given in (("--bf16",), ("--bf16", "true")):
+        assert lightpeft("predict", run, halves.test, *given, "--output", tmp_path / "half.csv") == 0
+        assert (probabilities(tmp_path / "half.csv") == probabilities(tmp_path / "out.csv")).all()
+    assert lightpeft("predict", run, halves.test, "--bf16", "false", "--output", tmp_path / "whole.csv") == 0
+    difference = np.abs(probabilities(tmp_path / "whole.csv") - probabilities(tmp_path / "out.csv")).max()
+    assert 1e-5 < difference < 0.1
+
+
+def test_a_run_that_says_nothing_of_its_task(halves: Workbench, tmp_path: Path) -> None:
+    """As earlier versions left those of methods plain and full; and no adapter of PEFT says anything."""
+    run = Path(shutil.copytree(halves.folder / "half-plain", tmp_path / "run"))
+    for silent in (run / "adapter", run):
+        (run / "task.json").unlink(missing_ok=True)
+        text = refusal(lambda at=silent: predict(at, halves.test, output=tmp_path / "out.csv"))
+        assert "does not say what task it was trained for" in text
+    (run / "task.json").write_text("{}", encoding="utf-8")
+    assert "task.json" in refusal(lambda: predict(run, halves.test, output=tmp_path / "out.csv"))
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_bfloat16_is_close(bench: Workbench, expected: np.ndarray, tmp_path: Path) -> None:

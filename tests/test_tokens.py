@@ -13,6 +13,7 @@ from transformers import AutoModel, BertConfig, LlamaConfig, PretrainedConfig, P
 from workbench import SPECIAL, Workbench, lightpeft
 
 from lightpeft.config import ModelConfig
+from lightpeft.evaluation.predicting import predict
 from lightpeft.models.loading import load_tokenizer
 from lightpeft.runs import pipeline
 from lightpeft.tasks import check_tokens, check_vocabulary
@@ -115,18 +116,29 @@ def test_a_base_without_tokenizer_files_is_not_trained(
     assert not (tmp_path / "run").exists()
 
 
-def test_nor_is_it_measured_or_asked(
+def test_nor_is_it_measured(
     bench: Workbench, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = without_tokenizer(bench.base, tmp_path / "base")
     capsys.readouterr()
-    adapter, answers = finished / "adapter", tmp_path / "answers.csv"
-    for command in (
-        ("evaluate", adapter, "--data.test", bench.test, "--base", base),
-        ("predict", adapter, bench.test, "--output", answers, "--base", base),
-    ):
-        assert lightpeft(*command) == 2
+    assert lightpeft("evaluate", finished / "adapter", "--data.test", bench.test, "--base", base) == 2
+    written = capsys.readouterr()
+    assert "40 of 40 rows are mostly tokens that the tokenizer does not know" in written.err
+    assert written.err.count("\n") == 1 and written.out == ""
+
+
+def test_it_answers_with_a_warning(
+    bench: Workbench, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is learned or measured of such rows, and whoever gives them may have no others."""
+    capsys.readouterr()
+    for rows, warned in (("word1 rare\nword2 rare often\nseldom", True), ("word1\nword2 rare\nrare", False)):
+        (tmp_path / "texts.txt").write_text(rows, encoding="utf-8")
+        assert lightpeft("predict", finished, tmp_path / "texts.txt") == 0
         written = capsys.readouterr()
-        assert "40 of 40 rows are mostly tokens that the tokenizer does not know" in written.err
-        assert written.err.count("\n") == 1 and written.out == ""
-    assert not answers.exists()
+        assert written.out.count("\n") == 4
+        line = "warning: the input: 2 of 3 rows are mostly tokens that the tokenizer does not know ([UNK]); "
+        assert written.err.startswith(line) if warned else not written.err
+        assert written.err.count("\n") == warned
+    with pytest.warns(UserWarning, match="1 of 1 rows are mostly tokens"):
+        predict(finished, example="rare", output=tmp_path / "out.csv")

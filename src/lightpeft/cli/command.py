@@ -408,7 +408,9 @@ def _predict_options(parser: ArgumentParser) -> None:
         parser.add_argument(
             f"--data.{name}", f"--{name}", type=str, help=f"Column with {what} (default: as in training)."
         )
-    parser.add_argument("--bf16", action="store_true", help="Compute in bfloat16.")
+    parser.add_argument(
+        "--bf16", type=bool, nargs="?", const=True, help="Compute in bfloat16, or not (default: as the run evaluated)."
+    )
     _switch_options(parser)
 
 
@@ -422,7 +424,13 @@ def _predict(options: Namespace) -> None:
 
     quiet()
     given = options.as_dict()
-    predict(given.pop("model"), given.pop("input", None), **given.pop("data", {}), **given)
+    predict(
+        given.pop("model"),
+        given.pop("input", None),
+        **given.pop("data", {}),
+        **given,
+        announce=lambda line: _warn([line]),
+    )
 
 
 def _export_options(parser: ArgumentParser) -> None:

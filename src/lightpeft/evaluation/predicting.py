@@ -1,8 +1,9 @@
-"""Answers for new rows from a light model that was saved with its task: adapter, merged model, or run."""
+"""Answers for new rows from a model that was saved with its task: light adapter, merged light model, or run."""
 
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +23,23 @@ from lightpeft.evaluation.prediction_files import check_predictions_path, read_i
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.saved.forms import Found, Wanted
 from lightpeft.saved.opening import find_model
-from lightpeft.tasks import Task, check_tokens, check_vocabulary, convert, ensure_pad_token, input_columns, restore_task
+from lightpeft.tasks import (
+    Task,
+    check_vocabulary,
+    convert,
+    doubt_of_tokens,
+    ensure_pad_token,
+    input_columns,
+    restore_task,
+)
 from lightpeft.tasks.kinds.chat import as_chats
 from lightpeft.tasks.kinds.span import SpanTask
 from lightpeft.tasks.kinds.windows import answer_text
 
 Columns = dict[str, Sequence[Any]]
 """What was found, one value a row."""
+Announce = Callable[[str], object]
+"""Shows a line to whoever asked."""
 DIGITS = 6
 """Decimals of probabilities."""
 
@@ -44,14 +55,15 @@ def predict(
     text_pair: str | None = None,
     answer_tokens: int | None = None,
     batch_size: int | None = None,
-    bf16: bool = False,
+    bf16: bool | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    announce: Announce = warnings.warn,
 ) -> None:
     """Answer the rows of a file, or one row, and write them with the answers.
 
     Args:
-        model: folder of a light adapter, of a merged light model, or of a finished run of one.
+        model: folder of a light adapter, of a merged light model, or of a finished run.
         source: text lines (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or "-" for standard input, which holds
             text lines where a row needs one text alone, and JSON lines where it needs more.
         output: .csv or .jsonl file; None: CSV on standard output.
@@ -61,9 +73,10 @@ def predict(
         text_pair: column with the second text; None: as in training.
         answer_tokens: tokens of an answer at most, where it is a text; None: as in training.
         batch_size: rows a forward pass; None: as many as fit into memory.
-        bf16: compute in bfloat16.
+        bf16: compute in bfloat16 or, if False, in the precision of the weights; None: as the run evaluated.
         trust_remote_code: run Python code that comes with the base, if it needs any.
         allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
+        announce: takes a line about input that the model can hardly read.
 
     Raises:
         LightPeftError: bad input, or a model that does not say what its task is.
@@ -81,8 +94,16 @@ def predict(
     canonical = convert(rows, task.entry, what, answered=False)
     task.check_inputs(canonical, task.entry, what)
     opened = found.open(Wanted.of(task))
-    autocast = torch.bfloat16 if bf16 else None
-    columns = answer_rows(opened, found.tokenizer(), task, canonical, batch_size=batch_size, autocast=autocast)
+    columns = answer_rows(
+        opened,
+        found.tokenizer(),
+        task,
+        canonical,
+        batch_size=batch_size,
+        autocast=_precision(found, bf16),
+        padding=found.padding(task.config.max_length),
+        announce=announce,
+    )
     write_predictions(None if output is None else Path(output), rows, columns)
 
 
@@ -94,6 +115,8 @@ def answer_rows(
     *,
     batch_size: int | None = None,
     autocast: torch.dtype | None = None,
+    padding: int | None = None,
+    announce: Announce = warnings.warn,
 ) -> Columns:
     """What a live model answers.
 
@@ -103,6 +126,8 @@ def answer_rows(
         rows: in the columns of the task's kind; answers are not needed.
         batch_size: rows a forward pass; None: as many as fit into memory.
         autocast: half precision to compute in; None: that of the weights.
+        padding: batches are padded to a multiple of so many tokens; None: to their longest row.
+        announce: takes a line about rows that are mostly unknown tokens.
 
     Returns:
         Columns `label` and `p_<label>` of classes, `value` of regression, `answer` and `probability` of options,
@@ -115,8 +140,10 @@ def answer_rows(
     check_vocabulary(tokenizer, config)
     ensure_pad_token(tokenizer, config)
     encoded = task.encode_inputs(rows, tokenizer, task.config.max_length)
-    check_tokens(encoded, tokenizer, config, "the input")
-    run = Run(model, task.collator(tokenizer), batch_size, autocast)
+    doubt = doubt_of_tokens(encoded, tokenizer, config, "the input")
+    if doubt is not None:
+        announce(doubt)
+    run = Run(model, task.collator(tokenizer, padding), batch_size, autocast)
     return PREDICTING[task.answering](run, encoded, task, rows)
 
 
@@ -125,7 +152,7 @@ def _task(found: Found, columns: dict[str, str | None], answer_tokens: int | Non
     require(
         found.facts,
         f"{found.name} is a {found.kind} that does not say what task it was trained for; give a light adapter, a "
-        "merged light model or a run that made one",
+        "merged light model or a run",
     )
     task = restore_task(found.facts)
     given = {name: column for name, column in columns.items() if column is not None}
@@ -136,6 +163,13 @@ def _task(found: Found, columns: dict[str, str | None], answer_tokens: int | Non
     if answer_tokens is not None:
         task.config = replace(task.config, answer_tokens=answer_tokens)
     return task
+
+
+def _precision(found: Found, bf16: bool | None) -> torch.dtype | None:
+    """The half precision to compute in: what was asked for or, if nothing was, what the model's run evaluated in."""
+    if bf16 is None:
+        return found.precision
+    return torch.bfloat16 if bf16 else None
 
 
 def _read(task: Task, source: str | Path | None, example: str | None) -> tuple[Dataset, str]:

@@ -206,7 +206,7 @@ def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.d
         check_tokens(rows, tokenizer, found.config, "the test rows")
     model = found.open(Wanted.of(task))
     ensure_pad_token(tokenizer, transformers_model(model).config)
-    run = Run(model, task.collator(tokenizer), batch_size, autocast)
+    run = Run(model, task.collator(tokenizer, found.padding(length)), batch_size, autocast)
     outcomes = {prefix: outcome(run, rows, task) for prefix, rows in encoded.items()}
     return Measured(found, task, outcomes, parameter_report(model))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -30,6 +29,7 @@ from lightpeft.tasks import (
     check_vocabulary,
     ensure_pad_token,
     load_task,
+    padding_within,
     share_at_limit,
 )
 from lightpeft.training.arguments import check_given
@@ -60,8 +60,7 @@ class Workspace:
     def collator(self) -> Collator:
         """Rows to padded batches."""
         multiple, length = self.config.training.pad_to_multiple_of, self.config.data.max_length
-        fits = self.positions is None or math.ceil(length / multiple) * multiple <= self.positions
-        return self.task.collator(self.tokenizer, multiple if fits else None)
+        return self.task.collator(self.tokenizer, padding_within(multiple, length, self.positions))
 
     @property
     def pace(self) -> Pace:

@@ -19,6 +19,7 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype
+from lightpeft.models.families import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.peft_kinds.placing import peft_task_type
 from lightpeft.saved.description import base_facts
@@ -26,7 +27,7 @@ from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, r
 from lightpeft.saved.merging import MERGED, load_merged, read_merged
 from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.results import Model
-from lightpeft.tasks import Task, ensure_pad_token, restore_task
+from lightpeft.tasks import Task, ensure_pad_token, padding_within, restore_task
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,6 +101,12 @@ class Found(ABC):
     def precision(self) -> torch.dtype | None:
         """The half precision that its run computes in here under autocast; None: that of the weights."""
         return None if self.run is None else autocast_dtype(self.run.training)
+
+    def padding(self, max_length: int) -> int | None:
+        """What its run pads batches of rows of so many tokens to a multiple of; None: nothing but the longest row."""
+        if self.run is None:
+            return None
+        return padding_within(self.run.training.pad_to_multiple_of, max_length, max_positions(self.config))
 
     def checked(self) -> Self:
         """Itself, if the model, or the base of the adapter, is there."""

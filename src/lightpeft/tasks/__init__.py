@@ -26,7 +26,9 @@ from lightpeft.tasks.tokens import (
     check_max_length,
     check_tokens,
     check_vocabulary,
+    doubt_of_tokens,
     ensure_pad_token,
+    padding_within,
     share_at_limit,
 )
 
@@ -52,6 +54,7 @@ __all__ = [
     "check_tokens",
     "check_vocabulary",
     "convert",
+    "doubt_of_tokens",
     "encode_texts",
     "ensure_pad_token",
     "find_entry",
@@ -59,6 +62,7 @@ __all__ = [
     "is_decoder",
     "load_task",
     "load_test",
+    "padding_within",
     "read_rows",
     "restore_task",
     "run_settings",

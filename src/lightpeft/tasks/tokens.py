@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lightpeft.console.bars import Progress
-from lightpeft.errors import require
+from lightpeft.errors import LightPeftError, require
 
 T = TypeVar("T")
 
@@ -48,6 +49,16 @@ def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrain
     )
 
 
+def padding_within(multiple: int, max_length: int, positions: int | None) -> int | None:
+    """What to pad batches to a multiple of: None where rows of `max_length` tokens would outgrow the model by that.
+
+    Args:
+        positions: tokens that the model's position table has room for; None: any number.
+    """
+    fits = positions is None or math.ceil(max_length / multiple) * multiple <= positions
+    return multiple if fits else None
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig) -> None:
     """Refuse a tokenizer that cannot be the model's own, because it knows next to nothing of its vocabulary.
 
@@ -74,6 +85,19 @@ def check_tokens(
     Raises:
         LightPeftError: a token has no embedding, or most rows are mostly unknown tokens.
     """
+    doubt = doubt_of_tokens(encoded, tokenizer, model_config, what)
+    if doubt is not None:
+        raise LightPeftError(doubt)
+
+
+def doubt_of_tokens(
+    encoded: Dataset, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig, what: str
+) -> str | None:
+    """What `check_tokens` refuses most rows for, as its line; None where they are known.
+
+    Raises:
+        LightPeftError: a token has no embedding.
+    """
     embeddings, unread = _embeddings(model_config), 0
     for ids in _token_lists(encoded):
         highest = max(ids, default=0)
@@ -83,10 +107,11 @@ def check_tokens(
             f"{(embeddings or 0) - 1}; put the tokenizer that belongs to it into its folder",
         )
         unread += _mostly_unknown(ids, tokenizer)
-    require(
-        unread <= MOSTLY * len(encoded),
+    if unread <= MOSTLY * len(encoded):
+        return None
+    return (
         f"{what}: {unread} of {len(encoded)} rows are mostly tokens that the tokenizer does not know "
-        f"({tokenizer.unk_token}); give a model whose vocabulary fits these texts, or its own tokenizer",
+        f"({tokenizer.unk_token}); give a model whose vocabulary fits these texts, or its own tokenizer"
     )
 
 
