@@ -31,7 +31,7 @@ from lightpeft.files import file_checksum
 from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.light_adapter import as_light
-from lightpeft.saved.merging import MERGED, read_merged
+from lightpeft.saved.merging import MERGED, native_config, read_merged
 
 CLOSE = 3e-5
 """Merging adds LoRA's weights to the base's, which rounds."""

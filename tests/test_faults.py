@@ -309,6 +309,7 @@ def subjects(bench: Workbench, finished: Path) -> dict[str, tuple[Path, Callable
     assert lightpeft("plan", "--config", bench.yaml("planned", **SETTINGS)) == 2
     file = bench.yaml("planned", **SETTINGS)
     assert lightpeft("estimate", "--config", file) == lightpeft("plan", "--config", file) == 0
+    assert lightpeft("run", "--config", bench.yaml("plain", method="plain", **SETTINGS)) == 0
 
     def predictions(folder: Path) -> object:
         out = bench.folder / "predicted.csv"
@@ -324,14 +325,15 @@ def subjects(bench: Workbench, finished: Path) -> dict[str, tuple[Path, Callable
         "adapter": (finished / "adapter", predictions),
         "merged": (bench.folder / "merged", predictions),
         "finished run": (finished, predictions),
+        "plain run": (bench.folder / "plain", predictions),
         "planned run": (bench.folder / "planned", rerun),
         "run stopped in training": (bench.folder / "stopped", rerun),
         "run stopped in estimation": (bench.folder / "stopped_early", rerun),
     }
 
 
-WEIGHTS = {"adapter": 6, "merged": 5, "finished run": 4, "planned run": 1, "run stopped in training": 1}
-WEIGHTS |= {"run stopped in estimation": 1}
+WEIGHTS = {"adapter": 6, "merged": 5, "finished run": 4, "plain run": 4, "planned run": 1}
+WEIGHTS |= {"run stopped in training": 1, "run stopped in estimation": 1}
 """How often each is damaged: runs that go on take seconds."""
 
 
@@ -369,14 +371,15 @@ def test_damaged_files_give_the_same_or_one_line(
 DESCRIPTIONS = ["adapter/lightpeft.json", "plan.json", "estimation/estimation.json", "metrics.json"]
 
 
-@pytest.mark.parametrize("name", [*DESCRIPTIONS, "merged.json"])
+@pytest.mark.parametrize("name", [*DESCRIPTIONS, "merged.json", "task.json"])
 def test_a_description_that_its_author_made_odd(
     bench: Workbench, subjects: dict[str, Any], finished: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With checksums that fit: what it says may be another thing, but nothing ends in a traceback."""
-    good = bench.folder / "merged" if name == "merged.json" else finished
+    good = {"merged.json": bench.folder / "merged", "task.json": bench.folder / "plain"}.get(name, finished)
     commands = {
         "merged.json": [("predict", "{}", bench.test), ("inspect", "{}")],
+        "task.json": [("predict", "{}", bench.test), ("evaluate", "{}")],
         "adapter/lightpeft.json": [("predict", "{}", bench.test), ("inspect", "{}"), ("evaluate", "{}/adapter")],
         "plan.json": [("inspect", "{}/plan.json"), ("run", "--run", "{}")],
         "estimation/estimation.json": [("plan", "--run", "{}")],

@@ -13,7 +13,7 @@ from lightpeft.files import append_line, read_json, replacing_folder
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.saved.run_folder import RunFolder, flat, stored_config
+from lightpeft.saved.run_folder import RunFolder, flat, is_run
 
 _RECORD = "estimation.json"
 """File of an estimation that has the checksum of its scores."""
@@ -39,11 +39,11 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
         LightPeftError: there is none, it is damaged, it was made with other settings, or it leaves no plan that meets
             the budget.
     """
-    require((folder / "config.yaml").is_file(), f"{folder} is not a run folder, whose estimation could be taken")
+    require(is_run(folder), f"{folder} is not a run folder, whose estimation could be taken")
     require(
         folder.resolve() != Path(config.output).resolve(), f"{folder} is the output; give the folder of another run"
     )
-    donor = RunFolder(folder, stored_config(folder))
+    donor = RunFolder.at(folder)
     methods = sorted({config.method, donor.config.method})
     require(methods == ["light"], f"runs of method {' and '.join(methods)} share no estimation; both must be light")
     donor.need("estimate", "taking its estimation")
