@@ -29,8 +29,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from lightpeft.cli.command import quiet
 from lightpeft.files import write_json
 from lightpeft.models.families import block_specs
-from lightpeft.models.linears import dense_weight
-from lightpeft.models.quantised import prepare_quantised
+from lightpeft.models.linears import dense_weight, prepare_quantised
 from lightpeft.models.unwrap import base_linear
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.profiling import count_parameters, hardware, versions

@@ -20,8 +20,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lightpeft import EarlyPruner, LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
-from lightpeft.models.linears import dense_weight, fault, features, is_linear, slice_linear, stored_weight
-from lightpeft.models.quantised import logical_numel, prepare_quantised
+from lightpeft.models.linears import (
+    dense_weight,
+    fault,
+    features,
+    is_linear,
+    logical_numel,
+    prepare_quantised,
+    slice_linear,
+    stored_weight,
+)
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.light_adapter import as_light, load_light
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 from huggingface_hub import constants
+
+from lightpeft.compat.hub import go_offline
 
 
 def look_for(name: str) -> None:
@@ -18,8 +19,7 @@ def look_for(name: str) -> None:
     libraries ask them.
     """
     if not huggingface_hub.is_offline_mode() and not Path(name).expanduser().exists() and not _answers():
-        constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
+        go_offline()
 
 
 @functools.cache

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import datasets
 from peft import TaskType
@@ -26,14 +26,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
 from transformers.utils import logging as transformers_logging
-from transformers.utils.peft_utils import find_adapter_config_file
 
+from lightpeft.compat.transformers import forget_renaming, has_adapter
 from lightpeft.config import Head, ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_folder, check_weights, parsing
 from lightpeft.models import hub
 from lightpeft.models.families import check_not_refused
-from lightpeft.models.quantised import prepare_quantised
+from lightpeft.models.linears import prepare_quantised
 
 
 @dataclass(frozen=True)
@@ -150,28 +150,7 @@ def base_names(architecture: type[PreTrainedModel]) -> dict[str, str] | None:
 def keep_own_names(model: PreTrainedModel, mapping: Mapping[str, str] | None) -> None:
     """Let a model that was loaded with `base_names` be saved under its own names, so that it can be loaded plainly."""
     if mapping:
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
-
-
-def with_reader(architecture: type[PreTrainedModel], read: Callable[..., Any]) -> type[PreTrainedModel]:
-    """The class, with a `from_pretrained` whose weights `read` brings in; the models it makes are of the class itself.
-
-    transformers builds, renames, converts, casts and ties, as for any model.
-
-    Args:
-        read: takes the model on the meta device and the other arguments of transformers' `_load_pretrained_model`;
-            returns what that returns.
-    """
-
-    def load(model: PreTrainedModel, *rest: Any) -> Any:
-        model.__class__ = architecture
-        return read(model, *rest)
-
-    # transformers looks up settings by these names, and treats classes of other packages as code of the user's own
-    names = {"__module__": architecture.__module__, "__qualname__": architecture.__qualname__}
-    members = {**names, "_load_pretrained_model": staticmethod(load)}
-    return cast(type[PreTrainedModel], type(architecture.__name__, (architecture,), members))
+        forget_renaming(model, mapping)
 
 
 def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> None:
@@ -238,7 +217,7 @@ def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, An
         settings, _ = PretrainedConfig.get_config_dict(config.name, **place)
         check_config(settings, f"model {config.name}")
         # transformers would load the model that the adapter names and put the adapter into it
-        both = find_adapter_config_file(config.name, **place) is not None
+        both = has_adapter(config.name, **place)
         require(not both, f"model {config.name} has a PEFT adapter beside it; give a folder of the model alone")
     options = {**place, "gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
     if not weights:

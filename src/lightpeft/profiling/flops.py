@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightpeft.compat.transformers import attention_of
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
@@ -87,7 +88,7 @@ def kv_cache_bytes(model: nn.Module, batch: Batch) -> float | None:
 def _countable_attention(model: nn.Module) -> Iterator[None]:
     """Attention as plain matrix products; backends beside eager and SDPA are switched to SDPA meanwhile."""
     base: Any = transformers_model(model)
-    backend = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    backend = attention_of(getattr(base, "config", None))
     switch = backend not in (None, "eager", "sdpa")
     if switch:
         base.set_attn_implementation("sdpa")

@@ -12,7 +12,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from lightpeft.errors import require
-from lightpeft.models.quantised import logical_numel
+from lightpeft.models.linears import logical_numel
 
 
 @dataclass(frozen=True)

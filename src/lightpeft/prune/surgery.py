@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Cache
 
+from lightpeft.compat.transformers import grow_static_cache
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.arguments import change_arguments
@@ -330,17 +331,13 @@ def _adapt_generation(inner: Any, plan: PrunePlan) -> None:
     """Keep `generate` and its kin from counting on the heads of the dense model."""
     cut = [(spec, kept) for spec, kept in plan.parts if len(kept.heads) < spec.heads]
     if cut:
-        inner._get_static_cache_init_shape = _no_common_shape
+        grow_static_cache(inner)
     if any(0 < len(kept.kv_heads) < spec.kv_heads for spec, kept in cut):
         inner.init_continuous_batching = _no_continuous_batching
     settings = getattr(inner, "generation_config", None)
     if settings is not None and any(spec.neurons == 0 for spec, _ in cut):
         # numbers of cross-attention heads of the dense model, for the timestamps of Whisper's tokens
         vars(settings).pop("alignment_heads", None)
-
-
-def _no_common_shape() -> None:
-    """What transformers asks for to allocate a static cache in one go; None: it waits for the first keys."""
 
 
 def _no_continuous_batching(*args: Any, **kwargs: Any) -> Any:

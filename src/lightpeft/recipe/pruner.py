@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lightpeft.config import Budget, LightConfig, preset_light
 from lightpeft.errors import LightPeftError
-from lightpeft.models.quantised import prepare_quantised
+from lightpeft.models.linears import prepare_quantised
 from lightpeft.peft_kinds.sites import check_peft, find_sites, restart_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PretrainedConfig
 
+from lightpeft.compat.transformers import commit_of
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import check_values, from_dict
 from lightpeft.errors import require
@@ -119,8 +120,8 @@ def facts_of(model: LightModel) -> dict[str, Any]:
     config = inner.config
     return {
         "base": {
-            "id": getattr(config, "_name_or_path", ""),
-            "revision": getattr(config, "_commit_hash", None),
+            "id": config.name_or_path,
+            "revision": commit_of(config),
             "model_type": config.model_type,
             "architecture": type(inner).__name__,
             "dtype": str(inner.dtype).removeprefix("torch."),
@@ -173,7 +174,7 @@ def model_card(model: LightModel, title: str, what: str, loader: str) -> str:
         what: is in the folder.
         loader: name of the function of lightpeft that reads it.
     """
-    base = getattr(transformers_model(model).config, "_name_or_path", "") or "the base"
+    base = transformers_model(model).config.name_or_path or "the base"
     # a local path is of no use to a reader elsewhere, and not a valid hub id
     front = "" if Path(base).exists() else f"base_model: {base}\n"
     metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"

@@ -27,7 +27,7 @@ from lightpeft.files import (
 )
 from lightpeft.files.foreign import check_folder
 from lightpeft.models.families import block_specs
-from lightpeft.models.quantised import prepare_quantised
+from lightpeft.models.linears import prepare_quantised
 from lightpeft.peft_kinds.sites import hide_config, own_adapter
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightpeft.compat.transformers import Checkpoint, with_reader
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_file, file_checksum, read_json, replacing_folder, understandable, write_json
 from lightpeft.files.foreign import check_folder, parsing, read_config
-from lightpeft.models.loading import check_checkpoint, with_reader
+from lightpeft.models.loading import check_checkpoint
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
@@ -109,11 +110,11 @@ def load_merged(
     require(of_base, f"{folder / 'config.json'} is of another family than {MERGED} says")
     architecture = architecture_of(saved, "install the version that it was saved with")
 
-    def read(model: PreTrainedModel, *rest: Any) -> Any:
+    def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
         if not native:
             ensure_family(model)
             apply_plan(model, plan)
-        return architecture._load_pretrained_model(model, *rest)
+        return checkpoint.load(model)
 
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     with parsing(f"{folder} cannot be loaded"):

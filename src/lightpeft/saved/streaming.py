@@ -6,10 +6,7 @@ that are read from their file when they are asked for, and projections that are 
 
 from __future__ import annotations
 
-import copy
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -20,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
+from lightpeft.compat.torch import set_unseen, with_own_parameters
+from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
 from lightpeft.models.linears import slice_linear, stored_weight
-from lightpeft.models.loading import with_reader
 from lightpeft.plans.layout import cut_dim, kept_channels
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
@@ -62,14 +60,14 @@ class Stream:
                 projection has none.
         """
 
-        def read(model: PreTrainedModel, state_dict: Any, files: list[str] | None, config: Any, *rest: Any) -> Any:
-            _check_files(files, config)
+        def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
+            _check_files(checkpoint)
             self._check(model)
             self._places = dict(_places(model, self._plan))
             hook = register_module_parameter_registration_hook(self._receive)
             try:
-                with _one_at_a_time():
-                    result = architecture._load_pretrained_model(model, _on_disk(files or []), files, config, *rest)
+                with one_at_a_time():
+                    result = checkpoint.load(model, _on_disk(checkpoint.files))
             finally:
                 hook.remove()
             self._check_complete()
@@ -108,7 +106,7 @@ class Stream:
         place = self._places.get(module)
         if place is None or parameter.is_meta:
             return None
-        place.layer._parameters[name] = parameter
+        set_unseen(place.layer, name, parameter)
         if name == "weight":
             self._samples[place.name] = sample(stored_weight(place.layer))
         if place.index is None:
@@ -116,8 +114,8 @@ class Stream:
         if not any(other.is_meta for other in place.layer.parameters(recurse=False)):
             slice_linear(place.layer, place.index, place.dim)
             place.layer.to(self._device)
-        waiting: Any = module._parameters[name]
-        waiting._is_hf_initialized = True  # transformers would draw random values for it
+        waiting = module.get_parameter(name)
+        mark_read(waiting)
         return waiting
 
     def _check_complete(self) -> None:
@@ -145,9 +143,7 @@ def _places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module
     for spec, kept in (*plan.parts, *nothing):
         for slot, name in spec.projections.items():
             layer = model.get_submodule(name)
-            stand_in = copy.copy(layer)
-            stand_in.__dict__["_parameters"] = dict(layer._parameters)
-            yield layer, _Place(name, _kept(spec, kept, slot), cut_dim(slot), stand_in)
+            yield layer, _Place(name, _kept(spec, kept, slot), cut_dim(slot), with_own_parameters(layer))
 
 
 def _kept(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
@@ -157,9 +153,10 @@ def _kept(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
     return kept_channels(spec, kept, slot)
 
 
-def _check_files(files: list[str] | None, config: Any) -> None:
-    require(config.hf_quantizer is None, f"the base is quantised, which low_memory cannot read; {_INSTEAD}")
-    safe = bool(files) and all(str(file).endswith(".safetensors") for file in files or ())
+def _check_files(checkpoint: Checkpoint) -> None:
+    files = checkpoint.files
+    require(not checkpoint.quantised, f"the base is quantised, which low_memory cannot read; {_INSTEAD}")
+    safe = bool(files) and all(str(file).endswith(".safetensors") for file in files)
     require(
         safe, f"low_memory reads safetensors files, which the base does not have; {_INSTEAD}, or save the base in them"
     )
@@ -185,15 +182,3 @@ def _on_disk(files: Sequence[str]) -> dict[str, _OnDisk]:
         with safe_open(file, framework="pt") as opened:
             tensors.update({key: _OnDisk(file, key) for key in opened.keys()})  # noqa: SIM118 (it is no mapping)
     return tensors
-
-
-@contextmanager
-def _one_at_a_time() -> Iterator[None]:
-    """transformers' threads else read ahead of what has been cut, in the worst case the whole model."""
-    switch = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(switch) if before is None else os.environ.update({switch: before})

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lightpeft.compat.transformers import causal_loss, has_causal_loss, loss_instead
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.tasks.tokens import IGNORED
@@ -38,7 +38,7 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
     labelled = _Labelled(head.forward)
     handle = inner.register_forward_pre_hook(labelled.begin, with_kwargs=True)
     try:
-        with _loss_instead(inner, labelled.loss), instead(head, labelled.project):
+        with loss_instead(inner, labelled.loss), instead(head, labelled.project):
             yield
     finally:
         handle.remove()
@@ -46,7 +46,7 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
 
 def _has_usual_loss(inner: Any) -> bool:
     """Whether the model's forward hands logits, position by position, to transformers' loss: tried with two tokens."""
-    if getattr(inner, "loss_function", None) is not ForCausalLMLoss:
+    if not has_causal_loss(inner):
         return False
     seen: list[tuple[int, ...]] = []
 
@@ -58,24 +58,11 @@ def _has_usual_loss(inner: Any) -> bool:
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     state = torch.random.fork_rng([device] if device.type == "cuda" else [])  # dropout draws no numbers of the run's
     try:
-        with _loss_instead(inner, loss), torch.no_grad(), state:
+        with loss_instead(inner, loss), torch.no_grad(), state:
             inner(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens)
     except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
         return False
     return seen == [tuple(tokens.shape)]
-
-
-@contextmanager
-def _loss_instead(inner: Any, loss: Callable[..., Tensor]) -> Iterator[None]:
-    """Inside the block the model has another loss function."""
-    own = vars(inner).get("_loss_function")
-    inner.loss_function = loss
-    try:
-        yield
-    finally:
-        del inner._loss_function
-        if own is not None:
-            inner.loss_function = own
 
 
 class _Labelled:
@@ -111,4 +98,4 @@ class _Labelled:
         """transformers' loss, of the logits that are there."""
         if self._selected and self._next is not None:
             kwargs["shift_labels"] = self._next[self._next != IGNORED][None]
-        return ForCausalLMLoss(logits, labels, vocab_size, *args, **kwargs)
+        return causal_loss(logits, labels, vocab_size, *args, **kwargs)

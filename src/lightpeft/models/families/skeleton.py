@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lightpeft.compat.transformers import attention_of, forget_attention
 from lightpeft.errors import LightPeftError, require
 
 _LAYERS = 2
@@ -81,8 +82,8 @@ def skeleton_config(config: PretrainedConfig) -> Any:
         _fit_token_ids(small)
     if hasattr(small, "quantization_config"):
         del small.quantization_config
-    if config._attn_implementation not in ("sdpa", "eager"):
-        small._attn_implementation = None  # what needs an accelerator: the class's own choice instead
+    if attention_of(config) not in ("sdpa", "eager"):
+        forget_attention(small)  # what needs an accelerator: the class's own choice instead
     return small
 
 

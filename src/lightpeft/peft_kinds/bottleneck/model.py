@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightpeft.compat.peft import fitting_key
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
@@ -153,9 +153,9 @@ def _source_name(parallel_inputs: Mapping[str, str], target: str) -> str | None:
 
 def _size(config: BottleneckConfig, name: str) -> int:
     sizes = config.size_pattern
-    return sizes.get(name) or sizes.get(get_pattern_key(sizes.keys(), name), config.size)
+    return sizes.get(name) or sizes.get(fitting_key(sizes.keys(), name), config.size)
 
 
 def _fits(pattern: str, name: str) -> bool:
     """Whether a key of `size_pattern` is meant for the module."""
-    return bool(get_pattern_key([pattern], name) == pattern)
+    return fitting_key([pattern], name) == pattern

@@ -10,6 +10,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from lightpeft.compat.peft import forget_norms
 from lightpeft.models.linears import dense_weight, sliced
 from lightpeft.peft_kinds.sites.base import Report, observe_pair
 from lightpeft.peft_kinds.sites.lora import LoraSite
@@ -39,12 +40,12 @@ class DoraSite(LoraSite):
         else:
             direction = self._direction()
             self.magnitude.weight.mul_(direction[:, index].norm(dim=1) / direction.norm(dim=1))
-        self.magnitude._cache_clear()
+        forget_norms(self.magnitude)
         super().cut(index, dim)
 
     def keep_ranks(self, index: Tensor) -> None:
         super().keep_ranks(index)
-        self.magnitude._cache_clear()
+        forget_norms(self.magnitude)
 
     def delta(self, ranks: Tensor | None = None) -> None:
         """None: the norm over W and B A makes it more than a matrix beside W."""
@@ -53,7 +54,7 @@ class DoraSite(LoraSite):
     def restart(self) -> None:
         super().restart()
         self.magnitude.weight.copy_(self._direction().norm(dim=1))
-        self.magnitude._cache_clear()
+        forget_norms(self.magnitude)
 
     def _direction(self) -> Tensor:
         """V, [out, in], float32."""

@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightpeft.compat.torch import is_watched
 from lightpeft.models.patching import instead
 
 
@@ -80,8 +81,8 @@ class _Fused:
 
 def _bare(linear: nn.Linear) -> bool:
     """Whether nobody watches or changes what the layer computes, and its weight is an ordinary tensor."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return not any(hooks) and "forward" not in vars(linear) and type(linear.weight) is nn.Parameter
+    changed = is_watched(linear) or "forward" in vars(linear)
+    return not changed and type(linear.weight) is nn.Parameter
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from lightpeft.compat.peft import adapters_in
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.unwrap import base_layer, transformers_model
 from lightpeft.peft_kinds.sites.base import Site
@@ -52,7 +53,7 @@ def own_adapter(model: PeftModel) -> str:
     Raises:
         LightPeftError: there are several.
     """
-    in_layers = (name for layer in _tuner_layers(model) for name in layer._all_available_adapter_names())
+    in_layers = (name for layer in _tuner_layers(model) for name in adapters_in(layer))
     names = list(dict.fromkeys([*model.peft_config, *in_layers]))
     own = [name for name in names if name != REFERENCE] or names
     several = f"the model has adapters {', '.join(names)}; lightpeft prunes, and saves, one adapter at a time"

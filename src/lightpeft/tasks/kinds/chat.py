@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from lightpeft.compat.transformers import rendered_chat
 from lightpeft.config import Head, TaskEntry
 from lightpeft.console.bars import Progress, bar
 from lightpeft.errors import LightPeftError, require
@@ -212,12 +212,7 @@ def _rendered(
     """
     with limited(f"{place}: the chat template", _SECONDS, _MEMORY):
         try:
-            texts, marked = render_jinja_template(
-                conversations=[messages],
-                chat_template=tokenizer.get_chat_template(),
-                **tokenizer.special_tokens_map,
-                **options,
-            )
+            return rendered_chat(messages, tokenizer.get_chat_template(), **tokenizer.special_tokens_map, **options)
         except (
             TemplateError,
             ValueError,
@@ -229,4 +224,3 @@ def _rendered(
         ) as error:
             reason = " ".join(str(error).split())[:300]
             raise LightPeftError(f"{place}: the chat template refuses the messages: {reason}") from error
-    return texts[0], marked[0] if marked else []

@@ -1,0 +1,54 @@
+"""PEFT: its table of methods, and what its modules know of adapters beside what they tell."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+
+
+def method_named(name: str) -> PeftType:
+    """The member `name` of PEFT's enum of methods, added to it where it has none.
+
+    PEFT registers methods of others, but only under a name that its enum has, and an enum takes no members once its
+    class exists. So this writes what the enum's own machinery would have written for one more line of its class body.
+    """
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_ = member._value_ = name
+        member.__objclass__ = PeftType
+        member._sort_order_ = len(PeftType.__members__)
+        type.__setattr__(PeftType, name, member)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        # Python 3.13 answers `value in PeftType` from a list of its own
+        getattr(PeftType, "_hashable_values_", []).append(name)
+    return PeftType[name]
+
+
+def tuner_of(method: PeftType) -> type[Any] | None:
+    """The class that puts a method's modules into a model; None: nobody has registered one."""
+    return PEFT_TYPE_TO_TUNER_MAPPING.get(method)
+
+
+def fitting_key(keys: Collection[str], name: str) -> str:
+    """Which of the keys, regular expressions for the end of a module's name, PEFT takes for it; the name if none fits.
+
+    As in `LoraConfig.rank_pattern`.
+    """
+    return get_pattern_key(keys, name)
+
+
+def adapters_in(layer: BaseTunerLayer) -> list[str]:
+    """Names of all adapters that a module holds, active or not."""
+    return layer._all_available_adapter_names()
+
+
+def forget_norms(magnitude: Any) -> None:
+    """Have DoRA's module take the norms of its weights anew: they were changed under it."""
+    magnitude._cache_clear()

@@ -1,0 +1,26 @@
+"""PyTorch: the tables that a module keeps its parameters and hooks in."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks see, or may change, what the module computes."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def with_own_parameters(module: nn.Module) -> nn.Module:
+    """A copy of the module that holds the same parameters, until its own are set; all else is shared."""
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    return twin
+
+
+def set_unseen(module: nn.Module, name: str, parameter: Any) -> None:
+    """Set a parameter that the module has already; hooks on the registration of parameters are not called."""
+    module._parameters[name] = parameter

@@ -1,0 +1,157 @@
+"""transformers: how it reads weights into a model, and what models and configurations know beside their settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.peft_utils import find_adapter_config_file
+
+# Reading weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `from_pretrained` is about to read into a model on the meta device."""
+
+    files: Sequence[str]
+    """The files with the weights."""
+    quantised: bool
+    """Whether they are quantised, or are to be."""
+    _architecture: type[PreTrainedModel]
+    _tensors: Mapping[str, Any] | None
+    _options: tuple[Any, ...]
+
+    def load(self, model: PreTrainedModel, tensors: Mapping[str, Any] | None = None) -> Any:
+        """Let transformers rename, convert, cast and tie, and set the model's parameters.
+
+        Args:
+            tensors: by the names of the files; a tensor is indexed when it is its turn. None: those of the files.
+
+        Returns:
+            What a reader (`with_reader`) has to return.
+        """
+        tensors = self._tensors if tensors is None else tensors
+        return self._architecture._load_pretrained_model(model, tensors, self.files or None, *self._options)
+
+
+def with_reader(
+    architecture: type[PreTrainedModel], read: Callable[[PreTrainedModel, Checkpoint], Any]
+) -> type[PreTrainedModel]:
+    """The class, with a `from_pretrained` whose weights `read` brings in; the models it makes are of the class itself.
+
+    transformers builds, renames, converts, casts and ties, as for any model.
+
+    Args:
+        read: takes the model on the meta device and what there is to read; returns what `Checkpoint.load` returns.
+    """
+
+    def load(model: PreTrainedModel, tensors: Any, files: list[str] | None, settings: Any, *rest: Any) -> Any:
+        model.__class__ = architecture
+        quantised = settings.hf_quantizer is not None
+        return read(model, Checkpoint(files or (), quantised, architecture, tensors, (settings, *rest)))
+
+    # transformers looks up settings by these names, and treats classes of other packages as code of the user's own
+    names = {"__module__": architecture.__module__, "__qualname__": architecture.__qualname__}
+    members = {**names, "_load_pretrained_model": staticmethod(load)}
+    return cast(type[PreTrainedModel], type(architecture.__name__, (architecture,), members))
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Inside the block tensors are read when it is their turn; else threads read ahead, at worst the whole model."""
+    switch = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(switch) if before is None else os.environ.update({switch: before})
+
+
+def mark_read(parameter: Any) -> None:
+    """Let transformers take a parameter for one that has its weights; it else draws random values for it."""
+    parameter._is_hf_initialized = True
+
+
+def forget_renaming(model: PreTrainedModel, mapping: Mapping[str, str]) -> None:
+    """Save a model under its own names, although it was loaded with this `key_mapping`."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [each for each in conversions if not mapping.keys() & set(each.source_patterns)]
+
+
+def has_adapter(name: str, revision: str) -> bool:
+    """Whether a model on the hub or in a folder has a PEFT adapter beside it, which transformers would put into it."""
+    return find_adapter_config_file(name, revision=revision) is not None
+
+
+def commit_of(config: PretrainedConfig) -> str | None:
+    """The commit on the hub that a configuration was read from; None: it was not."""
+    return getattr(config, "_commit_hash", None)
+
+
+# Models
+
+
+def attention_of(config: PretrainedConfig | None) -> str | None:
+    """The attention backend of a model with this configuration; None where it is not chosen yet, or has no name."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def forget_attention(config: PretrainedConfig) -> None:
+    """Let the class that a model is made of choose its attention backend."""
+    config._attn_implementation = None
+
+
+def causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
+    """The loss of causal language models, [..., length, vocabulary] against [..., length]."""
+    return ForCausalLMLoss(logits, labels, vocab_size, *args, **kwargs)
+
+
+def has_causal_loss(model: PreTrainedModel) -> bool:
+    """Whether a model's loss is `causal_loss`, as far as it says so."""
+    return getattr(model, "loss_function", None) is ForCausalLMLoss
+
+
+@contextmanager
+def loss_instead(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside the block the model has another loss function."""
+    own = vars(model).get("_loss_function")
+    model.loss_function = loss
+    try:
+        yield
+    finally:
+        del model._loss_function
+        if own is not None:
+            model.loss_function = own
+
+
+def grow_static_cache(model: PreTrainedModel) -> None:
+    """Let `generate` allocate each layer's static cache at its first keys, and not all at once by the config."""
+    model._get_static_cache_init_shape = _no_common_shape
+
+
+def _no_common_shape() -> None:
+    """Takes the place of transformers' own, whose None means this."""
+
+
+# Chats
+
+
+def rendered_chat(
+    messages: Sequence[Mapping[str, Any]], template: str, **options: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """A chat as text, without tokenising it, and where in it are the parts that the template marks as generated.
+
+    Args:
+        options: those of `apply_chat_template`, and what else the template may read.
+    """
+    texts, marked = render_jinja_template(conversations=[messages], chat_template=template, **options)
+    return texts[0], marked[0] if marked else []

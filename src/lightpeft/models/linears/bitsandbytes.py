@@ -1,0 +1,143 @@
+"""Linear layers that bitsandbytes quantised, in 4 or 8 bits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightpeft.compat.bitsandbytes import (
+    class_of_layers,
+    codes,
+    cpu_kernel_is_right,
+    dequantised,
+    has_type,
+    keep_layout,
+    quant_state,
+    quantised_like,
+    row_scales,
+    set_row_quantised,
+)
+from lightpeft.models.linears.kinds import QuantisedKind
+
+
+class FourBitLinear(QuantisedKind):
+    """`Linear4bit` (QLoRA, Dettmers et al. 2023): NF4 or FP4 codes with one scale a block of 64 weights.
+
+    Blocks run along the rows, one row after the other. Rows that are whole blocks keep their codes and scales when rows
+    go, and so do columns that go by whole blocks (heads, where the head dimension is a multiple of the block size).
+    Cutting single columns forms new blocks. Under double quantisation the scales are quantised anew in any case.
+    """
+
+    def matches(self, layer: Any) -> bool:
+        return has_type(layer, "Linear4bit") and quant_state(layer.weight) is not None
+
+    def dense_weight(self, layer: Any) -> Tensor:
+        return _dense(layer.weight)
+
+    def stored_weight(self, layer: Any) -> Tensor:
+        shape = quant_state(layer.weight).shape
+        packed, _ = codes(layer.weight)
+        return torch.stack((packed >> 4, packed & 15), dim=-1).flatten()[: math.prod(shape)].view(shape)
+
+    def _cut_weight(self, layer: Any, index: Tensor, dim: int) -> None:
+        layer.weight = quantised_like(layer.weight, self.dense_weight(layer).index_select(dim, index), layer)
+        _fit_for_cpu(layer)
+
+
+class EightBitLinear(QuantisedKind):
+    """`Linear8bitLt` (LLM.int8(), Dettmers et al. 2022): one scale a row, so all cuts are exact."""
+
+    def matches(self, layer: Any) -> bool:
+        quantised = has_type(layer, "Linear8bitLt") and layer.weight.dtype == torch.int8
+        return quantised and row_scales(layer) is not None
+
+    def dense_weight(self, layer: Any) -> Tensor:
+        return layer.weight.data.float() * (row_scales(layer).unsqueeze(1) / 127)
+
+    def stored_weight(self, layer: Any) -> Tensor:
+        return layer.weight.data
+
+    def _cut_weight(self, layer: Any, index: Tensor, dim: int) -> None:
+        scales = row_scales(layer)
+        scales = scales.index_select(0, index) if dim == 0 else scales
+        set_row_quantised(layer, layer.weight.data.index_select(dim, index), scales)
+
+
+def prepare_quantised(model: nn.Module) -> None:
+    """Make a model with bitsandbytes layers, freshly loaded, fit to train and to prune; others are left as they are.
+
+    Layers that the checkpoint has no weights for (a task head) are of bitsandbytes' types, too, but nothing quantised
+    them; they become ordinary ones. 4-bit layers become right on CPUs, too.
+    """
+    four_bits = FourBitLinear()
+    for name, module in list(model.named_modules()):
+        if _never_quantised(module):
+            model.set_submodule(name, _ordinary(module))
+        elif four_bits.matches(module):
+            _fit_for_cpu(module)
+
+
+def logical_numel(parameter: Tensor) -> int:
+    """Weights that a parameter stands for; packed 4-bit weights are several an element."""
+    state = quant_state(parameter)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
+def _never_quantised(layer: Any) -> bool:
+    of_theirs = has_type(layer, "Linear4bit") or has_type(layer, "Linear8bitLt")
+    return of_theirs and type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
+
+
+def _ordinary(layer: Any) -> nn.Linear:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear.train(layer.training)
+
+
+def _fit_for_cpu(layer: Any) -> None:
+    """Make a 4-bit layer compute with its weight on CPUs as well, whatever its width."""
+    keep_layout(layer)
+    state = quant_state(layer.weight)
+    if not cpu_kernel_is_right(state.shape[1], state.blocksize):
+        layer.__class__ = _block_wise()
+
+
+def _dense(weight: Any) -> Tensor:
+    """A 4-bit weight, [out, in], in float32."""
+    state = quant_state(weight)
+    return dequantised(*codes(weight), state).view(state.shape)
+
+
+@functools.cache
+def _block_wise() -> type[Any]:
+    """bitsandbytes' `Linear4bit` for rows that its kernel for CPUs gets wrong."""
+    linear: Any = class_of_layers("Linear4bit")
+
+    class BlockWiseLinear4bit(linear):
+        """Dequantises block by block instead of row by row, in which shape the same kernel is right."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            """[..., in] -> [..., out]."""
+            if x.device.type != "cpu":
+                return super().forward(x)
+            result = _BlockWise.apply(x.to(self.compute_dtype or x.dtype), self.weight)
+            return (result if self.bias is None else result + self.bias.to(result.dtype)).to(x.dtype)
+
+    return BlockWiseLinear4bit
+
+
+class _BlockWise(torch.autograd.Function):
+    """`x @ weight.T`; the backward pass dequantises once more, so that no dense weight is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return x @ _dense(weight).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient @ _dense(ctx.weight).to(gradient.dtype), None

@@ -1,0 +1,81 @@
+"""Linear layers whose weight is kept in floating point: PyTorch's `Linear`, and transformers' `Conv1D`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightpeft.models.linears.kinds import DenseKind, sliced
+
+
+class PlainLinear(DenseKind):
+    """`torch.nn.Linear` with an ordinary floating-point weight."""
+
+    def matches(self, layer: nn.Module) -> bool:
+        weight = getattr(layer, "weight", None)
+        return isinstance(layer, nn.Linear) and type(weight) is nn.Parameter and _is_ordinary(weight)
+
+    def dense_weight(self, layer: Any) -> Tensor:
+        return layer.weight.detach()
+
+    def keep(self, layer: Any, index: Tensor, dim: int) -> None:
+        layer.weight = sliced(layer.weight, index, dim)
+        if dim == 0:
+            layer.out_features = len(index)
+            layer.bias = None if layer.bias is None else sliced(layer.bias, index, 0)
+        else:
+            layer.in_features = len(index)
+
+    def add(self, layer: Any, delta: Tensor | None, bias: Tensor) -> None:
+        layer.weight = _sum(layer.weight, delta)
+        layer.bias = _sum(layer.bias, bias) if layer.bias is not None else _frozen(bias.to(layer.weight.dtype))
+
+
+class TransposedLinear(DenseKind):
+    """transformers' `Conv1D`: a linear layer whose weight is [in, out] (GPT-2)."""
+
+    def matches(self, layer: nn.Module) -> bool:
+        return isinstance(layer, Conv1D)
+
+    def dense_weight(self, layer: Any) -> Tensor:
+        return layer.weight.detach().T
+
+    def keep(self, layer: Any, index: Tensor, dim: int) -> None:
+        layer.weight = sliced(layer.weight, index, 1 - dim)
+        if dim == 0:
+            layer.bias = sliced(layer.bias, index, 0)
+            layer.nf = len(index)
+        else:
+            layer.nx = len(index)
+            if not len(index):
+                layer.__class__ = WithoutInputs
+
+    def add(self, layer: Any, delta: Tensor | None, bias: Tensor) -> None:
+        layer.weight = _sum(layer.weight, None if delta is None else delta.T)
+        layer.bias = _sum(layer.bias, bias)
+
+
+class WithoutInputs(Conv1D):
+    """A `Conv1D` that lost all its inputs: its bias is left. (PyTorch's `Linear` does this by itself.)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 0] -> [..., out]."""
+        return self.bias.expand(*x.shape[:-1], self.nf)
+
+
+def _sum(parameter: nn.Parameter, change: Tensor | None) -> nn.Parameter:
+    """A new parameter, added up in float32; it trains if the old one does."""
+    if change is None:
+        return parameter
+    total = (parameter.detach().float() + change.float()).to(parameter.dtype)
+    return nn.Parameter(total, requires_grad=parameter.requires_grad)
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
+def _is_ordinary(weight: Tensor) -> bool:
+    return type(weight.data) is Tensor and weight.is_floating_point()

@@ -1,0 +1,97 @@
+"""Finding the kind of a linear layer, and asking it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.models.linears.bitsandbytes import EightBitLinear, FourBitLinear
+from lightpeft.models.linears.kinds import DenseKind, LinearKind
+from lightpeft.models.linears.plain import PlainLinear, TransposedLinear
+from lightpeft.models.linears.torchao import TorchaoLinear
+
+KINDS: tuple[LinearKind, ...] = (PlainLinear(), TransposedLinear(), FourBitLinear(), EightBitLinear(), TorchaoLinear())
+"""The kinds of linear layers that can be cut."""
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether the layer is a linear layer that can be cut."""
+    return any(kind.matches(layer) for kind in KINDS)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The layer's weight as an [out, in] tensor without a graph.
+
+    Raises:
+        LightPeftError: not a linear layer that can be cut.
+    """
+    return _kind(layer).dense_weight(layer)
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    """What a linear layer keeps its weight as, [out, in]: the weight itself, or the integers of a quantised one."""
+    return _kind(layer).stored_weight(layer)
+
+
+def features(layer: nn.Module) -> tuple[int, int]:
+    """Output and input features of a linear layer."""
+    return _kind(layer).features(layer)
+
+
+def fault(layer: nn.Module, width: int, dim: int) -> str | None:
+    """Why a linear layer cannot be cut to `width` output (`dim` 0) or input features (`dim` 1); None: it can."""
+    return _kind(layer).fault(layer, width, dim)
+
+
+def describe(layer: nn.Module) -> str:
+    """A layer's type for messages, with that of its weight where that is a type of its own."""
+    weight = getattr(layer, "weight", None)
+    own = "" if weight is None or type(weight) in (nn.Parameter, Tensor) else f" with a {_name(weight)} weight"
+    return f"{_name(layer)}{own}"
+
+
+@torch.no_grad()
+def slice_linear(layer: Any, index: Tensor, dim: int) -> None:
+    """Keep output features (`dim` 0) or input features (`dim` 1) of a linear layer; the rest is freed.
+
+    Raises:
+        LightPeftError: not a linear layer that can be cut, or not to this width; nothing was cut.
+    """
+    kind = _kind(layer)
+    reason = kind.fault(layer, len(index), dim)
+    require(reason is None, f"a {describe(layer)} cannot be cut: {reason}")
+    kind.keep(layer, index.to(layer.weight.device), dim)
+
+
+@torch.no_grad()
+def add_to_linear(layer: Any, delta: Tensor | None, bias: Tensor) -> None:
+    """Give a linear layer a weight that is larger by `delta` [out, in] and a bias that is larger by `bias` [out].
+
+    The tensors that it held, which others may share, stay as they are; a layer without a bias gets one.
+
+    Raises:
+        LightPeftError: nothing can be added to a layer of this kind.
+    """
+    kind = _kind(layer)
+    if not isinstance(kind, DenseKind):
+        raise LightPeftError(f"nothing can be added to a {describe(layer)}")
+    kind.add(layer, delta, bias)
+
+
+def can_be_added_to(layer: nn.Module) -> bool:
+    """Whether `add_to_linear` works: the weight is kept in floating point."""
+    return isinstance(_kind(layer), DenseKind)
+
+
+def _kind(layer: nn.Module) -> LinearKind:
+    for kind in KINDS:
+        if kind.matches(layer):
+            return kind
+    raise LightPeftError(f"a {describe(layer)} cannot be pruned")
+
+
+def _name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__name__}"
