@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read by the Hugging Face libraries when they are imported, so set before any test module imports them.
@@ -18,7 +19,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from lightpeft.config import LightConfig
+from lightpeft.config import light
 
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
@@ -76,10 +77,11 @@ def fetched(name: str, option: str = "") -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_examples_are_enough() -> None:
+def few_examples_are_enough() -> Iterator[None]:
     """Tiny models are estimated on a handful of rows; tests of `light.least_examples` give it."""
-    assert LightConfig.__init__.__kwdefaults__ is not None
-    LightConfig.__init__.__kwdefaults__["least_examples"] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(light, "LEAST_EXAMPLES", 0)
+        yield
 
 
 @pytest.fixture(scope="session")

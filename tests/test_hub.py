@@ -1,14 +1,16 @@
-"""Names on the hub, without a network: one line at once, and what is in the cache is used."""
+"""Names on the hub, without a network: one line at once; what is in the cache is used, in the revision asked for."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -26,9 +28,9 @@ def unknown(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nobody has asked yet, and nothing says that there is no network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    hub._answers.cache_clear()
+    hub.answers.cache_clear()
     yield
-    hub._answers.cache_clear()
+    hub.answers.cache_clear()
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -77,24 +79,38 @@ def test_nobody_is_asked_for_folders_or_offline(
     assert answering.asked == 0
 
 
-def cached(home: Path, name: str) -> None:
-    """A model in the hub's cache."""
+def cached(home: Path, name: str, *, seed: int = 0, tag: str = "main") -> str:
+    """A model in the hub's cache; returns its commit."""
     folder = home / "hub" / f"models--{name.replace('/', '--')}"
-    revision = "0" * 40
-    save_base(folder / "snapshots" / revision)
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text(revision, encoding="utf-8")
+    commit = f"{seed:040x}"
+    save_base(folder / "snapshots" / commit, seed=seed)
+    (folder / "refs").mkdir(exist_ok=True)
+    (folder / "refs" / tag).write_text(commit, encoding="utf-8")
+    return commit
+
+
+def offline(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are started from here have this cache, and no network."""
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+
+
+def answer_of(program: str, *arguments: object) -> dict[str, Any]:
+    """What a program prints, as JSON."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Retrying" not in done.stderr
+    return dict(json.loads(done.stdout))
 
 
 def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cached model is loaded; for others, and for data sets, one line says that there is no network."""
     cached(tmp_path, "someone/tiny")
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    done = subprocess.run([sys.executable, "-c", _LOADING], capture_output=True, text=True, timeout=120, check=False)
-    assert "Retrying" not in done.stderr
-    found = json.loads(done.stdout)
+    offline(tmp_path, monkeypatch)
+    found = answer_of(_LOADING)
     assert found["model"] == "bert"
     assert found["tokens"] > 0
     assert "couldn't find them in the cached files" in found["other"]
@@ -108,8 +124,8 @@ import json, time
 from lightpeft.cli.command import quiet
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.loading import load_model_config, load_tokenizer
-from lightpeft.tasks.reading import read_hub
+from lightpeft.models.loading import load_model_config, load_tokenizer
+from lightpeft.tasks.rows.reading import read_hub
 
 def line(load, *arguments):
     try:
@@ -125,4 +141,37 @@ found["other"] = line(load_model_config, ModelConfig(name="someone/other"))
 found["data"] = line(read_hub, "someone/rows", "data.train")
 found["seconds"] = time.monotonic() - started
 print(json.dumps(found))
+"""
+
+
+def test_a_light_adapter_names_the_commit_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base moves on; the adapter is loaded on the one it was trained on."""
+    older, newer = (cached(tmp_path, "someone/tiny", seed=seed, tag=tag) for seed, tag in ((1, "v1"), (2, "main")))
+    offline(tmp_path, monkeypatch)
+    found = answer_of(_SAVING, tmp_path / "adapter")
+    assert older != newer and found == {"saved": older, "loaded": older, "saved again": older}
+
+
+_SAVING = """
+import json, sys
+from tiny import plan_for, with_lora
+from lightpeft.cli.command import quiet
+from lightpeft.config import ModelConfig, light
+from lightpeft.models.loading import load_model
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.light_adapter import as_light, load_light, read_description
+
+def revision(folder):
+    return read_description(folder)["base"]["revision"]
+
+quiet()
+light.LEAST_EXAMPLES = 0
+model = with_lora(load_model(ModelConfig(name="someone/tiny", revision="v1"), "classification", ["a", "b"]).model)
+plan = plan_for(model)
+apply_plan(model, plan)
+as_light(model, plan).save_pretrained(sys.argv[1])
+loaded = load_light(sys.argv[1])
+found = {"saved": revision(sys.argv[1]), "loaded": loaded.get_base_model().light_revision}
+loaded.save_pretrained(sys.argv[1] + "-again")
+print(json.dumps({**found, "saved again": revision(sys.argv[1] + "-again")}))
 """

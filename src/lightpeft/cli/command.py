@@ -19,6 +19,7 @@ from rich.console import Console
 
 from lightpeft import __version__
 from lightpeft.cli.hints import explained
+from lightpeft.compat.argparse import options_of
 from lightpeft.config import PRESETS, SWITCHES, RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml, shown
 from lightpeft.console import streams
@@ -130,7 +131,7 @@ def _parser(asked: str | None) -> tuple[ArgumentParser, list[str]]:
         )
         if verb == asked:
             _OPTIONS.get(verb, _stage_options)(subparser)
-            known = [option for action in subparser._actions for option in action.option_strings]
+            known = options_of(subparser)
         verbs.add_subcommand(verb, subparser, help=description)
     return parser, known
 

@@ -92,11 +92,6 @@ def has_adapter(name: str, revision: str) -> bool:
     return find_adapter_config_file(name, revision=revision) is not None
 
 
-def commit_of(config: PretrainedConfig) -> str | None:
-    """The commit on the hub that a configuration was read from; None: it was not."""
-    return getattr(config, "_commit_hash", None)
-
-
 # Models
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lightpeft.config.validation import check_most, check_values
@@ -20,6 +20,8 @@ RefitForm = Literal["none", "bias", "low_rank"]
 WIDEST = 2**16
 """What ranks and widths may be: no model's hidden size is larger."""
 
+LEAST_EXAMPLES = 256
+"""`LightConfig.least_examples` where nothing else is said, read whenever settings are made."""
 MOST_ROWS = 2**20
 """Rows that may go into a step."""
 _HEAVIEST = 10**6
@@ -135,7 +137,7 @@ class LightConfig(Budget):
     """`length: auto` and `least_steps` stop at this part of the whole run at the latest."""
     least_steps: int = 2
     """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
-    least_examples: int = 256
+    least_examples: int = field(default_factory=lambda: LEAST_EXAMPLES)
     """Examples, repeated ones included, that the stage's second half scores at least; from fewer no plan is made. A
     stage whose `length` is a part of the run is longer for it, up to `max_fraction`."""
     refit: RefitForm = "none"

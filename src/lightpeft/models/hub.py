@@ -18,12 +18,25 @@ def look_for(name: str) -> None:
     is in the cache. HF_HUB_ETAG_TIMEOUT says how many seconds an answer may take; mirrors and proxies are asked as the
     libraries ask them.
     """
-    if not huggingface_hub.is_offline_mode() and not Path(name).expanduser().exists() and not _answers():
+    if not huggingface_hub.is_offline_mode() and not Path(name).expanduser().exists() and not answers():
         go_offline()
 
 
+def commit_of(name: str, file: str, revision: str | None = None) -> str | None:
+    """The commit of a model on the hub that `file` was just read of, as the cache has it; None: the model is a folder.
+
+    Args:
+        revision: that it was asked for; None: the hub's main branch.
+    """
+    if Path(name).expanduser().exists():
+        return None
+    found = huggingface_hub.try_to_load_from_cache(name, file, revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 @functools.cache
-def _answers() -> bool:
+def answers() -> bool:
+    """Whether the hub answers, which is asked once in a process."""
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception:  # noqa: BLE001 - which ones there are depends on the HTTP library of the hub's client

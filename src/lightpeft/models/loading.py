@@ -129,10 +129,16 @@ def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, t
         )
     if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
         del model.config.quantization_config  # the weights were dequantised on loading
-    model.light_gguf_file = config.gguf_file
+    remember_origin(model, config)
     keep_own_names(model, names)
     prepare_quantised(model)
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
+
+
+def remember_origin(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Note on a model what it was read from, as far as its own configuration does not say it."""
+    model.light_gguf_file = config.gguf_file
+    model.light_revision = hub.commit_of(config.name, config.gguf_file or "config.json", config.revision)
 
 
 def base_names(architecture: type[PreTrainedModel]) -> dict[str, str] | None:

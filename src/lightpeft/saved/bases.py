@@ -12,7 +12,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
-from lightpeft.models.loading import base_names, check_checkpoint, keep_own_names, quietly
+from lightpeft.models.loading import base_names, check_checkpoint, keep_own_names, quietly, remember_origin
 from lightpeft.saved.description import BaseFacts
 from lightpeft.saved.streaming import Stream
 
@@ -71,6 +71,7 @@ def load_base(
             **options,
         )
     keep_own_names(loaded, names)
+    remember_origin(loaded, model)
     return loaded, sorted(info["missing_keys"])
 
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PretrainedConfig
 
-from lightpeft.compat.transformers import commit_of
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import check_values, from_dict
 from lightpeft.errors import require
@@ -121,7 +120,7 @@ def facts_of(model: LightModel) -> dict[str, Any]:
     return {
         "base": {
             "id": config.name_or_path,
-            "revision": commit_of(config),
+            "revision": getattr(inner, "light_revision", None),
             "model_type": config.model_type,
             "architecture": type(inner).__name__,
             "dtype": str(inner.dtype).removeprefix("torch."),

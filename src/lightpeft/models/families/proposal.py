@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from lightpeft.compat.torch import is_convolution
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families.probing import Probe, block_slots, run
 from lightpeft.models.families.skeleton import random_inputs
@@ -137,7 +138,7 @@ def _attentions(small: PreTrainedModel, path: str, block: nn.Module) -> Iterator
 
 def _check_no_experts(block: nn.Module, where: str) -> None:
     for name, module in block.named_modules():
-        own = module.named_parameters(recurse=False) if not isinstance(module, nn.modules.conv._ConvNd) else ()
+        own = module.named_parameters(recurse=False) if not is_convolution(module) else ()
         for key, parameter in own:
             require(
                 parameter.dim() < 3,

@@ -1,0 +1,567 @@
+"""What lightpeft uses of other libraries although they do not promise it: one test a name, which says what it is for.
+
+Where one fails after an update of a library, its module in `lightpeft/compat` has to find another way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import jsonargparse
+import peft.tuners.lora.dora
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import LoraConfig, PeftType, get_peft_model
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from safetensors.torch import load_file
+from tiny import batch, make, with_lora
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import (
+    BertForSequenceClassification,
+    BitsAndBytesConfig,
+    GenerationMixin,
+    LlamaForQuestionAnswering,
+    PreTrainedModel,
+    Trainer,
+)
+
+from lightpeft.compat import argparse as of_argparse
+from lightpeft.compat import bitsandbytes as bnb
+from lightpeft.compat import hub, torchao
+from lightpeft.compat import peft as of_peft
+from lightpeft.compat import torch as of_torch
+from lightpeft.compat import transformers as of_transformers
+from lightpeft.compat.transformers import Checkpoint
+
+SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
+
+
+@contextmanager
+def needed_for(use: str) -> Iterator[None]:
+    """Whatever goes wrong inside the block, the test says what lightpeft can no longer do."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"lightpeft needs this for {use}") from error
+
+
+# Private names are used in compat alone
+
+HOOKS: dict[type, dict[str, str]] = {
+    Trainer: {
+        "_get_train_sampler": "batches that depend on seed and epoch alone, so that a run resumes with the same ones",
+        "_save_checkpoint": "one line about a full disk",
+    },
+    BaseTuner: {
+        "_prepare_adapter_config": "placements of bottleneck adapters",
+        "_create_and_replace": "bottleneck adapters as a PEFT method",
+        "_replace_module": "bottleneck adapters as a PEFT method",
+        "_check_merge_allowed": "the line that bottleneck adapters cannot be merged",
+        "_remove_adapter_name_from_key": "saving bottleneck adapters",
+    },
+    BaseTunerLayer: {
+        "_cast_input_dtype": "bottleneck adapters of another data type than the base",
+        "_move_adapter_to_device_of_base_layer": "bottleneck adapters on accelerators",
+        "_disable_adapters": "switching bottleneck adapters off",
+        "_active_adapter": "switching between bottleneck adapters",
+    },
+}
+"""Private methods and attributes of classes that lightpeft's classes extend, and what each is for."""
+
+
+@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in HOOKS.items() for name in names])
+def test_what_subclasses_extend(owner: type, name: str) -> None:
+    assert hasattr(owner, name), f"lightpeft needs {owner.__name__}.{name} for {HOOKS[owner][name]}"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name != "_"
+
+
+def own_names(tree: ast.AST) -> Iterator[str]:
+    """Private names that the code gives to things of its own."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def used_names(tree: ast.AST) -> Iterator[str]:
+    """Private names that the code reaches for: attributes, imports, and strings that name one."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.ImportFrom) and not str(node.module).startswith("lightpeft"):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr", "delattr"):
+            yield from (each.value for each in node.args[1:2] if isinstance(each, ast.Constant))
+
+
+def foreign_names(sources: dict[str, str]) -> list[str]:
+    """`file: name` of each private name that the sources use and do not define."""
+    trees = {file: ast.parse(source) for file, source in sources.items()}
+    known = {name for tree in trees.values() for name in own_names(tree)}
+    known |= {name for names in HOOKS.values() for name in names}
+    used = {(file, name) for file, tree in trees.items() for name in used_names(tree) if is_private(name)}
+    return sorted(f"{file}: {name}" for file, name in used if name not in known)
+
+
+def test_private_names_of_libraries_are_used_in_compat_alone() -> None:
+    files = [path for path in SOURCE.rglob("*.py") if "compat" not in path.relative_to(SOURCE).parts]
+    found = foreign_names({str(path.relative_to(SOURCE)): path.read_text(encoding="utf-8") for path in files})
+    assert not found, f"these belong in lightpeft/compat, with a test here: {', '.join(found)}"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("model._weights", ["a.py: _weights"]),
+        ("self._weights", ["a.py: _weights"]),
+        ("self._weights = 1\nother._weights", []),
+        ("def _help(): ...\nmodule._help()", []),
+        ("from torch.utils import _pytree", ["a.py: _pytree"]),
+        ("from lightpeft.files import _limit", []),
+        ("getattr(model, '_weights', None)", ["a.py: _weights"]),
+        ("model.__dict__, model.weights, model.weight_", []),
+        ("super()._save_checkpoint()", []),
+    ],
+)
+def test_the_rule_itself(source: str, found: list[str]) -> None:
+    assert foreign_names({"a.py": source}) == found
+
+
+# argparse
+
+
+@pytest.mark.parametrize("parser", [argparse.ArgumentParser, jsonargparse.ArgumentParser])
+def test_options_of_a_parser(parser: type[argparse.ArgumentParser]) -> None:
+    with needed_for("what was meant by an option that there is not"):
+        verb = parser(exit_on_error=False)
+        verb.add_argument("--overwrite", "-o")
+        assert of_argparse.options_of(verb)[:2] == ["-h", "--help"] and "--overwrite" in of_argparse.options_of(verb)
+
+
+# PyTorch
+
+
+def test_hooks_of_modules() -> None:
+    with needed_for("leaving LoRA layers whose parts are watched to PEFT"):
+        for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+            linear = nn.Linear(2, 2)
+            assert not of_torch.is_watched(linear)
+            handle = getattr(linear, f"register_{register}")(lambda *_: None)
+            assert of_torch.is_watched(linear), register
+            handle.remove()
+            assert not of_torch.is_watched(linear), register
+
+
+def test_tables_of_parameters() -> None:
+    with needed_for("load_light(low_memory=True), which cuts weights as they arrive"):
+        linear = nn.Linear(2, 2)
+        twin, weight = of_torch.with_own_parameters(linear), linear.weight
+        seen: list[str] = []
+        handle = register_module_parameter_registration_hook(lambda module, name, parameter: seen.append(name))
+        try:
+            assert twin.weight is weight
+            of_torch.set_unseen(twin, "weight", nn.Parameter(torch.ones(2, 2)))
+            assert not seen and bool((twin(torch.ones(2)) - linear.bias == 2).all())
+            assert linear.weight is weight
+            linear.weight = nn.Parameter(torch.zeros(2, 2))
+            assert seen == ["weight"]
+        finally:
+            handle.remove()
+
+
+def test_convolutions() -> None:
+    with needed_for("telling a mixture of experts from a convolution in families that are not listed"):
+        for convolution in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.ConvTranspose3d(1, 1, 1)):
+            assert of_torch.is_convolution(convolution)
+        assert not of_torch.is_convolution(nn.Linear(1, 1))
+
+
+# transformers
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A tiny model's folder."""
+    make("bert").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+class Lazy:
+    """A tensor that is read when it is indexed."""
+
+    def __init__(self, tensor: Tensor, readers: list[str]) -> None:
+        self.tensor, self.readers = tensor, readers
+
+    def __getitem__(self, index: Any) -> Tensor:
+        self.readers.append(threading.current_thread().name)
+        return self.tensor[index]
+
+
+def test_reading_weights(base: Path) -> None:
+    seen: list[Checkpoint] = []
+
+    def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
+        assert type(model) is BertForSequenceClassification and next(model.parameters()).is_meta
+        seen.append(checkpoint)
+        return checkpoint.load(model)
+
+    with needed_for("load_merged and load_light(low_memory=True): cutting a model before its weights are read"):
+        model = of_transformers.with_reader(BertForSequenceClassification, read).from_pretrained(base)
+        assert type(model) is BertForSequenceClassification
+        assert [Path(file).name for file in seen[0].files] == ["model.safetensors"] and not seen[0].quantised
+        expected = load_file(base / "model.safetensors")
+        assert all(tensor.equal(expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_reading_tensors_one_at_a_time(base: Path) -> None:
+    stored, readers = load_file(base / "model.safetensors"), list[str]()
+
+    def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
+        with of_transformers.one_at_a_time():
+            return checkpoint.load(model, {name: Lazy(tensor, readers) for name, tensor in stored.items()})
+
+    with needed_for("load_light(low_memory=True): no more than one dense tensor in memory"):
+        model = of_transformers.with_reader(BertForSequenceClassification, read).from_pretrained(base)
+        assert model.classifier.weight.equal(stored["classifier.weight"])
+        assert len(readers) >= len(stored) and set(readers) == {threading.main_thread().name}
+
+
+def test_quantised_checkpoints_are_known(base: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    seen: list[bool] = []
+
+    def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
+        seen.append(checkpoint.quantised)
+        return checkpoint.load(model)
+
+    with needed_for("the line that low_memory cannot read quantised weights"):
+        loader = of_transformers.with_reader(BertForSequenceClassification, read)
+        loader.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+        assert seen == [True]
+
+
+def test_parameters_that_count_as_read(base: Path) -> None:
+    def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
+        done = checkpoint.load(model)
+        for linear in (model.classifier, model.bert.pooler.dense):
+            of_torch.set_unseen(linear, "weight", nn.Parameter(torch.full_like(linear.weight, 7.0)))
+        of_transformers.mark_read(model.classifier.weight)
+        return done
+
+    with needed_for("load_light(low_memory=True): projections that wait for their cut weights are not drawn at random"):
+        model = of_transformers.with_reader(BertForSequenceClassification, read).from_pretrained(base)
+        assert bool((model.classifier.weight == 7).all()), "marked"
+        assert not bool((model.bert.pooler.dense.weight == 7).any()), "not marked"
+
+
+def test_names_that_weights_are_saved_under(tmp_path: Path) -> None:
+    make("llama-gqa").save_pretrained(tmp_path / "base")
+    renaming = {r"^model\.": "transformer."}
+    with needed_for("merged models for question answering that load plainly"):
+        model = LlamaForQuestionAnswering.from_pretrained(tmp_path / "base", key_mapping=renaming)
+        of_transformers.forget_renaming(model, renaming)
+        model.save_pretrained(tmp_path / "saved")
+        assert load_file(tmp_path / "saved" / "model.safetensors").keys() == model.state_dict().keys()
+
+
+def test_adapters_beside_a_model(base: Path) -> None:
+    with needed_for("the line that a model's folder has an adapter beside it"):
+        assert not of_transformers.has_adapter(str(base), revision="main")
+        with_lora(make("bert")).save_pretrained(str(base))
+        assert of_transformers.has_adapter(str(base), revision="main")
+
+
+def test_attention_backends() -> None:
+    with needed_for("counting FLOPs whatever the attention backend, and looking at families that are not listed"):
+        model = make("bert", attn_implementation="eager")
+        assert of_transformers.attention_of(model.config) == "eager"
+        model.set_attn_implementation("sdpa")
+        assert of_transformers.attention_of(model.config) == "sdpa"
+        model.config.update({"attn_implementation": "eager"})
+        of_transformers.forget_attention(model.config)
+        assert of_transformers.attention_of(type(model)(model.config).config) == "sdpa", "the class's own choice"
+        assert of_transformers.attention_of(None) is None
+
+
+def test_the_loss_of_language_models() -> None:
+    model, inputs = make("llama-gqa"), batch(labels=False)
+    with needed_for("computing logits in training only where the loss reads them"):
+        assert of_transformers.has_causal_loss(model) and not of_transformers.has_causal_loss(make("bert"))
+        logits, labels = model(**inputs).logits, inputs["input_ids"]
+        expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        size = model.config.vocab_size
+        torch.testing.assert_close(of_transformers.causal_loss(logits, labels, size), expected)
+        shifted = {"shift_labels": labels[:, 1:].contiguous()}
+        torch.testing.assert_close(
+            of_transformers.causal_loss(logits[:, :-1].contiguous(), labels, size, **shifted), expected
+        )
+
+
+def test_another_loss_for_a_while() -> None:
+    model = make("llama-gqa")
+    usual, inputs = model.loss_function, batch(labels=False)
+
+    def loss() -> float:
+        return float(model(**inputs, labels=inputs["input_ids"]).loss.detach())
+
+    before = loss()
+    with needed_for("computing logits in training only where the loss reads them"):
+        with of_transformers.loss_instead(model, lambda *args, **options: torch.tensor(7.0)):
+            assert loss() == 7
+            with of_transformers.loss_instead(model, lambda *args, **options: torch.tensor(8.0)):
+                assert loss() == 8
+            assert loss() == 7
+        assert loss() == before and model.loss_function is usual
+
+
+def test_the_shape_of_static_caches() -> None:
+    with needed_for("generate() with a static cache after heads were cut"):
+        model = make("llama-gqa")
+        heads, _ = model._get_static_cache_init_shape()
+        assert heads == model.config.num_key_value_heads, "which holds for no layer that lost some"
+        of_transformers.grow_static_cache(model)
+        assert model._get_static_cache_init_shape() is None
+        assert "None" in str(GenerationMixin._get_static_cache_init_shape.__doc__), "and means: not yet"
+
+
+def test_chats_as_text() -> None:
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
+    chat = [{"role": "assistant", "content": "Yes"}]
+    with needed_for("training on chats, on the assistant's part alone"):
+        options = {"eos_token": ".", "return_assistant_tokens_mask": True}
+        assert of_transformers.rendered_chat(chat, template, **options) == ("Yes.", [(0, 3)])
+        assert of_transformers.rendered_chat(chat, template, eos_token="!") == ("Yes!", [])
+
+
+# PEFT
+
+
+def test_the_enum_of_methods() -> None:
+    with needed_for("bottleneck adapters as a PEFT method"):
+        member = of_peft.method_named("BOTTLENECK")
+        assert member is of_peft.method_named("BOTTLENECK") is PeftType("BOTTLENECK") is PeftType["BOTTLENECK"]
+        assert list(PeftType).count(member) == 1 and member in PeftType and "BOTTLENECK" in PeftType.__members__
+
+
+def test_the_table_of_methods() -> None:
+    with needed_for("the line that another package has registered a method BOTTLENECK"):
+        assert of_peft.tuner_of(PeftType.LORA) is LoraModel
+
+
+def test_keys_of_patterns() -> None:
+    with needed_for("size_pattern of bottleneck adapters, which is read as PEFT reads rank_pattern"):
+        name = "bert.encoder.layer.11.output.dense"
+        assert of_peft.fitting_key([r"layer\.1\..*", r"output.dense", "query"], name) == "output.dense"
+        assert of_peft.fitting_key(["utput.dense"], name) == name
+
+
+def test_adapters_in_a_module() -> None:
+    with needed_for("the line that a model has several adapters"):
+        model = get_peft_model(make("bert"), LoraConfig(target_modules=["query"]), adapter_name="one")
+        model.add_adapter("two", LoraConfig(target_modules=["query"]))
+        layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+        assert sorted(of_peft.adapters_in(layer)) == ["one", "two"]
+
+
+def test_norms_that_dora_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft.tuners.lora.dora, "ENABLE_DORA_CACHING", True)
+    model = get_peft_model(make("bert"), LoraConfig(target_modules=["query"], use_dora=True)).eval()
+    layer: Any = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    x = torch.ones(1, layer.in_features)
+    with needed_for("cutting DoRA modules that have run in evaluation mode"), torch.no_grad():
+        before = layer(x)
+        layer.get_base_layer().weight.mul_(2)
+        of_peft.forget_norms(layer.lora_magnitude_vector["default"])
+        torch.testing.assert_close(layer(x), before, msg="the same direction, and the same length")
+
+
+# bitsandbytes
+
+
+ROWS, COLUMNS = 8, 128
+
+
+@pytest.fixture
+def library() -> Any:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return pytest.importorskip("bitsandbytes")
+
+
+def four_bits(library: Any, double: bool = False) -> Any:
+    layer = library.nn.Linear4bit(COLUMNS, ROWS, bias=False, compress_statistics=double, quant_type="nf4")
+    return layer.to("cpu").requires_grad_(False)
+
+
+def eight_bits(library: Any) -> Any:
+    layer = library.nn.Linear8bitLt(COLUMNS, ROWS, bias=False, has_fp16_weights=False)
+    layer.weight = library.nn.Int8Params(torch.randn(ROWS, COLUMNS), requires_grad=False)
+    return layer.to("cpu")
+
+
+def test_types_of_layers(library: Any) -> None:
+    with needed_for("telling layers in 4 and 8 bits from others"):
+        four, eight = four_bits(library), eight_bits(library)
+        assert bnb.has_type(four, "Linear4bit") and not bnb.has_type(eight, "Linear4bit")
+        assert bnb.has_type(eight, "Linear8bitLt") and not bnb.has_type(nn.Linear(2, 2), "Linear8bitLt")
+        assert isinstance(four, bnb.class_of_layers("Linear4bit"))
+        assert bnb.quant_state(four.weight).shape == (ROWS, COLUMNS)
+        assert bnb.quant_state(eight.weight) is None and bnb.quant_state(torch.ones(2)) is None
+        assert bnb.quant_state(library.nn.Linear4bit(8, 8).weight) is None, "nothing quantised it yet"
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_codes_and_scales(library: Any, double: bool) -> None:
+    with needed_for("reading and cutting weights in 4 bits"):
+        weight = four_bits(library, double).weight
+        state = bnb.quant_state(weight)
+        packed, scales = bnb.codes(weight)
+        assert packed.dtype == torch.uint8 and len(packed) == weight.shape.numel() == ROWS * COLUMNS // 2
+        assert len(scales) == ROWS * COLUMNS // state.blocksize
+        expected = library.functional.dequantize_4bit(weight.data, state).float()
+        dense = bnb.dequantised(packed, scales, state).view(ROWS, COLUMNS)
+        torch.testing.assert_close(dense, expected, atol=1e-6, rtol=0)
+        assert bnb.unquantised_dtype(state) == torch.float32
+
+
+def test_weights_packed_for_cpus(library: Any) -> None:
+    rows, columns = 32, 128  # the least that such a layout has
+    layer = library.nn.Linear4bit(columns, rows, bias=False, compress_statistics=False, quant_type="nf4").to("cpu")
+    packed, scales = bnb.codes(layer.weight)
+    with needed_for("reading weights in 4 bits that a forward pass on a CPU with AVX512-BF16 has packed anew"):
+        functional = library.functional
+        again, state = functional._convert_weight_packed_for_cpu(layer.weight.data, layer.weight.quant_state)
+        layer.weight.data, layer.weight.quant_state = again, state
+        unpacked, rounded = bnb.codes(layer.weight)
+        assert unpacked.equal(packed)
+        torch.testing.assert_close(rounded, scales, atol=0, rtol=2**-8)
+        assert bnb.unquantised_dtype(state) == torch.float32
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_quantising_as_before(library: Any, double: bool) -> None:
+    with needed_for("cutting weights in 4 bits"):
+        layer = four_bits(library, double)
+        old, dense = bnb.quant_state(layer.weight), torch.randn(4, COLUMNS)
+        layer.weight = bnb.quantised_like(layer.weight, dense, layer)
+        new = bnb.quant_state(layer.weight)
+        assert (new.shape, new.dtype, new.quant_type, new.blocksize) == (
+            (4, COLUMNS),
+            old.dtype,
+            "nf4",
+            old.blocksize,
+        )
+        assert new.nested == double
+        error = bnb.dequantised(*bnb.codes(layer.weight), new).view(4, COLUMNS) - dense
+        assert error.norm() < 0.12 * dense.norm()
+
+
+def test_the_layout_for_cpus_can_be_declined(library: Any) -> None:
+    with needed_for("weights in 4 bits that stay the same when a model is evaluated"):
+        layer = library.nn.Linear4bit(COLUMNS, 32, bias=False, quant_type="nf4").to(
+            "cpu"
+        )  # 32 rows: the least it packs
+        assert hasattr(layer, "support_avx512bf16_for_cpu")
+        bnb.keep_layout(layer)
+        before = layer.weight.data.clone()
+        layer.eval()(torch.ones(1, COLUMNS, dtype=torch.bfloat16))
+        assert layer.weight.data.equal(before)
+
+
+def test_kernels_that_are_right(library: Any) -> None:
+    with needed_for("layers in 4 bits of any width on CPUs"):
+        assert bnb.cpu_kernel_is_right(COLUMNS, 64)
+        assert isinstance(bnb.cpu_kernel_is_right(48, 64), bool)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_row_scales(library: Any, ran: bool) -> None:
+    with needed_for("reading and cutting weights in 8 bits"):
+        layer, x = eight_bits(library), torch.randn(3, COLUMNS)
+        if ran:
+            layer(x)
+        dense = layer.weight.data.float() * bnb.row_scales(layer)[:, None] / 127
+        torch.testing.assert_close(layer(x), x @ dense.T, atol=0.2, rtol=0.1)
+        index = torch.tensor([1, 3])
+        bnb.set_row_quantised(layer, layer.weight.data[index], bnb.row_scales(layer)[index])
+        assert bnb.row_scales(layer).shape == (2,)
+        torch.testing.assert_close(layer(x), x @ dense[index].T, atol=0.2, rtol=0.1)
+
+
+# torchao
+
+
+def quantised(config: str, **settings: Any) -> Any:
+    package = pytest.importorskip("torchao.quantization")
+    layer = nn.Linear(COLUMNS, ROWS, bias=False).requires_grad_(False)
+    options = {name: value(package) if callable(value) else value for name, value in settings.items()}
+    package.quantize_(layer, getattr(package, config)(**options))
+    return layer.weight
+
+
+TORCHAO = {
+    "int8": ("Int8WeightOnlyConfig", {"granularity": lambda package: package.PerGroup(32)}),
+    "intx": (
+        "IntxWeightOnlyConfig",
+        {"weight_dtype": torch.int4, "granularity": lambda package: package.PerGroup(32)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TORCHAO)
+def test_parts_of_torchao_weights(kind: str) -> None:
+    config, settings = TORCHAO[kind]
+    with needed_for("reading and cutting torchao's weights"):
+        weight = quantised(config, **settings)
+        assert torchao.is_weight_only(weight) and weight.qdata.shape == (ROWS, COLUMNS)
+        rows = torch.tensor([0, 5])
+        zero_point = None if weight.zero_point is None else weight.zero_point[rows]
+        cut = torchao.of_parts(weight, weight.qdata[rows], weight.scale[rows], zero_point, weight.block_size)
+        assert type(cut) is type(weight) and cut.dequantize().equal(weight.dequantize()[rows])
+
+
+@pytest.mark.parametrize("kind", TORCHAO)
+def test_quantising_with_torchao_as_before(kind: str) -> None:
+    config, settings = TORCHAO[kind]
+    with needed_for("cutting single columns of torchao's weights in groups"):
+        weight = quantised(config, **settings)
+        again: Any = torchao.quantised_like(weight, weight.dequantize()[:, :64])
+        assert type(again) is type(weight) and tuple(again.block_size) == (1, 32)
+        torch.testing.assert_close(again.dequantize(), weight.dequantize()[:, :64], atol=0.02, rtol=0)
+
+
+def test_torchao_weights_of_other_sorts() -> None:
+    with needed_for("the line about torchao weights that cannot be cut"):
+        assert not torchao.is_weight_only(quantised("Int8DynamicActivationInt8WeightConfig"))
+        assert not torchao.is_weight_only(nn.Linear(2, 2).weight)
+
+
+# The hub
+
+
+def test_going_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    with needed_for("names that are not on this machine where there is no network: one line at once"):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        assert not huggingface_hub.is_offline_mode()
+        hub.go_offline()
+        assert huggingface_hub.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+        with pytest.raises(ConnectionError):
+            datasets.load_dataset("someone/rows")
