@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import stat
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,8 +135,9 @@ def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
 
 
 LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{n + 1}: &a{n + 1} [" + ", ".join([f"*a{n}"] * 10) + "]\n" for n in range(9)
+    f"a{n + 1}: &a{n + 1} [" + ", ".join([f"*a{n}"] * 10) + "]\n" for n in range(30)
 )
+"""Ten to the 31 entries, if aliases are followed as often as they are there: whoever does that never comes back."""
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,8 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 def test_yaml_that_cannot_be_used(text: str, says: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    started = time.process_time()
     line = refused(lambda: load_yaml(path))
     assert says in line and str(path) in line
-    assert time.process_time() - started < 30, "it does not go on for ever"
 
 
 def test_yaml_may_have_aliases(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -170,12 +169,46 @@ class TestIntervals:
             bootstrap_intervals(answers_of([1, 0]), accuracy, **{option: value})  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("metric", [accuracy, METRICS["f1"].compute, pearson], ids=["mean", "f1", "pearson"])
-    def test_ten_thousand_examples_take_seconds(self, metric: Any) -> None:
+    def test_ten_thousand_examples(self, metric: Any) -> None:
         answers = noisy(10_000, 0.2)
-        started = time.process_time()
         low, high = bootstrap_intervals(answers, metric, resamples=100)[next(iter(metric(answers)))] or (0, 0)
-        assert time.process_time() - started < 2  # a tenth of the resamples
         assert 0 < high - low < 0.05
+
+    def test_a_mean_is_resampled_from_numbers_of_examples(self) -> None:
+        """The examples are scored once and not in every resample."""
+        asked: list[int] = []
+
+        def scores(answers: Answers) -> dict[str, np.ndarray]:
+            asked.append(len(answers))
+            return right(answers)
+
+        assert bootstrap_intervals(noisy(100, 0.2), MeanMetric(scores), resamples=50)["accuracy"]
+        assert len(asked) <= 2  # and once for the names of its values
+
+    def test_a_metric_of_classes_is_resampled_from_counts(self) -> None:
+        """What computes it of answers, a library as a rule, is not called in every resample."""
+        known: Any = METRICS["f1"].compute
+        asked: list[int] = []
+
+        def compute(answers: Answers) -> dict[str, float]:
+            asked.append(len(answers))
+            return dict(known.compute(answers))
+
+        metric = ClassMetric(compute, known.of_counts)
+        answers = noisy(100, 0.2)
+        assert bootstrap_intervals(answers, metric, resamples=50) == bootstrap_intervals(answers, known, resamples=50)
+        assert len(asked) <= 1  # for the names of its values
+
+    def test_any_other_metric_is_resampled_from_arrays(self) -> None:
+        """Numbers are made an array once; taking them from lists takes longer than most metrics."""
+        seen: list[Any] = []
+
+        def metric(answers: Answers) -> dict[str, float]:
+            seen.append((type(answers.predictions), type(answers.references)))
+            return pearson(answers)
+
+        assert bootstrap_intervals(noisy(100, 0.2), metric, resamples=50)["pearson"]
+        assert seen.count((np.ndarray, np.ndarray)) == 50
 
 
 class TestComparison:

@@ -150,7 +150,8 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Task
         return own
     manager = TaskManager(include_path=folder)
     for name in tasks:
-        require(name in manager.all_tasks or Path(name).is_file(), _unknown(name, manager.all_tasks))
+        if name not in manager.all_tasks and not Path(name).is_file():
+            raise LightPeftError(_unknown(name, manager.all_tasks))
     return manager
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError
 from lightpeft.models.linears.bitsandbytes import EightBitLinear, FourBitLinear
 from lightpeft.models.linears.kinds import DenseKind, LinearKind
 from lightpeft.models.linears.plain import PlainLinear, TransposedLinear
@@ -62,7 +62,8 @@ def slice_linear(layer: Any, index: Tensor, dim: int) -> None:
     """
     kind = _kind(layer)
     reason = kind.fault(layer, len(index), dim)
-    require(reason is None, f"a {describe(layer)} cannot be cut: {reason}")
+    if reason is not None:
+        raise LightPeftError(f"a {describe(layer)} cannot be cut: {reason}")
     kind.keep(layer, index.to(layer.weight.device), dim)
 
 

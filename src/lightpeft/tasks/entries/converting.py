@@ -38,7 +38,8 @@ def convert_rows(
     sources = _sources(entry, kind, rows, answered)
     for column, source in sources.items():
         for name in source_columns(source):
-            require(name in rows.column_names, _missing(name, rows.column_names, _reader(entry, column, name), what))
+            if name not in rows.column_names:
+                raise LightPeftError(_missing(name, rows.column_names, _reader(entry, column, name), what))
     if any(is_template(source) for source in sources.values()):
         return _from_rows(_convert_each(rows, _filler(sources), entry, what))
     features = Features({column: rows.features[source] for column, source in sources.items()})
@@ -64,11 +65,6 @@ def template_columns(template: str) -> list[str]:
     require(plain, f'"{template}" is no template: braces hold the name of a column and nothing else')
     fields = [str(name) for _, name, _, _ in parts]
     return [name.partition(".")[0].partition("[")[0] for name in fields]
-
-
-def check_column(rows: Dataset, column: str, setting: str, what: str) -> None:
-    """Raise `LightPeftError` unless `rows` have `column`, named by `setting` ("data.text")."""
-    require(column in rows.column_names, _missing(column, rows.column_names, f'{setting} is "{column}"', what))
 
 
 def _missing(column: str, columns: Iterable[str], reader: str, what: str) -> str:
@@ -116,7 +112,8 @@ class _Row(Mapping[str, Any]):
 
     def __getitem__(self, column: str) -> Any:
         self.read = column
-        require(column in self.row, _missing(column, self.row, _reader(self.entry, column, column), self.what))
+        if column not in self.row:
+            raise LightPeftError(_missing(column, self.row, _reader(self.entry, column, column), self.what))
         require(self.row[column] is not None, f"{place(self.what, self.number, column)}: {NOT_THERE}")
         return self.row[column]
 
