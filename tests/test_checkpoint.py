@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import BertForMaskedLM, PreTrainedModel
 
 from lightpeft import LightModel, load_light
+from lightpeft.compat.transformers import attention_of
 from lightpeft.errors import LightPeftError
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import find_sites, read_config
@@ -264,7 +265,7 @@ def test_an_adapter_of_a_bfloat16_base_is_bit_equal(tmp_path: Path) -> None:
 
 def test_attention_backend_and_device(light: Path) -> None:
     model = load_light(light, attention="eager", device="cpu")
-    assert transformers_model(model).config._attn_implementation == "eager"
+    assert attention_of(transformers_model(model).config) == "eager"
     assert relative_difference(logits(model), logits(load_light(light))) < 1e-5
 
 

@@ -37,6 +37,7 @@ from torch import nn
 from transformers import BigBirdConfig, BigBirdForSequenceClassification, PreTrainedModel
 
 from lightpeft import EarlyPruner, LightConfig, load_light
+from lightpeft.compat.torch import is_watched
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import (
     FAMILIES,
@@ -169,7 +170,7 @@ def test_unlisted_families_are_found(name: str, caplog: pytest.LogCaptureFixture
     assert len(specs) == (6 if name == "pegasus" else 3)
     assert {(s.heads, s.head_dim) for s in specs} == {(4, 8)}
     assert all(value.equal(before[key]) for key, value in model.state_dict().items()), "the model was not touched"
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not any(map(is_watched, model.modules()))
 
 
 def test_a_dimension_as_long_as_there_are_heads_is_not_yet_one_of_heads() -> None:
@@ -419,7 +420,7 @@ def test_masks_that_do_nothing_prove_nothing(monkeypatch: pytest.MonkeyPatch) ->
             ]
         }
 
-    monkeypatch.setattr(discovery, "_plans", keep_all)
+    monkeypatch.setattr(discovery, "trial_plans", keep_all)
     with pytest.raises(LightPeftError, match="masks of nothing have no effect"):
         check_family(skeleton(make("bert")), listed_with("bert"))
 
@@ -427,7 +428,7 @@ def test_masks_that_do_nothing_prove_nothing(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", ["llama-gqa", "bert", "bart"])
 def test_plans_take_heads_groups_and_whole_sub_layers(name: str) -> None:
     specs = block_specs(make(name))
-    plans = discovery._plans(specs, torch.Generator().manual_seed(0))
+    plans = discovery.trial_plans(specs, torch.Generator().manual_seed(0))
     groups, heads, *whole = plans.values()
     for spec, first, second in zip(specs, groups, heads, strict=True):
         assert len(first.kv_heads) * 2 == spec.kv_heads and len(second.heads) * 2 == spec.heads

@@ -27,6 +27,7 @@ from transformers import (
 from workbench import checksums, edit, read
 
 from lightpeft import load_merged, save_merged
+from lightpeft.compat.transformers import attention_of
 from lightpeft.files import file_checksum
 from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
@@ -118,7 +119,7 @@ def test_variants_of_lora(settings: dict[str, Any], tmp_path: Path) -> None:
 
 def test_data_type_attention_and_device(merged: Path) -> None:
     loaded = load_merged(merged, dtype="bfloat16", attention="eager", device="cpu")
-    assert loaded.dtype == torch.bfloat16 and loaded.config._attn_implementation == "eager"
+    assert loaded.dtype == torch.bfloat16 and attention_of(loaded.config) == "eager"
     assert relative_difference(logits(loaded).float(), logits(load_merged(merged))) < 0.2
 
 

@@ -9,6 +9,8 @@ import os
 import resource
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -253,10 +255,10 @@ def slowly(one: Path, other: Path) -> bool:
     return False
 
 
-@pytest.mark.parametrize("exchange", [writing._exchange_at_once, slowly])
+@pytest.mark.parametrize("exchange", [writing.exchange_at_once, slowly])
 @pytest.mark.parametrize("there", [True, False])
 def test_a_folder_is_replaced(there: bool, exchange: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "_exchange_at_once", exchange)
+    monkeypatch.setattr(writing, "exchange_at_once", exchange)
     kept = old_folder(tmp_path / "out") if there else {}
     (tmp_path / "link").symlink_to(tmp_path / "out")
     write_new(tmp_path / "link")
@@ -274,10 +276,10 @@ def test_a_folder_is_replaced_with_all_that_is_in_it(
     assert content_of(tmp_path / "out") == NEW and os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("exchange", [writing._exchange_at_once, slowly])
+@pytest.mark.parametrize("exchange", [writing.exchange_at_once, slowly])
 def test_killed_at_every_file_operation(exchange: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old folder or the new one is there, whole, and the next writer cleans up after the one that was killed."""
-    monkeypatch.setattr(writing, "_exchange_at_once", exchange)
+    monkeypatch.setattr(writing, "exchange_at_once", exchange)
     kept = old_folder(tmp_path / "out")
     seen, number = set(), 0
     while True:
@@ -408,25 +410,37 @@ def test_a_mount_point_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 # -- one process at a time ---------------------------------------------------------------------------------------
 
 
+TRYING = """
+import pathlib, sys
+from lightpeft.errors import LightPeftError
+from lightpeft.files import check_free, holding
+
+folder = pathlib.Path(sys.argv[1])
+for take in (check_free, lambda folder: holding(folder).__enter__()):
+    try:
+        take(folder)
+    except LightPeftError as error:
+        print(error)
+"""
+
+
+def refusals_elsewhere(folder: Path) -> list[str]:
+    """What another process is told that asks whether a folder is free, and that wants to hold it."""
+    command = [sys.executable, "-c", TRYING, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
 def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-
-    def try_it() -> None:
-        from lightpeft.files import locks
-
-        locks._mine.clear()  # which a fork has from its parent
-        lines = [refused(lambda: check_free(folder)), refused(holding(folder).__enter__)]
-        expected = f"{folder} is in use by another process (number {os.getppid()}); wait"
-        os._exit(0 if all(line.startswith(expected) for line in lines) else 1)
-
     check_free(folder)
     assert not folder.exists()
+    in_use = f"{folder} is in use by another process (number {os.getpid()}); wait"
     with holding(folder):
-        assert in_fork(try_it) == 0
+        assert [line[: len(in_use)] for line in refusals_elsewhere(folder)] == [in_use, in_use]
         with holding(folder):
             check_free(folder)
-        assert in_fork(try_it) == 0, "held by the outer block still"
-    assert in_fork(try_it) == 1
+        assert len(refusals_elsewhere(folder)) == 2, "held by the outer block still"
+    assert not refusals_elsewhere(folder)
     assert os.listdir(folder) == [".lock"]
 
 

@@ -101,7 +101,7 @@ def test_one_line(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_tokens_with_a_line_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert generating._line_ends(tokenizer) == {LINE}
+    assert generating.line_ends(tokenizer) == {LINE}
 
 
 def test_batches_that_do_not_fit_are_halved(

@@ -75,7 +75,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> PeftModel:
 
 @pytest.fixture(scope="module")
 def tokenizer(model: PeftModel) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(model.get_base_model().config._name_or_path)
+    return AutoTokenizer.from_pretrained(model.get_base_model().config.name_or_path)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from tiny import LAYOUTS, inputs_for, make, with_lora
 from torch import Tensor
 from training import inputs, student
 
+from lightpeft.compat.torch import is_watched
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import Site, find_sites
@@ -146,12 +147,14 @@ def test_evaluation_does_not_count() -> None:
 
 def test_a_failed_forward_leaves_no_trace() -> None:
     model = student()
-    observer, _ = observe(model)
+    observer, sites = observe(model)
     with pytest.raises((RuntimeError, ValueError, IndexError)):
         model(input_ids=torch.full((1, 3), 10**6), labels=torch.zeros(1, dtype=torch.long))
-    assert not observer._counting
+    with torch.no_grad():
+        sites[0].base(torch.ones(2, sites[0].base.in_features))
+    assert observer.sums.eq(0).all(), "a layer that is called outside of a pass of the model does not count"
     observer.detach()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(map(is_watched, model.modules()))
 
 
 def test_only_passes_that_are_due_count_and_are_watched() -> None:
@@ -160,7 +163,7 @@ def test_only_passes_that_are_due_count_and_are_watched() -> None:
     blocks = block_specs(transformers_model(model))
     observer = ModuleObserver(model, sites, blocks, torch.device("cpu"), iter(due).__next__)
     watched, sums = [], []
-    model.register_forward_hook(lambda *_: watched.append(bool(sites[0].base._forward_hooks)))
+    model.register_forward_hook(lambda *_: watched.append(is_watched(sites[0].base)))
     for seed in range(3):
         model(**inputs(seed=seed, rows=4, padding="right"))
         sums.append(observer.sums.clone())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from training import student, trainer
 
 from lightpeft import accelerated
+from lightpeft.compat.torch import is_watched
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.training.logits import labelled_head
 
@@ -166,4 +167,4 @@ def test_everything_is_put_back() -> None:
         assert model.loss_function is not loss
     assert model.loss_function is loss
     assert "forward" not in vars(head) and "_loss_function" not in vars(model)
-    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert not is_watched(model)

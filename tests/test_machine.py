@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import PartialState
+from rich.console import Console
 from workbench import Workbench
 
 from lightpeft import machine
@@ -104,11 +105,16 @@ def test_waiting_for_others_is_told(
 ) -> None:
     """Where the variables are complete, nothing but time tells that nobody else comes."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(machine, "_PATIENCE", 0.05)
     told = threading.Event()
-    monkeypatch.setattr(machine, "_state", lambda: told.wait(10))
-    say = machine._say_waiting
-    monkeypatch.setattr(machine, "_say_waiting", lambda names: (say(names), told.set()))
+
+    class Telling(Console):
+        def print(self, *args: Any, **options: Any) -> None:
+            super().print(*args, **options)
+            told.set()
+
+    monkeypatch.setattr(machine, "PATIENCE", 0.05)
+    monkeypatch.setattr(machine, "Console", Telling)
+    monkeypatch.setattr(machine, "PartialState", lambda **options: told.wait(10))
     assert processes() is True  # it said so before it had to wait for long
     assert "waiting for the others to start" in capsys.readouterr().err
 

@@ -32,6 +32,8 @@ from tiny import (
 )
 from torch import Tensor
 
+from lightpeft.compat.torch import is_watched
+from lightpeft.compat.transformers import attention_of
 from lightpeft.config import Budget
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import find_sites
@@ -89,9 +91,9 @@ def test_the_reference_is_not_the_dense_model() -> None:
 @crossed(MODELS, BUDGETS)
 def test_eager_attention(name: str, budget: dict[str, Any]) -> None:
     """All other tests run under "sdpa", wherever the model has it."""
-    assert make(name).config._attn_implementation == ("sdpa" if make(name)._supports_sdpa else "eager")
+    assert attention_of(make(name).config) == ("sdpa" if make(name)._supports_sdpa else "eager")
     reference, pruned, _ = pair(name, model={"attn_implementation": "eager"}, **budget)
-    assert transformers_model(pruned).config._attn_implementation == "eager"
+    assert attention_of(transformers_model(pruned).config) == "eager"
     assert difference(pruned, reference) < TOLERANCE
     assert difference(pruned, reference, "left") < TOLERANCE
 
@@ -205,7 +207,7 @@ def test_masks_leave_no_trace(name: str) -> None:
     assert logits(model, batch()).equal(before)
     apply_plan(model, plan)
     assert {key.replace(".base_layer", "") for key in model.state_dict()} < {k.replace(".base_layer", "") for k in keys}
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert not any(map(is_watched, model.modules()))
 
 
 # Ranks

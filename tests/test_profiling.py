@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lightpeft import profiling
+from lightpeft.compat.transformers import attention_of
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
 from lightpeft.plans.records import BlockPlan, PrunePlan
@@ -35,6 +36,8 @@ from lightpeft.profiling import (
     summarize,
     throughput,
 )
+from lightpeft.profiling.speed import timed
+from lightpeft.profiling.surroundings import version_of
 from lightpeft.prune.surgery import apply_plan
 
 HIDDEN, FFN, LAYERS, VOCABULARY, LABELS = 16, 32, 2, 50, 3
@@ -207,7 +210,7 @@ def test_other_attention_backends_are_switched_and_set_back() -> None:
     expected = count_flops(model, llama_batch())
     model.set_attn_implementation("flex_attention")
     assert count_flops(model, llama_batch()) == expected
-    assert model.config._attn_implementation == "flex_attention"
+    assert attention_of(model.config) == "flex_attention"
 
 
 def test_counting_leaves_the_model_as_it_was() -> None:
@@ -381,7 +384,7 @@ def test_steps_on_cuda_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: stream.append("wait"))
     batches = [{"seconds": torch.tensor(seconds)} for seconds in (3, 5)]
     step = lambda batch: stream.append(str(int(batch["seconds"])))  # noqa: E731
-    assert profiling.speed._timed(step, batches, 3, 2, torch.device("cuda")) == [3.0, 5.0, 3.0]
+    assert timed(step, batches, 3, 2, torch.device("cuda")) == [3.0, 5.0, 3.0]
     assert stream == ["3", "5", "3", "5", "3", "wait"]
 
 
@@ -462,7 +465,7 @@ def test_hardware_is_plain_data() -> None:
 
 
 def test_version_of_an_uninstalled_package() -> None:
-    assert profiling.surroundings._version("no-such-package-at-all") == "0+unknown"
+    assert version_of("no-such-package-at-all") == "0+unknown"
 
 
 def test_folder_bytes(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def outputs(model: PeftModel, plan: PrunePlan, inputs: dict[str, Tensor] | None 
     inner = transformers_model(model)
     inputs = inputs or model.light_inputs  # type: ignore[assignment]
     result = {}
-    for spec, kept, slot in refitting._changed(plan):
+    for spec, kept, slot in refitting.outputs_changed(plan):
         name = spec.projections[slot]
         projection = inner.get_submodule(name)
         width = dense_weight(base_linear(inner, name)).shape[1]
@@ -71,7 +71,7 @@ def remember_inputs(model: PeftModel, plan: PrunePlan, batches: list[dict[str, T
                 real.select(args[0], spec, slot)
             )
         )
-        for spec, _, slot in refitting._changed(plan)
+        for spec, _, slot in refitting.outputs_changed(plan)
     ]
     with torch.no_grad():
         for batch in batches:
@@ -240,7 +240,7 @@ def test_modules_that_are_no_matrix_beside_the_weight_are_left_alone(kind: dict[
 def light(folder: Path, **config: Any) -> tuple[PeftModel, Path]:
     base = tiny.make("llama-gqa")
     base.save_pretrained(folder / "base")
-    base.config._name_or_path = str(folder / "base")
+    base.config.name_or_path = str(folder / "base")
     model = tiny.without_dropout(tiny.with_lora(base))
     plan = tiny.plan_for(model, **BUDGET)
     result = cut(model, plan, LightConfig(**config), lambda: rows(model))

@@ -33,7 +33,7 @@ def processes() -> PartialState:
     told = [name for name in _LAUNCHERS if name in os.environ]
     if not told or torch.distributed.is_initialized():
         return _state()
-    waiting = threading.Timer(_PATIENCE, _say_waiting, [told])
+    waiting = threading.Timer(PATIENCE, _say_waiting, [told])
     waiting.daemon = True
     waiting.start()
     try:
@@ -52,7 +52,7 @@ def _state() -> PartialState:
 
 _LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which launchers tell a process that it is one of several."""
-_PATIENCE = 20.0
+PATIENCE = 20.0
 """Seconds that processes of one job may need to start, one after the other."""
 _UNSET = "start all with accelerate launch or torchrun, or unset what is left over from another job"
 

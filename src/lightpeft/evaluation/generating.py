@@ -89,7 +89,7 @@ def _greedy(
     ends = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     if one_line:
-        stops |= _line_ends(tokenizer)
+        stops |= line_ends(tokenizer)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -104,7 +104,7 @@ def _greedy(
     )
 
 
-def _line_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def line_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens with a line end in them; in every tokenizer a line end is in a single token."""
     tokens = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     return {token for token, text in enumerate(tokens) if LINE_END in text}

@@ -273,7 +273,7 @@ def _move_files(source: Path, folder: Path, alone: bool) -> None:
 
 def _exchange(one: Path, other: Path) -> None:
     """Let two folders change places, in one step where the system can; `one` may be gone afterwards."""
-    if _exchange_at_once(one, other):
+    if exchange_at_once(one, other):
         return
     old = one.with_name(one.name.removesuffix(_SUFFIX) + _OLD)
     other.rename(old)
@@ -289,8 +289,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Of Linux's renameat2."""
 
 
-def _exchange_at_once(one: Path, other: Path) -> bool:
-    """Whether the system could do it."""
+def exchange_at_once(one: Path, other: Path) -> bool:
+    """Have two folders change places in one step; False where the system has none for it, and nothing was done."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
     if rename is None:
         return False

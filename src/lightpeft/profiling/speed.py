@@ -64,7 +64,7 @@ def measure_training(
         optimizer.zero_grad(set_to_none=True)
 
     with in_mode(model, training=True):
-        return _timed(step, batches, steps, warmup, device)
+        return timed(step, batches, steps, warmup, device)
 
 
 def measure_inference(
@@ -89,12 +89,17 @@ def measure_inference(
             model(**moved(without_labels(batch), device))
 
     with in_mode(model, training=False), torch.no_grad():
-        return _timed(step, batches, steps, warmup, device)
+        return timed(step, batches, steps, warmup, device)
 
 
-def _timed(
+def timed(
     step: Callable[[Batch], None], batches: Sequence[Batch], steps: int | None, warmup: int, device: torch.device
 ) -> list[float]:
+    """Seconds of each call of `step`, after those that warm up; on CUDA those of the device, which the host waits for.
+
+    Raises:
+        LightPeftError: no batches, or counts out of range.
+    """
     steps = len(batches) if steps is None else steps
     require(len(batches) > 0, "no batches to measure with; give at least one")
     require(steps >= 1, f"steps is {steps}; measure at least 1")

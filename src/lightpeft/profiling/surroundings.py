@@ -39,11 +39,12 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of lightpeft and of what its results depend on; "0+unknown" for a source tree that is not installed."""
-    return {name: _version(name) for name in ("torch", "transformers", "peft", "lightpeft")}
+    """Versions of lightpeft and of what its results depend on."""
+    return {name: version_of(name) for name in ("torch", "transformers", "peft", "lightpeft")}
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed package; "0+unknown" of one that is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

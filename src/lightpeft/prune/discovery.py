@@ -135,7 +135,7 @@ def check_family(small: PreTrainedModel, family: Family) -> None:
         with _on_trial(family):
             specs = block_specs(small)
             dense = _outputs(small, family)
-            for what, blocks in _plans(specs, torch.Generator().manual_seed(3)).items():
+            for what, blocks in trial_plans(specs, torch.Generator().manual_seed(3)).items():
                 plan = PrunePlan(tuple(specs), tuple(blocks), {}, (), small.num_parameters(), "")
                 _check_plan(small, family, plan, dense, what)
                 passed += 1
@@ -237,7 +237,7 @@ def _generate(model: PreTrainedModel) -> Tensor:
 # Random plans
 
 
-def _plans(specs: list[BlockSpec], generator: torch.Generator) -> dict[str, list[BlockPlan]]:
+def trial_plans(specs: list[BlockSpec], generator: torch.Generator) -> dict[str, list[BlockPlan]]:
     """What each plan takes -> what it keeps of the blocks."""
     return {
         "KV groups and neurons": [_half(spec, generator, balanced=False) for spec in specs],

@@ -72,7 +72,7 @@ def fit_refit(
     """
     inner = transformers_model(model)
     weights = _Weights(model, plan)
-    changed = [place for place in _changed(plan) if weights.known(place[0].projections[place[2]])]
+    changed = [place for place in outputs_changed(plan) if weights.known(place[0].projections[place[2]])]
     for spec, _, slot in changed:
         name = spec.projections[slot]
         require(
@@ -162,7 +162,7 @@ class _Weights:
         return weight if delta is None else weight + delta
 
 
-def _changed(plan: PrunePlan) -> Iterator[tuple[BlockSpec, BlockPlan, str]]:
+def outputs_changed(plan: PrunePlan) -> Iterator[tuple[BlockSpec, BlockPlan, str]]:
     """The projections that lose inputs, with their blocks."""
     for spec, kept in plan.parts:
         for slot in OUTPUT_SLOTS:
