@@ -295,7 +295,7 @@ def test_attention_backends() -> None:
         assert of_transformers.attention_of(model.config) == "eager"
         model.set_attn_implementation("sdpa")
         assert of_transformers.attention_of(model.config) == "sdpa"
-        model.config.update({"attn_implementation": "eager"})
+        model.set_attn_implementation("eager")
         of_transformers.forget_attention(model.config)
         assert of_transformers.attention_of(type(model)(model.config).config) == "sdpa", "the class's own choice"
         assert of_transformers.attention_of(None) is None
