@@ -405,9 +405,10 @@ def library() -> Any:
     return pytest.importorskip("bitsandbytes")
 
 
-def four_bits(library: Any, double: bool = False) -> Any:
-    layer = library.nn.Linear4bit(COLUMNS, ROWS, bias=False, compress_statistics=double, quant_type="nf4")
-    return layer.to("cpu").requires_grad_(False)
+def four_bits(library: Any, double: bool = False, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> Any:
+    layer = library.nn.Linear4bit(COLUMNS, rows, bias=False, compress_statistics=double, quant_type="nf4")
+    layer.weight.data = layer.weight.data.to(dtype)
+    return layer.to("cpu").requires_grad_(False)  # which quantises
 
 
 def eight_bits(library: Any) -> Any:
@@ -441,9 +442,9 @@ def test_codes_and_scales(library: Any, double: bool) -> None:
         assert bnb.unquantised_dtype(state) == torch.float32
 
 
-def test_weights_packed_for_cpus(library: Any) -> None:
-    rows, columns = 32, 128  # the least that such a layout has
-    layer = library.nn.Linear4bit(columns, rows, bias=False, compress_statistics=False, quant_type="nf4").to("cpu")
+@pytest.mark.parametrize("double", [False, True])
+def test_weights_packed_for_cpus(library: Any, double: bool) -> None:
+    layer = four_bits(library, double, rows=32)  # the least that such a layout has
     packed, scales = bnb.codes(layer.weight)
     with needed_for("reading weights in 4 bits that a forward pass on a CPU with AVX512-BF16 has packed anew"):
         functional = library.functional
@@ -458,10 +459,11 @@ def test_weights_packed_for_cpus(library: Any) -> None:
 @pytest.mark.parametrize("double", [False, True])
 def test_quantising_as_before(library: Any, double: bool) -> None:
     with needed_for("cutting weights in 4 bits"):
-        layer = four_bits(library, double)
+        layer = four_bits(library, double, dtype=torch.bfloat16)
         old, dense = bnb.quant_state(layer.weight), torch.randn(4, COLUMNS)
         layer.weight = bnb.quantised_like(layer.weight, dense, layer)
         new = bnb.quant_state(layer.weight)
+        assert old.dtype == torch.bfloat16
         assert (new.shape, new.dtype, new.quant_type, new.blocksize) == (
             (4, COLUMNS),
             old.dtype,
@@ -475,9 +477,7 @@ def test_quantising_as_before(library: Any, double: bool) -> None:
 
 def test_the_layout_for_cpus_can_be_declined(library: Any) -> None:
     with needed_for("weights in 4 bits that stay the same when a model is evaluated"):
-        layer = library.nn.Linear4bit(COLUMNS, 32, bias=False, quant_type="nf4").to(
-            "cpu"
-        )  # 32 rows: the least it packs
+        layer = four_bits(library, rows=32)  # the least that such a layout has
         assert hasattr(layer, "support_avx512bf16_for_cpu")
         bnb.keep_layout(layer)
         before = layer.weight.data.clone()
@@ -544,6 +544,7 @@ def test_quantising_with_torchao_as_before(kind: str) -> None:
         weight = quantised(config, **settings)
         again: Any = torchao.quantised_like(weight, weight.dequantize()[:, :64])
         assert type(again) is type(weight) and tuple(again.block_size) == (1, 32)
+        assert again.zero_point is None or not again.zero_point.any(), "around zero, as it was"
         torch.testing.assert_close(again.dequantize(), weight.dequantize()[:, :64], atol=0.02, rtol=0)
 
 
