@@ -13,7 +13,7 @@ from accelerate import PartialState
 from rich.console import Console
 
 from lightpeft.config import TrainingConfig
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 
 _CPU_BF16 = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
 """What x86 and ARM call bfloat16 arithmetic."""
@@ -40,8 +40,9 @@ def processes() -> PartialState:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # about threads of CPUs
             return _state()
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise LightPeftError(f"{_launched(told)}, but it cannot meet the others ({reason}); {_UNSET}") from error
+        raise LightPeftError(
+            f"{_launched(told)}, but it cannot meet the others ({one_line(error, 200)}); {_UNSET}"
+        ) from error
     finally:
         waiting.cancel()
 

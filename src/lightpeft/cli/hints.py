@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Collection
 from typing import Any
 
 from lightpeft.config import RunConfig, run_config_from_dict
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, nearest, one_line
 
 _REFUSED = re.compile(r'Parser key "(?P<key>[\w.]+)".*(Got value|Given value): (?P<value>.*)')
 """What jsonargparse says of a value of the wrong type."""
@@ -24,7 +23,7 @@ def explained(message: str, known: Collection[str], arguments: list[str]) -> str
         known: the options that there are.
         arguments: the command line.
     """
-    line = " ".join(message.split())
+    line = one_line(message)
     refused, section = _REFUSED.search(line), _NO_SECTION.search(line)
     if refused is not None:
         return _refusal(refused["key"], refused["value"])
@@ -50,7 +49,7 @@ def meant_option(word: str, known: Collection[str]) -> str | None:
     of_section = [option for option in known if option.startswith(f"--{name}.")]
     if len(in_section) == 1 or of_section:
         return (in_section or of_section)[0]
-    return next(iter(difflib.get_close_matches(word, set(known) - {"--help", "-h"}, n=1, cutoff=0.6)), None)
+    return nearest(word, set(known) - {"--help", "-h"})
 
 
 def _refusal(key: str, value: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
@@ -15,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, nearest, one_line, require
 from lightpeft.files import read_text
 
 T = TypeVar("T")
@@ -52,7 +51,7 @@ def parse_yaml(text: str, path: str | Path) -> Any:
     except LightPeftError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
-        raise LightPeftError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from error
+        raise LightPeftError(f"{path} is not YAML: {one_line(error, 300)}") from error
     finally:
         loader.dispose()
 
@@ -113,8 +112,8 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 def unknown_key(key: str, known: list[str]) -> str:
     """The one line about an unknown key, with the nearest known one."""
     key = key if len(key) <= _short.maxstring else f"{key[: _short.maxstring]}..."
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]}?" if nearest else f"; known keys: {', '.join(known)}"
+    meant = nearest(key, known)
+    hint = f"; did you mean {meant}?" if meant else f"; known keys: {', '.join(known)}"
     return f"unknown key {key}{hint}"
 
 

@@ -6,7 +6,6 @@ paired tests as lightpeft's own.
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from scipy.stats import norm
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, nearest, one_line, require
 from lightpeft.evaluation.statistics import LEVEL, Interval, bootstrap_intervals
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.tasks.answers import Answers, MeanMetric
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 MISSING = "the evaluation harness is not installed; pip install 'lightpeft[harness]'"
 CPU_BATCH_SIZE = 8
 """Requests a forward pass on a CPU, which larger batches keep no busier."""
-SHOWN_NAMES = 3
-"""Names of tasks that an error proposes."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +153,9 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Task
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=SHOWN_NAMES, cutoff=0.6)
-    hint = (
-        f"; did you mean {' or '.join(nearest)}?" if nearest else "; give the folder of your own tasks: --include_path"
-    )
-    return f'lm-evaluation-harness has no task "{name}"{hint}'
+    meant = nearest(name, known)
+    hint = f"did you mean {meant}?" if meant else "give the folder of your own tasks: --include_path"
+    return f'lm-evaluation-harness has no task "{name}"; {hint}'
 
 
 def _load(manager: TaskManager, names: Sequence[str]) -> list[Any]:
@@ -168,7 +163,7 @@ def _load(manager: TaskManager, names: Sequence[str]) -> list[Any]:
     try:
         loaded = manager.load(list(names))
     except (DatasetsError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise LightPeftError(
             f"a data set of {', '.join(names)} cannot be read ({reason}); without a network its files must be in the "
             "cache of datasets (HF_HOME), or a task file of your own must name local files"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import parse_json, read_text
 
 _CONFIG_LIMIT = 4 * 2**20
@@ -62,7 +62,7 @@ def parsing(what: str, instead: str = "") -> Iterator[None]:
 
 def reason_of(error: BaseException) -> str:
     """What an error of a library says, on one line; its kind as well where that says more than the message."""
-    text = " ".join(str(error).split())[:300]
+    text = one_line(error, 300)
     return text if isinstance(error, (OSError, ValueError, RuntimeError)) and text else f"{type(error).__name__} {text}"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError
 
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise LightPeftError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise LightPeftError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 def check_sealed(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from safetensors import SafetensorError
 
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files.locks import hold_temporary, is_dead
 from lightpeft.files.reading import CHECKSUM, CHECKSUMS, SCHEMA_VERSION, content_checksum, file_checksum
 
@@ -68,7 +68,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     except (OSError, SafetensorError) as error:
-        raise LightPeftError(f"cannot write {path}: {' '.join(str(error).split())}") from error
+        raise LightPeftError(f"cannot write {path}: {one_line(error)}") from error
 
 
 @contextmanager
@@ -147,8 +147,7 @@ def replacing_folder(folder: str | Path, *, alone: bool = False) -> Iterator[Pat
             temporary.rename(target)
         _sync_names(place)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise LightPeftError(f"cannot write {folder}: {reason}; nothing was changed") from error
+        raise LightPeftError(f"cannot write {folder}: {one_line(error)}; nothing was changed") from error
     finally:
         if descriptor is not None:
             os.close(descriptor)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightpeft.config import LightConfig
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import check_removable, find_sites, refresh_config, remove_site
@@ -62,7 +62,7 @@ def _peft_model(model: nn.Module, config: PeftConfig, light: LightConfig) -> Pef
     try:
         return get_peft_model(model, placed(config, model, light))
     except ValueError as error:
-        raise LightPeftError(f"PEFT cannot put its modules on the model: {' '.join(str(error).split())}") from error
+        raise LightPeftError(f"PEFT cannot put its modules on the model: {one_line(error)}") from error
 
 
 def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConfig:

@@ -31,7 +31,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from lightpeft.config import RunConfig
 from lightpeft.console.bars import silent
 from lightpeft.console.progress import StepProgress
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.loading import quiet_libraries
@@ -227,7 +227,7 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
         return
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error) if isinstance(error, LightPeftError) else traceback.format_exception_only(error)[-1]
-        pipe.send(Failure(" ".join(reason.split())))
+        pipe.send(Failure(one_line(reason)))
 
 
 def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:

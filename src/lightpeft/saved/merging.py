@@ -72,7 +72,7 @@ def save_merged(
     try:
         whole = copy.deepcopy(model).merge_and_unload()
     except RuntimeError as error:  # of PEFT: biases of LoRA, say, on a layer without one
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise LightPeftError(f"this model cannot be merged; keep the light adapter: {reason}") from error
     native = native_config(whole, model.light_plan) is not None
     facts = {**facts_of(model), "native": native}

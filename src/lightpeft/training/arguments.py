@@ -13,7 +13,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from lightpeft.config import TrainingConfig
 from lightpeft.config.validation import unknown_key
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.machine import accelerator, autocast_dtype
 
 _ALIASES = {
@@ -107,7 +107,7 @@ def training_arguments(
         get_reporting_integration_callbacks(arguments.report_to)  # which knows and imports them
         return arguments
     except (TypeError, ValueError, KeyError, ImportError) as error:
-        raise LightPeftError(f"trainer: {' '.join(str(error).split())[:300]}") from error
+        raise LightPeftError(f"trainer: {one_line(error, 300)}") from error
 
 
 def check_given(given: Mapping[str, Any]) -> None:

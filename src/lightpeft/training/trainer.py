@@ -17,7 +17,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, one_line
 from lightpeft.training.callbacks import ProgressBar, StopOnSignal
 
 
@@ -82,7 +82,7 @@ class RunTrainer(Repeatable, Trainer):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what `torch.save` raises on a full disk, in many words
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, 200)
             line = f"cannot write below {self.args.output_dir}; is the disk full? ({reason})"
             raise LightPeftError(line) from error
 
@@ -130,4 +130,4 @@ def _readable_errors(checkpoints: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise LightPeftError("out of memory; lower training.batch_size and raise gradient_accumulation") from error
     except (OSError, SafetensorError) as error:
-        raise LightPeftError(f"cannot write below {checkpoints}: {' '.join(str(error).split())}") from error
+        raise LightPeftError(f"cannot write below {checkpoints}: {one_line(error)}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from string import Formatter
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Features
 
 from lightpeft.config import TaskEntry, TaskKind
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, nearest, require
 from lightpeft.tasks.kinds.base import Task, is_template, place
 
 Convert = Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -69,8 +68,8 @@ def template_columns(template: str) -> list[str]:
 
 def _missing(column: str, columns: Iterable[str], reader: str, what: str) -> str:
     names = [name for name in columns if name]
-    nearest = difflib.get_close_matches(column, names, n=1, cutoff=0.5)
-    hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
+    meant = nearest(column, names)
+    hint = f'; did you mean "{meant}"?' if meant else ""
     return f"{reader}, but {what} has only the columns {', '.join(names)}{hint}"
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import replace
 
 from lightpeft.config import DataConfig, TaskEntry, TaskKind
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, nearest, require
 from lightpeft.tasks.entries import choice_qa, glue, superglue, text_qa
 from lightpeft.tasks.entries.converting import Convert, template_columns
 from lightpeft.tasks.kinds.base import is_template
@@ -42,8 +41,8 @@ def find_entry(config: DataConfig, own: Mapping[str, TaskEntry] | None = None) -
         require(free, f"tasks.{taken}: there is a task of that name already; choose another one")
     known = {**ENTRIES, **own}
     if name not in known:
-        nearest = difflib.get_close_matches(name, [*TASKS, *known], n=1, cutoff=0.5)
-        hint = f'; did you mean "{nearest[0]}"?' if nearest else ""
+        meant = nearest(name, [*TASKS, *known])
+        hint = f'; did you mean "{meant}"?' if meant else ""
         raise LightPeftError(f'data.task is "{name}", which is neither a kind ({", ".join(TASKS)}) nor a task{hint}')
     _check_no_columns(config)
     entry = replace(known[name], name=name)
@@ -77,8 +76,8 @@ def check_entry(entry: TaskEntry) -> None:
 def _check_known(name: str, known: Mapping[str, object] | tuple[str, ...], where: str) -> None:
     if name in known:
         return
-    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"choose of {', '.join(known)}"
+    meant = nearest(name, known)
+    hint = f"did you mean {meant}?" if meant else f"choose of {', '.join(known)}"
     raise LightPeftError(f'{where} has "{name}", which does not exist; {hint}')
 
 

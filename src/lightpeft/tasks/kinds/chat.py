@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightpeft.compat.transformers import rendered_chat
 from lightpeft.config import Head, TaskEntry
 from lightpeft.console.bars import Progress, bar
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files.limits import limited
 from lightpeft.tasks.kinds.base import Task, values
 from lightpeft.tasks.kinds.causal import completion_collator, prompt_columns
@@ -222,5 +222,5 @@ def _rendered(
             AttributeError,
             RecursionError,
         ) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error, 300)
             raise LightPeftError(f"{place}: the chat template refuses the messages: {reason}") from error

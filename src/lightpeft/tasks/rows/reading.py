@@ -17,7 +17,7 @@ import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.models import hub
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
@@ -66,7 +66,7 @@ def read_file(path: Path, what: str) -> Dataset:
     except UnicodeDecodeError as error:
         raise LightPeftError(f"{what}: {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
-        raise LightPeftError(f"{what}: {path} cannot be read: {error.strerror or _one_line(error)}") from error
+        raise LightPeftError(f"{what}: {path} cannot be read: {error.strerror or one_line(error)}") from error
     except _MalformedError as error:
         raise LightPeftError(f"{what}: {error}") from error
     require(rows.num_rows > 0, f"{what}: {path} has no rows")
@@ -182,7 +182,7 @@ def _read_parquet(path: Path) -> Dataset:
     try:
         return Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
     except pyarrow.ArrowException as error:
-        raise _MalformedError(f"{path} is not a readable Parquet file: {_one_line(error)}") from error
+        raise _MalformedError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
 
 
 def _from_columns(columns: dict[str, list[Any]], path: Path | str) -> Dataset:
@@ -191,7 +191,7 @@ def _from_columns(columns: dict[str, list[Any]], path: Path | str) -> Dataset:
         try:
             arrays[name] = pyarrow.array(values)
         except pyarrow.ArrowException as error:
-            raise _MalformedError(f'{path}: column "{name}" mixes types: {_one_line(error)}') from error
+            raise _MalformedError(f'{path}: column "{name}" mixes types: {one_line(error)}') from error
     return Dataset(InMemoryTable(pyarrow.table(arrays)))
 
 
@@ -226,7 +226,7 @@ def read_hub(source: str, what: str) -> Dataset:
             f"give a local {_suffixes()} file instead"
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise LightPeftError(f'{what}: hub data set "{source}" cannot be loaded: {_one_line(error)}') from error
+        raise LightPeftError(f'{what}: hub data set "{source}" cannot be loaded: {one_line(error)}') from error
     require(rows.num_rows > 0, f"{what}: hub data set {source} has no rows")
     return rows
 
@@ -246,7 +246,3 @@ def _quiet() -> Iterator[None]:
 def _suffixes() -> str:
     *first, last = READERS
     return f"{', '.join(first)} or {last}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
