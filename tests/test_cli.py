@@ -14,13 +14,13 @@ import yaml
 from workbench import RUNS, Workbench, lightpeft
 
 from lightpeft import __version__, cli
-from lightpeft.cli import command
-from lightpeft.cli import hints as naming
+from lightpeft.cli.hints import ELSEWHERE
+from lightpeft.cli.verbs import VERBS
 from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_config
 from lightpeft.runs import pipeline
 from lightpeft.saved.run_folder import RunFolder
 
-VERBS = ["run", "estimate", "plan", "prune", "train", "evaluate", "bench", "predict", "inspect", "reproduce"]
+NAMES = ["run", "estimate", "plan", "prune", "train", "evaluate", "bench", "predict", "export", "inspect", "reproduce"]
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +44,17 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
 
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(capsys, "--help")
-    assert all(f"    {verb} " in text for verb in VERBS)
+    assert list(VERBS) == NAMES
+    assert all(f"    {verb} " in text for verb in NAMES)
     assert "--config" in text
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", NAMES)
 def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     text = " ".join(shown(capsys, verb, "--help").split())
-    described = {**command._STAGES, **command._OTHERS}[verb]
-    assert described.split(".")[0] in text
-    if verb in command._OTHERS:
+    assert VERBS[verb].help.split(".")[0] in text
+    assert all(option.help.split()[0] in text for option in VERBS[verb].options)
+    if not VERBS[verb].on_runs:
         return
     for config, section in ((Budget, "light"), (TrainingConfig, "training")):
         assert all(f"--{section}.{field.name}" in text for field in dataclasses.fields(config))
@@ -96,8 +97,13 @@ def test_options_by_names_of_other_tools(capsys: pytest.CaptureFixture[str], arg
 
 
 def test_every_name_of_other_tools_leads_to_an_option() -> None:
-    known = {option for verb in VERBS for option in command._parser(verb)[1]}
-    assert {f"--{option}" for option in naming._ELSEWHERE.values()} <= known | {"--overwrite"}
+    known = {option for verb in VERBS.values() for option in verb.parser().known}
+    assert {f"--{option}" for option in ELSEWHERE.values()} <= known
+
+
+def test_places_may_stand_behind_options() -> None:
+    given = VERBS["predict"].parser().words(["model", "--bf16", "--output", "out.csv", "rows.csv"])
+    assert given == {"model": "model", "input": "rows.csv", "--bf16": True, "--output": "out.csv"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +200,27 @@ def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -
     assert given["data"]["limit_train"] == 100
     assert given["lora"]["target_modules"] == ["query", "value"]
     assert given["light"]["restart"] is True
+
+
+def test_text_is_text_whatever_it_looks_like(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"output": "7", "model.revision": "1e5", "data.text": "yes", "data.label": "null", "data.train": "a: b"}
+    given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
+    assert (given["output"], given["model"]["revision"]) == ("7", "1e5")
+    assert [given["data"][name] for name in ("text", "label", "train")] == ["yes", "null", "a: b"]
+    assert printed(capsys, "run", "--model.revision", "null")["model"]["revision"] is None
+    assert printed(capsys, "run", "--training.prefix_cache", "off")["training"]["prefix_cache"] == "off"
+
+
+def test_sections_and_mappings_as_a_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "lora.yaml"
+    file.write_text("r: 4\nalpha: 2\n", encoding="utf-8")
+    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.multiple_of", "2", "--lora", file]
+    given = printed(capsys, "run", *options, "--tasks.mine.kind", "chat", "--tasks.mine.hub", "a/b")
+    assert (given["light"]["heads"], given["light"]["multiple_of"]) == (0.5, 2)
+    assert (given["lora"]["r"], given["lora"]["alpha"]) == (4, 2)
+    assert (given["tasks"]["mine"]["kind"], given["tasks"]["mine"]["hub"]) == ("chat", "a/b")
+    assert lightpeft("run", "--light", "{haeds: 0.5}", "--print_config") == 2
+    assert "unknown key light.haeds; did you mean light.heads?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)

@@ -1,39 +1,23 @@
-"""What is meant by an option that is not there, or by a value that it does not take: one line about it."""
+"""What is meant by an option that is not there: one line about it."""
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
 
-from lightpeft.config import RunConfig, run_config_from_dict
-from lightpeft.errors import LightPeftError, nearest, one_line
-
-_REFUSED = re.compile(r'Parser key "(?P<key>[\w.]+)".*(Got value|Given value): (?P<value>.*)')
-"""What jsonargparse says of a value of the wrong type."""
-_NO_SECTION = re.compile(r"""Parser key "(?P<key>\w+)": Unable to load config '(?P<value>[^']*)'""")
-"""What it says of a value for a whole section."""
+from lightpeft.errors import nearest
 
 
-def explained(message: str, known: Collection[str], arguments: list[str]) -> str:
-    """jsonargparse's message as one line; for an unknown option, with the one that is likely meant.
+def unknown_option(words: Sequence[str], known: Collection[str]) -> str:
+    """One line about words that no option takes; for an unknown option, with the one that is likely meant.
 
     Args:
+        words: what is left of a command line.
         known: the options that there are.
-        arguments: the command line.
     """
-    line = one_line(message)
-    refused, section = _REFUSED.search(line), _NO_SECTION.search(line)
-    if refused is not None:
-        return _refusal(refused["key"], refused["value"])
-    if section is not None:
-        meant = meant_option(section["key"], known)
-        return f"--{section['key']} takes a YAML file, and {section['value']} is none; did you mean {meant}?"
-    given = [word.partition("=")[0] for word in arguments if re.match("--?[a-zA-Z]", word)]
-    unknown = next((word for word in given if f" {word}" in line), None)
-    if not known or unknown is None or not ("nrecognized" in line or "ambiguous" in line):
-        return line
+    unknown = next((word.partition("=")[0] for word in words if re.match("--?[a-zA-Z]", word)), None)
+    if unknown is None:
+        return f"unrecognized arguments: {' '.join(words)}"
     meant = meant_option(unknown, known)
     return f"unknown option {unknown}; " + (f"did you mean {meant}?" if meant else "--help shows all that there are")
 
@@ -41,7 +25,7 @@ def explained(message: str, known: Collection[str], arguments: list[str]) -> str
 def meant_option(word: str, known: Collection[str]) -> str | None:
     """The known option that somebody meant: called so elsewhere, in a section, or nearly so."""
     name = word.lstrip("-").replace("-", "_").lower()
-    called = _ELSEWHERE.get(name, name)
+    called = ELSEWHERE.get(name, name)
     for option in (f"--{called}", f"--{called.rpartition('.')[2]}"):
         if option in known and option != f"--{word}":
             return option
@@ -52,20 +36,7 @@ def meant_option(word: str, known: Collection[str]) -> str | None:
     return nearest(word, set(known) - {"--help", "-h"})
 
 
-def _refusal(key: str, value: str) -> str:
-    """What the config says of the value, which is the same line as for a YAML file."""
-    nested: Any = value
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    if nested.keys() <= {field.name for field in dataclasses.fields(RunConfig)}:
-        try:
-            run_config_from_dict(nested)
-        except LightPeftError as error:
-            return str(error)
-    return f"option --{key} is {value!r}; --help tells what it takes"
-
-
-_ELSEWHERE: dict[str, str] = {
+ELSEWHERE: dict[str, str] = {
     "model": "model.name",
     "m": "model.name",
     "model_name": "model.name",

@@ -94,7 +94,7 @@ def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
     for key, value in data.items():
         if key not in fields:
             raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in fields]))
-        values[key] = _coerce(value, hints[key], f"{where}{key}")
+        values[key] = checked(value, hints[key], f"{where}{key}")
     lacking = [name for name, each in fields.items() if name not in values and _is_required(each)]
     require(not lacking, f"{where}{lacking[0] if lacking else ''} is missing")
     return cls(**values)
@@ -165,8 +165,12 @@ _KINDS: dict[Any, str] = {
 """Types of settings as error messages call them."""
 
 
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """Check a plain value against a field's type; YAML's integers are fine where floats are asked for."""
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """A plain value as a field's type asks for it; YAML's integers are fine where floats are asked for.
+
+    Raises:
+        LightPeftError: it is of another type, or no number or text that could be used anywhere.
+    """
     if isinstance(value, (int, float)):
         _check_number(value, where)
     if isinstance(value, str):
@@ -182,16 +186,16 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
             return value
         if _is_list(option) and isinstance(value, (list, tuple)) and _fits(len(value), option):
             item = typing.get_args(option)[0]
-            return [_coerce(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
+            return [checked(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
         if typing.get_origin(option) is dict and isinstance(value, dict):
             item = typing.get_args(option)[1]
-            return {_key(key, where): _coerce(entry, item, f"{where}.{key}") for key, entry in value.items()}
+            return {_key(key, where): checked(entry, item, f"{where}.{key}") for key, entry in value.items()}
         if isinstance(option, type) and isinstance(value, option) and not (option is int and isinstance(value, bool)):
             return value
         if option is float and isinstance(value, int) and not isinstance(value, bool) and int not in options:
             return float(value)
         if option is float and isinstance(value, str) and _EXPONENT.fullmatch(value):
-            return float(value)
+            return checked(float(value), hint, where)
     choices = _literals(hint)
     kinds = [_KINDS.get(typing.get_origin(option) or option) for option in options]
     wanted = " or ".join([kind for kind in kinds if kind] + ([f"one of {', '.join(choices)}"] if choices else []))

@@ -1,0 +1,30 @@
+"""`lightpeft bench`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightpeft.cli.options import Option
+from lightpeft.cli.screen import screen
+from lightpeft.cli.settings import run_config
+from lightpeft.cli.verbs.verb import Verb
+
+
+def _bench(given: dict[str, Any], **options: Any) -> None:
+    from lightpeft.cli.tables import bench_table
+    from lightpeft.runs.bench import bench
+
+    screen.print(bench_table(bench(run_config(given), **options)))
+
+
+BENCH = Verb(
+    "bench",
+    "Measure plain LoRA beside the light model: speed, memory, FLOPs; alternating, with spread.",
+    _bench,
+    options=(
+        Option("--rounds", "Alternations of plain LoRA and light.", type=int, default=5),
+        Option("--steps", "Batches a round, training and inference each.", type=int, default=20),
+        Option("--json", "Where the result goes (default: bench.json in the run folder)."),
+    ),
+    on_runs=True,
+)

@@ -1,0 +1,26 @@
+"""`lightpeft inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightpeft.cli.options import Option
+from lightpeft.cli.screen import screen
+from lightpeft.cli.verbs.verb import Verb
+from lightpeft.console import streams
+
+
+def _inspect(path: str) -> None:
+    from lightpeft.cli.inspecting import inspect
+
+    streams.standard_output()
+    for table in inspect(Path(path)):
+        screen.print(table)
+
+
+INSPECT = Verb(
+    "inspect",
+    "Show a plan, a light adapter, a merged light model or a run as a table, layer by layer.",
+    _inspect,
+    options=(Option("path", "plan.json, or the folder of an adapter, a merged light model, an estimation or a run."),),
+)

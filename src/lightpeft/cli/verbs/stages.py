@@ -1,0 +1,96 @@
+"""`lightpeft run` and its stages, each of which can be run alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightpeft.cli.options import Option
+from lightpeft.cli.screen import screen
+from lightpeft.cli.settings import run_config
+from lightpeft.cli.verbs.verb import Verb
+
+_ESTIMATION = Option(
+    "--estimation", "Folder of another run, of the same settings but for the budget: take its estimation."
+)
+
+
+def _run(given: dict[str, Any], **options: Any) -> None:
+    from lightpeft.runs import pipeline
+
+    show_metrics(pipeline.run(run_config(given), **options))
+
+
+def show_metrics(report: dict[str, Any]) -> None:
+    """What a run's metrics.json says, as tables."""
+    from lightpeft.cli.tables import facts_table, metrics_table, milestones_table
+
+    screen.print(metrics_table(report["metrics"], report.get("intervals", {}), f"method {report['method']}"))
+    if "milestones" in report:  # older runs have none
+        screen.print(milestones_table(report["milestones"]))
+    screen.print(facts_table(report["parameters"], "parameters"))
+    screen.warn(report.get("warnings", []))
+
+
+def _estimate(given: dict[str, Any]) -> None:
+    from lightpeft.runs import pipeline
+
+    config = run_config(given)
+    record = pipeline.estimate(pipeline.prepare(config))
+    screen.say(f"{record.meta['steps']} steps; scores are in {config.output}/estimation")
+
+
+def _plan(given: dict[str, Any], estimation: str | None = None) -> None:
+    from lightpeft.cli.tables import plan_table
+    from lightpeft.runs import pipeline
+    from lightpeft.runs.reuse import find_estimation, take_estimation
+    from lightpeft.saved.run_folder import RunFolder
+
+    config = run_config(given)
+    run = RunFolder.open(config, replan=True)
+    if estimation is not None:
+        take_estimation(run, find_estimation(config, Path(estimation)))
+    screen.print(plan_table(pipeline.plan(run)))
+
+
+def _prune(given: dict[str, Any]) -> None:
+    from lightpeft.runs import pipeline
+
+    config = run_config(given)
+    pipeline.prune(pipeline.prepare(config))
+    screen.say(f"the pruned model is in {config.output}/pruned")
+
+
+def _train(given: dict[str, Any]) -> None:
+    from lightpeft.runs import pipeline
+
+    config = run_config(given)
+    pipeline.train(pipeline.prepare(config))
+    screen.say(f"the trained adapter is in {config.output}/adapter")
+
+
+RUN = Verb(
+    "run",
+    "All stages that are not done yet: estimate, plan, prune, train, evaluate.",
+    _run,
+    options=(
+        _ESTIMATION,
+        Option("--overwrite", "Remove the run of another config from the output folder first.", flag=True),
+    ),
+    on_runs=True,
+)
+ESTIMATE = Verb(
+    "estimate",
+    "Train masks and PEFT modules for the first steps and record every unit's importance.",
+    _estimate,
+    on_runs=True,
+)
+PLAN = Verb(
+    "plan",
+    "Decide from the record and the budget which units stay, and show the plan.",
+    _plan,
+    options=(_ESTIMATION,),
+    on_runs=True,
+)
+PRUNE = Verb("prune", "Cut base and PEFT modules down to the plan.", _prune, on_runs=True)
+TRAIN = Verb("train", "Fine-tune the small model.", _train, on_runs=True)
