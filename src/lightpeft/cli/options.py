@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from lightpeft.cli.hints import meant_option, unknown_option
+from lightpeft.config.peft import TYPE
 from lightpeft.config.validation import checked, load_yaml, parse_yaml
 from lightpeft.errors import LightPeftError
 
@@ -23,7 +24,7 @@ class Option:
     """One option of a verb, or one argument that is told by its place."""
 
     names: str
-    """As they are written, with spaces between them: "--data.text --text", or "model" for a place."""
+    """As they are written, with spaces between them: "--text --data.text", or "model" for a place."""
     help: str
     """What it is; empty: it is not shown."""
     type: Any = str
@@ -34,18 +35,21 @@ class Option:
     """It takes no value: it is there or not."""
     count: Literal["?", "+"] | None = None
     """Values that it takes: none or one, one or more; None: one."""
-    sets: str = ""
-    """Dotted name of what it sets; empty: its first name."""
-
-    @property
-    def target(self) -> str:
-        """Dotted name of what it sets."""
-        return self.sets or self.name.lstrip("-")
 
     @property
     def name(self) -> str:
         """Its first name, by which it is told from all others."""
         return self.names.split()[0]
+
+    @property
+    def target(self) -> str:
+        """Dotted name of what it sets."""
+        return self.name.lstrip("-")
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether its value may be a mapping with keys of the user's."""
+        return any(typing.get_origin(part) is dict for part in _options(self.type))
 
     @property
     def is_place(self) -> bool:
@@ -135,13 +139,15 @@ def section_of(word: str, name: str, known: Iterable[str]) -> dict[str, Any]:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by dotted names as a tree; a section comes before what is in it."""
+    """Values by dotted names as a tree; what a name stands for comes before what is in it."""
     tree: dict[str, Any] = {}
     for name, value in values.items():
         *sections, key = name.split(".")
         place = tree
         for section in sections:
-            place = place.setdefault(section, {})
+            above = place.get(section, {})
+            place[section] = above if isinstance(above, dict) else {TYPE: above}  # --peft ia3 --peft.setting value
+            place = place[section]
         place[key] = value
     return tree
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lightpeft.cli.options import Option, type_name
+from lightpeft.cli.options import Option
 from lightpeft.config import PRESETS, RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml
 from lightpeft.console import streams
@@ -88,7 +88,7 @@ def sections(
 
 def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
     """Options for keys of mappings, as far as a command line names them."""
-    mappings = tuple(f"{option.names}." for option in options if "mapping" in type_name(option.type))
+    mappings = tuple(f"{option.name}." for option in options if option.has_keys)
     written = dict.fromkeys(word.partition("=")[0] for word in arguments)
     return [Option(name, "", type=Any) for name in written if name.startswith(mappings)]
 

@@ -8,10 +8,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from lightpeft.config import peft_type
+from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.plans.records import PrunePlan
-
-PLAIN = {"lora": "plain LoRA", "bottleneck": "plain adapters"}
-"""What people call the usual way of a PEFT kind."""
 
 
 def plan_table(plan: PrunePlan) -> Table:
@@ -101,7 +100,7 @@ def _range(interval: Sequence[float] | None) -> str:
 def bench_table(report: Mapping[str, Any]) -> Table:
     """Plain PEFT, light, and their ratio, with the quartiles of the ratio."""
     plain, light, ratios = report["subjects"]["plain"], report["subjects"]["light"], report["ratios"]
-    kind = PLAIN[report["config"]["peft"]]
+    kind = plain_name(report["config"])
     table = Table(title=f"{kind} beside light (medians over rounds)", title_justify="left")
     for name in ("", kind, "light", "light / plain", "quartiles"):
         table.add_column(name, justify="left" if not name else "right")
@@ -139,7 +138,7 @@ def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: 
         light: metrics.json of a run with method light.
         bench: bench.json.
     """
-    kind = PLAIN[plain["config"]["peft"]]
+    kind = plain_name(plain["config"])
     table = Table(title=f"{kind} beside lightpeft", title_justify="left")
     for name in ("", kind, "lightpeft"):
         table.add_column(name, justify="left" if not name else "right")
@@ -161,6 +160,11 @@ def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: 
     times = [sum(report["seconds"].values()) for report in (plain, light)]
     table.add_row("training time, s (estimation included)", *(f"{value:.0f}" for value in times))
     return table
+
+
+def plain_name(config: Mapping[str, Any]) -> str:
+    """What people call the usual way of a run's PEFT kind."""
+    return f"plain {kind_named(peft_type(config['peft'])).title}"
 
 
 def shown(value: Any) -> str:

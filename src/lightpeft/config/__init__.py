@@ -17,7 +17,8 @@ from lightpeft.config.light import (
     UnitCriterion,
 )
 from lightpeft.config.methods import METHODS, Method, MethodName
-from lightpeft.config.presets import PRESETS, PeftKind, Preset, overlaid, preset_light, preset_settings
+from lightpeft.config.peft import Peft, peft_type
+from lightpeft.config.presets import PRESETS, Preset, overlaid, preset_light, preset_settings
 from lightpeft.config.run import (
     SWITCHES,
     AnswerBy,
@@ -58,7 +59,7 @@ __all__ = [
     "MethodName",
     "ModelConfig",
     "ModuleCriterion",
-    "PeftKind",
+    "Peft",
     "Placement",
     "PrefixDtype",
     "PrefixPlace",
@@ -73,6 +74,7 @@ __all__ = [
     "UnitCriterion",
     "load_config",
     "overlaid",
+    "peft_type",
     "preset_light",
     "preset_settings",
     "run_config_from_dict",

@@ -24,8 +24,8 @@ class Method:
     """Whether the model is estimated and cut on the way."""
     has_peft: bool = True
     """Whether PEFT modules train, and not every weight."""
-    slots: Sequence[str] | None = None
-    """Projections on which LoRA sits unless the settings say otherwise; None: all."""
+    by_habit: bool = False
+    """Whether PEFT modules sit where their kind is used by habit, and not wherever they may be of use."""
 
     @property
     def rate(self) -> str:
@@ -36,7 +36,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "light": Method("light", "adapter", "lightpeft.json", ("training.full_learning_rate",), prunes=True),
     "plain": Method(
-        "plain", "adapter", "adapter_config.json", ("light.", "training.full_learning_rate"), slots=("q", "v", "qkv")
+        "plain", "adapter", "adapter_config.json", ("light.", "training.full_learning_rate"), by_habit=True
     ),
     "full": Method(
         "full",

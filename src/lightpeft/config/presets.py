@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lightpeft.config.light import LightConfig
+from lightpeft.config.peft import USUAL, Peft, peft_over, peft_type
 from lightpeft.errors import require
 
-PeftKind = Literal["lora", "bottleneck"]
 Preset = Literal["default", "uniform", "fast", "paper"]
 
 
@@ -45,15 +45,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 
 
-_WITH_ADAPTERS: dict[str, dict[str, Any]] = {
-    "default": {"blocks": 0.5, "learning_rate_scale": 4.0},
-    "uniform": {"learning_rate_scale": 4.0},
-    "fast": {"learning_rate_scale": 4.0},
+_OF_KINDS: dict[str, dict[str, dict[str, Any]]] = {
+    # adapters take larger steps and lose more by a cut than LoRA
+    "bottleneck": {
+        "default": {"blocks": 0.5, "learning_rate_scale": 4.0},
+        "uniform": {"learning_rate_scale": 4.0},
+        "fast": {"learning_rate_scale": 4.0},
+    },
 }
-"""What presets have of their own for bottleneck adapters, which take larger steps and lose more by a cut than LoRA."""
+"""PEFT kind -> what presets have of their own for it; all other kinds have what LoRA has."""
 
 
-def preset_light(name: str, peft: PeftKind = "lora", **overrides: Any) -> LightConfig:
+def preset_light(name: str, peft: Peft = USUAL, **overrides: Any) -> LightConfig:
     """`LightConfig` of a preset (a key of `PRESETS`) for a kind of PEFT, with some fields replaced.
 
     Raises:
@@ -66,7 +69,8 @@ def preset_settings(name: Any, peft: Any) -> dict[str, Any]:
     """What a preset sets."""
     known = isinstance(name, str) and name in PRESETS
     require(known, f'preset "{name}" is unknown; choose one of {", ".join(PRESETS)}')
-    return PRESETS[name] | (_WITH_ADAPTERS.get(name, {}) if peft == "bottleneck" else {})
+    kind = peft_type(peft)
+    return PRESETS[name] | (_OF_KINDS.get(kind, {}).get(name, {}) if isinstance(kind, str) else {})
 
 
 _AMOUNTS = ({"heads", "neurons"}, {"blocks"}, {"target"})
@@ -86,5 +90,8 @@ def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             result[name] = None
     for key, value in above.items():
         nested = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = overlaid(result[key], value) if nested else value
+        if key == "peft" and key in result:
+            result[key] = peft_over(result[key], value)
+        else:
+            result[key] = overlaid(result[key], value) if nested else value
     return result

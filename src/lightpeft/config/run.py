@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from lightpeft.config.light import MOST_ROWS, WIDEST, LightConfig
 from lightpeft.config.methods import METHODS, Method, MethodName
-from lightpeft.config.presets import PeftKind, Preset, overlaid, preset_settings
+from lightpeft.config.peft import USUAL, Peft, peft_settings, peft_type, shortest
+from lightpeft.config.presets import Preset, overlaid, preset_settings
 from lightpeft.config.validation import check_most, check_values, from_dict, load_yaml
 from lightpeft.errors import require
 
@@ -306,8 +307,9 @@ class RunConfig:
     method: MethodName = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
     nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
-    peft: PeftKind = "lora"
-    """lora, or bottleneck adapters."""
+    peft: Peft = USUAL
+    """PEFT kind: lora, bottleneck (adapters) or ia3. For all that PEFT can set: a mapping of PEFT's own settings with
+    the kind as its `type`, such as {type: lora, use_dora: true}."""
     output: str = "runs/run"
     """Run folder: estimation/, plan.json, pruned/, adapter/, metrics.json, log.jsonl."""
     seed: int = 0
@@ -317,9 +319,9 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     """The task's data."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """The LoRA that the run starts with (peft: lora)."""
+    """The LoRA that the run starts with (peft: lora); settings in `peft` go over it."""
     bottleneck: BottleneckSettings = field(default_factory=BottleneckSettings)
-    """The adapters that the run starts with (peft: bottleneck)."""
+    """The adapters that the run starts with (peft: bottleneck); settings in `peft` go over it."""
     light: LightConfig = field(default_factory=LightConfig)
     """Estimation and budget. (Help shows the values of preset `default`; --print_config those of a run.)"""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -332,6 +334,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_values(self)
         require(0 <= self.seed < 2**32, f"seed is {self.seed}; it lies in [0, 2**32)")
+        self.peft = shortest(self.peft)
+
+    @property
+    def peft_type(self) -> str:
+        """The PEFT kind."""
+        return str(peft_type(self.peft))
+
+    @property
+    def peft_settings(self) -> dict[str, Any]:
+        """PEFT's own settings that were given for it in `peft`."""
+        return peft_settings(self.peft)
 
     @property
     def way(self) -> Method:
@@ -350,7 +363,7 @@ def load_config(path: str | Path) -> RunConfig:
 
 def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
     """A `RunConfig` from nested plain data, with the preset below the given values."""
-    preset = preset_settings(data.get("preset", "default"), data.get("peft"))
+    preset = preset_settings(data.get("preset", "default"), data.get("peft", USUAL))
     given = data.get("light") or {}
     light = overlaid(preset, given) if isinstance(given, dict) else given
     return from_dict(RunConfig, {**data, "light": light})

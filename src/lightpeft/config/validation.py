@@ -9,6 +9,7 @@ import re
 import reprlib
 import sys
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -87,17 +88,31 @@ _short.maxlevel = 3
 
 def from_dict(cls: type[T], data: dict[str, Any], where: str = "") -> T:
     """Build dataclass `cls` from nested plain data; unknown keys are errors that name the nearest key."""
+    values = checked_fields(cls, data, where)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    lacking = [each.name for each in fields if each.name not in values and _is_required(each)]
+    require(not lacking, f"{where}{lacking[0] if lacking else ''} is missing")
+    return cls(**values)
+
+
+def checked_fields(cls: type, data: dict[str, Any], where: str = "", without: Collection[str] = ()) -> dict[str, Any]:
+    """Values for some fields of dataclass `cls`, from nested plain data.
+
+    Args:
+        without: fields that cannot be given.
+
+    Raises:
+        LightPeftError: a key is no field, or a value is of another type.
+    """
     require(isinstance(data, dict), f"{where or 'the configuration'} must be a mapping, not {shown(data)}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(cls) if field.name not in without]
     hints = _hints(typing.cast(Any, cls))
     values: dict[str, Any] = {}
     for key, value in data.items():
-        if key not in fields:
-            raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in fields]))
+        if key not in names:
+            raise LightPeftError(unknown_key(f"{where}{key}", [f"{where}{name}" for name in names]))
         values[key] = checked(value, hints[key], f"{where}{key}")
-    lacking = [name for name, each in fields.items() if name not in values and _is_required(each)]
-    require(not lacking, f"{where}{lacking[0] if lacking else ''} is missing")
-    return cls(**values)
+    return values
 
 
 @functools.cache
@@ -182,6 +197,8 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     for option in options:
         if option is Any or (option is type(None) and value is None):
             return value
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return from_dict(typing.cast(type, option), value, f"{where}.")
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
         if _is_list(option) and isinstance(value, (list, tuple)) and _fits(len(value), option):

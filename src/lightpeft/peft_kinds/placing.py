@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftModel, TaskType, get_peft_model
+from transformers import PreTrainedModel
 
 from lightpeft.config import Head, RunConfig
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
+from lightpeft.files.foreign import parsing
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
-from lightpeft.peft_kinds.bottleneck import BottleneckConfig
-from lightpeft.plans.structure import SLOTS, BlockSpec
+from lightpeft.peft_kinds.kinds import Place, kind_named
+from lightpeft.plans.structure import BlockSpec
 
 _TASK_TYPES: dict[Head, TaskType | None] = {
     "classification": TaskType.SEQ_CLS,
@@ -33,8 +34,8 @@ def peft_task_type(head: Head) -> TaskType | None:
 def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """Put the run's PEFT modules on a model.
 
-    LoRA sits on all projections of the blocks in which modules may stay (`light.depth`, `light.module_blocks`) or, with
-    method plain, on q and v of every block as it is used by habit.
+    They sit on all projections of the blocks in which modules may stay (`light.depth`, `light.module_blocks`) or, with
+    method plain, where the kind is used by habit, in every block; or on target modules that the run names.
 
     Raises:
         LightPeftError: unknown slots, target modules that match nothing, or a place that the family does not have; or
@@ -42,31 +43,33 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """
     blocks = block_specs(loaded.model)
     _check_weights(loaded, blocks)
+    kind, task_type = kind_named(config.peft_type), peft_task_type(loaded.head)
+    made = kind.config(config, _place(blocks, config), task_type, loaded.new_modules)
+    _check_targets(loaded.model, made.target_modules, blocks)
+    with parsing(f"PEFT cannot put {kind.title} on {loaded.model.config.model_type}"):
+        return get_peft_model(loaded.model, made)
+
+
+def _place(blocks: Sequence[BlockSpec], config: RunConfig) -> Place:
+    """Where modules may be: where the method prunes, in the blocks in which they may stay."""
     lowest, end = 0, len(blocks)
     if config.way.prunes:
         end = config.light.blocks_left(len(blocks))
         lowest = config.light.first_module_block(end)
-    common: dict[str, Any] = {"task_type": _TASK_TYPES[loaded.head], "modules_to_save": loaded.new_modules or None}
-    if config.peft == "bottleneck":
-        others = [name for block in (*blocks[:lowest], *blocks[end:]) for name in block.projections.values()]
-        adapters = BottleneckConfig(**asdict(config.bottleneck), exclude_modules=others or None, **common)
-        return get_peft_model(loaded.model, adapters)
-    targets = config.lora.target_modules or _slot_targets(blocks[lowest:end], config)
-    lora = LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=targets,
-        **common,
+    return Place(blocks[lowest:end], [*blocks[:lowest], *blocks[end:]], by_habit=config.way.by_habit)
+
+
+def _check_targets(model: PreTrainedModel, targets: Any, blocks: Sequence[BlockSpec]) -> None:
+    """Refuse names of target modules of which none is there."""
+    if targets is None or isinstance(targets, str):
+        return
+    ends = tuple(f".{name}" for name in targets)
+    names = sorted({name.rpartition(".")[2] for name in blocks[0].projections.values()})
+    require(
+        any(f".{name}".endswith(ends) for name, _ in model.named_modules()),
+        f"target_modules {sorted(targets)} match nothing in {model.config.model_type}; "
+        f"projections of a block: {', '.join(names)}",
     )
-    try:
-        return get_peft_model(loaded.model, lora)
-    except ValueError as error:
-        names = sorted({name.rpartition(".")[2] for name in blocks[0].projections.values()})
-        raise LightPeftError(
-            f"lora.target_modules {targets} match nothing in {loaded.model.config.model_type}; "
-            f"projections of a block: {', '.join(names)}"
-        ) from error
 
 
 def _check_weights(loaded: LoadedModel, blocks: Sequence[BlockSpec]) -> None:
@@ -77,10 +80,3 @@ def _check_weights(loaded: LoadedModel, blocks: Sequence[BlockSpec]) -> None:
             not random,
             f"the checkpoint has no weights for {name}; is {loaded.model.config.model_type} really its architecture?",
         )
-
-
-def _slot_targets(blocks: Sequence[BlockSpec], config: RunConfig) -> list[str]:
-    unknown = set(config.lora.slots or ()) - set(SLOTS)
-    require(not unknown, f"lora.slots has {', '.join(sorted(unknown))}; slots are {', '.join(SLOTS)}")
-    slots = config.lora.slots or config.way.slots or SLOTS
-    return [name for block in blocks for slot, name in block.projections.items() if slot in slots]

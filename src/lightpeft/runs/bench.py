@@ -35,6 +35,7 @@ from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.loading import quiet_libraries
+from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling import (
@@ -310,7 +311,7 @@ class Subject:
     @cached_property
     def _merged(self) -> nn.Module:
         """A copy with PEFT merged into its weights; the model itself where that cannot be done."""
-        if not isinstance(self.model, PeftModel) or self.config.peft != "lora":
+        if not isinstance(self.model, PeftModel) or not kind_named(self.config.peft_type).merges:
             return self.model
         return copy.deepcopy(self.model).merge_and_unload()
 

@@ -17,6 +17,7 @@ from lightpeft.evaluation.milestones import Watcher, sample
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer
+from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.recipe.trainer import calibration_batches, fitted
 from lightpeft.saved.forms import Wanted
 from lightpeft.saved.opening import open_base
@@ -134,6 +135,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False) -> Workspace:
     """
     check_precision(config.training)
     check_given(config.trainer)
+    check_peft_settings(config)
     model_config = load_model_config(config.model)
     task = load_task(config.data, model_config, config.tasks)
     tokenizer = load_tokenizer(config.model)

@@ -368,8 +368,8 @@ def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list
     unused = tuple(given.way.unused)
     return [
         name
-        for name in after
-        if name not in skipped and before.get(name) != after[name] and not name.startswith(unused)
+        for name in after | before
+        if name not in skipped and before.get(name) != after.get(name) and not name.startswith(unused)
     ]
 
 

@@ -10,6 +10,7 @@ from lightpeft.peft_kinds.sites.config_file import LIGHT_TYPE, hide_config, read
 from lightpeft.peft_kinds.sites.fused import fused_lora
 from lightpeft.peft_kinds.sites.registry import (
     adapter_in_use,
+    check_config,
     check_peft,
     check_removable,
     drop_reference,
@@ -26,6 +27,7 @@ __all__ = [
     "adapter_in_use",
     "base_layer",
     "base_linear",
+    "check_config",
     "check_peft",
     "check_removable",
     "drop_reference",

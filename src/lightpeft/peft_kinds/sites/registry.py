@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -155,8 +155,20 @@ def _config(model: PeftModel) -> Any:
     return model.peft_config[model.active_adapter]
 
 
+def check_config(config: PeftConfig) -> None:
+    """Refuse a PEFT configuration whose modules cannot be pruned correctly.
+
+    Raises:
+        LightPeftError: naming what of it cannot.
+    """
+    _site_class(config).check(config)
+
+
 def _kind(model: PeftModel) -> type[Site]:
-    config = _config(model)
+    return _site_class(_config(model))
+
+
+def _site_class(config: PeftConfig) -> type[Site]:
     for kind in KINDS:
         if kind.matches(config):
             return kind

@@ -12,6 +12,7 @@ from typing import Any
 from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml, shown, unknown_key
 from lightpeft.errors import LightPeftError, require
+from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.runs.reproduce.methods import METHODS, Method, Settings
 from lightpeft.saved.run_folder import RunFolder
 from lightpeft.tasks import find_entry
@@ -85,6 +86,7 @@ class Grid:
         try:
             config = run_config_from_dict({**data, "seed": seed, "output": str(folder)})
             find_entry(config.data, config.tasks)
+            check_peft_settings(config)
         except LightPeftError as error:
             raise LightPeftError(f"{self.name}: cell {model}/{task}/{method}/{seed}: {error}") from error
         return self.methods[method].config(config)

@@ -1,0 +1,211 @@
+"""What a run knows of a PEFT kind: what it is called, which settings it has, and where its modules go.
+
+A new kind is a `Site` class (`peft_kinds/sites`) and an entry here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from peft import PeftConfig, TaskType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from lightpeft.config import RunConfig
+from lightpeft.config.light import WIDEST
+from lightpeft.config.validation import check_most, checked_fields
+from lightpeft.errors import LightPeftError, nearest, require
+from lightpeft.files.foreign import parsing
+from lightpeft.peft_kinds.sites import Site, check_config
+from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
+from lightpeft.peft_kinds.sites.ia3 import Ia3Site
+from lightpeft.peft_kinds.sites.lora import LoraSite
+from lightpeft.plans.structure import SLOTS, BlockSpec
+
+Settings = dict[str, Any]
+"""Fields of a PEFT configuration."""
+
+_OF_THE_RUN = (
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "auto_mapping",
+    "peft_version",
+    "runtime_config",
+)
+"""Fields of PEFT's configurations that say what a run says elsewhere, or what PEFT notes for itself."""
+_LAYERS = ("layers_to_transform", "layers_pattern")
+"""Fields that choose among layers that are named alike."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The blocks of a model, by where a run may put modules."""
+
+    allowed: Sequence[BlockSpec]
+    others: Sequence[BlockSpec]
+    by_habit: bool
+    """As the kind is used by habit (`Method.by_habit`), not wherever a module may be of use."""
+
+
+@dataclass(frozen=True)
+class PeftKind:
+    """One kind of PEFT whose modules sit on projections that are named one by one."""
+
+    site: type[Site]
+    title: str
+    """What people call it."""
+    habit: Collection[str] = ("q", "v", "qkv")
+    """Slots that it is used on by habit."""
+    merges: bool = True
+    """Whether what it adds can become part of the base's weights."""
+
+    @property
+    def name(self) -> str:
+        """What `peft` calls it."""
+        return self.site.peft_type.value.lower()
+
+    def config(
+        self,
+        run: RunConfig,
+        place: Place | None = None,
+        task_type: TaskType | None = None,
+        new_modules: Sequence[str] = (),
+    ) -> PeftConfig:
+        """The PEFT configuration of a run, in which `peft` goes over the kind's own section.
+
+        Args:
+            place: where modules may be; None: it says nothing of places.
+            task_type: what PEFT calls the model's task.
+            new_modules: what of the model trains as a whole, beside what the run names (`modules_to_save`).
+
+        Raises:
+            LightPeftError: a setting is unknown, or has a value that cannot be used or pruned.
+        """
+        cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[self.site.peft_type]
+        for name in _OF_THE_RUN:
+            require(name not in run.peft_settings, f"peft.{name} is the run's to set; leave it out")
+        given = checked_fields(cls, run.peft_settings, "peft.", without=_OF_THE_RUN)
+        settings = {**self.section(run), **given}
+        _check_layers(settings)
+        if place is not None:
+            settings |= self.placed(settings, place, run)
+        saved = list(dict.fromkeys([*(settings.pop("modules_to_save", None) or ()), *new_modules])) or None
+        with parsing("peft"):
+            made: PeftConfig = cls(**settings, task_type=task_type, modules_to_save=saved)
+        check_most(made, "peft.", {name: WIDEST for name in ("r", "size") if hasattr(made, name)})
+        check_config(made)
+        return made
+
+    def section(self, run: RunConfig) -> Settings:
+        """What the run's own section for the kind says."""
+        return {}
+
+    def slots(self, run: RunConfig) -> Collection[str] | None:
+        """The slots that the run names; None: it names none."""
+        return None
+
+    def placed(self, settings: Settings, place: Place, run: RunConfig) -> Settings:
+        """The settings that say where modules go; target modules that somebody named stay as they are."""
+        if settings.get("target_modules") is not None:
+            return {}
+        slots = self.slots(run) or (self.habit if place.by_habit else SLOTS)
+        return {"target_modules": projections(place.allowed, slots)}
+
+
+def _check_layers(settings: Settings) -> None:
+    """Refuse to choose among layers that lightpeft names one by one, as PEFT would not look at the choice."""
+    for name in _LAYERS:
+        named = settings.get(name) is None or settings.get("target_modules") is not None
+        require(named, f"peft.{name} chooses among target modules of one name; give peft.target_modules, too")
+
+
+def projections(blocks: Sequence[BlockSpec], slots: Collection[str] = SLOTS) -> list[str]:
+    """Names of the blocks' projections in those slots."""
+    return [name for block in blocks for slot, name in block.projections.items() if slot in slots]
+
+
+class _Lora(PeftKind):
+    """LoRA with its variants, whose section is `lora`."""
+
+    def config(self, run: RunConfig, *args: Any, **options: Any) -> PeftConfig:
+        start = run.peft_settings.get("init_lora_weights")
+        require(start != "eva", f"peft.init_lora_weights is {start}, which is computed from rows; use true or gaussian")
+        return super().config(run, *args, **options)
+
+    def section(self, run: RunConfig) -> Settings:
+        lora = run.lora
+        unknown = set(lora.slots or ()) - set(SLOTS)
+        require(not unknown, f"lora.slots has {', '.join(sorted(unknown))}; slots are {', '.join(SLOTS)}")
+        settings = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
+        return settings | ({"target_modules": lora.target_modules} if lora.target_modules else {})
+
+    def slots(self, run: RunConfig) -> Collection[str] | None:
+        return run.lora.slots
+
+
+class _Ia3(PeftKind):
+    """IA3, whose factors are on what a feed-forward module reads: the hidden units in front of `ffn_out`."""
+
+    def placed(self, settings: Settings, place: Place, run: RunConfig) -> Settings:
+        result = super().placed(settings, place, run)
+        if settings.get("feedforward_modules") is not None:
+            return result
+        targets = result.get("target_modules", settings.get("target_modules"))
+        outputs = projections([*place.allowed, *place.others], ["ffn_out"])
+        if isinstance(targets, str):  # an expression, which may stand for any of them
+            return {**result, "feedforward_modules": outputs}
+        ends = [name for name in targets or () if any(f".{output}".endswith(f".{name}") for output in outputs)]
+        return {**result, "feedforward_modules": ends}
+
+
+class _Bottleneck(PeftKind):
+    """Bottleneck adapters, which find their places by the family, and whose section is `bottleneck`."""
+
+    def section(self, run: RunConfig) -> Settings:
+        return asdict(run.bottleneck)
+
+    def placed(self, settings: Settings, place: Place, run: RunConfig) -> Settings:
+        if settings.get("target_modules") is not None or settings.get("exclude_modules") is not None:
+            return {}
+        return {"exclude_modules": projections(place.others) or None}
+
+
+KINDS: dict[str, PeftKind] = {
+    kind.name: kind
+    for kind in (
+        _Lora(LoraSite, "LoRA"),
+        _Ia3(Ia3Site, "IA3", habit=("k", "v", "qkv", "ffn_out")),  # as in Liu et al. 2022
+        _Bottleneck(BottleneckSite, "adapters", merges=False),
+    )
+}
+"""Name -> kind."""
+
+
+def kind_named(name: str) -> PeftKind:
+    """The kind that `peft` calls so.
+
+    Raises:
+        LightPeftError: there is none, or it cannot be pruned.
+    """
+    if name not in KINDS:
+        meant = nearest(name, KINDS)
+        raise LightPeftError(
+            f'peft is "{name}", which lightpeft cannot prune; '
+            + (f"did you mean {meant}? " if meant else "")
+            + f"choose one of {', '.join(KINDS)}"
+        )
+    return KINDS[name]
+
+
+def check_peft_settings(run: RunConfig) -> None:
+    """Refuse a PEFT that cannot be made or pruned, before anything is read.
+
+    Raises:
+        LightPeftError: its kind or a setting is unknown, or has a value that cannot be used.
+    """
+    if run.way.has_peft:
+        kind_named(run.peft_type).config(run)

@@ -1,0 +1,268 @@
+"""PEFT kinds of runs: by name or by PEFT's own settings, from YAML and the shell, from data to predictions."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_pipeline import comparable
+from workbench import Workbench, lightpeft, read, stamps
+
+from lightpeft import load_light
+from lightpeft.config import RunConfig, load_config, preset_light, run_config_from_dict
+from lightpeft.errors import LightPeftError
+from lightpeft.runs import pipeline
+from lightpeft.runs.reproduce import load_grid
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("kinds_llama"), "llama")
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------
+
+
+KINDS: dict[str, Any] = {
+    "dora": {"type": "lora", "use_dora": True, "r": 4, "lora_alpha": 8},
+    "rslora": {"type": "lora", "use_rslora": True, "init_lora_weights": "gaussian"},
+    "ia3": "ia3",
+    "adapters": {"type": "bottleneck", "size": 8},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def done(request: pytest.FixtureRequest, bench: Workbench) -> Path:
+    """The folder of a finished run of a kind."""
+    assert lightpeft("run", "--config", bench.yaml(request.param, peft=KINDS[request.param])) == 0
+    return bench.folder / request.param
+
+
+def test_a_run_has_the_peft_that_was_asked_for(done: Path) -> None:
+    config = load_light(done / "adapter").peft_config["default"]
+    settings = KINDS[done.name]
+    for name, value in settings.items() if isinstance(settings, dict) else ():
+        expected = value.upper() if name == "type" else value
+        assert getattr(config, "peft_type" if name == "type" else name) == expected
+    report = read(done / "metrics.json")
+    assert report["config"]["peft"] == settings
+    assert report["parameters"]["peft"] > 0 < report["parameters"]["base_removed_ratio"]
+    assert 0 < len(config.target_modules) < 12, "most modules went"
+
+
+def test_a_run_goes_on_with_its_own_settings(done: Path, bench: Workbench) -> None:
+    assert load_config(done / "config.yaml") == bench.config(done.name, peft=KINDS[done.name])
+    before = stamps(done)
+    assert lightpeft("run", "--run", done) == 0
+    assert stamps(done) == before
+
+
+def test_another_peft_is_another_run(done: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    for other in ("lora", {"type": "lora", "lora_bias": True}):
+        assert lightpeft("run", "--config", bench.yaml("other", peft=other, output=str(done))) == 2
+        assert "is the run of another config (it differs in peft" in capsys.readouterr().err
+
+
+def test_evaluate_and_predict_say_what_the_run_measured(done: Path, bench: Workbench, tmp_path: Path) -> None:
+    measured = read(done / "metrics.json")["metrics"]
+    assert lightpeft("evaluate", done, "--data.test", bench.test, "--json", tmp_path / "report.json") == 0
+    assert read(tmp_path / "report.json")["model"]["metrics"]["loss"] == pytest.approx(measured["loss"])
+    assert lightpeft("predict", done, bench.test, "--output", tmp_path / "out.csv") == 0
+    rows = list(csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8")))
+    assert sum(row["label"] == row["input_label"] for row in rows) / len(rows) == pytest.approx(measured["accuracy"])
+
+
+def test_export(done: Path, bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merged = tmp_path / "merged"
+    if done.name == "adapters":
+        assert lightpeft("export", done, merged) == 2
+        assert "cannot be merged" in capsys.readouterr().err and not merged.exists()
+        return
+    assert lightpeft("export", done, merged) == 0
+    assert lightpeft("evaluate", merged, "--data.test", bench.test, "--json", tmp_path / "report.json") == 0
+    measured = read(done / "metrics.json")["metrics"]["loss"]
+    assert read(tmp_path / "report.json")["model"]["metrics"]["loss"] == pytest.approx(measured, rel=1e-3)
+
+
+def test_another_budget_takes_the_estimation(done: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    peft, name = KINDS[done.name], f"{done.name}-more"
+    other = bench.yaml(f"{name}-other", **{"peft": "lora", "light.heads": 0.5})
+    assert lightpeft("run", "--config", other, "--estimation", done) == 2
+    assert "was made with other settings (peft" in capsys.readouterr().err
+    again = bench.yaml(name, **{"peft": peft, "light.heads": 0.5})
+    assert lightpeft("run", "--config", again, "--estimation", done) == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"peft": "lora"}, {"peft": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05}, "lora.r": 2}),
+        (
+            {"peft": "bottleneck", "bottleneck.size": 6},
+            {"peft": {"type": "bottleneck", "size": 6, "placement": "houlsby"}},
+        ),
+    ],
+    ids=["lora", "bottleneck"],
+)
+def test_a_section_is_another_way_to_say_it(bench: Workbench, one: dict[str, Any], other: dict[str, Any]) -> None:
+    kind = next(iter(one.values()))
+    for name, settings in ((f"{kind}-section", one), (f"{kind}-mapping", other)):
+        pipeline.run(bench.config(name, **settings))
+    assert comparable(bench.folder / f"{kind}-section") == comparable(bench.folder / f"{kind}-mapping")
+
+
+# -- where modules go --------------------------------------------------------------------------------------------
+
+
+def targets(folder: Path, field: str = "target_modules") -> set[str]:
+    """Last parts of the names of a plain run's modules."""
+    return {name.rpartition(".")[2] for name in read(folder / "adapter" / "adapter_config.json")[field]}
+
+
+def test_ia3_by_habit_and_where_somebody_says(llama: Workbench) -> None:
+    short = {"method": "plain", "training.epochs": 1}
+    pipeline.run(llama.config("habit", peft="ia3", **short))
+    assert targets(llama.folder / "habit") == {"k_proj", "v_proj", "down_proj"}
+    assert targets(llama.folder / "habit", "feedforward_modules") == {"down_proj"}
+    pipeline.run(llama.config("named", peft={"type": "ia3", "target_modules": ["q_proj", "down_proj"]}, **short))
+    assert targets(llama.folder / "named") == {"q_proj", "down_proj"}
+    assert targets(llama.folder / "named", "feedforward_modules") == {"down_proj"}
+    pipeline.run(llama.config("expression", peft={"type": "ia3", "target_modules": r".*\.(v|down)_proj"}, **short))
+    assert targets(llama.folder / "expression", "feedforward_modules") == {"down_proj"}
+
+
+def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
+    for kind in ("lora", "ia3", "bottleneck"):
+        settings = {"peft": kind, "light.module_blocks": 0.5, "light.modules": 0.0}
+        work = pipeline.prepare(llama.config(f"upper-{kind}", **settings))
+        blocks = {site.block for site in pipeline.estimate(work).sites}
+        assert blocks == {1}, kind
+
+
+def test_more_modules_to_save(llama: Workbench) -> None:
+    peft = {"type": "lora", "modules_to_save": ["norm"]}
+    pipeline.run(llama.config("saved", peft=peft, method="plain", **{"training.epochs": 1}))
+    saved = read(llama.folder / "saved" / "adapter" / "adapter_config.json")["modules_to_save"]
+    assert {"norm", "score"} <= set(saved)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ("lorra", 'peft is "lorra", which lightpeft cannot prune; did you mean lora?'),
+    ("prefix_tuning", "which lightpeft cannot prune; choose one of lora, ia3, bottleneck"),
+    ({"type": "vera", "r": 4}, 'peft is "vera"'),
+    ({"type": 3}, "peft.type is 3; it must be text"),
+    ({"use_doar": True}, "unknown key peft.use_doar; did you mean peft.use_dora?"),
+    ({"type": "ia3", "r": 4}, "unknown key peft.r; known keys: peft.target_modules"),
+    ({"r": "four"}, "peft.r is 'four'; it must be a whole number"),
+    ({"r": 0}, "peft: "),
+    ({"r": 10_000_000}, "peft.r is 10000000; it can be at most 65,536"),
+    ({"use_dora": "maybe"}, "peft.use_dora is 'maybe'; it must be true or false"),
+    ({"bias": "some"}, "peft.bias is 'some'; it must be one of none, all, lora_only"),
+    ({"bias": "all"}, 'use bias="none" or "lora_only"'),
+    ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa" changes the base weights'),
+    ({"init_lora_weights": "eva"}, "peft.init_lora_weights is eva, which is computed from rows"),
+    ({"use_dora": True, "lora_bias": True}, "peft: The argument lora_bias=True is not supported for DoRA"),
+    ({"task_type": "SEQ_CLS"}, "peft.task_type is the run's to set; leave it out"),
+    ({"layers_to_transform": [0]}, "give peft.target_modules, too"),
+    ({"use_qalora": True}, "LoRA with use_qalora cannot be pruned"),
+    ({"type": "bottleneck", "init": "ones"}, "init must be one of zero, bert, houlsby"),
+]
+
+
+@pytest.mark.parametrize(("peft", "says"), REFUSED)
+def test_refused_before_anything_is_read(
+    bench: Workbench, capsys: pytest.CaptureFixture[str], peft: Any, says: str
+) -> None:
+    file = bench.yaml("bad", **{"peft": peft, "model.name": "nowhere", "data.train": "nothing.csv"})
+    assert lightpeft("run", "--config", file) == 2
+    line = capsys.readouterr().err
+    assert says in line and line.count("\n") == 1
+
+
+def test_targets_that_match_nothing(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    for given in (["q_proj"], "nothing.*"):
+        file = bench.yaml("bad", peft={"type": "ia3", "target_modules": given, "feedforward_modules": []})
+        assert lightpeft("run", "--config", file) == 2
+        line = capsys.readouterr().err
+        assert "bert" in line and line.count("\n") == 1
+
+
+# -- settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("ia3", "ia3"),
+        ("LoRA", "lora"),
+        ({"type": "lora"}, "lora"),
+        ({}, "lora"),
+        ({"use_dora": True}, {"type": "lora", "use_dora": True}),
+        ({"size": 4, "type": "BOTTLENECK"}, {"type": "bottleneck", "size": 4}),
+    ],
+)
+def test_one_form(given: Any, expected: Any) -> None:
+    config = run_config_from_dict({"peft": given})
+    assert config.peft == expected == RunConfig(peft=given).peft
+    assert config.peft_type == (expected if isinstance(expected, str) else expected["type"])
+
+
+def test_presets_of_kinds() -> None:
+    for name in ("default", "fast"):
+        for peft in ({"type": "bottleneck", "size": 4}, {"type": "Bottleneck"}):
+            light = run_config_from_dict({"preset": name, "peft": peft}).light
+            assert light == preset_light(name, peft) == preset_light(name, "bottleneck")
+        assert preset_light(name, "ia3") == preset_light(name, {"use_dora": True}) == preset_light(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "expected"),
+    [
+        ("lora", ["--peft", "ia3"], "ia3"),
+        ("ia3", ["--peft.init_ia3_weights", "false"], {"type": "ia3", "init_ia3_weights": False}),
+        ({"use_dora": True}, ["--peft.r=16"], {"type": "lora", "use_dora": True, "r": 16}),
+        ({"use_dora": True}, ["--peft", "lora"], {"type": "lora", "use_dora": True}),
+        ({"use_dora": True}, ["--peft.type", "ia3"], "ia3"),
+        ({"use_dora": True}, ["--peft.r", "2", "--peft", "bottleneck"], {"type": "bottleneck", "r": 2}),
+        ("lora", ["--peft", "{type: ia3}"], "ia3"),
+        ("lora", ["--peft.rank_pattern", "{query: 2}"], {"type": "lora", "rank_pattern": {"query": 2}}),
+    ],
+)
+def test_from_the_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: Any, options: list[str], expected: Any
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"peft": file}), encoding="utf-8")
+    assert lightpeft("run", "--config", path, *options, "--print_config") == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["peft"] == expected
+    path.write_text(text, encoding="utf-8")
+    assert load_config(path).peft == expected
+
+
+def test_grids(tmp_path: Path) -> None:
+    grid = {
+        "models": ["m"],
+        "tasks": {"own": {"data": {"task": "classification", "train": "rows.csv"}}},
+        "methods": {"lora": None, "dora": {"from": "light-lora", "peft": {"use_dora": True}}, "ia3": {"peft": "ia3"}},
+        "seeds": [0],
+    }
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(grid), encoding="utf-8")
+    found = {cell.method: cell.config.peft for cell in load_grid(file).cells(tmp_path)}
+    assert found == {"lora": "lora", "dora": {"type": "lora", "use_dora": True}, "ia3": "ia3"}
+    grid["methods"]["dora"] = {"peft": {"use_doar": True}}
+    file.write_text(yaml.safe_dump(grid), encoding="utf-8")
+    with pytest.raises(LightPeftError, match="cell m/own/dora/0: unknown key peft.use_doar; did you mean"):
+        load_grid(file).cells(tmp_path)
