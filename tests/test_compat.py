@@ -5,7 +5,6 @@ Where one fails after an update of a library, its module in `lightpeft/compat` h
 
 from __future__ import annotations
 
-import argparse
 import ast
 import logging
 import threading
@@ -16,7 +15,6 @@ from typing import Any
 
 import datasets
 import huggingface_hub
-import jsonargparse
 import peft.tuners.lora.dora
 import pytest
 import torch
@@ -37,7 +35,6 @@ from transformers import (
     Trainer,
 )
 
-from lightpeft.compat import argparse as of_argparse
 from lightpeft.compat import bitsandbytes as bnb
 from lightpeft.compat import hub, torchao
 from lightpeft.compat import peft as of_peft
@@ -146,14 +143,6 @@ def test_the_rule_itself(source: str, found: list[str]) -> None:
 
 
 # argparse
-
-
-@pytest.mark.parametrize("parser", [argparse.ArgumentParser, jsonargparse.ArgumentParser])
-def test_options_of_a_parser(parser: type[argparse.ArgumentParser]) -> None:
-    with needed_for("what was meant by an option that there is not"):
-        verb = parser(exit_on_error=False)
-        verb.add_argument("--overwrite", "-o")
-        assert of_argparse.options_of(verb)[:2] == ["-h", "--help"] and "--overwrite" in of_argparse.options_of(verb)
 
 
 # PyTorch

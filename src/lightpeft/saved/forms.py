@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightpeft.config import Head, ModelConfig, RunConfig
 from lightpeft.config.validation import from_dict
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype
 from lightpeft.models.families import max_positions
@@ -141,7 +141,7 @@ class Found(ABC):
     def _not_fitting(self, wanted: Wanted, why: Exception | str) -> LightPeftError:
         """The line about weights that are for something else."""
         classes = f" with {len(wanted.labels)} labels" if wanted.labels else ""
-        reason = " ".join(str(why).split())[-200:]
+        reason = one_line(why)[-200:]
         return LightPeftError(f"{self.name} does not fit {wanted.what}{classes}: {reason}")
 
     def open(self, wanted: Wanted, base: PreTrainedModel | None = None) -> Model:

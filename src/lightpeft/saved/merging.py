@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightpeft.compat.transformers import Checkpoint, with_reader
 from lightpeft.config import ModelConfig
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import check_file, file_checksum, read_json, replacing_folder, understandable, write_json
 from lightpeft.files.foreign import check_folder, parsing, read_config
 from lightpeft.models.loading import check_checkpoint
