@@ -29,6 +29,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.models.families import block_lists
 from lightpeft.models.families.decoders import DECODERS
+from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.profiling import hardware
 from lightpeft.runs import pipeline
 from lightpeft.runs.pipeline import Workspace
@@ -64,7 +65,7 @@ def measure(path: Path, count: int) -> dict[str, Any]:
     set_seed(config.seed)
     work = pipeline.prepare(config)
     require(
-        work.task.head == "classification",
+        work.task.head == CLASSIFICATION,
         f"{path} does not classify; a linear classifier cannot say how deep it reads",
     )
     require(2 <= count <= len(work.train_rows), f"--rows is {count}; there are {len(work.train_rows)} training rows")

@@ -36,11 +36,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lightpeft.cli.command import quiet
 from lightpeft.config import RunConfig, load_config
-from lightpeft.console.bars import silent
+from lightpeft.console.bars import showing, silent
 from lightpeft.errors import LightPeftError, require
-from lightpeft.evaluation import answering
+from lightpeft.evaluation.scores import evaluate
 from lightpeft.files import read_json, write_json
 from lightpeft.machine import autocast_dtype
+from lightpeft.models.task_heads import CAUSAL_LM
 from lightpeft.profiling import alternate, count_parameters, folder_bytes, hardware, ratio, summarize
 from lightpeft.runs import pipeline
 from lightpeft.runs.bench import Build, Subject, Worker
@@ -263,9 +264,9 @@ class Suite:
 
     def _evaluate(self, work: Workspace, model: nn.Module) -> dict[str, float]:
         training = work.config.training
-        return answering.evaluate(
-            model, work.test_rows, work.task, work.collator, training.eval_batch_size, autocast_dtype(training), silent
-        )
+        autocast = autocast_dtype(training)
+        with showing(silent):
+            return evaluate(model, work.test_rows, work.task, work.collator, training.eval_batch_size, autocast)
 
     def _run_light(self, config: RunConfig, curve: Curve) -> dict[str, Any]:
         with observed(curve):
@@ -292,7 +293,7 @@ class Suite:
             log=run.log,
             steps=work.steps,
             seed=config.seed,
-            token_loss=work.task.head == "causal-lm",
+            token_loss=work.task.head == CAUSAL_LM,
             callbacks=[curve],
         )
         with method.accelerating(work, model):

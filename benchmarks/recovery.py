@@ -33,9 +33,7 @@ from transformers import Trainer
 from lightpeft.cli.command import quiet
 from lightpeft.config import LightConfig, RunConfig, load_config
 from lightpeft.errors import LightPeftError, require
-from lightpeft.evaluation import answering
 from lightpeft.files import read_json, write_json
-from lightpeft.machine import autocast_dtype
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.planning import make_plan
@@ -53,6 +51,7 @@ from lightpeft.runs.pipeline import Workspace
 from lightpeft.runs.reproduce.grid import slug
 from lightpeft.runs.reproduce.summary import Report, Results, row
 from lightpeft.runs.reproduce.tables import markdown_table
+from lightpeft.tasks.respondent import finite_logits
 
 AS_IT_IS = "as it is"
 REPORT = "recovery.json"
@@ -242,9 +241,7 @@ def distilled(work: Workspace) -> AbstractContextManager[Any]:
 def teacher_logits(work: Workspace) -> list[Tensor]:
     """Logits of the dense model at the end of estimation for every training row."""
     model = PeftModel.from_pretrained(pipeline.dense_model(work).model, str(work.run.estimation / "adapter"))
-    training = work.config.training
-    run = answering.Run(model, work.collator, training.eval_batch_size, autocast_dtype(training))
-    return answering.logits_of(run, work.train_rows)
+    return list(finite_logits(work.asking(model), work.train_rows))
 
 
 def collated(collator: Callable[..., dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:

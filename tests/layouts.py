@@ -8,17 +8,23 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
-from lightpeft.tasks import ENTRIES
+from lightpeft.tasks import ENTRIES, Task
 
 WORDS = tuple(f"word{index}" for index in range(12))
 TELLING = ("red", "green", "blue", "black", "white")
 Row = dict[str, Any]
+
+
+def cut_to(task: Task, length: int) -> Task:
+    """The task with rows of at most so many tokens."""
+    return replace(task, config=replace(task.config, max_length=length))
 
 
 def sentence(draw: random.Random, *inside: str, words: int = 4) -> str:

@@ -32,6 +32,7 @@ from lightpeft.config import ModelConfig, run_config_from_dict
 from lightpeft.evaluation.predicting import predict
 from lightpeft.evaluation.reports import class_order, evaluate_harness, evaluate_model, renumbered
 from lightpeft.models.loading import load_model
+from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.runs import pipeline
 from lightpeft.saved.merging import MERGED
 from lightpeft.saved.opening import find_model
@@ -145,7 +146,7 @@ def test_a_family_that_cannot_be_pruned_can_be_measured(bench: Workbench, tmp_pa
     report = evaluate_model(tmp_path, rows_of(bench))
     assert 0 <= report["model"]["metrics"]["accuracy"] <= 1
     model = ModelConfig(name=str(tmp_path))
-    assert "cannot be pruned" in refusal(lambda: load_model(model, "classification", ["a", "b"]))
+    assert "cannot be pruned" in refusal(lambda: load_model(model, CLASSIFICATION, ["a", "b"]))
 
 
 # -- named tasks -------------------------------------------------------------------------------------------------
@@ -477,7 +478,7 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
             {},
             "classes apart (negative, positive), the data have 2 labels (x, y)",
         ),
-        (light, language, {}, "causal-lm needs a causal language model; bert is none"),
+        (light, language, {}, "bert is no causal language model, which causal-lm needs"),
         (light, choice(tmp_path), {}, "was trained for classification and cannot answer multiple-choice"),
         (bench.folder / "plain" / "adapter", choice(tmp_path), {}, "PEFT's task type SEQ_CLS"),
         (base, rows_of(bench), {}, "no weights for classifier, so its answers to classification would be random"),

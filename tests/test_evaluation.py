@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from datasets import Dataset
+from layouts import cut_to
 from peft import LoraConfig, TaskType, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -23,10 +24,12 @@ from transformers import (
 )
 
 from lightpeft.config import DataConfig
-from lightpeft.console.bars import silent
+from lightpeft.console.bars import showing
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.answering import Run, evaluate, logits_of
+from lightpeft.evaluation.respondent import BatchedModel
+from lightpeft.evaluation.scores import evaluate
 from lightpeft.tasks import CausalLMTask, ClassificationTask
+from lightpeft.tasks.respondent import finite_logits
 
 T = TypeVar("T")
 VOCABULARY = 20
@@ -84,24 +87,20 @@ def one_by_one(model: nn.Module, encoded: Dataset) -> torch.Tensor:
         return torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in encoded])
 
 
-def all_logits(run: Run, encoded: Dataset) -> torch.Tensor:
-    return torch.stack(logits_of(run, encoded))
-
-
 class TestClassification:
     @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
     def test_predictions_keep_the_order_of_rows(self, tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
         task, model = classification(), bert()
-        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        encoded = cut_to(task, 16).encode(task.test, tokenizer)
         expected = one_by_one(model, encoded)
         collator = task.collator(tokenizer)
-        logits = all_logits(Run(model, collator, batch_size, progress=silent), encoded)
+        logits = finite_logits(BatchedModel(model, collator, batch_size), encoded)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
         assert len({round(float(value), 5) for value in logits[:, 0]}) == len(TEXTS)  # rows are told apart
 
     def test_batches_are_by_length_and_padded_to_their_longest(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task, shapes = classification(), []
-        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        encoded = cut_to(task, 16).encode(task.test, tokenizer)
         model = bert()
         model.register_forward_pre_hook(
             lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -112,14 +111,16 @@ class TestClassification:
             seen.append((total, description))
             return items
 
-        logits_of(Run(model, task.collator(tokenizer), 3, progress=progress), encoded)
-        assert shapes == [(3, 6), (3, 3), (1, 1)]
+        with showing(progress):
+            finite_logits(BatchedModel(model, task.collator(tokenizer), 3), encoded)
+        finite_logits(BatchedModel(model, task.collator(tokenizer), 64), encoded)  # not shown so outside the block
+        assert shapes == [(3, 6), (3, 3), (1, 1), (7, 6)]
         assert seen == [(3, "Predicting")]
 
     def test_metrics_of_two_labels(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task, model = classification(), FixedLogits([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 3.0], [0.0, 1.0]])
         rows = encoded_rows([0, 1, 1, 0, 1])
-        metrics = evaluate(model, rows, task, task.collator(tokenizer), 2, progress=silent)
+        metrics = evaluate(model, rows, task, task.collator(tokenizer), 2)
         # right, right, wrong, wrong, right: precision 2/3 and recall 2/3 of label 1
         margins = [2.0, 1.0, -1.0, -3.0, 1.0]
         assert metrics == pytest.approx(
@@ -134,7 +135,7 @@ class TestClassification:
     def test_f1_of_three_labels_is_macro(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task = classification(["a", "b", "c", "a", "b", "c", "a"])
         model = FixedLogits([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-        metrics = evaluate(model, encoded_rows([0, 1, 1, 2]), task, task.collator(tokenizer), 4, progress=silent)
+        metrics = evaluate(model, encoded_rows([0, 1, 1, 2]), task, task.collator(tokenizer), 4)
         # f1: label 0 2/3, label 1 2/3, label 2 1
         assert metrics["f1"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
         assert metrics["accuracy"] == pytest.approx(3 / 4)
@@ -145,33 +146,33 @@ class TestClassification:
         model = LlamaForSequenceClassification(llama_config(num_labels=2))
         tokenizer.padding_side = side
         task = classification()
-        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        encoded = cut_to(task, 16).encode(task.test, tokenizer)
         expected = one_by_one(model, encoded)
-        logits = all_logits(Run(model, task.collator(tokenizer), 4, progress=silent), encoded)
+        logits = finite_logits(BatchedModel(model, task.collator(tokenizer), 4), encoded)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
     def test_training_mode_comes_back_module_by_module(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task, model = classification(), bert()
-        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        encoded = cut_to(task, 16).encode(task.test, tokenizer)
         model.train()
         model.bert.embeddings.eval()
         before = [module.training for module in model.modules()]
-        evaluate(model, encoded, task, task.collator(tokenizer), 4, progress=silent)
+        evaluate(model, encoded, task, task.collator(tokenizer), 4)
         assert [module.training for module in model.modules()] == before
         with pytest.raises(RuntimeError):
-            evaluate(model, encoded, task, lambda rows: _fail(), 4, progress=silent)  # type: ignore[arg-type]
+            evaluate(model, encoded, task, lambda rows: _fail(), 4)  # type: ignore[arg-type]
         assert [module.training for module in model.modules()] == before
 
     def test_peft_model_and_bf16(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task, base = classification(), bert()
-        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        encoded = cut_to(task, 16).encode(task.test, tokenizer)
         expected = one_by_one(base, encoded)
         config = LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["query", "value"])
         model = get_peft_model(base, config)
         collator = task.collator(tokenizer)
-        logits = all_logits(Run(model, collator, 4, progress=silent), encoded)
+        logits = finite_logits(BatchedModel(model, collator, 4), encoded)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)  # a fresh LoRA adds nothing
-        half = all_logits(Run(model, collator, 4, autocast=torch.bfloat16, progress=silent), encoded)
+        half = finite_logits(BatchedModel(model, collator, 4, autocast=torch.bfloat16), encoded)
         assert half.dtype == torch.float32
         assert not torch.equal(half, logits)
         torch.testing.assert_close(half, logits, rtol=0.1, atol=0.3)
@@ -180,13 +181,13 @@ class TestClassification:
         torch.manual_seed(0)
         model = LlamaForSequenceClassification(llama_config(num_labels=2))
         rows = encoded_rows([0, 1]).add_column("token_type_ids", [[0], [0]])
-        assert len(logits_of(Run(model, classification().collator(tokenizer), 2, progress=silent), rows)) == 2
+        assert len(finite_logits(BatchedModel(model, classification().collator(tokenizer), 2), rows)) == 2
 
     def test_no_rows(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task = classification()
         empty = encoded_rows([0]).select([])
         with pytest.raises(LightPeftError, match="no rows"):
-            evaluate(bert(), empty, task, task.collator(tokenizer), 4, progress=silent)
+            evaluate(bert(), empty, task, task.collator(tokenizer), 4)
 
 
 class FixedLogits(nn.Module):
@@ -224,7 +225,7 @@ class TestCausalLM:
         torch.manual_seed(0)
         model, task = LlamaForCausalLM(llama_config()), self.task()
         tokenizer.padding_side = side
-        encoded = task.encode(task.test, tokenizer, 16, progress=silent)
+        encoded = cut_to(task, 16).encode(task.test, tokenizer)
         losses, right = [], []
         model.eval()
         for row in encoded:
@@ -236,7 +237,7 @@ class TestCausalLM:
                     right.append(log_p[place - 1].argmax().item() == label)
         words = sum(len(text.split()) for text in TEXTS)
         assert len(losses) == words + len(TEXTS)  # every completion word and one end token a row
-        metrics = evaluate(model, encoded, task, task.collator(tokenizer), 3, progress=silent)
+        metrics = evaluate(model, encoded, task, task.collator(tokenizer), 3)
         mean = sum(losses) / len(losses)
         assert metrics == pytest.approx(
             {
@@ -253,4 +254,4 @@ class TestCausalLM:
         task = self.task()
         rows = Dataset.from_dict({"input_ids": [[3]], "attention_mask": [[1]], "labels": [[3]], "length": [1]})
         with pytest.raises(LightPeftError, match="no token to predict"):
-            evaluate(LlamaForCausalLM(llama_config()), rows, task, task.collator(tokenizer), 1, progress=silent)
+            evaluate(LlamaForCausalLM(llama_config()), rows, task, task.collator(tokenizer), 1)

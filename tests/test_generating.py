@@ -11,7 +11,6 @@ from tiny import DROPPED, VOCABULARY, make, plan_for, with_lora
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightpeft.console.bars import silent
 from lightpeft.evaluation import generating
 from lightpeft.evaluation.generating import generate_texts
 from lightpeft.prune.surgery import apply_plan
@@ -54,7 +53,7 @@ def written(model: PeftModel, prompt: list[int], ends: set[int]) -> list[int]:
 
 
 def texts(model: PeftModel, tokenizer: PreTrainedTokenizerFast, **options: Any) -> list[str]:
-    return generate_texts(model, PROMPTS, tokenizer, max_new_tokens=STEPS, progress=silent, **options)
+    return generate_texts(model, PROMPTS, tokenizer, max_new_tokens=STEPS, **options)
 
 
 def expected(model: PeftModel, tokenizer: PreTrainedTokenizerFast, ends: set[int]) -> list[str]:

@@ -30,6 +30,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.reports import evaluate_model
 from lightpeft.files import file_checksum
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
+from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.runs import pipeline
 
 SECONDS, WAITING = 12, 120
@@ -161,7 +162,7 @@ def doors(place: Path, bench: Workbench, *kinds: str) -> Iterator[tuple[str, Cal
     if "peft" in kinds:
         yield "evaluate peft", lambda: lightpeft("evaluate", place / "peft", *test)
     if "base" in kinds:
-        yield "load_model", lambda: load_model(ModelConfig(name=str(place / "base")), "classification", LABELS)
+        yield "load_model", lambda: load_model(ModelConfig(name=str(place / "base")), CLASSIFICATION, LABELS)
     if "words" in kinds or ("base" in kinds and thorough):
         yield "run", lambda: lightpeft("run", "--config", config)
 
@@ -262,7 +263,7 @@ def test_pickled_weights_are_weights_even_where_they_are_allowed(place: Path, be
     pickled_only(place, place / "base")
     assert "cannot be loaded" in refusal(lambda: load_light(place / "light", allow_pickle=True))
     model = ModelConfig(name=str(place / "base"), allow_pickle=True)
-    assert "cannot be loaded" in refusal(lambda: load_model(model, "classification", LABELS))
+    assert "cannot be loaded" in refusal(lambda: load_model(model, CLASSIFICATION, LABELS))
     shutil.rmtree(place / "base")
     shutil.copytree(bench.base, place / "base")
     pickled_only(place, place / "peft", "adapter_model.bin")

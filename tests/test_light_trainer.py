@@ -25,6 +25,7 @@ from transformers import (
 from workbench import Workbench, labelled
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light, preset_light
+from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import PrunePlan
 from lightpeft.runs import pipeline
 from lightpeft.saved.light_adapter import LightModel
@@ -263,7 +264,7 @@ def test_shell_and_trainers_give_the_same_to_the_last_bit(tmp_path: Path, kind: 
         )
         assert_equal(saved, shell)
         found = pipeline.measure(work, load_light(tmp_path / "python", bench.base))
-        assert pipeline.answering.scores_of(found, work.task).metrics == report["metrics"]
+        assert scores_of(found, work.task).metrics == report["metrics"]
 
 
 # -- what Trainer has ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from layouts import cut_to
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -23,11 +24,18 @@ from transformers import (
 )
 
 from lightpeft.config import DataConfig, TaskEntry
-from lightpeft.console.bars import silent
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.answering import Run, evaluate, outcome
+from lightpeft.evaluation.respondent import BatchedModel
+from lightpeft.evaluation.scores import evaluate
 from lightpeft.prune.importance import RealTokens
-from lightpeft.tasks import ClassificationTask, LikelihoodTask, MultipleChoiceTask, share_at_limit
+from lightpeft.tasks import (
+    ClassificationByLikelihood,
+    ClassificationTask,
+    LikelihoodTask,
+    MultipleChoiceByLikelihood,
+    MultipleChoiceTask,
+    share_at_limit,
+)
 from lightpeft.tasks.kinds.likelihood import ACCURACIES, encode_pairs, option_sequences
 from lightpeft.tasks.tokens import IGNORED
 from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
@@ -81,7 +89,7 @@ def decoders(llama: LlamaForCausalLM) -> dict[str, nn.Module]:
 
 def questions(rows: Dataset = QUESTIONS, prompt: str | None = None, **settings: Any) -> LikelihoodTask:
     entry = TaskEntry(kind="multiple-choice", prompt=prompt)
-    return LikelihoodTask(DataConfig(task="multiple-choice", **settings), rows, rows, [], entry)
+    return MultipleChoiceByLikelihood(DataConfig(task="multiple-choice", **settings), rows, rows, [], entry)
 
 
 def log_p(model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, completion: str) -> list[float]:
@@ -117,11 +125,11 @@ class TestScores:
         assert len({tuple(picks) for picks in expected.values()}) > 1  # the rules do not all agree
         for rule, picks in expected.items():
             task = questions(likelihood=rule)
-            encoded = task.encode_test(task.test, tokenizer, 32, progress=silent)
+            encoded = cut_to(task, 32).encode_test(task.test, tokenizer)
             collator = task.collator(tokenizer)
-            given = outcome(Run(model, collator, batch_size, progress=silent), encoded, task).answers
+            given = task.answer(BatchedModel(model, collator, batch_size), encoded).answers
             assert (list(given.predictions), list(given.references)) == (picks, QUESTIONS["answer"][:])
-        metrics = evaluate(model, encoded, task, collator, batch_size, progress=silent)
+        metrics = evaluate(model, encoded, task, collator, batch_size)
         for rule, name in ACCURACIES.items():
             hits = [pick == index for pick, index in zip(expected[rule], QUESTIONS["answer"], strict=True)]
             assert metrics[name] == pytest.approx(np.mean(hits))
@@ -132,17 +140,17 @@ class TestScores:
 
     def test_label_words_and_probabilities(self, llama: LlamaForCausalLM) -> None:
         entry = TaskEntry(labels=["bad", "good"], words=["no", "yes"], prompt="{text}\nAnswer:", metrics=["f1"])
-        task = LikelihoodTask(DataConfig(), TEXTS, TEXTS, ["bad", "good"], entry)
+        task = ClassificationByLikelihood(DataConfig(), TEXTS, TEXTS, ["bad", "good"], entry)
         tokenizer = word_tokenizer()
-        encoded = task.encode_test(task.test, tokenizer, 32, progress=silent)
-        given = outcome(Run(llama, task.collator(tokenizer), 4, progress=silent), encoded, task).answers
+        encoded = cut_to(task, 32).encode_test(task.test, tokenizer)
+        given = task.answer(BatchedModel(llama, task.collator(tokenizer), 4), encoded).answers
         scores = [[sum(log_p(llama, tokenizer, f"{t}\nAnswer:", w)) for w in ("no", "yes")] for t in TEXTS["text"]]
         expected = torch.tensor(scores).softmax(-1).numpy()
         np.testing.assert_allclose(given.probabilities, expected, rtol=1e-4)
         assert given.probabilities is not None and given.probabilities.dtype == np.float32
         assert list(given.predictions) == expected.argmax(-1).tolist()
         assert list(given.references) == [0, 1, 1]
-        metrics = evaluate(llama, encoded, task, task.collator(tokenizer), 4, progress=silent)
+        metrics = evaluate(llama, encoded, task, task.collator(tokenizer), 4)
         assert set(metrics) == {"f1", *ACCURACIES.values(), "loss", "examples"}
 
     def test_what_follows_the_option_is_scored_where_there_is_an_ending(self, llama: LlamaForCausalLM) -> None:
@@ -150,9 +158,9 @@ class TestScores:
             {"context": ["w0 w1"], "options": [["w2", "w3 w4"]], "ending": ["w5 w6"], "answer": [1]}
         )
         task, tokenizer = questions(rows, prompt="{context}"), word_tokenizer()
-        encoded = task.encode_test(rows, tokenizer, 32, progress=silent)
+        encoded = cut_to(task, 32).encode_test(rows, tokenizer)
         scores = [sum(log_p(llama, tokenizer, f"w0 w1 {option}", "w5 w6")) for option in ("w2", "w3 w4")]
-        given = outcome(Run(llama, task.collator(tokenizer), 4, progress=silent), encoded, task).answers
+        given = task.answer(BatchedModel(llama, task.collator(tokenizer), 4), encoded).answers
         assert list(given.predictions) == [int(np.argmax(scores))]
         assert encoded["bytes"][:] == [[5, 5]]
 
@@ -167,17 +175,19 @@ class TestScores:
             }
         )
         task, tokenizer = questions(rows), word_tokenizer()
-        encoded = task.encode_test(rows, tokenizer, 32, progress=silent)
-        result = outcome(Run(llama, task.collator(tokenizer), 4, progress=silent), encoded, task)
+        encoded = cut_to(task, 32).encode_test(rows, tokenizer)
+        result = task.answer(BatchedModel(llama, task.collator(tokenizer), 4), encoded)
         assert set(result.answers.predictions) <= {"Ann", "Bob", "Cid"}
         assert list(result.answers.references) == [["Ann", "Bob"], ["Eve"]]
-        metrics = evaluate(llama, encoded, task, task.collator(tokenizer), 4, progress=silent)
+        metrics = evaluate(llama, encoded, task, task.collator(tokenizer), 4)
         assert metrics["accuracy"] == 0.5  # any of Ann and Bob will do; nobody says Eve
 
     def test_equal_sequences_are_scored_once(self) -> None:
         rows = Dataset.from_dict({"text": ["w0", "w1", "w0"], "label": ["a", "b", "a"]})
-        task = LikelihoodTask(DataConfig(), rows, rows, ["a", "b"], TaskEntry(labels=["a", "b"], words=["no", "yes"]))
-        sequences = option_sequences(task.encode_test(rows, word_tokenizer(), 32, progress=silent))
+        task = ClassificationByLikelihood(
+            DataConfig(), rows, rows, ["a", "b"], TaskEntry(labels=["a", "b"], words=["no", "yes"])
+        )
+        sequences = option_sequences(cut_to(task, 32).encode_test(rows, word_tokenizer()))
         assert len(sequences.rows) == 2 * 2 + 2  # two texts and the prompt without one, with two words each
         assert sequences.asked[0] == sequences.asked[2] and sequences.unconditional[0] == sequences.unconditional[1]
 
@@ -185,7 +195,7 @@ class TestScores:
 class TestEncoding:
     def test_training_rows_are_the_prompt_and_the_right_option(self) -> None:
         task, tokenizer = questions(), word_tokenizer()
-        encoded = task.encode(task.train, tokenizer, 32, progress=silent)
+        encoded = cut_to(task, 32).encode(task.train, tokenizer)
         texts = ["Question : w0 w1 w2 Answer :", "Question : w3 Answer :"]
         for row, prompt, option in zip(encoded, texts, ["w2 w3 w4", "w1 w1"], strict=False):
             ids = tokenizer.convert_tokens_to_ids(["<s>", *prompt.split(), *option.split()])
@@ -196,8 +206,8 @@ class TestEncoding:
 
     def test_what_is_trained_is_what_is_scored(self) -> None:
         task, tokenizer = questions(), word_tokenizer(end=True)  # an end token at every text's end is not scored
-        train = task.encode(task.train, tokenizer, 9, progress=silent)
-        test = task.encode_test(task.train, tokenizer, 9, progress=silent)
+        train = cut_to(task, 9).encode(task.train, tokenizer)
+        test = cut_to(task, 9).encode_test(task.train, tokenizer)
         for learned, asked, index in zip(train, test, QUESTIONS["answer"], strict=True):
             assert learned["input_ids"] == asked["input_ids"][index]
             assert learned["labels"].count(IGNORED) == asked["start"][index]
@@ -206,9 +216,9 @@ class TestEncoding:
 
     def test_chunks_of_rows_keep_their_own_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         task, tokenizer = questions(), word_tokenizer()
-        whole = task.encode(task.train, tokenizer, 32, progress=silent)
+        whole = cut_to(task, 32).encode(task.train, tokenizer)
         monkeypatch.setattr("lightpeft.tasks.tokens.ENCODE_ROWS", 3)
-        assert task.encode(task.train, tokenizer, 32, progress=silent).to_list() == whole.to_list()
+        assert cut_to(task, 32).encode(task.train, tokenizer).to_list() == whole.to_list()
 
     def test_tokens_are_those_of_running_text(self) -> None:
         """A tokenizer that puts a mark before every text must not put one before the option."""
@@ -226,10 +236,10 @@ class TestEncoding:
 
 def test_rows_at_the_limit() -> None:
     task, tokenizer = questions(), word_tokenizer()
-    assert share_at_limit(task.encode(task.train, tokenizer, 64, progress=silent), 64) == 0.0
-    assert share_at_limit(task.encode(task.train, tokenizer, 10, progress=silent), 10) == 0.5
+    assert share_at_limit(cut_to(task, 64).encode(task.train, tokenizer), 64) == 0.0
+    assert share_at_limit(cut_to(task, 10).encode(task.train, tokenizer), 10) == 0.5
     options = MultipleChoiceTask(task.config, QUESTIONS, QUESTIONS, [], task.entry)
-    assert share_at_limit(options.encode(QUESTIONS, tokenizer, 8, progress=silent), 8) == 0.75
+    assert share_at_limit(cut_to(options, 8).encode(QUESTIONS, tokenizer), 8) == 0.75
 
 
 class TestMultipleChoiceHead:
@@ -245,8 +255,8 @@ class TestMultipleChoiceHead:
     @pytest.mark.parametrize("batch_size", [1, 3, 64])
     def test_equals_scoring_one_by_one(self, bert: BertForMultipleChoice, batch_size: int) -> None:
         task, tokenizer = self.task(), word_tokenizer()
-        encoded = task.encode_test(task.test, tokenizer, 32, progress=silent)
-        metrics = evaluate(bert, encoded, task, task.collator(tokenizer), batch_size, progress=silent)
+        encoded = cut_to(task, 32).encode_test(task.test, tokenizer)
+        metrics = evaluate(bert, encoded, task, task.collator(tokenizer), batch_size)
         losses, hits = [], []
         for context, options, index in zip(*(QUESTIONS[name] for name in QUESTIONS.column_names), strict=True):
             inputs = [tokenizer(context, option) for option in options]
@@ -259,7 +269,7 @@ class TestMultipleChoiceHead:
 
     def test_batches(self) -> None:
         task, tokenizer = self.task(), word_tokenizer()
-        encoded = task.encode(task.train, tokenizer, 32, progress=silent)
+        encoded = cut_to(task, 32).encode(task.train, tokenizer)
         batch = task.collator(tokenizer)(encoded.to_list())
         assert batch["input_ids"].shape == batch["attention_mask"].shape == (4, 4, 8)
         assert batch["labels"].tolist() == QUESTIONS["answer"][:]
@@ -268,7 +278,7 @@ class TestMultipleChoiceHead:
 
     def test_there_is_no_prefix_cache(self, bert: BertForMultipleChoice, tmp_path: Path) -> None:
         task, tokenizer, said = self.task(), word_tokenizer(), []
-        rows = task.encode(task.train, tokenizer, 32, progress=silent)
+        rows = cut_to(task, 32).encode(task.train, tokenizer)
         for name, parameter in bert.named_parameters():
             parameter.requires_grad_("layer.1" in name)
         with FrozenPrefix(bert).attached() as prefix:
@@ -279,7 +289,7 @@ class TestMultipleChoiceHead:
 
     def test_real_tokens_of_options(self, bert: BertForMultipleChoice) -> None:
         task, tokenizer = self.task(), word_tokenizer()
-        batch = task.collator(tokenizer)(task.encode(task.train, tokenizer, 32, progress=silent).to_list())
+        batch = task.collator(tokenizer)(cut_to(task, 32).encode(task.train, tokenizer).to_list())
         seen = []
         real = RealTokens(bert)
         bert.bert.encoder.layer[0].register_forward_hook(
@@ -296,8 +306,8 @@ class TestMultipleChoiceHead:
 def test_classification_and_likelihood_read_the_same_labels() -> None:
     entry = TaskEntry(labels=["bad", "good"], words=["no", "yes"])
     arguments = (DataConfig(), TEXTS, TEXTS, ["bad", "good"], entry)
-    by_head, by_words = ClassificationTask(*arguments), LikelihoodTask(*arguments)
-    assert by_head.class_numbers(TEXTS) == by_words.right_options(TEXTS) == [0, 1, 1]
-    plain = LikelihoodTask(DataConfig(), TEXTS, TEXTS, ["bad", "good"], replace(entry, words=[], labels=[]))
-    choice = next(plain.choices(TEXTS[0:1]))
-    assert (choice.prompts[0], choice.completions) == ("w0 w1\nAnswer:", [" bad", " good"])
+    by_head, by_words = ClassificationTask(*arguments), ClassificationByLikelihood(*arguments)
+    assert by_head.right_options(TEXTS) == by_words.right_options(TEXTS) == [0, 1, 1]
+    plain = ClassificationByLikelihood(DataConfig(), TEXTS, TEXTS, ["bad", "good"], replace(entry, words=[], labels=[]))
+    row = next(plain.scored(TEXTS[0:1]))
+    assert (row.prompts[0], row.completions) == ("w0 w1\nAnswer:", [" bad", " good"])

@@ -29,8 +29,8 @@ from lightpeft.config import DataConfig, TaskEntry, load_config, run_config_from
 from lightpeft.errors import LightPeftError
 from lightpeft.tasks import (
     ENTRIES,
+    KINDS,
     METRICS,
-    TASKS,
     ClassificationTask,
     LikelihoodTask,
     Task,
@@ -43,7 +43,7 @@ from lightpeft.tasks import (
 )
 from lightpeft.tasks.entries.registry import CONVERTERS, check_entry
 from lightpeft.tasks.kinds.classification import label_names
-from lightpeft.tasks.kinds.likelihood import SCORABLE
+from lightpeft.tasks.kinds.registry import BY_LIKELIHOOD
 from lightpeft.tasks.rows.reading import HUB_NAME
 
 
@@ -178,11 +178,11 @@ class TestEntries:
             named = HUB_NAME.fullmatch(f"{entry.hub}:{entry.test}")
             assert named is not None and (named["name"].count("/"), named["split"]) == (1, entry.test)
         assert {entry.convert for entry in ENTRIES.values() if entry.convert} == set(CONVERTERS)
-        assert not set(ENTRIES) & set(TASKS)
+        assert not set(ENTRIES) & set(KINDS)
 
     @pytest.mark.parametrize("task", list(ENTRIES))
     def test_facts_bring_the_task_back(self, tmp_path: Path, task: str) -> None:
-        for answer in ("auto", "likelihood") if ENTRIES[task].kind in SCORABLE else ("auto",):
+        for answer in ("auto", "likelihood") if ENTRIES[task].kind in BY_LIKELIHOOD else ("auto",):
             path = str(write_task(tmp_path, task, train=6, test=6))
             made = load_task(DataConfig(task=task, path=path, answer=answer, likelihood="byte", max_length=33))
             facts = json.loads(json.dumps(task_facts(made)))
@@ -208,7 +208,7 @@ def test_the_table_in_the_documents_is_what_is_there() -> None:
         splits = ", ".join(f"`{split}`" for split in (entry.test, *entry.more_tests.values()))
         metrics = ", ".join(f"`{metric}`" for metric in entry.metrics)
         assert f"| `{name}` | {entry.hub} | {splits} | {entry.kind} | {metrics} |" in text.splitlines()
-    for kind, task in TASKS.items():
+    for kind, task in KINDS.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| `{kind}` | "))
         assert row.endswith(f"{', '.join(f'`{metric}`' for metric in task.default_metrics)} |")
     for convert_name in CONVERTERS:
@@ -244,8 +244,8 @@ class TestSources:
         for split in ("train", "validation"):
             (tmp_path / f"{split}.csv").write_text("\n".join(lines), encoding="utf-8")
         task = self.load(tmp_path)
-        assert isinstance(task, TASKS["classification"])
-        assert task.class_numbers(task.train) == [0, 1]
+        assert isinstance(task, KINDS["classification"])
+        assert task.right_options(task.train) == [0, 1]
         (tmp_path / "train.csv").write_text("\n".join([lines[0], "a,b,3.5,0", "c,d,0,1"]), encoding="utf-8")
         stsb = self.load(tmp_path, "stsb")
         assert [float(label) for label in stsb.train["label"]] == [3.5, 0.0]
@@ -396,8 +396,8 @@ class TestOwnTasks:
         config = run_config_from_dict({**settings, "data": {"task": "mine", "answer": "likelihood"}})
         task = load_task(config.data, LlamaConfig(), config.tasks)
         assert isinstance(task, LikelihoodTask)
-        choice = next(task.choices(task.train[0:1]))
-        assert (choice.prompts[0], choice.completions) == ("word0 and x?", [" wrong", " right"])
+        row = next(task.scored(task.train[0:1]))
+        assert (row.prompts[0], row.completions) == ("word0 and x?", [" wrong", " right"])
 
     def test_settings_that_do_not_exist(self) -> None:
         line = error_of(run_config_from_dict, {"tasks": {"mine": {"colums": {}}}})
@@ -408,7 +408,16 @@ class TestOwnTasks:
         words = error_of(run_config_from_dict, yaml.safe_load("tasks: {mine: {words: [no, yes]}}"))
         assert words == "tasks.mine.words[0] is False; it must be text (in quotes)"
         assert "tasks is [1]; it must be a mapping" in error_of(run_config_from_dict, {"tasks": [1]})
-        assert "kind" in error_of(run_config_from_dict, {"tasks": {"mine": {"kind": "clasification"}}})
+        assert "tasks.mine.kind is 3; it must be text" in error_of(
+            run_config_from_dict, {"tasks": {"mine": {"kind": 3}}}
+        )
+
+    @pytest.mark.parametrize("task", ["mine", "rte", "classification"])
+    def test_a_kind_that_does_not_exist(self, task: str) -> None:
+        """It is refused wherever it is declared, also of a task that the run does not have."""
+        config = run_config_from_dict({"data": {"task": task}, "tasks": {"mine": {"kind": "clasification"}}})
+        line = error_of(load_task, config.data, None, config.tasks)
+        assert line == 'tasks.mine.kind has "clasification", which does not exist; did you mean classification?'
 
     @pytest.mark.parametrize(
         ("fields", "says"),
@@ -419,6 +428,7 @@ class TestOwnTasks:
             ({"columns": {"text": "{a:>99999999999}", "label": "n"}}, "braces hold the name of a column and nothing"),
             ({"prompt": "{text!r:>{text}}"}, "braces hold the name of a column and nothing"),
             ({"prompt": "{text.__class__}"}, "braces hold the name of a column and nothing"),
+            ({"kind": "regresion"}, 'tasks.mine.kind has "regresion", which does not exist; did you mean regression?'),
             ({"metrics": ["acuracy"]}, "did you mean accuracy?"),
             ({"columns": {}, "convert": "arc"}, 'tasks.mine.convert has "arc", which does not exist'),
             ({"prompt": "{text_pair}?"}, 'tasks.mine.prompt has "text_pair", which does not exist; did you mean text?'),
@@ -459,7 +469,7 @@ class TestOwnTasks:
         entry = TaskEntry(labels=["1", "2", "3"], path=str(tmp_path), test=None)
         task = load_task(DataConfig(task="stars"), None, {"stars": entry})
         assert isinstance(task, ClassificationTask)
-        assert [task.labels[number] for number in task.class_numbers(task.train)] == [
+        assert [task.labels[number] for number in task.right_options(task.train)] == [
             str(label) for label in task.train["label"]
         ]
         features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["1", "2"])})
@@ -475,22 +485,22 @@ class TestOwnTasks:
 
 class TestWhoAnswers:
     @pytest.mark.parametrize(
-        ("kind", "answer", "model", "answering"),
+        ("kind", "answer", "model", "classes"),
         [
-            ("classification", "auto", LlamaConfig(), "classification"),
-            ("classification", "likelihood", GPT2Config(), "likelihood"),
-            ("multiple-choice", "auto", BertConfig(), "multiple-choice"),
-            ("multiple-choice", "auto", LlamaConfig(), "likelihood"),
-            ("multiple-choice", "auto", None, "multiple-choice"),
-            ("regression", "auto", LlamaConfig(), "regression"),
-            ("causal-lm", "head", LlamaConfig(), "causal-lm"),
-            ("causal-lm", "head", BertConfig(is_decoder=True), "causal-lm"),
+            ("classification", "auto", LlamaConfig(), KINDS),
+            ("classification", "likelihood", GPT2Config(), BY_LIKELIHOOD),
+            ("multiple-choice", "auto", BertConfig(), KINDS),
+            ("multiple-choice", "auto", LlamaConfig(), BY_LIKELIHOOD),
+            ("multiple-choice", "auto", None, KINDS),
+            ("regression", "auto", LlamaConfig(), KINDS),
+            ("causal-lm", "head", LlamaConfig(), KINDS),
+            ("causal-lm", "head", BertConfig(is_decoder=True), KINDS),
         ],
     )
     def test_by_kind_setting_and_model(
-        self, kind: Any, answer: Any, model: PretrainedConfig | None, answering: str
+        self, kind: str, answer: Any, model: PretrainedConfig | None, classes: dict[str, type[Task]]
     ) -> None:
-        assert task_class(kind, answer, model).answering == answering
+        assert task_class(kind, answer, model) is classes[kind]
 
     @pytest.mark.parametrize(
         ("kind", "answer", "model", "says"),
@@ -499,7 +509,7 @@ class TestWhoAnswers:
                 "multiple-choice",
                 "head",
                 LlamaConfig(),
-                "llama has no multiple-choice head; set data.answer to likelihood",
+                "llama has no multiple-choice head, which multiple-choice needs; set data.answer to likelihood",
             ),
             ("classification", "likelihood", BertConfig(), "bert is none: set it to head"),
             ("classification", "likelihood", BartConfig(), "bart is none"),
@@ -510,11 +520,16 @@ class TestWhoAnswers:
                 LlamaConfig(),
                 "cannot answer regression; it can classification, multiple-choice",
             ),
-            ("multiple-choice", "auto", EsmConfig(), "esm has neither a multiple-choice head nor"),
-            ("causal-lm", "auto", BertConfig(), "causal-lm needs a causal language model; bert is none"),
-            ("causal-lm", "auto", RobertaConfig(), "causal-lm needs a causal language model; roberta is none"),
-            ("generation", "auto", BertConfig(), "generation needs a causal language model; bert is none"),
-            ("chat", "auto", T5Config(), "chat needs a causal language model; t5 is none"),
+            (
+                "multiple-choice",
+                "auto",
+                EsmConfig(),
+                "esm has no multiple-choice head and is no causal language model, and multiple-choice",
+            ),
+            ("causal-lm", "auto", BertConfig(), "bert is no causal language model, which causal-lm needs"),
+            ("causal-lm", "auto", RobertaConfig(), "roberta is no causal language model, which causal-lm needs"),
+            ("generation", "auto", BertConfig(), "bert is no causal language model, which generation needs"),
+            ("chat", "auto", T5Config(), "t5 is no causal language model, which chat needs"),
         ],
     )
     def test_what_cannot_be(self, kind: Any, answer: Any, model: PretrainedConfig, says: str) -> None:

@@ -15,8 +15,7 @@ from tiny import refusal
 from workbench import NEUTRAL, SPECIAL, Workbench, labelled, lightpeft, save_base, write_rows
 
 from lightpeft.config import DataConfig, ModelConfig, TaskEntry
-from lightpeft.console.bars import silent
-from lightpeft.evaluation.answering import Run, outcome
+from lightpeft.evaluation.respondent import BatchedModel
 from lightpeft.models.loading import load_model, load_tokenizer
 from lightpeft.tasks import load_task
 from lightpeft.tasks.answers import require_finite
@@ -82,8 +81,8 @@ def test_every_way_of_answering_names_the_rows(
     model = ModelConfig(name=str(bases[family]))
     tokenizer = load_tokenizer(model)
     live = load_model(model, task.head, task.labels).model
-    encoded = task.encode_test(task.test, tokenizer, 40, progress=silent)
-    line = refusal(lambda: outcome(Run(live, task.collator(tokenizer), batch_size, progress=silent), encoded, task))
+    encoded = task.encode_test(task.test, tokenizer)
+    line = refusal(lambda: task.answer(BatchedModel(live, task.collator(tokenizer), batch_size), encoded))
     assert "answers to 2 of 7 rows are NaN or infinite (row 3, 6);" in line
     assert "float32" in line and "lower learning rate" in line
 

@@ -214,7 +214,7 @@ def test_long_texts_are_cut_as_in_training(bench: Workbench, tmp_path: Path) -> 
     row = table((tmp_path / "out.csv").read_text(encoding="utf-8"))[0]
     cut = " ".join(text.split()[:30])  # and two special tokens: max_length 32
     expected = direct(bench.folder / "run" / "adapter", bench.base, [(cut,)])
-    assert float(row["p_positive"]) == pytest.approx(float(expected[0, 1]), abs=2e-6)
+    assert float(row["p_good0"]) == pytest.approx(float(expected[0, 1]), abs=2e-6)
 
 
 def test_pairs(tmp_path: Path) -> None:
@@ -228,4 +228,19 @@ def test_pairs(tmp_path: Path) -> None:
     rows = table((tmp_path / "out.csv").read_text(encoding="utf-8"))
     texts = [(row["text"], row["second"]) for row in pairs[:6]]
     expected = direct(tmp_path / "pairs" / "adapter", bench.base, texts)
-    assert np.allclose([float(row["p_positive"]) for row in rows], expected[:, 1], atol=2e-6)
+    assert np.allclose([float(row["p_good0"]) for row in rows], expected[:, 1], atol=2e-6)
+
+
+def test_another_text_column_by_likelihood(tmp_path: Path) -> None:
+    """A language model that scores label words takes its texts from any column, as a head does."""
+    bench = Workbench(tmp_path, "llama")
+    words = {"positive": "good0", "negative": "bad0"}  # labels that the tokenizer knows
+    write_rows(bench.train, [{**row, "label": words[row["label"]]} for row in labelled(64)])
+    pipeline.run(bench.config("run", **{"data.answer": "likelihood", "data.test": None, "light.least_examples": 0}))
+    answers = {}
+    for column in ("text", "body"):
+        write_rows(tmp_path / f"{column}.jsonl", [{column: text} for text in TEXTS])
+        output = tmp_path / f"{column}_answers.csv"
+        predict(bench.folder / "run" / "adapter", tmp_path / f"{column}.jsonl", output, text=column)
+        answers[column] = [row["p_good0"] for row in table(output.read_text(encoding="utf-8"))]
+    assert answers["body"] == answers["text"] and len(set(answers["text"])) > 1

@@ -16,7 +16,6 @@ from transformers import Trainer, TrainerCallback
 from workbench import Disturb, Workbench, at_step, before, in_child, lightpeft, read, signalling, stamps
 
 from lightpeft.config import load_config
-from lightpeft.evaluation import answering
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.estimation import Estimator
 from lightpeft.runs import pipeline, stages, trainers
@@ -64,7 +63,7 @@ KILLS: dict[str, Disturb] = {
     "trained-but-not-saved": before(pipeline, "save_result", KILL),
     "trained-but-not-noted": before(RunFolder, "_note", KILL, 3),
     "between-training-and-evaluation": before(pipeline, "evaluate", KILL),
-    "in-evaluation": before(answering, "outcome", KILL),
+    "in-evaluation": before(pipeline, "measure", KILL),
     "evaluated-but-not-reported": before(pipeline, "report", KILL),
 }
 
@@ -150,7 +149,7 @@ STOPS: dict[str, tuple[Disturb, int | None]] = {
     "sigterm-in-estimation": (at_step(4, signalling(signal.SIGTERM), "on_step_begin"), 5),
     "sigint-in-training": (at_step(17, signalling(signal.SIGINT), "on_step_begin"), 18),
     "sigterm-in-the-last-step-of-estimation": (at_step(9, signalling(signal.SIGTERM), "on_step_begin"), 10),
-    "sigterm-in-evaluation": (before(answering, "outcome", signalling(signal.SIGTERM)), None),
+    "sigterm-in-evaluation": (before(pipeline, "measure", signalling(signal.SIGTERM)), None),
     "sigint-while-pruning": (before(stages, "cut", signalling(signal.SIGINT)), None),
 }
 

@@ -12,12 +12,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lightpeft.config import RunConfig, run_config_from_dict
-from lightpeft.console.bars import silent
-from lightpeft.evaluation import answering
+from lightpeft.evaluation.scores import evaluate
 from lightpeft.runs import pipeline
 from lightpeft.saved.light_adapter import load_light
-from lightpeft.tasks import ENTRIES, LikelihoodTask, MultipleChoiceTask, RegressionTask, Task, restore_task
-from lightpeft.tasks.kinds.likelihood import SCORABLE
+from lightpeft.tasks import ENTRIES, MultipleChoiceByLikelihood, MultipleChoiceTask, RegressionTask, Task, restore_task
+from lightpeft.tasks.kinds.registry import BY_LIKELIHOOD
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 PROMPT_WORDS = ("Question", "Answer", "True", "False", "Neither", "yes", "no", "negative", "positive", "because", "it")
@@ -103,7 +102,7 @@ def test_from_the_hubs_columns_to_the_official_metric(
     if kind == "generation" and family == "bert":
         pytest.skip("an encoder writes no texts")
     data = {"task": task, "path": str(write_task(tmp_path / "data", task))}
-    by_likelihood = family == "llama" and kind in SCORABLE
+    by_likelihood = family == "llama" and kind in BY_LIKELIHOOD
     if by_likelihood:
         data["answer"] = "likelihood"
     report = pipeline.run(config_for(bases[family], tmp_path / "run", data))
@@ -136,7 +135,7 @@ def test_what_can_be_learned_is_learned(
     [
         ("socialiqa", "bert", MultipleChoiceTask),
         ("arc_easy", "bert", MultipleChoiceTask),
-        ("socialiqa", "llama", LikelihoodTask),
+        ("socialiqa", "llama", MultipleChoiceByLikelihood),
         ("stsb", "llama", RegressionTask),
     ],
 )
@@ -160,7 +159,7 @@ def test_a_light_run_and_what_its_adapter_says(
     )
     notes = [entry.get("note", "") for entry in work.run.log_entries()]
     assert not any("cut to data.max_length" in note for note in notes)
-    again = answering.evaluate(model, work.test_rows, restored, restored.collator(work.tokenizer), 5, progress=silent)
+    again = evaluate(model, work.test_rows, restored, restored.collator(work.tokenizer), 5)
     assert again == pytest.approx(report["metrics"], rel=1e-4, abs=1e-6)
 
 

@@ -11,19 +11,19 @@ import datasets
 import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
+from layouts import cut_to
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from lightpeft.config import DataConfig, TaskEntry
-from lightpeft.console.bars import bar, silent
+from lightpeft.console.bars import bar
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import max_positions
 from lightpeft.tasks import (
-    TASKS,
+    KINDS,
     CausalLMTask,
     ClassificationTask,
     check_max_length,
-    encode_texts,
     ensure_pad_token,
     load_task,
 )
@@ -204,7 +204,7 @@ class TestClassification:
         task = load_task(DataConfig(train=source, test=source))
         assert isinstance(task, ClassificationTask)
         assert task.labels == expected
-        encoded = task.encode(task.train, word_tokenizer(), 16, progress=silent)
+        encoded = cut_to(task, 16).encode(task.train, word_tokenizer())
         names = [str(int(v)) if isinstance(v, float) else str(v) for v in labels]
         assert [task.labels[number] for number in encoded["labels"]] == names
 
@@ -259,7 +259,7 @@ class TestClassification:
         tokenizer = AutoTokenizer.from_pretrained(str(minilm))
         source = labelled(tmp_path, ["no", "yes"], texts=["hello world", "a " * 40])
         task = load_task(DataConfig(train=source, test=source))
-        encoded = task.encode(task.train, tokenizer, 12, progress=silent)
+        encoded = cut_to(task, 12).encode(task.train, tokenizer)
         assert encoded.column_names == ["input_ids", "attention_mask", "length", "labels"]
         assert encoded[0]["input_ids"] == tokenizer("hello world")["input_ids"]
         assert encoded["length"][:] == [4, 12]
@@ -275,7 +275,7 @@ class TestClassification:
         rows = [{"s1": "good film", "s2": "fine", "label": 1}, {"s1": "a " * 30, "s2": "bad", "label": 0}]
         source = write_jsonl(tmp_path / "pairs.jsonl", rows)
         task = load_task(DataConfig(train=source, test=source, text="s1", text_pair="s2"))
-        encoded = task.encode(task.train, tokenizer, 10, progress=silent)
+        encoded = cut_to(task, 10).encode(task.train, tokenizer)
         assert encoded[0]["input_ids"] == tokenizer("good film", "fine")["input_ids"]
         assert encoded[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1]
         assert encoded["length"][:] == [6, 10]
@@ -284,14 +284,15 @@ class TestClassification:
     def test_encode_without_labels_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("lightpeft.tasks.tokens.ENCODE_ROWS", 3)
         tokenizer, texts = word_tokenizer(), WORDS[3:]
-        encoded = encode_texts(Dataset.from_dict({"t": texts}), "t", None, tokenizer, 16, progress=silent)
+        rows = Dataset.from_dict({"text": texts})
+        encoded = ClassificationTask(DataConfig(), rows, rows, []).encode_inputs(rows, tokenizer)
         assert encoded["input_ids"][:] == tokenizer(texts)["input_ids"]
 
     def test_encode_names_unknown_labels(self, tmp_path: Path) -> None:
         source = labelled(tmp_path, [0, 1])
         task = load_task(DataConfig(train=source, test=source))
         rows = Dataset.from_dict({"text": ["a"], "label": [5]})
-        line = error_of(task.encode, rows, word_tokenizer(), 8, progress=silent)
+        line = error_of(cut_to(task, 8).encode, rows, word_tokenizer())
         assert "labels that training has not: 5" in line
 
 
@@ -306,7 +307,7 @@ class TestCausalLM:
 
     def test_loss_is_on_the_completion(self, tmp_path: Path) -> None:
         task = self.completions(tmp_path, ("a b", "c d"), ("", "e"))
-        encoded = task.encode(task.train, word_tokenizer(), 16, progress=silent)
+        encoded = cut_to(task, 16).encode(task.train, word_tokenizer())
         assert encoded["input_ids"][:] == [[1, 3, 4, 5, 6, 2], [1, 7, 2]]
         assert encoded["labels"][:] == [[-100, -100, -100, 5, 6, 2], [-100, 7, 2]]
         assert encoded["attention_mask"][:] == [[1] * 6, [1] * 3]
@@ -328,7 +329,7 @@ class TestCausalLM:
         self, tmp_path: Path, max_length: int, start: bool, expected: list[int]
     ) -> None:
         task = self.completions(tmp_path, ("a b c", "d e"))
-        row = task.encode(task.train, word_tokenizer(start=start), max_length, progress=silent)[0]
+        row = cut_to(task, max_length).encode(task.train, word_tokenizer(start=start))[0]
         assert row["input_ids"] == expected
         completion = [i for i in expected if i in (6, 7, 2)]
         assert row["labels"] == [-100] * (len(expected) - len(completion)) + completion
@@ -336,7 +337,7 @@ class TestCausalLM:
     def test_plain_text(self, tmp_path: Path) -> None:
         source = write_jsonl(tmp_path / "text.jsonl", [{"text": "a b"}, {"text": "c d e f"}])
         task = load_task(DataConfig(task="causal-lm", train=source, test=source))
-        encoded = task.encode(task.train, word_tokenizer(), 4, progress=silent)
+        encoded = cut_to(task, 4).encode(task.train, word_tokenizer())
         assert encoded["input_ids"][:] == [[1, 3, 4, 2], [1, 5, 6, 7]]
         assert encoded["labels"][:] == encoded["input_ids"][:]
 
@@ -347,7 +348,7 @@ class TestCausalLM:
         ensure_pad_token(tokenizer, config)
         assert tokenizer.pad_token_id == config.pad_token_id == 2
         task = self.completions(tmp_path, ("a", "b"), ("a b", "c d"))
-        encoded = task.encode(task.train, tokenizer, 16, progress=silent)
+        encoded = cut_to(task, 16).encode(task.train, tokenizer)
         batch = task.collator(tokenizer)(encoded.to_list())
         assert set(batch) == {"input_ids", "attention_mask", "labels"}
         filled = {"right": lambda row, pad: row + pad, "left": lambda row, pad: pad + row}[side]
@@ -367,7 +368,7 @@ class TestCausalLM:
         tokenizer = word_tokenizer()
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("!")
         task = self.completions(tmp_path, ("a", "a"), ("a", "!"))
-        assert "row 2 has no token to learn from" in error_of(task.encode, task.train, tokenizer, 8, progress=silent)
+        assert "row 2 has no token to learn from" in error_of(cut_to(task, 8).encode, task.train, tokenizer)
 
 
 class TestModelLimits:
@@ -400,7 +401,7 @@ class TestModelLimits:
 
 
 def test_every_task_kind_has_an_entry() -> None:
-    assert {kind: task.head for kind, task in TASKS.items()} == {
+    assert {kind: task.head.name for kind, task in KINDS.items()} == {
         "classification": "classification",
         "regression": "regression",
         "multiple-choice": "multiple-choice",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from layouts import cut_to
 from questions import CHAT_TEMPLATE, Rows, chats, squad, web_questions, write_jsonl
 from transformers import (
     AutoModelForCausalLM,
@@ -28,14 +29,14 @@ from workbench import BAD, GOOD, Workbench, lightpeft, read
 
 from lightpeft import load_light
 from lightpeft.config import DataConfig, LikelihoodRule, ModelConfig, TaskEntry
-from lightpeft.console.bars import silent
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.predicting import answer_rows
+from lightpeft.models import task_heads
 from lightpeft.models.loading import load_model, load_tokenizer
 from lightpeft.runs import pipeline
 from lightpeft.tasks import (
     Answers,
-    LikelihoodTask,
+    MultipleChoiceByLikelihood,
     MultipleChoiceTask,
     RegressionTask,
     SpanTask,
@@ -46,7 +47,7 @@ from lightpeft.tasks import (
 )
 from lightpeft.tasks.kinds.span import answer_places
 from lightpeft.tasks.kinds.windows import answer_text, best_of_windows, best_span, make_windows
-from lightpeft.tasks.matching import text_match
+from lightpeft.tasks.text_metrics import text_match
 
 
 class Bench(Workbench):
@@ -235,7 +236,7 @@ def test_options_by_likelihood(squad_v2_run: Bench, choices: Rows, rule: Likelih
     config = DataConfig(task="multiple-choice", max_length=36, likelihood=rule)
     entry = TaskEntry(kind="multiple-choice", prompt="{context}")
     rows = Dataset.from_list(choices)
-    task = LikelihoodTask(config, rows, rows, [], entry)
+    task = MultipleChoiceByLikelihood(config, rows, rows, [], entry)
     result = answered(squad_v2_run.base, task, choices, batch_size=4)
     tokenizer = load_tokenizer(ModelConfig(name=str(squad_v2_run.base)))
     for number, row in enumerate(choices):
@@ -285,7 +286,7 @@ def test_numbers(squad_run: Bench) -> None:
 
 def test_span_head_keeps_the_weights_of_a_decoder(squad_v2_run: Bench, tmp_path: Path) -> None:
     """transformers calls Llama's base otherwise under that head, and would load nothing."""
-    loaded = load_model(ModelConfig(name=str(squad_v2_run.base)), "span")
+    loaded = load_model(ModelConfig(name=str(squad_v2_run.base)), task_heads.SPAN)
     assert loaded.new_modules == ["qa_outputs"]
     expected = AutoModelForCausalLM.from_pretrained(squad_v2_run.base).model.state_dict()
     found = loaded.model.transformer.state_dict()
@@ -313,13 +314,13 @@ def test_kinds_with_columns_of_their_own(tmp_path: Path, squad_run: Bench) -> No
     settings = {"task": "span", "question": "q", "context": "c", "answers": "a", "max_length": 36, "stride": 5}
     task = loaded(tmp_path, rows, null_threshold=1.5, answer_tokens=3, **settings)
     tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
-    encoded = task.encode(task.train, tokenizer, 36, progress=silent)
+    encoded = cut_to(task, 36).encode(task.train, tokenizer)
     assert encoded["start_positions"][:] == [4, 0] and encoded["end_positions"][:] == [4, 0]
-    assert task.encode_test(task.test, tokenizer, 36, progress=silent)["right"][:] == [["good0", "word2"], []]
+    assert cut_to(task, 36).encode_test(task.test, tokenizer)["right"][:] == [["good0", "word2"], []]
     restored = restore_task(task_facts(task)).config
     assert (restored.null_threshold, restored.answer_tokens, restored.stride) == (1.5, 3, 5)
     answer = loaded(tmp_path, [{"question": "word0", "answers": "good0"}], task="generation")
-    assert answer.encode_test(answer.test, tokenizer, 128, progress=silent)["right"][:] == [["good0"]]
+    assert answer.encode_test(answer.test, tokenizer)["right"][:] == [["good0"]]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -328,7 +329,7 @@ def test_labels_move_with_padding(side: str, squad_run: Bench, tmp_path: Path) -
     task = loaded(tmp_path, rows, task="span", max_length=36)
     tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
     tokenizer.padding_side = side
-    encoded = task.encode(task.train, tokenizer, 36, progress=silent)
+    encoded = cut_to(task, 36).encode(task.train, tokenizer)
     batch = task.collator(tokenizer, 8)(encoded.to_list())
     assert batch["input_ids"].shape[1] % 8 == 0 and set(batch) == {
         "input_ids",
@@ -347,18 +348,18 @@ def test_generation_reads_its_own_prompt_and_learns_the_first_answer(tmp_path: P
     rows = [{"question": " ".join(["word1"] * 40), "answers": ["good0 good1 good2", "bad0"]}]
     task = loaded(tmp_path, rows, task="generation", answer_tokens=3)
     tokenizer = load_tokenizer(ModelConfig(name=str(web_questions_run.base)))
-    (train,) = task.encode(task.train, tokenizer, 20, progress=silent).to_list()
-    (test,) = task.encode_test(task.test, tokenizer, 20, progress=silent).to_list()
+    (train,) = cut_to(task, 20).encode(task.train, tokenizer).to_list()
+    (test,) = cut_to(task, 20).encode_test(task.test, tokenizer).to_list()
     learned = [label for label in train["labels"] if label != -100]
     assert tokenizer.decode(learned) == "good0 good1 good2"  # no room for the end
     assert train["input_ids"] == test["input_ids"] + learned
     assert len(test["input_ids"]) == 17 and test["input_ids"][0] == tokenizer.bos_token_id
     task.config.answer_tokens = 4
-    (train,) = task.encode(task.train, tokenizer, 20, progress=silent).to_list()
+    (train,) = cut_to(task, 20).encode(task.train, tokenizer).to_list()
     assert train["labels"][-1] == tokenizer.eos_token_id
     task.config.answer_tokens = 19
     with pytest.raises(LightPeftError, match="data.answer_tokens is 19, which leaves no room for the question"):
-        task.encode(task.train, tokenizer, 20, progress=silent)
+        cut_to(task, 20).encode(task.train, tokenizer)
 
 
 SPAN = {"question": "word0", "context": "word1 good0"}
@@ -405,27 +406,27 @@ def test_questions_without_an_answer_need_a_threshold(tmp_path: Path, squad_run:
     task = loaded(tmp_path, [SPAN | {"answers": ["good0"]}, SPAN | {"answers": []}], task="span")
     tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
     with pytest.raises(LightPeftError, match="row 2 .*the question has no answer; set data.null_threshold"):
-        task.encode(task.train, tokenizer, 36, progress=silent)
+        cut_to(task, 36).encode(task.train, tokenizer)
 
 
 def test_chats_that_cannot_be_learned(tmp_path: Path, squad_run: Bench) -> None:
     task = loaded(tmp_path, chats(2), task="chat")
     tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
     with pytest.raises(LightPeftError, match="the tokenizer has no chat template"):
-        task.encode(task.train, tokenizer, 36, progress=silent)
+        cut_to(task, 36).encode(task.train, tokenizer)
     tokenizer.chat_template = CHAT_TEMPLATE
     with pytest.raises(
         LightPeftError, match="row 1: the assistant's first token is number 10, and data.max_length is 4"
     ):
-        task.encode(task.train, tokenizer, 4, progress=silent)
+        cut_to(task, 4).encode(task.train, tokenizer)
 
 
 @pytest.mark.parametrize(
     ("task", "model", "message"),
     [
         ("squad", GemmaConfig(), "gemma has no question answering head, which span needs"),
-        ("web_questions", BertConfig(), "generation needs a causal language model; bert is none"),
-        ("chat", T5Config(), "chat needs a causal language model; t5 is none"),
+        ("web_questions", BertConfig(), "bert is no causal language model, which generation needs; give another model"),
+        ("chat", T5Config(), "t5 is no causal language model, which chat needs; give another model"),
     ],
 )
 def test_models_that_cannot_answer(task: str, model: PretrainedConfig, message: str) -> None:

@@ -19,7 +19,6 @@ from workbench import Workbench, lightpeft, read
 from lightpeft import load_light
 from lightpeft.config import DataConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.answering import Outcome, Run, outcome
 from lightpeft.evaluation.milestones import (
     MILESTONES,
     MOST_ROWS,
@@ -39,7 +38,16 @@ from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.runs import pipeline
 from lightpeft.saved.results import open_peft
-from lightpeft.tasks import CausalLMTask, ClassificationTask, GenerationTask, MultipleChoiceTask, RegressionTask, Task
+from lightpeft.tasks import (
+    CausalLMTask,
+    ClassificationTask,
+    GenerationTask,
+    MultipleChoiceTask,
+    Outcome,
+    RegressionTask,
+    Respondent,
+    Task,
+)
 from lightpeft.tasks.answers import Answers
 
 FEW: dict[str, Any] = {"light.least_examples": 0}
@@ -221,10 +229,10 @@ class TestCourse:
         assert found["warnings"] == (["of the cut"] if entry.get("warnings") == ["of the cut"] else [])
 
     def test_what_cannot_be_measured_is_a_warning(self) -> None:
-        def run(model: nn.Module) -> Run:
+        def ask(model: nn.Module) -> Respondent:
             raise LightPeftError("the model's answers to 1 of 9 rows are NaN or infinite (row 2)")
 
-        watching = Watcher(CLASSES, Dataset.from_dict({}), 9, run)
+        watching = Watcher(CLASSES, Dataset.from_dict({}), 9, ask)
         watching.look("after_the_cut", nn.Identity())
         answers = classes(80, 20)
         found = notices(watching, [], answers, bootstrap_intervals(answers, *CLASSES.measures))
@@ -274,8 +282,8 @@ def test_a_sample_of_many_rows(bench: Workbench, monkeypatch: pytest.MonkeyPatch
     assert report["milestones"]["examples"] == 10
     work = pipeline.prepare(bench.config("few", **FEW))
     chosen = work.test_rows.select(sorted(torch.randperm(40, generator=torch.Generator().manual_seed(0))[:10].tolist()))
-    run = work.asking(load_light(bench.folder / "few" / "adapter", bench.base))
-    losses = outcome(run, chosen, work.task).answers.scores["loss"]
+    respondent = work.asking(load_light(bench.folder / "few" / "adapter", bench.base))
+    losses = work.task.answer(respondent, chosen).answers.scores["loss"]
     assert report["milestones"]["metrics"]["in_the_end"]["loss"] == pytest.approx(losses.mean())
     assert report["metrics"]["examples"] == 40
 

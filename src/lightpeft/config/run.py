@@ -14,8 +14,6 @@ from lightpeft.config.presets import Preset, overlaid, preset_settings
 from lightpeft.config.validation import check_most, check_values, from_dict, load_yaml
 from lightpeft.errors import require
 
-TaskKind = Literal["classification", "regression", "multiple-choice", "span", "generation", "chat", "causal-lm"]
-Head = Literal["classification", "regression", "multiple-choice", "span", "causal-lm"]
 AnswerBy = Literal["auto", "head", "likelihood"]
 LikelihoodRule = Literal["sum", "token", "byte", "unconditional"]
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -71,8 +69,8 @@ class TaskEntry:
 
     name: str = ""
     """The task's name, as `data.task` gives it; empty for the kinds themselves."""
-    kind: TaskKind = "classification"
-    """Which columns the task's rows have in the end, and so which heads can answer it."""
+    kind: str = "classification"
+    """Name of a kind, as `data.task` knows them: which columns the task's rows have in the end, and who can answer."""
     hub: str | None = None
     """Data set on the hub as owner/name[/config]."""
     path: str | None = None

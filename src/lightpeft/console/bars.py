@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol, TypeVar
 
 import rich.progress
@@ -30,3 +32,21 @@ def bar(items: Iterable[T], total: int, description: str) -> Iterable[T]:
 def silent(items: Iterable[T], total: int, description: str) -> Iterable[T]:
     """No bar."""
     return items
+
+
+_CHOSEN: ContextVar[Progress] = ContextVar("progress", default=bar)
+
+
+def progress(items: Iterable[T], total: int, description: str) -> Iterable[T]:
+    """The items, shown as `showing` says; by a bar where it says nothing."""
+    return _CHOSEN.get()(items, total, description)
+
+
+@contextmanager
+def showing(chosen: Progress) -> Iterator[None]:
+    """Inside the block, long loops are shown so."""
+    token = _CHOSEN.set(chosen)
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)

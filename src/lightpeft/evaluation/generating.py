@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.console.bars import Progress, bar
+from lightpeft.console import bars
 from lightpeft.evaluation.batching import fitting_batch_size, in_batches
 from lightpeft.machine import autocasting
 from lightpeft.tasks.answers import require_finite
@@ -27,7 +27,6 @@ def generate_texts(
     one_line: bool = False,
     batch_size: int | None = None,
     autocast: torch.dtype | None = None,
-    progress: Progress = bar,
 ) -> list[str]:
     """What the model says is most probable at every token (greedy search), up to its end token.
 
@@ -39,7 +38,6 @@ def generate_texts(
         one_line: end a text where its first line ends, too.
         batch_size: prompts at once; None: as many as fit into memory.
         autocast: half precision to compute in; None: that of the weights.
-        progress: how the loop is shown.
 
     Returns:
         One text a prompt, without special tokens and surrounding space.
@@ -63,7 +61,7 @@ def generate_texts(
     size = batch_size or fitting_batch_size(model, longest_first, compute)
     batches = in_batches(longest_first, compute, size)
     texts, finite = [""] * len(prompts), [True] * len(prompts)
-    for rows, (written, numbers) in progress(batches, math.ceil(len(prompts) / size), "Generating"):
+    for rows, (written, numbers) in bars.progress(batches, math.ceil(len(prompts) / size), "Generating"):
         for row, ids, number in zip(rows, written, numbers, strict=True):
             texts[row], finite[row] = _text(ids, tokenizer, one_line), bool(number)
     require_finite(finite)

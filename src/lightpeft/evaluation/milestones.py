@@ -15,9 +15,9 @@ from datasets import Dataset
 from torch import nn
 
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.answering import Outcome, Run, outcome, values_of
+from lightpeft.evaluation.scores import values_of
 from lightpeft.evaluation.statistics import LEVEL, Interval, compare
-from lightpeft.tasks import Answers, Task
+from lightpeft.tasks import Answers, Outcome, Respondent, Task
 
 MILESTONES = ("constant_answer", "untouched_base", "after_estimation", "after_the_cut", "in_the_end")
 """Moments of a run, in order; a constant answer is none, but what all of them are held against."""
@@ -38,7 +38,7 @@ Metrics = dict[str, float]
 
 def sample(task: Task) -> Dataset:
     """The test rows that a run is watched on, in their order; the same in every run."""
-    most = MOST_WRITTEN if task.answering == "generation" else MOST_ROWS
+    most = MOST_WRITTEN if task.writes else MOST_ROWS
     drawn = torch.randperm(len(task.test), generator=torch.Generator().manual_seed(0))[:most]
     return task.test.select(sorted(drawn.tolist()))
 
@@ -52,7 +52,7 @@ class Watcher:
     """What `task.encode_test` made of the `sample`."""
     examples: int
     """Rows of the sample."""
-    run: Callable[[nn.Module], Run]
+    ask: Callable[[nn.Module], Respondent]
     """How rows are fed to a model."""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     """Name in `MILESTONES` -> what the model did then."""
@@ -64,7 +64,7 @@ class Watcher:
         """Ask the model; what it cannot answer is a warning, and no reason to end a run."""
         started = time.perf_counter()
         try:
-            self.outcomes[name] = outcome(self.run(model), self.rows, self.task)
+            self.outcomes[name] = self.task.answer(self.ask(model), self.rows)
         except LightPeftError as error:
             self.warnings.append(f"{name.replace('_', ' ')}: {error}")
         self.seconds += time.perf_counter() - started

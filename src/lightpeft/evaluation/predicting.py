@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-import numpy as np
 import torch
 from datasets import Dataset
-from scipy.special import softmax
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightpeft.console.streams import standard_input, standard_output
 from lightpeft.errors import require
-from lightpeft.evaluation.answering import Run, likelihoods_of, logits_of, option_logits, spans_of, texts_of
 from lightpeft.evaluation.prediction_files import check_predictions_path, read_inputs, write_predictions
+from lightpeft.evaluation.respondent import BatchedModel
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.saved.forms import Found, Wanted
 from lightpeft.saved.opening import find_model
 from lightpeft.tasks import (
+    Columns,
     Task,
     check_vocabulary,
     convert,
@@ -32,16 +31,9 @@ from lightpeft.tasks import (
     input_columns,
     restore_task,
 )
-from lightpeft.tasks.kinds.chat import as_chats
-from lightpeft.tasks.kinds.span import SpanTask
-from lightpeft.tasks.kinds.windows import answer_text
 
-Columns = dict[str, Sequence[Any]]
-"""What was found, one value a row."""
 Announce = Callable[[str], object]
 """Shows a line to whoever asked."""
-DIGITS = 6
-"""Decimals of probabilities."""
 
 
 def predict(
@@ -139,12 +131,11 @@ def answer_rows(
     config = transformers_model(model).config
     check_vocabulary(tokenizer, config)
     ensure_pad_token(tokenizer, config)
-    encoded = task.encode_inputs(rows, tokenizer, task.config.max_length)
+    encoded = task.encode_inputs(rows, tokenizer)
     doubt = doubt_of_tokens(encoded, tokenizer, config, "the input")
     if doubt is not None:
         announce(doubt)
-    run = Run(model, task.collator(tokenizer, padding), batch_size, autocast)
-    return PREDICTING[task.answering](run, encoded, task, rows)
+    return task.predict(BatchedModel(model, task.collator(tokenizer, padding), batch_size, autocast), encoded, rows)
 
 
 def _task(found: Found, columns: dict[str, str | None], answer_tokens: int | None) -> Task:
@@ -184,70 +175,4 @@ def _read(task: Task, source: str | Path | None, example: str | None) -> tuple[D
     else:
         opened, what = Path(str(source)), "input"
     rows = read_inputs(opened, column, what)
-    return (as_chats(rows, column) if task.entry.kind == "chat" and column else rows), what
-
-
-# -- how each head's answers are written -------------------------------------------------------------------------
-
-
-def _classes(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
-    return _labels(torch.stack(logits_of(run, encoded)).softmax(-1).numpy(), task)
-
-
-def _numbers(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
-    return {"value": [round(float(value), DIGITS) for value in torch.stack(logits_of(run, encoded)).squeeze(-1)]}
-
-
-def _options(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
-    return _picked([of_row.softmax(-1).numpy() for of_row in option_logits(run, encoded)], rows)
-
-
-def _likelihood(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
-    probabilities = [softmax(scores) for scores in likelihoods_of(run, encoded).scores[task.config.likelihood]]
-    return _labels(np.stack(probabilities), task) if task.labels else _picked(probabilities, rows)
-
-
-def _pieces(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
-    assert isinstance(task, SpanTask)
-    spans, _ = spans_of(run, encoded, task.config.answer_tokens)
-    pairs = zip(spans, rows["context"], strict=True)
-    return {
-        "answer": [answer_text(span, context, task.null_threshold) for span, context in pairs],
-        "margin": [round(span.margin, DIGITS) for span in spans],
-    }
-
-
-def _texts(run: Run, encoded: Dataset, task: Task, rows: Dataset) -> Columns:
-    return {"answer": texts_of(run, encoded, task)}
-
-
-PREDICTING: dict[str, Callable[[Run, Dataset, Task, Dataset], Columns]] = {
-    "classification": _classes,
-    "regression": _numbers,
-    "multiple-choice": _options,
-    "likelihood": _likelihood,
-    "span": _pieces,
-    "generation": _texts,
-    "causal-lm": _texts,
-}
-"""`Task.answering` -> what is written of the answers."""
-
-
-def _labels(probabilities: np.ndarray, task: Task) -> Columns:
-    """The most probable label, and every label's probability."""
-    classes = probabilities.shape[-1]
-    named = f"the model tells {classes} classes apart, and its task has {len(task.labels)} labels"
-    require(classes == len(task.labels), f"{named}; is it another task's?")
-    labels = {"label": [task.labels[best] for best in probabilities.argmax(-1)]}
-    of_labels = zip(task.labels, probabilities.T, strict=True)
-    return {**labels, **{f"p_{name}": [round(float(p), DIGITS) for p in column] for name, column in of_labels}}
-
-
-def _picked(probabilities: list[np.ndarray], rows: Dataset) -> Columns:
-    """The most probable option, and its probability."""
-    best = [int(of_row.argmax(-1)) for of_row in probabilities]
-    texts = rows["names" if "names" in rows.column_names else "options"]
-    return {
-        "answer": [options[index] for options, index in zip(texts, best, strict=True)],
-        "probability": [round(float(of_row.max()), DIGITS) for of_row in probabilities],
-    }
+    return (rows if column is None else task.from_texts(rows, column)), what

@@ -15,26 +15,28 @@ from sklearn.metrics import classification_report
 
 from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.errors import require
-from lightpeft.evaluation.answering import Outcome, Run, outcome, prefixed, scores_of
 from lightpeft.evaluation.harness import MEANS, HarnessScores, run_harness
 from lightpeft.evaluation.milestones import constant_score, doubts
 from lightpeft.evaluation.prediction_files import check_predictions_path, write_predictions
+from lightpeft.evaluation.respondent import BatchedModel
+from lightpeft.evaluation.scores import prefixed, scores_of
 from lightpeft.evaluation.statistics import LEVEL, RESAMPLES, Comparison, compare
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.families import max_positions
+from lightpeft.models.task_heads import CAUSAL_LM, is_decoder
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.saved.forms import Found, Wanted
 from lightpeft.saved.opening import find_model
 from lightpeft.tasks import (
     Answers,
+    Outcome,
     Task,
     check_max_length,
     check_tokens,
     check_vocabulary,
     ensure_pad_token,
-    is_decoder,
     load_task,
     load_test,
     run_settings,
@@ -154,7 +156,7 @@ def _for_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
     config = replace(task.config, **own_ways)
     kind = task_class(task.entry.kind, config.answer, found.config)
     labels = task.labels
-    if found.class_names is not None and kind.head == "classification":
+    if found.class_names is not None and kind.head.outputs == "classes":
         labels = class_order(found.class_names, labels, found.name)
     own = kind(config, task.train, task.test, labels, task.entry, task.more_tests)
     found.check(Wanted.of(own))
@@ -198,16 +200,17 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.dtype | None) -> Measured:
-    tokenizer, length = found.tokenizer(), task.config.max_length
+    tokenizer = found.tokenizer()
     check_vocabulary(tokenizer, found.config)
-    check_max_length(length, max_positions(found.config), tokenizer)
-    encoded = {prefix: task.encode_test(rows, tokenizer, length) for prefix, rows in _splits(task)}
+    check_max_length(task.config.max_length, max_positions(found.config), tokenizer)
+    encoded = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in _splits(task)}
     for rows in encoded.values():
         check_tokens(rows, tokenizer, found.config, "the test rows")
     model = found.open(Wanted.of(task))
     ensure_pad_token(tokenizer, transformers_model(model).config)
-    run = Run(model, task.collator(tokenizer, found.padding(length)), batch_size, autocast)
-    outcomes = {prefix: outcome(run, rows, task) for prefix, rows in encoded.items()}
+    collator = task.collator(tokenizer, found.padding(task.config.max_length))
+    respondent = BatchedModel(model, collator, batch_size, autocast)
+    outcomes = {prefix: task.answer(respondent, rows) for prefix, rows in encoded.items()}
     return Measured(found, task, outcomes, parameter_report(model))
 
 
@@ -349,7 +352,7 @@ def evaluate_harness(
     _check_batch_size(batch_size)
     given = dict(settings or {})
     found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
-    wanted = Wanted("the harness's tasks", "causal-lm")
+    wanted = Wanted("the harness's tasks", CAUSAL_LM)
     for each in found:
         each.check(wanted)
         refusal = f"the harness's tasks need a causal language model; {each.name} ({each.config.model_type}) is none"

@@ -11,48 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from peft import TaskType
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMultipleChoice,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_QUESTION_ANSWERING_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from lightpeft.compat.transformers import forget_renaming, has_adapter
-from lightpeft.config import Head, ModelConfig
+from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_folder, check_weights, parsing
 from lightpeft.models import hub
 from lightpeft.models.families import check_not_refused
 from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.task_heads import TaskHead
 
-
-@dataclass(frozen=True)
-class _HeadClass:
-    """How a head is loaded and wrapped."""
-
-    auto: Any
-    """transformers' class that picks the model."""
-    peft: TaskType | None
-    """PEFT's name of what the model is for; None: PEFT has none, and passes inputs on as they are."""
-
-
-_HEADS: dict[Head, _HeadClass] = {
-    "classification": _HeadClass(AutoModelForSequenceClassification, TaskType.SEQ_CLS),
-    "regression": _HeadClass(AutoModelForSequenceClassification, TaskType.SEQ_CLS),
-    "multiple-choice": _HeadClass(AutoModelForMultipleChoice, None),
-    "span": _HeadClass(AutoModelForQuestionAnswering, TaskType.QUESTION_ANS),
-    "causal-lm": _HeadClass(AutoModelForCausalLM, TaskType.CAUSAL_LM),
-}
 _QUANTISED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
@@ -88,11 +66,13 @@ class LoadedModel:
     model: PreTrainedModel
     new_modules: list[str]
     """Modules that the checkpoint has no weights for (the task head); they train and travel with the adapter."""
-    head: Head
+    head: TaskHead
     """What the model was loaded with."""
 
 
-def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, to_prune: bool = True) -> LoadedModel:
+def load_model(
+    config: ModelConfig, head: TaskHead, labels: Sequence[str] = (), *, to_prune: bool = True
+) -> LoadedModel:
     """Load the foundation model with the head of the task.
 
     Args:
@@ -106,19 +86,14 @@ def load_model(config: ModelConfig, head: Head, labels: Sequence[str] = (), *, t
     if to_prune:
         check_not_refused(hf_config.model_type)
         _check_quantisation(config, hf_config)
-    if head == "regression":
-        hf_config.num_labels = 1  # by which transformers knows that the loss is the squared error
-    if head == "classification":
-        hf_config.num_labels = len(labels)
-        hf_config.id2label = dict(enumerate(labels))
-        hf_config.label2id = {label: index for index, label in enumerate(labels)}
+    head.configure(hf_config, labels)
     options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
     if config.quantise:
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
-    reader = MODEL_FOR_QUESTION_ANSWERING_MAPPING.get(type(hf_config), None) if head == "span" else None
-    names = base_names(reader) if reader is not None else None
+    architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
+    names = None if architecture is None else base_names(architecture)
     with _opening(config):
-        model, info = _HEADS[head].auto.from_pretrained(
+        model, info = head.auto.from_pretrained(
             config.name,
             config=hf_config,
             dtype=config.dtype,

@@ -5,30 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from peft import PeftModel, TaskType, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from lightpeft.config import Head, RunConfig
+from lightpeft.config import RunConfig
 from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.kinds import Place, kind_named
 from lightpeft.plans.structure import BlockSpec
-
-_TASK_TYPES: dict[Head, TaskType | None] = {
-    "classification": TaskType.SEQ_CLS,
-    "regression": TaskType.SEQ_CLS,
-    "multiple-choice": None,
-    "span": TaskType.QUESTION_ANS,
-    "causal-lm": TaskType.CAUSAL_LM,
-}
-"""What PEFT calls a model with a head; None: it has no name for it, and passes inputs on as they are."""
-
-
-def peft_task_type(head: Head) -> TaskType | None:
-    """What PEFT calls a model with that head; None: it has no name for it."""
-    return _TASK_TYPES[head]
 
 
 def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
@@ -43,7 +29,7 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     """
     blocks = block_specs(loaded.model)
     _check_weights(loaded, blocks)
-    kind, task_type = kind_named(config.peft_type), peft_task_type(loaded.head)
+    kind, task_type = kind_named(config.peft_type), loaded.head.task_type
     made = kind.config(config, _place(blocks, config), task_type, loaded.new_modules)
     _check_targets(loaded.model, made.target_modules, blocks)
     with parsing(f"PEFT cannot put {kind.title} on {loaded.model.config.model_type}"):

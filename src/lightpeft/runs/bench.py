@@ -29,7 +29,7 @@ from transformers import set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lightpeft.config import RunConfig
-from lightpeft.console.bars import silent
+from lightpeft.console.bars import showing, silent
 from lightpeft.console.progress import StepProgress
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import write_json
@@ -335,13 +335,10 @@ class Subject:
             return None
         rows = concatenate_datasets(sample_rows(self.work, len(self.batches)))
         training, folder = self.config.training, Path(self._folder.name)
-        options: dict[str, Any] = {
-            "batch_size": training.eval_batch_size,
-            "autocast": self.autocast,
-            "progress": silent,
-        }
+        options: dict[str, Any] = {"batch_size": training.eval_batch_size, "autocast": self.autocast}
         started = time.perf_counter()
-        store = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
+        with showing(silent):
+            store = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
         self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
         return StoredBatches(self.batches, store) if store else None
 

@@ -20,9 +20,8 @@ from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from lightpeft.config import RunConfig
 from lightpeft.errors import require
-from lightpeft.evaluation import answering
-from lightpeft.evaluation.answering import Outcome, Scores
 from lightpeft.evaluation.milestones import Watcher, notices
+from lightpeft.evaluation.scores import Scores, scores_of
 from lightpeft.files import write_json
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -38,7 +37,7 @@ from lightpeft.saved.light_adapter import LightModel, load_light, save_metrics
 from lightpeft.saved.opening import open_result
 from lightpeft.saved.results import Model, open_peft, save_result
 from lightpeft.saved.run_folder import RunFolder, read_report
-from lightpeft.tasks import task_facts
+from lightpeft.tasks import Outcome, task_facts
 from lightpeft.training.trainer import fit
 
 __all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train"]
@@ -196,7 +195,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     watcher = work.watcher()
     model = open_result(run, work.task, _asked_base(work, watcher))
     outcomes = measure(work, model)
-    scores = answering.scores_of(outcomes, work.task)
+    scores = scores_of(outcomes, work.task)
     if watcher.examples == len(work.task.test):
         watcher.outcomes["in_the_end"] = outcomes[""]
     else:
@@ -226,8 +225,8 @@ def _asked_base(work: Workspace, watcher: Watcher) -> PreTrainedModel | None:
 
 def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
     """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
-    run, splits = work.asking(model), {"": work.test_rows, **work.more_test_rows}
-    return {prefix: answering.outcome(run, rows, work.task) for prefix, rows in splits.items()}
+    asked, splits = work.asking(model), {"": work.test_rows, **work.more_test_rows}
+    return {prefix: work.task.answer(asked, rows) for prefix, rows in splits.items()}
 
 
 def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.answering import outcome, scores_of
+from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import MemoryMethod, PeakMemory, throughput
 from lightpeft.recipe.trainer import light_trainer
@@ -105,7 +105,7 @@ class InRun:
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
         """The run's own metrics on its test rows, instead of what a trainer can see of a batch."""
         trainer: Any = self
-        answers = {"": outcome(self.work.asking(trainer.model), self.work.test_rows, self.work.task)}
+        answers = {"": self.work.task.answer(self.work.asking(trainer.model), self.work.test_rows)}
         metrics = scores_of(answers, self.work.task).metrics
         found = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         trainer.log(found)

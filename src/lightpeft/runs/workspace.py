@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import RunConfig, TrainingConfig
-from lightpeft.console.bars import silent
-from lightpeft.evaluation import answering
+from lightpeft.console.bars import showing, silent
 from lightpeft.evaluation.milestones import Watcher, sample
+from lightpeft.evaluation.respondent import BatchedModel
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer
@@ -96,15 +96,16 @@ class Workspace:
         size = config.training.eval_batch_size
         return calibration_batches(self.train_rows, self.collator, config.light.refit_rows, config.seed, size, device)
 
-    def asking(self, model: nn.Module) -> answering.Run:
+    def asking(self, model: nn.Module) -> BatchedModel:
         """How test rows are fed to a model."""
         training = self.config.training
-        return answering.Run(model, self.collator, training.eval_batch_size, autocast_dtype(training))
+        return BatchedModel(model, self.collator, training.eval_batch_size, autocast_dtype(training))
 
     def watcher(self) -> Watcher:
         """What looks at the model between stages, on a few test rows."""
         chosen = sample(self.task)
-        rows = self.task.encode_test(chosen, self.tokenizer, self.config.data.max_length, progress=silent)
+        with showing(silent):
+            rows = self.task.encode_test(chosen, self.tokenizer)
         return Watcher(self.task, rows, len(chosen), self.asking)
 
     def announce_settings(self) -> None:
@@ -143,11 +144,9 @@ def prepare(config: RunConfig, *, overwrite: bool = False) -> Workspace:
     check_max_length(config.data.max_length, positions, tokenizer)
     check_vocabulary(tokenizer, model_config)
     ensure_pad_token(tokenizer, model_config)
-    train_rows = task.encode(task.train, tokenizer, config.data.max_length)
-    test_rows = task.encode_test(task.test, tokenizer, config.data.max_length)
-    more = {
-        prefix: task.encode_test(rows, tokenizer, config.data.max_length) for prefix, rows in task.more_tests.items()
-    }
+    train_rows = task.encode(task.train, tokenizer)
+    test_rows = task.encode_test(task.test, tokenizer)
+    more = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in task.more_tests.items()}
     for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
         check_tokens(rows, tokenizer, model_config, what)
     run = RunFolder.open(config, overwrite=overwrite)

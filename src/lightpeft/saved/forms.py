@@ -14,14 +14,14 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.config import Head, ModelConfig, RunConfig
+from lightpeft.config import ModelConfig, RunConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
-from lightpeft.peft_kinds.placing import peft_task_type
+from lightpeft.models.task_heads import TaskHead
 from lightpeft.saved.description import base_facts
 from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description
 from lightpeft.saved.merging import MERGED, load_merged, read_merged
@@ -38,7 +38,7 @@ class Wanted:
 
     what: str
     """Name of the task, for error lines."""
-    head: Head
+    head: TaskHead
     """The head that answers it."""
     labels: Sequence[str] = ()
     """Names of the classes in order; empty without classes."""
@@ -49,7 +49,7 @@ class Wanted:
         return cls(task.config.task, task.head, task.labels)
 
     def __str__(self) -> str:
-        return self.what if self.what == self.head else f"{self.what} ({self.head})"
+        return self.what if self.what == self.head.name else f"{self.what} ({self.head})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +268,7 @@ class PeftAdapter(_Adapter):
         """By what is said of its task, and by PEFT's name of it."""
         super().check(wanted)
         kind = self._settings().task_type
-        self._require_head(kind in (None, peft_task_type(wanted.head)), f"PEFT's task type {kind}", wanted)
+        self._require_head(kind in (None, wanted.head.task_type), f"PEFT's task type {kind}", wanted)
 
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> PeftModel:
         """Over the base with the head that is wanted, which the adapter or the base must have."""

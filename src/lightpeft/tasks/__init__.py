@@ -1,25 +1,24 @@
 """Tasks: which rows they have, how rows become text and batches, and what is measured.
 
 A task is a `TaskEntry` (declared in `glue`, `superglue`, `choice_qa` or a run's YAML) of some kind; a kind is a `Task`
-class with its columns.
+class: its columns, and how a model answers them.
 """
 
-from lightpeft.console.bars import Progress, bar, silent
-from lightpeft.tasks.answers import Answers, Metric
+from lightpeft.tasks.answers import Answers, Columns, Metric, Outcome
 from lightpeft.tasks.entries.registry import ENTRIES, find_entry
 from lightpeft.tasks.kinds.base import Task
 from lightpeft.tasks.kinds.causal import CausalLMTask
 from lightpeft.tasks.kinds.chat import ChatTask
-from lightpeft.tasks.kinds.choice import TASKS, is_decoder, task_class
-from lightpeft.tasks.kinds.classification import ClassificationTask
+from lightpeft.tasks.kinds.classification import ClassificationByLikelihood, ClassificationTask
 from lightpeft.tasks.kinds.generation import GenerationTask
 from lightpeft.tasks.kinds.likelihood import LikelihoodTask
-from lightpeft.tasks.kinds.multiple_choice import MultipleChoiceTask
+from lightpeft.tasks.kinds.multiple_choice import MultipleChoiceByLikelihood, MultipleChoiceTask
+from lightpeft.tasks.kinds.registry import KINDS, task_class
 from lightpeft.tasks.kinds.regression import RegressionTask
 from lightpeft.tasks.kinds.span import SpanTask
-from lightpeft.tasks.kinds.texts import encode_texts
 from lightpeft.tasks.loading import convert, input_columns, load_task, load_test, restore_task, run_settings, task_facts
 from lightpeft.tasks.metrics import METRICS
+from lightpeft.tasks.respondent import Respondent
 from lightpeft.tasks.rows.reading import read_rows
 from lightpeft.tasks.tokens import (
     Collator,
@@ -34,22 +33,25 @@ from lightpeft.tasks.tokens import (
 
 __all__ = [
     "ENTRIES",
+    "KINDS",
     "METRICS",
-    "TASKS",
     "Answers",
     "CausalLMTask",
     "ChatTask",
+    "ClassificationByLikelihood",
     "ClassificationTask",
     "Collator",
+    "Columns",
     "GenerationTask",
     "LikelihoodTask",
     "Metric",
+    "MultipleChoiceByLikelihood",
     "MultipleChoiceTask",
-    "Progress",
+    "Outcome",
     "RegressionTask",
+    "Respondent",
     "SpanTask",
     "Task",
-    "bar",
     "check_max_length",
     "check_tokens",
     "check_vocabulary",
@@ -59,7 +61,6 @@ __all__ = [
     "ensure_pad_token",
     "find_entry",
     "input_columns",
-    "is_decoder",
     "load_task",
     "load_test",
     "padding_within",
@@ -67,7 +68,6 @@ __all__ = [
     "restore_task",
     "run_settings",
     "share_at_limit",
-    "silent",
     "task_class",
     "task_facts",
 ]

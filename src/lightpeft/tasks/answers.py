@@ -1,12 +1,13 @@
-"""What a model answered on every example, beside what is right: all that a metric needs, and no model."""
+"""What a model answered on every example, beside what is right: all that a metric needs, and what is written of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from lightpeft.errors import require
 
@@ -46,6 +47,34 @@ class Answers:
             None if self.probabilities is None else self.probabilities[np.asarray(indices)],
             {name: values[np.asarray(indices)] for name, values in self.scores.items()},
         )
+
+
+def answers_of(
+    encoded: Dataset, predictions: Sequence[Any], references: Sequence[Any], probabilities: np.ndarray | None = None
+) -> Answers:
+    """Answers to encoded rows, in their groups where they have some; arguments as for `Answers`."""
+    groups = encoded["group"][:] if "group" in encoded.column_names else None
+    return Answers(predictions, references, groups, probabilities)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model did on encoded test rows."""
+
+    answers: Answers
+    measured: dict[str, float] = field(default_factory=dict)
+    """What is no mean of numbers of the examples, such as the loss a token, by name."""
+
+
+Columns = dict[str, Sequence[Any]]
+"""What is written of answers to new rows: columns of one value a row."""
+DIGITS = 6
+"""Decimals of what is written."""
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    """Numbers as they are written."""
+    return [round(float(value), DIGITS) for value in values]
 
 
 def _take(values: Sequence[Any], indices: Sequence[int]) -> Sequence[Any]:

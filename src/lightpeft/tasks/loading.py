@@ -11,12 +11,13 @@ from transformers import PretrainedConfig
 
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.config.validation import from_dict
-from lightpeft.tasks.entries.converting import convert_rows, data_setting, source_columns
+from lightpeft.tasks.entries.converting import convert_rows, source_columns
 from lightpeft.tasks.entries.registry import ENTRIES, check_entry, converter, find_entry
-from lightpeft.tasks.kinds.base import Task, limited, split_rows
-from lightpeft.tasks.kinds.choice import TASKS, task_class
+from lightpeft.tasks.kinds.base import Task
 from lightpeft.tasks.kinds.likelihood import LikelihoodTask
+from lightpeft.tasks.kinds.registry import KINDS, task_class
 from lightpeft.tasks.rows.sources import Split, read_splits, read_tests
+from lightpeft.tasks.rows.splitting import limited, split_rows
 
 READING = ("max_length", "stride", "null_threshold", "answer_tokens")
 """Settings of `data` that decide how rows are read and answered."""
@@ -85,16 +86,16 @@ def convert(rows: Dataset, entry: TaskEntry, what: str, answered: bool = True) -
     Raises:
         LightPeftError: a column is missing, or a row does not fit; `what` names the rows.
     """
-    return convert_rows(rows, entry, TASKS[entry.kind], what, converter(entry), answered)
+    return convert_rows(rows, entry, what, converter(entry), answered)
 
 
 def input_columns(task: Task) -> list[str]:
     """Columns of the data that a row to predict on needs; none where a function of the entry reads the row."""
-    entry, kind = task.entry, TASKS[task.entry.kind]
+    entry, kind = task.entry, KINDS[task.entry.kind]
     if entry.convert is not None:
         return []
     sources = entry.columns or {column: column for column in kind.columns}
-    needed = [source for column, source in sources.items() if column not in kind.answers]
+    needed = [source for column, source in sources.items() if column not in kind.targets]
     return list(dict.fromkeys(name for source in needed for name in source_columns(source)))
 
 
@@ -116,10 +117,11 @@ def run_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not facts:
         return {}
-    entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
+    entry = _entry(facts)
     said = {name: facts[name] for name in ("answer", "likelihood", *READING) if name in facts}
     if not entry.name:
-        columns = {data_setting(entry.kind, column): source for column, source in entry.columns.items()}
+        settings = KINDS[entry.kind].settings
+        columns = {settings[column]: source for column, source in entry.columns.items() if column in settings}
         return {"data": {"task": entry.kind, **columns, **said}}
     own = {} if entry.name in ENTRIES else {entry.name: {**facts["entry"], "name": ""}}
     return {"data": {"task": entry.name, **said}, "tasks": own}
@@ -131,8 +133,7 @@ def restore_task(facts: Mapping[str, Any]) -> Task:
     Raises:
         LightPeftError: these are no such facts.
     """
-    entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
-    check_entry(entry)
+    entry = _entry(facts)
     config = DataConfig(
         task=entry.name or entry.kind,
         answer=facts["answer"],
@@ -141,3 +142,10 @@ def restore_task(facts: Mapping[str, Any]) -> Task:
     )
     none = Dataset.from_dict({})
     return task_class(entry.kind, config.answer, None)(config, none, none, list(facts["labels"]), entry)
+
+
+def _entry(facts: Mapping[str, Any]) -> TaskEntry:
+    """The entry of a task, found good."""
+    entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
+    check_entry(entry)
+    return entry

@@ -12,7 +12,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from lightpeft.tasks.answers import Answers, ClassMetric, MeanMetric, Metric, class_count
-from lightpeft.tasks.matching import by_answerability, text_match
+from lightpeft.tasks.text_metrics import by_answerability, text_match
 
 
 @dataclass(frozen=True)

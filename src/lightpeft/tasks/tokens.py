@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lightpeft.console.bars import Progress
+from lightpeft.console import bars
 from lightpeft.errors import LightPeftError, require
 
 T = TypeVar("T")
@@ -170,7 +170,6 @@ def ensure_pad_token(tokenizer: PreTrainedTokenizerBase, model_config: Pretraine
 def in_chunks(
     rows: Dataset,
     encode: Callable[[dict[str, list[Any]], int], dict[str, list[Any]]],
-    progress: Progress,
     length: Callable[[Any], int] = len,
 ) -> Dataset:
     """Encoded rows: `encode(columns of a chunk, index of its first row)` over chunks, plus each row's `length`.
@@ -180,10 +179,16 @@ def in_chunks(
     """
     chunks = []
     starts = range(0, len(rows), ENCODE_ROWS)
-    for start in progress(starts, len(starts), "Tokenizing"):
+    for start in bars.progress(starts, len(starts), "Tokenizing"):
         encoded = encode(rows[start : start + ENCODE_ROWS], start)
         chunks.append(Dataset.from_dict({**encoded, "length": [length(ids) for ids in encoded["input_ids"]]}))
     return concatenate_datasets(chunks)
+
+
+def take_rows(rows: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Some rows, in that order, read at once."""
+    columns = rows[list(numbers)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def without_labels(batch: Mapping[str, T]) -> dict[str, T]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from datasets import Dataset, Features
 
-from lightpeft.config import TaskEntry, TaskKind
+from lightpeft.config import TaskEntry
 from lightpeft.errors import LightPeftError, nearest, require
-from lightpeft.tasks.kinds.base import Task, is_template, place
+from lightpeft.tasks.kinds.registry import KINDS
+from lightpeft.tasks.rows.columns import is_template, place
 
 Convert = Callable[[Mapping[str, Any]], dict[str, Any]]
 """A row of the data -> a row in the columns of a kind. Pure; reads columns by `row["name"]`, and those that rows to
@@ -18,10 +19,8 @@ predict on may lack by `row.get("name")`."""
 NOT_THERE = "there is no value; fill it in or drop the row"
 
 
-def convert_rows(
-    rows: Dataset, entry: TaskEntry, kind: type[Task], what: str, convert: Convert | None, answered: bool = True
-) -> Dataset:
-    """The rows in the columns of `kind`; columns of the data that the task does not read are dropped.
+def convert_rows(rows: Dataset, entry: TaskEntry, what: str, convert: Convert | None, answered: bool = True) -> Dataset:
+    """The rows in the columns of the entry's kind; columns of the data that the task does not read are dropped.
 
     Args:
         entry: says which columns are read.
@@ -34,7 +33,7 @@ def convert_rows(
     """
     if convert is not None:
         return _from_rows(_convert_each(rows, convert, entry, what))
-    sources = _sources(entry, kind, rows, answered)
+    sources = _sources(entry, rows, answered)
     for column, source in sources.items():
         for name in source_columns(source):
             if name not in rows.column_names:
@@ -73,8 +72,9 @@ def _missing(column: str, columns: Iterable[str], reader: str, what: str) -> str
     return f"{reader}, but {what} has only the columns {', '.join(names)}{hint}"
 
 
-def _sources(entry: TaskEntry, kind: type[Task], rows: Dataset, answered: bool) -> dict[str, str]:
+def _sources(entry: TaskEntry, rows: Dataset, answered: bool) -> dict[str, str]:
     """Column of the kind -> where it comes from, for the columns that are to be read."""
+    kind = KINDS[entry.kind]
     if entry.columns:
         sources = dict(entry.columns)
     else:
@@ -82,25 +82,15 @@ def _sources(entry: TaskEntry, kind: type[Task], rows: Dataset, answered: bool) 
         sources = {column: column for column in (*kind.columns, *there)}
     if answered:
         return sources
-    return {column: source for column, source in sources.items() if column not in kind.answers}
+    return {column: source for column, source in sources.items() if column not in kind.targets}
 
 
 def _reader(entry: TaskEntry, column: str, source: str) -> str:
     """What reads a column of the data, as the user knows it."""
     if entry.name:
         return f'task {entry.name} reads "{source}"'
-    return f'data.{data_setting(entry.kind, column)} is "{source}"'
-
-
-def data_setting(kind: TaskKind, column: str) -> str:
-    """The setting of `data` that names a column of a kind."""
-    return _OTHER_NAMES.get((kind, column), column)
-
-
-_OTHER_NAMES: dict[tuple[TaskKind, str], str] = {
-    ("multiple-choice", "context"): "text",
-    ("multiple-choice", "answer"): "label",
-}
+    setting = KINDS[entry.kind].settings.get(column)
+    return f'data.task {entry.kind} reads "{source}"' if setting is None else f'data.{setting} is "{source}"'
 
 
 class _Row(Mapping[str, Any]):

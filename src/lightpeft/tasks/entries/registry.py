@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightpeft.config import DataConfig, TaskEntry, TaskKind
+from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import LightPeftError, nearest, require
 from lightpeft.tasks.entries import choice_qa, glue, superglue, text_qa
 from lightpeft.tasks.entries.converting import Convert, template_columns
-from lightpeft.tasks.kinds.base import is_template
-from lightpeft.tasks.kinds.choice import TASKS
+from lightpeft.tasks.kinds.registry import KINDS
 from lightpeft.tasks.metrics import METRICS
+from lightpeft.tasks.rows.columns import is_template
 
 _MODULES = (glue, superglue, choice_qa, text_qa)
 ENTRIES: dict[str, TaskEntry] = {
@@ -33,21 +33,26 @@ def find_entry(config: DataConfig, own: Mapping[str, TaskEntry] | None = None) -
     """
     own = own or {}
     name = config.task
-    for kind in TASKS:
-        if name == kind:
-            return TaskEntry(kind=kind, test="test", columns=_columns(kind, config))
-    for taken in own:
-        free = taken not in TASKS and taken not in ENTRIES
-        require(free, f"tasks.{taken}: there is a task of that name already; choose another one")
+    _check_own(own)
+    if name in KINDS:
+        return TaskEntry(kind=name, test="test", columns=KINDS[name].sources(config))
     known = {**ENTRIES, **own}
     if name not in known:
-        meant = nearest(name, [*TASKS, *known])
+        meant = nearest(name, [*KINDS, *known])
         hint = f'; did you mean "{meant}"?' if meant else ""
-        raise LightPeftError(f'data.task is "{name}", which is neither a kind ({", ".join(TASKS)}) nor a task{hint}')
+        raise LightPeftError(f'data.task is "{name}", which is neither a kind ({", ".join(KINDS)}) nor a task{hint}')
     _check_no_columns(config)
     entry = replace(known[name], name=name)
     check_entry(entry)
     return entry
+
+
+def _check_own(own: Mapping[str, TaskEntry]) -> None:
+    """Raise `LightPeftError` if a user's task has a name that is taken, or a kind that there is not."""
+    for name, entry in own.items():
+        free = name not in KINDS and name not in ENTRIES
+        require(free, f"tasks.{name}: there is a task of that name already; choose another one")
+        _check_known(entry.kind, KINDS, f"tasks.{name}.kind")
 
 
 def converter(entry: TaskEntry) -> Convert | None:
@@ -57,7 +62,9 @@ def converter(entry: TaskEntry) -> Convert | None:
 
 def check_entry(entry: TaskEntry) -> None:
     """Raise `LightPeftError` unless an entry says all that its kind needs, in names that exist."""
-    where, kind = f"tasks.{entry.name}", TASKS[entry.kind]
+    where = f"tasks.{entry.name}"
+    _check_known(entry.kind, KINDS, f"{where}.kind")
+    kind = KINDS[entry.kind]
     columns = (*kind.columns, *kind.optional)
     for metric in entry.metrics:
         _check_known(metric, METRICS, f"{where}.metrics")
@@ -81,27 +88,9 @@ def _check_known(name: str, known: Mapping[str, object] | tuple[str, ...], where
     raise LightPeftError(f'{where} has "{name}", which does not exist; {hint}')
 
 
-def _columns(kind: TaskKind, config: DataConfig) -> dict[str, str]:
-    """Columns of a kind as the settings name them."""
-    pair = {"text_pair": config.text_pair} if config.text_pair is not None else {}
-    prompted = config.prompt is not None and config.completion is not None
-    named: dict[TaskKind, dict[str, str]] = {
-        "classification": {"text": config.text, **pair, "label": config.label},
-        "regression": {"text": config.text, **pair, "label": config.label},
-        "multiple-choice": {"context": config.text, "options": config.options, "answer": config.label},
-        "span": {"question": config.question, "context": config.context, "answers": config.answers},
-        "generation": {"question": config.question, "answers": config.answers},
-        "chat": {"messages": config.messages},
-        "causal-lm": {"prompt": str(config.prompt), "completion": str(config.completion)}
-        if prompted
-        else {"text": config.text},
-    }
-    return named[kind]
-
-
 def _check_no_columns(config: DataConfig) -> None:
+    """Raise `LightPeftError` if settings name columns, which only kinds read."""
     plain = DataConfig()
-    columns = ("text", "text_pair", "label", "options", "prompt", "completion")
-    for name in (*columns, "question", "context", "answers", "messages"):
+    for name in dict.fromkeys(setting for kind in KINDS.values() for setting in kind.settings.values()):
         given = getattr(config, name) != getattr(plain, name)
         require(not given, f"data.{name} is for kinds; task {config.task} has its own columns")

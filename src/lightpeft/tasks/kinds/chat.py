@@ -11,13 +11,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from lightpeft.compat.transformers import rendered_chat
-from lightpeft.config import Head, TaskEntry
-from lightpeft.console.bars import Progress, bar
+from lightpeft.config import TaskEntry
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files.limits import limited
-from lightpeft.tasks.kinds.base import Task, values
-from lightpeft.tasks.kinds.causal import completion_collator, prompt_columns
-from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
+from lightpeft.tasks.kinds.completions import CompletionTask, prompt_columns
+from lightpeft.tasks.rows.columns import values
+from lightpeft.tasks.tokens import IGNORED, in_chunks
 
 Chat = Sequence[Mapping[str, Any]]
 """Messages in order, each with `role` ("system", "user", "assistant", ...) and `content`, a string."""
@@ -26,13 +25,17 @@ _MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """In templates that say themselves what the assistant generates."""
 
 
-class ChatTask(Task):
+class ChatTask(CompletionTask):
     """Next-token loss on what the assistant says. Rows have `messages`."""
 
-    head: ClassVar[Head] = "causal-lm"
-    answering: ClassVar[str] = "causal-lm"
     columns: ClassVar[tuple[str, ...]] = ("messages",)
-    default_metrics: ClassVar[tuple[str, ...]] = ("language_modelling",)
+    settings: ClassVar[Mapping[str, str]] = {"messages": "messages"}
+
+    @classmethod
+    def from_texts(cls, rows: Dataset, column: str) -> Dataset:
+        """Texts as what a user says first; chats as they are."""
+        chats = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in rows[column]]
+        return Dataset.from_dict({**rows.to_dict(), column: chats})
 
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
@@ -46,15 +49,14 @@ class ChatTask(Task):
         for where, chat in values(rows, "messages", entry, what):
             check_messages(chat, where)
 
-    def encode(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
-        """Chats as the template writes them, cut to `max_length` tokens; labels are -100 on all but the assistant's.
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Chats as the template writes them, cut to `data.max_length`; labels are -100 on all but the assistant's part.
 
         Raises:
             LightPeftError: there is no template, it refuses a chat, or nothing to learn is left of one.
         """
         check_template(tokenizer)
+        max_length = self.config.max_length
 
         def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
             encoded = []
@@ -71,24 +73,18 @@ class ChatTask(Task):
                 ],
             }
 
-        return in_chunks(rows, encode, progress)
+        return in_chunks(rows, encode)
 
-    def encode_inputs(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Chats up to where the assistant answers; those that are too long lose their beginning."""
         check_template(tokenizer)
 
         def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
             chats = enumerate(chunk["messages"], start + 1)
             prompts = [encode_prompt(chat, tokenizer, f"row {number}") for number, chat in chats]
-            return prompt_columns(prompts, max_length, tokenizer)
+            return prompt_columns(prompts, self.config.max_length, tokenizer)
 
-        return in_chunks(rows, encode, progress)
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches padded to their longest row (or the next multiple); labels of padding are -100."""
-        return completion_collator(tokenizer, multiple_of)
+        return in_chunks(rows, encode)
 
 
 def _check_learnable(marks: Sequence[bool], max_length: int, place: str) -> None:
@@ -130,12 +126,6 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
         "the tokenizer has no chat template; take a model that was made for chats, put chat_template.jinja into its "
         "folder, or write prompts and completions yourself (data.task: causal-lm)",
     )
-
-
-def as_chats(rows: Dataset, column: str) -> Dataset:
-    """Texts as what a user says first; chats as they are."""
-    chats = [[{"role": "user", "content": chat}] if isinstance(chat, str) else chat for chat in rows[column]]
-    return Dataset.from_dict({**rows.to_dict(), column: chats})
 
 
 def encode_chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, place: str) -> tuple[list[int], list[bool]]:

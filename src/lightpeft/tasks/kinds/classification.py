@@ -1,30 +1,42 @@
-"""Classification of a text or a pair of texts."""
+"""Classification of a text or a pair of texts, by a head or by the likelihood of label words."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from datasets import ClassLabel, Dataset
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from lightpeft.config import Head, TaskEntry
-from lightpeft.console.bars import Progress, bar
+from lightpeft.config import TaskEntry
 from lightpeft.errors import LightPeftError, require
-from lightpeft.tasks.kinds.base import HIDDEN, place, source_column
+from lightpeft.models.task_heads import CLASSIFICATION, TaskHead
+from lightpeft.tasks.answers import Columns, Outcome, answers_of, rounded
+from lightpeft.tasks.kinds.likelihood import LikelihoodTask
+from lightpeft.tasks.kinds.options import OptionsTask
 from lightpeft.tasks.kinds.texts import TextTask
+from lightpeft.tasks.respondent import Respondent, finite_logits
+from lightpeft.tasks.rows.columns import HIDDEN, place, source_column
 
 INTEGER = re.compile(r"-?\d+")
 SHOWN_LABELS = 5
 """Labels that an error line lists at most."""
+PROMPT = "{text}\nAnswer:"
+"""What a language model reads where the entry has no prompt."""
+PAIR_PROMPT = "{text}\n{text_pair}\nAnswer:"
+"""The same for pairs of texts."""
 
 
-class ClassificationTask(TextTask):
+class ClassificationTask(TextTask, OptionsTask):
     """One label a row; the label set is the entry's or, without one, that of all training rows."""
 
-    head: ClassVar[Head] = "classification"
-    answering: ClassVar[str] = "classification"
+    head: ClassVar[TaskHead] = CLASSIFICATION
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
 
     @classmethod
@@ -62,14 +74,11 @@ class ClassificationTask(TextTask):
             f"data.test has labels that no training row has: {listed(unseen)}; training has {listed(labels)}",
         )
 
-    def encode(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
-        """Rows cut to `max_length` tokens, with `labels` as class numbers."""
-        encoded = self.encode_inputs(rows, tokenizer, max_length, progress)
-        return encoded.add_column("labels", self.class_numbers(rows))
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """As `encode_inputs`, with `labels` as class numbers."""
+        return self.encode_inputs(rows, tokenizer).add_column("labels", self.right_options(rows))
 
-    def class_numbers(self, rows: Dataset) -> list[int]:
+    def right_options(self, rows: Dataset) -> list[int]:
         """Every row's label as its class number.
 
         Raises:
@@ -80,6 +89,41 @@ class ClassificationTask(TextTask):
         unknown = sorted({str(name) for name in names if name not in number})
         require(not unknown, f"these rows have labels that training has not: {', '.join(unknown[:SHOWN_LABELS])}")
         return [number[name] for name in names if name is not None]
+
+    def options(self, row: Mapping[str, Any]) -> Sequence[str]:
+        """The entry's label words; else the labels themselves."""
+        return self.entry.words or self.labels
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """The entry's, or one for a text or a pair of texts."""
+        return self.entry.prompt or (PROMPT if row.get("text_pair") is None else PAIR_PROMPT)
+
+    def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
+        """The class of the highest logit."""
+        logits, labels = finite_logits(respondent, encoded), encoded["labels"][:]
+        losses = cross_entropy(logits, torch.tensor(labels), reduction="none")
+        answers = answers_of(encoded, logits.argmax(-1).tolist(), labels, logits.softmax(-1).numpy())
+        return Outcome(replace(answers, scores={"loss": losses.double().numpy()}))
+
+    def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
+        """As `picked`."""
+        return self.picked(list(finite_logits(respondent, encoded).softmax(-1).numpy()), rows)
+
+    def picked(self, probabilities: Sequence[np.ndarray], rows: Dataset) -> Columns:
+        """`label`, the most probable one, and every label's probability as `p_<label>`.
+
+        Raises:
+            LightPeftError: the model has more or fewer classes than there are labels.
+        """
+        table = np.stack(probabilities)
+        named = f"the model tells {table.shape[-1]} classes apart, and its task has {len(self.labels)} labels"
+        require(table.shape[-1] == len(self.labels), f"{named}; is it another task's?")
+        labels = {"label": [self.labels[best] for best in table.argmax(-1)]}
+        return {**labels, **{f"p_{name}": rounded(column) for name, column in zip(self.labels, table.T, strict=True)}}
+
+
+class ClassificationByLikelihood(LikelihoodTask, ClassificationTask):
+    """A language model's own probabilities of the label words decide."""
 
 
 def listed(names: list[Any]) -> str:

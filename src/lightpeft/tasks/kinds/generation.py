@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lightpeft.config import Head, TaskEntry
-from lightpeft.console.bars import Progress, bar
+from lightpeft.config import TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.kinds.base import Task, check_text, values
-from lightpeft.tasks.kinds.causal import completion_collator, fit, prompt_columns, with_end, without_end
-from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
+from lightpeft.tasks.answers import Columns, Outcome, answers_of
+from lightpeft.tasks.kinds.completions import (
+    CompletionTask,
+    completion_columns,
+    fit,
+    prompt_columns,
+    with_end,
+    without_end,
+)
+from lightpeft.tasks.respondent import Respondent
+from lightpeft.tasks.rows.columns import check_text, values
+from lightpeft.tasks.tokens import in_chunks
 
 PROMPT = "Question: {question}\nAnswer:"
 """Where the entry has none."""
 
 
-class GenerationTask(Task):
+class GenerationTask(CompletionTask):
     """Train on the prompt and the first right answer; answer by generating one line, which any right answer may match.
 
     Rows have `question` and `answers`, a list of texts or one text.
     """
 
-    head: ClassVar[Head] = "causal-lm"
-    answering: ClassVar[str] = "generation"
     columns: ClassVar[tuple[str, ...]] = ("question", "answers")
-    answers: ClassVar[tuple[str, ...]] = ("answers",)
+    targets: ClassVar[tuple[str, ...]] = ("answers",)
+    settings: ClassVar[Mapping[str, str]] = {name: name for name in ("question", "answers")}
+    writes: ClassVar[bool] = True
     default_metrics: ClassVar[tuple[str, ...]] = ("text_match",)
 
     @classmethod
@@ -39,12 +48,10 @@ class GenerationTask(Task):
             for text in _listed(value):
                 check_text(text, where)
 
-    def encode(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Prompt, first answer and end token; labels are -100 on the prompt.
 
-        Both are tokenised apart, since generation starts from the prompt's own tokens. Of `max_length` tokens the
+        Both are tokenised apart, since generation starts from the prompt's own tokens. Of `data.max_length` tokens the
         answer gets `data.answer_tokens`, and a longer prompt loses its beginning (the start token stays).
         """
 
@@ -52,44 +59,40 @@ class GenerationTask(Task):
             first = [f" {_listed(value)[0].strip()}" for value in chunk["answers"]]
             answers = tokenizer(first, add_special_tokens=False)["input_ids"]
             answers = [with_end(ids, tokenizer)[: self.config.answer_tokens] for ids in answers]
-            prompts = self._prompts(chunk["question"], tokenizer, max_length)
-            pairs = list(zip(prompts, answers, strict=True))
-            return {
-                "input_ids": [prompt + answer for prompt, answer in pairs],
-                "attention_mask": [[1] * (len(prompt) + len(answer)) for prompt, answer in pairs],
-                "labels": [[IGNORED] * len(prompt) + answer for prompt, answer in pairs],
-            }
+            return completion_columns(zip(self._prompts(chunk["question"], tokenizer), answers, strict=True))
 
-        return in_chunks(rows, encode, progress)
+        return in_chunks(rows, encode)
 
-    def encode_test(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode_test(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """As `encode_inputs`, with `right`, the texts that are right."""
         right = [_listed(value) for value in rows["answers"]]
-        return self.encode_inputs(rows, tokenizer, max_length, progress).add_column("right", right)
+        return self.encode_inputs(rows, tokenizer).add_column("right", right)
 
-    def encode_inputs(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """The prompts."""
 
         def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
-            prompts = self._prompts(chunk["question"], tokenizer, max_length)
-            return prompt_columns(prompts, max_length, tokenizer)
+            return prompt_columns(self._prompts(chunk["question"], tokenizer), self.config.max_length, tokenizer)
 
-        return in_chunks(rows, encode, progress)
+        return in_chunks(rows, encode)
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
-        """Batches padded to their longest row (or the next multiple); labels of padding are -100."""
-        return completion_collator(tokenizer, multiple_of)
+    def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
+        """One line that the model writes."""
+        return Outcome(answers_of(encoded, self._lines(respondent, encoded), encoded["right"][:]))
 
-    def _prompts(self, questions: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
-        room = max_length - self.config.answer_tokens
+    def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
+        """`answer`, one line that the model writes."""
+        return {"answer": self._lines(respondent, encoded)}
+
+    def _lines(self, respondent: Respondent, encoded: Dataset) -> list[str]:
+        return respondent.texts(encoded, self.config.answer_tokens, one_line=True)
+
+    def _prompts(self, questions: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        room = self.config.max_length - self.config.answer_tokens
         require(
             room > 1,
             f"data.answer_tokens is {self.config.answer_tokens}, which leaves no room for the question in "
-            f"data.max_length {max_length}",
+            f"data.max_length {self.config.max_length}",
         )
         template = self.entry.prompt or PROMPT
         texts = [template.format(question=question.strip()) for question in questions]

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
+from scipy.special import softmax
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from lightpeft.config import Head, LikelihoodRule, TaskEntry, TaskKind
-from lightpeft.console.bars import Progress, bar
+from lightpeft.config import LikelihoodRule
 from lightpeft.errors import require
-from lightpeft.tasks.answers import Metric
-from lightpeft.tasks.kinds.base import Task
-from lightpeft.tasks.kinds.causal import fit, without_end
-from lightpeft.tasks.kinds.classification import ClassificationTask
-from lightpeft.tasks.kinds.multiple_choice import MultipleChoiceTask, answer_indices, nested
-from lightpeft.tasks.metrics import renamed
+from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
+from lightpeft.tasks.answers import Columns, Metric, Outcome, require_finite
+from lightpeft.tasks.kinds.completions import completion_columns, fit, without_end
+from lightpeft.tasks.kinds.options import OptionsTask, chosen_answers, nested
+from lightpeft.tasks.metrics import accuracy, renamed
+from lightpeft.tasks.respondent import Respondent, token_sums
 from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
 
 UNCONDITIONAL = "Answer:"
@@ -34,14 +34,10 @@ ACCURACIES: dict[LikelihoodRule, str] = {
     "unconditional": "accuracy_unconditional",
 }
 """Rule that picks an option -> what the accuracy of its picks is called."""
-PROMPTS: dict[TaskKind, str] = {"classification": "{text}\nAnswer:", "multiple-choice": "Question: {context}\nAnswer:"}
-"""Prompt by kind, where the entry has none."""
-PAIR_PROMPT = "{text}\n{text_pair}\nAnswer:"
-"""The same for pairs of texts."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class Scored:
     """One row as a causal language model reads it."""
 
     prompts: list[str]
@@ -50,39 +46,13 @@ class Choice:
     """What is scored behind each prompt."""
 
 
-class LikelihoodTask(Task):
-    """A classification or multiple-choice task whose options are scored by a causal language model."""
+class LikelihoodTask(OptionsTask):
+    """How a causal language model scores the options of a kind, whose class comes behind this one among the bases."""
 
-    head: ClassVar[Head] = "causal-lm"
-    answering: ClassVar[str] = "likelihood"
-    columns: ClassVar[tuple[str, ...]] = ()
-    carried: ClassVar[tuple[str, ...]] = ("group", "names", "right")
-    default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    head: ClassVar[TaskHead] = CAUSAL_LM
 
-    @classmethod
-    def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """As the kind of rows wants it."""
-        SCORABLE[entry.kind].check(rows, entry, what)
-
-    @classmethod
-    def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """As the kind of rows wants it."""
-        SCORABLE[entry.kind].check_inputs(rows, entry, what)
-
-    @classmethod
-    def label_set(cls, rows: Dataset, entry: TaskEntry) -> list[str]:
-        """As the kind of rows has it."""
-        return SCORABLE[entry.kind].label_set(rows, entry)
-
-    @classmethod
-    def check_split(cls, train: Dataset, test: Dataset, labels: list[str], entry: TaskEntry) -> None:
-        """As the kind of rows wants it."""
-        SCORABLE[entry.kind].check_split(train, test, labels, entry)
-
-    def encode(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
-        """Prompt and right option, of at most `max_length` tokens; labels are -100 on the prompt.
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Prompt and right option, of at most `data.max_length` tokens; labels are -100 on the prompt.
 
         No end token is learned: what is trained is what is scored. A row that is too long loses the beginning of its
         prompt (the start token stays).
@@ -90,38 +60,30 @@ class LikelihoodTask(Task):
         right = self.right_options(rows)
 
         def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
-            choices = list(self.choices(chunk))
-            chosen = right[start : start + len(choices)]
-            prompts = [choice.prompts[index] for choice, index in zip(choices, chosen, strict=True)]
-            completions = [choice.completions[index] for choice, index in zip(choices, chosen, strict=True)]
-            pairs = encode_pairs(prompts, completions, tokenizer, max_length)
-            return {
-                "input_ids": [prompt + completion for prompt, completion in pairs],
-                "attention_mask": [[1] * (len(prompt) + len(completion)) for prompt, completion in pairs],
-                "labels": [[IGNORED] * len(prompt) + completion for prompt, completion in pairs],
-            }
+            scored = list(self.scored(chunk))
+            chosen = right[start : start + len(scored)]
+            prompts = [row.prompts[index] for row, index in zip(scored, chosen, strict=True)]
+            completions = [row.completions[index] for row, index in zip(scored, chosen, strict=True)]
+            return completion_columns(encode_pairs(prompts, completions, tokenizer, self.config.max_length))
 
-        return in_chunks(rows, encode, progress)
+        return in_chunks(rows, encode)
 
-    def encode_test(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode_test(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """As `encode_inputs`, with `labels` as the numbers of the right options."""
-        encoded = self.encode_inputs(rows, tokenizer, max_length, progress)
+        encoded = self.encode_inputs(rows, tokenizer)
         return self.carry(rows, encoded.add_column("labels", self.right_options(rows)))
 
-    def encode_inputs(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """A row's options as lists: input_ids, start (of the option in them), the same unconditional_, and bytes."""
+        most = self.config.max_length
 
         def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
-            choices = list(self.choices(chunk))
-            counts = [len(choice.completions) for choice in choices]
-            prompts = [prompt for choice in choices for prompt in choice.prompts]
-            completions = [completion for choice in choices for completion in choice.completions]
-            asked = encode_pairs(prompts, completions, tokenizer, max_length)
-            plain = encode_pairs([UNCONDITIONAL] * len(prompts), completions, tokenizer, max_length)
+            scored = list(self.scored(chunk))
+            counts = [len(row.completions) for row in scored]
+            prompts = [prompt for row in scored for prompt in row.prompts]
+            completions = [completion for row in scored for completion in row.completions]
+            asked = encode_pairs(prompts, completions, tokenizer, most)
+            plain = encode_pairs([UNCONDITIONAL] * len(prompts), completions, tokenizer, most)
             sizes = [len(completion.strip().encode()) for completion in completions]
             return {
                 "input_ids": nested([prompt + completion for prompt, completion in asked], counts),
@@ -131,7 +93,7 @@ class LikelihoodTask(Task):
                 "bytes": nested(sizes, counts),
             }
 
-        return in_chunks(rows, encode, progress, length=lambda options: sum(map(len, options)))
+        return in_chunks(rows, encode, length=lambda options: sum(map(len, options)))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
         """Batches of sequences, padded to their longest (or the next multiple); labels of padding are -100.
@@ -143,33 +105,37 @@ class LikelihoodTask(Task):
         right.padding_side = "right"
         return Collator(DataCollatorForSeq2Seq(right, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORED))
 
-    def choices(self, columns: dict[str, list[Any]]) -> Iterator[Choice]:
+    def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
+        """The option that `data.likelihood` picks, and beside it whether each rule picks a right one."""
+        labels, found = encoded["labels"][:], likelihoods(respondent, encoded)
+        picked = {
+            rule: chosen_answers(encoded, [int(of_row.argmax(-1)) for of_row in scores])
+            for rule, scores in found.scores.items()
+        }
+        right = [numbers[label] for numbers, label in zip(found.sequences, labels, strict=True)]
+        accuracies = {name: accuracy.scores(picked[rule])["accuracy"] for rule, name in ACCURACIES.items()}
+        answers = replace(picked[self.config.likelihood], scores=accuracies)
+        if self.labels:
+            probabilities = softmax(np.stack(found.scores[self.config.likelihood]), axis=-1)
+            answers = replace(answers, probabilities=probabilities.astype(np.float32))
+        return Outcome(answers, {"loss": float(found.losses[right].sum()) / float(found.tokens[right].sum())})
+
+    def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
+        """As the kind writes probabilities."""
+        scores = likelihoods(respondent, encoded).scores[self.config.likelihood]
+        return self.picked([softmax(of_row) for of_row in scores], rows)
+
+    def scored(self, columns: dict[str, list[Any]]) -> Iterator[Scored]:
         """Prompts and options of rows, given as columns."""
-        kind, names = self.entry.kind, list(columns)
-        fixed = (self.entry.words or self.labels) if kind == "classification" else None
+        names = list(columns)
         for values in zip(*columns.values(), strict=True):
             row = dict(zip(names, values, strict=True))
-            prompt = row.get("prompt") or self._template(row).format_map(row)
-            options, ending = fixed or row["options"], row.get("ending")
+            prompt = row.get("prompt") or self.prompt(row).format_map(row)
+            options, ending = self.options(row), row.get("ending")
             if ending:
-                yield Choice([f"{prompt} {option}" for option in options], [f" {ending}"] * len(options))
+                yield Scored([f"{prompt} {option}" for option in options], [f" {ending}"] * len(options))
             else:
-                yield Choice([prompt] * len(options), [f" {option}" for option in options])
-
-    def _template(self, row: dict[str, Any]) -> str:
-        pair = self.entry.kind == "classification" and row.get("text_pair") is not None
-        return self.entry.prompt or (PAIR_PROMPT if pair else PROMPTS[self.entry.kind])
-
-    def right_options(self, rows: Dataset) -> list[int]:
-        """Every row's right option."""
-        if self.entry.kind == "multiple-choice":
-            return answer_indices(rows)
-        return ClassificationTask(self.config, rows, rows, self.labels, self.entry).class_numbers(rows)
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """What the kind of rows measures."""
-        return tuple(self.entry.metrics) or SCORABLE[self.entry.kind].default_metrics
+                yield Scored([prompt] * len(options), [f" {option}" for option in options])
 
     @property
     def main_metric(self) -> str:
@@ -184,10 +150,6 @@ class LikelihoodTask(Task):
     @property
     def _names(self) -> dict[str, str]:
         return {"accuracy": ACCURACIES[self.config.likelihood]}
-
-
-SCORABLE: dict[TaskKind, type[Task]] = {"classification": ClassificationTask, "multiple-choice": MultipleChoiceTask}
-"""Kinds of rows that likelihood can answer."""
 
 
 def encode_pairs(
@@ -233,9 +195,7 @@ def option_sequences(encoded: Dataset) -> Sequences:
     asked, unconditional = place("input_ids", "start"), place("unconditional_ids", "unconditional_start")
     rows = Dataset.from_dict(
         {
-            "input_ids": [list(ids) for _, ids in numbers],
-            "attention_mask": [[1] * len(ids) for _, ids in numbers],
-            "labels": [[IGNORED] * start + list(ids[start:]) for start, ids in numbers],
+            **completion_columns((list(ids[:start]), list(ids[start:])) for start, ids in numbers),
             "length": [len(ids) for _, ids in numbers],
         }
     )
@@ -261,3 +221,31 @@ def option_scores(
             of_row - log_p[numbers] for of_row, numbers in zip(sums, sequences.unconditional, strict=True)
         ],
     }
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """How probable a model finds the options of rows."""
+
+    scores: dict[LikelihoodRule, list[np.ndarray]]
+    """Every rule's scores of every row's options."""
+    sequences: list[list[int]]
+    """Number of the sequence of every row's every option."""
+    losses: np.ndarray
+    """Cross-entropy of each sequence's scored tokens, in nats."""
+    tokens: np.ndarray
+    """Their number."""
+
+
+def likelihoods(respondent: Respondent, encoded: Dataset) -> Likelihoods:
+    """Scores of every row's options, of what `LikelihoodTask.encode_test` or `encode_inputs` returned.
+
+    Raises:
+        LightPeftError: there is no row, or a probability is no number.
+    """
+    sequences = option_sequences(encoded)
+    losses, _, tokens = token_sums(respondent, sequences.rows).T
+    asked = zip(sequences.asked, sequences.unconditional, strict=True)
+    require_finite([bool(np.isfinite(losses[[*options, *plain]]).all()) for options, plain in asked])
+    scores = option_scores(sequences, -losses, tokens, encoded["bytes"][:])
+    return Likelihoods(scores, sequences.asked, losses, tokens)

@@ -1,21 +1,32 @@
-"""Multiple choice: a context and its options, one of which is right."""
+"""Multiple choice: a context and its options, one of which is right, by a head or by likelihood."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lightpeft.config import Head, TaskEntry
-from lightpeft.console.bars import Progress, bar
+from lightpeft.config import TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.kinds.base import HIDDEN, Task, check_strings, check_text, values
+from lightpeft.models.task_heads import MULTIPLE_CHOICE, TaskHead
+from lightpeft.tasks.answers import Columns, Outcome, require_finite, rounded
+from lightpeft.tasks.kinds.likelihood import LikelihoodTask
+from lightpeft.tasks.kinds.options import OptionsTask, chosen_answers, nested
+from lightpeft.tasks.respondent import Respondent, row_logits
+from lightpeft.tasks.rows.columns import HIDDEN, check_strings, check_text, values
 from lightpeft.tasks.tokens import Collator, in_chunks
 
+PROMPT = "Question: {context}\nAnswer:"
+"""What a language model reads where the entry has no prompt."""
 
-class MultipleChoiceTask(Task):
+
+class MultipleChoiceTask(OptionsTask):
     """Every option is read behind the context, and a head scores it; the highest score is the answer.
 
     Rows have `context`, `options` (texts) and `answer` (index of the right option). They may have `ending` (what
@@ -23,11 +34,11 @@ class MultipleChoiceTask(Task):
     answers) and `right` (the names of the right ones).
     """
 
-    head: ClassVar[Head] = "multiple-choice"
-    answering: ClassVar[str] = "multiple-choice"
+    head: ClassVar[TaskHead] = MULTIPLE_CHOICE
     columns: ClassVar[tuple[str, ...]] = ("context", "options", "answer")
     optional: ClassVar[tuple[str, ...]] = ("ending", "names", "right", "group")
-    answers: ClassVar[tuple[str, ...]] = ("answer", "right")
+    targets: ClassVar[tuple[str, ...]] = ("answer", "right")
+    settings: ClassVar[Mapping[str, str]] = {"context": "text", "options": "options", "answer": "label"}
     carried: ClassVar[tuple[str, ...]] = ("group", "names", "right")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 
@@ -52,30 +63,26 @@ class MultipleChoiceTask(Task):
             for option in options:
                 check_text(option, where)
 
-    def encode(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """As `encode_inputs`, with `labels` as the numbers of the right options."""
-        encoded = self.encode_inputs(rows, tokenizer, max_length, progress)
-        return encoded.add_column("labels", answer_indices(rows))
+        return self.encode_inputs(rows, tokenizer).add_column("labels", self.right_options(rows))
 
-    def encode_inputs(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
-        """input_ids and attention_mask (and token_type_ids) as one list an option, each cut to `max_length` tokens.
+    def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """input_ids and attention_mask (and token_type_ids) as one list an option, each cut to `data.max_length`.
 
         `length` is what a row costs in a batch: its longest option times its options.
         """
         with_types = "token_type_ids" in tokenizer.model_input_names
+        cut = {"truncation": True, "max_length": self.config.max_length, "return_token_type_ids": with_types}
 
         def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
-            options = with_endings(chunk)
+            options = _with_endings(chunk)
             contexts = [context for context, of_row in zip(chunk["context"], options, strict=True) for _ in of_row]
             flat = [option for of_row in options for option in of_row]
-            tokens = tokenizer(contexts, flat, truncation=True, max_length=max_length, return_token_type_ids=with_types)
+            tokens = tokenizer(contexts, flat, **cut)
             return {name: nested(column, [len(of_row) for of_row in options]) for name, column in tokens.items()}
 
-        return in_chunks(rows, encode, progress, length=lambda options: len(options) * max(map(len, options)))
+        return in_chunks(rows, encode, length=lambda options: len(options) * max(map(len, options)))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
         """Batches [rows, most options, longest option]; rows with fewer get empty options, which are never right."""
@@ -83,6 +90,43 @@ class MultipleChoiceTask(Task):
         empty = tokenizer("", return_token_type_ids="token_type_ids" in tokenizer.model_input_names)
         empty = {name: ids or [tokenizer.pad_token_id] for name, ids in empty.items()}
         return Collator(_OptionPadding(pad, dict(empty)))
+
+    def right_options(self, rows: Dataset) -> list[int]:
+        """Every row's right option."""
+        return [index for index in map(_index, rows["answer"][:]) if index is not None]
+
+    def options(self, row: Mapping[str, Any]) -> Sequence[str]:
+        """The row's own."""
+        options: Sequence[str] = row["options"]
+        return options
+
+    def prompt(self, row: Mapping[str, Any]) -> str:
+        """The entry's, or one that asks what the context says."""
+        return self.entry.prompt or PROMPT
+
+    def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
+        """The option of the highest logit."""
+        logits = _option_logits(respondent, encoded)
+        losses = [-of_row.log_softmax(-1)[label] for of_row, label in zip(logits, encoded["labels"], strict=True)]
+        answers = chosen_answers(encoded, [int(of_row.argmax()) for of_row in logits])
+        return Outcome(replace(answers, scores={"loss": torch.stack(losses).double().numpy()}))
+
+    def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
+        """As `picked`."""
+        return self.picked([of_row.softmax(-1).numpy() for of_row in _option_logits(respondent, encoded)], rows)
+
+    def picked(self, probabilities: Sequence[np.ndarray], rows: Dataset) -> Columns:
+        """`answer`, the most probable option, and its `probability`."""
+        best = [int(of_row.argmax(-1)) for of_row in probabilities]
+        texts = rows["names" if "names" in rows.column_names else "options"]
+        return {
+            "answer": [options[index] for options, index in zip(texts, best, strict=True)],
+            "probability": rounded(of_row.max() for of_row in probabilities),
+        }
+
+
+class MultipleChoiceByLikelihood(LikelihoodTask, MultipleChoiceTask):
+    """A language model's own probabilities of the options decide."""
 
 
 class _OptionPadding:
@@ -105,24 +149,26 @@ class _OptionPadding:
         return batch
 
 
-def nested(values: list[Any], counts: list[int]) -> list[list[Any]]:
-    """A flat list cut into rows of so many items."""
-    items = iter(values)
-    return [[next(items) for _ in range(count)] for count in counts]
+def _option_logits(respondent: Respondent, encoded: Dataset) -> list[Tensor]:
+    """Every row's logits, float32 [options]; a batch fills rows up to its largest number of options.
+
+    Raises:
+        LightPeftError: there is no row, or logits are not finite.
+    """
+    counts = [len(options) for options in encoded["input_ids"]]
+    of_rows = zip(row_logits(respondent, encoded), counts, strict=True)
+    logits = [of_row[:count] for of_row, count in of_rows]
+    require_finite([bool(of_row.isfinite().all()) for of_row in logits])
+    return logits
 
 
-def with_endings(chunk: dict[str, list[Any]]) -> list[list[str]]:
+def _with_endings(chunk: dict[str, list[Any]]) -> list[list[str]]:
     """Options as they follow the context: with the row's ending, where there is one."""
     endings = chunk.get("ending") or [None] * len(chunk["options"])
     return [
         [f"{option} {ending}" if ending else option for option in options]
         for options, ending in zip(chunk["options"], endings, strict=True)
     ]
-
-
-def answer_indices(rows: Dataset) -> list[int]:
-    """Every row's right option."""
-    return [index for index in map(_index, rows["answer"][:]) if index is not None]
 
 
 def _index(value: Any) -> int | None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from datasets import Dataset
+from torch.nn.functional import mse_loss
 from transformers import PreTrainedTokenizerBase
 
-from lightpeft.config import Head, TaskEntry
-from lightpeft.console.bars import Progress, bar
+from lightpeft.config import TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.kinds.base import values
+from lightpeft.models.task_heads import REGRESSION, TaskHead
+from lightpeft.tasks.answers import Columns, Outcome, answers_of, rounded
 from lightpeft.tasks.kinds.texts import TextTask
+from lightpeft.tasks.respondent import Respondent, finite_logits
+from lightpeft.tasks.rows.columns import values
 
 
 class RegressionTask(TextTask):
     """One number a row, learned by mean squared error."""
 
-    head: ClassVar[Head] = "regression"
-    answering: ClassVar[str] = "regression"
+    head: ClassVar[TaskHead] = REGRESSION
     default_metrics: ClassVar[tuple[str, ...]] = ("pearson", "spearman", "mse")
 
     @classmethod
@@ -29,12 +33,20 @@ class RegressionTask(TextTask):
         for where, value in values(rows, "label", entry, what):
             require(_number(value) is not None, f"{where}: {value!r} is no number; regression needs one in every row")
 
-    def encode(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
-        """Rows cut to `max_length` tokens, with `labels` as floats."""
-        encoded = self.encode_inputs(rows, tokenizer, max_length, progress)
-        return encoded.add_column("labels", [_number(value) for value in rows["label"][:]])
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """As `encode_inputs`, with `labels` as floats."""
+        return self.encode_inputs(rows, tokenizer).add_column("labels", [_number(value) for value in rows["label"][:]])
+
+    def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
+        """The one output."""
+        predicted, labels = finite_logits(respondent, encoded).squeeze(-1), encoded["labels"][:]
+        losses = mse_loss(predicted, torch.tensor(labels), reduction="none")
+        answers = answers_of(encoded, predicted.tolist(), labels)
+        return Outcome(replace(answers, scores={"loss": losses.double().numpy()}))
+
+    def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
+        """`value`, the one output."""
+        return {"value": rounded(finite_logits(respondent, encoded).squeeze(-1))}
 
 
 def _number(value: Any) -> float | None:

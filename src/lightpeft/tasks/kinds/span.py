@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,14 +10,26 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
-from lightpeft.config import Head, TaskEntry
-from lightpeft.console.bars import Progress, bar
+from lightpeft.config import TaskEntry
 from lightpeft.errors import require
-from lightpeft.tasks.kinds.base import Task, values
-from lightpeft.tasks.kinds.windows import Window, label_spans, make_windows
-from lightpeft.tasks.tokens import SPAN_LABELS, Collator, in_chunks
+from lightpeft.models.task_heads import SPAN, TaskHead
+from lightpeft.tasks.answers import Answers, Columns, Outcome, require_finite, rounded
+from lightpeft.tasks.kinds.base import Task
+from lightpeft.tasks.kinds.windows import (
+    Span,
+    Window,
+    answer_text,
+    best_of_windows,
+    best_span,
+    label_spans,
+    make_windows,
+)
+from lightpeft.tasks.respondent import Respondent
+from lightpeft.tasks.rows.columns import values
+from lightpeft.tasks.tokens import SPAN_LABELS, Collator, in_chunks, take_rows
 
 MoreColumns = Callable[[dict[str, list[Any]], list[Window]], dict[str, list[Any]]]
 """Columns of some rows, and their windows -> further columns, one value a window."""
@@ -43,10 +56,10 @@ class SpanTask(Task):
     of which the first place in the context counts. A row becomes one encoded window or more.
     """
 
-    head: ClassVar[Head] = "span"
-    answering: ClassVar[str] = "span"
+    head: ClassVar[TaskHead] = SPAN
     columns: ClassVar[tuple[str, ...]] = ("question", "context", "answers")
-    answers: ClassVar[tuple[str, ...]] = ("answers",)
+    targets: ClassVar[tuple[str, ...]] = ("answers",)
+    settings: ClassVar[Mapping[str, str]] = {name: name for name in ("question", "context", "answers")}
     cuts: ClassVar[bool] = False
     default_metrics: ClassVar[tuple[str, ...]] = ("text_match",)
 
@@ -68,9 +81,7 @@ class SpanTask(Task):
                     f'{where}: character {answer.start} of the context does not begin "{answer.text}" but "{found}"',
                 )
 
-    def encode(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Windows with `start_positions` and `end_positions`, the tokens of the first right answer.
 
         Raises:
@@ -83,11 +94,9 @@ class SpanTask(Task):
                     f"{where}: the question has no answer; set data.null_threshold (0 is usual) if the model should "
                     "tell, or drop the row",
                 )
-        return self._windows(rows, tokenizer, max_length, progress, _labels)
+        return self._windows(rows, tokenizer, _labels)
 
-    def encode_test(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode_test(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """As `encode_inputs`, with the labels and `right`, the texts that are right."""
 
         def more(chunk: dict[str, list[Any]], windows: list[Window]) -> dict[str, list[Any]]:
@@ -98,32 +107,66 @@ class SpanTask(Task):
                 "right": [right[window.example] for window in windows],
             }
 
-        return self._windows(rows, tokenizer, max_length, progress, more)
+        return self._windows(rows, tokenizer, more)
 
-    def encode_inputs(
-        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, progress: Progress = bar
-    ) -> Dataset:
+    def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """Windows with what `window_of` needs (row, begins, ends, null), and the `context` to cut answers from."""
-        return self._windows(rows, tokenizer, max_length, progress, _location)
+        return self._windows(rows, tokenizer, _location)
 
-    def _windows(
-        self,
-        rows: Dataset,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        progress: Progress,
-        more: MoreColumns,
-    ) -> Dataset:
+    def _windows(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, more: MoreColumns) -> Dataset:
+        size, stride = self.config.max_length, self.config.stride
+
         def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
-            windows = make_windows(chunk["question"], chunk["context"], tokenizer, max_length, self.config.stride)
+            windows = make_windows(chunk["question"], chunk["context"], tokenizer, size, stride)
             columns = {name: [window.inputs[name] for window in windows] for name in windows[0].inputs}
             return {**columns, **more(chunk, windows), "row": [start + window.example for window in windows]}
 
-        return in_chunks(rows, encode, progress)
+        return in_chunks(rows, encode)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
         """Batches padded to their longest window (or the next multiple); on the left, labels move along."""
         return Collator(_WindowPadding(tokenizer, multiple_of))
+
+    def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
+        """The best span of a row's windows, or none."""
+        spans, losses = self._spans(respondent, encoded)
+        texts = self._texts(spans, _by_row(encoded, "context"))
+        return Outcome(Answers(texts, _by_row(encoded, "right")), {"loss": float(np.mean(losses))})
+
+    def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
+        """`answer`, and the `margin` by which it is better than none."""
+        spans, _ = self._spans(respondent, encoded)
+        return {
+            "answer": self._texts(spans, rows["context"][:]),
+            "margin": rounded(span.margin for span in spans),
+        }
+
+    def _texts(self, spans: list[Span], contexts: list[str]) -> list[str]:
+        pairs = zip(spans, contexts, strict=True)
+        return [answer_text(span, context, self.null_threshold) for span, context in pairs]
+
+    def _spans(self, respondent: Respondent, encoded: Dataset) -> tuple[list[Span], list[float]]:
+        """Every row's best span, and the cross-entropy of every window, in nats, where windows have labels.
+
+        Raises:
+            LightPeftError: there is no row, or logits are not finite.
+        """
+        spans: dict[int, list[Span]] = defaultdict(list)
+        finite: dict[int, bool] = defaultdict(lambda: True)
+        losses = []
+        for numbers, batch, output in respondent.outputs(encoded, "Answering"):
+            real = batch["attention_mask"].bool()
+            logits = torch.stack([output.start_logits, output.end_logits], dim=1).float().cpu()
+            for row, of_window, tokens in zip(take_rows(encoded, numbers), logits, real, strict=True):
+                window, of_tokens = window_of(row), of_window[:, tokens]  # without padding, on whatever side
+                finite[window.example] &= bool(of_tokens.isfinite().all())
+                best = best_span(window, of_tokens[0], of_tokens[1], self.config.answer_tokens)
+                spans[window.example].append(best)
+                if SPAN_LABELS[0] in row:
+                    targets = torch.tensor([row[name] for name in SPAN_LABELS])
+                    losses.append(cross_entropy(of_tokens, targets).item())
+        require_finite([finite[row] for row in range(len(spans))])
+        return [best_of_windows(spans[row]) for row in range(len(spans))], losses
 
 
 class _WindowPadding:
@@ -141,6 +184,12 @@ class _WindowPadding:
             shifts = [width - len(row["input_ids"]) if left else 0 for row in rows]
             batch[name] = torch.tensor([row[name] + shift for row, shift in zip(rows, shifts, strict=True)])
         return batch
+
+
+def _by_row(encoded: Dataset, column: str) -> list[Any]:
+    """A column of windows, one value a row that they come from."""
+    of_rows = dict(zip(encoded["row"], encoded[column], strict=True))
+    return [of_rows[row] for row in range(len(of_rows))]
 
 
 def window_of(row: Mapping[str, Any]) -> Window:

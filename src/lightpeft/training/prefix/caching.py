@@ -15,7 +15,7 @@ from datasets import Dataset
 from rich.filesize import decimal
 from torch import Tensor
 
-from lightpeft.console.bars import Progress, bar
+from lightpeft.console import bars
 from lightpeft.errors import LightPeftError
 from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.machine import autocasting, processes
@@ -59,7 +59,6 @@ def cache_prefix(
     batch_size: int,
     autocast: torch.dtype | None = None,
     announce: Callable[[str], None] = lambda line: None,
-    progress: Progress = bar,
 ) -> StateStore | None:
     """Compute the attached prefix for every row, or take over what an interrupted run left in `folder`.
 
@@ -104,7 +103,7 @@ def cache_prefix(
         else:
             what = f"frozen blocks ({blocks}) computed once for {len(rows)} rows"
             announce(f"prefix cache: {what}, {decimal(size)} of {where}")
-            caching.fill(store, folder / _FACTS, facts, progress)
+            caching.fill(store, folder / _FACTS, facts)
     except OSError as error:
         raise LightPeftError(f"cannot write the prefix cache to {folder}: {error.strerror or error}") from error
     return store
@@ -151,7 +150,7 @@ class _Caching:
         one, other = one.float(), other.float()
         return bool(((one - other).norm(dim=-1) <= tolerance * other.norm(dim=-1)).all())
 
-    def fill(self, store: StateStore, facts_file: Path, facts: dict[str, Any], progress: Progress) -> None:
+    def fill(self, store: StateStore, facts_file: Path, facts: dict[str, Any]) -> None:
         """Compute all rows; several processes share a file's rows among them."""
         state = processes()
         state.wait_for_everyone()  # until all have seen what lies there
@@ -162,7 +161,7 @@ class _Caching:
         chunks = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         if store.file is not None:
             chunks = chunks[state.process_index :: state.num_processes]
-        for chunk in progress(chunks, len(chunks), "Prefix"):
+        for chunk in bars.progress(chunks, len(chunks), "Prefix"):
             for row, states in zip(chunk, self.compute(chunk), strict=True):
                 store.write(row, states)
         state.wait_for_everyone()

@@ -6,7 +6,7 @@ import pytest
 
 from lightpeft.evaluation.statistics import bootstrap_intervals
 from lightpeft.tasks.answers import Answers
-from lightpeft.tasks.matching import best, by_answerability, exact, normalised, text_match, token_f1
+from lightpeft.tasks.text_metrics import best, by_answerability, exact, normalised, text_match, token_f1
 
 
 @pytest.mark.parametrize(

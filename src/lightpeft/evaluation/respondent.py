@@ -1,0 +1,85 @@
+"""A live model that can be asked: how rows are fed to it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from lightpeft.console import bars
+from lightpeft.errors import require
+from lightpeft.evaluation.batching import fitting_batch_size, in_batches
+from lightpeft.evaluation.generating import generate_texts
+from lightpeft.machine import autocasting
+from lightpeft.models.patching import in_mode
+from lightpeft.tasks.tokens import Collator, take_rows, without_labels
+
+
+@dataclass(frozen=True)
+class BatchedModel:
+    """The `Respondent` there is: a model, and how rows become its batches."""
+
+    model: nn.Module
+    """A transformers or PEFT model; its training mode is restored afterwards."""
+    collator: Collator
+    """`task.collator(tokenizer)`."""
+    batch_size: int | None
+    """Rows a forward pass (of likelihood: options, of spans: windows); rows of similar length share one. None: as many
+    as fit into memory; where even that is too much, half of them."""
+    autocast: torch.dtype | None = None
+    """Half precision of the forward pass under autocast; None: that of the weights. Losses are computed in float32."""
+
+    def outputs(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
+        """Row numbers, the batch of them, and what the model gives for it; batch by batch, the longest rows first.
+
+        Longest first: a batch that doesn't fit into memory fails, or is made smaller, at once.
+        """
+        _require_rows(encoded)
+        order = np.argsort(-np.asarray(encoded["length"][:]), kind="stable").tolist()
+        device = next(self.model.parameters()).device
+        accepted = _accepted_inputs(self.model)
+
+        def compute(rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
+            batch = self.collator(take_rows(encoded, rows))
+            inputs = {name: value.to(device) for name, value in without_labels(batch).items() if name in accepted}
+            with torch.inference_mode(), autocasting(device, self.autocast):
+                return batch, self.model(**inputs)
+
+        with in_mode(self.model, training=False):
+            size = self.batch_size or fitting_batch_size(self.model, order, compute)
+            batches = in_batches(order, compute, size)
+            for rows, (batch, output) in bars.progress(batches, math.ceil(len(order) / size), description):
+                yield rows, batch, output
+
+    def texts(self, encoded: Dataset, max_new_tokens: int, *, one_line: bool = False) -> list[str]:
+        """What the model writes behind every row's tokens: see `generate_texts`."""
+        _require_rows(encoded)
+        assert self.collator.tokenizer is not None
+        with in_mode(self.model, training=False):
+            return generate_texts(
+                self.model,
+                encoded["input_ids"][:],
+                self.collator.tokenizer,
+                max_new_tokens=max_new_tokens,
+                one_line=one_line,
+                batch_size=self.batch_size,
+                autocast=self.autocast,
+            )
+
+
+def _require_rows(encoded: Dataset) -> None:
+    require(len(encoded) > 0, "there are no rows to evaluate")
+
+
+def _accepted_inputs(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Parameters of the transformers model's forward: not every model takes all that a tokenizer gives."""
+    get_base_model = getattr(model, "get_base_model", None)
+    base = model if get_base_model is None else get_base_model()
+    return inspect.signature(base.forward).parameters
