@@ -494,7 +494,8 @@ def test_bad_examples(bench: Workbench, adapter: Path, refused: Refused) -> None
 
 def test_plain_lora_run_has_no_light_adapter(bench: Workbench, refused: Refused) -> None:
     pipeline.run(bench.config("plain_lora", method="plain", **{"training.epochs": 1}))
-    assert "does not say what task it was trained for" in refused("predict", bench.folder / "plain_lora", bench.test)
+    adapter = bench.folder / "plain_lora" / "adapter"
+    assert "does not say what task it was trained for" in refused("predict", adapter, bench.test)
 
 
 def test_inspection_of_something_else(bench: Workbench, adapter: Path, copied: Path, refused: Refused) -> None:
