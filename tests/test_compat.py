@@ -5,6 +5,7 @@ Where one fails after an update of a library, its module in `lightpeft/compat` h
 
 from __future__ import annotations
 
+import argparse
 import ast
 import logging
 import threading
@@ -18,6 +19,7 @@ import huggingface_hub
 import peft.tuners.lora.dora
 import pytest
 import torch
+from accelerate import Accelerator
 from huggingface_hub import constants
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.tuners.lora import LoraModel
@@ -35,11 +37,13 @@ from transformers import (
     Trainer,
 )
 
+from lightpeft.compat import argparse as of_argparse
 from lightpeft.compat import bitsandbytes as bnb
 from lightpeft.compat import hub, torchao
 from lightpeft.compat import peft as of_peft
 from lightpeft.compat import torch as of_torch
 from lightpeft.compat import transformers as of_transformers
+from lightpeft.compat.accelerate import as_it_is, forget_optimizers
 from lightpeft.compat.transformers import Checkpoint
 
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
@@ -60,6 +64,10 @@ HOOKS: dict[type, dict[str, str]] = {
     Trainer: {
         "_get_train_sampler": "batches that depend on seed and epoch alone, so that a run resumes with the same ones",
         "_save_checkpoint": "one line about a full disk",
+        "_remove_unused_columns": "batches that say which rows they are made of",
+        "_load_from_checkpoint": "going on from a checkpoint behind the cut",
+        "_load_best_model": "the best model, of trainers that have the PeftModel inside",
+        "_load_rng_state": "going on right behind the cut",
     },
     BaseTuner: {
         "_prepare_adapter_config": "placements of bottleneck adapters",
@@ -143,6 +151,38 @@ def test_the_rule_itself(source: str, found: list[str]) -> None:
 
 
 # argparse
+
+
+def test_options_of_a_parser() -> None:
+    with needed_for("what was meant by an option that there is not"):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--overwrite", "-o")
+        assert {"-h", "--help", "--overwrite", "-o"} == set(of_argparse.options_of(parser))
+
+
+# accelerate
+
+
+def test_a_prepared_model_is_as_it_is_inside() -> None:
+    """And behind it is prepared again."""
+    model, x = nn.Linear(2, 2), torch.ones(1, 2)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    prepared = accelerator.prepare_model(model)
+    with needed_for("a cut that does not depend on what training computes in"):
+        plain = nn.functional.linear(x, model.weight, model.bias)
+        assert not prepared(x).equal(plain)
+        with as_it_is(model):
+            assert model(x).equal(plain)
+        assert not prepared(x).equal(plain)
+
+
+def test_optimizers_are_forgotten() -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0))
+    with needed_for("float16 training through the cut"):
+        assert len(accelerator._optimizers) == 1
+        forget_optimizers(accelerator)
+        assert not accelerator._optimizers
 
 
 # PyTorch

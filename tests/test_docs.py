@@ -15,9 +15,10 @@ import pytest
 import torch
 import workbench
 import yaml
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from lightpeft import EarlyPruner, LightConfig, cli
 from lightpeft.runs import pipeline
@@ -118,10 +119,11 @@ def run_python(code: str, folder: Path) -> None:
     """Run a piece of Python with what its reader is assumed to have: rows, arguments, batches, a pruner, and so on."""
     base = AutoModelForSequenceClassification.from_pretrained("demo/cache/minilm", num_labels=2)
     model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
-    rows = [{"input_ids": [2, 4 + i % 20, 24 + i % 12, 3], "labels": int(i % 12 < 6)} for i in range(64)]
+    rows = [{"input_ids": [2, 4 + i % 20, 24 + i % 12, 3], "labels": int(i % 12 < 6)} for i in range(512)]
     batch = {name: torch.tensor([row[name] for row in rows[:8]]) for name in ("input_ids", "labels")}
     names: dict[str, Any] = {
-        "rows": rows,
+        "rows": Dataset.from_list(rows),
+        "tokenizer": AutoTokenizer.from_pretrained("demo/cache/minilm"),
         "arguments": TrainingArguments(
             str(folder / "out"), max_steps=30, use_cpu=True, report_to=[], disable_tqdm=True
         ),

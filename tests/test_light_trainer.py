@@ -383,3 +383,26 @@ def test_a_bare_pruner_has_the_default_preset(caplog: pytest.LogCaptureFixture) 
     caplog.clear()
     EarlyPruner(with_lora(make("bert")), LightConfig()).start(100)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("refit", ["none", "low_rank"])
+def test_the_cut_does_not_depend_on_what_training_computes_in(tmp_path: Path, refit: str) -> None:
+    """Under autocast, too, stages one by one give what one training gives."""
+    bench = Workbench(tmp_path)
+    settings = {"training.bf16": True, "light.refit": refit, "light.refit_rank": 2}
+    pipeline.run(bench.config("whole", **settings))
+    work = pipeline.prepare(bench.config("parts", **settings))
+    pipeline.estimate(work)
+    pipeline.plan(work.run)
+    pipeline.prune(work)
+    pipeline.train(work)
+    for folder in ("pruned", "adapter"):
+        whole, parts = (
+            load_file(tmp_path / name / folder / "adapter_model.safetensors") for name in ("whole", "parts")
+        )
+        assert_equal(whole, parts)
+    milestones = [
+        pipeline.RunFolder.open(bench.config(name, **settings)).finished_stages()["prune"]["milestones"]
+        for name in ("whole", "parts")
+    ]
+    assert milestones[0] == milestones[1]

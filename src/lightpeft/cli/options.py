@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from lightpeft.cli.hints import meant_option, unknown_option
+from lightpeft.compat.argparse import options_of
 from lightpeft.config.peft import TYPE
 from lightpeft.config.validation import checked, load_yaml, parse_yaml
 from lightpeft.errors import LightPeftError
@@ -113,7 +114,7 @@ class Parser(ArgumentParser):
     @property
     def known(self) -> list[str]:
         """All options that there are."""
-        return list(self._option_string_actions)
+        return options_of(self)
 
 
 def value_of(word: str, wanted: Any) -> Any:

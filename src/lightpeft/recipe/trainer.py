@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
+from lightpeft.compat.accelerate import as_it_is, forget_optimizers
 from lightpeft.config import LightConfig, preset_light
 from lightpeft.errors import require
 from lightpeft.files import replacing_folder
@@ -30,7 +31,7 @@ from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.estimation import check_examples, stage_length
-from lightpeft.recipe.ddp import forget_optimizers, rewrap
+from lightpeft.recipe.parallel import rewrap
 from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut
 from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
@@ -152,7 +153,8 @@ class LightTraining(PrefixMixin, Repeatable):
             return
         started = time.perf_counter()
         before = parameter_report(self._peft_model)
-        light = self.prune_light_model(plan)
+        with as_it_is(self._peft_model):
+            light = self.prune_light_model(plan)
         self.light_plan = plan
         self._light_seconds["cut"] = time.perf_counter() - started
         self._renew_optimizer(state.max_steps)
@@ -477,8 +479,7 @@ def light_trainer(trainer_class: type[AnyTrainer]) -> type[AnyTrainer]:
     See `LightTraining` for what it takes beyond its own arguments, and for what it has after training.
     """
     name = f"Light{trainer_class.__name__}"
-    members = {"__doc__": LightTraining.__doc__, "_tag_names": getattr(trainer_class, "_tag_names", [])}
-    return cast("type[AnyTrainer]", type(name, (LightTraining, trainer_class), members))
+    return cast("type[AnyTrainer]", type(name, (LightTraining, trainer_class), {"__doc__": LightTraining.__doc__}))
 
 
 LightTrainer = light_trainer(Trainer)

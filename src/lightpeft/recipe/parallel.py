@@ -1,4 +1,4 @@
-"""What a trainer holds of a model's parameters beside the model: wrappers of several processes, and optimizers."""
+"""Several processes: the wrapper that averages gradients has to learn of the parameters that a cut model has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def rewrap(trainer: Any) -> None:
-    """Let the wrapper that averages gradients over processes know the parameters that the model has now.
+    """Let a trainer's wrapper for several processes, if there is one, know the parameters that the model has now.
 
     The training loop holds the wrapper itself, so it has to stay the same object.
     """
@@ -26,8 +26,3 @@ def rewrap(trainer: Any) -> None:
     )
     vars(wrapper).clear()
     vars(wrapper).update(vars(fresh))
-
-
-def forget_optimizers(accelerator: Any) -> None:
-    """Let accelerate know of no optimizer: under float16 it would unscale the gradients of parameters that are gone."""
-    accelerator._optimizers.clear()

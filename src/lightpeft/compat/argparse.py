@@ -1,0 +1,10 @@
+"""argparse, and jsonargparse on top of it: what a parser takes."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+
+
+def options_of(parser: ArgumentParser) -> list[str]:
+    """All names of a parser's options, such as --help and -h."""
+    return [name for action in parser._actions for name in action.option_strings]
