@@ -16,7 +16,7 @@ def forget_optimizers(accelerator: Any) -> None:
 
 @contextmanager
 def as_it_is(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model computes in the precision of its weights: without the autocast that accelerate put on it."""
+    """Inside the block a model computes in the precision of its weights, without the autocast of its training."""
     prepared = vars(model).pop("forward", None)
     try:
         yield

@@ -1,4 +1,4 @@
-"""argparse, and jsonargparse on top of it: what a parser takes."""
+"""argparse: what a parser takes."""
 
 from __future__ import annotations
 
