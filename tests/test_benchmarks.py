@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +40,7 @@ from workbench import Workbench, edit, forked, read, stamps
 
 from lightpeft.config import PRESETS, Budget, LightConfig, load_config
 from lightpeft.errors import LightPeftError
+from lightpeft.files import read_json
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
@@ -50,6 +53,7 @@ from lightpeft.runs import pipeline
 from lightpeft.runs.bench import Build
 from lightpeft.runs.reproduce.grid import slug
 
+ROOT = Path(__file__).parents[1]
 PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
 
 
@@ -435,6 +439,27 @@ def test_readme_has_a_place_for_every_script(
     files = {"README.md", "tiny.peers.png", "tiny.peers.results.json", "tiny.peers.logs"}
     assert {path.name for path in tmp_path.iterdir()} == files
     assert {path.stem for path in (tmp_path / "tiny.peers.logs").iterdir()} == {"lora-0", "depth-0"}
+
+
+PUBLISHED = sorted(path for folder in ("benchmarks", "configs") for path in (ROOT / folder).rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_published_results_say_how_to_make_them_again(path: Path) -> None:
+    """By a command whose files are there, and with a checksum of the log of every run."""
+    results = read_json(path)
+    assert "checksum" in path.read_text()
+    words = shlex.split(results["command"], comments=True)
+    program = next(index for index, word in enumerate(words) if "=" not in word)
+    assert words[program] in ("python", "lightpeft")
+    assert all((ROOT / word).is_file() for word in words if word.endswith((".py", ".yaml")))
+    logs = results.get("logs", {})
+    assert all(re.fullmatch("[0-9a-f]{64}", checksum) for checksum in logs.values())
+    if "reports" in results:
+        assert set(logs) == set(results["reports"])
+    if ".peers." in path.name:
+        assert set(logs) == {f"{name}/{cell['seed']}" for name, cells in results["cells"].items() for cell in cells}
+        peers._options(peers._parser().parse_args(words[program + 2 :]))
 
 
 # -- estimation_cost.py, steps.py, inference.py ------------------------------------------------------------------------
