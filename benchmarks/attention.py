@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import add_option, markdown_table, publish, spread_text
+from publishing import add_option, command, markdown_table, publish, spread_text
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         for length in given.lengths
     ]
     results = {"cases": cases, "rows": given.rows, "head_dim": given.head_dim, "hardware": hardware()}
+    results |= {"command": command("attention", arguments)}
     write_json(given.out, results)
     if given.write_readme:
         publish("attention", markdown(cases), "attention.json", results)

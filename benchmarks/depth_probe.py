@@ -47,13 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     quiet()
     try:
-        results = measure(given.config, given.rows)
+        results = {**measure(given.config, given.rows), "command": publishing.command("depth_probe", arguments)}
         numbers = f"{given.config.stem}.depth_probe.json"
         write_json(Path("runs") / "depth_probe" / numbers, results)
         if given.write_readme:
             publishing.publish(f"depth_probe {given.config.stem}", markdown(results), numbers, results)
     except LightPeftError as error:
-        Console(stderr=True).print(f"depth_probe: {error}", markup=False, highlight=False, soft_wrap=True)
+        publishing.say(f"depth_probe: {error}")
         return 2
     Console(width=200).print(markdown(results), markup=False)
     return 0
@@ -84,7 +84,7 @@ def measure(path: Path, count: int) -> dict[str, Any]:
 @torch.no_grad()
 def states_by_block(work: Workspace, count: int) -> tuple[list[Tensor], Tensor]:
     """What a head would read after each block, [rows, width] each, and the labels, [rows]."""
-    model = pipeline.dense_model(work).model.eval()
+    model = work.dense_model().model.eval()
     first = model.config.model_type not in {family.model_type for family in DECODERS}
     blocks = block_lists(model)[0]
     seen: list[list[Tensor]] = [[] for _ in blocks]

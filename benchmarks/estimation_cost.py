@@ -13,12 +13,10 @@ from __future__ import annotations
 import sys
 
 import subjects
-from peer_methods import with_settings
 
 from lightpeft.config import RunConfig
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.runs import pipeline
-from lightpeft.runs.bench import Build, Made, adamw
+from lightpeft.runs.bench import Build, Made, accelerating, adamw
 from lightpeft.runs.pipeline import Workspace
 
 PLAIN, EVERY_STEP = "PEFT in every block", "with masks and importances, ratios in every step"
@@ -28,15 +26,15 @@ BY_HABIT = "PEFT in every block, without the faster steps"
 
 def same_sites(work: Workspace) -> Made:
     """The model that estimation starts with, without masks and observers."""
-    return add_peft(pipeline.dense_model(work), work.config), adamw(work)
+    return add_peft(work.dense_model(), work.config), adamw(work)
 
 
 def subjects_of(config: RunConfig) -> subjects.Subjects:
     """What is measured."""
-    everywhere = with_settings(config, {"light.module_blocks": 1.0})
+    everywhere = subjects.with_settings(config, {"light.module_blocks": 1.0})
     return {
-        PLAIN: (Build(same_sites, pipeline.accelerating), everywhere),
-        EVERY_STEP: ("estimation", with_settings(everywhere, {"light.ratio_every": 1})),
+        PLAIN: (Build(same_sites, accelerating), everywhere),
+        EVERY_STEP: ("estimation", subjects.with_settings(everywhere, {"light.ratio_every": 1})),
         SAMPLED: ("estimation", everywhere),
         AS_IT_IS: ("estimation", config),
         BY_HABIT: (Build(same_sites), everywhere),

@@ -31,7 +31,7 @@ from lightpeft.cli.command import quiet
 from lightpeft.config import run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.reports import evaluate_model
-from lightpeft.files import read_json, write_json
+from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling import hardware
 from lightpeft.runs import pipeline
@@ -135,12 +135,17 @@ def main(arguments: list[str] | None = None) -> int:
         cells = [cell for question in given.questions for cell in QUESTIONS[question]()]
         there = [cell for cell in cells if cell.data not in GLUE or given.glue]
         reports = [report(cell, given.model, given.out) for cell in there]
-        results = {"cells": reports, "hardware": hardware()}
+        results = {
+            "cells": reports,
+            "hardware": hardware(),
+            "command": publishing.command("first_runs", arguments),
+            "logs": {cell.name: found["log"] for cell, found in zip(there, reports, strict=True)},
+        }
         write_json(given.out / "results.json", results)
         if given.write_readme:
             publishing.publish("first_runs", markdown(reports), "first_runs.results.json", results)
     except LightPeftError as error:
-        Console(stderr=True, soft_wrap=True).print(f"first_runs: {error}", markup=False)
+        publishing.say(f"first_runs: {error}")
         return 2
     Console(width=160).print(markdown(reports), markup=False)
     return 0
@@ -219,7 +224,7 @@ def report(cell: Cell, model: str, out: Path) -> dict[str, Any]:
     """What a cell's run gave, which is run now if it is not done."""
     file = out / "cells" / f"{cell.name}.json"
     if not file.is_file():
-        Console(stderr=True).print(cell.name, markup=False)
+        publishing.say(cell.name)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, run(cell, model, out))
     return read_json(file)
@@ -242,6 +247,7 @@ def run(cell: Cell, model: str, out: Path) -> dict[str, Any]:
         "majority": majority(out / "data" / f"{cell.data}.test.csv"),
         "steps": work.steps,
         "scored_examples": scored.get("scored_examples"),
+        "log": file_checksum(work.run.log),
         "settled": {name: getattr(work.config.training, name) for name in ("learning_rate", "epochs")},
     }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import add_option, markdown_table, publish, spread_text
+from publishing import add_option, command, markdown_table, publish, say, spread_text
 from rich.console import Console
 from synthetic import SUBJECTS, Case, Shape, measure
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and write; 0 if all went well or there is no GPU, 1 if a shape failed, 2 on bad input."""
     given = _parser().parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
-        _say("gpu: no CUDA device here, nothing was measured; --device cpu --shapes roberta-tiny tries the script out")
+        say("gpu: no CUDA device here, nothing was measured; --device cpu --shapes roberta-tiny tries the script out")
         return 0
     quiet()
     results, failures = [], {}
@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
                 results.append(_measure(name, given))
             except LightPeftError as error:
                 failures[name] = str(error)
-                _say(f"{name}: {error}")
+                say(f"{name}: {error}")
         require(results, f"no shape could be measured: {'; '.join(failures.values())}")
         machine = hardware()
-        report = {"shapes": results, "failures": failures, "hardware": machine}
+        report = {"shapes": results, "failures": failures, "hardware": machine, "command": command("gpu", arguments)}
         write_json(given.out / "gpu.results.json", report)
         text = _table(results)
         (given.out / "gpu.md").write_text(text + "\n", encoding="utf-8")
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             about = f"{text}\n\n{machine['gpu'] or machine['cpu']}, torch {machine['torch']}."
             publish("gpu", about, "gpu.results.json", report)
     except LightPeftError as error:
-        _say(f"gpu: {error}")
+        say(f"gpu: {error}")
         return 2
     Console(width=160).print(text, markup=False)
     return 1 if failures else 0
@@ -88,14 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
-    _say(f"measuring {name}")
+    say(f"measuring {name}")
     light = preset_light(given.preset, length=2)
     case = Case(SHAPES[name], given.batch, given.length, given.steps, light, given.device, bf16=True)
     return measure(case, SUBJECTS, given.rounds)
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(results: Sequence[dict[str, Any]]) -> str:

@@ -1,11 +1,12 @@
-"""The methods that `peers.py` compares: a declarative list, and how each one's model is made."""
+"""The methods that `peers.py` compares: a declarative list, and how the models of those are made that are no run of
+`lightpeft run` alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from peer_pruning import (
 )
 from torch import nn
 
-from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
+from lightpeft.config import PRESETS, overlaid
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
 from lightpeft.machine import autocast_dtype
@@ -32,42 +33,60 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import SLOTS
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
-from lightpeft.runs.bench import Made, adamw
+from lightpeft.runs.bench import Build, Made, adamw
 from lightpeft.runs.pipeline import Workspace
+from lightpeft.runs.reproduce import Arm, Call
+from lightpeft.runs.reproduce.arms import Settings
 from lightpeft.saved.light_adapter import as_light
 from lightpeft.tasks import task_facts
 from lightpeft.training.acceleration import accelerated
 
 Kind = Literal["plain", "pruned", "light"]
 """Dense model; pruned once before training; lightpeft."""
-Builder = Callable[[Workspace, LoadedModel, Goal], nn.Module]
+Maker = Callable[[Workspace, LoadedModel, Goal], nn.Module]
 """(run, dense model, how much has to go) -> the model to train."""
 
 
 @dataclass(frozen=True)
-class Method:
+class Peer:
     """One way of fine-tuning."""
 
-    name: str
     label: str
     kind: Kind
-    build: Builder | None = None
-    """None: lightpeft runs it from beginning to end."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of `RunConfig` by dotted name that differ from the given config's."""
+    settings: Settings = field(default_factory=dict)
+    """What differs from the given config."""
+    make: Maker | None = None
+    """Makes the model that trains; None: it is what `lightpeft run` makes of the settings."""
     accelerated: bool = False
-    """Whether it trains with the faster steps of light runs, and without dropout in the base."""
+    """Whether a model of its own trains with the faster steps of light runs, and without dropout in the base."""
 
-    def make(self, goal: Goal, work: Workspace) -> Made:
-        """The model to train, and the factory of its optimizer."""
-        assert self.build is not None
-        return self.build(work, pipeline.dense_model(work), goal), adamw(work)
+    def arm(self, name: str, goal: Goal, curve: int, settings: Settings) -> Arm:
+        """The peer in a grid.
+
+        Args:
+            name: its own.
+            curve: points of training at which the test rows are looked at.
+            settings: what else differs from the given config.
+        """
+        arguments = {"peer": name, "goal": asdict(goal), "curve": curve}
+        by_lightpeft = self.make is None and not curve
+        both = overlaid(dict(self.settings), dict(settings))
+        return Arm(both, call=None if by_lightpeft else Call("peer_cells:run", arguments))
+
+    def subject(self, goal: Goal) -> str | Build:
+        """What a measurement of speed takes."""
+        if self.make is None:
+            return "light" if self.kind == "light" else "plain"
+        return Build(partial(_made, self.make, goal), self.accelerating)
 
     def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside the block, the model trains as the method has it."""
+        """Inside the block, the model trains as the peer has it."""
         lengths, autocast = work.train_rows["length"][:], autocast_dtype(work.config.training)
         return accelerated(model, lengths, dropout=0.0, autocast=autocast) if self.accelerated else nullcontext()
+
+
+def _made(make: Maker, goal: Goal, work: Workspace) -> Made:
+    return make(work, work.dense_model(), goal), adamw(work)
 
 
 def plain_peft(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
@@ -109,73 +128,69 @@ def pruned_lora(work: Workspace, loaded: LoadedModel, goal: Goal, *, decide: Dec
     return as_light(model, plan, task=task_facts(work.task))
 
 
-def one_shot(name: str, label: str, decide: Decider) -> Method:
+def one_shot(label: str, by: str, decide: Decider) -> Peer:
     """LoRA on q and v of a model that was pruned once before training."""
-    return Method(name, label, "pruned", partial(pruned_lora, decide=decide, by=name), LORA)
+    return Peer(label, "pruned", LORA, partial(pruned_lora, decide=decide, by=by))
 
 
-LORA = {"peft": "lora", "lora.slots": None, "lora.target_modules": None}
+PLAIN = {"method": "plain"}
+LORA = {**PLAIN, "peft": "lora", "lora": {"slots": None, "target_modules": None}}
 """LoRA on q and v."""
 BASELINE = "lora"
 """What all others are compared with."""
-PEERS = (
-    Method(BASELINE, "LoRA on q, v", "plain", plain_peft, LORA),
+PEERS: dict[str, Peer] = {
+    BASELINE: Peer("LoRA on q, v", "plain", LORA),
     # light runs gain from widths that are multiples of 8 tokens; this is what they cost plain LoRA
-    Method(
-        "lora_tight",
-        "LoRA on q, v, padded to the longest row",
-        "plain",
-        plain_peft,
-        LORA | {"training.pad_to_multiple_of": 1},
+    "lora_tight": Peer(
+        "LoRA on q, v, padded to the longest row", "plain", LORA | {"training": {"pad_to_multiple_of": 1}}
     ),
     # what of the speed is the implementation, and not the smaller model
-    Method("lora_lean", "LoRA on q, v, steps as in light runs", "plain", plain_peft, LORA, accelerated=True),
-    Method("lora_all", "LoRA on all linear", "plain", plain_peft, LORA | {"lora.slots": list(SLOTS)}),
-    Method("lora_top", "LoRA on all linear, top half", "plain", top_half, LORA),
-    Method(
-        "houlsby",
+    "lora_lean": Peer("LoRA on q, v, steps as in light runs", "plain", LORA, plain_peft, accelerated=True),
+    "lora_all": Peer("LoRA on all linear", "plain", LORA | {"lora": {"slots": list(SLOTS), "target_modules": None}}),
+    "lora_top": Peer("LoRA on all linear, top half", "plain", LORA, top_half),
+    "houlsby": Peer(
         "Houlsby adapters",
         "plain",
-        plain_peft,
         # adapters have eight times LoRA's parameters: no higher rate than this
-        {"peft": "bottleneck", "bottleneck.placement": "houlsby", "training.learning_rate": 1e-3},
+        {**PLAIN, "peft": "bottleneck", "bottleneck": {"placement": "houlsby"}, "training": {"learning_rate": 1e-3}},
     ),
     # every weight moves by about the rate a step, so what LoRA needs would destroy the pretrained weights; 1e-4 is the
     # upper end of what small BERTs are fine-tuned with
-    Method("full", "full fine-tuning", "plain", full_model, LORA | {"training.learning_rate": 1e-4}),
-    one_shot("random", "random pruning, LoRA", by_random),
-    one_shot("magnitude", "magnitude pruning, LoRA", by_magnitude),
-    one_shot("tp_magnitude", "Torch-Pruning L2, LoRA", partial(by_torch_pruning, criterion="magnitude")),
-    one_shot("tp_taylor", "Torch-Pruning Taylor, LoRA", partial(by_torch_pruning, criterion="taylor")),
-    one_shot("slimformers", "slimformers, LoRA", by_slimformers),
-    Method("depth", "fewer layers, LoRA", "pruned", fewer_layers, LORA),
-)
+    "full": Peer("full fine-tuning", "plain", {"method": "full", "training": {"full_learning_rate": 1e-4}}, full_model),
+    "random": one_shot("random pruning, LoRA", "random", by_random),
+    "magnitude": one_shot("magnitude pruning, LoRA", "magnitude", by_magnitude),
+    "tp_magnitude": one_shot(
+        "Torch-Pruning L2, LoRA", "tp_magnitude", partial(by_torch_pruning, criterion="magnitude")
+    ),
+    "tp_taylor": one_shot("Torch-Pruning Taylor, LoRA", "tp_taylor", partial(by_torch_pruning, criterion="taylor")),
+    "slimformers": one_shot("slimformers, LoRA", "slimformers", by_slimformers),
+    "depth": Peer("fewer layers, LoRA", "pruned", LORA, fewer_layers),
+    **{
+        f"light_{preset}": Peer(f"lightpeft {preset}", "light", {"method": "light", "preset": preset})
+        for preset in PRESETS
+    },
+}
+"""By name, lightpeft with every preset at the end."""
 
 
-def methods() -> dict[str, Method]:
-    """All methods by name: the peers, and lightpeft with every preset."""
-    lights = [Method(f"light_{preset}", f"lightpeft {preset}", "light") for preset in PRESETS]
-    return {method.name: method for method in (*PEERS, *lights)}
+def shared_settings(path: Path) -> dict[str, Any]:
+    """What all peers take of a config."""
+    return {name: value for name, value in load_yaml(path).items() if name not in ("light", "preset", *_OF_A_RUN)}
 
 
-def light_config(path: Path, preset: str, own: Path | None = None) -> RunConfig:
-    """The config of lightpeft with a preset: the file itself for its own preset; else without its `light` section.
+_OF_A_RUN = ("method", "output", "seed")
+"""Settings that differ from cell to cell."""
+
+
+def own_settings(path: Path, name: str, own: Path | None = None) -> dict[str, Any]:
+    """What a peer takes of a config beside that: lightpeft with the file's own preset, the file's `light` section.
 
     What a file sets under `light` was chosen for its own preset and would make all presets alike.
 
     Args:
-        own: another file to take for this preset.
+        own: another file to take for this peer, all of it.
     """
-    data = load_yaml(own or path)
-    if own is None and data.get("preset", "default") != preset:
-        data = {name: value for name, value in data.items() if name != "light"} | {"preset": preset}
-    return replace(run_config_from_dict(data), method="light")
-
-
-def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """The config with some settings, by dotted name, replaced."""
-    for path, value in settings.items():
-        section, _, key = path.rpartition(".")
-        change = {section: replace(getattr(config, section), **{key: value})} if section else {key: value}
-        config = replace(config, **change)
-    return config
+    if own is not None:
+        return {key: value for key, value in load_yaml(own).items() if key not in _OF_A_RUN}
+    data = load_yaml(path)
+    return {"light": data.get("light") or {}} if name == f"light_{data.get('preset', 'default')}" else {}

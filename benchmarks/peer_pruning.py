@@ -25,6 +25,7 @@ from lightpeft.config import Budget
 from lightpeft.errors import require
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import dense_weight, is_linear
+from lightpeft.models.loading import LoadedModel
 from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans import scoring
@@ -58,6 +59,8 @@ class Goal:
     """Base parameters of the dense model."""
     blocks: int
     """Those of its transformer blocks."""
+    head: int
+    """Those of the task's head, which every method trains."""
 
     def neurons(self, specs: Sequence[BlockSpec]) -> int:
         """Neurons a block that have to go beside `heads` so that `removed` is met as nearly as whole numbers allow."""
@@ -65,14 +68,14 @@ class Goal:
         return max(0, round((self.removed - by_heads) / sum(spec.neuron_parameters for spec in specs)))
 
 
-def goal_of(model: PreTrainedModel, budget: Budget) -> Goal:
+def goal_of(loaded: LoadedModel, budget: Budget) -> Goal:
     """What a plan of this budget removes; which units those are hardly changes how many parameters go.
 
     Raises:
         LightPeftError: the budget has a depth and no total, which the peers could take for theirs.
     """
     require(not budget.depth or budget.blocks is not None, "with light.depth, say in light.blocks how much goes in all")
-    plan = _plan(model, budget, "random", seed=0)
+    plan = _plan(loaded.model, budget, "random", seed=0)
     heads = sum(spec.heads - len(kept.heads) for spec, kept in plan.parts)
     return Goal(
         budget=Budget(**{f.name: getattr(budget, f.name) for f in fields(Budget)}),
@@ -80,6 +83,7 @@ def goal_of(model: PreTrainedModel, budget: Budget) -> Goal:
         heads=round(heads / len(plan.blocks)),
         base=plan.base_parameters,
         blocks=sum(block_parameters(spec) for spec in plan.specs),
+        head=sum(p.numel() for name in loaded.new_modules for p in loaded.model.get_submodule(name).parameters()),
     )
 
 

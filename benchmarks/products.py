@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from publishing import add_option, markdown_table, publish, spread_text
+from publishing import add_option, command, markdown_table, publish, spread_text
 from rich.console import Console
 from scaling import SIZES, shape_of
 from synthetic import FAMILIES, Case, Synthetic
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     light = preset_light("default", length=2)
     shapes = [shape_of(family, size) for family in given.families for size in given.sizes]
     cases = [measure(Case(shape, given.batch, given.length, 1, light), given.rounds) for shape in shapes]
-    results = {"cases": cases, "hardware": hardware()}
+    results = {"cases": cases, "hardware": hardware(), "command": command("products", arguments)}
     write_json(given.out, results)
     if given.write_readme:
         publish("products", markdown(cases), "products.json", results)

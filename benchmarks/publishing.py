@@ -6,9 +6,14 @@ Each table has its place between two HTML comments and is written by a script.
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from lightpeft.errors import require
 from lightpeft.files import write_json
@@ -20,6 +25,22 @@ def add_option(parser: argparse.ArgumentParser) -> None:
     """Add `--write-readme`."""
     about = "put the table into benchmarks/README.md, and all else beside it"
     parser.add_argument("--write-readme", action="store_true", help=about)
+
+
+def command(script: str, arguments: Sequence[str] | None = None) -> str:
+    """The command line that makes a script's results again, with the number of threads if the environment sets it.
+
+    Args:
+        arguments: of the script; None: those of this process.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    words = ["python", f"benchmarks/{script}.py", *(sys.argv[1:] if arguments is None else arguments)]
+    return shlex.join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), *words])
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def beside(name: str) -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from datasets import load_dataset
+from publishing import command
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -87,6 +88,7 @@ def main() -> None:
     cut = pruned(base, plan)
     report = {kind: compare(base, cut, plan, quantise, inputs) for kind, quantise in KINDS.items()}
     facts = {"seed": given.seed, "reviews": REVIEWS, "hardware": hardware(), "versions": versions()}
+    facts |= {"command": command("quantised_cut")}
     write_json(given.output, {"relative_errors": report, **facts})
     Console().print(shown(report))
 

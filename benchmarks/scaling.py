@@ -22,7 +22,7 @@ from typing import Any
 import plots
 import psutil
 from matplotlib.figure import Figure
-from publishing import add_option, beside, markdown_table, publish, spread_text
+from publishing import add_option, beside, command, markdown_table, publish, say, spread_text
 from rich.console import Console
 from synthetic import FAMILIES, Case, Shape, measure
 
@@ -58,25 +58,26 @@ def main(arguments: list[str] | None = None) -> int:
         require(given.rounds >= 1 and given.steps >= 1, "--rounds and --steps start at 1")
         found, failures = _measure_all(given)
         require(found, f"no case could be measured: {'; '.join(failures.values())}")
-        write_json(given.out / RESULTS, {"cases": found, "failures": failures})
+        made = command("scaling", arguments)
+        write_json(given.out / RESULTS, {"cases": found, "failures": failures, "command": made})
         plots.save(_figure(found, given.at, given.length), given.out / "scaling")
         if given.write_readme:
-            _publish(found, given.at, given.length)
+            _publish(found, given.at, given.length, made)
     except LightPeftError as error:
-        _say(f"scaling: {error}")
+        say(f"scaling: {error}")
         return 2
     Console(width=160).print(_table(found), markup=False)
     return 1 if failures else 0
 
 
-def _publish(found: Sequence[dict[str, Any]], at: str, length: int) -> None:
+def _publish(found: Sequence[dict[str, Any]], at: str, length: int, made: str) -> None:
     """Cases, table and plot beside README.md and in it, with the cases published before that are not among these."""
     published = read_json(beside(RESULTS))["cases"] if beside(RESULTS).is_file() else []
     cases = sorted({_key(case): case for case in (*published, *found)}.values(), key=_key)
     png, svg = plots.save(_figure(cases, at, length), beside("scaling"))
     svg.unlink()
     text = f"![step time and memory against size and length]({png.name})\n\n{_table(cases)}"
-    publish("scaling", text, RESULTS, {"cases": cases})
+    publish("scaling", text, RESULTS, {"cases": cases, "command": made})
 
 
 def _key(result: dict[str, Any]) -> tuple[str, float, int]:
@@ -132,7 +133,7 @@ def _measure_all(given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[
             found.append(_finished(path, case, given.rounds) or _measure(path, case, given.rounds, name))
         except LightPeftError as error:
             failures[name] = str(error)
-            _say(f"{name}: {error}")
+            say(f"{name}: {error}")
     return found, failures
 
 
@@ -149,14 +150,10 @@ def _measure(path: Path, case: Case, rounds: int, name: str) -> dict[str, Any]:
     needed = 2 * case.shape.parameters * (2 if case.bf16 else 4)
     there = psutil.virtual_memory().available
     require(needed < there, f"the weights of two models take {needed >> 20:,} MiB of {there >> 20:,} that are free")
-    _say(f"measuring {name}")
+    say(f"measuring {name}")
     result = {**measure(case, ("plain", "light"), rounds), "hardware": hardware()}
     write_json(path, result)
     return result
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 # -- table and plot ------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from typing import Any
 
 import subjects
 import torch
-from peer_methods import with_settings
 
 from lightpeft.config import RunConfig
 from lightpeft.models.families import block_lists
@@ -61,7 +60,7 @@ def compiled(work: Workspace) -> Made:
 
 def changed(run: RunConfig, settings: Mapping[str, Any], folder: Path) -> RunConfig:
     """Other settings on the pruned model of a run."""
-    config = replace(with_settings(run, settings), output=str(folder))
+    config = replace(subjects.with_settings(run, settings), output=str(folder))
     work = pipeline.prepare(config)
     work.run.begin()
     shutil.copytree(RunFolder.open(run).pruned, work.run.pruned, dirs_exist_ok=True)
@@ -73,10 +72,11 @@ def subjects_of(config: RunConfig) -> subjects.Subjects:
     folder = Path("runs") / "steps" / Path(config.output).name
     run = subjects.pruned(config, folder / AS_IT_IS)
     found = {name: ("light", changed(run, settings, folder / name)) for name, settings in SETTINGS.items()}
+    unrounded = subjects.with_settings(config, {"light.multiple_of": 1})
     return {
         AS_IT_IS: ("light", run),
         **found,
-        UNROUNDED: ("light", subjects.pruned(with_settings(config, {"light.multiple_of": 1}), folder / UNROUNDED)),
+        UNROUNDED: ("light", subjects.pruned(unrounded, folder / UNROUNDED)),
         FLOAT16: (replace(LIGHT, autocast=torch.float16), run),
         CHECKPOINTED: (replace(LIGHT, make=checkpointed), run),
         COMPILED: (replace(LIGHT, make=compiled), run),

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from publishing import add_option, markdown_table, publish
+from publishing import add_option, command, markdown_table, publish, say
 from rich.console import Console
 
 from lightpeft.cli.command import quiet
@@ -32,6 +32,15 @@ def pruned(config: RunConfig, folder: Path) -> RunConfig:
     pipeline.estimate(work)
     pipeline.plan(work.run)
     pipeline.prune(work)
+    return config
+
+
+def with_settings(config: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """The config with some settings, by dotted name, replaced."""
+    for path, value in settings.items():
+        section, _, key = path.rpartition(".")
+        change = {section: replace(getattr(config, section), **{key: value})} if section else {key: value}
+        config = replace(config, **change)
     return config
 
 
@@ -96,12 +105,13 @@ def main(
     name = given.config.stem
     quiet()
     try:
-        results = measure(subjects_of(load_config(given.config)), given.rounds, given.steps)
+        measured = measure(subjects_of(load_config(given.config)), given.rounds, given.steps)
+        results = {**measured, "command": command(script, arguments)}
         write_json(given.out or Path("runs") / script / f"{name}.json", results)
         if given.write_readme:
             publish(f"{script} {name}", markdown(results), f"{name}.{script}.json", results)
     except LightPeftError as error:
-        Console(stderr=True, soft_wrap=True).print(f"{script}: {error}", markup=False)
+        say(f"{script}: {error}")
         return 2
     Console(width=120).print(markdown(results), markup=False)
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from publishing import command
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -140,7 +141,7 @@ def steps_of(given: argparse.Namespace) -> dict[str, int]:
 
 def facts() -> dict[str, Any]:
     """What is needed to repeat the run, beside its settings."""
-    return {"base_config": BASE, "hardware": hardware(), "versions": versions()}
+    return {"base_config": BASE, "hardware": hardware(), "versions": versions(), "command": command("t5_copy")}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import depth_probe
 import estimation_cost
 import gpu
 import inference
+import peer_cells
 import peer_methods
 import peer_pruning
 import peers
@@ -28,6 +29,7 @@ import products
 import publishing
 import pytest
 import recovery
+import recovery_arms
 import scaling
 import steps
 import synthetic
@@ -36,9 +38,9 @@ from peft import PeftModel
 from tiny import random_record, relative_difference
 from torch import Tensor, nn
 from training import inputs, student
-from workbench import Workbench, edit, forked, read, stamps
+from workbench import Workbench, checksums, edit, forked, in_this_process, read, stamps
 
-from lightpeft.config import PRESETS, Budget, LightConfig, load_config
+from lightpeft.config import PRESETS, Budget, LightConfig, RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
 from lightpeft.models.families import block_specs
@@ -50,7 +52,6 @@ from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.refit import Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs import pipeline
-from lightpeft.runs.bench import Build
 from lightpeft.runs.reproduce.grid import slug
 
 ROOT = Path(__file__).parents[1]
@@ -75,9 +76,13 @@ def config(bench: Workbench) -> Path:
 
 
 def compare(config: Path, out: Path, *more: object) -> int:
-    return peers.main(
-        [str(word) for word in (config, "--out", out, "--rounds", 1, "--steps", 1, "--together", 8, *more)]
-    )
+    words = (config, "--out", out, "--rounds", 1, "--steps", 1, "--together", 8, *more)
+    return peers.main([str(word) for word in words], launch=in_this_process)
+
+
+def cell_folder(out: Path, method: str, seed: int = 0) -> Path:
+    """A cell of `compare`."""
+    return out / "cells" / "tiny" / "classification" / method / str(seed)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +102,7 @@ def results(compared: Path) -> dict[str, Any]:
 
 
 def test_every_method_has_a_result(results: dict[str, Any], compared: Path) -> None:
-    assert set(results["methods"]) == {method.name for method in peer_methods.PEERS} | {f"light_{p}" for p in PRESETS}
+    assert set(results["methods"]) == set(peer_methods.PEERS) >= {f"light_{preset}" for preset in PRESETS}
     assert results["failures"] == {}
     for name, method in results["methods"].items():
         assert 0 <= method["quality"]["mean"] <= 1
@@ -108,7 +113,7 @@ def test_every_method_has_a_result(results: dict[str, Any], compared: Path) -> N
             assert method["speed"][what]["samples_per_second"]["median"] > 0
             values = method["speed"]["values"][what]
             assert method["speed"][what]["ratio"]["median"] == pytest.approx(values["own"][0] / values["baseline"][0])
-        curve = read(compared / "cells" / f"{name}-0.json")["curve"]
+        curve = results["cells"][name][0]["curve"]
         assert [second for second, _ in curve] == sorted(second for second, _ in curve)
         assert len(curve) == 2
         assert curve[-1][1] == pytest.approx(method["quality"]["mean"])
@@ -148,24 +153,42 @@ def test_sizes_are_those_of_the_methods(results: dict[str, Any]) -> None:
 
 
 def test_finished_cells_are_kept_and_others_made(config: Path, compared: Path) -> None:
-    before = stamps(compared / "cells")
-    kept = stamps(compared / "runs")
+    done = [cell_folder(compared, name) for name in peer_methods.PEERS]
+    before = [stamps(folder) for folder in done]
     assert compare(config, compared, "--seeds", 0, 1, "--methods", "random", "--curve", 2) == 0
-    after = stamps(compared / "cells")
-    assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"lora-1.json", "random-1.json"}
-    assert {name: stamp for name, stamp in stamps(compared / "runs").items() if name in kept} == kept
+    assert [stamps(folder) for folder in done] == before
+    made = {folder.parent.name for folder in compared.glob("cells/tiny/classification/*/1")}
+    assert made == {"lora", "random"}
     found = read(compared / "peers.results.json")["methods"]["random"]
-    cells = [read(compared / "cells" / f"random-{seed}.json") for seed in (0, 1)]
+    reports = [read(cell_folder(compared, "random", seed) / "metrics.json") for seed in (0, 1)]
     assert found["seeds"] == [0, 1]
-    assert found["quality"]["mean"] == pytest.approx(sum(cell["quality"] for cell in cells) / 2)
+    assert found["quality"]["mean"] == pytest.approx(sum(report["metrics"]["accuracy"] for report in reports) / 2)
+
+
+def test_every_cell_leaves_the_report_of_a_run(results: dict[str, Any], compared: Path) -> None:
+    """Also where lightpeft did not run it alone; so that a grid's table has it, and its log's checksum is published."""
+    for name, method in results["methods"].items():
+        report = read(cell_folder(compared, name) / "metrics.json")
+        assert report["parameters"]["base_removed_ratio"] == pytest.approx(method["parameters"]["removed_of_all"])
+        assert report["training"]["train"]["samples_per_second"] > 0
+        assert results["logs"][f"{name}/0"] == checksums(cell_folder(compared, name))["log.jsonl"]
+    assert "python benchmarks/peers.py" in results["command"] and results["command"].endswith("--seeds 0 --curve 2")
+
+
+def test_a_peer_that_lightpeft_runs_is_an_ordinary_run(config: Path, compared: Path, tmp_path: Path) -> None:
+    """Watching it changes nothing, and without that it is run by the command."""
+    assert compare(config, tmp_path, "--seeds", 0, "--methods", "light_paper", "--rounds", 0) == 0
+    for name in ("lora", "light_paper"):
+        folder = cell_folder(tmp_path, name)
+        assert not (folder / "call.json").exists()
+        assert read(folder / "metrics.json")["metrics"] == read(cell_folder(compared, name) / "metrics.json")["metrics"]
 
 
 def test_results_of_what_is_there(config: Path, compared: Path, tmp_path: Path) -> None:
     """Nothing is run, and the table says how many seeds each method has."""
     out = shutil.copytree(compared, tmp_path / "out")
     before = stamps(out / "cells")
-    assert compare(config, out, "--methods", "lora", "depth", "--seeds", 0, 5, "--finished-only") == 0
+    assert compare(config, out, "--methods", "lora", "depth", "--seeds", 0, 5, "--finished-only", "--curve", 2) == 0
     assert stamps(out / "cells") == before
     table = (out / "peers.md").read_text().splitlines()
     assert table[0].startswith("| method | seeds |")
@@ -180,27 +203,27 @@ def test_results_of_nothing_are_refused(config: Path, tmp_path: Path, capsys: py
 def test_cells_of_other_settings_are_not_taken(
     config: Path, compared: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = ("--methods", "lora", "--learning-rate", "lora=0.5")
-    assert compare(config, compared, "--seeds", 0, *changed) == 2
-    assert "other settings" in capsys.readouterr().err
+    for changed, difference in (
+        (("--curve", 2, "--learning-rate", "lora=0.5"), "differs in training.learning_rate"),
+        (("--curve", 3), "was not run by peer_cells:run"),
+    ):
+        assert compare(config, compared, "--seeds", 0, "--methods", "lora", *changed) == 2
+        assert difference in capsys.readouterr().err
 
 
 def test_failing_cell_is_reported_and_the_rest_goes_on(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: Any) -> Any:
-        raise TypeError("not\nthis model")
+        raise TypeError("not this model")
 
-    known = peer_methods.methods()
-    broken = {name: known[name] for name in ("lora", "lora_top", "depth")}
-    broken["depth"] = peer_methods.Method("depth", "broken", "pruned", fail, peer_methods.LORA)
-    monkeypatch.setattr(peers, "methods", lambda: broken)
-    assert compare(config, tmp_path, "--seeds", 0, "--rounds", 0) == 1
-    assert "depth-0 failed: TypeError: not this model" in capsys.readouterr().err
+    monkeypatch.setitem(peer_methods.PEERS, "depth", replace(peer_methods.PEERS["depth"], make=fail))
+    assert compare(config, tmp_path, "--seeds", 0, "--rounds", 0, "--methods", "depth", "lora_top") == 1
+    assert "tiny/classification/depth/0: failed: TypeError: not this model" in capsys.readouterr().err
     results = read(tmp_path / "peers.results.json")
-    assert results["failures"] == {"depth-0": "TypeError: not this model"}
+    assert results["failures"] == {"tiny/classification/depth/0": "TypeError: not this model"}
     assert set(results["methods"]) == {"lora", "lora_top"}
-    assert not (tmp_path / "cells" / "depth-0.json").exists()
+    assert not (cell_folder(tmp_path, "depth") / "metrics.json").exists()
     assert "TypeError" in (tmp_path / "peers.md").read_text()
 
 
@@ -223,19 +246,32 @@ def test_bad_options_give_one_line(
 
 
 def test_learning_rates_are_the_methods_own_unless_given(config: Path, tmp_path: Path) -> None:
-    given = peers._parser().parse_args([str(config), "--out", str(tmp_path), "--learning-rate", "lora=0.5"])
-    suite = peers.Suite(peers._options(given))
-    rates = {name: suite.config(name, 0).training.learning_rate for name in ("lora", "lora_all", "full", "houlsby")}
+    configs = configs_of(config, tmp_path, "--learning-rate", "lora=0.5")
+    rates = {name: run_rate(configs[name]) for name in ("lora", "lora_all", "full", "houlsby")}
     assert rates == {"lora": 0.5, "lora_all": 3e-2, "full": 1e-4, "houlsby": 1e-3}
-    assert len({suite.config(name, 0).output for name in peer_methods.methods()}) == len(peer_methods.methods())
+    assert len({each.output for each in configs.values()}) == len(peer_methods.PEERS)
 
 
-def test_presets_take_the_files_own_section_only_for_its_preset(config: Path) -> None:
-    own, other = (peer_methods.light_config(config, preset) for preset in ("paper", "default"))
-    assert own == peers.replace(load_config(config), method="light")
-    assert (own.light.length, other.light.length) == (0.25, peer_methods.run_config_from_dict({}).light.length)
+def run_rate(config: RunConfig) -> float:
+    """The learning rate that a run's method uses."""
+    return float(getattr(config.training, config.way.rate))
+
+
+def configs_of(config: Path, out: Path, *more: str) -> dict[str, RunConfig]:
+    """The run of every method with seed 0."""
+    options = peers.options_of(peers.parser().parse_args([str(config), "--out", str(out), "--seeds", "0", *more]), "")
+    return {cell.method: cell.config for cell in peers.grid_of(options, peers.goal_of_config(options)).cells(out)}
+
+
+def test_presets_take_the_files_own_section_only_for_its_preset(config: Path, tmp_path: Path) -> None:
+    configs = configs_of(config, tmp_path)
+    own, other = configs["light_paper"], configs["light_default"]
+    assert own.light == load_config(config).light
+    assert (own.light.length, other.light.length) == (0.25, run_config_from_dict({}).light.length)
     assert (own.data, own.training, own.model) == (other.data, other.training, other.model)
-    assert peer_methods.light_config(config, "default", config).light == own.light
+    given = configs_of(config, tmp_path, "--light-config", f"default={config}")
+    assert given["light_default"].light == own.light
+    assert given["light_paper"] == own
 
 
 @pytest.mark.parametrize(("quality", "seconds"), [(0.5, 1.0), (0.6, 2.0), (0.75, 2.0), (0.9, None)])
@@ -243,22 +279,22 @@ def test_time_to_a_quality_is_that_of_the_first_point_that_has_it(quality: float
     assert peers.time_to([[1.0, 0.55], [2.0, 0.8], [3.0, 0.7]], quality) == seconds
 
 
-def test_time_to_a_quality_is_of_the_seeds_that_were_watched(compared: Path) -> None:
-    cell = read(compared / "cells" / "depth-0.json")
+def test_time_to_a_quality_is_of_the_seeds_that_were_watched(results: dict[str, Any]) -> None:
+    cell = results["cells"]["depth"][0]
     cells = {0: cell, 1: {**cell, "curve": []}}
-    assert peers._over_seeds(cells, cells)["seconds_to_quality"]["of"] == 1
-    assert peers._over_seeds({1: cells[1]}, cells)["seconds_to_quality"] is None
+    assert peers.over_seeds(cells, cells)["seconds_to_quality"]["of"] == 1
+    assert peers.over_seeds({1: cells[1]}, cells)["seconds_to_quality"] is None
 
 
-def test_curve_does_not_count_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curve_does_not_count_its_own_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(peers.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(peer_cells.time, "perf_counter", lambda: clock.now)
 
     def measure(model: Any) -> float:
         clock.now += 100
         return 0.5
 
-    curve = peers.Curve(measure, 2)
+    curve = peer_cells.Curve(measure, 2, tmp_path / "curve.json")
     state: Any = SimpleNamespace(max_steps=4, global_step=0)
     curve.on_train_begin(None, state, None)  # type: ignore[arg-type]
     for step in range(1, 5):
@@ -266,8 +302,9 @@ def test_curve_does_not_count_its_own_time(monkeypatch: pytest.MonkeyPatch) -> N
         curve.on_step_end(None, state, None, model=None)  # type: ignore[arg-type]
     clock.now += 3
     curve.on_train_end(None, state, None)  # type: ignore[arg-type]
-    assert curve.points == [(2.0, 0.5), (4.0, 0.5)]
-    assert (curve.spent, curve.lasted) == (200, 7)
+    seen = read(tmp_path / "curve.json")
+    assert seen["points"] == [[2.0, 0.5], [4.0, 0.5]]
+    assert (seen["spent"], seen["lasted"]) == (200, 7)
 
 
 # -- what is pruned before training ------------------------------------------------------------------------------------
@@ -278,7 +315,7 @@ def prepared(bench: Workbench) -> tuple[pipeline.Workspace, LoadedModel, peer_pr
     work = pipeline.prepare(bench.config("peer", method="plain", **{"light.heads": 0.5}))
     loaded = work.dense_model()
     loaded.model.eval()
-    return work, loaded, peer_pruning.goal_of(loaded.model, work.config.light)
+    return work, loaded, peer_pruning.goal_of(loaded, work.config.light)
 
 
 def decided(
@@ -303,7 +340,7 @@ def answers(model: Any) -> Tensor:
 @pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
 def test_torch_pruning_cuts_the_same_model(prepared: Any, criterion: str) -> None:
     work, loaded, goal = prepared
-    logits, plan = decided(work, loaded, goal, peer_methods.partial(peer_pruning.by_torch_pruning, criterion=criterion))
+    logits, plan = decided(work, loaded, goal, partial(peer_pruning.by_torch_pruning, criterion=criterion))
     own = copy.deepcopy(loaded.model)
     pruner = peer_pruning.torch_pruned(work, own, goal, criterion)
     for spec in plan.specs:
@@ -359,15 +396,15 @@ def test_random_depends_on_the_seed_alone(prepared: Any) -> None:
 
 def test_peers_go_to_processes_of_their_own(prepared: Any) -> None:
     """Also where processes are not forked, so what makes the model is pickled."""
-    for method in peer_methods.methods().values():
-        assert len(ForkingPickler.dumps(Build(partial(method.make, prepared[2]), method.accelerating))) > 0
+    for peer in peer_methods.PEERS.values():
+        assert len(ForkingPickler.dumps(peer.subject(prepared[2]))) > 0
 
 
 def test_grouped_queries_are_refused_by_libraries_that_do_not_know_them(bench: Workbench, tmp_path: Path) -> None:
     llama = Workbench(tmp_path, "llama")
     work = pipeline.prepare(llama.config("peer", method="plain"))
-    model = work.dense_model().model
-    goal = peer_pruning.goal_of(model, work.config.light)
+    loaded = work.dense_model()
+    model, goal = loaded.model, peer_pruning.goal_of(loaded, work.config.light)
     for by in (peer_pruning.by_torch_pruning, peer_pruning.by_slimformers):
         with pytest.raises(LightPeftError, match="head"):
             by(work, model, goal)
@@ -436,9 +473,11 @@ def test_readme_has_a_place_for_every_script(
     assert compare(config, compared, "--seeds", 0, "--methods", "lora", "depth", "--write-readme", "--curve", 2) == 0
     assert "![quality against time and against inference speed](tiny.peers.png)" in readme.read_text()
     assert "| fewer layers, LoRA |" in readme.read_text()
-    files = {"README.md", "tiny.peers.png", "tiny.peers.results.json", "tiny.peers.logs"}
-    assert {path.name for path in tmp_path.iterdir()} == files
-    assert {path.stem for path in (tmp_path / "tiny.peers.logs").iterdir()} == {"lora-0", "depth-0"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "tiny.peers.png", "tiny.peers.results.json"}
+    published = read(tmp_path / "tiny.peers.results.json")
+    logs = {f"{name}/0": checksums(cell_folder(compared, name))["log.jsonl"] for name in ("lora", "depth")}
+    assert published["logs"] == logs
+    assert published["command"].endswith("--seeds 0 --methods lora depth --write-readme --curve 2")
 
 
 PUBLISHED = sorted(path for folder in ("benchmarks", "configs") for path in (ROOT / folder).rglob("*.json"))
@@ -459,7 +498,7 @@ def test_published_results_say_how_to_make_them_again(path: Path) -> None:
         assert set(logs) == set(results["reports"])
     if ".peers." in path.name:
         assert set(logs) == {f"{name}/{cell['seed']}" for name, cells in results["cells"].items() for cell in cells}
-        peers._options(peers._parser().parse_args(words[program + 2 :]))
+        peers.options_of(peers.parser().parse_args(words[program + 2 :]), "")
 
 
 # -- estimation_cost.py, steps.py, inference.py ------------------------------------------------------------------------
@@ -572,45 +611,48 @@ def test_recovery_compares_every_variant_with_the_run_as_it_is(
 ) -> None:
     fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
     config = bench.yaml("gradual", **{"light.length": 4, "light.blocks": 0.5, **fisher})
-    out, readme = bench.folder / "recovery", readme_with(place("recovery gradual"), tmp_path, monkeypatch)
+    out, readme = bench.folder / "variants", readme_with(place("recovery gradual"), tmp_path, monkeypatch)
     words = [str(config), "--out", str(out), "--seeds", "0", "1", "--write-readme"]
-    assert recovery.main(words) == 0
+    assert recovery.main(words, launch=in_this_process) == 0
     results = read(tmp_path / "gradual.recovery.json")
     assert results == read(out / "results.json")
     rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == list(recovery.VARIANTS)
-    base = rows[recovery.AS_IT_IS]["quality"]
+    assert list(rows) == list(recovery_arms.ARMS)
+    base = rows[recovery_arms.AS_IT_IS]["quality"]
     for name, row in rows.items():
-        expected = None if name == recovery.AS_IT_IS else [a - b for a, b in zip(row["quality"], base, strict=True)]
+        expected = (
+            None if name == recovery_arms.AS_IT_IS else [a - b for a, b in zip(row["quality"], base, strict=True)]
+        )
         assert row["seeds"] == [0, 1] and row["difference"] == expected
         assert f"| {name} |" in readme.read_text()
-    assert len(list((tmp_path / "gradual.recovery.logs").iterdir())) == 2 * len(rows)
-    assert results["reports"]["distilled from the dense model/0"]["seconds"]["teacher"] > 0
-    first = {name: log(out / f"{slug(name)}-0") for name in rows}
-    assert all(first[name] != first[recovery.AS_IT_IS] for name in rows if name != recovery.AS_IT_IS)
-    before = stamps(out / f"{slug(recovery.AS_IT_IS)}-0")
-    assert recovery.main(words) == 0
-    assert stamps(out / f"{slug(recovery.AS_IT_IS)}-0") == before, "finished runs are not repeated"
+    assert set(results["logs"]) == set(results["reports"]) and len(results["logs"]) == 2 * len(rows)
+    assert results["command"].endswith("--seeds 0 1 --write-readme")
+    assert results["reports"]["gradual/classification/distilled from the dense model/0"]["seconds"]["teacher"] > 0
+    folders = {name: out / "cells" / "gradual" / "classification" / slug(name) / "0" for name in rows}
+    first = {name: log(folder) for name, folder in folders.items()}
+    assert all(first[name] != first[recovery_arms.AS_IT_IS] for name in rows if name != recovery_arms.AS_IT_IS)
+    before = stamps(out / "cells")
+    assert recovery.main(words, launch=in_this_process) == 0
+    assert stamps(out / "cells") == before, "finished runs are not repeated"
     assert recovery.main([str(tmp_path / "missing.yaml")]) == 2
     assert "recovery: config file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scale", [recovery.standardised, recovery.by_mean])
+@pytest.mark.parametrize("scale", [recovery_arms.standardised, recovery_arms.by_mean])
 def test_scores_on_a_scale_of_their_layer_do_not_tell_layers_apart(scale: Callable[[Tensor], Tensor]) -> None:
     record = random_record(student())
     louder = {name: scores * (50 if name.endswith("/1") else 1) for name, scores in record.scores.items()}
     budget = Budget(blocks=0.5, head_criterion="fisher", neuron_criterion="fisher")
     records = record, replace(record, scores=louder)
     as_they_are = [make_plan(each, budget).blocks for each in records]
-    with recovery.rescaled(scale):
-        rescaled = [make_plan(each, budget).blocks for each in records]
+    rescaled = [make_plan(recovery_arms.rescaled(each, budget, scale), budget).blocks for each in records]
     assert as_they_are[0] != as_they_are[1]
     assert rescaled[0] == rescaled[1]
 
 
 def test_part_of_the_way_to_the_scale_of_a_layer_keeps_part_of_the_difference() -> None:
     values = torch.tensor([1.0, 3.0])
-    torch.testing.assert_close(recovery.by_mean(100 * values, 0.5), 10 * recovery.by_mean(values, 0.5))
+    torch.testing.assert_close(recovery_arms.by_mean(100 * values, 0.5), 10 * recovery_arms.by_mean(values, 0.5))
 
 
 def log(folder: Path) -> list[Any]:
@@ -621,7 +663,7 @@ def log(folder: Path) -> list[Any]:
 
 def test_what_an_earlier_cut_took_stays_gone() -> None:
     model, config = student(), LightConfig(length=4, blocks=0.6, modules=0.0)
-    estimator = recovery.GradualEstimator(model, config, cuts=2)
+    estimator = recovery_arms.GradualEstimator(model, config, cuts=2)
     estimator.start(None)
     gone = []
     for seed in range(4):
@@ -640,7 +682,7 @@ def test_what_an_earlier_cut_took_stays_gone() -> None:
 
 def test_gradual_cuts_need_the_budget_that_they_divide() -> None:
     with pytest.raises(LightPeftError, match="light.blocks"):
-        recovery.GradualEstimator(student(), LightConfig(), cuts=2)
+        recovery_arms.GradualEstimator(student(), LightConfig(), cuts=2)
 
 
 def test_a_refit_in_order_is_nearer_to_the_dense_model_than_one_of_all_at_once() -> None:
@@ -656,7 +698,7 @@ def test_a_refit_in_order_is_nearer_to_the_dense_model_than_one_of_all_at_once()
     last = plan.specs[-1]
 
     def given(model: PeftModel) -> Tensor:
-        return recovery.states_at(model, last, "ffn_out", lambda: batches)[1]
+        return recovery_arms.states_at(model, last, "ffn_out", lambda: batches)[1]
 
     def error(refit: Refit) -> float:
         pruned = copy.deepcopy(model)
@@ -664,7 +706,7 @@ def test_a_refit_in_order_is_nearer_to_the_dense_model_than_one_of_all_at_once()
         apply_refit(pruned, refit)
         return float((given(pruned) - given(model)).square().mean())
 
-    refits = [fit(model, plan, lambda: batches, rank=64) for fit in (recovery.refit_in_order, fit_refit)]
+    refits = [fit(model, plan, lambda: batches, rank=64) for fit in (recovery_arms.refit_in_order, fit_refit)]
     assert all(correction.up is not None for correction in refits[0].values())
     in_order, at_once = map(error, refits)
     assert in_order < 0.9 * at_once < 0.9 * error({})
@@ -673,10 +715,10 @@ def test_a_refit_in_order_is_nearer_to_the_dense_model_than_one_of_all_at_once()
 def test_distillation_is_the_divergence_from_the_teacher() -> None:
     torch.manual_seed(0)
     student_logits, teacher = torch.randn(2, 5, 3)
-    p, q = (torch.softmax(x / recovery.TEMPERATURE, dim=1) for x in (teacher, student_logits))
-    expected = (p * (p.log() - q.log())).sum(1).mean() * recovery.TEMPERATURE**2
-    torch.testing.assert_close(recovery.distillation(student_logits, teacher), expected)
-    assert recovery.distillation(teacher, teacher).abs() < 1e-6
+    p, q = (torch.softmax(x / recovery_arms.TEMPERATURE, dim=1) for x in (teacher, student_logits))
+    expected = (p * (p.log() - q.log())).sum(1).mean() * recovery_arms.TEMPERATURE**2
+    torch.testing.assert_close(recovery_arms.distillation(student_logits, teacher), expected)
+    assert recovery_arms.distillation(teacher, teacher).abs() < 1e-6
 
 
 # -- attention.py ------------------------------------------------------------------------------------------------------
@@ -807,7 +849,7 @@ def test_shapes_have_the_size_they_are_called_by(family: str, size: str) -> None
 
 def test_shapes_count_their_parameters() -> None:
     for shape in (gpu.SHAPES["roberta-tiny"], gpu.SHAPES["llama-tiny"]):
-        case = synthetic.Case(shape, 1, 8, 1, peer_methods.run_config_from_dict({}).light)
+        case = synthetic.Case(shape, 1, 8, 1, run_config_from_dict({}).light)
         model = synthetic.random_model(case)
         weights = sum(p.numel() for spec in block_specs(model) for p in _weights(model, spec))
         embeddings = model.get_input_embeddings().weight.numel()

@@ -21,8 +21,7 @@ from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from lightpeft import EarlyPruner, LightConfig, cli
-from lightpeft.runs import pipeline
-from lightpeft.runs.reproduce import Cell, running
+from lightpeft.runs.reproduce import running
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -41,7 +40,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for grid in workbench.GRIDS:
         smaller(folder / grid.relative_to(ROOT))
     with pytest.MonkeyPatch.context() as patch, workbench.forked():
-        patch.setattr(running, "run_cell", in_this_process)
+        patch.setattr(running, "run_cell", workbench.in_this_process)
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
         workbench.save_base(folder / "demo/cache/minilm", "bert")
@@ -61,6 +60,8 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "demo/cache/smollm2/chat_template.jinja").write_text(CHAT_TEMPLATE)
         (folder / "tasks").mkdir()
         (folder / "tasks/questions.yaml").write_text(blocks(ROOT / "docs/evaluation.md", "yaml")[0])
+        (folder / "study.py").write_text(blocks(ROOT / "docs/reproduce.md", "python")[0])
+        patch.syspath_prepend(folder)
         layouts.write_task(folder / "demo/cache/quartz", "quartz", train=160)
         write_own_task(folder, rows)
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
@@ -95,11 +96,6 @@ def smaller(grid: Path) -> None:
     data["methods"] = names if isinstance(data["methods"], list) else {name: data["methods"][name] for name in names}
     data["run"]["training"]["epochs"] = 1
     grid.write_text(yaml.safe_dump({**data, "seeds": data["seeds"][:1]}, sort_keys=False))
-
-
-def in_this_process(cell: Cell, devices: int, log: Path) -> None:
-    """Runs a cell of a grid without the time that a process takes to start."""
-    pipeline.run(cell.config)
 
 
 def renamed(path: Path, rows: workbench.Rows, **columns: str) -> None:

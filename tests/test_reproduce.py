@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import re
 import shutil
@@ -19,16 +20,29 @@ import pytest
 import torch
 import yaml
 from rich.console import Console
-from workbench import GRIDS, Workbench, at_step, checksums, in_child, lightpeft, read, signalling, stamps
+from workbench import (
+    GRIDS,
+    Workbench,
+    at_step,
+    checksums,
+    in_child,
+    in_this_process,
+    lightpeft,
+    read,
+    signalling,
+    stamps,
+)
 
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json, write_json
 from lightpeft.plans.records import PrunePlan
-from lightpeft.runs import pipeline
 from lightpeft.runs.reproduce import (
-    METHODS,
+    ARMS,
+    Arm,
+    Call,
     Cell,
+    Grid,
     Results,
     Row,
     csv_table,
@@ -69,15 +83,6 @@ def grid_file(path: Path, bench: Workbench | None = None, **changes: Any) -> Pat
     return path
 
 
-def here(cell: Cell, devices: int, log: Path) -> str | None:
-    """Runs a cell in this process."""
-    try:
-        pipeline.run(cell.config)
-    except LightPeftError as error:
-        return str(error)
-    return None
-
-
 # -- what a file spans -----------------------------------------------------------------------------------------------
 
 
@@ -86,7 +91,7 @@ def test_every_grid_of_the_repository_is_one(path: Path) -> None:
     """Its settings, methods and tasks are known ones; those of the paper say what they need."""
     grid = load_grid(path)
     cells = grid.cells(Path("out"))
-    assert len(cells) == len(grid.models) * len(grid.tasks) * len(grid.methods) * len(grid.seeds) > 0
+    assert len(cells) == len(grid.models) * len(grid.tasks) * len(grid.arms) * len(grid.seeds) > 0
     assert len({cell.config.output for cell in cells}) == len(cells)
     assert len({cell.name for cell in cells}) == len(cells)
     if path.parent.name == "paper":
@@ -96,7 +101,7 @@ def test_every_grid_of_the_repository_is_one(path: Path) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ARMS)
 def test_known_methods_do_what_they_say_under_every_preset(tmp_path: Path, name: str, preset: str) -> None:
     file = grid_file(tmp_path / "grid.yaml", methods=[name], run={"preset": preset}, seeds=[3])
     (cell,) = load_grid(file).cells(tmp_path)
@@ -202,12 +207,15 @@ def test_a_part_of_the_cells(tmp_path: Path) -> None:
 # -- how a cell is run -----------------------------------------------------------------------------------------------
 
 
+CELL = Cell("m", "t", "lora", 0, run_config_from_dict({"output": "out/cell"}))
+
+
 def test_one_device_needs_no_launcher() -> None:
-    assert running.command(Path("out/cell"), 1) == [sys.executable, "-m", "lightpeft", "run", "--run", "out/cell"]
+    assert running.command(CELL, 1) == [sys.executable, "-m", "lightpeft", "run", "--run", "out/cell"]
 
 
 def test_several_devices_go_through_accelerate() -> None:
-    words = running.command(Path("out/cell"), 4)
+    words = running.command(CELL, 4)
     assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     assert words[words.index("--num_processes") + 1] == "4"
     assert words[words.index("--module") :] == ["--module", "lightpeft", "run", "--run", "out/cell"]
@@ -215,7 +223,7 @@ def test_several_devices_go_through_accelerate() -> None:
 
 def test_accelerate_reads_the_command_so() -> None:
     launch = pytest.importorskip("accelerate.commands.launch")
-    given = launch.launch_command_parser().parse_args(running.command(Path("out/cell"), 2)[3:])
+    given = launch.launch_command_parser().parse_args(running.command(CELL, 2)[3:])
     assert (given.num_processes, given.num_machines, given.main_process_port, given.module) == (2, 1, 0, True)
     assert [given.training_script, *given.training_script_args] == ["lightpeft", "run", "--run", "out/cell"]
 
@@ -262,7 +270,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Lets cells run a piece of Python instead of their run."""
 
     def use(code: str) -> None:
-        monkeypatch.setattr(running, "command", lambda folder, devices: [sys.executable, "-c", code])
+        monkeypatch.setattr(running, "command", lambda cell, devices: [sys.executable, "-c", code])
 
     return use
 
@@ -340,7 +348,7 @@ def grid(bench: Workbench) -> Path:
 @pytest.fixture(scope="module")
 def finished(bench: Workbench, grid: Path) -> Path:
     out = bench.folder / "out"
-    assert reproduce(grid, out, launch=here).failures == {}
+    assert reproduce(grid, out, launch=in_this_process).failures == {}
     return out
 
 
@@ -362,6 +370,10 @@ def test_the_table_is_that_of_the_runs(finished: Path) -> None:
         base = results["rows"][0]["quality"]
         expected = None if row["method"] == "lora" else [a - b for a, b in zip(row["quality"], base, strict=True)]
         assert row["difference"] == expected
+    assert results["command"].startswith("lightpeft reproduce ") and results["command"].endswith("grid.yaml")
+    folders = {name: finished.joinpath("cells", *name.split("/")) for name in results["reports"]}
+    logs = {name: hashlib.sha256((folder / "log.jsonl").read_bytes()).hexdigest() for name, folder in folders.items()}
+    assert results["logs"] == logs
     removed = {row["method"]: row["measures"]["removed"]["mean"] for row in results["rows"]}
     assert removed["lora"] == 0 < removed["random"] < 1
     trained = {row["method"]: row["measures"]["trained"]["mean"] for row in results["rows"]}
@@ -403,7 +415,7 @@ def test_a_folder_belongs_to_one_grid(bench: Workbench, finished: Path, tmp_path
     shorter = {**yaml.safe_load((bench.folder / "grid.yaml").read_text())["run"], "lora": {"r": 2}}
     file = grid_file(tmp_path / "grid.yaml", bench, run=shorter)
     with pytest.raises(LightPeftError, match=r"is the run of another config \(it differs in lora"):
-        reproduce(file, finished, launch=here)
+        reproduce(file, finished, launch=in_this_process)
     assert stamps(finished) == before
 
 
@@ -415,7 +427,7 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(
     shutil.copytree(finished / "cells" / "tiny" / "words" / "lora", cell_folder(out, "lora").parent)
     methods = {"lora": None, "broken": {"from": "lora", "lora": {"target_modules": ["nothing"]}}, "random": None}
     file = grid_file(tmp_path / "grid.yaml", bench, methods=methods)
-    monkeypatch.setattr(running, "run_cell", here)
+    monkeypatch.setattr(running, "run_cell", in_this_process)
     assert lightpeft("reproduce", file, "--out", out) == 1
     streams = capsys.readouterr()
     lines = streams.err.splitlines()
@@ -442,13 +454,13 @@ def test_a_killed_grid_goes_on_inside_its_cell(bench: Workbench, finished: Path,
     disturb = at_step(11, signalling(signal.SIGKILL))
 
     def disturbed() -> None:
-        running.run_cell = here
+        running.run_cell = in_this_process
         disturb()
 
     assert in_child(disturbed, "reproduce", file, "--out", out)[0] == -signal.SIGKILL
     assert not (cell_folder(out, "lora") / "metrics.json").exists()
     assert (cell_folder(out, "lora") / "checkpoints" / "train" / "checkpoint-4").is_dir()
-    results = reproduce(file, out, launch=here)
+    results = reproduce(file, out, launch=in_this_process)
     for method in ("lora", "light-lora"):
         reports = [read(cell_folder(folder, method) / "metrics.json") for folder in (out, finished)]
         assert reports[0]["metrics"] == reports[1]["metrics"]
@@ -470,6 +482,86 @@ def test_a_folder_that_cannot_be_written(bench: Workbench, tmp_path: Path, capsy
     file = grid_file(tmp_path / "grid.yaml", bench)
     assert lightpeft("reproduce", file, "--out", tmp_path / "file") == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# -- cells that a Python function runs ---------------------------------------------------------------------------------
+
+STUDY = """
+from lightpeft.errors import LightPeftError
+from lightpeft.runs import pipeline
+
+def without_warmup(config, note):
+    if note == "bad":
+        raise LightPeftError("nothing to note")
+    work = pipeline.prepare(config)
+    work.run.announce("train", note)
+    pipeline.train(work)
+    pipeline.evaluate(work)
+"""
+
+
+@pytest.fixture
+def study(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Grid]:
+    """Makes a grid of plain LoRA and of a method of its own, a function in a module of its own."""
+    (tmp_path / "study.py").write_text(STUDY)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(note: str, function: str = "study:without_warmup") -> Grid:
+        grid = load_grid(grid_file(tmp_path / "grid.yaml", bench, methods=["lora"]))
+        own = Arm(grid.arms["lora"].settings, call=Call(function, {"note": note}))
+        return replace(grid, arms={**grid.arms, "own": own})
+
+    return make
+
+
+def test_a_function_of_a_study_runs_its_cells(study: Any, finished: Path, tmp_path: Path) -> None:
+    """In a process of its own, which finds the modules of this one; the table is that of any grid."""
+    out = tmp_path / "out"
+    shutil.copytree(cell_folder(finished, "lora"), cell_folder(out, "lora"))
+    results = reproduce(study("a word"), out)
+    assert results.failures == {}
+    assert [row.method for row in results.rows] == ["lora", "own"]
+    assert results.rows[1].difference == [0.0]  # it does what the other does
+    assert "a word" in (cell_folder(out, "own") / "log.jsonl").read_text()
+    assert "a word" in (out / "logs" / "tiny-words-own-0.txt").read_text()
+    before = stamps(out / "cells")
+    reproduce(study("a word"), out, launch=lambda *_: pytest.fail("it is done"))
+    assert stamps(out / "cells") == before
+    with pytest.raises(LightPeftError, match=r"was not run by study:without_warmup\(note='another'\), but otherwise"):
+        reproduce(study("another"), out)
+    with pytest.raises(LightPeftError, match="was not run by lightpeft run, but otherwise"):
+        reproduce(replace(study("a word"), arms={**study("").arms, "own": study("").arms["lora"]}), out)
+
+
+def test_what_a_function_refuses_is_the_reason(study: Any, tmp_path: Path) -> None:
+    results = reproduce(study("bad"), tmp_path / "out", only=["method=own"])
+    (failure,) = results.failures.values()
+    assert failure.startswith("nothing to note (see ")
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("workbench:nothing", "module 'workbench' has no attribute 'nothing'"),
+        ("nowhere:run", "No module named 'nowhere'"),
+        (":run", "Empty module name"),
+        ("workbench", "has no attribute ''"),
+    ],
+)
+def test_functions_that_are_not_there(function: str, reason: str) -> None:
+    with pytest.raises(LightPeftError, match=re.escape(f"cannot call {function}: ") + f".*{reason}.*; give it as"):
+        Call(function)(run_config_from_dict({}))
+
+
+def test_what_a_function_estimates_is_its_own(bench: Workbench, tmp_path: Path) -> None:
+    """It may estimate in another way, so nobody takes it, and it takes none."""
+    grid = load_grid(grid_file(tmp_path / "grid.yaml", bench, methods=["light-lora"]))
+    settings = grid.arms["light-lora"].settings
+    grid = replace(grid, arms={"own": Arm(settings, call=Call("lightpeft.runs.pipeline:run")), **grid.arms})
+    grid = replace(grid, arms={**grid.arms, "another": grid.arms["own"]}, baseline="own")
+    assert reproduce(grid, tmp_path / "out", launch=in_this_process).failures == {}
+    for method in grid.arms:
+        assert "taken_from" not in (cell_folder(tmp_path / "out", method) / "log.jsonl").read_text()
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -508,6 +600,7 @@ FIXED = Results(
     ],
     baseline="lora",
     cells=9,
+    command="lightpeft reproduce grid.yaml",
     reports={str(number): {} for number in range(6)},
     failures={"minilm/rte/light/2": "out of memory"},
 )  # fmt: skip
@@ -603,7 +696,7 @@ def test_a_narrow_screen_has_whole_cells_of_fewer_columns() -> None:
 
 
 def test_tables_before_any_cell_is_done(tmp_path: Path) -> None:
-    empty = Results([], "lora", 4)
+    empty = Results([], "lora", 4, "lightpeft reproduce grid.yaml")
     write_results(tmp_path, empty)
     assert read_json(tmp_path / "results.json")["rows"] == []
     assert (tmp_path / "results.md").read_text().startswith("| method |")
@@ -628,12 +721,13 @@ def test_p_values(differences: list[float] | None, p: float | None) -> None:
 
 def test_differences_are_between_equal_seeds(bench: Workbench, tmp_path: Path) -> None:
     """Also where each method lacks another seed; runs of old versions, which measured less, are taken too."""
-    cells = load_grid(grid_file(tmp_path / "grid.yaml", bench, seeds=[0, 1, 2])).cells(tmp_path)
+    grid = load_grid(grid_file(tmp_path / "grid.yaml", bench, seeds=[0, 1, 2]))
+    cells = grid.cells(tmp_path)
     accuracy = {("lora", 0): 0.5, ("lora", 2): 0.7, ("light-lora", 1): 0.9, ("light-lora", 2): 0.6}
     for cell in cells:
         if (cell.method, cell.seed) in accuracy:
             fake_report(cell.config, accuracy[cell.method, cell.seed])
-    lora, light = summarize(cells, "lora").rows
+    lora, light = summarize(grid, cells).rows
     assert (lora.seeds, light.seeds) == ([0, 2], [1, 2])
     assert light.difference == [pytest.approx(-0.1)]
     assert light.p is None

@@ -32,8 +32,11 @@ from transformers import (
 
 from lightpeft import cli
 from lightpeft.config import RunConfig, run_config_from_dict
+from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
 from lightpeft.runs import bench as benching
+from lightpeft.runs import pipeline
+from lightpeft.runs.reproduce import Cell
 from lightpeft.training.trainer import RunTrainer
 
 NEUTRAL = tuple(f"word{index}" for index in range(20))
@@ -199,6 +202,17 @@ def lightpeft(*arguments: object) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
+
+
+def in_this_process(cell: Cell, devices: int, log: Path) -> str | None:
+    """How a grid runs its cells where processes of their own would take too long."""
+    try:
+        (cell.call or pipeline.run)(cell.config)
+    except LightPeftError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001 - whatever ends the process of a cell is its own
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 # -- disturbances ------------------------------------------------------------------------------------------------

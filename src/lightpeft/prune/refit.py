@@ -52,6 +52,8 @@ class Correction:
 
 Refit = dict[str, Correction]
 """Projection (module name in the transformers model) -> its correction."""
+Fit = Callable[[PeftModel, PrunePlan, Batches, int], Refit]
+"""What `fit_refit` does: (dense model, plan, calibration batches, rank) -> the corrections."""
 
 
 @torch.no_grad()

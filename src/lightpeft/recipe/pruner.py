@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
-from lightpeft.prune.refit import Batches, Refit, apply_refit, fit_refit
+from lightpeft.prune.refit import Batches, Fit, Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan, check_budget
 from lightpeft.recipe.wrapping import leave_modules
 from lightpeft.saved.light_adapter import LightModel, as_light
@@ -42,12 +42,18 @@ class EarlyPruner:
     What else a preset says is the loop's to do; `advice()` lists it, and it is logged once as a warning.
     """
 
-    def __init__(self, model: PeftModel, light: str | LightConfig = "default") -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        light: str | LightConfig = "default",
+        estimator: Callable[[PeftModel, LightConfig], Estimator] = Estimator,
+    ) -> None:
         """
         Args:
             model: what `peft.get_peft_model` returned. It is pruned in place by `prune`; the blocks that `light.depth`
                 leaves out, and the PEFT modules that `light.module_blocks` does not allow, are taken out here.
             light: a preset's name, or budget and estimation settings of your own.
+            estimator: makes what estimates.
 
         Raises:
             LightPeftError: an unsupported model family, PEFT type, or quantisation, an unknown preset, or a budget that
@@ -60,7 +66,7 @@ class EarlyPruner:
         self.config = light if isinstance(light, LightConfig) else preset_of(light, model)
         check_budget(model, self.config)
         leave_modules(model, self.config)
-        self.estimator = Estimator(model, self.config)
+        self.estimator = estimator(model, self.config)
 
     def advice(self) -> Iterator[str]:
         """What the settings ask of a training loop, one line each."""
@@ -132,8 +138,18 @@ def preset_of(name: str, model: PeftModel) -> LightConfig:
     return preset_light(name, "bottleneck" if kinds == {"BOTTLENECK"} else "lora")
 
 
-def cut(model: PeftModel, plan: PrunePlan, light: LightConfig, calibration: Batches | None = None) -> LightModel:
+def cut(
+    model: PeftModel,
+    plan: PrunePlan,
+    light: LightConfig,
+    calibration: Batches | None = None,
+    fit: Fit = fit_refit,
+) -> LightModel:
     """Cut a dense model down to a plan, in place, and make up for the loss as the settings say.
+
+    Args:
+        calibration: as for `EarlyPruner.prune`.
+        fit: makes the corrections of a `light.refit`.
 
     Raises:
         LightPeftError: the plan does not fit, or `light.refit` has no calibration rows to work with.
@@ -143,7 +159,7 @@ def cut(model: PeftModel, plan: PrunePlan, light: LightConfig, calibration: Batc
         if calibration is None:
             raise LightPeftError(f"refit: {light.refit} needs rows; give prune(calibration=...), or set refit to none")
         rank = light.refit_rank if light.refit == "low_rank" else 0
-        refit = fit_refit(model, plan, calibration, rank)
+        refit = fit(model, plan, calibration, rank)
     apply_plan(model, plan)
     apply_refit(model, refit)
     if light.restart:

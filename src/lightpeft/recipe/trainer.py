@@ -17,7 +17,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from datasets import Dataset
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -30,7 +30,7 @@ from lightpeft.files import replacing_folder
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
-from lightpeft.prune.estimation import check_examples, stage_length
+from lightpeft.prune.estimation import Estimator, check_examples, stage_length
 from lightpeft.recipe.parallel import rewrap
 from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut
 from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
@@ -105,7 +105,7 @@ class LightTraining(PrefixMixin, Repeatable):
             self._light_pruner: EarlyPruner | None = None
             self.light_plan = self._peft_model.light_plan
         else:
-            self._light_pruner = EarlyPruner(self._peft_model, self.light_config)
+            self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
         self._trainer.add_callback(_Course(self))
 
     # -- the recipe ----------------------------------------------------------------------------------------------
@@ -134,6 +134,10 @@ class LightTraining(PrefixMixin, Repeatable):
             self._light_pruner.estimator.load_state(self._light_checkpoint)
         self._enter_light(self._light_acceleration())
         self._light_started = time.perf_counter()
+
+    def make_light_estimator(self, model: PeftModel, light: LightConfig) -> Estimator:
+        """What estimates. To be overridden."""
+        return Estimator(model, light)
 
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
         """What stays, decided once, when estimation is over; None ends training without a cut. To be overridden."""

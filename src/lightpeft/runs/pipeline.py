@@ -28,6 +28,7 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import folder_bytes, hardware
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.depth import leave_out
+from lightpeft.prune.refit import Fit, fit_refit
 from lightpeft.recipe.resuming import read_cut
 from lightpeft.runs.reuse import find_estimation, take_estimation
 from lightpeft.runs.stages import leave_plan, leave_pruned
@@ -71,27 +72,35 @@ def run(
         _train_light(work, callbacks)
     elif config.way.prunes:
         plan(work.run)
-        train(work, callbacks, light=prune(work))
+        train(work, callbacks, prune(work))
     else:
         train(work, callbacks)
     return evaluate(work)
 
 
-def estimate(work: Workspace) -> EstimationRecord:
+def estimate(work: Workspace, trainer: type[LightRun] = LightRun) -> EstimationRecord:
     """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance.
 
     Blocks that `light.depth` leaves out are gone before that.
+
+    Args:
+        trainer: what trains.
     """
     if not work.run.has("estimate"):
-        _train_light(work, stop_at_cut=True)
+        _train_light(work, stop_at_cut=True, trainer_class=trainer)
     return EstimationRecord.load(work.run.estimation)
 
 
-def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), stop_at_cut: bool = False) -> None:
+def _train_light(
+    work: Workspace,
+    callbacks: Sequence[TrainerCallback] = (),
+    stop_at_cut: bool = False,
+    trainer_class: type[LightRun] = LightRun,
+) -> None:
     """Estimate, cut and fine-tune in one training, from a checkpoint before the cut if there is one."""
     run = work.run
     set_seed(work.config.seed)
-    trainer = LightRun(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
+    trainer = trainer_class(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
     with run.held():
         trainer.settle()
         work.announce_settings()
@@ -111,8 +120,12 @@ def plan(run: RunFolder) -> PrunePlan:
         return leave_plan(run)
 
 
-def prune(work: Workspace) -> LightModel | None:
-    """Cut the model that estimation left, by the plan; returns it live, or None if it was done before."""
+def prune(work: Workspace, fit: Fit = fit_refit) -> LightModel | None:
+    """Cut the model that estimation left, by the plan; returns it live, or None if it was done before.
+
+    Args:
+        fit: makes the corrections of a `light.refit`.
+    """
     run = work.run
     if run.has("prune"):
         return None
@@ -123,14 +136,16 @@ def prune(work: Workspace) -> LightModel | None:
     if chosen.left_out:
         leave_out(model, len(chosen.blocks))  # estimation did without these blocks
     with run.held():
-        return leave_pruned(work, model, chosen, work.calibration)
+        return leave_pruned(work, model, chosen, work.calibration, fit)
 
 
-def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), light: LightModel | None = None) -> None:
+def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Model | None = None) -> None:
     """Fine-tune the small model with the small PEFT (light), the dense one with plain PEFT, or all of the dense one.
 
     Args:
-        light: the model as `prune` has just left it; None: it is loaded.
+        callbacks: of the trainer.
+        model: as `prune` has just left it or, of other methods, what trains instead of what they would make; None: it
+            is loaded or made.
     """
     run, config = work.run, work.config
     if run.has("train"):
@@ -138,10 +153,11 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), light: Lig
     set_seed(config.seed)
     if config.way.prunes:
         run.need("prune", "train")
-        light = light or load_light(run.pruned, work.dense_model().model, is_trainable=True)
-        _train_behind_the_cut(work, light, callbacks)
+        model = model or load_light(run.pruned, work.dense_model().model, is_trainable=True)
+        _train_behind_the_cut(work, model, callbacks)
         return
-    trainer = DenseRun(work, _with_peft(work) if config.way.has_peft else _full_model(work), callbacks)
+    model = model or (_with_peft(work) if config.way.has_peft else _full_model(work))
+    trainer = DenseRun(work, model, callbacks)
     with run.held():
         trainer.settle()
         work.announce_settings()
@@ -149,7 +165,7 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), light: Lig
         _finish(work, trainer, work.steps)
 
 
-def _train_behind_the_cut(work: Workspace, light: LightModel, callbacks: Sequence[TrainerCallback]) -> None:
+def _train_behind_the_cut(work: Workspace, light: Any, callbacks: Sequence[TrainerCallback]) -> None:
     """Go on where the cut was, or at a checkpoint behind it."""
     run, begun = work.run, EstimationRecord.load(work.run.estimation).meta["steps"]
     trainer = LightRun(work, light, callbacks=callbacks)

@@ -12,7 +12,7 @@ from lightpeft.errors import require
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.prune.refit import Batches
+from lightpeft.prune.refit import Batches, Fit, fit_refit
 from lightpeft.recipe.pruner import cut
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
@@ -49,16 +49,19 @@ def leave_plan(run: RunFolder) -> PrunePlan:
     return result
 
 
-def leave_pruned(work: Workspace, model: PeftModel, plan: PrunePlan, calibration: Batches) -> LightModel:
+def leave_pruned(
+    work: Workspace, model: PeftModel, plan: PrunePlan, calibration: Batches, fit: Fit = fit_refit
+) -> LightModel:
     """Cut the model as estimation left it, in place, look at it before and after, and save it.
 
     Args:
         calibration: batches of training rows, for `light.refit`.
+        fit: makes the corrections of a `light.refit`.
     """
     started = time.perf_counter()
     watcher = work.watcher()
     watcher.look("after_estimation", model)
-    light = cut(model, plan, work.config.light, calibration)
+    light = cut(model, plan, work.config.light, calibration, fit)
     watcher.look("after_the_cut", light)
     light.light_task = task_facts(work.task)
     seconds = time.perf_counter() - started - watcher.seconds

@@ -1,18 +1,21 @@
 """Grids of runs over models, tasks, methods and seeds, and the one table of them: `lightpeft reproduce`."""
 
+from lightpeft.runs.reproduce.arms import ARMS, Arm
+from lightpeft.runs.reproduce.calls import Call
 from lightpeft.runs.reproduce.grid import Cell, Grid, load_grid, selected
-from lightpeft.runs.reproduce.methods import METHODS, Method
-from lightpeft.runs.reproduce.running import reproduce
+from lightpeft.runs.reproduce.running import check_cell, reproduce
 from lightpeft.runs.reproduce.summary import Results, Row, summarize
 from lightpeft.runs.reproduce.tables import csv_table, latex_table, markdown_table, rich_table, write_results
 
 __all__ = [
-    "METHODS",
+    "ARMS",
+    "Arm",
+    "Call",
     "Cell",
     "Grid",
-    "Method",
     "Results",
     "Row",
+    "check_cell",
     "csv_table",
     "latex_table",
     "load_grid",

@@ -12,17 +12,18 @@ def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
     """Give a cell the estimation of another one that has the same; its time and memory count for both.
 
     Returns:
-        The name of the other cell; None where the cell has an estimation, needs none, or nobody has it.
+        The name of the other cell; None where the cell has an estimation, needs none, or nobody has it. What a call of
+        their own estimates is not known, so cells with one neither take nor give.
 
     Raises:
         LightPeftError: it cannot be copied.
     """
-    if cell.config.method != "light" or cell.run.has("estimate"):
+    if cell.config.method != "light" or cell.call is not None or cell.run.has("estimate"):
         return None
     wanted = estimation_settings(cell.config)
     for other in others:
         done = other.run.has("estimate") and "estimate" in other.run.finished_stages()
-        if done and estimation_settings(other.config) == wanted:
+        if done and other.call is None and estimation_settings(other.config) == wanted:
             copy_estimation(other.run, cell.run, other.name)
             return other.name
     return None

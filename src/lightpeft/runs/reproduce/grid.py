@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml, shown, unknown_key
 from lightpeft.errors import LightPeftError, require
 from lightpeft.peft_kinds.kinds import check_peft_settings
-from lightpeft.runs.reproduce.methods import METHODS, Method, Settings
+from lightpeft.runs.reproduce.arms import ARMS, Arm, Settings
+from lightpeft.runs.reproduce.calls import Call
 from lightpeft.saved.run_folder import RunFolder
 from lightpeft.tasks import find_entry
 
@@ -38,6 +40,8 @@ class Cell:
     seed: int
     config: RunConfig
     """Its `output` is the cell's own folder."""
+    call: Call | None = None
+    """What runs it in place of `lightpeft run`."""
 
     @property
     def name(self) -> str:
@@ -55,12 +59,16 @@ class Grid:
     """Models, tasks, methods and seeds, each with the settings that it brings."""
 
     name: str
+    """The file it was read from, or that it is about."""
     models: Mapping[str, Settings]
     tasks: Mapping[str, Settings]
-    methods: Mapping[str, Method]
+    arms: Mapping[str, Arm]
+    """By the name of the method."""
     seeds: Sequence[int]
     baseline: str
     """The method that all others are compared with."""
+    command: str
+    """The command line that runs it, for who reads its results."""
     run: Settings = dataclasses.field(default_factory=dict)
     """Settings that all cells share, below those of model, task and method."""
 
@@ -71,16 +79,16 @@ class Grid:
             LightPeftError: settings that are not known or not possible, or a task that does not exist.
         """
         return [
-            Cell(model, task, method, seed, self._config(out, model, task, method, seed))
+            Cell(model, task, method, seed, self._config(out, model, task, method, seed), arm.call)
             for seed in self.seeds
             for model in self.models
             for task in self.tasks
-            for method in self.methods
+            for method, arm in self.arms.items()
         ]
 
     def _config(self, out: Path, model: str, task: str, method: str, seed: int) -> RunConfig:
         data: dict[str, Any] = {"light": {"seed": seed}}  # so that random pruning is another one with every seed
-        for settings in (self.run, self.models[model], self.tasks[task], self.methods[method].settings):
+        for settings in (self.run, self.models[model], self.tasks[task], self.arms[method].settings):
             data = overlaid(data, dict(settings))
         folder = out.joinpath("cells", *(slug(str(part)) for part in (model, task, method, seed)))
         try:
@@ -89,7 +97,7 @@ class Grid:
             check_peft_settings(config)
         except LightPeftError as error:
             raise LightPeftError(f"{self.name}: cell {model}/{task}/{method}/{seed}: {error}") from error
-        return self.methods[method].config(config)
+        return self.arms[method].config(config)
 
 
 def slug(name: str) -> str:
@@ -117,9 +125,10 @@ def load_grid(path: str | Path) -> Grid:
         # a bare name is that of a model on the hub or in a folder, and of a known task
         models={name: {"model": {"name": name}} | given for name, given in models.items()},
         tasks={name: {"data": {"task": name}} | given for name, given in tasks.items()},
-        methods={name: _method(path, name, given) for name, given in methods.items()},
+        arms={name: _arm(path, name, given) for name, given in methods.items()},
         seeds=_seeds(path, data.get("seeds")),
         baseline=baseline,
+        command=shlex.join(["lightpeft", "reproduce", str(path)]),
         run=_settings(path, "run", data.get("run")),
     )
 
@@ -154,14 +163,14 @@ def _seeds(path: Path, given: Any) -> list[int]:
     return list(given)
 
 
-def _method(path: Path, name: str, settings: dict[str, Any]) -> Method:
+def _arm(path: Path, name: str, settings: dict[str, Any]) -> Arm:
     """A known method, or a variant: a known one with other settings on top."""
-    if name not in METHODS and not settings:
-        raise LightPeftError(f"{path}: {unknown_key(name, list(METHODS)).replace('key', 'method', 1)}")
-    start = settings.pop(FROM, name if name in METHODS else START)
-    known = isinstance(start, str) and start in METHODS
+    if name not in ARMS and not settings:
+        raise LightPeftError(f"{path}: {unknown_key(name, list(ARMS)).replace('key', 'method', 1)}")
+    start = settings.pop(FROM, name if name in ARMS else START)
+    known = isinstance(start, str) and start in ARMS
     require(known, f"{path}: methods.{name} is from {shown(start)}, which is no known method; give one's name")
-    base = METHODS[start]
+    base = ARMS[start]
     return replace(base, settings=overlaid(dict(base.settings), settings))
 
 

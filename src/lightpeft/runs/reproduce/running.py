@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,8 +18,9 @@ from lightpeft.console.progress import StepProgress
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import holding
 from lightpeft.machine import accelerator
+from lightpeft.runs.reproduce.calls import check_call, note_call
 from lightpeft.runs.reproduce.estimations import take_estimation
-from lightpeft.runs.reproduce.grid import Cell, load_grid, selected
+from lightpeft.runs.reproduce.grid import Cell, Grid, load_grid, selected
 from lightpeft.runs.reproduce.summary import Results, main_value, summarize
 from lightpeft.runs.reproduce.tables import write_results
 from lightpeft.saved.run_folder import RunFolder
@@ -27,7 +30,7 @@ Launch = Callable[[Cell, int, Path], str | None]
 
 
 def reproduce(
-    file: str | Path,
+    grid: Grid | str | Path,
     out: str | Path | None = None,
     only: Sequence[str] = (),
     devices: int | None = None,
@@ -39,7 +42,7 @@ def reproduce(
     they were, inside a cell too.
 
     Args:
-        file: YAML of the grid; paths in it are relative to the current folder.
+        grid: a grid, or its YAML file; paths in it are relative to the current folder.
         out: folder of the cells and the tables; None: runs/<folder of the file>/<its name>.
         only: run a part of the grid, as in "method=lora"; the table still has all that is done.
         devices: accelerators that a cell is spread over; None: all that are there. Without any, processes on the CPU.
@@ -49,8 +52,8 @@ def reproduce(
         LightPeftError: the grid has a fault, or `out` holds the cells of another grid; nothing was run.
         KeyboardInterrupt: stopped; a cell under way left a checkpoint.
     """
-    grid = load_grid(file)
-    out = Path(out) if out is not None else Path("runs") / Path(file).parent.name / Path(file).stem
+    grid = grid if isinstance(grid, Grid) else load_grid(grid)
+    out = Path(out) if out is not None else Path("runs") / Path(grid.name).parent.name / Path(grid.name).stem
     devices = _checked(devices)
     cells = [spread(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
@@ -58,9 +61,19 @@ def reproduce(
     busy = f"{out} is in use by another grid or one of its cells; waiting for it to end"
     with holding(out, wait=lambda: _say(busy), inherited=True):
         for cell in cells:
-            RunFolder.open(cell.config)
-        suite = _Suite(out, grid.baseline, cells, devices, launch or run_cell)
+            check_cell(cell)
+        suite = _Suite(out, grid, cells, devices, launch or run_cell)
         return suite.run(chosen)
+
+
+def check_cell(cell: Cell) -> None:
+    """Require that a cell's folder, if it is there, is that of this cell.
+
+    Raises:
+        LightPeftError: it holds something else, or what was run with other settings or by another call.
+    """
+    RunFolder.open(cell.config)
+    check_call(cell.run, cell.call)
 
 
 @dataclass
@@ -68,7 +81,7 @@ class _Suite:
     """The cells of one grid, on disk."""
 
     out: Path
-    baseline: str
+    grid: Grid
     cells: Sequence[Cell]
     devices: int
     launch: Launch
@@ -94,6 +107,7 @@ class _Suite:
         try:
             take_estimation(cell, self.cells)
             cell.run.begin()
+            note_call(cell.run, cell.call)
         except LightPeftError as error:
             return str(error)
         failure = self.launch(cell, self.devices, log)
@@ -102,7 +116,7 @@ class _Suite:
         return failure
 
     def _write(self) -> Results:
-        results = summarize(self.cells, self.baseline, self.failures)
+        results = summarize(self.grid, self.cells, self.failures)
         write_results(self.out, results)
         return results
 
@@ -132,9 +146,12 @@ def spread(cell: Cell, devices: int) -> Cell:
     return replace(cell, config=replace(cell.config, training=share))
 
 
-def command(folder: Path, devices: int) -> list[str]:
-    """The command that runs the cell in a folder: through `accelerate launch` where there are several devices."""
-    run = ["lightpeft", "run", "--run", str(folder)]
+def command(cell: Cell, devices: int) -> list[str]:
+    """The command that runs a cell: through `accelerate launch` where there are several devices."""
+    folder, call = str(cell.run.path), cell.call
+    run = ["lightpeft", "run", "--run", folder]
+    if call is not None:
+        run = ["lightpeft.runs.reproduce", folder, call.function, json.dumps(call.arguments)]
     if devices == 1:
         return [sys.executable, "-m", *run]
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -156,7 +173,8 @@ def run_cell(cell: Cell, devices: int, log: Path) -> str | None:
     with log.open("ab") as output:
         # in a session of its own: Ctrl-C reaches the cell once, through `_wait`, and ends its step before it stops
         process = subprocess.Popen(
-            command(cell.run.path, devices),
+            command(cell, devices),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} if cell.call else None,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

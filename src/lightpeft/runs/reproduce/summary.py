@@ -10,7 +10,8 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
-from lightpeft.runs.reproduce.grid import Cell
+from lightpeft.files import file_checksum
+from lightpeft.runs.reproduce.grid import Cell, Grid
 from lightpeft.saved.run_folder import read_report
 
 Key = tuple[str, str, str]
@@ -97,21 +98,27 @@ class Results:
     baseline: str
     cells: int
     """Cells of the whole grid."""
+    command: str
+    """The command line that runs the grid."""
     reports: dict[str, Report] = field(default_factory=dict)
     """The report of each finished cell, by the cell's name."""
+    logs: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each finished cell's log.jsonl, by the cell's name: the logs themselves stay with the runs."""
     failures: dict[str, str] = field(default_factory=dict)
     """Cell -> why it failed."""
 
 
-def summarize(cells: Sequence[Cell], baseline: str, failures: Mapping[str, str] = MappingProxyType({})) -> Results:
+def summarize(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str] = MappingProxyType({})) -> Results:
     """One row for each model, task and method that has a finished cell."""
-    reports: dict[str, Report] = {c.name: read_report(c.run.metrics) for c in cells if c.run.has("evaluate")}
+    baseline, finished = grid.baseline, [cell for cell in cells if cell.run.has("evaluate")]
+    reports: dict[str, Report] = {cell.name: read_report(cell.run.metrics) for cell in finished}
+    logs = {cell.name: file_checksum(cell.run.log) for cell in finished if cell.run.log.is_file()}
     groups: dict[Key, dict[int, Report]] = {(cell.model, cell.task, cell.method): {} for cell in cells}
     for cell in cells:
         if cell.name in reports:
             groups[cell.model, cell.task, cell.method][cell.seed] = reports[cell.name]
     rows = [row(key, group, groups[*key[:2], baseline], baseline) for key, group in groups.items() if group]
-    return Results(rows, baseline, len(cells), reports, dict(failures))
+    return Results(rows, baseline, len(cells), grid.command, reports, logs, dict(failures))
 
 
 def row(key: Key, reports: Mapping[int, Report], base: Mapping[int, Report], baseline: str) -> Row:

@@ -1,4 +1,4 @@
-"""The methods that a grid knows by name: full fine-tuning, PEFT, Light-PEFT, and the paper's ablations of it."""
+"""The arms of a grid, which its file calls methods: full fine-tuning, PEFT, Light-PEFT, the paper's ablations of it."""
 
 from __future__ import annotations
 
@@ -7,43 +7,46 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightpeft.config import RunConfig
+from lightpeft.runs.reproduce.calls import Call
 
 Settings = Mapping[str, Any]
 """Nested settings of a `RunConfig`."""
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way of fine-tuning."""
+class Arm:
+    """One way of fine-tuning, as it is compared with others."""
 
     settings: Settings
     """What it sets of a `RunConfig`; all the rest is the grid's."""
     equal_shares: bool = False
     """Its scores of heads and of neurons do not compare: where the preset lets them compete (`light.blocks`), that part
     of the heads and that part of the neurons goes instead."""
+    call: Call | None = None
+    """What runs its cells in place of `lightpeft run`. Python alone can say so, and no file."""
 
     def config(self, config: RunConfig) -> RunConfig:
-        """The run's config with the method's settings in it, as it really runs."""
+        """The run's config with the arm's settings in it, as it really runs."""
         light = config.light
         if not self.equal_shares or light.blocks is None:
             return config
         return replace(config, light=replace(light, heads=light.blocks, neurons=light.blocks, blocks=None))
 
 
-def _light(equal_shares: bool = False, **settings: Any) -> Method:
-    return Method({"method": "light", "peft": "lora", "light": settings}, equal_shares)
+def _light(equal_shares: bool = False, **settings: Any) -> Arm:
+    return Arm({"method": "light", "peft": "lora", "light": settings}, equal_shares)
 
 
-def _criterion(name: str, equal_shares: bool = False) -> Method:
+def _criterion(name: str, equal_shares: bool = False) -> Arm:
     return _light(equal_shares, head_criterion=name, neuron_criterion=name)
 
 
-METHODS: dict[str, Method] = {
-    "full": Method({"method": "full"}),
-    "lora": Method({"method": "plain", "peft": "lora"}),
-    "adapter": Method({"method": "plain", "peft": "bottleneck"}),
+ARMS: dict[str, Arm] = {
+    "full": Arm({"method": "full"}),
+    "lora": Arm({"method": "plain", "peft": "lora"}),
+    "adapter": Arm({"method": "plain", "peft": "bottleneck"}),
     "light-lora": _light(),
-    "light-adapter": Method({"method": "light", "peft": "bottleneck"}),
+    "light-adapter": Arm({"method": "light", "peft": "bottleneck"}),
     # one of the two prunings, and each half of the second
     "foundation-only": _light(module_blocks=1.0, modules=0.0, ranks=0.0),
     "peft-only": _light(heads=0.0, neurons=0.0),
@@ -61,4 +64,4 @@ METHODS: dict[str, Method] = {
     "length-0.2": _light(length=0.2),
     "length-auto": _light(length="auto"),
 }
-"""Name -> method. The ablations are of light-lora; a variant of the grid's own may put them on adapters."""
+"""Name -> arm. The ablations are of light-lora; a variant of the grid's own may put them on adapters."""
