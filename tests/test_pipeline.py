@@ -13,11 +13,12 @@ from workbench import Workbench, checksums, lightpeft, read, stamps
 from lightpeft.config import ModelConfig, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.predicting import predict
-from lightpeft.models.loading import load_tokenizer
+from lightpeft.models.loading import load_model, load_tokenizer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import count_parameters
 from lightpeft.runs import pipeline
+from lightpeft.saved import opening
 from lightpeft.saved.light_adapter import LightModel, load_light
 from lightpeft.saved.opening import open_result
 from lightpeft.saved.run_folder import RunFolder
@@ -244,6 +245,19 @@ def test_tiny_model_learns(benches: dict[tuple[str, str], Workbench]) -> None:
     result = pipeline.run(bench.config("learned", seed=1, **{"training.epochs": 8, "light.heads": 0.5}))
     assert result["metrics"]["accuracy"] >= 0.8
     assert result["parameters"]["base_removed_ratio"] > 0.3
+
+
+def test_the_base_is_loaded_twice(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once to train, live from stage to stage, and once to measure the result over an untouched one."""
+    loads: list[str] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        loads.append("base")
+        return load_model(*args, **options)
+
+    monkeypatch.setattr(opening, "load_model", counted)
+    pipeline.run(bench.config("loads"))
+    assert len(loads) == 2
 
 
 def test_fine_tuning_goes_on_from_estimation(finished: Path) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from lightpeft import Budget, load_config, load_light, make_plan
+from lightpeft.config import run_config_from_dict
 from lightpeft.evaluation.predicting import predict
+from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs import pipeline
 
+README = Path(__file__).parents[1] / "README.md"
 CONFIG = Path(__file__).parents[1] / "configs" / "movie_reviews" / "minilm_default.yaml"
 IN_BLOCKS = 6 * (4 * (384 * 384 + 384) + 2 * 384 * 1536 + 1536 + 384 + 4 * 384)
 """Parameters of MiniLM's six blocks: attention, FFN and two norms each."""
@@ -54,6 +60,49 @@ def test_minilm_learns_with_two_fifths_of_its_blocks(minilm: Path, movie_reviews
     with torch.no_grad():
         merged = light(input_ids=ids).logits, light.merge_and_unload()(input_ids=ids).logits
     torch.testing.assert_close(*merged, rtol=1e-4, atol=1e-4)
+
+
+def test_the_readme_and_the_shell_give_the_same(
+    minilm: Path, movie_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first Python of the README, word for word, beside `lightpeft run` with the settings that it has."""
+    given = {
+        "output": str(tmp_path / "run"),
+        "seed": 42,  # as in `TrainingArguments`
+        "model": {"name": str(minilm)},
+        "data": {
+            "train": str(movie_reviews / "train.csv"),
+            "test": str(movie_reviews / "test.csv"),
+            "max_length": 32,
+            "limit_train": 600,
+            "limit_test": 200,
+        },
+        "lora": {"r": 8, "alpha": 8, "dropout": 0.0},
+        "training": {
+            "epochs": 3,
+            "batch_size": 8,
+            "eval_batch_size": 8,
+            "learning_rate": 1e-3,
+            "warmup": 0.0,
+            "by_length": False,
+            "pad_to_multiple_of": 1,
+        },
+    }
+    report = pipeline.run(run_config_from_dict(given))
+    work = pipeline.prepare(run_config_from_dict(given))
+    (code, *_) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert "LightTrainer" in code and len(code.splitlines()) <= 10
+    (tmp_path / "demo").symlink_to(minilm.parents[1])
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"rows": work.train_rows, "tokenizer": work.tokenizer}
+    set_seed(42)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["trainer"].light_plan == PrunePlan.load(tmp_path / "run" / "plan.json")
+    light = load_light("adapter")
+    for name, value in load_file("run/adapter/adapter_model.safetensors").items():
+        assert load_file("adapter/adapter_model.safetensors")[name].equal(value), name
+    outcomes = pipeline.measure(work, light)
+    assert scores_of(outcomes, work.task).metrics == report["metrics"]
 
 
 @pytest.mark.parametrize("head_unit", ["group", "balanced"])
