@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol, cast
 
+from torch import nn
 from transformers import PretrainedConfig
 
 from lightpeft.config import ModelConfig
@@ -20,8 +21,13 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import versions
 
-if TYPE_CHECKING:
-    from lightpeft.saved.light_adapter import LightModel
+
+class Described(Protocol):
+    """What a light model knows of itself (see `LightModel`)."""
+
+    light_plan: PrunePlan
+    light_task: dict[str, Any]
+    light_metrics: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +119,9 @@ def base_facts(description: Mapping[str, Any], path: Path) -> BaseFacts:
         return from_dict(BaseFacts, description["base"], "base.")
 
 
-def facts_of(model: LightModel) -> dict[str, Any]:
+def facts_of(model: Described) -> dict[str, Any]:
     """What is written down of a light model beside its weights: base, plan, task, metrics, versions."""
-    inner = transformers_model(model)
+    inner = transformers_model(cast(nn.Module, model))
     config = inner.config
     return {
         "base": {
@@ -166,14 +172,14 @@ def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, in
     }
 
 
-def model_card(model: LightModel, title: str, what: str, loader: str) -> str:
+def model_card(model: Described, title: str, what: str, loader: str) -> str:
     """The text of README.md beside saved weights.
 
     Args:
         what: is in the folder.
         loader: name of the function of lightpeft that reads it.
     """
-    base = transformers_model(model).config.name_or_path or "the base"
+    base = transformers_model(cast(nn.Module, model)).config.name_or_path or "the base"
     # a local path is of no use to a reader elsewhere, and not a valid hub id
     front = "" if Path(base).exists() else f"base_model: {base}\n"
     metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"

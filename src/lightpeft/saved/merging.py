@@ -10,9 +10,10 @@ import copy
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.compat.transformers import Checkpoint, with_reader
@@ -26,10 +27,7 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.bases import architecture_of
-from lightpeft.saved.description import base_facts, check_parts, facts_of, model_card, per_layer_config
-
-if TYPE_CHECKING:
-    from lightpeft.saved.light_adapter import LightModel
+from lightpeft.saved.description import Described, base_facts, check_parts, facts_of, model_card, per_layer_config
 
 MERGED = "merged.json"
 """What says that the weights beside it belong into a model that a plan has cut."""
@@ -41,7 +39,7 @@ _CARD = (
 
 
 def save_merged(
-    model: LightModel,
+    model: Described,
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -52,6 +50,7 @@ def save_merged(
     The model stays as it is; a copy of it is merged, which takes its memory once more.
 
     Args:
+        model: a `LightModel`.
         folder: new or empty.
         tokenizer: to be saved with it.
         overwrite: the folder may also hold a merged light model, which goes with all that is in it.
@@ -63,14 +62,14 @@ def save_merged(
         LightPeftError: its PEFT modules cannot be merged, the base is quantised, or the folder cannot be written;
             nothing is half-written.
     """
-    folder = Path(folder)
+    folder, light = Path(folder), cast(PeftModel, model)
     merged = (folder / MERGED).is_file()
     instead = "a new folder, or overwrite what is there (--overwrite)" if merged else "a new folder"
     free = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and merged)
     require(free, f"{folder} is not empty; give {instead}")
-    check_mergeable(transformers_model(model).config)
+    check_mergeable(transformers_model(light).config)
     try:
-        whole = copy.deepcopy(model).merge_and_unload()
+        whole = copy.deepcopy(light).merge_and_unload()
     except RuntimeError as error:  # of PEFT: biases of LoRA, say, on a layer without one
         reason = one_line(error, 200)
         raise LightPeftError(f"this model cannot be merged; keep the light adapter: {reason}") from error
