@@ -44,6 +44,7 @@ BUDGET: dict[str, Any] = {
     "learning_rate_scale": 2.0,
 }
 LIGHT = LightConfig(**BUDGET)
+PASSED = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 SLOWLY = {"prefix_cache": None, "fast_steps": False}
 STEPS = {"estimation": 6, "run": 24}
 
@@ -102,7 +103,7 @@ class Builds:
 
     def trainer(self, trainer_class: Any = LightTrainer, model: Any = None, **changes: Any) -> Any:
         options: dict[str, Any] = {"light": LIGHT, "peft_config": lora() if model is None else None}
-        options |= {name: changes.pop(name) for name in [*options, "callbacks", "optimizers"] if name in changes}
+        options |= {name: changes.pop(name) for name in [*options, *PASSED] if name in changes}
         fast = {name: changes.pop(name) for name in ("fast_steps", "prefix_cache") if name in changes}
         compute = changes.pop("compute_metrics", accuracy)
         return trainer_class(
@@ -223,6 +224,29 @@ def test_a_presets_name(builds: Builds) -> None:
     trainer = builds.trainer(light="fast")
     assert trainer.light_config == preset_light("fast")
     assert 'preset "quick" is unknown' in refusal(lambda: builds.trainer(light="quick"))
+
+
+def test_an_optimizer_of_ones_own(builds: Builds) -> None:
+    seen = Events()
+    own = (torch.optim.SGD, {"lr": 0.5, "momentum": 0.9})
+    trainer = builds.trainer(callbacks=[seen], optimizer_cls_and_kwargs=own)
+    trainer.train()
+    rates = [logs["learning_rate"] for logs in seen.logs if "learning_rate" in logs]
+    assert max(rates) == pytest.approx(1.0) and own[1]["lr"] == 0.5
+    assert type(trainer.optimizer.optimizer) is torch.optim.SGD
+
+
+def test_a_light_model_trains_once_more(builds: Builds) -> None:
+    trainer = builds.trainer()
+    trainer.train()
+    plan, before = trainer.light_plan, weights(trainer.model)
+    seen = Events()
+    trainer.add_callback(seen)
+    trainer.train()
+    assert trainer.light_plan is plan and seen.steps == list(range(1, 25))
+    rates = [logs["learning_rate"] for logs in seen.logs if "learning_rate" in logs]
+    assert rates[-1] < rates[-8] < rates[8] and min(rates[3:-1]) > 0
+    assert any(not value.equal(before[name]) for name, value in weights(trainer.model).items())
 
 
 # -- the same as a run ---------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class LightTraining(PrefixMixin, Repeatable):
         self.light_config = settings if not isinstance(light, str) else _settings(light, None, self._peft_model)
         self._check_light()
         self._trainer.args = copy.copy(self._trainer.args)  # the user's own stay as they are
-        self._trainer.args.learning_rate *= self.light_config.learning_rate_scale
+        self._scale_rate(self.light_config.learning_rate_scale)
         self._light_contexts = ExitStack()
         self._estimation_steps, self._light_seconds = 0, {"estimation": 0.0, "cut": 0.0}
         self._light_checkpoint: str | None = None
@@ -114,6 +114,8 @@ class LightTraining(PrefixMixin, Repeatable):
         """Estimate, cut and fine-tune; `resume_from_checkpoint` may lie on either side of the cut."""
         newest = get_last_checkpoint(self._trainer.args.output_dir) if resume_from_checkpoint is True else None
         self._light_checkpoint = newest if resume_from_checkpoint is True else resume_from_checkpoint or None
+        if self._light_checkpoint is None:
+            self._estimation_steps = 0  # a light model that trains once more does so for the whole of it
         try:
             return super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
         finally:
@@ -220,6 +222,14 @@ class LightTraining(PrefixMixin, Repeatable):
         trainer.create_scheduler(num_training_steps=max_steps)
         for name in ("optimizer", "lr_scheduler"):
             setattr(trainer.callback_handler, name, getattr(trainer, name))
+
+    def _scale_rate(self, scale: float) -> None:
+        trainer = self._trainer
+        trainer.args.learning_rate *= scale
+        if trainer.optimizer_cls_and_kwargs is not None:
+            kind, settings = trainer.optimizer_cls_and_kwargs
+            scaled = {"lr": settings["lr"] * scale} if "lr" in settings else {}
+            trainer.optimizer_cls_and_kwargs = kind, {**settings, **scaled}
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
         """The trainer's own, over the whole run for estimation, and over the steps that are left after the cut."""
