@@ -28,6 +28,7 @@ import plots
 import products
 import publishing
 import pytest
+import recipe
 import recovery
 import recovery_arms
 import scaling
@@ -601,6 +602,21 @@ def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     caches = results["kv_cache_bytes_per_token"]
     assert (set(caches.values()) == {None}) == (family == "bert")
     assert family == "bert" or caches["light, merged"] < caches["plain, merged"] == caches["plain, unmerged"]
+
+
+# -- recipe.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_recipe_in_python_and_in_the_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = Workbench(tmp_path / "bench")
+    config = bench.yaml("tiny", **{"training.epochs": 1, "light.least_examples": 0})
+    assert recipe.main([str(config), "--rounds", "1"]) == 0
+    assert "| python / shell |" in capsys.readouterr().out
+    monkeypatch.setattr(recipe, "set_seed", lambda seed: None)
+    assert recipe.main([str(config), "--rounds", "1"]) == 1
+    assert "trained other weights" in capsys.readouterr().err
 
 
 # -- recovery.py -------------------------------------------------------------------------------------------------------
