@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from test_dpo import logits
 from test_sft import SETTINGS, WORDS, tokenizer
 from tiny import VOCABULARY, make, refusal
@@ -31,7 +32,7 @@ from transformers import (
     set_seed,
 )
 
-from lightpeft import LightConfig, LightTrainer, light_trainer, load_light
+from lightpeft import BottleneckConfig, LightConfig, LightTrainer, light_trainer, load_light
 from lightpeft.saved.light_adapter import LightModel
 
 trl = pytest.importorskip("trl")
@@ -338,3 +339,26 @@ def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_pat
         )
 
     assert "would take the cut model as its own reference" in refusal(make_trainer)
+
+
+@pytest.mark.parametrize("kind", ["ia3", "bottleneck", "dora"])
+def test_other_kinds_of_peft(base: PreTrainedModel, tmp_path: Path, kind: str) -> None:
+    """Placed by the recipe, in the upper blocks alone."""
+    configs: dict[str, Any] = {
+        "ia3": IA3Config(task_type="CAUSAL_LM"),
+        "bottleneck": BottleneckConfig(placement="houlsby", size=8, task_type="CAUSAL_LM"),
+        "dora": LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True),
+    }
+    words = tokenizer()
+    texts = [words(f"{prompt} {good}") for prompt, good, _ in rows_of()]
+    settings = {name: value for name, value in ARGUMENTS.items() if name != "bf16"}
+    trainer = LightTrainer(
+        model=base,
+        args=TrainingArguments(str(tmp_path / "out"), **settings),
+        train_dataset=Dataset.from_list([{**text, "labels": text["input_ids"]} for text in texts]),
+        data_collator=DataCollatorForSeq2Seq(words),
+        peft_config=configs[kind],
+        light=replace(LIGHT, module_blocks=2 / 3),
+    )
+    check(trainer, better=False)
+    assert {site.block for site in trainer.light_record.sites} == {1, 2}

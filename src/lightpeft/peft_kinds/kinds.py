@@ -12,7 +12,7 @@ from typing import Any
 from peft import PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from lightpeft.config import RunConfig
+from lightpeft.config import LightConfig, RunConfig
 from lightpeft.config.light import WIDEST
 from lightpeft.config.validation import check_most, checked_fields
 from lightpeft.errors import LightPeftError, nearest, require
@@ -47,8 +47,15 @@ class Place:
 
     allowed: Sequence[BlockSpec]
     others: Sequence[BlockSpec]
-    by_habit: bool
+    by_habit: bool = False
     """As the kind is used by habit (`Method.by_habit`), not wherever a module may be of use."""
+
+    @classmethod
+    def under(cls, light: LightConfig, blocks: Sequence[BlockSpec]) -> Place:
+        """Where `light.depth` and `light.module_blocks` let modules be."""
+        end = light.blocks_left(len(blocks))
+        lowest = light.first_module_block(end)
+        return cls(blocks[lowest:end], [*blocks[:lowest], *blocks[end:]])
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class PeftKind:
         settings = {**self.section(run), **given}
         _check_layers(settings)
         if place is not None:
-            settings |= self.placed(settings, place, run)
+            settings |= self.placed(settings, place, self.slots(run))
         saved = list(dict.fromkeys([*(settings.pop("modules_to_save", None) or ()), *new_modules])) or None
         with parsing("peft"):
             made: PeftConfig = cls(**settings, task_type=task_type, modules_to_save=saved)
@@ -108,12 +115,16 @@ class PeftKind:
         """The slots that the run names; None: it names none."""
         return None
 
-    def placed(self, settings: Settings, place: Place, run: RunConfig) -> Settings:
-        """The settings that say where modules go; target modules that somebody named stay as they are."""
+    def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
+        """The settings that say where modules go; target modules that somebody named stay as they are.
+
+        Args:
+            slots: projections to put them on; None: all, or by habit.
+        """
         if settings.get("target_modules") is not None:
             return {}
-        slots = self.slots(run) or (self.habit if place.by_habit else SLOTS)
-        return {"target_modules": projections(place.allowed, slots)}
+        usual = self.habit if place.by_habit else SLOTS
+        return {"target_modules": projections(place.allowed, slots or usual)}
 
 
 def _check_layers(settings: Settings) -> None:
@@ -150,8 +161,8 @@ class _Lora(PeftKind):
 class _Ia3(PeftKind):
     """IA3, whose factors are on what a feed-forward module reads: the hidden units in front of `ffn_out`."""
 
-    def placed(self, settings: Settings, place: Place, run: RunConfig) -> Settings:
-        result = super().placed(settings, place, run)
+    def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
+        result = super().placed(settings, place, slots)
         if settings.get("feedforward_modules") is not None:
             return result
         targets = result.get("target_modules", settings.get("target_modules"))
@@ -168,7 +179,7 @@ class _Bottleneck(PeftKind):
     def section(self, run: RunConfig) -> Settings:
         return asdict(run.bottleneck)
 
-    def placed(self, settings: Settings, place: Place, run: RunConfig) -> Settings:
+    def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
         if settings.get("target_modules") is not None or settings.get("exclude_modules") is not None:
             return {}
         return {"exclude_modules": projections(place.others) or None}
@@ -199,6 +210,15 @@ def kind_named(name: str) -> PeftKind:
             + f"choose one of {', '.join(KINDS)}"
         )
     return KINDS[name]
+
+
+def kind_of(config: PeftConfig) -> PeftKind:
+    """The kind of a PEFT configuration.
+
+    Raises:
+        LightPeftError: it cannot be pruned.
+    """
+    return kind_named(str(getattr(config.peft_type, "value", config.peft_type)).lower())
 
 
 def check_peft_settings(run: RunConfig) -> None:

@@ -38,11 +38,7 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
 
 def _place(blocks: Sequence[BlockSpec], config: RunConfig) -> Place:
     """Where modules may be: where the method prunes, in the blocks in which they may stay."""
-    lowest, end = 0, len(blocks)
-    if config.way.prunes:
-        end = config.light.blocks_left(len(blocks))
-        lowest = config.light.first_module_block(end)
-    return Place(blocks[lowest:end], [*blocks[:lowest], *blocks[end:]], by_habit=config.way.by_habit)
+    return Place.under(config.light, blocks) if config.way.prunes else Place(blocks, (), config.way.by_habit)
 
 
 def _check_targets(model: PreTrainedModel, targets: Any, blocks: Sequence[BlockSpec]) -> None:

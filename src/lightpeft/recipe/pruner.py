@@ -13,7 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lightpeft.config import Budget, LightConfig, preset_light
 from lightpeft.errors import LightPeftError
 from lightpeft.models.linears import prepare_quantised
-from lightpeft.peft_kinds.sites import check_peft, find_sites, restart_sites
+from lightpeft.peft_kinds.kinds import kind_of
+from lightpeft.peft_kinds.sites import check_peft, find_sites, own_adapter, restart_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
@@ -134,8 +135,7 @@ def preset_of(name: str, model: PeftModel) -> LightConfig:
     Raises:
         LightPeftError: there is no such preset.
     """
-    kinds = {str(getattr(config.peft_type, "value", config.peft_type)) for config in model.peft_config.values()}
-    return preset_light(name, "bottleneck" if kinds == {"BOTTLENECK"} else "lora")
+    return preset_light(name, kind_of(model.peft_config[own_adapter(model)]).name)
 
 
 def cut(

@@ -27,6 +27,7 @@ from lightpeft.compat.accelerate import as_it_is, forget_optimizers
 from lightpeft.config import LightConfig, preset_light
 from lightpeft.errors import require
 from lightpeft.files import replacing_folder
+from lightpeft.peft_kinds.kinds import kind_of
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
@@ -418,11 +419,11 @@ def fitted(light: LightConfig, pace: Pace | None, steps: int) -> LightConfig:
 
 
 def _settings(light: str | LightConfig, peft_config: PeftConfig | None, model: Any) -> LightConfig:
+    """A preset as it is for the PEFT kind of a configuration or a model, or settings of one's own."""
     if isinstance(light, LightConfig):
         return light
     configs = [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values())
-    bottleneck = any(str(getattr(each.peft_type, "value", each.peft_type)) == "BOTTLENECK" for each in configs)
-    return preset_light(light, "bottleneck" if bottleneck else "lora")
+    return preset_light(light, kind_of(configs[0]).name) if configs else preset_light(light)
 
 
 def _with_dense_reference(options: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:

@@ -12,8 +12,12 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.kinds import Place, kind_of, projections
 from lightpeft.peft_kinds.sites import check_removable, find_sites, refresh_config, remove_site
 from lightpeft.prune.discovery import ensure_family
+
+_PLACES = ("target_modules", "exclude_modules", "feedforward_modules")
+"""Fields of PEFT's configurations that say where modules go."""
 
 
 def inner_peft_model(model: nn.Module) -> PeftModel:
@@ -71,18 +75,17 @@ def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConf
     Without `target_modules` they are all projections of these blocks; else what is named, but in no other block.
     """
     ensure_family(model)
-    blocks = block_specs(transformers_model(model))
-    end = light.blocks_left(len(blocks))
-    lowest = light.first_module_block(end)
-    stay, go = blocks[lowest:end], [*blocks[:lowest], *blocks[end:]]
-    config = copy.copy(config)
-    if getattr(config, "target_modules", "") is None:
-        config.target_modules = {name for block in stay for name in block.projections.values()}
-    elif go and hasattr(config, "exclude_modules"):
-        known = config.exclude_modules or []
+    place = Place.under(light, block_specs(transformers_model(model)))
+    named = {name: getattr(config, name) for name in _PLACES if hasattr(config, name)}
+    changed = kind_of(config).placed(named, place)
+    if named.get("target_modules") is not None and place.others:
+        known = named.get("exclude_modules") or []
         pattern = isinstance(known, str)
         require(not pattern, "exclude_modules is a pattern; give a list, or set light.module_blocks to 1")
-        config.exclude_modules = [*known, *(name for block in go for name in block.projections.values())]
+        changed["exclude_modules"] = [*known, *projections(place.others)]
+    config = copy.copy(config)
+    for name, value in changed.items():
+        setattr(config, name, value)
     return config
 
 
