@@ -41,7 +41,7 @@ def inspect(path: Path) -> list[Table]:
 
 def _run(run: RunFolder) -> list[Table]:
     """What the last stage left that there is something to show of."""
-    light = run.config.method == "light"
+    light = run.config.way.prunes
     if light and run.has("train"):
         return _model(find_folder(run.adapter))
     if light and run.has("plan"):

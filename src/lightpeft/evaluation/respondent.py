@@ -19,6 +19,7 @@ from lightpeft.evaluation.batching import fitting_batch_size, in_batches
 from lightpeft.evaluation.generating import generate_texts
 from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.tasks.tokens import Collator, take_rows, without_labels
 
 
@@ -80,6 +81,5 @@ def _require_rows(encoded: Dataset) -> None:
 
 def _accepted_inputs(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     """Parameters of the transformers model's forward: not every model takes all that a tokenizer gives."""
-    get_base_model = getattr(model, "get_base_model", None)
-    base = model if get_base_model is None else get_base_model()
+    base = transformers_model(model)
     return inspect.signature(base.forward).parameters

@@ -18,7 +18,7 @@ def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
     Raises:
         LightPeftError: it cannot be copied.
     """
-    if cell.config.method != "light" or cell.call is not None or cell.run.has("estimate"):
+    if not cell.config.way.prunes or cell.call is not None or cell.run.has("estimate"):
         return None
     wanted = estimation_settings(cell.config)
     for other in others:
