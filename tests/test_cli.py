@@ -103,7 +103,7 @@ def test_every_name_of_other_tools_leads_to_an_option() -> None:
 
 def test_places_may_stand_behind_options() -> None:
     given = VERBS["predict"].parser().words(["model", "--bf16", "--output", "out.csv", "rows.csv"])
-    assert given == {"model": "model", "input": "rows.csv", "--bf16": None, "--output": "out.csv"}
+    assert given == {"model": "model", "input": "rows.csv", "--bf16": True, "--output": "out.csv"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,10 +178,10 @@ def test_a_run_answers_as_it_was_evaluated(halves: Workbench, tmp_path: Path, me
     assert [row["label"] for row in rows] == [row["prediction"] for row in evaluated]
     assert len({row["label"] for row in rows}) == 2
     assert np.allclose(probabilities(tmp_path / "out.csv"), probabilities(tmp_path / "evaluated.csv"), atol=2e-6)
-    for given in (("--bf16",), ("--bf16", "true")):
+    for given in ((), ("--bf16",)):
         assert lightpeft("predict", run, halves.test, *given, "--output", tmp_path / "half.csv") == 0
         assert (probabilities(tmp_path / "half.csv") == probabilities(tmp_path / "out.csv")).all()
-    assert lightpeft("predict", run, halves.test, "--bf16", "false", "--output", tmp_path / "whole.csv") == 0
+    assert lightpeft("predict", run, halves.test, "--no_bf16", "--output", tmp_path / "whole.csv") == 0
     difference = np.abs(probabilities(tmp_path / "whole.csv") - probabilities(tmp_path / "out.csv")).max()
     assert 1e-5 < difference < 0.1
 
@@ -214,7 +214,7 @@ def test_long_texts_are_cut_as_in_training(bench: Workbench, tmp_path: Path) -> 
     row = table((tmp_path / "out.csv").read_text(encoding="utf-8"))[0]
     cut = " ".join(text.split()[:30])  # and two special tokens: max_length 32
     expected = direct(bench.folder / "run" / "adapter", bench.base, [(cut,)])
-    assert float(row["p_good0"]) == pytest.approx(float(expected[0, 1]), abs=2e-6)
+    assert float(row["p_positive"]) == pytest.approx(float(expected[0, 1]), abs=2e-6)
 
 
 def test_pairs(tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_pairs(tmp_path: Path) -> None:
     rows = table((tmp_path / "out.csv").read_text(encoding="utf-8"))
     texts = [(row["text"], row["second"]) for row in pairs[:6]]
     expected = direct(tmp_path / "pairs" / "adapter", bench.base, texts)
-    assert np.allclose([float(row["p_good0"]) for row in rows], expected[:, 1], atol=2e-6)
+    assert np.allclose([float(row["p_positive"]) for row in rows], expected[:, 1], atol=2e-6)
 
 
 def test_another_text_column_by_likelihood(tmp_path: Path) -> None:
@@ -242,5 +242,5 @@ def test_another_text_column_by_likelihood(tmp_path: Path) -> None:
         write_rows(tmp_path / f"{column}.jsonl", [{column: text} for text in TEXTS])
         output = tmp_path / f"{column}_answers.csv"
         predict(bench.folder / "run" / "adapter", tmp_path / f"{column}.jsonl", output, text=column)
-        answers[column] = [row["p_good0"] for row in table(output.read_text(encoding="utf-8"))]
+        answers[column] = [row["p_positive"] for row in table(output.read_text(encoding="utf-8"))]
     assert answers["body"] == answers["text"] and len(set(answers["text"])) > 1

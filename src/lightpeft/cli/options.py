@@ -70,8 +70,6 @@ class Option:
         Raises:
             LightPeftError: it is of another type.
         """
-        if given is None and self.type is bool:  # an option that may stand alone, for true
-            return True
         return given if self.type is str else checked(self.plain(given), self.type, self.name)
 
     def plain(self, given: Any, known: Iterable[str] = ()) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from lightpeft.cli.options import Option
 from lightpeft.cli.screen import screen
 from lightpeft.cli.verbs.verb import Verb
+from lightpeft.errors import require
 
 BASE = Option("--base", "Name or folder of the base, if it moved since the adapter was saved.")
 SWITCH_OPTIONS = (
@@ -16,9 +17,11 @@ SWITCH_OPTIONS = (
 """What lets somebody else's code in, of verbs on results."""
 
 
-def _predict(model: str, input: str | None = None, **options: Any) -> None:
+def _predict(model: str, input: str | None = None, no_bf16: bool = False, **options: Any) -> None:
     from lightpeft.evaluation.predicting import predict
 
+    require(not (no_bf16 and "bf16" in options), "--bf16 and --no_bf16 exclude each other; give one of them")
+    options |= {"bf16": False} if no_bf16 else {}
     predict(model, input, **options, announce=lambda line: screen.warn([line]))
 
 
@@ -45,7 +48,8 @@ PREDICT = Verb(
         ),
         Option("--text --data.text", "Column with the text (default: as in training)."),
         Option("--text_pair --data.text_pair", "Column with the second text (default: as in training)."),
-        Option("--bf16", "Compute in bfloat16, or not (default: as the run evaluated).", type=bool, count="?"),
+        Option("--bf16", "Compute in bfloat16 (default: as the run evaluated).", flag=True),
+        Option("--no_bf16", "Compute in the precision of the weights.", flag=True),
         *SWITCH_OPTIONS,
     ),
 )
