@@ -158,6 +158,7 @@ from tiny import plan_for, with_lora
 from lightpeft.cli.command import quiet
 from lightpeft.config import ModelConfig, light
 from lightpeft.models.loading import load_model
+from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.light_adapter import as_light, load_light, read_description
 
@@ -166,7 +167,7 @@ def revision(folder):
 
 quiet()
 light.LEAST_EXAMPLES = 0
-model = with_lora(load_model(ModelConfig(name="someone/tiny", revision="v1"), "classification", ["a", "b"]).model)
+model = with_lora(load_model(ModelConfig(name="someone/tiny", revision="v1"), CLASSIFICATION, ["a", "b"]).model)
 plan = plan_for(model)
 apply_plan(model, plan)
 as_light(model, plan).save_pretrained(sys.argv[1])
