@@ -20,6 +20,7 @@ import peft.tuners.lora.dora
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 from peft import LoraConfig, PeftType, get_peft_model
 from peft.tuners.lora import LoraModel
@@ -163,6 +164,15 @@ def test_options_of_a_parser() -> None:
 # accelerate
 
 
+@pytest.fixture
+def no_accelerator() -> Iterator[None]:
+    """Whoever made one before said in which precision all that follow compute."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.usefixtures("no_accelerator")
 def test_a_prepared_model_is_as_it_is_inside() -> None:
     """And behind it is prepared again."""
     model, x = nn.Linear(2, 2), torch.ones(1, 2)
@@ -176,6 +186,7 @@ def test_a_prepared_model_is_as_it_is_inside() -> None:
         assert not prepared(x).equal(plain)
 
 
+@pytest.mark.usefixtures("no_accelerator")
 def test_optimizers_are_forgotten() -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.prepare(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=1.0))

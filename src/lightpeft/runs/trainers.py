@@ -100,7 +100,7 @@ class InRun:
         trainer: Any = self
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, (LogLines, ProgressBar)):
-                callback.begin(stage)
+                callback.begin(stage, trainer.state.global_step)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
         """The run's own metrics on its test rows, instead of what a trainer can see of a batch."""

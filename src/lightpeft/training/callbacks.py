@@ -30,11 +30,11 @@ class LogLines(TrainerCallback):
     """Appends what the trainer logs to the run's log.jsonl."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.stage = path, "train"
+        self.path, self.stage, self._before, self._begun = path, "train", "train", 0
 
-    def begin(self, stage: str) -> None:
-        """A stage begins."""
-        self.stage = stage
+    def begin(self, stage: str, step: int) -> None:
+        """A stage begins behind a step, which is still to be logged as one of the stage before."""
+        self._before, self.stage, self._begun = self.stage, stage, step
 
     def on_log(
         self,
@@ -46,7 +46,8 @@ class LogLines(TrainerCallback):
     ) -> None:
         told = any(name == "loss" or name.startswith(("eval_", "light/")) for name in logs or ())
         if state.is_world_process_zero and told:
-            append_line(self.path, {"stage": self.stage, "step": state.global_step, **(logs or {})})
+            stage = self.stage if state.global_step > self._begun else self._before
+            append_line(self.path, {"stage": stage, "step": state.global_step, **(logs or {})})
 
 
 class ProgressBar(TrainerCallback):
@@ -65,8 +66,8 @@ class ProgressBar(TrainerCallback):
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("train", total=total, loss="")
 
-    def begin(self, stage: str) -> None:
-        """A stage begins."""
+    def begin(self, stage: str, step: int) -> None:
+        """A stage begins behind a step."""
         self.progress.update(self.task, description=stage)
 
     def on_train_begin(
