@@ -11,6 +11,8 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -323,16 +325,25 @@ def test_one_grid_waits_for_another_in_its_folder(
 ) -> None:
     pytest.importorskip("fcntl")
     code = (
-        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
-        "print('in', flush=True); time.sleep(0.3)"
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
+        "print('in', flush=True); sys.stdin.read()"
     )
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / ".lock")], stdout=subprocess.PIPE)
-    assert other.stdout is not None
-    assert other.stdout.readline().strip() == b"in"
-    reproduce(grid_file(tmp_path / "grid.yaml", bench, methods=["lora"]), tmp_path, launch=lambda *cell: "not run")
-    assert "waiting" in capsys.readouterr().err
-    other.wait(timeout=30)
-    other.stdout.close()
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None
+        assert other.stdout.readline().strip() == b"in"
+        file = grid_file(tmp_path / "grid.yaml", bench, methods=["lora"])
+        waiting = threading.Thread(target=reproduce, args=(file, tmp_path), kwargs={"launch": lambda *cell: "not run"})
+        waiting.start()
+        said = ""
+        while waiting.is_alive() and "waiting" not in said:
+            said += capsys.readouterr().err
+            time.sleep(0.01)
+        assert "waiting" in said
+        assert not (tmp_path / "results.json").exists()
+        other.stdin.close()
+        waiting.join()
+    assert (tmp_path / "results.json").exists()
 
 
 # -- whole grids on tiny models ----------------------------------------------------------------------------------------
