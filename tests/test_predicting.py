@@ -242,5 +242,5 @@ def test_another_text_column_by_likelihood(tmp_path: Path) -> None:
         write_rows(tmp_path / f"{column}.jsonl", [{column: text} for text in TEXTS])
         output = tmp_path / f"{column}_answers.csv"
         predict(bench.folder / "run" / "adapter", tmp_path / f"{column}.jsonl", output, text=column)
-        answers[column] = [row["p_positive"] for row in table(output.read_text(encoding="utf-8"))]
+        answers[column] = [row["p_good0"] for row in table(output.read_text(encoding="utf-8"))]
     assert answers["body"] == answers["text"] and len(set(answers["text"])) > 1
