@@ -387,6 +387,10 @@ def test_refused_before_training(builds: Builds) -> None:
     assert "torch.compile cannot follow" in refusal(lambda: builds.trainer(torch_compile=True))
     assert "auto_find_batch_size cannot follow" in refusal(lambda: builds.trainer(auto_find_batch_size=True))
     assert "give a model from peft.get_peft_model" in refusal(lambda: builds.trainer(model=model))
+    bare = torch.nn.Linear(2, 2)
+    assert "no transformers model in the Linear" in refusal(lambda: builds.trainer(model=bare, peft_config=lora()))
+    nowhere = lora(target_modules=["nothing"])
+    assert "PEFT cannot put its modules on the model" in refusal(lambda: builds.trainer(peft_config=nowhere))
     both = get_peft_model(builds.base(), lora())
     assert "without peft_config=" in refusal(lambda: builds.trainer(model=both, peft_config=lora()))
     short = LightConfig(**{**BUDGET, "length": 24})
@@ -407,6 +411,9 @@ def test_a_bare_pruner_has_the_default_preset(caplog: pytest.LogCaptureFixture) 
     caplog.clear()
     EarlyPruner(with_lora(make("bert")), LightConfig()).start(100)
     assert not caplog.text
+    assert list(EarlyPruner(with_lora(make("bert")), LightConfig(refit="bias")).advice()) == [
+        "give training rows to prune(calibration=...), for refit: bias"
+    ]
 
 
 @pytest.mark.parametrize("refit", ["none", "low_rank"])

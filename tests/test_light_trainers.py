@@ -280,7 +280,8 @@ def embedder(tmp_path: Path) -> Any:
     tokenizer().save_pretrained(tmp_path / "bert")
     modules = pytest.importorskip("sentence_transformers.models")
     transformer = modules.Transformer(str(tmp_path / "bert"), max_seq_length=16)
-    return st.SentenceTransformer(modules=[transformer, modules.Pooling(32)], device="cpu")
+    dense = modules.Dense(32, 16)  # trains beside the PeftModel
+    return st.SentenceTransformer(modules=[transformer, modules.Pooling(32), dense], device="cpu")
 
 
 def contrastive(embedder: Any, folder: Path, **changes: Any) -> Any:
@@ -292,6 +293,7 @@ def contrastive(embedder: Any, folder: Path, **changes: Any) -> Any:
         model=embedder,
         args=st.SentenceTransformerTrainingArguments(str(folder), **{**settings, **changes}),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:12]),
         loss=losses_of.MultipleNegativesRankingLoss(embedder),
         peft_config=LoraConfig(task_type="FEATURE_EXTRACTION", r=4, lora_dropout=0.0),
         light=LIGHT,
@@ -303,7 +305,7 @@ def test_sentence_transformers(embedder: Any, tmp_path: Path) -> None:
     check(trainer)
     sentences = ["w1 w2 w3", "w9 w4"]
     found = embedder.encode(sentences)
-    assert found.shape == (2, 32)
+    assert found.shape == (2, 16)
     embedder.save_pretrained(str(tmp_path / "saved"))
     light = load_light(next((tmp_path / "saved").rglob("lightpeft.json")).parent)
     name = next(name for name, module in embedder.named_modules() if isinstance(module, LightModel))
@@ -322,6 +324,16 @@ def test_sentence_transformers_go_on_from_a_checkpoint(embedder: Any, tmp_path: 
     assert rest.light_plan == whole.light_plan
     for (name, one), (_, other) in zip(embedder.named_parameters(), again.named_parameters(), strict=True):
         assert one.equal(other), name
+
+
+def test_the_best_of_a_sentence_transformer(embedder: Any, tmp_path: Path) -> None:
+    """Of a model that has the PeftModel inside, with what trains beside it."""
+    changes = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    changes |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
+    trainer = contrastive(embedder, tmp_path / "out", **changes)
+    trainer.train()
+    behind = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] > 5]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(behind), abs=1e-5)
 
 
 def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_path: Path) -> None:
