@@ -20,8 +20,9 @@ from lightpeft.errors import LightPeftError
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune import estimation
-from lightpeft.prune.estimation import Estimator, stage_length
+from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.importance import ModuleObserver, weight_squares
+from lightpeft.prune.length import stage_length
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.prefix import FrozenPrefix

@@ -29,6 +29,7 @@ from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import PrunePlan
 from lightpeft.runs import pipeline
 from lightpeft.saved.light_adapter import LightModel
+from lightpeft.saved.run_folder import RunFolder
 from lightpeft.training.arguments import training_arguments
 
 BUDGET: dict[str, Any] = {
@@ -125,6 +126,16 @@ def accuracy(predicted: Any) -> dict[str, float]:
 @pytest.fixture
 def builds(bench: Workbench, tokenizer: Any, rows: Any, tmp_path: Path) -> Builds:
     return Builds(bench, tokenizer, rows, tmp_path / "out")
+
+
+class StopAt(TrainerCallback):
+    """Ends training behind a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self.step
 
 
 class Events(TrainerCallback):
@@ -350,6 +361,25 @@ def test_early_stopping_waits_for_the_cut(builds: Builds) -> None:
     assert STEPS["estimation"] < trainer.state.global_step < STEPS["run"]
 
 
+def test_training_that_ends_before_the_cut_says_so(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = builds.trainer(callbacks=[StopAt(2)])
+    trainer.train()
+    assert trainer.light_plan is None and not isinstance(trainer.model, LightModel)
+    assert "training ended at step 2, inside estimation: the model is the dense one still" in caplog.text
+
+
+def test_a_callback_ends_the_training_of_a_run(bench: Workbench) -> None:
+    """Before the cut there is nothing to go on with, and the run says so; behind it, what trained is the result."""
+    inside, behind = bench.config("ended-inside"), bench.config("ended-behind")
+    assert "a callback ended training at step 2, inside estimation" in refusal(
+        lambda: pipeline.run(inside, callbacks=[StopAt(2)])
+    )
+    pipeline.run(inside)
+    pipeline.run(behind, callbacks=[StopAt(10)])
+    steps = [RunFolder.at(Path(each.output)).finished_stages()["train"]["steps"] for each in (inside, behind)]
+    assert steps == [18, 4]
+
+
 def test_the_prefix_is_computed_once_and_changes_nothing(builds: Builds) -> None:
     plain = lora(lora_dropout=0.0)
     trainers = [builds.trainer(peft_config=plain, **options) for options in ({}, SLOWLY)]
@@ -384,6 +414,8 @@ def test_refused_before_training(builds: Builds) -> None:
     model = builds.base()
     optimizer = torch.optim.AdamW(model.parameters())
     assert "leave optimizers out" in refusal(lambda: builds.trainer(optimizers=(optimizer, None)))
+    positional = (*(None,) * 9, (optimizer, None))
+    assert "leave optimizers out" in refusal(lambda: LightTrainer(model, *positional, peft_config=lora()))
     assert "torch.compile cannot follow" in refusal(lambda: builds.trainer(torch_compile=True))
     assert "auto_find_batch_size cannot follow" in refusal(lambda: builds.trainer(auto_find_batch_size=True))
     assert "give a model from peft.get_peft_model" in refusal(lambda: builds.trainer(model=model))

@@ -148,6 +148,22 @@ def test_dpo_with_the_dense_model_as_reference(base: PreTrainedModel, tmp_path: 
     assert logits(fresh).equal(dense)
 
 
+def test_dpo_with_positional_arguments(base: PreTrainedModel, tmp_path: Path) -> None:
+    """They are the ones they would be by name: the reference is asked before training here, too."""
+    by_name = dpo(base, tmp_path / "out")
+    positional = light_trainer(trl.DPOTrainer)(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        None,
+        trl.DPOConfig(str(tmp_path / "out"), **ARGUMENTS),
+        train_dataset=by_name.train_dataset.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=tokenizer(),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.0),
+        light=LIGHT,
+    )
+    assert positional.args.precompute_ref_log_probs
+    assert positional.train_dataset["ref_chosen_logps"][:] == by_name.train_dataset["ref_chosen_logps"][:]
+
+
 def test_dpo_with_a_reference_of_its_own(base: PreTrainedModel, tmp_path: Path) -> None:
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     before = logits(reference)

@@ -17,7 +17,7 @@ from workbench import Workbench, lightpeft
 from lightpeft import LightPeftError
 from lightpeft.config import LightConfig, TrainingConfig, load_config
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.recipe.trainer import fitted
+from lightpeft.prune.length import fitted
 from lightpeft.runs import pipeline, workspace
 from lightpeft.training.schedule import (
     LEAST_EPOCHS,

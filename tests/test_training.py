@@ -162,7 +162,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_log_lines(work: pipeline.Workspace, tmp_path: Path) -> None:
-    seconds = fit(trainer_for(work, tmp_path, logging_steps=3), None)
+    fit(trainer_for(work, tmp_path, logging_steps=3), None)
     logged = lines(tmp_path / "log.jsonl")
     assert [entry["step"] for entry in logged] == [3, 6]
     for entry in logged:
@@ -170,7 +170,7 @@ def test_log_lines(work: pipeline.Workspace, tmp_path: Path) -> None:
         assert math.isfinite(entry["loss"])
         assert entry["grad_norm"] > 0
         assert 0 <= entry["learning_rate"] <= 1e-2
-    assert logged[1]["time"] - logged[0]["time"] < seconds
+    assert logged[0]["time"] < logged[1]["time"]
 
 
 def test_only_losses_of_the_main_process_are_logged(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from lightpeft.profiling import count_parameters, versions
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares
+from lightpeft.prune.length import check_examples, stage_length
 from lightpeft.prune.masks import UnitMasks
 
 _STATE_FILE = "lightpeft_estimation.safetensors"
@@ -367,46 +368,6 @@ class _Window:
 
     def __init__(self, start: int, end: int, sums: dict[str, Tensor]) -> None:
         self.start, self.end, self.sums = start, end, sums
-
-
-def stage_length(config: LightConfig, total_steps: int | None) -> int:
-    """Optimizer steps of the stage, at most; `length: auto` may end earlier.
-
-    Raises:
-        LightPeftError: the length needs `total_steps`, or the stage would be longer than the run.
-    """
-    if isinstance(config.length, int):
-        steps = config.length
-    else:
-        if total_steps is None:
-            raise LightPeftError(f"length {config.length} needs the number of steps of the whole run")
-        most = _part(config.max_fraction, total_steps)
-        steps = (
-            most if config.length == "auto" else max(_part(config.length, total_steps), min(config.least_steps, most))
-        )
-    if total_steps is not None:
-        require(
-            steps <= total_steps,
-            f"estimation of {steps} steps is longer than the run of {total_steps}; shorten it or train longer",
-        )
-    return steps
-
-
-def check_examples(config: LightConfig, examples: int) -> None:
-    """Refuse scores of next to nothing: a plan of those is little better than chance.
-
-    Raises:
-        LightPeftError: fewer than `least_examples`.
-    """
-    require(
-        examples >= config.least_examples,
-        f"estimation scores {examples} examples, and from fewer than {config.least_examples} (light.least_examples) no "
-        "plan is to be trusted; raise light.length, or train for longer (training.epochs)",
-    )
-
-
-def _part(fraction: float, total_steps: int) -> int:
-    return max(2, int(fraction * total_steps + 0.5))
 
 
 def plan_overlap(before: PrunePlan, after: PrunePlan) -> float:

@@ -29,6 +29,7 @@ from lightpeft.plans.layout import kept_channels, width
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import OUTPUT_SLOTS, BlockSpec
 from lightpeft.prune.importance import RealTokens
+from lightpeft.tasks.tokens import without_labels
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 """Gives the same calibration batches, with an `attention_mask` where there is padding, at every call."""
@@ -54,6 +55,26 @@ Refit = dict[str, Correction]
 """Projection (module name in the transformers model) -> its correction."""
 Fit = Callable[[PeftModel, PrunePlan, Batches, int], Refit]
 """What `fit_refit` does: (dense model, plan, calibration batches, rank) -> the corrections."""
+
+
+def calibration_batches(
+    rows: Any,
+    collator: Callable[[list[Any]], Mapping[str, Any]],
+    count: int,
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+) -> Iterator[dict[str, Tensor]]:
+    """Batches of some training rows, without labels, on a device.
+
+    Args:
+        count: rows at most.
+        seed: by which they are chosen.
+    """
+    numbers = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    for start in range(0, len(numbers), batch_size):
+        batch = collator([rows[number] for number in numbers[start : start + batch_size]])
+        yield {name: value.to(device) for name, value in without_labels(batch).items()}
 
 
 @torch.no_grad()

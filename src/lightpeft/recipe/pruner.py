@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightpeft.config import Budget, LightConfig, preset_light
@@ -64,7 +64,7 @@ class EarlyPruner:
         ensure_family(model)
         prepare_quantised(model)
         check_peft(model)
-        self.config = light if isinstance(light, LightConfig) else preset_of(light, model)
+        self.config = light_settings(light, model.peft_config[own_adapter(model)])
         check_budget(model, self.config)
         leave_modules(model, self.config)
         self.estimator = estimator(model, self.config)
@@ -129,13 +129,15 @@ class EarlyPruner:
         return cut(self.model, plan, self.config, calibration)
 
 
-def preset_of(name: str, model: PeftModel) -> LightConfig:
-    """A preset, as it is for the PEFT kind of a model.
+def light_settings(light: str | LightConfig, peft: PeftConfig | None) -> LightConfig:
+    """Settings of one's own as they are, or a preset as it is for a PEFT kind; None: for LoRA.
 
     Raises:
         LightPeftError: there is no such preset.
     """
-    return preset_light(name, kind_of(model.peft_config[own_adapter(model)]).name)
+    if isinstance(light, LightConfig):
+        return light
+    return preset_light(light) if peft is None else preset_light(light, kind_of(peft).name)
 
 
 def cut(

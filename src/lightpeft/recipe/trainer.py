@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -24,24 +22,26 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from lightpeft.compat.accelerate import as_it_is, forget_optimizers
-from lightpeft.config import LightConfig, preset_light
+from lightpeft.config import LightConfig
 from lightpeft.errors import require
 from lightpeft.files import replacing_folder
-from lightpeft.peft_kinds.kinds import kind_of
+from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
-from lightpeft.prune.estimation import Estimator, check_examples, stage_length
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.length import fitted
+from lightpeft.prune.refit import calibration_batches
 from lightpeft.recipe.parallel import rewrap
-from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut
+from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut, light_settings
 from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
-from lightpeft.tasks.tokens import without_labels
-from lightpeft.training.acceleration import accelerated, base_dropout
-from lightpeft.training.prefix import PrefixCache, PrefixMixin, lengths_of
-from lightpeft.training.schedule import Pace, scored_steps
-from lightpeft.training.trainer import Repeatable
+from lightpeft.training.acceleration import light_steps
+from lightpeft.training.arguments import half_precision
+from lightpeft.training.prefix import PrefixCache, PrefixMixin
+from lightpeft.training.schedule import Pace
+from lightpeft.training.trainer import Repeatable, train_in_float32
 
 _log = logging.getLogger(__name__)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -80,6 +80,8 @@ class LightTraining(PrefixMixin, Repeatable):
         prefix_cache: PrefixCache | None = PrefixCache(),  # noqa: B008 (frozen)
         **options: Any,
     ) -> None:
+        named, args = _by_name(super().__init__, args)
+        options = dict(**named, **options)
         given_optimizers = options.get("optimizers") or (None, None)
         require(
             given_optimizers == (None, None),
@@ -87,17 +89,19 @@ class LightTraining(PrefixMixin, Repeatable):
             "args.optim and args.lr_scheduler_type, or by optimizer_cls_and_kwargs",
         )
         require(options.get("model_init") is None, "model_init makes a dense model anew for each trial; give the model")
-        settings = _settings(light, peft_config, model)
+        settings = light_settings(light, peft_config)
         if peft_config is not None and isinstance(model, nn.Module):
             model = with_peft(model, peft_config, settings)
         elif peft_config is not None:  # a name, from which TRL's trainers load
             options["peft_config"] = peft_config
         self.fast_steps, self.prefix_cache, self.light_report = fast_steps, prefix_cache, {}
-        super().__init__(model, *args, **_with_dense_reference(options, args))  # type: ignore[call-arg]
+        super().__init__(model, *args, **_with_dense_reference(options))  # type: ignore[call-arg]
         self._peft_model = inner_peft_model(self._trainer.model)
-        self.light_config = settings if not isinstance(light, str) else _settings(light, None, self._peft_model)
+        self.light_config = light_settings(light, self._peft_model.peft_config[own_adapter(self._peft_model)])
         self._check_light()
         self._trainer.args = copy.copy(self._trainer.args)  # the user's own stay as they are
+        if self._trainer.args.fp16:
+            train_in_float32(self._trainer.model)
         self._scale_rate(self.light_config.learning_rate_scale)
         self._light_contexts = ExitStack()
         self._estimation_steps, self._light_seconds = 0, {"estimation": 0.0, "cut": 0.0}
@@ -118,11 +122,18 @@ class LightTraining(PrefixMixin, Repeatable):
         if self._light_checkpoint is None:
             self._estimation_steps = 0  # a light model that trains once more does so for the whole of it
         try:
-            return super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
+            result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
+            if self._light_pruner is not None and self.light_record is None and self.light_plan is None:
+                self._warn_uncut(self._trainer.state.global_step)
+            return result
         finally:
             self._leave_light()
             if self._light_pruner is not None:
                 self._light_pruner.estimator.stop()
+
+    def _warn_uncut(self, step: int) -> None:
+        """Say that what comes out of training is not what was asked for."""
+        _log.warning("training ended at step %d, inside estimation: the model is the dense one still", step)
 
     def _begin_light(self, state: TrainerState) -> None:
         """Training begins, or goes on from a checkpoint: with estimation, or behind the cut."""
@@ -193,7 +204,7 @@ class LightTraining(PrefixMixin, Repeatable):
             self.light_config,
             self._trainer.train_dataset,
             fast=self.fast_steps,
-            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            autocast=half_precision(args),
             loss_alone=self._reads_loss_alone(),
         )
 
@@ -358,75 +369,14 @@ class LightTraining(PrefixMixin, Repeatable):
         return Pace(rows, args.train_batch_size * args.world_size, args.gradient_accumulation_steps)
 
 
-def light_steps(
-    model: nn.Module,
-    light: LightConfig,
-    rows: Any,
-    *,
-    fast: bool = True,
-    autocast: torch.dtype | None = None,
-    loss_alone: bool = False,
-) -> AbstractContextManager[None]:
-    """A context in which a model trains as Light-PEFT does, before and behind the cut.
-
-    Args:
-        rows: of training; where they are a data set of tokens, attention is the one for rows of their length.
-        fast: beside the dropout that `light` asks for, take the faster steps.
-        autocast: half precision that training computes in; None: that of the weights.
-        loss_alone: as for `accelerated`.
-    """
-    if not fast:
-        return base_dropout(model, light.dropout)
-    tokens = isinstance(rows, Dataset) and {"length", "input_ids"} & set(rows.column_names)
-    lengths = lengths_of(rows) if tokens else ()
-    return accelerated(model, lengths, dropout=light.dropout, autocast=autocast, loss_alone=loss_alone)
+def _by_name(init: Callable[..., None], args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """A trainer's positional arguments behind its model: by their names, and those that have none."""
+    _, *behind = inspect.signature(init).parameters.values()
+    names = [each.name for each in behind if each.kind is each.POSITIONAL_OR_KEYWORD]
+    return dict(zip(names, args, strict=False)), args[len(names) :]
 
 
-def calibration_batches(
-    rows: Any,
-    collator: Callable[[list[Any]], Mapping[str, Any]],
-    count: int,
-    seed: int,
-    batch_size: int,
-    device: torch.device,
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of some training rows, without labels, on a device.
-
-    Args:
-        count: rows at most.
-        seed: by which they are chosen.
-    """
-    numbers = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    for start in range(0, len(numbers), batch_size):
-        batch = collator([rows[number] for number in numbers[start : start + batch_size]])
-        yield {name: value.to(device) for name, value in without_labels(batch).items()}
-
-
-def fitted(light: LightConfig, pace: Pace | None, steps: int) -> LightConfig:
-    """The settings with an estimation that is long enough for a run of so many steps.
-
-    Raises:
-        LightPeftError: it would leave no steps to train with, or score too little to be trusted.
-    """
-    if pace is not None:
-        enough = max(2, pace.enough_steps(light.least_examples, steps))
-        light = replace(light, least_steps=max(light.least_steps, enough))
-    length = stage_length(light, steps)
-    require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
-    if pace is not None:
-        check_examples(light, pace.least_examples(scored_steps(length)))
-    return light
-
-
-def _settings(light: str | LightConfig, peft_config: PeftConfig | None, model: Any) -> LightConfig:
-    """A preset as it is for the PEFT kind of a configuration or a model, or settings of one's own."""
-    if isinstance(light, LightConfig):
-        return light
-    configs = [peft_config] if peft_config is not None else list(getattr(model, "peft_config", {}).values())
-    return preset_light(light, kind_of(configs[0]).name) if configs else preset_light(light)
-
-
-def _with_dense_reference(options: dict[str, Any], args: tuple[Any, ...]) -> dict[str, Any]:
+def _with_dense_reference(options: dict[str, Any]) -> dict[str, Any]:
     """The options, by which a preference trainer without a reference model asks the dense model before training."""
     settings: Any = options.get("args")
     if getattr(settings, "precompute_ref_log_probs", True) or options.get("ref_model") is not None:

@@ -51,10 +51,10 @@ from lightpeft.profiling import (
     throughput,
 )
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.recipe.trainer import light_steps
 from lightpeft.runs import pipeline
 from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.results import open_peft
+from lightpeft.training.acceleration import light_steps
 from lightpeft.training.prefix import STATES, FrozenPrefix, StateStore, cache_prefix
 
 Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]

@@ -31,8 +31,8 @@ from lightpeft.prune.depth import leave_out
 from lightpeft.prune.refit import Fit, fit_refit
 from lightpeft.recipe.resuming import read_cut
 from lightpeft.runs.reuse import find_estimation, take_estimation
-from lightpeft.runs.stages import leave_plan, leave_pruned
-from lightpeft.runs.trainers import DenseRun, InRun, LightRun, StageCost
+from lightpeft.runs.stages import StageCost, leave_plan, leave_pruned
+from lightpeft.runs.trainers import DenseRun, LightRun
 from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.light_adapter import LightModel, load_light, save_metrics
 from lightpeft.saved.opening import open_result
@@ -105,8 +105,10 @@ def _train_light(
         trainer.settle()
         work.announce_settings()
         fit(trainer, run.last_checkpoint("train"))
+        ended = f"a callback ended training at step {trainer.state.global_step}"
+        require(run.has("estimate"), f"{ended}, inside estimation; let it go on until the cut")
         if not stop_at_cut:
-            _finish(work, trainer, trainer.state.max_steps - trainer.light_report["estimation_steps"])
+            _finish(work, trainer, trainer.light_report["estimation_steps"])
 
 
 def _with_peft(work: Workspace) -> PeftModel:
@@ -162,10 +164,10 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Mod
         trainer.settle()
         work.announce_settings()
         fit(trainer, run.last_checkpoint("train"))
-        _finish(work, trainer, work.steps)
+        _finish(work, trainer)
 
 
-def _train_behind_the_cut(work: Workspace, light: Any, callbacks: Sequence[TrainerCallback]) -> None:
+def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[TrainerCallback]) -> None:
     """Go on where the cut was, or at a checkpoint behind it."""
     run, begun = work.run, EstimationRecord.load(work.run.estimation).meta["steps"]
     trainer = LightRun(work, light, callbacks=callbacks)
@@ -175,20 +177,20 @@ def _train_behind_the_cut(work: Workspace, light: Any, callbacks: Sequence[Train
         if checkpoint is None or read_cut(checkpoint) is None:
             checkpoint = trainer.checkpoint_at_cut(begun, work.steps)
         fit(trainer, checkpoint)
-        _finish(work, trainer, work.steps - begun)
+        _finish(work, trainer, begun)
 
 
-def _finish(work: Workspace, trainer: InRun, steps: int) -> None:
-    """Leave the result of training in the run folder."""
-    run, config, model = work.run, work.config, trainer.model  # type: ignore[attr-defined]
+def _finish(work: Workspace, trainer: LightRun | DenseRun, begun: int = 0) -> None:
+    """Leave the result of training, which began behind a step of the run, in the run folder."""
+    run, config, model, step = work.run, work.config, trainer.model, trainer.state.global_step
     assert trainer.meter is not None
-    cost = trainer.meter.stop(trainer.state.global_step)  # type: ignore[attr-defined]
+    cost = trainer.meter.stop(step)
     require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{config.way.rate}")
 
     def save() -> None:
         save_result(run, model, work.tokenizer, task_facts(work.task))
 
-    run.finish_stage("train", **asdict(cost), save=save, steps=steps)
+    run.finish_stage("train", **asdict(cost), save=save, steps=step - begun)
 
 
 def _full_model(work: Workspace) -> PreTrainedModel:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from peft import PeftModel
 
@@ -12,6 +11,7 @@ from lightpeft.errors import require
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.profiling import MemoryMethod
 from lightpeft.prune.refit import Batches, Fit, fit_refit
 from lightpeft.recipe.pruner import cut
 from lightpeft.runs.workspace import Workspace
@@ -21,12 +21,23 @@ from lightpeft.saved.run_folder import RunFolder
 from lightpeft.tasks import task_facts
 
 
-def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: Any) -> None:
-    """Scores and PEFT weights at the end of the stage.
+@dataclass(frozen=True)
+class StageCost:
+    """What a training stage took, as metrics.json has it."""
 
-    Args:
-        cost: the stage's `StageCost`.
-    """
+    seconds: float
+    """Wall-clock time, that of storing a frozen prefix included; of a resumed stage, that of its last part."""
+    samples_per_second: float
+    """Training rows a second of all processes together, that time left out."""
+    peak_memory_bytes: int
+    """Peak of training: on CUDA all that was allocated, else what came on top of the loaded model."""
+    peak_memory_method: MemoryMethod
+    resumed_at: int
+    """Step of the run that the last part of the stage began at; 0 for a stage that was not interrupted."""
+
+
+def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: StageCost) -> None:
+    """Scores and PEFT weights at the end of the stage."""
     run = work.run
 
     def save() -> None:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +18,17 @@ from transformers.integrations import TensorBoardCallback
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import MemoryMethod, PeakMemory, throughput
+from lightpeft.profiling import PeakMemory, throughput
 from lightpeft.recipe.trainer import light_trainer
-from lightpeft.runs.stages import leave_estimation, leave_plan, leave_pruned
+from lightpeft.runs.stages import StageCost, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.arguments import training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
 from lightpeft.training.prefix import PrefixMixin
-from lightpeft.training.trainer import RunTrainer
+from lightpeft.training.trainer import RunTrainer, train_in_float32
 
 TENSORBOARD = "tensorboard"
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What a training stage took, as metrics.json has it."""
-
-    seconds: float
-    """Wall-clock time, that of storing a frozen prefix included; of a resumed stage, that of its last part."""
-    samples_per_second: float
-    """Training rows a second of all processes together, that time left out."""
-    peak_memory_bytes: int
-    """Peak of training: on CUDA all that was allocated, else what came on top of the loaded model."""
-    peak_memory_method: MemoryMethod
-    resumed_at: int
-    """Step of the run that the last part of the stage began at; 0 for a stage that was not interrupted."""
 
 
 class Meter:
@@ -141,6 +126,9 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
             self._show("estimate")
             self.meter = Meter(self.work, self._peft_model, state.global_step, resumed=state.global_step > 0)
 
+    def _warn_uncut(self, step: int) -> None:
+        """The stage that trains says so, if it was not asked to stop."""
+
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
         """Leave the record in the run folder, and take the plan that the folder then has."""
         assert self.meter is not None
@@ -165,6 +153,8 @@ class DenseRun(InRun, PrefixMixin, RunTrainer):
     def __init__(self, work: Workspace, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
         self.work, self.prefix_cache = work, work.prefix_cache
         super().__init__(model, **_options(work, callbacks))
+        if self.args.fp16:
+            train_in_float32(model)
         self.add_callback(_Begins(self))
 
     def begin(self, state: TrainerState) -> None:

@@ -18,7 +18,8 @@ from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
-from lightpeft.recipe.trainer import calibration_batches, fitted
+from lightpeft.prune.length import fitted
+from lightpeft.prune.refit import calibration_batches
 from lightpeft.saved.forms import Wanted
 from lightpeft.saved.opening import open_base
 from lightpeft.saved.run_folder import RunFolder

@@ -4,16 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightpeft.config import LightConfig
 from lightpeft.peft_kinds.sites import fused_lora, peft_parts
 from lightpeft.training.logits import labelled_head
+from lightpeft.training.prefix import lengths_of
 
 SHORT_ROWS = 64
 """Tokens a row on average up to which plain products train faster than PyTorch's attention for CPUs, in bfloat16."""
+
+
+def light_steps(
+    model: nn.Module,
+    light: LightConfig,
+    rows: Any,
+    *,
+    fast: bool = True,
+    autocast: torch.dtype | None = None,
+    loss_alone: bool = False,
+) -> AbstractContextManager[None]:
+    """A context in which a model trains as Light-PEFT does, before and behind the cut.
+
+    Args:
+        rows: of training; where they are a data set of tokens, attention is the one for rows of their length.
+        fast: beside the dropout that `light` asks for, take the faster steps.
+        autocast: half precision that training computes in; None: that of the weights.
+        loss_alone: as for `accelerated`.
+    """
+    if not fast:
+        return base_dropout(model, light.dropout)
+    tokens = isinstance(rows, Dataset) and {"length", "input_ids"} & set(rows.column_names)
+    lengths = lengths_of(rows) if tokens else ()
+    return accelerated(model, lengths, dropout=light.dropout, autocast=autocast, loss_alone=loss_alone)
 
 
 @contextmanager

@@ -110,6 +110,11 @@ def training_arguments(
         raise LightPeftError(f"trainer: {one_line(error, 300)}") from error
 
 
+def half_precision(args: TrainingArguments) -> torch.dtype | None:
+    """What a trainer computes in under autocast; None: in the precision of the weights."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
 def check_given(given: Mapping[str, Any]) -> None:
     """Raise `LightPeftError` for fields that `trainer:` cannot set."""
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,8 +72,6 @@ class RunTrainer(Repeatable, Trainer):
         super().__init__(*args, **options)
         for unwanted in (PrinterCallback, ProgressCallback):
             self.remove_callback(unwanted)
-        if self.args.fp16:
-            train_in_float32(self.model)
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         try:
@@ -98,8 +95,8 @@ def train_in_float32(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def fit(trainer: Trainer, resume_from: Path | None) -> float:
-    """Train; returns the seconds spent.
+def fit(trainer: Trainer, resume_from: Path | None) -> None:
+    """Train.
 
     Raises:
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written at the end of the step under way.
@@ -107,7 +104,6 @@ def fit(trainer: Trainer, resume_from: Path | None) -> float:
     """
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    started = time.perf_counter()
     with stop.listening(), _readable_errors(trainer.args.output_dir):
         bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
         try:
@@ -119,7 +115,6 @@ def fit(trainer: Trainer, resume_from: Path | None) -> float:
                 bar.progress.stop()
     if stop.requested:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
-    return time.perf_counter() - started
 
 
 @contextmanager

@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightpeft.machine import processes
+from lightpeft.training.arguments import half_precision
 from lightpeft.training.prefix.batches import Numbered, number_rows, with_states
 from lightpeft.training.prefix.blocks import FrozenPrefix
 from lightpeft.training.prefix.caching import PrefixCache, cache_prefix, obstacle
@@ -69,7 +69,7 @@ class PrefixMixin:
             self.prefix_cache,
             self._prefix_folder,
             batch_size=args.eval_batch_size,
-            autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            autocast=half_precision(args),
             announce=self._announce,
         )
 

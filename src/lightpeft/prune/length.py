@@ -1,0 +1,65 @@
+"""How long the estimation stage goes on, and what is too short to be trusted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lightpeft.config import LightConfig
+from lightpeft.errors import LightPeftError, require
+from lightpeft.training.schedule import Pace, scored_steps
+
+
+def fitted(light: LightConfig, pace: Pace | None, steps: int) -> LightConfig:
+    """The settings with an estimation that is long enough for a run of so many steps.
+
+    Raises:
+        LightPeftError: it would leave no steps to train with, or score too little to be trusted.
+    """
+    if pace is not None:
+        enough = max(2, pace.enough_steps(light.least_examples, steps))
+        light = replace(light, least_steps=max(light.least_steps, enough))
+    length = stage_length(light, steps)
+    require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
+    if pace is not None:
+        check_examples(light, pace.least_examples(scored_steps(length)))
+    return light
+
+
+def stage_length(config: LightConfig, total_steps: int | None) -> int:
+    """Optimizer steps of the stage, at most; `length: auto` may end earlier.
+
+    Raises:
+        LightPeftError: the length needs `total_steps`, or the stage would be longer than the run.
+    """
+    if isinstance(config.length, int):
+        steps = config.length
+    else:
+        if total_steps is None:
+            raise LightPeftError(f"length {config.length} needs the number of steps of the whole run")
+        most = _part(config.max_fraction, total_steps)
+        steps = (
+            most if config.length == "auto" else max(_part(config.length, total_steps), min(config.least_steps, most))
+        )
+    if total_steps is not None:
+        require(
+            steps <= total_steps,
+            f"estimation of {steps} steps is longer than the run of {total_steps}; shorten it or train longer",
+        )
+    return steps
+
+
+def check_examples(config: LightConfig, examples: int) -> None:
+    """Refuse scores of next to nothing: a plan of those is little better than chance.
+
+    Raises:
+        LightPeftError: fewer than `least_examples`.
+    """
+    require(
+        examples >= config.least_examples,
+        f"estimation scores {examples} examples, and from fewer than {config.least_examples} (light.least_examples) no "
+        "plan is to be trusted; raise light.length, or train for longer (training.epochs)",
+    )
+
+
+def _part(fraction: float, total_steps: int) -> int:
+    return max(2, int(fraction * total_steps + 0.5))
