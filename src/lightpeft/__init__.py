@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightpeft.recipe.pruner import EarlyPruner
     from lightpeft.recipe.trainer import LightTrainer, light_trainer
     from lightpeft.runs.pipeline import run
+    from lightpeft.saved.full_width import full_width
     from lightpeft.saved.light_adapter import LightModel, load_light
     from lightpeft.saved.merging import load_merged, save_merged
     from lightpeft.training.acceleration import accelerated
@@ -36,6 +37,7 @@ _HOMES = {
     "accelerated": "training.acceleration",
     "apply_plan": "prune.surgery",
     "ensure_family": "prune.discovery",
+    "full_width": "saved.full_width",
     "light_trainer": "recipe.trainer",
     "load_config": "config",
     "load_light": "saved.light_adapter",
@@ -61,6 +63,7 @@ __all__ = [
     "accelerated",
     "apply_plan",
     "ensure_family",
+    "full_width",
     "light_trainer",
     "load_config",
     "load_light",

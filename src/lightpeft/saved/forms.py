@@ -22,6 +22,7 @@ from lightpeft.machine import accelerator, autocast_dtype
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import TaskHead
+from lightpeft.plans.records import PrunePlan
 from lightpeft.saved.description import base_facts
 from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description
 from lightpeft.saved.merging import MERGED, load_merged, read_merged
@@ -238,6 +239,12 @@ class LightAdapter(_Adapter):
         model = _base(place, base or saved.id, {**as_saved, **settings})
         facts = said_of_task(description, place / DESCRIPTION)
         return cls(name=str(place), model=model, description=description, facts=facts, folder=place)
+
+    @property
+    def plan(self) -> PrunePlan:
+        """Which units of the base it has."""
+        with understandable(self.folder / DESCRIPTION):
+            return PrunePlan.from_dict(self.description["plan"])
 
     def load(self, wanted: Wanted | None = None, base: PreTrainedModel | None = None) -> LightModel:
         """With the head that it was trained with, whatever is wanted; in host memory, unless the base is elsewhere."""

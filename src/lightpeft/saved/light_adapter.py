@@ -202,7 +202,7 @@ def load_light(
         dense, lacking = load_base(saved, place, dtype=dtype, attention=attention, stream=stream)
     else:
         dense, lacking = live, []
-    _check_base(dense, saved, plan, folder, stream)
+    check_base(dense, saved, plan, str(folder), stream)
     _check_brought(lacking, config, folder)
     prepare_quantised(dense)
     _check_tensors(dense, plan, config, folder)
@@ -266,31 +266,37 @@ def _stream(
     )
     kind = "quantised" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
     require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
-    return Stream(plan, lambda model: _check_blocks(model, saved, plan, folder), device)
+    return Stream(plan, lambda model: _check_blocks(model, saved, plan, str(folder)), device)
 
 
-def _check_base(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, folder: Path, stream: Stream | None) -> None:
-    """Refuse a base other than the one the plan was made for, before anything is cut."""
-    blocks = _check_blocks(dense, saved, plan, folder)
+def check_base(
+    dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, what: str, stream: Stream | None = None
+) -> None:
+    """Refuse a base other than the one that a plan was made for, before anything is done to it.
+
+    Args:
+        what: belongs to the base, for the error line.
+    """
+    blocks = _check_blocks(dense, saved, plan, what)
     found = fingerprint(dense, blocks) if stream is None else stream.fingerprint(dense, blocks)
-    require(found == plan.fingerprint, _another_base(folder))
+    require(found == plan.fingerprint, _another_base(what))
 
 
-def _check_blocks(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, folder: Path) -> list[BlockSpec]:
+def _check_blocks(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, what: str) -> list[BlockSpec]:
     """Refuse a base of another structure, whatever its weights."""
     plain = isinstance(dense, PreTrainedModel)
     require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
-    require(len({saved.model_type, dense.config.model_type}) == 1, _another_base(folder))
+    require(len({saved.model_type, dense.config.model_type}) == 1, _another_base(what))
     ensure_family(dense)
     blocks = block_specs(dense)
     same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
-    require(same, _another_base(folder))
+    require(same, _another_base(what))
     return blocks
 
 
-def _another_base(folder: Path) -> str:
+def _another_base(what: str) -> str:
     return (
-        f"{folder} belongs to another base: the weights given are not the ones it was made for; "
+        f"{what} belongs to another base: the weights given are not the ones it was made for; "
         "pass the original base, in the same revision and, if it was quantised, in the same bits"
     )
 

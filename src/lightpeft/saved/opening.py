@@ -24,8 +24,9 @@ from lightpeft.saved.forms import (
     said_of_task,
     to_device,
 )
-from lightpeft.saved.light_adapter import DESCRIPTION, LightModel
+from lightpeft.saved.light_adapter import DESCRIPTION
 from lightpeft.saved.merging import MERGED
+from lightpeft.saved.peft_adapter import CONFIG as PEFT_CONFIG
 from lightpeft.saved.results import Model
 from lightpeft.saved.run_folder import CONFIG, RunFolder, is_run
 from lightpeft.tasks import Task, ensure_pad_token
@@ -33,7 +34,7 @@ from lightpeft.tasks import Task, ensure_pad_token
 _FORMS: dict[str, type[Found]] = {
     DESCRIPTION: LightAdapter,
     MERGED: MergedModel,
-    "adapter_config.json": PeftAdapter,
+    PEFT_CONFIG: PeftAdapter,
     "config.json": WholeModel,
 }
 """File in a folder -> the form of the model there; the first that is there counts."""
@@ -91,6 +92,18 @@ def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, 
     return replace(found, name=str(run.path), run=config)
 
 
+def find_light(name: str | Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> LightAdapter:
+    """The same, where only a light adapter, or the run of one, will do.
+
+    Raises:
+        LightPeftError: it is something else, or incomplete.
+    """
+    found = find_model(name, base, settings)
+    if not isinstance(found, LightAdapter):
+        raise LightPeftError(f"{found.name} is a {found.kind}; give a light adapter or the run of one")
+    return found
+
+
 def _task_of(run: RunFolder) -> dict[str, Any]:
     """What a run that leaves no light adapter says of its task; nothing, if an earlier version made it."""
     return said_of_task(read_json(run.task), run.task) if run.task.is_file() else {}
@@ -102,17 +115,6 @@ def _task_of(run: RunFolder) -> dict[str, Any]:
 def open_result(run: RunFolder, task: Task, base: PreTrainedModel | None = None) -> Model:
     """The result of a run for its own task; as `Found.open`."""
     return find_result(run).open(Wanted.of(task), base)
-
-
-def open_light(found: Found) -> LightModel:
-    """The live model of a light adapter, in host memory.
-
-    Raises:
-        LightPeftError: it is none, or cannot be loaded.
-    """
-    if not isinstance(found, LightAdapter):
-        raise LightPeftError(f"{found.name} is a {found.kind}; give a light adapter or the run of one")
-    return found.load()
 
 
 def open_base(model: ModelConfig, wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:

@@ -19,6 +19,8 @@ from lightpeft.peft_kinds.sites.registry import (
     refresh_config,
     remove_site,
     restart_sites,
+    simplify_config,
+    widens_alone,
 )
 
 __all__ = [
@@ -40,5 +42,7 @@ __all__ = [
     "refresh_config",
     "remove_site",
     "restart_sites",
+    "simplify_config",
     "transformers_model",
+    "widens_alone",
 ]

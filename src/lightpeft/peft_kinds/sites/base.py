@@ -18,6 +18,8 @@ from lightpeft.plans.structure import SiteSpec
 Report = Callable[[Tensor, Tensor, float], None]
 """Called at every forward pass with what a module adds (up to a factor, which comes third) and what that is measured
 against, both [..., width]."""
+Tensors = dict[str, Tensor]
+"""A module's tensors as PEFT saves them, by what follows the layer's name."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,15 @@ class Site(ABC):
     @abstractmethod
     def refresh(cls, config: Any, layers: dict[str, Any], adapter: str) -> None:
         """Make the PEFT configuration describe exactly these modules (name -> module) and their sizes."""
+
+    @classmethod  # noqa: B027 (most kinds say as much in any form)
+    def simplify(cls, config: Any) -> None:
+        """Say in one number, where that is possible, what `refresh` says module by module."""
+
+    @classmethod
+    def needs_base(cls, config: Any) -> bool:
+        """Whether `widened` takes weights of the base."""
+        return False
 
     @classmethod  # noqa: B027 (most kinds leave the base as it is)
     def remember_base(cls, config: PeftConfig, layers: Sequence[Any], adapter: str) -> None:
@@ -105,6 +116,20 @@ class Site(ABC):
         return None
 
     @abstractmethod
+    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+        """The inverse of `cut`: what a module of a cut model has learned, for this one, on the dense layer.
+
+        Channels that the cut layer does not have compute as in the base.
+
+        Args:
+            learned: of the cut layer's module.
+            index: output features (`dim` 0) or input features (`dim` 1) of the dense layer that the cut one has.
+
+        Raises:
+            LightPeftError: that takes weights of the base, and this layer has none.
+        """
+
+    @abstractmethod
     def restart(self) -> None:
         """Re-initialise as PEFT does, so that the module adds nothing again."""
 
@@ -144,3 +169,9 @@ def observe_pair(
             report(output.detach(), outputs.pop(), scaling)
 
     return [base.register_forward_hook(remember), delta.register_forward_hook(compare)]
+
+
+def spread(tensor: Tensor, index: Tensor, dim: int, size: int, fill: float = 0.0) -> Tensor:
+    """A tensor whose entries lie at `index` along `dim`, which is `size` long; elsewhere is `fill`."""
+    shape = [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]]
+    return tensor.new_full(shape, fill).index_copy_(dim, index.to(tensor.device), tensor)

@@ -14,7 +14,7 @@ from lightpeft.errors import require
 from lightpeft.models.linears import slice_linear
 from lightpeft.peft_kinds.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import bottleneck_type
-from lightpeft.peft_kinds.sites.base import Report, Site
+from lightpeft.peft_kinds.sites.base import Report, Site, Tensors
 from lightpeft.plans.structure import OUTPUT_SLOTS
 
 
@@ -86,6 +86,10 @@ class BottleneckSite(Site):
     def delta(self, ranks: Tensor | None = None) -> Tensor:
         """Zero: an adapter comes after the frozen layer."""
         return torch.zeros((), device=self.device)
+
+    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+        """The same: the adapter sits on the hidden width."""
+        return learned
 
     def restart(self) -> None:
         self.branch.reset_parameters()

@@ -12,8 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import forget_norms
 from lightpeft.models.linears import dense_weight, sliced
-from lightpeft.peft_kinds.sites.base import Report, observe_pair
-from lightpeft.peft_kinds.sites.lora import LoraSite
+from lightpeft.peft_kinds.sites.base import Report, Tensors, observe_pair
+from lightpeft.peft_kinds.sites.lora import DOWN, UP, LoraSite
+
+_MAGNITUDE = "lora_magnitude_vector"
+"""What PEFT's files call m."""
 
 
 class DoraSite(LoraSite):
@@ -22,6 +25,11 @@ class DoraSite(LoraSite):
     @classmethod
     def matches(cls, config: LoraConfig) -> bool:
         return super().matches(config) and config.use_dora
+
+    @classmethod
+    def needs_base(cls, config: LoraConfig) -> bool:
+        """For the lengths of its rows."""
+        return True
 
     @property
     def magnitude(self) -> Any:
@@ -49,6 +57,17 @@ class DoraSite(LoraSite):
 
     def delta(self, ranks: Tensor | None = None) -> None:
         """None: the norm over W and B A makes it more than a matrix beside W."""
+
+    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+        """Further rows have the base's length; with further columns it grows with the norm: `m / ||V||` stays."""
+        wide, magnitude = super().widened(learned, index, dim), learned[_MAGNITUDE]
+        weight = self._weight_of_base("weight")
+        if dim == 0:
+            magnitude = weight.norm(dim=1).to(magnitude.dtype).index_copy(0, index, magnitude)
+        else:
+            direction = weight + self.scaling * (wide[UP].float() @ wide[DOWN].float())
+            magnitude = magnitude * direction.norm(dim=1) / direction[:, index].norm(dim=1)
+        return {**wide, _MAGNITUDE: magnitude}
 
     @torch.no_grad()
     def restart(self) -> None:

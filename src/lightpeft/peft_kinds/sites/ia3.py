@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.models.linears import sliced
-from lightpeft.peft_kinds.sites.base import Report, Site
+from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, spread
 
 
 class Ia3Site(Site):
@@ -69,6 +69,12 @@ class Ia3Site(Site):
 
     def keep_ranks(self, index: Tensor) -> None:
         """Nothing: there are no ranks."""
+
+    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+        """The factors of channels that the cut layer did not have are one."""
+        if dim != int(self.layer.is_feedforward):
+            return learned
+        return {"ia3_l": spread(learned["ia3_l"], index, dim, self.factors.shape[dim], fill=1.0)}
 
     def restart(self) -> None:
         self.layer.reset_ia3_parameters(self.adapter)

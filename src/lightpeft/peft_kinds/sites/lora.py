@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.linears import slice_linear
-from lightpeft.peft_kinds.sites.base import Report, Site, observe_pair
+from lightpeft.models.linears import dense_weight, slice_linear
+from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, observe_pair, spread
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 """LoRA initialisations that write to the base weights."""
@@ -30,6 +30,9 @@ _UNSUPPORTED = (
     "target_parameters",
 )
 """LoRA settings that change what a module computes or where it sits in a way the site view does not know."""
+
+DOWN, UP, BIAS = "lora_A.weight", "lora_B.weight", "base_layer.bias"
+"""What PEFT's files call A, B and the bias that `bias="lora_only"` trains."""
 
 
 class LoraSite(Site):
@@ -66,6 +69,22 @@ class LoraSite(Site):
             for name, layer in layers.items()
             if layer.lora_alpha[adapter] != config.lora_alpha
         }
+
+    @classmethod
+    def simplify(cls, config: LoraConfig) -> None:
+        """One rank for all modules if they have one scaling: servers of LoRA read no patterns."""
+        ranks = {name: config.rank_pattern.get(name, config.r) for name in config.target_modules}
+        alphas = {name: config.alpha_pattern.get(name, config.lora_alpha) for name in ranks}
+        scalings = {alphas[name] / _divisor(rank, config.use_rslora) for name, rank in ranks.items()}
+        if len(scalings) == 1:
+            config.r = max(ranks.values())
+            config.lora_alpha = _exact_alpha(scalings.pop(), _divisor(config.r, config.use_rslora))
+            config.rank_pattern, config.alpha_pattern = {}, {}
+
+    @classmethod
+    def needs_base(cls, config: LoraConfig) -> bool:
+        """For the biases that train with it."""
+        return bool(config.bias != "none")
 
     @classmethod
     def remember_base(cls, config: LoraConfig, layers: Sequence[LoraLayer], adapter: str) -> None:
@@ -125,8 +144,26 @@ class LoraSite(Site):
         slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
         rank = len(index)
         self.layer.r[self.adapter] = rank
-        divisor = math.sqrt(rank) if self.layer.use_rslora[self.adapter] else rank
+        divisor = _divisor(rank, self.layer.use_rslora[self.adapter])
         self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
+
+    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+        """Rows of B, columns of A and further ranks are zero where the cut module had none."""
+        wide, ranks = dict(learned), torch.arange(len(learned[DOWN]))
+        wide[DOWN] = spread(wide[DOWN], ranks, 0, self.down.shape[0])
+        wide[UP] = spread(wide[UP], ranks, 1, self.up.shape[1])
+        cut, size = (UP, self.up.shape[0]) if dim == 0 else (DOWN, self.down.shape[1])
+        wide[cut] = spread(wide[cut], index, dim, size)
+        if BIAS in learned and dim == 0:
+            wide[BIAS] = self._weight_of_base("bias").index_copy(0, index, learned[BIAS])
+        return wide
+
+    def _weight_of_base(self, name: str) -> Tensor:
+        """A copy of what the dense layer has."""
+        weight: Any = dense_weight(self.base) if name == "weight" else self.base.bias
+        require(not weight.is_meta, f"{self.spec.name} needs weights of the base; give it: base=")
+        copied: Tensor = weight.detach().float().clone()
+        return copied
 
     def delta(self, ranks: Tensor | None = None) -> Tensor | None:
         down, up = self.down.detach().float(), self.up.detach().float()
@@ -155,6 +192,11 @@ class LoraSite(Site):
 def _original_bias(layer: LoraLayer) -> Tensor | None:
     """The bias that the frozen layer had before training, where training changes it."""
     return getattr(layer, "light_original_bias", None)
+
+
+def _divisor(rank: int, rank_stabilised: bool) -> float:
+    """What alpha is divided by."""
+    return math.sqrt(rank) if rank_stabilised else rank
 
 
 def _exact_alpha(scaling: float, divisor: float) -> float:

@@ -142,6 +142,16 @@ def refresh_config(model: PeftModel) -> None:
     model.base_model.targeted_module_names = sorted(layers)
 
 
+def simplify_config(config: PeftConfig) -> None:
+    """Say as plainly as possible which modules an adapter has: some of its readers do not know PEFT's patterns."""
+    _site_class(config).simplify(config)
+
+
+def widens_alone(config: PeftConfig) -> bool:
+    """Whether an adapter of a cut model goes onto the dense one without a look at the base's weights."""
+    return not _site_class(config).needs_base(config)
+
+
 def restart_sites(sites: Sequence[Site], seed: int) -> None:
     """Re-initialise the PEFT modules, reproducibly."""
     with torch.random.fork_rng():

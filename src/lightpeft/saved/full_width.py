@@ -1,0 +1,153 @@
+"""Train small, infer large: what a pruned model has learned, as an ordinary PEFT adapter over the whole base.
+
+The cut is read backwards: every channel of a cut projection goes back to where it was, and where the cut model had none
+the adapter adds nothing (as in LoRAM, Zhang et al., ICLR 2025). The result is served without lightpeft and without a
+pruned model, by whatever takes PEFT's adapters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightpeft.config import ModelConfig
+from lightpeft.config.validation import from_dict
+from lightpeft.errors import require
+from lightpeft.files import read_tensors, replacing_folder, understandable
+from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.loading import load_model_config
+from lightpeft.peft_kinds.sites import Site, find_sites, own_adapter, simplify_config, widens_alone
+from lightpeft.plans.layout import cut_dim, kept_channels, width
+from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.discovery import ensure_family
+from lightpeft.saved.bases import architecture_of, load_base
+from lightpeft.saved.description import BaseFacts, base_facts, facts_of
+from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, check_base, read_description
+from lightpeft.saved.peft_adapter import CONFIG, WEIGHTS, read_adapter
+
+_PREFIX = "base_model.model."
+"""What PEFT's files write before the names of the model's modules."""
+
+
+def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_trainable: bool = False) -> PeftModel:
+    """What a light model has learned, as a plain `PeftModel` over its dense base.
+
+    A refit of the light model stays behind: it stands for the units that are back.
+
+    Args:
+        light: stays as it is.
+        base: the dense model that it was made from, in which PEFT modules are put; None: it is loaded anew from where
+            the light model's base was.
+        is_trainable: go on training; else the weights are frozen and the model is in eval mode.
+
+    Raises:
+        LightPeftError: the base is another one, or cannot be loaded.
+    """
+    with understandable(Path("light model")):
+        saved = from_dict(BaseFacts, facts_of(light)["base"], "base.")
+    dense = load_base(saved, saved.place())[0] if base is None else base
+    check_base(dense, saved, light.light_plan, "this light model")
+    prepare_quantised(dense)
+    name = own_adapter(light)
+    tensors = get_peft_model_state_dict(light, adapter_name=name)
+    model, wide = _widen(dense, light.light_plan, light.peft_config[name], tensors)
+    set_peft_model_state_dict(model, wide)
+    if not is_trainable:
+        model.requires_grad_(False)
+    return model.train(is_trainable)
+
+
+def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Write a saved light adapter as PEFT's own folder over the dense base.
+
+    The base's weights are not read, unless the kind of PEFT takes them (DoRA, trained biases).
+
+    Args:
+        light: folder of the light adapter.
+        base: where its base is.
+        folder: new or empty.
+        overwrite: the folder may also hold a PEFT adapter, which goes with all that is in it.
+
+    Raises:
+        LightPeftError: a file is missing or altered, the base is another one, or the folder cannot be written; nothing
+            is half-written.
+    """
+    light, folder = Path(light), Path(folder)
+    adapter = (folder / CONFIG).is_file()
+    instead = "a new folder, or overwrite what is there (--overwrite)" if adapter else "a new folder"
+    free = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and adapter)
+    require(free, f"{folder} is not empty; give {instead}")
+    description = read_description(light)
+    with understandable(light / DESCRIPTION):
+        plan = PrunePlan.from_dict(description["plan"])
+    saved, config = base_facts(description, light / DESCRIPTION), read_adapter(light, explicit=True)
+    if widens_alone(config):
+        dense = _skeleton(saved, base)
+    else:
+        dense = load_base(saved, base)[0]
+        check_base(dense, saved, plan, str(light))
+    model, wide = _widen(dense, plan, config, read_tensors(light / WEIGHTS))
+    (plain,) = model.peft_config.values()
+    plain.inference_mode = True
+    with replacing_folder(folder, alone=True) as temporary:
+        # not by the model, which has no storage: PEFT would move what it is given to where the model is
+        plain.save_pretrained(str(temporary))
+        save_file(wide, temporary / WEIGHTS, metadata={"format": "pt"})
+        model.create_or_update_model_card(str(temporary))
+
+
+def _skeleton(saved: BaseFacts, base: ModelConfig) -> PreTrainedModel:
+    """The dense base without storage."""
+    architecture = architecture_of(saved, "install the version that it was saved with")
+    config = load_model_config(base)
+    for name, value in saved.config.arguments().items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        dense = architecture(config)
+    ensure_family(dense)
+    return dense
+
+
+def _widen(
+    dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, tensors: Mapping[str, Tensor]
+) -> tuple[PeftModel, dict[str, Tensor]]:
+    """The dense model, which may be without storage, with PEFT modules in it, and the tensors that belong into these.
+
+    Args:
+        config: of the light model's adapter, with its modules one by one.
+        tensors: of that adapter, as PEFT saves them.
+    """
+    config = copy.deepcopy(config)
+    simplify_config(config)
+    model = cast(PeftModel, get_peft_model(dense, config))
+    wide = dict(tensors)
+    for site in find_sites(model, plan.specs):
+        wide |= _widened(site, plan, tensors)
+    wide = {name: tensor.contiguous() for name, tensor in wide.items()}
+    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
+    astray = sorted(name for name in expected.keys() | wide.keys() if expected.get(name) != _shape(wide.get(name)))
+    require(not astray, f"what the light model has learned does not fit its base: {', '.join(astray[:3])}")
+    return model, wide
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
+
+
+def _widened(site: Site, plan: PrunePlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to one module of the dense model, under PEFT's names."""
+    prefix = f"{_PREFIX}{site.spec.name}."
+    learned = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    block, slot = cast(int, site.spec.block), cast(str, site.spec.slot)
+    spec, kept = plan.specs[block], plan.blocks[block]
+    index = kept_channels(spec, kept, slot)
+    index = torch.arange(width(spec, slot)) if index is None else index
+    return {f"{prefix}{name}": tensor for name, tensor in site.widened(learned, index, cut_dim(slot)).items()}

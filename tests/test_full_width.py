@@ -1,0 +1,226 @@
+"""Train small, infer large: what a light model has learned, as a plain PEFT adapter over the whole base."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_bottleneck import adapted
+from test_checkpoint import light_over, logits
+from test_depth import shallow
+from test_peft_variants import CASES, trained
+from tiny import ALL, DROPPED, USUAL, crossed, make, plan_for, refusal, relative_difference, with_lora
+from transformers import AutoModelForCausalLM
+from workbench import Workbench, checksums, lightpeft
+
+from lightpeft import full_width, load_light
+from lightpeft.config import ModelConfig
+from lightpeft.peft_kinds.sites import own_adapter
+from lightpeft.prune.masks import UnitMasks
+from lightpeft.prune.refit import Correction, apply_refit
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.full_width import save_full_width
+from lightpeft.saved.light_adapter import LightModel, as_light
+
+CLOSE = 1e-5
+both_budgets = pytest.mark.parametrize("budget", [USUAL, DROPPED], ids=["usual", "dropped"])
+
+
+def light_of(model: PeftModel, **budget: Any) -> LightModel:
+    plan = plan_for(model, **budget)
+    apply_plan(model, plan)
+    return as_light(model.eval(), plan)
+
+
+def without_cut_units(wide: PeftModel, light: LightModel) -> PeftModel:
+    """The wide model with masks of zero where the light one has been cut."""
+    masked, masks = copy.deepcopy(wide), UnitMasks([spec for spec, _ in light.light_plan.parts])
+    masks.set_plan(light.light_plan)
+    masks.attach(masked)
+    return masked
+
+
+def check(light: LightModel, name: str) -> PeftModel:
+    """It is the light model where the units that were cut are masked, and not where they are there."""
+    before = logits(light)
+    wide = full_width(light, make(name))
+    assert not isinstance(wide, LightModel) and not any(p.requires_grad for p in wide.parameters())
+    assert relative_difference(logits(without_cut_units(wide, light)), before) < CLOSE
+    assert relative_difference(logits(wide), before) > 1e-3
+    assert logits(light).equal(before), "the light model stays as it is"
+    return wide
+
+
+# -- what it computes ----------------------------------------------------------------------------------------------
+
+
+@crossed(ALL, {"usual": USUAL, "dropped": DROPPED})
+def test_without_the_cut_units_it_is_the_light_model(name: str, budget: dict[str, Any]) -> None:
+    check(light_over(make(name), **budget), name)
+
+
+@pytest.mark.parametrize(("name", "variant"), CASES, ids=map("-".join, CASES))
+@both_budgets
+def test_variants_of_peft(name: str, variant: str, budget: dict[str, Any]) -> None:
+    check(light_of(trained(name, variant), **budget), name)
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+@both_budgets
+def test_bottleneck_adapters(placement: str, budget: dict[str, Any]) -> None:
+    check(light_of(adapted(make("bert"), placement=placement), **budget), "bert")
+
+
+def test_what_was_cut_computes_as_in_the_base() -> None:
+    """Of a projection that lost rows, the others are the base's to the last bit."""
+    light = light_over(make("llama-gqa"))
+    wide = full_width(light, make("llama-gqa"))
+    name = next(name for name in light.light_plan.sites if name.endswith("up_proj"))
+    spec, kept = next((s, k) for s, k in light.light_plan.parts if s.projections["ffn_in"] == name)
+    gone = sorted(set(range(spec.neurons)) - set(kept.neurons))
+    x = torch.randn(5, 32)
+    layer = wide.get_submodule(f"base_model.model.{name}")
+    with torch.no_grad():
+        assert gone and layer(x)[:, gone].equal(layer.base_layer(x)[:, gone])
+        assert not layer(x).equal(layer.base_layer(x))
+
+
+def test_depth_comes_back_without_modules() -> None:
+    light = shallow(make("llama-gqa"))
+    wide = full_width(light, make("llama-gqa"))
+    inner = wide.get_base_model().model
+    assert len(inner.layers) == 3 and wide.config.num_hidden_layers == 3
+    assert not any("lora_" in name for name, _ in inner.layers[2].named_parameters())
+    shallow_again = without_cut_units(wide, light)
+    del shallow_again.get_base_model().model.layers[2]
+    assert relative_difference(logits(shallow_again), logits(light)) < CLOSE
+
+
+def test_a_refit_stays_behind() -> None:
+    """It stands for what is back; the adapter is the same without it."""
+    light = light_over(make("bert"))
+    expected = logits(full_width(light, make("bert")))
+    refit = {light.light_plan.specs[0].projections["o"]: Correction(torch.ones(32), None)}
+    apply_refit(light, refit)
+    refitted = as_light(light, light.light_plan, refit=refit)
+    assert logits(full_width(refitted, make("bert"))).equal(expected)
+
+
+def test_one_rank_for_all_modules() -> None:
+    """Servers read one rank and one alpha; modules of fewer ranks have zeros."""
+    light = light_over(make("llama-gqa"), ranks_scope="global", ranks=0.5)
+    ranks = {len(kept) for kept in light.light_plan.sites.values()}
+    wide = check(light, "llama-gqa")
+    config = wide.peft_config[own_adapter(wide)]
+    assert len(ranks) > 1 and config.r == max(ranks)
+    assert not config.rank_pattern and not config.alpha_pattern
+
+
+def test_it_trains_on() -> None:
+    light = light_over(make("llama-gqa"))
+    wide = full_width(light, make("llama-gqa"), is_trainable=True)
+    trained = {name for name, p in wide.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    ids = torch.randint(3, 60, (2, 7))
+    wide(input_ids=ids, labels=ids).loss.backward()
+    up = next(p for name, p in wide.named_parameters() if "up_proj.lora_B" in name)
+    assert (up.grad != 0).all(), "rows that were cut learn, too"
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A base and a light adapter over it."""
+    make("llama-gqa").save_pretrained(tmp_path / "base")
+    light_over(AutoModelForCausalLM.from_pretrained(tmp_path / "base")).save_pretrained(tmp_path / "light")
+    return tmp_path
+
+
+ALONE = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, folder = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+torch.save(model(torch.arange(3, 12)[None]).logits, f"{folder}/logits.pt")
+assert "lightpeft" not in sys.modules
+"""
+
+
+def test_peft_alone_reads_the_folder(saved: Path) -> None:
+    before = checksums(saved / "base")
+    out = saved / "wide"
+    assert lightpeft("export", saved / "light", out, "--form", "peft") == 0
+    assert {path.name for path in out.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "LORA" and config["base_model_name_or_path"] == str(saved / "base")
+    subprocess.run([sys.executable, "-c", ALONE, saved / "base", out], check=True)
+    wide = full_width(load_light(saved / "light"))
+    with torch.no_grad():
+        expected = wide(torch.arange(3, 12)[None]).logits
+    assert torch.load(out / "logits.pt", weights_only=True).equal(expected)
+    assert checksums(saved / "base") == before
+
+
+def test_the_base_is_not_read(saved: Path) -> None:
+    (saved / "base" / "model.safetensors").unlink()
+    save_full_width(saved / "light", ModelConfig(name=str(saved / "base")), saved / "wide")
+    assert (saved / "wide" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("variant", ["dora", "lora-only", "ia3", "tokens"])
+def test_other_kinds_in_files(tmp_path: Path, variant: str) -> None:
+    """Those that take weights of the base read them."""
+    make("gpt2").save_pretrained(tmp_path / "base")
+    model = trained("gpt2", variant)
+    model.get_base_model().config._name_or_path = str(tmp_path / "base")
+    light = light_of(model)
+    light.save_pretrained(tmp_path / "light")
+    save_full_width(tmp_path / "light", ModelConfig(name=str(tmp_path / "base")), tmp_path / "wide")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, tmp_path / "wide").eval()
+    assert relative_difference(logits(again), logits(full_width(light, make("gpt2")))) < CLOSE
+
+
+def test_a_head_goes_along(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    assert lightpeft("run", "--config", bench.yaml("light")) == 0
+    assert lightpeft("export", tmp_path / "light", tmp_path / "wide", "--form", "peft") == 0
+    told = ["--data.task", "classification", "--data.max_length", 32, "--data.test", bench.test, "--data.train", bench.train]
+    assert lightpeft("evaluate", tmp_path / "wide", *told, "--json", tmp_path / "wide.json") == 0
+    accuracy = json.loads((tmp_path / "wide.json").read_text(encoding="utf-8"))["model"]["metrics"]["accuracy"]
+    assert accuracy > 0.8
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_another_base_is_refused() -> None:
+    light = light_over(make("llama-gqa"))
+    assert "this light model belongs to another base" in refusal(lambda: full_width(light, make("llama-gqa", seed=1)))
+    with_peft: Any = with_lora(make("llama-gqa"))
+    assert "without PEFT around it" in refusal(lambda: full_width(light, with_peft))
+
+
+def test_a_folder_that_is_in_use_is_refused(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (saved / "other").mkdir()
+    (saved / "other" / "file").write_text("here", encoding="utf-8")
+    assert lightpeft("export", saved / "light", saved / "other", "--form", "peft", "--overwrite") == 2
+    assert "is not empty; give a new folder" in capsys.readouterr().err
+    assert lightpeft("export", saved / "light", saved / "wide", "--form", "peft") == 0
+    before = checksums(saved / "wide")
+    assert lightpeft("export", saved / "light", saved / "wide", "--form", "peft") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert lightpeft("export", saved / "light", saved / "wide", "--form", "peft", "--overwrite") == 0
+    assert checksums(saved / "wide") == before
+    assert lightpeft("export", saved / "wide", saved / "again", "--form", "peft") == 2
+    assert "is a PEFT adapter; give a light adapter" in capsys.readouterr().err
