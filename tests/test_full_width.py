@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +18,21 @@ from test_checkpoint import light_over, logits
 from test_depth import shallow
 from test_peft_variants import CASES, trained
 from tiny import ALL, DROPPED, USUAL, crossed, make, plan_for, refusal, relative_difference, with_lora
-from transformers import AutoModelForCausalLM
-from workbench import Workbench, checksums, lightpeft
+from transformers import AutoModelForCausalLM, TrainerCallback
+from workbench import Workbench, checksums, lightpeft, signalling
 
-from lightpeft import full_width, load_light
+from lightpeft import LightConfig, full_width, load_light
 from lightpeft.config import ModelConfig
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
+from lightpeft.runs import pipeline
+from lightpeft.runs.trainers import LightRun, WideRun
 from lightpeft.saved.full_width import save_full_width
 from lightpeft.saved.light_adapter import LightModel, as_light
+from lightpeft.saved.opening import find_model
+from lightpeft.saved.run_folder import RunFolder
 
 CLOSE = 1e-5
 both_budgets = pytest.mark.parametrize("budget", [USUAL, DROPPED], ids=["usual", "dropped"])
@@ -195,10 +200,99 @@ def test_a_head_goes_along(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
     assert lightpeft("run", "--config", bench.yaml("light")) == 0
     assert lightpeft("export", tmp_path / "light", tmp_path / "wide", "--form", "peft") == 0
-    told = ["--data.task", "classification", "--data.max_length", 32, "--data.test", bench.test, "--data.train", bench.train]
+    data = {"task": "classification", "max_length": 32, "test": bench.test, "train": bench.train}
+    told = [word for name, value in data.items() for word in (f"--data.{name}", value)]
     assert lightpeft("evaluate", tmp_path / "wide", *told, "--json", tmp_path / "wide.json") == 0
     accuracy = json.loads((tmp_path / "wide.json").read_text(encoding="utf-8"))["model"]["metrics"]["accuracy"]
     assert accuracy > 0.8
+
+
+# -- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("runs"), "llama", "causal-lm")
+
+
+@pytest.fixture(scope="module")
+def kept(bench: Workbench) -> dict[str, dict[str, Any]]:
+    """metrics.json of runs that differ in what they keep alone."""
+    settings: dict[str, dict[str, Any]] = {
+        "light": {},
+        "full": {"light.keep": "full"},
+        "both": {"light.keep": "both"},
+        "steps": {"light.keep": "full", "light.full_width_steps": 0.25},
+    }
+    return {name: pipeline.run(bench.config(name, **changes)) for name, changes in settings.items()}
+
+
+def test_what_a_run_keeps(bench: Workbench, kept: dict[str, dict[str, Any]]) -> None:
+    """The same training; what is measured, and asked later, is what the run keeps."""
+    weights = [checksums(bench.folder / name / "adapter")["adapter_model.safetensors"] for name in ("light", "full")]
+    assert weights[0] == weights[1]
+    assert kept["both"]["metrics"] == kept["light"]["metrics"] != kept["full"]["metrics"]
+    assert kept["both"]["full_width"]["metrics"] == kept["full"]["metrics"]
+    assert "full_width" not in kept["full"] and not (bench.folder / "light" / "full").exists()
+    assert [find_model(bench.folder / name).form for name in ("light", "full", "both")] == [
+        "light adapter",
+        "PEFT adapter",
+        "light adapter",
+    ]
+    assert kept["full"]["parameters"]["base"] > kept["light"]["parameters"]["base"]
+    assert {"at_full_width", "in_the_end"} <= kept["full"]["milestones"]["metrics"].keys()
+
+
+def test_the_last_steps_train_at_full_width(bench: Workbench, kept: dict[str, dict[str, Any]]) -> None:
+    """They are a part of the run's, whose estimation stays what it was."""
+    records = [bench.folder / name / "estimation" / "scores.safetensors" for name in ("light", "steps")]
+    assert records[0].read_bytes() == records[1].read_bytes()
+    stages = RunFolder.at(bench.folder / "steps").finished_stages()
+    assert [stages[stage]["steps"] for stage in ("estimate", "train", "widen")] == [6, 12, 6]
+    rates = [e["learning_rate"] for e in RunFolder.at(bench.folder / "steps").log_entries() if "learning_rate" in e]
+    assert rates[-1] < 0.3 * 3e-2
+    course = kept["steps"]["milestones"]["metrics"]
+    assert course["in_the_end"]["loss"] < course["at_full_width"]["loss"]
+
+
+def test_answers_are_those_of_what_is_kept(bench: Workbench, kept: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    assert lightpeft("evaluate", bench.folder / "full", "--json", tmp_path / "report.json") == 0
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["model"]["metrics"]["loss"] == pytest.approx(kept["full"]["metrics"]["loss"], abs=1e-5)
+    assert lightpeft("inspect", bench.folder / "full") == 0
+
+
+@pytest.mark.parametrize("killed", [16, 20])
+def test_a_killed_run_comes_to_the_same_end(bench: Workbench, kept: dict[str, dict[str, Any]], killed: int) -> None:
+    """Before the last steps, and among them (whose steps are counted anew)."""
+    name = f"killed-{killed}"
+    changes = {"light.keep": "full", "light.full_width_steps": 0.25, "training.save_steps": 2}
+    config = bench.yaml(name, **changes)
+    at = killed if killed < 18 else killed - 16
+    stage = LightRun if killed < 18 else WideRun
+    with pytest.MonkeyPatch.context() as patch:
+        make = stage.__init__
+
+        def disturbed(self: Any, *args: Any, **options: Any) -> None:
+            make(self, *args, **options)
+            self.add_callback(StopAt(at))
+
+        patch.setattr(stage, "__init__", disturbed)
+        assert lightpeft("run", "--config", config) == 130
+    assert lightpeft("run", "--config", config) == 0
+    whole, again = (checksums(bench.folder / each / "full") for each in ("steps", name))
+    assert whole["adapter_model.safetensors"] == again["adapter_model.safetensors"]
+
+
+class StopAt(TrainerCallback):
+    """What a user does who presses Ctrl-C."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            signalling(signal.SIGINT)()
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -209,6 +303,27 @@ def test_another_base_is_refused() -> None:
     assert "this light model belongs to another base" in refusal(lambda: full_width(light, make("llama-gqa", seed=1)))
     with_peft: Any = with_lora(make("llama-gqa"))
     assert "without PEFT around it" in refusal(lambda: full_width(light, with_peft))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"full_width_steps": 0.1}, "would throw away; set keep to full or both"),
+        ({"keep": "full", "full_width_steps": 1.0}, "lies in [0, 1)"),
+        ({"keep": "full", "full_width_rate": 0.0}, "must be positive and finite"),
+        ({"keep": "full", "full_width_steps": float("nan")}, "nan"),
+        ({"keep": "wide"}, "keep"),
+    ],
+)
+def test_settings_that_cannot_be(changes: dict[str, Any], line: str) -> None:
+    assert line in refusal(lambda: LightConfig(**changes))
+
+
+def test_steps_that_are_not_there(bench: Workbench) -> None:
+    config = bench.config("none", **{"light.keep": "full", "light.full_width_steps": 0.75})
+    assert "estimation of 6 steps and 18 at full width leave none of the run's 24" in refusal(
+        lambda: pipeline.run(config)
+    )
 
 
 def test_a_folder_that_is_in_use_is_refused(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

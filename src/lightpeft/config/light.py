@@ -16,6 +16,7 @@ UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
 ModuleCriterion = Literal["ratio", "taylor", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
 RefitForm = Literal["none", "bias", "low_rank"]
+Keep = Literal["light", "full", "both"]
 
 WIDEST = 2**16
 """What ranks and widths may be: no model's hidden size is larger."""
@@ -151,6 +152,13 @@ class LightConfig(Budget):
     """Learning rate of a light run, as a multiple of `training.learning_rate`: a PEFT of few parameters takes more."""
     dropout: float | None = None
     """Dropout of the foundation model and its head in a light run; none: as the model has it. (PEFT keeps its own.)"""
+    keep: Keep = "light"
+    """What a run leaves: the light model; what it has learned as a plain PEFT adapter over the whole base (full); or
+    both, each measured."""
+    full_width_steps: float = 0.0
+    """Part of the run's steps, its last ones, that train at full width (keep: full or both), in [0, 1)."""
+    full_width_rate: float = 0.3
+    """Learning rate of these, as a multiple of `training.learning_rate`."""
     restart: bool = False
     """Re-initialise the PEFT modules after pruning instead of going on from what estimation learned."""
     seed: int = 0
@@ -176,6 +184,16 @@ class LightConfig(Budget):
         scale = f"learning_rate_scale is {self.learning_rate_scale:g}; it must be positive and finite"
         require(0 < self.learning_rate_scale < math.inf, scale)
         require(self.dropout is None or 0 <= self.dropout < 1, f"dropout is {self.dropout}; it lies in [0, 1)")
+        last = f"full_width_steps is {self.full_width_steps:g}; a part of the run lies in [0, 1), for example 0.1"
+        require(0 <= self.full_width_steps < 1, last)
+        alone = "full_width_steps train what keep: light would throw away; set keep to full or both, or leave them out"
+        require(self.keep != "light" or not self.full_width_steps, alone)
+        rate = f"full_width_rate is {self.full_width_rate:g}; it must be positive and finite"
+        require(0 < self.full_width_rate < math.inf, rate)
         require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")
         require(self.least_examples >= 0, f"least_examples is {self.least_examples}; it cannot be negative")
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
+
+    def last_steps(self, steps: int) -> int:
+        """How many of a run's steps train at full width."""
+        return int(self.full_width_steps * steps + 0.5)

@@ -19,7 +19,7 @@ from lightpeft.evaluation.scores import values_of
 from lightpeft.evaluation.statistics import LEVEL, Interval, compare
 from lightpeft.tasks import Answers, Outcome, Respondent, Task
 
-MILESTONES = ("constant_answer", "untouched_base", "after_estimation", "after_the_cut", "in_the_end")
+MILESTONES = ("constant_answer", "untouched_base", "after_estimation", "after_the_cut", "at_full_width", "in_the_end")
 """Moments of a run, in order; a constant answer is none, but what all of them are held against."""
 MOST_ROWS = 256
 """Rows of the sample at most: an accuracy of so many is known to 6 points (95%), for four passes over few rows."""

@@ -19,7 +19,10 @@ def fitted(light: LightConfig, pace: Pace | None, steps: int) -> LightConfig:
         enough = max(2, pace.enough_steps(light.least_examples, steps))
         light = replace(light, least_steps=max(light.least_steps, enough))
     length = stage_length(light, steps)
-    require(length < steps, f"estimation of {length} steps leaves none of the run's {steps}; shorten light.length")
+    last = light.last_steps(steps)
+    besides = f" and {last} at full width leave" if last else " leaves"
+    shorten = "shorten light.length" + (" or light.full_width_steps" if last else "")
+    require(length + last < steps, f"estimation of {length} steps{besides} none of the run's {steps}; {shorten}")
     if pace is not None:
         check_examples(light, pace.least_examples(scored_steps(length)))
     return light

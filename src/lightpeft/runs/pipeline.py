@@ -1,4 +1,4 @@
-"""The story of a run: estimate -> plan -> prune -> fine-tune -> evaluate.
+"""The story of a run: estimate -> plan -> prune -> fine-tune (-> widen) -> evaluate.
 
 A run does what is not done yet, in one training where it can: the live model goes from stage to stage. Each stage
 leaves its result in the run folder on the way, so a run that was stopped anywhere goes on where it was, and a stage can
@@ -8,7 +8,7 @@ be run alone; both come to the same end.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -32,16 +32,17 @@ from lightpeft.prune.refit import Fit, fit_refit
 from lightpeft.recipe.resuming import read_cut
 from lightpeft.runs.reuse import find_estimation, take_estimation
 from lightpeft.runs.stages import StageCost, leave_plan, leave_pruned
-from lightpeft.runs.trainers import DenseRun, LightRun
+from lightpeft.runs.trainers import DenseRun, LightRun, WideRun
 from lightpeft.runs.workspace import Workspace, prepare
+from lightpeft.saved.full_width import load_full_width
 from lightpeft.saved.light_adapter import LightModel, load_light, save_metrics
 from lightpeft.saved.opening import open_result
-from lightpeft.saved.results import Model, open_peft, save_result
+from lightpeft.saved.results import Model, open_peft, save_full, save_result
 from lightpeft.saved.run_folder import RunFolder, read_report
 from lightpeft.tasks import Outcome, task_facts
 from lightpeft.training.trainer import fit
 
-__all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train"]
+__all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train", "widen"]
 
 
 def run(
@@ -70,6 +71,7 @@ def run(
         take_estimation(work.run, donor)
     if config.way.prunes and not work.run.has("estimate"):
         _train_light(work, callbacks)
+        widen(work, callbacks)
     elif config.way.prunes:
         plan(work.run)
         train(work, callbacks, prune(work))
@@ -108,7 +110,7 @@ def _train_light(
         ended = f"a callback ended training at step {trainer.state.global_step}"
         require(run.has("estimate"), f"{ended}, inside estimation; let it go on until the cut")
         if not stop_at_cut:
-            _finish(work, trainer, trainer.light_report["estimation_steps"])
+            _finish(work, trainer, begun=trainer.light_report["estimation_steps"])
 
 
 def _with_peft(work: Workspace) -> PeftModel:
@@ -144,6 +146,8 @@ def prune(work: Workspace, fit: Fit = fit_refit) -> LightModel | None:
 def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Model | None = None) -> None:
     """Fine-tune the small model with the small PEFT (light), the dense one with plain PEFT, or all of the dense one.
 
+    What the small model has learned is then put over the whole base, if the run keeps it so.
+
     Args:
         callbacks: of the trainer.
         model: as `prune` has just left it or, of other methods, what trains instead of what they would make; None: it
@@ -151,12 +155,15 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Mod
     """
     run, config = work.run, work.config
     if run.has("train"):
+        widen(work, callbacks)
         return
     set_seed(config.seed)
     if config.way.prunes:
         run.need("prune", "train")
         model = model or load_light(run.pruned, work.dense_model().model, is_trainable=True)
         _train_behind_the_cut(work, model, callbacks)
+        del model
+        widen(work, callbacks)
         return
     model = model or (_with_peft(work) if config.way.has_peft else _full_model(work))
     trainer = DenseRun(work, model, callbacks)
@@ -177,20 +184,61 @@ def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[Tra
         if checkpoint is None or read_cut(checkpoint) is None:
             checkpoint = trainer.checkpoint_at_cut(begun, work.steps)
         fit(trainer, checkpoint)
-        _finish(work, trainer, begun)
+        _finish(work, trainer, begun=begun)
 
 
-def _finish(work: Workspace, trainer: LightRun | DenseRun, begun: int = 0) -> None:
-    """Leave the result of training, which began behind a step of the run, in the run folder."""
-    run, config, model, step = work.run, work.config, trainer.model, trainer.state.global_step
-    assert trainer.meter is not None
-    cost = trainer.meter.stop(step)
-    require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{config.way.rate}")
+def widen(work: Workspace, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """Put what the small model has learned over the whole base, and train it there for the last steps of the run.
+
+    Nothing is done where the run does not keep that (`light.keep`), or has it.
+    """
+    run = work.run
+    if not run.keeps_full or run.has("widen"):
+        return
+    run.need("train", "widen")
+    set_seed(work.config.seed)
+    started, watcher = time.perf_counter(), work.watcher()
+    model = load_full_width(run.adapter, work.dense_model().model, is_trainable=True)
+    watcher.look("at_full_width", model)
 
     def save() -> None:
+        save_full(run, model, task_facts(work.task))
+
+    if work.last_steps:
+        trainer = WideRun(work, model, callbacks)
+        with run.held():
+            trainer.settle()
+            fit(trainer, run.last_checkpoint(trainer.stage))
+            _finish(work, trainer, save, **watcher.facts())
+        return
+    with run.held():
+        run.finish_stage("widen", time.perf_counter() - started - watcher.seconds, save, **watcher.facts())
+
+
+def _finish(
+    work: Workspace,
+    trainer: LightRun | DenseRun,
+    save: Callable[[], None] | None = None,
+    begun: int = 0,
+    **facts: Any,
+) -> None:
+    """Leave the result of training in the run folder.
+
+    Args:
+        save: writes it; None: as it is for the run's method.
+        begun: step of the run that training began behind.
+        facts: for the log.
+    """
+    run, model, step = work.run, trainer.model, trainer.state.global_step
+    assert trainer.meter is not None
+    cost = trainer.meter.stop(step)
+    rate = work.config.way.rate
+    require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{rate}")
+
+    def save_trained() -> None:
         save_result(run, model, work.tokenizer, task_facts(work.task))
 
-    run.finish_stage("train", **asdict(cost), save=save, steps=step - begun)
+    run.finish_stage(trainer.stage, **asdict(cost), save=save or save_trained, steps=step - begun, **facts)
 
 
 def _full_model(work: Workspace) -> PreTrainedModel:
@@ -208,7 +256,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     run = work.run
     if run.has("evaluate"):
         return read_report(run.metrics)
-    run.need("train", "evaluate")
+    run.need("widen" if run.keeps_full else "train", "evaluate")
     started = time.perf_counter()
     watcher = work.watcher()
     model = open_result(run, work.task, _asked_base(work, watcher))
@@ -220,17 +268,25 @@ def evaluate(work: Workspace) -> dict[str, Any]:
         watcher.look("in_the_end", model)
     earlier = [entry for stage, entry in run.finished_stages().items() if stage != "evaluate"]
     noticed = notices(watcher, earlier, outcomes[""].answers, scores.intervals)
+    besides = _beside_light(work) if isinstance(model, LightModel) and run.keeps_full else {}
 
     def save() -> None:
         if isinstance(model, LightModel):
             model.light_metrics = dict(scores.metrics)
             save_metrics(model, run.adapter)
-        write_json(run.metrics, {**report(work, model, scores), **noticed})
+        write_json(run.metrics, {**report(work, model, scores), **besides, **noticed})
 
     seconds = time.perf_counter() - started - watcher.seconds
     with run.held():
         run.finish_stage("evaluate", seconds, save, warnings=noticed["warnings"])
     return read_report(run.metrics)
+
+
+def _beside_light(work: Workspace) -> dict[str, Any]:
+    """Quality of what a run keeps at full width, where it keeps both."""
+    model = open_peft(work.run.full, work.dense_model().model)
+    scores = scores_of(measure(work, model), work.task)
+    return {"full_width": {"metrics": scores.metrics, "intervals": scores.intervals}}
 
 
 def _asked_base(work: Workspace, watcher: Watcher) -> PreTrainedModel | None:

@@ -23,7 +23,8 @@ from lightpeft.recipe.trainer import light_trainer
 from lightpeft.runs.stages import StageCost, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
-from lightpeft.training.arguments import training_arguments
+from lightpeft.training.acceleration import light_steps
+from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
 from lightpeft.training.prefix import PrefixMixin
 from lightpeft.training.trainer import RunTrainer, train_in_float32
@@ -60,6 +61,8 @@ class InRun:
     """Mixin of `Trainer` classes: a trainer of a run."""
 
     work: Workspace
+    stage = "train"
+    """Under which name checkpoints are kept."""
     meter: Meter | None = None
 
     @property
@@ -70,12 +73,12 @@ class InRun:
         """It goes with the checkpoints, when the result is there."""
 
     def _announce(self, line: str) -> None:
-        self.work.run.announce("train", line)
+        self.work.run.announce(self.stage, line)
 
     def settle(self) -> None:
         """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
         trainer: Any = self
-        trainer.args.output_dir = str(self.work.run.checkpoints("train"))
+        trainer.args.output_dir = str(self.work.run.checkpoints(self.stage))
         if _wants_tensorboard(self.work.config.trainer):
             trainer.add_callback(_tensorboard(self.work.run.path / TENSORBOARD))
         trainer.add_callback(SealCheckpoint())  # last: all that others write is in the checkpoint then
@@ -118,7 +121,12 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         self.work, self.stop_at_cut = work, stop_at_cut
         training = work.config.training
         options = {"light": work.config.light, "fast_steps": training.fast_steps, "prefix_cache": work.prefix_cache}
-        super().__init__(model, **_options(work, callbacks), **options)
+        super().__init__(model, **_options(work, [*callbacks, _EndsAt(self, work.steps - work.last_steps)]), **options)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
+        """Behind the cut, over the steps before those at full width."""
+        last = self.work.last_steps if self.light_plan is not None else 0
+        return super().create_scheduler(num_training_steps - last, *args, **options)
 
     def _begin_light(self, state: TrainerState) -> None:
         super()._begin_light(state)
@@ -150,16 +158,27 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
 class DenseRun(InRun, PrefixMixin, RunTrainer):
     """Plain PEFT, or every weight, in a run folder, as both train by habit; frozen blocks run without a graph."""
 
-    def __init__(self, work: Workspace, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    def __init__(
+        self,
+        work: Workspace,
+        model: nn.Module,
+        callbacks: Sequence[TrainerCallback] = (),
+        steps: int | None = None,
+    ) -> None:
+        """
+        Args:
+            callbacks: called before those of the run.
+            steps: optimizer steps; None: those of the run.
+        """
         self.work, self.prefix_cache = work, work.prefix_cache
-        super().__init__(model, **_options(work, callbacks))
+        super().__init__(model, **_options(work, callbacks, steps))
         if self.args.fp16:
             train_in_float32(model)
         self.add_callback(_Begins(self))
 
     def begin(self, state: TrainerState) -> None:
         """Training begins, or goes on from a checkpoint."""
-        self._show("train")
+        self._show(self.stage)
         started = time.perf_counter()
         self._open_prefix(self.model, state.max_steps)
         caching = time.perf_counter() - started
@@ -173,6 +192,36 @@ class DenseRun(InRun, PrefixMixin, RunTrainer):
             self._close_prefix()
 
 
+class WideRun(DenseRun):
+    """The last steps of a light run, over the whole base, as fast as the others."""
+
+    stage = "widen"
+
+    def __init__(self, work: Workspace, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        light, training = work.config.light, work.config.training
+        rate = float(training.learning_rate) * light.full_width_rate
+        config = replace(work.config, training=replace(training, learning_rate=rate))
+        super().__init__(replace(work, config=config), model, callbacks, work.last_steps)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train with the faster steps, if the run takes them."""
+        config, rows = self.work.config, self.train_dataset
+        fast, autocast = config.training.fast_steps, half_precision(self.args)
+        with light_steps(self.model, config.light, rows, fast=fast, autocast=autocast, loss_alone=True):
+            return super().train(*args, **options)
+
+
+class _EndsAt(TrainerCallback):
+    """Ends the training of the light model where the steps at full width begin."""
+
+    def __init__(self, trainer: LightRun, step: int) -> None:
+        self.trainer, self.step = trainer, step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.trainer.light_plan is not None and state.global_step >= self.step:
+            control.should_training_stop = True
+
+
 class _Begins(TrainerCallback):
     def __init__(self, trainer: DenseRun) -> None:
         self.trainer = trainer
@@ -181,20 +230,21 @@ class _Begins(TrainerCallback):
         self.trainer.begin(state)
 
 
-def _options(work: Workspace, callbacks: Sequence[TrainerCallback]) -> dict[str, Any]:
+def _options(work: Workspace, callbacks: Sequence[TrainerCallback], steps: int | None = None) -> dict[str, Any]:
     """What all trainers of a run are made with."""
+    steps = work.steps if steps is None else steps
     config = work.config
     training, given = replace(config.training, learning_rate=work.rate), dict(config.trainer)
     if _wants_tensorboard(given):
         given["report_to"] = [name for name in _names(given) if name != TENSORBOARD]
     # a trainer makes its folder at once, and a run nothing before all is found good: see `InRun.settle`
-    arguments = training_arguments(training, Path(tempfile.gettempdir()), work.steps, config.seed, given)
+    arguments = training_arguments(training, Path(tempfile.gettempdir()), steps, config.seed, given)
     return {
         "args": arguments,
         "train_dataset": work.train_rows,
         "eval_dataset": work.test_rows,
         "data_collator": work.collator,
-        "callbacks": [*callbacks, ProgressBar(work.steps), LogLines(work.run.log)],
+        "callbacks": [*callbacks, ProgressBar(steps), LogLines(work.run.log)],
     }
 
 

@@ -75,6 +75,11 @@ class Workspace:
         return self.pace.steps(float(self.config.training.epochs))
 
     @property
+    def last_steps(self) -> int:
+        """How many of these train at full width."""
+        return self.config.light.last_steps(self.steps) if self.run.keeps_full else 0
+
+    @property
     def rate(self) -> float:
         """Peak learning rate of the run's method, before a preset scales it."""
         return float(getattr(self.config.training, self.config.way.rate))

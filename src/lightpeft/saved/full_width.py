@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -31,7 +32,7 @@ from lightpeft.prune.discovery import ensure_family
 from lightpeft.saved.bases import architecture_of, load_base
 from lightpeft.saved.description import BaseFacts, base_facts, facts_of
 from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, check_base, read_description
-from lightpeft.saved.peft_adapter import CONFIG, WEIGHTS, read_adapter
+from lightpeft.saved.peft_adapter import ADAPTER_CONFIG, WEIGHTS, read_adapter
 
 _PREFIX = "base_model.model."
 """What PEFT's files write before the names of the model's modules."""
@@ -55,14 +56,24 @@ def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_tra
         saved = from_dict(BaseFacts, facts_of(light)["base"], "base.")
     dense = load_base(saved, saved.place())[0] if base is None else base
     check_base(dense, saved, light.light_plan, "this light model")
-    prepare_quantised(dense)
     name = own_adapter(light)
     tensors = get_peft_model_state_dict(light, adapter_name=name)
-    model, wide = _widen(dense, light.light_plan, light.peft_config[name], tensors)
-    set_peft_model_state_dict(model, wide)
-    if not is_trainable:
-        model.requires_grad_(False)
-    return model.train(is_trainable)
+    return _filled(dense, light.light_plan, light.peft_config[name], tensors, is_trainable)
+
+
+def load_full_width(light: str | Path, base: PreTrainedModel, *, is_trainable: bool = False) -> PeftModel:
+    """The same of a saved light adapter, whose pruned model is not made for that.
+
+    Args:
+        light: folder of the light adapter.
+        base, is_trainable: as for `full_width`.
+
+    Raises:
+        LightPeftError: a file is missing or altered, or the base is another one.
+    """
+    adapter = _Saved.read(Path(light))
+    check_base(base, adapter.base, adapter.plan, str(light))
+    return _filled(base, adapter.plan, adapter.config, read_tensors(Path(light) / WEIGHTS), is_trainable)
 
 
 def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *, overwrite: bool = False) -> None:
@@ -81,20 +92,17 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
             is half-written.
     """
     light, folder = Path(light), Path(folder)
-    adapter = (folder / CONFIG).is_file()
-    instead = "a new folder, or overwrite what is there (--overwrite)" if adapter else "a new folder"
-    free = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and adapter)
+    same = (folder / ADAPTER_CONFIG).is_file()
+    instead = "a new folder, or overwrite what is there (--overwrite)" if same else "a new folder"
+    free = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and same)
     require(free, f"{folder} is not empty; give {instead}")
-    description = read_description(light)
-    with understandable(light / DESCRIPTION):
-        plan = PrunePlan.from_dict(description["plan"])
-    saved, config = base_facts(description, light / DESCRIPTION), read_adapter(light, explicit=True)
-    if widens_alone(config):
-        dense = _skeleton(saved, base)
+    adapter = _Saved.read(light)
+    if widens_alone(adapter.config):
+        dense = _skeleton(adapter.base, base)
     else:
-        dense = load_base(saved, base)[0]
-        check_base(dense, saved, plan, str(light))
-    model, wide = _widen(dense, plan, config, read_tensors(light / WEIGHTS))
+        dense = load_base(adapter.base, base)[0]
+        check_base(dense, adapter.base, adapter.plan, str(light))
+    model, wide = _widen(dense, adapter.plan, adapter.config, read_tensors(light / WEIGHTS))
     (plain,) = model.peft_config.values()
     plain.inference_mode = True
     with replacing_folder(folder, alone=True) as temporary:
@@ -102,6 +110,22 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
         plain.save_pretrained(str(temporary))
         save_file(wide, temporary / WEIGHTS, metadata={"format": "pt"})
         model.create_or_update_model_card(str(temporary))
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a saved light adapter says of itself."""
+
+    plan: PrunePlan
+    base: BaseFacts
+    config: PeftConfig
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        description = read_description(folder)
+        with understandable(folder / DESCRIPTION):
+            plan = PrunePlan.from_dict(description["plan"])
+        return cls(plan, base_facts(description, folder / DESCRIPTION), read_adapter(folder, explicit=True))
 
 
 def _skeleton(saved: BaseFacts, base: ModelConfig) -> PreTrainedModel:
@@ -116,6 +140,18 @@ def _skeleton(saved: BaseFacts, base: ModelConfig) -> PreTrainedModel:
     return dense
 
 
+def _filled(
+    dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, tensors: Mapping[str, Tensor], is_trainable: bool
+) -> PeftModel:
+    """The dense model with the adapter in it; arguments as for `_widen`."""
+    prepare_quantised(dense)
+    model, wide = _widen(dense, plan, config, tensors)
+    set_peft_model_state_dict(model, wide)
+    if not is_trainable:
+        model.requires_grad_(False)
+    return model.train(is_trainable)
+
+
 def _widen(
     dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, tensors: Mapping[str, Tensor]
 ) -> tuple[PeftModel, dict[str, Tensor]]:
@@ -127,6 +163,7 @@ def _widen(
     """
     config = copy.deepcopy(config)
     simplify_config(config)
+    config.inference_mode = False  # as in training, whatever the file says
     model = cast(PeftModel, get_peft_model(dense, config))
     wide = dict(tensors)
     for site in find_sites(model, plan.specs):

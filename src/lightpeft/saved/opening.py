@@ -26,7 +26,7 @@ from lightpeft.saved.forms import (
 )
 from lightpeft.saved.light_adapter import DESCRIPTION
 from lightpeft.saved.merging import MERGED
-from lightpeft.saved.peft_adapter import CONFIG as PEFT_CONFIG
+from lightpeft.saved.peft_adapter import ADAPTER_CONFIG
 from lightpeft.saved.results import Model
 from lightpeft.saved.run_folder import CONFIG, RunFolder, is_run
 from lightpeft.tasks import Task, ensure_pad_token
@@ -34,7 +34,7 @@ from lightpeft.tasks import Task, ensure_pad_token
 _FORMS: dict[str, type[Found]] = {
     DESCRIPTION: LightAdapter,
     MERGED: MergedModel,
-    PEFT_CONFIG: PeftAdapter,
+    ADAPTER_CONFIG: PeftAdapter,
     "config.json": WholeModel,
 }
 """File in a folder -> the form of the model there; the first that is there counts."""
@@ -78,8 +78,8 @@ def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, 
     Raises:
         LightPeftError: it has none yet, or a damaged one.
     """
-    run.need("train", "evaluate")
-    config, form = run.config, _FORMS[run.config.way.last_file]
+    run.need("widen" if run.keeps_full else "train", "evaluate")
+    config, form = run.config, _FORMS[ADAPTER_CONFIG if run.result == run.full else run.config.way.last_file]
     given = {name: value for name, value in vars(config.model).items() if name != "name"} | dict(settings or {})
     if form is WholeModel:
         base, given = None, given | {"revision": None, "gguf_file": None}

@@ -18,7 +18,7 @@ from lightpeft.files.foreign import check_folder, parsing
 from lightpeft.files.limits import limited
 from lightpeft.peft_kinds.sites import read_config
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
 _ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model", "layer_replication")

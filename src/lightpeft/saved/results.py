@@ -51,6 +51,16 @@ def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         seal(temporary)
 
 
+def save_full(run: RunFolder, model: PeftModel, task: Mapping[str, Any]) -> None:
+    """Write what a light run has learned, over the whole base.
+
+    Args:
+        task: its facts, as PEFT's files do not say them.
+    """
+    write_json(run.task, {"task": task})
+    save_peft(model, run.full)
+
+
 def save_result(run: RunFolder, model: Model, tokenizer: PreTrainedTokenizerBase, task: Mapping[str, Any]) -> None:
     """Write what training made: an adapter or, with method full, a whole transformers model with its tokenizer.
 

@@ -31,6 +31,7 @@ from lightpeft.files import (
 )
 from lightpeft.machine import processes
 from lightpeft.saved.light_adapter import DESCRIPTION
+from lightpeft.saved.peft_adapter import ADAPTER_CONFIG
 from lightpeft.training.checkpoints import last_checkpoint
 
 CONFIG = "config.yaml"
@@ -38,6 +39,7 @@ _RESULTS = (
     "metrics.json",
     "bench.json",
     "adapter",
+    "full",
     "model",
     "task.json",
     "pruned",
@@ -177,8 +179,18 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """The result: a light adapter (method light) or a PEFT adapter (method plain)."""
+        """What training leaves: a light adapter (method light) or a PEFT adapter (method plain)."""
         return self.path / "adapter"
+
+    @property
+    def full(self) -> Path:
+        """What a light run has learned, as a PEFT adapter over the whole base, where the run keeps it so."""
+        return self.path / "full"
+
+    @property
+    def keeps_full(self) -> bool:
+        """Whether the run is one that leaves that."""
+        return self.config.way.prunes and self.config.light.keep != "light"
 
     @property
     def model(self) -> Path:
@@ -192,6 +204,11 @@ class RunFolder:
 
     @property
     def result(self) -> Path:
+        """What the run is asked by: what training leaves or, if nothing else is kept, that at full width."""
+        return self.full if self.keeps_full and self.config.light.keep == "full" else self.trained
+
+    @property
+    def trained(self) -> Path:
         """What training leaves, by the run's method."""
         return self.path / self.config.way.result
 
@@ -214,12 +231,13 @@ class RunFolder:
         return last_checkpoint(self.checkpoints(stage), lambda line: self.announce(stage, line))
 
     def has(self, stage: str) -> bool:
-        """Whether a stage ("estimate", "plan", "prune", "train", "evaluate") has left its result."""
+        """Whether a stage ("estimate", "plan", "prune", "train", "widen", "evaluate") has left its result."""
         result = {
             "estimate": self.estimation / "estimation.json",
             "plan": self.plan,
             "prune": self.pruned / DESCRIPTION,
-            "train": self.result / self.config.way.last_file,
+            "train": self.trained / self.config.way.last_file,
+            "widen": self.full / ADAPTER_CONFIG,
             "evaluate": self.metrics,
         }
         return result[stage].is_file()
@@ -297,6 +315,14 @@ class _Milestones:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Quality:
+    """How good a model is."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Report:
     """What people and tables read of a metrics.json."""
 
@@ -306,6 +332,7 @@ class _Report:
     intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    full_width: _Quality | None = None
     milestones: _Milestones = _Milestones(examples=0, metrics={})
     warnings: list[str] = dataclasses.field(default_factory=list)
 

@@ -26,6 +26,8 @@ def show_metrics(report: dict[str, Any]) -> None:
     from lightpeft.cli.tables import facts_table, metrics_table, milestones_table
 
     screen.print(metrics_table(report["metrics"], report.get("intervals", {}), f"method {report['method']}"))
+    if "full_width" in report:
+        screen.print(metrics_table(**report["full_width"], title="the same at full width, over the whole base"))
     if "milestones" in report:  # older runs have none
         screen.print(milestones_table(report["milestones"]))
     screen.print(facts_table(report["parameters"], "parameters"))
