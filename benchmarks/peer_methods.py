@@ -81,8 +81,8 @@ class Peer:
 
     def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
         """Inside the block, the model trains as the peer has it."""
-        lengths, autocast = work.train_rows["length"][:], autocast_dtype(work.config.training)
-        return accelerated(model, lengths, dropout=0.0, autocast=autocast) if self.accelerated else nullcontext()
+        autocast = autocast_dtype(work.config.training)
+        return accelerated(model, dropout=0.0, autocast=autocast) if self.accelerated else nullcontext()
 
 
 def _made(make: Maker, goal: Goal, work: Workspace) -> Made:

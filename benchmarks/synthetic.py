@@ -208,7 +208,7 @@ class Synthetic:
         """Light models train as in light runs, the others as by habit."""
         if self.subject != "light":
             return nullcontext()
-        return accelerated(self.model, [self.case.length], dropout=0.0, autocast=self.case.autocast)
+        return accelerated(self.model, dropout=0.0, autocast=self.case.autocast)
 
     def inference(self) -> float:
         """Seconds a forward pass, with merged weights."""

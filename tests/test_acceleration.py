@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from workbench import Workbench
 
 from lightpeft.models.families import block_specs
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import find_sites, fused, fused_lora
 from lightpeft.profiling import count_flops
 from lightpeft.prune.importance import ModuleObserver
@@ -248,28 +249,82 @@ class TestBaseDropout:
             assert relative_difference(model(**inputs).logits, model(**inputs).logits) > 1e-2
 
 
+class TestCasts:
+    """What several layers read is converted once."""
+
+    @staticmethod
+    def gradients(model: PeftModel, autocast: bool = True, shared: bool = True) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            if not shared:
+                patch.setattr(fused._Casts, "of", lambda self, x, dtype: x.to(dtype))
+            inputs = inputs_for(model)
+            model.zero_grad()
+            with fused_lora(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                model(**inputs).logits.float().square().mean().backward()
+        return torch.cat([p.grad.flatten().clone() for p in model.parameters() if p.grad is not None])
+
+    @pytest.mark.parametrize("name", LAYOUTS)
+    def test_the_same_gradients(self, name: str) -> None:
+        """As near to those in float32 as without."""
+        model = with_lora(make(name))
+        exact = self.gradients(model, autocast=False)
+        errors = [float((self.gradients(model, shared=each) - exact).norm() / exact.norm()) for each in (True, False)]
+        assert errors[0] < 1.3 * errors[1] + 1e-3 and errors[1] < 0.2
+
+    def test_only_what_is_the_same(self) -> None:
+        casts, x = fused._Casts(), torch.randn(2, 3)
+        first = casts.of(x, torch.bfloat16)
+        assert casts.of(x, torch.bfloat16) is first and casts.of(x, torch.float16) is not first
+        again = casts.of(x, torch.bfloat16)
+        x.add_(1)
+        assert not casts.of(x, torch.bfloat16).equal(again), "it was changed in place"
+        with torch.no_grad():
+            x.requires_grad_(True)
+            assert not casts.of(x, torch.bfloat16).requires_grad
+        assert casts.of(x, torch.bfloat16).requires_grad
+        with torch.inference_mode():
+            y = torch.randn(2, 3)
+            assert casts.of(y, torch.bfloat16) is casts.of(y, torch.bfloat16)
+        casts.forget()
+        assert casts._made is None
+
+
 def probabilities(model: nn.Module) -> dict[str, float]:
     return {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
 
 
 class TestShortAttention:
+    """It is chosen batch by batch: whether PyTorch's own is allowed while the model computes."""
+
+    @staticmethod
+    def own_is_allowed(model: nn.Module, length: int, autocast: torch.dtype | None) -> bool:
+        seen: list[bool] = []
+        model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+        inner = transformers_model(model)
+        inner.base_model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
+        with accelerated(model, autocast=autocast), torch.no_grad():
+            model(input_ids=torch.ones(2, length, dtype=torch.long))
+        assert seen[0] and torch.backends.cuda.flash_sdp_enabled(), "nothing else is changed"
+        return seen[-1]
+
     @pytest.mark.parametrize(
-        ("lengths", "autocast", "plain"),
-        [
-            ([SHORT_ROWS, SHORT_ROWS], torch.bfloat16, True),
-            ([SHORT_ROWS, SHORT_ROWS + 1], torch.bfloat16, False),
-            ([8], None, False),
-            ([], torch.bfloat16, False),
-        ],
+        ("length", "autocast", "own"),
+        [(SHORT_ROWS, torch.bfloat16, False), (SHORT_ROWS + 1, torch.bfloat16, True), (8, None, True)],
     )
-    def test_short_rows_in_half_precision(self, lengths: list[int], autocast: torch.dtype | None, plain: bool) -> None:
-        with accelerated(make("bert"), lengths, autocast=autocast):
-            assert torch.backends.cuda.flash_sdp_enabled() != plain
-        assert torch.backends.cuda.flash_sdp_enabled()
+    def test_short_rows_in_half_precision(self, length: int, autocast: torch.dtype | None, own: bool) -> None:
+        model = make("bert", max_position_embeddings=SHORT_ROWS + 1)
+        assert self.own_is_allowed(model, length, autocast) == own
 
     def test_a_model_in_half_precision(self) -> None:
-        with accelerated(make("bert").bfloat16(), [8]):
-            assert not torch.backends.cuda.flash_sdp_enabled()
+        assert not self.own_is_allowed(make("bert").bfloat16(), 8, None)
+
+    def test_inside_peft(self) -> None:
+        assert not self.own_is_allowed(with_lora(make("llama-gqa")), 8, torch.bfloat16)
+
+    def test_rows_that_are_no_tokens(self) -> None:
+        model = make("vit").bfloat16()
+        with accelerated(model), torch.no_grad():
+            model(pixel_values=torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16))
 
 
 class TestRuns:

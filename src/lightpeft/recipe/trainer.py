@@ -202,7 +202,6 @@ class LightTraining(PrefixMixin, Repeatable):
         return light_steps(
             self._peft_model,
             self.light_config,
-            self._trainer.train_dataset,
             fast=self.fast_steps,
             autocast=half_precision(args),
             loss_alone=self._reads_loss_alone(),

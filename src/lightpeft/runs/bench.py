@@ -235,7 +235,7 @@ def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[No
     """Steps as a light run makes them."""
     config = work.config
     autocast, fast = autocast_dtype(config.training), config.training.fast_steps
-    return light_steps(model, config.light, work.train_rows, fast=fast, autocast=autocast, loss_alone=True)
+    return light_steps(model, config.light, fast=fast, autocast=autocast, loss_alone=True)
 
 
 def by_habit(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:

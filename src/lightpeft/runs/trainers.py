@@ -205,9 +205,9 @@ class WideRun(DenseRun):
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train with the faster steps, if the run takes them."""
-        config, rows = self.work.config, self.train_dataset
+        config = self.work.config
         fast, autocast = config.training.fast_steps, half_precision(self.args)
-        with light_steps(self.model, config.light, rows, fast=fast, autocast=autocast, loss_alone=True):
+        with light_steps(self.model, config.light, fast=fast, autocast=autocast, loss_alone=True):
             return super().train(*args, **options)
 
 

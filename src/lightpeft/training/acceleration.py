@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightpeft.config import LightConfig
+from lightpeft.models.patching import instead
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import fused_lora, peft_parts
 from lightpeft.training.logits import labelled_head
-from lightpeft.training.prefix import lengths_of
 
 SHORT_ROWS = 64
-"""Tokens a row on average up to which plain products train faster than PyTorch's attention for CPUs, in bfloat16."""
+"""Tokens a row, padding included, up to which plain products train faster than PyTorch's attention for CPUs, in
+bfloat16. They keep the probabilities for the backward pass, whose memory grows with the square."""
 
 
 def light_steps(
     model: nn.Module,
     light: LightConfig,
-    rows: Any,
     *,
     fast: bool = True,
     autocast: torch.dtype | None = None,
@@ -32,22 +33,18 @@ def light_steps(
     """A context in which a model trains as Light-PEFT does, before and behind the cut.
 
     Args:
-        rows: of training; where they are a data set of tokens, attention is the one for rows of their length.
         fast: beside the dropout that `light` asks for, take the faster steps.
         autocast: half precision that training computes in; None: that of the weights.
         loss_alone: as for `accelerated`.
     """
     if not fast:
         return base_dropout(model, light.dropout)
-    tokens = isinstance(rows, Dataset) and {"length", "input_ids"} & set(rows.column_names)
-    lengths = lengths_of(rows) if tokens else ()
-    return accelerated(model, lengths, dropout=light.dropout, autocast=autocast, loss_alone=loss_alone)
+    return accelerated(model, dropout=light.dropout, autocast=autocast, loss_alone=loss_alone)
 
 
 @contextmanager
 def accelerated(
     model: nn.Module,
-    lengths: Sequence[int] = (),
     *,
     dropout: float | None = None,
     autocast: torch.dtype | None = None,
@@ -56,14 +53,13 @@ def accelerated(
     """Inside the block a light model trains with fused LoRA layers, its base's dropout, and attention for short rows.
 
     Args:
-        lengths: tokens of the training rows; none: rows of unknown length.
         dropout: probability that replaces the base's own ones; None: those stay.
         autocast: half precision that training computes in under autocast; None: that of the weights.
         loss_alone: nobody reads a language model's logits in training (TRL's trainers do, for their metrics), so that
             those of tokens without a label need not be computed.
     """
     head = labelled_head(model) if loss_alone else nullcontext()
-    with base_dropout(model, dropout), fused_lora(model), head, _short_attention(model, lengths, autocast):
+    with base_dropout(model, dropout), fused_lora(model), head, _short_attention(model, autocast):
         yield
 
 
@@ -93,11 +89,28 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
             yield from ((module, name, vars(module)[name]) for name in names if isinstance(vars(module)[name], float))
 
 
-def _short_attention(
-    model: nn.Module, lengths: Sequence[int], autocast: torch.dtype | None
-) -> AbstractContextManager[None]:
-    """Attention of plain products where PyTorch's own is slower: half precision on a CPU, in rows of few tokens."""
-    parameter = next(model.parameters())
+@contextmanager
+def _short_attention(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
+    """Attention of plain products where PyTorch's own is slower: half precision on a CPU, in batches of short rows."""
+    inner, parameter = transformers_model(model), next(model.parameters())
     half = (autocast or parameter.dtype) in (torch.bfloat16, torch.float16)
-    short = bool(lengths) and sum(lengths) <= SHORT_ROWS * len(lengths)
-    return sdpa_kernel(SDPBackend.MATH) if parameter.device.type == "cpu" and half and short else nullcontext()
+    if parameter.device.type != "cpu" or not half:
+        yield
+        return
+    usual = inner.forward
+
+    @functools.wraps(usual)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tokens = _tokens_a_row(args, kwargs)
+        with sdpa_kernel(SDPBackend.MATH) if tokens is not None and tokens <= SHORT_ROWS else nullcontext():
+            return usual(*args, **kwargs)
+
+    with instead(inner, forward):
+        yield
+
+
+def _tokens_a_row(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How long the rows of a batch are; None where they are not of tokens."""
+    given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])
+    tokens = next((each for each in given if isinstance(each, Tensor) and each.dim() in (2, 3)), None)
+    return None if tokens is None else tokens.shape[1]

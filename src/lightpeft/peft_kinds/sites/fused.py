@@ -30,22 +30,51 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
     Args:
         model: a PeftModel, or a model that holds one.
     """
+    casts = _Casts()
     with ExitStack() as stack:
         for layer in model.modules():
             if type(layer) is LoraLinear:
-                stack.enter_context(instead(layer, _Fused(layer, layer.forward)))
+                stack.enter_context(instead(layer, _Fused(layer, layer.forward, casts)))
+        stack.callback(casts.forget)
         yield
+
+
+class _Casts:
+    """The input of a LoRA layer in the data type of the computation; queries, keys and values read the same one.
+
+    It is converted once, and kept once for their backward passes.
+    """
+
+    def __init__(self) -> None:
+        self._given: Tensor | None = None
+        self._made: Tensor | None = None
+        self._state: tuple[Any, ...] = ()
+
+    def of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x.to(dtype)`."""
+        if x.dtype == dtype:
+            return x
+        changes = None if x.is_inference() else x._version
+        state = (dtype, changes, torch.is_grad_enabled())
+        if self._made is None or self._given is not x or self._state != state:
+            self._given, self._made, self._state = x, x.to(dtype), state
+        return self._made
+
+    def forget(self) -> None:
+        """Hold nothing any more."""
+        self._given = self._made = None
 
 
 class _Fused:
     """The forward of one LoRA layer."""
 
-    def __init__(self, layer: LoraLinear, otherwise: Callable[..., Any]) -> None:
+    def __init__(self, layer: LoraLinear, otherwise: Callable[..., Any], casts: _Casts) -> None:
         """
         Args:
             otherwise: the layer's own forward.
+            casts: of all layers.
         """
-        self.layer, self.otherwise = layer, otherwise
+        self.layer, self.otherwise, self.casts = layer, otherwise, casts
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         adapter = None if args or kwargs else self._plain_adapter()
@@ -58,7 +87,7 @@ class _Fused:
         dropped = dropout(x).to(dtype) if layer.training and not isinstance(dropout, nn.Identity) else None
         base = layer.base_layer
         weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
-        return _LoraLinear.apply(x.to(dtype), dropped, weight, bias, down, up, layer.scaling[adapter])
+        return _LoraLinear.apply(self.casts.of(x, dtype), dropped, weight, bias, down, up, layer.scaling[adapter])
 
     def _plain_adapter(self) -> str | None:
         """The one adapter that is added to the frozen layer, and nothing else."""
