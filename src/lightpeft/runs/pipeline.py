@@ -18,8 +18,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
-from lightpeft.config import RunConfig
-from lightpeft.errors import require
+from lightpeft.config import SWITCHES, RunConfig
+from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.milestones import Watcher, notices
 from lightpeft.evaluation.scores import Scores, scores_of
 from lightpeft.files import write_json
@@ -34,6 +34,7 @@ from lightpeft.runs.reuse import find_estimation, take_estimation
 from lightpeft.runs.stages import StageCost, leave_plan, leave_pruned
 from lightpeft.runs.trainers import DenseRun, LightRun, WideRun
 from lightpeft.runs.workspace import Workspace, prepare
+from lightpeft.saved.forms import to_device
 from lightpeft.saved.full_width import load_full_width
 from lightpeft.saved.light_adapter import LightModel, load_light, save_metrics
 from lightpeft.saved.opening import open_result
@@ -160,7 +161,7 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Mod
     set_seed(config.seed)
     if config.way.prunes:
         run.need("prune", "train")
-        model = model or load_light(run.pruned, work.dense_model().model, is_trainable=True)
+        model = model or _pruned_model(work)
         _train_behind_the_cut(work, model, callbacks)
         del model
         widen(work, callbacks)
@@ -172,6 +173,18 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Mod
         work.announce_settings()
         fit(trainer, run.last_checkpoint("train"))
         _finish(work, trainer)
+
+
+def _pruned_model(work: Workspace) -> LightModel:
+    """What `prune` left, to train on: read straight into the cut layers, so that memory never holds the dense model."""
+    model = work.config.model
+    switches = {name: getattr(model, name) for name in SWITCHES}
+    try:
+        return to_device(
+            load_light(work.run.pruned, is_trainable=True, low_memory=True, attention=model.attention, **switches)
+        )
+    except LightPeftError:  # a base in few bits or in a file of another kind, which is read whole; or damage, as below
+        return load_light(work.run.pruned, work.dense_model().model, is_trainable=True)
 
 
 def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[TrainerCallback]) -> None:
