@@ -102,6 +102,8 @@ class LightTraining(PrefixMixin, Repeatable):
         self._trainer.args = copy.copy(self._trainer.args)  # the user's own stay as they are
         if self._trainer.args.fp16:
             train_in_float32(self._trainer.model)
+        if self.light_config.keep != "light":
+            self._note_full_width()
         self._scale_rate(self.light_config.learning_rate_scale)
         self._light_contexts = ExitStack()
         self._estimation_steps, self._light_seconds = 0, {"estimation": 0.0, "cut": 0.0}
@@ -134,6 +136,14 @@ class LightTraining(PrefixMixin, Repeatable):
     def _warn_uncut(self, step: int) -> None:
         """Say that what comes out of training is not what was asked for."""
         _log.warning("training ended at step %d, inside estimation: the model is the dense one still", step)
+
+    def _note_full_width(self) -> None:
+        """Say what of `light.keep` is left to the caller: the base is no longer there when training ends."""
+        _log.warning(
+            "light.keep is %s: after training, lightpeft.full_width(trainer.model) is that; "
+            "steps at full width (full_width_steps) are any trainer's on what it gives",
+            self.light_config.keep,
+        )
 
     def _begin_light(self, state: TrainerState) -> None:
         """Training begins, or goes on from a checkpoint: with estimation, or behind the cut."""

@@ -137,6 +137,9 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
     def _warn_uncut(self, step: int) -> None:
         """The stage that trains says so, if it was not asked to stop."""
 
+    def _note_full_width(self) -> None:
+        """The run does it itself."""
+
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
         """Leave the record in the run folder, and take the plan that the folder then has."""
         assert self.meter is not None

@@ -86,8 +86,9 @@ class _Fused:
         dropout = layer.lora_dropout[adapter]
         dropped = dropout(x).to(dtype) if layer.training and not isinstance(dropout, nn.Identity) else None
         base = layer.base_layer
-        weight, bias = base.weight.to(dtype), None if base.bias is None else base.bias.to(dtype)
-        return _LoraLinear.apply(self.casts.of(x, dtype), dropped, weight, bias, down, up, layer.scaling[adapter])
+        return _LoraLinear.apply(
+            self.casts.of(x, dtype), dropped, base.weight, base.bias, down, up, layer.scaling[adapter]
+        )
 
     def _plain_adapter(self) -> str | None:
         """The one adapter that is added to the frozen layer, and nothing else."""
@@ -132,15 +133,17 @@ class _LoraLinear(torch.autograd.Function):
         Args:
             x: [..., in], of the data type of the computation.
             dropped: x after dropout, or None.
-            weight, bias: the frozen layer's, [out, in] and [out], of that data type.
+            weight, bias: the frozen layer's, [out, in] and [out], of any data type: what is kept for the backward pass
+                is the weight itself, and converting it once more takes less than keeping a copy of every layer's.
             down, up: A [rank, in] and B [out, rank], of any.
             scaling: s.
         """
         low = (x if dropped is None else dropped).flatten(0, -2)
+        converted = weight.to(x.dtype)
         down, scaled_up = down.to(x.dtype), (up * scaling).to(x.dtype)
         inner = low @ down.T  # [rows, rank]
         rows = x.flatten(0, -2)
-        result = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
+        result = rows @ converted.T if bias is None else torch.addmm(bias.to(x.dtype), rows, converted.T)
         result.addmm_(inner, scaled_up.T)
         ctx.save_for_backward(low, inner, weight, down, scaled_up)
         ctx.scaling, ctx.shape, ctx.dropout = scaling, x.shape, dropped is not None
@@ -153,7 +156,7 @@ class _LoraLinear(torch.autograd.Function):
         gradient = gradient.flatten(0, -2)
         of_inner = gradient @ scaled_up
         of_down, of_up = of_inner.T @ low, (gradient.T @ inner) * ctx.scaling
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
+        of_x = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
         of_dropped = None
         if ctx.dropout:
             of_dropped = (of_inner @ down).view(ctx.shape) if ctx.needs_input_grad[1] else None
