@@ -17,6 +17,7 @@ from typing import Any
 
 import attention
 import depth_probe
+import draft
 import estimation_cost
 import gpu
 import inference
@@ -35,6 +36,7 @@ import scaling
 import steps
 import synthetic
 import torch
+import writing
 from peft import PeftModel
 from tiny import random_record, relative_difference
 from torch import Tensor, nn
@@ -602,6 +604,48 @@ def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     caches = results["kv_cache_bytes_per_token"]
     assert (set(caches.values()) == {None}) == (family == "bert")
     assert family == "bert" or caches["light, merged"] < caches["plain, merged"] == caches["plain, unmerged"]
+
+
+# -- writing.py, draft.py ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a decoder that keeps both its models."""
+    bench = Workbench(tmp_path_factory.mktemp("written"), "llama", "causal-lm")
+    pipeline.run(bench.config("both", **{"light.keep": "both"}))
+    return bench.folder / "both"
+
+
+def test_writing(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert writing.main([str(written), "--rows", "12", "--out", str(tmp_path / "out.json")]) == 0
+    assert "full width |" in capsys.readouterr().out
+    results = read(tmp_path / "out.json")["results"]
+    light, wide = results[str(written)], results[f"{written}, full width"]
+    metrics = read(written / "metrics.json")
+    assert light["loss"] == pytest.approx(metrics["metrics"]["loss"], abs=1e-4)
+    assert wide["loss"] == pytest.approx(metrics["full_width"]["metrics"]["loss"], abs=1e-4)
+    for found in (light, wide):
+        assert len(found["texts"]) == 12 and found["reference_tokens"] == 3
+        assert 0 <= found["exact"] <= found["ended"] <= 1
+    assert writing.main([str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(("ids", "part"), [([1, 2, 3, 4], 0.0), ([1, 1, 1, 1, 1], 2 / 3), ([1, 2], 0.0)])
+def test_repetition(ids: list[int], part: float) -> None:
+    assert writing.repeated(ids) == pytest.approx(part)
+
+
+def test_draft(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert draft.main([str(written), "--rows", "3", "--tokens", "6", "--out", str(tmp_path / "out.json")]) == 0
+    (found,) = read(tmp_path / "out.json")["results"].values()
+    assert found["same_texts"] == found["texts"] == 3
+    assert found["tokens_per_pass"]["with"] > found["tokens_per_pass"]["alone"] > 0
+    assert draft.main([str(written.parent)]) == 2
+    alone = Workbench(tmp_path, "llama", "causal-lm").config("light")
+    pipeline.run(alone)
+    assert draft.main([str(alone.output)]) == 2
+    assert "set light.keep to both" in capsys.readouterr().err
 
 
 # -- recipe.py ---------------------------------------------------------------------------------------------------------
