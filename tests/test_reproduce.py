@@ -577,6 +577,7 @@ def test_what_a_function_estimates_is_its_own(bench: Workbench, tmp_path: Path) 
 
 
 def spreads(**values: tuple[float, float | None] | None) -> dict[str, Spread | None]:
+    values = {"full_width": None, **values}
     return {name: None if values[name] is None else Spread(*values[name]) for name in MEASURES}  # type: ignore[misc]
 
 
@@ -654,6 +655,13 @@ texts & lora & perplexity & 1 & 21.9 & - & $<$0.001 & 999 & 0.0 & 10 & 976,562 &
 
 def test_markdown_of_fixed_numbers() -> None:
     assert markdown_table(FIXED) == MARKDOWN
+
+
+def test_quality_at_full_width_has_a_column_where_a_run_keeps_both() -> None:
+    kept = replace(FIXED.rows[1], measures={**FIXED.rows[1].measures, "full_width": Spread(0.836, 0.001)})
+    table = markdown_table(replace(FIXED, rows=[FIXED.rows[0], kept]))
+    assert "| full width |" in table and "| 83.6 ± 0.1 |" in table
+    assert "full width: quality there, of runs that keep both" in table
 
 
 def test_latex_of_fixed_numbers() -> None:

@@ -27,8 +27,12 @@ def _training(report: Report, stage: str, what: str) -> float | None:
 
 
 def _peak(report: Report) -> float | None:
-    peaks = [_training(report, stage, "peak_memory_bytes") for stage in ("estimate", "train")]
+    peaks = [_training(report, stage, "peak_memory_bytes") for stage in ("estimate", "train", "widen")]
     return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def _full_width(report: Report) -> float | None:
+    return report["full_width"]["metrics"][main_metric(report)] if "full_width" in report else None
 
 
 def _seconds(report: Report) -> float | None:
@@ -47,11 +51,13 @@ MEASURES: dict[str, Callable[[Report], float | None]] = {
     "peak_memory_bytes": _peak,
     "seconds": _seconds,
     "adapter_bytes": lambda report: report.get("adapter_bytes"),
+    "full_width": _full_width,
 }
 """What a row has besides the quality. parameters: of the base that is left; removed: part of the base that is gone;
 trained: trainable parameters, the head's included; samples_per_second and training_memory_bytes: of fine-tuning;
 peak_memory_bytes: of the whole run, estimation included; seconds: of the whole run, evaluation left out;
-adapter_bytes: of what is kept for the task beside the base (with method full: of the model)."""
+adapter_bytes: of what is kept for the task beside the base (with method full: of the model); full_width: quality at full
+width of a run that keeps that beside the light model (`light.keep: both`)."""
 
 
 @dataclass(frozen=True)

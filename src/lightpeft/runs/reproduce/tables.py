@@ -84,6 +84,7 @@ COLUMNS = (
     Column("quality", lambda row: _plus_minus(spread(row.quality), ".1f", _factor(row))),
     Column("difference", _difference),
     Column("p", _p, wide=True),
+    Column("full width", lambda row: _plus_minus(row.measures["full_width"], ".1f", _factor(row)), folded=True),
     Column("parameters", lambda row: count(_mean(row, "parameters")), wide=True),
     Column("removed, %", lambda row: _mean_text(row, "removed", ".1f", 100.0)),
     Column("trained", lambda row: count(_mean(row, "trained"))),
@@ -108,11 +109,14 @@ def _varies(column: Column, rows: Sequence[Row]) -> bool:
 def caption(results: Results) -> str:
     """What the columns mean, and what is the same in all rows."""
     same = [column for column in COLUMNS if column not in shown_columns(results.rows)]
-    facts = [f"{column.header} {column.cell(results.rows[0])}" for column in same] if results.rows else []
+    told = [(column.header, column.cell(results.rows[0])) for column in same] if results.rows else []
+    facts = [f"{header} {cell}" for header, cell in told if cell != "-"]
+    keeping = any(row.measures["full_width"] is not None for row in results.rows)
+    wide = "full width: quality there, of runs that keep both; " if keeping else ""
     of = ", ".join([*facts, f"{len(results.reports)} of {results.cells} cells"])
     return (
         f"{of}; mean ± standard deviation over seeds, quality in percent but for losses and perplexity; difference to "
-        f"{results.baseline}, p of a paired t-test over seeds; removed: part of the base that is gone; training MiB: "
+        f"{results.baseline}, p of a paired t-test over seeds; {wide}removed: part of the base that is gone; training MiB: "
         "of fine-tuning; peak MiB and seconds: estimation included."
     )
 
