@@ -116,8 +116,8 @@ def caption(results: Results) -> str:
     of = ", ".join([*facts, f"{len(results.reports)} of {results.cells} cells"])
     return (
         f"{of}; mean ± standard deviation over seeds, quality in percent but for losses and perplexity; difference to "
-        f"{results.baseline}, p of a paired t-test over seeds; {wide}removed: part of the base that is gone; training MiB: "
-        "of fine-tuning; peak MiB and seconds: estimation included."
+        f"{results.baseline}, p of a paired t-test over seeds; {wide}removed: part of the base that is gone; "
+        "training MiB: of fine-tuning; peak MiB and seconds: estimation included."
     )
 
 
