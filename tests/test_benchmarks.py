@@ -36,6 +36,7 @@ import scaling
 import steps
 import synthetic
 import torch
+import writers
 import writing
 from peft import PeftModel
 from tiny import random_record, relative_difference
@@ -646,6 +647,22 @@ def test_draft(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     pipeline.run(alone)
     assert draft.main([str(alone.output)]) == 2
     assert "set light.keep to both" in capsys.readouterr().err
+
+
+# -- writers.py --------------------------------------------------------------------------------------------------------
+
+
+def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
+    monkeypatch.chdir(tmp_path)
+    config = bench.yaml("tiny", **{"preset": "fast", "light.least_examples": 0, "light.keep": "full"})
+    assert writers.main([str(config), "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
+    results = read(tmp_path / "out.json")
+    weights = list(results["weights_bytes"].values())
+    assert weights[-1] < weights[-2] < weights[-3] < weights[2], "the more is cut, the less there is"
+    assert set(results["values"]) == set(results["memory_bytes"])
+    assert results["run_time_ratio"][writers.PLAIN][0]["median"] == 1
+    assert all(sum(share.values()) == pytest.approx(1) for share in results["shares"].values())
 
 
 # -- recipe.py ---------------------------------------------------------------------------------------------------------
