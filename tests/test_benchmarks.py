@@ -21,6 +21,7 @@ import draft
 import estimation_cost
 import gpu
 import inference
+import low_memory
 import peer_cells
 import peer_methods
 import peer_pruning
@@ -663,6 +664,19 @@ def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(results["values"]) == set(results["memory_bytes"])
     assert results["run_time_ratio"][writers.PLAIN][0]["median"] == 1
     assert all(sum(share.values()) == pytest.approx(1) for share in results["shares"].values())
+
+
+# -- low_memory.py -----------------------------------------------------------------------------------------------------
+
+
+def test_low_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--size", "tiny", "--batch", "2", "--length", "8"]
+    assert low_memory.main([*sizes, "--out", str(tmp_path / "out.json")]) == 0
+    assert "| 60% cut: light, read into the cut layers |" in capsys.readouterr().out
+    weights = [each["weights_bytes"] for each in read(tmp_path / "out.json")["results"].values()]
+    _, less, streamed, least, _ = weights
+    assert less == streamed > least
+    assert low_memory.main(["--batch", "0"]) == 2
 
 
 # -- recipe.py ---------------------------------------------------------------------------------------------------------
