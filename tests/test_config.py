@@ -147,7 +147,7 @@ def test_unknown_preset() -> None:
     for make in (lambda: preset_light("slow"), lambda: run_config_from_dict({"preset": "slow"})):
         with pytest.raises(LightPeftError) as error:
             make()
-        assert message(error) == 'preset "slow" is unknown; choose one of paper, default, uniform, fast'
+        assert message(error) == 'preset "slow" is unknown; choose one of paper, default, uniform, fast, writer'
 
 
 @pytest.mark.parametrize("preset", [["paper"], {"name": "paper"}, 3, None])

@@ -8,7 +8,7 @@ from lightpeft.config.light import LightConfig
 from lightpeft.config.peft import USUAL, Peft, peft_over, peft_type
 from lightpeft.errors import require
 
-Preset = Literal["default", "uniform", "fast", "paper"]
+Preset = Literal["default", "uniform", "fast", "writer", "paper"]
 
 
 _BY_COST: dict[str, Any] = {
@@ -41,6 +41,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Less is cut, and modules keep half of their ranks: the best quality.
     "fast": {**_BY_COST, "blocks": 0.4, "ranks": 0.5},
+    # Decoders that write: they use all of the model, and modules everywhere. Nothing goes unless `blocks` says so.
+    "writer": {**_BY_COST, "blocks": 0.0, "ranks": 0.0, "module_blocks": 1.0, "head_unit": "balanced"},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 
@@ -51,6 +53,7 @@ _OF_KINDS: dict[str, dict[str, dict[str, Any]]] = {
         "default": {"blocks": 0.5, "learning_rate_scale": 4.0},
         "uniform": {"learning_rate_scale": 4.0},
         "fast": {"learning_rate_scale": 4.0},
+        "writer": {"learning_rate_scale": 4.0},
     },
 }
 """PEFT kind -> what presets have of their own for it; all other kinds have what LoRA has."""

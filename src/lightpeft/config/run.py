@@ -301,7 +301,7 @@ class RunConfig:
 
     preset: Preset = "default"
     """Starting values of `light`: default (half of the blocks or more goes), uniform (half of each layer), fast (less
-    goes), or paper (Gu et al. 2024)."""
+    goes), writer (nothing goes: decoders that write), or paper (Gu et al. 2024)."""
     method: MethodName = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
     nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
