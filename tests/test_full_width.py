@@ -337,5 +337,8 @@ def test_a_folder_that_is_in_use_is_refused(saved: Path, capsys: pytest.CaptureF
     assert "--overwrite" in capsys.readouterr().err
     assert lightpeft("export", saved / "light", saved / "wide", "--form", "peft", "--overwrite") == 0
     assert checksums(saved / "wide") == before
+    light = checksums(saved / "light")
+    assert lightpeft("export", saved / "light", saved / "light", "--form", "peft", "--overwrite") == 2
+    assert "is not empty; give a new folder" in capsys.readouterr().err and checksums(saved / "light") == light
     assert lightpeft("export", saved / "wide", saved / "again", "--form", "peft") == 2
     assert "is a PEFT adapter; give a light adapter" in capsys.readouterr().err

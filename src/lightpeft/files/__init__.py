@@ -16,6 +16,7 @@ from lightpeft.files.reading import (
 )
 from lightpeft.files.writing import (
     append_line,
+    check_vacant,
     clean,
     replacing,
     replacing_folder,
@@ -33,6 +34,7 @@ __all__ = [
     "check_file",
     "check_free",
     "check_sealed",
+    "check_vacant",
     "clean",
     "content_checksum",
     "file_checksum",

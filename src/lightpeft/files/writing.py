@@ -29,6 +29,21 @@ _OLD = ".old.tmp"
 """Ending of what is in the way of a folder, where two folders cannot change places in one step."""
 
 
+def check_vacant(folder: Path, *, replaceable: bool, overwrite: bool) -> None:
+    """Refuse a folder with something in it that is not to be replaced.
+
+    Args:
+        replaceable: what is there is of the kind that is about to be written.
+        overwrite: such may be replaced.
+
+    Raises:
+        LightPeftError: with what to give instead.
+    """
+    instead = "a new folder, or overwrite what is there (--overwrite)" if replaceable else "a new folder"
+    vacant = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and replaceable)
+    require(vacant, f"{folder} is not empty; give {instead}")
+
+
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write `data` with the schema version and a checksum of it all; it takes the place of `path` when it is complete.
 

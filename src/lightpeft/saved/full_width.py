@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
-from lightpeft.files import read_tensors, replacing_folder, understandable
+from lightpeft.files import check_vacant, read_tensors, replacing_folder, understandable
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.loading import load_model_config
 from lightpeft.peft_kinds.sites import Site, find_sites, own_adapter, simplify_config, widens_alone
@@ -52,8 +52,7 @@ def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_tra
     Raises:
         LightPeftError: the base is another one, or cannot be loaded.
     """
-    with understandable(Path("light model")):
-        saved = from_dict(BaseFacts, facts_of(light)["base"], "base.")
+    saved = from_dict(BaseFacts, facts_of(light)["base"], "base.")
     dense = load_base(saved, saved.place())[0] if base is None else base
     check_base(dense, saved, light.light_plan, "this light model")
     name = own_adapter(light)
@@ -92,10 +91,8 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
             is half-written.
     """
     light, folder = Path(light), Path(folder)
-    same = (folder / ADAPTER_CONFIG).is_file()
-    instead = "a new folder, or overwrite what is there (--overwrite)" if same else "a new folder"
-    free = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and same)
-    require(free, f"{folder} is not empty; give {instead}")
+    plain_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / DESCRIPTION).is_file()
+    check_vacant(folder, replaceable=plain_adapter, overwrite=overwrite)
     adapter = _Saved.read(light)
     if widens_alone(adapter.config):
         dense = _skeleton(adapter.base, base)

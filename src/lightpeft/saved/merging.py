@@ -19,7 +19,15 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lightpeft.compat.transformers import Checkpoint, with_reader
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, one_line, require
-from lightpeft.files import check_file, file_checksum, read_json, replacing_folder, understandable, write_json
+from lightpeft.files import (
+    check_file,
+    check_vacant,
+    file_checksum,
+    read_json,
+    replacing_folder,
+    understandable,
+    write_json,
+)
 from lightpeft.files.foreign import check_folder, parsing, read_config
 from lightpeft.models.loading import check_checkpoint
 from lightpeft.models.unwrap import transformers_model
@@ -63,10 +71,7 @@ def save_merged(
             nothing is half-written.
     """
     folder, light = Path(folder), cast(PeftModel, model)
-    merged = (folder / MERGED).is_file()
-    instead = "a new folder, or overwrite what is there (--overwrite)" if merged else "a new folder"
-    free = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and merged)
-    require(free, f"{folder} is not empty; give {instead}")
+    check_vacant(folder, replaceable=(folder / MERGED).is_file(), overwrite=overwrite)
     check_mergeable(transformers_model(light).config)
     try:
         whole = copy.deepcopy(light).merge_and_unload()
