@@ -210,6 +210,17 @@ def test_hooks_of_modules() -> None:
             assert not of_torch.is_watched(linear), register
 
 
+def test_changes_of_tensors() -> None:
+    with needed_for("converting what several LoRA layers read once, unless it was changed in between"):
+        x = torch.ones(2)
+        before = of_torch.changes_of(x)
+        assert of_torch.changes_of(x) == before
+        x.add_(1)
+        assert of_torch.changes_of(x) != before
+        with torch.inference_mode():
+            assert of_torch.changes_of(torch.ones(2)) is None
+
+
 def test_tables_of_parameters() -> None:
     with needed_for("load_light(low_memory=True), which cuts weights as they arrive"):
         linear = nn.Linear(2, 2)

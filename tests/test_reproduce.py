@@ -114,9 +114,9 @@ def test_known_methods_do_what_they_say_under_every_preset(tmp_path: Path, name:
     assert config.method == {"full": "full", "lora": "plain", "adapter": "plain"}.get(name, "light")
     assert config.peft == ("bottleneck" if name.endswith("adapter") else "lora")
     foundation = light.blocks != 0 and (light.blocks is not None or min(light.heads, light.neurons) > 0)
-    assert foundation == (name not in ("peft-only", "modules-only", "ranks-only"))
-    fewer_modules = light.modules > 0 or light.module_blocks < 1
-    assert fewer_modules == (name not in ("foundation-only", "ranks-only"))
+    assert foundation == (whole.blocks != 0 and name not in ("peft-only", "modules-only", "ranks-only"))
+    fewer, fewer_of_preset = (each.modules > 0 or each.module_blocks < 1 for each in (light, whole))
+    assert fewer == (fewer_of_preset and name not in ("foundation-only", "ranks-only"))
     assert (light.ranks > 0) == (whole.ranks > 0 and name not in ("foundation-only", "modules-only"))
     if name in ("mask", "taylor", "fisher", "magnitude", "random"):
         assert light.head_criterion == light.neuron_criterion == name

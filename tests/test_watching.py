@@ -193,7 +193,7 @@ class TestDoubtsOfRun:
         self, losses: tuple[float, ...], accuracies: tuple[float, float], said: bool
     ) -> None:
         before, after = accuracies
-        moments = zip(MILESTONES[2:], losses, (before, after, after), strict=True)
+        moments = zip(("after_estimation", "after_the_cut", "in_the_end"), losses, (before, after, after), strict=True)
         milestones = {name: {"accuracy": accuracy, "loss": loss} for name, loss, accuracy in moments}
         lines = list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones))
         assert len(lines) == said

@@ -1,11 +1,16 @@
-"""PyTorch: the tables that a module keeps its parameters and hooks in."""
+"""PyTorch: the tables that a module keeps its parameters and hooks in, and how often a tensor was changed."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def changes_of(tensor: Tensor) -> int | None:
+    """How often a tensor has been changed in place; None of one that does not count, because no graph can hold it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lightpeft.compat.torch import is_watched
+from lightpeft.compat.torch import changes_of, is_watched
 from lightpeft.models.patching import instead
 
 
@@ -54,8 +54,7 @@ class _Casts:
         """`x.to(dtype)`."""
         if x.dtype == dtype:
             return x
-        changes = None if x.is_inference() else x._version
-        state = (dtype, changes, torch.is_grad_enabled())
+        state = (dtype, changes_of(x), torch.is_grad_enabled())
         if self._made is None or self._given is not x or self._state != state:
             self._given, self._made, self._state = x, x.to(dtype), state
         return self._made
