@@ -52,6 +52,9 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         renamed(folder / "reviews.csv", rows, review="text", stars="label")
         renamed(folder / "pairs.csv", rows, premise="text", hypothesis="text", relation="label")
         (folder / "reviews.txt").write_text("\n".join(row["text"] for row in rows[:5]))
+        (folder / "demo/cache/socialiqa").mkdir()
+        for name in ("train", "test"):
+            workbench.write_rows(folder / f"demo/cache/socialiqa/{name}.jsonl", workbench.completions(160))
         workbench.write_rows(folder / "questions.jsonl", questions(160))
         layouts.write_task(folder / "data/sst2", "sst2")
         write_jsonl(folder / "passages.jsonl", squad(160, longest=100, unanswerable=0.3))
