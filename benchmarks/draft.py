@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import command, markdown_table, say, spread_text
+from publishing import markdown_table, say, spread_text, write_out
 from rich.console import Console
 from transformers import GenerationConfig
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import write_json
 from lightpeft.models.loading import quiet_libraries
-from lightpeft.profiling import hardware, ratio
+from lightpeft.profiling import ratio
 from lightpeft.runs import pipeline
 from lightpeft.saved.opening import open_result
 from lightpeft.saved.results import open_peft
@@ -125,9 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         require(min(options.rows, options.tokens) >= 1, "--rows and --tokens start at 1")
         results = {str(folder): measure(folder, options.rows, options.tokens) for folder in options.runs}
         Console().print(markdown(results), markup=False, soft_wrap=True)
-        if options.out is not None:
-            made = {"command": command("draft", arguments), "hardware": hardware()}
-            write_json(options.out, {**made, "results": results})
+        write_out(options.out, "draft", arguments, results=results)
     except LightPeftError as error:
         say(f"draft: {error}")
         return 2

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import command, markdown_table, say
+from publishing import markdown_table, say, write_out
 from rich.console import Console
 from scaling import SIZES, shape_of
 from synthetic import Case, random_batches, random_model, with_lora
@@ -29,8 +29,7 @@ from transformers import AutoModelForCausalLM
 from lightpeft.cli.command import quiet
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import write_json
-from lightpeft.profiling import PeakMemory, hardware, measure_training
+from lightpeft.profiling import PeakMemory, measure_training
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.runs.bench import Worker
 from lightpeft.saved.light_adapter import load_light
@@ -137,10 +136,9 @@ def main(arguments: list[str] | None = None) -> int:
         case = Case(shape_of("llama", given.size), given.batch, given.length, STEPS, budget(CUTS[0]), bf16=True)
         results = measure(case)
         Console(width=120).print(markdown(results), markup=False)
-        if given.out is not None:
-            sizes = {"size": given.size, "batch": given.batch, "length": given.length}
-            made = {"command": command("low_memory", arguments), "hardware": hardware()}
-            write_json(given.out, {**made, **sizes, "results": results})
+        write_out(
+            given.out, "low_memory", arguments, size=given.size, batch=given.batch, length=given.length, results=results
+        )
     except LightPeftError as error:
         say(f"low_memory: {error}")
         return 2

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from lightpeft.errors import require
 from lightpeft.files import write_json
+from lightpeft.profiling import hardware
 
 README = Path(__file__).with_name("README.md")
 
@@ -36,6 +37,12 @@ def command(script: str, arguments: Sequence[str] | None = None) -> str:
     threads = os.environ.get("OMP_NUM_THREADS")
     words = ["python", f"benchmarks/{script}.py", *(sys.argv[1:] if arguments is None else arguments)]
     return shlex.join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), *words])
+
+
+def write_out(out: Path | None, script: str, arguments: Sequence[str] | None, **found: Any) -> None:
+    """What was found, with the command that finds it again and the hardware, into a file, if one was asked for."""
+    if out is not None:
+        write_json(out, {"command": command(script, arguments), "hardware": hardware(), **found})
 
 
 def say(line: str) -> None:

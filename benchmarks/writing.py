@@ -17,16 +17,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from publishing import command, markdown_table, say
+from publishing import markdown_table, say, write_out
 from rich.console import Console
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.generating import generate_texts
 from lightpeft.evaluation.scores import scores_of
-from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.loading import quiet_libraries
-from lightpeft.profiling import hardware
 from lightpeft.runs import pipeline
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.opening import open_result
@@ -116,9 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name, work, model in results_of(folder)
         }
         Console().print(markdown(results), markup=False, soft_wrap=True)
-        if options.out is not None:
-            made = {"command": command("writing", arguments), "hardware": hardware(), "rows": options.rows}
-            write_json(options.out, {**made, "results": results})
+        write_out(options.out, "writing", arguments, rows=options.rows, results=results)
     except LightPeftError as error:
         say(f"writing: {error}")
         return 2
