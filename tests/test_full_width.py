@@ -255,6 +255,18 @@ def test_the_last_steps_train_at_full_width(bench: Workbench, kept: dict[str, di
     assert course["in_the_end"]["loss"] < course["at_full_width"]["loss"]
 
 
+def test_an_export_of_a_run_is_what_it_trained_at_full_width(bench: Workbench, tmp_path: Path) -> None:
+    changes = {"light.keep": "both", "light.full_width_steps": 0.25}
+    assert lightpeft("run", "--config", bench.yaml("exported", **changes)) == 0
+    run = bench.folder / "exported"
+    assert lightpeft("export", run, tmp_path / "wide", "--form", "peft") == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "wide" / name).read_bytes() == (run / "full" / name).read_bytes()
+    assert lightpeft("export", run / "adapter", tmp_path / "scattered", "--form", "peft") == 0
+    assert (tmp_path / "scattered" / name).read_bytes() != (run / "full" / name).read_bytes()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bench.base), tmp_path / "wide")
+
+
 def test_answers_are_those_of_what_is_kept(bench: Workbench, kept: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     assert lightpeft("evaluate", bench.folder / "full", "--json", tmp_path / "report.json") == 0
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))

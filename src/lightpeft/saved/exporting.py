@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from lightpeft.saved.forms import LightAdapter
-from lightpeft.saved.full_width import save_full_width
+from lightpeft.saved.full_width import copy_full_width, save_full_width
 from lightpeft.saved.merging import save_merged
+from lightpeft.saved.run_folder import RunFolder
 
 
 class Export(ABC):
@@ -50,8 +51,11 @@ class FullWidth(Export):
     what = "a plain PEFT adapter over the whole base"
 
     def write(self, adapter: LightAdapter, folder: Path, overwrite: bool) -> str:
-        """As `save_full_width`."""
-        save_full_width(adapter.folder, adapter.model, folder, overwrite=overwrite)
+        """As `save_full_width`; of a run that trained it there for its last steps, what it left."""
+        if adapter.run is not None and adapter.run.light.keep != "light":
+            copy_full_width(RunFolder.at(adapter.folder.parent).full, folder, overwrite=overwrite)
+        else:
+            save_full_width(adapter.folder, adapter.model, folder, overwrite=overwrite)
         return "PEFT"
 
 

@@ -8,6 +8,7 @@ pruned model, by whatever takes PEFT's adapters.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
-from lightpeft.files import check_vacant, read_tensors, replacing_folder, understandable
+from lightpeft.files import check_sealed, check_vacant, read_tensors, replacing_folder, understandable
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.loading import load_model_config
 from lightpeft.peft_kinds.sites import Site, find_sites, own_adapter, simplify_config, widens_alone
@@ -91,8 +92,7 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
             is half-written.
     """
     light, folder = Path(light), Path(folder)
-    plain_adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / DESCRIPTION).is_file()
-    check_vacant(folder, replaceable=plain_adapter, overwrite=overwrite)
+    _check_vacant(folder, overwrite)
     adapter = _Saved.read(light)
     if widens_alone(adapter.config):
         dense = _skeleton(adapter.base, base)
@@ -107,6 +107,21 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
         plain.save_pretrained(str(temporary))
         save_file(wide, temporary / WEIGHTS, metadata={"format": "pt"})
         model.create_or_update_model_card(str(temporary))
+
+
+def copy_full_width(source: Path, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Copy the adapter that a run left at full width; arguments and errors as for `save_full_width`."""
+    _check_vacant(Path(folder), overwrite)
+    check_sealed(source)
+    with replacing_folder(folder, alone=True) as temporary:
+        for file in (ADAPTER_CONFIG, WEIGHTS, "README.md"):
+            shutil.copyfile(source / file, temporary / file)
+
+
+def _check_vacant(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder with something in it that is no plain PEFT adapter."""
+    plain = (folder / ADAPTER_CONFIG).is_file() and not (folder / DESCRIPTION).is_file()
+    check_vacant(folder, replaceable=plain, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
