@@ -267,6 +267,16 @@ def test_an_export_of_a_run_is_what_it_trained_at_full_width(bench: Workbench, t
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bench.base), tmp_path / "wide")
 
 
+def test_an_export_of_a_run_that_keeps_full_width_alone(
+    bench: Workbench, kept: dict[str, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = bench.folder / "full"
+    assert lightpeft("export", run, tmp_path / "out") == 2
+    line = f"give its light adapter, {run / 'adapter'}; a plain PEFT adapter is in {run / 'full'}"
+    assert line in " ".join(capsys.readouterr().err.split())
+    assert lightpeft("export", run / "adapter", tmp_path / "out") == 0
+
+
 def test_answers_are_those_of_what_is_kept(bench: Workbench, kept: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     assert lightpeft("evaluate", bench.folder / "full", "--json", tmp_path / "report.json") == 0
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))

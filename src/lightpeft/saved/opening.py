@@ -99,9 +99,12 @@ def find_light(name: str | Path, base: str | None = None, settings: Mapping[str,
         LightPeftError: it is something else, or incomplete.
     """
     found = find_model(name, base, settings)
-    if not isinstance(found, LightAdapter):
-        raise LightPeftError(f"{found.name} is a {found.kind}; give a light adapter or the run of one")
-    return found
+    if isinstance(found, LightAdapter):
+        return found
+    instead = "a light adapter or the run of one"
+    if found.run is not None and found.run.way.prunes:  # which keeps what it learned at full width
+        instead = f"its light adapter, {Path(name) / 'adapter'}; a plain PEFT adapter is in {Path(name) / 'full'}"
+    raise LightPeftError(f"{found.name} is a {found.kind}; give {instead}")
 
 
 def _task_of(run: RunFolder) -> dict[str, Any]:
