@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import markdown_table, say, spread_text, write_out
-from rich.console import Console
+from publishing import markdown_table, report, spread_text
 from transformers import GenerationConfig
 
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.profiling import ratio
 from lightpeft.runs import pipeline
@@ -120,15 +119,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where all numbers go")
     options = parser.parse_args(arguments)
     quiet_libraries()
-    try:
+
+    def found() -> dict[str, Any]:
         require(min(options.rows, options.tokens) >= 1, "--rows and --tokens start at 1")
-        results = {str(folder): measure(folder, options.rows, options.tokens) for folder in options.runs}
-        Console().print(markdown(results), markup=False, soft_wrap=True)
-        write_out(options.out, "draft", arguments, results=results)
-    except LightPeftError as error:
-        say(f"draft: {error}")
-        return 2
-    return 0
+        return {"results": {str(folder): measure(folder, options.rows, options.tokens) for folder in options.runs}}
+
+    return report("draft", arguments, options.out, found, markdown)
 
 
 if __name__ == "__main__":

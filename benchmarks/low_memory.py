@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import markdown_table, say, write_out
-from rich.console import Console
+from publishing import markdown_table, report
 from scaling import SIZES, shape_of
 from synthetic import Case, random_batches, random_model, with_lora
 from torch import nn
@@ -28,7 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from lightpeft.cli.command import quiet
 from lightpeft.config import LightConfig
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.profiling import PeakMemory, measure_training
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.runs.bench import Worker
@@ -129,20 +128,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4, help="rows a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens a row")
     parser.add_argument("--out", type=Path, help="where the numbers go")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     quiet()
-    try:
-        require(min(given.batch, given.length) >= 1, "--batch and --length start at 1")
-        case = Case(shape_of("llama", given.size), given.batch, given.length, STEPS, budget(CUTS[0]), bf16=True)
-        results = measure(case)
-        Console(width=120).print(markdown(results), markup=False)
-        write_out(
-            given.out, "low_memory", arguments, size=given.size, batch=given.batch, length=given.length, results=results
-        )
-    except LightPeftError as error:
-        say(f"low_memory: {error}")
-        return 2
-    return 0
+
+    def found() -> dict[str, Any]:
+        require(min(options.batch, options.length) >= 1, "--batch and --length start at 1")
+        shape = shape_of("llama", options.size)
+        case = Case(shape, options.batch, options.length, STEPS, budget(CUTS[0]), bf16=True)
+        sizes = {"size": options.size, "batch": options.batch, "length": options.length}
+        return {**sizes, "results": measure(case)}
+
+    return report("low_memory", arguments, options.out, found, markdown)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lightpeft.errors import require
+from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.profiling import hardware
 
@@ -39,10 +39,29 @@ def command(script: str, arguments: Sequence[str] | None = None) -> str:
     return shlex.join([*([f"OMP_NUM_THREADS={threads}"] if threads else []), *words])
 
 
-def write_out(out: Path | None, script: str, arguments: Sequence[str] | None, **found: Any) -> None:
-    """What was found, with the command that finds it again and the hardware, into a file, if one was asked for."""
-    if out is not None:
-        write_json(out, {"command": command(script, arguments), "hardware": hardware(), **found})
+def report(
+    script: str,
+    arguments: Sequence[str] | None,
+    out: Path | None,
+    measure: Callable[[], Mapping[str, Any]],
+    markdown: Callable[[Any], str],
+) -> int:
+    """Measure, print a table, and write everything into a file if one was asked for; 0, or 2 on bad input.
+
+    Args:
+        script, arguments: as for `command`, which is written beside what was found.
+        measure: gives what is written, with what the table is made of under "results".
+        markdown: makes the table.
+    """
+    try:
+        found = measure()
+        Console().print(markdown(found["results"]), markup=False, soft_wrap=True)
+        if out is not None:
+            write_json(out, {"command": command(script, arguments), "hardware": hardware(), **found})
+    except LightPeftError as error:
+        say(f"{script}: {error}")
+        return 2
+    return 0
 
 
 def say(line: str) -> None:

@@ -17,10 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from publishing import markdown_table, say, write_out
-from rich.console import Console
+from publishing import markdown_table, report
 
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.evaluation.generating import generate_texts
 from lightpeft.evaluation.scores import scores_of
 from lightpeft.machine import autocast_dtype
@@ -106,19 +105,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where all numbers and texts go")
     options = parser.parse_args(arguments)
     quiet_libraries()
-    try:
+
+    def found() -> dict[str, Any]:
         require(options.rows >= 1, f"--rows is {options.rows}; it starts at 1")
-        results = {
-            name: measure(work, model, options.rows)
-            for folder in options.runs
-            for name, work, model in results_of(folder)
+        asked = (result for folder in options.runs for result in results_of(folder))
+        return {
+            "rows": options.rows,
+            "results": {name: measure(work, model, options.rows) for name, work, model in asked},
         }
-        Console().print(markdown(results), markup=False, soft_wrap=True)
-        write_out(options.out, "writing", arguments, rows=options.rows, results=results)
-    except LightPeftError as error:
-        say(f"writing: {error}")
-        return 2
-    return 0
+
+    return report("writing", arguments, options.out, found, markdown)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -27,10 +27,12 @@ from transformers import (
 from workbench import checksums, edit, read
 
 from lightpeft import load_merged, save_merged
+from lightpeft.cli.verbs.export import EXPORT
 from lightpeft.compat.transformers import attention_of
 from lightpeft.files import file_checksum
 from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.exporting import EXPORTS
 from lightpeft.saved.light_adapter import as_light
 from lightpeft.saved.merging import MERGED, native_config, read_merged
 
@@ -50,6 +52,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(home: Path, tmp_path: Path) -> Path:
     """A copy of `home`."""
     return Path(shutil.copytree(home, tmp_path / "merged"))
+
+
+def test_the_command_line_knows_every_form() -> None:
+    (form,) = (option for option in EXPORT.options if option.name == "--form")
+    assert get_args(form.type) == tuple(EXPORTS)
 
 
 # Save and load

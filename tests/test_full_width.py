@@ -12,16 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_bottleneck import adapted
 from test_checkpoint import light_over, logits
 from test_depth import shallow
-from test_peft_variants import CASES, trained
+from test_peft_variants import CASES, shifted, trained
 from tiny import ALL, DROPPED, USUAL, crossed, make, plan_for, refusal, relative_difference, with_lora
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from workbench import Workbench, checksums, lightpeft, signalling
 
-from lightpeft import LightConfig, full_width, load_light
+from lightpeft import EarlyPruner, LightConfig, full_width, load_light
 from lightpeft.config import ModelConfig
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.prune.masks import UnitMasks
@@ -81,6 +81,14 @@ def test_variants_of_peft(name: str, variant: str, budget: dict[str, Any]) -> No
 @both_budgets
 def test_bottleneck_adapters(placement: str, budget: dict[str, Any]) -> None:
     check(light_of(adapted(make("bert"), placement=placement), **budget), "bert")
+
+
+@pytest.mark.parametrize("variant", ["dora", "lora-only", "dora-bias", "ia3"])
+def test_a_base_in_half_precision(variant: str) -> None:
+    light = light_of(trained("gpt2", variant).bfloat16())
+    wide = full_width(light, make("gpt2").bfloat16())
+    before = logits(light).float()
+    assert relative_difference(logits(without_cut_units(wide, light)).float(), before) < 0.05
 
 
 def test_what_was_cut_computes_as_in_the_base() -> None:
@@ -196,6 +204,15 @@ def test_other_kinds_in_files(tmp_path: Path, variant: str) -> None:
     assert relative_difference(logits(again), logits(full_width(light, make("gpt2")))) < CLOSE
 
 
+def test_a_head_that_nobody_has_saved_is_refused(tmp_path: Path) -> None:
+    """It is random in the light model, and would be another one over a base that is loaded anew."""
+    bench = Workbench(tmp_path)
+    base = AutoModelForSequenceClassification.from_pretrained(bench.base)
+    untyped = LoraConfig(target_modules=["query", "dense"])  # so that PEFT does not know of the head
+    light = light_of(shifted(get_peft_model(base, untyped)))
+    assert "the base of this light model has no weights for classifier" in refusal(lambda: full_width(light))
+
+
 def test_a_head_goes_along(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
     assert lightpeft("run", "--config", bench.yaml("light")) == 0
@@ -297,7 +314,7 @@ def test_a_killed_run_comes_to_the_same_end(bench: Workbench, kept: dict[str, di
 
         def disturbed(self: Any, *args: Any, **options: Any) -> None:
             make(self, *args, **options)
-            self.add_callback(StopAt(at))
+            self.add_callback(InterruptAt(at))
 
         patch.setattr(stage, "__init__", disturbed)
         assert lightpeft("run", "--config", config) == 130
@@ -306,7 +323,7 @@ def test_a_killed_run_comes_to_the_same_end(bench: Workbench, kept: dict[str, di
     assert whole["adapter_model.safetensors"] == again["adapter_model.safetensors"]
 
 
-class StopAt(TrainerCallback):
+class InterruptAt(TrainerCallback):
     """What a user does who presses Ctrl-C."""
 
     def __init__(self, step: int) -> None:
@@ -339,6 +356,20 @@ def test_another_base_is_refused() -> None:
 )
 def test_settings_that_cannot_be(changes: dict[str, Any], line: str) -> None:
     assert line in refusal(lambda: LightConfig(**changes))
+
+
+def test_a_run_that_is_not_there_yet_names_the_command_that_makes_it(bench: Workbench) -> None:
+    config = bench.config("unfinished", **{"light.keep": "full"})
+    pipeline.estimate(pipeline.prepare(config))
+    line = refusal(lambda: pipeline.evaluate(pipeline.prepare(config)))
+    assert "has no result of `lightpeft train` yet; run that before evaluate" in line
+
+
+def test_a_loop_is_told_what_is_left_to_it() -> None:
+    light = LightConfig(length=2, least_examples=0, keep="full")
+    assert "call lightpeft.full_width(light) in the end" in "; ".join(
+        EarlyPruner(with_lora(make("bert")), light).advice()
+    )
 
 
 def test_steps_that_are_not_there(bench: Workbench) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import make, refusal, with_lora
+from training import StopAt
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -128,16 +129,6 @@ def builds(bench: Workbench, tokenizer: Any, rows: Any, tmp_path: Path) -> Build
     return Builds(bench, tokenizer, rows, tmp_path / "out")
 
 
-class StopAt(TrainerCallback):
-    """Ends training behind a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= state.global_step == self.step
-
-
 class Events(TrainerCallback):
     """What a tracker sees."""
 
@@ -235,6 +226,24 @@ def test_a_presets_name(builds: Builds) -> None:
     trainer = builds.trainer(light="fast")
     assert trainer.light_config == preset_light("fast")
     assert 'preset "quick" is unknown' in refusal(lambda: builds.trainer(light="quick"))
+
+
+def test_the_writer_preset_leaves_an_ordinary_adapter(builds: Builds, bench: Workbench, tmp_path: Path) -> None:
+    """Nothing is cut, so that PEFT reads it; what `keep` asks beyond that is left to the caller, who is told."""
+    light = preset_light("writer", least_examples=0)
+    trainer = builds.trainer(light=light, peft_config=lora(target_modules="all-linear"), num_train_epochs=5)
+    trainer.train()
+    assert trainer.light_plan.removed_parameters == 0
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(builds.base(), tmp_path / "adapter").eval()
+    inputs = {"input_ids": torch.tensor([[2, 5, 6, 3]])}
+    with torch.no_grad():
+        assert again(**inputs).logits.allclose(trainer.model.eval()(**inputs).logits, atol=1e-6)
+
+
+def test_what_is_left_to_the_caller_is_said(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
+    builds.trainer(light=LightConfig(**BUDGET, keep="both"))
+    assert "after training, lightpeft.full_width(trainer.model) is that" in caplog.text
 
 
 def test_an_optimizer_of_ones_own(builds: Builds) -> None:

@@ -193,7 +193,3 @@ class LightConfig(Budget):
         require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")
         require(self.least_examples >= 0, f"least_examples is {self.least_examples}; it cannot be negative")
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")
-
-    def last_steps(self, steps: int) -> int:
-        """How many of a run's steps train at full width."""
-        return int(self.full_width_steps * steps + 0.5)

@@ -309,7 +309,7 @@ class RunConfig:
     """PEFT kind: lora, bottleneck (adapters) or ia3. For all that PEFT can set: a mapping of PEFT's own settings with
     the kind as its `type`, such as {type: lora, use_dora: true}."""
     output: str = "runs/run"
-    """Run folder: estimation/, plan.json, pruned/, adapter/, metrics.json, log.jsonl."""
+    """Run folder: estimation/, plan.json, pruned/, adapter/, full/, metrics.json, log.jsonl."""
     seed: int = 0
     """Seed of weights, order and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -9,8 +9,11 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.training.schedule import Pace, scored_steps
 
 
-def fitted(light: LightConfig, pace: Pace | None, steps: int) -> LightConfig:
+def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0) -> LightConfig:
     """The settings with an estimation that is long enough for a run of so many steps.
+
+    Args:
+        last: how many of these the light model leaves to the whole one.
 
     Raises:
         LightPeftError: it would leave no steps to train with, or score too little to be trusted.
@@ -19,7 +22,6 @@ def fitted(light: LightConfig, pace: Pace | None, steps: int) -> LightConfig:
         enough = max(2, pace.enough_steps(light.least_examples, steps))
         light = replace(light, least_steps=max(light.least_steps, enough))
     length = stage_length(light, steps)
-    last = light.last_steps(steps)
     besides = f" and {last} at full width leave" if last else " leaves"
     shorten = "shorten light.length" + (" or light.full_width_steps" if last else "")
     require(length + last < steps, f"estimation of {length} steps{besides} none of the run's {steps}; {shorten}")

@@ -78,6 +78,8 @@ class EarlyPruner:
             yield f"train inside `with lightpeft.accelerated(model, dropout={light.dropout:g}):`"
         if light.refit != "none":
             yield f"give training rows to prune(calibration=...), for refit: {light.refit}"
+        if light.keep != "light":
+            yield f"call lightpeft.full_width(light) in the end, for keep: {light.keep}"
 
     def callback(self, resume_from: str | Path | None = None) -> EstimationCallback:
         """A `TrainerCallback` that runs the estimation stage and then stops the trainer.

@@ -72,12 +72,9 @@ def run(
         take_estimation(work.run, donor)
     if config.way.prunes and not work.run.has("estimate"):
         _train_light(work, callbacks)
-        widen(work, callbacks)
     elif config.way.prunes:
         plan(work.run)
-        train(work, callbacks, prune(work))
-    else:
-        train(work, callbacks)
+    train(work, callbacks, prune(work) if config.way.prunes else None)
     return evaluate(work)
 
 
@@ -154,24 +151,24 @@ def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Mod
         model: as `prune` has just left it or, of other methods, what trains instead of what they would make; None: it
             is loaded or made.
     """
-    run, config = work.run, work.config
-    if run.has("train"):
-        widen(work, callbacks)
-        return
-    set_seed(config.seed)
-    if config.way.prunes:
-        run.need("prune", "train")
-        model = model or _pruned_model(work)
-        _train_behind_the_cut(work, model, callbacks)
-        del model
-        widen(work, callbacks)
-        return
-    model = model or (_with_peft(work) if config.way.has_peft else _full_model(work))
+    way = work.config.way
+    if not work.run.has("train"):
+        set_seed(work.config.seed)
+        if way.prunes:
+            work.run.need("prune", "train")
+            _train_behind_the_cut(work, model or _pruned_model(work), callbacks)
+        else:
+            _train_dense(work, model or (_with_peft(work) if way.has_peft else _full_model(work)), callbacks)
+    del model  # before the whole base is there
+    widen(work, callbacks)
+
+
+def _train_dense(work: Workspace, model: Model, callbacks: Sequence[TrainerCallback]) -> None:
     trainer = DenseRun(work, model, callbacks)
-    with run.held():
+    with work.run.held():
         trainer.settle()
         work.announce_settings()
-        fit(trainer, run.last_checkpoint("train"))
+        fit(trainer, work.run.last_checkpoint("train"))
         _finish(work, trainer)
 
 
@@ -269,7 +266,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
     run = work.run
     if run.has("evaluate"):
         return read_report(run.metrics)
-    run.need("widen" if run.keeps_full else "train", "evaluate")
+    run.need(run.last_training, "evaluate")
     started = time.perf_counter()
     watcher = work.watcher()
     model = open_result(run, work.task, _asked_base(work, watcher))

@@ -167,14 +167,15 @@ class DenseRun(InRun, PrefixMixin, RunTrainer):
         model: nn.Module,
         callbacks: Sequence[TrainerCallback] = (),
         steps: int | None = None,
+        rate: float | None = None,
     ) -> None:
         """
         Args:
             callbacks: called before those of the run.
-            steps: optimizer steps; None: those of the run.
+            steps, rate: optimizer steps, and peak learning rate; None: those of the run.
         """
         self.work, self.prefix_cache = work, work.prefix_cache
-        super().__init__(model, **_options(work, callbacks, steps))
+        super().__init__(model, **_options(work, callbacks, steps, rate))
         if self.args.fp16:
             train_in_float32(model)
         self.add_callback(_Begins(self))
@@ -201,10 +202,7 @@ class WideRun(DenseRun):
     stage = "widen"
 
     def __init__(self, work: Workspace, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        light, training = work.config.light, work.config.training
-        rate = float(training.learning_rate) * light.full_width_rate
-        config = replace(work.config, training=replace(training, learning_rate=rate))
-        super().__init__(replace(work, config=config), model, callbacks, work.last_steps)
+        super().__init__(work, model, callbacks, work.last_steps, work.rate * work.config.light.full_width_rate)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train with the faster steps, if the run takes them."""
@@ -233,11 +231,13 @@ class _Begins(TrainerCallback):
         self.trainer.begin(state)
 
 
-def _options(work: Workspace, callbacks: Sequence[TrainerCallback], steps: int | None = None) -> dict[str, Any]:
-    """What all trainers of a run are made with."""
-    steps = work.steps if steps is None else steps
+def _options(
+    work: Workspace, callbacks: Sequence[TrainerCallback], steps: int | None = None, rate: float | None = None
+) -> dict[str, Any]:
+    """What all trainers of a run are made with; arguments as for `DenseRun`."""
+    steps, rate = work.steps if steps is None else steps, work.rate if rate is None else rate
     config = work.config
-    training, given = replace(config.training, learning_rate=work.rate), dict(config.trainer)
+    training, given = replace(config.training, learning_rate=rate), dict(config.trainer)
     if _wants_tensorboard(given):
         given["report_to"] = [name for name in _names(given) if name != TENSORBOARD]
     # a trainer makes its folder at once, and a run nothing before all is found good: see `InRun.settle`

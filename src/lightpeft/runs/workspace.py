@@ -77,7 +77,7 @@ class Workspace:
     @property
     def last_steps(self) -> int:
         """How many of these train at full width."""
-        return self.config.light.last_steps(self.steps) if self.run.keeps_full else 0
+        return int(self.config.light.full_width_steps * self.steps + 0.5) if self.run.keeps_full else 0
 
     @property
     def rate(self) -> float:
@@ -160,5 +160,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False) -> Workspace:
     training: TrainingConfig = settled(config.training, len(train_rows), width, processes().num_processes)
     work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, replace(config, training=training))
     if config.way.prunes and (overwrite or not run.has("estimate")):
-        fitted(config.light, work.pace, work.steps)  # whether estimation leaves steps to train with, and sees enough
+        fitted(
+            config.light, work.pace, work.steps, work.last_steps
+        )  # whether estimation leaves steps to train with, and sees enough
     return work

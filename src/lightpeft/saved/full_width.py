@@ -32,7 +32,7 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.saved.bases import architecture_of, load_base
 from lightpeft.saved.description import BaseFacts, base_facts, facts_of
-from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, check_base, read_description
+from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, check_base, check_brought, read_description
 from lightpeft.saved.peft_adapter import ADAPTER_CONFIG, WEIGHTS, read_adapter
 
 _PREFIX = "base_model.model."
@@ -51,14 +51,15 @@ def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_tra
         is_trainable: go on training; else the weights are frozen and the model is in eval mode.
 
     Raises:
-        LightPeftError: the base is another one, or cannot be loaded.
+        LightPeftError: the base is another one, cannot be loaded, or lacks weights that the adapter does not bring.
     """
     saved = from_dict(BaseFacts, facts_of(light)["base"], "base.")
-    dense = load_base(saved, saved.place())[0] if base is None else base
-    check_base(dense, saved, light.light_plan, "this light model")
     name = own_adapter(light)
-    tensors = get_peft_model_state_dict(light, adapter_name=name)
-    return _filled(dense, light.light_plan, light.peft_config[name], tensors, is_trainable)
+    config, tensors = light.peft_config[name], get_peft_model_state_dict(light, adapter_name=name)
+    dense, lacking = load_base(saved, saved.place()) if base is None else (base, [])
+    check_base(dense, saved, light.light_plan, "this light model")
+    check_brought(lacking, config, "this light model")
+    return _filled(dense, light.light_plan, config, {n: t.cpu() for n, t in tensors.items()}, is_trainable)
 
 
 def load_full_width(light: str | Path, base: PreTrainedModel, *, is_trainable: bool = False) -> PeftModel:
@@ -171,7 +172,7 @@ def _widen(
 
     Args:
         config: of the light model's adapter, with its modules one by one.
-        tensors: of that adapter, as PEFT saves them.
+        tensors: of that adapter, as PEFT saves them, on the CPU.
     """
     config = copy.deepcopy(config)
     simplify_config(config)

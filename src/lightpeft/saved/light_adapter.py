@@ -203,7 +203,7 @@ def load_light(
     else:
         dense, lacking = live, []
     check_base(dense, saved, plan, str(folder), stream)
-    _check_brought(lacking, config, folder)
+    check_brought(lacking, config, str(folder))
     prepare_quantised(dense)
     _check_tensors(dense, plan, config, folder)
     apply_plan(dense, plan)
@@ -301,13 +301,13 @@ def _another_base(what: str) -> str:
     )
 
 
-def _check_brought(lacking: Sequence[str], config: PeftConfig, folder: Path) -> None:
+def check_brought(lacking: Sequence[str], config: PeftConfig, what: str) -> None:
     """Refuse a base that lacks weights which the adapter does not bring: they would be random."""
     brought = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
     random = [name for name in lacking if not any(module in f".{name}." for module in brought)]
     require(
         not random,
-        f"the base of {folder} has no weights for {', '.join(random[:3])}, and the adapter brings none, so that its "
+        f"the base of {what} has no weights for {', '.join(random[:3])}, and the adapter brings none, so that its "
         "answers would be random; give the base that it was trained on",
     )
 

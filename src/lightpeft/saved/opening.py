@@ -78,7 +78,7 @@ def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, 
     Raises:
         LightPeftError: it has none yet, or a damaged one.
     """
-    run.need("widen" if run.keeps_full else "train", "evaluate")
+    run.need(run.last_training, "evaluate")
     config, form = run.config, _FORMS[ADAPTER_CONFIG if run.result == run.full else run.config.way.last_file]
     given = {name: value for name, value in vars(config.model).items() if name != "name"} | dict(settings or {})
     if form is WholeModel:

@@ -193,6 +193,11 @@ class RunFolder:
         return self.config.way.prunes and self.config.light.keep != "light"
 
     @property
+    def last_training(self) -> str:
+        """The stage that leaves what the run is asked by."""
+        return "widen" if self.keeps_full else "train"
+
+    @property
     def model(self) -> Path:
         """The result of method full: a transformers model with its tokenizer."""
         return self.path / "model"
@@ -248,7 +253,8 @@ class RunFolder:
         Raises:
             LightPeftError: it has not.
         """
-        require(self.has(stage), f"{self.path} has no result of `lightpeft {stage}` yet; run that before {verb}")
+        command = "train" if stage == "widen" else stage  # which ends with that
+        require(self.has(stage), f"{self.path} has no result of `lightpeft {command}` yet; run that before {verb}")
 
     def finish_stage(self, stage: str, seconds: float, save: Callable[[], None], **facts: Any) -> None:
         """Save a stage's result, note its time, and drop its checkpoints, which nobody will resume from.

@@ -122,7 +122,7 @@ class Site(ABC):
         Channels that the cut layer does not have compute as in the base.
 
         Args:
-            learned: of the cut layer's module.
+            learned: of the cut layer's module, on the CPU.
             index: output features (`dim` 0) or input features (`dim` 1) of the dense layer that the cut one has.
 
         Raises:
@@ -174,4 +174,4 @@ def observe_pair(
 def spread(tensor: Tensor, index: Tensor, dim: int, size: int, fill: float = 0.0) -> Tensor:
     """A tensor whose entries lie at `index` along `dim`, which is `size` long; elsewhere is `fill`."""
     shape = [*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]]
-    return tensor.new_full(shape, fill).index_copy_(dim, index.to(tensor.device), tensor)
+    return tensor.new_full(shape, fill).index_copy_(dim, index, tensor)

@@ -61,7 +61,7 @@ class DoraSite(LoraSite):
     def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """Further rows have the base's length; with further columns it grows with the norm: `m / ||V||` stays."""
         wide, magnitude = super().widened(learned, index, dim), learned[_MAGNITUDE]
-        weight = self._weight_of_base("weight")
+        weight = self._of_base(dense_weight(self.base))
         if dim == 0:
             magnitude = weight.norm(dim=1).to(magnitude.dtype).index_copy(0, index, magnitude)
         else:

@@ -132,8 +132,9 @@ class _LoraLinear(torch.autograd.Function):
         Args:
             x: [..., in], of the data type of the computation.
             dropped: x after dropout, or None.
-            weight, bias: the frozen layer's, [out, in] and [out], of any data type: what is kept for the backward pass
-                is the weight itself, and converting it once more takes less than keeping a copy of every layer's.
+            weight, bias: the frozen layer's, [out, in] and [out], of any data type. The weight itself is kept for the
+                backward pass and converted once more there, which takes no time to speak of; converted copies of all
+                layers' would take half of the model's memory again.
             down, up: A [rank, in] and B [out, rank], of any.
             scaling: s.
         """

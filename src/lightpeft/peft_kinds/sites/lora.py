@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.linears import dense_weight, slice_linear
+from lightpeft.models.linears import slice_linear
 from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, observe_pair, spread
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
@@ -155,15 +155,13 @@ class LoraSite(Site):
         cut, size = (UP, self.up.shape[0]) if dim == 0 else (DOWN, self.down.shape[1])
         wide[cut] = spread(wide[cut], index, dim, size)
         if BIAS in learned and dim == 0:
-            wide[BIAS] = self._weight_of_base("bias").index_copy(0, index, learned[BIAS])
+            wide[BIAS] = self._of_base(self.base.bias).to(learned[BIAS].dtype).index_copy(0, index, learned[BIAS])
         return wide
 
-    def _weight_of_base(self, name: str) -> Tensor:
-        """A copy of what the dense layer has."""
-        weight: Any = dense_weight(self.base) if name == "weight" else self.base.bias
+    def _of_base(self, weight: Any) -> Tensor:
+        """A weight of the dense layer, float32 on the CPU."""
         require(not weight.is_meta, f"{self.spec.name} needs weights of the base; give it: base=")
-        copied: Tensor = weight.detach().float().clone()
-        return copied
+        return torch.as_tensor(weight.detach().float().cpu())
 
     def delta(self, ranks: Tensor | None = None) -> Tensor | None:
         down, up = self.down.detach().float(), self.up.detach().float()
