@@ -13,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_bottleneck import adapted
 from test_checkpoint import light_over, logits
 from test_depth import shallow
 from test_peft_variants import CASES, shifted, trained
 from tiny import ALL, DROPPED, USUAL, crossed, make, plan_for, refusal, relative_difference, with_lora
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
-from workbench import Workbench, checksums, lightpeft, signalling
+from workbench import Workbench, checksums, edit, lightpeft, signalling
 
 from lightpeft import EarlyPruner, LightConfig, full_width, load_light
 from lightpeft.config import ModelConfig
+from lightpeft.files import file_checksum
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.refit import Correction, apply_refit
@@ -377,6 +379,21 @@ def test_steps_that_are_not_there(bench: Workbench) -> None:
     assert "estimation of 6 steps and 18 at full width leave none of the run's 24" in refusal(
         lambda: pipeline.run(config)
     )
+
+
+def test_tensors_that_do_not_fit_are_one_line(saved: Path) -> None:
+    """Of whoever can make checksums that fit."""
+    weights = saved / "light" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "up_proj.lora_B" in name)
+    save_file({**tensors, name: tensors[name][1:].contiguous()}, weights)
+    edit(saved / "light" / "lightpeft.json", lambda it: it["checksums"].update({weights.name: file_checksum(weights)}))
+    place = ModelConfig(name=str(saved / "base"))
+    assert "does not fit its base" in refusal(lambda: save_full_width(saved / "light", place, saved / "wide"))
+    make("llama-gqa", num_hidden_layers=2).save_pretrained(saved / "other")
+    other = ModelConfig(name=str(saved / "other"))
+    assert "belongs to another base" in refusal(lambda: save_full_width(saved / "light", other, saved / "wide"))
+    assert not (saved / "wide").exists()
 
 
 def test_a_folder_that_is_in_use_is_refused(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:

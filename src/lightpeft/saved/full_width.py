@@ -24,15 +24,22 @@ from lightpeft.config import ModelConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
 from lightpeft.files import check_sealed, check_vacant, read_tensors, replacing_folder, understandable
+from lightpeft.files.foreign import parsing
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.loading import load_model_config
 from lightpeft.peft_kinds.sites import Site, find_sites, own_adapter, simplify_config, widens_alone
 from lightpeft.plans.layout import cut_dim, kept_channels, width
 from lightpeft.plans.records import PrunePlan
-from lightpeft.prune.discovery import ensure_family
 from lightpeft.saved.bases import architecture_of, load_base
 from lightpeft.saved.description import BaseFacts, base_facts, facts_of
-from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, check_base, check_brought, read_description
+from lightpeft.saved.light_adapter import (
+    DESCRIPTION,
+    LightModel,
+    check_base,
+    check_brought,
+    check_structure,
+    read_description,
+)
 from lightpeft.saved.peft_adapter import ADAPTER_CONFIG, WEIGHTS, read_adapter
 
 _PREFIX = "base_model.model."
@@ -89,14 +96,15 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
         overwrite: the folder may also hold a PEFT adapter, which goes with all that is in it.
 
     Raises:
-        LightPeftError: a file is missing or altered, the base is another one, or the folder cannot be written; nothing
-            is half-written.
+        LightPeftError: a file is missing or altered, the base has another structure (or, where its weights are read, is
+            another one), or the folder cannot be written; nothing is half-written.
     """
     light, folder = Path(light), Path(folder)
     _check_vacant(folder, overwrite)
     adapter = _Saved.read(light)
     if widens_alone(adapter.config):
         dense = _skeleton(adapter.base, base)
+        check_structure(dense, adapter.base, adapter.plan, str(light))
     else:
         dense = load_base(adapter.base, base)[0]
         check_base(dense, adapter.base, adapter.plan, str(light))
@@ -148,9 +156,7 @@ def _skeleton(saved: BaseFacts, base: ModelConfig) -> PreTrainedModel:
     for name, value in saved.config.arguments().items():
         setattr(config, name, value)
     with torch.device("meta"):
-        dense = architecture(config)
-    ensure_family(dense)
-    return dense
+        return architecture(config)
 
 
 def _filled(
@@ -178,13 +184,14 @@ def _widen(
     simplify_config(config)
     config.inference_mode = False  # as in training, whatever the file says
     model = cast(PeftModel, get_peft_model(dense, config))
-    wide = dict(tensors)
-    for site in find_sites(model, plan.specs):
-        wide |= _widened(site, plan, tensors)
+    wide, unfit = dict(tensors), "what the light model has learned does not fit its base"
+    with parsing(unfit):
+        for site in find_sites(model, plan.specs):
+            wide |= _widened(site, plan, tensors)
     wide = {name: tensor.contiguous() for name, tensor in wide.items()}
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     astray = sorted(name for name in expected.keys() | wide.keys() if expected.get(name) != _shape(wide.get(name)))
-    require(not astray, f"what the light model has learned does not fit its base: {', '.join(astray[:3])}")
+    require(not astray, f"{unfit}: {', '.join(astray[:3])}")
     return model, wide
 
 

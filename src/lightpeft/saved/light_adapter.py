@@ -266,7 +266,7 @@ def _stream(
     )
     kind = "quantised" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
     require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
-    return Stream(plan, lambda model: _check_blocks(model, saved, plan, str(folder)), device)
+    return Stream(plan, lambda model: check_structure(model, saved, plan, str(folder)), device)
 
 
 def check_base(
@@ -277,12 +277,12 @@ def check_base(
     Args:
         what: belongs to the base, for the error line.
     """
-    blocks = _check_blocks(dense, saved, plan, what)
+    blocks = check_structure(dense, saved, plan, what)
     found = fingerprint(dense, blocks) if stream is None else stream.fingerprint(dense, blocks)
     require(found == plan.fingerprint, _another_base(what))
 
 
-def _check_blocks(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, what: str) -> list[BlockSpec]:
+def check_structure(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, what: str) -> list[BlockSpec]:
     """Refuse a base of another structure, whatever its weights."""
     plain = isinstance(dense, PreTrainedModel)
     require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
