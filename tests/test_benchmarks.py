@@ -7,12 +7,13 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import attention
@@ -37,12 +38,14 @@ import scaling
 import steps
 import synthetic
 import torch
+import vllm_lora
 import writers
 import writing
 from peft import PeftModel
 from tiny import random_record, relative_difference
 from torch import Tensor, nn
 from training import inputs, student
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from workbench import Workbench, checksums, edit, forked, in_this_process, read, stamps
 
 from lightpeft.config import PRESETS, Budget, LightConfig, RunConfig, load_config, run_config_from_dict
@@ -648,6 +651,56 @@ def test_draft(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     pipeline.run(alone)
     assert draft.main([str(alone.output)]) == 2
     assert "set light.keep to both" in capsys.readouterr().err
+
+
+# -- vllm_lora.py ------------------------------------------------------------------------------------------------------
+
+
+class Served:
+    """What stands in for vLLM's engine: PEFT over the base, request by request."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        assert options["enable_lora"] and options["dtype"] == "float32"
+        self.base, self.tokenizer = model, AutoTokenizer.from_pretrained(model)
+
+    def generate(self, prompts: list[Any], sampling: Any, lora_request: list[Any]) -> list[Any]:
+        return [self._one(*asked, sampling.max_tokens) for asked in zip(prompts, lora_request, strict=True)]
+
+    def _one(self, prompt: Any, adapter: Any, tokens: int) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, adapter.path)
+        ids = torch.tensor([prompt["prompt_token_ids"]])
+        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
+        text = self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+        return SimpleNamespace(outputs=[SimpleNamespace(text=text)])
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ModuleType("vllm")
+    vars(engine).update(LLM=Served, SamplingParams=SimpleNamespace, TokensPrompt=dict, __version__="0")
+    requests = ModuleType("vllm.lora.request")
+    vars(requests).update(LoRARequest=lambda name, number, path: SimpleNamespace(path=path))
+    for name, module in (("vllm", engine), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", requests)):
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_vllm_lora(
+    vllm: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    for name, seed, keep in (("one", 0, "full"), ("other", 1, "both"), ("light", 0, "light")):
+        pipeline.run(bench.config(name, **{"light.keep": keep, "seed": seed}))
+    runs = [str(tmp_path / "one"), str(tmp_path / "other")]
+    assert vllm_lora.main([*runs, "--rows", "3", "--out", str(tmp_path / "out.json")]) == 0
+    results = read(tmp_path / "out.json")["results"]
+    assert list(results) == runs
+    assert [(each["same"], each["texts"]) for each in results.values()] == [(3, 3), (3, 3)]
+    monkeypatch.setattr(Served, "_one", lambda *_: SimpleNamespace(outputs=[SimpleNamespace(text="another")]))
+    assert vllm_lora.main([*runs, "--rows", "3"]) == 0
+    assert "| 0 of 3 |" in capsys.readouterr().out
+    assert vllm_lora.main([str(tmp_path / "light")]) == 2
+    assert "set light.keep to full or both" in capsys.readouterr().err
 
 
 # -- writers.py --------------------------------------------------------------------------------------------------------
