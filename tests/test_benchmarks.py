@@ -20,6 +20,7 @@ import attention
 import depth_probe
 import draft
 import estimation_cost
+import gguf_speed
 import gpu
 import inference
 import low_memory
@@ -39,6 +40,7 @@ import steps
 import synthetic
 import torch
 import vllm_lora
+import workbench
 import writers
 import writing
 from peft import PeftModel
@@ -46,7 +48,17 @@ from tiny import random_record, relative_difference
 from torch import Tensor, nn
 from training import inputs, student
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from workbench import Workbench, checksums, edit, forked, in_this_process, read, stamps
+from workbench import (
+    Workbench,
+    checksums,
+    edit,
+    forked,
+    in_this_process,
+    read,
+    save_base,
+    stamps,
+    tokenizer_of_bytes,
+)
 
 from lightpeft.config import PRESETS, Budget, LightConfig, RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
@@ -701,6 +713,32 @@ def test_vllm_lora(
     assert "| 0 of 3 |" in capsys.readouterr().out
     assert vllm_lora.main([str(tmp_path / "light")]) == 2
     assert "set light.keep to full or both" in capsys.readouterr().err
+
+
+# -- gguf_speed.py -----------------------------------------------------------------------------------------------------
+
+
+def test_gguf_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    monkeypatch.setattr(workbench, "POSITIONS", 128)
+    texts = bench.train.read_text(encoding="utf-8").splitlines()
+    save_base(bench.base, "llama", tokenizer=tokenizer_of_bytes(texts=texts))
+    light, plain = (
+        bench.config(name, **{"method": name, "data.max_length": 128, "light.heads": 0.5})
+        for name in ("light", "plain")
+    )
+    pipeline.run(light)
+    out = tmp_path / "out.json"
+    sizes = ["--rows", "3", "--tokens", "5", "--types", "f32", "q8_0"]
+    assert gguf_speed.main([light.output, *sizes, "--out", str(out)]) == 0
+    found = read(out)["results"][light.output]["types"]
+    assert found["f32"]["same_texts"] == found["f32"]["texts"] == 3
+    for each in found.values():
+        assert each["file_bytes"]["light"] < each["file_bytes"]["dense"]
+        assert all(speed > 0 for speeds in each["values"].values() for speed in speeds)
+    pipeline.run(plain)
+    assert gguf_speed.main([plain.output]) == 2
+    assert "has no light model" in capsys.readouterr().err
 
 
 # -- writers.py --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
 from lightpeft import EarlyPruner, LightConfig, cli
 from lightpeft.runs.reproduce import running
@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
-"""Programs of the development set-up, whose commands are not run here."""
+OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama"}
+"""Programs of the development set-up and of servers, whose commands are not run here."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
         workbench.save_base(folder / "demo/cache/minilm", "bert")
-        workbench.save_base(folder / "demo/cache/smollm2", "llama")
+        workbench.save_base(folder / "demo/cache/smollm2", "llama", tokenizer=word_pieces())
         rows = workbench.labelled(160)
         (folder / "demo/cache/movie_reviews").mkdir()
         for name in ("train", "test"):
@@ -69,6 +70,11 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         write_own_task(folder, rows)
         run_python(blocks(ROOT / "README.md", "python")[0], folder)  # leaves the folder "adapter"
         yield folder
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes that has learned some of the words."""
+    return workbench.tokenizer_of_bytes(texts=[" ".join((*workbench.NEUTRAL, *workbench.GOOD, *workbench.BAD))])
 
 
 def write_own_task(folder: Path, rows: workbench.Rows) -> None:

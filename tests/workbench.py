@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertModel,
@@ -59,9 +59,11 @@ Rows = list[dict[str, str]]
 # -- base checkpoints --------------------------------------------------------------------------------------------
 
 
-def save_base(folder: Path, family: str = "bert", seed: int = 0) -> Path:
-    """A tiny base ("bert" or "llama", the latter with two query heads a KV head) with its tokenizer."""
-    vocabulary = [*SPECIAL, *NEUTRAL, *GOOD, *BAD]
+def save_base(
+    folder: Path, family: str = "bert", seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Path:
+    """A tiny base ("bert" or "llama", the latter with two query heads a KV head) with a tokenizer, of words if none."""
+    vocabulary = [*SPECIAL, *NEUTRAL, *GOOD, *BAD] if tokenizer is None else tokenizer.get_vocab()
     torch.manual_seed(seed)
     model: PreTrainedModel
     if family == "bert":
@@ -83,11 +85,29 @@ def save_base(folder: Path, family: str = "bert", seed: int = 0) -> Path:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 0.2)
     model.save_pretrained(folder)
-    _tokenizer(vocabulary, family).save_pretrained(folder)
+    (tokenizer or _tokenizer(vocabulary, family)).save_pretrained(folder)
     return folder
 
 
-def _tokenizer(vocabulary: Sequence[str], family: str) -> PreTrainedTokenizerFast:
+def tokenizer_of_bytes(split: Any = None, texts: Sequence[str] = (), **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer as decoders have it, of bytes and merges; its special tokens are 0 to 3, those of a tiny base.
+
+    Args:
+        split: the first step, a pre-tokenizer; None: that of GPT-2.
+        texts: from which merges are learned.
+        options: of the tokenizer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = split or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=list(names.values()), initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
+
+
+def _tokenizer(vocabulary: Iterable[str], family: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     single, pair, special = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightpeft.recipe.trainer import LightTrainer, light_trainer
     from lightpeft.runs.pipeline import run
     from lightpeft.saved.full_width import full_width
+    from lightpeft.saved.gguf.exporting import save_gguf
     from lightpeft.saved.light_adapter import LightModel, load_light
     from lightpeft.saved.merging import load_merged, save_merged
     from lightpeft.training.acceleration import accelerated
@@ -45,6 +46,7 @@ _HOMES = {
     "make_plan": "plans.planning",
     "preset_light": "config",
     "run": "runs.pipeline",
+    "save_gguf": "saved.gguf.exporting",
     "save_merged": "saved.merging",
 }
 """Public name -> module. Resolved on first use, so that `lightpeft --help` does not wait for torch."""
@@ -71,6 +73,7 @@ __all__ = [
     "make_plan",
     "preset_light",
     "run",
+    "save_gguf",
     "save_merged",
 ]
 

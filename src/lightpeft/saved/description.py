@@ -172,12 +172,17 @@ def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, in
     }
 
 
-def model_card(model: Described, title: str, what: str, loader: str) -> str:
+def read_by(loader: str) -> str:
+    """How a card says that a function of lightpeft reads the folder."""
+    return f'    from lightpeft import {loader}\n    model = {loader}("this folder")'
+
+
+def model_card(model: Described, title: str, what: str, use: str) -> str:
     """The text of README.md beside saved weights.
 
     Args:
         what: is in the folder.
-        loader: name of the function of lightpeft that reads it.
+        use: how it is used, indented as code.
     """
     base = transformers_model(cast(nn.Module, model)).config.name_or_path or "the base"
     # a local path is of no use to a reader elsewhere, and not a valid hub id
@@ -193,8 +198,7 @@ library_name: lightpeft
 {what}
 (Light-PEFT, Gu et al., Findings of ACL 2024).
 
-    from lightpeft import {loader}
-    model = {loader}("this folder")
+{use}
 
 {model.light_plan.summary()}.
 

@@ -36,7 +36,7 @@ from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.bases import load_base
-from lightpeft.saved.description import BaseFacts, base_facts, check_parts, facts_of, model_card
+from lightpeft.saved.description import BaseFacts, base_facts, check_parts, facts_of, model_card, read_by
 from lightpeft.saved.merging import settle
 from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.streaming import Stream
@@ -327,6 +327,6 @@ def _content_checksum(description: dict[str, Any]) -> str:
 _CARD = (
     "Light adapter",
     "A task over an untouched base: PEFT weights and the plan of which attention heads and FFN neurons the task needs",
-    "load_light",
+    read_by("load_light"),
 )
 """Title, description and loader of a light adapter."""

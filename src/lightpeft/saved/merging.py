@@ -35,14 +35,22 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.bases import architecture_of
-from lightpeft.saved.description import Described, base_facts, check_parts, facts_of, model_card, per_layer_config
+from lightpeft.saved.description import (
+    Described,
+    base_facts,
+    check_parts,
+    facts_of,
+    model_card,
+    per_layer_config,
+    read_by,
+)
 
 MERGED = "merged.json"
 """What says that the weights beside it belong into a model that a plan has cut."""
 _CARD = (
     "Pruned model",
     "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it",
-    "load_merged",
+    read_by("load_merged"),
 )
 
 
@@ -70,18 +78,28 @@ def save_merged(
         LightPeftError: its PEFT modules cannot be merged, the base is quantised, or the folder cannot be written;
             nothing is half-written.
     """
-    folder, light = Path(folder), cast(PeftModel, model)
+    folder = Path(folder)
     check_vacant(folder, replaceable=(folder / MERGED).is_file(), overwrite=overwrite)
-    check_mergeable(transformers_model(light).config)
-    try:
-        whole = copy.deepcopy(light).merge_and_unload()
-    except RuntimeError as error:  # of PEFT: biases of LoRA, say, on a layer without one
-        reason = one_line(error, 200)
-        raise LightPeftError(f"this model cannot be merged; keep the light adapter: {reason}") from error
+    whole = merged_copy(model)
     native = native_config(whole, model.light_plan) is not None
     facts = {**facts_of(model), "native": native}
     save_whole(whole, facts, folder, tokenizer=tokenizer, card=model_card(model, *_CARD), alone=True)
     return native
+
+
+def merged_copy(model: Described) -> PreTrainedModel:
+    """A light model's pruned base with PEFT merged into it; the light model stays as it is.
+
+    Raises:
+        LightPeftError: its PEFT modules cannot be merged, or the base is quantised.
+    """
+    light = cast(PeftModel, model)
+    check_mergeable(transformers_model(light).config)
+    try:
+        return copy.deepcopy(light).merge_and_unload()
+    except RuntimeError as error:  # of PEFT: biases of LoRA, say, on a layer without one
+        reason = one_line(error, 200)
+        raise LightPeftError(f"this model cannot be merged; keep the light adapter: {reason}") from error
 
 
 def load_merged(

@@ -9,22 +9,32 @@ from lightpeft.cli.options import Option
 from lightpeft.cli.screen import screen
 from lightpeft.cli.verbs.predict import BASE, SWITCH_OPTIONS
 from lightpeft.cli.verbs.verb import Verb
+from lightpeft.errors import require
 
 
 def _export(
-    model: str, output: str, base: str | None = None, form: str = "merged", overwrite: bool = False, **switches: bool
+    model: str,
+    output: str,
+    base: str | None = None,
+    form: str = "merged",
+    dtype: str | None = None,
+    overwrite: bool = False,
+    **switches: bool,
 ) -> None:
     from lightpeft.saved.exporting import EXPORTS
     from lightpeft.saved.opening import find_light
 
+    wanted = EXPORTS[form]
+    taking = [name for name, each in EXPORTS.items() if dtype in each.dtypes]
+    require(dtype is None or form in taking, f"--dtype {dtype} goes with --form {' or '.join(taking)}, not with {form}")
     adapter = find_light(model, base, switches)
-    reader = EXPORTS[form].write(adapter, Path(output), overwrite)
-    screen.say(f"{adapter.plan.summary()}; {EXPORTS[form].what} is in {output}, for {reader} to load")
+    reader = wanted.write(adapter, Path(output), overwrite, dtype)
+    screen.say(f"{adapter.plan.summary()}; {wanted.what} is in {output}, for {reader} to load")
 
 
 EXPORT = Verb(
     "export",
-    "Give a light adapter away: as a whole pruned model, or as a PEFT adapter over the whole base.",
+    "Give a light adapter away: as a whole pruned model, as a file for llama.cpp, or as a PEFT adapter of the base.",
     _export,
     options=(
         Option("model", "Folder of a light adapter or of a finished run."),
@@ -32,8 +42,13 @@ EXPORT = Verb(
         Option(
             "--form",
             "merged (usual): a whole pruned model that needs no base; peft: a plain PEFT adapter over the whole base, "
-            "for whatever loads such.",
-            type=Literal["merged", "peft"],
+            "for whatever loads such; gguf: one file for llama.cpp, Ollama and their kin.",
+            type=Literal["merged", "peft", "gguf"],
+        ),
+        Option(
+            "--dtype",
+            "Of the weights in the file (--form gguf; usual: as they are).",
+            type=Literal["f32", "f16", "bf16", "q8_0"],
         ),
         BASE,
         Option("--overwrite", "Replace what was exported in this form there.", flag=True),

@@ -1,0 +1,68 @@
+"""Whether llama.cpp computes from a GGUF file what the model computes here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightpeft.compat import llama_cpp
+from lightpeft.errors import require
+from lightpeft.models.patching import in_mode
+
+_TEXTS = (
+    "Tracy bought 12,345 apples at 9.99 each. Why didn't she ask?\n\nShe'll tell:",
+    "Größe, naïve café; 東京と大阪 🙂  two spaces,\ttab",
+)
+"""What is tokenised on both sides; what comes after the first text is compared."""
+_TOLERANCE = 0.2
+"""Of the relative difference of logits: 8 bits, or a KV cache in 16, give some hundredths, and other weights 1."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near two models are behind one text."""
+
+    difference: float
+    """Norm of the difference of their logits, each less its mean, over that of the model's own."""
+    same: bool
+    """Whether both find the same token most probable."""
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> Agreement | None:
+    """Load the file in llama.cpp, in a process of its own, and compare; None where its bindings are not installed.
+
+    Raises:
+        LightPeftError: llama.cpp does not take the file, splits texts into other tokens, or computes something else.
+    """
+    if not llama_cpp.is_there():
+        return None
+    tokens = [tokenizer(text)["input_ids"] for text in _TEXTS]
+    read = tokens[0][: getattr(model.config, "sliding_window", None)]  # as far as both see the same
+    given = _ask(file, {"texts": _TEXTS, "tokens": read})
+    require(given is not None, "llama.cpp does not take the file")
+    require(given["tokens"] == tokens, "llama.cpp splits texts into other tokens than the tokenizer does")
+    with in_mode(model, training=False):
+        own = model(input_ids=torch.tensor([read], device=model.device)).logits[0, -1].float().cpu()
+    theirs = torch.tensor(given["logits"])[: len(own)]
+    centred = own - own.mean()
+    difference = float((theirs - theirs.mean() - centred).norm() / centred.norm())
+    require(
+        difference < _TOLERANCE, f"llama.cpp computes something else from the file: logits differ by {difference:.0%}"
+    )
+    return Agreement(difference, int(own.argmax()) == int(theirs.argmax()))
+
+
+def _ask(file: Path, question: dict[str, Any]) -> Any:
+    """What a process of its own answers, which may die of the file; None: it did, or refused it."""
+    command = [sys.executable, "-m", llama_cpp.__name__, str(file)]
+    answer = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, check=False)
+    lines = answer.stdout.splitlines()
+    return json.loads(lines[-1]) if answer.returncode == 0 and lines else None

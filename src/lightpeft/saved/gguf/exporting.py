@@ -1,0 +1,67 @@
+"""Light models as GGUF files, which llama.cpp and all that is built on it serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lightpeft.files import check_vacant, replacing_folder
+from lightpeft.saved.description import Described, model_card
+from lightpeft.saved.gguf.checking import Agreement, compare
+from lightpeft.saved.gguf.writing import GgufType, write_gguf
+from lightpeft.saved.merging import merged_copy
+
+FILE = "model.gguf"
+_CARD = (
+    "Pruned model as a GGUF file",
+    "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it",
+    f"    llama-cli -m {FILE}",
+)
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A file that was written."""
+
+    path: Path
+    matrices: dict[str, int]
+    """How many were written as what."""
+    agreement: Agreement | None
+    """With what llama.cpp computes from it; None: its bindings are not installed, and nobody looked."""
+
+
+def save_gguf(
+    model: Described,
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: GgufType = "auto",
+    overwrite: bool = False,
+) -> GgufFile:
+    """Write a light model, PEFT merged into it, as `model.gguf` with its tokenizer and chat template, for llama.cpp.
+
+    Models of Llama, Mistral and Qwen2 (and what is built like them, such as SmolLM2), with a tokenizer of bytes. Heads,
+    KV heads and neurons may differ from layer to layer; the first block needs attention. Where `llama_cpp_py_sync` is
+    installed the file is loaded in llama.cpp and compared with the model before it is there for others.
+
+    Args:
+        model: a `LightModel`; it stays as it is, and a copy of it is merged, which takes its memory once more.
+        folder: new or empty.
+        dtype: of matrices; "auto": as they are. Where rows are no multiple of 32, `q8_0` leaves matrices in `f16`
+            (`light.multiple_of: 32` makes them so).
+        overwrite: the folder may also hold such a file, which goes with all that is in it.
+
+    Raises:
+        LightPeftError: `gguf` is not installed; llama.cpp has no place for this model or its tokenizer, or computes
+            something else from the file; or the folder cannot be written. Nothing is half-written.
+    """
+    folder = Path(folder)
+    check_vacant(folder, replaceable=(folder / FILE).is_file(), overwrite=overwrite)
+    whole = merged_copy(model)
+    with replacing_folder(folder, alone=True) as temporary:
+        matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / FILE, dtype)
+        agreement = compare(whole, tokenizer, temporary / FILE)
+        (temporary / "README.md").write_text(model_card(model, *_CARD), encoding="utf-8")
+    return GgufFile(folder / FILE, matrices, agreement)

@@ -1,0 +1,348 @@
+"""GGUF files: llama.cpp computes what the light model computes; what it cannot hold is refused in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import gguf
+import pytest
+import torch
+import workbench
+from test_checkpoint import light_over
+from tiny import make, plan_for, refusal, with_lora
+from tokenizers import Regex, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+from workbench import Workbench, checksums, lightpeft, save_base, tokenizer_of_bytes
+
+from lightpeft import LightModel, save_gguf
+from lightpeft.cli.verbs.export import EXPORT
+from lightpeft.compat import llama_cpp
+from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.refit import Correction, apply_refit
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.runs import pipeline
+from lightpeft.saved.exporting import EXPORTS
+from lightpeft.saved.gguf import architectures, checking, vocabulary
+from lightpeft.saved.gguf.vocabulary import splitting
+from lightpeft.saved.light_adapter import as_light
+
+CLOSE = 0.02
+"""llama.cpp keeps keys and values in 16 bits."""
+TEXTS = [
+    "Tracy bought 12,345 apples at 9.99 each.",
+    "Größe, naïve café; 東京と大阪 🙂",
+    "Why didn't she ask?\n\nShe'll tell.",
+]
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
+WORDS += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def bytewise(regex: bool = True) -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
+
+
+def split_by(pattern: str) -> Any:
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, bytewise(regex=False)])
+
+
+SPLITS: dict[str, Callable[[], Any]] = {
+    "gpt-2": bytewise,
+    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytewise()]),
+    "llama-bpe": lambda: split_by(WORDS.replace("DIGITS", "{1,3}")),
+    "qwen2": lambda: split_by(WORDS.replace("DIGITS", "")),
+}
+"""What llama.cpp calls a way to split texts -> how it is made."""
+
+
+def tokenizer_of(split: Any, **options: Any) -> PreTrainedTokenizerFast:
+    return tokenizer_of_bytes(split, TEXTS * 3, **options)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizer_of(SPLITS["smollm"](), chat_template="{{ messages[0].content }}")
+
+
+EVEN = {"heads": 0.5, "neurons": 0.5, "neurons_scope": "layerwise"}
+UNEVEN: dict[str, Any] = {"heads_scope": "global"}
+
+
+def light(name: str = "llama-gqa", budget: dict[str, Any] = UNEVEN, **changes: Any) -> LightModel:
+    """A light model whose vocabulary has more rows than there are tokens."""
+    return light_over(make(name, vocab_size=320, **changes), **budget)
+
+
+def light_by(plan: Callable[[PrunePlan], PrunePlan], name: str = "llama-gqa") -> LightModel:
+    """A light model that is cut by a changed plan."""
+    model = with_lora(make(name, vocab_size=320))
+    changed = plan(plan_for(model))
+    apply_plan(model, changed)
+    return as_light(model.eval(), changed)
+
+
+def without(block: int, **parts: tuple[int, ...]) -> Callable[[PrunePlan], PrunePlan]:
+    """A plan whose block has no attention, or no FFN."""
+
+    def change(plan: PrunePlan) -> PrunePlan:
+        blocks = list(plan.blocks)
+        blocks[block] = replace(blocks[block], **parts)
+        gone = {n for s, n in plan.specs[block].projections.items() if s.startswith("ffn") == ("neurons" in parts)}
+        sites = {name: ranks for name, ranks in plan.sites.items() if name not in gone}
+        return replace(plan, blocks=tuple(blocks), sites=sites)
+
+    return change
+
+
+WITHOUT_ATTENTION = {"heads": (), "kv_heads": ()}
+
+
+def fields(file: Path) -> dict[str, Any]:
+    """What a file says of its model."""
+    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [UNEVEN, EVEN], ids=["uneven", "even"])
+@pytest.mark.parametrize(
+    "name", ["llama-mha", "llama-gqa", "llama-bias", "llama-head-dim", "llama-tied", "mistral", "qwen2"]
+)
+def test_llama_cpp_computes_the_same(
+    name: str, budget: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = light(name, budget)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    written = save_gguf(model, tmp_path / "out", tokenizer)
+    assert written.agreement is not None and written.agreement.difference < CLOSE and written.agreement.same
+    assert all(before[key].equal(value) for key, value in model.state_dict().items()), "the light model stays as it is"
+    plain = budget is EVEN and name != "qwen2"  # whose heads have to fill the model's width
+    assert fields(written.path)["general.architecture"] == ("llama" if plain else "deci")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "README.md"}
+    assert "llama-cli -m model.gguf" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=["linear", "llama3"],
+)
+def test_rotary_embeddings_that_reach_further(
+    rope: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = light(rope_parameters={"rope_theta": 10000.0, **rope}, max_position_embeddings=128)
+    assert save_gguf(model, tmp_path, tokenizer).agreement.difference < CLOSE  # type: ignore[union-attr]
+
+
+def test_blocks_that_are_left_out_and_sublayers_that_are_gone(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    shallow = save_gguf(light(budget={"depth": 0.3}), tmp_path / "depth", tokenizer)
+    assert shallow.agreement is not None and fields(shallow.path)["deci.block_count"] == 2
+    for name, model in {
+        "attention": light_by(without(1, **WITHOUT_ATTENTION)),
+        "ffn": light_by(without(1, neurons=())),
+        "qwen2": light_by(without(2, **WITHOUT_ATTENTION), "qwen2"),
+    }.items():
+        written = save_gguf(model, tmp_path / name, tokenizer)
+        assert written.agreement is not None and written.agreement.difference < CLOSE, name
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_neurons_alone_leave_a_family_its_own_architecture(
+    name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = light("llama-gqa" if name == "llama" else name, {**EVEN, "heads": 0.0})
+    written = save_gguf(model, tmp_path, tokenizer)
+    assert written.agreement is not None and written.agreement.difference < CLOSE
+    assert fields(written.path)["general.architecture"] == name
+
+
+def test_refitted_projections_have_biases(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = light()
+    name = model.light_plan.specs[0].projections["o"]
+    apply_refit(model, {name: Correction(torch.randn(32))})
+    assert save_gguf(model, tmp_path, tokenizer).agreement.difference < CLOSE  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = light(budget={"heads": 0.0, "neurons": 1 / 3, "neurons_scope": "layerwise", "multiple_of": 32})
+    written = save_gguf(model, tmp_path, tokenizer, dtype=dtype)
+    assert set(written.matrices) == {dtype}
+    assert written.agreement is not None and written.agreement.difference < (0.2 if dtype == "q8_0" else 2 * CLOSE)
+    ragged = save_gguf(light(), tmp_path, tokenizer, dtype="q8_0", overwrite=True)
+    assert set(ragged.matrices) == {"q8_0", "f16"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_are_written_as_they_are(
+    dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    written = save_gguf(light().to(dtype), tmp_path, tokenizer)
+    assert list(written.matrices) == [{torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]]
+
+
+# -- vocabulary --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_texts_are_split_as_the_tokenizer_splits_them(name: str, tmp_path: Path) -> None:
+    written = save_gguf(light(), tmp_path, tokenizer_of(SPLITS[name]()))
+    assert written.agreement is not None, "it has compared tokens"
+    assert fields(written.path)["tokenizer.ggml.pre"] == name
+
+
+def test_what_a_file_says_of_its_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    found = fields(save_gguf(light(), tmp_path, tokenizer).path)
+    assert found["tokenizer.chat_template"] == tokenizer.chat_template
+    assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (2, 3)
+    assert found["tokenizer.ggml.add_bos_token"] is False
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == 320 and tokens[:5] == tokenizer.convert_ids_to_tokens(range(5))
+    assert types[:5] == [3, 3, 3, 3, 1] and set(types[len(tokenizer) :]) == {5}
+
+
+def test_texts_that_begin_with_a_token(tmp_path: Path) -> None:
+    beginning = tokenizer_of(SPLITS["llama-bpe"]())
+    begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    beginning.backend_tokenizer.post_processor = begin
+    written = save_gguf(light(), tmp_path, beginning)
+    assert written.agreement is not None and fields(written.path)["tokenizer.ggml.add_bos_token"] is True
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"),
+    [
+        ({"model": {"type": "WordLevel"}}, "another kind"),
+        ({"model": {"type": "BPE", "byte_fallback": True}, "pre_tokenizer": None}, "another kind"),
+        ({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Metaspace"}}, "another kind"),
+        ({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "no name known here"),
+    ],
+)
+def test_other_tokenizers_are_refused(tokenizer: dict[str, Any], reason: str) -> None:
+    assert reason in refusal(lambda: splitting(tokenizer))
+
+
+def test_a_split_without_a_name_is_refused(tmp_path: Path) -> None:
+    other = tokenizer_of(split_by(r"\s+"))
+    assert "no name known here" in refusal(lambda: save_gguf(light(), tmp_path / "out", other))
+    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), bytewise()])
+    assert "no name known here" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer_of(digits)))
+    assert not (tmp_path / "out").exists()
+
+
+# -- what llama.cpp cannot hold ----------------------------------------------------------------------------------------
+
+
+def biased(model: LightModel) -> LightModel:
+    """With a bias where attention was."""
+    apply_refit(model, {model.light_plan.specs[1].projections["o"]: Correction(torch.randn(32))})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: light("gemma"), "of llama, mistral and qwen2; this one is of gemma"),
+        (lambda: light("llama-classifier"), "has another head"),
+        (lambda: light(hidden_act="gelu"), "with silu; those of this model have gelu"),
+        (lambda: light(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "type dynamic"),
+        (lambda: light_by(without(0, **WITHOUT_ATTENTION)), "light.min_heads: 1"),
+        (lambda: biased(light_by(without(1, **WITHOUT_ATTENTION))), "block 1 is a bias alone"),
+    ],
+)
+def test_other_models_are_refused(
+    model: Callable[[], LightModel], reason: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    assert reason in refusal(lambda: save_gguf(model(), tmp_path / "out", tokenizer))
+    assert not (tmp_path / "out").exists()
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_in_another_order_are_noticed(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(architectures, "neighbouring", lambda tensor, head_dim: tensor)
+    assert "computes something else" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_tokens_are_noticed(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = vocabulary._tokens
+    monkeypatch.setattr(vocabulary, "_tokens", lambda *of: tuple(each[:4] + each[:3:-1] for each in right(*of)))
+    assert "other tokens" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer))
+
+
+def test_a_file_that_llama_cpp_does_not_take(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing else")
+    model = make("llama-gqa", vocab_size=320)
+    assert "does not take" in refusal(lambda: checking.compare(model, tokenizer, tmp_path / "model.gguf"))
+
+
+def test_without_llama_cpp_nobody_looks(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_cpp, "is_there", lambda: False)
+    assert save_gguf(light(), tmp_path, tokenizer).agreement is None
+
+
+def test_a_missing_library_is_named(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert 'pip install "lightpeft[gguf]"' in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer))
+
+
+def test_a_file_is_replaced_when_asked(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    model = light()
+    save_gguf(model, tmp_path, tokenizer)
+    before = checksums(tmp_path)
+    refusal(lambda: save_gguf(model, tmp_path, tokenizer))
+    assert checksums(tmp_path) == before
+    save_gguf(model, tmp_path, tokenizer, dtype="f16", overwrite=True)
+    assert checksums(tmp_path) != before
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_knows_every_data_type() -> None:
+    (option,) = (option for option in EXPORT.options if option.name == "--dtype")
+    assert get_args(option.type) == EXPORTS["gguf"].dtypes
+
+
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    words = bench.config("words")
+    pipeline.run(words)
+    assert lightpeft("export", words.output, tmp_path / "out", "--form", "gguf") == 2
+    assert "another kind" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workbench, "POSITIONS", 128)
+        save_base(bench.base, "llama", tokenizer=tokenizer_of(None))
+    run = bench.config("bytes", **{"data.max_length": 128})
+    pipeline.run(run)
+    assert lightpeft("export", run.output, tmp_path / "out", "--form", "gguf", "--dtype", "f16") == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "for llama.cpp (matrices: 16 in f16; compared: logits differ by" in said
+    assert lightpeft("export", run.output, tmp_path / "other", "--dtype", "f16") == 2
+    assert "--dtype f16 goes with --form gguf, not with merged" in capsys.readouterr().err
