@@ -84,6 +84,23 @@ def per_class_table(classes: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
+def curve_table(found: Mapping[str, Any]) -> Table:
+    """What budgets cost and save, one a row: what `lightpeft plan --curve` measures."""
+    title = f"before training goes on, on {found['rows']:,} training rows: loss {found['loss']:.3f} with nothing cut"
+    table = _numbers_table(title, "light.blocks", "goes of all", "loss", "rise", "± (95%)", "time of a step")
+    for point in found["points"]:
+        measured = "" if f"{point['blocks']:g}" in found["step_times"] else "about "
+        table.add_row(
+            f"{point['blocks']:g}",
+            f"{point['removed_of_base']:.0%}",
+            f"{point['loss']:.3f}",
+            f"{point['rise']:+.3f}",
+            f"{point['interval'][1] - point['rise']:.3f}",
+            f"{measured}{point['step_time']:.2f}",
+        )
+    return table
+
+
 def _numbers_table(title: str, first: str, *others: str) -> Table:
     """An empty table: a column of names, and columns of numbers."""
     table = Table(title=escape(title), title_justify="left")

@@ -44,6 +44,8 @@ _RESULTS = (
     "task.json",
     "pruned",
     "plan.json",
+    "curve.json",
+    "curve.png",
     "estimation",
     "checkpoints",
     "log.jsonl",
@@ -171,6 +173,11 @@ class RunFolder:
     def plan(self) -> Path:
         """Which units stay."""
         return self.path / "plan.json"
+
+    @property
+    def curve(self) -> Path:
+        """What each budget would cost; a plot of the same name beside it."""
+        return self.path / "curve.json"
 
     @property
     def pruned(self) -> Path:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightpeft.cli.options import Option
 from lightpeft.cli.screen import screen
 from lightpeft.cli.settings import run_config
 from lightpeft.cli.verbs.verb import Verb
+from lightpeft.errors import require
+
+if TYPE_CHECKING:
+    from lightpeft.config import RunConfig
 
 _ESTIMATION = Option(
     "--estimation", "Folder of another run, of the same settings but for the budget: take its estimation."
@@ -42,17 +46,33 @@ def _estimate(given: dict[str, Any]) -> None:
     screen.say(f"{record.meta['steps']} steps; scores are in {config.output}/estimation")
 
 
-def _plan(given: dict[str, Any], estimation: str | None = None) -> None:
+def _plan(given: dict[str, Any], estimation: str | None = None, curve: bool = False, rows: int | None = None) -> None:
     from lightpeft.cli.tables import plan_table
     from lightpeft.runs import pipeline
     from lightpeft.runs.reuse import find_estimation, take_estimation
     from lightpeft.saved.run_folder import RunFolder
 
+    require(curve or rows is None, "--rows are those of --curve; give both, or leave --rows out")
     config = run_config(given)
     run = RunFolder.open(config, replan=True)
     if estimation is not None:
         take_estimation(run, find_estimation(config, Path(estimation)))
-    screen.print(plan_table(pipeline.plan(run)))
+    if curve:
+        _show_curve(config, rows)
+    else:
+        screen.print(plan_table(pipeline.plan(run)))
+
+
+def _show_curve(config: RunConfig, rows: int | None) -> None:
+    from lightpeft.cli.tables import curve_table
+    from lightpeft.runs import curve, pipeline
+
+    work = pipeline.prepare(config)
+    found = curve.curve(work, rows=curve.ROWS if rows is None else rows)
+    screen.print(curve_table(found))
+    drawn = work.run.curve.with_suffix(".png").exists()
+    plot = f"{work.run.curve.with_suffix('.png')} shows it" if drawn else "no plot: pip install matplotlib"
+    screen.say(f"all numbers are in {work.run.curve}; {plot}")
 
 
 def _prune(given: dict[str, Any]) -> None:
@@ -91,7 +111,15 @@ PLAN = Verb(
     "plan",
     "Decide from the record and the budget which units stay, and show the plan.",
     _plan,
-    options=(_ESTIMATION,),
+    options=(
+        _ESTIMATION,
+        Option(
+            "--curve",
+            "Decide nothing: measure what budgets from 10% to 80% of the blocks would cost and save, and show that.",
+            flag=True,
+        ),
+        Option("--rows", "Training rows that the losses of --curve are measured on (usual: 256).", type=int),
+    ),
     on_runs=True,
 )
 PRUNE = Verb("prune", "Cut base and PEFT modules down to the plan.", _prune, on_runs=True)

@@ -1,0 +1,121 @@
+"""What each budget would cost before training goes on: the losses of nested cuts, by masks alone.
+
+Scores add up what single units are worth, and units that go together cost more than that. Here whole sets are measured:
+masks of 0 on what a plan takes, forward passes on some rows. PEFT modules and ranks stay as estimation left them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lightpeft.config import Budget
+from lightpeft.errors import LightPeftError, require
+from lightpeft.machine import autocasting
+from lightpeft.models.patching import in_mode
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.profiling.live import device_of, loss_of, moved
+from lightpeft.prune.masks import UnitMasks
+
+PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+"""Parts of the blocks' parameters."""
+_SIDE = 1.96
+"""Standard errors on each side of a 95% interval."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One budget."""
+
+    blocks: float
+    """Part of the blocks' parameters that goes, at least."""
+    removed_of_blocks: float
+    """That does go; widths are rounded, and heads come in units."""
+    removed_of_base: float
+    """The same of all base parameters."""
+    loss: float
+    """Mean over the batches."""
+    rise: float
+    """Of the loss, against nothing cut."""
+    interval: tuple[float, float]
+    """95% interval of the rise, paired by batch."""
+
+
+def nested_plans(
+    record: EstimationRecord, budget: Budget, parts: Sequence[float] = PARTS
+) -> Iterator[tuple[float, PrunePlan]]:
+    """Plans of growing budgets by the same scores: what goes at one goes at the next, but for the rounding of widths.
+
+    Those that the floors of the budget, or a depth that has gone, leave no room for are left out.
+
+    Args:
+        budget: whose `blocks` and `target` are replaced.
+
+    Raises:
+        LightPeftError: parts that are not in (0, 1), or no plan of them can be made.
+    """
+    require(all(0 < part < 1 for part in parts), "parts of the blocks lie in (0, 1), for example 0.1 0.2 0.4")
+    made, reason = 0, "there are no parts"
+    for part in sorted(parts):
+        try:
+            plan = make_plan(record, replace(budget, blocks=part, target=None))
+        except LightPeftError as error:
+            reason = str(error)
+            continue
+        made += 1
+        yield part, plan
+    require(made, f"no budget can be tried: {reason}")
+
+
+@torch.no_grad()
+def loss_curve(
+    model: PeftModel,
+    record: EstimationRecord,
+    plans: Mapping[float, PrunePlan],
+    batches: Sequence[Mapping[str, Tensor]],
+    autocast: torch.dtype | None = None,
+) -> tuple[float, list[CurvePoint]]:
+    """The loss with nothing cut, and a point for each plan.
+
+    Args:
+        model: as estimation left it; it stays so.
+        record: of that estimation.
+        plans: by their budgets.
+        batches: model inputs with labels; small ones, whose differences say how sure a rise is.
+        autocast: half precision of the forward pass.
+
+    Raises:
+        LightPeftError: fewer than two batches, or the model gives no loss.
+    """
+    require(len(batches) > 1, "a curve needs two batches of rows at least; give more rows")
+    device = device_of(model)
+    masks = UnitMasks(record.blocks, device)
+
+    def losses() -> Tensor:
+        with autocasting(device, autocast):
+            return torch.stack([loss_of(model, moved(batch, device)).double().cpu() for batch in batches])
+
+    with in_mode(model, training=False):
+        masks.attach(model)
+        try:
+            dense = losses()
+            points = []
+            for part, plan in plans.items():
+                masks.set_plan(plan)
+                points.append(_point(part, plan, losses(), dense))
+        finally:
+            masks.detach()
+    return float(dense.mean()), points
+
+
+def _point(part: float, plan: PrunePlan, losses: Tensor, dense: Tensor) -> CurvePoint:
+    rises = losses - dense
+    rise, side = float(rises.mean()), _SIDE * float(rises.std()) / math.sqrt(len(rises))
+    interval = (rise - side, rise + side)
+    return CurvePoint(part, plan.removed_of_blocks, plan.removed_ratio, float(losses.mean()), rise, interval)

@@ -1,0 +1,152 @@
+"""`lightpeft plan --curve`: what each budget of an estimated run would take, save and cost, before one is chosen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from lightpeft.errors import require
+from lightpeft.files import write_json
+from lightpeft.machine import autocast_dtype
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.profiling import Spread, alternate, hardware, measure_training, ratio
+from lightpeft.prune.curve import PARTS, loss_curve, nested_plans
+from lightpeft.prune.depth import leave_out
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.runs.bench import accelerating, adamw, sample_batches
+from lightpeft.runs.workspace import Workspace
+from lightpeft.saved.results import open_peft
+
+ROWS = 256
+"""Training rows that losses are measured on."""
+_BATCH = 8
+"""Rows a batch: many small ones tell how sure a mean is."""
+_ROUNDS = 3
+
+
+def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> dict[str, Any]:
+    """Measure the budgets of a run whose estimation is done, and leave `curve.json` in its folder, and a plot.
+
+    Losses are those of training rows, drawn by the run's seed, of which estimation may have seen some. Time is that of
+    training steps at two of the budgets, beside the same steps with nothing cut, in alternation; of the others it is
+    read off the line through these. Two copies of the model are in memory for that.
+
+    Args:
+        parts: of the blocks' parameters.
+        rows: training rows that losses are measured on.
+
+    Raises:
+        LightPeftError: estimation is not done, a part or the number of rows is no such, or no budget can be met.
+    """
+    run = work.run
+    run.need("estimate", "plan --curve")
+    require(rows > _BATCH, f"--rows is {rows}; a curve needs more than {_BATCH}")
+    record = EstimationRecord.load(run.estimation)
+    plans = dict(nested_plans(record, work.config.light, parts))
+    model = open_peft(run.estimation / "adapter", work.dense_model().model, is_trainable=True)
+    if record.left_out:
+        leave_out(model, len(record.blocks))
+    batches = _batches(work, rows)
+    dense, points = loss_curve(model, record, plans, batches, autocast_dtype(work.config.training))
+    times = step_times(work, model, plans)
+    found = {
+        "rows": sum(len(batch["input_ids"]) for batch in batches),
+        "loss": dense,
+        "points": [{**asdict(point), "step_time": times(point.removed_of_blocks)} for point in points],
+        "step_times": {f"{part:g}": asdict(spread) for part, spread in times.measured.items()},
+        "seed": work.config.seed,
+        "hardware": hardware(),
+    }
+    with run.held():
+        write_json(run.curve, found)
+        draw(found, run.curve.with_suffix(".png"))
+    return found
+
+
+def _batches(work: Workspace, rows: int) -> list[dict[str, torch.Tensor]]:
+    """Of rows of similar length."""
+    generator = torch.Generator().manual_seed(work.config.seed)
+    drawn = torch.randperm(len(work.train_rows), generator=generator)[:rows].tolist()
+    lengths = work.train_rows["length"][:]
+    order = sorted(drawn, key=lengths.__getitem__)
+    starts = range(0, len(order), _BATCH)
+    return [work.collator(work.train_rows.select(order[start : start + _BATCH]).to_list()) for start in starts]
+
+
+class StepTimes:
+    """Time of a training step by what is gone, of that with nothing gone: measured at some places, a line between."""
+
+    def __init__(self, measured: Mapping[float, Spread], removed: Mapping[float, float]) -> None:
+        """
+        Args:
+            measured: by budget.
+            removed: what is gone at these budgets.
+        """
+        self.measured = measured
+        self._places = [(0.0, 1.0), *sorted((removed[part], spread.median) for part, spread in measured.items())]
+
+    def __call__(self, removed: float) -> float:
+        """Of a step where such a part of the blocks is gone."""
+        places = self._places
+        at = max(1, next((i for i, (place, _) in enumerate(places) if place >= removed), len(places) - 1))
+        (before, low), (after, high) = places[at - 1], places[at]
+        return low + (high - low) * (removed - before) / (after - before)
+
+
+def step_times(work: Workspace, model: PeftModel, plans: Mapping[float, PrunePlan]) -> StepTimes:
+    """Times of steps as a light run makes them, with LoRA as estimation had it; the model trains a little."""
+    chosen = sorted({list(plans)[len(plans) // 2], list(plans)[-1]})
+    batches = sample_batches(work, 1)
+    training = work.config.training
+
+    def seconds(of: PeftModel) -> Callable[[], float]:
+        def measure() -> float:
+            with accelerating(work, of):
+                options = {"autocast": autocast_dtype(training), "max_grad_norm": training.max_grad_norm}
+                return sum(measure_training(of, batches, adamw(work), warmup=1, **options))  # type: ignore[arg-type]
+
+        return measure
+
+    measured = {}
+    for part in chosen:
+        cut = copy.deepcopy(model)
+        apply_plan(cut, plans[part])
+        rounds = alternate({"cut": seconds(cut), "dense": seconds(model)}, _ROUNDS)
+        measured[part] = ratio(rounds["cut"], rounds["dense"])
+        del cut
+    return StepTimes(measured, {part: plans[part].removed_of_blocks for part in chosen})
+
+
+def draw(found: Mapping[str, Any], file: Path) -> bool:
+    """The curve as a picture; False where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    points = found["points"]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses = figure.subplots()
+    removed = [100 * point["removed_of_blocks"] for point in points]
+    rises = [point["rise"] for point in points]
+    sides = [point["interval"][1] - point["rise"] for point in points]
+    losses.axhline(0, color="0.6", linewidth=0.8)
+    losses.errorbar([0, *removed], [0, *rises], yerr=[0, *sides], color="#0072B2", marker="o", capsize=3)
+    losses.set_xlabel("parameters of the blocks that go, %")
+    losses.set_ylabel("rise of the loss before training, nats", color="#00548A")
+    times = losses.twinx()
+    times.plot(
+        [0, *removed], [1, *(point["step_time"] for point in points)], color="#D55E00", linestyle="--", marker="s"
+    )
+    times.set_ylim(0, 1.05)
+    times.set_ylabel("time of a training step, of that of the whole model", color="#A84A00")
+    losses.set_title(f"What each budget costs and saves ({found['rows']} training rows)", fontsize=10)
+    figure.savefig(file, dpi=150)
+    return True

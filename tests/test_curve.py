@@ -1,0 +1,151 @@
+"""What each budget would cost: nested cuts, losses that masks give, and the command that shows them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import inputs_for, make, plan_for, random_record, refusal, with_lora, zero_pruned_ranks
+from workbench import Workbench, lightpeft, read
+
+from lightpeft import Budget, apply_plan
+from lightpeft.plans.records import PrunePlan
+from lightpeft.profiling import Spread
+from lightpeft.prune.curve import PARTS, loss_curve, nested_plans
+from lightpeft.runs import pipeline
+from lightpeft.runs.curve import StepTimes
+
+BUDGET = Budget(head_criterion="fisher", neuron_criterion="fisher", modules=0.0, ranks=0.0)
+
+
+def kept(plan: PrunePlan) -> set[tuple[str, int, int]]:
+    """Units that stay."""
+    found = set()
+    for index, block in enumerate(plan.blocks):
+        found |= {("head", index, head) for head in block.heads} | {("neuron", index, n) for n in block.neurons}
+    return found
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), name=st.sampled_from(["bert", "llama-gqa", "gpt2"]), balanced=st.booleans())
+def test_what_goes_at_one_budget_goes_at_the_next(seed: int, name: str, balanced: bool) -> None:
+    record = random_record(with_lora(make(name)), seed)
+    budget = replace(BUDGET, head_unit="balanced" if balanced else "group")
+    plans = dict(nested_plans(record, budget))
+    assert list(plans) == sorted(plans)
+    for part, plan in plans.items():
+        assert plan.removed_of_blocks >= part
+    for earlier, later in zip(list(plans.values()), list(plans.values())[1:], strict=False):
+        assert kept(later) <= kept(earlier)
+
+
+def test_budgets_that_the_floors_forbid_are_left_out() -> None:
+    record = random_record(with_lora(make("llama-gqa")))
+    plans = dict(nested_plans(record, replace(BUDGET, min_neurons=24), PARTS))
+    assert plans and max(plans) < max(PARTS)
+    assert "no budget can be tried: blocks 0.9 cannot be reached" in refusal(
+        lambda: dict(nested_plans(record, replace(BUDGET, min_neurons=48), [0.9]))
+    )
+
+
+@pytest.mark.parametrize("parts", [[0.0], [1.0], [float("nan")], []])
+def test_other_parts_are_refused(parts: list[float]) -> None:
+    record = random_record(with_lora(make("bert")))
+    assert refusal(lambda: dict(nested_plans(record, BUDGET, parts)))
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "t5"])
+def test_losses_are_those_of_the_cut_model(name: str) -> None:
+    model = with_lora(make(name))
+    record = random_record(model)
+    batches = [inputs_for(model, labels=True, seed=seed) for seed in range(3)]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plans = dict(nested_plans(record, BUDGET, [0.2, 0.5]))
+    dense, points = loss_curve(model, record, plans, batches)
+    assert all(before[key].equal(value) for key, value in model.state_dict().items())
+    assert dense == pytest.approx(mean_loss(model, batches), abs=1e-6)
+    for point in points:
+        cut = with_lora(make(name))
+        apply_plan(cut, plans[point.blocks])
+        assert point.loss == pytest.approx(mean_loss(cut, batches), abs=1e-5)
+        assert point.rise == pytest.approx(point.loss - dense)
+        assert point.interval[0] < point.rise < point.interval[1]
+        assert point.removed_of_blocks == plans[point.blocks].removed_of_blocks >= point.blocks
+
+
+@torch.no_grad()
+def mean_loss(model: Any, batches: list[dict[str, Any]]) -> float:
+    return sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
+
+
+def test_ranks_stay_whatever_the_budget_says_of_them() -> None:
+    model = with_lora(make("bert"))
+    record, batches = random_record(model), [inputs_for(model, labels=True, seed=seed) for seed in range(2)]
+    _, (whole,) = loss_curve(model, record, dict(nested_plans(record, BUDGET, [0.3])), batches)
+    fewer = replace(BUDGET, ranks=0.5, modules=0.5)
+    plans = dict(nested_plans(record, fewer, [0.3]))
+    _, (same,) = loss_curve(model, record, plans, batches)
+    assert same.loss == whole.loss
+    zero_pruned_ranks(model, plans[0.3])
+    assert loss_curve(model, record, plans, batches)[1][0].loss != whole.loss
+
+
+def test_one_batch_says_nothing_of_its_spread() -> None:
+    model = with_lora(make("bert"))
+    record, plan = random_record(model), plan_for(model)
+    assert "two batches" in refusal(lambda: loss_curve(model, record, {0.3: plan}, [inputs_for(model, labels=True)]))
+
+
+# -- times -------------------------------------------------------------------------------------------------------------
+
+
+def test_times_between_those_that_were_measured() -> None:
+    times = StepTimes({0.4: Spread(0.8, 0.8, 0.8, 3), 0.8: Spread(0.4, 0.4, 0.4, 3)}, {0.4: 0.4, 0.8: 0.8})
+    places = {0.0: 1.0, 0.2: 0.9, 0.4: 0.8, 0.6: 0.6, 0.8: 0.4}
+    assert {place: times(place) for place in places} == pytest.approx(places)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Workbench(tmp_path)
+    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+    config = bench.yaml("run", **fisher)
+    assert lightpeft("plan", "--config", config, "--curve") == 2
+    assert "estimate" in capsys.readouterr().err
+    assert lightpeft("estimate", "--config", config) == 0
+    assert lightpeft("plan", "--config", config, "--curve", "--rows", "40") == 0
+    shown = capsys.readouterr().out
+    assert "40 training rows" in shown and "curve.png shows it" in shown.replace("\n", "")
+    found = read(tmp_path / "run" / "curve.json")
+    assert found["rows"] == 40 and len(found["step_times"]) == 2
+    assert all(point["step_time"] > 0 for point in found["points"])
+    assert (tmp_path / "run" / "curve.png").read_bytes()[1:4] == b"PNG"
+    assert not (tmp_path / "run" / "plan.json").exists(), "nothing is decided"
+    (tmp_path / "run" / "curve.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert lightpeft("plan", "--run", tmp_path / "run", "--curve") == 0
+    assert "pip install matplotlib" in capsys.readouterr().out
+    pipeline.run(bench.config("run", **fisher))  # it goes on
+    assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "3") == 2
+    assert "--rows is 3" in capsys.readouterr().err
+    assert lightpeft("plan", "--run", tmp_path / "run", "--rows", "30") == 2
+    assert "--rows are those of --curve" in capsys.readouterr().err
+    assert lightpeft("plan", "--config", bench.yaml("masks"), "--curve") == 2
+    criteria = {**fisher, "light.neuron_criterion": "mask"}
+    assert lightpeft("estimate", "--config", bench.yaml("mixed", **criteria)) == 0
+    assert lightpeft("plan", "--config", bench.yaml("mixed", **criteria), "--curve") == 2
+    assert "give head_criterion and neuron_criterion the same value" in capsys.readouterr().err
