@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 import workbench
 from test_checkpoint import light_over
 from tiny import make, plan_for, refusal, with_lora
-from tokenizers import Regex, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from workbench import Workbench, checksums, lightpeft, save_base, tokenizer_of_bytes
 
@@ -74,7 +75,7 @@ UNEVEN: dict[str, Any] = {"heads_scope": "global"}
 
 def light(name: str = "llama-gqa", budget: dict[str, Any] = UNEVEN, **changes: Any) -> LightModel:
     """A light model whose vocabulary has more rows than there are tokens."""
-    return light_over(make(name, vocab_size=320, **changes), **budget)
+    return light_over(make(name, **{"vocab_size": 320, **changes}), **budget)
 
 
 def light_by(plan: Callable[[PrunePlan], PrunePlan], name: str = "llama-gqa") -> LightModel:
@@ -207,6 +208,40 @@ def test_texts_are_split_as_the_tokenizer_splits_them(name: str, tmp_path: Path)
     assert fields(written.path)["tokenizer.ggml.pre"] == name
 
 
+def tokenizer_of_pieces(normalizer: Any = None, **options: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer as Llama 2 has it: pieces, and bytes for what is in none of them."""
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace()
+    learned.train_from_iterator(TEXTS[:1] * 3 + ["she bought ten apples"] * 5, trainers.BpeTrainer(vocab_size=60))
+    facts = json.loads(learned.to_str())
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *facts["model"]["vocab"]]
+    facts["model"] |= {"vocab": {name: at for at, name in enumerate(names)}, "byte_fallback": True, "fuse_unk": True}
+    facts["model"]["unk_token"] = "<unk>"
+    tokenizer = Tokenizer.from_str(json.dumps({**facts, "pre_tokenizer": None}))
+    spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    tokenizer.normalizer = normalizer or normalizers.Sequence(spaces)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
+
+
+def test_pieces(tmp_path: Path) -> None:
+    pieces = tokenizer_of_pieces()
+    assert pieces.tokenize("she bought 日")[:2] == ["▁she", "▁bought"] and "<0xE6>" in pieces.tokenize("日")
+    written = save_gguf(light(vocab_size=400), tmp_path, pieces)
+    assert written.agreement is not None, "it has compared tokens"
+    found = fields(written.path)
+    assert (found["tokenizer.ggml.model"], found["tokenizer.ggml.add_bos_token"]) == ("llama", True)
+    assert found["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+
+
+def test_pieces_of_changed_texts_are_refused(tmp_path: Path) -> None:
+    lower = tokenizer_of_pieces(normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend("\u2581")]))
+    assert "changes texts (Lowercase)" in refusal(lambda: save_gguf(light(vocab_size=400), tmp_path / "out", lower))
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_file_says_of_its_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     found = fields(save_gguf(light(), tmp_path, tokenizer).path)
     assert found["tokenizer.chat_template"] == tokenizer.chat_template
@@ -229,7 +264,7 @@ def test_texts_that_begin_with_a_token(tmp_path: Path) -> None:
     ("tokenizer", "reason"),
     [
         ({"model": {"type": "WordLevel"}}, "another kind"),
-        ({"model": {"type": "BPE", "byte_fallback": True}, "pre_tokenizer": None}, "another kind"),
+        ({"model": {"type": "BPE"}, "pre_tokenizer": None}, "another kind"),
         ({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "Metaspace"}}, "another kind"),
         ({"model": {"type": "BPE"}, "pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "no name known here"),
     ],
