@@ -112,18 +112,18 @@ def fields(file: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("budget", [UNEVEN, EVEN], ids=["uneven", "even"])
 @pytest.mark.parametrize(
-    "name", ["llama-mha", "llama-gqa", "llama-bias", "llama-head-dim", "llama-tied", "mistral", "qwen2"]
+    "name", ["llama-mha", "llama-gqa", "llama-bias", "llama-head-dim", "llama-tied", "mistral", "qwen2", "qwen3"]
 )
 def test_llama_cpp_computes_the_same(
     name: str, budget: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    model = light(name, budget)
+    model = light(name, budget, **({"tie_word_embeddings": True} if name == "qwen3" else {}))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     written = save_gguf(model, tmp_path / "out", tokenizer)
     assert written.agreement is not None and written.agreement.difference < CLOSE and written.agreement.same
     assert all(before[key].equal(value) for key, value in model.state_dict().items()), "the light model stays as it is"
-    plain = budget is EVEN and name != "qwen2"  # whose heads have to fill the model's width
-    assert fields(written.path)["general.architecture"] == ("llama" if plain else "deci")
+    even, uneven = {"qwen2": ("deci", "deci"), "qwen3": ("qwen3", "openelm")}.get(name, ("llama", "deci"))
+    assert fields(written.path)["general.architecture"] == (even if budget is EVEN else uneven)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "README.md"}
     assert "llama-cli -m model.gguf" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
@@ -293,7 +293,10 @@ def biased(model: LightModel) -> LightModel:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: light("gemma"), "of llama, mistral and qwen2; this one is of gemma"),
+        (lambda: light("gemma"), "of llama, mistral, qwen2 and qwen3; this one is of gemma"),
+        (lambda: light("qwen3"), "the head is none of the embeddings"),
+        (lambda: light("qwen3", attention_bias=True, tie_word_embeddings=True), "is a bias, for which openelm"),
+        (lambda: light_by(without(1, **WITHOUT_ATTENTION), "qwen3"), "block 1 has no attention, for which openelm"),
         (lambda: light("llama-classifier"), "has another head"),
         (lambda: light(hidden_act="gelu"), "with silu; those of this model have gelu"),
         (lambda: light(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "type dynamic"),

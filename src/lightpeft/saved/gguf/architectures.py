@@ -1,8 +1,8 @@
 """Which of llama.cpp's architectures holds a pruned model, and what it wants to be told of it.
 
-An architecture that counts heads, KV heads and neurons layer by layer holds any widths: `deci`, which was made for
-models of NVIDIA that a search had cut, computes as Llama does. Where all layers are equally wide, the family's own
-architecture serves, which every program knows.
+Architectures that count heads, KV heads and neurons layer by layer hold any widths: `deci`, which was made for models
+of NVIDIA that a search had cut, computes as Llama does, and `openelm` as Qwen3. Where all layers are equally wide, the
+family's own architecture serves, which every program knows.
 """
 
 from __future__ import annotations
@@ -23,21 +23,34 @@ _NOTHING = 32
 """Neurons of zeros that stand for an FFN without neurons: without one llama.cpp drops what attention adds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One of llama.cpp's, by its name in GGUF files."""
+    """One of llama.cpp's."""
 
     name: str
-    interleaved: bool
+    """In GGUF files."""
+    interleaved: bool = False
     """Whether rotary embeddings turn neighbouring channels, and not those half a head apart, as in transformers."""
+    by_layer: bool = False
+    """Whether it counts heads, KV heads and neurons layer by layer."""
     full: bool = False
     """Whether the channels of all heads have to be as many as the model is wide."""
+    fused: bool = False
+    """Whether q, k and v are one projection."""
+    bare: bool = False
+    """Whether it has no place for biases, for a head apart from the embeddings, or for blocks without attention."""
 
 
-_LLAMA, _QWEN2 = Architecture("llama", interleaved=True), Architecture("qwen2", interleaved=False, full=True)
-_DECI = Architecture("deci", interleaved=True)
-_FAMILIES = {"llama": _LLAMA, "mistral": _LLAMA, "qwen2": _QWEN2}
-"""Family -> what holds it where all layers are equally wide."""
+_LLAMA, _DECI = Architecture(name="llama", interleaved=True), Architecture(name="deci", interleaved=True, by_layer=True)
+_QWEN2, _QWEN3 = Architecture(name="qwen2", full=True), Architecture(name="qwen3")
+_OPENELM = Architecture(name="openelm", by_layer=True, fused=True, bare=True)
+_FAMILIES = {
+    "llama": (_LLAMA, _DECI),
+    "mistral": (_LLAMA, _DECI),
+    "qwen2": (_QWEN2, _DECI),
+    "qwen3": (_QWEN3, _OPENELM),
+}
+"""Family -> what holds it where all layers are equally wide, and where they are not."""
 FAMILIES = tuple(_FAMILIES)
 
 
@@ -50,17 +63,30 @@ def choose(model: PreTrainedModel, plan: PrunePlan) -> Architecture:
     config: Any = model.config
     known = f"{', '.join(FAMILIES[:-1])} and {FAMILIES[-1]}"
     require(config.model_type in _FAMILIES, f"a GGUF file holds models of {known}; this one is of {config.model_type}")
-    family = _FAMILIES[config.model_type]
+    even, uneven = _FAMILIES[config.model_type]
     require(hasattr(model, "lm_head"), "a GGUF file holds models that write; this one has another head")
     require(
         config.hidden_act == "silu", f"llama.cpp computes FFNs with silu; those of this model have {config.hidden_act}"
     )
     widths = {(len(kept.heads), len(kept.kv_heads), len(kept.neurons)) for kept in plan.blocks}
     channels = len(plan.blocks[0].heads) * plan.specs[0].head_dim
-    if len(widths) == 1 and all(map(all, widths)) and (not family.full or channels == config.hidden_size):
-        return family
+    if len(widths) == 1 and all(map(all, widths)) and (not even.full or channels == config.hidden_size):
+        return even
+    if uneven.bare:
+        _check_bare(model, plan, uneven)
     _check_attention(model, plan)
-    return _DECI
+    return uneven
+
+
+def _check_bare(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -> None:
+    """Refuse what an architecture that is bare has no place for."""
+    instead = f"for which {architecture.name} of llama.cpp, which holds unequal layers of this family, has no place"
+    gone = [spec.index for spec, kept in plan.parts if not kept.heads]
+    require(not gone, f"block {min(gone, default=0)} has no attention, {instead}; prune with light.min_heads: 1")
+    biases = [name for name in model.state_dict() if name.endswith(".bias")]
+    require(not biases, f"{' '.join(biases[:1])} is a bias, {instead}; leave out light.refit and trained biases")
+    require(model.config.tie_word_embeddings, f"the head is none of the embeddings, {instead}")
+    require(_rope(model.config)["rope_type"] != "llama3", f"rotary embeddings are of type llama3, {instead}")
 
 
 def _check_attention(model: PreTrainedModel, plan: PrunePlan) -> None:
@@ -94,7 +120,7 @@ def facts(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -
     yield "block_count", len(plan.blocks)
     yield "vocab_size", config.vocab_size
     for name, values in widths.items():
-        yield name, values if architecture is _DECI else values[0]
+        yield name, values if architecture.by_layer else values[0]
     for name in ("key_length", "value_length", "rope_dimension_count"):
         yield name, head_dim
     yield "layer_norm_rms_eps", config.rms_norm_eps
@@ -131,6 +157,11 @@ def tensors(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture)
                 tensor = _nothing(tensor, slot)
             elif architecture.interleaved and slot in ("q", "k"):
                 tensor = neighbouring(tensor, spec.head_dim)
+            if architecture.fused and slot in ("k", "v"):
+                continue  # with q
+            if architecture.fused and slot == "q":
+                parts = [model.get_submodule(spec.projections[part]).weight for part in ("q", "k", "v")]
+                name, tensor = f"blk.{spec.index}.attn_qkv.weight", torch.cat(parts)
         yield name, tensor
     factors = _llama3_factors(model.config, plan.specs[0].head_dim)
     if factors is not None:

@@ -42,8 +42,8 @@ def save_gguf(
 ) -> GgufFile:
     """Write a light model, PEFT merged into it, as `model.gguf` with its tokenizer and chat template, for llama.cpp.
 
-    Models of Llama, Mistral and Qwen2 (and what is built like them, such as SmolLM2), with a tokenizer of bytes. Heads,
-    KV heads and neurons may differ from layer to layer; the first block needs attention. Where `llama_cpp_py_sync` is
+    Models of Llama, Mistral, Qwen2 and Qwen3 (and what is built like them, such as SmolLM2) that write. Heads, KV heads
+    and neurons may differ from layer to layer; the first block needs attention. Where `llama_cpp_py_sync` is
     installed the file is loaded in llama.cpp and compared with the model before it is there for others.
 
     Args:
