@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightpeft.errors import require
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.structure import BlockSpec
 
 _NOTHING = 32
 """Neurons of zeros that stand for an FFN without neurons: without one llama.cpp drops what attention adds."""
@@ -140,32 +141,41 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def tensors(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Names as transformers has them, and weights as llama.cpp wants them, block by block."""
+    """Names, as transformers or as GGUF files have them, and weights as llama.cpp wants them."""
     own = {name: (spec, kept, slot) for spec, kept in plan.parts for slot, name in spec.projections.items()}
     norms = {f"{spec.attention.rpartition('.')[0]}.input_layernorm" for spec, kept in plan.parts if not kept.heads}
-    tied = model.config.tie_word_embeddings
+    without = norms | ({"lm_head"} if model.config.tie_word_embeddings else set())
     for name, tensor in model.state_dict().items():
         module = name.rpartition(".")[0]
-        if (tied and module == "lm_head") or module in norms:  # of attention that is gone
-            continue
         if module in own:
-            spec, kept, slot = own[module]
-            of_attention = not slot.startswith("ffn")
-            if of_attention and not kept.heads:
-                continue
-            if not of_attention and not kept.neurons:
-                tensor = _nothing(tensor, slot)
-            elif architecture.interleaved and slot in ("q", "k"):
-                tensor = neighbouring(tensor, spec.head_dim)
-            if architecture.fused and slot in ("k", "v"):
-                continue  # with q
-            if architecture.fused and slot == "q":
-                parts = [model.get_submodule(spec.projections[part]).weight for part in ("q", "k", "v")]
-                name, tensor = f"blk.{spec.index}.attn_qkv.weight", torch.cat(parts)
-        yield name, tensor
+            yield from _of_projection(model, name, tensor, architecture, *own[module])
+        elif module not in without:
+            yield name, tensor
     factors = _llama3_factors(model.config, plan.specs[0].head_dim)
     if factors is not None:
         yield "rope_freqs.weight", factors
+
+
+def _of_projection(
+    model: PreTrainedModel,
+    name: str,
+    tensor: Tensor,
+    architecture: Architecture,
+    spec: BlockSpec,
+    kept: BlockPlan,
+    slot: str,
+) -> Iterator[tuple[str, Tensor]]:
+    """What is written of a weight or a bias of a block's projection: nothing, where attention is gone."""
+    if slot.startswith("ffn"):
+        yield name, tensor if kept.neurons else _nothing(tensor, slot)
+    elif not kept.heads:
+        return
+    elif architecture.fused and slot == "q":
+        parts = [model.get_submodule(spec.projections[part]).weight for part in ("q", "k", "v")]
+        yield f"blk.{spec.index}.attn_qkv.weight", torch.cat(parts)
+    elif not (architecture.fused and slot in ("k", "v")):  # which went with q
+        turned = architecture.interleaved and slot in ("q", "k")
+        yield name, neighbouring(tensor, spec.head_dim) if turned else tensor
 
 
 def _nothing(tensor: Tensor, slot: str) -> Tensor:
