@@ -43,6 +43,7 @@ from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.exporting import EXPORTS
 from lightpeft.saved.light_adapter import as_light
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
@@ -211,6 +212,22 @@ def refusal_table() -> str:
     return _markdown(["`model_type`", "why"], ([", ".join(names), reason] for reason, names in reasons.items()))
 
 
+def form_table() -> str:
+    """One row a form of `lightpeft export`."""
+    lines = (
+        [
+            f"`{name}`",
+            form.what.rstrip(","),
+            form.readers,
+            form.families,
+            form.limits,
+            ", ".join(form.dtypes) or "as they are",
+        ]
+        for name, form in EXPORTS.items()
+    )
+    return _markdown(["`--form`", "what", "who reads it", "families", "limits", "weights"], lines)
+
+
 def _attention(spec: BlockSpec) -> str:
     if "qkv" not in spec.projections:
         return "q, k, v, o"
@@ -250,7 +267,7 @@ def _markdown(titles: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in table).replace("|  |", "| |")
 
 
-TABLES: dict[str, Callable[[], str]] = {"families": family_table, "refused": refusal_table}
+TABLES: dict[str, Callable[[], str]] = {"families": family_table, "refused": refusal_table, "forms": form_table}
 """Tables that need no check."""
 
 

@@ -9,6 +9,7 @@ from typing import ClassVar, cast, get_args
 from lightpeft.errors import require
 from lightpeft.saved.forms import LightAdapter
 from lightpeft.saved.full_width import copy_full_width, save_full_width
+from lightpeft.saved.gguf.architectures import FAMILIES
 from lightpeft.saved.gguf.exporting import save_gguf
 from lightpeft.saved.gguf.writing import GgufType
 from lightpeft.saved.merging import save_merged
@@ -21,6 +22,12 @@ class Export(ABC):
     name: ClassVar[str]
     what: ClassVar[str]
     """Is in the folder, for people."""
+    readers: ClassVar[str]
+    """Who reads it, for people."""
+    families: ClassVar[str] = "all"
+    """Of whose models there is such a form."""
+    limits: ClassVar[str]
+    """What it cannot be, or leaves out, for people."""
     dtypes: ClassVar[tuple[str, ...]] = ()
     """That its weights can be written in, if not as they are."""
 
@@ -43,6 +50,10 @@ class Merged(Export):
 
     name = "merged"
     what = "a whole pruned model that needs no base"
+    readers = (
+        "`lightpeft.load_merged`; transformers and all others, where layers are equally wide and the config can say so"
+    )
+    limits = "no bottleneck adapters, no quantised bases"
 
     def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> str:
         """As `save_merged`."""
@@ -55,6 +66,8 @@ class FullWidth(Export):
 
     name = "peft"
     what = "a plain PEFT adapter over the whole base"
+    readers = "PEFT and what is built on it, such as TRL; LoRA also servers, such as vLLM"
+    limits = "a refit stays behind; bottleneck adapters need lightpeft imported; DoRA and trained biases read the base"
 
     def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> str:
         """As `save_full_width`; of a run that trained it there for its last steps, what it left."""
@@ -70,6 +83,13 @@ class Gguf(Export):
 
     name = "gguf"
     what = "a whole pruned model in one file, with its tokenizer,"
+    readers = "llama.cpp, Ollama, LM Studio and others that are built on it"
+    families = ", ".join(f"`{name}`" for name in FAMILIES)
+    limits = (
+        "models that write; BPE of bytes or of SentencePiece's pieces; attention in the first block (`qwen3` with "
+        "unequal layers: in all, no biases, a tied head); rotary embeddings as usual, linear or Llama 3.1's; no "
+        "bottleneck adapters, no quantised bases"
+    )
     dtypes = tuple(kind for kind in get_args(GgufType) if kind != "auto")
 
     def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> str:
