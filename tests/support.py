@@ -214,17 +214,10 @@ def refusal_table() -> str:
 
 def form_table() -> str:
     """One row a form of `lightpeft export`."""
-    lines = (
-        [
-            f"`{name}`",
-            form.what.rstrip(","),
-            form.readers,
-            form.families,
-            form.limits,
-            ", ".join(form.dtypes) or "as they are",
-        ]
-        for name, form in EXPORTS.items()
-    )
+    lines = []
+    for name, form in EXPORTS.items():
+        types = ", ".join(form.dtypes) or "as they are"
+        lines.append([f"`{name}`", form.what.rstrip(","), form.readers, form.families, form.limits, types])
     return _markdown(["`--form`", "what", "who reads it", "families", "limits", "weights"], lines)
 
 
