@@ -1,6 +1,9 @@
 """What might help a model to recover from the cut, or to be cut better: variants of one light run, over seeds.
 
     python benchmarks/recovery.py configs/movie_reviews/minilm_short.yaml --seeds 0 1 2
+    python benchmarks/recovery.py configs/socialiqa/smollm2_small.yaml --seeds 0
+
+A decoder that writes (causal-lm) has variants of its own.
 
 A grid (docs/reproduce.md) whose cells are (variant, seed): finished ones are not repeated. Prints and writes its table
 of differences to the run as it is, paired by seed. Paths inside the config are relative to the current folder.
@@ -14,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import publishing
-from recovery_arms import ARMS, AS_IT_IS
+import recovery_arms
+import recovery_writers
+from recovery_arms import AS_IT_IS
 from rich.console import Console
 
 from lightpeft.cli.command import quiet
@@ -60,7 +65,7 @@ def grid_of(file: Path, seeds: Sequence[int], command: str) -> Grid:
         name=str(file),
         models={file.stem: {}},
         tasks={task: {}},
-        arms=ARMS,
+        arms=recovery_writers.ARMS if task == "causal-lm" else recovery_arms.ARMS,
         seeds=seeds,
         baseline=AS_IT_IS,
         command=command,

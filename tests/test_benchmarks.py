@@ -35,6 +35,7 @@ import pytest
 import recipe
 import recovery
 import recovery_arms
+import recovery_writers
 import scaling
 import steps
 import synthetic
@@ -819,6 +820,37 @@ def test_recovery_compares_every_variant_with_the_run_as_it_is(
     assert stamps(out / "cells") == before, "finished runs are not repeated"
     assert recovery.main([str(tmp_path / "missing.yaml")]) == 2
     assert "recovery: config file" in capsys.readouterr().err
+
+
+def test_recovery_of_a_writer(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+    small = {"light.length": 4, "light.blocks": 0.5, "light.modules": 0.0, "training.epochs": 1, **fisher}
+    out = tmp_path / "variants"
+    words = [str(bench.yaml("writer", **small)), "--out", str(out), "--seeds", "0"]
+    assert recovery.main(words, launch=in_this_process) == 0
+    names = [row["method"] for row in read(out / "results.json")["rows"]]
+    assert names == list(recovery_writers.ARMS)
+    folders = {name: out / "cells" / "writer" / "causal-lm" / slug(name) / "0" for name in names}
+    logged = {name: log(folder) for name, folder in folders.items()}
+    assert [name for name in names if logged[name] == logged[names[0]]] == names[:1]
+    plans = {
+        name: PrunePlan.load(out / "cells" / "writer" / "causal-lm" / slug(name) / "0" / "plan.json") for name in names
+    }
+    whole = [block for block in plans["half as whole sub-layers"].blocks if not block.heads or not block.neurons]
+    assert whole and all(plan.removed_of_blocks >= 0.5 for plan in plans.values())
+    assert plans["taught, weight 1"].blocks == plans["fitted to blocks"].blocks == plans[names[0]].blocks
+
+
+def test_what_a_teacher_tells_of_its_best_tokens() -> None:
+    student, teacher = torch.randn(2, 5, 30).double()
+    whole = torch.nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    best = teacher.log_softmax(-1).topk(29, -1)  # one is left, so that its mass says all of it
+    torch.testing.assert_close(recovery_writers.divergence(student, *best).double(), whole, rtol=1e-4, atol=1e-5)
+    some = recovery_writers.divergence(student, *teacher.log_softmax(-1).topk(3, -1)).double()
+    assert (some <= whole + 1e-5).all() and (some >= -1e-6).all()
 
 
 @pytest.mark.parametrize("scale", [recovery_arms.standardised, recovery_arms.by_mean])
