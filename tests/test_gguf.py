@@ -190,6 +190,12 @@ def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
     assert set(ragged.matrices) == {"q8_0", "f16"}
 
 
+def test_other_data_types_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    other: Any = "q4_k"
+    assert "choose one of auto, f32" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer, dtype=other))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_are_written_as_they_are(
     dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -244,6 +250,7 @@ def test_pieces_of_changed_texts_are_refused(tmp_path: Path) -> None:
 
 def test_what_a_file_says_of_its_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     found = fields(save_gguf(light(), tmp_path, tokenizer).path)
+    assert found["general.name"] == "llama, pruned"
     assert found["tokenizer.chat_template"] == tokenizer.chat_template
     assert (found["tokenizer.ggml.bos_token_id"], found["tokenizer.ggml.eos_token_id"]) == (2, 3)
     assert found["tokenizer.ggml.add_bos_token"] is False

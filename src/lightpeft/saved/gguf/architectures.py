@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,6 +117,7 @@ def facts(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -
         "head_count_kv": [len(kept.kv_heads) for kept in plan.blocks],
         "feed_forward_length": [len(kept.neurons) or _NOTHING for kept in plan.blocks],
     }
+    yield "name", f"{Path(config.name_or_path).name or config.model_type}, pruned"
     yield "context_length", min(positions, window) if window else positions  # all tokens are seen as far as that
     yield "embedding_length", config.hidden_size
     yield "block_count", len(plan.blocks)

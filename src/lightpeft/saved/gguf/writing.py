@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saved.gguf.architectures import choose, facts, tensors
 from lightpeft.saved.gguf.vocabulary import add_vocabulary
@@ -43,11 +43,14 @@ def write_gguf(
         How many matrices were written as what.
 
     Raises:
-        LightPeftError: `gguf` is not installed, or llama.cpp cannot hold this model or its tokenizer.
+        LightPeftError: `gguf` is not installed, there is no such `dtype`, or llama.cpp cannot hold this model or its
+            tokenizer.
     """
+    known = get_args(GgufType)
+    require(dtype in known, f'"{dtype}" is no data type of GGUF files; choose one of {", ".join(known)}')
     gguf = _library()
     architecture = choose(model, plan)
-    wanted = _OF_DTYPES[model.dtype] if dtype == "auto" else dtype
+    wanted = _OF_DTYPES.get(model.dtype, "f32") if dtype == "auto" else dtype
     writer = gguf.GGUFWriter(file, architecture.name)
     for name, value in facts(model, plan, architecture):
         getattr(writer, f"add_{name}")(gguf.RopeScalingType(value) if name == "rope_scaling_type" else value)
