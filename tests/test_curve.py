@@ -149,3 +149,24 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert lightpeft("estimate", "--config", bench.yaml("mixed", **criteria)) == 0
     assert lightpeft("plan", "--config", bench.yaml("mixed", **criteria), "--curve") == 2
     assert "give head_criterion and neuron_criterion the same value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"light.depth": 0.5, "light.blocks": 0.6}),
+        ("llama", {"light.refit": "bias", "lora.slots": ["q", "v"]}),
+        ("bert", {"peft": {"type": "bottleneck", "size": 8}}),
+    ],
+    ids=["depth", "few modules", "bottleneck"],
+)
+def test_curve_of_other_runs(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    bench = Workbench(tmp_path, family, "classification" if family == "bert" else "causal-lm")
+    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+    config = bench.yaml("run", **fisher, **changes)
+    assert lightpeft("estimate", "--config", config) == 0
+    assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "24") == 0
+    points = read(tmp_path / "run" / "curve.json")["points"]
+    assert points and all(point["removed_of_blocks"] >= point["blocks"] for point in points)
+    if "light.depth" in changes:
+        assert min(point["blocks"] for point in points) >= 0.5, "as much has gone with the blocks"

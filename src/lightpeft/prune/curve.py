@@ -19,7 +19,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameters, removed_parameters
 from lightpeft.profiling.live import device_of, loss_of, moved
 from lightpeft.prune.masks import UnitMasks
 
@@ -52,7 +52,8 @@ def nested_plans(
 ) -> Iterator[tuple[float, PrunePlan]]:
     """Plans of growing budgets by the same scores: what goes at one goes at the next, but for the rounding of widths.
 
-    Those that the floors of the budget, or a depth that has gone, leave no room for are left out.
+    Those that take no more than the one before, as a depth that is gone already may, or that the floors of the budget
+    forbid, are left out.
 
     Args:
         budget: whose `blocks` and `target` are replaced.
@@ -61,16 +62,25 @@ def nested_plans(
         LightPeftError: parts that are not in (0, 1), or no plan of them can be made.
     """
     require(all(0 < part < 1 for part in parts), "parts of the blocks lie in (0, 1), for example 0.1 0.2 0.4")
-    made, reason = 0, "there are no parts"
+    made, reason, gone = 0, "there are no parts", removed_parameters((), record.left_out)
     for part in sorted(parts):
         try:
             plan = make_plan(record, replace(budget, blocks=part, target=None))
         except LightPeftError as error:
             reason = str(error)
             continue
-        made += 1
+        if plan.removed_parameters == gone:
+            reason = "the depth that is gone is as much already"
+            continue
+        made, gone = made + 1, plan.removed_parameters
         yield part, plan
     require(made, f"no budget can be tried: {reason}")
+
+
+def gone_before(record: EstimationRecord) -> float:
+    """Part of the blocks' parameters that a depth took before estimation."""
+    whole = sum(map(block_parameters, [*record.blocks, *record.left_out]))
+    return removed_parameters((), record.left_out) / whole
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import Spread, alternate, hardware, measure_training, ratio
-from lightpeft.prune.curve import PARTS, loss_curve, nested_plans
+from lightpeft.prune.curve import PARTS, gone_before, loss_curve, nested_plans
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs.bench import accelerating, adamw, sample_batches
@@ -54,10 +54,12 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
         leave_out(model, len(record.blocks))
     batches = _batches(work, rows)
     dense, points = loss_curve(model, record, plans, batches, autocast_dtype(work.config.training))
-    times = step_times(work, model, plans)
+    start = gone_before(record)
+    times = step_times(work, model, plans, start)
     found = {
         "rows": sum(len(batch["input_ids"]) for batch in batches),
         "loss": dense,
+        "gone_before": start,
         "points": [{**asdict(point), "step_time": times(point.removed_of_blocks)} for point in points],
         "step_times": {f"{part:g}": asdict(spread) for part, spread in times.measured.items()},
         "seed": work.config.seed,
@@ -82,14 +84,15 @@ def _batches(work: Workspace, rows: int) -> list[dict[str, torch.Tensor]]:
 class StepTimes:
     """Time of a training step by what is gone, of that with nothing gone: measured at some places, a line between."""
 
-    def __init__(self, measured: Mapping[float, Spread], removed: Mapping[float, float]) -> None:
+    def __init__(self, measured: Mapping[float, Spread], removed: Mapping[float, float], start: float = 0.0) -> None:
         """
         Args:
             measured: by budget.
             removed: what is gone at these budgets.
+            start: what is gone with nothing cut.
         """
         self.measured = measured
-        self._places = [(0.0, 1.0), *sorted((removed[part], spread.median) for part, spread in measured.items())]
+        self._places = [(start, 1.0), *sorted((removed[part], spread.median) for part, spread in measured.items())]
 
     def __call__(self, removed: float) -> float:
         """Of a step where such a part of the blocks is gone."""
@@ -99,7 +102,7 @@ class StepTimes:
         return low + (high - low) * (removed - before) / (after - before)
 
 
-def step_times(work: Workspace, model: PeftModel, plans: Mapping[float, PrunePlan]) -> StepTimes:
+def step_times(work: Workspace, model: PeftModel, plans: Mapping[float, PrunePlan], start: float = 0.0) -> StepTimes:
     """Times of steps as a light run makes them, with LoRA as estimation had it; the model trains a little."""
     chosen = sorted({list(plans)[len(plans) // 2], list(plans)[-1]})
     batches = sample_batches(work, 1)
@@ -120,7 +123,7 @@ def step_times(work: Workspace, model: PeftModel, plans: Mapping[float, PrunePla
         rounds = alternate({"cut": seconds(cut), "dense": seconds(model)}, _ROUNDS)
         measured[part] = ratio(rounds["cut"], rounds["dense"])
         del cut
-    return StepTimes(measured, {part: plans[part].removed_of_blocks for part in chosen})
+    return StepTimes(measured, {part: plans[part].removed_of_blocks for part in chosen}, start)
 
 
 def draw(found: Mapping[str, Any], file: Path) -> bool:
@@ -131,20 +134,19 @@ def draw(found: Mapping[str, Any], file: Path) -> bool:
     except ImportError:
         return False
     points = found["points"]
+    removed = [100 * part for part in (found["gone_before"], *(point["removed_of_blocks"] for point in points))]
+    rises = [0, *(point["rise"] for point in points)]
+    sides = [0, *(point["interval"][1] - point["rise"] for point in points)]
+    seconds = [1, *(point["step_time"] for point in points)]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     losses = figure.subplots()
-    removed = [100 * point["removed_of_blocks"] for point in points]
-    rises = [point["rise"] for point in points]
-    sides = [point["interval"][1] - point["rise"] for point in points]
     losses.axhline(0, color="0.6", linewidth=0.8)
-    losses.errorbar([0, *removed], [0, *rises], yerr=[0, *sides], color="#0072B2", marker="o", capsize=3)
+    losses.errorbar(removed, rises, yerr=sides, color="#0072B2", marker="o", capsize=3)
     losses.set_xlabel("parameters of the blocks that go, %")
     losses.set_ylabel("rise of the loss before training, nats", color="#00548A")
     times = losses.twinx()
-    times.plot(
-        [0, *removed], [1, *(point["step_time"] for point in points)], color="#D55E00", linestyle="--", marker="s"
-    )
+    times.plot(removed, seconds, color="#D55E00", linestyle="--", marker="s")
     times.set_ylim(0, 1.05)
     times.set_ylabel("time of a training step, of that of the whole model", color="#A84A00")
     losses.set_title(f"What each budget costs and saves ({found['rows']} training rows)", fontsize=10)
