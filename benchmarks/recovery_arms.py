@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -242,8 +243,41 @@ def teacher_logits(work: Workspace) -> list[Tensor]:
     return list(finite_logits(work.asking(model), work.train_rows))
 
 
-class Distillation(TrainerCallback):
-    """While the model trains, its loss has the distillation loss in it."""
+class WithLoss(TrainerCallback, ABC):
+    """While the model trains, its loss has another one in it."""
+
+    @abstractmethod
+    def loss(self, own: Tensor, logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What is trained for.
+
+        Args:
+            own: the model's loss.
+            logits: that it is of.
+            inputs: of the model.
+        """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.handle = kwargs["model"].register_forward_hook(self._replace_loss, with_kwargs=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.handle.remove()
+
+    def _replace_loss(self, model: nn.Module, args: Any, inputs: Mapping[str, Tensor], outputs: Any) -> None:
+        outputs["loss"] = self.loss(outputs["loss"], outputs["logits"], inputs)
+
+
+def tokens_of(inputs: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+    """Each row's tokens, padding left out."""
+    rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
+    return [tuple(ids[real].tolist()) for ids, real in rows]
+
+
+class Distillation(WithLoss):
+    """Learns a teacher's class probabilities beside the labels."""
 
     def __init__(self, teacher: Mapping[tuple[int, ...], Tensor]) -> None:
         """
@@ -252,21 +286,9 @@ class Distillation(TrainerCallback):
         """
         self.teacher = teacher
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.handle = kwargs["model"].register_forward_hook(self._add_loss, with_kwargs=True)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.handle.remove()
-
-    def _add_loss(self, model: nn.Module, args: Any, inputs: Mapping[str, Tensor], outputs: Any) -> None:
-        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
-        teacher = torch.stack([self.teacher[tuple(ids[real].tolist())] for ids, real in rows])
-        of_teacher = distillation(outputs["logits"], teacher.to(outputs["logits"].device))
-        outputs["loss"] = (1 - WEIGHT) * outputs["loss"] + WEIGHT * of_teacher
+    def loss(self, own: Tensor, logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        teacher = torch.stack([self.teacher[row] for row in tokens_of(inputs)])
+        return (1 - WEIGHT) * own + WEIGHT * distillation(logits, teacher.to(logits.device))
 
 
 def distillation(student: Tensor, teacher: Tensor) -> Tensor:

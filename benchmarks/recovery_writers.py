@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from recovery_arms import AS_IT_IS, pruned, tuned
+from recovery_arms import AS_IT_IS, WithLoss, pruned, tokens_of, tuned
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightpeft.config import RunConfig
 from lightpeft.machine import autocast_dtype, autocasting
@@ -99,9 +98,9 @@ def lessons_of(work: Workspace, teacher: PeftModel) -> dict[tuple[int, ...], Les
         for start in range(0, len(order), size):
             batch = work.collator([work.train_rows[number] for number in order[start : start + size]])
             best = most_probable(logits(work, teacher, batch))
-            rows = zip(batch["input_ids"], batch["attention_mask"].bool(), best.values, best.indices, strict=True)
-            for ids, real, values, tokens in rows:
-                found[tuple(ids[real].tolist())] = Lesson(values[real].half(), tokens[real].int())
+            rows = zip(tokens_of(batch), batch["attention_mask"].bool(), best.values, best.indices, strict=True)
+            for row, real, values, tokens in rows:
+                found[row] = Lesson(values[real].half(), tokens[real].int())
     return found
 
 
@@ -110,31 +109,20 @@ def most_probable(found: Tensor) -> Any:
     return found.log_softmax(-1).topk(min(KEPT, found.shape[-1]), -1)
 
 
-class Teaching(TrainerCallback):
-    """While the model trains, its loss has the divergence from the teacher in it."""
+class Teaching(WithLoss):
+    """Learns what a teacher says of every token beside the task."""
 
     def __init__(self, lessons: Mapping[tuple[int, ...], Lesson], weight: float) -> None:
         self.lessons, self.weight = lessons, weight
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.handle = kwargs["model"].register_forward_hook(self._add_loss, with_kwargs=True)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.handle.remove()
-
-    def _add_loss(self, model: nn.Module, args: Any, inputs: Mapping[str, Tensor], outputs: Any) -> None:
-        students, values, tokens = [], [], []
-        for row, ids, real in zip(outputs["logits"], inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
-            lesson = self.lessons[tuple(ids[real].tolist())]
-            students.append(row[real][:-1])  # nobody knows what comes after the last
-            values.append(lesson.values[:-1].float())
-            tokens.append(lesson.tokens[:-1].long())
-        parts = (torch.cat(each) for each in (students, values, tokens))
-        outputs["loss"] = outputs["loss"] + self.weight * divergence(*parts).mean()
+    def loss(self, own: Tensor, logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        real = inputs["attention_mask"].bool()
+        lessons = [self.lessons[row] for row in tokens_of(inputs)]
+        # nobody knows what comes after the last token
+        students = torch.cat([row[own_tokens][:-1] for row, own_tokens in zip(logits, real, strict=True)])
+        values = torch.cat([lesson.values[:-1] for lesson in lessons]).float()
+        tokens = torch.cat([lesson.tokens[:-1] for lesson in lessons]).long()
+        return own + self.weight * divergence(students, values, tokens).mean()
 
 
 def divergence(student: Tensor, values: Tensor, tokens: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ def test_llama_cpp_computes_the_same(
     even, uneven = {"qwen2": ("deci", "deci"), "qwen3": ("qwen3", "openelm")}.get(name, ("llama", "deci"))
     assert fields(written.path)["general.architecture"] == (even if budget is EVEN else uneven)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "README.md"}
-    assert "llama-cli -m model.gguf" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "llama-cli -m model.gguf" in card and "library_name: gguf" in card
 
 
 @pytest.mark.parametrize(
@@ -285,6 +286,11 @@ def test_a_split_without_a_name_is_refused(tmp_path: Path) -> None:
     assert "no name known here" in refusal(lambda: save_gguf(light(), tmp_path / "out", other))
     digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), bytewise()])
     assert "no name known here" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer_of(digits)))
+    spaced = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert "no name known here" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer_of(spaced)))
+    lower = tokenizer_of(SPLITS["gpt-2"]())
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert "changes texts (Lowercase)" in refusal(lambda: save_gguf(light(), tmp_path / "out", lower))
     assert not (tmp_path / "out").exists()
 
 
@@ -340,7 +346,8 @@ def test_other_tokens_are_noticed(
 def test_a_file_that_llama_cpp_does_not_take(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing else")
     model = make("llama-gqa", vocab_size=320)
-    assert "does not take" in refusal(lambda: checking.compare(model, tokenizer, tmp_path / "model.gguf"))
+    line = refusal(lambda: checking.compare(model, tokenizer, tmp_path / "model.gguf"))
+    assert line.startswith("llama.cpp does not take the file (1): RuntimeError: Failed to load")
 
 
 def test_without_llama_cpp_nobody_looks(
@@ -390,4 +397,4 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out.replace("\n", " ")
     assert "for llama.cpp (matrices: 16 in f16; compared: logits differ by" in said
     assert lightpeft("export", run.output, tmp_path / "other", "--dtype", "f16") == 2
-    assert "--dtype f16 goes with --form gguf, not with merged" in capsys.readouterr().err
+    assert "weights are written in f16 in the form gguf, not in merged" in capsys.readouterr().err

@@ -39,28 +39,23 @@ class LlamaCpp:
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """What comes after these tokens: [vocabulary], float32."""
-        llama = self._llama
-        llama._clear_context_state()
-        return self._read(llama._eval_tokens(list(tokens), 0))
+        self._llama._clear_context_state()
+        return self._after(tokens, 0)
 
-    def greedy(self, tokens: Sequence[int], count: int, end: int | None = None) -> list[int]:
-        """The most probable tokens behind a prompt, until `end` or so many."""
-        llama = self._llama
-        written: list[int] = []
-        llama._clear_context_state()
-        place = llama._eval_tokens(list(tokens), 0)
+    def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
+        """So many of the most probable tokens behind a prompt; the end of a text ends nothing."""
+        self._llama._clear_context_state()
+        written = [int(self._after(tokens, 0).argmax())]
         while len(written) < count:
-            written.append(int(self._read(place).argmax()))
-            if written[-1] == end or len(written) == count:
-                break
-            place = llama._eval_tokens(written[-1:], place)
+            written.append(int(self._after(written[-1:], len(tokens) + len(written) - 1).argmax()))
         return written
 
-    def _read(self, place: int) -> np.ndarray:
+    def _after(self, tokens: Sequence[int], place: int) -> np.ndarray:
+        """The logits behind tokens, of which the first stands at a place of the context."""
         llama = self._llama
+        llama._eval_tokens(list(tokens), place)
         pointer = llama._lib.llama_get_logits_ith(llama._ctx, -1)
-        values = np.frombuffer(llama._ffi.buffer(pointer, 4 * llama.n_vocab), dtype=np.float32)
-        return values.copy()
+        return np.frombuffer(llama._ffi.buffer(pointer, 4 * llama.n_vocab), dtype=np.float32).copy()
 
 
 def answer(file: str, question: dict[str, Any]) -> dict[str, Any]:

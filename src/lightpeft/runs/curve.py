@@ -34,8 +34,9 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
     """Measure the budgets of a run whose estimation is done, and leave `curve.json` in its folder, and a plot.
 
     Losses are those of training rows, drawn by the run's seed, of which estimation may have seen some. Time is that of
-    training steps at two of the budgets, beside the same steps with nothing cut, in alternation; of the others it is
-    read off the line through these. Two copies of the model are in memory for that.
+    a training step at two of the budgets, with the modules and ranks that they keep, beside a step with nothing cut, of
+    one batch in three alternating rounds; of the others it is read off the line through these. Two copies of the model
+    are in memory for that.
 
     Args:
         parts: of the blocks' parameters.
@@ -67,7 +68,9 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
     }
     with run.held():
         write_json(run.curve, found)
-        draw(found, run.curve.with_suffix(".png"))
+        plot = run.curve.with_suffix(".png")
+        if not draw(found, plot):
+            plot.unlink(missing_ok=True)  # of another curve
     return found
 
 
@@ -150,5 +153,7 @@ def draw(found: Mapping[str, Any], file: Path) -> bool:
     times.set_ylim(0, 1.05)
     times.set_ylabel("time of a training step, of that of the whole model", color="#A84A00")
     losses.set_title(f"What each budget costs and saves ({found['rows']} training rows)", fontsize=10)
-    figure.savefig(file, dpi=150)
+    whole = file.with_name(f".{file.name}.tmp")
+    figure.savefig(whole, dpi=150, format="png")
+    whole.replace(file)
     return True

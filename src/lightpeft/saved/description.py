@@ -177,19 +177,20 @@ def read_by(loader: str) -> str:
     return f'    from lightpeft import {loader}\n    model = {loader}("this folder")'
 
 
-def model_card(model: Described, title: str, what: str, use: str) -> str:
+def model_card(model: Described, title: str, what: str, use: str, library: str = "lightpeft") -> str:
     """The text of README.md beside saved weights.
 
     Args:
         what: is in the folder.
         use: how it is used, indented as code.
+        library: that the hub is to say reads it.
     """
     base = transformers_model(cast(nn.Module, model)).config.name_or_path or "the base"
     # a local path is of no use to a reader elsewhere, and not a valid hub id
     front = "" if Path(base).exists() else f"base_model: {base}\n"
     metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"
     return f"""---
-library_name: lightpeft
+library_name: {library}
 {front}tags: [lightpeft, peft, lora, pruning]
 ---
 

@@ -104,5 +104,17 @@ class Gguf(Export):
         return f"llama.cpp (matrices: {matrices}; compared: logits differ by {written.agreement.difference:.2%})"
 
 
+def export(adapter: LightAdapter, form: str, folder: Path, *, overwrite: bool = False, dtype: str | None = None) -> str:
+    """Write one of `EXPORTS`; arguments, what it gives and errors as of `Export.write`.
+
+    Raises:
+        LightPeftError: weights of this form are not written in that `dtype`.
+    """
+    taking = [name for name, each in EXPORTS.items() if dtype in each.dtypes]
+    fits = dtype is None or form in taking
+    require(fits, f"weights are written in {dtype} in the form {' or '.join(taking) or 'of nobody'}, not in {form}")
+    return EXPORTS[form].write(adapter, folder, overwrite, dtype)
+
+
 EXPORTS: dict[str, Export] = {form.name: form for form in (Merged(), FullWidth(), Gguf())}
 """Name -> form."""

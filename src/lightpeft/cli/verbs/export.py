@@ -9,7 +9,6 @@ from lightpeft.cli.options import Option
 from lightpeft.cli.screen import screen
 from lightpeft.cli.verbs.predict import BASE, SWITCH_OPTIONS
 from lightpeft.cli.verbs.verb import Verb
-from lightpeft.errors import require
 
 
 def _export(
@@ -21,15 +20,12 @@ def _export(
     overwrite: bool = False,
     **switches: bool,
 ) -> None:
-    from lightpeft.saved.exporting import EXPORTS
+    from lightpeft.saved.exporting import EXPORTS, export
     from lightpeft.saved.opening import find_light
 
-    wanted = EXPORTS[form]
-    taking = [name for name, each in EXPORTS.items() if dtype in each.dtypes]
-    require(dtype is None or form in taking, f"--dtype {dtype} goes with --form {' or '.join(taking)}, not with {form}")
     adapter = find_light(model, base, switches)
-    reader = wanted.write(adapter, Path(output), overwrite, dtype)
-    screen.say(f"{adapter.plan.summary()}; {wanted.what} is in {output}, for {reader} to load")
+    reader = export(adapter, form, Path(output), overwrite=overwrite, dtype=dtype)
+    screen.say(f"{adapter.plan.summary()}; {EXPORTS[form].what} is in {output}, for {reader} to load")
 
 
 EXPORT = Verb(

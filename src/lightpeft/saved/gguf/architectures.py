@@ -56,20 +56,27 @@ _FAMILIES = {
 FAMILIES = tuple(_FAMILIES)
 
 
+def check_family(model: PreTrainedModel) -> None:
+    """Raise `LightPeftError` where llama.cpp cannot compute what models of this kind do, pruned or not."""
+    config: Any = model.config
+    known = f"{', '.join(FAMILIES[:-1])} and {FAMILIES[-1]}"
+    require(config.model_type in _FAMILIES, f"a GGUF file holds models of {known}; this one is of {config.model_type}")
+    require(hasattr(model, "lm_head"), "a GGUF file holds models that write; this one has another head")
+    require(
+        config.hidden_act == "silu", f"llama.cpp computes FFNs with silu; those of this model have {config.hidden_act}"
+    )
+    _rope(config)
+
+
 def choose(model: PreTrainedModel, plan: PrunePlan) -> Architecture:
     """The architecture for a pruned model.
 
     Raises:
         LightPeftError: llama.cpp cannot compute what this model does.
     """
+    check_family(model)
     config: Any = model.config
-    known = f"{', '.join(FAMILIES[:-1])} and {FAMILIES[-1]}"
-    require(config.model_type in _FAMILIES, f"a GGUF file holds models of {known}; this one is of {config.model_type}")
     even, uneven = _FAMILIES[config.model_type]
-    require(hasattr(model, "lm_head"), "a GGUF file holds models that write; this one has another head")
-    require(
-        config.hidden_act == "silu", f"llama.cpp computes FFNs with silu; those of this model have {config.hidden_act}"
-    )
     widths = {(len(kept.heads), len(kept.kv_heads), len(kept.neurons)) for kept in plan.blocks}
     channels = len(plan.blocks[0].heads) * plan.specs[0].head_dim
     if len(widths) == 1 and all(map(all, widths)) and (not even.full or channels == config.hidden_size):
@@ -104,21 +111,16 @@ def _check_attention(model: PreTrainedModel, plan: PrunePlan) -> None:
 
 
 def facts(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -> Iterator[tuple[str, Any]]:
-    """What `gguf.GGUFWriter` is told by its methods `add_...`: name and value.
-
-    Raises:
-        LightPeftError: a rotary embedding that is written nowhere here.
-    """
+    """What `gguf.GGUFWriter` is told by its methods `add_...`: name and value."""
     config: Any = model.config
     head_dim = plan.specs[0].head_dim
-    positions, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     widths = {
         "head_count": [len(kept.heads) for kept in plan.blocks],
         "head_count_kv": [len(kept.kv_heads) for kept in plan.blocks],
         "feed_forward_length": [len(kept.neurons) or _NOTHING for kept in plan.blocks],
     }
     yield "name", f"{Path(config.name_or_path).name or config.model_type}, pruned"
-    yield "context_length", min(positions, window) if window else positions  # all tokens are seen as far as that
+    yield "context_length", reach(config)
     yield "embedding_length", config.hidden_size
     yield "block_count", len(plan.blocks)
     yield "vocab_size", config.vocab_size
@@ -132,6 +134,12 @@ def facts(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -
     if rope["rope_type"] == "linear":
         yield "rope_scaling_type", "linear"
         yield "rope_scaling_factor", float(rope["factor"])
+
+
+def reach(config: Any) -> int:
+    """Tokens of a text that llama.cpp, which knows no windows here, sees as the model does."""
+    positions = int(config.max_position_embeddings)
+    return min(positions, getattr(config, "sliding_window", None) or positions)
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.compat import llama_cpp
-from lightpeft.errors import require
+from lightpeft.errors import one_line, require
 from lightpeft.models.patching import in_mode
+from lightpeft.saved.gguf.architectures import reach
 
 _TEXTS = (
     "Tracy bought 12,345 apples at 9.99 each. Why didn't she ask?\n\nShe'll tell:",
@@ -45,9 +46,8 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Pa
     if not llama_cpp.is_there():
         return None
     tokens = [tokenizer(text)["input_ids"] for text in _TEXTS]
-    read = tokens[0][: getattr(model.config, "sliding_window", None)]  # as far as both see the same
+    read = tokens[0][: reach(model.config)]
     given = _ask(file, {"texts": _TEXTS, "tokens": read})
-    require(given is not None, "llama.cpp does not take the file")
     require(given["tokens"] == tokens, "llama.cpp splits texts into other tokens than the tokenizer does")
     with in_mode(model, training=False):
         own = model(input_ids=torch.tensor([read], device=model.device)).logits[0, -1].float().cpu()
@@ -61,8 +61,13 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Pa
 
 
 def _ask(file: Path, question: dict[str, Any]) -> Any:
-    """What a process of its own answers, which may die of the file; None: it did, or refused it."""
+    """What a process of its own answers, which may die of the file.
+
+    Raises:
+        LightPeftError: it did, or refused it, or llama.cpp cannot be loaded there.
+    """
     command = [sys.executable, "-m", llama_cpp.__name__, str(file)]
     answer = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, check=False)
-    lines = answer.stdout.splitlines()
-    return json.loads(lines[-1]) if answer.returncode == 0 and lines else None
+    said = (answer.stderr.splitlines() or ["it said nothing"])[-1]
+    require(answer.returncode == 0, f"llama.cpp does not take the file ({answer.returncode}): {one_line(said, 200)}")
+    return json.loads(answer.stdout.splitlines()[-1])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lightpeft.files import check_vacant, replacing_folder
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.saved.description import Described, model_card
+from lightpeft.saved.gguf.architectures import check_family
 from lightpeft.saved.gguf.checking import Agreement, compare
 from lightpeft.saved.gguf.writing import GgufType, write_gguf
 from lightpeft.saved.merging import merged_copy
@@ -59,9 +63,10 @@ def save_gguf(
     """
     folder = Path(folder)
     check_vacant(folder, replaceable=(folder / FILE).is_file(), overwrite=overwrite)
+    check_family(transformers_model(cast(PeftModel, model)))  # before it is copied
     whole = merged_copy(model)
     with replacing_folder(folder, alone=True) as temporary:
         matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / FILE, dtype)
         agreement = compare(whole, tokenizer, temporary / FILE)
-        (temporary / "README.md").write_text(model_card(model, *_CARD), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(model, *_CARD, library="gguf"), encoding="utf-8")
     return GgufFile(folder / FILE, matrices, agreement)

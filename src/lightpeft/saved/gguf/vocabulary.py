@@ -103,9 +103,13 @@ def splitting(tokenizer: Mapping[str, Any]) -> str:
     steps = _steps(tokenizer.get("pre_tokenizer"))
     bytewise = tokenizer["model"].get("type") == "BPE" and steps and steps[-1]["type"] == "ByteLevel"
     require(bytewise, f"a GGUF file takes tokenizers of {kinds}; this one is of another kind")
+    changing = [step["type"] for step in _steps(tokenizer.get("normalizer")) if step["type"] != "NFC"]
+    require(not changing, f"the tokenizer changes texts ({', '.join(changing)}), which llama.cpp does not for bytes")
     *before, last = steps
     name = None
-    if last.get("use_regex", True):
+    if last.get("add_prefix_space"):
+        pass  # no split of llama.cpp puts a space before a text
+    elif last.get("use_regex", True):
         name = {"": "gpt-2", "Digits": "smollm"}.get("".join(step["type"] for step in before))
         name = None if before and not before[0].get("individual_digits") else name
     elif len(before) == 1 and before[0].get("type") == "Split":
