@@ -160,7 +160,6 @@ def prepare(config: RunConfig, *, overwrite: bool = False) -> Workspace:
     training: TrainingConfig = settled(config.training, len(train_rows), width, processes().num_processes)
     work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, replace(config, training=training))
     if config.way.prunes and (overwrite or not run.has("estimate")):
-        fitted(
-            config.light, work.pace, work.steps, work.last_steps
-        )  # whether estimation leaves steps to train with, and sees enough
+        # whether estimation leaves steps to train with, and sees enough
+        fitted(config.light, work.pace, work.steps, work.last_steps)
     return work
