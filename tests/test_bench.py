@@ -175,6 +175,12 @@ def test_subjects_are_what_they_say(bench: Workbench, report: dict[str, Any]) ->
     assert sizes["light"] < sizes["plain"] == sizes["estimation"]
 
 
+def test_measuring_gives_no_advice_on_loops(bench: Workbench, caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"light.learning_rate_scale": 2.0, "light.dropout": 0.0}
+    Subject("estimation", bench.config("advice", **settings), STEPS)
+    assert "your loop" not in caplog.text
+
+
 # -- failures ----------------------------------------------------------------------------------------------------
 
 

@@ -50,7 +50,7 @@ from lightpeft.profiling import (
     summarize,
     throughput,
 )
-from lightpeft.recipe.pruner import EarlyPruner
+from lightpeft.prune.estimation import Estimator
 from lightpeft.runs import pipeline
 from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.results import open_peft
@@ -401,12 +401,12 @@ def _estimation(work: Workspace) -> Made:
     """The dense model with all PEFT modules, masks and observers on; the masks train in the optimizer's step."""
     config = work.config
     model = add_peft(work.dense_model(), config)
-    pruner = EarlyPruner(model, replace(config.light, length=10**9))
-    pruner.start()
+    estimator = Estimator(model, replace(config.light, length=10**9))
+    estimator.start(None)
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         made = adamw(work)(parameters)
-        made.register_step_pre_hook(lambda *_: pruner.step())
+        made.register_step_pre_hook(lambda *_: estimator.step())
         return made
 
     return model, optimizer
