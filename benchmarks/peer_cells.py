@@ -45,7 +45,7 @@ def run_watched(work: Workspace, watching: Curve) -> None:
     """What `lightpeft run` does, with fine-tuning watched."""
     if work.config.method == "light":
         pipeline.estimate(work)
-        pipeline.plan(work.run)
+        pipeline.plan(work)
         pipeline.prune(work)
     pipeline.train(work, [watching])
     pipeline.evaluate(work)

@@ -46,7 +46,7 @@ WEIGHT = 0.5
 def pruned(work: Workspace, *, fit: Fit = fit_refit) -> Workspace:
     """The run up to its cut."""
     pipeline.estimate(work)
-    pipeline.plan(work.run)
+    pipeline.plan(work)
     pipeline.prune(work, fit)
     return work
 
@@ -145,7 +145,7 @@ class GradualEstimator(Estimator):
     def _close_window(self) -> None:
         super()._close_window()
         if self.steps < self.length:
-            part = (self.config.blocks or 0.0) * self.steps / self.length
+            part = (self.config.known_blocks or 0.0) * self.steps / self.length
             self.stays = self._flags(make_plan(self._record(), replace(self.config, blocks=part)))
 
     def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:

@@ -167,7 +167,9 @@ def fisher(work: Workspace, model: PeftModel, record: EstimationRecord, labels: 
     """Mean squared gradients of the masks, heads of all blocks and then neurons, where a part of the budget is gone."""
     masks = UnitMasks(record.blocks)
     if gone:
-        masks.set_plan(make_plan(record, replace(work.config.light, blocks=gone * (work.config.light.blocks or 0.0))))
+        masks.set_plan(
+            make_plan(record, replace(work.config.light, blocks=gone * (work.config.light.known_blocks or 0.0)))
+        )
     stay, total, rows = masks.values.clone(), torch.zeros_like(masks.values), 0
     masks.attach(model)
     with in_mode(model, training=False):
@@ -214,7 +216,7 @@ def whole_sublayers(config: RunConfig, *, part: float) -> None:
     bring; the rest by width, as it is."""
     work = pipeline.prepare(config)
     record = pipeline.estimate(work)
-    chosen = weakest_sublayers(work, estimated(work), record, part * (config.light.blocks or 0.0))
+    chosen = weakest_sublayers(work, estimated(work), record, part * (config.light.known_blocks or 0.0))
     scores = {
         name: torch.zeros_like(values) if name in chosen else values.clamp_min(torch.finfo(values.dtype).tiny)
         for name, values in record.scores.items()
@@ -284,7 +286,7 @@ def fitted_to_blocks(config: RunConfig, *, steps: int, rate: float) -> None:
     work = pipeline.prepare(config)
     pipeline.estimate(work)
     seen = passages(work, estimated(work))
-    pipeline.plan(work.run)
+    pipeline.plan(work)
     light = pipeline.prune(work)
     assert light is not None
     for block, passed in zip(blocks_of(light), seen, strict=True):

@@ -30,7 +30,7 @@ def pruned(config: RunConfig, folder: Path) -> RunConfig:
     config = replace(config, method="light", output=str(folder))
     work = pipeline.prepare(config)
     pipeline.estimate(work)
-    pipeline.plan(work.run)
+    pipeline.plan(work)
     pipeline.prune(work)
     return config
 

@@ -14,6 +14,7 @@ from lightpeft.config.light import (
     RankCriterion,
     RefitForm,
     Scope,
+    Tolerance,
     UnitCriterion,
 )
 from lightpeft.config.methods import METHODS, Method, MethodName
@@ -66,6 +67,7 @@ __all__ = [
     "RunConfig",
     "Scope",
     "TaskEntry",
+    "Tolerance",
     "TrainingConfig",
     "UnitCriterion",
     "load_config",

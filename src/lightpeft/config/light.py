@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightpeft.config.validation import check_most, check_values
-from lightpeft.errors import require
+from lightpeft.errors import LightPeftError, require
 
 Scope = Literal["layerwise", "global"]
 HeadUnit = Literal["group", "balanced"]
@@ -44,9 +44,10 @@ class Budget:
     backward pass, and each gives the same for a row in every epoch."""
     ranks: float = 1 / 2
     """Part of the ranks of the PEFT modules that stay to remove, in [0, 1)."""
-    blocks: float | None = None
+    blocks: float | Literal["auto"] | None = None
     """Part to remove, at least, of all parameters that the blocks have, in [0, 1): heads and neurons of all blocks
-    compete, and the lowest score per parameter goes first; takes the place of `heads`, `neurons` and their scopes."""
+    compete, and the lowest score per parameter goes first; takes the place of `heads`, `neurons` and their scopes.
+    "auto": the largest part that `tolerance` bears, measured when estimation is over."""
     target: float | None = None
     """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
     depth: float = 0.0
@@ -87,7 +88,9 @@ class Budget:
     def __post_init__(self) -> None:
         for name in ("heads", "neurons", "modules", "ranks", "blocks", "target", "depth"):
             value = getattr(self, name)
-            if value is not None:
+            if isinstance(value, str):
+                require(value == "auto", f'{name} is "{value}"; give a ratio in [0, 1), for example 0.5, or auto')
+            elif value is not None:
                 require(0 <= value < 1, f"{name} is {value:g}; a ratio to remove lies in [0, 1), for example 0.5")
         within = f"module_blocks is {self.module_blocks:g}; it lies in (0, 1], for example 0.5 for the upper half"
         require(0 < self.module_blocks <= 1, within)
@@ -100,6 +103,17 @@ class Budget:
         require(self.multiple_of >= 1, f"multiple_of is {self.multiple_of}; it must be at least 1")
         check_values(self)
 
+    @property
+    def known_blocks(self) -> float | None:
+        """`blocks` as a number.
+
+        Raises:
+            LightPeftError: it is auto, and was not found yet.
+        """
+        if self.blocks == "auto":
+            raise LightPeftError("light.blocks is auto, which estimation has to end for; give a number here")
+        return self.blocks
+
     def blocks_left(self, blocks: int) -> int:
         """How many of so many blocks `depth` leaves."""
         return max(1, blocks - int(self.depth * blocks + 0.5))
@@ -109,7 +123,41 @@ class Budget:
         return blocks - max(1, int(self.module_blocks * blocks + 0.5))
 
 
-READ_BY_PLANS = frozenset(f.name for f in dataclasses.fields(Budget)) - {"module_blocks", "depth"}
+@dataclass(frozen=True)
+class Tolerance:
+    """How much worse a task may get by a cut."""
+
+    amount: float
+    unit: Literal["nats", "points"]
+    """Of the loss (a mean, in nats), or hundredths of the task's main metric."""
+
+    @classmethod
+    def read(cls, text: str | float) -> Tolerance:
+        """What "0.05 nats" or "1 point" says.
+
+        Raises:
+            LightPeftError: it says something else.
+        """
+        example = 'for example "1 point" of the metric, or "0.05 nats" of the loss'
+        number, _, unit = str(text).strip().partition(" ")
+        units: dict[str, Literal["nats", "points"]] = {"nat": "nats", "point": "points"}
+        known = unit.strip().removesuffix("s")
+        require(known in units, f"light.tolerance is {text}; say how much of what, {example}")
+        try:
+            amount = float(number)
+        except ValueError:
+            raise LightPeftError(
+                f'light.tolerance is "{text}"; it must be a number of {units[known]}, {example}'
+            ) from None
+        require(0 < amount < math.inf, f'light.tolerance is "{text}"; it must be positive and finite, {example}')
+        return cls(amount, units[known])
+
+    def __str__(self) -> str:
+        unit = self.unit.removesuffix("s") if self.amount == 1 else self.unit
+        return f"{self.amount:g} {unit}"
+
+
+READ_BY_PLANS = frozenset(f.name for f in dataclasses.fields(Budget)) - {"module_blocks", "depth"} | {"tolerance"}
 """Settings of a budget that estimation does not depend on. (No module is made in a block where none may stay.)"""
 
 
@@ -119,6 +167,9 @@ class LightConfig(Budget):
 
     length: int | float | Literal["auto"] = 0.1
     """Estimation stage: optimizer steps (int), part of the whole run (float in (0, 1)), or "auto": until settled."""
+    tolerance: str | float = "auto"
+    """What `blocks: auto` may cost in the end, against nothing cut: nats of the loss, as in "0.05 nats", or points of
+    the task's main metric, as in "1 point"; "auto": 1 point where answers are classes, else 0.05 nats."""
     lambda_heads: float = 1e-4
     """Weight of the L1 penalty on the head masks (the paper's lambda_A)."""
     lambda_neurons: float = 1e-4
@@ -166,8 +217,12 @@ class LightConfig(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tolerance != "auto":
+            Tolerance.read(self.tolerance)
         if isinstance(self.length, str):
             require(self.length == "auto", f'length is "{self.length}"; give steps, a fraction of the run, or auto')
+            both = "length: auto compares plans, and blocks: auto finds a budget for them later; give a number for one"
+            require(self.blocks != "auto", both)
         elif isinstance(self.length, int):
             require(self.length >= 2, f"length is {self.length} steps; estimation needs at least 2")
         else:

@@ -14,12 +14,12 @@ from lightpeft.config.presets import Preset, overlaid, preset_settings
 from lightpeft.config.validation import check_most, check_values, from_dict, load_yaml
 from lightpeft.errors import require
 
+Auto = Literal["auto"]
 AnswerBy = Literal["auto", "head", "likelihood"]
 LikelihoodRule = Literal["sum", "token", "byte", "unconditional"]
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
 PrefixPlace = Literal["file", "memory", "off"]
 PrefixDtype = Literal["auto", "float32", "bfloat16", "float16"]
-Auto = Literal["auto"]
 
 _LONGEST = 2**24
 """Tokens that a row may have: no model reads more."""

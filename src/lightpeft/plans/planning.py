@@ -120,8 +120,9 @@ class _Blocks:
     def stay(self) -> list[BlockPlan]:
         """What stays of each block."""
         budget = self.budget
-        if budget.blocks is not None:
-            return self._by_cost(budget.blocks)
+        part = budget.known_blocks
+        if part is not None:
+            return self._by_cost(part)
         if budget.target is not None:
             return self._for_target(budget.target)
         return self._by_ratios(budget.heads, budget.neurons)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightpeft.errors import require
+from lightpeft.machine import autocasting
+from lightpeft.models.patching import in_mode
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model's forward; with `labels` wherever a loss is needed."""
@@ -38,3 +40,20 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     require(loss is not None, "the model returned no loss; give batches with labels")
     assert isinstance(loss, Tensor)
     return loss
+
+
+@torch.no_grad()
+def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None = None) -> Tensor:
+    """The losses of batches, nothing dropped out: [batches], float64, on the CPU.
+
+    Args:
+        autocast: half precision of the forward pass.
+
+    Raises:
+        LightPeftError: the model returned none, or one that is not finite.
+    """
+    device = device_of(model)
+    with in_mode(model, training=False), autocasting(device, autocast):
+        losses = torch.stack([loss_of(model, moved(batch, device)).double().cpu() for batch in batches])
+    require(bool(losses.isfinite().all()), "the model's loss is NaN or infinite; train at a lower learning rate")
+    return losses

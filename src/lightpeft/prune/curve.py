@@ -16,11 +16,9 @@ from torch import Tensor
 
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError, require
-from lightpeft.machine import autocasting
-from lightpeft.models.patching import in_mode
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameters, removed_parameters
-from lightpeft.profiling.live import device_of, loss_of, moved
+from lightpeft.profiling.live import device_of, losses_of
 from lightpeft.prune.masks import UnitMasks
 
 PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -104,23 +102,16 @@ def loss_curve(
         LightPeftError: fewer than two batches, or the model gives no loss.
     """
     require(len(batches) > 1, "a curve needs two batches of rows at least; give more rows")
-    device = device_of(model)
-    masks = UnitMasks(record.blocks, device)
-
-    def losses() -> Tensor:
-        with autocasting(device, autocast):
-            return torch.stack([loss_of(model, moved(batch, device)).double().cpu() for batch in batches])
-
-    with in_mode(model, training=False):
-        masks.attach(model)
-        try:
-            dense = losses()
-            points = []
-            for part, plan in plans.items():
-                masks.set_plan(plan)
-                points.append(_point(part, plan, losses(), dense))
-        finally:
-            masks.detach()
+    masks = UnitMasks(record.blocks, device_of(model))
+    masks.attach(model)
+    try:
+        dense = losses_of(model, batches, autocast)
+        points = []
+        for part, plan in plans.items():
+            masks.set_plan(plan)
+            points.append(_point(part, plan, losses_of(model, batches, autocast), dense))
+    finally:
+        masks.detach()
     return float(dense.mean()), points
 
 

@@ -1,10 +1,20 @@
-"""Several processes: the wrapper that averages gradients has to learn of the parameters that a cut model has."""
+"""Several processes: one decision for all, and a wrapper that learns of the parameters that a cut model has."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+def agreed(value: T) -> T:
+    """The value of the main process, in all: what they measured may differ in the last digit."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def rewrap(trainer: Any) -> None:

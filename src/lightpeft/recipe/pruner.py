@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightpeft.config import Budget, LightConfig, preset_light
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.peft_kinds.kinds import kind_of
 from lightpeft.peft_kinds.sites import check_peft, find_sites, own_adapter, restart_sites
@@ -96,6 +96,8 @@ class EarlyPruner:
         self.estimator.start(total_steps)
 
     def _say(self) -> None:
+        measured = "blocks: auto is measured on training rows, which LightTrainer has; give light.blocks as a number"
+        require(self.config.blocks != "auto", measured)
         lines = "; ".join(self.advice())
         if lines:
             _log.warning("EarlyPruner leaves to your loop what LightTrainer does by itself: %s", lines)

@@ -10,8 +10,9 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,17 +23,19 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from lightpeft.compat.accelerate import as_it_is, forget_optimizers
-from lightpeft.config import LightConfig
+from lightpeft.config import LightConfig, Tolerance
 from lightpeft.errors import require
 from lightpeft.files import replacing_folder
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
+from lightpeft.prune.budgeting import FoundBudget, find_budget
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.length import fitted
 from lightpeft.prune.refit import calibration_batches
-from lightpeft.recipe.parallel import rewrap
+from lightpeft.recipe.parallel import agreed, rewrap
+from lightpeft.recipe.probes import make_probe, rows_aside
 from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut, light_settings
 from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
@@ -45,6 +48,8 @@ from lightpeft.training.trainer import Repeatable, train_in_float32
 
 _log = logging.getLogger(__name__)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+USUAL_NATS = "0.05 nats"
+"""`light.tolerance: auto` where all that is known is the loss."""
 
 
 class LightTraining(PrefixMixin, Repeatable):
@@ -60,6 +65,7 @@ class LightTraining(PrefixMixin, Repeatable):
     After training:
         light_plan: which units of the dense base are left; None where training ended before the cut.
         light_record: the scores behind it; None where training went on from behind the cut.
+        light_budget: what `light.blocks: auto` found, and what that is expected to cost; None otherwise.
         light_report: steps and seconds of estimation, and parameters before and after the cut.
 
     Raises:
@@ -68,6 +74,7 @@ class LightTraining(PrefixMixin, Repeatable):
 
     light_plan: PrunePlan | None = None
     light_record: EstimationRecord | None = None
+    light_budget: FoundBudget | None = None
     light_report: dict[str, Any]
 
     def __init__(
@@ -165,7 +172,42 @@ class LightTraining(PrefixMixin, Repeatable):
 
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
         """What stays, decided once, when estimation is over; None ends training without a cut. To be overridden."""
-        return make_plan(record, self.light_config)
+        light = self.light_config
+        if light.blocks == "auto":
+            self.light_budget = self.find_light_budget(record, self._trainer.state.max_steps)
+            _log.info("%s", self.light_budget.summary())
+            light = replace(light, blocks=agreed(self.light_budget.blocks))
+        return make_plan(record, light)
+
+    def find_light_budget(self, record: EstimationRecord, steps: int) -> FoundBudget:
+        """The largest part of the blocks that may go within `light.tolerance`, for the model as estimation left it.
+
+        Args:
+            steps: of the whole run.
+        """
+        seen = self.rows_of_steps(record.meta["steps"])
+        probe = make_probe(self._trainer, self.light_config, steps, seen, self.fast_steps)
+        tolerance = self.light_tolerance_in_nats(probe.rows)
+        return find_budget(self._peft_model, record, self.light_config, probe, tolerance)
+
+    def light_tolerance(self) -> Tolerance:
+        """`light.tolerance`, or the usual one. To be overridden.
+
+        Raises:
+            LightPeftError: it is one of points, and what a trainer has is a loss.
+        """
+        tolerance = self.light_config.tolerance
+        asked = Tolerance.read(USUAL_NATS if tolerance == "auto" else tolerance)
+        require(asked.unit == "nats", f'light.tolerance is "{asked}"; a trainer knows of its loss alone: give nats')
+        return asked
+
+    def light_tolerance_in_nats(self, rows: Sequence[int]) -> float:
+        """The same as a rise of the loss. To be overridden.
+
+        Args:
+            rows: numbers of training rows that are set aside.
+        """
+        return self.light_tolerance().amount
 
     def _cut(self, state: TrainerState, control: TrainerControl) -> None:
         """Estimation is over: plan, cut the model in place, and go on with a new optimizer and schedule."""
@@ -361,6 +403,9 @@ class LightTraining(PrefixMixin, Repeatable):
         found = next((name for name, used in engines.items() if used), None)
         hint = "; start one process a GPU with accelerate launch" if found and found.startswith("DataParallel") else ""
         require(found is None, f"{found} cannot follow a model that is cut on the way; train without it{hint}")
+        if self.light_config.blocks == "auto" and self.light_plan is None:
+            self.light_tolerance()
+            rows_aside(trainer, 0)
         reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
         require(
             not reference or not getattr(args, "beta", 0),

@@ -95,7 +95,7 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
     config = replace(config, method="light")
     work = prepare(config)
     pipeline.estimate(work)
-    pipeline.plan(work.run)
+    pipeline.plan(work)
     pipeline.prune(work)
     fixed, training, inference = _measure(config, rounds, steps)
     report = {
@@ -457,7 +457,8 @@ def _end_to_end(work: Workspace, training: Mapping[str, list[float]], prefix_spe
         for name, values in training.items()
     }
     estimation_steps = EstimationRecord.load(work.run.estimation).meta["steps"]
-    surgery = work.run.stage_seconds().get("prune", 0.0)
+    seconds = work.run.stage_seconds()
+    surgery = seconds.get("budget", 0.0) + seconds.get("prune", 0.0)  # where it is auto, the budget is a part of it
     estimation = estimation_steps * step_seconds["estimation"]
     caching = len(work.train_rows) / prefix_speed if prefix_speed else 0.0
     light = estimation + surgery + caching + (work.steps - estimation_steps) * step_seconds["light"]

@@ -17,11 +17,10 @@ from lightpeft.machine import autocast_dtype
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import Spread, alternate, hardware, measure_training, ratio
 from lightpeft.prune.curve import PARTS, gone_before, loss_curve, nested_plans
-from lightpeft.prune.depth import leave_out
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs.bench import accelerating, adamw, sample_batches
+from lightpeft.runs.stages import estimated_model
 from lightpeft.runs.workspace import Workspace
-from lightpeft.saved.results import open_peft
 
 ROWS = 256
 """Training rows that losses are measured on."""
@@ -50,9 +49,7 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
     require(rows > _BATCH, f"--rows is {rows}; a curve needs more than {_BATCH}")
     record = EstimationRecord.load(run.estimation)
     plans = dict(nested_plans(record, work.config.light, parts))
-    model = open_peft(run.estimation / "adapter", work.dense_model().model, is_trainable=True)
-    if record.left_out:
-        leave_out(model, len(record.blocks))
+    model = estimated_model(work, record)
     batches = _batches(work, rows)
     dense, points = loss_curve(model, record, plans, batches, autocast_dtype(work.config.training))
     start = gone_before(record)

@@ -27,11 +27,10 @@ from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import folder_bytes, hardware
 from lightpeft.profiling.sizes import parameter_report
-from lightpeft.prune.depth import leave_out
 from lightpeft.prune.refit import Fit, fit_refit
 from lightpeft.recipe.resuming import read_cut
 from lightpeft.runs.reuse import find_estimation, take_estimation
-from lightpeft.runs.stages import StageCost, leave_plan, leave_pruned
+from lightpeft.runs.stages import StageCost, estimated_model, found_budget, leave_plan, leave_pruned
 from lightpeft.runs.trainers import DenseRun, LightRun, WideRun
 from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.forms import to_device
@@ -73,7 +72,7 @@ def run(
     if config.way.prunes and not work.run.has("estimate"):
         _train_light(work, callbacks)
     elif config.way.prunes:
-        plan(work.run)
+        plan(work)
     train(work, callbacks, prune(work) if config.way.prunes else None)
     return evaluate(work)
 
@@ -115,11 +114,25 @@ def _with_peft(work: Workspace) -> PeftModel:
     return add_peft(work.dense_model(), work.config)
 
 
-def plan(run: RunFolder) -> PrunePlan:
-    """Decide from the record and the budget which units stay."""
+def plan(work: Workspace | RunFolder) -> PrunePlan:
+    """Decide from the record and the budget which units stay.
+
+    Args:
+        work: the run; a folder alone, without data and model, will do where its budget is a number.
+    """
+    run = work if isinstance(work, RunFolder) else work.run
     run.need("estimate", "plan")
     with nullcontext() if run.has("prune") else run.held():  # what is pruned already stays as it is
+        if run.config.light.blocks == "auto" and isinstance(work, Workspace) and found_budget(run) is None:
+            _find_budget(work)
         return leave_plan(run)
+
+
+def _find_budget(work: Workspace) -> None:
+    """What the trainer does between estimation and plan, for an estimation that is over."""
+    record = EstimationRecord.load(work.run.estimation)
+    set_seed(work.config.seed)
+    LightRun(work, estimated_model(work, record)).leave_light_budget(record)
 
 
 def prune(work: Workspace, fit: Fit = fit_refit) -> LightModel | None:
@@ -134,9 +147,7 @@ def prune(work: Workspace, fit: Fit = fit_refit) -> LightModel | None:
     run.need("plan", "prune")
     chosen = PrunePlan.load(run.plan)
     set_seed(work.config.seed)
-    model = open_peft(run.estimation / "adapter", work.dense_model().model, is_trainable=True)
-    if chosen.left_out:
-        leave_out(model, len(chosen.blocks))  # estimation did without these blocks
+    model = estimated_model(work, chosen)
     with run.held():
         return leave_pruned(work, model, chosen, work.calibration, fit)
 
@@ -324,6 +335,7 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
         "parameters": parameter_report(model),
         "seconds": run.stage_seconds(),
         "training": dict(_training_costs(run)),
+        **({"budget": found_budget(run)} if run.has("budget") else {}),
         "adapter_bytes": folder_bytes(run.result),
         "seed": config.seed,
         "hardware": hardware(),

@@ -54,7 +54,9 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
         f"the estimation of {folder} was made with other settings ({', '.join(differing)}); give the same, or leave "
         "--estimation out",
     )
-    make_plan(EstimationRecord.load(donor.estimation), config.light)  # it is whole, and the budget can be met
+    record = EstimationRecord.load(donor.estimation)  # it is whole
+    if config.light.blocks != "auto":
+        make_plan(record, config.light)  # and the budget can be met
     return donor
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from peft import PeftModel
 
-from lightpeft.errors import require
+from lightpeft.config import READ_BY_PLANS, LightConfig
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import read_json, understandable, write_json
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import MemoryMethod
+from lightpeft.prune.budgeting import FoundBudget
+from lightpeft.prune.depth import leave_out
 from lightpeft.prune.refit import Batches, Fit, fit_refit
 from lightpeft.recipe.pruner import cut
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
-from lightpeft.saved.results import save_peft
+from lightpeft.saved.results import open_peft, save_peft
 from lightpeft.saved.run_folder import RunFolder
 from lightpeft.tasks import task_facts
 
@@ -47,9 +52,53 @@ def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord
     run.finish_stage("estimate", **asdict(cost), save=save, steps=record.meta["steps"])
 
 
+def leave_budget(run: RunFolder, found: FoundBudget, points: float | None) -> None:
+    """What `light.blocks: auto` found, and the time that it took.
+
+    Args:
+        points: of the task's main metric that a nat is worth; None: not known.
+    """
+    facts = {**found.facts(), "points_a_nat": points, "settings": _asked(run.config.light)}
+    run.finish_stage("budget", found.seconds, lambda: write_json(run.budget, facts))
+
+
+def _asked(light: LightConfig) -> dict[str, Any]:
+    """What a budget hangs on, beside the estimation."""
+    return {name: getattr(light, name) for name in sorted(READ_BY_PLANS)}
+
+
+def found_budget(run: RunFolder) -> dict[str, Any] | None:
+    """What `light.blocks: auto` found by the run's settings; None: nothing yet.
+
+    Raises:
+        LightPeftError: the file is damaged.
+    """
+    if not run.has("budget"):
+        return None
+    found = read_json(run.budget)
+    with understandable(run.budget):
+        return found if found["settings"] == _asked(run.config.light) else None
+
+
+def light_of(run: RunFolder) -> LightConfig:
+    """The settings of a run, with a number for its budget.
+
+    Raises:
+        LightPeftError: that was not found yet, or its file is damaged.
+    """
+    light = run.config.light
+    if light.blocks != "auto":
+        return light
+    found = found_budget(run)
+    if found is None:
+        raise LightPeftError(f"{run.path} has found no budget yet (light.blocks: auto); run lightpeft plan before this")
+    with understandable(run.budget):
+        return replace(light, blocks=float(found["blocks"]))
+
+
 def leave_plan(run: RunFolder) -> PrunePlan:
     """Decide from the record and the budget which units stay."""
-    result = make_plan(EstimationRecord.load(run.estimation), run.config.light)
+    result = make_plan(EstimationRecord.load(run.estimation), light_of(run))
     if run.has("plan") and run.has("prune"):
         unchanged = PrunePlan.load(run.plan) == result
         require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")
@@ -58,6 +107,14 @@ def leave_plan(run: RunFolder) -> PrunePlan:
         result.save(run.plan)
     processes().wait_for_everyone()
     return result
+
+
+def estimated_model(work: Workspace, record: EstimationRecord | PrunePlan) -> PeftModel:
+    """The model as estimation left it: with the blocks that its record, or a plan of that, knows."""
+    model = open_peft(work.run.estimation / "adapter", work.dense_model().model, is_trainable=True)
+    if record.left_out:
+        leave_out(model, len(record.blocks))
+    return model
 
 
 def leave_pruned(

@@ -15,14 +15,16 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 
-from lightpeft.errors import LightPeftError
+from lightpeft.config import Tolerance
+from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, throughput
-from lightpeft.recipe.trainer import light_trainer
-from lightpeft.runs.stages import StageCost, leave_estimation, leave_plan, leave_pruned
+from lightpeft.recipe.trainer import USUAL_NATS, light_trainer
+from lightpeft.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
+from lightpeft.tasks import answers_are_classes, points_a_nat
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
@@ -30,6 +32,8 @@ from lightpeft.training.prefix import PrefixMixin
 from lightpeft.training.trainer import RunTrainer, train_in_float32
 
 TENSORBOARD = "tensorboard"
+USUAL_POINTS = "1 point"
+"""`light.tolerance: auto` where answers are classes."""
 
 
 class Meter:
@@ -104,6 +108,9 @@ class InRun:
 class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
     """Light-PEFT in a run folder: what estimation and the cut find goes there on the way."""
 
+    _points: float | None = None
+    """Of the main metric that a nat is worth, where the tolerance is one of points."""
+
     def __init__(
         self,
         work: Workspace,
@@ -144,7 +151,35 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         """Leave the record in the run folder, and take the plan that the folder then has."""
         assert self.meter is not None
         leave_estimation(self.work, self._peft_model, record, self.meter.stop(self.state.global_step))
-        return None if self.stop_at_cut else leave_plan(self.work.run)
+        if self.stop_at_cut:
+            return None
+        if self.light_config.blocks == "auto":
+            self.leave_light_budget(record)
+        return leave_plan(self.work.run)
+
+    def leave_light_budget(self, record: EstimationRecord) -> None:
+        """Find a budget for the model as estimation left it, and leave it in the run folder."""
+        self.light_budget = self.find_light_budget(record, self.work.steps)
+        leave_budget(self.work.run, self.light_budget, self._points)
+        self.work.run.announce("budget", self.light_budget.summary())
+
+    def light_tolerance(self) -> Tolerance:
+        """Points where answers are classes, if nothing else is asked for."""
+        tolerance, classes = self.light_config.tolerance, answers_are_classes(self.work.task)
+        asked = Tolerance.read((USUAL_POINTS if classes else USUAL_NATS) if tolerance == "auto" else tolerance)
+        what = f'light.tolerance is "{asked}", and {self.work.task.main_metric} is no metric of classes'
+        require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
+        return asked
+
+    def light_tolerance_in_nats(self, rows: Sequence[int]) -> float:
+        """Points of the main metric are worth what `points_a_nat` says of the model's answers to these rows."""
+        asked = self.light_tolerance()
+        if asked.unit == "nats":
+            return asked.amount
+        encoded = self.work.train_rows.select(sorted(rows))
+        answers = self.work.task.answer(self.work.asking(self._peft_model), encoded).answers
+        self._points = points_a_nat(answers, self.work.task)
+        return asked.amount / self._points
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut, and leave the light adapter before fine-tuning in the run folder."""

@@ -131,11 +131,12 @@ class Workspace:
             self.run.announce(stage, slow)
 
 
-def prepare(config: RunConfig, *, overwrite: bool = False) -> Workspace:
+def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False) -> Workspace:
     """Read and check the data, the tokenizer and the run folder; nothing is written yet.
 
     Args:
         overwrite: the output folder may hold the run of another config.
+        replan: it may hold one of another budget, as long as nothing was pruned by that one.
 
     Raises:
         LightPeftError: bad input.
@@ -155,7 +156,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False) -> Workspace:
     more = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in task.more_tests.items()}
     for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
         check_tokens(rows, tokenizer, model_config, what)
-    run = RunFolder.open(config, overwrite=overwrite)
+    run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
     training: TrainingConfig = settled(config.training, len(train_rows), width, processes().num_processes)
     work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, replace(config, training=training))

@@ -44,6 +44,7 @@ _RESULTS = (
     "task.json",
     "pruned",
     "plan.json",
+    "budget.json",
     "curve.json",
     "curve.png",
     "estimation",
@@ -175,6 +176,11 @@ class RunFolder:
         return self.path / "plan.json"
 
     @property
+    def budget(self) -> Path:
+        """What `light.blocks: auto` found, and what that is expected to cost."""
+        return self.path / "budget.json"
+
+    @property
     def curve(self) -> Path:
         """What each budget would cost; a plot of the same name beside it."""
         return self.path / "curve.json"
@@ -243,9 +249,10 @@ class RunFolder:
         return last_checkpoint(self.checkpoints(stage), lambda line: self.announce(stage, line))
 
     def has(self, stage: str) -> bool:
-        """Whether a stage ("estimate", "plan", "prune", "train", "widen", "evaluate") has left its result."""
+        """Whether a stage ("estimate", "budget", "plan", "prune", "train", "widen", "evaluate") has left its result."""
         result = {
             "estimate": self.estimation / "estimation.json",
+            "budget": self.budget,
             "plan": self.plan,
             "prune": self.pruned / DESCRIPTION,
             "train": self.trained / self.config.way.last_file,

@@ -30,6 +30,7 @@ from lightpeft.tasks.tokens import (
     padding_within,
     share_at_limit,
 )
+from lightpeft.tasks.worth import answers_are_classes, points_a_nat
 
 __all__ = [
     "ENTRIES",
@@ -52,6 +53,7 @@ __all__ = [
     "Respondent",
     "SpanTask",
     "Task",
+    "answers_are_classes",
     "check_max_length",
     "check_tokens",
     "check_vocabulary",
@@ -64,6 +66,7 @@ __all__ = [
     "load_task",
     "load_test",
     "padding_within",
+    "points_a_nat",
     "read_rows",
     "restore_task",
     "run_settings",

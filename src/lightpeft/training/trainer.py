@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,8 +35,18 @@ class Repeatable:
             trainer: Any = self
             sampler.batch_size *= trainer.args.world_size
             sampler.lengths = list(sampler.lengths)  # a data set's column makes a new data set for every item read
-            return _EpochOrder(sampler, lambda: trainer.args.seed + int(trainer.state.epoch or 0))
+            return _EpochOrder(sampler, trainer.args.seed, lambda: int(trainer.state.epoch or 0))
         return sampler
+
+    def rows_of_steps(self, steps: int) -> set[int] | None:
+        """Numbers of the training rows that the first steps of a run go through; None where these are not known."""
+        trainer: Any = self
+        order = self._get_train_sampler(trainer.train_dataset)
+        if not isinstance(order, _EpochOrder):
+            return None
+        args = trainer.args
+        first = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return set(itertools.islice(order.of_epoch(0), first))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -54,14 +65,18 @@ class Repeatable:
 class _EpochOrder(Sampler):
     """The order of a `LengthGroupedSampler`, drawn from a seed of its own in each epoch."""
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: Callable[[], int]) -> None:
-        self.sampler, self.seed = sampler, seed
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        self.sampler.generator = torch.Generator().manual_seed(self.seed())
+        return self.of_epoch(self.epoch())
+
+    def of_epoch(self, epoch: int) -> Iterator[int]:
+        """Row numbers in the order of an epoch."""
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
         return iter(self.sampler)
 
 

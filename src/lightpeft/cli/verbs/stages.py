@@ -60,14 +60,15 @@ def _plan(given: dict[str, Any], estimation: str | None = None, curve: bool = Fa
     if curve:
         _show_curve(config, rows)
     else:
-        screen.print(plan_table(pipeline.plan(run)))
+        measured = config.light.blocks == "auto" and not run.has("prune")
+        screen.print(plan_table(pipeline.plan(pipeline.prepare(config, replan=True) if measured else run)))
 
 
 def _show_curve(config: RunConfig, rows: int | None) -> None:
     from lightpeft.cli.tables import curve_table
     from lightpeft.runs import curve, pipeline
 
-    work = pipeline.prepare(config)
+    work = pipeline.prepare(config, replan=True)
     found = curve.curve(work, rows=curve.ROWS if rows is None else rows)
     screen.print(curve_table(found))
     drawn = work.run.curve.with_suffix(".png").exists()

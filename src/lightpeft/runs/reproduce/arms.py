@@ -28,9 +28,10 @@ class Arm:
     def config(self, config: RunConfig) -> RunConfig:
         """The run's config with the arm's settings in it, as it really runs."""
         light = config.light
-        if not self.equal_shares or light.blocks is None:
+        part = light.known_blocks if self.equal_shares else None
+        if part is None:
             return config
-        return replace(config, light=replace(light, heads=light.blocks, neurons=light.blocks, blocks=None))
+        return replace(config, light=replace(light, heads=part, neurons=part, blocks=None))
 
 
 def _light(equal_shares: bool = False, **settings: Any) -> Arm:

@@ -1,0 +1,143 @@
+"""From what some cuts cost to the largest one that a tolerance bears: `light.blocks: auto`, as a pure search.
+
+What a cut costs in the end is not known before the end. What is known: how much the loss rises when it is made
+(`before`), and how much of that is left when a copy has trained for a few steps beside a copy that was not cut (a
+probe). The rest of training is many times as long and is taken to win back the same part once more:
+
+    left(b) = before(b) * r(b)^2,    r = (rise after a probe) / (rise before it).
+
+Between budgets that were probed r lies on a line; beyond them it is that of the nearest.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+STEP = 0.05
+"""Budgets are multiples of it."""
+CONFIDENCE = 0.8
+"""That what is left stays below its upper bound, as far as the spread over rows tells."""
+_SIDE = 0.8416
+"""Standard errors from the mean to that bound."""
+_FIRST = 0.1
+"""r^2 before anything was probed."""
+_PROBES = 2
+"""Budgets that are probed at most."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A budget that was probed; numbers are rises of the loss against nothing cut, in nats."""
+
+    blocks: float
+    before: float
+    """Where nothing has trained since the cut."""
+    after: float
+    """When both have trained for a few steps."""
+    error: float
+    """Standard error of that, paired by batch."""
+
+    @property
+    def recovery(self) -> float:
+        """Part of the rise that is left: r, in [0, 1]."""
+        return min(1.0, max(0.0, self.after) / self.before)
+
+    @property
+    def upper(self) -> float:
+        """r with the upper bound of what is left after the probe."""
+        return min(1.0, max(0.0, self.after + _SIDE * self.error) / self.before)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a budget is expected to cost in the end."""
+
+    blocks: float
+    left: float
+    """Rise of the loss, in nats."""
+    upper: float
+    """Its upper bound, at `CONFIDENCE`."""
+
+
+@dataclass
+class BudgetSearch:
+    """The largest budget whose upper bound is within the tolerance."""
+
+    before: Mapping[float, float]
+    """Budget -> rise of the loss when it is cut, at some budgets; a line between them."""
+    tolerance: float
+    """Nats."""
+    gone: float = 0.0
+    """What is gone already, in front of all budgets."""
+    probed: list[Probed] = field(default_factory=list)
+
+    def run(self, probe: Callable[[float], Tensor]) -> float:
+        """Probe some budgets, and give the one that was found; 0 where none is within the tolerance.
+
+        Args:
+            probe: budget -> by how much the losses of some batches are higher than with nothing cut, after a few steps
+                of training of both: [batches].
+        """
+        tried = self._largest(lambda blocks: self.rise(blocks) * _FIRST) or self.grid[0]
+        for _ in range(_PROBES):
+            if any(each.blocks == tried for each in self.probed):
+                break
+            self._take(tried, probe(tried))
+            tried = self._largest(lambda blocks: self.expected(blocks).upper) or self.grid[0]
+        return self.found
+
+    @property
+    def found(self) -> float:
+        """The largest budget within the tolerance by what was probed so far, and not above what was probed."""
+        highest = max(each.blocks for each in self.probed)
+        return self._largest(lambda blocks: self.expected(blocks).upper, highest) or 0.0
+
+    def expected(self, blocks: float) -> Expected:
+        """What a budget costs in the end, by what was probed so far."""
+        rise = self.rise(blocks)
+        recovery = _on_line([(each.blocks, each.recovery) for each in self.probed], blocks)
+        upper = _on_line([(each.blocks, each.upper) for each in self.probed], blocks)
+        return Expected(blocks, rise * recovery**2, rise * upper**2)
+
+    @property
+    def grid(self) -> list[float]:
+        """Budgets that can be found."""
+        highest = max(self.before)
+        parts = [round(STEP * count, 2) for count in range(1, int(highest / STEP + 1e-9) + 1)]
+        return [part for part in parts if part > self.gone] or [highest]
+
+    def rise(self, blocks: float) -> float:
+        """Of the loss when so much is cut and nothing has trained."""
+        return max(_on_line(sorted({self.gone: 0.0, **self.before}.items()), blocks), 1e-6)
+
+    def _take(self, blocks: float, rises: Tensor) -> None:
+        after, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises))
+        # few rows may say that a cut costs next to nothing; training that would make it worse is no training
+        before = max(self.rise(blocks), after)
+        self.before = {**self.before, blocks: before}
+        self.probed = sorted([*self.probed, Probed(blocks, before, after, error)], key=lambda each: each.blocks)
+
+    def _largest(self, cost: Callable[[float], float], highest: float = 1.0) -> float | None:
+        """The largest budget of which it and all below cost no more than the tolerance."""
+        within = None
+        for blocks in self.grid:
+            if blocks > highest + 1e-9 or cost(blocks) > self.tolerance:
+                break
+            within = blocks
+        return within
+
+
+def _on_line(points: Sequence[tuple[float, float]], place: float) -> float:
+    """Between two points on the line through them; beside all of them, as at the nearest."""
+    at = bisect_left([x for x, _ in points], place)
+    if at == 0:
+        return points[0][1]
+    if at == len(points):
+        return points[-1][1]
+    (left, low), (right, high) = points[at - 1], points[at]
+    return low + (high - low) * (place - left) / (right - left)

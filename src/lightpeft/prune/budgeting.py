@@ -1,0 +1,97 @@
+"""`light.blocks: auto`: the budget of a model whose estimation is over.
+
+`plans.budgets` is the search, `prune.probing` what it asks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from peft import PeftModel
+
+from lightpeft.config import LightConfig
+from lightpeft.plans.budgets import CONFIDENCE, BudgetSearch, Expected, Probed
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.prune.curve import gone_before, loss_curve, nested_plans
+from lightpeft.prune.probing import Probe
+
+PARTS = (0.1, 0.2, 0.4, 0.6, 0.8)
+"""Budgets whose rise is measured before anything trains; between them it lies on a line."""
+_FEW, _LEAST = 1 / 4, 16
+"""Part of the batches, and batches at least, that tell this rise, which is many times what is left of it."""
+
+
+@dataclass(frozen=True)
+class FoundBudget:
+    """What was found, and what it is expected to cost; rises are those of the loss against nothing cut, in nats."""
+
+    blocks: float
+    """0: no cut is within the tolerance."""
+    tolerance: float
+    """Nats."""
+    expected: Expected | None
+    """Of the budget that was found; None where that is 0."""
+    before: dict[float, float]
+    """Budget -> rise when it is cut."""
+    probed: list[Probed]
+    rows: int
+    """That losses were measured on."""
+    steps: int
+    """Of a probe."""
+    seconds: float
+
+    def summary(self) -> str:
+        """What was found, in one line."""
+        how = f"measured on {self.rows} rows in {self.seconds:.0f} s"
+        if self.expected is None:
+            least = min(self.probed, key=lambda probed: probed.blocks)
+            cost = f"{least.blocks:.0%} would cost {least.after:.3g} nats after {self.steps} steps"
+            return f"light.blocks: auto cuts nothing of the blocks: {cost}, {self.tolerance:.3g} are allowed; {how}"
+        left = f"{self.expected.left:.3g} nats are expected to be left of what that costs"
+        bound = f"at most {self.expected.upper:.3g} ({CONFIDENCE:.0%}), {self.tolerance:.3g} are allowed"
+        return f"light.blocks: auto cuts {self.blocks:.0%} of the blocks: {left}, {bound}; {how}"
+
+    def facts(self) -> dict[str, Any]:
+        """The same as plain data."""
+        before = [{"blocks": blocks, "rise": rise} for blocks, rise in sorted(self.before.items())]
+        return {**asdict(self), "before": before, "confidence": CONFIDENCE}
+
+
+def find_budget(
+    model: PeftModel, record: EstimationRecord, light: LightConfig, probe: Probe, tolerance: float
+) -> FoundBudget:
+    """Measure, and find the largest budget within the tolerance.
+
+    Args:
+        model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
+        tolerance: rise of the loss in the end, in nats.
+
+    Raises:
+        LightPeftError: the model gives no loss, or no budget can be tried at all.
+    """
+    started = time.perf_counter()
+    # a cut of ranks throws away what they have learned, which hides all else
+    light = replace(light, ranks=0.0, modules=0.0)
+    plans = dict(nested_plans(record, replace(light, blocks=None), PARTS))
+    few = probe.held[: max(_LEAST, int(_FEW * len(probe.held)))]
+    _, points = loss_curve(model, record, plans, few, probe.autocast)
+    search = BudgetSearch({point.blocks: point.rise for point in points}, tolerance, gone_before(record))
+    whole = probe.losses(model, None)
+
+    def plan(blocks: float) -> PrunePlan:
+        return make_plan(record, replace(light, blocks=blocks))
+
+    found = search.run(lambda blocks: probe.losses(model, plan(blocks)) - whole)
+    return FoundBudget(
+        blocks=found,
+        tolerance=tolerance,
+        expected=search.expected(found) if found else None,
+        before={point.blocks: point.rise for point in points},
+        probed=search.probed,
+        rows=sum(len(batch["labels"]) for batch in probe.held),
+        steps=probe.steps,
+        seconds=time.perf_counter() - started,
+    )

@@ -1,0 +1,409 @@
+"""`light.blocks: auto`: the search, what it asks, what points are worth, and runs and trainers that take it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_pipeline import comparable
+from tiny import inputs_for, make, random_record, refusal, with_lora
+from torch import Tensor
+from transformers import TrainingArguments
+from workbench import Workbench, completions, labelled, lightpeft, read, write_rows
+
+from lightpeft import EarlyPruner, LightConfig, LightTrainer
+from lightpeft.config import Tolerance
+from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.plans.budgets import BudgetSearch
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import PrunePlan
+from lightpeft.profiling.live import losses_of
+from lightpeft.prune.probing import Probe, sharing_frozen
+from lightpeft.runs import pipeline
+from lightpeft.runs.trainers import LightRun
+from lightpeft.saved.run_folder import to_yaml
+from lightpeft.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
+from lightpeft.tasks.metrics import METRICS
+
+FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+AUTO = {**FISHER, "light.blocks": "auto"}
+LIGHT = LightConfig(
+    blocks="auto",
+    length=5,
+    least_examples=0,
+    head_criterion="fisher",
+    neuron_criterion="fisher",
+    learning_rate_scale=1.0,
+)
+
+# -- the search ----------------------------------------------------------------------------------------------------
+
+PLACES = (0.1, 0.2, 0.4, 0.6, 0.8)
+
+
+def rises(mean: float, error: float = 0.0, count: int = 64) -> Tensor:
+    """By batch, with this mean and standard error of it."""
+    spread = torch.linspace(-1, 1, count, dtype=torch.float64)
+    return mean + spread / spread.std() * error * math.sqrt(count)
+
+
+def search(before: float, recovery: float, tolerance: float, power: float = 2.0, error: float = 0.0) -> BudgetSearch:
+    """Of a model whose loss rises by before * blocks^power, of which a probe leaves a part."""
+    found = BudgetSearch({blocks: before * blocks**power for blocks in PLACES}, tolerance)
+    found.run(lambda blocks: rises(before * blocks**power * recovery, error))
+    return found
+
+
+def test_what_recovers_is_cut_and_what_does_not_is_left_alone() -> None:
+    encoder = search(before=0.5, recovery=0.25, tolerance=0.015)
+    assert encoder.found == pytest.approx(0.65)  # 0.5 * 0.65^2 * 0.25^2 = 0.013, on the lines between budgets
+    assert encoder.expected(0.6).left == pytest.approx(0.5 * 0.36 * 0.25**2, rel=0.1)
+    assert search(before=11.0, recovery=0.7, tolerance=0.06).found == 0.1
+    assert search(before=11.0, recovery=0.7, tolerance=0.005).found == 0.0
+    assert search(before=0.01, recovery=0.1, tolerance=0.05).found == 0.8, "no more than was measured"
+
+
+def test_what_is_not_sure_is_not_cut() -> None:
+    sure, unsure = search(0.5, 0.25, 0.015), search(0.5, 0.25, 0.015, error=0.02)
+    assert unsure.found < sure.found
+    assert unsure.expected(0.4).left == pytest.approx(sure.expected(0.4).left, rel=0.2)
+    assert unsure.expected(0.4).upper > unsure.expected(0.4).left
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    before=st.floats(1e-3, 20),
+    recovery=st.floats(-0.2, 1.5),
+    tolerance=st.floats(1e-3, 2),
+    power=st.floats(0.5, 4),
+    error=st.floats(0, 0.2),
+)
+def test_what_is_found_is_within_the_tolerance(
+    before: float, recovery: float, tolerance: float, power: float, error: float
+) -> None:
+    found = search(before, recovery, tolerance, power, error)
+    assert 1 <= len(found.probed) <= 2
+    assert found.found <= max(each.blocks for each in found.probed)
+    if found.found:
+        expected = found.expected(found.found)
+        assert 0 <= expected.left <= expected.upper <= tolerance
+    more = search(before, recovery, 4 * tolerance, power, error)
+    assert more.tolerance > found.tolerance and max(p.blocks for p in more.probed) >= min(
+        p.blocks for p in found.probed
+    )
+
+
+def test_a_cut_that_seemed_free_and_was_not() -> None:
+    found = BudgetSearch(dict.fromkeys(PLACES, -0.01), 0.02)  # few rows, by which every cut is a gain
+    assert found.run(lambda blocks: rises(0.1 * blocks)) < 0.8
+    assert all(each.before >= each.after for each in found.probed)
+
+
+def test_depth_that_is_gone_counts_for_nothing() -> None:
+    found = BudgetSearch({0.6: 0.1, 0.8: 0.4}, 0.05, gone=0.5)
+    assert found.grid[0] == 0.55 and found.rise(0.5) <= 1e-6 and found.rise(0.55) == pytest.approx(0.05)
+
+
+# -- the tolerance -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "unit"), [("1 point", 1, "points"), (" 0.5 points", 0.5, "points"), ("5e-2 nats", 0.05, "nats")]
+)
+def test_tolerances(text: str, amount: float, unit: str) -> None:
+    found = Tolerance.read(text)
+    assert found == Tolerance(amount, unit) and Tolerance.read(str(found)) == found  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", ["-1 points", "nan nats", "inf nats", "0 nats", "one point", "1 percent", "", 0.5, "1point"]
+)
+def test_no_tolerances(text: str | float) -> None:
+    line = refusal(lambda: LightConfig(tolerance=text))
+    assert "light.tolerance" in line and "for example" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"blocks": "some"}, "or auto"), ({"blocks": "auto", "length": "auto"}, "length: auto compares plans")],
+)
+def test_settings_that_do_not_go_together(changes: dict[str, Any], said: str) -> None:
+    assert said in refusal(lambda: LightConfig(**changes))
+
+
+def test_a_plan_needs_a_number() -> None:
+    record = random_record(with_lora(make("bert")))
+    assert "light.blocks is auto" in refusal(lambda: make_plan(record, LIGHT))
+
+
+# -- what points are worth -----------------------------------------------------------------------------------------
+
+
+def answers(counts: list[list[int]]) -> Answers:
+    """With this confusion matrix [right class, answered class]."""
+    pairs = [(right, told) for right, row in enumerate(counts) for told, count in enumerate(row) for _ in range(count)]
+    return Answers([told for _, told in pairs], [right for right, _ in pairs])
+
+
+def task_of(metric: str) -> Any:
+    made = ClassificationTask.__new__(ClassificationTask)
+    made.entry = type("Entry", (), {"metrics": [metric]})()
+    return made
+
+
+def test_points_of_accuracy_follow_the_entropy() -> None:
+    found = points_a_nat(answers([[85, 15], [15, 85]]), task_of("accuracy"))
+    assert found == pytest.approx(100 / math.log(0.85 / 0.15))
+    assert points_a_nat(answers([[50, 0], [0, 50]]), task_of("accuracy")) < found, (
+        "who never errs loses much by an error"
+    )
+    assert points_a_nat(answers([[50, 50], [50, 50]]), task_of("accuracy")) == pytest.approx(100), (
+        "and no more by chance"
+    )
+
+
+def test_points_of_other_metrics_are_counted_on_the_answers() -> None:
+    counts = [[30, 10], [5, 55]]
+    worse = np.array([[30, 10], [5, 55]], float)
+    worse = np.diag(np.diag(worse)) * (1 - 1 / 85) + (worse - np.diag(np.diag(worse))) * (16 / 15)
+    lost = METRICS["matthews"].compute.of_counts(np.array(counts))["matthews"]  # type: ignore[attr-defined]
+    lost -= METRICS["matthews"].compute.of_counts(worse)["matthews"]  # type: ignore[attr-defined]
+    found = points_a_nat(answers(counts), task_of("matthews"))
+    assert found == pytest.approx(100 * lost / (0.01 * math.log(0.85 / 0.15)))
+    assert found > points_a_nat(answers(counts), task_of("accuracy"))
+
+
+def test_which_answers_are_classes() -> None:
+    assert answers_are_classes(task_of("accuracy")) and answers_are_classes(task_of("f1"))
+    assert not answers_are_classes(task_of("multirc"))
+
+
+# -- probes --------------------------------------------------------------------------------------------------------
+
+
+def probe_of(model: Any, light: LightConfig = LIGHT, **changes: Any) -> Probe:
+    batches = [inputs_for(model, labels=True, seed=seed) for seed in range(6)]
+    given: dict[str, Any] = {"train": batches[:4], "rows": [], "held": batches[4:], "rate": 1e-2, **changes}
+    return Probe(light=light, **given)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "gpt2"])
+def test_a_probe_leaves_the_model_and_random_numbers_alone(name: str) -> None:
+    model = with_lora(make(name))
+    plan = make_plan(random_record(model), replace(LIGHT, blocks=0.5, ranks=0.0, modules=0.0))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    probe = probe_of(model)
+    first, second, whole = probe.losses(model, plan), probe.losses(model, plan), probe.losses(model, None)
+    assert first.equal(second) and first.shape == (2,) and not first.equal(whole)
+    assert all(before[key].equal(value) for key, value in model.state_dict().items())
+    assert random.equal(torch.get_rng_state()) and modes == [module.training for module in model.modules()]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not whole.equal(losses_of(model, probe.held)), "it has trained"
+
+
+def test_copies_share_what_is_frozen() -> None:
+    model = with_lora(make("bert"))
+    shadow = dict(sharing_frozen(model).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert (parameter.data_ptr() == shadow[name].data_ptr()) != parameter.requires_grad, name
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    model = with_lora(make("bert"))
+    assert probe_of(model).steps == 4 and probe_of(model, accumulation=2).steps == 2
+    assert not probe_of(model).losses(model, None).equal(probe_of(model, accumulation=2).losses(model, None))
+
+
+def test_losses_that_are_no_numbers_are_refused() -> None:
+    model = with_lora(make("bert"))
+    assert "NaN or infinite" in refusal(lambda: probe_of(model, rate=float("inf")).losses(model, None))
+
+
+# -- trainers ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(count: int) -> Dataset:
+    draw = torch.Generator().manual_seed(0)
+    made = [
+        {
+            "input_ids": torch.randint(5, 60, (6,), generator=draw).tolist(),
+            "attention_mask": [1] * 6,
+            "labels": index % 2,
+        }
+        for index in range(count)
+    ]
+    return Dataset.from_list(made)
+
+
+def trainer_of(folder: Path, light: LightConfig = LIGHT, count: int = 600, rows: Any = None) -> LightTrainer:
+    arguments = TrainingArguments(
+        str(folder), max_steps=20, per_device_train_batch_size=8, report_to="none", use_cpu=True
+    )
+    given = rows_of(count) if rows is None else rows
+    return LightTrainer(model=with_lora(make("bert")), args=arguments, train_dataset=given, light=light)
+
+
+def test_a_trainer_finds_its_budget(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
+    trainer.train()
+    found = trainer.light_budget
+    assert found is not None and found.blocks > 0 and found.tolerance == 2.0
+    assert trainer.light_plan is not None and trainer.light_plan.removed_of_blocks >= found.blocks
+    assert found.rows >= 128 and found.steps == 8 and f"cuts {found.blocks:.0%}" in found.summary()
+    assert trainer.state.global_step == 20, "probes are no steps of the run"
+
+
+@pytest.fixture
+def costly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cut costs a nat that no training wins back."""
+    losses = Probe.losses
+    monkeypatch.setattr(Probe, "losses", lambda self, model, plan: losses(self, model, plan) + (plan is not None))
+
+
+@pytest.mark.usefixtures("costly")
+def test_a_trainer_within_nothing_cuts_nothing(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    found = trainer.light_budget
+    assert found is not None and found.blocks == 0.0 and found.expected is None
+    assert "cuts nothing" in found.summary() and json.dumps(found.facts())
+    assert trainer.light_plan is not None and trainer.light_plan.removed_of_blocks == 0
+
+
+def test_what_trainers_cannot_do(tmp_path: Path) -> None:
+    assert "give nats" in refusal(lambda: trainer_of(tmp_path, replace(LIGHT, tolerance="1 point")))
+    assert "300 rows are too few" in refusal(lambda: trainer_of(tmp_path, count=300))
+    assert "of no known number" in refusal(lambda: trainer_of(tmp_path, rows=rows_of(16).to_iterable_dataset()))
+    pruner = EarlyPruner(with_lora(make("bert")), LIGHT)
+    assert "which LightTrainer has" in refusal(lambda: pruner.start(20))
+
+
+# -- runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    made = Workbench(tmp_path_factory.mktemp("budgets"))
+    write_rows(made.train, labelled(600, seed=1))
+    return made
+
+
+def short(bench: Workbench, name: str, **changes: Any) -> Any:
+    return bench.config(name, **AUTO, **{"training.epochs": 0.5, "light.tolerance": "30 points", **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(bench: Workbench) -> Path:
+    pipeline.run(short(bench, "whole"))
+    return bench.folder / "whole"
+
+
+def test_a_run_finds_its_budget(whole: Path) -> None:
+    metrics, found = read(whole / "metrics.json"), read(whole / "budget.json")
+    assert metrics["budget"]["blocks"] == found["blocks"]
+    assert metrics["seconds"]["budget"] == pytest.approx(found["seconds"], abs=1e-3)
+    assert PrunePlan.load(whole / "plan.json").removed_of_blocks >= found["blocks"]
+    assert found["tolerance"] == pytest.approx(30 / found["points_a_nat"])
+    log = (whole / "log.jsonl").read_text()
+    assert "light.blocks: auto cuts" in log
+
+
+def test_rows_aside_are_not_those_of_estimation(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    losses = Probe.losses
+
+    def watched(probe: Probe, model: Any, plan: Any) -> Tensor:
+        seen["probe"] = probe
+        return losses(probe, model, plan)
+
+    monkeypatch.setattr(Probe, "losses", watched)
+    config = short(bench, "aside")
+    work = pipeline.prepare(config)
+    pipeline.run(config)
+    probe = seen["probe"]
+    assert len(set(probe.rows)) == len(probe.rows) >= 128
+    aside = {tuple(work.train_rows[number]["input_ids"]) for number in probe.rows}
+    of_probes = {tuple(row[row != 0].tolist()) for batch in probe.train for row in batch["input_ids"]}
+    assert len({tuple(ids) for ids in work.train_rows["input_ids"]}) > 590 and not aside & of_probes
+    steps = read(bench.folder / "aside" / "estimation" / "estimation.json")["meta"]["steps"]
+    trainer = LightRun(work, add_peft(work.dense_model(), config))
+    estimated = trainer.rows_of_steps(steps)
+    assert estimated is not None and len(estimated) == 8 * steps and not estimated & set(probe.rows)
+
+
+def test_stage_by_stage_it_is_the_same_run(bench: Workbench, whole: Path) -> None:
+    config = short(bench, "staged")
+    file = bench.folder / "staged.yaml"
+    file.write_text(to_yaml(config), encoding="utf-8")
+    for verb in ("estimate", "plan", "prune", "train", "evaluate"):
+        assert lightpeft(verb, "--config", file) == 0
+    same, other = read(whole / "budget.json"), read(bench.folder / "staged" / "budget.json")
+    for facts in (same, other):
+        del facts["seconds"]
+    assert same == other
+    assert comparable(whole) == comparable(bench.folder / "staged")
+
+
+@pytest.mark.usefixtures("costly")
+def test_another_tolerance_is_another_search(bench: Workbench) -> None:
+    config = short(bench, "again", **{"light.tolerance": "50 nats"})
+    pipeline.estimate(pipeline.prepare(config))
+    assert pipeline.plan(pipeline.prepare(config)).removed_of_blocks > 0.5
+    strict = pipeline.prepare(short(bench, "again", **{"light.tolerance": "0.1 nats"}), replan=True)
+    assert pipeline.plan(strict).removed_of_blocks == 0
+    assert read(bench.folder / "again" / "budget.json")["blocks"] == 0
+
+
+def test_depth_and_budget(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    write_rows(bench.train, completions(600))
+    config = bench.config("run", **AUTO, **{"training.epochs": 0.5, "light.depth": 0.5, "light.tolerance": "5 nats"})
+    pipeline.run(config)
+    plan, found = PrunePlan.load(tmp_path / "run" / "plan.json"), read(tmp_path / "run" / "budget.json")
+    assert len(plan.left_out) == 1 and found["points_a_nat"] is None
+    assert found["blocks"] == 0 or found["blocks"] > 0.5
+    assert plan.removed_of_blocks >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"light.tolerance": "-1 points"}, "light.tolerance"),
+        ({"light.tolerance": "nan nats"}, "light.tolerance"),
+        ({"light.tolerance": "much"}, "for example"),
+        ({"light.length": "auto"}, "length: auto compares plans"),
+    ],
+)
+def test_bad_input_in_one_line(
+    bench: Workbench, changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = bench.yaml("bad", **{**AUTO, **changes})
+    assert lightpeft("run", "--config", file) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not (bench.folder / "bad").exists()
+
+
+def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    write_rows(bench.train, completions(600))
+    file = bench.yaml("run", **AUTO, **{"training.epochs": 0.5, "light.tolerance": "1 point"})
+    assert lightpeft("run", "--config", file) == 2
+    assert "no metric of classes; give nats" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_rows_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    config = Workbench(tmp_path).config("run", **AUTO)
+    assert "64 rows are too few" in refusal(lambda: pipeline.run(config))
+    assert not (tmp_path / "run").exists()
