@@ -106,6 +106,8 @@ def test_a_cut_that_seemed_free_and_was_not() -> None:
     found = BudgetSearch(dict.fromkeys(PLACES, -0.01), 0.02)  # few rows, by which every cut is a gain
     assert found.run(lambda blocks: rises(0.1 * blocks)) < 0.8
     assert all(each.before >= each.after for each in found.probed)
+    found = BudgetSearch(dict.fromkeys(PLACES, -0.01), 0.02)
+    assert found.run(lambda blocks: rises(1.0)) == 0.0, "not even a little of it is believed to be free"
 
 
 def test_depth_that_is_gone_counts_for_nothing() -> None:

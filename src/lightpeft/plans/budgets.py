@@ -117,9 +117,14 @@ class BudgetSearch:
 
     def _take(self, blocks: float, rises: Tensor) -> None:
         after, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises))
-        # few rows may say that a cut costs next to nothing; training that would make it worse is no training
-        before = max(self.rise(blocks), after)
-        self.before = {**self.before, blocks: before}
+        # few rows may say that a cut costs nothing; where copies that have trained say otherwise, so does all below
+        before, wide = max(self.rise(blocks), after), blocks - self.gone
+        line = {part: after * (part - self.gone) / wide for part in self.before if part < blocks}
+        self.before = {
+            **self.before,
+            **{part: max(self.before[part], rise) for part, rise in line.items()},
+            blocks: before,
+        }
         self.probed = sorted([*self.probed, Probed(blocks, before, after, error)], key=lambda each: each.blocks)
 
     def _largest(self, cost: Callable[[float], float], highest: float = 1.0) -> float | None:
