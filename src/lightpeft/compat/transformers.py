@@ -144,7 +144,7 @@ def _no_common_shape() -> None:
 
 
 def with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerBase:
-    """A copy of a fast tokenizer around another `tokenizers.Tokenizer`: special tokens and all settings are the same."""
+    """A copy of a fast tokenizer around another `tokenizers.Tokenizer`, with the same special tokens and settings."""
     copied = copy.deepcopy(tokenizer, {id(tokenizer._tokenizer): backend})
     copied.init_kwargs.pop("added_tokens_decoder", None)  # by the ids of the other one
     copied.vocab_file = None  # which has the tokens of the other one

@@ -30,6 +30,7 @@ from lightpeft.tasks.tokens import (
     padding_within,
     share_at_limit,
 )
+from lightpeft.tasks.vocabulary import Coverage, coverage, task_tokens
 
 __all__ = [
     "ENTRIES",
@@ -42,6 +43,7 @@ __all__ = [
     "ClassificationTask",
     "Collator",
     "Columns",
+    "Coverage",
     "GenerationTask",
     "LikelihoodTask",
     "Metric",
@@ -56,6 +58,7 @@ __all__ = [
     "check_tokens",
     "check_vocabulary",
     "convert",
+    "coverage",
     "doubt_of_tokens",
     "encode_texts",
     "ensure_pad_token",
@@ -70,4 +73,5 @@ __all__ = [
     "share_at_limit",
     "task_class",
     "task_facts",
+    "task_tokens",
 ]

@@ -44,7 +44,8 @@ def describe(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     Raises:
         LightPeftError: it is not a fast one, or of a kind whose vocabulary cannot be cut.
     """
-    backend, instead = getattr(tokenizer, "backend_tokenizer", None), "leave light.vocabulary at keep"
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    instead = "leave light.vocabulary at keep"
     name = type(tokenizer).__name__
     require(backend is not None, f"{name} is no fast tokenizer, whose vocabulary could be cut; {instead}")
     description: dict[str, Any] = json.loads(backend.to_str())

@@ -222,6 +222,6 @@ def _renumber_generation(model: PreTrainedModel, vocabulary: Vocabulary) -> None
     for name, value in _token_settings(settings).items():
         setattr(settings, name, _new(value, vocabulary))
     for name in _NEVER_WRITTEN:
-        value = getattr(settings, name, None)
-        if value is not None:
-            setattr(settings, name, _new(value, vocabulary))
+        listed: list[int] | None = getattr(settings, name, None)
+        if listed is not None:
+            setattr(settings, name, _new(listed, vocabulary))

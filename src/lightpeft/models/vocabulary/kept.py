@@ -29,7 +29,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         ascending = all(before < after for before, after in zip(self.kept, self.kept[1:], strict=False))
-        inside = bool(self.kept) and 0 <= self.kept[0] and self.kept[-1] < self.size
+        inside = bool(self.kept) and self.kept[0] >= 0 and self.kept[-1] < self.size
         require(ascending and inside, f"the tokens that stay are not ascending ids below {self.size:,}")
 
     def __len__(self) -> int:
