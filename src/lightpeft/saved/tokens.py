@@ -38,7 +38,8 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
         return None
     with understandable(file):
         tensors = read_tensors(file)
-        return Vocabulary.from_bits(tensors["kept"], int(tensors["size"].item()))
+        (size,) = tensors["size"].tolist()
+        return Vocabulary.from_bits(tensors["kept"], int(size))
 
 
 def tokenizer_over(model: ModelConfig, vocabulary: Vocabulary | None) -> PreTrainedTokenizerBase:
