@@ -121,6 +121,21 @@ def of_bytes() -> PreTrainedTokenizerFast:
     return tokenizer_of_bytes(texts=CORPUS * 2)
 
 
+def ending(roberta: bool = False) -> PreTrainedTokenizerFast:
+    """Bytes with special tokens behind all others, as GPT-2's, so that their ids change."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(CORPUS * 2, trainers.BpeTrainer(vocab_size=340, initial_alphabet=alphabet))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    tokenizer.add_special_tokens([*names.values()])
+    if roberta:
+        sides = [(name, tokenizer.token_to_id(name)) for name in ("</s>", "<s>")]
+        tokenizer.post_processor = processors.RobertaProcessing(*sides)
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("<pad>"), pad_token="<pad>")
+    return _wrapped(tokenizer, **names)
+
+
 def roberta() -> PreTrainedTokenizerFast:
     """As RoBERTa's: bytes, and a processor of its own around texts."""
     tokenizer = Tokenizer(models.BPE())
@@ -150,6 +165,8 @@ def unigram(around: bool = True) -> PreTrainedTokenizerFast:
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "wordpiece": wordpiece,
     "bytes": of_bytes,
+    "ending": ending,
+    "ending-around": lambda: ending(roberta=True),
     "roberta": roberta,
     "pieces": tokenizer_of_pieces,
     "unigram": unigram,
@@ -184,6 +201,7 @@ def smaller(name: str) -> tuple[PreTrainedTokenizerBase, Vocabulary]:
 def test_fewer_tokens_and_the_same_ids_for_what_needs_them(name: str) -> None:
     whole, (small, vocabulary) = tokenizer_of(name), smaller(name)
     assert len(small) == len(vocabulary) < len(whole)
+    assert (small.pad_token_id != whole.pad_token_id) == name.startswith("ending"), "ids change where they can"
     assert [small.convert_ids_to_tokens(new) for new in range(len(small))] == whole.convert_ids_to_tokens(
         list(vocabulary.kept)
     )
@@ -239,7 +257,7 @@ def test_a_text_whose_tokens_stay_is_tokenised_as_before(name: str, data: st.Dat
 
 def test_merges_lead_to_every_token_that_stays() -> None:
     """Each of them is what its own characters are merged to, as with all merges."""
-    for name in ("bytes", "roberta", "pieces"):
+    for name in ("bytes", "ending", "roberta", "pieces"):
         whole, small = tokenizer_of(name), smaller(name)[0]
         of_whole, of_small = (json.loads(each.backend_tokenizer.to_str())["model"] for each in (whole, small))
         assert {left + right for left, right in of_small["merges"]} <= of_small["vocab"].keys()
@@ -337,19 +355,19 @@ FAMILIES: dict[str, tuple[str, Any]] = {
     "roberta": ("roberta", ALL["roberta"]),
     "roberta-masked": ("roberta", maker("RobertaConfig", "RobertaForMaskedLM", SIZES)),
     "llama": ("bytes", ALL["llama-gqa"]),
-    "llama-tied": ("bytes", ALL["llama-tied"]),
-    "llama-classifier": ("bytes", ALL["llama-classifier"]),
+    "llama-tied": ("ending", ALL["llama-tied"]),
+    "llama-classifier": ("ending", ALL["llama-classifier"]),
     "llama-pieces": ("pieces", ALL["llama-gqa"]),
     "gemma3": ("pieces", ALL["gemma3"]),
-    "gpt2": ("bytes", ALL["gpt2"]),
+    "gpt2": ("ending", ALL["gpt2"]),
     "gpt_neox": ("bytes", ALL["gpt_neox"]),
     "opt": ("bytes", ALL["opt"]),
-    "modernbert": ("bytes", ALL["modernbert"]),
+    "modernbert": ("ending", ALL["modernbert"]),
     "xlm-roberta": ("unigram", ALL["xlm-roberta"]),
     "deberta-v2": ("unigram", ALL["deberta-v2"]),
     "t5": ("t5", ALL["t5"]),
     "t5-untied": ("t5", ALL["t5-untied"]),
-    "bart": ("roberta", ALL["bart"]),
+    "bart": ("ending-around", ALL["bart"]),
     "mbart": ("unigram", ALL["mbart"]),
 }
 """Tokenizer of a family, and its models."""
@@ -395,6 +413,9 @@ def test_what_stays_computes_what_it_did(name: str) -> None:
     assert model.config.vocab_size == len(vocabulary) == model.get_input_embeddings().num_embeddings
     tied = [each.get_output_embeddings() is not None and _tied(each) for each in (dense, model)]
     assert tied[0] == tied[1]
+    assert not [module for module in model.modules() if getattr(module, "vocab_size", 0) == dense.config.vocab_size]
+    ids = [(config.pad_token_id, config.eos_token_id) for config in (dense.config, model.config)]
+    assert [None if id is None else vocabulary.kept[id] for id in ids[1]] == list(ids[0])
     lost = count_parameters(dense).base - count_parameters(model).base
     assert lost == cut_parameters(model) > 0 and vocabulary_of(model) == vocabulary
 
@@ -455,7 +476,7 @@ def test_where_all_tokens_are_needed_nothing_goes() -> None:
 
 
 def test_rows_are_seen_and_not_looked_up() -> None:
-    places = rows_by_token(family("bart"), smaller("roberta")[1])
+    places = rows_by_token(family("bart"), smaller("ending-around")[1])
     assert places["final_logits_bias"] == 1 and places["lm_head.weight"] == 0
     places = rows_by_token(family("bert-masked"), smaller("wordpiece")[1])
     assert {name for name in places if name.endswith("bias")} == {
@@ -507,7 +528,7 @@ def test_saving_over_one_with_all_tokens(base: Path, tmp_path: Path) -> None:
     assert "is asked with a tokenizer of these" in (tmp_path / "light" / "README.md").read_text()
     light_over(type(family("llama-tied")).from_pretrained(base)).save_pretrained(tmp_path / "light")
     assert not (tmp_path / "light" / VOCABULARY_FILE).exists()
-    assert len(light_tokenizer(tmp_path / "light")) == len(tokenizer_of("bytes"))
+    assert len(light_tokenizer(tmp_path / "light")) == len(tokenizer_of("ending"))
 
 
 def test_peft_alone_refuses_it(base: Path, tmp_path: Path) -> None:
@@ -579,12 +600,12 @@ def test_at_full_width_it_is_over_the_base_with_all_tokens(base: Path, tmp_path:
     light, _ = light_over_fewer(base)
     light.save_pretrained(tmp_path / "light")
     wide = full_width(light)
-    assert wide.config.vocab_size == len(tokenizer_of("bytes")) + ROWS_TO_SPARE
+    assert wide.config.vocab_size == len(tokenizer_of("ending")) + ROWS_TO_SPARE
     assert (
-        vocabulary_of(wide.get_base_model()) is None and wide.config.pad_token_id == tokenizer_of("bytes").pad_token_id
+        vocabulary_of(wide.get_base_model()) is None and wide.config.pad_token_id == tokenizer_of("ending").pad_token_id
     )
     assert not [key for key in wide.state_dict() if "embed" in key and "lora" in key]
-    assert outputs(wide, tokenizer_of("bytes")).shape[-1] == wide.config.vocab_size
+    assert outputs(wide, tokenizer_of("ending")).shape[-1] == wide.config.vocab_size
 
 
 # -- live models -------------------------------------------------------------------------------------------------------
