@@ -184,6 +184,11 @@ def test_points_of_other_metrics_are_counted_on_the_answers() -> None:
     assert found > points_a_nat(answers(counts), task_of("accuracy"))
 
 
+def test_answers_that_are_all_the_same_are_worth_something() -> None:
+    found = points_a_nat(answers([[30, 0], [20, 0]]), task_of("matthews"))
+    assert found == pytest.approx(points_a_nat(answers([[30, 0], [20, 0]]), task_of("accuracy")))
+
+
 def test_which_answers_are_classes() -> None:
     assert answers_are_classes(task_of("accuracy")) and answers_are_classes(task_of("f1"))
     assert not answers_are_classes(task_of("multirc"))

@@ -28,6 +28,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
 from tiny import batch, make, with_lora
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
@@ -38,6 +39,7 @@ from transformers import (
     PreTrainedModel,
     Trainer,
 )
+from workbench import tokenizer_of_bytes
 
 from lightpeft.compat import argparse as of_argparse
 from lightpeft.compat import bitsandbytes as bnb
@@ -604,6 +606,21 @@ def test_torchao_weights_of_other_sorts() -> None:
     with needed_for("the line about torchao weights that cannot be cut"):
         assert not torchao.is_weight_only(quantised("Int8DynamicActivationInt8WeightConfig"))
         assert not torchao.is_weight_only(nn.Linear(2, 2).weight)
+
+
+# Tokenizers
+
+
+def test_a_tokenizer_around_another_backend() -> None:
+    with needed_for("tokenizers with fewer tokens"):
+        tokenizer = tokenizer_of_bytes(texts=["good movies"] * 3, chat_template="{{ messages }}")
+        backend = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "<bos>": 2, "<eos>": 3, "good": 4}, "<unk>"))
+        other = of_transformers.with_backend(tokenizer, backend)
+        assert type(other) is type(tokenizer) and len(other) == 5
+        assert other("good")["input_ids"] == [4] and other.pad_token_id == 0
+        assert other.chat_template == tokenizer.chat_template
+        other.pad_token = "<eos>"
+        assert tokenizer.pad_token == "<pad>", "nothing is shared"
 
 
 # The hub

@@ -107,8 +107,21 @@ def tokenizer_of_bytes(split: Any = None, texts: Sequence[str] = (), **options: 
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, **options)
 
 
+def tokenizer_of_word_pieces() -> PreTrainedTokenizerFast:
+    """A tokenizer as BERT's, of the words of the data and single characters, with the ids that words have elsewhere."""
+    words = [*NEUTRAL, *GOOD, *BAD]
+    characters = sorted({character for word in words for character in word})
+    pieces = [*SPECIAL, *words, *characters, *(f"##{character}" for character in characters)]
+    return _around(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"), "bert")
+
+
 def _tokenizer(vocabulary: Iterable[str], family: str) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    return _around(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"), family)
+
+
+def _around(model: Any, family: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of words separated by spaces, around a model of how these are cut."""
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     single, pair, special = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)]
     if family != "bert":

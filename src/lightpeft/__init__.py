@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
     from lightpeft.errors import LightPeftError
+    from lightpeft.models.vocabulary import cut_vocabulary
     from lightpeft.peft_kinds.bottleneck import BottleneckConfig
     from lightpeft.plans.planning import make_plan
     from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from lightpeft.runs.pipeline import run
     from lightpeft.saved.full_width import full_width
     from lightpeft.saved.gguf.exporting import save_gguf
-    from lightpeft.saved.light_adapter import LightModel, load_light
+    from lightpeft.saved.light_adapter import LightModel, light_tokenizer, load_light
     from lightpeft.saved.merging import load_merged, save_merged
     from lightpeft.training.acceleration import accelerated
 
@@ -37,8 +38,10 @@ _HOMES = {
     "RunConfig": "config",
     "accelerated": "training.acceleration",
     "apply_plan": "prune.surgery",
+    "cut_vocabulary": "models.vocabulary",
     "ensure_family": "prune.discovery",
     "full_width": "saved.full_width",
+    "light_tokenizer": "saved.light_adapter",
     "light_trainer": "recipe.trainer",
     "load_config": "config",
     "load_light": "saved.light_adapter",
@@ -64,8 +67,10 @@ __all__ = [
     "RunConfig",
     "accelerated",
     "apply_plan",
+    "cut_vocabulary",
     "ensure_family",
     "full_width",
+    "light_tokenizer",
     "light_trainer",
     "load_config",
     "load_light",

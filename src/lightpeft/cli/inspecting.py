@@ -11,7 +11,7 @@ from lightpeft.cli.tables import facts_table, metrics_table, plan_table
 from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.saved.forms import Found
+from lightpeft.saved.forms import Found, LightAdapter
 from lightpeft.saved.opening import find_folder
 from lightpeft.saved.run_folder import RunFolder, is_run, read_report
 
@@ -61,8 +61,14 @@ def _model(found: Found) -> list[Table]:
     instead = "give a light adapter, a merged light model, a plan.json or a run"
     require(description, f"{found.name} is a {found.kind}, which has no plan to show; {instead}")
     base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
-    facts = facts_table({**base, **description["metrics"]}, f"{found.kind} {found.name}")
+    facts = facts_table({**base, **_tokens(found), **description["metrics"]}, f"{found.kind} {found.name}")
     return [facts, plan_table(PrunePlan.from_dict(description["plan"]))]
+
+
+def _tokens(found: Found) -> dict[str, str]:
+    """How many tokens it has, where these are not all of its base."""
+    vocabulary = found.vocabulary if isinstance(found, LightAdapter) else None
+    return {} if vocabulary is None else {"tokens": f"{len(vocabulary):,} of {vocabulary.size:,}"}
 
 
 def _estimation(folder: Path) -> list[Table]:

@@ -1,15 +1,18 @@
-"""transformers: how it reads weights into a model, and what models and configurations know beside their settings."""
+"""transformers: how it reads weights into a model, and what models, configurations and tokenizers know beside their
+settings."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -135,6 +138,17 @@ def grow_static_cache(model: PreTrainedModel) -> None:
 
 def _no_common_shape() -> None:
     """Takes the place of transformers' own, whose None means this."""
+
+
+# Tokenizers
+
+
+def with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerBase:
+    """A copy of a fast tokenizer around another `tokenizers.Tokenizer`, with the same special tokens and settings."""
+    copied = copy.deepcopy(tokenizer, {id(tokenizer._tokenizer): backend})
+    copied.init_kwargs.pop("added_tokens_decoder", None)  # by the ids of the other one
+    copied.vocab_file = None  # which has the tokens of the other one
+    return copied
 
 
 # Chats

@@ -17,6 +17,7 @@ ModuleCriterion = Literal["ratio", "taylor", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
 RefitForm = Literal["none", "bias", "low_rank"]
 Keep = Literal["light", "full", "both"]
+Tokens = Literal["keep", "task"]
 
 WIDEST = 2**16
 """What ranks and widths may be: no model's hidden size is larger."""
@@ -203,6 +204,9 @@ class LightConfig(Budget):
     """Learning rate of a light run, as a multiple of `training.learning_rate`: a PEFT of few parameters takes more."""
     dropout: float | None = None
     """Dropout of the foundation model and its head in a light run; none: as the model has it. (PEFT keeps its own.)"""
+    vocabulary: Tokens = "keep"
+    """Tokens that the base has: all of them (keep), or those of the training rows and what lets every text still be
+    tokenised (task): before estimation, which scores what is left. `target` is of what is left."""
     keep: Keep = "light"
     """What a run leaves: the light model; what it has learned as a plain PEFT adapter over the whole base (full); or
     both, each measured."""
@@ -243,6 +247,8 @@ class LightConfig(Budget):
         require(0 <= self.full_width_steps < 1, last)
         alone = "full_width_steps train what keep: light would throw away; set keep to full or both, or leave them out"
         require(self.keep != "light" or not self.full_width_steps, alone)
+        whole = "keep: full and both are of the whole base, with all of its tokens; set vocabulary: keep or keep: light"
+        require(self.keep == "light" or self.vocabulary == "keep", whole)
         rate = f"full_width_rate is {self.full_width_rate:g}; it must be positive and finite"
         require(0 < self.full_width_rate < math.inf, rate)
         require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")

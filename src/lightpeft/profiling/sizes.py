@@ -13,6 +13,8 @@ from torch import nn
 
 from lightpeft.errors import require
 from lightpeft.models.linears import logical_numel
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.vocabulary import cut_parameters
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def parameter_report(model: nn.Module) -> dict[str, Any]:
     """Parameters that are there, that were trained, and what part of the base is gone: measured on the live model."""
     count = count_parameters(model)
     plan = getattr(model, "light_plan", None)
-    dense = count.base if plan is None else plan.base_parameters
+    dense = (count.base if plan is None else plan.base_parameters) + cut_parameters(transformers_model(model))
     sizes = {
         "base_dense": dense,
         "base": count.base,

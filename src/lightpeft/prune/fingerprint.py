@@ -13,17 +13,20 @@ from transformers import PreTrainedModel
 
 from lightpeft.models.linears import stored_weight
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
+from lightpeft.models.vocabulary import Vocabulary
 from lightpeft.plans.structure import BlockSpec
 
 
-def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec]) -> str:
+def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec], vocabulary: Vocabulary | None = None) -> str:
     """A hash of the base: names, shapes and a sample of every prunable weight and of the input embeddings.
+
+    With a vocabulary it is that of the base with these tokens alone, whether it has others still or not.
 
     Values are sampled at fixed strides and rounded to bfloat16, so a base loaded in float32 and in bfloat16 agree,
     and a large model takes milliseconds. Of quantised weights the integers count, so a base in 4 bits is another one.
     """
     names = [name for block in blocks for name in block.projections.values()]
-    return digest_of(model, ((name, sample(stored_weight(base_linear(model, name)))) for name in names))
+    return digest_of(model, ((name, sample(stored_weight(base_linear(model, name)))) for name in names), vocabulary)
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,12 @@ def sample(weight: Tensor) -> Sample:
     return Sample(weight.shape, values.clone())
 
 
-def digest_of(model: nn.Module, projections: Iterable[tuple[str, Sample]]) -> str:
+def digest_of(model: nn.Module, projections: Iterable[tuple[str, Sample]], vocabulary: Vocabulary | None = None) -> str:
     """The fingerprint of a base whose prunable weights were sampled before; its input embeddings are sampled here."""
     digest = hashlib.sha256()
     embeddings = _input_embeddings(transformers_model(model)).detach()
+    if vocabulary is not None:
+        embeddings = vocabulary.rows(embeddings)
     for name, taken in itertools.chain(projections, [("input_embeddings", sample(embeddings))]):
         digest.update(f"{name} {tuple(taken.shape)}".encode())
         digest.update(taken.values.view(torch.uint8).numpy().tobytes())

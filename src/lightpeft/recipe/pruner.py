@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lightpeft.config import Budget, LightConfig, preset_light
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.vocabulary import vocabulary_of
 from lightpeft.peft_kinds.kinds import kind_of
 from lightpeft.peft_kinds.sites import check_peft, find_sites, own_adapter, restart_sites
 from lightpeft.plans.planning import make_plan
@@ -57,8 +60,8 @@ class EarlyPruner:
             estimator: makes what estimates.
 
         Raises:
-            LightPeftError: an unsupported model family, PEFT type, or quantisation, an unknown preset, or a budget that
-                a quantised layer or the model's depth cannot have.
+            LightPeftError: an unsupported model family, PEFT type, or quantisation, an unknown preset, a budget that a
+                quantised layer or the model's depth cannot have, or a vocabulary that should have been cut before.
         """
         self.model = model
         ensure_family(model)
@@ -66,6 +69,7 @@ class EarlyPruner:
         check_peft(model)
         self.config = light_settings(light, model.peft_config[own_adapter(model)])
         check_budget(model, self.config)
+        _check_vocabulary(model, self.config)
         leave_modules(model, self.config)
         self.estimator = estimator(model, self.config)
 
@@ -131,6 +135,18 @@ class EarlyPruner:
         plan = plan or self.plan()
         self.estimator.stop()
         return cut(self.model, plan, self.config, calibration)
+
+
+def _check_vocabulary(model: PeftModel, config: LightConfig) -> None:
+    """Refuse to cut a vocabulary here, where no text is; of one that is cut, let PEFT save no embeddings."""
+    cut_before = vocabulary_of(transformers_model(model)) is not None
+    require(
+        cut_before or config.vocabulary == "keep",
+        "vocabulary: task needs the task's texts before PEFT is on the model: tokenizer = cut_vocabulary(model, "
+        "tokenizer, encoded rows) does it; lightpeft run does it by itself",
+    )
+    if cut_before:  # PEFT takes embeddings of other sizes than the base's for trained
+        model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
 
 
 def light_settings(light: str | LightConfig, peft: PeftConfig | None) -> LightConfig:

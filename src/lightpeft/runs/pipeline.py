@@ -23,6 +23,8 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.milestones import Watcher, notices
 from lightpeft.evaluation.scores import Scores, scores_of
 from lightpeft.files import write_json
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.vocabulary import cut_parameters
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import folder_bytes, hardware
@@ -333,6 +335,7 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
         "intervals": scores.intervals,
         "main_metric": work.task.main_metric,
         "parameters": parameter_report(model),
+        **_vocabulary_report(work, model),
         "seconds": run.stage_seconds(),
         "training": dict(_training_costs(run)),
         **({"budget": found_budget(run)} if run.has("budget") else {}),
@@ -341,6 +344,15 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
         "hardware": hardware(),
         "config": asdict(config),
     }
+
+
+def _vocabulary_report(work: Workspace, model: Model) -> dict[str, Any]:
+    """Where a run keeps some tokens alone: how many, what went with the others, and how the test rows fare."""
+    if work.vocabulary is None or work.coverage is None:
+        return {}
+    counts = {"tokens": len(work.vocabulary), "of": work.vocabulary.size}
+    lost = {"removed_parameters": cut_parameters(transformers_model(model))}
+    return {"vocabulary": {**counts, **lost, "coverage": asdict(work.coverage)}}
 
 
 def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lightpeft.config import RunConfig, TrainingConfig
 from lightpeft.console.bars import showing, silent
@@ -17,6 +17,7 @@ from lightpeft.evaluation.respondent import BatchedModel
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer
+from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, cut_tokenizer, kept_tokens
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.prune.length import fitted
 from lightpeft.prune.refit import calibration_batches
@@ -25,14 +26,17 @@ from lightpeft.saved.opening import open_base
 from lightpeft.saved.run_folder import RunFolder
 from lightpeft.tasks import (
     Collator,
+    Coverage,
     Task,
     check_max_length,
     check_tokens,
     check_vocabulary,
+    coverage,
     ensure_pad_token,
     load_task,
     padding_within,
     share_at_limit,
+    task_tokens,
 )
 from lightpeft.training.arguments import check_given
 from lightpeft.training.prefix import PrefixCache
@@ -57,6 +61,10 @@ class Workspace:
     """Tokens that the model's position table has room for; None: any number."""
     config: RunConfig
     """The run's settings, with numbers for what is auto in `training`."""
+    vocabulary: Vocabulary | None = None
+    """Tokens that the base has alone, and `tokenizer` knows; None: all."""
+    coverage: Coverage | None = None
+    """How the test rows fare with these."""
 
     @property
     def collator(self) -> Collator:
@@ -93,8 +101,11 @@ class Workspace:
         return PrefixCache(training.prefix_cache, training.prefix_dtype, int(training.prefix_limit * 2**30))
 
     def dense_model(self) -> LoadedModel:
-        """The untouched foundation model with the task's head, on the device that training uses."""
-        return open_base(self.config.model, Wanted.of(self.task), self.tokenizer)
+        """The untouched foundation model with the task's head, on the device that training uses.
+
+        Where the run keeps the tokens of its task alone, it has no others.
+        """
+        return open_base(self.config.model, Wanted.of(self.task), self.tokenizer, self.vocabulary)
 
     def calibration(self) -> Iterator[dict[str, Tensor]]:
         """Batches of some training rows, for `light.refit`."""
@@ -126,6 +137,11 @@ class Workspace:
         share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
         if share >= NOTABLE_CUTS:
             self.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
+        if self.vocabulary is not None and self.coverage is not None:
+            tokens = f"{len(self.vocabulary):,} of {self.vocabulary.size:,} tokens stay (light.vocabulary: task)"
+            more = f"{self.coverage.after / self.coverage.before - 1:+.1%} tokens a row"
+            as_before = f"{self.coverage.identical:.0%} are tokenised as before"
+            self.run.announce(stage, f"{tokens}; the test rows take {more}, and {as_before}")
         if autocast_dtype(training) is torch.bfloat16 and not has_bf16():
             slow = "training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
             self.run.announce(stage, slow)
@@ -151,6 +167,9 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     check_max_length(config.data.max_length, positions, tokenizer)
     check_vocabulary(tokenizer, model_config)
     ensure_pad_token(tokenizer, model_config)
+    vocabulary, whole = _vocabulary(config, task, tokenizer, model_config), tokenizer
+    if vocabulary is not None:
+        tokenizer, model_config = cut_tokenizer(tokenizer, vocabulary), cut_config(model_config, vocabulary)
     train_rows = task.encode(task.train, tokenizer)
     test_rows = task.encode_test(task.test, tokenizer)
     more = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in task.more_tests.items()}
@@ -159,8 +178,22 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
     training: TrainingConfig = settled(config.training, len(train_rows), width, processes().num_processes)
-    work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, replace(config, training=training))
+    config = replace(config, training=training)
+    work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, config, vocabulary)
+    if vocabulary is not None:
+        with showing(silent):
+            work.coverage = coverage(task.encode_test(task.test, whole), test_rows, vocabulary.kept)
     if config.way.prunes and (overwrite or not run.has("estimate")):
         # whether estimation leaves steps to train with, and sees enough
         fitted(config.light, work.pace, work.steps, work.last_steps)
     return work
+
+
+def _vocabulary(
+    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
+) -> Vocabulary | None:
+    """The tokens that the run keeps; None: all."""
+    if not config.way.prunes or config.light.vocabulary == "keep":
+        return None
+    needed = task_tokens(task, tokenizer) | config_tokens(model_config)
+    return Vocabulary(kept_tokens(tokenizer, needed), model_config.get_text_config().vocab_size)

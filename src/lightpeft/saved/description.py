@@ -18,6 +18,7 @@ from lightpeft.files import understandable
 from lightpeft.models.families import family_of
 from lightpeft.models.loading import CUTTABLE, quantisation_method
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import versions
 
@@ -131,7 +132,7 @@ def facts_of(model: Described) -> dict[str, Any]:
             "architecture": type(inner).__name__,
             "dtype": str(inner.dtype).removeprefix("torch."),
             "fingerprint": model.light_plan.fingerprint,
-            "config": _head_settings(config),
+            "config": _head_settings(config, vocabulary_of(inner)),
             "gguf_file": getattr(inner, "light_gguf_file", None),
             "quantisation": _quantisation(config),
         },
@@ -143,9 +144,11 @@ def facts_of(model: Described) -> dict[str, Any]:
     }
 
 
-def _head_settings(config: PretrainedConfig) -> dict[str, Any]:
-    """Config values that the task set and the base's own config does not have."""
+def _head_settings(config: PretrainedConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
+    """Config values that the task set and the base's own config does not have; ids are the base's."""
     settings = {"pad_token_id": config.pad_token_id} if hasattr(config, "pad_token_id") else {}
+    if vocabulary is not None and settings.get("pad_token_id") in range(len(vocabulary)):
+        settings["pad_token_id"] = vocabulary.kept[settings["pad_token_id"]]
     if any("Classification" in name for name in getattr(config, "architectures", None) or ()) or config.id2label:
         settings["id2label"] = {str(index): label for index, label in config.id2label.items()}
     return settings
@@ -185,7 +188,8 @@ def model_card(model: Described, title: str, what: str, use: str, library: str =
         use: how it is used, indented as code.
         library: that the hub is to say reads it.
     """
-    base = transformers_model(cast(nn.Module, model)).config.name_or_path or "the base"
+    inner = transformers_model(cast(nn.Module, model))
+    base = inner.config.name_or_path or "the base"
     # a local path is of no use to a reader elsewhere, and not a valid hub id
     front = "" if Path(base).exists() else f"base_model: {base}\n"
     metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"
@@ -201,7 +205,7 @@ library_name: {library}
 
 {use}
 
-{model.light_plan.summary()}.
+{_tokens(vocabulary_of(inner))}{model.light_plan.summary()}.
 
 ## Metrics
 
@@ -213,3 +217,11 @@ library_name: {library}
 {model.light_plan}
 ```
 """
+
+
+def _tokens(vocabulary: Vocabulary | None) -> str:
+    """How a card says which tokens a model has; nothing where it has all."""
+    if vocabulary is None:
+        return ""
+    kept = f"It has {len(vocabulary):,} of the {vocabulary.size:,} tokens of its base"
+    return f"{kept}, and is asked with a tokenizer of these, not with the base's.\n\n"

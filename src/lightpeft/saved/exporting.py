@@ -75,7 +75,9 @@ class FullWidth(Export):
             copy_full_width(RunFolder.at(adapter.folder.parent).full, folder, overwrite=overwrite)
         else:
             save_full_width(adapter.folder, adapter.model, folder, overwrite=overwrite)
-        return "PEFT"
+        if adapter.vocabulary is None:
+            return "PEFT"
+        return f"PEFT, with all {adapter.vocabulary.size:,} tokens of the base and the base's own tokenizer,"
 
 
 class Gguf(Export):

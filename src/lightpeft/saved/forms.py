@@ -22,12 +22,14 @@ from lightpeft.machine import accelerator, autocast_dtype
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import TaskHead
+from lightpeft.models.vocabulary import Vocabulary, cut_config
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saved.description import base_facts
-from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description
+from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description, vocabulary_in
 from lightpeft.saved.merging import MERGED, load_merged, read_merged
 from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.results import Model
+from lightpeft.saved.tokens import tokenizer_over
 from lightpeft.tasks import Task, ensure_pad_token, padding_within, restore_task
 
 M = TypeVar("M", bound=nn.Module)
@@ -217,6 +219,9 @@ class _Adapter(Found):
     @cached_property
     def config(self) -> PretrainedConfig:
         """Of the base."""
+        return self._base_config()
+
+    def _base_config(self) -> PretrainedConfig:
         try:
             return load_model_config(self.model)
         except LightPeftError as error:
@@ -239,6 +244,20 @@ class LightAdapter(_Adapter):
         model = _base(place, base or saved.id, {**as_saved, **settings})
         facts = said_of_task(description, place / DESCRIPTION)
         return cls(name=str(place), model=model, description=description, facts=facts, folder=place)
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Of the base, with the tokens that the adapter keeps."""
+        return self._base_config() if self.vocabulary is None else cut_config(self._base_config(), self.vocabulary)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """Which tokens of the base it has; None: all."""
+        return vocabulary_in(self.folder, self.description)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's, or of that the tokens that the adapter keeps."""
+        return super().tokenizer() if self.vocabulary is None else tokenizer_over(self.model, self.vocabulary)
 
     @property
     def plan(self) -> PrunePlan:

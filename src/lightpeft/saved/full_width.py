@@ -27,6 +27,8 @@ from lightpeft.files import check_sealed, check_vacant, read_tensors, replacing_
 from lightpeft.files.foreign import parsing
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.loading import load_model_config
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
 from lightpeft.peft_kinds.sites import Site, find_sites, own_adapter, simplify_config, widens_alone
 from lightpeft.plans.layout import cut_dim, kept_channels, width
 from lightpeft.plans.records import PrunePlan
@@ -39,6 +41,7 @@ from lightpeft.saved.light_adapter import (
     check_brought,
     check_structure,
     read_description,
+    vocabulary_in,
 )
 from lightpeft.saved.peft_adapter import ADAPTER_CONFIG, WEIGHTS, read_adapter
 
@@ -47,7 +50,7 @@ _PREFIX = "base_model.model."
 
 
 def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_trainable: bool = False) -> PeftModel:
-    """What a light model has learned, as a plain `PeftModel` over its dense base.
+    """What a light model has learned, as a plain `PeftModel` over its dense base, with all of its tokens.
 
     A refit of the light model stays behind: it stands for the units that are back.
 
@@ -62,9 +65,12 @@ def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_tra
     """
     saved = from_dict(BaseFacts, facts_of(light)["base"], "base.")
     name = own_adapter(light)
-    config, tensors = light.peft_config[name], get_peft_model_state_dict(light, adapter_name=name)
+    vocabulary = vocabulary_of(transformers_model(light))
+    embeddings = "auto" if vocabulary is None else False  # for which PEFT takes rows that are fewer
+    config = light.peft_config[name]
+    tensors = get_peft_model_state_dict(light, adapter_name=name, save_embedding_layers=embeddings)
     dense, lacking = load_base(saved, saved.place()) if base is None else (base, [])
-    check_base(dense, saved, light.light_plan, "this light model")
+    check_base(dense, saved, light.light_plan, "this light model", vocabulary=vocabulary)
     check_brought(lacking, config, "this light model")
     return _filled(dense, light.light_plan, config, {n: t.cpu() for n, t in tensors.items()}, is_trainable)
 
@@ -80,7 +86,7 @@ def load_full_width(light: str | Path, base: PreTrainedModel, *, is_trainable: b
         LightPeftError: a file is missing or altered, or the base is another one.
     """
     adapter = _Saved.read(Path(light))
-    check_base(base, adapter.base, adapter.plan, str(light))
+    check_base(base, adapter.base, adapter.plan, str(light), vocabulary=adapter.vocabulary)
     return _filled(base, adapter.plan, adapter.config, read_tensors(Path(light) / WEIGHTS), is_trainable)
 
 
@@ -107,7 +113,7 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
         check_structure(dense, adapter.base, adapter.plan, str(light))
     else:
         dense = load_base(adapter.base, base)[0]
-        check_base(dense, adapter.base, adapter.plan, str(light))
+        check_base(dense, adapter.base, adapter.plan, str(light), vocabulary=adapter.vocabulary)
     model, wide = _widen(dense, adapter.plan, adapter.config, read_tensors(light / WEIGHTS))
     (plain,) = model.peft_config.values()
     plain.inference_mode = True
@@ -140,13 +146,15 @@ class _Saved:
     plan: PrunePlan
     base: BaseFacts
     config: PeftConfig
+    vocabulary: Vocabulary | None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         description = read_description(folder)
         with understandable(folder / DESCRIPTION):
             plan = PrunePlan.from_dict(description["plan"])
-        return cls(plan, base_facts(description, folder / DESCRIPTION), read_adapter(folder, explicit=True))
+        facts, config = base_facts(description, folder / DESCRIPTION), read_adapter(folder, explicit=True)
+        return cls(plan, facts, config, vocabulary_in(folder, description))
 
 
 def _skeleton(saved: BaseFacts, base: ModelConfig) -> PreTrainedModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.errors import require
 from lightpeft.files import (
@@ -28,6 +28,8 @@ from lightpeft.files import (
 from lightpeft.files.foreign import check_folder
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.vocabulary import Vocabulary, check_whole, cut_model, vocabulary_of
 from lightpeft.peft_kinds.sites import hide_config, own_adapter
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec
@@ -40,10 +42,11 @@ from lightpeft.saved.description import BaseFacts, base_facts, check_parts, fact
 from lightpeft.saved.merging import settle
 from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.streaming import Stream
+from lightpeft.saved.tokens import VOCABULARY_FILE, read_vocabulary, tokenizer_over, write_vocabulary
 
 DESCRIPTION = "lightpeft.json"
 _REFIT_FILE = "refit.safetensors"
-_FILES = ("adapter_config.json", "adapter_model.safetensors", _REFIT_FILE)
+_FILES = ("adapter_config.json", "adapter_model.safetensors", _REFIT_FILE, VOCABULARY_FILE)
 """What is in the folder besides the description, as far as it is there."""
 
 
@@ -62,8 +65,9 @@ class LightModel(PeftModel):
     def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:
         """Write a light adapter: PEFT's own two files, `lightpeft.json`, a model card and, after a refit, that.
 
-        Where anything of the base is cut, PEFT's own loader refuses the folder (`sites.hide_config`). The reference of
-        one of TRL's trainers, beside the adapter, is not written.
+        Of a model with fewer tokens, also which these are; no embeddings. Where anything of the base is cut, PEFT's own
+        loader refuses the folder (`sites.hide_config`). The reference of one of TRL's trainers, beside the adapter, is
+        not written.
 
         Raises:
             LightPeftError: there are other adapters, or the folder cannot be written (for example: disk full); no file
@@ -76,17 +80,23 @@ class LightModel(PeftModel):
         require(list(selected) == [name], several)
         if not is_main_process:
             return
+        vocabulary = vocabulary_of(transformers_model(self))
+        if vocabulary is not None:
+            kwargs["save_embedding_layers"] = False  # PEFT takes them for trained, as there are fewer than in the base
         with replacing_folder(save_directory) as temporary:
             super().save_pretrained(str(temporary), selected_adapters=[name], **kwargs)
             _move_up(temporary / name)
-            if self.light_plan.removed_parameters or self.light_refit:
+            if self.light_plan.removed_parameters or self.light_refit or vocabulary is not None:
                 hide_config(temporary)
             if self.light_refit:
                 save_file(refit_tensors(self.light_refit), temporary / _REFIT_FILE)
+            if vocabulary is not None:
+                write_vocabulary(vocabulary, temporary)
             (temporary / "README.md").write_text(model_card(self, *_CARD), encoding="utf-8")
             write_json(temporary / DESCRIPTION, _description(self, temporary))
-        if not self.light_refit:
-            (Path(save_directory) / _REFIT_FILE).unlink(missing_ok=True)  # of what was saved here before
+        for name, there in ((_REFIT_FILE, self.light_refit), (VOCABULARY_FILE, vocabulary)):
+            if not there:
+                (Path(save_directory) / name).unlink(missing_ok=True)  # of what was saved here before
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """PEFT's `load_adapter`, of weights for the units that are here, as in a trainer's checkpoint of this model.
@@ -149,6 +159,7 @@ def as_light(
     if not issubclass(kind, LightModel):
         # the model keeps its own class (for sequence classification, causal LM, ...) with `save_pretrained` before it
         model.__class__ = type(f"Light{kind.__name__}", (LightModel, kind), {})
+    vars(model).pop("save_pretrained", None)  # that of a dense model with fewer tokens
     light = cast(LightModel, model)
     light.light_plan = plan
     light.light_refit = dict(refit or {})
@@ -195,15 +206,18 @@ def load_light(
         metrics, task = (dict(description[name]) for name in ("metrics", "task"))
     saved = base_facts(description, folder / DESCRIPTION)
     config = read_adapter(folder, explicit=True)
+    vocabulary = vocabulary_in(folder, description)
     live = cast(PreTrainedModel, base) if isinstance(base, nn.Module) else None
-    stream = _stream(live, saved, plan, folder, device) if low_memory else None
+    stream = _stream(live, saved, plan, folder, device, vocabulary) if low_memory else None
     if live is None:
         place = replace(saved.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
         dense, lacking = load_base(saved, place, dtype=dtype, attention=attention, stream=stream)
     else:
         dense, lacking = live, []
-    check_base(dense, saved, plan, str(folder), stream)
+    check_base(dense, saved, plan, str(folder), stream, vocabulary)
     check_brought(lacking, config, str(folder))
+    if vocabulary is not None:
+        cut_model(dense, vocabulary)
     prepare_quantised(dense)
     _check_tensors(dense, plan, config, folder)
     apply_plan(dense, plan)
@@ -215,6 +229,29 @@ def load_light(
     if not is_trainable:
         model.eval()
     return as_light(model if device is None else model.to(device), plan, metrics, task, refit)
+
+
+def light_tokenizer(
+    folder: str | Path, base: str | Path | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that a light adapter is asked with: its base's, or of that the tokens that the adapter keeps.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        base: name or folder of the base; None: the base that the adapter names.
+        trust_remote_code: run Python code that comes with the base, if it needs any.
+
+    Raises:
+        LightPeftError: a file is missing or altered, or the base is not there or another one.
+    """
+    description, path = read_description(folder), Path(folder)
+    place = base_facts(description, path / DESCRIPTION).place(base)
+    return tokenizer_over(replace(place, trust_remote_code=trust_remote_code), vocabulary_in(path, description))
+
+
+def vocabulary_in(folder: Path, description: Mapping[str, Any]) -> Vocabulary | None:
+    """Which tokens of its base a light adapter has, whose description was read; None: all."""
+    return read_vocabulary(folder) if VOCABULARY_FILE in description["checksums"] else None
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
@@ -259,6 +296,7 @@ def _stream(
     plan: PrunePlan,
     folder: Path,
     device: str | torch.device | None,
+    vocabulary: Vocabulary | None,
 ) -> Stream:
     """What reads the base one tensor at a time; refuses at once what cannot be read so."""
     require(
@@ -266,19 +304,35 @@ def _stream(
     )
     kind = "quantised" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
     require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
-    return Stream(plan, lambda model: check_structure(model, saved, plan, str(folder)), device)
+
+    def check(model: PreTrainedModel) -> None:
+        check_structure(model, saved, plan, str(folder))
+        if vocabulary is not None:
+            check_whole(model, vocabulary)
+
+    return Stream(plan, check, device, vocabulary)
 
 
 def check_base(
-    dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, what: str, stream: Stream | None = None
+    dense: PreTrainedModel,
+    saved: BaseFacts,
+    plan: PrunePlan,
+    what: str,
+    stream: Stream | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> None:
     """Refuse a base other than the one that a plan was made for, before anything is done to it.
 
     Args:
         what: belongs to the base, for the error line.
+        vocabulary: the tokens that the plan's base has alone, of which the one given may still have others; None: all.
     """
     blocks = check_structure(dense, saved, plan, what)
-    found = fingerprint(dense, blocks) if stream is None else stream.fingerprint(dense, blocks)
+    there = vocabulary_of(dense)
+    require(there in (None, vocabulary), f"the base given for {what} has lost other tokens before; give it as it was")
+    if vocabulary is not None and there is None:
+        check_whole(dense, vocabulary)
+    found = fingerprint(dense, blocks, vocabulary) if stream is None else stream.fingerprint(dense, blocks)
     require(found == plan.fingerprint, _another_base(what))
 
 

@@ -13,6 +13,7 @@ from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_sealed, read_json
 from lightpeft.models.loading import LoadedModel, load_model
+from lightpeft.models.vocabulary import Vocabulary, cut_model
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.saved.forms import (
     Found,
@@ -120,17 +121,22 @@ def open_result(run: RunFolder, task: Task, base: PreTrainedModel | None = None)
     return find_result(run).open(Wanted.of(task), base)
 
 
-def open_base(model: ModelConfig, wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+def open_base(
+    model: ModelConfig, wanted: Wanted, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None
+) -> LoadedModel:
     """An untouched foundation model that is to be trained, with the head that is wanted, on the device at hand.
 
     Args:
         tokenizer: its tokenizer, which the model learns from what it is to pad with.
+        vocabulary: the tokens that it is to have alone, which are also the tokenizer's; None: all.
 
     Raises:
         LightPeftError: it cannot be loaded, or cannot be pruned.
     """
     loaded = load_model(model, wanted.head, wanted.labels)
     ensure_family(loaded.model)
+    if vocabulary is not None:
+        cut_model(loaded.model, vocabulary)
     ensure_pad_token(tokenizer, loaded.model.config)
     to_device(loaded.model)
     return loaded

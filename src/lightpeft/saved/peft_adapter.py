@@ -135,6 +135,7 @@ def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Sh
     config = copy.deepcopy(config)
     config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
     config.inference_mode = True
+    skeleton.name_or_path = ""  # PEFT would compare it, and take fewer tokens than there for trained embeddings
     seconds = _SECONDS * (1 + sum(1 for _ in skeleton.modules()) / 1000)
     with (
         limited(f"{folder}: finding the modules of the adapter", seconds),

@@ -21,6 +21,7 @@ from lightpeft.compat.torch import set_unseen, with_own_parameters
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
 from lightpeft.models.linears import slice_linear, stored_weight
+from lightpeft.models.vocabulary import Vocabulary, rows_by_token
 from lightpeft.plans.layout import cut_dim, kept_channels
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
@@ -38,17 +39,24 @@ class Stream:
     """
 
     def __init__(
-        self, plan: PrunePlan, check: Callable[[PreTrainedModel], object], device: str | torch.device | None = None
+        self,
+        plan: PrunePlan,
+        check: Callable[[PreTrainedModel], object],
+        device: str | torch.device | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """
         Args:
             plan: what stays.
             check: called with the model on the meta device before any weight is read; raises to refuse it.
             device: where kept parts of projections go; None: they stay in host memory.
+            vocabulary: tokens whose rows alone stay of embeddings and heads; None: all.
         """
         self._plan = plan
         self._check = check
         self._device = device
+        self._vocabulary = vocabulary
+        self._rows: dict[tuple[nn.Module, str], int] = {}
         self._places: dict[nn.Module, _Place] = {}
         self._samples: dict[str, Sample] = {}
 
@@ -64,6 +72,7 @@ class Stream:
             _check_files(checkpoint)
             self._check(model)
             self._places = dict(_places(model, self._plan))
+            self._rows = {} if self._vocabulary is None else dict(_rows(model, self._vocabulary))
             hook = register_module_parameter_registration_hook(self._receive)
             try:
                 with one_at_a_time():
@@ -83,7 +92,7 @@ class Stream:
         """
         self._check_complete()
         names = (name for block in blocks for name in block.projections.values())
-        return digest_of(model, ((name, self._samples[name]) for name in names))
+        return digest_of(model, ((name, self._samples[name]) for name in names), self._vocabulary)
 
     def fill(self, model: PreTrainedModel) -> None:
         """Give the projections of the model, now cut by `apply_plan`, their weights; nothing is held here any more.
@@ -97,14 +106,19 @@ class Stream:
             if layer is not None and place.index is not None:  # those of a dropped attention are gone
                 for name, parameter in place.layer.named_parameters(recurse=False):
                     setattr(layer, name, parameter)
-        self._places = {}
+        self._places, self._rows = {}, {}
         empty = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
         require(not empty, f"low_memory left {', '.join(empty[:3])} without weights; {_INSTEAD}")
 
     def _receive(self, module: nn.Module, name: str, parameter: Any) -> Any:
         """Called when a parameter is set in any module; returns what is set instead, or None."""
+        if parameter is None or parameter.is_meta:
+            return None
+        if self._vocabulary is not None and (module, name) in self._rows:
+            kept = self._vocabulary.rows(parameter.detach(), self._rows[module, name])
+            return _read(nn.Parameter(kept, requires_grad=parameter.requires_grad))
         place = self._places.get(module)
-        if place is None or parameter.is_meta:
+        if place is None:
             return None
         set_unseen(place.layer, name, parameter)
         if name == "weight":
@@ -114,9 +128,7 @@ class Stream:
         if not any(other.is_meta for other in place.layer.parameters(recurse=False)):
             slice_linear(place.layer, place.index, place.dim)
             place.layer.to(self._device)
-        waiting = module.get_parameter(name)
-        mark_read(waiting)
-        return waiting
+        return _read(module.get_parameter(name))
 
     def _check_complete(self) -> None:
         names = [name for spec in self._plan.specs for name in spec.projections.values()]
@@ -124,6 +136,12 @@ class Stream:
         empty = {name for name, layer in cut.items() if any(p.is_meta for p in layer.parameters(recurse=False))}
         lacking = [name for name in names if name not in self._samples or name in empty]
         require(not lacking, f"the base has no weights of {', '.join(lacking[:1])} to read one by one; {_INSTEAD}")
+
+
+def _read(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, for transformers to take as one that has its weights."""
+    mark_read(parameter)
+    return parameter
 
 
 @dataclass(frozen=True)
@@ -144,6 +162,13 @@ def _places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module
         for slot, name in spec.projections.items():
             layer = model.get_submodule(name)
             yield layer, _Place(name, _kept(spec, kept, slot), cut_dim(slot), with_own_parameters(layer))
+
+
+def _rows(model: PreTrainedModel, vocabulary: Vocabulary) -> Iterator[tuple[tuple[nn.Module, str], int]]:
+    """What has one entry a token: its module, its name there, and the dimension that has them."""
+    for name, dim in rows_by_token(model, vocabulary).items():
+        owner, _, leaf = name.rpartition(".")
+        yield (model.get_submodule(owner), leaf), dim
 
 
 def _kept(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:

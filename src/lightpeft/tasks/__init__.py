@@ -30,6 +30,7 @@ from lightpeft.tasks.tokens import (
     padding_within,
     share_at_limit,
 )
+from lightpeft.tasks.vocabulary import Coverage, coverage, task_tokens
 from lightpeft.tasks.worth import answers_are_classes, points_a_nat
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "ClassificationTask",
     "Collator",
     "Columns",
+    "Coverage",
     "GenerationTask",
     "LikelihoodTask",
     "Metric",
@@ -58,6 +60,7 @@ __all__ = [
     "check_tokens",
     "check_vocabulary",
     "convert",
+    "coverage",
     "doubt_of_tokens",
     "encode_texts",
     "ensure_pad_token",
@@ -73,4 +76,5 @@ __all__ = [
     "share_at_limit",
     "task_class",
     "task_facts",
+    "task_tokens",
 ]

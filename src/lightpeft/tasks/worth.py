@@ -31,6 +31,8 @@ def answers_are_classes(task: Task) -> bool:
 def points_a_nat(answers: Answers, task: Task) -> float:
     """By how many hundredths of the main metric a model gets worse when its loss rises by a nat, for small rises.
 
+    At least as many as of accuracy.
+
     Args:
         answers: of the model, to rows whose classes are known.
         task: one whose `answers_are_classes`.
@@ -46,7 +48,9 @@ def points_a_nat(answers: Answers, task: Task) -> float:
     more = _MORE * total
     worse = np.diag(np.diag(counts)) * (1 - more / right) + errors / errors.sum() * (total - right + more)
     nats = _MORE * max(_LEAST_NATS, math.log((1 - error) * (classes - 1) / error) if error < 1 else 0.0)
-    return 100 * (_main(counts, task) - _main(worse, task)) / nats
+    # a metric that is 0 for answers that are all the same still has much to lose
+    lost = max(_MORE, _main(counts, task) - _main(worse, task))
+    return 100 * lost / nats
 
 
 def _main(counts: np.ndarray, task: Task) -> float:
