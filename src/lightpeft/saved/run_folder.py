@@ -49,6 +49,7 @@ _RESULTS = (
     "estimation",
     "checkpoints",
     "log.jsonl",
+    "report.html",
 )
 """All that a run leaves in its folder beside its config; later results first."""
 
@@ -320,7 +321,7 @@ def _remove(path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Milestones:
+class Milestones:
     """What a run was worth on its way."""
 
     examples: int
@@ -328,7 +329,7 @@ class _Milestones:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Quality:
+class Quality:
     """How good a model is."""
 
     metrics: dict[str, float]
@@ -336,18 +337,32 @@ class _Quality:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Report:
+class Report:
     """What people and tables read of a metrics.json."""
 
     method: str
     metrics: dict[str, float]
     parameters: dict[str, int | float]
     intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
+    main_metric: str = ""
+    """Which of `metrics` the task is about; older runs have not said so."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    full_width: _Quality | None = None
-    milestones: _Milestones = _Milestones(examples=0, metrics={})
+    adapter_bytes: int | None = None
+    full_width: Quality | None = None
+    milestones: Milestones = Milestones(examples=0, metrics={})
     warnings: list[str] = dataclasses.field(default_factory=list)
+    hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, report: dict[str, Any]) -> Report:
+        """That of the content of a metrics.json, in which there may be more.
+
+        Raises:
+            LightPeftError: something is missing or of another type.
+        """
+        names = [each.name for each in dataclasses.fields(cls) if each.name in report]
+        return from_dict(cls, {name: report[name] for name in names})
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -358,8 +373,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     report = read_json(path)
     with understandable(path):
-        names = [each.name for each in dataclasses.fields(_Report) if each.name in report]
-        from_dict(_Report, {name: report[name] for name in names})
+        Report.of(report)
     return report
 
 

@@ -1,0 +1,340 @@
+"""What the folder of a run tells, however far the run has come: plain data, read and checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightpeft.config import RunConfig
+from lightpeft.config.validation import from_dict
+from lightpeft.errors import require
+from lightpeft.evaluation.statistics import Interval
+from lightpeft.files import read_json, understandable
+from lightpeft.plans.records import PrunePlan, block_parameters
+from lightpeft.saved.run_folder import Report, RunFolder, is_run, read_report
+
+STAGES = {
+    "estimate": "Estimation",
+    "prune": "The cut",
+    "train": "Fine-tuning",
+    "widen": "At full width",
+    "evaluate": "Evaluation",
+}
+"""Stage of a run, as the log calls it -> how people do."""
+TRAINED = ("estimate", "train", "widen")
+"""Stages that take optimizer steps, in their order."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run."""
+
+    name: str
+    title: str
+    done: bool
+    seconds: float | None = None
+    """Wall-clock time; None: not known, or not done."""
+    samples_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    peak_memory_method: str = ""
+    steps: int | None = None
+    """Optimizer steps."""
+    resumed_at: int = 0
+    """Step at which its last part began, which alone is timed; 0: all of it."""
+    taken_from: str | None = None
+    """Another run, whose result was taken."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The training losses of one stage."""
+
+    stage: str
+    title: str
+    points: list[tuple[float, float]]
+    """(step of the whole run, loss), ascending."""
+    each: int = 1
+    """Lines of the log that a point is the mean of."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters before and after the cut."""
+
+    rows: list[tuple[str, float | None, float | None]]
+    """(what, before, after); None: not known, or nothing of the kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One budget of curve.json, or one that an automatic budget tried."""
+
+    blocks: float
+    rise: float
+    interval: tuple[float, float]
+    removed_of_blocks: float | None = None
+    step_time: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What budgets cost and save, as curve.json has it."""
+
+    rows: int
+    loss: float
+    points: list[CurvePoint]
+    gone_before: float = 0.0
+    step_times: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What was foretold of a budget."""
+
+    rise: float
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoBudget:
+    """How an automatic budget was chosen, as metrics.json has it under `budget`."""
+
+    chosen: float
+    tolerance: float
+    unit: str
+    predicted: Predicted | None = None
+    tried: list[CurvePoint] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One measure of plain PEFT and of the light model beside it."""
+
+    name: str
+    plain: str
+    light: str
+    ratio: float
+    """Light over plain, or the other way round where less is better: more than 1 is better for light."""
+    quartiles: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run."""
+
+    folder: Path
+    config: RunConfig
+    stages: list[Stage]
+    losses: list[Losses]
+    cut: int | None
+    """Step at which the model was cut."""
+    broken_losses: int
+    """Lines of the log whose loss is NaN or infinite."""
+    reached: int
+    """The last optimizer step that the log knows of."""
+    plan: PrunePlan | None
+    report: Report | None
+    """What metrics.json says."""
+    sizes: Sizes
+    curve: Curve | None
+    budget: AutoBudget | None
+    speeds: Mapping[str, Any] | None
+    """What bench.json says."""
+    notes: list[str]
+    """What the run said on its way."""
+    ended: float | None
+    """When the log was last written to, in seconds since the epoch."""
+
+    @property
+    def name(self) -> str:
+        """What tells the run from others on the page."""
+        return str(self.folder)
+
+    @property
+    def missing(self) -> list[Stage]:
+        """Stages that are still to come."""
+        return [stage for stage in self.stages if not stage.done]
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Seconds of all stages but evaluation; None where one is not known."""
+        seconds = [stage.seconds for stage in self.stages if stage.name != "evaluate"]
+        known = [each for each in seconds if each is not None]
+        return sum(known) if known and len(known) == len(seconds) else None
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The largest peak of the stages that train."""
+        return max((stage.peak_memory_bytes for stage in self.stages if stage.peak_memory_bytes), default=None)
+
+    @property
+    def main_metric(self) -> str | None:
+        """The metric that the task is about; older runs have not said so, and their first one counts."""
+        if self.report is None:
+            return None
+        return self.report.main_metric or next(iter(self.report.metrics), None)
+
+
+def read_run(folder: Path) -> RunFacts:
+    """All that is known of a run.
+
+    Raises:
+        LightPeftError: the folder is none of a run, or a file in it is not as it was written.
+    """
+    require(is_run(folder), f"{folder} is not the folder of a run: it has no config.yaml; give what `run` wrote to")
+    run = RunFolder.at(folder)
+    entries = list(run.log_entries())
+    raw = read_report(run.metrics) if run.has("evaluate") else None
+    report = None if raw is None else Report.of(raw)
+    plan = PrunePlan.load(run.plan) if run.config.way.prunes and run.has("plan") else None
+    stages = list(_stages(run, report))
+    cut = _cut(stages, entries)
+    losses, broken = _losses(entries, cut)
+    return RunFacts(
+        folder=folder,
+        config=run.config,
+        stages=stages,
+        losses=losses,
+        cut=cut,
+        broken_losses=broken,
+        reached=max((int(line.points[-1][0]) for line in losses), default=0),
+        plan=plan,
+        report=report,
+        sizes=_sizes(entries, plan, report),
+        curve=_curve(run.curve) if run.curve.is_file() else None,
+        budget=_budget(raw, run.metrics) if raw is not None else None,
+        speeds=_speeds(run.path / "bench.json"),
+        notes=[entry["note"] for entry in entries if isinstance(entry.get("note"), str)],
+        ended=max((time for entry in entries if (time := number(entry.get("time"))) is not None), default=None),
+    )
+
+
+def number(value: Any) -> float | None:
+    """A finite number; None of anything else: a log has no checksum, and says what its writer could."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return value if fits else None
+
+
+def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
+    way, logged = run.config.way, run.finished_stages()
+    names = ["estimate", "prune", "train"] if way.prunes else ["train"]
+    for name in [*names, *(["widen"] if run.keeps_full else []), "evaluate"]:
+        told: dict[str, Any] = logged.get(name, {})
+        if report is not None:
+            told = {**told, "seconds": report.seconds.get(name, told.get("seconds")), **report.training.get(name, {})}
+        method, source = told.get("peak_memory_method"), told.get("taken_from")
+        yield Stage(
+            name=name,
+            title=STAGES[name] if way.prunes or name != "train" else "Training",
+            done=run.has(name),
+            seconds=number(told.get("seconds")),
+            samples_per_second=number(told.get("samples_per_second")),
+            peak_memory_bytes=_whole(told.get("peak_memory_bytes")),
+            peak_memory_method=method if isinstance(method, str) else "",
+            steps=_whole(told.get("steps")),
+            resumed_at=_whole(told.get("resumed_at")) or 0,
+            taken_from=source if isinstance(source, str) else None,
+        )
+
+
+def _whole(value: Any) -> int | None:
+    found = number(value)
+    return None if found is None else int(found)
+
+
+def _cut(stages: Sequence[Stage], entries: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step of the cut, as the estimation says or, in older logs, its last line."""
+    estimation = next((stage for stage in stages if stage.name == "estimate" and stage.done), None)
+    if estimation is None:
+        return None
+    logged = (_whole(entry.get("step")) for entry in entries if entry.get("stage") == "estimate")
+    return estimation.steps or max((step for step in logged if step is not None), default=None)
+
+
+MOST_POINTS = 400
+"""Points of a line at most; of a longer log each is the mean of some lines."""
+
+
+def _losses(entries: Sequence[Mapping[str, Any]], cut: int | None) -> tuple[list[Losses], int]:
+    """Losses by stage, and how many are no number. What a resumed run logged twice counts once, as it was last."""
+    found: dict[str, dict[float, float]] = {}
+    broken = 0
+    for entry in entries:
+        stage, step = entry.get("stage"), number(entry.get("step"))
+        if stage not in TRAINED or step is None or "loss" not in entry or entry.get("done"):
+            continue
+        loss = number(entry["loss"])
+        if loss is None:
+            broken += 1
+        else:
+            found.setdefault(str(stage), {})[step] = loss
+    lines, before = [], 0.0
+    for stage in TRAINED:
+        if stage in found:
+            start = before if stage == "widen" else 0.0  # whose steps are counted anew
+            points = sorted((start + step, loss) for step, loss in found[stage].items())
+            before = points[-1][0]
+            each = math.ceil(len(points) / MOST_POINTS)
+            title = STAGES[stage] if cut is not None or stage != "train" else "Training"
+            lines.append(Losses(stage, title, _means(points, each), each))
+    return lines, broken
+
+
+def _means(points: Sequence[tuple[float, float]], each: int) -> list[tuple[float, float]]:
+    chunks = [points[start : start + each] for start in range(0, len(points), each)]
+    return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
+
+
+def _sizes(entries: Sequence[Mapping[str, Any]], plan: PrunePlan | None, report: Report | None) -> Sizes:
+    """Before: as the cut told the log. After: measured on the result, or else what the plan says."""
+    told = {name: value for entry in entries for name, value in entry.items() if name.startswith("light/")}
+    after = report.parameters if report is not None else {}
+    rows = []
+    if plan is not None:
+        blocks = sum(map(block_parameters, plan.specs))
+        base = after.get("base", plan.base_parameters - plan.removed_parameters)
+        rows.append(("the base", after.get("base_dense", plan.base_parameters), base))
+        rows.append(("its blocks", blocks, blocks - plan.removed_parameters))
+    elif "base_dense" in after:
+        rows.append(("the base", after["base_dense"], after["base"]))
+    trained = after.get("trained", number(told.get("light/trained_parameters_after")))
+    before = number(told.get("light/trained_parameters_before"))
+    if trained is not None or before is not None:
+        rows.append(("what is trained", before if plan is not None else trained, trained))
+    return Sizes(rows)
+
+
+def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a mapping are fields of a dataclass: newer files may say more."""
+    names = {each.name for each in dataclasses.fields(cls)}
+    return {name: value for name, value in data.items() if name in names}
+
+
+def _curve(path: Path) -> Curve:
+    data = read_json(path)
+    with understandable(path):
+        points = [_known(CurvePoint, point) for point in data["points"]]
+        return from_dict(Curve, {**_known(Curve, data), "points": points})
+
+
+def _budget(report: Mapping[str, Any], path: Path) -> AutoBudget | None:
+    told = report.get("budget")
+    if not isinstance(told, dict):
+        return None
+    with understandable(path):
+        kept = _known(AutoBudget, told)
+        if isinstance(kept.get("predicted"), dict):
+            kept["predicted"] = _known(Predicted, kept["predicted"])
+        kept["tried"] = [_known(CurvePoint, point) for point in kept.get("tried", [])]
+        return from_dict(AutoBudget, kept, "budget.")
+
+
+def _speeds(path: Path) -> Mapping[str, Any] | None:
+    return read_json(path) if path.is_file() else None
+
+
+__all__ = ["AutoBudget", "Curve", "CurvePoint", "Interval", "Losses", "RunFacts", "Sizes", "Stage", "read_run"]

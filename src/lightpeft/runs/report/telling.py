@@ -1,0 +1,252 @@
+"""What the page says in words of a run, and of several beside one another."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightpeft.config import RunConfig
+from lightpeft.evaluation.milestones import LOWER_IS_BETTER
+from lightpeft.runs.report.facts import AutoBudget, RunFacts, number
+from lightpeft.runs.report.words import count, duration, interval, metric_name, quality, share, size, times
+
+COUNTS = ("examples", "tokens")
+"""What stands among metrics and is none."""
+
+
+# -- one run -------------------------------------------------------------------------------------------------------
+
+
+def outcome(run: RunFacts) -> str:
+    """One sentence: what is gone or trained, how good it is, how long it took; or what is still to come."""
+    if run.missing:
+        return f"Not finished: {_listed([stage.title.lower() for stage in run.missing])} still to come."
+    parts = [*_gone(run), *_worth(run)]
+    seconds = run.training_seconds
+    parts += [] if seconds is None else [f"trained in {duration(seconds)}"]
+    return f"{', '.join(parts)}."
+
+
+def _gone(run: RunFacts) -> Iterator[str]:
+    if run.plan is not None and run.plan.removed_parameters:
+        yield f"{share(run.plan.removed_of_blocks)} of the blocks\u2019 parameters gone"
+    elif run.plan is not None:
+        yield "Nothing cut"
+    elif run.report is not None and "trained" in run.report.parameters:
+        trained, base = run.report.parameters["trained"], run.report.parameters["base_dense"]
+        yield f"{count(trained)} parameters trained" + (f" ({trained / base:.2%} of the base)" if base else "")
+
+
+def _worth(run: RunFacts) -> Iterator[str]:
+    name = run.main_metric
+    if run.report is None or name is None or name not in run.report.metrics:
+        return
+    ends = run.report.intervals.get(name)
+    value = quality(name, run.report.metrics[name])
+    yield f"{value} {metric_name(name)}" + (f" ({interval(name, ends)})" if ends else "")
+
+
+def _listed(words: Sequence[str]) -> str:
+    """a, b and c are."""
+    joined = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    return f"{joined} {'are' if len(words) > 1 else 'is'}"
+
+
+def model_name(config: RunConfig) -> str:
+    """The base, as short as it is still told by."""
+    return config.model.name.rstrip("/").rpartition("/")[2] or config.model.name
+
+
+def task_name(config: RunConfig) -> str:
+    """The task, with its rows where it is a kind."""
+    rows = (config.data.path or config.data.train).rstrip("/").rpartition("/")[2]
+    return f"{config.data.task} ({rows})" if rows else config.data.task
+
+
+def method_name(config: RunConfig) -> str:
+    """The method, with its PEFT kind."""
+    names = {"light": "Light-PEFT", "plain": "plain PEFT", "full": "full fine-tuning"}
+    return f"{names[config.method]} ({config.peft_type})" if config.way.has_peft else names[config.method]
+
+
+def command(run: RunFacts) -> str:
+    """What repeats the run, from where it was started."""
+    again = run.folder.with_name(f"{run.folder.name}_again")
+    return shlex.join(["lightpeft", "run", "--config", str(run.folder / "config.yaml"), "--output", str(again)])
+
+
+def going_on(run: RunFacts) -> str:
+    """What does the rest of a run."""
+    return shlex.join(["lightpeft", "run", "--run", str(run.folder)])
+
+
+def metrics(run: RunFacts) -> list[tuple[str, float, tuple[float, float] | None]]:
+    """Metric by metric: its name, value and interval; counts are none."""
+    found = run.report
+    named = found.metrics.items() if found is not None else ()
+    return [(name, value, found.intervals.get(name)) for name, value in named if name not in COUNTS] if found else []
+
+
+def measured_rise(run: RunFacts, budget: AutoBudget) -> tuple[float, str] | None:
+    """What the cut cost on the milestones' test rows, in the budget's unit, and how that was measured."""
+    if run.report is None or run.main_metric is None:
+        return None
+    moments = run.report.milestones.metrics
+    before, after = moments.get("after_estimation", {}), moments.get("after_the_cut", {})
+    name = "loss" if budget.unit == "nats" else run.main_metric
+    if name not in before or name not in after:
+        return None
+    rise = after[name] - before[name]
+    if budget.unit != "nats":
+        rise *= 100 if name in LOWER_IS_BETTER else -100
+    return rise, f"{metric_name(name)} right after the cut against right before it, on {run.report.milestones.examples} test rows"
+
+
+# -- bench ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """One measure of plain PEFT, and of the light model beside it."""
+
+    name: str
+    plain: str
+    light: str
+    ratio: float
+    """Light over plain."""
+    quartiles: tuple[float, float] | None = None
+
+
+def speed_rows(bench: Mapping[str, Any]) -> list[SpeedRow]:
+    """What bench.json says, row by row.
+
+    Raises:
+        LookupError, TypeError: it says something else.
+    """
+    plain, light, ratios = bench["subjects"]["plain"], bench["subjects"]["light"], bench["ratios"]
+    rows = []
+    for what in ("training", "inference"):
+        spread = ratios[f"{what}_throughput"]
+        values = (f"{of[f'{what}_samples_per_second']['median']:,.1f}" for of in (plain, light))
+        rows.append(SpeedRow(f"samples/s in {what}", *values, spread["median"], (spread["low"], spread["high"])))
+    sizes = (size(of["peak_memory_bytes"]) for of in (plain, light))
+    rows.append(SpeedRow("peak memory of training", *sizes, ratios["peak_memory"]))
+    for what, key in (("training", "training"), ("inference", "forward")):
+        flops = [of["flops"][key] / 1e9 for of in (plain, light)]
+        rows.append(SpeedRow(f"GFLOP a batch in {what}", *(f"{value:,.1f}" for value in flops), flops[1] / flops[0]))
+    whole = bench["end_to_end"]
+    seconds = (duration(whole[f"{name}_seconds"]) for name in ("plain", "light"))
+    rows.append(SpeedRow("a whole run, estimation included", *seconds, whole["light_over_plain"]))
+    return rows
+
+
+# -- several -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BesideRow:
+    """One measure of several runs."""
+
+    name: str
+    cells: list[tuple[str, str]]
+    """(value, its ratio to the reference or its interval; both may be empty)."""
+
+
+def reference_of(runs: Sequence[RunFacts]) -> int:
+    """Which run the others are held against: the first one of plain PEFT, or else the first."""
+    return next((index for index, run in enumerate(runs) if run.config.method == "plain"), 0)
+
+
+def beside(runs: Sequence[RunFacts], reference: int) -> list[BesideRow]:
+    """All that can be held side by side."""
+    names = dict.fromkeys(name for run in runs for name, _, _ in metrics(run))
+    rows = [BesideRow(metric_name(name), [_quality_cell(run, name) for run in runs]) for name in names]
+    for what, key in (("base parameters", "base"), ("trained parameters", "trained")):
+        values = [run.report.parameters.get(key) if run.report else None for run in runs]
+        rows.append(BesideRow(what, _cells(values, reference, count)))
+    rows.append(BesideRow("saved result", _cells([_bytes(run) for run in runs], reference, size)))
+    stages = dict.fromkeys(stage.name for run in runs for stage in run.stages if stage.seconds is not None)
+    for name in stages:
+        of = [next((stage for stage in run.stages if stage.name == name), None) for run in runs]
+        title = "training behind it" if name == "train" and "estimate" in stages else next(s.title for s in of if s)
+        rows.append(BesideRow(f"time: {title.lower()}", _cells([s and s.seconds for s in of], reference, duration)))
+    whole = [run.training_seconds for run in runs]
+    rows.append(BesideRow("time: all but evaluation", _cells(whole, reference, duration)))
+    rows.append(BesideRow("peak memory of training", _cells([r.peak_memory_bytes for r in runs], reference, size)))
+    return [row for row in rows if any(value for value, _ in row.cells)]
+
+
+def _bytes(run: RunFacts) -> int | None:
+    return None if run.report is None else run.report.adapter_bytes
+
+
+def _quality_cell(run: RunFacts, name: str) -> tuple[str, str]:
+    assert run.report is None or run.report.metrics is not None
+    if run.report is None or name not in run.report.metrics:
+        return "", ""
+    return quality(name, run.report.metrics[name]), interval(name, run.report.intervals.get(name))
+
+
+def _cells(values: Sequence[float | None], reference: int, form: Any) -> list[tuple[str, str]]:
+    of = values[reference]
+    return [
+        ("", "") if value is None else (form(value), "" if index == reference or not of else times(value / of))
+        for index, value in enumerate(values)
+    ]
+
+
+def differing_settings(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
+    """Settings that are not the same in all runs, by dotted name; what a method has no use for counts as unset."""
+    flat = [_flat(run) for run in runs]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    rows = [(name, [settings.get(name, "") for settings in flat]) for name in names if name != "output"]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _flat(run: RunFacts) -> dict[str, str]:
+    found: dict[str, str] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(inner, f"{name}.{key}" if name else str(key))
+        elif not name.startswith(tuple(run.config.way.unused)):
+            found[name] = "unset" if value is None else str(value)
+
+    walk(dataclasses.asdict(run.config), "")
+    return found
+
+
+def cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
+    """Why numbers of the runs may not be held side by side."""
+    asked = {
+        (c.data.task, c.data.path, c.data.test or c.data.train, c.data.limit_test, c.data.test_fraction, c.data.split_seed)
+        for c in (run.config for run in runs)
+    }
+    if len(asked) > 1:
+        yield "The runs were not all measured on the same test rows: their qualities cannot be compared."
+    machines = {tuple(str(_machine(run).get(key)) for key in ("cpu", "gpu", "logical_cores", "torch_threads")) for run in runs if run.report}
+    if len(machines) > 1:
+        yield "The runs were made on different machines or with different numbers of threads: so are their times."
+    if any(stage.resumed_at for run in runs for stage in run.stages):
+        yield "A stage was resumed: its time is that of its last part alone."
+    methods = {stage.peak_memory_method for run in runs for stage in run.stages if stage.peak_memory_method}
+    if len(methods) > 1:
+        yield "Peak memory was measured in different ways, and is not comparable."
+
+
+def _machine(run: RunFacts) -> Mapping[str, Any]:
+    return run.report.hardware if run.report is not None else {}
+
+
+def hardware(run: RunFacts) -> list[tuple[str, str]]:
+    """The machine and the versions, for people."""
+    rows = []
+    for name, value in _machine(run).items():
+        memory = number(value) if name.endswith("_bytes") else None
+        words = size(memory) if memory is not None else {None: "none", True: "yes", False: "no"}.get(value, str(value))
+        rows.append((metric_name(name.removesuffix("_bytes")), words))
+    return rows
