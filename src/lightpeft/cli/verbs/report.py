@@ -18,7 +18,12 @@ REPORT = Verb(
     "Write one HTML page about a run, or about several beside one another, finished or not.",
     _report,
     options=(
-        Option("runs", "Folders of runs; the first of method plain, or else the first, is the reference.", list[str], count="+"),
+        Option(
+            "runs",
+            "Folders of runs; the first of method plain, or else the first, is the reference.",
+            list[str],
+            count="+",
+        ),
         Option("--output", "The page (default: report.html in the first folder)."),
     ),
 )

@@ -12,9 +12,9 @@ from typing import Any
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
-from lightpeft.evaluation.statistics import Interval
 from lightpeft.files import read_json, understandable
 from lightpeft.plans.records import PrunePlan, block_parameters
+from lightpeft.runs.report.speeds import Speeds, read_speeds
 from lightpeft.saved.run_folder import Report, RunFolder, is_run, read_report
 
 STAGES = {
@@ -65,7 +65,7 @@ class Losses:
 class Sizes:
     """Parameters before and after the cut."""
 
-    rows: list[tuple[str, float | None, float | None]]
+    rows: Sequence[tuple[str, float | None, float | None]]
     """(what, before, after); None: not known, or nothing of the kind."""
 
 
@@ -111,18 +111,6 @@ class AutoBudget:
 
 
 @dataclass(frozen=True)
-class SpeedRow:
-    """One measure of plain PEFT and of the light model beside it."""
-
-    name: str
-    plain: str
-    light: str
-    ratio: float
-    """Light over plain, or the other way round where less is better: more than 1 is better for light."""
-    quartiles: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
 class RunFacts:
     """One run."""
 
@@ -135,14 +123,14 @@ class RunFacts:
     broken_losses: int
     """Lines of the log whose loss is NaN or infinite."""
     reached: int
-    """The last optimizer step that the log knows of."""
+    """Optimizer steps that the run has taken, as far as the log knows."""
     plan: PrunePlan | None
     report: Report | None
     """What metrics.json says."""
     sizes: Sizes
     curve: Curve | None
     budget: AutoBudget | None
-    speeds: Mapping[str, Any] | None
+    speeds: Speeds | None
     """What bench.json says."""
     notes: list[str]
     """What the run said on its way."""
@@ -152,7 +140,7 @@ class RunFacts:
     @property
     def name(self) -> str:
         """What tells the run from others on the page."""
-        return str(self.folder)
+        return str(self.folder if self.folder.name else self.folder.resolve())
 
     @property
     def missing(self) -> list[Stage]:
@@ -192,31 +180,41 @@ def read_run(folder: Path) -> RunFacts:
     report = None if raw is None else Report.of(raw)
     plan = PrunePlan.load(run.plan) if run.config.way.prunes and run.has("plan") else None
     stages = list(_stages(run, report))
-    cut = _cut(stages, entries)
-    losses, broken = _losses(entries, cut)
+    losses, broken = _losses(entries, stages)
     return RunFacts(
         folder=folder,
         config=run.config,
         stages=stages,
         losses=losses,
-        cut=cut,
+        cut=_cut(stages, entries),
         broken_losses=broken,
-        reached=max((int(line.points[-1][0]) for line in losses), default=0),
+        reached=_reached(stages, losses),
         plan=plan,
         report=report,
         sizes=_sizes(entries, plan, report),
         curve=_curve(run.curve) if run.curve.is_file() else None,
         budget=_budget(raw, run.metrics) if raw is not None else None,
-        speeds=_speeds(run.path / "bench.json"),
+        speeds=read_speeds(bench) if (bench := run.path / "bench.json").is_file() else None,
         notes=[entry["note"] for entry in entries if isinstance(entry.get("note"), str)],
-        ended=max((time for entry in entries if (time := number(entry.get("time"))) is not None), default=None),
+        ended=_ended(entries),
     )
 
 
+_LARGEST = 2.0**63
+
+
 def number(value: Any) -> float | None:
-    """A finite number; None of anything else: a log has no checksum, and says what its writer could."""
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """A number of a size that can mean something; None of anything else: what is in a log has no checksum."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
     return value if fits else None
+
+
+def _ended(entries: Iterable[Mapping[str, Any]]) -> float | None:
+    times = [time for entry in entries if (time := number(entry.get("time"))) is not None]
+    return max((time for time in times if 0 < time < _YEAR_9999), default=None)
+
+
+_YEAR_9999 = 253_370_764_800
 
 
 def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
@@ -255,32 +253,36 @@ def _cut(stages: Sequence[Stage], entries: Sequence[Mapping[str, Any]]) -> int |
     return estimation.steps or max((step for step in logged if step is not None), default=None)
 
 
+def _reached(stages: Sequence[Stage], losses: Sequence[Losses]) -> int:
+    logged = max((int(line.points[-1][0]) for line in losses), default=0)
+    return max(logged, sum(stage.steps or 0 for stage in stages if stage.done))
+
+
 MOST_POINTS = 400
 """Points of a line at most; of a longer log each is the mean of some lines."""
 
 
-def _losses(entries: Sequence[Mapping[str, Any]], cut: int | None) -> tuple[list[Losses], int]:
+def _losses(entries: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> tuple[list[Losses], int]:
     """Losses by stage, and how many are no number. What a resumed run logged twice counts once, as it was last."""
-    found: dict[str, dict[float, float]] = {}
+    found: dict[str, dict[float, float]] = {stage: {} for stage in TRAINED}
     broken = 0
     for entry in entries:
-        stage, step = entry.get("stage"), number(entry.get("step"))
-        if stage not in TRAINED or step is None or "loss" not in entry or entry.get("done"):
+        stage, step, loss = entry.get("stage"), number(entry.get("step")), number(entry.get("loss"))
+        if not isinstance(stage, str) or stage not in found or step is None or "loss" not in entry:
             continue
-        loss = number(entry["loss"])
         if loss is None:
             broken += 1
         else:
-            found.setdefault(str(stage), {})[step] = loss
-    lines, before = [], 0.0
-    for stage in TRAINED:
-        if stage in found:
-            start = before if stage == "widen" else 0.0  # whose steps are counted anew
-            points = sorted((start + step, loss) for step, loss in found[stage].items())
-            before = points[-1][0]
-            each = math.ceil(len(points) / MOST_POINTS)
-            title = STAGES[stage] if cut is not None or stage != "train" else "Training"
-            lines.append(Losses(stage, title, _means(points, each), each))
+            found[stage][step] = loss
+    titles = {stage.name: stage.title for stage in stages}
+    before = sum(stage.steps or 0 for stage in stages if stage.name in ("estimate", "train"))
+    lines = []
+    for name, losses in found.items():
+        start = before if name == "widen" else 0  # whose steps are counted anew
+        points = sorted((start + step, loss) for step, loss in losses.items())
+        each = math.ceil(len(points) / MOST_POINTS)
+        if points:
+            lines.append(Losses(name, titles.get(name, STAGES[name]), _means(points, each), each))
     return lines, broken
 
 
@@ -293,14 +295,14 @@ def _sizes(entries: Sequence[Mapping[str, Any]], plan: PrunePlan | None, report:
     """Before: as the cut told the log. After: measured on the result, or else what the plan says."""
     told = {name: value for entry in entries for name, value in entry.items() if name.startswith("light/")}
     after = report.parameters if report is not None else {}
-    rows = []
+    rows: list[tuple[str, float | None, float | None]] = []
     if plan is not None:
         blocks = sum(map(block_parameters, plan.specs))
         base = after.get("base", plan.base_parameters - plan.removed_parameters)
         rows.append(("the base", after.get("base_dense", plan.base_parameters), base))
         rows.append(("its blocks", blocks, blocks - plan.removed_parameters))
     elif "base_dense" in after:
-        rows.append(("the base", after["base_dense"], after["base"]))
+        rows.append(("the base", after["base_dense"], after.get("base")))
     trained = after.get("trained", number(told.get("light/trained_parameters_after")))
     before = number(told.get("light/trained_parameters_before"))
     if trained is not None or before is not None:
@@ -331,10 +333,3 @@ def _budget(report: Mapping[str, Any], path: Path) -> AutoBudget | None:
             kept["predicted"] = _known(Predicted, kept["predicted"])
         kept["tried"] = [_known(CurvePoint, point) for point in kept.get("tried", [])]
         return from_dict(AutoBudget, kept, "budget.")
-
-
-def _speeds(path: Path) -> Mapping[str, Any] | None:
-    return read_json(path) if path.is_file() else None
-
-
-__all__ = ["AutoBudget", "Curve", "CurvePoint", "Interval", "Losses", "RunFacts", "Sizes", "Stage", "read_run"]

@@ -61,10 +61,10 @@ class _Layers:
         """Pixel of the base line of text in the middle of it."""
         return self.top(index) + self.thick / 2 + 4
 
-    def number(self, figure: Drawing, index: int, words: str) -> None:
+    def number(self, figure: Drawing, index: int, words: str, end: float = NARROW) -> None:
         """What stays, at the right end of a row, where there is room for it."""
         if self.pitch >= 11:
-            figure.text((NARROW, self.base(index)), words, "small muted", "end")
+            figure.text((end, self.base(index)), words, "small muted", "end")
 
     def left_out(self, figure: Drawing, index: int) -> None:
         """A row of a block that is gone whole."""
@@ -75,15 +75,17 @@ class _Layers:
 def heads(plan: PrunePlan) -> Drawing:
     """Every query head of every block, those that stay filled; heads that share keys and values stand together."""
     most = max(spec.heads for spec in plan.specs)
-    rows = _Layers(plan, right=44)
-    pitch = min(18.0, rows.inner / most)
+    digits = 14 + 6.8 * (2 * len(str(most)))
+    rows = _Layers(plan, right=digits)
+    pitch = min(20.0, rows.inner / most)
+    end = rows.left + pitch * most + digits
     kept_in_all = sum(len(block.heads) for block in plan.blocks)
     of = sum(spec.heads for spec in plan.specs)
     figure = rows.drawing(f"Attention heads that stay, layer by layer: {kept_in_all} of {of}")
     for index, (spec, kept) in enumerate(rows.parts):
         if kept is None:
             rows.left_out(figure, index)
-            rows.number(figure, index, f"0/{spec.heads}")
+            rows.number(figure, index, f"0/{spec.heads}", end)
             continue
         gap = 0.0 if pitch < 6 else 1.5
         grouped = spec.heads_per_kv > 1 and pitch >= 6
@@ -98,14 +100,14 @@ def heads(plan: PrunePlan) -> Drawing:
         words = f"layer {rows.names[index]}: {len(stay)} of {spec.heads} heads stay"
         figure.cells(gone, width, rows.thick, "gone", words)
         figure.cells([place(head) for head in kept.heads], width, rows.thick, "blue", words)
-        rows.number(figure, index, f"{len(stay)}/{spec.heads}")
+        rows.number(figure, index, f"{len(stay)}/{spec.heads}", end)
     return figure
 
 
 def neurons(plan: PrunePlan) -> Drawing:
     """How many of a block's FFN neurons stay."""
     most = max(spec.neurons for spec in plan.specs)
-    rows = _Layers(plan, right=16 + 6.4 * (2 * len(str(most))))
+    rows = _Layers(plan, right=14 + 7.2 * (2 * len(str(most))))
     kept_in_all = sum(len(block.neurons) for block in plan.blocks)
     of = sum(spec.neurons for spec in plan.specs)
     figure = rows.drawing(f"FFN neurons that stay, layer by layer: {count(kept_in_all)} of {count(of)}")
@@ -183,12 +185,12 @@ def losses(lines: Sequence[Losses], cut: int | None, width: float) -> Drawing:
 
 def _grid(figure: Drawing, upwards: Scale, across: Scale, below: str, width: float) -> None:
     """Lines and numbers of both axes; the name of the lower one."""
-    ticks = upwards.ticks(4)
+    ticks = upwards.ticks(6)
     for tick in ticks:
         y = upwards(tick)
         figure.line((across.start, y), (across.end, y), "grid")
         figure.text((across.start - 6, y + 4), tick_text(tick, ticks), "small muted", "end")
-    places = across.ticks(8 if width > 500 else 4)
+    places = across.ticks(9 if width > 500 else 5)
     for tick in places:
         figure.text((across(tick), upwards.start + 14), tick_text(tick, places), "small muted", "middle")
     figure.text((across.end, figure.height - 3), below, "small muted", "end")
@@ -237,11 +239,11 @@ def intervals(
     for row, (name, value, ends_of) in enumerate(rows):
         y = 29.0 + 40 * row
         figure.text((left, y - 11), name, "small halo")
-        shade = "orange" if row == reference else "blue"
+        shade = "muted" if row == reference else "blue"
         told = f"{name}: {quality(metric, value)} ({interval(metric, ends_of)})" if ends_of else name
         if ends_of:
             _whisker(figure, (scale(ends_of[0]), y), (scale(ends_of[1]), y), f"{shade}-line", told)
-        figure.dot((scale(value), y), 4.5, shade, told)
+        figure.dot((scale(value), y), 4.5, f"{shade}-dot", told)
     return figure
 
 
@@ -335,7 +337,9 @@ def step_times(curve: Curve, chosen: float | None, width: float = NARROW) -> Dra
     figure.dot(start, 3.5, "orange")
     for x, time, blocks in found:
         measured = f"{blocks:g}" in curve.step_times
-        words = f"{100 * x:.0f}% gone: {time:.2f} of the whole model's time" + ("" if measured else ", read off the line")
+        words = f"{100 * x:.0f}% gone: {time:.2f} of the whole model's time" + (
+            "" if measured else ", read off the line"
+        )
         figure.dot((across(100 * x), upwards(time)), 3.5, "orange" if measured else "orange-hollow", words)
     return figure
 

@@ -58,8 +58,12 @@ def _check_replaceable(file: Path) -> None:
 def page(runs: Sequence[RunFacts]) -> str:
     """The page about some runs, as HTML."""
     template = _environment().get_template("page.html.jinja")
+    views = []
+    for number, run in enumerate(runs, start=1):
+        with understandable(run.folder):  # what is typed and finite may still be beyond what can be drawn
+            views.append(_view(run, number))
     return template.render(
-        runs=[_view(run, number) for number, run in enumerate(runs, start=1)],
+        runs=views,
         beside=_beside(runs) if len(runs) > 1 else None,
         version=versions()["lightpeft"],
     )
@@ -77,19 +81,17 @@ def _environment() -> Environment:
 class Both:
     """A figure drawn twice: for large screens and paper, and for phones. The page shows one of them."""
 
-    draw: Callable[[float], Drawing]
+    wide: Drawing
+    narrow: Drawing
 
-    def __html__(self) -> str:
-        return "".join(
-            f'<div class="{name}">{self.draw(width).__html__()}</div>'
-            for name, width in (("wide", WIDE), ("narrow", figures.NARROW))
-        )
+    @classmethod
+    def of(cls, draw: Callable[[float], Drawing]) -> Both:
+        """What is drawn for any width."""
+        return cls(draw(WIDE), draw(figures.NARROW))
 
 
 def _view(run: RunFacts, number: int) -> dict[str, Any]:
     """What the template takes of one run."""
-    with understandable(run.folder / "bench.json"):
-        speeds = telling.speed_rows(run.speeds) if run.speeds is not None else []
     return {
         "number": number,
         "facts": run,
@@ -102,8 +104,7 @@ def _view(run: RunFacts, number: int) -> dict[str, Any]:
         "settings": to_yaml(run.config),
         "hardware": telling.hardware(run),
         "metrics": telling.metrics(run),
-        "speeds": speeds,
-        "figures": _figures(run, speeds),
+        "figures": _figures(run),
         "measured_rise": telling.measured_rise(run, run.budget) if run.budget is not None else None,
         "share_bar": figures.share_bar,
     }
@@ -126,7 +127,7 @@ class Figures:
     budget: Drawing | None = None
 
 
-def _figures(run: RunFacts, speeds: Sequence[telling.SpeedRow]) -> Figures:
+def _figures(run: RunFacts) -> Figures:
     found: dict[str, Any] = {}
     plan, curve = run.plan, run.curve
     if plan is not None:
@@ -134,15 +135,18 @@ def _figures(run: RunFacts, speeds: Sequence[telling.SpeedRow]) -> Figures:
         found["neurons"] = figures.neurons(plan) if any(spec.neurons for spec in plan.specs) else None
         found["modules"] = figures.modules(plan) if plan.dense_sites else None
     if run.losses:
-        found["losses"] = Both(lambda width: figures.losses(run.losses, run.cut, width))
+        found["losses"] = Both.of(lambda width: figures.losses(run.losses, run.cut, width))
     if run.report is not None:
         moments = run.report.milestones.metrics
         names = dict.fromkeys(name for values in moments.values() for name in values)
-        found["course"] = [figures.course(moments, name) for name in names]
+        told = [name for name in names if sum(name in values for values in moments.values()) > 1]
+        found["course"] = [figures.course(moments, name) for name in told]
     found["seconds"] = _by_stage([(stage, stage.seconds) for stage in run.stages], "Time by stage", duration)
-    found["memory"] = _by_stage([(stage, stage.peak_memory_bytes) for stage in run.stages], "Peak memory by stage", size)
-    if speeds:
-        found["speeds"] = figures.ratios([(row.name, row.ratio, row.quartiles) for row in speeds])
+    found["memory"] = _by_stage(
+        [(stage, stage.peak_memory_bytes) for stage in run.stages], "Peak memory by stage", size
+    )
+    if run.speeds is not None:
+        found["speeds"] = figures.ratios([(row.name, row.ratio, row.quartiles) for row in run.speeds.rows])
     chosen = plan.removed_of_blocks if plan is not None else None
     if curve is not None and curve.points:
         found["rises"], found["step_times"] = figures.rises(curve, chosen), figures.step_times(curve, chosen)
@@ -167,34 +171,30 @@ def _by_stage(
 def _beside(runs: Sequence[RunFacts]) -> dict[str, Any]:
     """What the template takes of several runs together."""
     reference = telling.reference_of(runs)
-    names = [run.name for run in runs]
     metric = next((run.main_metric for run in (runs[reference], *runs) if run.main_metric), None)
-    drawn: list[tuple[str, Drawing]] = []
-    known = [index for index, run in enumerate(runs) if run.report is not None and metric in run.report.metrics]
-    if metric is not None and known:
-        rows = []
-        for index in known:
-            report = runs[index].report
-            assert report is not None
-            rows.append((names[index], report.metrics[metric], report.intervals.get(metric)))
-        at = known.index(reference) if reference in known else None
-        drawn.append((f"{telling.metric_name(metric)}, 95% interval", figures.intervals(rows, metric, at)))
     timed = [run for run in runs if run.training_seconds is not None]
-    if timed:
-        bars = [(run.name, _parts(run), duration(run.training_seconds or 0)) for run in timed]
-        drawn.append(("time of all stages but evaluation", figures.bars(bars, "Time by run and stage", duration)))
-    peaks = [(run.name, peak) for run in runs if (peak := run.peak_memory_bytes)]
-    if peaks:
-        bars = [(name, [("blue", peak)], size(peak)) for name, peak in peaks]
-        drawn.append(("peak memory of training", figures.bars(bars, "Peak memory by run", size)))
+    times = [(run.name, _parts(run), duration(run.training_seconds or 0)) for run in timed]
+    memory = [(run.name, [("blue", peak)], size(peak)) for run in runs if (peak := run.peak_memory_bytes)]
     return {
         "reference": reference,
-        "names": names,
-        "figures": drawn,
+        "names": [run.name for run in runs],
+        "metric": metric,
+        "quality": None if metric is None else _qualities(runs, metric, runs[reference]),
+        "times": figures.bars(times, "Time by run and stage", duration) if times else None,
+        "widened": any(stage.name == "widen" for run in timed for stage in run.stages),
+        "memory": figures.bars(memory, "Peak memory by run", size) if memory else None,
         "rows": telling.beside(runs, reference),
         "settings": telling.differing_settings(runs),
         "cautions": list(telling.cautions(runs)),
     }
+
+
+def _qualities(runs: Sequence[RunFacts], metric: str, reference: RunFacts) -> Drawing:
+    """A metric of all runs that have it."""
+    told = [(run, run.report) for run in runs if run.report is not None and metric in run.report.metrics]
+    rows = [(run.name, report.metrics[metric], report.intervals.get(metric)) for run, report in told]
+    at = next((place for place, (run, _) in enumerate(told) if run is reference), None)
+    return figures.intervals(rows, metric, at)
 
 
 def _parts(run: RunFacts) -> list[tuple[str, float]]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from xml.etree import ElementTree
+
+from lightpeft.errors import require
 
 Point = tuple[float, float]
 
@@ -30,7 +33,9 @@ class Drawing:
         """As it stands in a page, for a template that escapes all else."""
         return ElementTree.tostring(self.root, encoding="unicode")
 
-    def rect(self, x: float, y: float, width: float, height: float, style: str, hint: str = "", round: float = 0) -> None:
+    def rect(
+        self, x: float, y: float, width: float, height: float, style: str, hint: str = "", round: float = 0
+    ) -> None:
         """A rectangle by its upper left corner."""
         size = {"x": _n(x), "y": _n(y), "width": _n(max(width, 0)), "height": _n(height)}
         self._add("rect", {**size, **({"rx": _n(round)} if round else {})}, style, hint)
@@ -92,8 +97,12 @@ class Scale:
 
         Args:
             zero: it begins or ends at 0.
+
+        Raises:
+            LightPeftError: they are further apart than numbers go.
         """
         low, high = min(values), max(values)
+        require(math.isfinite(2 * (high - low)), f"{low:g} and {high:g} cannot be drawn on one axis")
         low, high = (min(low, 0.0), max(high, 0.0)) if zero else (low, high)
         if high - low <= 1e-12 * max(abs(high), 1.0):
             low, high = low - 0.5 * (not zero or low < 0), high + 0.5
@@ -117,6 +126,6 @@ class Scale:
 
 def tick_text(value: float, ticks: Sequence[float]) -> str:
     """A tick's label, with as many digits as tell the ticks apart."""
-    step = min((b - a for a, b in zip(ticks, ticks[1:], strict=False)), default=1.0)
+    step = min((b - a for a, b in pairwise(ticks)), default=1.0)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     return f"{value:,.{digits}f}".replace("-", "\u2212")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightpeft.config import RunConfig
 from lightpeft.evaluation.milestones import LOWER_IS_BETTER
-from lightpeft.runs.report.facts import AutoBudget, RunFacts, number
+from lightpeft.runs.report.facts import STAGES, AutoBudget, RunFacts, number
 from lightpeft.runs.report.words import count, duration, interval, metric_name, quality, share, size, times
 
+Form = Callable[[float], str]
+"""How a number is said."""
 COUNTS = ("examples", "tokens")
 """What stands among metrics and is none."""
 
@@ -36,7 +38,7 @@ def _gone(run: RunFacts) -> Iterator[str]:
     elif run.plan is not None:
         yield "Nothing cut"
     elif run.report is not None and "trained" in run.report.parameters:
-        trained, base = run.report.parameters["trained"], run.report.parameters["base_dense"]
+        trained, base = run.report.parameters["trained"], run.report.parameters.get("base_dense")
         yield f"{count(trained)} parameters trained" + (f" ({trained / base:.2%} of the base)" if base else "")
 
 
@@ -62,7 +64,7 @@ def model_name(config: RunConfig) -> str:
 
 def task_name(config: RunConfig) -> str:
     """The task, with its rows where it is a kind."""
-    rows = (config.data.path or config.data.train).rstrip("/").rpartition("/")[2]
+    rows = "/".join((config.data.path or config.data.train).rstrip("/").split("/")[-2:])
     return f"{config.data.task} ({rows})" if rows else config.data.task
 
 
@@ -74,8 +76,8 @@ def method_name(config: RunConfig) -> str:
 
 def command(run: RunFacts) -> str:
     """What repeats the run, from where it was started."""
-    again = run.folder.with_name(f"{run.folder.name}_again")
-    return shlex.join(["lightpeft", "run", "--config", str(run.folder / "config.yaml"), "--output", str(again)])
+    again = f"{run.name}_again"
+    return shlex.join(["lightpeft", "run", "--config", str(run.folder / "config.yaml"), "--output", again])
 
 
 def going_on(run: RunFacts) -> str:
@@ -102,45 +104,8 @@ def measured_rise(run: RunFacts, budget: AutoBudget) -> tuple[float, str] | None
     rise = after[name] - before[name]
     if budget.unit != "nats":
         rise *= 100 if name in LOWER_IS_BETTER else -100
-    return rise, f"{metric_name(name)} right after the cut against right before it, on {run.report.milestones.examples} test rows"
-
-
-# -- bench ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SpeedRow:
-    """One measure of plain PEFT, and of the light model beside it."""
-
-    name: str
-    plain: str
-    light: str
-    ratio: float
-    """Light over plain."""
-    quartiles: tuple[float, float] | None = None
-
-
-def speed_rows(bench: Mapping[str, Any]) -> list[SpeedRow]:
-    """What bench.json says, row by row.
-
-    Raises:
-        LookupError, TypeError: it says something else.
-    """
-    plain, light, ratios = bench["subjects"]["plain"], bench["subjects"]["light"], bench["ratios"]
-    rows = []
-    for what in ("training", "inference"):
-        spread = ratios[f"{what}_throughput"]
-        values = (f"{of[f'{what}_samples_per_second']['median']:,.1f}" for of in (plain, light))
-        rows.append(SpeedRow(f"samples/s in {what}", *values, spread["median"], (spread["low"], spread["high"])))
-    sizes = (size(of["peak_memory_bytes"]) for of in (plain, light))
-    rows.append(SpeedRow("peak memory of training", *sizes, ratios["peak_memory"]))
-    for what, key in (("training", "training"), ("inference", "forward")):
-        flops = [of["flops"][key] / 1e9 for of in (plain, light)]
-        rows.append(SpeedRow(f"GFLOP a batch in {what}", *(f"{value:,.1f}" for value in flops), flops[1] / flops[0]))
-    whole = bench["end_to_end"]
-    seconds = (duration(whole[f"{name}_seconds"]) for name in ("plain", "light"))
-    rows.append(SpeedRow("a whole run, estimation included", *seconds, whole["light_over_plain"]))
-    return rows
+    examples = run.report.milestones.examples
+    return rise, f"{metric_name(name)} right after the cut against right before it, on {examples} test rows"
 
 
 # -- several -------------------------------------------------------------------------------------------------------
@@ -168,13 +133,11 @@ def beside(runs: Sequence[RunFacts], reference: int) -> list[BesideRow]:
         values = [run.report.parameters.get(key) if run.report else None for run in runs]
         rows.append(BesideRow(what, _cells(values, reference, count)))
     rows.append(BesideRow("saved result", _cells([_bytes(run) for run in runs], reference, size)))
-    stages = dict.fromkeys(stage.name for run in runs for stage in run.stages if stage.seconds is not None)
-    for name in stages:
-        of = [next((stage for stage in run.stages if stage.name == name), None) for run in runs]
-        title = "training behind it" if name == "train" and "estimate" in stages else next(s.title for s in of if s)
-        rows.append(BesideRow(f"time: {title.lower()}", _cells([s and s.seconds for s in of], reference, duration)))
-    whole = [run.training_seconds for run in runs]
-    rows.append(BesideRow("time: all but evaluation", _cells(whole, reference, duration)))
+    seconds = [{stage.name: stage.seconds for stage in run.stages} for run in runs]
+    timed = {title: [of.get(name) for of in seconds] for name, title in STAGES.items()}
+    evaluation = timed.pop(STAGES["evaluate"])
+    timed |= {"all of these": [run.training_seconds for run in runs], STAGES["evaluate"]: evaluation}
+    rows += [BesideRow(f"time: {title.lower()}", _cells(of, reference, duration)) for title, of in timed.items()]
     rows.append(BesideRow("peak memory of training", _cells([r.peak_memory_bytes for r in runs], reference, size)))
     return [row for row in rows if any(value for value, _ in row.cells)]
 
@@ -190,7 +153,7 @@ def _quality_cell(run: RunFacts, name: str) -> tuple[str, str]:
     return quality(name, run.report.metrics[name]), interval(name, run.report.intervals.get(name))
 
 
-def _cells(values: Sequence[float | None], reference: int, form: Any) -> list[tuple[str, str]]:
+def _cells(values: Sequence[float | None], reference: int, form: Form) -> list[tuple[str, str]]:
     of = values[reference]
     return [
         ("", "") if value is None else (form(value), "" if index == reference or not of else times(value / of))
@@ -199,11 +162,11 @@ def _cells(values: Sequence[float | None], reference: int, form: Any) -> list[tu
 
 
 def differing_settings(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
-    """Settings that are not the same in all runs, by dotted name; what a method has no use for counts as unset."""
+    """Settings that differ among the runs whose method has a use for them, by dotted name."""
     flat = [_flat(run) for run in runs]
     names = dict.fromkeys(name for settings in flat for name in settings)
     rows = [(name, [settings.get(name, "") for settings in flat]) for name in names if name != "output"]
-    return [(name, values) for name, values in rows if len(set(values)) > 1]
+    return [(name, values) for name, values in rows if len({*values} - {""}) > 1]
 
 
 def _flat(run: RunFacts) -> dict[str, str]:
@@ -223,12 +186,23 @@ def _flat(run: RunFacts) -> dict[str, str]:
 def cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
     """Why numbers of the runs may not be held side by side."""
     asked = {
-        (c.data.task, c.data.path, c.data.test or c.data.train, c.data.limit_test, c.data.test_fraction, c.data.split_seed)
+        (
+            c.data.task,
+            c.data.path,
+            c.data.test or c.data.train,
+            c.data.limit_test,
+            c.data.test_fraction,
+            c.data.split_seed,
+        )
         for c in (run.config for run in runs)
     }
     if len(asked) > 1:
         yield "The runs were not all measured on the same test rows: their qualities cannot be compared."
-    machines = {tuple(str(_machine(run).get(key)) for key in ("cpu", "gpu", "logical_cores", "torch_threads")) for run in runs if run.report}
+    machines = {
+        tuple(str(_machine(run).get(key)) for key in ("cpu", "gpu", "logical_cores", "torch_threads"))
+        for run in runs
+        if run.report
+    }
     if len(machines) > 1:
         yield "The runs were made on different machines or with different numbers of threads: so are their times."
     if any(stage.resumed_at for run in runs for stage in run.stages):
