@@ -172,28 +172,6 @@ class TestFacts:
 # -- words ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (0.04, "0.0 s"),
-        (9.94, "9.9 s"),
-        (42.4, "42 s"),
-        (59.6, "60 s"),
-        (130, "2 min 10 s"),
-        (3599.7, "1 h"),
-        (7200, "2 h"),
-        (11_100, "3 h 5 min"),
-    ],
-)
-def test_durations(seconds: float, said: str) -> None:
-    assert words.duration(seconds) == said
-
-
-@pytest.mark.parametrize(("count", "said"), [(0, "0 B"), (1023, "1,023 B"), (1536, "1.5 KiB"), (88.4 * 1024, "88 KiB")])
-def test_sizes(count: float, said: str) -> None:
-    assert words.size(count) == said
-
-
 def test_metrics_without_an_upper_end_are_no_percents() -> None:
     assert words.quality("accuracy", 0.8512) == "85.1%" and words.interval("f1", (0.5, 0.75)) == "50.0 to 75.0"
     assert words.quality("mismatched_loss", 0.5) == "0.5000" and words.interval("loss", None) == ""

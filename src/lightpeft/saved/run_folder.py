@@ -6,17 +6,17 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from lightpeft.config import READ_BY_PLANS, SWITCHES, RunConfig, run_config_from_dict
 from lightpeft.config.validation import from_dict, parse_yaml
+from lightpeft.console.progress import exact_duration, in_bytes, tell
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
     append_line,
@@ -265,7 +265,7 @@ class RunFolder:
         require(self.has(stage), f"{self.path} has no result of `lightpeft {command}` yet; run that before {verb}")
 
     def finish_stage(self, stage: str, seconds: float, save: Callable[[], None], **facts: Any) -> None:
-        """Save a stage's result, note its time, and drop its checkpoints, which nobody will resume from.
+        """Save a stage's result, note its time, say so, and drop its checkpoints, which nobody will resume from.
 
         Of several processes the main one does it, and the others wait.
         """
@@ -273,6 +273,7 @@ class RunFolder:
         if state.is_main_process:
             save()
             self._note(stage, seconds, facts)
+            tell(f"{stage}: done in {', '.join(_cost(seconds, facts))}")
         state.wait_for_everyone()
 
     def _note(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
@@ -283,7 +284,7 @@ class RunFolder:
         """Say something worth knowing before a stage begins, on stderr and in the log."""
         if processes().is_main_process:
             append_line(self.log, {"stage": stage, "note": line})
-            Console(stderr=True).print(line, markup=False, highlight=False)
+            tell(line)
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of each finished stage, from the log; a stage that was resumed counts its last part."""
@@ -305,6 +306,17 @@ class RunFolder:
                 continue
             if isinstance(entry, dict):
                 yield entry
+
+
+def _cost(seconds: float, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What a stage took, in words, as far as it is known."""
+    yield exact_duration(seconds)
+    if facts.get("steps"):
+        yield f"{facts['steps']:,} steps"
+    if facts.get("samples_per_second"):
+        yield f"{facts['samples_per_second']:,.0f} rows/s"
+    if facts.get("peak_memory_bytes"):
+        yield f"{in_bytes(facts['peak_memory_bytes'])} at the peak"
 
 
 def is_run(folder: Path) -> bool:

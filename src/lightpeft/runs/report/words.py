@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from lightpeft.console.progress import exact_duration as duration
+from lightpeft.console.progress import in_bytes as size
 from lightpeft.evaluation.milestones import LOWER_IS_BETTER
-
-_KIB = 1024
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def is_part(metric: str) -> bool:
@@ -34,27 +33,6 @@ def metric_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def duration(seconds: float) -> str:
-    """A time to the second while that says something: 4.2 s, 2 min 10 s, 3 h 5 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
-
-
-def size(count: float) -> str:
-    """A number of bytes: 812 KiB, 1.3 GiB."""
-    power = 0
-    while abs(count) >= _KIB and power < len(_UNITS) - 1:
-        count, power = count / _KIB, power + 1
-    return f"{count:.1f} {_UNITS[power]}" if power and count < 10 else f"{count:,.0f} {_UNITS[power]}"
-
-
 def count(number: float) -> str:
     """A number of things, all digits of it."""
     return f"{number:,.0f}"
@@ -75,7 +53,28 @@ def date(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-FILTERS = {
-    each.__name__: each for each in (count, date, duration, interval, is_part, metric_name, quality, share, size, times)
+FILTERS: dict[str, Callable[..., object]] = {
+    "count": count,
+    "date": date,
+    "duration": duration,
+    "interval": interval,
+    "metric_name": metric_name,
+    "quality": quality,
+    "share": share,
+    "size": size,
 }
 """By name, for the template."""
+
+__all__ = [
+    "FILTERS",
+    "count",
+    "date",
+    "duration",
+    "interval",
+    "is_part",
+    "metric_name",
+    "quality",
+    "share",
+    "size",
+    "times",
+]
