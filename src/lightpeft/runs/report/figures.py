@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 from lightpeft.plans.records import BlockPlan, PrunePlan
-from lightpeft.plans.structure import SLOTS, BlockSpec, SiteSpec
+from lightpeft.plans.structure import SLOTS, BlockSpec
 from lightpeft.runs.report.facts import AutoBudget, Curve, Losses
 from lightpeft.runs.report.svg import Drawing, Point, Scale, tick_text
 from lightpeft.runs.report.words import count, interval, is_part, metric_name, quality
@@ -66,10 +66,10 @@ class _Layers:
         if self.pitch >= 11:
             figure.text((end, self.base(index)), words, "small muted", "end")
 
-    def left_out(self, figure: Drawing, index: int) -> None:
+    def left_out(self, figure: Drawing, index: int, width: float | None = None) -> None:
         """A row of a block that is gone whole."""
-        middle = self.top(index) + self.thick / 2
-        figure.line((self.left, middle), (self.left + self.inner, middle), "gone-line", "left out whole")
+        middle, end = self.top(index) + self.thick / 2, self.left + (width or self.inner)
+        figure.line((self.left, middle), (end, middle), "gone-line", "left out whole")
 
 
 def heads(plan: PrunePlan) -> Drawing:
@@ -84,7 +84,7 @@ def heads(plan: PrunePlan) -> Drawing:
     figure = rows.drawing(f"Attention heads that stay, layer by layer: {kept_in_all} of {of}")
     for index, (spec, kept) in enumerate(rows.parts):
         if kept is None:
-            rows.left_out(figure, index)
+            rows.left_out(figure, index, pitch * most)
             rows.number(figure, index, f"0/{spec.heads}", end)
             continue
         gap = 0.0 if pitch < 6 else 1.5
@@ -126,32 +126,32 @@ def neurons(plan: PrunePlan) -> Drawing:
 
 def modules(plan: PrunePlan) -> Drawing:
     """Every PEFT module, a column for each place in a block: how many of its ranks stay."""
-    places: dict[tuple[int, str], list[SiteSpec]] = {}
-    for site in plan.dense_sites:
-        if site.block is not None and site.slot is not None:
-            places.setdefault((site.block, site.slot), []).append(site)
-    slots = [slot for slot in SLOTS if any(slot == of for _, of in places)]
+    dense = {(site.block, site.slot): site.rank for site in plan.dense_sites}
+    slots = [slot for slot in SLOTS if any(slot == of for _, of in dense)]
     rows = _Layers(plan, right=0)
     figure = rows.drawing(f"PEFT modules that stay, with their ranks: {len(plan.sites)} of {len(plan.dense_sites)}")
     pitch = min(58.0, rows.inner / max(len(slots), 1))
     for column, slot in enumerate(slots):
-        figure.text((rows.left + pitch * (column + 0.5) - 1.5, _LINE - 6), _short(slot), "small muted", "middle")
-    for index, (_, kept) in enumerate(rows.parts):
+        figure.text((rows.left + pitch * (column + 0.5) - 1.5, _LINE - 6), _short(slot, pitch), "small muted", "middle")
+    for index, (spec, kept) in enumerate(rows.parts):
         if kept is None:
             rows.left_out(figure, index)
-    for (block, slot), sites in places.items():
-        left, top = rows.left + pitch * slots.index(slot), rows.top(block)
-        ranks, stay = sum(site.rank for site in sites), sum(len(plan.sites.get(site.name, ())) for site in sites)
-        words = f"layer {rows.names[block]}, {slot}: {stay} of {ranks} ranks stay"
-        figure.rect(left, top, pitch - 3, rows.thick, "gone", words)
-        figure.rect(left, top, (pitch - 3) * stay / ranks, rows.thick, "blue soft", words)
-        if stay and rows.pitch >= 14:
-            figure.text((left + (pitch - 3) / 2, rows.base(block)), str(stay), "small", "middle")
+        for slot, stay in plan.module_ranks(spec).items():
+            left, top, ranks = rows.left + pitch * slots.index(slot), rows.top(index), dense[spec.index, slot]
+            words = f"layer {rows.names[index]}, {slot}: {stay} of {ranks} ranks stay"
+            figure.rect(left, top, pitch - 3, rows.thick, "gone", words)
+            figure.rect(left, top, (pitch - 3) * stay / ranks, rows.thick, "blue soft", words)
+            if stay and rows.pitch >= 14:
+                figure.text((left + (pitch - 3) / 2, rows.base(index)), str(stay), "small", "middle")
     return figure
 
 
-def _short(slot: str) -> str:
-    return slot.replace("ffn_gate_in", "gate+in").replace("ffn_", "ffn ")
+def _short(slot: str, width: float) -> str:
+    """A slot's name in so many pixels."""
+    prefix = "ffn " if width >= 46 else ""
+    return {"ffn_in": f"{prefix}in", "ffn_gate": "gate", "ffn_gate_in": "gate+in", "ffn_out": f"{prefix}out"}.get(
+        slot, slot
+    )
 
 
 # -- losses --------------------------------------------------------------------------------------------------------
