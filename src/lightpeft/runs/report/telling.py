@@ -147,7 +147,6 @@ def _bytes(run: RunFacts) -> int | None:
 
 
 def _quality_cell(run: RunFacts, name: str) -> tuple[str, str]:
-    assert run.report is None or run.report.metrics is not None
     if run.report is None or name not in run.report.metrics:
         return "", ""
     return quality(name, run.report.metrics[name]), interval(name, run.report.intervals.get(name))
