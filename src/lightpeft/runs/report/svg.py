@@ -33,12 +33,10 @@ class Drawing:
         """As it stands in a page, for a template that escapes all else."""
         return ElementTree.tostring(self.root, encoding="unicode")
 
-    def rect(
-        self, x: float, y: float, width: float, height: float, style: str, hint: str = "", round: float = 0
-    ) -> None:
+    def rect(self, x: float, y: float, width: float, height: float, style: str, hint: str = "") -> None:
         """A rectangle by its upper left corner."""
         size = {"x": _n(x), "y": _n(y), "width": _n(max(width, 0)), "height": _n(height)}
-        self._add("rect", {**size, **({"rx": _n(round)} if round else {})}, style, hint)
+        self._add("rect", size, style, hint)
 
     def cells(self, places: Sequence[Point], width: float, height: float, style: str, hint: str = "") -> None:
         """Rectangles of one size, as one element."""
