@@ -123,7 +123,7 @@ def test_table_shows_the_measurements(report: dict[str, Any], capsys: pytest.Cap
     from rich.console import Console
 
     Console(width=140).print(bench_table(report))
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     light = report["subjects"]["light"]
     assert f"{light['training_samples_per_second']['median']:.1f}" in text
     assert f"{report['ratios']['inference_throughput']['median']:.2f}" in text

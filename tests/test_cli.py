@@ -20,7 +20,20 @@ from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_co
 from lightpeft.runs import pipeline
 from lightpeft.saved.run_folder import RunFolder
 
-NAMES = ["run", "estimate", "plan", "prune", "train", "evaluate", "bench", "predict", "export", "inspect", "reproduce"]
+NAMES = [
+    "run",
+    "estimate",
+    "plan",
+    "prune",
+    "train",
+    "evaluate",
+    "bench",
+    "predict",
+    "export",
+    "inspect",
+    "report",
+    "reproduce",
+]
 
 
 @pytest.fixture(scope="module")

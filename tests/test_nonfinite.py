@@ -12,7 +12,7 @@ import torch
 from questions import write_jsonl
 from safetensors.torch import load_file, save_file
 from tiny import refusal
-from workbench import NEUTRAL, SPECIAL, Workbench, labelled, lightpeft, save_base, write_rows
+from workbench import NEUTRAL, NOTICE, SPECIAL, Workbench, labelled, lightpeft, save_base, write_rows
 
 from lightpeft.config import DataConfig, ModelConfig, TaskEntry
 from lightpeft.evaluation.respondent import BatchedModel
@@ -113,7 +113,7 @@ def test_a_run_says_so_and_so_does_the_same_command_again(bench: Workbench, caps
     file = bench.yaml("met")
     for _ in range(2):
         assert lightpeft("run", "--config", file) == 2
-        error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("prefix cache: ")]
+        error = [line for line in capsys.readouterr().err.splitlines() if not NOTICE.match(line)]
         assert len(error) == 1
         assert "answers to 1 of 40 rows are NaN or infinite (row 2);" in error[0]
     assert (bench.folder / "met" / "adapter" / "lightpeft.json").is_file()

@@ -24,6 +24,7 @@ import yaml
 from rich.console import Console
 from workbench import (
     GRIDS,
+    NOTICE,
     Workbench,
     at_step,
     checksums,
@@ -441,7 +442,7 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(
     monkeypatch.setattr(running, "run_cell", in_this_process)
     assert lightpeft("reproduce", file, "--out", out) == 1
     streams = capsys.readouterr()
-    lines = streams.err.splitlines()
+    lines = [line for line in streams.err.splitlines() if not NOTICE.match(line)]
     assert lines[0] == "1 of 3 cells are done already"
     assert lines[1].startswith("[2/3] tiny/words/broken/0: failed: target_modules ['nothing'] match nothing in bert")
     assert lines[2].startswith("[3/3] tiny/words/random/0: accuracy 0.")

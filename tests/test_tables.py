@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from lightpeft.cli.tables import (
     plan_table,
     shown,
 )
+from lightpeft.plans.records import BlockPlan
+from lightpeft.plans.structure import SLOTS
 
 
 def text(table: Table, width: int = 140) -> str:
@@ -27,19 +30,41 @@ def text(table: Table, width: int = 140) -> str:
     return capture.get()
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-gqa"])
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "gpt2", "t5"])
 def test_plan_table_has_a_row_for_every_layer(name: str) -> None:
     plan = plan_for(with_lora(make(name)))
-    shown_plan = text(plan_table(plan))
-    lines = shown_plan.splitlines()
-    for spec, kept in zip(plan.specs, plan.blocks, strict=True):
-        row = next(line for line in lines if line.replace("│", " ").split()[:1] == [str(spec.index)])
-        assert f"{len(kept.heads)}/{spec.heads}" in row
-        assert f"{len(kept.neurons)}/{spec.neurons}" in row
-        for site in plan.dense_sites:
-            if site.block == spec.index and site.name in plan.sites:
-                assert f"{site.slot}:{len(plan.sites[site.name])}" in row
+    table = plan_table(plan)
+    columns = {str(column.header).replace("\n", "_"): list(column.cells) for column in table.columns}
+    for index, (spec, kept) in enumerate(plan.parts):
+        row = {header: cells[index] for header, cells in columns.items()}
+        assert row["layer"] == (spec.label or str(spec.index)) and row["heads"] == f"{len(kept.heads)}/{spec.heads}"
+        assert row["neurons"] == (f"{len(kept.neurons)}/{spec.neurons}" if spec.neurons else "-")
+        dense = {site.slot: site.name for site in plan.dense_sites if site.block == spec.index}
+        for slot in columns.keys() & SLOTS:
+            stay = plan.sites.get(dense[slot]) if slot in dense else None
+            assert row[slot] == ("" if slot not in dense else str(len(stay)) if stay else "-")
+    shown_plan = " ".join(text(table).split())
     assert f"({plan.removed_ratio:.1%}; {plan.removed_of_blocks:.1%} of the blocks')" in shown_plan
+
+
+def test_plans_of_large_decoders_fit_80_columns() -> None:
+    plan = plan_for(with_lora(make("llama-gqa")))
+    large = {"heads": 64, "kv_heads": 64, "neurons": 14_336}
+    specs = [dataclasses.replace(plan.specs[0], index=index, label=str(index), **large) for index in range(99)]
+    sites = [
+        dataclasses.replace(s, block=b.index, name=f"{b.index} {s.name}") for b in specs for s in plan.dense_sites[:7]
+    ]
+    kept = BlockPlan(tuple(range(64)), tuple(range(64)), tuple(range(14_336)))
+    wide = dataclasses.replace(
+        plan,
+        specs=tuple(specs),
+        blocks=(kept,) * 99,
+        dense_sites=tuple(dataclasses.replace(site, rank=16) for site in sites),
+        sites={site.name: tuple(range(16)) for site in sites},
+    )
+    lines = text(plan_table(wide), width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[2].split() == ["0", "64/64", "64/64", "14336/14336", "0%", "7/7", *["16"] * 7]
 
 
 def test_facts_are_shown_as_they_are() -> None:

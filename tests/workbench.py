@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -344,8 +345,8 @@ def in_child(disturb: Disturb, *arguments: object) -> tuple[int, str]:
     """The command in a forked process, in which `disturb` is called first.
 
     Returns:
-        Its exit code (the negative number of the signal that killed it), and what it wrote to stderr besides the notice
-        of a prefix cache.
+        Its exit code (the negative number of the signal that killed it), and what it wrote to stderr besides notices
+        of stages that are done and of a prefix cache.
     """
     reading, writing = os.pipe()
 
@@ -363,7 +364,11 @@ def in_child(disturb: Disturb, *arguments: object) -> tuple[int, str]:
         written = errors.readlines()
     process.join()
     assert process.exitcode is not None
-    return process.exitcode, "".join(line for line in written if not line.startswith("prefix cache: "))
+    return process.exitcode, "".join(line for line in written if not NOTICE.match(line))
+
+
+NOTICE = re.compile("prefix cache: |(estimate|prune|train|widen|evaluate): done in ")
+"""How lines begin that a run writes to stderr in any case."""
 
 
 # -- what is on disk ---------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ from typing import NoReturn
 
 from lightpeft import __version__
 from lightpeft.cli.options import Parser
-from lightpeft.cli.screen import screen, tell
+from lightpeft.cli.screen import screen
 from lightpeft.cli.verbs import VERBS
 from lightpeft.config.validation import shown
-from lightpeft.console import streams
+from lightpeft.console import bars, streams
+from lightpeft.console.progress import tell
 from lightpeft.errors import LightPeftError
 
 
@@ -98,3 +99,5 @@ def quiet() -> None:
 
     quiet_libraries()
     screen.quiet = not processes().is_main_process
+    if screen.quiet:
+        bars.choose(bars.silent)

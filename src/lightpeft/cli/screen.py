@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 
 from lightpeft.console import streams
+from lightpeft.console.progress import tell
 
 
 class _Screen(Console):
@@ -31,8 +32,3 @@ class _Screen(Console):
 
 
 screen = _Screen()
-
-
-def tell(line: str) -> None:
-    """A line on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)

@@ -11,16 +11,23 @@ from rich.table import Table
 from lightpeft.config import peft_type
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.structure import SLOTS
 
 
 def plan_table(plan: PrunePlan) -> Table:
-    """One row a layer: what stays of heads, neurons, PEFT modules and their ranks."""
-    rows = plan.rows()
-    table = Table(caption=plan.summary(), caption_justify="left")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name == "module:ranks" else "right")
-    for row in rows:
-        table.add_row(*row.values())
+    """One row a layer: what stays of heads, neurons and PEFT modules; and the ranks of these, a column a place."""
+    ranks = [plan.module_ranks(spec) for spec in plan.specs]
+    slots = [slot for slot in SLOTS if any(slot in of for of in ranks)]
+    told = [["-" if of.get(slot) == 0 else str(of.get(slot, "")) for slot in slots] for of in ranks]
+    note = "\nbelow the names of projections: ranks of the PEFT modules there; -: the module goes" if slots else ""
+    table = Table(
+        caption=f"{plan.summary()}{note}", caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    rows = [{name: value for name, value in row.items() if name != "module:ranks"} for row in plan.rows()]
+    for name in (*rows[0], *slots):
+        table.add_column(name.replace("kv heads", "kv\nheads").replace("_", "\n"), justify="right", no_wrap=True)
+    for row, of in zip(rows, told, strict=True):
+        table.add_row(*row.values(), *of)
     return table
 
 
@@ -106,7 +113,7 @@ def _numbers_table(title: str, first: str, *others: str) -> Table:
     table = Table(title=escape(title), title_justify="left")
     table.add_column(escape(first), no_wrap=True)
     for name in others:
-        table.add_column(escape(name), justify="right")
+        table.add_column(escape(name), justify="right", no_wrap=name != "test")
     return table
 
 
@@ -137,9 +144,13 @@ def bench_table(report: Mapping[str, Any]) -> Table:
         table.add_row("KV cache, KiB a token", *sizes, f"{caches[1] / caches[0]:.2f}", "")
     whole = report["end_to_end"]
     seconds = (f"{whole['plain_seconds']:.0f}", f"{whole['light_seconds']:.0f}", f"{whole['light_over_plain']:.2f}")
-    table.add_row("whole run, s (estimation included)", *seconds, "")
+    table.add_row("whole run, s", *seconds, "")
     slowdown = ratios["estimation_throughput"]["median"]
-    table.caption = f"estimation trains {slowdown:.2f} times as fast as {kind}, for {whole['estimation_steps']} steps"
+    steps = whole["estimation_steps"]
+    table.caption = (
+        f"estimation, part of the whole run, trains {slowdown:.2f} times as fast as {kind}, for {steps} steps"
+    )
+    table.caption_justify = "left"
     return table
 
 

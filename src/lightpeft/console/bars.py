@@ -10,6 +10,8 @@ from typing import Protocol, TypeVar
 import rich.progress
 from rich.console import Console
 
+from lightpeft.console.progress import Pulse
+
 T = TypeVar("T")
 
 
@@ -22,11 +24,17 @@ class Progress(Protocol):
 
 
 def bar(items: Iterable[T], total: int, description: str) -> Iterable[T]:
-    """A rich progress bar on stderr; nothing where stderr is not a terminal."""
+    """A rich progress bar on stderr; a line now and then where that is no terminal."""
     console = Console(stderr=True)
-    return rich.progress.track(
-        items, description, total=total, console=console, transient=True, disable=not console.is_terminal
-    )
+    if not console.is_terminal:
+        return _beating(items, Pulse(description, total))
+    return rich.progress.track(items, description, total=total, console=console, transient=True)
+
+
+def _beating(items: Iterable[T], pulse: Pulse) -> Iterator[T]:
+    for done, item in enumerate(items):
+        pulse.beat(done)
+        yield item
 
 
 def silent(items: Iterable[T], total: int, description: str) -> Iterable[T]:
@@ -40,6 +48,11 @@ _CHOSEN: ContextVar[Progress] = ContextVar("progress", default=bar)
 def progress(items: Iterable[T], total: int, description: str) -> Iterable[T]:
     """The items, shown as `showing` says; by a bar where it says nothing."""
     return _CHOSEN.get()(items, total, description)
+
+
+def choose(chosen: Progress) -> None:
+    """From here on, long loops are shown so."""
+    _CHOSEN.set(chosen)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How something long that is done in steps is shown: a grid of runs, the rounds of a measurement."""
+"""How something long that is done in steps is shown: a grid of runs, the rounds of a measurement, training."""
 
 from __future__ import annotations
 
@@ -54,8 +54,72 @@ class StepProgress:
         self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+EVERY = 30.0
+"""Seconds between two lines of a `Pulse`."""
+
+
+class Pulse:
+    """A line on stderr now and then about something long: what there is instead of a bar where there is no terminal.
+
+    What is over before the first line is due says nothing.
+    """
+
+    def __init__(self, name: str, total: int, unit: str = "", done: int = 0) -> None:
+        """
+        Args:
+            name: what is done.
+            total: how many steps, or whatever, it takes.
+            unit: what one is called.
+            done: how many were there already, and say nothing of the rate.
+        """
+        self.name, self.total, self.unit, self.before = name, total, unit, done
+        self._begun = self._told = time.monotonic()
+
+    def beat(self, done: int, said: str = "") -> None:
+        """So many are done; it is said if the last line is a while ago.
+
+        Args:
+            said: what else is known, such as a loss.
+        """
+        now = time.monotonic()
+        if now - self._told < EVERY or done <= self.before:
+            return
+        self._told = now
+        rate = (done - self.before) / (now - self._begun)
+        each = f"{self.unit}s/s" if self.unit else "per second"
+        counted = f"{self.unit} {done:,} of {self.total:,}".strip()
+        shown = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        parts = [counted, said, f"{shown} {each}", f"time left: {duration(max(self.total - done, 0) / rate)}"]
+        tell(f"{self.name}: {', '.join(filter(None, parts))}")
+
+
+def tell(line: str) -> None:
+    """A line on stderr as it is, however long."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+
+
 def duration(seconds: float) -> str:
     """A time as people say it: 42 s, 12 min, 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def exact_duration(seconds: float) -> str:
+    """A time that is over, to the second while that says something: 4.2 s, 42 s, 2 min 10 s, 3 h 5 min."""
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def in_bytes(count: float) -> str:
+    """A size: 812 B, 88 KiB, 1.3 GiB."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while abs(count) >= 1023.5 and power < len(units) - 1:
+        count, power = count / 1024, power + 1
+    return f"{count:.1f} {units[power]}" if power and count < 9.95 else f"{count:,.0f} {units[power]}"

@@ -185,18 +185,22 @@ class PrunePlan:
     def _row(self, spec: BlockSpec, kept: BlockPlan | None) -> dict[str, str]:
         removed = 1.0 if kept is None else removed_in_block(spec, kept) / block_parameters(spec)
         kept = kept or BlockPlan((), (), ())
-        dense = [site for site in self.dense_sites if site.block == spec.index]
-        stay = [site for site in dense if site.name in self.sites]
-        modules = " ".join(f"{site.slot}:{len(self.sites[site.name])}" for site in stay)
+        ranks = self.module_ranks(spec)
+        stay = [f"{slot}:{count}" for slot, count in ranks.items() if count]
         return {
             "layer": spec.label or str(spec.index),
             "heads": f"{len(kept.heads)}/{spec.heads}",
             "kv heads": f"{len(kept.kv_heads)}/{spec.kv_heads}",
             "neurons": f"{len(kept.neurons)}/{spec.neurons}" if spec.neurons else "-",
             "removed": f"{removed:.0%}",
-            "modules": f"{len(stay)}/{len(dense)}",
-            "module:ranks": modules or "-",
+            "modules": f"{len(stay)}/{len(ranks)}",
+            "module:ranks": " ".join(stay) or "-",
         }
+
+    def module_ranks(self, spec: BlockSpec) -> dict[str, int]:
+        """Slots of a block that had a PEFT module -> how many of its ranks stay; 0: the module goes."""
+        dense = [site for site in self.dense_sites if site.block == spec.index]
+        return {str(site.slot): len(self.sites.get(site.name, ())) for site in dense}
 
     def summary(self) -> str:
         """One line: what part of the base, of its blocks, of the PEFT modules and of their ranks goes."""

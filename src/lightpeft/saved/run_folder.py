@@ -6,17 +6,17 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from lightpeft.config import READ_BY_PLANS, SWITCHES, RunConfig, run_config_from_dict
 from lightpeft.config.validation import from_dict, parse_yaml
+from lightpeft.console.progress import exact_duration, in_bytes, tell
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
     append_line,
@@ -50,6 +50,7 @@ _RESULTS = (
     "estimation",
     "checkpoints",
     "log.jsonl",
+    "report.html",
 )
 """All that a run leaves in its folder beside its config; later results first."""
 
@@ -271,7 +272,7 @@ class RunFolder:
         require(self.has(stage), f"{self.path} has no result of `lightpeft {command}` yet; run that before {verb}")
 
     def finish_stage(self, stage: str, seconds: float, save: Callable[[], None], **facts: Any) -> None:
-        """Save a stage's result, note its time, and drop its checkpoints, which nobody will resume from.
+        """Save a stage's result, note its time, say so, and drop its checkpoints, which nobody will resume from.
 
         Of several processes the main one does it, and the others wait.
         """
@@ -279,6 +280,7 @@ class RunFolder:
         if state.is_main_process:
             save()
             self._note(stage, seconds, facts)
+            tell(f"{stage}: done in {', '.join(_cost(seconds, facts))}")
         state.wait_for_everyone()
 
     def _note(self, stage: str, seconds: float, facts: dict[str, Any]) -> None:
@@ -289,7 +291,7 @@ class RunFolder:
         """Say something worth knowing before a stage begins, on stderr and in the log."""
         if processes().is_main_process:
             append_line(self.log, {"stage": stage, "note": line})
-            Console(stderr=True).print(line, markup=False, highlight=False)
+            tell(line)
 
     def stage_seconds(self) -> dict[str, float]:
         """Seconds of each finished stage, from the log; a stage that was resumed counts its last part."""
@@ -313,6 +315,17 @@ class RunFolder:
                 yield entry
 
 
+def _cost(seconds: float, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What a stage took, in words, as far as it is known."""
+    yield exact_duration(seconds)
+    if facts.get("steps"):
+        yield f"{facts['steps']:,} steps"
+    if facts.get("samples_per_second"):
+        yield f"{facts['samples_per_second']:,.0f} rows/s"
+    if facts.get("peak_memory_bytes"):
+        yield f"{in_bytes(facts['peak_memory_bytes'])} at the peak"
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is one of a run, however far it has come."""
     return (folder / CONFIG).is_file()
@@ -327,7 +340,7 @@ def _remove(path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Milestones:
+class Milestones:
     """What a run was worth on its way."""
 
     examples: int
@@ -335,7 +348,7 @@ class _Milestones:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Quality:
+class Quality:
     """How good a model is."""
 
     metrics: dict[str, float]
@@ -343,18 +356,32 @@ class _Quality:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Report:
+class Report:
     """What people and tables read of a metrics.json."""
 
     method: str
     metrics: dict[str, float]
     parameters: dict[str, int | float]
     intervals: dict[str, tuple[float, float] | None] = dataclasses.field(default_factory=dict)
+    main_metric: str = ""
+    """Which of `metrics` the task is about; older runs have not said so."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     training: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    full_width: _Quality | None = None
-    milestones: _Milestones = _Milestones(examples=0, metrics={})
+    adapter_bytes: int | None = None
+    full_width: Quality | None = None
+    milestones: Milestones = Milestones(examples=0, metrics={})
     warnings: list[str] = dataclasses.field(default_factory=list)
+    hardware: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, report: dict[str, Any]) -> Report:
+        """That of the content of a metrics.json, in which there may be more.
+
+        Raises:
+            LightPeftError: something is missing or of another type.
+        """
+        names = [each.name for each in dataclasses.fields(cls) if each.name in report]
+        return from_dict(cls, {name: report[name] for name in names})
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -365,8 +392,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     report = read_json(path)
     with understandable(path):
-        names = [each.name for each in dataclasses.fields(_Report) if each.name in report]
-        from_dict(_Report, {name: report[name] for name in names})
+        Report.of(report)
     return report
 
 

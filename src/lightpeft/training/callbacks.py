@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lightpeft.console.progress import Pulse
 from lightpeft.files import append_line, seal
 from lightpeft.machine import processes
 
@@ -51,7 +52,7 @@ class LogLines(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A rich progress bar with loss, step count, elapsed and remaining time."""
+    """A rich progress bar with loss, step count, elapsed and remaining time; no terminal, no bar, but lines like it."""
 
     def __init__(self, total: int) -> None:
         console = Console(stderr=True)
@@ -65,10 +66,13 @@ class ProgressBar(TrainerCallback):
         )
         self.progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self.task = self.progress.add_task("train", total=total, loss="")
+        self._total, self._loss = total, ""
+        self._pulse = Pulse("train", total, "step")
 
     def begin(self, stage: str, step: int) -> None:
         """A stage begins behind a step."""
         self.progress.update(self.task, description=stage)
+        self._pulse = Pulse(stage, self._total, "step", done=step)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,6 +82,8 @@ class ProgressBar(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.progress.update(self.task, completed=state.global_step)
+        if self.progress.disable and state.is_world_process_zero:
+            self._pulse.beat(state.global_step, self._loss)
 
     def on_log(
         self,
@@ -88,7 +94,8 @@ class ProgressBar(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "loss" in logs:
-            self.progress.update(self.task, loss=f"loss {float(logs['loss']):.4f}")
+            self._loss = f"loss {float(logs['loss']):.4f}"
+            self.progress.update(self.task, loss=self._loss)
 
     def end_at(self, step: int) -> None:
         """The stage is over, perhaps after fewer steps than it might have taken."""

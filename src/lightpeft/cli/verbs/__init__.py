@@ -5,13 +5,14 @@ from lightpeft.cli.verbs.evaluate import EVALUATE
 from lightpeft.cli.verbs.export import EXPORT
 from lightpeft.cli.verbs.inspect import INSPECT
 from lightpeft.cli.verbs.predict import PREDICT
+from lightpeft.cli.verbs.report import REPORT
 from lightpeft.cli.verbs.reproduce import REPRODUCE
 from lightpeft.cli.verbs.stages import ESTIMATE, PLAN, PRUNE, RUN, TRAIN
 from lightpeft.cli.verbs.verb import Verb
 
 VERBS: dict[str, Verb] = {
     verb.name: verb
-    for verb in (RUN, ESTIMATE, PLAN, PRUNE, TRAIN, EVALUATE, BENCH, PREDICT, EXPORT, INSPECT, REPRODUCE)
+    for verb in (RUN, ESTIMATE, PLAN, PRUNE, TRAIN, EVALUATE, BENCH, PREDICT, EXPORT, INSPECT, REPORT, REPRODUCE)
 }
 """Name -> verb, in the order of help."""
 

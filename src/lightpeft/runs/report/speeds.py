@@ -1,0 +1,69 @@
+"""What `lightpeft bench` left in a run's folder, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightpeft.config.validation import from_dict
+from lightpeft.files import read_json, understandable
+from lightpeft.runs.report.words import duration, size
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedRow:
+    """One measure of plain PEFT, and of the light model beside it."""
+
+    name: str
+    plain: str
+    light: str
+    ratio: float
+    """Light over plain."""
+    quartiles: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speeds:
+    """All of them."""
+
+    rounds: int
+    """Alternations that the medians and quartiles are over."""
+    rows: list[SpeedRow]
+
+
+def read_speeds(path: Path) -> Speeds:
+    """Those of a bench.json.
+
+    Raises:
+        LightPeftError: it is damaged, or says something else.
+    """
+    found = read_json(path)
+    with understandable(path):
+        return from_dict(Speeds, {"rounds": found["rounds"], "rows": _rows(found)})
+
+
+def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    subjects, ratios, whole = found["subjects"], found["ratios"], found["end_to_end"]
+    both = [subjects[name] for name in ("plain", "light")]
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, values: Iterable[float], form: Callable[[float], str], ratio: float, **more: Any) -> None:
+        plain, light = map(form, values)
+        rows.append({"name": name, "plain": plain, "light": light, "ratio": ratio, **more})
+
+    for what in ("training", "inference"):
+        spread, medians = ratios[f"{what}_throughput"], [of[f"{what}_samples_per_second"]["median"] for of in both]
+        add(f"samples/s in {what}", medians, _fine, spread["median"], quartiles=[spread["low"], spread["high"]])
+    add("peak memory of training", [of["peak_memory_bytes"] for of in both], size, ratios["peak_memory"])
+    for what, key in (("training", "training"), ("inference", "forward")):
+        flops = [of["flops"][key] / 1e9 for of in both]
+        add(f"GFLOP a batch in {what}", flops, _fine, flops[1] / flops[0])
+    seconds = [whole[f"{name}_seconds"] for name in ("plain", "light")]
+    add("a whole run, estimation included", seconds, duration, whole["light_over_plain"])
+    return rows
+
+
+def _fine(value: float) -> str:
+    return f"{value:,.1f}"

@@ -1,0 +1,584 @@
+"""`lightpeft report`: what it reads of a run's folder, what it draws and says, and that the page needs nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workbench import Workbench, checksums, edit, forked, lightpeft, read
+
+from lightpeft import Budget
+from lightpeft.errors import LightPeftError
+from lightpeft.files import append_line
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.runs import curve, pipeline
+from lightpeft.runs.bench import bench as measure
+from lightpeft.runs.report import figures, page, telling, words, write_report
+from lightpeft.runs.report.facts import MOST_POINTS, read_run
+from lightpeft.runs.report.svg import Drawing, Scale, tick_text
+from lightpeft.saved.run_folder import RunFolder
+
+WIDTHS = (390, 1280)
+"""Pixels of a phone and of a laptop."""
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """Runs of all methods; that of method light with steps at full width, a curve and a bench, and one half done."""
+    bench = Workbench(tmp_path_factory.mktemp("report"))
+    light = bench.config("light", **{"light.keep": "both", "light.full_width_steps": 0.25})
+    pipeline.run(light)
+    curve.curve(pipeline.prepare(light), rows=24, parts=(0.2, 0.4))
+    with forked():
+        measure(light, rounds=1, steps=2)
+    for method in ("plain", "full"):
+        pipeline.run(bench.config(method, method=method))
+    pipeline.estimate(pipeline.prepare(bench.config("half")))
+    return bench
+
+
+@pytest.fixture
+def light(bench: Workbench, tmp_path: Path) -> Path:
+    """A copy of the light run, to be changed."""
+    return Path(shutil.copytree(bench.folder / "light", tmp_path / "light"))
+
+
+def html(*folders: Path) -> str:
+    return page([read_run(folder) for folder in folders])
+
+
+class Reader(HTMLParser):
+    """What a browser would make of a page; a tag that is not closed, or closed twice, is an error."""
+
+    VOID = ("meta", "link", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert len(dict(attributes)) == len(attributes)
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+# -- facts ---------------------------------------------------------------------------------------------------------
+
+
+class TestFacts:
+    def test_of_a_finished_run(self, bench: Workbench) -> None:
+        run = read_run(bench.folder / "light")
+        assert [stage.name for stage in run.stages] == ["estimate", "prune", "train", "widen", "evaluate"]
+        assert run.missing == [] and all(stage.seconds is not None for stage in run.stages)
+        assert [stage.steps for stage in run.stages] == [6, None, 12, 6, None]
+        assert (run.cut, run.reached, run.main_metric) == (6, 24, "accuracy")
+        report = read(bench.folder / "light" / "metrics.json")
+        assert run.training_seconds == pytest.approx(sum(report["seconds"].values()), abs=0.1)
+        assert run.peak_memory_bytes == max(stage["peak_memory_bytes"] for stage in report["training"].values())
+        plan = PrunePlan.load(bench.folder / "light" / "plan.json")
+        sizes = {name: (before, after) for name, before, after in run.sizes.rows}
+        assert sizes["the base"] == (report["parameters"]["base_dense"], report["parameters"]["base"])
+        assert sizes["its blocks"][0] - sizes["its blocks"][1] == plan.removed_parameters
+        assert sizes["what is trained"][0] > sizes["what is trained"][1] == report["parameters"]["trained"]
+
+    def test_losses_are_those_of_the_log(self, bench: Workbench) -> None:
+        run = read_run(bench.folder / "light")
+        logged = RunFolder.at(bench.folder / "light").log_entries()
+        found = [(entry["stage"], entry["step"], entry["loss"]) for entry in logged if "loss" in entry]
+        steps = {"widen": 18}  # whose own steps begin at 0
+        expected = {(stage, steps.get(stage, 0) + step, loss) for stage, step, loss in found}
+        assert {(line.stage, *point) for line in run.losses for point in line.points} == expected
+        assert [line.stage for line in run.losses] == ["estimate", "train", "widen"]
+
+    def test_what_a_resumed_run_logged_twice_counts_as_it_was_last(self, light: Path) -> None:
+        append_line(light / "log.jsonl", {"stage": "train", "step": 8, "loss": 0.125})
+        (points,) = (line.points for line in read_run(light).losses if line.stage == "train")
+        assert [loss for step, loss in points if step == 8] == [0.125]
+
+    @pytest.mark.parametrize("loss", ["NaN", "Infinity", "1e999", '"high"', "null"])
+    def test_losses_that_are_no_numbers_are_counted(self, light: Path, loss: str) -> None:
+        with (light / "log.jsonl").open("a") as log:
+            log.write(f'{{"stage": "train", "step": 10, "loss": {loss}}}\n{{"stage": "train", "ste')
+        run = read_run(light)
+        assert run.broken_losses == 1 and all(step != 10 for line in run.losses for step, _ in line.points)
+        assert "1 lines say NaN or infinity" in Reader(page([run])).text
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            '{"time": 1e300, "stage": ["train"], "step": 3, "loss": 1}',
+            '{"stage": "estimate", "done": true, "steps": "x"}',
+            '{"stage": "train", "step": 1e400, "loss": 1}',
+            '{"note": {"a": 1}}',
+            f'{{"time": {10**400}}}',
+            "[]",
+            "5",
+        ],
+    )
+    def test_other_logs_are_no_reason_to_fail(self, light: Path, line: str) -> None:
+        with (light / "log.jsonl").open("a") as log:
+            log.write(line + "\n")
+        Reader(html(light))
+
+    def test_long_logs_are_thinned_by_means(self, light: Path) -> None:
+        lines = "".join(
+            json.dumps({"stage": "train", "step": step, "loss": 1.0 + step % 2}) + "\n" for step in range(7, 2007)
+        )
+        (light / "log.jsonl").write_text(lines)
+        (line,) = read_run(light).losses
+        assert line.each == 5 and len(line.points) == MOST_POINTS
+        assert line.points[0] == (9.0, pytest.approx((2 + 1 + 2 + 1 + 2) / 5))
+
+    def test_of_a_run_that_is_half_done(self, bench: Workbench) -> None:
+        run = read_run(bench.folder / "half")
+        assert [stage.name for stage in run.missing] == ["prune", "train", "evaluate"]
+        assert (run.report, run.plan, run.training_seconds, run.cut) == (None, None, None, 6)
+
+    def test_of_a_folder_that_has_just_begun(self, bench: Workbench) -> None:
+        RunFolder.open(bench.config("begun")).begin()
+        run = read_run(bench.folder / "begun")
+        assert (run.losses, run.reached, run.ended) == ([], 0, None)
+        assert "estimation, the cut, fine-tuning and evaluation are still to come" in Reader(page([run])).text
+
+
+# -- words ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_without_an_upper_end_are_no_percents() -> None:
+    assert words.quality("accuracy", 0.8512) == "85.1%" and words.interval("f1", (0.5, 0.75)) == "50.0 to 75.0"
+    assert words.quality("mismatched_loss", 0.5) == "0.5000" and words.interval("loss", None) == ""
+
+
+def test_the_outcome_in_a_sentence(bench: Workbench) -> None:
+    run = read_run(bench.folder / "light")
+    assert run.plan and run.report
+    accuracy, (low, high) = run.report.metrics["accuracy"], run.report.intervals["accuracy"] or (0, 0)
+    assert telling.outcome(run).startswith(
+        f"{100 * run.plan.removed_of_blocks:.1f}% of the blocks\u2019 parameters gone, {100 * accuracy:.1f}% accuracy "
+        f"({100 * low:.1f} to {100 * high:.1f}), trained in "
+    )
+    assert (
+        telling.outcome(read_run(bench.folder / "half"))
+        == "Not finished: the cut, fine-tuning and evaluation are still to come."
+    )
+    plain = read_run(bench.folder / "plain")
+    assert plain.report
+    assert telling.outcome(plain).startswith(f"{plain.report.parameters['trained']:,} parameters trained (")
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["light", "plain", "full", "half"])
+def test_pages_are_whole_and_need_nothing_else(bench: Workbench, name: str) -> None:
+    text = html(bench.folder / name)
+    found = Reader(text)
+    assert not found.all("script") and not found.all("img")
+    references = [value for _, attributes in found.tags for key, value in attributes.items() if key in ("href", "src")]
+    assert all(str(value).startswith(("#", "data:,")) for value in references)
+    assert "url(" not in text and "@import" not in text and "http:" not in text and "https:" not in text
+    labels = [attributes.get("aria-label") for attributes in found.all("svg")]
+    assert labels and all(labels)
+    identifiers = [attributes["id"] for _, attributes in found.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+
+
+def test_contents_of_a_light_run(bench: Workbench) -> None:
+    text = html(bench.folder / "light")
+    found, run = Reader(text), read_run(bench.folder / "light")
+    assert run.plan and run.report and run.curve and run.speeds
+    titles = [
+        "What stays",
+        "Losses",
+        "Quality",
+        "Parameters",
+        "Time and memory",
+        "Beside plain PEFT",
+        "What budgets cost",
+    ]
+    places = [found.text.index(title) for title in titles]
+    assert places == sorted(places)
+    for spec, kept in run.plan.parts:
+        assert f"layer {spec.index}: {len(kept.heads)} of {spec.heads} heads stay" in found.text
+        assert f"layer {spec.index}: {len(kept.neurons)} of {spec.neurons} neurons stay" in found.text
+    for site in run.plan.dense_sites:
+        ranks = len(run.plan.sites.get(site.name, ()))
+        assert f"layer {site.block}, {site.slot}: {ranks} of {site.rank} ranks stay" in found.text
+    assert "the cut, step 6" in found.text and "At full width" in found.text
+    for moment in ("constant answer", "after estimation", "after the cut", "at full width", "in the end"):
+        assert (
+            f"{moment}: {100 * run.report.milestones.metrics[moment.replace(' ', '_')]['accuracy']:.1f}%" in found.text
+        )
+    for point in run.curve.points:
+        assert f"{100 * (point.removed_of_blocks or 0):.0f}% gone: {point.rise:+.3f}" in found.text
+    assert f"samples/s in training: {run.speeds.rows[0].ratio:.2f}" in found.text
+    assert f"lightpeft run --config {bench.folder}/light/config.yaml --output {bench.folder}/light_again" in found.text
+    assert "head_criterion: fisher" in found.text and "torch" in found.text
+
+
+def test_warnings_stand_above_all_else(light: Path) -> None:
+    edit(
+        light / "metrics.json", lambda report: report.update(warnings=["all 40 test rows are answered <b>positive</b>"])
+    )
+    text = html(light)
+    assert text.index("<strong>Warning:</strong> all 40 test rows are answered &lt;b&gt;") < text.index("What stays")
+
+
+def test_missing_stages_and_how_to_go_on(bench: Workbench) -> None:
+    found = Reader(html(bench.folder / "half"))
+    assert f"lightpeft run --run {bench.folder}/half" in found.text
+    assert "Not finished: the cut" in found.text and "The log ends at step 6" in found.text and "to come" in found.text
+
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def test_nothing_of_a_folder_is_markup(bench: Workbench, tmp_path: Path) -> None:
+    settings = {"data.text": HOSTILE, "model.name": f"{tmp_path}/{HOSTILE}\"'&"}
+    folder = RunFolder.open(bench.config(f"hostile{HOSTILE.replace('/', '')}", **settings))
+    folder.begin()
+    append_line(folder.log, {"stage": "estimate", "note": HOSTILE})
+    append_line(folder.log, {"stage": "estimate", "step": 1, "loss": 1.0, HOSTILE: HOSTILE})
+    text = html(folder.path, bench.folder / "light")
+    assert Reader(text).all("script") == [] and "&lt;script&gt;alert(1)" in text
+
+
+def test_labels_in_figures_are_no_markup(bench: Workbench) -> None:
+    plan = PrunePlan.load(bench.folder / "light" / "plan.json")
+    named = dataclasses.replace(plan, specs=tuple(dataclasses.replace(spec, label=HOSTILE) for spec in plan.specs))
+    for draw in (figures.heads, figures.neurons, figures.modules):
+        assert Reader(draw(named).__html__()).all("script") == []
+
+
+OLDER: dict[str, tuple[str, ...]] = {
+    "metrics.json": ("main_metric", "intervals", "milestones", "warnings", "training", "seconds", "adapter_bytes"),
+    "curve.json": ("gone_before", "step_times"),
+}
+"""What older files have not said."""
+
+
+def test_older_folders(light: Path) -> None:
+    for name, keys in OLDER.items():
+        edit(light / name, lambda content, keys=keys: [content.pop(key, None) for key in keys])
+    (light / "bench.json").unlink()
+    lines = [line for line in (light / "log.jsonl").read_text().splitlines() if "light/" not in line]
+    (light / "log.jsonl").write_text("\n".join(line.replace('"steps"', '"other"') for line in lines))
+    run = read_run(light)
+    assert (run.main_metric, run.cut) == ("accuracy", 4)  # the last line of estimation, logged every 4 steps
+    Reader(page([run]))
+    (light / "log.jsonl").unlink()
+    (light / "curve.json").unlink()
+    found = Reader(html(light))
+    assert "Losses" not in found.text and "What stays" in found.text and "Quality" in found.text
+
+
+# -- several runs --------------------------------------------------------------------------------------------------
+
+
+class TestBeside:
+    def test_the_plain_run_is_the_reference(self, bench: Workbench) -> None:
+        runs = [read_run(bench.folder / name) for name in ("light", "plain", "half")]
+        assert telling.reference_of(runs) == 1 and telling.reference_of(runs[:1]) == 0
+        light, plain = (run.report for run in runs[:2])
+        assert light and plain
+        rows = {row.name: row.cells for row in telling.beside(runs, 1)}
+        ratio = light.parameters["trained"] / plain.parameters["trained"]
+        assert rows["trained parameters"][0] == (f"{light.parameters['trained']:,}", f"{ratio:.2f}\u00d7")
+        assert rows["trained parameters"][1][1] == "" and rows["trained parameters"][2] == ("", "")
+        assert rows["accuracy"][1][0] == f"{100 * plain.metrics['accuracy']:.1f}%"
+        assert rows["time: estimation"][1] == ("", "") and rows["time: estimation"][2][0]
+
+    def test_the_page(self, bench: Workbench) -> None:
+        folders = [bench.folder / name for name in ("light", "plain", "full", "half")]
+        found = Reader(html(*folders))
+        assert "4 runs beside one another" in found.text and f"{folders[1]} is the reference" in found.text
+        links = [str(attributes["href"])[1:] for attributes in found.all("a")]
+        assert links == [attributes["id"] for attributes in found.all("article")]
+
+    def test_settings_that_differ(self, bench: Workbench) -> None:
+        runs = [read_run(bench.folder / name) for name in ("light", "half", "plain")]
+        differing = dict(telling.differing_settings(runs))
+        assert list(differing) == ["method", "light.keep", "light.full_width_steps"]
+        assert differing["light.keep"] == ["both", "light", ""]
+
+    def test_what_may_not_be_compared_is_said(self, bench: Workbench, light: Path) -> None:
+        assert list(telling.cautions([read_run(bench.folder / name) for name in ("light", "plain")])) == []
+        edit(light / "metrics.json", lambda report: report["hardware"].update(cpu="another"))
+        other = read_run(light)
+        other = dataclasses.replace(
+            other,
+            config=dataclasses.replace(other.config, data=dataclasses.replace(other.config.data, test="other.csv")),
+        )
+        lines = list(telling.cautions([read_run(bench.folder / "plain"), other]))
+        assert ["same test rows" in lines[0], "different machines" in lines[1]] == [True, True]
+
+
+# -- an automatic budget -------------------------------------------------------------------------------------------
+
+AUTO = {
+    "blocks": 0.5,
+    "tolerance": 0.1,
+    "expected": {"blocks": 0.5, "left": 0.04, "upper": 0.08},
+    "before": [{"blocks": 0.6, "rise": 0.4}],
+    "probed": [
+        {"blocks": 0.4, "before": 0.2, "after": 0.05, "error": 0.02},
+        {"blocks": 0.6, "before": 0.4, "after": 0.2, "error": 0.03},
+    ],
+    "rows": 256,
+    "steps": 9,
+    "seconds": 3.0,
+    "confidence": 0.8,
+    "points_a_nat": 50.0,
+}
+
+
+class TestAutoBudget:
+    def test_what_was_probed_and_is_expected(self, light: Path) -> None:
+        edit(light / "metrics.json", lambda report: report.update(budget=AUTO))
+        text = Reader(html(light)).text
+        assert "expected in the end: +0.040 nats, at most +0.080" in text and "tolerance 0.1 nats" in text
+        assert "60% after a probe: +0.200 nats" in text and "60% when cut: +0.400 nats" in text
+        assert "The run chose 50" in text and "0.04 nats (2 points) are expected" in text
+        assert "256 rows that were set aside, by probes of 9 steps" in text and "measured in the end" not in text
+
+    def test_measured_beside_a_run_that_cut_nothing(self, light: Path, tmp_path: Path) -> None:
+        whole = shutil.copytree(light, tmp_path / "whole")
+        plan = PrunePlan.load(whole / "plan.json")
+        record = EstimationRecord.load(whole / "estimation")
+        make_plan(record, Budget(heads=0.0, neurons=0.0, modules=0.0, ranks=0.0)).save(whole / "plan.json")
+        assert plan.removed_parameters and not PrunePlan.load(whole / "plan.json").removed_parameters
+        edit(light / "metrics.json", lambda report: report.update(budget=AUTO))
+        edit(light / "metrics.json", lambda report: report["metrics"].update(loss=report["metrics"]["loss"] + 0.0625))
+        assert "measured in the end: +0.062 nats" in Reader(page([read_run(light), read_run(whole)])).text
+
+    def test_nothing_within_the_tolerance(self, light: Path) -> None:
+        budget = {**AUTO, "blocks": 0.0, "expected": None, "points_a_nat": None}
+        edit(light / "metrics.json", lambda report: report.update(budget=budget))
+        text = Reader(html(light)).text
+        assert "No cut is within a tolerance of 0.1 nats: nothing" in text and "expected in the end" not in text
+
+    @pytest.mark.parametrize("change", [{"blocks": "half"}, {"probed": 5}, {"expected": {"left": None}}, {"rows": []}])
+    def test_what_is_none_is_refused(self, light: Path, change: dict[str, Any]) -> None:
+        edit(light / "metrics.json", lambda report: report.update(budget={**AUTO, **change}))
+        with pytest.raises(LightPeftError, match="metrics.json does not have the expected content"):
+            read_run(light)
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_that_are_left_out_whole(bench: Workbench) -> None:
+    plan = PrunePlan.load(bench.folder / "light" / "plan.json")
+    below = {site.name for site in plan.dense_sites if site.block == 0}
+    sites = {name: ranks for name, ranks in plan.sites.items() if name in below}
+    shallow = dataclasses.replace(plan, blocks=plan.blocks[:1], sites=sites)
+    for draw in (figures.heads, figures.neurons, figures.modules):
+        assert Reader(draw(shallow).__html__()).text.count("left out whole") == 1
+
+
+def test_heads_that_share_keys_and_values(bench: Workbench) -> None:
+    plan = PrunePlan.load(bench.folder / "light" / "plan.json")
+    specs = tuple(dataclasses.replace(spec, kv_heads=2) for spec in plan.specs)
+    drawn = [figures.heads(each).__html__() for each in (plan, dataclasses.replace(plan, specs=specs))]
+    assert drawn[0] != drawn[1] and all(len(Reader(text).all("path")) >= 2 for text in drawn)
+
+
+def test_many_blocks_stay_on_one_screen(bench: Workbench) -> None:
+    plan = PrunePlan.load(bench.folder / "light" / "plan.json")
+    specs = tuple(dataclasses.replace(plan.specs[0], index=index, label=str(index)) for index in range(96))
+    deep = dataclasses.replace(plan, specs=specs, blocks=plan.blocks[:1] * 96)
+    for draw in (figures.heads, figures.neurons, figures.modules):
+        drawing = draw(deep)
+        assert drawing.height < 720 and drawing.width <= min(WIDTHS) - 40
+        assert len(drawing.__html__()) < 100_000
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-3, 2), (0.2995, 0.3005), (1e-9, 3e-9), (0, 7.3e8), (0.7, 0.7), (0, 0)]
+)
+@pytest.mark.parametrize("zero", [False, True])
+def test_scales_hold_all_values_and_have_round_ticks(low: float, high: float, zero: bool) -> None:
+    scale = Scale.around([low, high], 0, 100, zero=zero)
+    assert 0 <= scale(low) <= scale(high) <= 100
+    ticks = scale.ticks(5)
+    assert 2 <= len(ticks) <= 7 and all(-1e-6 <= scale(tick) <= 100 + 1e-6 for tick in ticks)
+    texts = [tick_text(tick, ticks) for tick in ticks]
+    assert len(set(texts)) == len(texts)
+    assert [float(text.replace(",", "").replace("\u2212", "-")) for text in texts] == pytest.approx(ticks)
+
+
+def test_numbers_in_drawings_are_short() -> None:
+    drawing = Drawing(10, 10, "a <figure> & more")
+    drawing.line((1 / 3, -0.0001), (2, 12345.67), "grid")
+    text = drawing.__html__()
+    assert 'd="M0.3 0L2 12345.7"' in text and 'aria-label="a &lt;figure&gt; &amp; more"' in text
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit code, and what was written anywhere."""
+    capsys.readouterr()
+    code = lightpeft("report", *arguments)
+    written = capsys.readouterr()
+    return code, written.out + written.err
+
+
+def test_where_the_page_goes(light: Path, bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, light) == (0, f"the report is in {light}/report.html\n")
+    first = (light / "report.html").read_text()
+    assert first == html(light)
+    assert said(capsys, light)[0] == 0  # over the page of earlier
+    other = tmp_path / "new" / "both.html"
+    assert said(capsys, light, bench.folder / "plain", "--output", other)[0] == 0
+    assert other.read_text() == html(light, bench.folder / "plain")
+    assert write_report([light, light]) == light / "report.html" and (light / "report.html").read_text() == first
+
+
+def test_a_page_goes_with_the_run_it_is_about(light: Path) -> None:
+    write_report([light])
+    config = dataclasses.replace(RunFolder.at(light).config, seed=1, output=str(light))
+    RunFolder.open(config, overwrite=True).start_anew()
+    assert not (light / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "plan.json", "curve.json", "bench.json", "config.yaml"])
+def test_damaged_files_are_refused(light: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (light / name).write_text((light / name).read_text().replace("0", "1", 1))
+    before = checksums(light)
+    code, line = said(capsys, light)
+    assert code == 2 and name in line and line.count("\n") == 1 and checksums(light) == before
+
+
+EDITS: dict[str, tuple[str, Any]] = {
+    "no rounds": ("bench.json", lambda content: content.pop("rounds")),
+    "no ratios": ("bench.json", lambda content: content.update(ratios=[])),
+    "ratios of text": ("bench.json", lambda content: content["ratios"].update(peak_memory="low")),
+    "no points": ("curve.json", lambda content: content.update(points={"a": 1})),
+    "points of text": ("curve.json", lambda content: content["points"][0].update(rise="high")),
+    "metrics beyond drawing": (
+        "metrics.json",
+        lambda content: content["milestones"]["metrics"].update(
+            after_the_cut={"loss": 1e308}, in_the_end={"loss": -1e308}
+        ),
+    ),
+}
+"""Files as who wrote them could have written them."""
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_files_that_say_something_else_are_refused(light: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, change = EDITS[what]
+    edit(light / name, change)
+    code, line = said(capsys, light)
+    assert code == 2 and str(light) in line and line.count("\n") == 1 and not (light / "report.html").exists()
+
+
+def test_what_is_no_run_and_no_place(light: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "missing", light / "adapter", light / "log.jsonl"):
+        code, line = said(capsys, folder)
+        assert code == 2 and f"{folder} is not the folder of a run" in line and line.count("\n") == 1
+    assert not (tmp_path / "missing").exists() and not any((tmp_path / "empty").iterdir())
+    before = checksums(light)
+    for place, why in ((light, "is a folder"), (light / "metrics.json", "is there, and no report")):
+        code, line = said(capsys, light, "--output", place)
+        assert code == 2 and why in line and line.count("\n") == 1
+    assert checksums(light) == before
+    assert said(capsys)[0] == 2
+
+
+# -- in a browser --------------------------------------------------------------------------------------------------
+
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium, if it is installed."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield started
+    started.quit()
+
+
+PAGES = {"light": ("light",), "half": ("half",), "all": ("light", "plain", "full", "half")}
+WIDER = """
+const scrolls = ".scroll, pre, svg, details:not([open])", right = document.documentElement.clientWidth + 0.5;
+return [...document.querySelectorAll("body *")]
+    .filter(each => !each.closest(scrolls) && each.getBoundingClientRect().right > right)
+    .map(each => each.outerHTML.slice(0, 200));
+"""
+"""Elements that stick out of the window, but for what scrolls in its own place."""
+COLOURS = """
+const style = getComputedStyle(document.body);
+return [style.backgroundColor, style.color].map(colour => colour.match(/\\d+/g).slice(0, 3).map(Number));
+"""
+"""Of paper and ink, as numbers."""
+SHRUNK = """
+return [...document.querySelectorAll("svg")]
+    .map(each => [each.getBoundingClientRect().width, each.viewBox.baseVal.width])
+    .filter(([width, _]) => width > 0).map(([width, own]) => width / own);
+"""
+"""How large the figures that are shown are, as a part of their own size."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", PAGES)
+def test_in_a_browser(bench: Workbench, browser: Any, tmp_path: Path, name: str, width: int, scheme: str) -> None:
+    file = write_report([bench.folder / each for each in PAGES[name]], tmp_path / "page.html")
+    features = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", features)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(file.as_uri())
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script(WIDER) == []
+    paper, ink = map(sum, browser.execute_script(COLOURS))
+    assert (paper > ink) == (scheme == "light")
+    sizes = browser.execute_script(SHRUNK)
+    assert sizes and min(sizes) > 0.9  # letters stay legible
