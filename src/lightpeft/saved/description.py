@@ -1,4 +1,4 @@
-"""What stands beside the weights of a light model: its base, plan, task and metrics, and a card for people."""
+"""What stands beside the weights of a light model: its base, plan, task and metrics."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -28,6 +29,7 @@ class Described(Protocol):
     light_plan: PrunePlan
     light_task: dict[str, Any]
     light_metrics: dict[str, Any]
+    light_intervals: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +141,15 @@ def facts_of(model: Described) -> dict[str, Any]:
         "per_layer_config": per_layer_config(config.model_type, model.light_plan),
         "task": model.light_task,
         "metrics": model.light_metrics,
+        "intervals": model.light_intervals,
+        "peft_type": next(str(config.peft_type.value) for config in cast(PeftModel, model).peft_config.values()),
         "versions": versions(),
     }
+
+
+def unmeasured(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without what was measured: of a model that is about to change."""
+    return {**facts, "metrics": {}, "intervals": {}}
 
 
 def _head_settings(config: PretrainedConfig) -> dict[str, Any]:
@@ -170,46 +179,3 @@ def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, in
         }
         for spec, kept in plan.parts
     }
-
-
-def read_by(loader: str) -> str:
-    """How a card says that a function of lightpeft reads the folder."""
-    return f'    from lightpeft import {loader}\n    model = {loader}("this folder")'
-
-
-def model_card(model: Described, title: str, what: str, use: str, library: str = "lightpeft") -> str:
-    """The text of README.md beside saved weights.
-
-    Args:
-        what: is in the folder.
-        use: how it is used, indented as code.
-        library: that the hub is to say reads it.
-    """
-    base = transformers_model(cast(nn.Module, model)).config.name_or_path or "the base"
-    # a local path is of no use to a reader elsewhere, and not a valid hub id
-    front = "" if Path(base).exists() else f"base_model: {base}\n"
-    metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"
-    return f"""---
-library_name: {library}
-{front}tags: [lightpeft, peft, lora, pruning]
----
-
-# {title}
-
-{what}
-(Light-PEFT, Gu et al., Findings of ACL 2024).
-
-{use}
-
-{model.light_plan.summary()}.
-
-## Metrics
-
-{metrics}
-
-## Plan
-
-```
-{model.light_plan}
-```
-"""

@@ -19,14 +19,24 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype
+from lightpeft.models import hub
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import TaskHead
 from lightpeft.plans.records import PrunePlan
+from lightpeft.saved import light_adapter, merging
 from lightpeft.saved.description import base_facts
 from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description
 from lightpeft.saved.merging import MERGED, load_merged, read_merged
-from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
+from lightpeft.saved.peft_adapter import (
+    ADAPTER_CONFIG,
+    PICKLED,
+    WEIGHTS,
+    check_fit,
+    load_adapter,
+    read_adapter,
+    skeleton_of,
+)
 from lightpeft.saved.results import Model
 from lightpeft.tasks import Task, ensure_pad_token, padding_within, restore_task
 
@@ -74,6 +84,15 @@ class Found(ABC):
     @abstractmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
         """What is in a folder of this form; arguments and errors as for `find_model`."""
+
+    @classmethod
+    def on_hub(cls, allow_pickle: bool = False) -> hub.Form | None:
+        """Its files in a repository; None: transformers finds them itself.
+
+        Args:
+            allow_pickle: weights may be pickled.
+        """
+        return None
 
     @abstractmethod
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> Model:
@@ -192,7 +211,23 @@ class WholeModel(Found):
 class MergedModel(Found):
     """A light model with PEFT merged into it, as `save_merged` writes it."""
 
-    form = "merged light model"
+    form = merging.ON_HUB.what
+
+    @classmethod
+    def on_hub(cls, allow_pickle: bool = False) -> hub.Form:
+        """Always as safetensors."""
+        return merging.ON_HUB
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Of the model itself, whether or not transformers can make anything of it."""
+        return merging.merged_config(Path(self.model.name))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer, with a token to pad with."""
+        tokenizer = load_tokenizer(self.model, self.config)
+        ensure_pad_token(tokenizer, self.config)
+        return tokenizer
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
@@ -227,7 +262,12 @@ class _Adapter(Found):
 class LightAdapter(_Adapter):
     """A plan and PEFT weights, as `LightModel` saves itself."""
 
-    form = "light adapter"
+    form = light_adapter.ON_HUB.what
+
+    @classmethod
+    def on_hub(cls, allow_pickle: bool = False) -> hub.Form:
+        """Always as safetensors."""
+        return light_adapter.ON_HUB
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
@@ -263,6 +303,11 @@ class PeftAdapter(_Adapter):
     """An adapter as PEFT saves it, whoever made it."""
 
     form = "PEFT adapter"
+
+    @classmethod
+    def on_hub(cls, allow_pickle: bool = False) -> hub.Form:
+        """As PEFT writes them."""
+        return hub.Form(cls.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, WEIGHTS, *([PICKLED] if allow_pickle else ())))
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_sealed, read_json
+from lightpeft.models.hub import Repository
 from lightpeft.models.loading import LoadedModel, load_model
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.saved.forms import (
@@ -46,7 +47,7 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
 
     Args:
         name: folder of a finished run, of a light adapter or merged light model, of a PEFT adapter or of a transformers
-            model; or a model's name on the hub.
+            model; or the name of such an adapter or model on the hub, as owner/name or owner/name@revision.
         base: where an adapter's base is, if not where the adapter says.
         settings: of `ModelConfig`, in place of those that the model was trained with.
 
@@ -56,10 +57,30 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
     if Path(name).is_dir():
         return find_folder(Path(name), base, settings).checked()
     require(not Path(name).is_file(), f"{name} is a file; give the folder of {_KINDS}")
+    settings = dict(settings or {})
+    repository = Repository.named(name)
+    if repository is not None:
+        downloaded = _downloaded(repository, settings)
+        if downloaded is not None:
+            return replace(find_folder(downloaded, base, settings), name=str(name)).checked()
+        if repository.revision is not None:
+            name, settings["revision"] = repository.name, repository.revision
     try:
-        return WholeModel.find(name, base, settings or {}).checked()
+        return WholeModel.find(name, base, settings).checked()
     except LightPeftError as error:
         raise LightPeftError(f"there is no folder {name} here, and as a model's name: {error}") from error
+
+
+def _downloaded(repository: Repository, settings: Mapping[str, Any]) -> Path | None:
+    """What of a repository is an adapter or a merged light model; None: whatever there is, transformers loads it.
+
+    A revision among the settings is that of an adapter's base.
+    """
+    for form in _FORMS.values():
+        files = form.on_hub(bool(settings.get("allow_pickle")))
+        if files is not None and repository.holds(files):
+            return repository.folder(files)
+    return None
 
 
 def find_folder(folder: Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found:

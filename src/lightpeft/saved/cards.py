@@ -1,0 +1,169 @@
+"""The card of a folder: what it holds, what was cut, how good it is, how it is loaded; for people and the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import EvalResult, ModelCardData
+from transformers.modelcard import TASK_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+
+from lightpeft.models.hub import THIS_FOLDER, is_name, licence_of
+from lightpeft.plans.picture import picture
+from lightpeft.plans.records import PrunePlan
+
+_TAGS = ("lightpeft", "light-peft", "pruning", "peft")
+_COUNTS = ("loss", "examples")
+"""What is measured and says nothing about quality to somebody who does not know the rows."""
+_TASKS: dict[str, Mapping[str, Any]] = {**TASK_MAPPING, "multiple-choice": MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES}
+"""The hub's name of a task -> transformers' table of the classes that answer it."""
+EXPORTS: dict[str, str] = {
+    "merged": "a whole pruned model that needs no base",
+    "peft": "a plain PEFT adapter over the whole base, for which nobody needs lightpeft",
+    "gguf": "one file for llama.cpp, Ollama and LM Studio (Llama, Mistral, Qwen2, Qwen3 and their like)",
+}
+"""Form of `lightpeft export` -> what a card of a light adapter says of it."""
+
+
+@dataclass(frozen=True)
+class CardForm:
+    """What the card says of the form in which a model lies in its folder."""
+
+    title: str
+    what: str
+    code: str
+    """That loads it; the folder is called `THIS_FOLDER` in it."""
+    language: str = "python"
+    """Of the code."""
+    library: str = "lightpeft"
+    """That the hub is to say reads it."""
+    relation: Literal["adapter", "finetune"] = "finetune"
+    """To its base, in the hub's words."""
+    exports: bool = False
+    """Whether `lightpeft export` makes other forms of it."""
+
+
+def read_by(loader: str) -> str:
+    """Code by which a function of lightpeft reads the folder."""
+    return f'from lightpeft import {loader}\n\nmodel = {loader}("{THIS_FOLDER}")'
+
+
+def read_by_transformers(architecture: str) -> str:
+    """Code by which transformers reads it."""
+    return f'from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained("{THIS_FOLDER}")'
+
+
+def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str:
+    """The text of README.md beside saved weights.
+
+    Args:
+        facts: what is said of the model (`description.facts_of`).
+    """
+    licence = licence_of(facts["base"]["id"])
+    parts = [
+        f"# {form.title}",
+        f"{form.what} (Light-PEFT, Gu et al., Findings of ACL 2024).",
+        "\n".join(_table(facts, plan, licence)),
+        "## How to load it",
+        f"```{form.language}\n{form.code}\n```",
+        *(_other_forms(facts) if form.exports else ()),
+        "## What is left of the base",
+        f"```\n{picture(plan)}\n```",
+        "Bars are parts of what the base has; a dot is a PEFT module that went.",
+        "## Quality",
+        "\n".join(_quality(facts)),
+    ]
+    data = _metadata(facts, form, licence)
+    return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _metadata(facts: Mapping[str, Any], form: CardForm, licence: str | None) -> ModelCardData:
+    base, task, results = facts["base"], pipeline_tag(facts["base"]["architecture"]), list(_results(facts))
+    known: dict[str, Any] = {"license": licence} if licence else {}
+    if is_name(base["id"]):  # a folder is of no use to a reader elsewhere, and not a valid id
+        known |= {"base_model": base["id"], "base_model_relation": form.relation}
+    if results:
+        known |= {"model_name": f"{_name(base)}-light", "eval_results": results}
+    tags = [*_TAGS, *([facts["peft_type"].lower()] if facts.get("peft_type") else ())]
+    return ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **known)
+
+
+def pipeline_tag(architecture: str) -> str | None:
+    """The hub's name of what a class of transformers answers; None: it has none."""
+    return next((task for task, names in _TASKS.items() if architecture in _classes(names)), None)
+
+
+def _classes(names: Mapping[str, Any]) -> Iterator[str]:
+    for name in names.values():
+        yield from (name,) if isinstance(name, str) else name
+
+
+def _results(facts: Mapping[str, Any]) -> Iterator[EvalResult]:
+    """What was measured, for the hub; nothing where it does not know such a task."""
+    task, entry = pipeline_tag(facts["base"]["architecture"]), facts["task"].get("entry", {})
+    owner, name, *config = (entry.get("hub") or "").split("/") + [""] * 2
+    on_hub = entry.get("hub") and not entry.get("path")
+    for metric, value in facts["metrics"].items():
+        if task is not None and metric not in _COUNTS and isinstance(value, (int, float)):
+            yield EvalResult(
+                task_type=task,
+                dataset_type=f"{owner}/{name}" if on_hub else "custom",
+                dataset_config=(config[0] or None) if on_hub else None,
+                dataset_name=entry.get("name") or "rows of its author",
+                dataset_split=entry.get("test") if on_hub else None,
+                metric_type=metric,
+                metric_value=value,
+            )
+
+
+def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> Iterator[str]:
+    base, task = facts["base"], facts["task"].get("entry", {})
+    revision = f", revision `{base['revision']}`" if base["revision"] else ""
+    place = "" if is_name(base["id"]) else ", a folder of its author"
+    ranks, dense = sum(map(len, plan.sites.values())), sum(site.rank for site in plan.dense_sites)
+    yield "| | |"
+    yield "|---|---|"
+    yield f"| base | `{_name(base)}` (`{base['architecture']}`{revision}{place}) |"
+    if task.get("kind"):
+        labels = ", ".join(f"`{label}`" for label in facts["task"].get("labels", ())[:20])
+        named = f" `{task['name']}`" if task.get("name") else ""
+        yield f"| task | {task['kind']}{named}{f': {labels}' if labels else ''} |"
+    yield (
+        f"| removed | {plan.removed_parameters:,} of {plan.base_parameters:,} parameters ({plan.removed_ratio:.1%}; "
+        f"{plan.removed_of_blocks:.1%} of the transformer blocks') |"
+    )
+    yield f"| PEFT | {len(plan.sites)} of {len(plan.dense_sites)} modules, {ranks} of {dense} ranks |"
+    said = f"`{licence}`" if licence else "see its page" if is_name(base["id"]) else "not stated"
+    yield f"| licence of the base | {said} |"
+
+
+def _quality(facts: Mapping[str, Any]) -> Iterator[str]:
+    if not facts["metrics"]:
+        yield "Nothing was recorded."
+        return
+    yield "| on its test rows | value | 95% interval |"
+    yield "|---|---|---|"
+    for name, value in facts["metrics"].items():
+        interval = facts.get("intervals", {}).get(name)
+        sure = "-" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
+        yield f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} | {sure} |"
+
+
+def _other_forms(facts: Mapping[str, Any]) -> Iterator[str]:
+    writes = pipeline_tag(facts["base"]["architecture"]) == "text-generation"
+    merges = facts.get("peft_type") != "BOTTLENECK" and not facts["base"]["quantisation"]
+    has = {"merged": merges, "gguf": merges and writes}
+    forms = [(name, text) for name, text in EXPORTS.items() if has.get(name, True)]
+    commands = [(f'lightpeft export "{THIS_FOLDER}" {name} --form {name}', text) for name, text in forms]
+    width = max(len(command) for command, _ in commands)
+    lines = "\n".join(f"{command:{width}}  # {text}" for command, text in commands)
+    yield "In other forms:"
+    yield f"```\n{lines}\n```"
+
+
+def _name(base: Mapping[str, Any]) -> str:
+    """Of the base; of a folder its last part alone."""
+    return base["id"] if is_name(base["id"]) else Path(base["id"]).name or base["model_type"]
