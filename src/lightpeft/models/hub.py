@@ -115,31 +115,27 @@ class Repository:
         require(not both, f"{place} names another revision than revision={revision}; give one of them")
         return cls(found["name"], revision or found["revision"], token)
 
-    def holds(self, form: Form) -> bool:
-        """Whether there is a model of that form, as far as the hub or its cache can say.
+    def folder(self, *forms: Form) -> Path | None:
+        """The files, in the hub's cache, of the first form that is there; None: none is, as far as can be known.
+
+        They are downloaded as far as they are not in the cache, and nothing of them is read.
 
         Raises:
             LightPeftError: there is no such repository or revision, or it is not to be read with this token.
         """
-        return self._marker(form) is not None
+        for form in forms:
+            marker = self._marker(form)
+            if marker is not None:
+                return self._files(form, marker.parent.name)
+        return None
 
-    def folder(self, form: Form) -> Path:
-        """The model's files in the hub's cache, downloaded as far as they are not there; nothing of them is read.
-
-        Raises:
-            LightPeftError: there is no such repository, or no such model in it, or it cannot be reached.
-        """
-        marker = self._marker(form)
-        if marker is None:
-            lacking = f"is not in the hub's cache, and the hub was not reached (as {form.what})"
-            if not huggingface_hub.is_offline_mode():
-                lacking = f"on the hub is no {form.what}: it has no {form.marker}"
-            raise LightPeftError(f"there is no folder {self.name} here, and {self} {lacking}")
+    def _files(self, form: Form, commit: str) -> Path:
+        """Of one commit, all of them."""
         with self._asking():
             return Path(
                 huggingface_hub.snapshot_download(
                     self.name,
-                    revision=marker.parent.name,  # the commit, so that all files are of one
+                    revision=commit,
                     token=self.token,
                     allow_patterns=list(form.files),
                     ignore_patterns=["*/*"],
@@ -190,7 +186,15 @@ def folder_of(place: str | Path, form: Form, revision: str | None = None, token:
         LightPeftError: it is a name, and there is no such model; a path is not looked at.
     """
     repository = Repository.named(place, revision, token)
-    return Path(place) if repository is None else repository.folder(form)
+    if repository is None:
+        return Path(place)
+    found = repository.folder(form)
+    if found is None:
+        lacking = f"{repository} on the hub is no {form.what}: it has no {form.marker}"
+        if huggingface_hub.is_offline_mode():
+            lacking = f"{repository} is not in the hub's cache, and the hub was not reached"
+        raise LightPeftError(f"there is no folder {place} here, and {lacking}")
+    return found
 
 
 # -- to the hub --------------------------------------------------------------------------------------------------
@@ -262,7 +266,7 @@ def upload(
             revision=revision,
         )
     except Exception as error:
-        raise LightPeftError(f"{folder} cannot be sent to {name}: {_refusal(error)}") from error
+        raise LightPeftError(f"{name} on the hub cannot be written: {_refusal(error)}") from error
     return done.commit_url
 
 
@@ -297,6 +301,7 @@ def licence_of(name: str, api: HfApi | None = None) -> str | None:
 
 
 def _refusal(error: Exception) -> str:
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such repository to write to with this token; log in (hf auth login), or give a token"
-    return reason_of(error)
+    code = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+    if code not in (401, 403, 404):
+        return reason_of(error)
+    return "this account may not, or nobody is logged in; log in (hf auth login), or give a token that may write"

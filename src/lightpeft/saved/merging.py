@@ -35,6 +35,7 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.auto_classes import register
 from lightpeft.saved.bases import architecture_of
 from lightpeft.saved.cards import CardForm, model_card, read_by, read_by_transformers
 from lightpeft.saved.description import Described, base_facts, check_parts, facts_of, per_layer_config, unmeasured
@@ -294,3 +295,6 @@ def native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig |
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+register(load_merged)

@@ -54,33 +54,35 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
     Raises:
         LightPeftError: nothing of that kind is there, or it or its base is incomplete.
     """
-    if Path(name).is_dir():
-        return find_folder(Path(name), base, settings).checked()
+    found = find_saved(name, base, settings)
+    if found is not None:
+        return found.checked()
     require(not Path(name).is_file(), f"{name} is a file; give the folder of {_KINDS}")
-    settings = dict(settings or {})
-    repository = Repository.named(name)
-    if repository is not None:
-        downloaded = _downloaded(repository, settings)
-        if downloaded is not None:
-            return replace(find_folder(downloaded, base, settings), name=str(name)).checked()
-        if repository.revision is not None:
-            name, settings["revision"] = repository.name, repository.revision
+    repository, settings = Repository.named(name), dict(settings or {})
+    if repository is not None and repository.revision is not None:
+        name, settings["revision"] = repository.name, repository.revision
     try:
         return WholeModel.find(name, base, settings).checked()
     except LightPeftError as error:
         raise LightPeftError(f"there is no folder {name} here, and as a model's name: {error}") from error
 
 
-def _downloaded(repository: Repository, settings: Mapping[str, Any]) -> Path | None:
-    """What of a repository is an adapter or a merged light model; None: whatever there is, transformers loads it.
+def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found | None:
+    """The same of a folder, or of an adapter or merged light model on the hub, whether its base is there or not.
 
     A revision among the settings is that of an adapter's base.
+
+    Returns:
+        What was found; None: there is no such folder, and whatever has that name on the hub transformers loads.
     """
-    for form in _FORMS.values():
-        files = form.on_hub(bool(settings.get("allow_pickle")))
-        if files is not None and repository.holds(files):
-            return repository.folder(files)
-    return None
+    if Path(name).is_dir():
+        return find_folder(Path(name), base, settings)
+    repository, settings = Repository.named(name), settings or {}
+    if repository is None:
+        return None
+    forms = (form.on_hub(bool(settings.get("allow_pickle"))) for form in _FORMS.values())
+    downloaded = repository.folder(*(form for form in forms if form is not None))
+    return None if downloaded is None else replace(find_folder(downloaded, base, settings), name=str(name))
 
 
 def find_folder(folder: Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found:

@@ -1,8 +1,9 @@
-"""config.json of a merged light model whose widths no config can say: the family's own, under a type that nobody knows.
+"""config.json of a merged light model whose widths no config can say: the family's own, under a type of lightpeft's.
 
 Read by its family's class, such weights are an error at best, and where a layer lost a sub-layer not even that: the
 layer gets random ones. So transformers, and whatever asks it, stops at the type, which is the line that its user then
-sees; the family's keys are one level deeper, for programs that do not ask for the type.
+sees; the family's keys are one level deeper, for programs that do not ask for the type. Where lightpeft is imported,
+transformers knows the type (`auto_classes`).
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from lightpeft.files.foreign import check_config, parsing, read_config
 
 CONFIG = "config.json"
 LIGHT_TYPE = "LIGHT_PEFT: layers of unequal widths; load it with lightpeft.load_merged(folder)"
-_OWN = "pruned_config"
+OWN = "pruned_config"
 """Key of what transformers wrote."""
 
 
 def hide_config(folder: Path) -> None:
     """Make the configuration that transformers has written into a folder one that only `own_config` understands."""
     config = read_config(folder / CONFIG)
-    write_text(folder / CONFIG, json.dumps({"model_type": LIGHT_TYPE, _OWN: config}, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps({"model_type": LIGHT_TYPE, OWN: config}, indent=2) + "\n")
 
 
 def read_own(folder: Path) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def read_own(folder: Path) -> dict[str, Any]:
         LightPeftError: the file is missing or damaged, or asks for what no model has.
     """
     data = read_config(folder / CONFIG)
-    own = data.get(_OWN, data)
+    own = data.get(OWN, data)
     require(isinstance(own, dict), f"{folder / CONFIG} does not hold the configuration of a model")
     check_config(own, f"model {folder}")
     return dict(own)
