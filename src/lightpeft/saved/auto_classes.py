@@ -62,7 +62,7 @@ def _reader(auto: str, table: Mapping[str, Any], load: Callable[..., PreTrainedM
         @classmethod
         def from_pretrained(cls, folder: Any, *, config: Any = None, **options: Any) -> PreTrainedModel:
             changed = {} if config is None else config.to_diff_dict().keys() - _AS_SAVED
-            model = load(folder, **_options({**options, **dict.fromkeys(changed, True)}, str(folder)))
+            model = load(folder, **_options({**dict.fromkeys(changed, True), **options}, str(folder)))
             kind = type(model).__name__
             require(kind in gives, f"{folder} is a {kind}, which {auto} does not give; load it with load_merged")
             return model

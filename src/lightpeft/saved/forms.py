@@ -135,7 +135,7 @@ class Found(ABC):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, with a token to pad with."""
-        tokenizer = load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.model, self.config)
         ensure_pad_token(tokenizer, self.config)
         return tokenizer
 
@@ -221,13 +221,8 @@ class MergedModel(Found):
     @cached_property
     def config(self) -> PretrainedConfig:
         """Of the model itself, whether or not transformers can make anything of it."""
-        return merging.merged_config(Path(self.model.name))
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer, with a token to pad with."""
-        tokenizer = load_tokenizer(self.model, self.config)
-        ensure_pad_token(tokenizer, self.config)
-        return tokenizer
+        folder = Path(self.model.name)
+        return merging.merged_config(folder, base_facts(self.description, folder / MERGED))
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:

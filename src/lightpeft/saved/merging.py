@@ -38,7 +38,15 @@ from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.auto_classes import register
 from lightpeft.saved.bases import architecture_of
 from lightpeft.saved.cards import CardForm, model_card, read_by, read_by_transformers
-from lightpeft.saved.description import Described, base_facts, check_parts, facts_of, per_layer_config, unmeasured
+from lightpeft.saved.description import (
+    BaseFacts,
+    Described,
+    base_facts,
+    check_parts,
+    facts_of,
+    per_layer_config,
+    unmeasured,
+)
 from lightpeft.saved.whole_config import CONFIG, hide_config, own_config, read_own
 
 MERGED = "merged.json"
@@ -133,7 +141,7 @@ def load_merged(
     of_base = read_own(folder).get("model_type") == saved.model_type
     require(of_base, f"{folder / CONFIG} is of another family than {MERGED} says")
     architecture = architecture_of(saved, "install the version that it was saved with")
-    config = own_config(folder, architecture)
+    config = merged_config(folder, saved)
 
     def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
         if not native:
@@ -157,13 +165,15 @@ def load_merged(
     return model.eval() if device is None else model.eval().to(device)
 
 
-def merged_config(folder: Path) -> PretrainedConfig:
+def merged_config(folder: Path, saved: BaseFacts) -> PretrainedConfig:
     """The configuration of a merged light model: its family's, with the widths of the base where no config says others.
 
+    Args:
+        saved: of the base, in `merged.json`.
+
     Raises:
-        LightPeftError: as `read_merged`, and the file is missing or damaged.
+        LightPeftError: the file is missing or damaged.
     """
-    saved = base_facts(read_merged(folder), folder / MERGED)
     return own_config(folder, architecture_of(saved, "install the version that it was saved with"))
 
 
