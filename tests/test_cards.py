@@ -125,7 +125,7 @@ def test_a_base_on_the_hub(tmp_path: Path) -> None:
     light.save_pretrained(tmp_path / "light")
     card, data = card_in(tmp_path / "light")
     assert (data.base_model, data.base_model_relation, data.license) == ("someone/base", "adapter", None)
-    assert data.pipeline_tag == "text-generation" and data.model_name == "someone/base-light"
+    assert data.pipeline_tag == "text-generation" and data.model_name == "base-light"
     assert [each.metric_type for each in data.eval_results] == ["perplexity"]
     assert "--form gguf" in card.text
     save_merged(light, tmp_path / "merged")

@@ -255,10 +255,13 @@ def test_merged_models_go_with_their_card(owner: LocalHub, home: Path) -> None:
 def test_weights_of_before_go(owner: LocalHub, home: Path) -> None:
     push_to_hub(home / "merged", "me/merged")
     repository = owner.repositories["me/merged"]
-    repository.commit({"model-00001-of-00002.safetensors": b"old", "notes.txt": b"mine"})
+    kept = {"notes.txt": b"mine", "run/model.safetensors": b"mine"}
+    repository.commit({"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", **kept})
     push_to_hub(home / "merged", "me/merged", commit_message="again")
-    assert "notes.txt" in owner.files("me/merged") and "model.safetensors" in owner.files("me/merged")
-    assert "model-00001-of-00002.safetensors" not in owner.files("me/merged")
+    expected = {path.name for path in (home / "merged").iterdir()} | kept.keys() | {".gitattributes"}
+    assert owner.files("me/merged").keys() == expected
+    push_to_hub(home / "light", "me/merged")
+    assert owner.files("me/merged").keys() == expected | LIGHT_FILES, "an adapter leaves what is there"
 
 
 def test_the_licence_of_a_base_on_the_hub(owner: LocalHub, home: Path, tmp_path: Path) -> None:

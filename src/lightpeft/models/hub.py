@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 
 from lightpeft.compat.hub import go_offline
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files import read_text
 from lightpeft.files.foreign import reason_of
 
 Token = str | bool | None
 """Of an account: itself; None: the one that is logged in, if any; False: none."""
 
-_PART = r"[A-Za-z0-9_][\w.-]*"
+_PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 _ID = re.compile(rf"({_PART}/)?{_PART}")
 _NAME = re.compile(rf"(?P<name>{_PART}/{_PART})(@(?P<revision>[\w./-]+))?")
 """A repository, with a revision of it as huggingface_hub's file system writes it."""
@@ -36,6 +37,10 @@ TOKENIZER = (
 )
 """Patterns of the files of a tokenizer."""
 CARD = "README.md"
+_CARD_LIMIT = 2**20
+"""Bytes that a card may have whose licence is read."""
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+"""Files of a whole model's weights."""
 THIS_FOLDER = "this folder"
 """What a card calls the folder that it lies in; in a repository, its name."""
 
@@ -107,8 +112,8 @@ class Repository:
         Raises:
             LightPeftError: two revisions are given, or a revision of a folder.
         """
-        found = _NAME.fullmatch(place) if isinstance(place, str) and not Path(place).exists() else None
-        if found is None:
+        found = _NAME.fullmatch(place) if isinstance(place, str) else None
+        if found is None or Path(place).exists():
             require(revision is None, f"{place} is a folder, and revision={revision} is of repositories on the hub")
             return None
         both = found["revision"] is not None and revision not in (None, found["revision"])
@@ -231,8 +236,8 @@ def upload(
 ) -> str:
     """Send the files of a model's folder to a repository, which is made if it is not there.
 
-    Weights that an earlier model of the repository has left go. The card is told the repository's name and, where it
-    does not know it, the licence of its base.
+    A whole model takes the place of one that is there, whose weights might be read instead. The card is told the
+    repository's name and, where it does not know it, the licence of its base.
 
     Args:
         name: of the repository, as owner/name.
@@ -255,12 +260,14 @@ def upload(
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         there = set(api.list_repo_files(repository, revision=revision)) - {path.name for path in files}
-        stale = [file for file in there if file.endswith((".safetensors", ".safetensors.index.json"))]
+        stale = (
+            sorted(filter(_WEIGHTS.fullmatch, there)) if any(_WEIGHTS.fullmatch(path.name) for path in files) else []
+        )
         done = api.create_commit(
             repository,
             [
                 *(CommitOperationAdd(path.name, _content(path, repository, api)) for path in files),
-                *(CommitOperationDelete(file) for file in sorted(stale)),
+                *map(CommitOperationDelete, stale),
             ],
             commit_message=message,
             revision=revision,
@@ -268,6 +275,12 @@ def upload(
     except Exception as error:
         raise LightPeftError(f"{name} on the hub cannot be written: {_refusal(error)}") from error
     return done.commit_url
+
+
+def _stale(files: set[str], there: Iterable[str]) -> list[str]:
+    """Weights of a whole model in a repository that are none of those which take their place."""
+    whole = any(_WEIGHTS.fullmatch(file) for file in files)
+    return sorted(file for file in there if whole and file not in files and _WEIGHTS.fullmatch(file))
 
 
 def _content(file: Path, repository: str, api: HfApi) -> Path | bytes:
@@ -294,7 +307,7 @@ def licence_of(name: str, api: HfApi | None = None) -> str | None:
             file = api.hf_hub_download(name, CARD) if api else huggingface_hub.try_to_load_from_cache(name, CARD)
         if not isinstance(file, (str, Path)):
             return None
-        data: Any = ModelCard(Path(file).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        data: Any = ModelCard(read_text(file, _CARD_LIMIT), ignore_metadata_errors=True).data
     except Exception:  # noqa: BLE001 - a card that is missing or damaged says nothing
         return None
     return data.license if isinstance(data.license, str) else None

@@ -86,7 +86,7 @@ def _metadata(facts: Mapping[str, Any], form: CardForm, licence: str | None) -> 
     if is_name(base["id"]):  # a folder is of no use to a reader elsewhere, and not a valid id
         known |= {"base_model": base["id"], "base_model_relation": form.relation}
     if results:
-        known |= {"model_name": f"{_name(base)}-light", "eval_results": results}
+        known |= {"model_name": f"{_name(base).rpartition('/')[2]}-light", "eval_results": results}
     tags = [*_TAGS, *([facts["peft_type"].lower()] if facts.get("peft_type") else ())]
     return ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **known)
 
