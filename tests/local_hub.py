@@ -26,6 +26,7 @@ class Repository:
 
     private: bool = False
     gated: bool = False
+    broken: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
@@ -129,6 +130,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.hub.repositories.get(name)
         if repository is None or (repository.private and not self._owner):
             self._error(404 if self._owner else 401, "RepoNotFound")
+            return None
+        if repository.broken:
+            self._error(500, "")
             return None
         if repository.gated and not self._owner:
             self._error(403, "GatedRepo")

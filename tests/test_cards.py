@@ -16,10 +16,10 @@ from transformers import AutoModelForSequenceClassification
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import LightModel, load_light, run, save_merged
-from lightpeft.models.hub import is_name, licence_of
+from lightpeft.models.hub import is_name
 from lightpeft.plans.picture import WIDTH, bar, picture
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.cards import EXPORTS, pipeline_tag
+from lightpeft.saved.cards import EXPORTS, licence_of, pipeline_tag
 from lightpeft.saved.exporting import EXPORTS as FORMS
 from lightpeft.saved.light_adapter import as_light
 from lightpeft.tasks import ENTRIES

@@ -127,6 +127,8 @@ def test_what_cannot_be_had(hub: LocalHub, home: Path, capsys: pytest.CaptureFix
         "there is no folder me/nothing here, and no such repository on the hub; "
         "if it is private, log in (hf auth login), or give a token"
     )
+    hub.add("me/broken", home / "light", broken=True)
+    assert "me/broken cannot be had from the hub" in refusal(lambda: load_light("me/broken"))
     assert "is open to those who were let in alone" in refusal(lambda: load_light("me/gated"))
     assert "on the hub is no light adapter: it has no lightpeft.json" in refusal(lambda: load_light("me/base"))
     assert "on the hub is no merged light model: it has no merged.json" in refusal(lambda: load_merged("me/base"))
@@ -138,7 +140,7 @@ def test_what_cannot_be_had(hub: LocalHub, home: Path, capsys: pytest.CaptureFix
         assert errors.count("\n") == 1 and "no such repository on the hub" in errors, errors
 
 
-def test_without_a_network(hub: LocalHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network(hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("me/light", home / "light")
     first = logits(load_light("me/light"))
     asked = len(hub.asked)
@@ -147,6 +149,10 @@ def test_without_a_network(hub: LocalHub, home: Path, monkeypatch: pytest.Monkey
     assert refusal(lambda: load_light("me/other")) == (
         "there is no folder me/other here, and me/other is not in the hub's cache, and the hub was not reached"
     )
+    (adapter,) = (tmp_path / "cache").rglob("snapshots/*/adapter_model.safetensors")
+    adapter.unlink()
+    said = refusal(lambda: load_light("me/light"))
+    assert said.startswith("me/light cannot be had from the hub: ") and "\n" not in said
     assert len(hub.asked) == asked
 
 

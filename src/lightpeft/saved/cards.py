@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import EvalResult, ModelCardData
+import huggingface_hub
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
-from lightpeft.models.hub import THIS_FOLDER, is_name, licence_of
+from lightpeft.files import read_text
+from lightpeft.models.hub import is_name
 from lightpeft.plans.picture import picture
 from lightpeft.plans.records import PrunePlan
 
+CARD = "README.md"
+THIS_FOLDER = "this folder"
+"""What a card calls the folder that it lies in; in a repository, its name."""
+_LIMIT = 2**20
+"""Bytes that a card of a base may have."""
 _TAGS = ("lightpeft", "light-peft", "pruning", "peft")
 _COUNTS = ("loss", "examples")
 """What is measured and says nothing about quality to somebody who does not know the rows."""
@@ -167,3 +174,22 @@ def _other_forms(facts: Mapping[str, Any]) -> Iterator[str]:
 def _name(base: Mapping[str, Any]) -> str:
     """Of the base; of a folder its last part alone."""
     return base["id"] if is_name(base["id"]) else Path(base["id"]).name or base["model_type"]
+
+
+def licence_of(name: str, api: HfApi | None = None) -> str | None:
+    """The licence of a model, as its card names it; None: it has no card, or says none.
+
+    Args:
+        name: folder, or name on the hub.
+        api: to ask the hub; None: it is not asked, and only what is in its cache counts.
+    """
+    file: object = Path(name).expanduser() / CARD
+    try:
+        if not Path(str(file)).is_file():
+            file = api.hf_hub_download(name, CARD) if api else huggingface_hub.try_to_load_from_cache(name, CARD)
+        if not isinstance(file, (str, Path)):
+            return None
+        data: Any = ModelCard(read_text(file, _LIMIT), ignore_metadata_errors=True).data
+    except Exception:  # noqa: BLE001 - a card that is missing or damaged says nothing
+        return None
+    return data.license if isinstance(data.license, str) else None

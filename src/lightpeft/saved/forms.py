@@ -19,7 +19,7 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype
-from lightpeft.models import hub
+from lightpeft.models import repositories
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import TaskHead
@@ -86,7 +86,7 @@ class Found(ABC):
         """What is in a folder of this form; arguments and errors as for `find_model`."""
 
     @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> hub.Form | None:
+    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form | None:
         """Its files in a repository; None: transformers finds them itself.
 
         Args:
@@ -214,7 +214,7 @@ class MergedModel(Found):
     form = merging.ON_HUB.what
 
     @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> hub.Form:
+    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
         """Always as safetensors."""
         return merging.ON_HUB
 
@@ -260,7 +260,7 @@ class LightAdapter(_Adapter):
     form = light_adapter.ON_HUB.what
 
     @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> hub.Form:
+    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
         """Always as safetensors."""
         return light_adapter.ON_HUB
 
@@ -300,9 +300,10 @@ class PeftAdapter(_Adapter):
     form = "PEFT adapter"
 
     @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> hub.Form:
+    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
         """As PEFT writes them."""
-        return hub.Form(cls.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, WEIGHTS, *([PICKLED] if allow_pickle else ())))
+        weights = (WEIGHTS, PICKLED) if allow_pickle else (WEIGHTS,)
+        return repositories.Form(cls.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, *weights))
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:

@@ -26,7 +26,7 @@ from lightpeft.files import (
     write_text,
 )
 from lightpeft.files.foreign import check_folder
-from lightpeft.models import hub
+from lightpeft.models import repositories
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.peft_kinds.sites import hide_config, own_adapter
@@ -37,17 +37,18 @@ from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.bases import load_base
-from lightpeft.saved.cards import CardForm, model_card, read_by
+from lightpeft.saved.cards import CARD, CardForm, model_card, read_by
 from lightpeft.saved.description import BaseFacts, base_facts, check_parts, facts_of, unmeasured
 from lightpeft.saved.merging import settle
 from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.streaming import Stream
+from lightpeft.saved.uploading import send
 
 DESCRIPTION = "lightpeft.json"
 _REFIT_FILE = "refit.safetensors"
 _FILES = ("adapter_config.json", "adapter_model.safetensors", _REFIT_FILE)
 """What is in the folder besides the description, as far as it is there."""
-ON_HUB = hub.Form("light adapter", DESCRIPTION, (DESCRIPTION, *_FILES))
+ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *_FILES))
 """Its files in a repository."""
 
 
@@ -90,7 +91,7 @@ class LightModel(PeftModel):
             if self.light_refit:
                 save_file(refit_tensors(self.light_refit), temporary / _REFIT_FILE)
             facts = facts_of(self)
-            (temporary / hub.CARD).write_text(_card(facts, self.light_plan, self.light_refit), encoding="utf-8")
+            (temporary / CARD).write_text(_card(facts, self.light_plan, self.light_refit), encoding="utf-8")
             write_json(temporary / DESCRIPTION, {**facts, "checksums": _checksums(temporary)})
         if not self.light_refit:
             (Path(save_directory) / _REFIT_FILE).unlink(missing_ok=True)  # of what was saved here before
@@ -114,7 +115,7 @@ class LightModel(PeftModel):
         *,
         private: bool | None = None,
         revision: str | None = None,
-        token: hub.Token = None,
+        token: repositories.Token = None,
         commit_message: str | None = None,
         **options: Any,
     ) -> str:
@@ -138,7 +139,7 @@ class LightModel(PeftModel):
         def write(folder: Path) -> None:
             self.save_pretrained(folder, **options)
 
-        return hub.send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
+        return send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """PEFT's `load_adapter`, of weights for the units that are here, as in a trainer's checkpoint of this model.
@@ -186,7 +187,7 @@ def save_metrics(model: LightModel, folder: str | Path) -> None:
     """
     file, facts = Path(folder) / DESCRIPTION, facts_of(model)
     write_json(file, {**read_json(file), "metrics": model.light_metrics, "intervals": model.light_intervals})
-    write_text(Path(folder) / hub.CARD, _card(facts, model.light_plan, model.light_refit))
+    write_text(Path(folder) / CARD, _card(facts, model.light_plan, model.light_refit))
 
 
 def as_light(
@@ -224,7 +225,7 @@ def load_light(
     allow_pickle: bool = False,
     low_memory: bool = False,
     revision: str | None = None,
-    token: hub.Token = None,
+    token: repositories.Token = None,
 ) -> LightModel:
     """Load a light adapter over a fresh base.
 
@@ -249,7 +250,7 @@ def load_light(
         LightPeftError: the hub has no such adapter; a file is missing, altered, or of a newer schema; or the base is
             another one, or not of the kind that `low_memory` can read. No partial load.
     """
-    folder = hub.folder_of(folder, ON_HUB, revision, token)
+    folder = repositories.folder_of(folder, ON_HUB, revision, token)
     description = read_description(folder)
     with understandable(folder / DESCRIPTION):
         plan = PrunePlan.from_dict(description["plan"])

@@ -29,7 +29,7 @@ from lightpeft.files import (
     write_json,
 )
 from lightpeft.files.foreign import check_folder, parsing
-from lightpeft.models import hub
+from lightpeft.models import repositories
 from lightpeft.models.loading import check_checkpoint
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import PrunePlan
@@ -37,7 +37,7 @@ from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.auto_classes import register
 from lightpeft.saved.bases import architecture_of
-from lightpeft.saved.cards import CardForm, model_card, read_by, read_by_transformers
+from lightpeft.saved.cards import CARD, CardForm, model_card, read_by, read_by_transformers
 from lightpeft.saved.description import (
     BaseFacts,
     Described,
@@ -47,14 +47,15 @@ from lightpeft.saved.description import (
     per_layer_config,
     unmeasured,
 )
+from lightpeft.saved.uploading import send
 from lightpeft.saved.whole_config import CONFIG, hide_config, own_config, read_own
 
 MERGED = "merged.json"
 """What says that the weights beside it belong into a model that a plan has cut."""
-ON_HUB = hub.Form(
+ON_HUB = repositories.Form(
     "merged light model",
     MERGED,
-    (MERGED, CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", *hub.TOKENIZER),
+    (MERGED, CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", *repositories.TOKENIZER),
 )
 """Its files in a repository."""
 
@@ -113,7 +114,7 @@ def load_merged(
     device: str | torch.device | None = None,
     attention: str | None = None,
     revision: str | None = None,
-    token: hub.Token = None,
+    token: repositories.Token = None,
 ) -> PreTrainedModel:
     """Load what `save_merged` wrote: a plain transformers model, pruned, in evaluation mode.
 
@@ -132,7 +133,7 @@ def load_merged(
         LightPeftError: a file is missing, damaged or of a newer schema, or the weights are not those of the plan; or
             the hub has no such model.
     """
-    folder = hub.folder_of(folder, ON_HUB, revision, token)
+    folder = repositories.folder_of(folder, ON_HUB, revision, token)
     description = read_merged(folder)
     facts = {name: value for name, value in description.items() if name not in ("schema_version", "checksums")}
     with understandable(folder / MERGED):
@@ -190,7 +191,7 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     with understandable(Path(folder) / MERGED):
         checksums = dict(description["checksums"] if description["schema_version"] > 1 else {})  # version 1 had none
     check_parts(description, Path(folder) / MERGED)
-    checksums.pop(hub.CARD, None)  # of earlier versions; people edit it
+    checksums.pop(CARD, None)  # of earlier versions; people edit it
     for name, checksum in checksums.items():
         check_file(Path(folder), name, checksum)
     return description
@@ -251,7 +252,7 @@ def save_whole(
         if not facts["native"]:
             hide_config(temporary)
         checksums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir()) if file.is_file()}
-        (temporary / hub.CARD).write_text(model_card(facts, model.light_plan, _card(facts)), encoding="utf-8")
+        (temporary / CARD).write_text(model_card(facts, model.light_plan, _card(facts)), encoding="utf-8")
         write_json(temporary / MERGED, {**facts, "checksums": checksums})
 
 
@@ -262,16 +263,16 @@ def push_whole(
     *,
     private: bool | None = None,
     revision: str | None = None,
-    token: hub.Token = None,
+    token: repositories.Token = None,
     commit_message: str | None = None,
     **options: Any,
 ) -> str:
-    """Send a merged light model to the hub; options are of `save_whole`, all else as of `hub.upload`."""
+    """Send a merged light model to the hub; options are of `save_whole`, all else as of `uploading.upload`."""
 
     def write(folder: Path) -> None:
         save_whole(model, facts, folder, **options)
 
-    return hub.send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
+    return send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
 
 
 def _card(facts: Mapping[str, Any]) -> CardForm:

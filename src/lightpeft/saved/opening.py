@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_sealed, read_json
-from lightpeft.models.hub import Repository
 from lightpeft.models.loading import LoadedModel, load_model
+from lightpeft.models.repositories import Repository
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.saved.forms import (
     Found,

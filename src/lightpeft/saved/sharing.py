@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightpeft.errors import LightPeftError
-from lightpeft.models import hub
+from lightpeft.models.repositories import Token
 from lightpeft.saved.light_adapter import DESCRIPTION, read_description
 from lightpeft.saved.merging import MERGED, read_merged
+from lightpeft.saved.uploading import upload
 
 _CHECKS = {DESCRIPTION: read_description, MERGED: read_merged}
 """File in a folder -> what checks the others by it."""
@@ -19,7 +20,7 @@ def push_to_hub(
     *,
     private: bool | None = None,
     revision: str | None = None,
-    token: hub.Token = None,
+    token: Token = None,
     commit_message: str | None = None,
 ) -> str:
     """Send a light adapter or a merged light model that was saved to the hub, with its card.
@@ -44,4 +45,4 @@ def push_to_hub(
         lacking = f"it has no {' and no '.join(_CHECKS)}"
         raise LightPeftError(f"{folder} is no light adapter and no merged light model: {lacking}")
     check(folder)
-    return hub.upload(folder, repo_id, token=token, commit_message=commit_message, private=private, revision=revision)
+    return upload(folder, repo_id, token=token, commit_message=commit_message, private=private, revision=revision)

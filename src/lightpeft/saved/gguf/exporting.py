@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.files import check_vacant, replacing_folder
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.saved.cards import CardForm, model_card
+from lightpeft.saved.cards import CARD, CardForm, model_card
 from lightpeft.saved.description import Described, facts_of
 from lightpeft.saved.gguf.architectures import check_family
 from lightpeft.saved.gguf.checking import Agreement, compare
@@ -72,5 +72,5 @@ def save_gguf(
         matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / FILE, dtype)
         agreement = compare(whole, tokenizer, temporary / FILE)
         card = model_card(facts_of(model), model.light_plan, _CARD)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / CARD).write_text(card, encoding="utf-8")
     return GgufFile(folder / FILE, matrices, agreement)
