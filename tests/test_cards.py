@@ -91,6 +91,8 @@ def test_the_card_of_a_run(bench: Workbench) -> None:
     (result,) = (each for each in data.eval_results if each.metric_type == "accuracy")
     assert result.metric_value == report["metrics"]["accuracy"] and result.dataset_type == "custom"
     low, high = report["intervals"]["accuracy"]
+    assert "| on 40 test rows | value | 95% interval |" in card.text and "examples" not in card.text
+    assert "give yours, `base=` in Python" in card.text
     assert f"| accuracy | {result.metric_value:.4g} | {low:.4g} to {high:.4g} |" in card.text
     assert load_light(adapter).light_intervals["accuracy"] == [low, high]
     assert "| task | classification: `negative`, `positive` |" in card.text
@@ -110,6 +112,8 @@ def test_what_a_card_says_to_do_works(bench: Workbench, monkeypatch: pytest.Monk
     assert isinstance(names["model"], LightModel)
     commands = re.findall(r'^lightpeft export "this folder" (\w+) --form (\w+)', card.text, re.MULTILINE)
     assert commands == [("merged", "merged"), ("peft", "peft")], "a classifier is no file for llama.cpp"
+    assert lightpeft("predict", adapter, bench.test, "--output", "labels.csv") == 0
+    assert 'lightpeft predict "this folder" rows.csv' in card.text
     for folder, form in commands:
         assert lightpeft("export", adapter, folder, "--form", form) == 0
     merged, _ = card_in(bench.folder / "merged")
@@ -127,7 +131,7 @@ def test_a_base_on_the_hub(tmp_path: Path) -> None:
     assert (data.base_model, data.base_model_relation, data.license) == ("someone/base", "adapter", None)
     assert data.pipeline_tag == "text-generation" and data.model_name == "base-light"
     assert [each.metric_type for each in data.eval_results] == ["perplexity"]
-    assert "--form gguf" in card.text
+    assert "--form gguf" in card.text and "`base=`" not in card.text and "lightpeft predict" not in card.text
     save_merged(light, tmp_path / "merged")
     _, data = card_in(tmp_path / "merged")
     assert (data.base_model, data.base_model_relation, data.library_name) == ("someone/base", "finetune", "lightpeft")

@@ -76,7 +76,8 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
         "\n".join(_table(facts, plan, licence)),
         "## How to load it",
         f"```{form.language}\n{form.code}\n```",
-        *(_other_forms(facts) if form.exports else ()),
+        *(_its_base(facts) if form.relation == "adapter" else ()),
+        *(_shell(facts, form) if form.language == "python" else ()),
         "## What is left of the base",
         f"```\n{picture(plan)}\n```",
         "Bars are parts of what the base has; a dot is a PEFT module that went.",
@@ -151,24 +152,38 @@ def _quality(facts: Mapping[str, Any]) -> Iterator[str]:
     if not facts["metrics"]:
         yield "Nothing was recorded."
         return
-    yield "| on its test rows | value | 95% interval |"
+    metrics = dict(facts["metrics"])
+    count = metrics.pop("examples", None)
+    yield f"| on {'its' if count is None else f'{count:,.0f}'} test rows | value | 95% interval |"
     yield "|---|---|---|"
-    for name, value in facts["metrics"].items():
+    for name, value in metrics.items():
         interval = facts.get("intervals", {}).get(name)
         sure = "-" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"
         yield f"| {name} | {f'{value:.4g}' if isinstance(value, float) else value} | {sure} |"
 
 
-def _other_forms(facts: Mapping[str, Any]) -> Iterator[str]:
+def _its_base(facts: Mapping[str, Any]) -> Iterator[str]:
+    if not is_name(facts["base"]["id"]):
+        yield "Its base was in a folder of its author: give yours, `base=` in Python and `--base` in the shell."
+
+
+def _shell(facts: Mapping[str, Any], form: CardForm) -> Iterator[str]:
+    """Commands that answer with it, and give it other forms."""
+    commands = [(f'lightpeft predict "{THIS_FOLDER}" rows.csv', "answers new rows")] if facts["task"] else []
+    commands += _exports(facts) if form.exports else ()
+    width = max((len(command) for command, _ in commands), default=0)
+    lines = "\n".join(f"{command:{width}}  # {text}" for command, text in commands)
+    if lines:
+        yield f"In the shell:\n\n```\n{lines}\n```"
+
+
+def _exports(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     writes = pipeline_tag(facts["base"]["architecture"]) == "text-generation"
     merges = facts.get("peft_type") != "BOTTLENECK" and not facts["base"]["quantisation"]
     has = {"merged": merges, "gguf": merges and writes}
-    forms = [(name, text) for name, text in EXPORTS.items() if has.get(name, True)]
-    commands = [(f'lightpeft export "{THIS_FOLDER}" {name} --form {name}', text) for name, text in forms]
-    width = max(len(command) for command, _ in commands)
-    lines = "\n".join(f"{command:{width}}  # {text}" for command, text in commands)
-    yield "In other forms:"
-    yield f"```\n{lines}\n```"
+    for name, text in EXPORTS.items():
+        if has.get(name, True):
+            yield f'lightpeft export "{THIS_FOLDER}" {name} --form {name}', text
 
 
 def _name(base: Mapping[str, Any]) -> str:
