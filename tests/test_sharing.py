@@ -313,5 +313,15 @@ def test_edits_of_the_record_are_found(home: Path, tmp_path: Path) -> None:
     light = shutil.copytree(home / "light", tmp_path / "light")
     edit(light / "lightpeft.json", lambda description: description.update(intervals={"accuracy": [0.6, 0.9]}))
     assert load_light(light).light_intervals == {"accuracy": [0.6, 0.9]}
-    edit(light / "lightpeft.json", lambda description: description.update(intervals=3))
-    assert "lightpeft.json" in refusal(lambda: load_light(light))
+    for changes in (
+        {"intervals": 3},
+        {"intervals": {"accuracy": [1]}},
+        {"intervals": {"accuracy": "high"}},
+        {"intervals": {}, "peft_type": 5},
+        {"peft_type": "LORA", "task": {"labels": 5}},
+    ):
+        edit(light / "lightpeft.json", lambda description, changes=changes: description.update(changes))
+        assert "lightpeft.json" in refusal(lambda: load_light(light))
+    edit(light / "lightpeft.json", lambda description: description.update(task={"entry": {"hub": 5}}))
+    load_light(light).save_pretrained(light)
+    assert "| task |" not in (light / "README.md").read_text()

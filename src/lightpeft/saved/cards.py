@@ -12,6 +12,9 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers.modelcard import TASK_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
+from lightpeft.config import TaskEntry
+from lightpeft.config.validation import from_dict
+from lightpeft.errors import LightPeftError
 from lightpeft.files import read_text
 from lightpeft.models.hub import is_name
 from lightpeft.plans.picture import picture
@@ -48,7 +51,7 @@ class CardForm:
     library: str = "lightpeft"
     """That the hub is to say reads it."""
     relation: Literal["adapter", "finetune"] = "finetune"
-    """To its base, in the hub's words."""
+    """To its base, in the hub's words (which has none for what was pruned)."""
     exports: bool = False
     """Whether `lightpeft export` makes other forms of it."""
 
@@ -111,34 +114,37 @@ def _classes(names: Mapping[str, Any]) -> Iterator[str]:
 
 def _results(facts: Mapping[str, Any]) -> Iterator[EvalResult]:
     """What was measured, for the hub; nothing where it does not know such a task."""
-    task, entry = pipeline_tag(facts["base"]["architecture"]), facts["task"].get("entry", {})
-    owner, name, *config = (entry.get("hub") or "").split("/") + [""] * 2
-    on_hub = entry.get("hub") and not entry.get("path")
+    task, entry = pipeline_tag(facts["base"]["architecture"]), _entry(facts) or TaskEntry()
+    rows: dict[str, Any] = {"dataset_type": "custom", "dataset_name": entry.name or "rows of its author"}
+    if entry.hub and not entry.path:
+        owner, name, *config = entry.hub.split("/")
+        rows |= {"dataset_type": f"{owner}/{name}", "dataset_split": entry.test}
+        rows |= {"dataset_config": config[0]} if config else {}
     for metric, value in facts["metrics"].items():
         if task is not None and metric not in _COUNTS and isinstance(value, (int, float)):
-            yield EvalResult(
-                task_type=task,
-                dataset_type=f"{owner}/{name}" if on_hub else "custom",
-                dataset_config=(config[0] or None) if on_hub else None,
-                dataset_name=entry.get("name") or "rows of its author",
-                dataset_split=entry.get("test") if on_hub else None,
-                metric_type=metric,
-                metric_value=value,
-            )
+            yield EvalResult(task_type=task, metric_type=metric, metric_value=value, **rows)
+
+
+def _entry(facts: Mapping[str, Any]) -> TaskEntry | None:
+    """The task; None where nobody says one."""
+    try:
+        return from_dict(TaskEntry, facts["task"]["entry"], "task.entry.")
+    except (KeyError, LightPeftError):
+        return None
 
 
 def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> Iterator[str]:
-    base, task = facts["base"], facts["task"].get("entry", {})
+    base, task = facts["base"], _entry(facts)
     revision = f", revision `{base['revision']}`" if base["revision"] else ""
     place = "" if is_name(base["id"]) else ", a folder of its author"
     ranks, dense = sum(map(len, plan.sites.values())), sum(site.rank for site in plan.dense_sites)
     yield "| | |"
     yield "|---|---|"
     yield f"| base | `{_name(base)}` (`{base['architecture']}`{revision}{place}) |"
-    if task.get("kind"):
-        labels = ", ".join(f"`{label}`" for label in facts["task"].get("labels", ())[:20])
-        named = f" `{task['name']}`" if task.get("name") else ""
-        yield f"| task | {task['kind']}{named}{f': {labels}' if labels else ''} |"
+    if task is not None:
+        labels = ", ".join(f"`{label}`" for label in list(facts["task"].get("labels", ()))[:20])
+        named = f" `{task.name}`" if task.name else ""
+        yield f"| task | {task.kind}{named}{f': {labels}' if labels else ''} |"
     yield (
         f"| removed | {plan.removed_parameters:,} of {plan.base_parameters:,} parameters ({plan.removed_ratio:.1%}; "
         f"{plan.removed_of_blocks:.1%} of the transformer blocks') |"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -98,6 +98,13 @@ class _Parts:
     plan: dict[str, Any]
     task: dict[str, Any]
     metrics: dict[str, Any]
+    intervals: dict[str, list[float] | None] = field(default_factory=dict)
+    peft_type: str | None = None
+
+    def __post_init__(self) -> None:
+        pairs = all(interval is None or len(interval) == 2 for interval in self.intervals.values())
+        require(pairs, "an interval is a low and a high number")
+        require(isinstance(self.task.get("labels", []), list), "labels of a task are a list of names")
 
 
 def check_parts(description: Mapping[str, Any], path: Path) -> None:
@@ -107,7 +114,8 @@ def check_parts(description: Mapping[str, Any], path: Path) -> None:
         LightPeftError: a part is missing, or of another kind.
     """
     with understandable(path):
-        from_dict(_Parts, {name: description[name] for name in ("plan", "task", "metrics")})
+        there = [name for name in ("intervals", "peft_type") if name in description]  # since cards show them
+        from_dict(_Parts, {name: description[name] for name in ("plan", "task", "metrics", *there)})
     base_facts(description, path)
 
 

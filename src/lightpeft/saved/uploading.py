@@ -74,10 +74,7 @@ def upload(
         repository = api.create_repo(name, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        there = set(api.list_repo_files(repository, revision=revision)) - {path.name for path in files}
-        stale = (
-            sorted(filter(_WEIGHTS.fullmatch, there)) if any(_WEIGHTS.fullmatch(path.name) for path in files) else []
-        )
+        stale = _stale({path.name for path in files}, api.list_repo_files(repository, revision=revision))
         done = api.create_commit(
             repository,
             [
