@@ -31,8 +31,9 @@ _TABLES = {
 """Auto class -> transformers' table of the classes that it gives."""
 _TAKEN = {"dtype": "dtype", "attn_implementation": "attention", "revision": "revision", "token": "token"}
 """Option of `from_pretrained` -> what `load_merged` calls it."""
-_WITHOUT_EFFECT = {"adapter_kwargs", "code_revision", "local_files_only", "low_cpu_mem_usage", "trust_remote_code"}
-"""Options that say where code and adapters are, which such a model has none of."""
+_WITHOUT_EFFECT = {"adapter_kwargs", "code_revision", "trust_remote_code", "local_files_only", "low_cpu_mem_usage"}
+_WITHOUT_EFFECT |= {"use_safetensors", "weights_only", "_from_auto"}
+"""Options about code, adapters and pickled weights, which such a model has none of, and those that hold anyway."""
 
 
 class LightConfig(PretrainedConfig):

@@ -38,6 +38,7 @@ from lightpeft.saved.peft_adapter import (
     skeleton_of,
 )
 from lightpeft.saved.results import Model
+from lightpeft.saved.whole_config import LIGHT_TYPE
 from lightpeft.tasks import Task, ensure_pad_token, padding_within, restore_task
 
 M = TypeVar("M", bound=nn.Module)
@@ -187,6 +188,18 @@ class WholeModel(Found):
     def find(cls, place: str | Path, base: str | None, settings: Mapping[str, Any]) -> Self:
         """Wherever it is: `place` may also be a name on the hub."""
         return cls(name=str(place), model=_whole(place, base, settings))
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """As transformers reads it.
+
+        Raises:
+            LightPeftError: it is not there, or a merged light model's without its plan.
+        """
+        config = load_model_config(self.model)
+        alone = f"{self.name} has the weights of a pruned model, but not the plan of that: {MERGED} is missing"
+        require(config.model_type != LIGHT_TYPE, alone)
+        return config
 
     @property
     def class_names(self) -> list[str] | None:
