@@ -25,6 +25,7 @@ from lightpeft.models.loading import load_model, load_model_config, load_tokeniz
 from lightpeft.models.task_heads import TaskHead
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saved import light_adapter, merging
+from lightpeft.saved.auto_classes import LightConfig
 from lightpeft.saved.description import base_facts
 from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description
 from lightpeft.saved.merging import MERGED, load_merged, read_merged
@@ -38,7 +39,6 @@ from lightpeft.saved.peft_adapter import (
     skeleton_of,
 )
 from lightpeft.saved.results import Model
-from lightpeft.saved.whole_config import LIGHT_TYPE
 from lightpeft.tasks import Task, ensure_pad_token, padding_within, restore_task
 
 M = TypeVar("M", bound=nn.Module)
@@ -198,7 +198,7 @@ class WholeModel(Found):
         """
         config = load_model_config(self.model)
         alone = f"{self.name} has the weights of a pruned model, but not the plan of that: {MERGED} is missing"
-        require(config.model_type != LIGHT_TYPE, alone)
+        require(not isinstance(config, LightConfig), alone)
         return config
 
     @property
