@@ -36,6 +36,7 @@ from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.runs import pipeline
 from lightpeft.saved.merging import MERGED
 from lightpeft.saved.opening import find_model
+from lightpeft.saved.whole_config import OWN
 from lightpeft.tasks import find_entry, run_settings, task_class, task_facts
 from lightpeft.tasks.answers import Answers
 
@@ -512,6 +513,10 @@ def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> Non
     answers = evaluate_model(tmp_path / "merged", rows_of(bench))["model"]
     assert answers["metrics"] == pytest.approx(measured(bench, "light")["metrics"], rel=1e-4)
     (tmp_path / "merged" / MERGED).unlink()
+    text = refusal(lambda: evaluate_model(tmp_path / "merged", rows_of(bench)))
+    assert text.endswith("not the plan of that: merged.json is missing")
+    config = tmp_path / "merged" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text())[OWN]))
     text = refusal(lambda: evaluate_model(tmp_path / "merged", rows_of(bench)))
     assert "merged by other means than lightpeft export" in text
 

@@ -19,7 +19,6 @@ from tiny import ALL, DROPPED, batch, crossed, inputs_for, make, plan_for, refus
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -273,13 +272,13 @@ def test_what_is_in_the_folder(merged: Path) -> None:
     description = read_merged(merged)
     assert description["metrics"] == {"accuracy": 0.75} and description["base"]["model_type"] == "bert"
     card = (merged / "README.md").read_text()
-    assert "# Pruned model" in card and 'load_merged("this folder")' in card and "accuracy: 0.75" in card
+    assert "# Pruned model" in card and 'load_merged("this folder")' in card and "| accuracy | 0.75 |" in card
+    assert set(description["checksums"]) == {"config.json", "model.safetensors"}, "people edit the card"
 
 
-def test_transformers_alone_refuses_it(merged: Path) -> None:
-    """Widths differ from layer to layer, which its config cannot say; it must not load something else silently."""
-    with pytest.raises(RuntimeError, match="mismatched"):
-        AutoModelForSequenceClassification.from_pretrained(merged)
+def test_an_edited_card_of_an_earlier_version(merged: Path) -> None:
+    edit(merged / MERGED, lambda description: description["checksums"].update({"README.md": "0"}))
+    assert load_merged(merged).light_plan
 
 
 # Refusals

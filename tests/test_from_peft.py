@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import workbench
@@ -199,15 +197,3 @@ def test_weights_for_other_units_are_not_loaded(base: Path, tmp_path: Path) -> N
     light.save_pretrained(tmp_path / "own")
     light.load_adapter(str(tmp_path / "own"), "default")
     assert logits(light).equal(before)
-
-
-def test_push_to_hub_sends_the_light_adapter(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def upload(self: Any, folder: str, *args: Any, **kwargs: Any) -> None:
-        shutil.copytree(folder, tmp_path / "sent")
-
-    monkeypatch.setattr("transformers.utils.hub.hf_api", MagicMock())
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", MagicMock())
-    monkeypatch.setattr("transformers.utils.hub.PushToHubMixin._upload_modified_files", upload)
-    light = light_of(base)
-    light.push_to_hub("someone/light")
-    assert logits(load_light(tmp_path / "sent")).equal(logits(light))

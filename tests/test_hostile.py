@@ -32,6 +32,7 @@ from lightpeft.files import file_checksum
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.runs import pipeline
+from lightpeft.saved.whole_config import OWN
 
 SECONDS, WAITING = 12, 120
 """CPU time that one command may take, most of it for reading data; and time on the clock, as tests run side by side."""
@@ -502,6 +503,18 @@ def test_what_a_config_may_not_ask_for(
     sealed(place / "merged")
     lines = refused(place, bench, "light", "merged", "peft", "base", capsys=capsys)
     assert all(says in line for line in lines.values()), lines
+
+
+@pytest.mark.parametrize(("says", "setting"), [(says, next(iter(settings))) for says, settings in ASKED.items()])
+def test_what_a_hidden_config_may_not_ask_for(
+    says: str, setting: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The family's own settings of a merged model are one level deeper, and taken no more on trust there."""
+    rewritten(place / "merged" / "config.json", lambda data: data[OWN].update({setting: ASKED[says][setting]}))
+    sealed(place / "merged")
+    lines = refused(place, bench, "all", "merged", capsys=capsys)
+    assert len(lines) == 3 and all(says in line for line in lines.values()), lines
+    assert says in refusal(lambda: AutoModelForSequenceClassification.from_pretrained(place / "merged"))
 
 
 def test_layers_full_of_experts(place: Path) -> None:

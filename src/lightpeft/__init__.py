@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightpeft.saved.gguf.exporting import save_gguf
     from lightpeft.saved.light_adapter import LightModel, light_tokenizer, load_light
     from lightpeft.saved.merging import load_merged, save_merged
+    from lightpeft.saved.sharing import push_to_hub
     from lightpeft.training.acceleration import accelerated
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ _HOMES = {
     "load_merged": "saved.merging",
     "make_plan": "plans.planning",
     "preset_light": "config",
+    "push_to_hub": "saved.sharing",
     "run": "runs.pipeline",
     "save_gguf": "saved.gguf.exporting",
     "save_merged": "saved.merging",
@@ -77,6 +79,7 @@ __all__ = [
     "load_merged",
     "make_plan",
     "preset_light",
+    "push_to_hub",
     "run",
     "save_gguf",
     "save_merged",

@@ -12,7 +12,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.saved.forms import Found, LightAdapter
-from lightpeft.saved.opening import find_folder
+from lightpeft.saved.opening import find_folder, find_saved
 from lightpeft.saved.run_folder import RunFolder, is_run, read_report
 
 _RECORD = "estimation.json"
@@ -20,16 +20,22 @@ _OF_META = ("steps", "scored_steps", "scored_examples")
 """What is shown of how an estimation was made."""
 
 
-def inspect(path: Path) -> list[Table]:
+def inspect(name: str | Path) -> list[Table]:
     """Tables of what is in a file or folder.
 
     Args:
-        path: a plan.json, or the folder of a light adapter, a merged light model, an estimation or a run.
+        name: a plan.json; the folder of a light adapter, a merged light model, an estimation or a run; or the name of
+            such an adapter or model on the hub.
 
     Raises:
         LightPeftError: it is none of that, or is damaged, or there is nothing to show yet.
     """
-    require(path.exists(), f"{path} does not exist; give a plan.json, or a folder that lightpeft wrote")
+    path = Path(name)
+    if not path.exists():
+        found = find_saved(name)
+        if found is None:
+            raise LightPeftError(f"{name} does not exist; give a plan.json, or a folder that lightpeft wrote")
+        return _model(found)
     if path.is_file():
         return [plan_table(PrunePlan.load(path))]
     if is_run(path):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import constants
 
 from lightpeft.compat.hub import go_offline
+
+PART = r"[A-Za-z0-9_][\w.-]{0,95}"
+"""Pattern of an owner's or a repository's name."""
+_ID = re.compile(rf"({PART}/)?{PART}")
 
 
 def look_for(name: str) -> None:
@@ -42,3 +47,8 @@ def answers() -> bool:
     except Exception:  # noqa: BLE001 - which ones there are depends on the HTTP library of the hub's client
         return False
     return True
+
+
+def is_name(name: str) -> bool:
+    """Whether a model's name can be one on the hub, and is no folder here."""
+    return bool(_ID.fullmatch(name)) and not Path(name).exists()

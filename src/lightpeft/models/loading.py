@@ -163,14 +163,18 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         return AutoConfig.from_pretrained(config.name, **check_checkpoint(config))
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig, own: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
+
+    Args:
+        own: the model's configuration, where transformers would not find it; None: it does.
 
     Raises:
         LightPeftError: there is none, or its files are not what they should be.
     """
     with _opening(config):
-        return AutoTokenizer.from_pretrained(config.name, **check_checkpoint(config))
+        options = check_checkpoint(config)
+        return AutoTokenizer.from_pretrained(config.name, **({} if own is None else {"config": own}), **options)
 
 
 def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, Any]:

@@ -295,7 +295,7 @@ def evaluate(work: Workspace) -> dict[str, Any]:
 
     def save() -> None:
         if isinstance(model, LightModel):
-            model.light_metrics = dict(scores.metrics)
+            model.light_metrics, model.light_intervals = dict(scores.metrics), dict(scores.intervals)
             save_metrics(model, run.adapter)
         write_json(run.metrics, {**report(work, model, scores), **besides, **noticed})
 

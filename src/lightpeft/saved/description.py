@@ -1,13 +1,14 @@
-"""What stands beside the weights of a light model: its base, plan, task and metrics, and a card for people."""
+"""What stands beside the weights of a light model: its base, plan, task and metrics."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -29,6 +30,7 @@ class Described(Protocol):
     light_plan: PrunePlan
     light_task: dict[str, Any]
     light_metrics: dict[str, Any]
+    light_intervals: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +99,13 @@ class _Parts:
     plan: dict[str, Any]
     task: dict[str, Any]
     metrics: dict[str, Any]
+    intervals: dict[str, list[float] | None] = field(default_factory=dict)
+    peft_type: str | None = None
+
+    def __post_init__(self) -> None:
+        pairs = all(interval is None or len(interval) == 2 for interval in self.intervals.values())
+        require(pairs, "an interval is a low and a high number")
+        require(isinstance(self.task.get("labels", []), list), "labels of a task are a list of names")
 
 
 def check_parts(description: Mapping[str, Any], path: Path) -> None:
@@ -106,7 +115,8 @@ def check_parts(description: Mapping[str, Any], path: Path) -> None:
         LightPeftError: a part is missing, or of another kind.
     """
     with understandable(path):
-        from_dict(_Parts, {name: description[name] for name in ("plan", "task", "metrics")})
+        there = [name for name in ("intervals", "peft_type") if name in description]  # since cards show them
+        from_dict(_Parts, {name: description[name] for name in ("plan", "task", "metrics", *there)})
     base_facts(description, path)
 
 
@@ -136,12 +146,25 @@ def facts_of(model: Described) -> dict[str, Any]:
             "gguf_file": getattr(inner, "light_gguf_file", None),
             "quantisation": _quantisation(config),
         },
+        "tokens": _tokens(vocabulary_of(inner)),
         "plan": model.light_plan.to_dict(),
         "per_layer_config": per_layer_config(config.model_type, model.light_plan),
         "task": model.light_task,
         "metrics": model.light_metrics,
+        "intervals": model.light_intervals,
+        "peft_type": next(str(config.peft_type.value) for config in cast(PeftModel, model).peft_config.values()),
         "versions": versions(),
     }
+
+
+def unmeasured(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without what was measured: of a model that is about to change."""
+    return {**facts, "metrics": {}, "intervals": {}}
+
+
+def _tokens(vocabulary: Vocabulary | None) -> dict[str, int] | None:
+    """How many of its base's tokens a model has; None: all."""
+    return None if vocabulary is None else {"kept": len(vocabulary), "of": vocabulary.size}
 
 
 def _head_settings(config: PretrainedConfig, vocabulary: Vocabulary | None) -> dict[str, Any]:
@@ -173,55 +196,3 @@ def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, in
         }
         for spec, kept in plan.parts
     }
-
-
-def read_by(loader: str) -> str:
-    """How a card says that a function of lightpeft reads the folder."""
-    return f'    from lightpeft import {loader}\n    model = {loader}("this folder")'
-
-
-def model_card(model: Described, title: str, what: str, use: str, library: str = "lightpeft") -> str:
-    """The text of README.md beside saved weights.
-
-    Args:
-        what: is in the folder.
-        use: how it is used, indented as code.
-        library: that the hub is to say reads it.
-    """
-    inner = transformers_model(cast(nn.Module, model))
-    base = inner.config.name_or_path or "the base"
-    # a local path is of no use to a reader elsewhere, and not a valid hub id
-    front = "" if Path(base).exists() else f"base_model: {base}\n"
-    metrics = "\n".join(f"- {name}: {value}" for name, value in model.light_metrics.items()) or "- none recorded"
-    return f"""---
-library_name: {library}
-{front}tags: [lightpeft, peft, lora, pruning]
----
-
-# {title}
-
-{what}
-(Light-PEFT, Gu et al., Findings of ACL 2024).
-
-{use}
-
-{_tokens(vocabulary_of(inner))}{model.light_plan.summary()}.
-
-## Metrics
-
-{metrics}
-
-## Plan
-
-```
-{model.light_plan}
-```
-"""
-
-
-def _tokens(vocabulary: Vocabulary | None) -> str:
-    """How a card says which tokens a model has; nothing where it has all."""
-    if vocabulary is None:
-        return ""
-    kept = f"It has {len(vocabulary):,} of the {vocabulary.size:,} tokens of its base"
-    return f"{kept}, and is asked with a tokenizer of these, not with the base's.\n\n"

@@ -19,15 +19,26 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype
+from lightpeft.models import repositories
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import TaskHead
 from lightpeft.models.vocabulary import Vocabulary, cut_config
 from lightpeft.plans.records import PrunePlan
+from lightpeft.saved import light_adapter, merging
+from lightpeft.saved.auto_classes import LightConfig
 from lightpeft.saved.description import base_facts
 from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description, vocabulary_in
 from lightpeft.saved.merging import MERGED, load_merged, read_merged
-from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
+from lightpeft.saved.peft_adapter import (
+    ADAPTER_CONFIG,
+    PICKLED,
+    WEIGHTS,
+    check_fit,
+    load_adapter,
+    read_adapter,
+    skeleton_of,
+)
 from lightpeft.saved.results import Model
 from lightpeft.saved.tokens import tokenizer_over
 from lightpeft.tasks import Task, ensure_pad_token, padding_within, restore_task
@@ -77,6 +88,15 @@ class Found(ABC):
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
         """What is in a folder of this form; arguments and errors as for `find_model`."""
 
+    @classmethod
+    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form | None:
+        """Its files in a repository; None: transformers finds them itself.
+
+        Args:
+            allow_pickle: weights may be pickled.
+        """
+        return None
+
     @abstractmethod
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> Model:
         """The live model; arguments and errors as for `open`."""
@@ -118,7 +138,7 @@ class Found(ABC):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, with a token to pad with."""
-        tokenizer = load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.model, self.config)
         ensure_pad_token(tokenizer, self.config)
         return tokenizer
 
@@ -171,6 +191,18 @@ class WholeModel(Found):
         """Wherever it is: `place` may also be a name on the hub."""
         return cls(name=str(place), model=_whole(place, base, settings))
 
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """As transformers reads it.
+
+        Raises:
+            LightPeftError: it is not there, or a merged light model's without its plan.
+        """
+        config = load_model_config(self.model)
+        alone = f"{self.name} has the weights of a pruned model, but not the plan of that: {MERGED} is missing"
+        require(not isinstance(config, LightConfig), alone)
+        return config
+
     @property
     def class_names(self) -> list[str] | None:
         """Those in its config, if it classifies."""
@@ -194,7 +226,18 @@ class WholeModel(Found):
 class MergedModel(Found):
     """A light model with PEFT merged into it, as `save_merged` writes it."""
 
-    form = "merged light model"
+    form = merging.ON_HUB.what
+
+    @classmethod
+    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
+        """Always as safetensors."""
+        return merging.ON_HUB
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Of the model itself, whether or not transformers can make anything of it."""
+        folder = Path(self.model.name)
+        return merging.merged_config(folder, base_facts(self.description, folder / MERGED))
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
@@ -232,7 +275,12 @@ class _Adapter(Found):
 class LightAdapter(_Adapter):
     """A plan and PEFT weights, as `LightModel` saves itself."""
 
-    form = "light adapter"
+    form = light_adapter.ON_HUB.what
+
+    @classmethod
+    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
+        """Always as safetensors."""
+        return light_adapter.ON_HUB
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
@@ -282,6 +330,12 @@ class PeftAdapter(_Adapter):
     """An adapter as PEFT saves it, whoever made it."""
 
     form = "PEFT adapter"
+
+    @classmethod
+    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
+        """As PEFT writes them."""
+        weights = (WEIGHTS, PICKLED) if allow_pickle else (WEIGHTS,)
+        return repositories.Form(cls.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, *weights))
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:

@@ -26,6 +26,7 @@ from lightpeft.files import (
     write_text,
 )
 from lightpeft.files.foreign import check_folder
+from lightpeft.models import repositories
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
@@ -38,16 +39,20 @@ from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.bases import load_base
-from lightpeft.saved.description import BaseFacts, base_facts, check_parts, facts_of, model_card, read_by
+from lightpeft.saved.cards import CARD, CardForm, model_card, read_by
+from lightpeft.saved.description import BaseFacts, base_facts, check_parts, facts_of, unmeasured
 from lightpeft.saved.merging import settle
 from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.streaming import Stream
 from lightpeft.saved.tokens import VOCABULARY_FILE, read_vocabulary, tokenizer_over, write_vocabulary
+from lightpeft.saved.uploading import send
 
 DESCRIPTION = "lightpeft.json"
 _REFIT_FILE = "refit.safetensors"
 _FILES = ("adapter_config.json", "adapter_model.safetensors", _REFIT_FILE, VOCABULARY_FILE)
 """What is in the folder besides the description, as far as it is there."""
+ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *_FILES))
+"""Its files in a repository."""
 
 
 class LightModel(PeftModel):
@@ -59,6 +64,8 @@ class LightModel(PeftModel):
     """Corrections of its projections that are merged into their weights; empty without a refit."""
     light_metrics: dict[str, Any]
     """What was measured of this model; saved with it."""
+    light_intervals: dict[str, Any]
+    """95% intervals of some of that: name -> (low, high) or None."""
     light_task: dict[str, Any]
     """How inputs are read (task kind, columns, length); saved with it, empty if unknown."""
 
@@ -86,17 +93,63 @@ class LightModel(PeftModel):
         with replacing_folder(save_directory) as temporary:
             super().save_pretrained(str(temporary), selected_adapters=[name], **kwargs)
             _move_up(temporary / name)
-            if self.light_plan.removed_parameters or self.light_refit or vocabulary is not None:
+            if vocabulary is not None or _is_cut(self.light_plan, self.light_refit):
                 hide_config(temporary)
             if self.light_refit:
                 save_file(refit_tensors(self.light_refit), temporary / _REFIT_FILE)
             if vocabulary is not None:
                 write_vocabulary(vocabulary, temporary)
-            (temporary / "README.md").write_text(model_card(self, *_CARD), encoding="utf-8")
-            write_json(temporary / DESCRIPTION, _description(self, temporary))
+            facts = facts_of(self)
+            (temporary / CARD).write_text(_card(facts, self.light_plan, self.light_refit), encoding="utf-8")
+            write_json(temporary / DESCRIPTION, {**facts, "checksums": _checksums(temporary)})
         for name, there in ((_REFIT_FILE, self.light_refit), (VOCABULARY_FILE, vocabulary)):
             if not there:
                 (Path(save_directory) / name).unlink(missing_ok=True)  # of what was saved here before
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path | PreTrainedModel, model_id: str | Path | None = None, **options: Any
+    ) -> LightModel:
+        """`load_light`, called as transformers does it (folder) or as PEFT does it (base, folder).
+
+        Args:
+            model: folder or hub name of the light adapter; or the dense base, which is pruned in place.
+            model_id: of the adapter, where the base comes first.
+            options: of `load_light`.
+        """
+        return load_light(model, **options) if model_id is None else load_light(model_id, model, **options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: repositories.Token = None,
+        commit_message: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Send the light adapter, as `save_pretrained` writes it, to the hub.
+
+        Args:
+            repo_id: owner/name of a repository, which is made if it is not there.
+            private: whether one that is made is to be read by its owner alone; None: as the owner's usual.
+            revision: branch, which is made if it is not there; None: the main branch.
+            token: of an account that may write there; None: the one that is logged in.
+            commit_message: says what is new.
+            options: of `save_pretrained`.
+
+        Returns:
+            Where the commit is.
+
+        Raises:
+            LightPeftError: it cannot be sent.
+        """
+
+        def write(folder: Path) -> None:
+            self.save_pretrained(folder, **options)
+
+        return send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
 
     def load_adapter(self, model_id: str | Path, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """PEFT's `load_adapter`, of weights for the units that are here, as in a trainer's checkpoint of this model.
@@ -124,7 +177,7 @@ class LightModel(PeftModel):
         return self._settled(self.base_model.unload())
 
     def _settled(self, whole: PreTrainedModel) -> PreTrainedModel:
-        settle(whole, self.light_plan, {**facts_of(self), "metrics": {}})  # which it need not have any more
+        settle(whole, self.light_plan, unmeasured(facts_of(self)))
         return whole
 
 
@@ -142,9 +195,9 @@ def save_metrics(model: LightModel, folder: str | Path) -> None:
     Raises:
         LightPeftError: there is no light adapter, or it cannot be written.
     """
-    file = Path(folder) / DESCRIPTION
-    write_json(file, {**read_json(file), "metrics": model.light_metrics})
-    write_text(Path(folder) / "README.md", model_card(model, *_CARD))
+    file, facts = Path(folder) / DESCRIPTION, facts_of(model)
+    write_json(file, {**read_json(file), "metrics": model.light_metrics, "intervals": model.light_intervals})
+    write_text(Path(folder) / CARD, _card(facts, model.light_plan, model.light_refit))
 
 
 def as_light(
@@ -153,17 +206,20 @@ def as_light(
     metrics: dict[str, Any] | None = None,
     task: dict[str, Any] | None = None,
     refit: Refit | None = None,
+    intervals: dict[str, Any] | None = None,
 ) -> LightModel:
     """Make a pruned `PeftModel` one that saves itself as a light adapter; same object, same weights."""
     kind = type(model)
     if not issubclass(kind, LightModel):
-        # the model keeps its own class (for sequence classification, causal LM, ...) with `save_pretrained` before it
-        model.__class__ = type(f"Light{kind.__name__}", (LightModel, kind), {})
+        # the model keeps its own class (for sequence classification, causal LM, ...) with `save_pretrained` before it,
+        # and that one's name, by which transformers' pipelines know what they can take
+        model.__class__ = type(kind.__name__, (LightModel, kind), {"__doc__": kind.__doc__})
     vars(model).pop("save_pretrained", None)  # that of a dense model with fewer tokens
     light = cast(LightModel, model)
     light.light_plan = plan
     light.light_refit = dict(refit or {})
     light.light_metrics = dict(metrics or {})
+    light.light_intervals = dict(intervals or {})
     light.light_task = dict(task or {})
     return light
 
@@ -179,11 +235,14 @@ def load_light(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     low_memory: bool = False,
+    revision: str | None = None,
+    token: repositories.Token = None,
 ) -> LightModel:
     """Load a light adapter over a fresh base.
 
     Args:
-        folder: what `save_pretrained` wrote.
+        folder: what `save_pretrained` wrote; or its name on the hub, from where it is downloaded if it is not in the
+            cache.
         base: name or folder of the base, or the dense model itself, which is then pruned in place;
             None: the base that the adapter names.
         is_trainable: go on training; else the weights are frozen and the model is in eval mode.
@@ -194,16 +253,19 @@ def load_light(
         allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
         low_memory: read the base from disk one tensor at a time and keep only what the plan keeps, so that memory holds
             the pruned model and one tensor, never the dense model; for unquantised bases in safetensors files.
+        revision: branch, tag or commit of the adapter on the hub; None: the main branch. The base has that of the
+            adapter's own record.
+        token: for the adapter on the hub; None: that of the account that is logged in, if any.
 
     Raises:
-        LightPeftError: a file is missing, altered, or of a newer schema; or the base is another one, or not of the kind
-            that `low_memory` can read. No partial load.
+        LightPeftError: the hub has no such adapter; a file is missing, altered, or of a newer schema; or the base is
+            another one, or not of the kind that `low_memory` can read. No partial load.
     """
-    folder = Path(folder)
+    folder = repositories.folder_of(folder, ON_HUB, revision, token)
     description = read_description(folder)
     with understandable(folder / DESCRIPTION):
         plan = PrunePlan.from_dict(description["plan"])
-        metrics, task = (dict(description[name]) for name in ("metrics", "task"))
+        metrics, task, intervals = (dict(description.get(name, {})) for name in ("metrics", "task", "intervals"))
     saved = base_facts(description, folder / DESCRIPTION)
     config = read_adapter(folder, explicit=True)
     vocabulary = vocabulary_in(folder, description)
@@ -228,22 +290,29 @@ def load_light(
     model = load_adapter(dense, folder, config, is_trainable)
     if not is_trainable:
         model.eval()
-    return as_light(model if device is None else model.to(device), plan, metrics, task, refit)
+    return as_light(model if device is None else model.to(device), plan, metrics, task, refit, intervals)
 
 
 def light_tokenizer(
-    folder: str | Path, base: str | Path | None = None, *, trust_remote_code: bool = False
+    folder: str | Path,
+    base: str | Path | None = None,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    token: repositories.Token = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that a light adapter is asked with: its base's, or of that the tokens that the adapter keeps.
 
     Args:
-        folder: what `save_pretrained` wrote.
+        folder: what `save_pretrained` wrote, or its name on the hub.
         base: name or folder of the base; None: the base that the adapter names.
         trust_remote_code: run Python code that comes with the base, if it needs any.
+        revision, token: as for `load_light`.
 
     Raises:
         LightPeftError: a file is missing or altered, or the base is not there or another one.
     """
+    folder = repositories.folder_of(folder, ON_HUB, revision, token)
     description, path = read_description(folder), Path(folder)
     place = base_facts(description, path / DESCRIPTION).place(base)
     return tokenizer_over(replace(place, trust_remote_code=trust_remote_code), vocabulary_in(path, description))
@@ -285,9 +354,8 @@ def read_refit(folder: Path) -> Refit:
         return refit_of_tensors(read_tensors(file))
 
 
-def _description(model: LightModel, folder: Path) -> dict[str, Any]:
-    checksums = {name: file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
-    return {**facts_of(model), "checksums": checksums}
+def _checksums(folder: Path) -> dict[str, str]:
+    return {name: file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
 
 
 def _stream(
@@ -378,9 +446,13 @@ def _content_checksum(description: dict[str, Any]) -> str:
     return content_checksum({k: value for k, value in description.items() if k not in ("checksums", "schema_version")})
 
 
-_CARD = (
-    "Light adapter",
-    "A task over an untouched base: PEFT weights and the plan of which attention heads and FFN neurons the task needs",
-    read_by("load_light"),
-)
-"""Title, description and loader of a light adapter."""
+def _is_cut(plan: PrunePlan, refit: Refit) -> bool:
+    """Whether an adapter would answer wrongly over the dense base."""
+    return bool(plan.removed_parameters or refit)
+
+
+def _card(facts: dict[str, Any], plan: PrunePlan, refit: Refit) -> str:
+    what = "A task over an untouched base: PEFT weights and the plan of which heads and neurons the task needs"
+    library = "lightpeft" if facts["tokens"] or _is_cut(plan, refit) else "peft"
+    form = CardForm("Light adapter", what, read_by("load_light"), library=library, relation="adapter", exports=True)
+    return model_card(facts, plan, form)

@@ -28,30 +28,36 @@ from lightpeft.files import (
     understandable,
     write_json,
 )
-from lightpeft.files.foreign import check_folder, parsing, read_config
+from lightpeft.files.foreign import check_folder, parsing
+from lightpeft.models import repositories
 from lightpeft.models.loading import check_checkpoint
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.auto_classes import register
 from lightpeft.saved.bases import architecture_of
+from lightpeft.saved.cards import CARD, CardForm, model_card, read_by, read_by_transformers
 from lightpeft.saved.description import (
+    BaseFacts,
     Described,
     base_facts,
     check_parts,
     facts_of,
-    model_card,
     per_layer_config,
-    read_by,
+    unmeasured,
 )
+from lightpeft.saved.uploading import send
+from lightpeft.saved.whole_config import CONFIG, hide_config, own_config, read_own
 
 MERGED = "merged.json"
 """What says that the weights beside it belong into a model that a plan has cut."""
-_CARD = (
-    "Pruned model",
-    "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it",
-    read_by("load_merged"),
+ON_HUB = repositories.Form(
+    "merged light model",
+    MERGED,
+    (MERGED, CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", *repositories.TOKENIZER),
 )
+"""Its files in a repository."""
 
 
 def save_merged(
@@ -82,8 +88,7 @@ def save_merged(
     check_vacant(folder, replaceable=(folder / MERGED).is_file(), overwrite=overwrite)
     whole = merged_copy(model)
     native = native_config(whole, model.light_plan) is not None
-    facts = {**facts_of(model), "native": native}
-    save_whole(whole, facts, folder, tokenizer=tokenizer, card=model_card(model, *_CARD), alone=True)
+    save_whole(whole, {**facts_of(model), "native": native}, folder, tokenizer=tokenizer, alone=True)
     return native
 
 
@@ -108,6 +113,8 @@ def load_merged(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     attention: str | None = None,
+    revision: str | None = None,
+    token: repositories.Token = None,
 ) -> PreTrainedModel:
     """Load what `save_merged` wrote: a plain transformers model, pruned, in evaluation mode.
 
@@ -115,22 +122,27 @@ def load_merged(
     which units of it are here.
 
     Args:
+        folder: what `save_merged` wrote; or its name on the hub, from where it is downloaded if it is not in the cache.
         dtype: of the weights; "auto": as they were saved.
         device: where to put the model; None: the CPU.
         attention: attention backend; None: the one the base would use.
+        revision: branch, tag or commit on the hub; None: the main branch.
+        token: for the hub; None: that of the account that is logged in, if any.
 
     Raises:
-        LightPeftError: a file is missing, damaged or of a newer schema, or the weights are not those of the plan.
+        LightPeftError: a file is missing, damaged or of a newer schema, or the weights are not those of the plan; or
+            the hub has no such model.
     """
-    folder = Path(folder)
+    folder = repositories.folder_of(folder, ON_HUB, revision, token)
     description = read_merged(folder)
     facts = {name: value for name, value in description.items() if name not in ("schema_version", "checksums")}
     with understandable(folder / MERGED):
         plan, native = PrunePlan.from_dict(description["plan"]), bool(description["native"])
     saved = base_facts(description, folder / MERGED)
-    of_base = read_config(folder / "config.json").get("model_type") == saved.model_type
-    require(of_base, f"{folder / 'config.json'} is of another family than {MERGED} says")
+    of_base = read_own(folder).get("model_type") == saved.model_type
+    require(of_base, f"{folder / CONFIG} is of another family than {MERGED} says")
     architecture = architecture_of(saved, "install the version that it was saved with")
+    config = merged_config(folder, saved)
 
     def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
         if not native:
@@ -142,6 +154,7 @@ def load_merged(
     with parsing(f"{folder} cannot be loaded"):
         model, info = with_reader(architecture, read).from_pretrained(
             str(folder),
+            config=config,
             dtype=dtype,
             output_loading_info=True,
             **check_checkpoint(ModelConfig(name=str(folder)), weights=True),
@@ -149,8 +162,20 @@ def load_merged(
         )
     astray = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     require(not astray, f"the weights in {folder} are not those of its plan: {', '.join(astray[:3])}")
-    settle(model, plan, {**facts, "metrics": {}})  # which are those from before it is trained on
+    settle(model, plan, unmeasured(facts))  # what was measured is from before it is trained on
     return model.eval() if device is None else model.eval().to(device)
+
+
+def merged_config(folder: Path, saved: BaseFacts) -> PretrainedConfig:
+    """The configuration of a merged light model: its family's, with the widths of the base where no config says others.
+
+    Args:
+        saved: of the base, in `merged.json`.
+
+    Raises:
+        LightPeftError: the file is missing or damaged.
+    """
+    return own_config(folder, architecture_of(saved, "install the version that it was saved with"))
 
 
 def read_merged(folder: str | Path) -> dict[str, Any]:
@@ -159,13 +184,14 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     Raises:
         LightPeftError: it has none, or one that is damaged or of a newer schema; or there is no config beside it.
     """
-    for name in (MERGED, "config.json"):  # transformers would go on without its config
+    for name in (MERGED, CONFIG):  # transformers would go on without its config
         require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
     check_folder(Path(folder))
     description = read_json(Path(folder) / MERGED)
     with understandable(Path(folder) / MERGED):
         checksums = dict(description["checksums"] if description["schema_version"] > 1 else {})  # version 1 had none
     check_parts(description, Path(folder) / MERGED)
+    checksums.pop(CARD, None)  # of earlier versions; people edit it
     for name, checksum in checksums.items():
         check_file(Path(folder), name, checksum)
     return description
@@ -181,17 +207,19 @@ def settle(model: PreTrainedModel, plan: PrunePlan, facts: Mapping[str, Any]) ->
     """Make a pruned model without PEFT one that saves itself so that it can be loaded.
 
     It gets a config that says its widths; where its family has no words for them, `save_pretrained` writes as
-    `save_whole` does, for `load_merged`.
+    `save_whole` does, for `load_merged`. `push_to_hub` sends the same with its card.
 
     Args:
         facts: what `merged.json` is to say of it.
     """
     model.light_plan = plan
     native = native_config(model, plan)
+    facts = {**facts, "native": native is not None}
     if native is not None:
         model.config = native
     else:
-        model.save_pretrained = partial(save_whole, model, {**facts, "native": False})
+        model.save_pretrained = partial(save_whole, model, facts)
+    model.push_to_hub = partial(push_whole, model, facts)
 
 
 def save_whole(
@@ -200,14 +228,14 @@ def save_whole(
     folder: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    card: str | None = None,
     alone: bool = False,
     is_main_process: bool = True,
     **options: Any,
 ) -> None:
-    """Write what transformers saves, with `merged.json` and, if given, a tokenizer and a model card beside it.
+    """Write what transformers saves, with `merged.json`, a model card and, if given, a tokenizer beside it.
 
     Args:
+        facts: what `merged.json` is to say of it, with `native`: whether its config says its widths.
         alone: nothing else that is in the folder stays.
         options: of transformers' `save_pretrained`.
 
@@ -221,10 +249,37 @@ def save_whole(
         type(model).save_pretrained(model, temporary, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-        checksums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir())}
+        if not facts["native"]:
+            hide_config(temporary)
+        checksums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir()) if file.is_file()}
+        (temporary / CARD).write_text(model_card(facts, model.light_plan, _card(facts)), encoding="utf-8")
         write_json(temporary / MERGED, {**facts, "checksums": checksums})
+
+
+def push_whole(
+    model: PreTrainedModel,
+    facts: Mapping[str, Any],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: repositories.Token = None,
+    commit_message: str | None = None,
+    **options: Any,
+) -> str:
+    """Send a merged light model to the hub; options are of `save_whole`, all else as of `uploading.upload`."""
+
+    def write(folder: Path) -> None:
+        save_whole(model, facts, folder, **options)
+
+    return send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
+
+
+def _card(facts: Mapping[str, Any]) -> CardForm:
+    native = facts["native"]
+    code = read_by_transformers(facts["base"]["architecture"]) if native else read_by("load_merged")
+    what = "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it"
+    return CardForm("Pruned model", what, code, library="transformers" if native else "lightpeft")
 
 
 def native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig | None:
@@ -251,3 +306,6 @@ def native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig |
 
 def _shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+register(load_merged)

@@ -13,6 +13,7 @@ from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_sealed, read_json
 from lightpeft.models.loading import LoadedModel, load_model
+from lightpeft.models.repositories import Repository
 from lightpeft.models.vocabulary import Vocabulary, cut_model
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.saved.forms import (
@@ -47,20 +48,42 @@ def find_model(name: str | Path, base: str | None = None, settings: Mapping[str,
 
     Args:
         name: folder of a finished run, of a light adapter or merged light model, of a PEFT adapter or of a transformers
-            model; or a model's name on the hub.
+            model; or the name of such an adapter or model on the hub, as owner/name or owner/name@revision.
         base: where an adapter's base is, if not where the adapter says.
         settings: of `ModelConfig`, in place of those that the model was trained with.
 
     Raises:
         LightPeftError: nothing of that kind is there, or it or its base is incomplete.
     """
-    if Path(name).is_dir():
-        return find_folder(Path(name), base, settings).checked()
+    found = find_saved(name, base, settings)
+    if found is not None:
+        return found.checked()
     require(not Path(name).is_file(), f"{name} is a file; give the folder of {_KINDS}")
+    repository, settings = Repository.named(name), dict(settings or {})
+    if repository is not None and repository.revision is not None:
+        name, settings["revision"] = repository.name, repository.revision
     try:
-        return WholeModel.find(name, base, settings or {}).checked()
+        return WholeModel.find(name, base, settings).checked()
     except LightPeftError as error:
         raise LightPeftError(f"there is no folder {name} here, and as a model's name: {error}") from error
+
+
+def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found | None:
+    """The same of a folder, or of an adapter or merged light model on the hub, whether its base is there or not.
+
+    A revision among the settings is that of an adapter's base.
+
+    Returns:
+        What was found; None: there is no such folder, and whatever has that name on the hub transformers loads.
+    """
+    if Path(name).is_dir():
+        return find_folder(Path(name), base, settings)
+    repository, settings = Repository.named(name), settings or {}
+    if repository is None:
+        return None
+    forms = (form.on_hub(bool(settings.get("allow_pickle"))) for form in _FORMS.values())
+    downloaded = repository.folder(*(form for form in forms if form is not None))
+    return None if downloaded is None else replace(find_folder(downloaded, base, settings), name=str(name))
 
 
 def find_folder(folder: Path, base: str | None = None, settings: Mapping[str, Any] | None = None) -> Found:

@@ -20,7 +20,7 @@ from lightpeft.peft_kinds.sites import read_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PICKLED = "adapter_model.bin"
+PICKLED = "adapter_model.bin"
 _ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model", "layer_replication")
 """Settings by which PEFT imports modules, reads other files or loads other models, or copies layers."""
 _LARGEST = 2**20
@@ -50,10 +50,10 @@ def read_adapter(folder: Path, *, explicit: bool = False, allow_pickle: bool = F
         _check_settings(settings, folder)
         if explicit:
             _check_names(settings, folder)
-    pickled = not (folder / WEIGHTS).is_file() and (folder / _PICKLED).is_file()
+    pickled = not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file()
     require(
         allow_pickle or not pickled,
-        f"{folder} has its weights pickled ({_PICKLED}), not as safetensors; save it again, or if you trust its "
+        f"{folder} has its weights pickled ({PICKLED}), not as safetensors; save it again, or if you trust its "
         "author: allow_pickle",
     )
     require(pickled or (folder / WEIGHTS).is_file(), f"{folder} is incomplete: {WEIGHTS} is missing")  # no hub name

@@ -73,8 +73,8 @@ EVALUATE = Verb(
     options=(
         Option(
             "model",
-            "Folder of a run, a light adapter, a merged light model, a PEFT adapter or a transformers model, or a "
-            "model's name on the hub.",
+            "Folder of a run, a light adapter, a merged light model, a PEFT adapter or a transformers model, or the "
+            "name of an adapter or a model on the hub (owner/name, owner/name@revision).",
             count="?",
         ),
         Option("--base", "Name or folder of an adapter's base, if it moved."),

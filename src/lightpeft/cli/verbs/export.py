@@ -33,7 +33,7 @@ EXPORT = Verb(
     "Give a light adapter away: as a whole pruned model, as a file for llama.cpp, or as a PEFT adapter of the base.",
     _export,
     options=(
-        Option("model", "Folder of a light adapter or of a finished run."),
+        Option("model", "Folder of a light adapter or of a finished run, or a light adapter's name on the hub."),
         Option("output", "Where it goes: a new folder."),
         Option(
             "--form",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightpeft.cli.options import Option
 from lightpeft.cli.screen import screen
 from lightpeft.cli.verbs.verb import Verb
@@ -14,7 +12,7 @@ def _inspect(path: str) -> None:
     from lightpeft.cli.inspecting import inspect
 
     streams.standard_output()
-    for table in inspect(Path(path)):
+    for table in inspect(path):
         screen.print(table)
 
 
@@ -22,5 +20,10 @@ INSPECT = Verb(
     "inspect",
     "Show a plan, a light adapter, a merged light model or a run as a table, layer by layer.",
     _inspect,
-    options=(Option("path", "plan.json, or the folder of an adapter, a merged light model, an estimation or a run."),),
+    options=(
+        Option(
+            "path",
+            "plan.json; the folder of an adapter, a merged light model, an estimation or a run; or a name on the hub.",
+        ),
+    ),
 )

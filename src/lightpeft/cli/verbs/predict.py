@@ -30,7 +30,7 @@ PREDICT = Verb(
     "Answer text lines, the rows of a table or one row: labels, options, spans or texts.",
     _predict,
     options=(
-        Option("model", "Folder of a light adapter, a merged light model or a finished run."),
+        Option("model", "Folder of a light adapter, a merged light model or a finished run, or a name on the hub."),
         Option(
             "input",
             "Text lines (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or - for stdin: text lines or, where a "

@@ -11,17 +11,20 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.files import check_vacant, replacing_folder
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.saved.description import Described, model_card
+from lightpeft.saved.cards import CARD, CardForm, model_card
+from lightpeft.saved.description import Described, facts_of
 from lightpeft.saved.gguf.architectures import check_family
 from lightpeft.saved.gguf.checking import Agreement, compare
 from lightpeft.saved.gguf.writing import GgufType, write_gguf
 from lightpeft.saved.merging import merged_copy
 
 FILE = "model.gguf"
-_CARD = (
+_CARD = CardForm(
     "Pruned model as a GGUF file",
     "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it",
-    f"    llama-cli -m {FILE}",
+    f"llama-cli -m {FILE}",
+    language="",
+    library="gguf",
 )
 
 
@@ -68,5 +71,6 @@ def save_gguf(
     with replacing_folder(folder, alone=True) as temporary:
         matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / FILE, dtype)
         agreement = compare(whole, tokenizer, temporary / FILE)
-        (temporary / "README.md").write_text(model_card(model, *_CARD, library="gguf"), encoding="utf-8")
+        card = model_card(facts_of(model), model.light_plan, _CARD)
+        (temporary / CARD).write_text(card, encoding="utf-8")
     return GgufFile(folder / FILE, matrices, agreement)

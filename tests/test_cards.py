@@ -1,0 +1,198 @@
+"""The card beside saved weights: what a stranger reads, and what the hub does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from test_bottleneck import adapted
+from test_checkpoint import light_over
+from tiny import ALL, DROPPED, make, plan_for, with_lora
+from transformers import AutoModelForSequenceClassification
+from workbench import Workbench, lightpeft, read
+
+from lightpeft import LightModel, load_light, run, save_merged
+from lightpeft.models.hub import is_name
+from lightpeft.plans.picture import WIDTH, bar, picture
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.cards import EXPORTS, licence_of, pipeline_tag
+from lightpeft.saved.exporting import EXPORTS as FORMS
+from lightpeft.saved.light_adapter import as_light
+from lightpeft.tasks import ENTRIES
+
+UNIFORM: dict[str, Any] = {"heads_scope": "layerwise", "neurons_scope": "layerwise"}
+
+
+def card_in(folder: Path) -> tuple[ModelCard, Any]:
+    """A card with its metadata, as huggingface_hub reads and checks it."""
+    card = ModelCard.load(folder / "README.md")
+    return card, card.data
+
+
+# -- the picture -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kept", "dense", "shown"),
+    [
+        (12, 12, "█" * WIDTH),
+        (0, 12, "░" * WIDTH),
+        (6, 12, "██████░░░░░░"),
+        (25, 96, "███▏░░░░░░░░"),
+        (1, 3072, "▏░░░░░░░░░░░"),
+        (3071, 3072, "███████████▉"),
+        (0, 0, "░" * WIDTH),
+    ],
+)
+def test_bars(kept: int, dense: int, shown: str) -> None:
+    """Something is never shown as nothing, and less than all never as all."""
+    assert bar(kept, dense) == shown and len(shown) == WIDTH
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_row_a_layer(name: str) -> None:
+    plan = plan_for(with_lora(make(name)), **DROPPED)
+    title, *rows = picture(plan).splitlines()
+    assert title.split() == ["layer", "heads", "neurons", "modules:ranks"] and len(rows) == len(plan.specs)
+    for row, (spec, kept) in zip(rows, plan.parts, strict=True):
+        assert row.startswith(spec.label or str(spec.index)) and f"{len(kept.heads)}/{spec.heads}" in row
+        assert not spec.neurons or f"{len(kept.neurons)}/{spec.neurons}" in row
+        stay = [site for site in plan.dense_sites if site.block == spec.index and site.name in plan.sites]
+        assert [f"{site.slot}:{len(plan.sites[site.name])}" for site in stay] == re.findall(r"\w+:\d+", row)
+
+
+def test_layers_that_are_left_out() -> None:
+    rows = picture(plan_for(with_lora(make("llama-gqa")), depth=1 / 3)).splitlines()
+    assert rows[-1].split()[1:] == ["░" * WIDTH, "0/4", "░" * WIDTH, "0/48", "left", "out"]
+
+
+# -- the whole card ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """A finished run."""
+    bench = Workbench(tmp_path_factory.mktemp("bench"))
+    run(bench.config())
+    return bench
+
+
+def test_the_card_of_a_run(bench: Workbench) -> None:
+    """Quality with its interval, the task with its labels, and how to load it."""
+    adapter = bench.folder / "run" / "adapter"
+    card, data = card_in(adapter)
+    report = read(bench.folder / "run" / "metrics.json")
+    assert (data.library_name, data.pipeline_tag, data.base_model) == ("lightpeft", "text-classification", None)
+    assert data.tags == ["lightpeft", "light-peft", "pruning", "peft", "lora"]
+    (result,) = (each for each in data.eval_results if each.metric_type == "accuracy")
+    assert result.metric_value == report["metrics"]["accuracy"] and result.dataset_type == "custom"
+    low, high = report["intervals"]["accuracy"]
+    assert "| on 40 test rows | value | 95% interval |" in card.text and "examples" not in card.text
+    assert "give yours, `base=` in Python" in card.text
+    assert f"| accuracy | {result.metric_value:.4g} | {low:.4g} to {high:.4g} |" in card.text
+    assert load_light(adapter).light_intervals["accuracy"] == [low, high]
+    assert "| task | classification: `negative`, `positive` |" in card.text
+    assert picture(load_light(adapter).light_plan) in card.text
+    assert str(bench.folder) not in card.content, "a local path says nothing elsewhere"
+    assert "| base | `base` (`BertForSequenceClassification`, a folder of its author) |" in card.text
+
+
+def test_what_a_card_says_to_do_works(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code loads it, and the commands give the other forms."""
+    monkeypatch.chdir(bench.folder)
+    adapter = bench.folder / "run" / "adapter"
+    card, _ = card_in(adapter)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", card.text, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code.replace("this folder", str(adapter)), names)
+    assert isinstance(names["model"], LightModel)
+    commands = re.findall(r'^lightpeft export "this folder" (\w+) --form (\w+)', card.text, re.MULTILINE)
+    assert commands == [("merged", "merged"), ("peft", "peft")], "a classifier is no file for llama.cpp"
+    assert lightpeft("predict", adapter, bench.test, "--output", "labels.csv") == 0
+    assert 'lightpeft predict "this folder" rows.csv' in card.text
+    for folder, form in commands:
+        assert lightpeft("export", adapter, folder, "--form", form) == 0
+    merged, _ = card_in(bench.folder / "merged")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", merged.text, re.MULTILINE | re.DOTALL)
+    exec(code.replace("this folder", str(bench.folder / "merged")), names)
+    assert type(names["model"]).__name__ == "BertForSequenceClassification"
+
+
+def test_a_base_on_the_hub(tmp_path: Path) -> None:
+    base = make("llama-gqa")
+    base.config.name_or_path = "someone/base"
+    light = light_over(base, {"perplexity": 3.5, "loss": 1.25, "examples": 40.0})
+    light.save_pretrained(tmp_path / "light")
+    card, data = card_in(tmp_path / "light")
+    assert (data.base_model, data.base_model_relation, data.license) == ("someone/base", "adapter", None)
+    assert data.pipeline_tag == "text-generation" and data.model_name == "base-light"
+    assert [each.metric_type for each in data.eval_results] == ["perplexity"]
+    assert "--form gguf" in card.text and "`base=`" not in card.text and "lightpeft predict" not in card.text
+    save_merged(light, tmp_path / "merged")
+    _, data = card_in(tmp_path / "merged")
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("someone/base", "finetune", "lightpeft")
+
+
+def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
+    light = light_over(make("bert"), {"accuracy": 0.75})
+    task = {"entry": {**vars(ENTRIES["sst2"]), "path": None}, "labels": ["negative", "positive"]}
+    as_light(light, light.light_plan, {"accuracy": 0.75}, task).save_pretrained(tmp_path)
+    _, data = card_in(tmp_path)
+    (result,) = data.eval_results
+    owner_name, config = ENTRIES["sst2"].hub.rsplit("/", 1)  # type: ignore[union-attr]
+    assert (result.dataset_type, result.dataset_config, result.dataset_name) == (owner_name, config, "sst2")
+    assert result.dataset_split == "validation"
+
+
+def test_a_merged_model_that_transformers_loads(tmp_path: Path) -> None:
+    light = light_over(make("llama-gqa"), heads=0.5, neurons=0.5, neurons_scope="layerwise")
+    assert save_merged(light, tmp_path)
+    card, data = card_in(tmp_path)
+    assert data.library_name == "transformers" and "LlamaForCausalLM.from_pretrained" in card.text
+
+
+def test_an_adapter_that_peft_loads(tmp_path: Path) -> None:
+    light_over(make("bert"), heads=0.0, neurons=0.0).save_pretrained(tmp_path)
+    assert card_in(tmp_path)[1].library_name == "peft"
+
+
+def test_bottleneck_adapters_are_not_merged(tmp_path: Path) -> None:
+    model = adapted(make("bert"))
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    as_light(model, plan).save_pretrained(tmp_path)
+    card, data = card_in(tmp_path)
+    assert "--form peft" in card.text and "--form merged" not in card.text and "bottleneck" in data.tags
+
+
+def test_every_form_of_export_is_on_cards() -> None:
+    assert EXPORTS.keys() == FORMS.keys()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_hub_knows_what_every_family_does(name: str) -> None:
+    assert pipeline_tag(type(make(name)).__name__) is not None
+
+
+def test_the_licence_of_the_base(minilm: Path, tmp_path: Path) -> None:
+    """As the card in its folder says."""
+    base = AutoModelForSequenceClassification.from_pretrained(minilm)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    as_light(model, plan).save_pretrained(tmp_path)
+    card, data = card_in(tmp_path)
+    assert data.license == "apache-2.0" and "| licence of the base | `apache-2.0` |" in card.text
+
+
+def test_cards_that_say_nothing(tmp_path: Path) -> None:
+    for text in ("", "no metadata", "---\n: [\n---\n", "---\nlicense: [a, b]\n---\n"):
+        (tmp_path / "README.md").write_text(text)
+        assert licence_of(str(tmp_path)) is None
+    assert licence_of("nobody/nothing") is None and licence_of("/nowhere") is None
+    names = {"gpt2": True, "someone/base": True, "a/b/c": False, "/a": False, "": False, "..": False, "-a/b": False}
+    assert {name: is_name(name) for name in names} == names

@@ -1,0 +1,327 @@
+"""Light adapters and merged models by way of the hub: a stand-in on this machine, asked by the real client."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from huggingface_hub import ModelCard, constants
+from local_hub import LocalHub, local_hub
+from peft import PeftModel
+from test_checkpoint import light_over, logits
+from tiny import DROPPED, make, refusal
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from workbench import Workbench, edit, lightpeft
+
+from lightpeft import LightModel, full_width, load_light, load_merged, push_to_hub, run, save_merged
+from lightpeft.models import hub as reaching
+from lightpeft.saved.opening import find_model
+
+LIGHT_FILES = {"lightpeft.json", "adapter_config.json", "adapter_model.safetensors"}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """A hub, an empty cache, and nobody who is logged in."""
+    with local_hub() as found:
+        addresses = {"ENDPOINT": "", "HUGGINGFACE_CO_URL_TEMPLATE": "/{repo_id}/resolve/{revision}/{filename}"}
+        for name, path in addresses.items():
+            monkeypatch.setattr(constants, name, found.url + path)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.chdir(tmp_path)  # where no folder has the name of a repository
+        reaching.answers.cache_clear()
+        yield found
+        reaching.answers.cache_clear()
+
+
+@pytest.fixture
+def owner(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
+    """The hub, to somebody who is logged in and may write there."""
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    return hub
+
+
+def classifier(folder: Path) -> PreTrainedModel:
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two light adapters over it with other plans, and one of them merged."""
+    folder = tmp_path_factory.mktemp("home")
+    make("bert").save_pretrained(folder / "base")
+    light = light_over(classifier(folder / "base"), {"accuracy": 0.75})
+    light.save_pretrained(folder / "light")
+    save_merged(light, folder / "merged")
+    light_over(classifier(folder / "base"), **DROPPED).save_pretrained(folder / "other")
+    return folder
+
+
+# -- from the hub ------------------------------------------------------------------------------------------------
+
+
+def test_a_name_is_its_folder(hub: LocalHub, home: Path) -> None:
+    shutil.copytree(home / "light", more := hub_folder("light", home))
+    (more / "optimizer.pt").write_bytes(b"1")
+    (more / "checkpoint-4").mkdir()
+    shutil.copy(home / "light" / "adapter_model.safetensors", more / "checkpoint-4")
+    hub.add("me/light", more)
+    assert logits(load_light("me/light")).equal(logits(load_light(home / "light")))
+    assert hub.downloads() == LIGHT_FILES, "and nothing else of the repository"
+    assert not [path for path in hub.asked if "checkpoint" in path]
+    before = len(hub.asked)
+    load_light("me/light")
+    assert not [path for path in hub.asked[before:] if path.startswith("GET") and "/resolve/" in path], "it is cached"
+
+
+def hub_folder(name: str, home: Path) -> Path:
+    """A place for the files of a repository."""
+    return home.parent / f"{home.name}-{name}-on-hub"
+
+
+def test_a_merged_model_by_its_name(hub: LocalHub, home: Path) -> None:
+    hub.add("me/merged", home / "merged")
+    expected = logits(load_merged(home / "merged"))
+    assert logits(load_merged("me/merged")).equal(expected)
+    assert logits(AutoModelForSequenceClassification.from_pretrained("me/merged")).equal(expected)
+
+
+@pytest.mark.parametrize("name", ["me/light@v2", "me/light"])
+def test_revisions(name: str, hub: LocalHub, home: Path) -> None:
+    hub.add("me/light", home / "light")
+    hub.add("me/light", home / "other", branch="v2")
+    plans = [load_light(home / folder).light_plan for folder in ("light", "other")]
+    assert load_light("me/light").light_plan == plans[0]
+    wanted = {} if "@" in name else {"revision": "v2"}
+    assert load_light(name, **wanted).light_plan == plans[1]
+    commit = hub.repositories["me/light"].branches["v2"]
+    assert load_light("me/light", revision=commit).light_plan == plans[1]
+    assert refusal(lambda: load_light("me/light", revision="v3")) == (
+        "there is no folder me/light here, and me/light on the hub has no revision v3"
+    )
+    assert "names another revision" in refusal(lambda: load_light("me/light@v2", revision="main"))
+    assert "is a folder" in refusal(lambda: load_light(home / "light", revision="main"))
+
+
+def test_a_private_one_needs_a_token(hub: LocalHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("me/light", home / "light", private=True)
+    said = refusal(lambda: load_light("me/light"))
+    assert "no such repository on the hub; if it is private, log in (hf auth login), or give a token" in said
+    assert load_light("me/light", token=hub.token).light_plan
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    assert load_light("me/light").light_plan
+
+
+def test_what_cannot_be_had(hub: LocalHub, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.add("me/base", home / "base")
+    hub.add("me/gated", home / "light", gated=True)
+    assert refusal(lambda: load_light("me/nothing")) == (
+        "there is no folder me/nothing here, and no such repository on the hub; "
+        "if it is private, log in (hf auth login), or give a token"
+    )
+    hub.add("me/broken", home / "light", broken=True)
+    assert "me/broken cannot be had from the hub" in refusal(lambda: load_light("me/broken"))
+    assert "is open to those who were let in alone" in refusal(lambda: load_light("me/gated"))
+    assert "on the hub is no light adapter: it has no lightpeft.json" in refusal(lambda: load_light("me/base"))
+    assert "on the hub is no merged light model: it has no merged.json" in refusal(lambda: load_merged("me/base"))
+    assert refusal(lambda: load_light(Path("me/light"))) == "light adapter folder me/light does not exist"
+    assert "does not exist" in refusal(lambda: load_light("./me/light"))
+    for verb, *options in (("predict", "--example", "a"), ("export", "out"), ("inspect",)):
+        assert lightpeft(verb, "me/nothing", *options) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and "no such repository on the hub" in errors, errors
+
+
+def test_without_a_network(hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("me/light", home / "light")
+    first = logits(load_light("me/light"))
+    asked = len(hub.asked)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert logits(load_light("me/light")).equal(first)
+    assert refusal(lambda: load_light("me/other")) == (
+        "there is no folder me/other here, and me/other is not in the hub's cache, and the hub was not reached"
+    )
+    (adapter,) = (tmp_path / "cache").rglob("snapshots/*/adapter_model.safetensors")
+    adapter.unlink()
+    said = refusal(lambda: load_light("me/light"))
+    assert said.startswith("me/light cannot be had from the hub: ") and "\n" not in said
+    assert len(hub.asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda files: files.pop("adapter_model.safetensors"), "adapter_model.safetensors is missing"),
+        (lambda files: files.update({"adapter_model.safetensors": b"x"}), "was altered or damaged"),
+        (lambda files: files.update({"lightpeft.json": b"{"}), "cannot be read"),
+    ],
+    ids=["missing", "altered", "no JSON"],
+)
+def test_what_is_checked_in_a_folder_is_checked_here(change: Any, said: str, hub: LocalHub, home: Path) -> None:
+    repository = hub.add("me/light", home / "light")
+    change(repository.commits[repository.branches["main"]])
+    assert said in refusal(lambda: load_light("me/light"))
+
+
+def test_pickled_weights_stay_where_they_are(hub: LocalHub, home: Path, tmp_path: Path) -> None:
+    """Not even downloaded, unless allowed."""
+    full_width(load_light(home / "light")).save_pretrained(tmp_path / "wide")
+    (tmp_path / "wide" / "adapter_model.safetensors").rename(tmp_path / "wide" / "adapter_model.bin")
+    hub.add("me/wide", tmp_path / "wide")
+    said = refusal(lambda: find_model("me/wide", base=str(home / "base")))
+    assert "adapter_model.safetensors is missing" in said
+    assert "adapter_model.bin" not in hub.downloads()
+
+
+# -- the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    """A finished run, and its result in other forms."""
+    bench = Workbench(tmp_path_factory.mktemp("bench"))
+    run(bench.config())
+    for form in ("merged", "peft"):
+        assert lightpeft("export", bench.folder / "run", bench.folder / form, "--form", form) == 0
+    return bench
+
+
+def test_verbs_take_names(hub: LocalHub, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = {"adapter": bench.folder / "run" / "adapter", "merged": bench.folder / "merged"}
+    for name, folder in folders.items():
+        hub.add(f"me/{name}", folder)
+        answers = []
+        for model in (folder, f"me/{name}"):
+            assert lightpeft("predict", model, "--example", "word1 good2") == 0
+            answers.append(capsys.readouterr().out)
+        assert answers[0] == answers[1] and "p_positive" in answers[0]
+        assert lightpeft("inspect", f"me/{name}") == 0 and f"me/{name}" in capsys.readouterr().out
+    assert lightpeft("export", "me/adapter", "exported") == 0
+    assert Path("exported/merged.json").is_file()
+    rows = ("--data.test", bench.test, "--data.train", bench.train)
+    assert lightpeft("evaluate", "me/adapter", *rows, "--compare", "me/merged@main") == 0
+    assert "me/merged@main" in capsys.readouterr().out
+
+
+def test_a_peft_adapter_by_its_name(hub: LocalHub, bench: Workbench) -> None:
+    hub.add("me/wide", bench.folder / "peft")
+    found = find_model("me/wide")
+    assert (found.form, found.name) == ("PEFT adapter", "me/wide")
+    assert hub.downloads() == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_model_in_a_revision(hub: LocalHub, bench: Workbench) -> None:
+    """What has no form of lightpeft's is transformers' to load."""
+    hub.add("me/base", bench.base, branch="v1")
+    hub.repositories["me/base"].commit({"config.json": b"{}"}, "main")
+    found = find_model("me/base@v1")
+    assert found.form == "model" and found.config.model_type == "bert"
+
+
+# -- to the hub --------------------------------------------------------------------------------------------------
+
+
+def test_there_and_back(owner: LocalHub, home: Path) -> None:
+    light = load_light(home / "light")
+    where = light.push_to_hub("me/light", private=True, commit_message="first")
+    commit = owner.repositories["me/light"].branches["main"]
+    assert where == f"{owner.url}/me/light/commit/{commit}"
+    assert owner.repositories["me/light"].private and owner.repositories["me/light"].messages[-1] == "first"
+    assert set(owner.files("me/light")) == {*LIGHT_FILES, "README.md", ".gitattributes"}
+    assert logits(load_light("me/light")).equal(logits(light))
+    card = ModelCard(owner.files("me/light")["README.md"].decode())
+    assert 'load_light("me/light")' in card.text and "this folder" not in card.text
+
+
+def test_a_branch(owner: LocalHub, home: Path) -> None:
+    push_to_hub(home / "light", "me/light")
+    load_light(home / "other").push_to_hub("me/light", revision="narrow")
+    assert load_light("me/light").light_plan == load_light(home / "light").light_plan
+    assert load_light("me/light@narrow").light_plan == load_light(home / "other").light_plan
+
+
+def test_merged_models_go_with_their_card(owner: LocalHub, home: Path) -> None:
+    model = load_merged(home / "merged")
+    model.push_to_hub("me/merged")
+    assert logits(load_merged("me/merged")).equal(logits(model))
+    assert 'load_merged("me/merged")' in owner.files("me/merged")["README.md"].decode()
+    merged = load_light(home / "light").merge_and_unload()
+    merged.push_to_hub("me/merged")
+    assert logits(load_merged("me/merged")).equal(logits(merged))
+
+
+def test_weights_of_before_go(owner: LocalHub, home: Path) -> None:
+    push_to_hub(home / "merged", "me/merged")
+    repository = owner.repositories["me/merged"]
+    kept = {"notes.txt": b"mine", "run/model.safetensors": b"mine"}
+    repository.commit({"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}", **kept})
+    push_to_hub(home / "merged", "me/merged", commit_message="again")
+    expected = {path.name for path in (home / "merged").iterdir()} | kept.keys() | {".gitattributes"}
+    assert owner.files("me/merged").keys() == expected
+    push_to_hub(home / "light", "me/merged")
+    assert owner.files("me/merged").keys() == expected | LIGHT_FILES, "an adapter leaves what is there"
+
+
+def test_the_licence_of_a_base_on_the_hub(owner: LocalHub, home: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(home / "base", tmp_path / "licensed")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    owner.add("someone/base", base)
+    light = light_over(classifier(Path("someone/base")))
+    light.push_to_hub("me/light")
+    data: Any = ModelCard(owner.files("me/light")["README.md"].decode()).data
+    assert (data.license, data.base_model, data.base_model_relation) == ("mit", "someone/base", "adapter")
+
+
+def test_what_is_not_sent(hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(lambda: push_to_hub(home / "light", "me/light"))
+    assert said.startswith("me/light on the hub cannot be written: ") and "log in (hf auth login)" in said
+    assert "is no light adapter and no merged light model" in refusal(lambda: push_to_hub(home / "base", "me/base"))
+    damaged = shutil.copytree(home / "light", tmp_path / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"x")
+    assert "altered or damaged" in refusal(lambda: push_to_hub(damaged, "me/light", token=hub.token))
+    assert not hub.repositories
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in refusal(lambda: push_to_hub(home / "light", "me/light", token=hub.token))
+
+
+# -- habits of PEFT and transformers -----------------------------------------------------------------------------
+
+
+def test_from_pretrained_is_load_light(home: Path) -> None:
+    expected = logits(load_light(home / "light"))
+    for light in (
+        LightModel.from_pretrained(str(home / "light")),
+        LightModel.from_pretrained(classifier(home / "base"), str(home / "light")),
+        type(load_light(home / "light")).from_pretrained(home / "light"),
+    ):
+        assert isinstance(light, LightModel) and logits(light).equal(expected)
+    trained = LightModel.from_pretrained(home / "light", is_trainable=True)
+    assert trained.training and any(parameter.requires_grad for parameter in trained.parameters())
+    with pytest.raises(KeyError, match="load_light"):
+        PeftModel.from_pretrained(classifier(home / "base"), str(home / "light"))
+
+
+def test_edits_of_the_record_are_found(home: Path, tmp_path: Path) -> None:
+    light = shutil.copytree(home / "light", tmp_path / "light")
+    edit(light / "lightpeft.json", lambda description: description.update(intervals={"accuracy": [0.6, 0.9]}))
+    assert load_light(light).light_intervals == {"accuracy": [0.6, 0.9]}
+    for changes in (
+        {"intervals": 3},
+        {"intervals": {"accuracy": [1]}},
+        {"intervals": {"accuracy": "high"}},
+        {"intervals": {}, "peft_type": 5},
+        {"peft_type": "LORA", "task": {"labels": 5}},
+    ):
+        edit(light / "lightpeft.json", lambda description, changes=changes: description.update(changes))
+        assert "lightpeft.json" in refusal(lambda: load_light(light))
+    edit(light / "lightpeft.json", lambda description: description.update(task={"entry": {"hub": 5}}))
+    load_light(light).save_pretrained(light)
+    assert "| task |" not in (light / "README.md").read_text()
