@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightpeft.saved.gguf.exporting import save_gguf
     from lightpeft.saved.light_adapter import LightModel, load_light
     from lightpeft.saved.merging import load_merged, save_merged
+    from lightpeft.saved.switching import LightSwitch
     from lightpeft.training.acceleration import accelerated
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _HOMES = {
     "LightConfig": "config",
     "LightModel": "saved.light_adapter",
     "LightPeftError": "errors",
+    "LightSwitch": "saved.switching",
     "LightTrainer": "recipe.trainer",
     "PrunePlan": "plans.records",
     "RunConfig": "config",
@@ -59,6 +61,7 @@ __all__ = [
     "LightConfig",
     "LightModel",
     "LightPeftError",
+    "LightSwitch",
     "LightTrainer",
     "PrunePlan",
     "RunConfig",

@@ -1,18 +1,18 @@
 """Reading a base that does not fit: its weights come from disk one at a time, and only what a plan keeps stays.
 
 transformers itself builds, renames, converts, casts and ties, as for any model. Here are only the two ends: tensors
-that are read from their file when they are asked for, and projections that are cut as they arrive.
+that are read from their file when they are asked for, and projections that are cut as they arrive. What no plan cuts
+may be shared with models that were read from the same files before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ from lightpeft.plans.layout import cut_dim, kept_channels
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.fingerprint import Sample, digest_of, sample
+from lightpeft.saved.tensors import Reading, SharedTensors, on_disk
 
 _INSTEAD = "load the adapter without low_memory"
 
@@ -38,17 +39,23 @@ class Stream:
     """
 
     def __init__(
-        self, plan: PrunePlan, check: Callable[[PreTrainedModel], object], device: str | torch.device | None = None
+        self,
+        plan: PrunePlan,
+        check: Callable[[PreTrainedModel], object],
+        device: str | torch.device | None = None,
+        shared: SharedTensors | None = None,
     ) -> None:
         """
         Args:
             plan: what stays.
             check: called with the model on the meta device before any weight is read; raises to refuse it.
             device: where kept parts of projections go; None: they stay in host memory.
+            shared: tensors that models have in common, where whole tensors are looked up and kept; None: all are read.
         """
         self._plan = plan
         self._check = check
         self._device = device
+        self._reading = Reading(shared, device)
         self._places: dict[nn.Module, _Place] = {}
         self._samples: dict[str, Sample] = {}
 
@@ -67,7 +74,7 @@ class Stream:
             hook = register_module_parameter_registration_hook(self._receive)
             try:
                 with one_at_a_time():
-                    result = checkpoint.load(model, _on_disk(checkpoint.files))
+                    result = checkpoint.load(model, on_disk(checkpoint.files, self._reading))
             finally:
                 hook.remove()
             self._check_complete()
@@ -101,16 +108,29 @@ class Stream:
         empty = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
         require(not empty, f"low_memory left {', '.join(empty[:3])} without weights; {_INSTEAD}")
 
+    def part_with(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Give the model own copies of parameters that are about to be written to; other names are skipped."""
+        parameters = dict(model.named_parameters())
+        for name in parameters.keys() & set(names):
+            parameters[name].data = parameters[name].data.clone()
+
+    def hold(self, model: nn.Module) -> None:
+        """Say that the model, which is all that was read, has the tensors that it shares for as long as it lives."""
+        self._reading.hold(model)
+
     def _receive(self, module: nn.Module, name: str, parameter: Any) -> Any:
         """Called when a parameter is set in any module; returns what is set instead, or None."""
         place = self._places.get(module)
-        if place is None or parameter.is_meta:
+        if parameter.is_meta:
             return None
+        if place is None:
+            return self._reading.in_common(parameter)
         set_unseen(place.layer, name, parameter)
         if name == "weight":
             self._samples[place.name] = sample(stored_weight(place.layer))
         if place.index is None:
-            return None
+            return self._reading.in_common(parameter)
+        self._reading.forget()
         if not any(other.is_meta for other in place.layer.parameters(recurse=False)):
             slice_linear(place.layer, place.index, place.dim)
             place.layer.to(self._device)
@@ -160,25 +180,3 @@ def _check_files(checkpoint: Checkpoint) -> None:
     require(
         safe, f"low_memory reads safetensors files, which the base does not have; {_INSTEAD}, or save the base in them"
     )
-
-
-class _OnDisk:
-    """A tensor in a file. It is read when it is indexed, and its file is open only so long."""
-
-    def __init__(self, file: str, key: str) -> None:
-        self._file = file
-        self._key = key
-
-    def __getitem__(self, index: Any) -> Tensor:
-        with safe_open(self._file, framework="pt") as file:
-            tensor: Tensor = file.get_slice(self._key)[index]
-        return tensor
-
-
-def _on_disk(files: Sequence[str]) -> dict[str, _OnDisk]:
-    """Every tensor of the files by its name there; of equal names the last counts, as in transformers."""
-    tensors = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            tensors.update({key: _OnDisk(file, key) for key in opened.keys()})  # noqa: SIM118 (it is no mapping)
-    return tensors
