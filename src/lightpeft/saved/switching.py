@@ -67,9 +67,9 @@ class LightSwitch:
         )
         self._base = None if base is None else str(base)
         self._most, self._pinned, self._device = most, pinned, device
-        asked = {"dtype": dtype and str(dtype).removeprefix("torch."), "attention": attention}
+        asked: dict[str, Any] = {"dtype": dtype and str(dtype).removeprefix("torch."), "attention": attention}
+        asked["trust_remote_code"] = trust_remote_code
         self._settings = {name: value for name, value in asked.items() if value is not None}
-        self._settings["trust_remote_code"] = trust_remote_code
         self._tasks: dict[str, LightAdapter] = {}
         self._known: dict[str, Mapping[str, Any]] = {}
         self._kept: OrderedDict[str, SharingModel] = OrderedDict()
@@ -225,7 +225,7 @@ class SharingModel(LightModel):
         own = cast(type[LightModel], type(self).__bases__[1])  # what it was before it was one of these
         twin = own.__new__(own)
         memo[id(self)] = twin
-        vars(twin).update(copy.deepcopy(vars(self), memo))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
 
