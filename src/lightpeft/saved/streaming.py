@@ -125,13 +125,16 @@ class Stream:
             return None
         if place is None:
             return self._reading.in_common(parameter)
-        set_unseen(place.layer, name, parameter)
+        whole = self._reading.in_common(parameter) if place.leaves_whole(name) else None
+        set_unseen(place.layer, name, parameter if whole is None else whole)
         if name == "weight":
             self._samples[place.name] = sample(stored_weight(place.layer))
         if place.index is None:
-            return self._reading.in_common(parameter)
+            return whole
         self._reading.forget()
         if not any(other.is_meta for other in place.layer.parameters(recurse=False)):
+            if len({other.device for other in place.layer.parameters(recurse=False)}) > 1:  # some were shared there
+                place.layer.to(self._device)
             slice_linear(place.layer, place.index, place.dim)
             place.layer.to(self._device)
         waiting = module.get_parameter(name)
@@ -156,6 +159,10 @@ class _Place:
     dim: int
     layer: nn.Module
     """A stand-in of the projection in the model; takes the dense parameters and is cut when all of them are there."""
+
+    def leaves_whole(self, parameter: str) -> bool:
+        """Whether the cut leaves a parameter of the layer as it is: all do where nothing goes, and else some biases."""
+        return self.index is None or (parameter == "bias" and self.dim == 1)
 
 
 def _places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module, _Place]]:
