@@ -329,6 +329,14 @@ def test_threads_that_switch_at_random_get_the_right_answers(name: str, tmp_path
     assert len(loads) > 4, "models went and came back"
 
 
+def test_loading_changes_nothing_that_others_compute_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even for a moment: PyTorch's default data type is that of all threads."""
+    places = over_one_base(tmp_path, "llama-classifier", count=1)
+    expected = logits(load_light(places["first"], dtype="bfloat16"))
+    monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: pytest.fail(f"set to {dtype}"))
+    assert logits(LightSwitch(places, dtype="bfloat16")["first"]).equal(expected)
+
+
 def test_several_threads_write_with_one_model(tmp_path: Path) -> None:
     places = over_one_base(tmp_path, "llama-gqa", count=2)
     switch = LightSwitch(places)
