@@ -18,6 +18,7 @@ parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--data", default="trl-lib/Capybara", help="a column messages")
 parser.add_argument("--blocks", type=float, default=0.2, help="part of the blocks' parameters that goes; 0: nothing")
 parser.add_argument("--epochs", type=float, default=1)
+parser.add_argument("--learning_rate", type=float, default=5e-4)
 parser.add_argument("--output", default="out/chat")
 options = parser.parse_args()
 
@@ -29,7 +30,7 @@ trainer = light_trainer(SFTTrainer)(
         options.output,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=8,
-        learning_rate=5e-4,
+        learning_rate=options.learning_rate,
         max_length=512,
         bf16=on_gpu,
         use_cpu=not on_gpu,

@@ -15,6 +15,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="google-bert/bert-base-uncased")
 parser.add_argument("--data", default="cornell-movie-review-data/rotten_tomatoes", help="columns text and label")
 parser.add_argument("--epochs", type=float, default=3)
+parser.add_argument("--learning_rate", type=float, default=1e-3)
 parser.add_argument("--output", default="out/reviews")
 options = parser.parse_args()
 
@@ -34,7 +35,7 @@ trainer = LightTrainer(
         options.output,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=16,
-        learning_rate=1e-3,
+        learning_rate=options.learning_rate,
         report_to=[],
     ),
     train_dataset=rows["train"],

@@ -22,6 +22,7 @@ parser.add_argument(
     "--data", default="sentence-transformers/natural-questions", help="two columns that belong together"
 )
 parser.add_argument("--epochs", type=float, default=1)
+parser.add_argument("--learning_rate", type=float, default=5e-4)
 parser.add_argument("--output", default="out/embeddings")
 options = parser.parse_args()
 
@@ -33,7 +34,7 @@ trainer = light_trainer(SentenceTransformerTrainer)(
         options.output,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=32,
-        learning_rate=5e-4,
+        learning_rate=options.learning_rate,
         report_to=[],
     ),
     train_dataset=pairs,

@@ -20,6 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="google-bert/bert-base-cased")
 parser.add_argument("--data", default="lhoestq/conll2003", help="columns tokens (words) and ner_tags (numbers)")
 parser.add_argument("--epochs", type=float, default=3)
+parser.add_argument("--learning_rate", type=float, default=1e-3)
 parser.add_argument("--output", default="out/names")
 options = parser.parse_args()
 
@@ -44,7 +45,9 @@ def accuracy(found):
 rows = data.map(encode, remove_columns=data["train"].column_names)
 trainer = LightTrainer(
     model=AutoModelForTokenClassification.from_pretrained(options.model, num_labels=tags),
-    args=TrainingArguments(options.output, num_train_epochs=options.epochs, learning_rate=1e-3, report_to=[]),
+    args=TrainingArguments(
+        options.output, num_train_epochs=options.epochs, learning_rate=options.learning_rate, report_to=[]
+    ),
     train_dataset=rows["train"],
     eval_dataset=rows["test"],
     data_collator=DataCollatorForTokenClassification(tokenizer),

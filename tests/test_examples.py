@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, labelled in rows.items():
         write(folder / f"reviews/{split}.jsonl", labelled)
         write(folder / f"names/{split}.jsonl", [tagged(row["text"].split()) for row in labelled])
-    texts = [(row["prompt"], row["completion"]) for row in workbench.completions(192)]
+    texts = [(row["prompt"], row["completion"]) for row in workbench.completions(160)]
     said = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in texts]
     write(folder / "chats/train.jsonl", [{"messages": messages} for messages in said])
     worse = [[messages[0], {"role": "assistant", "content": "word1 word2"}] for messages in said]
@@ -69,19 +69,23 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     return script
 
 
+def on(model: str, data: str, *, epochs: int, output: str) -> list[object]:
+    """Arguments of a script that trains, at a rate that suits a tiny model."""
+    return ["--model", model, "--data", data, "--epochs", epochs, "--learning_rate", 2e-2, "--output", output]
+
+
 def reviews(run: Run, home: Path, output: str = "out/reviews") -> str:
     """What `classify.py` prints; it is only run where its adapter is not there."""
     done = home / output / "printed.txt"
     if not done.exists():
-        printed = run("classify", "--model", "encoder", "--data", "reviews", "--epochs", 5, "--output", output)
-        done.write_text(printed)
+        done.write_text(run("classify", *on("encoder", "reviews", epochs=4, output=output)))
     return done.read_text()
 
 
 def chat(run: Run, home: Path) -> str:
     done = home / "out/chat/printed.txt"
     if not done.exists():
-        done.write_text(run("chat", "--model", "decoder", "--data", "chats", "--epochs", 3, "--output", "out/chat"))
+        done.write_text(run("chat", *on("decoder", "chats", epochs=4, output="out/chat")))
     return done.read_text()
 
 
@@ -93,32 +97,32 @@ def number(text: str, pattern: str) -> float:
 
 def test_classify(run: Run, home: Path) -> None:
     printed = reviews(run, home)
-    assert number(printed, r"accuracy: ([\d.]+)") > 0.8
+    assert number(printed, r"accuracy: ([\d.]+)") > 0.7
     light = load_light(home / "out/reviews/adapter")
     assert light.light_plan.removed_of_blocks > 0.5 and light.light_plan.summary() in printed
 
 
 def test_tag_tokens(run: Run, home: Path) -> None:
-    printed = run("tag_tokens", "--model", "encoder", "--data", "names", "--epochs", 4, "--output", "out/names")
+    printed = run("tag_tokens", *on("encoder", "names", epochs=2, output="out/names"))
     assert number(printed, r"accuracy of tags: ([\d.]+)") > 0.8
     assert load_light(home / "out/names/adapter").light_plan.removed_of_blocks > 0.3
 
 
 def test_chat(run: Run, home: Path) -> None:
-    assert re.search("good|bad", chat(run, home)), "it has learned what answers are made of"
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", chat(run, home))]
+    assert len(losses) > 1 and losses[-1] < losses[0] - 0.3, "it learns what answers are made of"
     assert load_light(home / "out/chat/adapter").light_plan.removed_of_blocks == pytest.approx(0.2, abs=0.05)
 
 
 def test_prefer(run: Run, home: Path) -> None:
-    out = ("--output", "out/preferences")
-    printed = run("prefer", "--model", "decoder", "--data", "preferences", "--epochs", 2, *out)
+    printed = run("prefer", *on("decoder", "preferences", epochs=2, output="out/preferences"))
     first, last = (number(printed, pattern) for pattern in (r": (-?[\d.]+) at first", r", (-?[\d.]+) in the end"))
     assert last > first + 0.05
     assert load_light(home / "out/preferences/adapter").light_plan.removed_parameters > 0
 
 
 def test_embed(run: Run, home: Path) -> None:
-    printed = run("embed", "--model", "encoder", "--data", "pairs", "--epochs", 8, "--output", "out/embeddings")
+    printed = run("embed", *on("encoder", "pairs", epochs=8, output="out/embeddings"))
     question, found = printed.splitlines()[-2:]
     assert found.startswith("-> ") and question
     assert (home / "out/embeddings/model").is_dir()
