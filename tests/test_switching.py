@@ -389,6 +389,8 @@ def test_models_of_a_switch_do_not_change(tmp_path: Path) -> None:
         ("merged", first.merge_adapter),
         ("unloaded", first.unload),
         ("given another adapter", lambda: first.load_adapter(str(places["first"]), "other")),
+        ("given another adapter", lambda: first.add_adapter("other", first.active_peft_config)),
+        ("rid of its adapter", lambda: first.delete_adapter("default")),
     )
     for what, change in changes:
         assert f"shares its weights with other tasks and cannot be {what}; load_light gives" in refusal(change)

@@ -217,6 +217,12 @@ class SharingModel(LightModel):
     def load_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("given another adapter")
 
+    def add_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("given another adapter")
+
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("rid of its adapter")
+
     def _refuse(self, what: str) -> NoReturn:
         alone = "load_light gives one that is alone, and so does copy.deepcopy of this one"
         raise LightPeftError(f"a switch's model shares its weights with other tasks and cannot be {what}; {alone}")
