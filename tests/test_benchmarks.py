@@ -38,6 +38,7 @@ import recovery_arms
 import recovery_writers
 import scaling
 import steps
+import switching
 import synthetic
 import torch
 import vllm_lora
@@ -769,6 +770,23 @@ def test_low_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, less, streamed, least, _ = weights
     assert less == streamed > least
     assert low_memory.main(["--batch", "0"]) == 2
+
+
+# -- switching.py ------------------------------------------------------------------------------------------------------
+
+
+def test_switching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, out = save_base(tmp_path / "base", "llama"), tmp_path / "out.json"
+    sizes = ["--tasks", "2", "--rounds", "2", "--dtypes", "float32"]
+    assert switching.main([str(base), *sizes, "--out", str(out)]) == 0
+    assert "| float32: LightSwitch |" in capsys.readouterr().out
+    found = read(out)["results"]["float32"]
+    assert set(found) == set(switching.WAYS) and list(found["switch"]["memory"]) == ["1", "2"]
+    for way in ("switch", "alone", "plain"):
+        medians = found[way]["median_seconds"]
+        assert 0 <= medians["kept"] < medians["first"], way
+    assert switching.main([str(base), "--tasks", "1"]) == 2
+    assert "--tasks and --rounds start at 2" in capsys.readouterr().err
 
 
 # -- recipe.py ---------------------------------------------------------------------------------------------------------

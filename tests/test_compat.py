@@ -38,6 +38,7 @@ from transformers import (
     LlamaForQuestionAnswering,
     PreTrainedModel,
     Trainer,
+    modeling_utils,
 )
 from workbench import tokenizer_of_bytes
 
@@ -241,6 +242,24 @@ def test_tables_of_parameters() -> None:
             handle.remove()
 
 
+def test_the_default_type_of_one_thread() -> None:
+    with needed_for("load_light in one thread while others compute"):
+        seen = []
+        with torch.device("meta"), of_torch.default_dtype(torch.bfloat16):
+            counted = torch.arange(4)
+            made = [torch.empty(2), torch.tensor(0.5), counted / 2, nn.Linear(2, 2).weight, counted.sqrt()]
+            assert {tensor.dtype for tensor in made} == {torch.bfloat16}
+            said = [counted.float(), torch.zeros(2, dtype=torch.float32), counted.to(torch.float32) * 2]
+            assert {tensor.dtype for tensor in said} == {torch.float32} and counted.dtype == torch.int64
+            with of_torch.default_dtype(torch.float16):
+                assert torch.ones(1).dtype == torch.float16
+            assert torch.ones(1).dtype == torch.bfloat16 and torch.get_default_dtype() == torch.float32
+            thread = threading.Thread(target=lambda: seen.append(torch.ones(1).dtype))
+            thread.start()
+            thread.join()
+        assert torch.ones(1).dtype == torch.float32 and seen == [torch.float32]
+
+
 def test_convolutions() -> None:
     with needed_for("telling a mixture of experts from a convolution in families that are not listed"):
         for convolution in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.ConvTranspose3d(1, 1, 1)):
@@ -310,6 +329,29 @@ def test_quantised_checkpoints_are_known(base: Path) -> None:
         loader = of_transformers.with_reader(BertForSequenceClassification, read)
         loader.from_pretrained(base, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
         assert seen == [True]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-classifier"])
+def test_loading_apart_from_other_threads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    set_default, own = torch.set_default_dtype, modeling_utils.local_torch_dtype
+    seen: list[torch.dtype] = []
+
+    def watched(dtype: torch.dtype) -> None:
+        seen.append(dtype)
+        set_default(dtype)
+
+    monkeypatch.setattr(torch, "set_default_dtype", watched)
+    with needed_for("load_light in one thread while others compute"):
+        expected = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert torch.bfloat16 in seen, "which is why"
+        seen.clear()
+        with of_transformers.apart_from_other_threads():
+            loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert not seen and modeling_utils.local_torch_dtype is own
+        types = [{key: value.dtype for key, value in each.state_dict().items()} for each in (loaded, expected)]
+        assert types[0] == types[1] and loaded.dtype == torch.bfloat16
 
 
 def test_parameters_that_count_as_read(base: Path) -> None:

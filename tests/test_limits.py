@@ -50,6 +50,25 @@ def test_waiting_takes_no_time() -> None:
         time.sleep(0.2)
 
 
+def test_what_other_threads_compute_does_not_count() -> None:
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            sum(range(1000))
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        with limited("waiting", 0.05):
+            time.sleep(0.3)
+        with pytest.raises(LightPeftError, match="seconds"), limited("matching", 0.1):
+            match()
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_memory() -> None:
     before = state()
     line = "^growing needs more than 64 MiB of memory and was stopped$"

@@ -25,9 +25,9 @@ from lightpeft import LightModel, load_light
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.layout import kept_channels
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved import streaming
 from lightpeft.saved.light_adapter import as_light
 from lightpeft.saved.streaming import Stream
+from lightpeft.saved.tensors import Reading
 
 SHARDS: dict[str, Any] = {"max_shard_size": "20KB"}
 
@@ -189,11 +189,11 @@ class Memory(TorchDispatchMode):
 def test_the_dense_model_is_never_in_memory(
     dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(self: Any, index: Any, original: Any = streaming._OnDisk.__getitem__) -> Tensor:
+    def read(self: Any, *of: Any, original: Any = Reading.read) -> Tensor:
         assert threading.current_thread() is threading.main_thread(), "nothing is read ahead, and all of it is counted"
-        return original(self, index)
+        return original(self, *of)
 
-    monkeypatch.setattr(streaming._OnDisk, "__getitem__", read)
+    monkeypatch.setattr(Reading, "read", read)
     model = make("llama-gqa", hidden_size=64, intermediate_size=512)
     model.save_pretrained(tmp_path / "base", max_shard_size="1KB")  # a tensor a file: mapped files count as a whole
     save_light(type(model).from_pretrained(tmp_path / "base"), tmp_path / "light", heads=0.5, neurons=0.5)
@@ -251,10 +251,10 @@ def test_another_base_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     edit_weights(tmp_path / "base", change)
     assert "belongs to another base" in refused(tmp_path / "light")
 
-    def unread(self: Any, index: Any) -> Tensor:
+    def unread(self: Any, *of: Any) -> Tensor:
         raise AssertionError("weights are read although the structure is another one")
 
-    monkeypatch.setattr(streaming._OnDisk, "__getitem__", unread)
+    monkeypatch.setattr(Reading, "read", unread)
     make("bert", num_hidden_layers=2).save_pretrained(tmp_path / "shallow")
     assert "belongs to another base" in refused(tmp_path / "light", tmp_path / "shallow")
 

@@ -253,7 +253,8 @@ def test_a_text_whose_tokens_stay_is_tokenised_as_before(name: str, data: st.Dat
     if set(before) <= set(vocabulary.kept):
         assert [vocabulary.kept[token] for token in after] == before
     else:
-        assert len(after) > len(before) or name in ("unigram", "t5")  # whose best path need not be the shortest
+        # of merges another one may come to as many pieces; the best path of the others need not be the shortest
+        assert len(after) >= len(before) or name in ("unigram", "t5")
 
 
 def test_merges_lead_to_every_token_that_stays() -> None:

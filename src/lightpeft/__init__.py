@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lightpeft.saved.light_adapter import LightModel, light_tokenizer, load_light
     from lightpeft.saved.merging import load_merged, save_merged
     from lightpeft.saved.sharing import push_to_hub
+    from lightpeft.saved.switching import LightSwitch
     from lightpeft.training.acceleration import accelerated
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOMES = {
     "LightConfig": "config",
     "LightModel": "saved.light_adapter",
     "LightPeftError": "errors",
+    "LightSwitch": "saved.switching",
     "LightTrainer": "recipe.trainer",
     "PrunePlan": "plans.records",
     "RunConfig": "config",
@@ -64,6 +66,7 @@ __all__ = [
     "LightConfig",
     "LightModel",
     "LightPeftError",
+    "LightSwitch",
     "LightTrainer",
     "PrunePlan",
     "RunConfig",

@@ -1,11 +1,17 @@
-"""PyTorch: the tables that a module keeps its parameters and hooks in, and how often a tensor was changed."""
+"""PyTorch: tables of parameters and hooks, changes of tensors, and the type of those that nobody gives one."""
 
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 
 def changes_of(tensor: Tensor) -> int | None:
@@ -34,3 +40,43 @@ def is_convolution(module: nn.Module) -> bool:
 def set_unseen(module: nn.Module, name: str, parameter: Any) -> None:
     """Set a parameter that the module has already; hooks on the registration of parameters are not called."""
     module._parameters[name] = parameter
+
+
+class _DefaultDtype(TorchFunctionMode):
+    """Gives tensors another type after they were made, as far as nobody said theirs."""
+
+    _SAYS_TYPE = (Tensor.to, Tensor.float, Tensor.type)
+
+    def __init__(self, asked: list[torch.dtype]) -> None:
+        super().__init__()
+        self._asked = asked
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor) or result.dtype != torch.get_default_dtype():
+            return result
+        said = kwargs.get("dtype") is not None or func in self._SAYS_TYPE
+        given = (each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+        if said or any(each.is_floating_point() for each in given):
+            return result
+        return result.to(self._asked[-1])
+
+
+_OF_THREAD = threading.local()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block, in this thread alone, a floating-point tensor that nobody gives a type is of this one.
+
+    `torch.set_default_dtype` is for all threads, and would change what others compute meanwhile. This is for the meta
+    device: what it makes elsewhere is computed in the default type and rounded then. Blocks nest.
+    """
+    asked = vars(_OF_THREAD).setdefault("asked", [])
+    asked.append(dtype)
+    try:
+        with _DefaultDtype(asked) if len(asked) == 1 else nullcontext():
+            yield
+    finally:
+        asked.pop()

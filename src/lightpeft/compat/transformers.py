@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.chat_template_utils import render_jinja_template
 from transformers.utils.peft_utils import find_adapter_config_file
+
+from lightpeft.compat.torch import default_dtype
 
 # Reading weights
 
@@ -77,6 +81,29 @@ def one_at_a_time() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(switch) if before is None else os.environ.update({switch: before})
+
+
+_BUILDING = threading.RLock()
+
+
+@contextmanager
+def apart_from_other_threads() -> Iterator[None]:
+    """Inside the block transformers builds and loads models without touching what other threads compute.
+
+    While it builds a model it sets PyTorch's default data type, which is that of all threads, to the model's, and
+    replaces functions of its own. So one thread at a time is in such a block, and the default type stays what it is.
+    """
+
+    def of_this_thread(dtype: torch.dtype, model_class_name: str | None = None) -> AbstractContextManager[None]:
+        return default_dtype(dtype)
+
+    with _BUILDING:
+        before = modeling_utils.local_torch_dtype
+        modeling_utils.local_torch_dtype = of_this_thread
+        try:
+            yield
+        finally:
+            modeling_utils.local_torch_dtype = before
 
 
 def mark_read(parameter: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +31,12 @@ def limited(what: str, seconds: float, memory: int | None = None) -> Iterator[No
 
     A signal ends what goes on too long: between two instructions of Python, and within regular expressions and powers,
     which look for signals. Signals reach the main thread alone: in another thread, and on Windows, there is no bound in
-    time. Memory is bounded on Linux alone, and for all threads, so that only short work without threads of its own
-    belongs into such a block.
+    time. What other threads compute meanwhile does not count. Memory is bounded on Linux alone, and for all threads, so
+    that only short work without threads of its own belongs into such a block.
 
     Args:
         what: is bounded, as the beginning of the error line.
-        seconds: of CPU time, that of all threads together.
+        seconds: of CPU time.
         memory: bytes; None: without a bound.
 
     Raises:
@@ -59,8 +60,13 @@ def _timed(seconds: float) -> Iterator[None]:
         yield
         return
 
+    end = time.thread_time() + seconds
+
     def expire(*_: Any) -> None:
-        raise _Expired
+        left = end - time.thread_time()
+        if left <= 0:
+            raise _Expired
+        timer(signal.ITIMER_VIRTUAL, max(left, 1e-3))  # the timer runs on the time of all threads
 
     handler = signal.signal(signal.SIGVTALRM, expire)
     before, interval = timer(signal.ITIMER_VIRTUAL, seconds)

@@ -9,6 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
+from lightpeft.compat.transformers import apart_from_other_threads
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
@@ -58,7 +59,7 @@ def load_base(
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     names = base_names(architecture)
     failed, instead = f"base {model.name} cannot be loaded", "give another place: base=..."
-    with parsing(failed, instead), quietly():
+    with parsing(failed, instead), quietly(), apart_from_other_threads():
         if saved.quantisation:
             options["quantization_config"] = AutoQuantizationConfig.from_dict(saved.quantisation)
         loaded, info = architecture.from_pretrained(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightpeft.config import ModelConfig
 from lightpeft.errors import require
 from lightpeft.files import (
     check_file,
@@ -42,8 +43,9 @@ from lightpeft.saved.bases import load_base
 from lightpeft.saved.cards import CARD, CardForm, model_card, read_by
 from lightpeft.saved.description import BaseFacts, base_facts, check_parts, facts_of, unmeasured
 from lightpeft.saved.merging import settle
-from lightpeft.saved.peft_adapter import check_fit, load_adapter, read_adapter, skeleton_of
+from lightpeft.saved.peft_adapter import brought_for_base, check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.streaming import Stream
+from lightpeft.saved.tensors import SharedTensors
 from lightpeft.saved.tokens import VOCABULARY_FILE, read_vocabulary, tokenizer_over, write_vocabulary
 from lightpeft.saved.uploading import send
 
@@ -261,35 +263,107 @@ def load_light(
         LightPeftError: the hub has no such adapter; a file is missing, altered, or of a newer schema; or the base is
             another one, or not of the kind that `low_memory` can read. No partial load.
     """
-    folder = repositories.folder_of(folder, ON_HUB, revision, token)
+    saved = _read(repositories.folder_of(folder, ON_HUB, revision, token))
+    stream = None
+    if low_memory:
+        in_memory = "low_memory reads the base from disk, and base= is a model in memory: load without low_memory"
+        require(not isinstance(base, nn.Module), in_memory)
+        stream = _stream(saved, device)
+    if isinstance(base, nn.Module):
+        return _loaded(saved, cast(PreTrainedModel, base), is_trainable=is_trainable, device=device)
+    place = replace(saved.base.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
+    dense, lacking = load_base(saved.base, place, dtype=dtype, attention=attention, stream=stream)
+    return _loaded(saved, dense, lacking, stream, is_trainable=is_trainable, device=device)
+
+
+def load_sharing(
+    folder: Path,
+    place: ModelConfig,
+    tensors: SharedTensors,
+    *,
+    device: str | torch.device | None = None,
+    known: Mapping[str, Any] | None = None,
+) -> LightModel:
+    """Load a light adapter as `load_light` does in low memory, over tensors that it shares with others, to be asked.
+
+    What the plan leaves whole of the base, and neither a refit nor the adapter changes, is the same memory in all
+    models that were loaded with these `tensors`. Nobody may write to it.
+
+    Args:
+        folder: what `save_pretrained` wrote.
+        place: where the base is and how it is loaded.
+        tensors: what the model shares, with those that were loaded with it before.
+        device: where to put the model; None: host memory.
+        known: the description of what was loaded from the folder before; if it is there still, it fits the base still.
+
+    Raises:
+        LightPeftError: as `load_light`.
+    """
+    saved = _read(folder)
+    stream = _stream(saved, device, tensors)
+    dense, lacking = load_base(saved.base, place, dtype=place.dtype, attention=place.attention, stream=stream)
+    light = _loaded(saved, dense, lacking, stream, device=device, fits=saved.description == known)
+    stream.hold(light)
+    return light
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A light adapter in a folder, read and checked as far as that goes without its base."""
+
+    folder: Path
+    description: dict[str, Any]
+    plan: PrunePlan
+    base: BaseFacts
+    config: PeftConfig
+    vocabulary: Vocabulary | None
+    """Tokens of its base that it has; None: all."""
+
+
+def _read(folder: Path) -> _Saved:
     description = read_description(folder)
     with understandable(folder / DESCRIPTION):
         plan = PrunePlan.from_dict(description["plan"])
-        metrics, task, intervals = (dict(description.get(name, {})) for name in ("metrics", "task", "intervals"))
-    saved = base_facts(description, folder / DESCRIPTION)
+    base = base_facts(description, folder / DESCRIPTION)
     config = read_adapter(folder, explicit=True)
-    vocabulary = vocabulary_in(folder, description)
-    live = cast(PreTrainedModel, base) if isinstance(base, nn.Module) else None
-    stream = _stream(live, saved, plan, folder, device, vocabulary) if low_memory else None
-    if live is None:
-        place = replace(saved.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-        dense, lacking = load_base(saved, place, dtype=dtype, attention=attention, stream=stream)
-    else:
-        dense, lacking = live, []
-    check_base(dense, saved, plan, str(folder), stream, vocabulary)
-    check_brought(lacking, config, str(folder))
-    if vocabulary is not None:
-        cut_model(dense, vocabulary)
+    return _Saved(folder, description, plan, base, config, vocabulary_in(folder, description))
+
+
+def _loaded(
+    saved: _Saved,
+    dense: PreTrainedModel,
+    lacking: Sequence[str] = (),
+    stream: Stream | None = None,
+    *,
+    is_trainable: bool = False,
+    device: str | torch.device | None = None,
+    fits: bool = False,
+) -> LightModel:
+    """The light model that a dense one becomes, in place; arguments and errors as for `load_light`.
+
+    Args:
+        lacking: names of weights that the checkpoint of the dense model does not have.
+        stream: what the dense model was read into.
+        fits: it is known that the tensors of the adapter are those that the model will have.
+    """
+    folder, plan = saved.folder, saved.plan
+    check_base(dense, saved.base, plan, str(folder), stream, saved.vocabulary)
+    check_brought(lacking, saved.config, str(folder))
+    if saved.vocabulary is not None:
+        cut_model(dense, saved.vocabulary)
     prepare_quantised(dense)
-    _check_tensors(dense, plan, config, folder)
+    if not fits:
+        _check_tensors(dense, plan, saved.config, folder)
     apply_plan(dense, plan)
     if stream is not None:
         stream.fill(dense)
-    refit = read_refit(folder) if _REFIT_FILE in description["checksums"] else {}
+        stream.part_with(dense, brought_for_base(saved.config, folder))
+    refit = read_refit(folder) if _REFIT_FILE in saved.description["checksums"] else {}
     apply_refit(dense, refit)
-    model = load_adapter(dense, folder, config, is_trainable)
+    model = load_adapter(dense, folder, saved.config, is_trainable)
     if not is_trainable:
         model.eval()
+    metrics, task, intervals = (dict(saved.description.get(name, {})) for name in ("metrics", "task", "intervals"))
     return as_light(model if device is None else model.to(device), plan, metrics, task, refit, intervals)
 
 
@@ -358,27 +432,18 @@ def _checksums(folder: Path) -> dict[str, str]:
     return {name: file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
 
 
-def _stream(
-    live: PreTrainedModel | None,
-    saved: BaseFacts,
-    plan: PrunePlan,
-    folder: Path,
-    device: str | torch.device | None,
-    vocabulary: Vocabulary | None,
-) -> Stream:
+def _stream(saved: _Saved, device: str | torch.device | None, shared: SharedTensors | None = None) -> Stream:
     """What reads the base one tensor at a time; refuses at once what cannot be read so."""
-    require(
-        live is None, "low_memory reads the base from disk, and base= is a model in memory: load without low_memory"
-    )
-    kind = "quantised" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
+    folder, base = saved.folder, saved.base
+    kind = "quantised" if base.quantisation else "a GGUF file" if base.gguf_file else None
     require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
 
     def check(model: PreTrainedModel) -> None:
-        check_structure(model, saved, plan, str(folder))
-        if vocabulary is not None:
-            check_whole(model, vocabulary)
+        check_structure(model, base, saved.plan, str(folder))
+        if saved.vocabulary is not None:
+            check_whole(model, saved.vocabulary)
 
-    return Stream(plan, check, device, vocabulary)
+    return Stream(saved.plan, check, device, saved.vocabulary, shared)
 
 
 def check_base(

@@ -1,18 +1,18 @@
 """Reading a base that does not fit: its weights come from disk one at a time, and only what a plan keeps stays.
 
 transformers itself builds, renames, converts, casts and ties, as for any model. Here are only the two ends: tensors
-that are read from their file when they are asked for, and projections that are cut as they arrive.
+that are read from their file when they are asked for, and projections that are cut as they arrive. What no plan cuts
+may be shared with models that were read from the same files before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
@@ -26,6 +26,7 @@ from lightpeft.plans.layout import cut_dim, kept_channels
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.fingerprint import Sample, digest_of, sample
+from lightpeft.saved.tensors import Reading, SharedTensors, on_disk
 
 _INSTEAD = "load the adapter without low_memory"
 
@@ -44,6 +45,7 @@ class Stream:
         check: Callable[[PreTrainedModel], object],
         device: str | torch.device | None = None,
         vocabulary: Vocabulary | None = None,
+        shared: SharedTensors | None = None,
     ) -> None:
         """
         Args:
@@ -51,12 +53,14 @@ class Stream:
             check: called with the model on the meta device before any weight is read; raises to refuse it.
             device: where kept parts of projections go; None: they stay in host memory.
             vocabulary: tokens whose rows alone stay of embeddings and heads; None: all.
+            shared: tensors that models have in common, where whole tensors are looked up and kept; None: all are read.
         """
         self._plan = plan
         self._check = check
         self._device = device
         self._vocabulary = vocabulary
         self._rows: dict[tuple[nn.Module, str], int] = {}
+        self._reading = Reading(shared, device)
         self._places: dict[nn.Module, _Place] = {}
         self._samples: dict[str, Sample] = {}
 
@@ -76,7 +80,7 @@ class Stream:
             hook = register_module_parameter_registration_hook(self._receive)
             try:
                 with one_at_a_time():
-                    result = checkpoint.load(model, _on_disk(checkpoint.files))
+                    result = checkpoint.load(model, on_disk(checkpoint.files, self._reading))
             finally:
                 hook.remove()
             self._check_complete()
@@ -110,22 +114,37 @@ class Stream:
         empty = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
         require(not empty, f"low_memory left {', '.join(empty[:3])} without weights; {_INSTEAD}")
 
+    def part_with(self, model: nn.Module, names: Iterable[str]) -> None:
+        """Give the model own copies of parameters that are about to be written to; other names are skipped."""
+        parameters = dict(model.named_parameters())
+        for name in parameters.keys() & set(names):
+            parameters[name].data = parameters[name].data.clone()
+
+    def hold(self, model: nn.Module) -> None:
+        """Say that the model, which is all that was read, has the tensors that it shares for as long as it lives."""
+        self._reading.hold(model)
+
     def _receive(self, module: nn.Module, name: str, parameter: Any) -> Any:
         """Called when a parameter is set in any module; returns what is set instead, or None."""
         if parameter is None or parameter.is_meta:
             return None
         if self._vocabulary is not None and (module, name) in self._rows:
+            self._reading.forget()
             kept = self._vocabulary.rows(parameter.detach(), self._rows[module, name])
             return _read(nn.Parameter(kept, requires_grad=parameter.requires_grad))
         place = self._places.get(module)
         if place is None:
-            return None
-        set_unseen(place.layer, name, parameter)
+            return self._reading.in_common(parameter)
+        whole = self._reading.in_common(parameter) if place.leaves_whole(name) else None
+        set_unseen(place.layer, name, parameter if whole is None else whole)
         if name == "weight":
             self._samples[place.name] = sample(stored_weight(place.layer))
         if place.index is None:
-            return None
+            return whole
+        self._reading.forget()
         if not any(other.is_meta for other in place.layer.parameters(recurse=False)):
+            if len({other.device for other in place.layer.parameters(recurse=False)}) > 1:  # some were shared there
+                place.layer.to(self._device)
             slice_linear(place.layer, place.index, place.dim)
             place.layer.to(self._device)
         return _read(module.get_parameter(name))
@@ -154,6 +173,10 @@ class _Place:
     dim: int
     layer: nn.Module
     """A stand-in of the projection in the model; takes the dense parameters and is cut when all of them are there."""
+
+    def leaves_whole(self, parameter: str) -> bool:
+        """Whether the cut leaves a parameter of the layer as it is: all do where nothing goes, and else some biases."""
+        return self.index is None or (parameter == "bias" and self.dim == 1)
 
 
 def _places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module, _Place]]:
@@ -185,25 +208,3 @@ def _check_files(checkpoint: Checkpoint) -> None:
     require(
         safe, f"low_memory reads safetensors files, which the base does not have; {_INSTEAD}, or save the base in them"
     )
-
-
-class _OnDisk:
-    """A tensor in a file. It is read when it is indexed, and its file is open only so long."""
-
-    def __init__(self, file: str, key: str) -> None:
-        self._file = file
-        self._key = key
-
-    def __getitem__(self, index: Any) -> Tensor:
-        with safe_open(self._file, framework="pt") as file:
-            tensor: Tensor = file.get_slice(self._key)[index]
-        return tensor
-
-
-def _on_disk(files: Sequence[str]) -> dict[str, _OnDisk]:
-    """Every tensor of the files by its name there; of equal names the last counts, as in transformers."""
-    tensors = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            tensors.update({key: _OnDisk(file, key) for key in opened.keys()})  # noqa: SIM118 (it is no mapping)
-    return tensors

@@ -1,0 +1,26 @@
+"""Write a light adapter and its base as one file for llama.cpp, Ollama and LM Studio (pip install 'lightpeft[gguf]').
+
+python examples/chat.py --output out/chat
+python examples/export_gguf.py out/chat/adapter --output out/served
+llama-cli -m out/served/model.gguf
+"""
+
+import argparse
+
+from transformers import AutoTokenizer
+
+from lightpeft import load_light, save_gguf
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("adapter", help="folder of a light adapter over a decoder")
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="its base")
+parser.add_argument("--dtype", default="bf16", choices=["auto", "f32", "f16", "bf16", "q8_0"])
+parser.add_argument("--output", default="out/served", help="a new folder")
+options = parser.parse_args()
+
+light = load_light(options.adapter, base=options.model)
+print(light.light_plan.summary())
+written = save_gguf(light, options.output, AutoTokenizer.from_pretrained(options.model), dtype=options.dtype)
+print(f"{written.path}: {written.path.stat().st_size / 2**20:.1f} MiB, matrices: {written.matrices}")
+if written.agreement is not None:
+    print(f"llama.cpp loads it, and computes what the model does, but for {written.agreement.difference:.1e}")

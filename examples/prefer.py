@@ -1,0 +1,47 @@
+"""Teach a decoder which of two answers people prefer, with TRL's DPOTrainer. The reference is the dense model.
+
+python examples/prefer.py --output out/preferences
+"""
+
+import argparse
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from lightpeft import light_trainer, preset_light
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+parser.add_argument("--data", default="trl-lib/ultrafeedback_binarized", help="columns chosen and rejected")
+parser.add_argument("--blocks", type=float, default=0.2, help="part of the blocks' parameters that goes; 0: nothing")
+parser.add_argument("--epochs", type=float, default=1)
+parser.add_argument("--learning_rate", type=float, default=1e-4)
+parser.add_argument("--output", default="out/preferences")
+options = parser.parse_args()
+
+on_gpu = torch.cuda.is_available()
+trainer = light_trainer(DPOTrainer)(
+    model=AutoModelForCausalLM.from_pretrained(options.model),
+    args=DPOConfig(
+        options.output,
+        num_train_epochs=options.epochs,
+        per_device_train_batch_size=4,
+        learning_rate=options.learning_rate,
+        max_length=512,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        logging_steps=10,
+        report_to=[],
+    ),
+    train_dataset=load_dataset(options.data, split="train"),
+    processing_class=AutoTokenizer.from_pretrained(options.model),
+    peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    light=preset_light("writer", blocks=options.blocks),
+)
+trainer.train()
+margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+print(f"by how much the preferred answers are ahead: {margins[0]:.3f} at first, {margins[-1]:.3f} in the end")
+trainer.save_model(f"{options.output}/adapter")
