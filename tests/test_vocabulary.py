@@ -40,6 +40,7 @@ from workbench import (
 from lightpeft import (
     EarlyPruner,
     LightConfig,
+    LightSwitch,
     LightTrainer,
     cut_vocabulary,
     full_width,
@@ -50,6 +51,7 @@ from lightpeft import (
     save_merged,
 )
 from lightpeft.files import file_checksum
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import (
     Vocabulary,
     config_tokens,
@@ -698,6 +700,18 @@ def test_training_is_that_of_a_run_with_all_tokens(bench: Workbench) -> None:
     assert "vocabulary" not in kept
     plans = [read(bench.folder / name / "plan.json") for name in ("run", "kept")]
     assert plans[0]["blocks"] == plans[1]["blocks"] and plans[0]["fingerprint"] != plans[1]["fingerprint"]
+
+
+def test_tasks_of_fewer_tokens_over_one_base(bench: Workbench) -> None:
+    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    pipeline.run(bench.config("kept"))
+    switch = LightSwitch({name: bench.folder / name for name in ("run", "kept")})
+    for name in switch.names:
+        inputs = {"input_ids": torch.arange(4, 24).view(2, 10)}
+        with torch.no_grad():
+            assert switch[name](**inputs).logits.equal(load_light(bench.folder / name / "adapter")(**inputs).logits)
+    sizes = [transformers_model(switch[name]).get_input_embeddings().weight.shape[0] for name in ("run", "kept")]
+    assert sizes[0] < sizes[1] == len(wordpiece())
 
 
 def test_its_result_is_asked_with_its_own_tokenizer(

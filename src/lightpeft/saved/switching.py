@@ -252,6 +252,7 @@ def _check_same_base(found: LightAdapter, other: LightAdapter) -> None:
     two = f"{found.name} is over the base {places[0]}, and {other.name} over {places[1]}"
     require(places[0] == places[1], f"{two}; if they are the same, say where it is: base=...")
     ours, theirs = _base_of(found), _base_of(other)
-    # another head may call the same weights otherwise, and then the loader tells
-    same = ours.architecture != theirs.architecture or ours.fingerprint == theirs.fingerprint
+    # another head may call the same weights otherwise, and other tokens are other rows of them: then the loader tells
+    unlike = ours.architecture != theirs.architecture or found.vocabulary != other.vocabulary
+    same = unlike or ours.fingerprint == theirs.fingerprint
     require(same, f"{found.name} belongs to another base than {other.name}; a switch has tasks over one base")
