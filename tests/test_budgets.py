@@ -27,6 +27,7 @@ from lightpeft.plans.budgets import BudgetSearch
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import losses_of
+from lightpeft.prune.budgeting import find_budget
 from lightpeft.prune.probing import Probe, sharing_frozen
 from lightpeft.runs import pipeline
 from lightpeft.runs.trainers import LightRun
@@ -38,7 +39,7 @@ FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
 AUTO = {**FISHER, "light.blocks": "auto"}
 LIGHT = LightConfig(
     blocks="auto",
-    length=5,
+    length=30,
     least_examples=0,
     head_criterion="fisher",
     neuron_criterion="fisher",
@@ -240,21 +241,21 @@ def test_losses_that_are_no_numbers_are_refused() -> None:
 
 
 def rows_of(count: int) -> Dataset:
+    """Of two halves of the vocabulary."""
     draw = torch.Generator().manual_seed(0)
-    made = [
-        {
-            "input_ids": torch.randint(5, 60, (6,), generator=draw).tolist(),
-            "attention_mask": [1] * 6,
-            "labels": index % 2,
-        }
-        for index in range(count)
-    ]
-    return Dataset.from_list(made)
+    labels = [index % 2 for index in range(count)]
+    ids = torch.randint(5, 30, (count, 6), generator=draw) + 25 * torch.tensor(labels)[:, None]
+    return Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": [[1] * 6] * count, "labels": labels})
 
 
 def trainer_of(folder: Path, light: LightConfig = LIGHT, count: int = 600, rows: Any = None) -> LightTrainer:
     arguments = TrainingArguments(
-        str(folder), max_steps=20, per_device_train_batch_size=8, report_to="none", use_cpu=True
+        str(folder),
+        max_steps=60,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
     )
     given = rows_of(count) if rows is None else rows
     return LightTrainer(model=with_lora(make("bert")), args=arguments, train_dataset=given, light=light)
@@ -267,7 +268,7 @@ def test_a_trainer_finds_its_budget(tmp_path: Path) -> None:
     assert found is not None and found.blocks > 0 and found.tolerance == 2.0
     assert trainer.light_plan is not None and trainer.light_plan.removed_of_blocks >= found.blocks
     assert found.rows >= 128 and found.steps == 8 and f"cuts {found.blocks:.0%}" in found.summary()
-    assert trainer.state.global_step == 20, "probes are no steps of the run"
+    assert trainer.state.global_step == 60, "probes are no steps of the run"
 
 
 @pytest.fixture
@@ -293,6 +294,15 @@ def test_what_trainers_cannot_do(tmp_path: Path) -> None:
     assert "of no known number" in refusal(lambda: trainer_of(tmp_path, rows=rows_of(16).to_iterable_dataset()))
     pruner = EarlyPruner(with_lora(make("bert")), LIGHT)
     assert "which LightTrainer has" in refusal(lambda: pruner.start(20))
+
+
+def test_a_model_that_has_learned_nothing_keeps_everything() -> None:
+    model = with_lora(make("bert"))
+    for parameter in (model.get_base_model().classifier.modules_to_save["default"].weight,):
+        parameter.data.zero_()  # all answers are alike, whatever is cut
+    found = find_budget(model, random_record(model), LIGHT, probe_of(model), 0.5)
+    assert found.blocks == 0.0 and not found.probed and "taught too little to tell" in found.summary()
+    assert json.dumps(found.facts())
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------

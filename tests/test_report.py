@@ -387,6 +387,10 @@ class TestAutoBudget:
         text = Reader(html(light)).text
         assert "No cut is within a tolerance of 0.1 nats: nothing" in text and "expected in the end" not in text
 
+    def test_nothing_to_tell(self, light: Path) -> None:
+        edit(light / "metrics.json", lambda report: report.update(budget={**AUTO, "expected": None, "probed": []}))
+        assert "taught too little to tell" in Reader(html(light)).text
+
     @pytest.mark.parametrize("change", [{"blocks": "half"}, {"probed": 5}, {"expected": {"left": None}}, {"rows": []}])
     def test_what_is_none_is_refused(self, light: Path, change: dict[str, Any]) -> None:
         edit(light / "metrics.json", lambda report: report.update(budget={**AUTO, **change}))

@@ -37,6 +37,7 @@ class FoundBudget:
     before: dict[float, float]
     """Budget -> rise when it is cut."""
     probed: list[Probed]
+    """Empty where even the largest cut costs nothing for sure: a model that does its task has more to lose."""
     rows: int
     """That losses were measured on."""
     steps: int
@@ -46,6 +47,13 @@ class FoundBudget:
     def summary(self) -> str:
         """What was found, in one line."""
         how = f"measured on {self.rows} rows in {self.seconds:.0f} s"
+        if not self.probed:
+            most = max(self.before)
+            nothing = f"{most:.0%} do not raise the loss for sure ({self.before[most]:+.2g} nats)"
+            longer = (
+                "estimation taught too little to tell; lengthen it (light.length), or give light.blocks as a number"
+            )
+            return f"light.blocks: auto cuts nothing of the blocks: even {nothing}, so {longer}; {how}"
         if self.expected is None:
             least = min(self.probed, key=lambda probed: probed.blocks)
             cost = f"{least.blocks:.0%} would cost {least.after:.3g} nats after {self.steps} steps"
@@ -79,19 +87,21 @@ def find_budget(
     few = probe.held[: max(_LEAST, int(_FEW * len(probe.held)))]
     _, points = loss_curve(model, record, plans, few, probe.autocast)
     search = BudgetSearch({point.blocks: point.rise for point in points}, tolerance, gone_before(record))
-    whole = probe.losses(model, None)
 
     def plan(blocks: float) -> PrunePlan:
         return make_plan(record, replace(light, blocks=blocks))
 
-    found = search.run(lambda blocks: probe.losses(model, plan(blocks)) - whole)
+    found = 0.0
+    if points[-1].interval[0] > 0:
+        whole = probe.losses(model, None)
+        found = search.run(lambda blocks: probe.losses(model, plan(blocks)) - whole)
     return FoundBudget(
         blocks=found,
         tolerance=tolerance,
         expected=search.expected(found) if found else None,
         before={point.blocks: point.rise for point in points},
         probed=search.probed,
-        rows=sum(len(batch["labels"]) for batch in probe.held),
+        rows=len(probe.rows),
         steps=probe.steps,
         seconds=time.perf_counter() - started,
     )

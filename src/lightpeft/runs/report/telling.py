@@ -100,6 +100,8 @@ def found_budget(budget: AutoBudget) -> str:
 
     rows = f"on {budget.rows} rows that were set aside"
     how = f"Measured {rows}, by probes of {budget.steps} steps, in {duration(budget.seconds)}."
+    if not budget.probed:
+        return f"Estimation taught too little to tell what a cut costs: nothing of the blocks goes. {how}"
     if budget.expected is None:
         return f"No cut is within a tolerance of {nats(budget.tolerance)}: nothing of the blocks goes. {how}"
     left = f"{nats(budget.expected.left)} are expected to be left of what that costs"
