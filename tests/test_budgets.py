@@ -65,10 +65,10 @@ def search(before: float, recovery: float, tolerance: float, power: float = 2.0,
 
 
 def test_what_recovers_is_cut_and_what_does_not_is_left_alone() -> None:
-    encoder = search(before=0.5, recovery=0.25, tolerance=0.015)
-    assert encoder.found == pytest.approx(0.65)  # 0.5 * 0.65^2 * 0.25^2 = 0.013, on the lines between budgets
-    assert encoder.expected(0.6).left == pytest.approx(0.5 * 0.36 * 0.25**2, rel=0.1)
-    assert search(before=11.0, recovery=0.7, tolerance=0.06).found == 0.1
+    encoder = search(before=0.5, recovery=0.1, tolerance=0.02)
+    assert encoder.found == pytest.approx(0.6)  # 0.5 * 0.6^2 * 0.1 = 0.018, and more in between, on a line
+    assert encoder.expected(0.6).left == pytest.approx(0.5 * 0.36 * 0.1, rel=0.1)
+    assert search(before=11.0, recovery=0.7, tolerance=0.08).found == 0.1
     assert search(before=11.0, recovery=0.7, tolerance=0.005).found == 0.0
     assert search(before=0.01, recovery=0.1, tolerance=0.05).found == 0.8, "no more than was measured"
 

@@ -366,9 +366,9 @@ class TestAutoBudget:
     def test_what_was_probed_and_is_expected(self, light: Path) -> None:
         edit(light / "metrics.json", lambda report: report.update(budget=AUTO))
         text = Reader(html(light)).text
-        assert "expected in the end: +0.040 nats, at most +0.080" in text and "tolerance 0.1 nats" in text
+        assert "expected: +0.040 nats, at most +0.080" in text and "tolerance 0.1 nats" in text
         assert "60% after a probe: +0.200 nats" in text and "60% when cut: +0.400 nats" in text
-        assert "The run chose 50" in text and "0.04 nats (2 points) are expected" in text
+        assert "The run chose 50" in text and "0.04 nats (2 points) are left after the probes" in text
         assert "256 rows that were set aside, by probes of 9 steps" in text and "measured in the end" not in text
 
     def test_measured_beside_a_run_that_cut_nothing(self, light: Path, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ class TestAutoBudget:
         budget = {**AUTO, "blocks": 0.0, "expected": None, "points_a_nat": None}
         edit(light / "metrics.json", lambda report: report.update(budget=budget))
         text = Reader(html(light)).text
-        assert "No cut is within a tolerance of 0.1 nats: nothing" in text and "expected in the end" not in text
+        assert "No cut is within a tolerance of 0.1 nats: nothing" in text and "expected:" not in text
 
     def test_nothing_to_tell(self, light: Path) -> None:
         edit(light / "metrics.json", lambda report: report.update(budget={**AUTO, "expected": None, "probed": []}))

@@ -2,11 +2,13 @@
 
 What a cut costs in the end is not known before the end. What is known: how much the loss rises when it is made
 (`before`), and how much of that is left when a copy has trained for a few steps beside a copy that was not cut (a
-probe). The rest of training is many times as long and is taken to win back the same part once more:
+probe):
 
-    left(b) = before(b) * r(b)^2,    r = (rise after a probe) / (rise before it).
+    left(b) = before(b) * r(b),    r = (rise after a probe) / (rise before it).
 
-Between budgets that were probed r lies on a line; beyond them it is that of the nearest.
+Between budgets that were probed r lies on a line; beyond them it is that of the nearest. The rest of training is many
+times as long. It may win back more, and then more could have been cut; but a whole model may learn what a small one
+cannot, so that nothing of it is counted on.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ CONFIDENCE = 0.8
 """That what is left stays below its upper bound, as far as the spread over rows tells."""
 _SIDE = 0.8416
 """Standard errors from the mean to that bound."""
-_FIRST = 0.1
-"""r^2 before anything was probed."""
+_FIRST = 0.3
+"""r before anything was probed."""
 _PROBES = 2
 """Budgets that are probed at most."""
 
@@ -55,7 +57,7 @@ class Probed:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a budget is expected to cost in the end."""
+    """What a budget is expected to cost."""
 
     blocks: float
     left: float
@@ -102,7 +104,7 @@ class BudgetSearch:
         rise = self.rise(blocks)
         recovery = _on_line([(each.blocks, each.recovery) for each in self.probed], blocks)
         upper = _on_line([(each.blocks, each.upper) for each in self.probed], blocks)
-        return Expected(blocks, rise * recovery**2, rise * upper**2)
+        return Expected(blocks, rise * recovery, rise * upper)
 
     @property
     def grid(self) -> list[float]:

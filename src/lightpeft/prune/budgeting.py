@@ -58,8 +58,8 @@ class FoundBudget:
             least = min(self.probed, key=lambda probed: probed.blocks)
             cost = f"{least.blocks:.0%} would cost {least.after:.3g} nats after {self.steps} steps"
             return f"light.blocks: auto cuts nothing of the blocks: {cost}, {self.tolerance:.3g} are allowed; {how}"
-        left = f"{self.expected.left:.3g} nats are expected to be left of what that costs"
-        bound = f"at most {self.expected.upper:.3g} ({CONFIDENCE:.0%}), {self.tolerance:.3g} are allowed"
+        left = f"of what that costs {self.expected.left:.3g} nats are left after {self.steps} steps"
+        bound = f"at most {self.expected.upper:.3g} ({CONFIDENCE:.0%}), and {self.tolerance:.3g} are allowed"
         return f"light.blocks: auto cuts {self.blocks:.0%} of the blocks: {left}, {bound}; {how}"
 
     def facts(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def find_budget(
 
     Args:
         model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
-        tolerance: rise of the loss in the end, in nats.
+        tolerance: rise of the loss, in nats.
 
     Raises:
         LightPeftError: the model gives no loss, or no budget can be tried at all.

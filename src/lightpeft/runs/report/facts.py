@@ -94,7 +94,7 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the budget that was found is expected to cost in the end, in nats."""
+    """What the budget that was found is expected to cost, in nats."""
 
     left: float
     upper: float

@@ -379,7 +379,7 @@ def auto_budget(budget: AutoBudget, measured: float | None, width: float = NARRO
         figure.dot((at, upwards(point.after)), 4, "green", words)
     at = across(100 * budget.blocks)
     if expected is not None:
-        words = f"expected in the end: {expected.left:+.3f} nats, at most {expected.upper:+.3f}"
+        words = f"expected: {expected.left:+.3f} nats, at most {expected.upper:+.3f}"
         _whisker(figure, (at, upwards(expected.left)), (at, upwards(expected.upper)), "blue-line", words)
         figure.dot((at, upwards(expected.left)), 4.5, "blue", words)
     if measured is not None:
