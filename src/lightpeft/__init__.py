@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightpeft.recipe.pruner import EarlyPruner
     from lightpeft.recipe.trainer import LightTrainer, light_trainer
     from lightpeft.runs.pipeline import run
+    from lightpeft.saved.exporting import export_model
     from lightpeft.saved.full_width import full_width
     from lightpeft.saved.gguf.exporting import save_gguf
     from lightpeft.saved.light_adapter import LightModel, load_light
@@ -38,6 +39,7 @@ _HOMES = {
     "accelerated": "training.acceleration",
     "apply_plan": "prune.surgery",
     "ensure_family": "prune.discovery",
+    "export_model": "saved.exporting",
     "full_width": "saved.full_width",
     "light_trainer": "recipe.trainer",
     "load_config": "config",
@@ -65,6 +67,7 @@ __all__ = [
     "accelerated",
     "apply_plan",
     "ensure_family",
+    "export_model",
     "full_width",
     "light_trainer",
     "load_config",
