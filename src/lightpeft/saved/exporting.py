@@ -164,7 +164,7 @@ class Graph(WholeExport):
 
         runtime, kind = RUNTIMES[self.name], dtype or "f32"
         agreement = save_graph(model, folder, tokenizer, runtime, dtype=kind, overwrite=overwrite)
-        return Exported(runtime.tool, (kind, _compared(agreement, runtime.tool)), agreement)
+        return Exported(runtime.title, (kind, _compared(agreement, runtime.tool)), agreement)
 
 
 class Onnx(Graph):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.errors import LightPeftError, one_line, require
+from lightpeft.errors import require
 from lightpeft.models.families import max_positions
 from lightpeft.saved.agreement import Agreement
-from lightpeft.saved.graphs.runtimes import Runtime, Session
-from lightpeft.saved.graphs.tracing import example, reads, writes
+from lightpeft.saved.graphs.runtimes import Runtime, Session, foreign
+from lightpeft.saved.graphs.tracing import example, positions, reads, writes
 
 _SHAPES = ((1, 5), (4, 12))
 """Rows and tokens of batches, other than what is traced."""
@@ -38,10 +38,8 @@ def compare(
     room = (max_positions(model.config) or 512) - _STEPS
     batches = [example(model, tokenizer, rows, min(tokens, room), left=writes(model)) for rows, tokens in _SHAPES]
     answers = _written if writes(model) else _answered
-    try:
+    with foreign(f"{runtime.title} does not take the file"):
         pairs = [pair for inputs in batches for pair in answers(model, runtime.open(folder), inputs)]
-    except RuntimeError as error:  # of the runtimes: all that they raise is one
-        raise LightPeftError(f"{runtime.title} does not take the file: {one_line(error, 200)}") from error
     agreement = Agreement.of(pairs)
     differ = f"logits differ by {agreement.difference:.0%}"
     require(
@@ -65,10 +63,10 @@ def _written(model: PreTrainedModel, session: Session, inputs: dict[str, Tensor]
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     news = ids
     for _ in range(_STEPS):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        placed = {"position_ids": positions} if reads(model, "position_ids") else {}
+        places = positions(mask)
+        placed = {"position_ids": places} if reads(model, "position_ids") else {}
         own = model(input_ids=ids, attention_mask=mask, **placed, use_cache=False).logits[:, -1]
-        given = {"input_ids": news, "attention_mask": mask, "position_ids": positions[:, -news.shape[1] :]}
+        given = {"input_ids": news, "attention_mask": mask, "position_ids": places[:, -news.shape[1] :]}
         yield own, session.run(given)["logits"][:, -1]
         news = own.argmax(-1, keepdim=True)
         ids, mask = torch.cat([ids, news], 1), torch.cat([mask, torch.ones_like(news)], 1)

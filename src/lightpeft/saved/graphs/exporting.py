@@ -53,7 +53,7 @@ def save_graph(
     check_traceable(transformers_model(cast(PeftModel, model)))  # before it is copied
     whole = traceable(merged_copy(model))
     with replacing_folder(folder, alone=True) as temporary:
-        runtime.write(*traced(whole, tokenizer), temporary, dtype)
+        runtime.write(whole, traced(whole, tokenizer), temporary, dtype)
         agreement = compare(whole, tokenizer, runtime, temporary, dtype)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +27,7 @@ class Session(ABC):
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What it gives, by name; inputs that it does not know are left out."""
+        """What it gives, by name; inputs that it does not know are left out. Errors are the runtime's own."""
 
 
 class Runtime(ABC):
@@ -34,6 +36,7 @@ class Runtime(ABC):
     name: ClassVar[str]
     """In the exporters' words."""
     title: ClassVar[str]
+    """What runs the file, for people."""
     file: ClassVar[str]
     """Of the graph."""
     tool: ClassVar[str]
@@ -49,7 +52,7 @@ class Runtime(ABC):
 
     @abstractmethod
     def open(self, folder: Path) -> Session:
-        """Load what was written."""
+        """Load what was written. Errors are the runtime's own."""
 
     @property
     def is_there(self) -> bool:
@@ -59,10 +62,10 @@ class Runtime(ABC):
     def check(self, dtype: str) -> None:
         """Raise `LightPeftError` unless weights can be written so, here."""
         known = ", ".join(self.writers)
-        require(dtype in self.writers, f'"{dtype}" is no data type of {self.title} graphs; choose one of {known}')
+        require(dtype in self.writers, f'"{dtype}" is no data type of graphs for {self.title}; choose one of {known}')
         missing = [name for name in self.writers[dtype] if not _is_there(name)]
         instead = f'which is not installed; pip install "lightpeft[{self.name}]"'
-        require(not missing, f"{self.title} graphs in {dtype} need {' and '.join(missing)}, {instead}")
+        require(not missing, f"graphs in {dtype} for {self.title} need {' and '.join(missing)}, {instead}")
         newer = "graphs are written by transformers' exporters, which came with 5.24; pip install -U transformers"
         require(_is_there("transformers.exporters"), newer)
 
@@ -72,20 +75,41 @@ class Runtime(ABC):
         Raises:
             LightPeftError: the exporters cannot trace it.
         """
-        exporter, settings = self.settings(dtype)
-        try:
-            with torch.no_grad(), redirect_stdout(StringIO()):  # torch.onnx prints its progress
+        with foreign(f"this model cannot be traced for {self.title}; export it as merged"):
+            with torch.no_grad(), _silence():
+                exporter, settings = self.settings(dtype)
                 exporter.export(model, inputs, settings).save_pretrained(folder)
-        except Exception as error:  # whatever tracing raises, of torch, onnxscript or OpenVINO
-            reason = one_line(error, 200)
-            raise LightPeftError(f"this model has no {self.title} graph; export it as merged: {reason}") from error
+
+
+@contextmanager
+def foreign(failure: str) -> Iterator[None]:
+    """Whatever libraries raise inside, which have no common class for it, is one line that begins so."""
+    try:
+        yield
+    except Exception as error:
+        raise LightPeftError(f"{failure}: {one_line(error, 200)}") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep off the screen what tracing prints of its progress, and warns and logs of operators that no model here has;
+    the loggers go by no common name."""
+    manager = logging.getLogger().manager
+    before = manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class OnnxRuntime(Runtime):
     """ONNX graphs, which ONNX Runtime runs."""
 
     name = "onnx"
-    title = "ONNX"
+    title = "ONNX Runtime"
     file = "model.onnx"
     tool = "onnxruntime"
     use = f'    onnxruntime.InferenceSession("{file}")'

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from lightpeft.errors import require
 from lightpeft.models.linears import features, is_linear
 from lightpeft.models.task_heads import is_decoder
 
-ROWS, LENGTH = 3, 7
+_ROWS, _LENGTH = 3, 7
 """Of what is traced; 0 and 1 would become constants of the graph."""
-OPTIONS = 2
+_OPTIONS = 2
+_NEWS = 2
+"""Tokens behind a cache."""
 _TEXT = ("input_ids", "attention_mask")
 
 
@@ -47,8 +48,8 @@ def reads(model: PreTrainedModel, name: str) -> bool:
 def example(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    rows: int = ROWS,
-    length: int = LENGTH,
+    rows: int = _ROWS,
+    length: int = _LENGTH,
     *,
     left: bool = False,
 ) -> dict[str, Tensor]:
@@ -58,7 +59,7 @@ def example(
         left: pad on the left, as to write behind.
     """
     names = type(model).__name__
-    options = (OPTIONS,) if names in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values() else ()
+    options = (_OPTIONS,) if names in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values() else ()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (rows, *options, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -104,16 +105,25 @@ class Constant(nn.Module):
         return self.bias.expand(*states.shape[:-1], -1)
 
 
-def traced(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[nn.Module, dict[str, Any]]:
-    """What is traced, and the arguments with which it is called.
+@torch.no_grad()
+def traced(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """The arguments that a model is traced with.
 
     Of a model that writes these are some tokens behind a cache of some others: such a graph reads a prompt, behind an
-    empty cache, as well as one token after the other.
+    empty cache, as well as one token after the other. The cache keeps every token, also where layers see a window: what
+    they do not see is masked, and the graph has no state but keys and values.
     """
+    inputs = example(model, tokenizer, left=writes(model))
     if not writes(model):
-        return model, {**example(model, tokenizer), "use_cache": False}
-    from transformers.exporters.utils import decompose_for_generation
+        return {**inputs, "use_cache": False}
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    name = "cache" if reads(model, "cache") else "past_key_values"
+    cache = {name: DynamicCache()}
+    model(input_ids=ids[:, :-_NEWS], attention_mask=mask[:, :-_NEWS], **cache)
+    news = {"input_ids": ids[:, -_NEWS:], "attention_mask": mask, "position_ids": positions(mask)[:, -_NEWS:]}
+    return {name: value for name, value in {**news, **cache, "use_cache": True}.items() if reads(model, name)}
 
-    inputs = example(model, None, left=True)
-    with torch.no_grad():
-        return decompose_for_generation(copy.copy(model), inputs, multi_token_decode=True)["decode"]
+
+def positions(mask: Tensor) -> Tensor:
+    """Places of the tokens of a padded batch, [rows, tokens]."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
