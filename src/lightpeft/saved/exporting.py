@@ -150,9 +150,9 @@ class Gguf(WholeExport):
 class Graph(WholeExport):
     """A computation graph for one runtime."""
 
+    families = "encoders and decoders that read text"
     limits = (
-        "no encoder-decoders, no images or sound, no bottleneck adapters, no quantised bases; weights as they are are "
-        "f32, whatever the base's"
+        "no bottleneck adapters, no quantised bases; f32 unless it is said otherwise, whatever the base's weights are"
     )
 
     def write_model(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import cast
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.files import check_vacant, replacing_folder
 from lightpeft.models.unwrap import transformers_model
@@ -53,11 +53,26 @@ def save_graph(
     check_traceable(transformers_model(cast(PeftModel, model)))  # before it is copied
     whole = traceable(merged_copy(model))
     with replacing_folder(folder, alone=True) as temporary:
-        runtime.write(whole, traced(whole, tokenizer), temporary, dtype)
-        agreement = compare(whole, tokenizer, runtime, temporary, dtype)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+        agreement = write_graph(whole, tokenizer, runtime, temporary, dtype)
         (temporary / "README.md").write_text(_card(model, runtime), encoding="utf-8")
+    return agreement
+
+
+def write_graph(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, runtime: Runtime, folder: Path, dtype: str
+) -> Agreement | None:
+    """Write graph, manifest, config and tokenizer of a model, pruned or not, that `traceable` has prepared.
+
+    Args:
+        folder: not there yet for others.
+
+    Returns, Raises:
+        As `save_graph`.
+    """
+    runtime.write(model, traced(model, tokenizer), folder, dtype)
+    agreement = compare(model, tokenizer, runtime, folder, dtype)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     return agreement
 
 

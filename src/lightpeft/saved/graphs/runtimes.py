@@ -51,8 +51,12 @@ class Runtime(ABC):
         """Exporter of transformers, and its configuration."""
 
     @abstractmethod
-    def open(self, folder: Path) -> Session:
-        """Load what was written. Errors are the runtime's own."""
+    def open(self, folder: Path, *, exact: bool = True) -> Session:
+        """Load what was written, on one core of the CPU. Errors are the runtime's own.
+
+        Args:
+            exact: compute in 32 bits, whatever the runtime would rather do on this CPU.
+        """
 
     @property
     def is_there(self) -> bool:
@@ -75,10 +79,10 @@ class Runtime(ABC):
         Raises:
             LightPeftError: the exporters cannot trace it.
         """
-        with foreign(f"this model cannot be traced for {self.title}; export it as merged"):
-            with torch.no_grad(), _silence():
-                exporter, settings = self.settings(dtype)
-                exporter.export(model, inputs, settings).save_pretrained(folder)
+        cannot = f"this model cannot be traced for {self.title}; export it as merged"
+        with foreign(cannot), torch.no_grad(), _silence():
+            exporter, settings = self.settings(dtype)
+            exporter.export(model, inputs, settings).save_pretrained(folder)
 
 
 @contextmanager
@@ -123,8 +127,8 @@ class OnnxRuntime(Runtime):
         quantizer = OnnxRuntimeQuantizer(dynamic) if dtype == "int8" else None
         return OnnxExporter(), OnnxConfig(dynamic=True, quantizer=quantizer)
 
-    def open(self, folder: Path) -> Session:
-        """On one core of the CPU."""
+    def open(self, folder: Path, *, exact: bool = True) -> Session:
+        """In 32 bits always."""
         return _OnnxSession(folder / self.file)
 
 
@@ -178,17 +182,17 @@ class OpenVino(Runtime):
         quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig()) if dtype == "int8" else None
         return OpenVINOExporter(), OpenVINOConfig(dynamic=True, quantizer=quantizer, compress_to_fp16=dtype == "f16")
 
-    def open(self, folder: Path) -> Session:
-        """On one core of the CPU, in 32 bits: left alone, OpenVINO computes in bfloat16 where the CPU can."""
-        return _OpenVinoSession(folder / self.file)
+    def open(self, folder: Path, *, exact: bool = True) -> Session:
+        """Left alone, OpenVINO computes in bfloat16 where the CPU can, whatever the graph says."""
+        return _OpenVinoSession(folder / self.file, exact)
 
 
 class _OpenVinoSession(Session):
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, exact: bool) -> None:
         import openvino
 
-        exact = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
-        compiled = openvino.Core().compile_model(str(file), "CPU", exact)
+        precision = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} if exact else {}
+        compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": 1, **precision})
         self._names = [place.get_any_name() for place in compiled.inputs]
         self._request = compiled.create_infer_request()
 
