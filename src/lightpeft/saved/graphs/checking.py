@@ -49,13 +49,17 @@ def compare(
 
 
 def _answered(model: PreTrainedModel, session: Session, inputs: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of one call; of padding, which attends to nothing that counts, zeros."""
+    """Logits of one call."""
     own, theirs = model(**inputs), session.run(inputs)
-    mask = inputs["attention_mask"]
     for name, values in theirs.items():
-        of_tokens = values.shape[: mask.dim()] == mask.shape
-        hidden = (mask == 0).view(*mask.shape, *[1] * (values.dim() - mask.dim())) if of_tokens else torch.tensor(False)
-        yield own[name].masked_fill(hidden, 0), values.masked_fill(hidden, 0)
+        yield _seen(own[name], inputs["attention_mask"]), _seen(values, inputs["attention_mask"])
+
+
+def _seen(logits: Tensor, mask: Tensor) -> Tensor:
+    """Zeros where logits are of padding, of which nothing is promised."""
+    if logits.shape[: mask.dim()] != mask.shape:
+        return logits
+    return logits.masked_fill((mask == 0).view(*mask.shape, *[1] * (logits.dim() - mask.dim())), 0)
 
 
 def _written(model: PreTrainedModel, session: Session, inputs: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

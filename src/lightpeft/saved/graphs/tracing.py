@@ -80,8 +80,8 @@ def _second_half(ids: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 def traceable(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float32 and evaluation mode, layers that read nothing as constants; in place."""
-    model.float().eval()
+    """The model on the CPU, in float32 and evaluation mode, layers that read nothing as constants; in place."""
+    model.cpu().float().eval()
     for name, module in list(model.named_modules()):
         if is_linear(module) and features(module)[1] == 0:
             parent, _, child = name.rpartition(".")
@@ -102,7 +102,7 @@ class Constant(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., 0] -> [..., outputs]."""
-        return self.bias.expand(*states.shape[:-1], -1)
+        return self.bias.expand(*states.shape[:-1], -1).clone()  # some families add to it in place
 
 
 @torch.no_grad()
