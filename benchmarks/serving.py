@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.profiling import alternate, folder_bytes, ratio, summarize
+from lightpeft.profiling.surroundings import version_of
 from lightpeft.runs import pipeline
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.graphs.exporting import write_graph
@@ -192,7 +193,8 @@ def main(arguments: list[str] | None = None) -> int:
         for runtime in RUNTIMES.values():
             check(runtime)
         results = {str(run): measure(run, options.rounds, options.batches) for run in options.runs}
-        return {"rounds": options.rounds, "batches": options.batches, "results": results}
+        runtimes = {runtime.tool: version_of(runtime.tool) for runtime in RUNTIMES.values()}
+        return {"rounds": options.rounds, "batches": options.batches, "runtimes": runtimes, "results": results}
 
     return report("serving", arguments, options.out, found, markdown)
 

@@ -398,4 +398,4 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out.replace("\n", " ")
     assert "for llama.cpp (matrices: 16 in f16; compared: logits differ by" in said
     assert lightpeft("export", run.output, tmp_path / "other", "--dtype", "f16") == 2
-    assert "weights are written in f16 in the form gguf, not in merged" in capsys.readouterr().err
+    assert "weights are written in f16 in the form gguf or openvino, not in merged" in capsys.readouterr().err

@@ -162,7 +162,7 @@ def test_a_base_in_half_precision_is_computed_in_32_bits(tmp_path: Path) -> None
 
 
 def test_a_real_model(minilm: Path, tmp_path: Path) -> None:
-    """MiniLM with a real tokenizer: texts in, labels out, in both runtimes."""
+    """MiniLM with a real tokenizer: texts in, labels out."""
     base = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     light = light_over(base, **UNEVEN)
@@ -170,7 +170,7 @@ def test_a_real_model(minilm: Path, tmp_path: Path) -> None:
     texts = [("a moving film", "and a long one, with a twist"), ("dull", "never again")]
     inputs = dict(tokenizer(*map(list, zip(*texts, strict=True)), padding=True, return_tensors="pt"))
     assert "token_type_ids" in inputs
-    for form in RUNTIMES:
+    for form in RUNTIMES if ALL else ("onnx",):
         export_model(light, tmp_path / form, form, tokenizer)
         assert difference(model, tmp_path / form, form, inputs) < CLOSE
         of_one = {**inputs, "token_type_ids": torch.zeros_like(inputs["token_type_ids"])}
@@ -188,6 +188,7 @@ def test_export(family: str, task: str, form: str, tmp_path: Path, capsys: pytes
     bench = Workbench(tmp_path, family, task)
     run = bench.config("run")
     pipeline.run(run)
+    capsys.readouterr()
     out = tmp_path / "out"
     assert lightpeft("export", run.output, out, "--form", form) == 0
     said = capsys.readouterr()
@@ -204,10 +205,11 @@ def test_export(family: str, task: str, form: str, tmp_path: Path, capsys: pytes
     before = checksums(out)
     assert lightpeft("export", run.output, out, "--form", form) == 2
     assert "--overwrite" in capsys.readouterr().err and checksums(out) == before
-    assert lightpeft("export", run.output, out, "--form", form, "--overwrite", "--dtype", "int8") == 0
-    assert checksums(out) != before and "(int8; compared" in capsys.readouterr().out.replace("\n", " ")
     assert lightpeft("export", run.output, tmp_path / "no", "--form", form, "--dtype", "q8_0") == 2
     assert "weights are written in q8_0 in the form gguf, not in" in capsys.readouterr().err
+    if form == "onnx":
+        assert lightpeft("export", run.output, out, "--form", form, "--overwrite", "--dtype", "int8") == 0
+        assert checksums(out) != before and "(int8; compared" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_the_command_line_knows_every_form_and_data_type() -> None:
@@ -218,6 +220,11 @@ def test_the_command_line_knows_every_form_and_data_type() -> None:
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def by_length() -> LightModel:
+    """Rotary embeddings that are computed anew from the length of a text, which a trace cannot follow."""
+    return light_over(make("llama-gqa", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
 
 
 def with_adapters() -> LightModel:
@@ -238,6 +245,7 @@ def quantised() -> Any:
     [
         (lambda: light_over(make("t5")), {}, "encoders or decoders, and t5 has both; use merged"),
         (lambda: light_over(make("vit")), {}, "models that read text; this one is of vit"),
+        (by_length, {}, "cannot be traced for ONNX Runtime; export it as merged"),
         (with_adapters, {}, "cannot be merged"),
         (quantised, {}, "the base is quantised"),
         (lambda: light_over(make("bert")), {"dtype": "q8_0"}, "in q8_0 in the form gguf, not in onnx"),
