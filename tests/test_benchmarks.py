@@ -37,6 +37,7 @@ import recovery
 import recovery_arms
 import recovery_writers
 import scaling
+import serving
 import steps
 import switching
 import synthetic
@@ -740,6 +741,32 @@ def test_gguf_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
         assert all(speed > 0 for speeds in each["values"].values() for speed in speeds)
     pipeline.run(plain)
     assert gguf_speed.main([plain.output]) == 2
+    assert "has no light model" in capsys.readouterr().err
+
+
+# -- serving.py --------------------------------------------------------------------------------------------------------
+
+
+def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Workbench(tmp_path)
+    light, plain = (bench.config(name, method=name) for name in ("light", "plain"))
+    pipeline.run(light)
+    ways = {name: serving.WAYS[name] for name in ("PyTorch, f32", "ONNX Runtime, f32")}
+    monkeypatch.setattr(serving, "WAYS", ways)
+    out = tmp_path / "out.json"
+    sizes = ["--rounds", "2", "--batches", "2"]
+    assert serving.main([light.output, *sizes, "--out", str(out)]) == 0
+    found = read(out)["results"][light.output]
+    assert set(found["same_as_pytorch"].values()) == {found["rows"]} == {40}
+    measured = read(Path(light.output) / "metrics.json")["metrics"]["accuracy"]
+    assert all(accuracy == pytest.approx(measured) for accuracy in found["accuracy"].values())
+    for size in ("1", "32"):
+        assert found["over_pytorch"][size]["PyTorch, f32"]["median"] == 1
+        assert all(len(values) == 2 and min(values) > 0 for values in found["values"][size].values())
+    assert found["bytes"]["ONNX Runtime, f32"]["light"] < found["bytes"]["ONNX Runtime, f32"]["dense"]
+    assert "| ONNX Runtime, f32 |" in capsys.readouterr().out
+    pipeline.run(plain)
+    assert serving.main([plain.output]) == 2
     assert "has no light model" in capsys.readouterr().err
 
 

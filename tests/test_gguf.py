@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerFast
 from workbench import Workbench, checksums, lightpeft, save_base, tokenizer_of_bytes
 
 from lightpeft import LightModel, save_gguf
-from lightpeft.cli.verbs.export import EXPORT
 from lightpeft.compat import llama_cpp
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.refit import Correction, apply_refit
@@ -29,6 +28,7 @@ from lightpeft.runs import pipeline
 from lightpeft.saved.exporting import EXPORTS
 from lightpeft.saved.gguf import architectures, checking, vocabulary
 from lightpeft.saved.gguf.vocabulary import splitting
+from lightpeft.saved.gguf.writing import GgufType
 from lightpeft.saved.light_adapter import as_light
 
 CLOSE = 0.02
@@ -377,9 +377,10 @@ def test_a_file_is_replaced_when_asked(tokenizer: PreTrainedTokenizerFast, tmp_p
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_line_knows_every_data_type() -> None:
-    (option,) = (option for option in EXPORT.options if option.name == "--dtype")
-    assert get_args(option.type) == EXPORTS["gguf"].dtypes
+def test_the_form_knows_every_data_type_and_family() -> None:
+    """It is read without all that writes it."""
+    assert ("auto", *EXPORTS["gguf"].dtypes) == get_args(GgufType)
+    assert EXPORTS["gguf"].families == ", ".join(f"`{name}`" for name in architectures.FAMILIES)
 
 
 def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -397,4 +398,4 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out.replace("\n", " ")
     assert "for llama.cpp (matrices: 16 in f16; compared: logits differ by" in said
     assert lightpeft("export", run.output, tmp_path / "other", "--dtype", "f16") == 2
-    assert "weights are written in f16 in the form gguf, not in merged" in capsys.readouterr().err
+    assert "weights are written in f16 in the form gguf or openvino, not in merged" in capsys.readouterr().err

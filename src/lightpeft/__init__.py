@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightpeft.recipe.pruner import EarlyPruner
     from lightpeft.recipe.trainer import LightTrainer, light_trainer
     from lightpeft.runs.pipeline import run
+    from lightpeft.saved.exporting import export_model
     from lightpeft.saved.full_width import full_width
     from lightpeft.saved.gguf.exporting import save_gguf
     from lightpeft.saved.light_adapter import LightModel, light_tokenizer, load_light
@@ -43,6 +44,7 @@ _HOMES = {
     "apply_plan": "prune.surgery",
     "cut_vocabulary": "models.vocabulary",
     "ensure_family": "prune.discovery",
+    "export_model": "saved.exporting",
     "full_width": "saved.full_width",
     "light_tokenizer": "saved.light_adapter",
     "light_trainer": "recipe.trainer",
@@ -74,6 +76,7 @@ __all__ = [
     "apply_plan",
     "cut_vocabulary",
     "ensure_family",
+    "export_model",
     "full_width",
     "light_tokenizer",
     "light_trainer",

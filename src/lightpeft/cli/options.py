@@ -88,6 +88,11 @@ class Option:
         return section_of(given, self.target, known) if is_section else value_of(given, self.type)
 
 
+def one_of(values: Iterable[str]) -> Any:
+    """The type of what is one of some words."""
+    return Literal.__getitem__(tuple(values))
+
+
 class Parser(ArgumentParser):
     """argparse's parser, with what is wrong as an exception."""
 

@@ -34,6 +34,8 @@ EXPORTS: dict[str, str] = {
     "merged": "a whole pruned model that needs no base",
     "peft": "a plain PEFT adapter over the whole base, for which nobody needs lightpeft",
     "gguf": "one file for llama.cpp, Ollama and LM Studio (Llama, Mistral, Qwen2, Qwen3 and their like)",
+    "onnx": "a graph for ONNX Runtime",
+    "openvino": "a graph for OpenVINO",
 }
 """Form of `lightpeft export` -> what a card of a light adapter says of it."""
 
@@ -189,7 +191,7 @@ def _shell(facts: Mapping[str, Any], form: CardForm) -> Iterator[str]:
 def _exports(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     writes = pipeline_tag(facts["base"]["architecture"]) == "text-generation"
     merges = facts.get("peft_type") != "BOTTLENECK" and not facts["base"]["quantisation"]
-    has = {"merged": merges, "gguf": merges and writes}
+    has = {"merged": merges, "gguf": merges and writes, "onnx": merges, "openvino": merges}
     for name, text in EXPORTS.items():
         if has.get(name, True):
             yield f'lightpeft export "{THIS_FOLDER}" {name} --form {name}', text

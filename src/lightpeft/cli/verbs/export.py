@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
-from lightpeft.cli.options import Option
+from lightpeft.cli.options import Option, one_of
 from lightpeft.cli.screen import screen
 from lightpeft.cli.verbs.predict import BASE, SWITCH_OPTIONS
 from lightpeft.cli.verbs.verb import Verb
+from lightpeft.saved.exporting import DTYPES, EXPORTS, export
 
 
 def _export(
@@ -20,32 +20,29 @@ def _export(
     overwrite: bool = False,
     **switches: bool,
 ) -> None:
-    from lightpeft.saved.exporting import EXPORTS, export
     from lightpeft.saved.opening import find_light
 
     adapter = find_light(model, base, switches)
-    reader = export(adapter, form, Path(output), overwrite=overwrite, dtype=dtype)
-    screen.say(f"{adapter.plan.summary()}; {EXPORTS[form].what} is in {output}, for {reader} to load")
+    written = export(adapter, form, Path(output), overwrite=overwrite, dtype=dtype)
+    screen.say(f"{adapter.plan.summary()}; {output} holds {EXPORTS[form].what}, for {written} to load")
 
 
+_DTYPES = "; ".join(f"{name}: {', '.join(form.dtypes)}" for name, form in EXPORTS.items() if form.dtypes)
 EXPORT = Verb(
     "export",
-    "Give a light adapter away: as a whole pruned model, as a file for llama.cpp, or as a PEFT adapter of the base.",
+    "Give a light adapter away: as a whole pruned model, as a file for llama.cpp, ONNX Runtime or OpenVINO, or as a "
+    "PEFT adapter of the base.",
     _export,
     options=(
         Option("model", "Folder of a light adapter or of a finished run, or a light adapter's name on the hub."),
         Option("output", "Where it goes: a new folder."),
         Option(
             "--form",
-            "merged (usual): a whole pruned model that needs no base; peft: a plain PEFT adapter over the whole base, "
-            "for whatever loads such; gguf: one file for llama.cpp, Ollama and their kin.",
-            type=Literal["merged", "peft", "gguf"],
+            f"{'; '.join(f'{name}: {form.what}' for name, form in EXPORTS.items())}.",
+            type=one_of(EXPORTS),
+            default="merged",
         ),
-        Option(
-            "--dtype",
-            "Of the weights in the file (--form gguf; usual: as they are).",
-            type=Literal["f32", "f16", "bf16", "q8_0"],
-        ),
+        Option("--dtype", f"Of the weights ({_DTYPES}; usual: as they are).", type=one_of(DTYPES)),
         BASE,
         Option("--overwrite", "Replace what was exported in this form there.", flag=True),
         *SWITCH_OPTIONS,

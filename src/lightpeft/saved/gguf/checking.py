@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightpeft.compat import llama_cpp
 from lightpeft.errors import one_line, require
 from lightpeft.models.patching import in_mode
+from lightpeft.saved.agreement import Agreement
 from lightpeft.saved.gguf.architectures import reach
 
 _TEXTS = (
@@ -24,16 +24,6 @@ _TEXTS = (
 """What is tokenised on both sides; what comes after the first text is compared."""
 _TOLERANCE = 0.2
 """Of the relative difference of logits: 8 bits, or a KV cache in 16, give some hundredths, and other weights 1."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How near two models are behind one text."""
-
-    difference: float
-    """Norm of the difference of their logits, each less its mean, over that of the model's own."""
-    same: bool
-    """Whether both find the same token most probable."""
 
 
 @torch.no_grad()
@@ -52,12 +42,10 @@ def compare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Pa
     with in_mode(model, training=False):
         own = model(input_ids=torch.tensor([read], device=model.device)).logits[0, -1].float().cpu()
     theirs = torch.tensor(given["logits"])[: len(own)]
-    centred = own - own.mean()
-    difference = float((theirs - theirs.mean() - centred).norm() / centred.norm())
-    require(
-        difference < _TOLERANCE, f"llama.cpp computes something else from the file: logits differ by {difference:.0%}"
-    )
-    return Agreement(difference, int(own.argmax()) == int(theirs.argmax()))
+    agreement = Agreement.of([(own - own.mean(), theirs - theirs.mean())])  # what is added to all changes nothing
+    differ = f"logits differ by {agreement.difference:.0%}"
+    require(agreement.difference < _TOLERANCE, f"llama.cpp computes something else from the file: {differ}")
+    return agreement
 
 
 def _ask(file: Path, question: dict[str, Any]) -> Any:

@@ -11,10 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.files import check_vacant, replacing_folder
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.saved.agreement import Agreement
 from lightpeft.saved.cards import CARD, CardForm, model_card
 from lightpeft.saved.description import Described, facts_of
 from lightpeft.saved.gguf.architectures import check_family
-from lightpeft.saved.gguf.checking import Agreement, compare
+from lightpeft.saved.gguf.checking import compare
 from lightpeft.saved.gguf.writing import GgufType, write_gguf
 from lightpeft.saved.merging import merged_copy
 

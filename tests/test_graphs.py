@@ -1,0 +1,338 @@
+"""Graphs for ONNX Runtime and OpenVINO: they compute what the light model computes; what has none is refused."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from test_bottleneck import adapted
+from test_checkpoint import light_over
+from tiny import (
+    DECODERS,
+    DROPPED,
+    ENCODERS,
+    TEXT,
+    VARIANTS,
+    inputs_for,
+    make,
+    maker,
+    plan_for,
+    refusal,
+    relative_difference,
+)
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.exporters import ExportedModel
+from workbench import Workbench, checksums, lightpeft
+
+from lightpeft import LightModel, export_model
+from lightpeft.cli.verbs.export import EXPORT
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.runs import pipeline
+from lightpeft.saved.exporting import DTYPES, EXPORTS
+from lightpeft.saved.graphs import checking, runtimes, tracing
+from lightpeft.saved.graphs.runtimes import RUNTIMES
+from lightpeft.saved.light_adapter import as_light
+from lightpeft.saved.merging import merged_copy
+
+CLOSE = 1e-4
+"""Two programs add up the same numbers in other orders."""
+IMAGES = {"vit", "dinov2"}
+TEXTS = [name for name in (*ENCODERS, *DECODERS) if name not in IMAGES]
+ALL = os.environ.get("GRAPHS") == "all"
+QUICK = {"bert": ("openvino",), "mpnet": ("onnx",), "modernbert": ("onnx",)}
+QUICK |= {"llama-gqa": ("onnx",), "mistral": ("openvino",), "falcon": ("openvino",)}
+"""Tracing takes seconds: in an ordinary run these; every family with GRAPHS=all in the environment."""
+NARROW = {"modernbert": {"local_attention": 4}}
+"""What makes windows of attention shorter than the texts."""
+SHALLOW = {"num_hidden_layers": 2}
+UNEVEN: dict[str, Any] = {"heads_scope": "global"}
+
+
+def cases() -> list[Any]:
+    """Family and form."""
+    chosen = dict.fromkeys(TEXTS, tuple(RUNTIMES)) if ALL else QUICK
+    return [(name, form) for name, forms in chosen.items() for form in forms]
+
+
+def whole(light: LightModel) -> PreTrainedModel:
+    """What is exported, in PyTorch."""
+    return merged_copy(light).float().eval()
+
+
+def session(folder: Path, form: str) -> runtimes.Session:
+    return RUNTIMES[form].open(folder)
+
+
+@torch.no_grad()
+def difference(model: PreTrainedModel, folder: Path, form: str, inputs: dict[str, Tensor]) -> float:
+    """Of all that both give for a batch."""
+    own, theirs = model(**inputs), session(folder, form).run(inputs)
+    assert theirs and all(value.shape == own[name].shape for name, value in theirs.items())
+    return max(relative_difference(value, own[name]) for name, value in theirs.items())
+
+
+def greedy(folder: Path, form: str, inputs: dict[str, Tensor], count: int) -> Tensor:
+    """So many tokens behind a batch that is padded on the left: the prompt in one call, then one by one."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    running, news = session(folder, form), ids
+    for _ in range(count):
+        places = tracing.positions(mask)[:, -news.shape[1] :]
+        logits = running.run({"input_ids": news, "attention_mask": mask, "position_ids": places})["logits"]
+        news = logits[:, -1].argmax(-1, keepdim=True)
+        ids, mask = torch.cat([ids, news], 1), torch.cat([mask, torch.ones_like(news)], 1)
+    return ids
+
+
+# -- what is computed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "form"), cases())
+def test_a_runtime_computes_the_same(name: str, form: str, tmp_path: Path) -> None:
+    """Uneven layers, some without attention or FFN, in batches of other sizes than the traced one, padded or not."""
+    light = light_over(make(name, **NARROW.get(name, {})), **DROPPED)
+    before = {key: value.clone() for key, value in light.state_dict().items()}
+    written = export_model(light, tmp_path / "out", form)
+    assert written.agreement is not None and written.agreement.difference < CLOSE and written.agreement.same
+    assert all(before[key].equal(value) for key, value in light.state_dict().items()), "the light model stays as it is"
+    model = whole(light)
+    if name in ENCODERS:
+        for shape in ({"rows": 1, "length": 4, "padding": "none"}, {"rows": 5, "length": 13}):
+            assert difference(model, tmp_path / "out", form, inputs_for(model, **shape)) < CLOSE
+        return
+    for shape in ({"rows": 1, "length": 3, "padding": "none"}, {"rows": 3, "length": 11, "padding": "left"}):
+        inputs = inputs_for(model, generate=True, **shape)
+        settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert greedy(tmp_path / "out", form, inputs, 8).equal(model.generate(**inputs, **settings)), shape
+
+
+BERT = TEXT | SHALLOW
+HEADS: dict[str, Callable[[], PreTrainedModel]] = {
+    "tokens": maker("BertConfig", "BertForTokenClassification", BERT | {"num_labels": 5}),
+    "span": maker("BertConfig", "BertForQuestionAnswering", BERT),
+    "options": maker("BertConfig", "BertForMultipleChoice", BERT),
+    "number": maker("BertConfig", "BertForSequenceClassification", BERT | {"num_labels": 1}),
+    "decoder": VARIANTS["llama-classifier"],
+}
+
+
+QUICK_HEADS = [
+    ("tokens", "onnx"),
+    ("span", "onnx"),
+    ("options", "openvino"),
+    ("number", "openvino"),
+    ("decoder", "onnx"),
+]
+
+
+@pytest.mark.parametrize(("head", "form"), itertools.product(HEADS, RUNTIMES) if ALL else QUICK_HEADS)
+def test_heads(head: str, form: str, tmp_path: Path) -> None:
+    light = light_over(HEADS[head](), **UNEVEN)
+    written = export_model(light, tmp_path, form)
+    assert written.agreement is not None and written.agreement.difference < CLOSE
+    model = whole(light)
+    for rows, length in ((2, 5), (4, 9)):
+        inputs = inputs_for(model, rows=rows, length=length)
+        if head == "options":
+            inputs = {name: torch.stack([value, value.flip(0), value], 1) for name, value in inputs.items()}
+        assert difference(model, tmp_path, form, inputs) < CLOSE
+    assert not any("cache" in name for name in session(tmp_path, form).run(inputs))
+
+
+@pytest.mark.parametrize(("form", "dtype"), [("onnx", "int8"), ("openvino", "int8"), ("openvino", "f16")])
+def test_data_types(form: str, dtype: str, tmp_path: Path) -> None:
+    sizes = {**SHALLOW, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 500}
+    light = light_over(make("bert", **sizes), **UNEVEN)
+    agreement = export_model(light, tmp_path, form, dtype=dtype).agreement
+    assert agreement is not None and CLOSE / 10 < agreement.difference < {"f16": 0.01, "int8": 0.15}[dtype]
+    written = sum(file.stat().st_size for file in tmp_path.iterdir() if file.suffix in (".data", ".bin"))
+    in_32_bits = 4 * sum(parameter.numel() for parameter in whole(light).parameters())
+    assert written < {"f16": 0.55, "int8": 0.4}[dtype] * in_32_bits
+
+
+def test_a_base_in_half_precision_is_computed_in_32_bits(tmp_path: Path) -> None:
+    light = light_over(make("bert", **SHALLOW).to(torch.bfloat16), **UNEVEN)
+    assert export_model(light, tmp_path, "onnx").agreement.difference < CLOSE  # type: ignore[union-attr]
+
+
+def test_a_real_model(minilm: Path, tmp_path: Path) -> None:
+    """MiniLM with a real tokenizer: texts in, labels out."""
+    base = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    light = light_over(base, **UNEVEN)
+    model = whole(light)
+    texts = [("a moving film", "and a long one, with a twist"), ("dull", "never again")]
+    inputs = dict(tokenizer(*map(list, zip(*texts, strict=True)), padding=True, return_tensors="pt"))
+    assert "token_type_ids" in inputs
+    for form in RUNTIMES if ALL else ("onnx",):
+        export_model(light, tmp_path / form, form, tokenizer)
+        assert difference(model, tmp_path / form, form, inputs) < CLOSE
+        of_one = {**inputs, "token_type_ids": torch.zeros_like(inputs["token_type_ids"])}
+        theirs = session(tmp_path / form, form)
+        assert not theirs.run(of_one)["logits"].equal(theirs.run(inputs)["logits"]), "types of tokens are read"
+
+
+# -- what is in the folder ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "form"), [("bert", "classification", "onnx"), ("llama", "causal-lm", "openvino")]
+)
+def test_export(family: str, task: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path, family, task)
+    run = bench.config("run")
+    pipeline.run(run)
+    capsys.readouterr()
+    out = tmp_path / "out"
+    assert lightpeft("export", run.output, out, "--form", form) == 0
+    said = capsys.readouterr()
+    assert "(f32; compared: logits differ by less than 0.01%)" in said.out.replace("\n", " ")
+    assert "torch.onnx" not in said.out and not said.err, said.err
+    files = {path.name for path in out.iterdir()}
+    assert {RUNTIMES[form].file, "config.json", "export.json", "README.md", "tokenizer.json"} <= files
+    assert RUNTIMES[form].use in (out / "README.md").read_text(encoding="utf-8")
+    tokenizer, config = AutoTokenizer.from_pretrained(out), AutoConfig.from_pretrained(out)
+    if task == "classification":
+        inputs = tokenizer(["word1 good1", "bad1 bad2 word3"], padding=True, return_tensors="pt")
+        logits = ExportedModel.from_pretrained(out)(**inputs).logits
+        assert set(config.id2label.values()) == {"positive", "negative"} and logits.shape == (2, 2)
+    before = checksums(out)
+    assert lightpeft("export", run.output, out, "--form", form) == 2
+    assert "--overwrite" in capsys.readouterr().err and checksums(out) == before
+    assert lightpeft("export", run.output, tmp_path / "no", "--form", form, "--dtype", "q8_0") == 2
+    assert "weights are written in q8_0 in the form gguf, not in" in capsys.readouterr().err
+    if form == "onnx":
+        assert lightpeft("export", run.output, out, "--form", form, "--overwrite", "--dtype", "int8") == 0
+        assert checksums(out) != before and "(int8; compared" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_the_command_line_knows_every_form_and_data_type() -> None:
+    options = {option.name: option for option in EXPORT.options}
+    assert get_args(options["--form"].type) == tuple(EXPORTS) and get_args(options["--dtype"].type) == DTYPES
+    for name, runtime in RUNTIMES.items():
+        assert EXPORTS[name].dtypes == tuple(runtime.writers)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def by_length() -> LightModel:
+    """Rotary embeddings that are computed anew from the length of a text, which a trace cannot follow."""
+    return light_over(make("llama-gqa", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}))
+
+
+def with_adapters() -> LightModel:
+    model = adapted(make("bert"))
+    plan = plan_for(model)
+    apply_plan(model, plan)
+    return as_light(model, plan)
+
+
+def quantised() -> Any:
+    light = light_over(make("bert", **SHALLOW))
+    light.get_base_model().config.quantization_config = {}
+    return light
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "reason"),
+    [
+        (lambda: light_over(make("t5")), {}, "encoders or decoders, and t5 has both; use merged"),
+        (lambda: light_over(make("vit")), {}, "models that read text; this one is of vit"),
+        (by_length, {}, "cannot be traced for ONNX Runtime; export it as merged"),
+        (with_adapters, {}, "cannot be merged"),
+        (quantised, {}, "the base is quantised"),
+        (lambda: light_over(make("bert")), {"dtype": "q8_0"}, "in q8_0 in the form gguf, not in onnx"),
+        (lambda: light_over(make("bert")), {"dtype": "int3"}, "in int3 in the form of nobody, not in onnx"),
+        (lambda: light_over(make("bert")), {"form": "onxx"}, 'there is no form "onxx"; choose one of merged'),
+        (lambda: light_over(make("bert")), {"form": "peft"}, "use full_width(light)"),
+    ],
+)
+def test_refusals(model: Callable[[], Any], settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    chosen = {"form": "onnx", **settings}
+    assert reason in refusal(lambda: export_model(model(), tmp_path / "out", **chosen))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    light = light_over(make("bert"))
+    for package, form, dtype in (
+        ("onnxscript", "onnx", "f32"),
+        ("onnxruntime", "onnx", "int8"),
+        ("openvino", "openvino", "f32"),
+        ("nncf", "openvino", "int8"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            line = refusal(lambda: export_model(light, tmp_path / "out", form, dtype=dtype))  # noqa: B023
+        assert package in line and f'pip install "lightpeft[{form}]"' in line
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers.exporters", None)
+        assert "came with 5.24" in refusal(lambda: export_model(light, tmp_path / "out", "onnx"))
+    assert not (tmp_path / "out").exists()
+
+
+# -- checking ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """A model and its graph for ONNX Runtime."""
+    light = light_over(make("bert", **SHALLOW), **UNEVEN)
+    folder = tmp_path_factory.mktemp("written")
+    export_model(light, folder, "onnx")
+    return whole(light), folder
+
+
+def test_other_weights_are_noticed(written: tuple[PreTrainedModel, Path]) -> None:
+    model, folder = written
+    assert checking.compare(model, None, RUNTIMES["onnx"], folder, "f32") is not None
+    other = light_over(make("bert", seed=5, **SHALLOW), **UNEVEN)
+    line = refusal(lambda: checking.compare(whole(other), None, RUNTIMES["onnx"], folder, "f32"))
+    assert line.startswith("ONNX Runtime computes something else from the file: logits differ by")
+
+
+def test_a_graph_of_one_size_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compared has other sizes than what was traced, so a constant in place of a size does not pass."""
+    exact = runtimes.OnnxRuntime.settings
+
+    def fixed(self: Any, dtype: str) -> Any:
+        exporter, settings = exact(self, dtype)
+        settings.dynamic = False
+        return exporter, settings
+
+    monkeypatch.setattr(runtimes.OnnxRuntime, "settings", fixed)
+    line = refusal(lambda: export_model(light_over(make("bert", **SHALLOW)), tmp_path / "out", "onnx"))
+    assert line.startswith("ONNX Runtime does not take the file") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", RUNTIMES)
+def test_a_file_that_a_runtime_does_not_take(form: str, tmp_path: Path) -> None:
+    (tmp_path / RUNTIMES[form].file).write_text("nothing of the kind")
+    line = refusal(lambda: checking.compare(make("bert"), None, RUNTIMES[form], tmp_path, "f32"))
+    assert line.startswith(f"{RUNTIMES[form].title} does not take the file")
+
+
+def test_without_the_runtime_nobody_looks(
+    written: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = written
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert checking.compare(model, None, RUNTIMES["onnx"], folder, "f32") is None
+
+
+def test_what_cannot_be_traced_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no such\noperator")
+
+    light = light_over(make("bert", **SHALLOW))
+    monkeypatch.setattr("transformers.exporters.OnnxExporter.export", broken)
+    line = refusal(lambda: export_model(light, tmp_path / "out", "onnx"))
+    assert "cannot be traced for ONNX Runtime" in line and "no such operator" in line
+    assert not (tmp_path / "out").exists()
