@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workbench import Workbench, checksums, edit, forked, lightpeft, read
+from workbench import Workbench, checksums, edit, forked, labelled, lightpeft, read, write_rows
 
 from lightpeft import Budget
 from lightpeft.errors import LightPeftError
@@ -370,6 +370,17 @@ class TestAutoBudget:
         assert "60% after a probe: +0.200 nats" in text and "60% when cut: +0.400 nats" in text
         assert "The run chose 50" in text and "0.04 nats (2 points) are left after the probes" in text
         assert "256 rows that were set aside, by probes of 9 steps" in text and "measured in the end" not in text
+
+    def test_of_a_real_run(self, tmp_path: Path) -> None:
+        bench = Workbench(tmp_path)
+        write_rows(bench.train, labelled(600, seed=1))
+        fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+        pipeline.run(bench.config("run", **fisher, **{"light.blocks": "auto", "training.epochs": 0.5}))
+        found = read_run(tmp_path / "run")
+        seconds = {stage.name: stage.seconds or 0.0 for stage in found.stages}
+        assert found.budget is not None and seconds["budget"] == pytest.approx(found.budget.seconds, abs=1e-3)
+        assert found.training_seconds == pytest.approx(sum(seconds.values()) - seconds["evaluate"])
+        assert "The budget" in Reader(html(tmp_path / "run")).text
 
     def test_measured_beside_a_run_that_cut_nothing(self, light: Path, tmp_path: Path) -> None:
         whole = shutil.copytree(light, tmp_path / "whole")

@@ -234,7 +234,8 @@ _YEAR_9999 = 253_370_764_800
 
 def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
     way, logged = run.config.way, run.finished_stages()
-    names = ["estimate", "prune", "train"] if way.prunes else ["train"]
+    found = ["budget"] if run.config.light.blocks == "auto" else []
+    names = ["estimate", *found, "prune", "train"] if way.prunes else ["train"]
     for name in [*names, *(["widen"] if run.keeps_full else []), "evaluate"]:
         told: dict[str, Any] = logged.get(name, {})
         if report is not None:
