@@ -135,6 +135,9 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert all(point["step_time"] > 0 for point in found["points"])
     assert (tmp_path / "run" / "curve.png").read_bytes()[1:4] == b"PNG"
     assert not (tmp_path / "run" / "plan.json").exists(), "nothing is decided"
+    settings = (tmp_path / "run" / "config.yaml").read_bytes()
+    assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "24", "--light.min_neurons", "4") == 0
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == settings, "nor is the run another one"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert lightpeft("plan", "--run", tmp_path / "run", "--curve") == 0
     assert "pip install matplotlib" in capsys.readouterr().out

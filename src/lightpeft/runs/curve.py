@@ -21,6 +21,7 @@ from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs.bench import accelerating, adamw, sample_batches
 from lightpeft.runs.stages import estimated_model
 from lightpeft.runs.workspace import Workspace
+from lightpeft.saved.run_folder import RunFolder
 
 ROWS = 256
 """Training rows that losses are measured on."""
@@ -63,7 +64,7 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
         "seed": work.config.seed,
         "hardware": hardware(),
     }
-    with run.held():
+    with RunFolder.at(run.path).held():  # with its own budget, whatever else was asked about
         write_json(run.curve, found)
         plot = run.curve.with_suffix(".png")
         if not draw(found, plot):
