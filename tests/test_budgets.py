@@ -174,6 +174,12 @@ def test_points_of_accuracy_follow_the_entropy() -> None:
     )
 
 
+@pytest.mark.parametrize("counts", [[[0, 9], [9, 0]], [[1, 999], [0, 0]], [[0, 0], [1, 0]]])
+def test_answers_that_are_mostly_wrong_are_worth_as_much_as_chance(counts: list[list[int]]) -> None:
+    for metric in ("accuracy", "matthews", "f1"):
+        assert 100 <= points_a_nat(answers(counts), task_of(metric)) < math.inf
+
+
 def test_points_of_other_metrics_are_counted_on_the_answers() -> None:
     counts = [[30, 10], [5, 55]]
     worse = np.array([[30, 10], [5, 55]], float)
@@ -268,6 +274,7 @@ def test_a_trainer_finds_its_budget(tmp_path: Path) -> None:
     assert found is not None and found.blocks > 0 and found.tolerance == 2.0
     assert trainer.light_plan is not None and trainer.light_plan.removed_of_blocks >= found.blocks
     assert found.rows >= 128 and found.steps == 8 and f"cuts {found.blocks:.0%}" in found.summary()
+    assert trainer.light_report["seconds"]["budget"] == found.seconds > 0
     assert trainer.state.global_step == 60, "probes are no steps of the run"
 
 

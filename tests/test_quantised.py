@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import batch, make, masked, plan_for, refusal, relative_difference, with_lora
+from tiny import batch, inputs_for, make, masked, plan_for, random_record, refusal, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
@@ -30,6 +30,8 @@ from lightpeft.models.linears import (
     slice_linear,
     stored_weight,
 )
+from lightpeft.plans.planning import make_plan
+from lightpeft.prune.probing import Probe
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.light_adapter import as_light, load_light
 
@@ -335,6 +337,20 @@ def load(folder: Path, kind: str, auto: Any = AutoModelForCausalLM) -> Any:
 def logits(model: Any, train: bool = False) -> Tensor:
     inputs = batch()
     return model.train(train)(**inputs).logits[inputs["attention_mask"] > 0]
+
+
+@all_configs
+def test_a_probe_of_a_budget_leaves_the_model_alone(folder: Path, kind: str) -> None:
+    """Its copy shares what is quantised, and is cut."""
+    model = with_lora(load(folder, kind))
+    criteria: dict[str, Any] = {"head_criterion": "fisher", "neuron_criterion": "fisher"}
+    light = LightConfig(blocks=0.4, multiple_of=64, ranks=0.0, modules=0.0, **criteria)
+    plan = make_plan(random_record(model), light)
+    batches = [inputs_for(model, labels=True, seed=seed) for seed in range(4)]
+    probe = Probe(light, train=batches[:2], rows=[], held=batches[2:], rate=1e-2)
+    before = logits(model)
+    assert not probe.losses(model, plan).equal(probe.losses(model, None))
+    assert logits(model).equal(before)
 
 
 @all_configs

@@ -6,6 +6,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -100,6 +101,12 @@ def autocast_dtype(training: TrainingConfig) -> torch.dtype | None:
         return None if accelerator() is None else torch.float16
     chosen = has_bf16() if training.bf16 == "auto" else training.bf16
     return torch.bfloat16 if chosen else None
+
+
+def random_apart(device: torch.device) -> AbstractContextManager[None]:
+    """A context that draws no random numbers of the run's, on a device or on the CPU: it ends where it began."""
+    apart = device.type != "cpu"
+    return torch.random.fork_rng([device] if apart else [], device_type=device.type if apart else "cuda")
 
 
 def autocasting(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

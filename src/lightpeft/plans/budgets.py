@@ -14,17 +14,18 @@ cannot, so that nothing of it is counted on.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
+import numpy as np
 from torch import Tensor
 
 STEP = 0.05
 """Budgets are multiples of it."""
 CONFIDENCE = 0.8
 """That what is left stays below its upper bound, as far as the spread over rows tells."""
-_SIDE = 0.8416
+_SIDE = NormalDist().inv_cdf(CONFIDENCE)
 """Standard errors from the mean to that bound."""
 _FIRST = 0.3
 """r before anything was probed."""
@@ -100,10 +101,10 @@ class BudgetSearch:
         return self._largest(lambda blocks: self.expected(blocks).upper, highest) or 0.0
 
     def expected(self, blocks: float) -> Expected:
-        """What a budget costs in the end, by what was probed so far."""
+        """What a budget costs, by what was probed so far."""
         rise = self.rise(blocks)
-        recovery = _on_line([(each.blocks, each.recovery) for each in self.probed], blocks)
-        upper = _on_line([(each.blocks, each.upper) for each in self.probed], blocks)
+        recovery = _on_line({each.blocks: each.recovery for each in self.probed}, blocks)
+        upper = _on_line({each.blocks: each.upper for each in self.probed}, blocks)
         return Expected(blocks, rise * recovery, rise * upper)
 
     @property
@@ -115,18 +116,16 @@ class BudgetSearch:
 
     def rise(self, blocks: float) -> float:
         """Of the loss when so much is cut and nothing has trained."""
-        return max(_on_line(sorted({self.gone: 0.0, **self.before}.items()), blocks), 1e-6)
+        return max(_on_line({self.gone: 0.0, **self.before}, blocks), 1e-6)
 
     def _take(self, blocks: float, rises: Tensor) -> None:
         after, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises))
         # few rows may say that a cut costs nothing; where copies that have trained say otherwise, so does all below
         before, wide = max(self.rise(blocks), after), blocks - self.gone
-        line = {part: after * (part - self.gone) / wide for part in self.before if part < blocks}
-        self.before = {
-            **self.before,
-            **{part: max(self.before[part], rise) for part, rise in line.items()},
-            blocks: before,
+        below = {
+            part: max(rise, after * (part - self.gone) / wide) for part, rise in self.before.items() if part < blocks
         }
+        self.before = {**self.before, **below, blocks: before}
         self.probed = sorted([*self.probed, Probed(blocks, before, after, error)], key=lambda each: each.blocks)
 
     def _largest(self, cost: Callable[[float], float], highest: float = 1.0) -> float | None:
@@ -139,12 +138,6 @@ class BudgetSearch:
         return within
 
 
-def _on_line(points: Sequence[tuple[float, float]], place: float) -> float:
+def _on_line(points: Mapping[float, float], place: float) -> float:
     """Between two points on the line through them; beside all of them, as at the nearest."""
-    at = bisect_left([x for x, _ in points], place)
-    if at == 0:
-        return points[0][1]
-    if at == len(points):
-        return points[-1][1]
-    (left, low), (right, high) = points[at - 1], points[at]
-    return low + (high - low) * (place - left) / (right - left)
+    return float(np.interp(place, sorted(points), [points[x] for x in sorted(points)]))

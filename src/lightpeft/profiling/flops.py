@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightpeft.compat.transformers import attention_of
+from lightpeft.machine import random_apart
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
@@ -54,7 +55,7 @@ def count_flops(model: nn.Module, batch: Batch) -> Flops:
         if not trainable(model):
             return Flops(forward, None)
         counter = _flop_counter()
-        with in_mode(model, training=True), _kept_gradients(model), _kept_random_state(model), counter:
+        with in_mode(model, training=True), _kept_gradients(model), random_apart(device_of(model)), counter:
             torch.autograd.backward(loss_of(model, batch))
         return Flops(forward, counter.get_total_flops())
 
@@ -110,8 +111,3 @@ def _kept_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
-
-
-def _kept_random_state(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    device = device_of(model)
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

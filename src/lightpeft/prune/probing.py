@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from lightpeft.config import LightConfig
-from lightpeft.machine import autocasting
+from lightpeft.machine import autocasting, random_apart
 from lightpeft.models.patching import in_mode
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import Batch, device_of, loss_of, losses_of, moved, trainable
@@ -63,8 +63,7 @@ class Probe:
         Raises:
             LightPeftError: the copy gives no loss, or its losses are not finite.
         """
-        devices = [device_of(model)] if device_of(model).type != "cpu" else []
-        with torch.random.fork_rng(devices, device_type=device_of(model).type if devices else "cuda"):
+        with random_apart(device_of(model)):
             torch.manual_seed(self.light.seed)
             shadow = sharing_frozen(model)
             if plan is not None:
@@ -76,17 +75,20 @@ class Probe:
         device, parameters = device_of(model), trainable(model)
         optimizer = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=self.weight_decay)
         schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(_WARMUP * self.steps), self.steps)
+        scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
         acceleration = light_steps(model, self.light, fast=self.fast, autocast=self.autocast, loss_alone=True)
         with in_mode(model, training=True), acceleration:
             for number, batch in enumerate(self.train, start=1):
                 with autocasting(device, self.autocast):
                     loss = loss_of(model, moved(batch, device)) / self.accumulation
-                loss.backward()
+                scaler.scale(loss).backward()
                 if number % self.accumulation:
                     continue
                 if self.max_grad_norm:
+                    scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 schedule.step()
                 optimizer.zero_grad()
 

@@ -175,6 +175,7 @@ class LightTraining(PrefixMixin, Repeatable):
         light = self.light_config
         if light.blocks == "auto":
             self.light_budget = self.find_light_budget(record, self._trainer.state.max_steps)
+            self._light_seconds["budget"] = self.light_budget.seconds
             _log.info("%s", self.light_budget.summary())
             light = replace(light, blocks=agreed(self.light_budget.blocks))
         return make_plan(record, light)
@@ -185,10 +186,12 @@ class LightTraining(PrefixMixin, Repeatable):
         Args:
             steps: of the whole run.
         """
+        started = time.perf_counter()
         seen = self.rows_of_steps(record.meta["steps"])
         probe = make_probe(self._trainer, self.light_config, steps, seen, self.fast_steps)
         tolerance = self.light_tolerance_in_nats(probe.rows)
-        return find_budget(self._peft_model, record, self.light_config, probe, tolerance)
+        found = find_budget(self._peft_model, record, self.light_config, probe, tolerance)
+        return replace(found, seconds=time.perf_counter() - started)
 
     def light_tolerance(self) -> Tolerance:
         """`light.tolerance`, or the usual one. To be overridden.

@@ -338,7 +338,7 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
         **_vocabulary_report(work, model),
         "seconds": run.stage_seconds(),
         "training": dict(_training_costs(run)),
-        **({"budget": found_budget(run)} if run.has("budget") else {}),
+        **({"budget": budget} if (budget := found_budget(run)) is not None else {}),
         "adapter_bytes": folder_bytes(run.result),
         "seed": config.seed,
         "hardware": hardware(),

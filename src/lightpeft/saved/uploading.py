@@ -20,24 +20,17 @@ _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 """Files of a whole model's weights."""
 
 
-def send(
-    write: Callable[[Path], object],
-    name: str,
-    *,
-    private: bool | None = None,
-    revision: str | None = None,
-    token: Token = None,
-    commit_message: str | None = None,
-) -> str:
-    """`upload` of a folder that is written for that alone.
+def send(write: Callable[[Path], object], name: str, **options: Any) -> str:
+    """`upload` of a folder that is written for that alone; options, what it gives and errors are its own.
 
     Args:
         write: writes into it.
+        name: of the repository, as owner/name.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name.rpartition("/")[2]
         write(folder)
-        return upload(folder, name, private=private, revision=revision, token=token, commit_message=commit_message)
+        return upload(folder, name, **options)
 
 
 def upload(

@@ -46,7 +46,8 @@ def points_a_nat(answers: Answers, task: Task) -> float:
         errors = 1.0 - np.eye(classes)
     error = max((total - right) / total, 0.5 / total)
     more = _MORE * total
-    worse = np.diag(np.diag(counts)) * (1 - more / right) + errors / errors.sum() * (total - right + more)
+    fewer = 1 - more / max(right, more)
+    worse = np.diag(np.diag(counts)) * fewer + errors / errors.sum() * (total - right + more)
     nats = _MORE * max(_LEAST_NATS, math.log((1 - error) * (classes - 1) / error) if error < 1 else 0.0)
     # a metric that is 0 for answers that are all the same still has much to lose
     lost = max(_MORE, _main(counts, task) - _main(worse, task))

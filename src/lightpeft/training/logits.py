@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lightpeft.compat.transformers import causal_loss, has_causal_loss, loss_instead
+from lightpeft.machine import random_apart
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.tasks.tokens import IGNORED
@@ -56,9 +57,8 @@ def _has_usual_loss(inner: Any) -> bool:
 
     device = inner.get_input_embeddings().weight.device
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
-    state = torch.random.fork_rng([device] if device.type == "cuda" else [])  # dropout draws no numbers of the run's
     try:
-        with loss_instead(inner, loss), torch.no_grad(), state:
+        with loss_instead(inner, loss), torch.no_grad(), random_apart(device):  # dropout draws numbers
             inner(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens)
     except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
         return False
