@@ -125,7 +125,7 @@ def test_table_shows_the_measurements(report: dict[str, Any], capsys: pytest.Cap
     Console(width=140).print(bench_table(report))
     text = " ".join(capsys.readouterr().out.split())
     light = report["subjects"]["light"]
-    assert f"{light['training_samples_per_second']['median']:.1f}" in text
+    assert f"{light['training_samples_per_second']['median']:,.1f}" in text
     assert f"{report['ratios']['inference_throughput']['median']:.2f}" in text
     assert f"{report['ratios']['training_flops']:.2f}" in text
     assert "for 6 steps" in text

@@ -241,7 +241,7 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
         )
     for point in run.curve.points:
         assert f"{100 * (point.removed_of_blocks or 0):.0f}% gone: {point.rise:+.3f}" in found.text
-    assert f"samples/s in training: {run.speeds.rows[0].ratio:.2f}" in found.text
+    assert f"training samples/s: {run.speeds.rows[0].ratio:.2f}" in found.text
     assert f"lightpeft run --config {bench.folder}/light/config.yaml --output {bench.folder}/light_again" in found.text
     assert "head_criterion: fisher" in found.text and "torch" in found.text
 

@@ -12,6 +12,7 @@ from lightpeft.config import peft_type
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import SLOTS
+from lightpeft.runs.report.speeds import speed_rows
 
 
 def plan_table(plan: PrunePlan) -> Table:
@@ -123,39 +124,20 @@ def _range(interval: Sequence[float] | None) -> str:
 
 def bench_table(report: Mapping[str, Any]) -> Table:
     """Plain PEFT, light, and their ratio, with the quartiles of the ratio."""
-    plain, light, ratios = report["subjects"]["plain"], report["subjects"]["light"], report["ratios"]
     kind = plain_name(report["config"])
     table = Table(title=f"{kind} beside light (medians over rounds)", title_justify="left")
     for name in ("", kind, "light", "light / plain", "quartiles"):
         table.add_column(name, justify="left" if not name else "right")
-    for name, key in (("training samples/s", "training"), ("inference samples/s", "inference")):
-        values = [subject[f"{key}_samples_per_second"]["median"] for subject in (plain, light)]
-        table.add_row(name, *(f"{value:.1f}" for value in values), *_ratio(ratios[f"{key}_throughput"]))
-    memory = [subject["peak_memory_bytes"] / 2**20 for subject in (plain, light)]
-    table.add_row(
-        "peak training memory, MiB", *(f"{value:.0f}" for value in memory), f"{ratios['peak_memory']:.2f}", ""
-    )
-    for name, key in (("training", "training"), ("inference", "forward")):
-        flops = [subject["flops"][key] / 1e9 for subject in (plain, light)]
-        table.add_row(f"{name} GFLOP a batch", *(f"{value:.1f}" for value in flops), f"{flops[1] / flops[0]:.2f}", "")
-    caches = [subject["kv_cache_bytes_per_token"] for subject in (plain, light)]
-    if caches[0] is not None:
-        sizes = (f"{size / 1024:.1f}" for size in caches)
-        table.add_row("KV cache, KiB a token", *sizes, f"{caches[1] / caches[0]:.2f}", "")
-    whole = report["end_to_end"]
-    seconds = (f"{whole['plain_seconds']:.0f}", f"{whole['light_seconds']:.0f}", f"{whole['light_over_plain']:.2f}")
-    table.add_row("whole run, s", *seconds, "")
-    slowdown = ratios["estimation_throughput"]["median"]
-    steps = whole["estimation_steps"]
+    for row in speed_rows(report):
+        spread = " - ".join(f"{end:.2f}" for end in row.get("quartiles", ()))
+        table.add_row(row["name"], row["plain"], row["light"], f"{row['ratio']:.2f}", spread)
+    slowdown = report["ratios"]["estimation_throughput"]["median"]
+    steps = report["end_to_end"]["estimation_steps"]
     table.caption = (
         f"estimation, part of the whole run, trains {slowdown:.2f} times as fast as {kind}, for {steps} steps"
     )
     table.caption_justify = "left"
     return table
-
-
-def _ratio(spread: Mapping[str, float]) -> tuple[str, str]:
-    return f"{spread['median']:.2f}", f"{spread['low']:.2f} - {spread['high']:.2f}"
 
 
 def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: Mapping[str, Any]) -> Table:

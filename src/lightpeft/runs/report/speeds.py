@@ -41,10 +41,11 @@ def read_speeds(path: Path) -> Speeds:
     """
     found = read_json(path)
     with understandable(path):
-        return from_dict(Speeds, {"rounds": found["rounds"], "rows": _rows(found)})
+        return from_dict(Speeds, {"rounds": found["rounds"], "rows": speed_rows(found)})
 
 
-def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Fields of `SpeedRow`, measure by measure, of what `bench` gives."""
     subjects, ratios, whole = found["subjects"], found["ratios"], found["end_to_end"]
     both = [subjects[name] for name in ("plain", "light")]
     rows: list[dict[str, Any]] = []
@@ -55,13 +56,16 @@ def _rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     for what in ("training", "inference"):
         spread, medians = ratios[f"{what}_throughput"], [of[f"{what}_samples_per_second"]["median"] for of in both]
-        add(f"samples/s in {what}", medians, _fine, spread["median"], quartiles=[spread["low"], spread["high"]])
-    add("peak memory of training", [of["peak_memory_bytes"] for of in both], size, ratios["peak_memory"])
+        add(f"{what} samples/s", medians, _fine, spread["median"], quartiles=[spread["low"], spread["high"]])
+    add("training memory", [of["peak_memory_bytes"] for of in both], size, ratios["peak_memory"])
     for what, key in (("training", "training"), ("inference", "forward")):
         flops = [of["flops"][key] / 1e9 for of in both]
-        add(f"GFLOP a batch in {what}", flops, _fine, flops[1] / flops[0])
+        add(f"{what} GFLOP", flops, _fine, flops[1] / flops[0])
+    caches = [of.get("kv_cache_bytes_per_token") for of in both]
+    if None not in caches:
+        add("KV cache a token", caches, size, caches[1] / caches[0])
     seconds = [whole[f"{name}_seconds"] for name in ("plain", "light")]
-    add("a whole run, estimation included", seconds, duration, whole["light_over_plain"])
+    add("whole run", seconds, duration, whole["light_over_plain"])
     return rows
 
 
