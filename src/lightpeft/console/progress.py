@@ -47,7 +47,7 @@ class StepProgress:
         each = (now - self.started) / (self.done - self.before)
         left = duration(each * (self.total - self.done)) if self.done < self.total else "none"
         took = duration(now - self.begun)
-        rate = f"{3600 / each:.3g} {self.unit}/h"
+        rate = f"{3600 / each:{',.0f' if each < 36 else '.3g'}} {self.unit}/h"
         self._print(f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {rate}, time left: {left}")
 
     def _print(self, line: str) -> None:
