@@ -29,6 +29,7 @@ import peer_methods
 import peer_pruning
 import peers
 import plots
+import probe_length
 import products
 import publishing
 import pytest
@@ -74,6 +75,7 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.refit import Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan
+from lightpeft.recipe import probes
 from lightpeft.runs import pipeline
 from lightpeft.runs.reproduce.grid import slug
 
@@ -608,6 +610,28 @@ def test_depth_probe_of_a_language_model(
     monkeypatch.chdir(tmp_path)
     assert depth_probe.main([str(Workbench(tmp_path / "bench", "llama", "causal-lm").yaml("tiny"))]) == 2
     assert "does not classify" in capsys.readouterr().err
+
+
+# -- probe_length.py ---------------------------------------------------------------------------------------------------
+
+
+def test_probe_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a step the rise is that of the cut alone; a run without an estimation is refused."""
+    monkeypatch.setattr(probes, "LEAST_HELD", 16)
+    bench = Workbench(tmp_path / "bench", "bert")
+    config, out = bench.config("tiny", **{"light.blocks": "auto"}), tmp_path / "out.json"
+    assert probe_length.main([config.output]) == 2
+    assert "probe_length: " in capsys.readouterr().err
+    pipeline.estimate(pipeline.prepare(config))
+    words = [config.output, "--steps", "0", "2", "--blocks", "0.2", "0.6", "--out", str(out)]
+    assert probe_length.main(words) == 0
+    results = read(out)["results"]
+    assert [(probe["steps"], probe["blocks"]) for probe in results["probes"]] == [(0, 0.2), (0, 0.6), (2, 0.2), (2, 0.6)]
+    untrained, trained = results["probes"][1], results["probes"][3]
+    assert untrained["rise"] != trained["rise"] and untrained["standard_error"] > 0
+    assert "± " in capsys.readouterr().out
+    assert probe_length.main([config.output, "--steps", "-1"]) == 2
+    assert "--steps has -1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
