@@ -57,19 +57,19 @@ def measure(folder: Path, steps: Sequence[int], budgets: Iterable[float]) -> dic
             rises = probe.losses(model, plan) - whole
             error = float(rises.std()) / math.sqrt(len(rises))
             found.append({"steps": count, "blocks": part, "rise": float(rises.mean()), "standard_error": error})
-    return {"rows": len(longest.rows), "run_steps": work.steps, "estimation_steps": record.meta["steps"], "probes": found}
+    about = {"rows": len(longest.rows), "run_steps": work.steps, "estimation_steps": record.meta["steps"]}
+    return {**about, "probes": found}
 
 
 def markdown(results: dict[str, Any]) -> str:
     """One row a number of steps, one column a budget."""
     probes = results["probes"]
     budgets = list(dict.fromkeys(probe["blocks"] for probe in probes))
-    cell = {(probe["steps"], probe["blocks"]): f"{probe['rise']:.3f} ± {probe['standard_error']:.3f}" for probe in probes}
-    rows = [
-        [str(steps), *(cell[steps, part] for part in budgets)]
-        for steps in dict.fromkeys(probe["steps"] for probe in probes)
-    ]
-    return markdown_table(["steps", *(f"{part:.0%}" for part in budgets)], rows)
+    rows: dict[int, list[str]] = {}
+    for probe in probes:
+        of_steps = rows.setdefault(probe["steps"], [str(probe["steps"])])
+        of_steps.append(f"{probe['rise']:.3f} ± {probe['standard_error']:.3f}")
+    return markdown_table(["steps", *(f"{part:.0%}" for part in budgets)], rows.values())
 
 
 def main(arguments: list[str] | None = None) -> int:

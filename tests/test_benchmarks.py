@@ -626,7 +626,8 @@ def test_probe_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     words = [config.output, "--steps", "0", "2", "--blocks", "0.2", "0.6", "--out", str(out)]
     assert probe_length.main(words) == 0
     results = read(out)["results"]
-    assert [(probe["steps"], probe["blocks"]) for probe in results["probes"]] == [(0, 0.2), (0, 0.6), (2, 0.2), (2, 0.6)]
+    tried = [(probe["steps"], probe["blocks"]) for probe in results["probes"]]
+    assert tried == [(0, 0.2), (0, 0.6), (2, 0.2), (2, 0.6)]
     untrained, trained = results["probes"][1], results["probes"][3]
     assert untrained["rise"] != trained["rise"] and untrained["standard_error"] > 0
     assert "± " in capsys.readouterr().out
