@@ -22,6 +22,7 @@ from lightpeft.saved.run_folder import RunFolder
 
 NAMES = [
     "run",
+    "check",
     "estimate",
     "plan",
     "prune",

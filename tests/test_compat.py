@@ -50,6 +50,7 @@ from lightpeft.compat import torch as of_torch
 from lightpeft.compat import transformers as of_transformers
 from lightpeft.compat.accelerate import as_it_is, forget_optimizers
 from lightpeft.compat.transformers import Checkpoint
+from lightpeft.profiling.flops import flop_counter
 
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
@@ -690,3 +691,46 @@ def test_what_llama_cpp_is_asked_by(name: str) -> None:
 def test_the_logits_of_the_last_token_are_read() -> None:
     bindings = llama_cpp_py_sync.llama
     assert hasattr(bindings.get_lib(), "llama_get_logits_ith") and hasattr(bindings.get_ffi(), "buffer")
+
+
+# -- torch: tensors without storage ----------------------------------------------------------------------------------
+
+
+def test_stand_ins_are_counted_as_long_as_they_live() -> None:
+    with of_torch.StorageWatch() as watch:
+        first = torch.zeros(1000)
+        assert isinstance(first, of_torch.StandIn) and watch.now == watch.peak == 4000
+        view = first[:10]
+        assert watch.now == 4000 and of_torch.storage_of(view) == of_torch.storage_of(first)
+        second = first * 2
+        assert watch.now == 8000
+        del first, view
+        assert watch.now == 4000 and watch.peak == 8000
+        assert second.device.type == "cpu" and second.shape == (1000,)
+
+
+def test_stand_ins_answer_where_values_are_asked_for() -> None:
+    with of_torch.StorageWatch(share=0.25) as watch:
+        values = torch.zeros(8, 4)
+        assert values.equal(values + 1) and not bool((values > 0).any()) and float(values.sum()) == 1.0
+        assert (values > 0).nonzero().shape == (8, 2)
+        assert values[values > 0].shape == (8,)
+        assert values[torch.zeros(8, dtype=torch.bool)].shape == (2, 4)
+        assert watch.peak > 0
+
+
+def test_storages_of_real_tensors_tell_views_from_copies() -> None:
+    values = torch.zeros(8)
+    assert (
+        of_torch.storage_of(values)
+        == of_torch.storage_of(values.view(2, 4).detach())
+        != of_torch.storage_of(values.clone())
+    )
+
+
+def test_attention_of_cpus_is_known_by_its_name() -> None:
+    """For the counting of what it computes: two products forward, and four backward."""
+    query, key = (torch.randn(2, 3, length, 8, requires_grad=True) for length in (5, 7))
+    with flop_counter() as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, key, key).sum().backward()
+    assert counter.get_total_flops() == 3 * (2 * 2 * 3 * 5 * 7 * (8 + 8))

@@ -12,6 +12,7 @@ from lightpeft.config import peft_type
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import SLOTS
+from lightpeft.runs.checking import Check
 from lightpeft.runs.report.speeds import speed_rows
 
 
@@ -138,6 +139,33 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def needs_table(found: Check) -> Table:
+    """What each stage of a run needs, one a row, with plain PEFT first; memory in MiB."""
+    measured = found.time_of_plain is not None
+    title = f"what a run needs, MiB; batches of {found.rows} rows of at most {found.tokens} tokens"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("stage")
+    for name in ("steps", "weights", "trained", "activa-\ntions", "kernels,\ngaps", "in all", "GFLOPs\na step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if measured:
+        table.add_column("time", justify="right")
+    for name, need in found.stages.items():
+        held = need.holding
+        parts = (held.weights, held.trained, held.activations, held.overhead, held.total)
+        row = [name, str(need.steps), *(f"{part / 2**20:,.0f}" for part in parts), f"{held.flops / 1e9:,.0f}"]
+        table.add_row(*row, *([_seconds(need.seconds)] if measured else []))
+    return table
+
+
+def _seconds(seconds: float | None) -> str:
+    """In the unit that suits it; nothing for None."""
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: Mapping[str, Any]) -> Table:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -29,7 +30,7 @@ from lightpeft.files.foreign import check_config, check_folder, check_weights, p
 from lightpeft.models import hub
 from lightpeft.models.families import check_not_refused
 from lightpeft.models.linears import prepare_quantised
-from lightpeft.models.task_heads import TaskHead
+from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
 _QUANTISED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -108,6 +109,43 @@ def load_model(
     keep_own_names(model, names)
     prepare_quantised(model)
     return LoadedModel(model, sorted({_top_module(model, key) for key in info["missing_keys"]}), head)
+
+
+def untrained_model(
+    config: ModelConfig,
+    head: TaskHead,
+    labels: Sequence[str] = (),
+    *,
+    device: str | torch.device = "meta",
+    blocks: int | None = None,
+) -> LoadedModel:
+    """The same model as its configuration alone tells of it: no weight is read.
+
+    Args:
+        device: where its weights are made, at random; on the meta device they are shapes.
+        blocks: how many it has; None: as many as it says.
+
+    Raises:
+        LightPeftError: no such model, one that cannot be pruned, or one of another number of blocks than it can have.
+    """
+    hf_config = load_model_config(config)
+    check_not_refused(hf_config.model_type)
+    head.configure(hf_config, labels)
+    if blocks is not None:
+        hf_config.get_text_config().num_hidden_layers = blocks
+    options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
+    dtype = getattr(hf_config, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
+    with _opening(config), torch.device(device):
+        model = head.auto.from_config(
+            hf_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code, **options
+        )
+    return LoadedModel(model, [] if head == CAUSAL_LM else _heads(model), head)
+
+
+def _heads(model: PreTrainedModel) -> list[str]:
+    """What a model has beside its base."""
+    beside = (name for name, module in model.named_children() if name != model.base_model_prefix)
+    return sorted(name for name in beside if any(True for _ in model.get_submodule(name).parameters()))
 
 
 def remember_origin(model: PreTrainedModel, config: ModelConfig) -> None:

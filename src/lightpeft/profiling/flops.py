@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightpeft.compat.torch import CPU_ATTENTION, CPU_ATTENTION_BACKWARD
 from lightpeft.compat.transformers import attention_of
 from lightpeft.machine import random_apart
 from lightpeft.models.patching import in_mode
@@ -49,24 +50,35 @@ def count_flops(model: nn.Module, batch: Batch) -> Flops:
     """
     batch = moved(batch, device_of(model))
     with _countable_attention(model):
-        with in_mode(model, training=False), torch.no_grad(), _flop_counter() as counter:
+        with in_mode(model, training=False), torch.no_grad(), flop_counter() as counter:
             model(**batch)
         forward = counter.get_total_flops()
         if not trainable(model):
             return Flops(forward, None)
-        counter = _flop_counter()
+        counter = flop_counter()
         with in_mode(model, training=True), _kept_gradients(model), random_apart(device_of(model)), counter:
             torch.autograd.backward(loss_of(model, batch))
         return Flops(forward, counter.get_total_flops())
 
 
-def _flop_counter() -> FlopCounterMode:
-    """Counts what is added in place too (fused LoRA layers do), which PyTorch leaves out."""
+def flop_counter() -> FlopCounterMode:
+    """Counts matrix products, and what PyTorch's own leaves out: those added in place, and attention of CPUs.
+
+    The latter with full (not halved) score matrices, and without the recomputation in its backward pass.
+    """
 
     def addmm_(_: torch.Size, left: torch.Size, right: torch.Size, **__: Any) -> int:
         return 2 * left[0] * left[1] * right[1]
 
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_})
+    def attention(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+        rows, heads, length, channels = query
+        return 2 * rows * heads * length * key[2] * (channels + value[3])
+
+    def attention_backward(_: torch.Size, *shapes: Any, **__: Any) -> int:
+        return 2 * attention(*shapes)
+
+    known = {torch.ops.aten.addmm_: addmm_, CPU_ATTENTION: attention, CPU_ATTENTION_BACKWARD: attention_backward}
+    return FlopCounterMode(display=False, custom_mapping=known)
 
 
 def kv_cache_bytes(model: nn.Module, batch: Batch) -> float | None:

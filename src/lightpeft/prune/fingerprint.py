@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightpeft.compat.torch import StandIn
 from lightpeft.models.linears import stored_weight
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
 from lightpeft.models.vocabulary import Vocabulary
@@ -24,7 +25,10 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec], vocabulary: Vocab
 
     Values are sampled at fixed strides and rounded to bfloat16, so a base loaded in float32 and in bfloat16 agree,
     and a large model takes milliseconds. Of quantised weights the integers count, so a base in 4 bits is another one.
+    A model whose tensors have no storage has none: "".
     """
+    if isinstance(_input_embeddings(transformers_model(model)), StandIn):
+        return ""
     names = [name for block in blocks for name in block.projections.values()]
     return digest_of(model, ((name, sample(stored_weight(base_linear(model, name)))) for name in names), vocabulary)
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
+from lightpeft.compat.torch import storage_of
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import adapter_in_use
 from lightpeft.plans.records import PrunePlan
@@ -273,7 +274,8 @@ def _sum_of_tokens(products: Tensor) -> Tensor:
 
 def _memory(tensor: Tensor) -> object:
     """Equal for tensors that are all of the same contiguous memory, as long as one of them is there; else None."""
-    return (tensor.data_ptr(), tensor.numel(), tensor.dtype) if tensor.is_contiguous() else None
+    where = storage_of(tensor), tensor.storage_offset(), tensor.numel(), tensor.dtype
+    return where if tensor.is_contiguous() else None
 
 
 def _unpack(saved: Tensor | Callable[[], Tensor]) -> Tensor:

@@ -39,6 +39,7 @@ from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling import (
+    OptimizerFactory,
     PeakMemory,
     alternate,
     count_flops,
@@ -399,17 +400,21 @@ def _plain(work: Workspace) -> Made:
 
 def _estimation(work: Workspace) -> Made:
     """The dense model with all PEFT modules, masks and observers on; the masks train in the optimizer's step."""
-    config = work.config
-    model = add_peft(work.dense_model(), config)
-    estimator = Estimator(model, replace(config.light, length=10**9))
+    model = add_peft(work.dense_model(), work.config)
+    return model, estimating(work, model)
+
+
+def estimating(work: Workspace, model: PeftModel) -> OptimizerFactory:
+    """Attach what estimates to a model; the factory of an optimizer whose steps train the masks as well."""
+    estimator = Estimator(model, replace(work.config.light, length=10**9))
     estimator.start(None)
 
-    def optimizer(parameters: Any) -> torch.optim.Optimizer:
-        made = adamw(work)(parameters)
-        made.register_step_pre_hook(lambda *_: estimator.step())
-        return made
+    def made(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = adamw(work)(parameters)
+        optimizer.register_step_pre_hook(lambda *_: estimator.step())
+        return optimizer
 
-    return model, optimizer
+    return made
 
 
 def _light(work: Workspace) -> Made:

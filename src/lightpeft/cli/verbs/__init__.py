@@ -1,6 +1,7 @@
 """The verbs of the command line, one object each."""
 
 from lightpeft.cli.verbs.bench import BENCH
+from lightpeft.cli.verbs.check import CHECK
 from lightpeft.cli.verbs.evaluate import EVALUATE
 from lightpeft.cli.verbs.export import EXPORT
 from lightpeft.cli.verbs.inspect import INSPECT
@@ -12,7 +13,7 @@ from lightpeft.cli.verbs.verb import Verb
 
 VERBS: dict[str, Verb] = {
     verb.name: verb
-    for verb in (RUN, ESTIMATE, PLAN, PRUNE, TRAIN, EVALUATE, BENCH, PREDICT, EXPORT, INSPECT, REPORT, REPRODUCE)
+    for verb in (RUN, CHECK, ESTIMATE, PLAN, PRUNE, TRAIN, EVALUATE, BENCH, PREDICT, EXPORT, INSPECT, REPORT, REPRODUCE)
 }
 """Name -> verb, in the order of help."""
 

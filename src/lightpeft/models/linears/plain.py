@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightpeft.compat.torch import StandIn
 from lightpeft.models.linears.kinds import DenseKind, sliced
 
 
@@ -15,7 +16,7 @@ class PlainLinear(DenseKind):
 
     def matches(self, layer: nn.Module) -> bool:
         weight = getattr(layer, "weight", None)
-        return isinstance(layer, nn.Linear) and type(weight) is nn.Parameter and _is_ordinary(weight)
+        return isinstance(layer, nn.Linear) and isinstance(weight, nn.Parameter) and _is_ordinary(weight)
 
     def dense_weight(self, layer: Any) -> Tensor:
         return layer.weight.detach()
@@ -78,4 +79,5 @@ def _frozen(values: Tensor) -> nn.Parameter:
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    return type(weight.data) is Tensor and weight.is_floating_point()
+    """Whether a weight is of PyTorch's own type, or a stand-in for one."""
+    return weight.is_floating_point() and (type(weight) is StandIn or type(weight.data) is Tensor)

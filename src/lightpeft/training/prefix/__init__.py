@@ -4,7 +4,7 @@ from lightpeft.training.prefix.batches import ROWS, Numbered, number_rows, with_
 from lightpeft.training.prefix.blocks import STATES, FrozenPrefix
 from lightpeft.training.prefix.caching import Collate, PrefixCache, cache_prefix, lengths_of, obstacle
 from lightpeft.training.prefix.mixin import PrefixMixin
-from lightpeft.training.prefix.states import StateStore
+from lightpeft.training.prefix.states import StateStore, store_bytes
 
 __all__ = [
     "ROWS",
@@ -19,5 +19,6 @@ __all__ = [
     "lengths_of",
     "number_rows",
     "obstacle",
+    "store_bytes",
     "with_states",
 ]

@@ -1,0 +1,134 @@
+"""What training would hold in memory and compute, found by going through it with tensors that have no storage.
+
+The steps are the real ones, of the real model, optimizer and autocast; nothing is loaded, allocated or computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightpeft.compat.torch import StorageWatch, set_unseen
+from lightpeft.profiling.flops import flop_counter
+from lightpeft.profiling.live import device_of, trainable
+from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measure_training
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+"""Of a batch: input of the model -> shape and type."""
+_KERNELS = 60 * 2**20
+"""What PyTorch's kernels for CPUs take when they are first used, as measured; and the part of the activations that lies
+idle between them in the heap."""
+_GAPS = 0.2
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What is in memory at the peak of a piece of work, in bytes."""
+
+    weights: int
+    """Frozen ones."""
+    trained: int
+    """Weights that train, and what the optimizer keeps of them."""
+    activations: int
+    """All else: what the backward pass needs, gradients, and what comes and goes."""
+    overhead: int
+    """What is not the model's: code and buffers of kernels, and gaps between tensors. On a GPU nothing is known of it
+    here."""
+    flops: int
+    """Floating-point operations of one step."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.trained + self.activations + self.overhead
+
+
+@contextmanager
+def rehearsing(model: nn.Module, device: torch.device | str, share: float = 1.0) -> Iterator[StorageWatch]:
+    """Inside the block, a model that was made on the meta device stands on another one, and nothing is computed.
+
+    Args:
+        share: part of the tokens that have a label.
+    """
+    with StorageWatch(share) as watch, torch.device(device):
+        _place(model, device, watch)
+        yield watch
+
+
+def rehearse_training(
+    model: nn.Module,
+    watch: StorageWatch,
+    shapes: Shapes,
+    optimizer: OptimizerFactory,
+    around: AbstractContextManager[Any],
+    **options: Any,
+) -> Holding:
+    """Go through a training step inside `rehearsing`.
+
+    Args:
+        shapes: of a batch with labels.
+        around: what it runs in.
+        options: of `measure_training`.
+    """
+    batch, made = _batch(shapes, watch), optimizer(trainable(model))
+    watch.peak = watch.now
+    with around, flop_counter() as counter:
+        measure_training(model, [batch], lambda _: made, steps=1, warmup=0, **options)
+    peak = watch.peak
+    # the first step ends with it; all others begin with it
+    state = _bytes(each for of in made.state.values() for each in of.values() if isinstance(each, Tensor))
+    return _holding(model, peak + state, state, counter.get_total_flops())
+
+
+def rehearse_inference(model: nn.Module, watch: StorageWatch, shapes: Shapes, autocast: torch.dtype | None) -> Holding:
+    """Go through a forward pass of evaluation inside `rehearsing`; nothing trains, whatever may."""
+    batch = _batch(shapes, watch)
+    watch.peak = watch.now
+    with flop_counter() as counter:
+        measure_inference(model, [batch], steps=1, warmup=0, autocast=autocast)
+    return _holding(model, watch.peak, 0, counter.get_total_flops())
+
+
+def _holding(model: nn.Module, peak: int, state: int, flops: int) -> Holding:
+    """
+    Args:
+        state: bytes of the optimizer's.
+    """
+    trains = _bytes(trainable(model))
+    weights, trained = _bytes([*model.parameters(), *model.buffers()]) - trains, trains + state
+    activations = max(0, peak - weights - trained)
+    overhead = _KERNELS + int(_GAPS * activations) if device_of(model).type == "cpu" else 0
+    return Holding(weights, trained, activations, overhead, flops)
+
+
+def _batch(shapes: Shapes, watch: StorageWatch) -> dict[str, Tensor]:
+    return {name: watch.counted(torch.zeros(shape, dtype=dtype)) for name, (shape, dtype) in shapes.items()}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    held = {id(tensor): tensor for tensor in tensors}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+
+def _place(model: nn.Module, device: torch.device | str, watch: StorageWatch) -> None:
+    """Give every tensor of the model on the meta device a stand-in; tensors that are tied stay so."""
+    placed: dict[int, Tensor] = {}
+
+    def stand_in(tensor: Tensor) -> Tensor:
+        if id(tensor) not in placed:
+            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            watch.counted(new)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            placed[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        return placed[id(tensor)]
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            set_unseen(module, name, stand_in(parameter))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, stand_in(buffer))

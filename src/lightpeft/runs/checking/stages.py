@@ -1,0 +1,75 @@
+"""The stages of a run in rehearsal: its own model, PEFT modules, masks, cut and steps, on tensors without storage."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+from lightpeft.machine import autocast_dtype
+from lightpeft.profiling.rehearsal import Holding, Shapes, rehearse_inference, rehearse_training, rehearsing
+from lightpeft.runs.bench import accelerating, adamw, estimating
+from lightpeft.runs.checking.models import (
+    cut_evenly,
+    device,
+    shapes_of,
+    step_options,
+    store_bytes_of,
+    stored_states,
+    with_peft,
+)
+from lightpeft.runs.workspace import Workspace
+from lightpeft.training.prefix import STATES, FrozenPrefix
+
+
+class Rehearsal:
+    """The stages of a run on its longest batch, without storage."""
+
+    def __init__(self, work: Workspace) -> None:
+        self.work = work
+        self.shapes, self._labelled = longest_batch(work)
+
+    def of(self, stage: str) -> Holding:
+        """A stage on the whole model, by its name."""
+        return self.estimation() if stage == "estimate" else self.plain()
+
+    def plain(self) -> Holding:
+        """Steps of plain PEFT."""
+        model = with_peft(self.work, replace(self.work.config, method="plain"))
+        with rehearsing(model, device(), self._labelled) as watch:
+            return rehearse_training(
+                model, watch, self.shapes, adamw(self.work), nullcontext(), **step_options(self.work)
+            )
+
+    def estimation(self) -> Holding:
+        """Steps of estimation."""
+        model = with_peft(self.work, self.work.config)
+        with rehearsing(model, device(), self._labelled) as watch:
+            around, optimizer = accelerating(self.work, model), estimating(self.work, model)
+            return rehearse_training(model, watch, self.shapes, optimizer, around, **step_options(self.work))
+
+    def light(self) -> tuple[Holding, Holding, int]:
+        """Steps of the small model, its evaluation, and the bytes of its prefix cache."""
+        work, model = self.work, with_peft(self.work, self.work.config)
+        cut_evenly(model, work.config.light)
+        prefix = FrozenPrefix(model)
+        with rehearsing(model, device(), self._labelled) as watch:
+            with prefix.attached():
+                states = stored_states(work, prefix, self.shapes)
+                size = 0 if states is None else store_bytes_of(work, states)
+                stored = {} if states is None else {STATES: (tuple(states.shape), states.dtype)}
+                around, shapes = accelerating(work, model), {**self.shapes, **stored}
+                training = rehearse_training(model, watch, shapes, adamw(work), around, **step_options(work))
+            rows = min(work.config.training.eval_batch_size, len(work.test_rows))
+            given = {name: ((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.shapes.items()}
+            autocast = autocast_dtype(work.config.training)
+            return training, rehearse_inference(model, watch, given, autocast), size
+
+
+def longest_batch(work: Workspace) -> tuple[Shapes, float]:
+    """Shapes of a batch of the longest training rows, and the part of its tokens that have a label."""
+    lengths = work.train_rows["length"][:]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    batch = work.collator(work.train_rows.select(order[: work.config.training.batch_size]).to_list())
+    labels = batch["labels"]
+    share = float((labels != -100).double().mean()) if labels.dim() > 1 else 1.0
+    return shapes_of(batch), share

@@ -1,0 +1,194 @@
+"""What a run needs, found before its model is loaded: against what real tensors take, and as users ask for it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import inputs_for, make, with_lora
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from workbench import Workbench
+
+from lightpeft import cli
+from lightpeft.compat.torch import StorageWatch
+from lightpeft.config import LightConfig, RunConfig, TrainingConfig
+from lightpeft.profiling import count_flops, count_parameters, measure_training
+from lightpeft.profiling.rehearsal import Holding, rehearse_inference, rehearse_training, rehearsing
+from lightpeft.runs import pipeline
+from lightpeft.runs.bench import estimating
+from lightpeft.runs.checking import Check, check
+from lightpeft.runs.checking.models import cut_evenly, shapes_of
+from lightpeft.runs.checking.timing import at_depth
+from lightpeft.training.acceleration import light_steps
+
+
+class Counted(StorageWatch):
+    """Real tensors, counted as stand-ins are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stand_ins: Any = nullcontext()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.counted(tensor)
+        return result
+
+
+def on_meta(name: str) -> Any:
+    with torch.device("meta"):
+        return with_lora(make(name), trained=False)
+
+
+def held(name: str, light: LightConfig | None, real: bool) -> Holding:
+    """A step of plain LoRA, or (with settings) of estimation: in rehearsal, or with real tensors."""
+    model = with_lora(make(name), trained=False) if real else on_meta(name)
+    batch = inputs_for(with_lora(make(name)), padding="right", labels=True, rows=4, length=12)
+    around = light_steps(model, light) if light is not None else nullcontext()
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters)
+
+    def estimates(parameters: Any) -> torch.optim.Optimizer:
+        config = RunConfig(light=light or LightConfig(), training=TrainingConfig(learning_rate=1e-3))
+        work: Any = SimpleNamespace(config=config)
+        return estimating(work, model)(parameters)
+
+    maker = optimizer if light is None else estimates
+    if not real:
+        with rehearsing(model, "cpu") as watch:
+            return rehearse_training(model, watch, shapes_of(batch), maker, around)
+    with Counted() as watch:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            watch.counted(tensor)
+        given = {key: watch.counted(torch.empty_like(value)).copy_(value) for key, value in batch.items()}
+        made = maker([parameter for parameter in model.parameters() if parameter.requires_grad])
+        watch.peak = watch.now
+        with around:
+            measure_training(model, [given], lambda _: made, steps=1, warmup=0)
+        return Holding(0, 0, watch.peak, 0, 0)
+
+
+@pytest.mark.parametrize("light", [None, LightConfig(dropout=0.0)], ids=["plain", "estimation"])
+@pytest.mark.parametrize("name", ["bert", "mpnet", "llama-gqa", "gpt2", "t5"])
+def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig | None) -> None:
+    rehearsed, real = held(name, light, real=False), held(name, light, real=True)
+    state = 2 * count_parameters(with_lora(make(name))).trainable * 4
+    found = rehearsed.weights + rehearsed.trained + rehearsed.activations - state
+    assert found == pytest.approx(real.activations, rel=0.02)
+    assert rehearsed.flops > 0
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa"])
+def test_a_rehearsal_counts_what_real_steps_compute(name: str) -> None:
+    model = with_lora(make(name))
+    batch = inputs_for(model, padding="right", labels=True, rows=4, length=12)
+    real = count_flops(model, batch)
+    empty = on_meta(name)
+    with rehearsing(empty, "cpu") as watch:
+        trained = rehearse_training(empty, watch, shapes_of(batch), torch.optim.AdamW, nullcontext())
+        inferred = rehearse_inference(empty, watch, shapes_of(batch), None)
+    assert (trained.flops, inferred.flops) == (real.training, real.forward)
+    assert inferred.activations < trained.activations and inferred.total < trained.total
+
+
+def test_a_cut_of_nothing_known_takes_the_same_part_everywhere() -> None:
+    model = on_meta("llama-gqa")
+    cut_evenly(model, LightConfig(blocks=0.5, modules=0.0, ranks=0.5))
+    widths = {module.out_features for name, module in model.named_modules() if name.endswith("gate_proj.base_layer")}
+    assert len(widths) == 1 and 0 < widths.pop() < 48
+
+
+# -- of runs ---------------------------------------------------------------------------------------------------------
+
+
+def checked(bench: Workbench, name: str = "run", **settings: Any) -> Check:
+    return check(pipeline.prepare(bench.config(name, **settings)))
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_stages_of_a_run(tmp_path: Path, family: str) -> None:
+    bench = Workbench(tmp_path, family)
+    found = checked(bench, **{"light.blocks": 0.5})
+    assert list(found.stages) == ["plain", "estimate", "train", "evaluate"]
+    plain, estimate, train, _ = found.stages.values()
+    assert train.holding.weights < estimate.holding.weights == plain.holding.weights
+    assert plain.steps == estimate.steps + train.steps
+    assert found.fits and not found.instead and found.flops_of_plain < 1
+    assert found.time_of_plain is None and json.dumps(found.facts())
+    assert not (tmp_path / "run").exists(), "nothing is written"
+
+
+def test_labels_tell_how_many_logits_there_are(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    found = checked(bench)
+    assert found.stages["train"].holding.activations > 0
+    assert found.stages["train"].holding.activations < found.stages["plain"].holding.activations
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "plain"},
+        {"light.blocks": "auto"},
+        {"light.depth": 0.5},
+        {"peft": "bottleneck"},
+        {"training.gradient_checkpointing": True},
+        {"model.dtype": "bfloat16"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_of_runs(tmp_path: Path, settings: dict[str, Any]) -> None:
+    found = checked(Workbench(tmp_path), **settings)
+    assert all(need.holding.total > 0 and need.flops > 0 for need in found.stages.values())
+    assert (list(found.stages) == ["plain"]) == ("method" in settings)
+
+
+def test_checkpointing_and_half_precision_count(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path)
+    usual = checked(bench).stages["plain"].holding
+    assert checked(bench, **{"model.dtype": "bfloat16"}).stages["plain"].holding.weights < 0.6 * usual.weights
+    saved = checked(bench, **{"training.gradient_checkpointing": True}).stages["plain"].holding
+    assert saved.flops > usual.flops, "what is dropped is computed again"
+
+
+def test_what_does_not_fit(tmp_path: Path) -> None:
+    """Settings on top of one another, each smaller than the one before, until it fits."""
+    work = pipeline.prepare(Workbench(tmp_path).config("run", **{"training.batch_size": 8}))
+    whole = check(work)
+    need = whole.stages[whole.largest].holding
+    found = check(work, need.weights + need.trained + need.overhead + need.activations // 2)
+    assert not found.fits
+    sizes = list(found.instead.values())
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= found.available < sizes[0]
+    assert "training.gradient_checkpointing: true" in found.instead
+    hopeless = check(work, 1)
+    assert "training.batch_size: 1, training.gradient_accumulation: 8" in hopeless.instead
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = Workbench(tmp_path).yaml("tiny"), tmp_path / "needs.json"
+    cli.main(["check", "--config", str(config), "--measure", "--json", str(out)])
+    shown = capsys.readouterr().out
+    assert "estimate" in shown and "fits into" in shown and "of its time" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines()[:7])
+    facts = json.loads(out.read_text())
+    assert facts["stages"]["train"]["seconds"] > 0 and facts["time_of_plain"] > 0
+    cli.main(["check", "--config", str(config), "--memory", "0.01"])
+    assert "does not fit" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["check", "--config", str(config), "--memory", "-1"])
+    assert refused.value.code == 2 and "--memory is -1" in capsys.readouterr().err
+
+
+def test_deep_models_are_timed_by_a_few_blocks() -> None:
+    assert at_depth(lambda blocks: 1.0 + 0.5 * blocks, 32) == pytest.approx(17.0)
+    assert at_depth(lambda blocks: 1.0 + 0.5 * blocks, 4) == pytest.approx(3.0)
