@@ -40,7 +40,7 @@ def entries(nav: Iterable[Any]) -> Iterator[str]:
 
 
 def collect(root: Path, pages: Iterable[str]) -> list[Path]:
-    """The pages, and all files that they link to, as paths below `root`.
+    """The pages, and all files and folders that they link to, as paths below `root`; folders come with their files.
 
     Raises:
         LightPeftError: a page links to what is not there, is outside the repository, or is a page that the site lacks.
@@ -54,27 +54,37 @@ def collect(root: Path, pages: Iterable[str]) -> list[Path]:
             where = f"{page.relative_to(root)} links to {path}, which"
             require(target.exists() and target.is_relative_to(root), f"{where} is not in the repository")
             require(target in found or target.suffix != ".md", f"{where} has no place in the nav of zensical.toml")
-            found |= dict.fromkeys(sorted(target.iterdir()) if target.is_dir() else [target])
-    return [path.relative_to(root) for path in found if path.is_file()]
+            found |= dict.fromkeys([target, *files_in(target)])
+    return [path.relative_to(root) for path in found]
 
 
-def stage(root: Path, files: Iterable[Path], folder: Path) -> None:
-    """Copy files into a folder as they lie below `root`; what was there goes."""
+def files_in(folder: Path) -> list[Path]:
+    """Files that lie in a folder; none where it is none."""
+    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def stage(root: Path, paths: Iterable[Path], folder: Path) -> None:
+    """Copy files into a folder as they lie below `root`, and list those of other folders; what was there goes."""
     shutil.rmtree(folder, ignore_errors=True)
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / file, folder / file)
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        if (root / path).is_file():
+            shutil.copyfile(root / path, folder / path)
+        elif not (root / path / "README.md").exists():
+            (folder / path).mkdir(exist_ok=True)
+            listed = "".join(f"- [{file.name}]({file.name})\n" for file in files_in(root / path))
+            (folder / path / "README.md").write_text(f"# {path.as_posix()}\n\n{listed}", encoding="utf-8")
 
 
 def main() -> int:
     """Build the site; 0, or 2 where a link leads nowhere."""
     project = tomllib.loads(CONFIG.read_text(encoding="utf-8"))["project"]
     try:
-        files = [*collect(ROOT, entries(project["nav"])), *map(Path, project["extra_css"])]
+        paths = [*collect(ROOT, entries(project["nav"])), *map(Path, project["extra_css"])]
     except LightPeftError as error:
         sys.stderr.write(f"docs: {error}\n")
         return 2
-    stage(ROOT, files, ROOT / project["docs_dir"])
+    stage(ROOT, paths, ROOT / project["docs_dir"])
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "--config-file", str(CONFIG)]
     return subprocess.run(command, cwd=ROOT).returncode
 
