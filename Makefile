@@ -8,12 +8,13 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-faults fetch lint format clean
+.PHONY: help demo test test-faults fetch docs lint format clean
 
 help:
 	@echo "make demo         set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
 	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
 	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
+	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make lint         ruff (lint and format), mypy and import-linter"
 	@echo "make format       rewrite the sources in ruff's format"
 	@echo "make clean        remove caches and build outputs (not .venv, not demo/cache)"
@@ -33,6 +34,9 @@ test-faults: fetch
 	LIGHTPEFT_FAULTS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) -rP tests/test_faults.py tests/test_hostile.py
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/make_site.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,7 +48,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist htmlcov .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* src/*.egg-info
+	rm -rf build dist .cache htmlcov .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* src/*.egg-info
 	find src tests demo -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra, renewed when pyproject.toml changes.

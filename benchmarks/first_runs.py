@@ -69,8 +69,8 @@ class Cell:
     """Steps of estimation; None: as the preset has it."""
     seed: int = 0
     ratio: float | None = None
-    """As README's command for one's own data has it: part of heads and neurons to remove, in a run that holds out a
-    fifth of its file; measured on further rows. None: as the preset has it, and all rows train."""
+    """As in docs/shell.md the command for one's own data: part of heads and neurons to remove, in a run that holds out
+    a fifth of its file; measured on further rows. None: as the preset has it, and all rows train."""
 
     @property
     def name(self) -> str:
@@ -110,7 +110,7 @@ def examples() -> list[Cell]:
 
 
 def own() -> list[Cell]:
-    """README's command for one's own data."""
+    """The command for one's own data, in docs/shell.md."""
     sizes = {"amazon": 300, "nyt": 500, "movies": 600, "tweets": 700}
     return [Cell(data, rows, ratio=0.5) for data, rows in sizes.items()]
 
@@ -320,7 +320,7 @@ def row_of(found: dict[str, Any]) -> list[str]:
     return [
         found["data"],
         f"{found['rows']:,}",
-        found["method"] if found["ratio"] is None else "README's command",
+        found["method"] if found["ratio"] is None else "the command for one's own data",
         str(found["seed"]),
         "2e-5" if found["method"] == "full" and found["learning_rate"] == "auto" else marked["learning_rate"],
         marked["epochs"],

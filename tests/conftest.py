@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Read by the Hugging Face libraries when they are imported, so set before any test module imports them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -25,7 +27,7 @@ CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
 LONG = ("support", "resume", "parity", "surgery", "bad_input", "task_entries", "peft_variants", "benchmarks")
 LONG += ("faults", "hostile", "pipeline", "families", "checkpoint", "discovery", "prefix", "streaming", "reproduce")
-LONG += ("real_models", "docs", "graphs")
+LONG += ("real_models", "docs", "graphs", "start")
 """Test files that take longest, the longest first."""
 
 
@@ -110,3 +112,26 @@ def forkable() -> None:
     thread for it, and refuse to work in processes that are forked later.
     """
     torch.ones((), requires_grad=True).backward()
+
+
+BROWSER = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium, if it is installed."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no Chromium here: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in (*BROWSER.split(), f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield started
+    started.quit()

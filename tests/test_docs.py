@@ -26,6 +26,7 @@ from lightpeft.runs.reproduce import running
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS.remove(ROOT / "docs/start.md")  # test_start.py runs it, in processes and a clone of its own
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
 OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama"}
@@ -155,9 +156,3 @@ def test_commands_and_python_run(document: Path, sandbox: Path) -> None:
                 assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), f"make {arguments[0]} does not exist"
             else:
                 assert program in OTHER_PROGRAMS, f"{document.name}: nobody checks the command {program}"
-
-
-def test_documents_link_to_files_that_exist() -> None:
-    for document in DOCUMENTS:
-        for target in re.findall(r"\]\((?!http)([^)#]+)", document.read_text(encoding="utf-8")):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"

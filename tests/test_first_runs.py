@@ -51,7 +51,7 @@ def test_what_is_done_is_not_run_again(out: Path, base: Path, monkeypatch: pytes
 
 
 def test_a_users_own_file(out: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run like that of README's command holds out a fifth of its file; what is published is of further rows."""
+    """A run as in docs/shell.md holds out a fifth of its file; what is published is of further rows."""
     monkeypatch.setattr(first_runs, "QUESTIONS", {"own": lambda: [Cell("movies", 40, epochs=64, ratio=0.5)]})
     assert first_runs.main(["--questions", "own", "--model", str(base), "--out", str(out)]) == 0
     (found,) = read(out / "results.json")["cells"]

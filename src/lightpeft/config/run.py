@@ -122,8 +122,8 @@ class DataConfig:
     path: str | None = None
     """Folder with the task's own splits as files, in the hub's columns, instead of the hub."""
     train: str = ""
-    """Training rows: a .csv, .tsv, .json, .jsonl or .parquet file, or a hub data set as name[/config][:split]; needed
-    for kinds, and instead of the task's own rows for the others."""
+    """Training rows: a .csv, .tsv, .json, .jsonl or .parquet file, or a hub data set as `name[/config][:split]`;
+    needed for kinds, and instead of the task's own rows for the others."""
     test: str | None = None
     """Rows for evaluation, in the same form; unset: `test_fraction` of the training rows is held out."""
     test_fraction: float = 0.2

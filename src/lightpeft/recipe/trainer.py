@@ -55,14 +55,16 @@ USUAL_NATS = "0.05 nats"
 class LightTraining(PrefixMixin, Repeatable):
     """What `light_trainer` adds to a trainer: its first steps find out what the task needs, then the model is cut.
 
-    Args beyond those of the trainer:
+    It takes all arguments of the trainer. What it finds is there after training.
+
+    Args:
         light: a preset's name, or a `LightConfig`.
         peft_config: PEFT modules for a dense model; without `target_modules` they sit on all projections of the blocks
             in which `light` lets modules stay. A model that is a PeftModel needs none.
         fast_steps: fused LoRA layers, a language model's head for labelled tokens alone, attention for short rows.
         prefix_cache: how the outputs of the frozen lower blocks are kept from epoch to epoch; None: not at all.
 
-    After training:
+    Attributes:
         light_plan: which units of the dense base are left; None where training ended before the cut.
         light_record: the scores behind it; None where training went on from behind the cut.
         light_budget: what `light.blocks: auto` found, and what that is expected to cost; None otherwise.

@@ -381,7 +381,8 @@ def light_tokenizer(
         folder: what `save_pretrained` wrote, or its name on the hub.
         base: name or folder of the base; None: the base that the adapter names.
         trust_remote_code: run Python code that comes with the base, if it needs any.
-        revision, token: as for `load_light`.
+        revision: as for `load_light`.
+        token: as for `load_light`.
 
     Raises:
         LightPeftError: a file is missing or altered, or the base is not there or another one.
