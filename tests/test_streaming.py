@@ -27,7 +27,7 @@ from lightpeft.plans.layout import kept_channels
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.light_adapter import as_light
 from lightpeft.saved.streaming import Stream
-from lightpeft.saved.tensors import Reading
+from lightpeft.models.tensors import Reading
 
 SHARDS: dict[str, Any] = {"max_shard_size": "20KB"}
 

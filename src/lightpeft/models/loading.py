@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from lightpeft.files.foreign import check_config, check_folder, check_weights, p
 from lightpeft.models import hub
 from lightpeft.models.families import check_not_refused
 from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.on_disk import weights_on_disk
 from lightpeft.models.task_heads import TaskHead
 
 _QUANTISED: dict[str, dict[str, Any]] = {
@@ -92,7 +93,7 @@ def load_model(
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
     names = None if architecture is None else base_names(architecture)
-    with _opening(config):
+    with _opening(config), weights_on_disk() if config.low_memory else nullcontext():
         model, info = head.auto.from_pretrained(
             config.name,
             config=hf_config,

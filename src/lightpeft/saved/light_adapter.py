@@ -45,7 +45,7 @@ from lightpeft.saved.description import BaseFacts, base_facts, check_parts, fact
 from lightpeft.saved.merging import settle
 from lightpeft.saved.peft_adapter import brought_for_base, check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.streaming import Stream
-from lightpeft.saved.tensors import SharedTensors
+from lightpeft.models.tensors import SharedTensors
 from lightpeft.saved.tokens import VOCABULARY_FILE, read_vocabulary, tokenizer_over, write_vocabulary
 from lightpeft.saved.uploading import send
 

@@ -17,7 +17,7 @@ from lightpeft.saved.description import BaseFacts, base_facts
 from lightpeft.saved.forms import LightAdapter
 from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_sharing
 from lightpeft.saved.opening import find_light
-from lightpeft.saved.tensors import SharedTensors
+from lightpeft.models.tensors import SharedTensors
 
 
 class LightSwitch:
