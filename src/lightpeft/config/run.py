@@ -60,8 +60,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_values(self)
         others = [name for name in ("quantise", "gguf_file") if getattr(self, name) is not None]
-        together = f"model.low_memory reads weights as they are in safetensors files; leave model.{''.join(others[:1])} unset"
-        require(not (self.low_memory and others), together)
+        alone = "model.low_memory reads weights as they are in safetensors files; leave model."
+        require(not (self.low_memory and others), f"{alone}{' and model.'.join(others)} unset")
 
 
 @dataclass(kw_only=True)

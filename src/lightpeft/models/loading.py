@@ -26,6 +26,7 @@ from lightpeft.compat.transformers import forget_renaming, has_adapter
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_folder, check_weights, parsing
+from lightpeft.machine import processes
 from lightpeft.models import hub
 from lightpeft.models.families import check_not_refused
 from lightpeft.models.linears import prepare_quantised
@@ -84,6 +85,8 @@ def load_model(
         LightPeftError: no such model, or one that is to be pruned and cannot be.
     """
     hf_config = load_model_config(config)
+    alone = "model.low_memory leaves weights on disk for one process; start one, or switch it off"
+    require(not config.low_memory or processes().num_processes == 1, alone)
     if to_prune:
         check_not_refused(hf_config.model_type)
         _check_quantisation(config, hf_config)

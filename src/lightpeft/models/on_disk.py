@@ -32,8 +32,8 @@ def weights_on_disk() -> Iterator[None]:
     cut. The files have to stay as they are, and the weights frozen; one process at a time trains.
 
     Raises (when a model is loaded):
-        LightPeftError: its weights are quantised or not in safetensors files, or none of its blocks' lies in them as
-            the model has it.
+        LightPeftError: its weights are quantised or not in safetensors files, or no layer of its blocks can do so:
+            those of classes of their own, and weights that transformers makes of others, stay in memory.
     """
 
     def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
@@ -72,8 +72,8 @@ class _Leaving:
                 result = checkpoint.load(self._model, on_disk(checkpoint.files, self._reading))
         finally:
             hook.remove()
-        what = type(self._model).__name__
-        require(self._stored, f"no weight of the {what}'s blocks lies in its files as the model has it; {_INSTEAD}")
+        what = f"no linear layer of the {type(self._model).__name__}'s blocks can have its weight on disk"
+        require(self._stored, f"{what}: they are of a class of their own, or not in the files as they are; {_INSTEAD}")
         for layer, (stored, dtype) in self._stored.items():
             leave_on_disk(layer, stored, dtype)
         return result

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, read from its files when they are asked for; whole ones are shared by models that are read."""
+"""Tensors of a checkpoint, read from its files when they are asked for; models may share whole ones."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Reading:
         return found
 
     def place_of(self, parameter: Tensor) -> StoredTensor | None:
-        """Where a parameter lies in the files that is the tensor read last, whole; None: transformers made it of that."""
+        """Where in the files a parameter lies that is the tensor read last, whole; None: it was made of that."""
         return None if self._last is None or not _is_same(parameter, self._last[1]) else self._last[0].stored
 
     def in_common(self, parameter: Tensor) -> nn.Parameter | None:

@@ -21,12 +21,12 @@ from lightpeft.compat.torch import set_unseen, with_own_parameters
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
 from lightpeft.models.linears import slice_linear, stored_weight
+from lightpeft.models.tensors import Reading, SharedTensors, check_files, on_disk
 from lightpeft.models.vocabulary import Vocabulary, rows_by_token
 from lightpeft.plans.layout import cut_dim, kept_channels
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.fingerprint import Sample, digest_of, sample
-from lightpeft.models.tensors import Reading, SharedTensors, check_files, on_disk
 
 _INSTEAD = "load the adapter without low_memory"
 

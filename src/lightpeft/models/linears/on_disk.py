@@ -13,9 +13,27 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from lightpeft.compat.torch import set_unseen
+from lightpeft.errors import LightPeftError
 from lightpeft.models.linears.kinds import DenseKind
 from lightpeft.models.linears.plain import PlainLinear, TransposedLinear
 from lightpeft.models.tensors import StoredTensor
+
+
+class OverFile(nn.Parameter):
+    """A frozen parameter that lies over a file, and that nobody can write to, because what was written would be lost.
+
+    It is an inference tensor, of which PyTorch allows no change in place; and `data`, by which PEFT merges, is a copy
+    that cannot be set.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        """A copy."""
+        return self.detach().clone()
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        raise LightPeftError("weights on disk cannot be written to, nor PEFT merged into them; load them into memory")
 
 
 class WeightOnDisk(nn.Module):
@@ -23,8 +41,7 @@ class WeightOnDisk(nn.Module):
 
     `weight` is there for whoever asks for its shape and data type, or reads a few values: it lies over the file, and
     nothing of it is in memory before it is touched. What computes with it asks for `read`, and lets go of that again:
-    so does the backward pass, for which no weight is kept. PyTorch refuses to write to it (it is an inference tensor),
-    because that would be lost.
+    so does the backward pass, for which no weight is kept.
     """
 
     stored: StoredTensor
@@ -88,6 +105,7 @@ class _Product(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         if isinstance(layer, nn.Linear):
             return functional.linear(x, layer.read(), bias)
+        assert bias is not None
         return torch.addmm(bias, x.flatten(0, -2), layer.read()).view(*x.shape[:-1], -1)  # as Conv1D does
 
     @staticmethod
@@ -155,7 +173,7 @@ def leave_on_disk(layer: Any, stored: StoredTensor, dtype: torch.dtype) -> None:
 def lying_over(stored: StoredTensor) -> nn.Parameter:
     """A frozen parameter over a file, which nobody can write to."""
     with torch.inference_mode():
-        return nn.Parameter(stored.mapped(), requires_grad=False)
+        return OverFile(stored.mapped(), requires_grad=False)
 
 
 def bring_in(layer: Any) -> None:
