@@ -1,23 +1,24 @@
 """A model that does not fit: peak memory of one process that estimates, cuts and trains it, by stage.
 
     python benchmarks/on_disk.py
-    python benchmarks/on_disk.py --blocks 0.6 --batch 2 --length 128
+    python benchmarks/on_disk.py --blocks 0.4 --batch 2 --length 128 --ways "weights on disk"
 
 A Llama-shaped model with random bfloat16 weights, 1.1 billion of them (the shape of TinyLlama: 22 blocks, hidden size
 2048, 32,000 tokens), which is written shard by shard and never held as a whole. `LightTrainer` takes it through all of
 Light-PEFT with LoRA on all projections, bfloat16 autocast and gradient checkpointing: with the weights of the blocks
-on disk (`weights_on_disk`), and loaded as usual. Each in a process of its own. Peaks are of resident memory, pages of
-files included, above what the process had when it had imported everything.
+on disk (`weights_on_disk`), loaded as usual, and in 4 bits (NF4, extra `quantised`). Each in a process of its own.
+Peaks are of resident memory, pages of files included, above what the process had when it had imported everything.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,14 @@ from peft import LoraConfig
 from publishing import markdown_table, report
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from lightpeft.cli.command import quiet
 from lightpeft.config import LightConfig
@@ -59,7 +67,8 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 """All parameters -> TinyLlama's shape, and a small one to try the script with. Head and embeddings are not tied."""
-ON_DISK, IN_MEMORY = "weights on disk", "loaded as usual"
+ON_DISK, IN_MEMORY, IN_4_BITS = "weights on disk", "loaded as usual", "in 4 bits"
+WAYS = (ON_DISK, IN_MEMORY, IN_4_BITS)
 STAGES = ("loading", "estimation", "cut", "training")
 SHARD = 2**28
 """Bytes of a file of the base."""
@@ -153,9 +162,9 @@ class Process:
         """Seconds and bytes at most of every stage, and what the weights take before and after the cut."""
         stages = Stages()
         with stages.stage("loading"):
-            with weights_on_disk() if self.what == ON_DISK else nullcontext():
-                model = LlamaForCausalLM.from_pretrained(self.folder, dtype="auto")
+            model = self._load()
             dense = _bytes_of(model)
+            set_seed(0)
             trainer = self._trainer(model, stages)
         del model
         trainer.train_in_stages()
@@ -166,6 +175,15 @@ class Process:
             "loss": trainer.state.log_history[-1]["train_loss"],
             "stages": {name: stages.found[name] for name in STAGES},
         }
+
+    def _load(self) -> nn.Module:
+        options: dict[str, Any] = {}
+        if self.what == IN_4_BITS:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            )
+        with weights_on_disk() if self.what == ON_DISK else nullcontext():
+            return LlamaForCausalLM.from_pretrained(self.folder, dtype="auto", **options)
 
     def _trainer(self, model: nn.Module, stages: Stages) -> _InStages:
         case, steps = self.case, self.case.estimation + self.case.training
@@ -233,24 +251,28 @@ def _bytes_of(model: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def measure(case: Case, whats: tuple[str, ...]) -> dict[str, Any]:
-    """Write the base, and take it through all stages in either way, one after the other."""
+def measure(cases: Sequence[Case], ways: Sequence[str]) -> dict[str, Any]:
+    """Write the base, and take it through all stages, for every cut in every way, one after the other.
+
+    Args:
+        cases: of the same base.
+    """
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        parameters = write_base(case, Path(folder))
-        for what in whats:
-            with Worker(Process, case, Path(folder), what) as worker:
-                found[what] = worker.measure("run")
-    return {"case": asdict(case), "shape": SHAPES[case.size], "parameters": parameters, "results": found}
+        parameters = write_base(cases[0], Path(folder))
+        for case, way in itertools.product(cases, ways):
+            with Worker(Process, case, Path(folder), way) as worker:
+                found[f"{way}, {case.blocks:.0%} cut"] = {"case": asdict(case), **worker.measure("run")}
+    return {"shape": SHAPES[cases[0].size], "parameters": parameters, "results": found}
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """One row a stage of each way."""
+    """One row an arm: seconds and MiB of every stage, and the loss that all of them come to."""
     lines = []
-    for what, found in results.items():
-        for name, stage in found["stages"].items():
-            lines.append([f"{what}: {name}", f"{stage['seconds']:,.0f}", f"{stage['peak_bytes'] / 2**20:,.0f}"])
-    return markdown_table(("", "s", "peak, MiB"), lines)
+    for name, found in results.items():
+        cells = [f"{each['seconds']:,.0f} s, {each['peak_bytes'] / 2**20:,.0f}" for each in found["stages"].values()]
+        lines.append([name, *cells, f"{found['loss']:.6f}"])
+    return markdown_table(("", *STAGES, "loss"), lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -259,12 +281,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="on_disk", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=SHAPES, default="1.1B")
-    parser.add_argument("--blocks", type=float, default=0.6, help="part of the blocks' parameters to cut")
+    parser.add_argument("--blocks", type=float, nargs="+", default=[0.6], help="parts of the blocks' parameters to cut")
     parser.add_argument("--batch", type=int, default=2, help="rows a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens a row")
-    parser.add_argument("--estimation", type=int, default=4, help="steps of estimation")
-    parser.add_argument("--training", type=int, default=4, help="steps behind the cut")
-    parser.add_argument("--ways", choices=(ON_DISK, IN_MEMORY), nargs="+", default=[ON_DISK, IN_MEMORY])
+    parser.add_argument("--estimation", type=int, default=2, help="steps of estimation")
+    parser.add_argument("--training", type=int, default=2, help="steps behind the cut")
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS))
     parser.add_argument("--out", type=Path, help="where the numbers go")
     options = parser.parse_args(arguments)
     quiet()
@@ -272,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     def found() -> dict[str, Any]:
         sizes = (options.batch, options.length, options.estimation, options.training)
         require(min(sizes) >= 1, "--batch, --length, --estimation and --training start at 1")
-        return measure(Case(options.size, options.blocks, *sizes), tuple(options.ways))
+        return measure([Case(options.size, blocks, *sizes) for blocks in options.blocks], options.ways)
 
     return report("on_disk", arguments, options.out, found, markdown)
 
