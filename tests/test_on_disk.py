@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,14 +28,18 @@ from transformers import (
 from transformers.core_model_loading import Chunk, WeightConverter
 from workbench import Workbench
 
-from lightpeft import EarlyPruner, LightConfig, LightTrainer, load_light, run, weights_on_disk
+from lightpeft import EarlyPruner, LightConfig, LightModel, LightTrainer, load_light, run, weights_on_disk
 from lightpeft.config import ModelConfig
+from lightpeft.models import loading
 from lightpeft.models.linears import dense_weight, is_on_disk
 from lightpeft.models.on_disk import has_weights_on_disk
+from lightpeft.models.task_heads import CAUSAL_LM
 from lightpeft.models.unwrap import base_layer
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling import PeakMemory
 from lightpeft.runs import bench as benching
+from lightpeft.saved import light_adapter
+from lightpeft.saved.opening import find_light
 from lightpeft.training.acceleration import accelerated
 
 SHARDS: dict[str, Any] = {"max_shard_size": "20KB"}
@@ -261,7 +266,7 @@ def bench(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp(family), family, task)
 
 
-def test_runs(bench: Workbench) -> None:
+def test_runs(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     """`model.low_memory` changes nothing but memory and time, in all stages, the widening at the end among them."""
     reports, weights = [], []
     for low_memory in (False, True):
@@ -272,6 +277,14 @@ def test_runs(bench: Workbench) -> None:
         weights.append([load_file(file) for file in sorted((Path(config.output)).rglob("adapter_model.safetensors"))])
     assert reports[0]["metrics"] == reports[1]["metrics"]
     assert reports[0]["parameters"] == reports[1]["parameters"]
+    found, streams = find_light(config.output), list[Any]()
+
+    def stream(*of: Any, original: Any = light_adapter._stream) -> Any:
+        streams.append(original(*of))
+        return streams[-1]
+
+    monkeypatch.setattr(light_adapter, "_stream", stream)
+    assert found.model.low_memory and isinstance(found.load(), LightModel) and streams, "as whoever asks it loads it"
     assert len(weights[0]) == len(weights[1]) >= 3
     for one, other in zip(*weights, strict=True):
         assert one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
@@ -370,6 +383,18 @@ def test_what_needs_weights_in_memory(bench: Workbench) -> None:
     assert "method full trains every weight, which model.low_memory leaves on disk" in text
     text = refusal(lambda: benching.bench(bench.config("bench", **{"model.low_memory": True})))
     assert "bench compares models in memory; switch model.low_memory off" in text
+
+
+def test_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = both(tmp_path, "llama-gqa")
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    args = TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True)
+    text = refusal(lambda: LightTrainer(with_lora(model), args, light=LightConfig(), train_dataset=[]))
+    assert "weights on disk are for training in one process; load the model without weights_on_disk" in text
+    monkeypatch.setattr(loading, "processes", lambda: SimpleNamespace(num_processes=2))
+    config = ModelConfig(name=str(tmp_path), low_memory=True)
+    text = refusal(lambda: loading.load_model(config, CAUSAL_LM))
+    assert "model.low_memory leaves weights on disk for one process" in text
 
 
 def test_nothing_stays_behind(tmp_path: Path) -> None:
