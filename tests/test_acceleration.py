@@ -322,9 +322,10 @@ class TestShortAttention:
         inputs = inputs_for(model, labels=True)
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        with accelerated(model, autocast=torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
-            loss = model(**inputs).loss
-        loss.backward()
+        with accelerated(model, autocast=torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**inputs).loss
+            loss.backward()
         assert not self.own_is_allowed(with_lora(make("llama-gqa")), 8, torch.bfloat16)
         assert self.own_is_allowed(model, 8, torch.bfloat16)
 
