@@ -27,7 +27,7 @@ CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
 LONG = ("support", "resume", "parity", "surgery", "bad_input", "task_entries", "peft_variants", "benchmarks")
 LONG += ("faults", "hostile", "pipeline", "families", "checkpoint", "discovery", "prefix", "streaming", "reproduce")
-LONG += ("real_models", "docs", "graphs", "start")
+LONG += ("real_models", "docs", "graphs", "on_disk", "start")
 """Test files that take longest, the longest first."""
 
 

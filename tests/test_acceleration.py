@@ -315,6 +315,20 @@ class TestShortAttention:
         model = make("bert", max_position_embeddings=SHORT_ROWS + 1)
         assert self.own_is_allowed(model, length, autocast) == own
 
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_gradient_checkpointing_has_its_own(self, reentrant: bool) -> None:
+        """It computes attention again outside of the model's forward pass, and has to in the same way."""
+        model = with_lora(make("llama-gqa")).train()
+        inputs = inputs_for(model, labels=True)
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        with accelerated(model, autocast=torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**inputs).loss
+            loss.backward()
+        assert not self.own_is_allowed(with_lora(make("llama-gqa")), 8, torch.bfloat16)
+        assert self.own_is_allowed(model, 8, torch.bfloat16)
+
     def test_a_model_in_half_precision(self) -> None:
         assert not self.own_is_allowed(make("bert").bfloat16(), 8, None)
 

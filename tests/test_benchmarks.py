@@ -24,6 +24,7 @@ import gguf_speed
 import gpu
 import inference
 import low_memory
+import on_disk
 import peer_cells
 import peer_methods
 import peer_pruning
@@ -51,7 +52,7 @@ from peft import PeftModel
 from tiny import random_record, relative_difference
 from torch import Tensor, nn
 from training import inputs, student
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from workbench import (
     Workbench,
     checksums,
@@ -822,6 +823,32 @@ def test_low_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, less, streamed, least, _ = weights
     assert less == streamed > least
     assert low_memory.main(["--batch", "0"]) == 2
+
+
+# -- on_disk.py --------------------------------------------------------------------------------------------------------
+
+
+def test_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ways = [on_disk.ON_DISK, on_disk.IN_MEMORY]
+    sizes = ["--size", "tiny", "--batch", "2", "--length", "8", "--blocks", "0.6", "--ways", *ways]
+    assert on_disk.main([*sizes, "--out", str(tmp_path / "out.json")]) == 0
+    assert "| weights on disk, 60% cut |" in capsys.readouterr().out
+    results = read(tmp_path / "out.json")["results"]
+    one, other = results.values()
+    assert one["loss"] == other["loss"], "to the last bit"
+    assert one["weights_bytes"] == other["weights_bytes"]
+    assert tuple(one["stages"]) == on_disk.STAGES and all(each["seconds"] > 0 for each in one["stages"].values())
+    assert on_disk.main(["--batch", "0"]) == 2
+
+
+def test_the_base_of_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written in shards, and whole when it is read."""
+    monkeypatch.setattr(on_disk, "SHARD", 2**12)
+    case = on_disk.Case("tiny", blocks=0.6, batch=2, length=8, estimation=1, training=1)
+    parameters = on_disk.write_base(case, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 5
+    model, info = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
+    assert not any(info.values()) and model.num_parameters() == parameters and model.dtype == torch.bfloat16
 
 
 # -- switching.py ------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
+    AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BitsAndBytesConfig,
     GenerationMixin,
@@ -82,6 +83,7 @@ HOOKS: dict[type, dict[str, str]] = {
         "_check_merge_allowed": "the line that bottleneck adapters cannot be merged",
         "_remove_adapter_name_from_key": "saving bottleneck adapters",
     },
+    nn.Module: {"_apply": "weights on disk that stay there when a model is moved"},
     BaseTunerLayer: {
         "_cast_input_dtype": "bottleneck adapters of another data type than the base",
         "_move_adapter_to_device_of_base_layer": "bottleneck adapters on accelerators",
@@ -301,6 +303,26 @@ def test_reading_weights(base: Path) -> None:
         model = of_transformers.with_reader(BertForSequenceClassification, read).from_pretrained(base)
         assert type(model) is BertForSequenceClassification
         assert [Path(file).name for file in seen[0].files] == ["model.safetensors"] and not seen[0].quantised
+        expected = load_file(base / "model.safetensors")
+        assert all(tensor.equal(expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_reading_weights_of_whatever_is_loaded(base: Path) -> None:
+    seen: list[type] = []
+
+    def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
+        seen.append(type(model))
+        return checkpoint.load(model)
+
+    own = vars(PreTrainedModel)["_load_pretrained_model"]
+    with needed_for("weights_on_disk around any from_pretrained"):
+        with of_transformers.reading(read):
+            model = AutoModelForSequenceClassification.from_pretrained(base)
+            other = threading.Thread(target=BertForSequenceClassification.from_pretrained, args=[base])
+            other.start()
+            other.join()
+        assert seen == [BertForSequenceClassification], "and nothing of other threads"
+        assert vars(PreTrainedModel)["_load_pretrained_model"] is own
         expected = load_file(base / "model.safetensors")
         assert all(tensor.equal(expected[name]) for name, tensor in model.state_dict().items())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
     from lightpeft.errors import LightPeftError
+    from lightpeft.models.on_disk import weights_on_disk
     from lightpeft.models.vocabulary import cut_vocabulary
     from lightpeft.peft_kinds.bottleneck import BottleneckConfig
     from lightpeft.plans.planning import make_plan
@@ -57,6 +58,7 @@ _HOMES = {
     "run": "runs.pipeline",
     "save_gguf": "saved.gguf.exporting",
     "save_merged": "saved.merging",
+    "weights_on_disk": "models.on_disk",
 }
 """Public name -> module. Resolved on first use, so that `lightpeft --help` does not wait for torch."""
 
@@ -89,6 +91,7 @@ __all__ = [
     "run",
     "save_gguf",
     "save_merged",
+    "weights_on_disk",
 ]
 
 

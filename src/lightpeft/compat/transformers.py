@@ -32,7 +32,7 @@ class Checkpoint:
     """The files with the weights."""
     quantised: bool
     """Whether they are quantised, or are to be."""
-    _architecture: type[PreTrainedModel]
+    _load: Callable[..., Any]
     _tensors: Mapping[str, Any] | None
     _options: tuple[Any, ...]
 
@@ -46,7 +46,7 @@ class Checkpoint:
             What a reader (`with_reader`) has to return.
         """
         tensors = self._tensors if tensors is None else tensors
-        return self._architecture._load_pretrained_model(model, tensors, self.files or None, *self._options)
+        return self._load(model, tensors, self.files or None, *self._options)
 
 
 def with_reader(
@@ -60,15 +60,43 @@ def with_reader(
         read: takes the model on the meta device and what there is to read; returns what `Checkpoint.load` returns.
     """
 
-    def load(model: PreTrainedModel, tensors: Any, files: list[str] | None, settings: Any, *rest: Any) -> Any:
+    def load(model: PreTrainedModel, *options: Any) -> Any:
         model.__class__ = architecture
-        quantised = settings.hf_quantizer is not None
-        return read(model, Checkpoint(files or (), quantised, architecture, tensors, (settings, *rest)))
+        return read(model, _checkpoint(architecture._load_pretrained_model, *options))
 
     # transformers looks up settings by these names, and treats classes of other packages as code of the user's own
     names = {"__module__": architecture.__module__, "__qualname__": architecture.__qualname__}
     members = {**names, "_load_pretrained_model": staticmethod(load)}
     return cast(type[PreTrainedModel], type(architecture.__name__, (architecture,), members))
+
+
+@contextmanager
+def reading(read: Callable[[PreTrainedModel, Checkpoint], Any]) -> Iterator[None]:
+    """Inside the block, `read` brings in the weights of every model that this thread loads, of whatever class.
+
+    Args:
+        read: as for `with_reader`.
+    """
+    own, thread = vars(PreTrainedModel)["_load_pretrained_model"], threading.get_ident()
+    usual = PreTrainedModel._load_pretrained_model
+
+    def load(model: PreTrainedModel, *options: Any) -> Any:
+        if threading.get_ident() != thread:
+            return usual(model, *options)
+        return read(model, _checkpoint(usual, *options))
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load)
+    try:
+        yield
+    finally:
+        PreTrainedModel._load_pretrained_model = own
+
+
+def _checkpoint(
+    load: Callable[..., Any], tensors: Any, files: list[str] | None, settings: Any, *rest: Any
+) -> Checkpoint:
+    """What transformers hands to the function that loads weights, behind the model."""
+    return Checkpoint(files or (), settings.hf_quantizer is not None, load, tensors, (settings, *rest))
 
 
 @contextmanager

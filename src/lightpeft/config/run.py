@@ -47,6 +47,8 @@ class ModelConfig:
     """Data type of the frozen weights."""
     quantise: Literal["nf4", "int8"] | None = None
     """Keep the frozen weights in 4 bits (nf4) or 8 bits (int8), with bitsandbytes (extra `quantised`)."""
+    low_memory: bool = False
+    """Leave the weights of the blocks on disk and read each where it is needed, for bases that do not fit; slower."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """Attention backend; unset: what transformers chooses."""
     trust_remote_code: bool = False
@@ -57,6 +59,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        others = [name for name in ("quantise", "gguf_file") if getattr(self, name) is not None]
+        alone = "model.low_memory reads weights as they are in safetensors files; leave model."
+        require(not (self.low_memory and others), f"{alone}{' and model.'.join(others)} unset")
 
 
 @dataclass(kw_only=True)

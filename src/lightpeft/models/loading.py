@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from lightpeft.compat.transformers import forget_renaming, has_adapter
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_folder, check_weights, parsing
+from lightpeft.machine import processes
 from lightpeft.models import hub
 from lightpeft.models.families import check_not_refused
 from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.on_disk import weights_on_disk
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
 _QUANTISED: dict[str, dict[str, Any]] = {
@@ -84,6 +86,8 @@ def load_model(
         LightPeftError: no such model, or one that is to be pruned and cannot be.
     """
     hf_config = load_model_config(config)
+    alone = "model.low_memory leaves weights on disk for one process; start one, or switch it off"
+    require(not config.low_memory or processes().num_processes == 1, alone)
     if to_prune:
         check_not_refused(hf_config.model_type)
         _check_quantisation(config, hf_config)
@@ -93,7 +97,7 @@ def load_model(
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
     names = None if architecture is None else base_names(architecture)
-    with _opening(config):
+    with _opening(config), weights_on_disk() if config.low_memory else nullcontext():
         model, info = head.auto.from_pretrained(
             config.name,
             config=hf_config,

@@ -16,6 +16,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import fault, features, is_linear, slice_linear
+from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
 from lightpeft.peft_kinds.sites import Site, check_removable, drop_reference, find_sites, refresh_config, remove_site
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, width
@@ -66,6 +67,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
         _cut_attention(inner, spec, kept)
         if spec.shared_arguments and spec.position_bias in apart and kept.heads:
             _stop_sharing(inner.get_submodule(spec.attention), spec, kept, tables)
+    bring_weights_in(inner)  # of layers that lost nothing
     _adapt_generation(inner, plan)
     inner.light_pruned = bool(plan.removed_parameters)
     if isinstance(model, PeftModel):

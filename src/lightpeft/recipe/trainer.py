@@ -26,6 +26,7 @@ from lightpeft.compat.accelerate import as_it_is, forget_optimizers
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.errors import require
 from lightpeft.files import replacing_folder
+from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -408,6 +409,8 @@ class LightTraining(PrefixMixin, Repeatable):
         found = next((name for name, used in engines.items() if used), None)
         hint = "; start one process a GPU with accelerate launch" if found and found.startswith("DataParallel") else ""
         require(found is None, f"{found} cannot follow a model that is cut on the way; train without it{hint}")
+        alone = "weights on disk are for training in one process; load the model without weights_on_disk"
+        require(args.world_size == 1 or not has_weights_on_disk(trainer.model), alone)
         if self.light_config.blocks == "auto" and self.light_plan is None:
             self.light_tolerance()
             rows_aside(trainer, 0)

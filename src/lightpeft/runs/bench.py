@@ -93,6 +93,8 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
     require(rounds >= 1 and steps >= 1, "bench.rounds and bench.steps start at 1")
     require(max(rounds, steps) <= _MOST, f"bench.rounds and bench.steps can be at most {_MOST:,}")
     require(json is None or not Path(json).is_dir(), f"--json {json} is a folder; give a file")
+    in_memory = "bench compares models in memory; switch model.low_memory off, where the base fits"
+    require(not config.model.low_memory, in_memory)
     config = replace(config, method="light")
     work = prepare(config)
     pipeline.estimate(work)

@@ -266,6 +266,8 @@ def _finish(
 
 def _full_model(work: Workspace) -> PreTrainedModel:
     """The dense model, all of whose weights train."""
+    on_disk = "method full trains every weight, which model.low_memory leaves on disk; switch that off"
+    require(not work.config.model.low_memory, on_disk)
     model = work.dense_model().model
     quantised = getattr(model, "is_quantized", False)
     require(

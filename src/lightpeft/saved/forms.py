@@ -322,6 +322,7 @@ class LightAdapter(_Adapter):
             attention=self.model.attention,
             trust_remote_code=self.model.trust_remote_code,
             allow_pickle=self.model.allow_pickle,
+            low_memory=self.model.low_memory and base is None,
         )
 
 

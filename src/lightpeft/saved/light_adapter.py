@@ -30,6 +30,7 @@ from lightpeft.files.foreign import check_folder
 from lightpeft.models import repositories
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.tensors import SharedTensors
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import Vocabulary, check_whole, cut_model, vocabulary_of
 from lightpeft.peft_kinds.sites import hide_config, own_adapter
@@ -45,7 +46,6 @@ from lightpeft.saved.description import BaseFacts, base_facts, check_parts, fact
 from lightpeft.saved.merging import settle
 from lightpeft.saved.peft_adapter import brought_for_base, check_fit, load_adapter, read_adapter, skeleton_of
 from lightpeft.saved.streaming import Stream
-from lightpeft.saved.tensors import SharedTensors
 from lightpeft.saved.tokens import VOCABULARY_FILE, read_vocabulary, tokenizer_over, write_vocabulary
 from lightpeft.saved.uploading import send
 

@@ -21,12 +21,12 @@ from lightpeft.compat.torch import set_unseen, with_own_parameters
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
 from lightpeft.models.linears import slice_linear, stored_weight
+from lightpeft.models.tensors import Reading, SharedTensors, check_files, on_disk
 from lightpeft.models.vocabulary import Vocabulary, rows_by_token
 from lightpeft.plans.layout import cut_dim, kept_channels
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.fingerprint import Sample, digest_of, sample
-from lightpeft.saved.tensors import Reading, SharedTensors, on_disk
 
 _INSTEAD = "load the adapter without low_memory"
 
@@ -73,7 +73,7 @@ class Stream:
         """
 
         def read(model: PreTrainedModel, checkpoint: Checkpoint) -> Any:
-            _check_files(checkpoint)
+            check_files(checkpoint, _INSTEAD)
             self._check(model)
             self._places = dict(_places(model, self._plan))
             self._rows = {} if self._vocabulary is None else dict(_rows(model, self._vocabulary))
@@ -199,12 +199,3 @@ def _kept(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor | None:
     if slot in spec.wide_norms and not kept.heads:
         return torch.empty(0, dtype=torch.long)
     return kept_channels(spec, kept, slot)
-
-
-def _check_files(checkpoint: Checkpoint) -> None:
-    files = checkpoint.files
-    require(not checkpoint.quantised, f"the base is quantised, which low_memory cannot read; {_INSTEAD}")
-    safe = bool(files) and all(str(file).endswith(".safetensors") for file in files)
-    require(
-        safe, f"low_memory reads safetensors files, which the base does not have; {_INSTEAD}, or save the base in them"
-    )

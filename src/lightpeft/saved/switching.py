@@ -13,11 +13,11 @@ from weakref import WeakValueDictionary
 import torch
 
 from lightpeft.errors import LightPeftError, nearest, require
+from lightpeft.models.tensors import SharedTensors
 from lightpeft.saved.description import BaseFacts, base_facts
 from lightpeft.saved.forms import LightAdapter
 from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_sharing
 from lightpeft.saved.opening import find_light
-from lightpeft.saved.tensors import SharedTensors
 
 
 class LightSwitch:

@@ -91,7 +91,10 @@ def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
 
 @contextmanager
 def _short_attention(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
-    """Attention of plain products where PyTorch's own is slower: half precision on a CPU, in batches of short rows."""
+    """Attention of plain products where PyTorch's own is slower: half precision on a CPU, in batches of short rows.
+
+    Not under gradient checkpointing, which computes attention again outside of the model's forward pass.
+    """
     inner, parameter = transformers_model(model), next(model.parameters())
     half = (autocast or parameter.dtype) in (torch.bfloat16, torch.float16)
     if parameter.device.type != "cpu" or not half:
@@ -101,7 +104,7 @@ def _short_attention(model: nn.Module, autocast: torch.dtype | None) -> Iterator
 
     @functools.wraps(usual)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        tokens = _tokens_a_row(args, kwargs)
+        tokens = None if inner.is_gradient_checkpointing else _tokens_a_row(args, kwargs)
         with sdpa_kernel(SDPBackend.MATH) if tokens is not None and tokens <= SHORT_ROWS else nullcontext():
             return usual(*args, **kwargs)
 

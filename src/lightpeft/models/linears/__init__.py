@@ -1,12 +1,14 @@
 """One view of linear layers: their width, their weight as [out, in], and how features are cut out of them.
 
 PyTorch's `Linear` (and subclasses that only compute differently) and transformers' `Conv1D`, which keeps its weight
-transposed; layers of bitsandbytes and torchao in 4 or 8 bits. A kind of layers is one class (`kinds.LinearKind`), and
-kinds of one library are one module; neither bitsandbytes nor torchao is imported here.
+transposed, either with its weight in memory or on disk; layers of bitsandbytes and torchao in 4 or 8 bits. A kind of
+layers is one class (`kinds.LinearKind`), and kinds of one library are one module; neither bitsandbytes nor torchao is
+imported here.
 """
 
 from lightpeft.models.linears.bitsandbytes import logical_numel, prepare_quantised
 from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.on_disk import LinearOnDisk, bring_in, can_be_left, is_on_disk, leave_on_disk, lying_over
 from lightpeft.models.linears.registry import (
     add_to_linear,
     can_be_added_to,
@@ -20,14 +22,20 @@ from lightpeft.models.linears.registry import (
 )
 
 __all__ = [
+    "LinearOnDisk",
     "add_to_linear",
+    "bring_in",
     "can_be_added_to",
+    "can_be_left",
     "dense_weight",
     "describe",
     "fault",
     "features",
     "is_linear",
+    "is_on_disk",
+    "leave_on_disk",
     "logical_numel",
+    "lying_over",
     "prepare_quantised",
     "slice_linear",
     "sliced",

@@ -10,11 +10,19 @@ from torch import Tensor, nn
 from lightpeft.errors import LightPeftError
 from lightpeft.models.linears.bitsandbytes import EightBitLinear, FourBitLinear
 from lightpeft.models.linears.kinds import DenseKind, LinearKind
+from lightpeft.models.linears.on_disk import OnDiskLinear
 from lightpeft.models.linears.plain import PlainLinear, TransposedLinear
 from lightpeft.models.linears.torchao import TorchaoLinear
 
-KINDS: tuple[LinearKind, ...] = (PlainLinear(), TransposedLinear(), FourBitLinear(), EightBitLinear(), TorchaoLinear())
-"""The kinds of linear layers that can be cut."""
+KINDS: tuple[LinearKind, ...] = (
+    OnDiskLinear(),  # before the plain ones, which it is of as well
+    PlainLinear(),
+    TransposedLinear(),
+    FourBitLinear(),
+    EightBitLinear(),
+    TorchaoLinear(),
+)
+"""The kinds of linear layers that can be cut, the first that matches counts."""
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightpeft.compat.torch import changes_of, is_watched
+from lightpeft.models.linears import LinearOnDisk, is_on_disk
 from lightpeft.models.patching import instead
 
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
-    """Inside the block, LoRA on frozen `nn.Linear` layers computes `W x + b + s B A x` in one step.
+    """Inside the block, LoRA on frozen `nn.Linear` layers, in memory or on disk, computes `W x + b + s B A x` in one
+    step.
 
     Outputs and gradients are those of PEFT but for the order of rounding. What has something more to it is left to
     PEFT, call by call: DoRA and other variants, trained biases, quantised layers, several, merged or disabled adapters,
@@ -85,9 +87,8 @@ class _Fused:
         dropout = layer.lora_dropout[adapter]
         dropped = dropout(x).to(dtype) if layer.training and not isinstance(dropout, nn.Identity) else None
         base = layer.base_layer
-        return _LoraLinear.apply(
-            self.casts.of(x, dtype), dropped, base.weight, base.bias, down, up, layer.scaling[adapter]
-        )
+        weight = base if isinstance(base, LinearOnDisk) else base.weight
+        return _LoraLinear.apply(self.casts.of(x, dtype), dropped, weight, base.bias, down, up, layer.scaling[adapter])
 
     def _plain_adapter(self) -> str | None:
         """The one adapter that is added to the frozen layer, and nothing else."""
@@ -97,7 +98,8 @@ class _Fused:
             return None
         base, down, up = layer.base_layer, layer.lora_A[adapters[0]], layer.lora_B[adapters[0]]
         frozen = not any(parameter.requires_grad for parameter in base.parameters())
-        plain = all(type(part) is nn.Linear and _bare(part) for part in (base, down, up))
+        linear = type(base) in (nn.Linear, LinearOnDisk) and type(down) is type(up) is nn.Linear
+        plain = linear and all(_bare(part) for part in (base, down, up))
         return adapters[0] if frozen and plain and down.bias is None and up.bias is None else None
 
     def _dtype(self, x: Tensor, adapter: str) -> torch.dtype | None:
@@ -111,7 +113,7 @@ class _Fused:
 def _bare(linear: nn.Linear) -> bool:
     """Whether nobody watches or changes what the layer computes, and its weight is an ordinary tensor."""
     changed = is_watched(linear) or "forward" in vars(linear)
-    return not changed and type(linear.weight) is nn.Parameter
+    return not changed and (type(linear.weight) is nn.Parameter or is_on_disk(linear))
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -122,7 +124,7 @@ class _LoraLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | LinearOnDisk,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
@@ -134,18 +136,19 @@ class _LoraLinear(torch.autograd.Function):
             dropped: x after dropout, or None.
             weight, bias: the frozen layer's, [out, in] and [out], of any data type. The weight itself is kept for the
                 backward pass and converted once more there, which takes no time to speak of; converted copies of all
-                layers' would take half of the model's memory again.
+                layers' would take half of the model's memory again. One that is on disk is not even kept.
             down, up: A [rank, in] and B [out, rank], of any.
             scaling: s.
         """
         low = (x if dropped is None else dropped).flatten(0, -2)
-        converted = weight.to(x.dtype)
+        converted = _in_memory(weight).to(x.dtype)
         down, scaled_up = down.to(x.dtype), (up * scaling).to(x.dtype)
         inner = low @ down.T  # [rows, rank]
         rows = x.flatten(0, -2)
         result = rows @ converted.T if bias is None else torch.addmm(bias.to(x.dtype), rows, converted.T)
         result.addmm_(inner, scaled_up.T)
-        ctx.save_for_backward(low, inner, weight, down, scaled_up)
+        kept, ctx.on_disk = (weight, None) if isinstance(weight, Tensor) else (None, weight)
+        ctx.save_for_backward(low, inner, kept, down, scaled_up)
         ctx.scaling, ctx.shape, ctx.dropout = scaling, x.shape, dropped is not None
         return result.view(*x.shape[:-1], -1)
 
@@ -156,7 +159,9 @@ class _LoraLinear(torch.autograd.Function):
         gradient = gradient.flatten(0, -2)
         of_inner = gradient @ scaled_up
         of_down, of_up = of_inner.T @ low, (gradient.T @ inner) * ctx.scaling
-        of_x = gradient @ weight.to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = gradient @ _in_memory(ctx.on_disk if weight is None else weight).to(gradient.dtype)
         of_dropped = None
         if ctx.dropout:
             of_dropped = (of_inner @ down).view(ctx.shape) if ctx.needs_input_grad[1] else None
@@ -164,3 +169,7 @@ class _LoraLinear(torch.autograd.Function):
             of_x.addmm_(of_inner, down)
         of_x = None if of_x is None else of_x.view(ctx.shape)
         return of_x, of_dropped, None, None, of_down, of_up, None
+
+
+def _in_memory(weight: Tensor | LinearOnDisk) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.read()

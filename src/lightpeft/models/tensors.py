@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, read from its files one at a time; whole ones are shared by models that are read."""
+"""Tensors of a checkpoint, read from its files when they are asked for; models may share whole ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from lightpeft.compat.transformers import mark_read
+from lightpeft.compat.transformers import Checkpoint, mark_read
+from lightpeft.errors import require
 
 
 class SharedTensors:
@@ -51,23 +52,26 @@ class Reading:
         self._last: tuple[_Source, Tensor] | None = None
         self._used: list[Tensor] = []
 
-    def read(self, file: _File, key: str, dtype: torch.dtype | None) -> Tensor:
+    def read(self, stored: StoredTensor, dtype: torch.dtype | None) -> Tensor:
         """The tensor as it is shared; else from its file, in host memory."""
         self.forget()
-        source = _Source(file, key, dtype, self._device)
+        source = _Source(stored, dtype, self._device)
         found = None if self._shared is None else self._shared.find(source)
         if found is None:
-            with safe_open(file.path, framework="pt") as opened:
-                found = opened.get_slice(key)[...].to(dtype=dtype)
+            found = stored.mapped().to(dtype=dtype)
         self._last = source, found
         return found
+
+    def place_of(self, parameter: Tensor) -> StoredTensor | None:
+        """Where in the files a parameter lies that is the tensor read last, whole; None: it was made of that."""
+        return None if self._last is None or not _is_same(parameter, self._last[1]) else self._last[0].stored
 
     def in_common(self, parameter: Tensor) -> nn.Parameter | None:
         """What a model gets instead of a parameter that is the tensor read last, whole, so that all models share it."""
         if self._shared is None or self._last is None:
             return None
         source, tensor = self._last
-        if parameter.data_ptr() != tensor.data_ptr() or parameter.shape != tensor.shape:  # transformers made it of that
+        if not _is_same(parameter, tensor):
             return None
         tensor = tensor.to(self._device)
         self._shared.keep(source, tensor)
@@ -104,11 +108,28 @@ class _File:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What a shared tensor was read from, and as what."""
+class StoredTensor:
+    """A tensor in a safetensors file."""
 
     file: _File
     key: str
+
+    def mapped(self) -> Tensor:
+        """The tensor on the CPU, over the file: pages are read when they are touched, and go when nobody holds it."""
+        with safe_open(self.file.path, framework="pt") as opened:
+            return opened.get_slice(self.key)[...]
+
+    def check_unchanged(self) -> None:
+        """Raise `LightPeftError` if the file has been written anew, or is gone."""
+        there = Path(self.file.path).is_file() and _File.at(self.file.path) == self.file
+        require(there, f"{self.file.path} has changed or gone while a model's weights were read from it; load it again")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a shared tensor was read from, and as what."""
+
+    stored: StoredTensor
     dtype: torch.dtype | None
     device: torch.device
 
@@ -120,8 +141,7 @@ class _OnDisk:
     It is read when it is asked for, and its file is open only so long.
     """
 
-    file: _File
-    key: str
+    stored: StoredTensor
     reading: Reading
 
     def __getitem__(self, everything: Any) -> _OnDisk:
@@ -129,7 +149,7 @@ class _OnDisk:
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
         """Read it into host memory, or find it among those that are shared."""
-        return self.reading.read(self.file, self.key, dtype)
+        return self.reading.read(self.stored, dtype)
 
 
 def on_disk(files: Sequence[str], reading: Reading) -> dict[str, _OnDisk]:
@@ -138,5 +158,25 @@ def on_disk(files: Sequence[str], reading: Reading) -> dict[str, _OnDisk]:
     for path in files:
         file = _File.at(path)
         with safe_open(path, framework="pt") as opened:
-            tensors.update({key: _OnDisk(file, key, reading) for key in opened.keys()})  # noqa: SIM118 (it is no mapping)
+            keys = opened.keys()
+        tensors.update({key: _OnDisk(StoredTensor(file, key), reading) for key in keys})
     return tensors
+
+
+def check_files(checkpoint: Checkpoint, instead: str) -> None:
+    """Refuse a checkpoint whose tensors cannot be read one at a time.
+
+    Args:
+        instead: what to do, for the error line.
+    """
+    files = checkpoint.files
+    require(not checkpoint.quantised, f"the base is quantised, which low_memory cannot read; {instead}")
+    safe = bool(files) and all(str(file).endswith(".safetensors") for file in files)
+    require(
+        safe, f"low_memory reads safetensors files, which the base does not have; {instead}, or save the base in them"
+    )
+
+
+def _is_same(parameter: Tensor, tensor: Tensor) -> bool:
+    """Whether a parameter is a tensor that was read, and nothing that transformers made of it."""
+    return parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape
