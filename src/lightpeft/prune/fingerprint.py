@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears import stored_weight
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
 from lightpeft.models.vocabulary import Vocabulary
@@ -25,8 +26,18 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec], vocabulary: Vocab
     Values are sampled at fixed strides and rounded to bfloat16, so a base loaded in float32 and in bfloat16 agree,
     and a large model takes milliseconds. Of quantised weights the integers count, so a base in 4 bits is another one.
     """
-    names = [name for block in blocks for name in block.projections.values()]
-    return digest_of(model, ((name, sample(stored_weight(base_linear(model, name)))) for name in names), vocabulary)
+    weights = (weight for block in blocks for weight in _weights(model, block))
+    return digest_of(model, ((name, sample(weight)) for name, weight in weights), vocabulary)
+
+
+def _weights(model: nn.Module, block: BlockSpec) -> Iterator[tuple[str, Tensor]]:
+    """All that can be cut of a block, by name."""
+    for name in block.projections.values():
+        yield name, stored_weight(base_linear(model, name))
+    if block.experts:
+        for name, weight in ExpertLayer.of(transformers_model(model), block.expert_modules).weights():
+            part, _, own = name.partition(".")
+            yield f"{block.expert_modules[part]}.{own}", weight
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.models.families.encoders import ENCODERS
 from lightpeft.models.families.spec import Family, Stack
+from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears import describe, features, is_linear
 from lightpeft.plans.layout import Kind, cut_dim, segment_size, segments, width
 from lightpeft.plans.records import removable_parameters
@@ -24,14 +25,10 @@ from lightpeft.plans.structure import BlockSpec
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*ENCODERS, *DECODERS, *ENCODER_DECODERS)}
 """Supported families by `config.model_type`."""
 
-_EXPERTS = "the weights of its experts are single 3-D parameters, not linear layers"
 REFUSED: dict[str, str] = {
     "albert": "its layers share one set of weights, so a unit pruned in one layer would go in all",
-    "mixtral": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
-    "olmoe": _EXPERTS,
-    "gpt_oss": _EXPERTS,
+    "gpt_oss": "its attention has a sink for each head, which no slot names",
+    "deepseek_v3": "its attention makes keys and values from one latent of all heads (MLA), which no slot names",
     "bloom": "its attention adds the residual and reads ALiBi slopes of all heads",
 }
 """Families that cannot be pruned, with the reason."""
@@ -95,7 +92,7 @@ def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[Bl
             specs.append(_block_spec(stack, len(specs), layer, block, f"{prefix}{stack.layers}", config))
             modules.append(block)
     require(bool(specs), f"there is no {prefix}{family.stacks[0].layers} in this {type(model).__name__}")
-    _check_complete(model, specs, [f"{prefix}{stack.layers}" for stack in family.stacks])
+    _check_complete(model, specs, [f"{prefix}{stack.layers}" for stack in family.stacks], _whole(family))
     return _with_fixed(specs, modules)
 
 
@@ -149,7 +146,25 @@ def _block_spec(stack: Stack, index: int, layer: int, block: nn.Module, path: st
     )
     _check_widths(spec, linear, stack, config, where)
     rest = _rest_parameters(spec, block.get_submodule(stack.attention))
-    return _with_counts(replace(spec, rest_parameters=rest), linear)
+    return _with_experts(_with_counts(replace(spec, rest_parameters=rest), linear), stack, block, where)
+
+
+def _with_experts(spec: BlockSpec, stack: Stack, block: nn.Module, where: str) -> BlockSpec:
+    """The spec with the routed experts of the block, if it has any."""
+    found = stack.experts
+    if found is None or _submodule(block, found.experts) is None:
+        return spec
+    names = {"router": found.router, "experts": found.experts}
+    layer = ExpertLayer.of(block, names)
+    return replace(
+        spec,
+        experts=layer.count,
+        expert_neurons=layer.count * layer.width,
+        experts_per_token=layer.per_token,
+        expert_parameters=layer.expert_parameters,
+        expert_neuron_parameters=layer.neuron_parameters,
+        expert_modules={part: f"{where}.{name}" for part, name in names.items()},
+    )
 
 
 def _with_counts(spec: BlockSpec, linear: dict[str, nn.Module]) -> BlockSpec:
@@ -239,12 +254,17 @@ def _linear(block: nn.Module, name: str, path: str) -> nn.Module:
     return layer
 
 
-def _check_complete(model: nn.Module, specs: list[BlockSpec], stacks: list[str]) -> None:
+def _whole(family: Family) -> tuple[str, ...]:
+    """What the names of linear layers that stay as they are end with."""
+    return tuple(f".{name}" for stack in family.stacks for name in stack.whole)
+
+
+def _check_complete(model: nn.Module, specs: list[BlockSpec], stacks: list[str], whole: tuple[str, ...]) -> None:
     """Refuse blocks with linear layers that no slot names: cutting around them would change what they compute."""
     known = {name for spec in specs for name in spec.projections.values()}
     for path in dict.fromkeys(stacks):
         for name in _linear_names(model.get_submodule(path), path) if _submodule(model, path) is not None else ():
-            require(name in known, f"{name} is a projection that the family's entry does not know; it cannot be pruned")
+            require(name in known or name.endswith(whole), f"{name} is a projection that the family's entry does not know; it cannot be pruned")
 
 
 def _linear_names(module: nn.Module, path: str) -> Iterator[str]:
