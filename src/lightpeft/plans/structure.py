@@ -84,11 +84,14 @@ class BlockSpec:
     """Arguments with one entry a head that dense blocks hand to the next; after pruning each block makes its own."""
     per_head_arguments: dict[str, int] = field(default_factory=dict)
     """Argument of attention -> the dimension of it that has one entry a query head; the entries of kept heads stay."""
+    head_tensors: tuple[str, ...] = ()
+    """Parameters of the attention module with one entry a query head, [heads]; the entries of kept heads stay."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shared_arguments", tuple(self.shared_arguments))
+        for name in ("shared_arguments", "head_tensors"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def heads_per_kv(self) -> int:
@@ -103,7 +106,7 @@ class BlockSpec:
     def structure(self) -> tuple[Any, ...]:
         """All that decides how the block is cut; blocks of one structure can take each other's plans."""
         sizes = (self.heads, self.kv_heads, self.head_dim, self.neurons)
-        by_head = (self.wide_norms, self.position_bias, self.per_head_arguments)
+        by_head = (self.wide_norms, self.position_bias, self.per_head_arguments, self.head_tensors)
         routed = (self.experts, self.expert_neurons, self.experts_per_token, self.expert_modules)
         return self.projections, sizes, self.interleaved, *by_head, *routed
 

@@ -73,7 +73,7 @@ class MaskedExperts:
         output = self._linear("down_proj", hidden, experts, counts)
         weight = weights.flatten()[order].unsqueeze(1)
         output = output * _ScaledUnits.apply(weight, self._experts, owners, self._experts.values)
-        return torch.zeros_like(states, dtype=output.dtype).index_add(0, rows, output).to(states.dtype)
+        return output[order.argsort()].view(tokens, index.shape[1], -1).sum(1).to(states.dtype)  # as transformers adds
 
     def _linear(self, name: str, states: Tensor, experts: Tensor, counts: list[int]) -> Tensor:
         """What each row's expert makes of it; rows are sorted by expert."""

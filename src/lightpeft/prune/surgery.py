@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -171,6 +172,8 @@ def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
         return
     for attribute, quantity in spec.head_attributes.items():
         _set_head_attribute(attention, attribute, _QUANTITIES[quantity](spec, kept))
+    for name in spec.head_tensors:
+        _keep_entries(attention, name, kept.heads)
     for slot, name in spec.wide_norms.items():
         _replace(inner, name, SelectedChannels(inner.get_submodule(name), head_channels(spec, kept, slot)))
     if spec.per_head_arguments:
@@ -183,6 +186,14 @@ def _cut_base(inner: nn.Module, spec: BlockSpec, kept: BlockPlan, slot: str) -> 
     index = kept_channels(spec, kept, slot)
     if index is not None:
         slice_linear(base_linear(inner, spec.projections[slot]), index, cut_dim(slot))
+
+
+@torch.no_grad()
+def _keep_entries(module: nn.Module, name: str, kept: Sequence[int]) -> None:
+    """Keep some entries of a parameter [all]."""
+    parameter = module.get_parameter(name)
+    entries = parameter.index_select(0, torch.tensor(kept, device=parameter.device))
+    setattr(module, name, nn.Parameter(entries, requires_grad=parameter.requires_grad))
 
 
 def _replace(inner: nn.Module, name: str, module: nn.Module) -> None:

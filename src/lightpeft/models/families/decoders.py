@@ -152,7 +152,7 @@ QWEN2_MOE = Family(
         replace(
             _LLAMA,
             projections=(_SEPARATE_ATTENTION | _SHARED_EXPERT, _SEPARATE_ATTENTION | _GATED_FFN),
-            width_key=None,
+            width_key=("shared_expert_intermediate_size", "intermediate_size"),
             experts=Experts(),
             whole=("mlp.shared_expert_gate",),
         ),
@@ -167,6 +167,18 @@ OLMOE = Family(
             width_key=None,
             experts=Experts(width_key="intermediate_size"),
             wide_norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"},
+        ),
+    ),
+)
+GPT_OSS = Family(
+    "gpt_oss",
+    (
+        replace(
+            _LLAMA,
+            projections=_SEPARATE_ATTENTION,
+            width_key=None,
+            experts=Experts(router="mlp.router", count_key="num_local_experts", width_key="intermediate_size"),
+            head_tensors=("sinks",),
         ),
     ),
 )
@@ -191,4 +203,5 @@ DECODERS = (
     QWEN2_MOE,
     QWEN3_MOE,
     OLMOE,
+    GPT_OSS,
 )

@@ -15,7 +15,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.models.families.encoders import ENCODERS
-from lightpeft.models.families.spec import Family, Stack
+from lightpeft.models.families.spec import Experts, Family, Stack
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears import describe, features, is_linear
 from lightpeft.plans.layout import Kind, cut_dim, segment_size, segments, width
@@ -27,7 +27,6 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (*ENCODER
 
 REFUSED: dict[str, str] = {
     "albert": "its layers share one set of weights, so a unit pruned in one layer would go in all",
-    "gpt_oss": "its attention has a sink for each head, which no slot names",
     "deepseek_v3": "its attention makes keys and values from one latent of all heads (MLA), which no slot names",
     "bloom": "its attention adds the residual and reads ALiBi slopes of all heads",
 }
@@ -142,20 +141,25 @@ def _block_spec(stack: Stack, index: int, layer: int, block: nn.Module, path: st
         position_bias=f"{path}.0.{stack.position_bias}" if stack.position_bias else None,
         shared_arguments=stack.shared_arguments,
         per_head_arguments=dict(stack.per_head_arguments),
+        head_tensors=stack.head_tensors,
         attention_outputs=stack.attention_outputs,
     )
     _check_widths(spec, linear, stack, config, where)
     rest = _rest_parameters(spec, block.get_submodule(stack.attention))
-    return _with_experts(_with_counts(replace(spec, rest_parameters=rest), linear), stack, block, where)
-
-
-def _with_experts(spec: BlockSpec, stack: Stack, block: nn.Module, where: str) -> BlockSpec:
-    """The spec with the routed experts of the block, if it has any."""
-    found = stack.experts
-    if found is None or _submodule(block, found.experts) is None:
+    spec = _with_counts(replace(spec, rest_parameters=rest), linear)
+    if stack.experts is None or _submodule(block, stack.experts.experts) is None:
         return spec
+    return _with_experts(spec, stack.experts, block, where, config)
+
+
+def _with_experts(spec: BlockSpec, found: Experts, block: nn.Module, where: str, config: Any) -> BlockSpec:
+    """The spec with the routed experts of the block."""
     names = {"router": found.router, "experts": found.experts}
     layer = ExpertLayer.of(block, names)
+    wanted = getattr(config, found.count_key), getattr(config, found.width_key)
+    require(
+        wanted == (layer.count, layer.width), f"{where}.{found.experts}: widths do not match the config; {_PRUNED_BEFORE}"
+    )
     return replace(
         spec,
         experts=layer.count,
@@ -169,7 +173,7 @@ def _with_experts(spec: BlockSpec, stack: Stack, block: nn.Module, where: str) -
 
 def _with_counts(spec: BlockSpec, linear: dict[str, nn.Module]) -> BlockSpec:
     """The spec with the parameters that each kind of unit takes with it, counted in the live layers."""
-    counts: dict[Kind, int] = {"heads": 0, "kv_heads": 0, "neurons": 0}
+    counts: dict[Kind, int] = {"heads": len(spec.head_tensors), "kv_heads": 0, "neurons": 0}
     for slot in spec.cut_slots():
         rows, columns = features(linear[slot])
         has_bias = getattr(linear[slot], "bias", None) is not None
@@ -205,7 +209,7 @@ def _base_parameters(module: nn.Module) -> int:
 def _rest_parameters(spec: BlockSpec, attention: nn.Module) -> int:
     """Parameters of attention that are no unit's own; the shared table of position biases stays."""
     table = spec.position_bias.rpartition(".")[2] if spec.position_bias else None
-    rest = sum(p.numel() for p in attention.parameters(recurse=False))
+    rest = sum(p.numel() for n, p in attention.named_parameters(recurse=False) if n not in spec.head_tensors)
     for name, child in attention.named_children():
         layer = _unwrapped(child)
         if is_linear(layer):
@@ -230,7 +234,8 @@ def _activation(config: Any, stack: Stack) -> str | None:
 def _check_widths(spec: BlockSpec, linear: dict[str, nn.Module], stack: Stack, config: Any, where: str) -> None:
     fits = spec.kv_heads > 0 and spec.heads % spec.kv_heads == 0
     fits = fits and all(features(linear[slot])[cut_dim(slot)] == width(spec, slot) for slot in linear)
-    wanted = getattr(config, stack.width_key, None) if stack.width_key and spec.neurons else None
+    key = stack.width_key_of(spec.projections)
+    wanted = getattr(config, key, None) if key and spec.neurons else None
     require(fits and wanted in (None, spec.neurons), f"{where}: widths do not match the config; {_PRUNED_BEFORE}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,8 +50,8 @@ class Stack:
     """Config key of the number of query heads."""
     head_dim_key: str = "head_dim"
     """Config key of the head dimension; where the config has none, it is the hidden size by the heads."""
-    width_key: str | None = "intermediate_size"
-    """Config key of the FFN width; None where the config does not hold it."""
+    width_key: str | tuple[str, ...] | None = "intermediate_size"
+    """Config key of the FFN width, or one for each table of projections; None where the config does not hold it."""
     experts: Experts | None = None
     """Routed experts, in those blocks that have them."""
     whole: tuple[str, ...] = ()
@@ -73,6 +73,8 @@ class Stack:
     per_head_arguments: dict[str, int] = field(default_factory=dict)
     """Argument of attention that something outside the blocks makes -> the dimension of it that has one entry a query
     head, counted from the front or (negative) from the back."""
+    head_tensors: tuple[str, ...] = ()
+    """Parameters of the attention module with one entry a query head."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
@@ -80,6 +82,15 @@ class Stack:
     def tables(self) -> tuple[dict[str, str], ...]:
         """The tables of projections, in the order they are tried."""
         return (self.projections,) if isinstance(self.projections, dict) else tuple(self.projections)
+
+
+    def width_key_of(self, projections: Mapping[str, str]) -> str | None:
+        """Config key of the FFN width of a block whose projections have these names, or names that end so."""
+        if not isinstance(self.width_key, tuple):
+            return self.width_key
+        name = projections.get("ffn_out", "")
+        keys = zip(self.width_key, self.tables, strict=True)
+        return next((key for key, table in keys if name.endswith(table["ffn_out"])), None)
 
 
 @dataclass(frozen=True)
