@@ -1,4 +1,4 @@
-"""Experts as transformers keeps them: 3-D parameters that hold all experts of a layer, and a router with a row for each.
+"""Experts as transformers keeps them: 3-D parameters with all experts of a layer, and a router with a row for each.
 
 What lies where is read off the live module: `gate_up_proj` and `down_proj` (with biases or without) are [experts, out,
 in], or [experts, in, out] where the module says that they are transposed; gate and up come one after the other, or
@@ -117,18 +117,23 @@ class ExpertLayer:
             experts: which stay, ascending, [kept].
             neurons: channels of each that stay, [kept, width].
         """
-        before = self.count, self.width
-        for name, parameter in list(self._parameters()):
-            kept = parameter.index_select(0, experts.to(parameter.device))
-            dim = self._dim(name)
-            if dim is not None and neurons.shape[1] < self.width:
-                kept = _gather(kept, self._channels(name, neurons).to(parameter.device), dim)
-            setattr(self.experts, name, nn.Parameter(kept.contiguous(), requires_grad=parameter.requires_grad))
-        for name, tensor in list(self._of_router()):
-            kept = tensor.index_select(0, experts.to(tensor.device))
-            is_parameter = isinstance(tensor, nn.Parameter)
-            setattr(self.router, name, nn.Parameter(kept, tensor.requires_grad) if is_parameter else kept)
+        before, parts = (self.count, self.width), {"experts": self.experts, "router": self.router}
+        kept = {name: self.part(name, weight, experts, neurons) for name, weight in self.weights()}
+        for name, weight in kept.items():
+            part, _, own = name.partition(".")
+            dense = getattr(parts[part], own)
+            parameter = isinstance(dense, nn.Parameter)
+            setattr(parts[part], own, nn.Parameter(weight, dense.requires_grad) if parameter else weight)
         self._say(*before)
+
+    def part(self, name: str, weight: Tensor, experts: Tensor, neurons: Tensor) -> Tensor:
+        """What stays of one of the dense `weights`; arguments as for `cut`."""
+        part, _, own = name.partition(".")
+        kept = weight.index_select(0, experts.to(weight.device))
+        dim = self._dim(own) if part == "experts" else None
+        if dim is not None and neurons.shape[1] < self.width:
+            kept = _gather(kept, self._channels(own, neurons).to(weight.device), dim)
+        return kept.contiguous()
 
     def _say(self, count: int, width: int) -> None:
         """Write the counts into the attributes of both modules that had those of before."""
@@ -179,4 +184,3 @@ def _gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
     sizes = list(weights.shape)
     sizes[dim] = index.shape[1]
     return weights.gather(dim, index.view(shape).expand(sizes))
-

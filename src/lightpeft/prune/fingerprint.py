@@ -31,13 +31,22 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec], vocabulary: Vocab
 
 
 def _weights(model: nn.Module, block: BlockSpec) -> Iterator[tuple[str, Tensor]]:
-    """All that can be cut of a block, by name."""
     for name in block.projections.values():
         yield name, stored_weight(base_linear(model, name))
     if block.experts:
         for name, weight in ExpertLayer.of(transformers_model(model), block.expert_modules).weights():
-            part, _, own = name.partition(".")
-            yield f"{block.expert_modules[part]}.{own}", weight
+            yield expert_weight(block, name), weight
+
+
+def weight_names(model: nn.Module, block: BlockSpec) -> list[str]:
+    """Names of the weights of a block that the fingerprint reads, in its order; the model may be without storage."""
+    return [name for name, _ in _weights(model, block)]
+
+
+def expert_weight(block: BlockSpec, name: str) -> str:
+    """The name that one of `ExpertLayer.weights` has in the model."""
+    part, _, own = name.partition(".")
+    return f"{block.expert_modules[part]}.{own}"
 
 
 @dataclass(frozen=True)

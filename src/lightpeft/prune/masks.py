@@ -103,9 +103,7 @@ class UnitMasks:
             if slot in projections and function is not None:
                 self._handles.append(projections[slot].register_forward_hook(scaler.remember))
 
-    def _attach_experts(
-        self, inner: nn.Module, place: int, masks: dict[MaskedUnit, Masked], real: RealTokens
-    ) -> None:
+    def _attach_experts(self, inner: nn.Module, place: int, masks: dict[MaskedUnit, Masked], real: RealTokens) -> None:
         block = self.blocks[place]
         layer = ExpertLayer.of(inner, block.expert_modules)
         routed = self._routed.split([each.experts for each in self.blocks], dim=1)[place]

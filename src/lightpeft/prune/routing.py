@@ -59,7 +59,7 @@ class MaskedExperts:
     def __call__(self, states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """[tokens, hidden], experts of each token and their weights [tokens, experts of each] -> [tokens, hidden]."""
         if not self.masked():
-            return self._forward(states, index, weights)  # type: ignore[no-any-return]
+            return self._forward(states, index, weights)
         if torch.is_grad_enabled():
             self.note(index)
         experts, order = index.flatten().sort(stable=True)
@@ -125,7 +125,7 @@ def _of_rows(values: Tensor, owners: _Owners, rows: Tensor) -> Tensor:
 class ClosedRouter:
     """Hooks on a router by which it leaves some experts out, as if it had no rows for them."""
 
-    def __init__(self, router: nn.Module, closed: Callable[[], Tensor | None]) -> None:
+    def __init__(self, router: Any, closed: Callable[[], Tensor | None]) -> None:
         """
         Args:
             closed: what are left out now, a mask [experts]; None: none.
@@ -145,7 +145,7 @@ class ClosedRouter:
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         closed = self._closed()
         if closed is not None:
-            self._mode = _Closing(module.weight, closed)
+            self._mode = _Closing(self._router.weight, closed)
             self._mode.__enter__()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

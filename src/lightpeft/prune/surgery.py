@@ -20,7 +20,7 @@ from lightpeft.models.families import block_specs
 from lightpeft.models.linears import fault, features, is_linear, slice_linear
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
 from lightpeft.peft_kinds.sites import Site, check_removable, drop_reference, find_sites, refresh_config, remove_site
-from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, width
+from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts, width
 from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit
 from lightpeft.plans.structure import BlockSpec
@@ -156,8 +156,7 @@ def _cut_ffn(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
 def _cut_experts(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
     if len(kept.expert_neurons) == spec.expert_neurons:
         return
-    neurons = torch.tensor(kept.expert_neurons).view(len(kept.experts), -1) % spec.expert_width
-    ExpertLayer.of(inner, spec.expert_modules).cut(torch.tensor(kept.experts), neurons)
+    ExpertLayer.of(inner, spec.expert_modules).cut(*kept_experts(spec, kept))
 
 
 def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:

@@ -12,11 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.models.families.encoders import ENCODERS
 from lightpeft.models.families.spec import Experts, Family, Stack
-from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears import describe, features, is_linear
 from lightpeft.plans.layout import Kind, cut_dim, segment_size, segments, width
 from lightpeft.plans.records import removable_parameters
@@ -156,10 +156,8 @@ def _with_experts(spec: BlockSpec, found: Experts, block: nn.Module, where: str,
     """The spec with the routed experts of the block."""
     names = {"router": found.router, "experts": found.experts}
     layer = ExpertLayer.of(block, names)
-    wanted = getattr(config, found.count_key), getattr(config, found.width_key)
-    require(
-        wanted == (layer.count, layer.width), f"{where}.{found.experts}: widths do not match the config; {_PRUNED_BEFORE}"
-    )
+    fits = (layer.count, layer.width) == (getattr(config, found.count_key), getattr(config, found.width_key))
+    require(fits, f"{where}.{found.experts}: widths do not match the config; {_PRUNED_BEFORE}")
     return replace(
         spec,
         experts=layer.count,
@@ -269,7 +267,10 @@ def _check_complete(model: nn.Module, specs: list[BlockSpec], stacks: list[str],
     known = {name for spec in specs for name in spec.projections.values()}
     for path in dict.fromkeys(stacks):
         for name in _linear_names(model.get_submodule(path), path) if _submodule(model, path) is not None else ():
-            require(name in known or name.endswith(whole), f"{name} is a projection that the family's entry does not know; it cannot be pruned")
+            require(
+                name in known or name.endswith(whole),
+                f"{name} is a projection that the family's entry does not know; it cannot be pruned",
+            )
 
 
 def _linear_names(module: nn.Module, path: str) -> Iterator[str]:

@@ -83,7 +83,6 @@ class Stack:
         """The tables of projections, in the order they are tried."""
         return (self.projections,) if isinstance(self.projections, dict) else tuple(self.projections)
 
-
     def width_key_of(self, projections: Mapping[str, str]) -> str | None:
         """Config key of the FFN width of a block whose projections have these names, or names that end so."""
         if not isinstance(self.width_key, tuple):
