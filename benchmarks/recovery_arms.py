@@ -152,7 +152,7 @@ class GradualEstimator(Estimator):
         scores = super()._unit_scores(sums, steps)
         if self.stays is None:
             return scores
-        of_kinds: dict[str, list[Tensor]] = {**self.masks.split(self.stays.cpu())}
+        of_kinds: dict[str, list[Tensor]] = dict(self.masks.split(self.stays.cpu()).items())
         parts = {name: name.split("/") for name in scores}
         return {name: scores[name] * of_kinds[kind][int(index)] for name, (kind, _, index) in parts.items()}
 
