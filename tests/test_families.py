@@ -429,7 +429,6 @@ def test_starts_that_change_the_base(start: str) -> None:
         "kasa_config",
         "monteclora_config",
         "layer_replication",
-        "target_parameters",
     ],
 )
 def test_lora_settings_that_cannot_be_pruned(name: str) -> None:
