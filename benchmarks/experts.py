@@ -60,7 +60,7 @@ CUTS: dict[str, ExpertCriterion] = {
     "random": "random",
 }
 """What is said of a cut -> the criterion."""
-RANDOM = 3
+RANDOM = 2
 """Random cuts of each model and task; their mean counts."""
 
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600, help="of the model, on both tasks")
     parser.add_argument("--estimation-steps", type=int, default=32)
-    parser.add_argument("--tuning-steps", type=int, default=40, help="of LoRA after a cut, on the task alone")
+    parser.add_argument("--tuning-steps", type=int, default=30, help="of LoRA after a cut, on the task alone")
     parser.add_argument("--experts", type=float, nargs="+", default=[0.5, 0.75], help="parts of the experts that go")
     parser.add_argument("--out", type=Path, help="where to write what was found")
     given = parser.parse_args(arguments)

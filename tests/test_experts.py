@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from training import inputs, student
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from workbench import Workbench, lightpeft, read
+from workbench import Workbench, lightpeft
 
 from lightpeft import EarlyPruner, LightConfig, load_light, load_merged
 from lightpeft.config import Budget

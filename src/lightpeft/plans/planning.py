@@ -65,8 +65,8 @@ def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = No
 class Bundles:
     """The smallest sets of some units of a block that can go together."""
 
-    members: list[list[int]]
-    """The units of each set."""
+    members: Tensor
+    """The units of each set, [sets, units of one]."""
     scores: Tensor
     """Their scores, added up: [sets], float64."""
     parameters: int
@@ -74,13 +74,16 @@ class Bundles:
 
     @property
     def size(self) -> int:
-        """Units of one set; 0 where there is none."""
-        return len(self.members[0]) if self.members else 0
+        """Units of one set."""
+        return self.members.shape[1]
+
+    def units(self, sets: Sequence[int]) -> Tensor:
+        """The units of some sets, [sets, units of one]."""
+        return self.members[torch.tensor(sets, dtype=torch.long)]
 
 
-def _bundles(members: list[list[int]], scores: Tensor, parameters: int) -> Bundles:
-    sums = scores.double()[torch.tensor(members)].sum(1) if members else torch.zeros(0, dtype=torch.float64)
-    return Bundles(members, sums, parameters)
+def _bundles(members: Tensor, scores: Tensor, parameters: int) -> Bundles:
+    return Bundles(members, scores.double()[members].sum(1), parameters)
 
 
 def head_units(record: EstimationRecord, budget: Budget) -> list[Bundles]:
@@ -90,7 +93,7 @@ def head_units(record: EstimationRecord, budget: Budget) -> list[Bundles]:
     for spec, scores in zip(record.blocks, record.of_blocks("heads", budget.head_criterion), strict=True):
         balanced = budget.head_unit == "balanced" and spec.heads_per_kv > 1
         units = balanced_slices(scores, spec.kv_heads) if balanced else _groups(spec)
-        parameters = spec.head_parameters * len(units[0]) + (0 if balanced else spec.kv_parameters)
+        parameters = spec.head_parameters * units.shape[1] + (0 if balanced else spec.kv_parameters)
         result.append(_bundles(units, scores, parameters))
     return result
 
@@ -100,7 +103,7 @@ def expert_slices(record: EstimationRecord, criterion: str) -> list[Bundles]:
     stay equally wide."""
     result = []
     for spec, scores in zip(record.blocks, record.of_blocks("expert_neurons", criterion), strict=True):
-        slices = balanced_slices(scores, spec.experts) if spec.experts else []
+        slices = balanced_slices(scores, spec.experts) if spec.experts else torch.zeros(0, 0, dtype=torch.long)
         result.append(_bundles(slices, scores, spec.expert_neuron_parameters * spec.experts))
     return result
 
@@ -121,22 +124,23 @@ def check_experts(experts: int, per_token: int, budget: Budget) -> None:
     )
 
 
-def _groups(spec: BlockSpec) -> list[list[int]]:
-    """The query heads of each KV group."""
-    size = spec.heads_per_kv
-    return [list(range(group * size, (group + 1) * size)) for group in range(spec.kv_heads)]
+def _groups(spec: BlockSpec) -> Tensor:
+    """The query heads of each KV group, [groups, heads of one]."""
+    return torch.arange(spec.heads).view(spec.kv_heads, spec.heads_per_kv)
 
 
-def balanced_slices(scores: Tensor, groups: int) -> list[list[int]]:
+def balanced_slices(scores: Tensor, groups: int) -> Tensor:
     """Slice j holds the j-th best unit of every group, so that removing slices from the end removes the weakest.
 
     Args:
         scores: of the units of group 0, then of those of group 1, and so on; equally many of each.
+
+    Returns:
+        Units of each slice, in the order of groups: [slices, groups].
     """
     ranked = scores.view(groups, -1).sort(dim=1, descending=True, stable=True).indices
     first = torch.arange(groups).unsqueeze(1) * ranked.shape[1]
-    slices: list[list[int]] = (ranked + first).T.tolist()
-    return slices
+    return (ranked + first).T
 
 
 class _Blocks:
@@ -253,7 +257,7 @@ class _Blocks:
         """Plans of the blocks from the sets and units that stay; widths are rounded to `multiple_of`."""
         plans = []
         for place, spec in enumerate(self.record.blocks):
-            queries = sorted(head for unit in kept["heads"][place] for head in self.heads[place].members[unit])
+            queries = self.heads[place].units(kept["heads"][place]).flatten().sort().values.tolist()
             groups = sorted({head // spec.heads_per_kv for head in queries})
             neurons = self._rounded(self.layers["neurons"][place], kept["neurons"][place], self.budget.multiple_of)
             experts = kept["experts"][place]
@@ -265,7 +269,8 @@ class _Blocks:
         """The neurons of these slices that belong to experts that stay."""
         multiple = math.lcm(self.budget.multiple_of, EXPERT_MULTIPLE)
         stay = self._rounded(self.layers["expert_neurons"][place], slices, multiple)
-        return sorted(self.slices[place].members[unit][expert] for unit in stay for expert in experts)
+        neurons: list[int] = self.slices[place].units(stay)[:, experts].flatten().sort().values.tolist()
+        return neurons
 
     def _rounded(self, layer: Layer, stay: list[int], multiple: int) -> list[int]:
         """The neurons that stay when the width is the multiple nearest to theirs: no zero unless it is zero already."""
