@@ -152,15 +152,16 @@ class GradualEstimator(Estimator):
         scores = super()._unit_scores(sums, steps)
         if self.stays is None:
             return scores
-        of_kinds = dict(zip(("heads", "neurons"), self.masks.split(self.stays.cpu()), strict=True))
+        of_kinds: dict[str, list[Tensor]] = dict(self.masks.split(self.stays.cpu()).items())
         parts = {name: name.split("/") for name in scores}
         return {name: scores[name] * of_kinds[kind][int(index)] for name, (kind, _, index) in parts.items()}
 
     def _flags(self, plan: PrunePlan) -> Tensor:
         """1 for the units that the plan keeps, flat like the masks."""
         flags = torch.zeros_like(self.masks.values)
-        for kept, heads, neurons in zip(plan.blocks, *self.masks.split(flags), strict=True):
-            heads[list(kept.heads)] = neurons[list(kept.neurons)] = 1.0
+        for kind, parts in self.masks.split(flags).items():
+            for kept, part in zip(plan.blocks, parts, strict=True):
+                part[list(getattr(kept, kind))] = 1.0
         return flags
 
 

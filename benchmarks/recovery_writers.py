@@ -180,8 +180,8 @@ def fisher(work: Workspace, model: PeftModel, record: EstimationRecord, labels: 
             rows += masks.examples
             model.zero_grad(set_to_none=True)
     masks.detach()
-    heads, neurons = masks.split(total / rows * (stay if gone else 1))
-    return [*heads, *neurons]
+    parts = masks.split(total / rows * (stay if gone else 1))
+    return [*parts["heads"], *parts["neurons"]]
 
 
 def loss_on(work: Workspace, model: PeftModel, batch: Mapping[str, Tensor], labels: str) -> Tensor:

@@ -232,9 +232,13 @@ def _ffn(family: Family) -> str:
         ("ffn_in", "ffn_out"): "in, out",
         ("ffn_in", "ffn_gate", "ffn_out"): "gate, in, out",
         ("ffn_gate_in", "ffn_out"): "fused gate and in; out",
+        (): "",
     }
-    tables = [tuple(slot for slot in table if slot.startswith("ffn")) for table in family.stacks[0].tables]
-    return "; or ".join(names[slots] for slots in tables)
+    stack = family.stacks[0]
+    tables = [tuple(slot for slot in table if slot.startswith("ffn")) for table in stack.tables]
+    dense = "; or ".join(dict.fromkeys(filter(None, map(names.get, tables))))
+    experts = "routed experts" if stack.experts else ""
+    return f"{experts}, {dense} where there is another FFN" if experts and dense else experts or dense
 
 
 def _notes(model_type: str) -> str:

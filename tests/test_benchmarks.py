@@ -20,6 +20,7 @@ import attention
 import depth_probe
 import draft
 import estimation_cost
+import experts
 import gguf_speed
 import gpu
 import inference
@@ -1196,3 +1197,35 @@ def test_gpu_measures_tiny_shapes_on_the_cpu(tmp_path: Path) -> None:
         assert result["subjects"]["estimation"]["inference_seconds"] is None
         assert result["ideal"]["inference"] > 1
     assert (tmp_path / "gpu.md").read_text().count("| llama-tiny |") == 3
+
+
+# -- experts.py --------------------------------------------------------------------------------------------------------
+
+
+FEW = ["--seeds", "0", "--steps", "3", "--estimation-steps", "16", "--tuning-steps", "1"]
+
+
+def test_experts_cut_for_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every cut of both tasks, and their means; a part that leaves too few experts is one line."""
+    out = tmp_path / "out.json"
+    assert experts.main([*FEW, "--experts", "0.5", "--out", str(out)]) == 0
+    found = read(out)
+    assert [row["cut"] for row in found["results"]] == ["none", *experts.CUTS]
+    assert {(cell["task"], cell["cut"]) for cell in found["cells"]} == {
+        (task, cut) for task in experts.TASKS for cut in ("none", *experts.CUTS)
+    }
+    assert "random weights" in found["model"] and "benchmarks/experts.py --seeds 0" in found["command"]
+    assert "| 50% | frequency |" in capsys.readouterr().out
+    out.unlink()
+    assert experts.main([*FEW, "--experts", "0.9", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "each token is routed to 2" in error and not out.exists()
+
+
+@pytest.mark.parametrize("task", experts.TASKS)
+def test_rows_of_the_toy_tasks(task: str) -> None:
+    batch = experts.rows(task, 5, torch.Generator().manual_seed(0))
+    digits, answers = batch[:, 1 : 1 + experts.DIGITS] - experts.FIRST, batch[:, -experts.DIGITS :] - experts.FIRST
+    for row, answer in zip(digits.tolist(), answers.tolist(), strict=True):
+        assert answer == (sorted(row) if task == "sort" else [experts.CODE[digit] for digit in reversed(row)])
+    assert (experts.inputs(batch)["labels"] != -100).sum(1).tolist() == [experts.DIGITS] * 5

@@ -18,11 +18,15 @@ from workbench import Workbench
 from lightpeft import cli
 from lightpeft.compat.torch import StorageWatch
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.models.loading import LoadedModel
+from lightpeft.models.task_heads import CAUSAL_LM
 from lightpeft.profiling import count_flops, count_parameters, measure_training
 from lightpeft.profiling.rehearsal import Holding, rehearse_inference, rehearse_training, rehearsing
 from lightpeft.runs import pipeline
 from lightpeft.runs.bench import estimating
 from lightpeft.runs.checking import Check, check
+from lightpeft.runs.checking import models as of_checking
 from lightpeft.runs.checking.models import cut_evenly, shapes_of
 from lightpeft.runs.checking.timing import at_depth
 from lightpeft.training.acceleration import light_steps
@@ -158,6 +162,15 @@ def test_checkpointing_and_half_precision_count(tmp_path: Path) -> None:
     assert checked(bench, **{"model.dtype": "bfloat16"}).stages["plain"].holding.weights < 0.6 * usual.weights
     saved = checked(bench, **{"training.gradient_checkpointing": True}).stages["plain"].holding
     assert saved.flops > usual.flops, "what is dropped is computed again"
+
+
+def test_mixtures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = pipeline.prepare(Workbench(tmp_path, "llama", "causal-lm").config("run"))
+    with torch.device("meta"):
+        mixture = LoadedModel(make("mixtral"), [], CAUSAL_LM)
+    monkeypatch.setattr(of_checking, "untrained_model", lambda *_, **__: mixture)
+    with pytest.raises(LightPeftError, match="which experts a token goes to"):
+        check(work)
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:

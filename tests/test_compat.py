@@ -461,6 +461,20 @@ def test_the_shape_of_static_caches() -> None:
         assert "None" in str(GenerationMixin._get_static_cache_init_shape.__doc__), "and means: not yet"
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_hidden_channels_of_experts(name: str) -> None:
+    """Of gate and up one after the other, or in turns: the step that each class of experts has."""
+    experts = next(module for module in make(name).modules() if hasattr(module, "gate_up_proj"))
+    gate, up = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0))
+    if name == "mixtral":
+        found, expected = of_transformers.gated(experts, torch.cat([gate, up], 1)), nn.functional.silu(gate) * up
+    else:
+        gate, up = gate.clamp(max=experts.limit), up.clamp(-experts.limit, experts.limit)
+        found = of_transformers.gated(experts, torch.stack([gate, up], 2).flatten(1))
+        expected = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+    torch.testing.assert_close(found, expected)
+
+
 def test_chats_as_text() -> None:
     template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}{% endfor %}"
     chat = [{"role": "assistant", "content": "Yes"}]

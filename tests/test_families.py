@@ -57,6 +57,12 @@ from lightpeft.prune.surgery import apply_plan
 STACKS = dict.fromkeys(ENCODER_DECODERS, (2, 2, 2)) | dict.fromkeys(("t5", "mt5", "t5-gated"), (3, 3, 3))
 STACKS["t5-untied"] = (2, 2, 2)
 KV_HEADS = {"llama-mqa": 1, "falcon-mqa": 1}
+EXPERTS = {"mixtral": (0, 1, 2), "qwen2_moe": (0, 2), "qwen3_moe": (0, 1, 2)}
+EXPERTS |= {"olmoe": (0, 1, 2), "gpt_oss": (0, 1, 2)}
+"""Blocks with routed experts."""
+NEURONS = dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), dict.fromkeys(range(3), 0))
+NEURONS |= {"qwen2_moe": {0: 40, 2: 40}, "dinov2": dict.fromkeys(range(3), 64)}
+"""Of blocks whose FFN has other than 48."""
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -76,8 +82,9 @@ def test_sizes(name: str) -> None:
     for spec in specs:
         assert (spec.heads, spec.kv_heads) == (4, KV_HEADS.get(name, 2 if name in GROUPED else 4))
         assert spec.head_dim == (12 if name == "llama-head-dim" else 8)
-        neurons = 64 if name == "dinov2" else 48
-        assert spec.neurons == (0 if spec.role == "cross" else neurons)
+        assert spec.neurons == (0 if spec.role == "cross" else NEURONS.get(name, {}).get(spec.index, 48))
+        routed = name in EXPERTS and spec.index in EXPERTS[name]
+        assert (spec.experts, spec.expert_width, spec.experts_per_token) == ((4, 24, 2) if routed else (0, 0, 0))
         assert list(spec.projections) == [slot for slot in SLOTS if slot in spec.projections]
 
 
@@ -98,8 +105,9 @@ def test_costs_are_what_surgery_removes(name: str, kept: str) -> None:
     model = make(name)
     plan = plan_for(with_lora(copy.deepcopy(model)))
     group = tuple(range(plan.specs[0].heads_per_kv))
-    some = [BlockPlan(group, (0,), tuple(range(2, spec.neurons - 5))) for spec in plan.specs]
-    blocks = some if kept == "some" else [BlockPlan((), (), ()) for _ in plan.specs]
+    some = [BlockPlan(group, (0,), tuple(range(2, spec.neurons - 5)), *some_experts(spec, 16)) for spec in plan.specs]
+    least = [BlockPlan((), (), (), *some_experts(spec, 8)) for spec in plan.specs]
+    blocks = some if kept == "some" else least
     paths = block_paths(plan.specs)
     before, whole = parameters(model, paths), sum(p.numel() for p in model.parameters())
     plan = replace(plan, blocks=tuple(blocks))
@@ -107,9 +115,18 @@ def test_costs_are_what_surgery_removes(name: str, kept: str) -> None:
     gone = dict.fromkeys(paths, 0)
     for spec, block in zip(plan.specs, blocks, strict=True):
         gone[block_path(spec)] += removed_in_block(spec, block)
-        assert kept == "some" or removed_in_block(spec, block) == removable_parameters(spec)
+        whole_experts = spec.experts_per_token * (spec.expert_parameters - 16 * spec.expert_neuron_parameters)
+        left = 0 if kept == "some" else removable_parameters(spec) - removed_in_block(spec, block)
+        assert kept == "some" or left == whole_experts
     assert [old - new for old, new in zip(before, parameters(model, paths), strict=True)] == list(gone.values())
     assert whole - sum(p.numel() for p in model.parameters()) == sum(gone.values()) == plan.removed_parameters
+
+
+def some_experts(spec: BlockSpec, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Two experts, and the first neurons of each."""
+    if not spec.experts:
+        return (), ()
+    return (1, 3), tuple(expert * spec.expert_width + neuron for expert in (1, 3) for neuron in range(width))
 
 
 def block_path(spec: BlockSpec) -> str:
@@ -146,7 +163,8 @@ def test_every_linear_layer_of_a_block_is_a_projection(name: str) -> None:
         for path, module in model.get_submodule(block).named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
-    assert set(named) == inside and len(named) == len(inside)
+    assert set(named) | {path for path in inside if path.endswith("shared_expert_gate")} == inside
+    assert len(named) == len(set(named))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -177,6 +195,7 @@ def test_a_model_without_a_head(name: str) -> None:
             attention=relative(with_head.attention),
             projections={slot: relative(path) for slot, path in with_head.projections.items()},
             wide_norms={slot: relative(path) for slot, path in with_head.wide_norms.items()},
+            expert_modules={part: relative(path) for part, path in with_head.expert_modules.items()},
         )
 
 
@@ -229,7 +248,6 @@ def test_the_family_that_the_documentation_adds(monkeypatch: pytest.MonkeyPatch)
 
 
 SMALL: dict[str, Any] = {**SIZES, "intermediate_size": 48}
-EXPERTS: dict[str, Any] = {**SMALL, "num_key_value_heads": 2, "moe_intermediate_size": 16, "num_experts_per_tok": 1}
 
 
 def bert_with_cross_attention() -> PreTrainedModel:
@@ -244,12 +262,8 @@ def bert_with_cross_attention() -> PreTrainedModel:
             'model family "albert" cannot be pruned: its layers share one set of weights',
         ),
         (
-            lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**EXPERTS, num_local_experts=2)),
-            'model family "mixtral" cannot be pruned: the weights of its experts are single 3-D parameters',
-        ),
-        (
-            lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**EXPERTS, num_experts=2)),
-            'model family "qwen3_moe" cannot be pruned: the weights of its experts are single 3-D parameters',
+            lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**SMALL, first_k_dense_replace=3)),
+            'model family "deepseek_v3" cannot be pruned: its attention makes keys and values from one latent',
         ),
         (
             lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=67, hidden_size=32, n_layer=1, n_head=4)),
@@ -269,7 +283,7 @@ def bert_with_cross_attention() -> PreTrainedModel:
             "transformer.h.0.crossattention.c_attn is a projection that the family's entry does not know",
         ),
     ],
-    ids=["albert", "mixtral", "qwen3_moe", "bloom", "falcon", "deberta-v2", "bert", "gpt2"],
+    ids=["albert", "deepseek_v3", "bloom", "falcon", "deberta-v2", "bert", "gpt2"],
 )
 def test_what_cannot_be_pruned(build: Callable[[], PreTrainedModel], says: str) -> None:
     model = build()
@@ -415,7 +429,6 @@ def test_starts_that_change_the_base(start: str) -> None:
         "kasa_config",
         "monteclora_config",
         "layer_replication",
-        "target_parameters",
     ],
 )
 def test_lora_settings_that_cannot_be_pruned(name: str) -> None:

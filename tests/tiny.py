@@ -66,6 +66,10 @@ FALCON = {"ffn_hidden_size": 48, "new_decoder_architecture": True, "num_kv_heads
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "n_positions": 64, **TOKENS}
 DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "num_labels": 2}
 
+MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+QWEN2_MOE = MOE | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}
+GPT_OSS = {"intermediate_size": 24, "layer_types": WINDOWS["layer_types"], "sliding_window": 4}
+
 ENCODERS: dict[str, Maker] = {
     "bert": encoder("Bert"),
     "roberta": encoder("Roberta"),
@@ -102,6 +106,11 @@ DECODERS: dict[str, Maker] = {
     "gpt_neox": decoder("GPTNeoX"),
     "falcon": decoder("Falcon", **FALCON),
     "opt": decoder("OPT", **OPT),
+    "mixtral": decoder("Mixtral", intermediate_size=24, num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": decoder("Qwen2Moe", **QWEN2_MOE),
+    "qwen3_moe": decoder("Qwen3Moe", head_dim=8, **MOE),
+    "gpt_oss": decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, **GPT_OSS),
+    "olmoe": decoder("Olmoe", intermediate_size=24, num_experts=4, num_experts_per_tok=2),
 }
 ENCODER_DECODERS: dict[str, Maker] = {
     "mt5": maker("MT5Config", "MT5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu"}),

@@ -26,6 +26,8 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -63,24 +65,26 @@ Rows = list[dict[str, str]]
 def save_base(
     folder: Path, family: str = "bert", seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Path:
-    """A tiny base ("bert" or "llama", the latter with two query heads a KV head) with a tokenizer, of words if none."""
+    """A tiny base ("bert", or "llama" or "mixtral" with half as many KV heads) with a tokenizer, of words if none."""
     vocabulary = [*SPECIAL, *NEUTRAL, *GOOD, *BAD] if tokenizer is None else tokenizer.get_vocab()
     torch.manual_seed(seed)
     model: PreTrainedModel
     if family == "bert":
         model = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=POSITIONS, **SIZES))
     else:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(vocabulary),
-                num_key_value_heads=2,
-                max_position_embeddings=POSITIONS,
-                bos_token_id=2,
-                eos_token_id=3,
-                pad_token_id=0,
-                **SIZES,
-            )
-        )
+        sizes: dict[str, Any] = {
+            "vocab_size": len(vocabulary),
+            "num_key_value_heads": 2,
+            "max_position_embeddings": POSITIONS,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "pad_token_id": 0,
+            **SIZES,
+        }
+        if family == "mixtral":
+            model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **sizes))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

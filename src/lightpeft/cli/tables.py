@@ -27,7 +27,8 @@ def plan_table(plan: PrunePlan) -> Table:
     )
     rows = [{name: value for name, value in row.items() if name != "module:ranks"} for row in plan.rows()]
     for name in (*rows[0], *slots):
-        table.add_column(name.replace("kv heads", "kv\nheads").replace("_", "\n"), justify="right", no_wrap=True)
+        title = name.replace("kv heads", "kv\nheads").replace(" of each", "\nof each").replace("_", "\n")
+        table.add_column(title, justify="right", no_wrap=True)
     for row, of in zip(rows, told, strict=True):
         table.add_row(*row.values(), *of)
     return table

@@ -219,3 +219,15 @@ def rendered_chat(
     """
     texts, marked = render_jinja_template(conversations=[messages], chat_template=template, **options)
     return texts[0], marked[0] if marked else []
+
+
+# Experts
+
+
+def gated(experts: Any, gate_up: Tensor) -> Tensor:
+    """The hidden channels of experts, [..., neurons], from those of gate and up, [..., 2 * neurons], as they lie.
+
+    Every class of experts that transformers can run in several ways has this step as a method of its own.
+    """
+    hidden: Tensor = experts._apply_gate(gate_up)
+    return hidden

@@ -14,6 +14,7 @@ Scope = Literal["layerwise", "global"]
 HeadUnit = Literal["group", "balanced"]
 UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
 ModuleCriterion = Literal["ratio", "taylor", "random"]
+ExpertCriterion = Literal["mask", "taylor", "fisher", "magnitude", "frequency", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
 RefitForm = Literal["none", "bias", "low_rank"]
 Keep = Literal["light", "full", "both"]
@@ -37,7 +38,9 @@ class Budget:
     heads: float = 1 / 3
     """Part of the attention head units to remove, in [0, 1)."""
     neurons: float = 1 / 3
-    """Part of the FFN neurons to remove, in [0, 1)."""
+    """Part of the FFN neurons to remove, in [0, 1); of those inside experts as many of every expert that stays."""
+    experts: float = 1 / 3
+    """Part of each layer's routed experts to remove, in [0, 1); at least as many stay as a token is routed to."""
     modules: float = 3 / 4
     """Part of the PEFT modules to remove, in [0, 1); of those that `module_blocks` allows."""
     module_blocks: float = 1.0
@@ -46,11 +49,13 @@ class Budget:
     ranks: float = 1 / 2
     """Part of the ranks of the PEFT modules that stay to remove, in [0, 1)."""
     blocks: float | Literal["auto"] | None = None
-    """Part to remove, at least, of all parameters that the blocks have, in [0, 1): heads and neurons of all blocks
-    compete, and the lowest score per parameter goes first; takes the place of `heads`, `neurons` and their scopes.
+    """Part to remove, at least, of all parameters that the blocks have, in [0, 1): heads, neurons and experts of all
+    blocks compete, and the lowest score per parameter goes first; takes the place of `heads`, `neurons`, `experts` and
+    their scopes.
     "auto": the largest part that `tolerance` bears, measured when estimation is over."""
     target: float | None = None
-    """Part of all base parameters to remove; sets `heads` and `neurons` to the common ratio that reaches it."""
+    """Part of all base parameters to remove; sets `heads`, `neurons` and `experts` to the common ratio that reaches it.
+    """
     depth: float = 0.0
     """Part of the blocks to leave out whole, from the top, in [0, 1): before estimation, which scores what is left.
     What `blocks` and `target` say includes them; ratios are of what is left."""
@@ -73,7 +78,8 @@ class Budget:
     min_ranks: int = 1
     """Ranks that stay in every PEFT module that stays (at least 1)."""
     multiple_of: int = 1
-    """FFN widths are rounded to the nearest multiple of this (1: exact counts; 8 and more: fast kernels)."""
+    """FFN widths are rounded to the nearest multiple of this (1: exact counts; 8 and more: fast kernels); those of
+    experts to one of 8 in any case."""
     head_unit: HeadUnit = "group"
     """Under grouped-query attention: whole KV groups, or query heads removed equally from every group."""
 
@@ -81,13 +87,15 @@ class Budget:
     """Which score ranks the heads."""
     neuron_criterion: UnitCriterion = "mask"
     """Which score ranks the neurons."""
+    expert_criterion: ExpertCriterion | None = None
+    """Which score ranks the experts; none: the same as of neurons."""
     module_criterion: ModuleCriterion = "ratio"
     """Which score ranks the PEFT modules."""
     rank_criterion: RankCriterion = "taylor"
     """Which score ranks the ranks."""
 
     def __post_init__(self) -> None:
-        for name in ("heads", "neurons", "modules", "ranks", "blocks", "target", "depth"):
+        for name in ("heads", "neurons", "experts", "modules", "ranks", "blocks", "target", "depth"):
             value = getattr(self, name)
             if isinstance(value, str):
                 require(value == "auto", f'{name} is "{value}"; give a ratio in [0, 1), for example 0.5, or auto')

@@ -30,11 +30,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"mask_learning_rate": 3e-4},
     # What of the blocks is worth least for its parameters, by Fisher scores; one rank of eight, in the upper blocks.
     "default": {**_BY_COST, "blocks": 0.6, "ranks": 7 / 8, "learning_rate_scale": 2.0},
-    # Half of the heads and of the neurons of each layer, by the same scores: layers of equal size.
+    # Half of the heads, of the neurons and of the experts of each layer, by the same scores: layers of equal size.
     "uniform": {
         **_BY_COST,
         "heads": 0.5,
         "neurons": 0.5,
+        "experts": 0.5,
         "neurons_scope": "layerwise",
         "ranks": 7 / 8,
         "learning_rate_scale": 2.0,
@@ -76,15 +77,15 @@ def preset_settings(name: Any, peft: Any) -> dict[str, Any]:
     return PRESETS[name] | (_OF_KINDS.get(kind, {}).get(name, {}) if isinstance(kind, str) else {})
 
 
-_AMOUNTS = ({"heads", "neurons"}, {"blocks"}, {"target"})
+_AMOUNTS = ({"heads", "neurons", "experts"}, {"blocks"}, {"target"})
 """Settings that say how much of the base goes, each in its own way."""
 
 
 def overlaid(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """Nested settings with others on top.
 
-    What says how much of the base goes in one way (heads and neurons, blocks, or target) takes the place of what said
-    it in another way below.
+    What says how much of the base goes in one way (heads, neurons and experts, blocks, or target) takes the place of
+    what said it in another way below.
     """
     result = dict(below)
     said = [ways for ways in _AMOUNTS if any(above.get(name) is not None for name in ways)]

@@ -63,6 +63,12 @@ def head_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> Tensor:
     return (torch.tensor(stay, dtype=torch.long).unsqueeze(1) * size + torch.arange(size)).flatten()
 
 
+def kept_experts(spec: BlockSpec, kept: BlockPlan) -> tuple[Tensor, Tensor]:
+    """Experts that stay, ascending, [kept], and the channels of each that stay, ascending, [kept, width]; int64."""
+    channels = torch.tensor(kept.expert_neurons, dtype=torch.long) % max(spec.expert_width, 1)
+    return torch.tensor(kept.experts, dtype=torch.long), channels.view(len(kept.experts), kept.expert_width)
+
+
 def keeps_all(spec: BlockSpec, kept: BlockPlan, slot: str) -> bool:
     """Whether the plan takes nothing from a projection."""
     if slot.startswith("ffn"):

@@ -1,34 +1,40 @@
 """From scores and a budget to a plan: a pure function, so the same record and budget always give the same plan.
 
-Heads and neurons of the blocks are selected first, then PEFT modules among those whose layer is still there, then their
-ranks. Blocks that are left out whole have gone before: they only count.
+Heads, neurons and experts of the blocks are selected first, then PEFT modules among those whose layer is still there,
+then their ranks. Blocks that are left out whole have gone before: they only count.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from lightpeft.config import Budget
+from lightpeft.config.light import Scope
 from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_parameters
 from lightpeft.plans.selection import Layer, Order, going, keep, keep_part, part_of, total, weakest_first, without
-from lightpeft.plans.structure import BlockSpec, SiteSpec
+from lightpeft.plans.structure import MASKED, BlockSpec, MaskedUnit, SiteSpec
+
+EXPERT_MULTIPLE = 8
+"""Widths of experts are multiples of it: grouped matrix products take rows of multiples of 16 bytes."""
 
 
 def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = None) -> PrunePlan:
     """Decide which units stay.
 
     Counts are exact: of n units, `round(ratio * n)` go (layerwise: of each layer's n), lowest score first, and among
-    equal scores the higher index first. `blocks` and `target` override the ratios of heads and neurons.
+    equal scores the higher index first. `blocks` and `target` override the ratios of heads, neurons and experts. Only
+    neurons inside experts go in eights, because the matrix products of experts take no other widths.
 
     Args:
-        order: in which heads and neurons go instead; how many, and the floors, are still the budget's. It is asked for
-            the layers that compete, and for a layer alone where its width is rounded.
+        order: in which heads, neurons and experts go instead; how many, and the floors, are still the budget's. It is
+            asked for the layers that compete, and for a layer alone where its width is rounded.
 
     Raises:
         LightPeftError: scores that are not finite, a missing criterion, a budget that cannot be met, or an `order` that
@@ -38,7 +44,7 @@ def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = No
     too_deep = budget.blocks_left(len(specs)) < len(record.blocks)
     require(not too_deep, f"depth {budget.depth:g} leaves out blocks that the estimation had; estimate with this depth")
     blocks = _Blocks(record, budget, order or weakest_first).stay()
-    emptied = not any(block.heads or block.neurons for block in blocks)
+    emptied = not any(block.heads or block.neurons or block.experts for block in blocks)
     require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the ratios")
     sites = _plan_sites(record, budget, blocks)
     return PrunePlan(
@@ -52,70 +58,135 @@ def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = No
     )
 
 
-# Heads and neurons
+# Heads, neurons and experts
 
 
 @dataclass(frozen=True)
-class HeadUnits:
-    """The smallest sets of query heads of a block that can go together.
+class Bundles:
+    """The smallest sets of some units of a block that can go together."""
 
-    A unit is a KV group, or (balanced) one query head of every group, so that all groups stay equally large. Where
-    every query head has its own KV head, both are single heads.
-    """
-
-    heads: list[list[int]]
+    members: Tensor
+    """The units of each set, [sets, units of one]."""
     scores: Tensor
-    """Scores of each unit's heads, added up: [units], float64."""
+    """Their scores, added up: [sets], float64."""
     parameters: int
-    """What one unit takes with it."""
+    """What one set takes with it."""
+
+    @property
+    def size(self) -> int:
+        """Units of one set."""
+        return self.members.shape[1]
+
+    def units(self, sets: Sequence[int]) -> Tensor:
+        """The units of some sets, [sets, units of one]."""
+        return self.members[torch.tensor(sets, dtype=torch.long)]
 
 
-def head_units(record: EstimationRecord, budget: Budget) -> list[HeadUnits]:
-    """The head units of every block."""
+def _bundles(members: Tensor, scores: Tensor, parameters: int) -> Bundles:
+    return Bundles(members, scores.double()[members].sum(1), parameters)
+
+
+def head_units(record: EstimationRecord, budget: Budget) -> list[Bundles]:
+    """The head units of every block: KV groups, or (balanced) one query head of every group, so that all groups stay
+    equally large. Where every query head has its own KV head, both are single heads."""
     result = []
     for spec, scores in zip(record.blocks, record.of_blocks("heads", budget.head_criterion), strict=True):
         balanced = budget.head_unit == "balanced" and spec.heads_per_kv > 1
-        units = _balanced_slices(spec, scores) if balanced else _groups(spec)
-        sums = torch.stack([scores[unit].double().sum() for unit in units])
-        parameters = spec.head_parameters * len(units[0]) + (0 if balanced else spec.kv_parameters)
-        result.append(HeadUnits(units, sums, parameters))
+        units = balanced_slices(scores, spec.kv_heads) if balanced else _groups(spec)
+        parameters = spec.head_parameters * units.shape[1] + (0 if balanced else spec.kv_parameters)
+        result.append(_bundles(units, scores, parameters))
     return result
 
 
-def _groups(spec: BlockSpec) -> list[list[int]]:
-    """The query heads of each KV group."""
-    size = spec.heads_per_kv
-    return [list(range(group * size, (group + 1) * size)) for group in range(spec.kv_heads)]
+def expert_slices(record: EstimationRecord, criterion: str) -> list[Bundles]:
+    """Of every block with experts, sets of one neuron of each expert: weights of experts lie in one tensor, so that all
+    stay equally wide."""
+    result = []
+    for spec, scores in zip(record.blocks, record.of_blocks("expert_neurons", criterion), strict=True):
+        slices = balanced_slices(scores, spec.experts) if spec.experts else torch.zeros(0, 0, dtype=torch.long)
+        result.append(_bundles(slices, scores, spec.expert_neuron_parameters * spec.experts))
+    return result
 
 
-def _balanced_slices(spec: BlockSpec, scores: Tensor) -> list[list[int]]:
-    """Slice j holds the j-th best query head of every KV group, so removing slices from the end removes the weakest."""
-    ranked = scores.view(spec.kv_heads, spec.heads_per_kv).sort(dim=1, descending=True, stable=True).indices
-    return [[group * spec.heads_per_kv + int(head) for group, head in enumerate(column)] for column in ranked.T]
+def check_experts(experts: int, per_token: int, budget: Budget) -> None:
+    """Refuse a budget that leaves a layer fewer experts than a token is routed to.
+
+    Raises:
+        LightPeftError: it does, by its ratio; where experts compete with other units, enough of them stay anyway.
+    """
+    if budget.blocks is not None or budget.target is not None:
+        return
+    stay = experts - part_of(budget.experts, experts)
+    require(
+        stay >= per_token,
+        f"experts {budget.experts:g} would leave {stay} of {experts} experts, and each token is routed to {per_token}; "
+        f"set light.experts to {math.floor(1000 * (experts - per_token) / max(experts, 1)) / 1000:g} or less",
+    )
+
+
+def _groups(spec: BlockSpec) -> Tensor:
+    """The query heads of each KV group, [groups, heads of one]."""
+    return torch.arange(spec.heads).view(spec.kv_heads, spec.heads_per_kv)
+
+
+def balanced_slices(scores: Tensor, groups: int) -> Tensor:
+    """Slice j holds the j-th best unit of every group, so that removing slices from the end removes the weakest.
+
+    Args:
+        scores: of the units of group 0, then of those of group 1, and so on; equally many of each.
+
+    Returns:
+        Units of each slice, in the order of groups: [slices, groups].
+    """
+    ranked = scores.view(groups, -1).sort(dim=1, descending=True, stable=True).indices
+    first = torch.arange(groups).unsqueeze(1) * ranked.shape[1]
+    return (ranked + first).T
 
 
 class _Blocks:
-    """Heads and neurons of all blocks, and what a budget keeps of them."""
+    """Heads, neurons and experts of all blocks, and what a budget keeps of them."""
 
     def __init__(self, record: EstimationRecord, budget: Budget, order: Order) -> None:
-        same = budget.blocks is None or budget.head_criterion == budget.neuron_criterion
-        instead = "give head_criterion and neuron_criterion the same value"
-        require(same, f"light.blocks compares heads with neurons; {instead}")
         self.record, self.budget, self.order = record, budget, order
-        self.units = head_units(record, budget)
+        criterion = budget.expert_criterion or budget.neuron_criterion
+        self._check_comparable(criterion)
+        self.heads = head_units(record, budget)
+        self.slices = expert_slices(record, budget.neuron_criterion)
         neurons = record.of_blocks("neurons", budget.neuron_criterion)
-        self.heads = [self._heads(*block) for block in zip(record.blocks, self.units, strict=True)]
-        self.neurons = [self._neurons(*block) for block in zip(record.blocks, neurons, strict=True)]
+        experts = record.of_blocks("experts", criterion)
+        parts = list(zip(record.blocks, self.heads, neurons, experts, self.slices, strict=True))
+        self.layers: dict[MaskedUnit, list[Layer]] = {
+            "heads": [self._bundled("heads", spec, units, budget.min_heads) for spec, units, *_ in parts],
+            "neurons": [
+                self._single("neurons", spec, scores, budget.min_neurons, spec.neuron_parameters)
+                for spec, _, scores, *_ in parts
+            ],
+            "experts": [
+                self._single("experts", spec, scores, spec.experts_per_token, spec.expert_parameters)
+                for spec, _, _, scores, _ in parts
+            ],
+            "expert_neurons": [
+                self._bundled("expert_neurons", spec, units, max(budget.min_neurons, 1)) for spec, *_, units in parts
+            ],
+        }
 
-    def _heads(self, spec: BlockSpec, units: HeadUnits) -> Layer:
-        """Head units by score per parameter where they compete with neurons, else by the mean of their heads."""
-        cost = len(units.heads[0]) if self.budget.blocks is None else units.parameters
-        return Layer("heads", spec.index, units.scores, self.budget.min_heads, cost)
+    def _check_comparable(self, criterion: str) -> None:
+        """Refuse scores of several kinds where units compete."""
+        budget, routed = self.budget, any(spec.experts for spec in self.record.blocks)
+        instead = "give head_criterion and neuron_criterion the same value"
+        same = budget.blocks is None or budget.head_criterion == budget.neuron_criterion
+        require(same, f"light.blocks compares heads with neurons; {instead}")
+        same = budget.blocks is None or not routed or criterion == budget.neuron_criterion
+        require(same, "light.blocks compares experts with neurons; leave expert_criterion out, or give light.experts")
 
-    def _neurons(self, spec: BlockSpec, scores: Tensor) -> Layer:
-        """Neurons by score per parameter where they compete with heads, else by score."""
-        cost = 1 if self.budget.blocks is None else spec.neuron_parameters
-        return Layer("neurons", spec.index, scores, self.budget.min_neurons, cost)
+    def _bundled(self, kind: MaskedUnit, spec: BlockSpec, units: Bundles, floor: int) -> Layer:
+        """Sets of units by score per parameter where they compete with others, else by the mean of their units."""
+        cost = units.size if self.budget.blocks is None else units.parameters
+        return Layer(kind, spec.index, units.scores, floor, cost)
+
+    def _single(self, kind: MaskedUnit, spec: BlockSpec, scores: Tensor, floor: int, parameters: int) -> Layer:
+        """Units by score per parameter where they compete with others, else by score."""
+        return Layer(kind, spec.index, scores, floor, 1 if self.budget.blocks is None else parameters)
 
     def stay(self) -> list[BlockPlan]:
         """What stays of each block."""
@@ -125,12 +196,20 @@ class _Blocks:
             return self._by_cost(part)
         if budget.target is not None:
             return self._for_target(budget.target)
-        return self._by_ratios(budget.heads, budget.neurons)
+        for layer in self.layers["experts"]:
+            check_experts(len(layer.scores), layer.floor, budget)
+        return self._by_ratios(budget.heads, budget.neurons, budget.experts)
 
-    def _by_ratios(self, heads: float, neurons: float) -> list[BlockPlan]:
-        """These parts of heads and neurons go."""
-        kept_heads = keep_part(self.heads, heads, self.budget.heads_scope, self.order)
-        return self._block_plans(kept_heads, keep_part(self.neurons, neurons, self.budget.neurons_scope, self.order))
+    def _by_ratios(self, heads: float, neurons: float, experts: float) -> list[BlockPlan]:
+        """These parts of heads, neurons and experts go."""
+        budget = self.budget
+        how: dict[MaskedUnit, tuple[float, Scope]] = {
+            "heads": (heads, budget.heads_scope),
+            "neurons": (neurons, budget.neurons_scope),
+            "experts": (experts, "layerwise"),
+            "expert_neurons": (neurons, budget.neurons_scope),
+        }
+        return self._block_plans({kind: keep_part(self.layers[kind], *part, self.order) for kind, part in how.items()})
 
     def _for_target(self, target: float) -> list[BlockPlan]:
         """The smallest common ratio of heads and neurons that removes `target` of all base parameters.
@@ -138,8 +217,8 @@ class _Blocks:
         Heads come in coarse steps, so the neurons' ratio is then lowered as far as the target allows.
         """
 
-        def removed(heads: float, neurons: float) -> float:
-            return self._removed(self._by_ratios(heads, neurons)) / self.record.base_parameters
+        def removed(ratio: float, neurons: float) -> float:
+            return self._removed(self._by_ratios(ratio, neurons, ratio)) / self.record.base_parameters
 
         ratio = _smallest(lambda x: removed(x, x) >= target)
         if ratio is None:
@@ -149,21 +228,21 @@ class _Blocks:
                 "min_neurons"
             )
         neurons = _smallest(lambda x: removed(ratio, x) >= target, below=ratio)
-        return self._by_ratios(ratio, ratio if neurons is None else neurons)
+        return self._by_ratios(ratio, ratio if neurons is None else neurons, ratio)
 
     def _by_cost(self, part: float) -> list[BlockPlan]:
-        """Heads and neurons of all blocks compete: the lowest score per parameter goes first, until `part` of all goes.
+        """Units of all blocks compete: the lowest score per parameter goes first, until `part` of all goes.
 
         With Fisher scores that is the set whose removal costs least by the second-order estimate of the loss in which
         units do not interact: removing unit i adds about F_i / 2, so what counts is F_i by what the unit costs to keep.
         """
-        layers = [*self.heads, *self.neurons]
+        layers = [layer for kind in MASKED for layer in self.layers[kind]]
         queue = going(layers, self.order)
         whole = sum(block_parameters(spec) for spec in (*self.record.blocks, *self.record.left_out))
 
         def plans(count: int) -> list[BlockPlan]:
-            kept = without(layers, queue[:count])
-            return self._block_plans(kept[: len(self.heads)], kept[len(self.heads) :])
+            kept, blocks = without(layers, queue[:count]), len(self.record.blocks)
+            return self._block_plans({kind: kept[i * blocks : (i + 1) * blocks] for i, kind in enumerate(MASKED)})
 
         # counted in whole plans, because KV heads go with their last query head, and widths are rounded
         count = bisect_left(range(len(queue) + 1), part * whole, key=lambda count: self._removed(plans(count)))
@@ -174,19 +253,28 @@ class _Blocks:
         )
         return plans(count)
 
-    def _block_plans(self, heads: Sequence[list[int]], neurons: Sequence[list[int]]) -> list[BlockPlan]:
-        """Plans of the blocks from the head units and the neurons that stay; widths are rounded to `multiple_of`."""
+    def _block_plans(self, kept: Mapping[MaskedUnit, Sequence[list[int]]]) -> list[BlockPlan]:
+        """Plans of the blocks from the sets and units that stay; widths are rounded to `multiple_of`."""
         plans = []
-        parts = zip(self.record.blocks, self.units, heads, self.neurons, neurons, strict=True)
-        for spec, units, kept, layer, stay in parts:
-            queries = sorted(head for unit in kept for head in units.heads[unit])
+        for place, spec in enumerate(self.record.blocks):
+            queries = self.heads[place].units(kept["heads"][place]).flatten().sort().values.tolist()
             groups = sorted({head // spec.heads_per_kv for head in queries})
-            plans.append(BlockPlan(tuple(queries), tuple(groups), tuple(self._rounded(layer, stay))))
+            neurons = self._rounded(self.layers["neurons"][place], kept["neurons"][place], self.budget.multiple_of)
+            experts = kept["experts"][place]
+            inside = self._neurons_inside(place, kept["expert_neurons"][place], experts)
+            plans.append(BlockPlan(tuple(queries), tuple(groups), tuple(neurons), tuple(experts), tuple(inside)))
         return plans
 
-    def _rounded(self, layer: Layer, stay: list[int]) -> list[int]:
+    def _neurons_inside(self, place: int, slices: list[int], experts: list[int]) -> list[int]:
+        """The neurons of these slices that belong to experts that stay."""
+        multiple = math.lcm(self.budget.multiple_of, EXPERT_MULTIPLE)
+        stay = self._rounded(self.layers["expert_neurons"][place], slices, multiple)
+        neurons: list[int] = self.slices[place].units(stay)[:, experts].flatten().sort().values.tolist()
+        return neurons
+
+    def _rounded(self, layer: Layer, stay: list[int], multiple: int) -> list[int]:
         """The neurons that stay when the width is the multiple nearest to theirs: no zero unless it is zero already."""
-        dense, multiple = total([layer]), self.budget.multiple_of
+        dense = total([layer])
         if not stay or len(stay) == dense or multiple == 1:
             return stay
         width = min(max(int(len(stay) / multiple + 0.5), 1) * multiple, dense)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightpeft.config.validation import from_dict
@@ -22,7 +24,7 @@ from lightpeft.files import (
     write_json,
     write_tensors,
 )
-from lightpeft.plans.structure import BlockSpec, SiteSpec, role_named
+from lightpeft.plans.structure import MASKED, BlockSpec, SiteSpec, role_named
 
 _SCORES = "scores.safetensors"
 
@@ -32,6 +34,7 @@ class EstimationRecord:
     """Scores of every unit under every criterion, and how they were obtained.
 
     `scores` maps "heads/<criterion>/<block>" to [query heads], "neurons/<criterion>/<block>" to [neurons],
+    "experts/<criterion>/<block>" to [experts], "expert_neurons/<criterion>/<block>" to [experts * neurons of each],
     "modules/<criterion>" to [sites] and "ranks/<criterion>/<site index>" to [rank]; all float32 on the CPU.
     """
 
@@ -48,8 +51,9 @@ class EstimationRecord:
     """Blocks of the base above `blocks` that were left out whole before estimation, and have no scores."""
 
     def of_blocks(self, kind: str, criterion: str) -> list[Tensor]:
-        """Scores of "heads" or "neurons" under a criterion, one tensor a block."""
-        return [self._get(f"{kind}/{criterion}/{block.index}") for block in self.blocks]
+        """Scores of one of the `MASKED` units under a criterion, one tensor a block; empty where it has none."""
+        scores = (f"{kind}/{criterion}/{block.index}" if getattr(block, kind) else None for block in self.blocks)
+        return [torch.zeros(0) if key is None else self._get(key) for key in scores]
 
     def of_modules(self, criterion: str) -> Tensor:
         """Scores of the PEFT modules under a criterion, [sites]."""
@@ -78,7 +82,7 @@ class EstimationRecord:
         require(placed, "a PEFT module of the record sits in a block that it does not have")
         sizes: dict[str, int] = {}
         for block in self.blocks:
-            sizes |= {f"heads/{block.index}": block.heads, f"neurons/{block.index}": block.neurons}
+            sizes |= {f"{kind}/{block.index}": getattr(block, kind) for kind in MASKED}
         sizes |= {"modules": len(self.sites)}
         sizes |= {f"ranks/{index}": site.rank for index, site in enumerate(self.sites)}
         for key, scores in self.scores.items():
@@ -132,6 +136,14 @@ class BlockPlan:
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
     neurons: tuple[int, ...]
+    experts: tuple[int, ...] = ()
+    expert_neurons: tuple[int, ...] = ()
+    """Equally many of every expert that stays."""
+
+    @property
+    def expert_width(self) -> int:
+        """Intermediate channels of each expert that stays."""
+        return len(self.expert_neurons) // len(self.experts) if self.experts else 0
 
 
 @dataclass(frozen=True)
@@ -179,7 +191,8 @@ class PrunePlan:
         return self.removed_parameters / sum(block_parameters(spec) for spec in self.specs)
 
     def rows(self) -> list[dict[str, str]]:
-        """One row a block: heads, KV heads, neurons and PEFT modules with their ranks, each as kept/dense."""
+        """One row a block: heads, KV heads, neurons, experts if there are any, and PEFT modules with their ranks, each
+        as kept/dense."""
         return [self._row(spec, kept) for spec, kept in zip_longest(self.specs, self.blocks)]
 
     def _row(self, spec: BlockSpec, kept: BlockPlan | None) -> dict[str, str]:
@@ -192,9 +205,17 @@ class PrunePlan:
             "heads": f"{len(kept.heads)}/{spec.heads}",
             "kv heads": f"{len(kept.kv_heads)}/{spec.kv_heads}",
             "neurons": f"{len(kept.neurons)}/{spec.neurons}" if spec.neurons else "-",
+            **(self._experts_in_row(spec, kept) if any(spec.experts for spec in self.specs) else {}),
             "removed": f"{removed:.0%}",
             "modules": f"{len(stay)}/{len(ranks)}",
             "module:ranks": " ".join(stay) or "-",
+        }
+
+    @staticmethod
+    def _experts_in_row(spec: BlockSpec, kept: BlockPlan) -> dict[str, str]:
+        return {
+            "experts": f"{len(kept.experts)}/{spec.experts}" if spec.experts else "-",
+            "neurons of each": f"{kept.expert_width}/{spec.expert_width}" if spec.experts else "-",
         }
 
     def module_ranks(self, spec: BlockSpec) -> dict[str, int]:
@@ -242,7 +263,7 @@ class PrunePlan:
         facts = from_dict(_PlanFacts, {key: value for key, value in data.items() if key != "schema_version"}, "plan.")
         _check_specs(facts.specs, facts.dense_sites)
         require(
-            sum(spec.heads + spec.neurons for spec in facts.specs) <= _MOST_UNITS,
+            sum(getattr(spec, kind) for spec in facts.specs for kind in MASKED) <= _MOST_UNITS,
             f"the plan is for a model of more than {_MOST_UNITS:,} heads and neurons",
         )
         ranks = {site.name: site.rank for site in facts.dense_sites}
@@ -290,6 +311,7 @@ def check_fit(plan: PrunePlan) -> None:
         require(fits, f"block {spec.label} of the plan keeps query heads that do not fit its KV heads")
         _check_indices(kept.heads, spec.heads, f"heads of block {spec.label}")
         _check_indices(kept.neurons, spec.neurons, f"neurons of block {spec.label}")
+        _check_experts(spec, kept)
     dense = {site.name: site.rank for site in plan.dense_sites}
     for name, ranks in plan.sites.items():
         require(name in dense, f"the plan keeps a PEFT module {name} that there was not")
@@ -303,12 +325,28 @@ def _check_indices(kept: Sequence[int], dense: int, what: str) -> None:
     require(inside, f"the {what} that the plan keeps are not ascending indices below {dense}")
 
 
+def _check_experts(spec: BlockSpec, kept: BlockPlan) -> None:
+    """Check that enough experts stay for every token, each with equally many neurons."""
+    _check_indices(kept.experts, spec.experts, f"experts of block {spec.label}")
+    _check_indices(kept.expert_neurons, spec.expert_neurons, f"neurons of experts of block {spec.label}")
+    stay, needed = len(kept.experts), spec.experts_per_token
+    require(
+        stay >= needed,
+        f"the plan keeps {stay} of {spec.experts} experts of block {spec.label}, and each token is routed to {needed}",
+    )
+    owners = Counter(neuron // spec.expert_width for neuron in kept.expert_neurons)
+    even = set(owners) == set(kept.experts) and len(set(owners.values())) <= 1
+    require(even, f"block {spec.label} of the plan does not keep equally many neurons of every expert that stays")
+
+
 def removed_in_block(spec: BlockSpec, kept: BlockPlan) -> int:
     """Parameters of a block that go when `kept` stays."""
     return (
         (spec.heads - len(kept.heads)) * spec.head_parameters
         + (spec.kv_heads - len(kept.kv_heads)) * spec.kv_parameters
         + (spec.neurons - len(kept.neurons)) * spec.neuron_parameters
+        + (spec.experts - len(kept.experts)) * spec.expert_parameters
+        + len(kept.experts) * (spec.expert_width - kept.expert_width) * spec.expert_neuron_parameters
         + (0 if kept.heads else spec.rest_parameters)
     )
 
@@ -371,6 +409,8 @@ def _check_specs(blocks: Sequence[BlockSpec], sites: Sequence[SiteSpec]) -> None
     for spec in blocks:
         grouped = spec.heads % spec.kv_heads == 0 if spec.kv_heads else not spec.heads
         require(grouped, f"block {spec.label or spec.index} has {spec.heads} heads over {spec.kv_heads} KV heads")
+        even = spec.experts_per_token <= spec.experts and spec.expert_neurons == spec.experts * spec.expert_width
+        require(even, f"block {spec.label or spec.index} has {spec.expert_neurons} neurons over {spec.experts} experts")
 
 
 def _with_role(spec: BlockSpec) -> BlockSpec:
@@ -393,5 +433,6 @@ class _PlanFacts:
 
 def _block_plan(spec: BlockSpec, kept: dict[str, str]) -> BlockPlan:
     """What stays of a block, by its file's ranges."""
-    dense = {"heads": spec.heads, "kv_heads": spec.kv_heads, "neurons": spec.neurons}
-    return BlockPlan(**{name: from_ranges(kept[name], below) for name, below in dense.items()})
+    dense = {name: getattr(spec, name) for name in ("kv_heads", *MASKED)}
+    without = {} if spec.experts else {"experts": "", "expert_neurons": ""}  # as in files of earlier versions
+    return BlockPlan(**{name: from_ranges((without | kept)[name], below) for name, below in dense.items()})

@@ -1,4 +1,4 @@
-"""Pure tensors to scores: how important a head, a neuron, a PEFT module or a rank is. Higher is more important.
+"""Pure tensors to scores: how important a head, a neuron, an expert, a PEFT module or a rank is. Higher is more.
 
 A criterion is one pure function and one line in `CRITERIA`, which says what units it scores and what it needs to know.
 What needs to know of a step is scored at every optimizer step, and its mean counts; the rest once, in the end.
@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from lightpeft.plans.structure import MASKED
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,16 @@ def random(count: int, generator: torch.Generator) -> Tensor:
 def weight_norm(squares: Tensor) -> Tensor:
     """Norm of all weights that a unit takes with it, from the sums of their squares. Shapes: [units]."""
     return squares.sqrt()
+
+
+def routing_frequency(routed: Tensor, tokens: Tensor) -> Tensor:
+    """Part of the tokens that a router sends to each expert, the hit rate of Chen et al. 2022.
+
+    Args:
+        routed: real tokens of one step that each expert gets, [units].
+        tokens: how many there are, [1].
+    """
+    return routed / tokens.clamp_min(1)
 
 
 def mean_ratio(ratios: Tensor) -> Tensor:
@@ -107,11 +119,13 @@ def rank_magnitude(down: Tensor, up: Tensor) -> Tensor:
     return down.detach().float().norm(dim=1) * up.detach().float().norm(dim=0)
 
 
-Unit = Literal["heads", "neurons", "modules", "ranks"]
+Unit = Literal["heads", "neurons", "experts", "expert_neurons", "modules", "ranks"]
 Fact = Literal[
-    "masks",  # of heads and neurons: [units]
+    "masks",  # of heads, neurons, experts and their neurons: [units]
     "gradients",  # of the masks in one step: `MaskGradients`
-    "squares",  # sums of the squared weights that each head and neuron takes with it: [units]
+    "squares",  # sums of the squared weights that each of these takes with it: [units]
+    "routed",  # real tokens of one step that each expert gets: [units]
+    "tokens",  # of one step that are real: [1]
     "ratios",  # of modules, as `module_ratio` sums them up: [sums and tokens, modules]
     "rank_taylor",  # Taylor scores of the ranks of every module: one [rank] a module
     "down_terms",  # `rank_taylor_terms` of all A in one step: [ranks]
@@ -125,7 +139,7 @@ Fact = Literal[
 Facts = dict[Fact, Any]
 """What is known of some units."""
 
-_OF_A_STEP: frozenset[Fact] = frozenset({"gradients", "down_terms", "up_terms"})
+_OF_A_STEP: frozenset[Fact] = frozenset({"gradients", "routed", "down_terms", "up_terms"})
 """What is another at every optimizer step."""
 
 
@@ -153,15 +167,16 @@ class Criterion:
 
 
 CRITERIA = (
-    Criterion("mask", ("heads", "neurons"), mask_size, ("masks",)),
-    Criterion("taylor", ("heads", "neurons"), taylor, ("masks", "gradients")),
-    Criterion("fisher", ("heads", "neurons"), fisher, ("gradients",)),
-    Criterion("magnitude", ("heads", "neurons"), weight_norm, ("squares",)),
+    Criterion("mask", MASKED, mask_size, ("masks",)),
+    Criterion("taylor", MASKED, taylor, ("masks", "gradients")),
+    Criterion("fisher", MASKED, fisher, ("gradients",)),
+    Criterion("magnitude", MASKED, weight_norm, ("squares",)),
+    Criterion("frequency", ("experts",), routing_frequency, ("routed", "tokens")),
     Criterion("ratio", ("modules",), mean_ratio, ("ratios",)),
     Criterion("taylor", ("modules",), module_taylor, ("rank_taylor",)),
     Criterion("taylor", ("ranks",), rank_taylor, ("down_terms", "up_terms")),
     Criterion("magnitude", ("ranks",), rank_magnitude, ("down", "up")),
-    Criterion("random", ("heads", "neurons", "modules", "ranks"), random, ("count", "generator")),
+    Criterion("random", (*MASKED, "modules", "ranks"), random, ("count", "generator")),
 )
 """All criteria. The types of the settings in `config.light` name the same ones."""
 

@@ -1,28 +1,28 @@
 """Which units go: they sit in layers, they go in an order, and each layer keeps a floor.
 
-Heads, neurons, PEFT modules and ranks differ only in what a unit is, budgets only in which layers compete and in how
-many units go.
+Heads, neurons, experts, PEFT modules and ranks differ only in what a unit is, budgets only in which layers compete and
+in how many units go.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightpeft.config.light import Scope
 from lightpeft.errors import require
+from lightpeft.plans.scoring import Unit
 
 
 @dataclass(frozen=True)
 class Layer:
     """Units of one kind in one layer."""
 
-    kind: Literal["heads", "neurons", "modules", "ranks"]
-    """What the units are; of heads, the smallest sets that can go together."""
+    kind: Unit
+    """What the units are; of heads and of neurons inside experts, the smallest sets that can go together."""
     index: int | None
     """Of the block that has the units, or of the PEFT module that has the ranks; None: outside all blocks."""
     scores: Tensor

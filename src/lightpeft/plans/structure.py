@@ -11,6 +11,11 @@ Role = Literal["encoder", "decoder", "cross"]
 SLOTS = ("q", "k", "v", "qkv", "o", "ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
 """The projections of a block, in the order they are used; "qkv" and "ffn_gate_in" (gate first) are fused modules."""
 
+MaskedUnit = Literal["heads", "neurons", "experts", "expert_neurons"]
+"""What has a mask each: query heads; neurons of an FFN; routed experts; and the neurons inside these."""
+MASKED: tuple[MaskedUnit, ...] = get_args(MaskedUnit)
+"""The same, in the order of `BlockSpec` and `BlockPlan`, which count and keep them under these names."""
+
 OUTPUT_SLOTS = ("o", "ffn_out")
 """Projections that are cut along their inputs; all others are cut along their outputs."""
 
@@ -49,6 +54,18 @@ class BlockSpec:
     """Parameters that go only when all heads go: norms of queries and keys, and rows before a norm over all heads."""
     fixed_parameters: int = 0
     """Parameters that no plan removes: norms and the biases of output projections."""
+    experts: int = 0
+    """Experts that tokens are routed to; 0 without. An expert that they all pass (a shared one) is an FFN."""
+    expert_neurons: int = 0
+    """Intermediate channels of all routed experts together: expert 0's, then expert 1's."""
+    experts_per_token: int = 0
+    """Experts that each token is routed to: so many stay at least."""
+    expert_parameters: int = 0
+    """Parameters that one routed expert takes with it, its neurons and its row of the router included."""
+    expert_neuron_parameters: int = 0
+    """Parameters that one neuron of one expert takes with it."""
+    expert_modules: dict[str, str] = field(default_factory=dict)
+    """"router" and "experts" -> name of the module; empty without experts."""
     label: str = ""
     """What people call the block: its layer, in encoder-decoders with the stack ("encoder 0", "cross 3")."""
     role: Role | None = None
@@ -67,22 +84,31 @@ class BlockSpec:
     """Arguments with one entry a head that dense blocks hand to the next; after pruning each block makes its own."""
     per_head_arguments: dict[str, int] = field(default_factory=dict)
     """Argument of attention -> the dimension of it that has one entry a query head; the entries of kept heads stay."""
+    head_tensors: tuple[str, ...] = ()
+    """Parameters of the attention module with one entry a query head, [heads]; the entries of kept heads stay."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shared_arguments", tuple(self.shared_arguments))
+        for name in ("shared_arguments", "head_tensors"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def heads_per_kv(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads if self.kv_heads else 1
 
+    @property
+    def expert_width(self) -> int:
+        """Intermediate channels of one routed expert."""
+        return self.expert_neurons // self.experts if self.experts else 0
+
     def structure(self) -> tuple[Any, ...]:
         """All that decides how the block is cut; blocks of one structure can take each other's plans."""
         sizes = (self.heads, self.kv_heads, self.head_dim, self.neurons)
-        by_head = (self.wide_norms, self.position_bias, self.per_head_arguments)
-        return self.projections, sizes, self.interleaved, *by_head
+        by_head = (self.wide_norms, self.position_bias, self.per_head_arguments, self.head_tensors)
+        routed = (self.experts, self.expert_neurons, self.experts_per_token, self.expert_modules)
+        return self.projections, sizes, self.interleaved, *by_head, *routed
 
     def cut_slots(self) -> list[str]:
         """Slots that the block has and that pruning cuts."""

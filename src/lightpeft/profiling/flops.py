@@ -41,15 +41,16 @@ def count_flops(model: nn.Module, batch: Batch) -> Flops:
 
     PyTorch's `FlopCounterMode` does the counting, so frozen weights cost no weight-gradient product and padding counts
     as tokens do. It does not know the fused attention kernel of the CPU and counts a recomputation in those of CUDA;
-    attention therefore runs unfused here, with full (not halved) score matrices under a causal mask. Thus the numbers
-    depend neither on the device nor on the attention backend. Recomputation under gradient checkpointing is counted.
+    attention therefore runs unfused here, with full (not halved) score matrices under a causal mask, and experts one
+    after the other. Thus the numbers depend neither on the device nor on the backends. Recomputation under gradient
+    checkpointing is counted.
     Weights, gradients, mode and random state are left as they were.
 
     Raises:
         LightPeftError: parameters require a gradient, but the batch brings no loss.
     """
     batch = moved(batch, device_of(model))
-    with _countable_attention(model):
+    with _countable_attention(model), _countable_experts(model):
         with in_mode(model, training=False), torch.no_grad(), flop_counter() as counter:
             model(**batch)
         forward = counter.get_total_flops()
@@ -111,6 +112,21 @@ def _countable_attention(model: nn.Module) -> Iterator[None]:
     finally:
         if switch:
             base.set_attn_implementation(backend)
+
+
+@contextlib.contextmanager
+def _countable_experts(model: nn.Module) -> Iterator[None]:
+    """Experts as plain matrix products, which the counter knows; grouped ones it does not."""
+    base: Any = transformers_model(model)
+    if not any(getattr(getattr(module, "down_proj", None), "ndim", 0) == 3 for module in base.modules()):
+        yield
+        return
+    before = base.get_experts_implementation()
+    base.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        base.set_experts_implementation(before)
 
 
 @contextlib.contextmanager

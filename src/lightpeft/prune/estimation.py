@@ -25,6 +25,7 @@ from lightpeft.peft_kinds.sites import Site, check_peft, find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.plans.scoring import Criterion, Facts, MaskGradients, Unit, criteria
+from lightpeft.plans.structure import MASKED, MaskedUnit
 from lightpeft.profiling import count_parameters, versions
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
@@ -35,15 +36,12 @@ from lightpeft.prune.masks import UnitMasks
 _STATE_FILE = "lightpeft_estimation.safetensors"
 _HISTORY_FILE = "lightpeft_estimation.json"
 
-_MASKED: tuple[Unit, ...] = ("heads", "neurons")
-"""Units that have a mask each."""
-
 
 def _of_steps(kind: str, *units: Unit) -> dict[str, Criterion]:
     return {f"{kind}/{name}": criterion for name, criterion in criteria(*units).items() if criterion.every_step}
 
 
-_SUMMED = _of_steps("masks", *_MASKED) | _of_steps("ranks", "ranks")
+_SUMMED = _of_steps("masks", *MASKED) | _of_steps("ranks", "ranks")
 """What is summed up over steps, of all units that have masks or of all ranks -> the criterion."""
 
 
@@ -124,19 +122,21 @@ class Estimator:
             return
         taken = self.masks.take_gradients()
         examples = taken.mean.new_full((1,), self.masks.examples)  # filled there: no copy from the host
-        parts = (taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples)
+        routed, tokens = self.masks.take_routed()
+        parts = (taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples, routed, tokens)
         values = _mean_over_processes(torch.cat(parts))
         finite = torch.isfinite(values).all()
         # a gradient scaler overflows on purpose and skips the step itself
         seen = self._nonfinite if grad_scale == 1.0 else self._overflowed
         seen |= ~finite
         values = torch.where(finite, values, 0.0)
-        mean, absolute, squares, ranks, examples = values.split([len(part) for part in parts])
+        mean, absolute, squares, ranks, examples, routed, tokens = values.split([len(part) for part in parts])
         gradients = MaskGradients(mean / grad_scale, absolute / grad_scale, squares / grad_scale**2)
         down_terms, up_terms = (ranks / grad_scale).chunk(2)
         facts: Facts = {"masks": self.masks.values, "gradients": gradients}
         facts |= {"down_terms": down_terms, "up_terms": up_terms}
-        for name, criterion in _SUMMED.items():
+        facts |= {"routed": self.masks.of_experts(routed), "tokens": self.masks.of_experts(tokens)}
+        for name, criterion in self._summed.items():
             self._sums[name] += criterion(facts)
         self._sums["examples"] += examples * _processes()
         self.masks.values.grad = gradients.mean + self._lambdas * self.masks.values.sign()
@@ -174,8 +174,8 @@ class Estimator:
 
     def _check_reached(self, record: EstimationRecord) -> None:
         """Raise `LightPeftError` if the loss reached some blocks and not others: a plan would cut those away unseen."""
-        parts = zip(record.of_blocks("heads", "fisher"), record.of_blocks("neurons", "fisher"), strict=True)
-        reached = [bool(heads.any() or neurons.any()) for heads, neurons in parts]
+        parts = zip(*(record.of_blocks(kind, "fisher") for kind in MASKED), strict=True)
+        reached = [any(bool(scores.any()) for scores in of_block) for of_block in parts]
         require(
             any(reached) or not bool(self._overflowed),
             f"all {self.steps} steps of estimation overflowed, as a gradient scaler's first steps in float16 do; "
@@ -192,6 +192,18 @@ class Estimator:
 
     # -- sums over windows of steps ------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def _units(self) -> tuple[MaskedUnit, ...]:
+        """Kinds of units that the model has; heads and neurons in any case."""
+        routed = any(block.experts for block in self.blocks)
+        return MASKED if routed else ("heads", "neurons")
+
+    @functools.cached_property
+    def _summed(self) -> dict[str, Criterion]:
+        """Of `_SUMMED`, what scores units that the model has."""
+        there = {*self._units, "ranks"}
+        return {key: criterion for key, criterion in _SUMMED.items() if not there.isdisjoint(criterion.units)}
+
     def _at_boundary(self) -> bool:
         if self.config.length == "auto":
             return self.steps % self.config.check_every == 0 or self.steps == self.length
@@ -207,7 +219,7 @@ class Estimator:
 
     def _zero_sums(self) -> dict[str, Tensor]:
         sizes = {"masks": len(self.masks.values), "ranks": sum(site.spec.rank for site in self.sites)}
-        counts = {key: sizes[key.partition("/")[0]] for key in _SUMMED} | {"examples": 1}
+        counts = {key: sizes[key.partition("/")[0]] for key in self._summed} | {"examples": 1}
         return {key: torch.zeros(count, device=self.masks.values.device) for key, count in counts.items()}
 
     def _close_window(self) -> None:
@@ -246,21 +258,21 @@ class Estimator:
         )
 
     def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-        """Scores of heads and neurons under every criterion, keyed as in `EstimationRecord`."""
+        """Scores of heads, neurons and experts under every criterion, keyed as in `EstimationRecord`."""
         facts: Facts = {"masks": self.masks.values.detach().cpu(), "squares": self._squares}
         facts |= {"count": len(self.masks.values), "generator": torch.Generator().manual_seed(self.config.seed)}
         scores: dict[str, Tensor] = {}
-        for name, criterion in criteria(*_MASKED).items():
+        for name, criterion in criteria(*self._units).items():
             flat = sums[f"masks/{name}"] / steps if criterion.every_step else criterion(facts)
-            for unit, parts in zip(_MASKED, self.masks.split(flat), strict=True):
-                if unit in criterion.units:
+            for unit, parts in self.masks.split(flat).items():
+                if unit in criterion.units and unit in self._units:
                     scores |= {f"{unit}/{name}/{index}": part.clone() for index, part in enumerate(parts)}
         return scores
 
     def _site_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
         """Scores of PEFT modules and of their ranks under every criterion, keyed as in `EstimationRecord`."""
         sizes, random = [site.spec.rank for site in self.sites], torch.Generator().manual_seed(self.config.seed)
-        means = {key: (sums[key] / steps).split(sizes) for key in _SUMMED if key.startswith("ranks/")}
+        means = {key: (sums[key] / steps).split(sizes) for key in self._summed if key.startswith("ranks/")}
         facts: Facts = {"ratios": sums["modules"], "rank_taylor": means["ranks/taylor"]}
         facts |= {"count": len(self.sites), "generator": random}
         scores = {f"modules/{name}": criterion(facts) for name, criterion in criteria("modules").items()}
@@ -274,9 +286,9 @@ class Estimator:
     @functools.cached_property
     @torch.no_grad()
     def _squares(self) -> Tensor:
-        """Sums of squared weights of all heads and neurons, flat like the masks; once, because the base is frozen."""
+        """Sums of squared weights of all units, flat like the masks; once, because the base is frozen."""
         parts = [weight_squares(self.model, block) for block in self.blocks]
-        return torch.cat([heads for heads, _ in parts] + [neurons for _, neurons in parts])
+        return torch.cat([of_block[place] for place in range(len(MASKED)) for of_block in parts])
 
     def _meta(self, scored_steps: int, examples: int, tokens: int) -> dict[str, Any]:
         config = self.config
@@ -372,11 +384,8 @@ class _Window:
 
 def plan_overlap(before: PrunePlan, after: PrunePlan) -> float:
     """How far two plans of equal counts agree: intersection over union of what stays, the least of the kinds."""
-    kinds = [
-        (_units(before, "heads"), _units(after, "heads")),
-        (_units(before, "neurons"), _units(after, "neurons")),
-        (set(before.sites), set(after.sites)),
-    ]
+    kinds = [(_units(before, kind), _units(after, kind)) for kind in MASKED if any(_units(before, kind))]
+    kinds.append((set(before.sites), set(after.sites)))
     return min(len(a & b) / max(len(a | b), 1) for a, b in kinds)
 
 

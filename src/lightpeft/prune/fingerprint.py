@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightpeft.compat.torch import StandIn
+from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears import stored_weight
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
 from lightpeft.models.vocabulary import Vocabulary
@@ -29,8 +30,27 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec], vocabulary: Vocab
     """
     if isinstance(_input_embeddings(transformers_model(model)), StandIn):
         return ""
-    names = [name for block in blocks for name in block.projections.values()]
-    return digest_of(model, ((name, sample(stored_weight(base_linear(model, name)))) for name in names), vocabulary)
+    weights = (weight for block in blocks for weight in _weights(model, block))
+    return digest_of(model, ((name, sample(weight)) for name, weight in weights), vocabulary)
+
+
+def _weights(model: nn.Module, block: BlockSpec) -> Iterator[tuple[str, Tensor]]:
+    for name in block.projections.values():
+        yield name, stored_weight(base_linear(model, name))
+    if block.experts:
+        for name, weight in ExpertLayer.of(transformers_model(model), block.expert_modules).weights():
+            yield expert_weight(block, name), weight
+
+
+def weight_names(model: nn.Module, block: BlockSpec) -> list[str]:
+    """Names of the weights of a block that the fingerprint reads, in its order; the model may be without storage."""
+    return [name for name, _ in _weights(model, block)]
+
+
+def expert_weight(block: BlockSpec, name: str) -> str:
+    """The name that one of `ExpertLayer.weights` has in the model."""
+    part, _, own = name.partition(".")
+    return f"{block.expert_modules[part]}.{own}"
 
 
 @dataclass(frozen=True)

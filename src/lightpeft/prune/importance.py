@@ -11,8 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears import dense_weight
-from lightpeft.models.unwrap import base_linear
+from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.peft_kinds.sites import Site
 from lightpeft.peft_kinds.sites.base import Report
 from lightpeft.plans import scoring
@@ -184,14 +185,18 @@ class RankObserver:
 
 
 @torch.no_grad()
-def weight_squares(model: nn.Module, block: BlockSpec) -> tuple[Tensor, Tensor]:
-    """Sums of squares of the weights of a block's query heads (with their share of the KV group's rows) and neurons.
+def weight_squares(model: nn.Module, block: BlockSpec) -> tuple[Tensor, ...]:
+    """Sums of squares of the weights of a block's query heads (with their share of the KV group's rows), neurons,
+    experts and the neurons inside these.
 
     Returns:
-        [heads] and [neurons], float32, on the CPU.
+        One [units] tensor a kind in the order of `MASKED`, float32, on the CPU.
     """
     heads, neurons = torch.zeros(block.heads), torch.zeros(block.neurons)
     for slot, name in block.projections.items():
         of_heads, of_neurons = squared_norms(block, slot, dense_weight(base_linear(model, name)))
         heads, neurons = heads + of_heads.cpu(), neurons + of_neurons.cpu()
-    return heads, neurons
+    inside = torch.zeros(0), torch.zeros(0)
+    if block.experts:
+        inside = ExpertLayer.of(transformers_model(model), block.expert_modules).squares()
+    return heads, neurons, *(squares.cpu() for squares in inside)

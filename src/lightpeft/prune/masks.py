@@ -1,4 +1,4 @@
-"""Masks on heads and neurons as forward pre-hooks: no forked model code, the attention backend stays as chosen."""
+"""Masks on heads, neurons and experts as hooks: no forked model code, the attention backend stays as chosen."""
 
 from __future__ import annotations
 
@@ -13,78 +13,111 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
 from lightpeft.compat.torch import storage_of
+from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import adapter_in_use
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.scoring import MaskGradients
-from lightpeft.plans.structure import BlockSpec
+from lightpeft.plans.structure import MASKED, BlockSpec, MaskedUnit
+from lightpeft.prune.importance import RealTokens
+from lightpeft.prune.routing import ClosedRouter, Masked, MaskedExperts
 
 _KEPT_ANYWAY = ("relu", "linear")
 """Activations of which autograd saves the output, or whose output is their input: nothing is gained by another pass."""
 
 
 class UnitMasks:
-    """One trainable scalar per query head and per FFN neuron, all 1 at the start (Light-PEFT, section 3.2).
+    """One trainable scalar per query head, FFN neuron, routed expert and neuron inside these, all 1 at the start.
 
-    The scalars multiply the inputs of the attention-output and the FFN-output projections:
-    `attn(x) = sum_i m_A[i] * head_i(x) W_O[i]`, `ffn(x) = (m_F * act(x W_in)) W_out`.
-    They are not parameters of the model, so checkpoints, weight decay and the user's optimizer never see them.
-    All of them live in one flat float32 tensor, `values` [heads of all blocks, then neurons of all blocks]; what is
-    done to them at a step is a handful of vector operations, however many blocks there are.
+    As in Light-PEFT, section 3.2, they multiply the inputs of the attention-output and the FFN-output projections:
+    `attn(x) = sum_i m_A[i] * head_i(x) W_O[i]`, `ffn(x) = (m_F * act(x W_in)) W_out`; those of experts what `routing`
+    says. They are not parameters of the model, so checkpoints, weight decay and the user's optimizer never see them.
+    All of them live in one flat float32 tensor, `values` [heads of all blocks, then neurons, experts and neurons inside
+    experts of all blocks]; what is done to them at a step is a handful of vector operations, however many blocks there
+    are.
     """
 
     def __init__(self, blocks: Sequence[BlockSpec], device: torch.device | str = "cpu") -> None:
         self.blocks = list(blocks)
-        self.sizes = [block.heads for block in blocks] + [block.neurons for block in blocks]
+        self.sizes: list[int] = [getattr(block, kind) for kind in MASKED for block in blocks]
         self.head_count = sum(block.heads for block in blocks)
         self.values = torch.ones(sum(self.sizes), device=device)
         self._tally = torch.zeros(2, len(self.values), device=device)  # of single examples: sizes, squares
+        self._routed = torch.zeros(2, sum(block.experts for block in blocks), device=device)  # routed and all tokens
+        self._closed: list[Tensor | None] = [None for _ in blocks]
         self._batch = _Batch()
         self.examples = 0
         """Examples of the step whose gradients were taken last."""
         # leaves that share the storage of `values`: each block's gradient arrives apart, updates reach all at once
         self._leaves = [part.detach().requires_grad_() for part in self.values.split(self.sizes)]
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Any] = []
 
     @property
     def heads(self) -> list[Tensor]:
         """Masks of the query heads, one [heads] tensor a block."""
-        return self._leaves[: len(self.blocks)]
+        return self._of_kinds(self._leaves)["heads"]
 
     @property
     def neurons(self) -> list[Tensor]:
         """Masks of the neurons, one [neurons] tensor a block."""
-        return self._leaves[len(self.blocks) :]
+        return self._of_kinds(self._leaves)["neurons"]
 
-    def split(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Views of a flat tensor like `values`: (one [heads] tensor a block, one [neurons] tensor a block)."""
-        parts = list(flat.split(self.sizes))
-        return parts[: len(self.blocks)], parts[len(self.blocks) :]
+    def split(self, flat: Tensor) -> dict[MaskedUnit, list[Tensor]]:
+        """Views of a flat tensor like `values`: kind of unit -> one [units] tensor a block."""
+        return self._of_kinds(list(flat.split(self.sizes)))
+
+    def _of_kinds(self, parts: list[Tensor]) -> dict[MaskedUnit, list[Tensor]]:
+        count = len(self.blocks)
+        return {kind: parts[place * count : (place + 1) * count] for place, kind in enumerate(MASKED)}
+
+    def of_experts(self, values: Tensor) -> Tensor:
+        """Values of all experts, [experts], as a flat tensor like `values`, zero for all other units."""
+        flat = torch.zeros_like(self.values)
+        first = sum(self.sizes[: MASKED.index("experts") * len(self.blocks)])
+        flat[first : first + len(values)] = values
+        return flat
 
     def attach(self, model: nn.Module) -> None:
         """Let the projections of a transformers model, or of a PeftModel around it, read the masks."""
         inner = transformers_model(model)
         self._batch.masked = adapter_in_use(model)
         self._handles.append(inner.register_forward_pre_hook(self._batch, with_kwargs=True))
-        tallies = self._tally.split(self.sizes, dim=1)
-        of_heads, of_neurons = tallies[: len(self.blocks)], tallies[len(self.blocks) :]
-        for block, *parts in zip(self.blocks, self.heads, self.neurons, of_heads, of_neurons, strict=True):
-            heads, neurons, head_tally, neuron_tally = parts
+        real: RealTokens | None = None
+        leaves, tallies = self._of_kinds(self._leaves), self._of_kinds(list(self._tally.split(self.sizes, dim=1)))
+        for place, block in enumerate(self.blocks):
+            masks = {kind: Masked(leaves[kind][place], tallies[kind][place]) for kind in MASKED}
             projections = {slot: inner.get_submodule(name) for slot, name in block.projections.items()}
-            scaler = _Scaler(heads, head_tally, self._batch, channels=block.head_dim)
+            scaler = _Scaler(masks["heads"], self._batch, channels=block.head_dim)
             self._handles += scaler.attach(projections["o"])
             if block.neurons:
-                self._attach_neurons(projections, neurons, neuron_tally, block.activation)
+                self._attach_neurons(projections, masks["neurons"], block.activation)
+            if block.experts:
+                real = real or RealTokens(inner)
+                self._attach_experts(inner, place, masks, real)
+        self._handles += [real] if real else []
 
-    def _attach_neurons(
-        self, projections: dict[str, nn.Module], mask: Tensor, tally: Tensor, activation: str | None
-    ) -> None:
+    def _attach_neurons(self, projections: dict[str, nn.Module], mask: Masked, activation: str | None) -> None:
         function = ACT2FN[activation] if activation and activation not in _KEPT_ANYWAY else None
-        scaler = _Scaler(mask, tally, self._batch, activation=function)
+        scaler = _Scaler(mask, self._batch, activation=function)
         self._handles += scaler.attach(projections["ffn_out"])
         for slot in ("ffn_gate_in", "ffn_gate", "ffn_in"):
             if slot in projections and function is not None:
                 self._handles.append(projections[slot].register_forward_hook(scaler.remember))
+
+    def _attach_experts(self, inner: nn.Module, place: int, masks: dict[MaskedUnit, Masked], real: RealTokens) -> None:
+        block = self.blocks[place]
+        layer = ExpertLayer.of(inner, block.expert_modules)
+        routed = self._routed.split([each.experts for each in self.blocks], dim=1)[place]
+
+        def note(index: Tensor) -> None:
+            of_real = real.select(index, block, None)
+            routed[0] += of_real.flatten().bincount(minlength=block.experts)
+            routed[1] += len(of_real)
+
+        experts = MaskedExperts(layer, masks["experts"], masks["expert_neurons"])
+        experts.masked, experts.examples, experts.note = self._batch.masked, self._batch.of_tokens, note
+        experts.attach()
+        self._handles += [experts, ClosedRouter(layer.router, lambda: self._closed[place])]
 
     def detach(self) -> None:
         """Take the hooks off the model; it is as it was before `attach`."""
@@ -103,12 +136,20 @@ class UnitMasks:
         self._tally.zero_()
         return taken
 
+    def take_routed(self) -> Tensor:
+        """Since the last call: real tokens that went to each expert of all blocks, and all that could, [2, experts]."""
+        taken = self._routed.clone()
+        self._routed.zero_()
+        return taken
+
     def set_plan(self, plan: PrunePlan) -> None:
-        """Set the masks to 1 for units that stay and 0 for units that go: the pruned model before any cut."""
-        kept = [block.heads for block in plan.blocks] + [block.neurons for block in plan.blocks]
+        """Set the masks to 1 for units that stay and 0 for units that go, and let routers leave out experts that go:
+        the pruned model before any cut."""
+        kept = [getattr(block, kind) for kind in MASKED for block in plan.blocks]
         with torch.no_grad():
             for leaf, units in zip(self._leaves, kept, strict=True):
                 leaf.zero_()[torch.tensor(units, dtype=torch.long, device=leaf.device)] = 1.0
+        self._closed = [leaf == 0 if len(leaf) else None for leaf in self._of_kinds(self._leaves)["experts"]]
 
 
 class _Batch:
@@ -140,8 +181,11 @@ class _Batch:
         what belongs to an example is one piece of it. Where it cannot be told apart, all are one example.
         """
         rows = products.flatten(0, -2)
-        examples = self.examples if len(rows) % self.examples == 0 else 1
-        return rows.unflatten(0, (examples, -1))
+        return rows.unflatten(0, (self.of_tokens(len(rows)), -1))
+
+    def of_tokens(self, rows: int) -> int:
+        """How many examples so many rows are of."""
+        return self.examples if rows % self.examples == 0 else 1
 
 
 class _Scaler:
@@ -155,13 +199,13 @@ class _Scaler:
 
     def __init__(
         self,
-        mask: Tensor,
-        tally: Tensor,
+        mask: Masked,
         batch: _Batch,
         channels: int = 1,
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.mask, self.tally, self.batch, self.channels, self.activation = mask, tally, batch, channels, activation
+        self.mask, self.tally, self.batch, self.channels = mask.values, mask.tally, batch, channels
+        self.activation = activation
         self._sources: list[Tensor] = []
         self._reproducible: dict[bool, bool] = {} if activation is not None else {True: False, False: False}
         self._hooks: saved_tensors_hooks | None = None

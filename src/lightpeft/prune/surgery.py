@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from lightpeft.compat.transformers import grow_static_cache
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.arguments import change_arguments
+from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import fault, features, is_linear, slice_linear
 from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
 from lightpeft.peft_kinds.sites import Site, check_removable, drop_reference, find_sites, refresh_config, remove_site
-from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, width
+from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts, width
+from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.depth import leave_out
@@ -64,10 +67,12 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     tables = {name: inner.get_submodule(name) for name in apart if name}
     for spec, kept in plan.parts:
         _cut_ffn(inner, spec, kept)
+        _cut_experts(inner, spec, kept)
         _cut_attention(inner, spec, kept)
         if spec.shared_arguments and spec.position_bias in apart and kept.heads:
             _stop_sharing(inner.get_submodule(spec.attention), spec, kept, tables)
     bring_weights_in(inner)  # of layers that lost nothing
+    _adapt_balance(inner, plan)
     _adapt_generation(inner, plan)
     inner.light_pruned = bool(plan.removed_parameters)
     if isinstance(model, PeftModel):
@@ -75,14 +80,16 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
 
 
 def check_budget(model: nn.Module, budget: Budget) -> None:
-    """Refuse a budget by which a quantised layer may get a width that it cannot have; call it before estimation.
+    """Refuse a budget by which a quantised layer may get a width that it cannot have, or a layer fewer experts than a
+    token is routed to; call it before estimation.
 
     Raises:
-        LightPeftError: naming the layer, with what to set instead.
+        LightPeftError: naming the layer or the ratio, with what to set instead.
     """
     by_parameters = budget.blocks is not None or budget.target is not None
     instead = ", with light.neurons in place of light.blocks and light.target" if by_parameters else ""
     for spec in block_specs(transformers_model(model)):
+        check_experts(spec.experts, spec.experts_per_token, budget)
         balanced = budget.head_unit == "balanced" and spec.heads_per_kv > 1
         unit = spec.kv_heads if balanced else spec.heads_per_kv
         if budget.heads or by_parameters:
@@ -148,6 +155,12 @@ def _cut_ffn(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
             _cut_base(inner, spec, kept, slot)
 
 
+def _cut_experts(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
+    if len(kept.expert_neurons) == spec.expert_neurons:
+        return
+    ExpertLayer.of(inner, spec.expert_modules).cut(*kept_experts(spec, kept))
+
+
 def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
     if len(kept.heads) == spec.heads:
         return
@@ -160,6 +173,8 @@ def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
         return
     for attribute, quantity in spec.head_attributes.items():
         _set_head_attribute(attention, attribute, _QUANTITIES[quantity](spec, kept))
+    for name in spec.head_tensors:
+        _keep_entries(attention, name, kept.heads)
     for slot, name in spec.wide_norms.items():
         _replace(inner, name, SelectedChannels(inner.get_submodule(name), head_channels(spec, kept, slot)))
     if spec.per_head_arguments:
@@ -172,6 +187,14 @@ def _cut_base(inner: nn.Module, spec: BlockSpec, kept: BlockPlan, slot: str) -> 
     index = kept_channels(spec, kept, slot)
     if index is not None:
         slice_linear(base_linear(inner, spec.projections[slot]), index, cut_dim(slot))
+
+
+@torch.no_grad()
+def _keep_entries(module: nn.Module, name: str, kept: Sequence[int]) -> None:
+    """Keep some entries of a parameter [all]."""
+    parameter = module.get_parameter(name)
+    entries = parameter.index_select(0, torch.tensor(kept, device=parameter.device))
+    setattr(module, name, nn.Parameter(entries, requires_grad=parameter.requires_grad))
 
 
 def _replace(inner: nn.Module, name: str, module: nn.Module) -> None:
@@ -324,6 +347,36 @@ class DroppedAttention(nn.Module):
 
     def _none(self) -> tuple[None, ...]:
         return (None,) * (self.outputs - 1)
+
+
+# The loss that balances experts
+
+
+def _adapt_balance(inner: Any, plan: PrunePlan) -> None:
+    """Keep transformers' load-balancing loss right, which adds up the routers' probabilities over layers and multiplies
+    by the number of experts: as many as any layer keeps, and a logit of -inf for those that another has fewer."""
+    counts = {spec.index: len(kept.experts) for spec, kept in plan.parts if spec.experts}
+    if not counts:
+        return
+    most = max(counts.values())
+    if hasattr(inner, "num_experts"):
+        inner.num_experts = most
+    for spec, _ in plan.parts:
+        missing = most - counts.get(spec.index, most)
+        if missing:
+            router = inner.get_submodule(spec.expert_modules["router"])
+            router.register_forward_hook(_PaddedLogits(missing), prepend=True)  # before transformers notes them
+
+
+class _PaddedLogits:
+    """Forward hook of a router: logits of -inf behind its own, for experts that other layers have."""
+
+    def __init__(self, missing: int) -> None:
+        self.missing = missing
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits, *rest = output
+        return functional.pad(logits, (0, self.missing), value=float("-inf")), *rest
 
 
 # Generation that would read head counts from the shared config

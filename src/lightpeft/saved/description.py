@@ -16,11 +16,12 @@ from lightpeft.config import ModelConfig
 from lightpeft.config.validation import check_values, from_dict
 from lightpeft.errors import require
 from lightpeft.files import understandable
-from lightpeft.models.families import family_of
+from lightpeft.models.families import Stack, family_of
 from lightpeft.models.loading import CUTTABLE, quantisation_method
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.structure import BlockSpec
 from lightpeft.profiling import versions
 
 
@@ -192,7 +193,16 @@ def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, in
         str(spec.index): {
             "num_attention_heads": len(kept.heads),
             "num_key_value_heads": len(kept.kv_heads),
-            stacks[0].width_key or "intermediate_size": len(kept.neurons),
+            **_ffn_config(stacks[0], spec, kept),
         }
         for spec, kept in plan.parts
     }
+
+
+def _ffn_config(stack: Stack, spec: BlockSpec, kept: BlockPlan) -> dict[str, int]:
+    routed, result = stack.experts, {}
+    if spec.neurons or not spec.experts:
+        result[stack.width_key_of(spec.projections) or "intermediate_size"] = len(kept.neurons)
+    if routed is not None and spec.experts:
+        result |= {routed.count_key: len(kept.experts), routed.width_key: kept.expert_width}
+    return result

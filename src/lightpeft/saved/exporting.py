@@ -154,8 +154,8 @@ class Graph(WholeExport):
 
     families = "encoders and decoders that read text"
     limits = (
-        "no bottleneck adapters, no quantised bases, no rotary embeddings of the type `dynamic`; f32 unless it is said "
-        "otherwise, whatever the base's weights are"
+        "no bottleneck adapters, no quantised bases, no routed experts, no rotary embeddings of the type `dynamic`; "
+        "f32 unless it is said otherwise, whatever the base's weights are"
     )
 
     def write_model(

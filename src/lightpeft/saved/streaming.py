@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -20,19 +21,20 @@ from transformers import PreTrainedModel
 from lightpeft.compat.torch import set_unseen, with_own_parameters
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
+from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears import slice_linear, stored_weight
 from lightpeft.models.tensors import Reading, SharedTensors, check_files, on_disk
 from lightpeft.models.vocabulary import Vocabulary, rows_by_token
-from lightpeft.plans.layout import cut_dim, kept_channels
+from lightpeft.plans.layout import cut_dim, kept_channels, kept_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
-from lightpeft.prune.fingerprint import Sample, digest_of, sample
+from lightpeft.prune.fingerprint import Sample, digest_of, expert_weight, sample, weight_names
 
 _INSTEAD = "load the adapter without low_memory"
 
 
 class Stream:
-    """Loads a transformers model whose projections arrive cut to what a plan keeps.
+    """Loads a transformers model whose projections and experts arrive cut to what a plan keeps.
 
     `loader` is the class to call `from_pretrained` of. The model that comes back has its dense structure, with the
     projections that the plan cuts on the meta device; after `apply_plan`, `fill` gives them their weights. Until then
@@ -62,6 +64,7 @@ class Stream:
         self._rows: dict[tuple[nn.Module, str], int] = {}
         self._reading = Reading(shared, device)
         self._places: dict[nn.Module, _Place] = {}
+        self._experts: dict[tuple[nn.Module, str], _ExpertPlace] = {}
         self._samples: dict[str, Sample] = {}
 
     def loader(self, architecture: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -76,6 +79,7 @@ class Stream:
             check_files(checkpoint, _INSTEAD)
             self._check(model)
             self._places = dict(_places(model, self._plan))
+            self._experts = dict(_expert_places(model, self._plan))
             self._rows = {} if self._vocabulary is None else dict(_rows(model, self._vocabulary))
             hook = register_module_parameter_registration_hook(self._receive)
             try:
@@ -95,7 +99,7 @@ class Stream:
             LightPeftError: some projection had no weights.
         """
         self._check_complete()
-        names = (name for block in blocks for name in block.projections.values())
+        names = (name for block in blocks for name in weight_names(model, block))
         return digest_of(model, ((name, self._samples[name]) for name in names), self._vocabulary)
 
     def fill(self, model: PreTrainedModel) -> None:
@@ -110,7 +114,11 @@ class Stream:
             if layer is not None and place.index is not None:  # those of a dropped attention are gone
                 for name, parameter in place.layer.named_parameters(recurse=False):
                     setattr(layer, name, parameter)
-        self._places, self._rows = {}, {}
+        for expert_place in self._experts.values():
+            part, _, own = expert_place.name.rpartition(".")
+            if part in modules and expert_place.kept is not None:
+                setattr(modules[part], own, nn.Parameter(expert_place.kept, requires_grad=False))
+        self._places, self._experts, self._rows = {}, {}, {}
         empty = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
         require(not empty, f"low_memory left {', '.join(empty[:3])} without weights; {_INSTEAD}")
 
@@ -132,6 +140,8 @@ class Stream:
             self._reading.forget()
             kept = self._vocabulary.rows(parameter.detach(), self._rows[module, name])
             return _read(nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        if (module, name) in self._experts:
+            return self._receive_experts(module, name, parameter)
         place = self._places.get(module)
         if place is None:
             return self._reading.in_common(parameter)
@@ -149,10 +159,20 @@ class Stream:
             place.layer.to(self._device)
         return _read(module.get_parameter(name))
 
+    def _receive_experts(self, module: nn.Module, name: str, parameter: Any) -> Any:
+        place = self._experts[module, name]
+        self._samples[place.name] = sample(parameter.detach())
+        if place.cut is None:
+            return self._reading.in_common(parameter)
+        self._reading.forget()
+        place.kept = place.cut(parameter.detach()).to(self._device or parameter.device)
+        return _read(module.get_parameter(name))
+
     def _check_complete(self) -> None:
         names = [name for spec in self._plan.specs for name in spec.projections.values()]
         cut = {p.name: p.layer for p in self._places.values() if p.index is not None}
         empty = {name for name, layer in cut.items() if any(p.is_meta for p in layer.parameters(recurse=False))}
+        names += [place.name for place in self._experts.values()]
         lacking = [name for name in names if name not in self._samples or name in empty]
         require(not lacking, f"the base has no weights of {', '.join(lacking[:1])} to read one by one; {_INSTEAD}")
 
@@ -177,6 +197,35 @@ class _Place:
     def leaves_whole(self, parameter: str) -> bool:
         """Whether the cut leaves a parameter of the layer as it is: all do where nothing goes, and else some biases."""
         return self.index is None or (parameter == "bias" and self.dim == 1)
+
+
+@dataclass
+class _ExpertPlace:
+    """A weight of routed experts or of their router that is to arrive."""
+
+    name: str
+    cut: Callable[[Tensor], Tensor] | None
+    """From the dense weight to what stays of it; None: all."""
+    kept: Tensor | None = None
+    """What stays, once it is there."""
+
+
+def _expert_places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[tuple[nn.Module, str], _ExpertPlace]]:
+    nothing = [(spec, BlockPlan((), (), ())) for spec in plan.left_out]
+    for spec, kept in (*plan.parts, *nothing):
+        if not spec.experts:
+            continue
+        layer, stay = ExpertLayer.of(model, spec.expert_modules), kept_experts(spec, kept)
+        whole = len(kept.expert_neurons) == spec.expert_neurons
+        for name, _ in layer.weights():
+            path = expert_weight(spec, name)
+            owner, _, own = path.rpartition(".")
+            cut = None if whole else partial(_part, layer, name, stay)
+            yield (model.get_submodule(owner), own), _ExpertPlace(path, cut)
+
+
+def _part(layer: ExpertLayer, name: str, stay: tuple[Tensor, Tensor], weight: Tensor) -> Tensor:
+    return layer.part(name, weight, *stay)
 
 
 def _places(model: PreTrainedModel, plan: PrunePlan) -> Iterator[tuple[nn.Module, _Place]]:

@@ -12,11 +12,12 @@ from lightpeft.models.families.registry import (
     register_family,
 )
 from lightpeft.models.families.skeleton import random_inputs, skeleton, skeleton_config
-from lightpeft.models.families.spec import Family, Stack
+from lightpeft.models.families.spec import Experts, Family, Stack
 
 __all__ = [
     "FAMILIES",
     "REFUSED",
+    "Experts",
     "Family",
     "Stack",
     "block_lists",

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lightpeft.models.families.spec import Family, Stack
+from lightpeft.models.families.spec import Experts, Family, Stack
 
 _SEPARATE_ATTENTION = {
     "q": "self_attn.q_proj",
@@ -128,6 +128,61 @@ OPT = Family(
     ),
 )
 
+# Mixtures of experts: layers without an FFN of their own, or with one that all tokens pass
+
+MIXTRAL = Family(
+    "mixtral",
+    (
+        replace(
+            _LLAMA,
+            projections=_SEPARATE_ATTENTION,
+            width_key=None,
+            experts=Experts(count_key="num_local_experts", width_key="intermediate_size"),
+        ),
+    ),
+)
+_EXPERTS_OR_FFN = replace(
+    _LLAMA, projections=(_SEPARATE_ATTENTION | _GATED_FFN, _SEPARATE_ATTENTION), experts=Experts()
+)
+QWEN3_MOE = Family("qwen3_moe", (_EXPERTS_OR_FFN,))
+_SHARED_EXPERT = {slot: name.replace("mlp.", "mlp.shared_expert.") for slot, name in _GATED_FFN.items()}
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    (
+        replace(
+            _LLAMA,
+            projections=(_SEPARATE_ATTENTION | _SHARED_EXPERT, _SEPARATE_ATTENTION | _GATED_FFN),
+            width_key=("shared_expert_intermediate_size", "intermediate_size"),
+            experts=Experts(),
+            whole=("mlp.shared_expert_gate",),
+        ),
+    ),
+)
+OLMOE = Family(
+    "olmoe",
+    (
+        replace(
+            _LLAMA,
+            projections=_SEPARATE_ATTENTION,
+            width_key=None,
+            experts=Experts(width_key="intermediate_size"),
+            wide_norms={"q": "self_attn.q_norm", "k": "self_attn.k_norm"},
+        ),
+    ),
+)
+GPT_OSS = Family(
+    "gpt_oss",
+    (
+        replace(
+            _LLAMA,
+            projections=_SEPARATE_ATTENTION,
+            width_key=None,
+            experts=Experts(router="mlp.router", count_key="num_local_experts", width_key="intermediate_size"),
+            head_tensors=("sinks",),
+        ),
+    ),
+)
+
 DECODERS = (
     LLAMA,
     MISTRAL,
@@ -144,4 +199,9 @@ DECODERS = (
     GPT_NEOX,
     FALCON,
     OPT,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    OLMOE,
+    GPT_OSS,
 )

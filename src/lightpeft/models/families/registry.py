@@ -12,10 +12,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.models.families.encoders import ENCODERS
-from lightpeft.models.families.spec import Family, Stack
+from lightpeft.models.families.spec import Experts, Family, Stack
 from lightpeft.models.linears import describe, features, is_linear
 from lightpeft.plans.layout import Kind, cut_dim, segment_size, segments, width
 from lightpeft.plans.records import removable_parameters
@@ -24,14 +25,9 @@ from lightpeft.plans.structure import BlockSpec
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*ENCODERS, *DECODERS, *ENCODER_DECODERS)}
 """Supported families by `config.model_type`."""
 
-_EXPERTS = "the weights of its experts are single 3-D parameters, not linear layers"
 REFUSED: dict[str, str] = {
     "albert": "its layers share one set of weights, so a unit pruned in one layer would go in all",
-    "mixtral": _EXPERTS,
-    "qwen2_moe": _EXPERTS,
-    "qwen3_moe": _EXPERTS,
-    "olmoe": _EXPERTS,
-    "gpt_oss": _EXPERTS,
+    "deepseek_v3": "its attention makes keys and values from one latent of all heads (MLA), which no slot names",
     "bloom": "its attention adds the residual and reads ALiBi slopes of all heads",
 }
 """Families that cannot be pruned, with the reason."""
@@ -95,7 +91,7 @@ def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[Bl
             specs.append(_block_spec(stack, len(specs), layer, block, f"{prefix}{stack.layers}", config))
             modules.append(block)
     require(bool(specs), f"there is no {prefix}{family.stacks[0].layers} in this {type(model).__name__}")
-    _check_complete(model, specs, [f"{prefix}{stack.layers}" for stack in family.stacks])
+    _check_complete(model, specs, [f"{prefix}{stack.layers}" for stack in family.stacks], _whole(family))
     return _with_fixed(specs, modules)
 
 
@@ -145,16 +141,37 @@ def _block_spec(stack: Stack, index: int, layer: int, block: nn.Module, path: st
         position_bias=f"{path}.0.{stack.position_bias}" if stack.position_bias else None,
         shared_arguments=stack.shared_arguments,
         per_head_arguments=dict(stack.per_head_arguments),
+        head_tensors=stack.head_tensors,
         attention_outputs=stack.attention_outputs,
     )
     _check_widths(spec, linear, stack, config, where)
     rest = _rest_parameters(spec, block.get_submodule(stack.attention))
-    return _with_counts(replace(spec, rest_parameters=rest), linear)
+    spec = _with_counts(replace(spec, rest_parameters=rest), linear)
+    if stack.experts is None or _submodule(block, stack.experts.experts) is None:
+        return spec
+    return _with_experts(spec, stack.experts, block, where, config)
+
+
+def _with_experts(spec: BlockSpec, found: Experts, block: nn.Module, where: str, config: Any) -> BlockSpec:
+    """The spec with the routed experts of the block."""
+    names = {"router": found.router, "experts": found.experts}
+    layer = ExpertLayer.of(block, names)
+    fits = (layer.count, layer.width) == (getattr(config, found.count_key), getattr(config, found.width_key))
+    require(fits, f"{where}.{found.experts}: widths do not match the config; {_PRUNED_BEFORE}")
+    return replace(
+        spec,
+        experts=layer.count,
+        expert_neurons=layer.count * layer.width,
+        experts_per_token=layer.per_token,
+        expert_parameters=layer.expert_parameters,
+        expert_neuron_parameters=layer.neuron_parameters,
+        expert_modules={part: f"{where}.{name}" for part, name in names.items()},
+    )
 
 
 def _with_counts(spec: BlockSpec, linear: dict[str, nn.Module]) -> BlockSpec:
     """The spec with the parameters that each kind of unit takes with it, counted in the live layers."""
-    counts: dict[Kind, int] = {"heads": 0, "kv_heads": 0, "neurons": 0}
+    counts: dict[Kind, int] = {"heads": len(spec.head_tensors), "kv_heads": 0, "neurons": 0}
     for slot in spec.cut_slots():
         rows, columns = features(linear[slot])
         has_bias = getattr(linear[slot], "bias", None) is not None
@@ -190,7 +207,7 @@ def _base_parameters(module: nn.Module) -> int:
 def _rest_parameters(spec: BlockSpec, attention: nn.Module) -> int:
     """Parameters of attention that are no unit's own; the shared table of position biases stays."""
     table = spec.position_bias.rpartition(".")[2] if spec.position_bias else None
-    rest = sum(p.numel() for p in attention.parameters(recurse=False))
+    rest = sum(p.numel() for n, p in attention.named_parameters(recurse=False) if n not in spec.head_tensors)
     for name, child in attention.named_children():
         layer = _unwrapped(child)
         if is_linear(layer):
@@ -215,7 +232,8 @@ def _activation(config: Any, stack: Stack) -> str | None:
 def _check_widths(spec: BlockSpec, linear: dict[str, nn.Module], stack: Stack, config: Any, where: str) -> None:
     fits = spec.kv_heads > 0 and spec.heads % spec.kv_heads == 0
     fits = fits and all(features(linear[slot])[cut_dim(slot)] == width(spec, slot) for slot in linear)
-    wanted = getattr(config, stack.width_key, None) if stack.width_key and spec.neurons else None
+    key = stack.width_key_of(spec.projections)
+    wanted = getattr(config, key, None) if key and spec.neurons else None
     require(fits and wanted in (None, spec.neurons), f"{where}: widths do not match the config; {_PRUNED_BEFORE}")
 
 
@@ -239,12 +257,20 @@ def _linear(block: nn.Module, name: str, path: str) -> nn.Module:
     return layer
 
 
-def _check_complete(model: nn.Module, specs: list[BlockSpec], stacks: list[str]) -> None:
+def _whole(family: Family) -> tuple[str, ...]:
+    """What the names of linear layers that stay as they are end with."""
+    return tuple(f".{name}" for stack in family.stacks for name in stack.whole)
+
+
+def _check_complete(model: nn.Module, specs: list[BlockSpec], stacks: list[str], whole: tuple[str, ...]) -> None:
     """Refuse blocks with linear layers that no slot names: cutting around them would change what they compute."""
     known = {name for spec in specs for name in spec.projections.values()}
     for path in dict.fromkeys(stacks):
         for name in _linear_names(model.get_submodule(path), path) if _submodule(model, path) is not None else ():
-            require(name in known, f"{name} is a projection that the family's entry does not know; it cannot be pruned")
+            require(
+                name in known or name.endswith(whole),
+                f"{name} is a projection that the family's entry does not know; it cannot be pruned",
+            )
 
 
 def _linear_names(module: nn.Module, path: str) -> Iterator[str]:

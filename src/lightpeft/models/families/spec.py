@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,20 @@ _FFN: tuple[set[str], ...] = (
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Experts that tokens are routed to: a module with 3-D parameters, and one with a row for each."""
+
+    router: str = "mlp.gate"
+    """Relative to a block."""
+    experts: str = "mlp.experts"
+    """Relative to a block."""
+    count_key: str = "num_experts"
+    """Config key of how many there are."""
+    width_key: str = "moe_intermediate_size"
+    """Config key of the intermediate size of each."""
+
+
+@dataclass(frozen=True)
 class Stack:
     """One list of equal blocks: attention and, except for cross-attention, the FFN that follows it."""
 
@@ -28,7 +42,7 @@ class Stack:
     """Relative to a block: the module whose forward runs attention and which holds the head counts."""
     projections: dict[str, str] | Sequence[dict[str, str]]
     """Slot (see `SLOTS`) -> linear layer, relative to a block; or several such tables, of which the first that fits the
-    model counts (a family whose FFN may have a gate)."""
+    block counts (a family whose FFN may have a gate, or experts in its place)."""
     head_attributes: dict[str, str] = field(default_factory=dict)
     """Attribute of the attention module -> what it holds: "heads", "kv_heads", "heads_per_kv" or "width". What it
     reads from the shared config, such as "config.num_attention_heads", it then reads from a view of its own."""
@@ -36,8 +50,12 @@ class Stack:
     """Config key of the number of query heads."""
     head_dim_key: str = "head_dim"
     """Config key of the head dimension; where the config has none, it is the hidden size by the heads."""
-    width_key: str | None = "intermediate_size"
-    """Config key of the FFN width; None where the config does not hold it."""
+    width_key: str | tuple[str, ...] | None = "intermediate_size"
+    """Config key of the FFN width, or one for each table of projections; None where the config does not hold it."""
+    experts: Experts | None = None
+    """Routed experts, in those blocks that have them."""
+    whole: tuple[str, ...] = ()
+    """Linear layers, relative to a block, that are no unit's and stay as they are."""
     activation_key: str = "hidden_act"
     """Config key of the FFN's activation."""
     role: Role | None = None
@@ -55,6 +73,8 @@ class Stack:
     per_head_arguments: dict[str, int] = field(default_factory=dict)
     """Argument of attention that something outside the blocks makes -> the dimension of it that has one entry a query
     head, counted from the front or (negative) from the back."""
+    head_tensors: tuple[str, ...] = ()
+    """Parameters of the attention module with one entry a query head."""
     attention_outputs: int = 2
     """Length of the tuple that attention returns."""
 
@@ -62,6 +82,14 @@ class Stack:
     def tables(self) -> tuple[dict[str, str], ...]:
         """The tables of projections, in the order they are tried."""
         return (self.projections,) if isinstance(self.projections, dict) else tuple(self.projections)
+
+    def width_key_of(self, projections: Mapping[str, str]) -> str | None:
+        """Config key of the FFN width of a block whose projections have these names, or names that end so."""
+        if not isinstance(self.width_key, tuple):
+            return self.width_key
+        name = projections.get("ffn_out", "")
+        keys = zip(self.width_key, self.tables, strict=True)
+        return next((key for key, table in keys if name.endswith(table["ffn_out"])), None)
 
 
 @dataclass(frozen=True)

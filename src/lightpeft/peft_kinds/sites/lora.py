@@ -27,7 +27,6 @@ _UNSUPPORTED = (
     "kasa_config",
     "monteclora_config",
     "layer_replication",
-    "target_parameters",
 )
 """LoRA settings that change what a module computes or where it sits in a way the site view does not know."""
 
@@ -53,6 +52,11 @@ class LoraSite(Site):
         )
         for name in _UNSUPPORTED:
             require(not getattr(config, name, None), f"LoRA with {name} cannot be pruned; use LoRA, rsLoRA or DoRA")
+        require(
+            not config.target_parameters,
+            "LoRA with target_parameters cannot be pruned, and PEFT makes those of gate_proj, up_proj and down_proj in "
+            "models with experts; name other linear layers in target_modules, such as those of attention",
+        )
 
     @classmethod
     def rank_of(cls, layer: LoraLayer, adapter: str) -> int:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lightpeft.config import LightConfig, RunConfig
+from lightpeft.errors import require
 from lightpeft.machine import accelerator, autocast_dtype, autocasting
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import untrained_model
@@ -44,6 +45,8 @@ def with_peft(
     """
     loaded = untrained_model(config.model, work.task.head, work.task.labels, device=on, blocks=blocks)
     ensure_family(loaded.model)
+    routed = any(block.experts for block in block_specs(loaded.model))
+    require(not routed, f"check cannot go through {config.model.name}: values decide which experts a token goes to")
     if work.vocabulary is not None:
         cut_model(loaded.model, work.vocabulary)
     with torch.device(on):

@@ -106,21 +106,36 @@ def heads(plan: PrunePlan) -> Drawing:
 
 def neurons(plan: PrunePlan) -> Drawing:
     """How many of a block's FFN neurons stay."""
-    most = max(spec.neurons for spec in plan.specs)
+    return _widths(plan, "FFN neurons", lambda spec: spec.neurons, lambda kept: len(kept.neurons))
+
+
+def experts(plan: PrunePlan) -> Drawing:
+    """How many of a block's routed experts stay."""
+    return _widths(plan, "experts", lambda spec: spec.experts, lambda kept: len(kept.experts))
+
+
+def expert_neurons(plan: PrunePlan) -> Drawing:
+    """How many neurons stay of each expert that stays."""
+    return _widths(plan, "neurons of each expert", lambda spec: spec.expert_width, lambda kept: kept.expert_width)
+
+
+def _widths(
+    plan: PrunePlan, what: str, dense: Callable[[BlockSpec], int], stays: Callable[[BlockPlan], int]
+) -> Drawing:
+    """How many of some units of a block stay, as bars."""
+    most = max(map(dense, plan.specs))
     rows = _Layers(plan, right=14 + 7.2 * (2 * len(str(most))))
-    kept_in_all = sum(len(block.neurons) for block in plan.blocks)
-    of = sum(spec.neurons for spec in plan.specs)
-    figure = rows.drawing(f"FFN neurons that stay, layer by layer: {count(kept_in_all)} of {count(of)}")
+    kept_in_all, of = sum(map(stays, plan.blocks)), sum(map(dense, plan.specs))
+    figure = rows.drawing(f"{what[0].upper()}{what[1:]} that stay, layer by layer: {count(kept_in_all)} of {count(of)}")
     for index, (spec, kept) in enumerate(rows.parts):
         if kept is None:
             rows.left_out(figure, index)
-        elif spec.neurons:
-            stay = len(kept.neurons)
-            words = f"layer {rows.names[index]}: {stay:,} of {spec.neurons:,} neurons stay"
-            full = rows.inner * spec.neurons / most
+        elif dense(spec):
+            words = f"layer {rows.names[index]}: {stays(kept):,} of {dense(spec):,} {what.removeprefix('FFN ')} stay"
+            full = rows.inner * dense(spec) / most
             figure.rect(rows.left, rows.top(index), full, rows.thick, "gone", words)
-            figure.rect(rows.left, rows.top(index), full * stay / spec.neurons, rows.thick, "blue", words)
-        rows.number(figure, index, f"{len(kept.neurons) if kept else 0}/{spec.neurons}" if spec.neurons else "none")
+            figure.rect(rows.left, rows.top(index), full * stays(kept) / dense(spec), rows.thick, "blue", words)
+        rows.number(figure, index, f"{stays(kept) if kept else 0}/{dense(spec)}" if dense(spec) else "none")
     return figure
 
 

@@ -118,6 +118,8 @@ class Figures:
 
     heads: Drawing | None = None
     neurons: Drawing | None = None
+    experts: Drawing | None = None
+    expert_neurons: Drawing | None = None
     modules: Drawing | None = None
     losses: Both | None = None
     course: Sequence[Drawing] = ()
@@ -135,6 +137,9 @@ def _figures(run: RunFacts, measured: float | None) -> Figures:
     if plan is not None:
         found["heads"] = figures.heads(plan)
         found["neurons"] = figures.neurons(plan) if any(spec.neurons for spec in plan.specs) else None
+        routed = any(spec.experts for spec in plan.specs)
+        found["experts"] = figures.experts(plan) if routed else None
+        found["expert_neurons"] = figures.expert_neurons(plan) if routed else None
         found["modules"] = figures.modules(plan) if plan.dense_sites else None
     if run.losses:
         found["losses"] = Both.of(lambda width: figures.losses(run.losses, run.cut, width))

@@ -21,7 +21,7 @@ class Arm:
     """What it sets of a `RunConfig`; all the rest is the grid's."""
     equal_shares: bool = False
     """Its scores of heads and of neurons do not compare: where the preset lets them compete (`light.blocks`), that part
-    of the heads and that part of the neurons goes instead."""
+    of the heads, of the neurons and of the experts goes instead."""
     call: Call | None = None
     """What runs its cells in place of `lightpeft run`. Python alone can say so, and no file."""
 
@@ -31,7 +31,7 @@ class Arm:
         part = light.known_blocks if self.equal_shares else None
         if part is None:
             return config
-        return replace(config, light=replace(light, heads=part, neurons=part, blocks=None))
+        return replace(config, light=replace(light, heads=part, neurons=part, experts=part, blocks=None))
 
 
 def _light(equal_shares: bool = False, **settings: Any) -> Arm:
@@ -42,6 +42,9 @@ def _criterion(name: str, equal_shares: bool = False) -> Arm:
     return _light(equal_shares, head_criterion=name, neuron_criterion=name)
 
 
+_NOTHING: dict[str, Any] = dict.fromkeys(("heads", "neurons", "experts"), 0.0)
+"""Goes of the blocks."""
+
 ARMS: dict[str, Arm] = {
     "full": Arm({"method": "full"}),
     "lora": Arm({"method": "plain", "peft": "lora"}),
@@ -50,9 +53,9 @@ ARMS: dict[str, Arm] = {
     "light-adapter": Arm({"method": "light", "peft": "bottleneck"}),
     # one of the two prunings, and each half of the second
     "foundation-only": _light(module_blocks=1.0, modules=0.0, ranks=0.0),
-    "peft-only": _light(heads=0.0, neurons=0.0),
-    "modules-only": _light(heads=0.0, neurons=0.0, ranks=0.0),
-    "ranks-only": _light(heads=0.0, neurons=0.0, module_blocks=1.0, modules=0.0),
+    "peft-only": _light(**_NOTHING),
+    "modules-only": _light(**_NOTHING, ranks=0.0),
+    "ranks-only": _light(**_NOTHING, module_blocks=1.0, modules=0.0),
     # what ranks the units; random scores also rank modules and ranks
     "random": _light(True, **{f"{unit}_criterion": "random" for unit in ("head", "neuron", "module", "rank")}),
     "mask": _criterion("mask", equal_shares=True),

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
 from lightpeft.errors import require
+from lightpeft.models.families import family_of
 from lightpeft.models.linears import features, is_linear
 from lightpeft.models.task_heads import is_decoder
 
@@ -23,9 +24,12 @@ _TEXT = ("input_ids", "attention_mask")
 
 
 def check_traceable(model: PreTrainedModel) -> None:
-    """Raise `LightPeftError` where a model has no graph of one call: encoder-decoders, and what does not read text."""
+    """Raise `LightPeftError` where a model has no graph of one call: encoder-decoders, routed
+    experts, and what does not read text."""
     kind = model.config.model_type
     require(not model.config.is_encoder_decoder, f"graphs are of encoders or decoders, and {kind} has both; use merged")
+    routed = any(stack.experts for stack in family_of(kind).stacks)
+    require(not routed, f"graphs have no place for routed experts, which this {kind} has; use merged")
     require(model.main_input_name == "input_ids", f"graphs are of models that read text; this one is of {kind}")
 
 

@@ -1,0 +1,438 @@
+"""Routed experts: masks against plain autograd, routers without rows, what is cut, and whole runs of a mixture."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_bad_input import stamps
+from test_checkpoint import light_over, logits
+from tiny import (
+    inputs_for,
+    make,
+    masked,
+    plan_for,
+    random_record,
+    refusal,
+    relative_difference,
+    with_lora,
+    without_dropout,
+)
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from training import inputs, student
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from workbench import Workbench, lightpeft
+
+from lightpeft import EarlyPruner, LightConfig, load_light, load_merged
+from lightpeft.config import Budget
+from lightpeft.models.experts import ExpertLayer
+from lightpeft.models.families import block_specs
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.structure import MASKED, BlockSpec
+from lightpeft.profiling.flops import count_flops
+from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.masks import UnitMasks
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.saved.gguf.exporting import save_gguf
+from lightpeft.saved.graphs.exporting import save_graph
+from lightpeft.saved.graphs.runtimes import RUNTIMES
+from lightpeft.saved.merging import MERGED, save_merged
+
+FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
+LAYOUTS = ("mixtral", "qwen2_moe", "gpt_oss")
+"""Gate and up behind one another, an expert that all tokens pass, and gate and up in turns with biases."""
+PARTS: dict[str, Any] = {"heads": 0.5, "experts": 0.25, "neurons": 1 / 3, "modules": 0.0, "ranks": 0.0}
+EVEN: dict[str, Any] = {**PARTS, "neurons_scope": "layerwise"}
+
+
+def layers_of(model: PreTrainedModel) -> dict[int, ExpertLayer]:
+    """Block -> its experts."""
+    return {spec.index: ExpertLayer.of(model, spec.expert_modules) for spec in block_specs(model) if spec.experts}
+
+
+# Masks
+
+
+class Weights:
+    """The masks of experts and of their neurons as autograd alone would have them: factors of `down_proj`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.inner = transformers_model(model)
+        self.specs = [spec for spec in block_specs(self.inner) if spec.experts]
+        generator = torch.Generator().manual_seed(5)
+        self.experts = [_factors(spec.experts, generator) for spec in self.specs]
+        self.neurons = [_factors(spec.expert_neurons, generator) for spec in self.specs]
+
+    def changed(self) -> dict[str, Tensor]:
+        """Name of a parameter -> what it is with the masks."""
+        result = {}
+        for spec, of_experts, of_neurons in zip(self.specs, self.experts, self.neurons, strict=True):
+            name = f"{spec.expert_modules['experts']}.down_proj"
+            module = self.inner.get_submodule(spec.expert_modules["experts"])
+            inside = of_neurons.view(spec.experts, -1)
+            inside = inside.unsqueeze(2) if module.is_transposed else inside.unsqueeze(1)
+            result[name] = module.down_proj * inside * of_experts.view(-1, 1, 1)
+            if hasattr(module, "down_proj_bias"):
+                result[f"{name}_bias"] = module.down_proj_bias * of_experts.unsqueeze(1)
+        return result
+
+    def loss(self, data: dict[str, Tensor]) -> Tensor:
+        """Of the model with the masks."""
+        result: Tensor = functional_call(self.inner, self.changed(), kwargs=data).loss
+        return result
+
+
+def _factors(count: int, generator: torch.Generator) -> Tensor:
+    return (0.5 + torch.rand(count, generator=generator)).requires_grad_()
+
+
+def masks_like(weights: Weights, model: nn.Module) -> UnitMasks:
+    """The same masks on a model."""
+    masks = UnitMasks(block_specs(transformers_model(model)))
+    parts = masks.split(masks.values)
+    with torch.no_grad():
+        for place, spec in enumerate(weights.specs):
+            parts["experts"][spec.index].copy_(weights.experts[place])
+            parts["expert_neurons"][spec.index].copy_(weights.neurons[place])
+    masks.attach(model)
+    return masks
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_masks_scale_the_weighted_output_of_experts_and_their_neurons(name: str) -> None:
+    model, data = with_lora(make(name)), inputs_for(make(name))
+    weights = Weights(model)
+    expected = functional_call(weights.inner, weights.changed(), kwargs=data).logits
+    before = model(**data).logits
+    masks = masks_like(weights, model)
+    assert relative_difference(model(**data).logits, expected) < 1e-5 < relative_difference(before, expected)
+    masks.detach()
+    assert model(**data).logits.equal(before) and "forward" not in vars(layers_of(weights.inner)[0].experts)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_of_masks_are_those_of_plain_autograd(name: str) -> None:
+    """Their mean, and the mean of their sizes and squares over single examples."""
+    model, data = student(name), inputs(name)
+    weights = Weights(model)
+    masks = masks_like(weights, model)
+    model(**data).loss.backward()
+    taken = masks.take_gradients()
+    masks.detach()
+    leaves = [*weights.experts, *weights.neurons]
+    whole = torch.autograd.grad(weights.loss(data), leaves)
+    tokens = (data["labels"][:, 1:] != -100).sum(1)
+    rows = len(tokens)
+    singles = []
+    for row in range(rows):
+        part = {key: value[row : row + 1] for key, value in data.items()}
+        shares = rows * tokens[row] / tokens.sum()  # a loss is a mean over tokens, of which rows have different numbers
+        singles.append(torch.autograd.grad(weights.loss(part) * shares, leaves))
+    for kind, start in (("experts", 0), ("expert_neurons", len(weights.experts))):
+        for place, spec in enumerate(weights.specs):
+            of_rows = torch.stack([single[start + place] for single in singles])
+            found = {
+                what: masks.split(getattr(taken, what))[kind][spec.index]  # type: ignore[index]
+                for what in ("mean", "absolute", "squares")
+            }
+            assert relative_difference(found["mean"], whole[start + place]) < 1e-4
+            assert relative_difference(found["absolute"], of_rows.abs().mean(0)) < 1e-4
+            assert relative_difference(found["squares"], of_rows.square().mean(0)) < 1e-4
+
+
+# Routers
+
+
+def test_a_cut_router_sends_tokens_to_the_best_experts_that_stay() -> None:
+    """By hand: probabilities over experts that stay alone, the two largest of them, made to add up to one."""
+    model = make("mixtral")
+    layer = layers_of(model)[1]
+    weight, states = layer.router.weight.clone(), torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    kept = torch.tensor([0, 2, 3])
+    layer.cut(kept, torch.arange(24).expand(3, 24))
+    _, shares, index = layer.router(states)
+    values, expected = (states @ weight[kept].T).softmax(-1).topk(2)
+    assert index.equal(expected)
+    torch.testing.assert_close(shares, values / values.sum(-1, keepdim=True))
+    assert index.max() == 2 and layer.router.num_experts == layer.experts.num_experts == layer.count == 3
+
+
+def test_a_plan_and_a_mask_of_zero_differ_where_a_router_chose_what_goes() -> None:
+    """A mask of 0 takes an expert's output away; a cut lets the router choose another. Only the latter is the cut."""
+    model = with_lora(make("mixtral"))
+    plan = plan_for(model, **PARTS, expert_criterion="random")
+    data = inputs_for(model)
+    reference = masked(model, plan)
+    masks = UnitMasks(plan.specs)
+    masks.set_plan(plan)
+    masks._closed = [None for _ in plan.specs]
+    only_zero = copy.deepcopy(model)
+    masks.attach(only_zero)
+    apply_plan(model, plan)
+    assert relative_difference(model(**data).logits, reference(**data).logits) < 1e-5
+    assert relative_difference(model(**data).logits, only_zero(**data).logits) > 1e-2
+
+
+def test_frequencies_are_parts_of_the_real_tokens() -> None:
+    model, data = student("mixtral"), inputs("mixtral")
+    seen: dict[int, Tensor] = {}
+    real = data["attention_mask"].flatten().bool()
+    for index, layer in layers_of(transformers_model(model)).items():
+        layer.router.register_forward_hook(
+            lambda module, args, out, index=index: seen.update(
+                {index: functional.one_hot(out[2][real], 4).sum((0, 1)) / real.sum()}
+            )
+        )
+    estimator = Estimator(model, LightConfig(length=2, least_examples=0))
+    estimator.start(None)
+    model(**data).loss.backward()
+    estimator.step()
+    estimator.stop()
+    record = estimator.record()
+    for index, scores in enumerate(record.of_blocks("experts", "frequency")):
+        torch.testing.assert_close(scores, seen[index])
+        assert float(scores.sum()) == pytest.approx(2.0), "every token goes to two experts"
+    plan = make_plan(record, Budget(experts=0.5, expert_criterion="frequency"))
+    for index, block in enumerate(plan.blocks):
+        assert set(block.experts) == set(seen[index].sort(descending=True, stable=True).indices[:2].tolist())
+
+
+def balance(logits: list[Tensor], experts: int) -> Tensor:
+    """transformers' load-balancing loss by hand, over layers whose routers have some or all of so many experts."""
+    padded = [functional.pad(each, (0, experts - each.shape[1]), value=float("-inf")) for each in logits]
+    shares = torch.cat(padded).softmax(-1)
+    chosen = functional.one_hot(shares.topk(2).indices, experts).float().sum(1)
+    return experts * (chosen.mean(0) * shares.mean(0)).sum()
+
+
+@pytest.mark.parametrize("kept", [(3, 3, 3), (2, 4, 3)])
+def test_the_balancing_loss_counts_experts_that_stay(kept: tuple[int, ...]) -> None:
+    model = make("mixtral")
+    specs = block_specs(model)
+    blocks = [
+        BlockPlan(tuple(range(4)), (0, 1), (), *first_experts(spec, n)) for spec, n in zip(specs, kept, strict=True)
+    ]
+    seen: list[Tensor] = []
+    data = inputs_for(model, "none")
+    model(**data, output_router_logits=True)  # transformers keeps hooks from the first time on
+    apply_plan(model, PrunePlan(tuple(specs), tuple(blocks), {}, (), model.num_parameters(), ""))
+    for block in model.model.layers:
+        block.mlp.gate.register_forward_pre_hook(lambda module, args: seen.append(args[0] @ module.weight.T))
+    found = model(**data, output_router_logits=True)
+    assert [each.shape[1] for each in seen] == list(kept)
+    torch.testing.assert_close(found.aux_loss, balance(seen, max(kept)))
+
+
+def first_experts(spec: BlockSpec, count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(range(count)), tuple(range(count * spec.expert_width))
+
+
+# What is cut
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kept_weights_are_bit_equal(name: str) -> None:
+    """Against rows written out neuron by neuron."""
+    dense = make(name)
+    model = copy.deepcopy(dense)
+    plan = plan_for(with_lora(copy.deepcopy(dense)), **PARTS)
+    before, layers = layers_of(dense), layers_of(model)
+    apply_plan(model, plan)
+    for spec, kept in plan.parts:
+        if not spec.experts:
+            continue
+        old, new = before[spec.index].experts, layers[spec.index].experts
+        assert new.down_proj.shape[0] == len(kept.experts) == 3 and kept.expert_width == 16
+        for place, expert in enumerate(kept.experts):
+            own = [n % spec.expert_width for n in kept.expert_neurons if n // spec.expert_width == expert]
+            fused = [2 * n + k for n in own for k in (0, 1)] if name == "gpt_oss" else [*own, *(n + 24 for n in own)]
+            if name == "gpt_oss":
+                assert new.gate_up_proj[place].equal(old.gate_up_proj[expert][:, fused])
+                assert new.gate_up_proj_bias[place].equal(old.gate_up_proj_bias[expert][fused])
+                assert new.down_proj[place].equal(old.down_proj[expert][own])
+                assert new.down_proj_bias[place].equal(old.down_proj_bias[expert])
+            else:
+                assert new.gate_up_proj[place].equal(old.gate_up_proj[expert][fused])
+                assert new.down_proj[place].equal(old.down_proj[expert][:, own])
+        routers = before[spec.index].router.weight, layers[spec.index].router.weight
+        assert routers[1].equal(routers[0][list(kept.experts)])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weight_norms_of_experts(name: str) -> None:
+    """Each square counts once for its expert; each of a neuron's own once for the neuron."""
+    layer = layers_of(make(name))[0]
+    experts, neurons = layer.squares()
+    own = [*layer.experts.parameters(recurse=False), *layer.router.parameters(recurse=False)]
+    torch.testing.assert_close(
+        experts, sum(p.detach().square().flatten(1).sum(1) if p.dim() > 1 else p.detach() ** 2 for p in own)
+    )
+    smaller = copy.deepcopy(layer)
+    smaller.cut(torch.arange(4), torch.arange(1, 24).expand(4, 23))
+    rest, _ = smaller.squares()
+    torch.testing.assert_close(neurons.view(4, 24)[:, 0], experts - rest, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("blocks", [0.3, 0.6, 0.97])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> None:
+    model = with_lora(make(name))
+    record = random_record(model)
+    budget = Budget(blocks=blocks, head_criterion="fisher", neuron_criterion="fisher", modules=0)
+    if blocks == 0.97:
+        assert "cannot be reached" in refusal(lambda: make_plan(record, budget))
+        return
+    plan = make_plan(record, budget)
+    assert plan.removed_of_blocks >= blocks
+    for spec, kept in plan.parts:
+        assert len(kept.experts) >= spec.experts_per_token and kept.expert_width % 8 == 0
+    assert "leave expert_criterion out" in refusal(
+        lambda: make_plan(record, Budget(blocks=0.5, expert_criterion="frequency"))
+    )
+
+
+def test_a_target_counts_experts() -> None:
+    plan = plan_for(with_lora(make("mixtral")), target=0.4)
+    assert 0.4 <= plan.removed_ratio < 0.55
+    model = make("mixtral")
+    before = sum(p.numel() for p in model.parameters())
+    apply_plan(model, plan_without_sites(plan))
+    assert before - sum(p.numel() for p in model.parameters()) == plan.removed_parameters
+
+
+def plan_without_sites(plan: PrunePlan) -> PrunePlan:
+    return PrunePlan(plan.specs, plan.blocks, {}, (), plan.base_parameters, plan.fingerprint)
+
+
+def test_a_budget_that_leaves_too_few_experts() -> None:
+    says = "experts 0.75 would leave 1 of 4 experts, and each token is routed to 2; set light.experts to 0.5 or less"
+    model = with_lora(make("mixtral"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert refusal(lambda: EarlyPruner(model, LightConfig(experts=0.75))) == says
+    assert all(p.equal(before[name]) for name, p in model.named_parameters())
+    assert refusal(lambda: plan_for(model, experts=0.75)) == says
+    assert plan_for(model, experts=0.5).blocks[0].experts
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"experts": "0", "expert_neurons": "0-23"}, "keeps 1 of 4 experts of block 1, and each token is routed to 2"),
+        ({"expert_neurons": "0-15"}, "does not keep equally many neurons of every expert"),
+        ({"experts": "0-4"}, "not ascending indices below 4"),
+        ({"expert_neurons": "0-96"}, "not ascending indices below 96"),
+    ],
+)
+def test_edited_plans(change: dict[str, str], says: str) -> None:
+    data = plan_for(with_lora(make("mixtral")), **PARTS).to_dict()
+    assert PrunePlan.from_dict(data).to_dict() == data
+    data["blocks"][1] |= change
+    assert says in refusal(lambda: PrunePlan.from_dict(data))
+
+
+def test_plans_of_models_without_experts_are_read_from_files_of_before() -> None:
+    data = plan_for(with_lora(make("bert"))).to_dict()
+    blocks = [{key: value for key, value in block.items() if "expert" not in key} for block in data["blocks"]]
+    specs = [{key: value for key, value in spec.items() if "expert" not in key} for spec in data["specs"]]
+    assert PrunePlan.from_dict({**data, "blocks": blocks, "specs": specs}).to_dict() == data
+
+
+def test_flops_do_not_depend_on_how_experts_run() -> None:
+    counts = []
+    for way in ("grouped_mm", "batched_mm"):
+        model = make("mixtral")
+        model.set_experts_implementation(way)
+        counts.append(count_flops(model, inputs_for(model, labels=True)))
+        assert model.get_experts_implementation()[""] == way
+    assert counts[0] == counts[1]
+
+
+# Saved
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_merged_checkpoints(name: str, tmp_path: Path) -> None:
+    """With equal layers transformers alone loads it where no norm runs over all heads; with unequal ones, lightpeft."""
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
+    for place, budget in (("even", EVEN), ("uneven", {**PARTS, "blocks": 0.4})):
+        light = light_over(make(name), **budget)
+        native = save_merged(light, tmp_path / place)
+        assert native == (place == "even" and name not in ("olmoe", "qwen2_moe"))
+        loaded = load_merged(tmp_path / place)
+        assert relative_difference(logits(loaded), logits(light)) < 1e-4
+        prompt = inputs_for(light, "left", generate=True)
+        assert loaded.generate(**prompt, **options).equal(light.generate(**prompt, **options))
+        if native:
+            (tmp_path / place / MERGED).unlink()
+            plain = AutoModelForCausalLM.from_pretrained(tmp_path / place)
+            assert relative_difference(logits(plain), logits(light)) < 1e-4
+
+
+def test_forms_that_have_no_place_for_experts(tmp_path: Path) -> None:
+    light = light_over(make("mixtral"), **EVEN)
+    assert "this one is of mixtral" in refusal(lambda: save_gguf(light, tmp_path / "gguf", None))  # type: ignore[arg-type]
+    text = refusal(lambda: save_graph(light, tmp_path / "onnx", None, RUNTIMES["onnx"]))
+    assert "no place for routed experts" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_lora_on_experts_is_refused() -> None:
+    base = without_dropout(make("mixtral"))
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    model = get_peft_model(base, config)
+    assert refusal(lambda: EarlyPruner(model)).startswith("LoRA with target_parameters cannot be pruned")
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("experts"), "mixtral", "causal-lm")
+
+
+def test_a_run_of_a_mixture(bench: Workbench) -> None:
+    changes = {"light.experts": 0.25, "light.expert_criterion": "frequency", "light.least_examples": 0}
+    assert lightpeft("run", "--config", bench.yaml("run", **changes)) == 0
+    folder = bench.folder / "run"
+    plan = PrunePlan.load(folder / "plan.json")
+    assert all(len(block.experts) == 3 for block in plan.blocks) and plan.removed_parameters > 0
+    assert all(len(block.heads) < spec.heads or spec.heads == 4 for spec, block in plan.parts)
+    light = load_light(folder / "adapter")
+    assert light.light_plan.blocks == plan.blocks
+    assert load_light(folder / "adapter", low_memory=True).light_plan.blocks == plan.blocks
+    assert lightpeft("export", folder / "adapter", bench.folder / "merged", "--form", "merged") == 0
+    merged = load_merged(bench.folder / "merged")
+    ids = {"input_ids": torch.tensor([[2, 5, 6, 7]])}
+    assert relative_difference(merged(**ids).logits, light(**ids).logits) < 1e-4
+    assert lightpeft("predict", folder / "adapter", bench.test, "--output", bench.folder / "answers.csv") == 0
+    assert len((bench.folder / "answers.csv").read_text().splitlines()) == 41
+
+
+def test_a_cut_that_leaves_too_few_experts_is_refused_and_nothing_is_lost(
+    bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = stamps(bench.folder)
+    config = bench.folder / "few.yaml"
+    config.write_text(bench.yaml("few", **{"light.experts": 0.75}).read_text())
+    before = stamps(bench.folder)
+    capsys.readouterr()
+    assert lightpeft("run", "--config", config) == 2
+    written = capsys.readouterr()
+    assert written.err.count("\n") == 1 and "each token is routed to 2; set light.experts to 0.5 or less" in written.err
+    assert {key: value for key, value in stamps(bench.folder).items() if key in earlier} == {
+        key: before[key] for key in earlier
+    }
+
+
+def test_units_have_one_order() -> None:
+    """Masks, plans and specs name the same units."""
+    assert {*MASKED} <= {*vars(block_specs(make("mixtral"))[0])} and {*MASKED} <= {*BlockPlan((), (), ()).__dict__}
