@@ -1,0 +1,97 @@
+"""What a merged light model's folder says of itself, as the configuration of its family with the widths of every layer.
+
+The folder is as lightpeft writes it: `config.json` hides the family's own settings under a type of lightpeft's, and
+`merged.json` says how wide each layer is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
+
+LIGHT_TYPE = "LIGHT_PEFT: layers of unequal widths; load it with lightpeft.load_merged(folder)"
+OWN, MERGED = "pruned_config", "merged.json"
+ARCHITECTURE = "LightForCausalLM"
+"""What vLLM knows the model class by."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+}
+"""Family -> how it differs from Llama, as settings that its own configuration does not have."""
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""Settings that `layer_widths` has one value a layer of, in this order."""
+
+
+class MergedConfig(PretrainedConfig):
+    """Reads such a folder; what it gives is a configuration of the family's own class."""
+
+    model_type = LIGHT_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """The family's configuration with `layer_widths`, and with an architecture that this package has.
+
+        Raises:
+            ValueError: another family, a model that does not write, or a file that is not as lightpeft writes it.
+        """
+        name = str(options.get("name_or_path", ""))
+        own = config_dict.get(OWN)
+        _require(isinstance(own, dict), f"{name} does not say under {OWN} what it was")
+        assert own is not None
+        family, architectures = own.get("model_type"), own.get("architectures") or ()
+        served = f"models of {', '.join(FAMILIES)} are served by vLLM where layers are unequally wide"
+        _require(family in FAMILIES, f"{name} is of the family {family}; {served}")
+        writes = all(str(each).endswith("ForCausalLM") for each in architectures)
+        _require(writes, f"{name} is a {', '.join(map(str, architectures))}; {served} if they write")
+        given = AutoConfig.for_model(family).from_dict(own, **options)
+        config = given[0] if isinstance(given, tuple) else given
+        file = cached_file(name, MERGED, revision=config_dict.get("_commit_hash"))
+        with Path(str(file)).open(encoding="utf-8") as opened:
+            described = json.load(opened)
+        config.layer_widths = layer_widths(described, config.num_hidden_layers, name)
+        config.architectures = [ARCHITECTURE]
+        config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return given
+
+
+def layer_widths(described: Mapping[str, Any], layers: int, name: str) -> list[list[int]]:
+    """Query heads, KV heads and neurons of every layer, as `merged.json` says them: [layers][3].
+
+    Raises:
+        ValueError: it says them of other layers, or not at all.
+    """
+    said = described.get("per_layer_config")
+    complete = isinstance(said, dict) and set(said) == {str(layer) for layer in range(layers)}
+    _require(complete, f"{name}/{MERGED} does not say how wide its {layers} layers are; export the model again")
+    assert isinstance(said, dict)
+    widths = [[said[str(layer)].get(setting) for setting in WIDTHS] for layer in range(layers)]
+    for layer, (heads, kv_heads, neurons) in enumerate(widths):
+        counts = all(type(count) is int and count >= 0 for count in (heads, kv_heads, neurons))
+        fits = counts and (heads % kv_heads == 0 if kv_heads else heads == 0)
+        _require(fits, f"{name}/{MERGED} gives layer {layer} impossible widths: {heads}, {kv_heads}, {neurons}")
+    return widths
+
+
+def widths_of(config: Any, layer: int) -> dict[str, int]:
+    """One layer's widths, by `WIDTHS`; those of all layers where a configuration says no others."""
+    said = getattr(config, "layer_widths", None)
+    values = said[layer] if said else [getattr(config, setting) for setting in WIDTHS]
+    return dict(zip(WIDTHS, values, strict=True))
+
+
+def undivided(config: Any, parts: int) -> int | None:
+    """The first layer whose heads or neurons cannot be spread evenly over `parts` devices; None: there is none."""
+    layers = range(config.num_hidden_layers)
+    return next((layer for layer in layers if any(n % parts for n in widths_of(config, layer).values())), None)
+
+
+def _require(holds: Any, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
