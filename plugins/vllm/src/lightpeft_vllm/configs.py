@@ -50,6 +50,7 @@ class MergedConfig(PretrainedConfig):
         _require(family in FAMILIES, f"{name} is of the family {family}; {served}")
         writes = all(str(each).endswith("ForCausalLM") for each in architectures)
         _require(writes, f"{name} is a {', '.join(map(str, architectures))}; {served} if they write")
+        _require(own.get("hidden_act") == "silu", f"{name} has FFNs with {own.get('hidden_act')}; {served} with silu")
         given = AutoConfig.for_model(family).from_dict(own, **options)
         config = given[0] if isinstance(given, tuple) else given
         file = cached_file(name, MERGED, revision=config_dict.get("_commit_hash"))

@@ -85,14 +85,14 @@ class Nothing(nn.Module):
 
     def __init__(self, projection: str) -> None:
         super().__init__()
-        self.last = nn.Module()
-        self.last.register_parameter("bias", None)
-        self.add_module(projection, self.last)
+        self.projection = projection
+        self.add_module(projection, nn.Module())
+        self.get_submodule(projection).register_parameter("bias", None)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[tokens, width] -> the same, in memory of its own, since what comes next writes into it."""
-        nothing = torch.zeros_like(hidden_states)
-        return nothing if self.last.bias is None else nothing + self.last.bias
+        nothing, bias = torch.zeros_like(hidden_states), self.get_submodule(self.projection).bias
+        return nothing if bias is None else nothing + bias
 
 
 class NoAttention(Nothing):
