@@ -22,6 +22,14 @@ PYTHON = "LIGHTPEFT_VLLM"
 """Environment variable: the Python of that environment."""
 DEFAULTS = {"dtype": "float32", "enforce_eager": True}
 
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # so that OMP_NUM_THREADS counts
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Of vLLM's environment, where it sets no others."""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -40,11 +48,10 @@ class Vllm:
     """One such process, which serves one model at a time; leaving the context ends it."""
 
     def __init__(self, python: str, log: IO[str] | None = None) -> None:
-        quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = [str(Path(python).absolute()), __file__]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**quiet, **kept}
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env={**SETTINGS, **kept}
         )
         self.version = str(self._answer()["version"])
 

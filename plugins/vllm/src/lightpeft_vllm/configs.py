@@ -77,6 +77,7 @@ def layer_widths(described: Mapping[str, Any], layers: int, name: str) -> list[l
         counts = all(type(count) is int and count >= 0 for count in (heads, kv_heads, neurons))
         fits = counts and (heads % kv_heads == 0 if kv_heads else heads == 0)
         _require(fits, f"{name}/{MERGED} gives layer {layer} impossible widths: {heads}, {kv_heads}, {neurons}")
+    _require(any(heads for heads, *_ in widths), f"{name} has attention in no layer; vLLM needs it in one")
     return widths
 
 
@@ -85,12 +86,6 @@ def widths_of(config: Any, layer: int) -> dict[str, int]:
     said = getattr(config, "layer_widths", None)
     values = said[layer] if said else [getattr(config, setting) for setting in WIDTHS]
     return dict(zip(WIDTHS, values, strict=True))
-
-
-def undivided(config: Any, parts: int) -> int | None:
-    """The first layer whose heads or neurons cannot be spread evenly over `parts` devices; None: there is none."""
-    layers = range(config.num_hidden_layers)
-    return next((layer for layer in layers if any(n % parts for n in widths_of(config, layer).values())), None)
 
 
 def _require(holds: Any, otherwise: str) -> None:

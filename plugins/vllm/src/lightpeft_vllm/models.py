@@ -13,14 +13,13 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
 
-from lightpeft_vllm.configs import FAMILIES, undivided, widths_of
+from lightpeft_vllm.configs import FAMILIES, widths_of
 
 
 class LightForCausalLM(LlamaForCausalLM):
     """A merged light model of one of the families in `configs.FAMILIES`."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        check(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=LightDecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
@@ -104,23 +103,3 @@ class NoAttention(Nothing):
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """[tokens, width] -> the same."""
         return super().forward(hidden_states)
-
-
-def check(vllm_config: VllmConfig) -> None:
-    """Refuse what nobody has seen working.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
-    parts = parallel.tensor_parallel_size
-    layer = undivided(config, parts)
-    if layer is not None:
-        raise ValueError(
-            f"layer {layer} of this light model cannot be spread evenly over {parts} devices; "
-            "set tensor_parallel_size to 1"
-        )
-    if parallel.pipeline_parallel_size > 1:
-        raise ValueError("a light model is not spread over devices by layers; set pipeline_parallel_size to 1")
-    if vllm_config.lora_config is not None:
-        raise ValueError("a light model takes no adapters in vLLM; serve them over the dense base, or merge them")
