@@ -2,8 +2,8 @@
 
     LIGHTPEFT_VLLM=.venv-vllm/bin/python python benchmarks/vllm_speed.py ...
 
-`make test-vllm` makes such an environment. Run as a program, this file is what runs there: it reads questions, a line of
-JSON each, and answers with a line each; all else that vLLM says goes to stderr.
+`make test-vllm` makes such an environment. Run as a program, this file is what runs there: it reads questions, a line
+of JSON each, and answers with a line each; all else that vLLM says goes to stderr.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Vllm:
         """
         question = {"model": str(model), "prompts": prompts, "tokens": tokens, "options": {**DEFAULTS, **options}}
         assert self._process.stdin is not None
-        print(json.dumps(question), file=self._process.stdin, flush=True)
+        _say(question, self._process.stdin)
         return Written(**self._answer())
 
     def _answer(self) -> dict[str, Any]:
@@ -89,12 +89,17 @@ class Vllm:
         self._process.wait()
 
 
+def _say(thing: Any, stream: IO[str]) -> None:
+    stream.write(json.dumps(thing) + "\n")
+    stream.flush()
+
+
 def serve(questions: IO[str], answers: IO[str]) -> None:
     """Say which vLLM this is, then answer until there are no more questions."""
     from vllm import LLM, SamplingParams, TokensPrompt, __version__
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    print(json.dumps({"version": __version__}), file=answers, flush=True)
+    _say({"version": __version__}, answers)
     engine: Any = None
     loaded: Any = None
     for line in questions:
@@ -113,7 +118,7 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
             answer = {"tokens": [list(each.outputs[0].token_ids) for each in written], "seconds": seconds}
         except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
             answer = {"refused": f"{type(error).__name__}: {error}"}
-        print(json.dumps(answer), file=answers, flush=True)
+        _say(answer, answers)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     LIGHTPEFT_VLLM=.venv-vllm/bin/python python benchmarks/vllm_speed.py runs/socialiqa/smollm2_40
 
 Two processes of vLLM hold one model each, the light one with PEFT merged into it and the untouched base. In float32,
-on as many threads as `OMP_NUM_THREADS` says, they continue the same held-out prompts greedily, all at once and one after
-another, in alternation. PyTorch continues them too.
+on as many threads as `OMP_NUM_THREADS` says, they continue the same held-out prompts greedily, all at once and one
+after another, in alternation. PyTorch continues them too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 
 from gguf_speed import continued
 from publishing import markdown_table, report, spread_text
-from vllm_engine import PYTHON, Refused, Vllm
+from vllm_engine import PYTHON, Refused, Vllm, Written
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.loading import quiet_libraries
@@ -34,6 +34,7 @@ from lightpeft.saved.merging import load_merged, save_merged
 from lightpeft.saved.opening import open_result
 from lightpeft.saved.run_folder import RunFolder
 
+Ask = Callable[[Sequence[list[int]]], Written]
 WAYS = ("all at once", "one after another")
 
 
@@ -56,7 +57,7 @@ def measure(folder: Path, python: str, rows: int, tokens: int, rounds: int) -> d
         engines = {name: served.enter_context(Vllm(python, log)) for name in folders}
         sizes: dict[str, Any] = {"tokens": tokens, "max_model_len": max(map(len, prompts)) + tokens}
         sizes["enable_prefix_caching"] = False  # the same prompts come again
-        asks = {name: partial(engine.ask, folders[name], **sizes) for name, engine in engines.items()}
+        asks: dict[str, Ask] = {name: partial(engine.ask, folders[name], **sizes) for name, engine in engines.items()}
         written = {name: ask(prompts) for name, ask in asks.items()}  # also warms up
         return {
             "vllm": engines["light"].version,
@@ -68,15 +69,15 @@ def measure(folder: Path, python: str, rows: int, tokens: int, rounds: int) -> d
         }
 
 
-def compared(asks: Mapping[str, Any], prompts: Sequence[list[int]], tokens: int, rounds: int) -> dict[str, Any]:
+def compared(asks: Mapping[str, Ask], prompts: Sequence[list[int]], tokens: int, rounds: int) -> dict[str, Any]:
     """Tokens written a second, by way and model."""
 
-    def at_once(ask: Any) -> float:
-        return len(prompts) * tokens / float(ask(prompts).seconds)
+    def at_once(ask: Ask) -> float:
+        return len(prompts) * tokens / ask(prompts).seconds
 
-    def one_by_one(ask: Any) -> float:
+    def one_by_one(ask: Ask) -> float:
         few = prompts[:4]
-        return len(few) * tokens / sum(float(ask([prompt]).seconds) for prompt in few)
+        return len(few) * tokens / sum(ask([prompt]).seconds for prompt in few)
 
     values = {}
     for way, once in zip(WAYS, (at_once, one_by_one), strict=True):

@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
-OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama"}
+OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama", "vllm"}
 """Programs of the development set-up and of servers, whose commands are not run here."""
 
 

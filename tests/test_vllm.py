@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from vllm_engine import PYTHON, Refused, Vllm
 from workbench import edit, read
 
-from lightpeft import LightModel, load_merged, save_merged
-from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft import LightModel, cut_vocabulary, load_merged, save_merged
+from lightpeft.plans.records import BlockPlan
 from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved import merging, whole_config
@@ -115,9 +115,7 @@ def continued(model: PreTrainedModel, prompts: Sequence[Sequence[int]] = PROMPTS
     found = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])
-        written = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, **options
-        )
+        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, **options)
         found.append(written[0, ids.shape[1] :].tolist())
     return found
 
@@ -175,14 +173,17 @@ def test_vllm_says_in_a_line_what_is_not_served(vllm: Vllm, tmp_path: Path) -> N
 
 
 def test_a_real_model(vllm: Vllm, smollm2: Path, tmp_path: Path) -> None:
-    """SmolLM2 without 40% of its heads and neurons, by random scores; texts, by its tokenizer."""
-    base = with_lora(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32))
+    """SmolLM2 without 40% of its heads and neurons, by random scores, and without most of its tokens."""
+    texts = ["Tracy didn't go home, so", "A cat is an animal that", "The"]
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    whole = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer = cut_vocabulary(model, whole, whole(texts)["input_ids"])
+    base = with_lora(model)
     plan = plan_for(base, heads=0.4, heads_scope="global", neurons=0.4)
     assert len({(len(kept.heads), len(kept.kv_heads)) for kept in plan.blocks}) > 1
     apply_plan(base, plan)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     save_merged(as_light(base.eval(), plan), tmp_path, tokenizer)
-    prompts = tokenizer(["Tracy didn't go home, so", "A cat is an animal that", "The"])["input_ids"]
+    prompts = tokenizer(texts)["input_ids"]
     written = vllm.ask(tmp_path, prompts, TOKENS, max_model_len=128)
     assert written.tokens == continued(load_merged(tmp_path), prompts)
 

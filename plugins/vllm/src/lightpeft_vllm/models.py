@@ -90,7 +90,8 @@ class Nothing(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[tokens, width] -> the same, in memory of its own, since what comes next writes into it."""
-        nothing, bias = torch.zeros_like(hidden_states), self.get_submodule(self.projection).bias
+        nothing: Tensor = torch.zeros_like(hidden_states)
+        bias: Any = self.get_submodule(self.projection).bias
         return nothing if bias is None else nothing + bias
 
 
