@@ -9,13 +9,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightpeft_vllm import configs
 from lightpeft_vllm.configs import ARCHITECTURE, MergedConfig
-from lightpeft_vllm.limits import undivided
+from lightpeft_vllm.hooks import Hooks, undivided
 from tiny import make, plan_for, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 from vllm_engine import PYTHON, Refused, Vllm
@@ -198,8 +199,10 @@ def test_names_are_those_of_lightpeft() -> None:
 
 
 def read_config(folder: Path) -> Any:
-    """As transformers' `AutoConfig` asks for it."""
-    return MergedConfig.from_dict(read(folder / "config.json"), name_or_path=str(folder))
+    """As transformers' `AutoConfig`, and then vLLM, ask for it."""
+    config = MergedConfig.from_dict(read(folder / "config.json"), name_or_path=str(folder))
+    Hooks.verify_and_update_model_config(SimpleNamespace(hf_config=config, model=str(folder), revision=None))
+    return config
 
 
 @pytest.fixture
@@ -214,12 +217,13 @@ def test_a_folder_says_how_wide_its_layers_are(merged: Path) -> None:
     assert config.layer_widths == [[6, 3, 40], [2, 2, 24], [8, 4, 48]]
     assert (config.num_attention_heads, config.head_dim, config.vocab_size) == (8, 32, 320)
     assert configs.widths_of(config, 1) == dict(zip(configs.WIDTHS, (2, 2, 24), strict=True))
-    unused = MergedConfig.from_dict(read(merged / "config.json"), name_or_path=str(merged), return_unused_kwargs=True)
-    assert unused[0].layer_widths == config.layer_widths
+    also, _ = MergedConfig.from_dict(read(merged / "config.json"), name_or_path=str(merged), return_unused_kwargs=True)
+    assert also.architectures == [ARCHITECTURE]
 
 
 def test_equal_widths_are_those_of_the_config() -> None:
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+    configs.read_widths(config, "nowhere")
     assert list(configs.widths_of(config, 7).values()) == [4, 2, 48]
 
 
@@ -228,6 +232,27 @@ def test_layers_that_cannot_be_spread_evenly(merged: Path) -> None:
     assert [undivided(config, parts) for parts in (1, 2, 3)] == [None, 0, 0]
     config.layer_widths = [[6, 2, 40], [2, 2, 24], [0, 0, 0]]
     assert [undivided(config, parts) for parts in (2, 4)] == [None, 0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"tensor": 2}, "layer 0 of this light model cannot be spread evenly over 2 devices"),
+        ({"pipeline": 2}, "set pipeline_parallel_size to 1"),
+        ({"adapters": True}, "takes no adapters"),
+    ],
+)
+def test_settings_that_do_not_go_with_it(settings: dict[str, Any], reason: str, merged: Path) -> None:
+    def ask(tensor: int = 1, pipeline: int = 1, adapters: bool = False) -> None:
+        parallel = SimpleNamespace(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline)
+        model = SimpleNamespace(hf_config=read_config(merged))
+        lora = object() if adapters else None
+        Hooks.verify_and_update_config(SimpleNamespace(parallel_config=parallel, model_config=model, lora_config=lora))
+
+    ask()
+    with pytest.raises(ValueError, match=reason) as error:
+        ask(**settings)
+    assert "\n" not in str(error.value)
 
 
 def first_layer(**widths: Any) -> Callable[[dict[str, Any]], Any]:

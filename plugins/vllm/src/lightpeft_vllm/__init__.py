@@ -13,8 +13,8 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from lightpeft_vllm.configs import ARCHITECTURE, LIGHT_TYPE, MergedConfig
-    from lightpeft_vllm.limits import Limits
+    from lightpeft_vllm.hooks import Hooks
 
     AutoConfig.register(LIGHT_TYPE, MergedConfig, exist_ok=True)
     ModelRegistry.register_model(ARCHITECTURE, f"lightpeft_vllm.models:{ARCHITECTURE}")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = Limits
+    MODELS_CONFIG_MAP[ARCHITECTURE] = Hooks

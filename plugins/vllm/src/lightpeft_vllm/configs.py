@@ -36,10 +36,10 @@ class MergedConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
-        """The family's configuration with `layer_widths`, and with an architecture that this package has.
+        """The family's configuration, with an architecture that this package has.
 
         Raises:
-            ValueError: another family, a model that does not write, or a file that is not as lightpeft writes it.
+            ValueError: another family, or a model that does not write.
         """
         name = str(options.get("name_or_path", ""))
         own = config_dict.get(OWN)
@@ -53,21 +53,30 @@ class MergedConfig(PretrainedConfig):
         _require(own.get("hidden_act") == "silu", f"{name} has FFNs with {own.get('hidden_act')}; {served} with silu")
         given = AutoConfig.for_model(family).from_dict(own, **options)
         config = given[0] if isinstance(given, tuple) else given
-        file = cached_file(name, MERGED, revision=config_dict.get("_commit_hash"))
-        with Path(str(file)).open(encoding="utf-8") as opened:
-            described = json.load(opened)
-        config.layer_widths = layer_widths(described, config.num_hidden_layers, name)
+        config.layer_widths = []  # which `hooks` reads: nobody says here which revision of a name on the hub it is
         config.architectures = [ARCHITECTURE]
         config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return given
 
 
-def layer_widths(described: Mapping[str, Any], layers: int, name: str) -> list[list[int]]:
-    """Query heads, KV heads and neurons of every layer, as `merged.json` says them: [layers][3].
+def read_widths(config: Any, name: str, revision: str | None = None) -> None:
+    """Set `layer_widths` of a configuration to query heads, KV heads and neurons of every layer: [layers][3].
+
+    Args:
+        config: what `MergedConfig` gives; others stay as they are.
+        name: of the folder, or on the hub.
 
     Raises:
-        ValueError: it says them of other layers, or not at all.
+        ValueError: `merged.json` says them of other layers, or not at all.
+        OSError: it is not there.
     """
+    if not hasattr(config, "layer_widths"):
+        return
+    described = json.loads(Path(str(cached_file(name, MERGED, revision=revision))).read_text(encoding="utf-8"))
+    config.layer_widths = _widths(described, config.num_hidden_layers, name)
+
+
+def _widths(described: Mapping[str, Any], layers: int, name: str) -> list[list[int]]:
     said = described.get("per_layer_config")
     complete = isinstance(said, dict) and set(said) == {str(layer) for layer in range(layers)}
     _require(complete, f"{name}/{MERGED} does not say how wide its {layers} layers are; export the model again")

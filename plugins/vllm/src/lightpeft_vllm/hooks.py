@@ -1,18 +1,27 @@
-"""What a light model in vLLM cannot be combined with."""
+"""What vLLM asks before it serves a light model: how wide its layers are, and whether all settings go with it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lightpeft_vllm.configs import widths_of
+from lightpeft_vllm.configs import read_widths, widths_of
 
 
-class Limits:
-    """What vLLM asks, by this name, before it starts to serve a model of this package's architecture."""
+class Hooks:
+    """Called by vLLM, by these names, in the process of its user, for models of this package's architecture."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Read the widths of the layers.
+
+        Raises:
+            ValueError: the folder does not say them.
+        """
+        read_widths(model_config.hf_config, model_config.model, model_config.revision)
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Look at all settings, in the process of the user.
+        """Look at all settings.
 
         Raises:
             ValueError: naming the setting, and what to do instead.
@@ -27,10 +36,6 @@ class Limits:
             raise ValueError("a light model is not spread over devices by layers; set pipeline_parallel_size to 1")
         if vllm_config.lora_config is not None:
             raise ValueError("a light model takes no adapters in vLLM; serve them over the dense base, or merge them")
-
-    @staticmethod
-    def verify_and_update_model_config(model_config: Any) -> None:
-        """Nothing is to be said of the model alone that `configs` has not said."""
 
 
 def undivided(config: Any, parts: int) -> int | None:
