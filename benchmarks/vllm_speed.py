@@ -1,8 +1,8 @@
 """A merged light model in vLLM: does it write what PyTorch writes, and how fast beside its dense base?
 
     make test-vllm  # makes the environment with vLLM and the plug-in
-    lightpeft run --config configs/socialiqa/smollm2_writer.yaml --light.blocks 0.4 --output runs/socialiqa/smollm2_40
-    LIGHTPEFT_VLLM=.venv-vllm/bin/python python benchmarks/vllm_speed.py runs/socialiqa/smollm2_40
+    lightpeft run --config configs/socialiqa/smollm2_writer.yaml --light.blocks 0.4 --output runs/socialiqa/smollm2_vllm
+    LIGHTPEFT_VLLM=.venv-vllm/bin/python python benchmarks/vllm_speed.py runs/socialiqa/smollm2_vllm
 
 Two processes of vLLM hold one model each, the light one with PEFT merged into it and the untouched base. In float32,
 on as many threads as `OMP_NUM_THREADS` says, they continue the same held-out prompts greedily, all at once and one
