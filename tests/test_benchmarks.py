@@ -45,7 +45,9 @@ import steps
 import switching
 import synthetic
 import torch
+import vllm_engine
 import vllm_lora
+import vllm_speed
 import workbench
 import writers
 import writing
@@ -80,6 +82,7 @@ from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe import probes
 from lightpeft.runs import pipeline
 from lightpeft.runs.reproduce.grid import slug
+from lightpeft.saved.merging import load_merged
 
 ROOT = Path(__file__).parents[1]
 PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
@@ -769,6 +772,60 @@ def test_gguf_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     pipeline.run(plain)
     assert gguf_speed.main([plain.output]) == 2
     assert "has no light model" in capsys.readouterr().err
+
+
+# -- vllm_speed.py -----------------------------------------------------------------------------------------------------
+
+
+class Asked:
+    """What stands in for vLLM's process: PyTorch."""
+
+    version = "0"
+
+    def __init__(self, python: str, log: Any) -> None:
+        assert python == "python of vLLM"
+
+    def __enter__(self) -> Asked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def ask(self, model: Path, prompts: list[list[int]], tokens: int, **options: Any) -> Any:
+        assert options["enable_prefix_caching"] is False and options["max_model_len"] >= max(map(len, prompts)) + tokens
+        whole = load_merged(model) if model.name == "light" else AutoModelForCausalLM.from_pretrained(model)
+        return vllm_engine.Written([gguf_speed.continued(whole.float(), each, tokens) for each in prompts], 0.5)
+
+
+def test_vllm_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    light, plain = (bench.config(name, **{"method": name, "light.heads": 0.5}) for name in ("light", "plain"))
+    for config in (light, plain):
+        pipeline.run(config)
+    monkeypatch.setattr(vllm_speed, "Vllm", Asked)
+    sizes = ["--rows", "5", "--tokens", "4", "--rounds", "2"]
+    monkeypatch.delenv(vllm_engine.PYTHON, raising=False)
+    assert vllm_speed.main([light.output, *sizes]) == 2
+    assert "does not say which Python has vLLM" in capsys.readouterr().err
+    monkeypatch.setenv(vllm_engine.PYTHON, "python of vLLM")
+    out = tmp_path / "out.json"
+    assert vllm_speed.main([light.output, *sizes, "--out", str(out)]) == 0
+    found = read(out)["results"][light.output]
+    assert found["same_texts"] == found["texts"] == 5
+    assert found["bytes"]["light"] < found["bytes"]["dense"]
+    assert found["tokens_per_second"] == {
+        "all at once": {"light": [40.0] * 2, "dense": [40.0] * 2},
+        "one after another": {"light": [8.0] * 2, "dense": [8.0] * 2},
+    }
+    assert vllm_speed.main([plain.output, *sizes]) == 2
+    assert "has no light model" in capsys.readouterr().err
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise vllm_engine.Refused("it does not like it")
+
+    monkeypatch.setattr(Asked, "ask", refused)
+    assert vllm_speed.main([light.output, *sizes]) == 2
+    assert "vLLM does not serve this: it does not like it" in capsys.readouterr().err
 
 
 # -- serving.py --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 DOCUMENTS.remove(ROOT / "docs/start.md")  # test_start.py runs it, in processes and a clone of its own
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
-OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama"}
+OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama", "vllm"}
 """Programs of the development set-up and of servers, whose commands are not run here."""
 
 

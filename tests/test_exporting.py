@@ -103,10 +103,14 @@ def test_position_biases_that_a_stack_shares_stay_one_table(tmp_path: Path) -> N
     assert len({id(attention.relative_attention_bias.table) for attention in attentions}) == 1
 
 
-def test_refit_is_merged(tmp_path: Path) -> None:
-    light = light_over(make("bert"))
+@pytest.mark.parametrize("budget", [{}, DROPPED], ids=["parts", "sub-layers"])
+@pytest.mark.parametrize("name", ["bert", "llama-gqa"])
+def test_refit_is_merged(name: str, budget: dict[str, Any], tmp_path: Path) -> None:
+    """Also where the base's projections have no biases."""
+    light = light_over(make(name), **budget)
     before, plan = logits(light), light.light_plan
-    refit = {plan.specs[0].projections["ffn_out"]: Correction(torch.randn(32))}
+    names = [plan.specs[layer].projections[slot] for layer, slot in ((0, "o"), (0, "ffn_out"), (1, "ffn_out"))]
+    refit = {name: Correction(torch.randn(32)) for name in names}
     apply_refit(light, refit)
     save_merged(as_light(light, plan, refit=refit), tmp_path)
     assert relative_difference(logits(light), before) > 1e-3

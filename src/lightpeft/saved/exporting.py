@@ -86,7 +86,8 @@ class Merged(WholeExport):
     name = "merged"
     what = "a whole pruned model that needs no base"
     readers = (
-        "`lightpeft.load_merged`; transformers and all others, where layers are equally wide and the config can say so"
+        "`lightpeft.load_merged`; vLLM by a plug-in (writing models of `llama`, `mistral`, `qwen2` and `qwen3`); "
+        "transformers and all others, where layers are equally wide and the config can say so"
     )
     limits = "no bottleneck adapters, no quantised bases"
 

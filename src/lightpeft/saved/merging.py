@@ -30,10 +30,12 @@ from lightpeft.files import (
 )
 from lightpeft.files.foreign import check_folder, parsing
 from lightpeft.models import repositories
+from lightpeft.models.linears import add_to_linear, features
 from lightpeft.models.loading import check_checkpoint
-from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
+from lightpeft.prune.refit import outputs_changed
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.auto_classes import register
 from lightpeft.saved.bases import architecture_of
@@ -47,6 +49,7 @@ from lightpeft.saved.description import (
     per_layer_config,
     unmeasured,
 )
+from lightpeft.saved.tensors import Reading, on_disk
 from lightpeft.saved.uploading import send
 from lightpeft.saved.whole_config import CONFIG, hide_config, own_config, read_own
 
@@ -148,6 +151,7 @@ def load_merged(
         if not native:
             ensure_family(model)
             apply_plan(model, plan)
+            _give_biases(model, plan, checkpoint)
         return checkpoint.load(model)
 
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
@@ -164,6 +168,16 @@ def load_merged(
     require(not astray, f"the weights in {folder} are not those of its plan: {', '.join(astray[:3])}")
     settle(model, plan, unmeasured(facts))  # what was measured is from before it is trained on
     return model.eval() if device is None else model.eval().to(device)
+
+
+def _give_biases(model: PreTrainedModel, plan: PrunePlan, checkpoint: Checkpoint) -> None:
+    """Let projections of a pruned model on the meta device have the biases that a refit, and no plan, gave them."""
+    stored = on_disk(checkpoint.files, Reading(None, None)).keys()
+    for spec, _, slot in outputs_changed(plan):
+        name = spec.projections[slot]
+        layer = base_linear(model, name)
+        if f"{name}.bias" in stored and layer.bias is None:
+            add_to_linear(layer, None, torch.zeros(features(layer)[0], device="meta"))
 
 
 def merged_config(folder: Path, saved: BaseFacts) -> PretrainedConfig:
