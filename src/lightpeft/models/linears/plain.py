@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lightpeft.models.linears.kinds import DenseKind, sliced
+from lightpeft.models.sharding import placed_like, whole
 
 
 class PlainLinear(DenseKind):
@@ -15,10 +17,14 @@ class PlainLinear(DenseKind):
 
     def matches(self, layer: nn.Module) -> bool:
         weight = getattr(layer, "weight", None)
-        return isinstance(layer, nn.Linear) and type(weight) is nn.Parameter and _is_ordinary(weight)
+        return isinstance(layer, nn.Linear) and type(weight) in (nn.Parameter, DTensor) and _is_ordinary(weight)
 
     def dense_weight(self, layer: Any) -> Tensor:
-        return layer.weight.detach()
+        return whole(layer.weight.detach())
+
+    def features(self, layer: Any) -> tuple[int, int]:
+        rows, columns = layer.weight.shape
+        return rows, columns
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
         layer.weight = sliced(layer.weight, index, dim)
@@ -40,7 +46,11 @@ class TransposedLinear(DenseKind):
         return isinstance(layer, Conv1D)
 
     def dense_weight(self, layer: Any) -> Tensor:
-        return layer.weight.detach().T
+        return whole(layer.weight.detach()).T
+
+    def features(self, layer: Any) -> tuple[int, int]:
+        columns, rows = layer.weight.shape
+        return rows, columns
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
         layer.weight = sliced(layer.weight, index, 1 - dim)
@@ -69,8 +79,8 @@ def _sum(parameter: nn.Parameter, change: Tensor | None) -> nn.Parameter:
     """A new parameter, added up in float32; it trains if the old one does."""
     if change is None:
         return parameter
-    total = (parameter.detach().float() + change.float()).to(parameter.dtype)
-    return nn.Parameter(total, requires_grad=parameter.requires_grad)
+    total = (whole(parameter.detach()).float() + change.float()).to(parameter.dtype)
+    return nn.Parameter(placed_like(total, parameter), requires_grad=parameter.requires_grad)
 
 
 def _frozen(values: Tensor) -> nn.Parameter:
@@ -78,4 +88,4 @@ def _frozen(values: Tensor) -> nn.Parameter:
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    return type(weight.data) is Tensor and weight.is_floating_point()
+    return type(weight.data) in (Tensor, DTensor) and weight.is_floating_point()

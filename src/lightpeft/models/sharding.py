@@ -1,0 +1,31 @@
+"""Parameters that processes share among them (FSDP2): each holds a part, and all have to ask for the whole at once."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards a model, or a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, or what all processes hold of it, put together; where it is sharded, all have to call this."""
+    return cast(Tensor, tensor.full_tensor()) if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(values: Tensor, other: Tensor) -> Tensor:
+    """Values that all processes have: as they are or, beside a sharded tensor, a part in each, which is a copy."""
+    if not isinstance(other, DTensor):
+        return values
+    parts = distribute_tensor(values, other.device_mesh, other.placements, src_data_rank=None)
+    local = parts.to_local().clone(memory_format=torch.contiguous_format)
+    return DTensor.from_local(
+        local, other.device_mesh, other.placements, run_check=False, shape=parts.shape, stride=parts.stride()
+    )
