@@ -48,6 +48,11 @@ def processes() -> PartialState:
         waiting.cancel()
 
 
+def sharding_launched() -> bool:
+    """Whether `accelerate launch` has started this process as one of several that share a model's weights (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def _state() -> PartialState:
     return PartialState(cpu=accelerator() is None)  # unless it is told so, it does not see those of a CPU
 

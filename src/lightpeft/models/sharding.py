@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -13,6 +14,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards a model, or a part of it."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def without_graph(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a model answers without a graph: inference mode, but for what FSDP2 gathers weights in."""
+    # the memory that it gathers them in is used in training, too, which takes no tensors of inference mode
+    return torch.no_grad() if is_sharded(model) else torch.inference_mode()
 
 
 def whole(tensor: Tensor) -> Tensor:

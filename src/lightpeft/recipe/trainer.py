@@ -11,7 +11,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from lightpeft.compat.accelerate import as_it_is, forget_optimizers, fsdp_on_cpus, prepared
+from lightpeft.compat.accelerate import as_it_is, forget_optimizers, prepared
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.errors import require
 from lightpeft.files import replacing_folder
@@ -35,16 +35,7 @@ from lightpeft.prune.budgeting import FoundBudget, find_budget
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.length import fitted
 from lightpeft.prune.refit import calibration_batches
-from lightpeft.recipe.parallel import (
-    agreed,
-    as_one_process_saves,
-    asks_for_sharding,
-    average_gradients,
-    check_sharding,
-    replicate_what_trains,
-    rewrap,
-    shards,
-)
+from lightpeft.recipe.parallel import agreed, rewrap
 from lightpeft.recipe.probes import make_probe, rows_aside
 from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut, light_settings
 from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
@@ -54,6 +45,7 @@ from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.prefix import PrefixCache, PrefixMixin
 from lightpeft.training.schedule import Pace
+from lightpeft.training.sharding import ShardingMixin
 from lightpeft.training.trainer import Repeatable, train_in_float32
 
 _log = logging.getLogger(__name__)
@@ -62,7 +54,7 @@ USUAL_NATS = "0.05 nats"
 """`light.tolerance: auto` where all that is known is the loss."""
 
 
-class LightTraining(PrefixMixin, Repeatable):
+class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
     """What `light_trainer` adds to a trainer: its first steps find out what the task needs, then the model is cut.
 
     Args beyond those of the trainer:
@@ -123,9 +115,6 @@ class LightTraining(PrefixMixin, Repeatable):
             self._note_full_width()
         self._scale_rate(self.light_config.learning_rate_scale)
         self._light_contexts = ExitStack()
-        self._shards = shards(self._trainer)
-        if self._shards:
-            self.fast_steps, self.prefix_cache = False, None
         self._estimation_steps, self._light_seconds = 0, {"estimation": 0.0, "cut": 0.0}
         self._light_checkpoint: str | None = None
         if isinstance(self._peft_model, LightModel):
@@ -135,11 +124,6 @@ class LightTraining(PrefixMixin, Repeatable):
             self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
         self._trainer.add_callback(_Course(self))
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """The trainer's own; it shards on CPUs, too, if it is told to."""
-        with fsdp_on_cpus() if asks_for_sharding(self._trainer.args) else nullcontext():
-            super().create_accelerator_and_postprocess()  # type: ignore[misc]
-
     # -- the recipe ----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
@@ -148,10 +132,7 @@ class LightTraining(PrefixMixin, Repeatable):
         self._light_checkpoint = newest if resume_from_checkpoint is True else resume_from_checkpoint or None
         if self._light_checkpoint is None:
             self._estimation_steps = 0  # a light model that trains once more does so for the whole of it
-        if self._shards and not is_sharded(self._trainer.model):
-            if self._light_checkpoint is not None:  # while every process has the base that may have to be cut
-                self._load_from_checkpoint(self._light_checkpoint)
-            replicate_what_trains(self._trainer)
+        self._before_sharding(self._light_checkpoint)
         try:
             result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
             if self._light_pruner is not None and self.light_record is None and self.light_plan is None:
@@ -349,30 +330,7 @@ class LightTraining(PrefixMixin, Repeatable):
         )
         trainer.control.should_log = due  # the step's loss is still to be logged
 
-    def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """One backward pass; under FSDP the gradients of what trains are averaged here, behind a step's last one."""
-        loss = super().training_step(*args, **options)
-        if self._shards and self._trainer.accelerator.sync_gradients:
-            average_gradients(self._trainer.model)
-        return loss
-
     # -- checkpoints ---------------------------------------------------------------------------------------------
-
-    def _saving(self) -> AbstractContextManager[None]:
-        return as_one_process_saves(self._trainer) if self._shards else nullcontext()
-
-    def save_model(self, *args: Any, **options: Any) -> None:
-        """The trainer's own; under FSDP as one process does it: the adapter, once."""
-        with self._saving():
-            super().save_model(*args, **options)  # type: ignore[misc]
-
-    def _save_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._saving():
-            super()._save_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
-
-    def _load_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._saving():
-            super()._load_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
 
     def _save_course(self, folder: Path, write: bool) -> None:
         """Put what a resumed run needs beside what the trainer has written into a checkpoint."""
@@ -420,15 +378,13 @@ class LightTraining(PrefixMixin, Repeatable):
         if self._holds_peft_model:
             load_inside(self._trainer.model, self._peft_model, Path(folder))
         else:
-            with self._saving():
-                super()._load_from_checkpoint(folder, *args, **options)  # type: ignore[misc]
+            super()._load_from_checkpoint(folder, *args, **options)
 
     def _load_best_model(self) -> None:
         if self._holds_peft_model:
             load_inside(self._trainer.model, self._peft_model, Path(self._trainer.state.best_model_checkpoint))
         else:
-            with self._saving():
-                super()._load_best_model()  # type: ignore[misc]
+            super()._load_best_model()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)  # type: ignore[misc]
@@ -454,8 +410,8 @@ class LightTraining(PrefixMixin, Repeatable):
         found = next((name for name, used in engines.items() if used), None)
         hint = "; start one process a GPU with accelerate launch" if found and found.startswith("DataParallel") else ""
         require(found is None, f"{found} cannot follow a model that is cut on the way; train without it{hint}")
-        if shards(trainer):
-            check_sharding(trainer, self.light_config)
+        if self._shards:
+            self._check_sharded()
         if self.light_config.blocks == "auto" and self.light_plan is None:
             self.light_tolerance()
             rows_aside(trainer, 0)
@@ -465,6 +421,15 @@ class LightTraining(PrefixMixin, Repeatable):
             f"{type(self).__name__} would take the cut model as its own reference; give the dense one as ref_model=, "
             "or set beta to 0",
         )
+
+    def _check_sharded(self) -> None:
+        light, trainer = self.light_config, self._trainer
+        probes = "light.blocks: auto probes copies of the model, which cannot be made of one that FSDP shards"
+        require(light.blocks != "auto" or self.light_plan is not None, f"{probes}; give light.blocks as a number")
+        kept = f"light.keep: {light.keep} needs the whole base in every process, which FSDP spares"
+        require(light.keep == "light", f"{kept}; set it to light")
+        quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
+        require(not quantised, "a base in 4 or 8 bits cannot be cut where FSDP shards it; give it unquantised")
 
     def _light_pace(self) -> Pace | None:
         """How fast training goes through its rows; None where these are not counted."""
