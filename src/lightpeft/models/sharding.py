@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -16,10 +17,23 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def without_graph(model: nn.Module) -> AbstractContextManager[None]:
-    """A context in which a model answers without a graph: inference mode, but for what FSDP2 gathers weights in."""
-    # the memory that it gathers them in is used in training, too, which takes no tensors of inference mode
-    return torch.no_grad() if is_sharded(model) else torch.inference_mode()
+def reshard(model: nn.Module) -> None:
+    """Let go of what a forward pass has put together and no backward pass has let go of.
+
+    Otherwise what one process alone does to the model, such as saving it, puts it out of step with the others.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def without_graph(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model answers without a graph: in inference mode, unless it is sharded."""
+    # the memory that FSDP2 gathers weights in is used in training, too, which takes no tensors of inference mode
+    with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+        yield
+    reshard(model)
 
 
 def whole(tensor: Tensor) -> Tensor:

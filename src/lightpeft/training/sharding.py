@@ -18,7 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from lightpeft.compat.accelerate import fsdp_on_cpus
 from lightpeft.errors import require
 from lightpeft.machine import sharding_launched
-from lightpeft.models.sharding import is_sharded
+from lightpeft.models.sharding import is_sharded, reshard
 
 
 class ShardingMixin:
@@ -101,6 +101,7 @@ class ShardingMixin:
     def _as_one_process(self) -> Iterator[None]:
         """Inside the block the trainer saves and loads as without FSDP."""
         trainer: Any = self
+        reshard(trainer.model)
         enabled, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
         try:
             yield
