@@ -38,7 +38,15 @@ from lightpeft.prune.refit import calibration_batches
 from lightpeft.recipe.parallel import agreed, rewrap
 from lightpeft.recipe.probes import make_probe, rows_aside
 from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut, light_settings
-from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
+from lightpeft.recipe.resuming import (
+    check_step,
+    cut_as_saved,
+    load_inside,
+    read_cut,
+    save_outside,
+    write_cut,
+    write_step,
+)
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
@@ -46,7 +54,7 @@ from lightpeft.training.arguments import half_precision
 from lightpeft.training.prefix import PrefixCache, PrefixMixin
 from lightpeft.training.schedule import Pace
 from lightpeft.training.sharding import ShardingMixin
-from lightpeft.training.trainer import Repeatable, train_in_float32
+from lightpeft.training.trainer import Repeatable, meeting_others, train_in_float32
 
 _log = logging.getLogger(__name__)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -132,9 +140,12 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
         self._light_checkpoint = newest if resume_from_checkpoint is True else resume_from_checkpoint or None
         if self._light_checkpoint is None:
             self._estimation_steps = 0  # a light model that trains once more does so for the whole of it
-        self._before_sharding(self._light_checkpoint)
+        else:
+            check_step(Path(self._light_checkpoint), self._trainer.args)
         try:
-            result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
+            with meeting_others():
+                self._before_sharding(self._light_checkpoint)
+                result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
             if self._light_pruner is not None and self.light_record is None and self.light_plan is None:
                 self._warn_uncut(self._trainer.state.global_step)
             return result
@@ -339,6 +350,8 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
             self._light_pruner.estimator.save_state(folder, write=write)
         elif write:
             write_cut(folder, {**self.light_report, "estimation_steps": self._estimation_steps})
+        if write:
+            write_step(folder, self._trainer.args)
         if write and self._holds_peft_model:
             save_outside(self._trainer.model, self._peft_model, folder)
 
@@ -363,6 +376,7 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
             with replacing_folder(folder) as temporary:
                 self._peft_model.save_pretrained(temporary)
                 write_cut(temporary, {"estimation_steps": estimation_steps})
+                write_step(temporary, trainer.args)
                 state.save_to_json(str(temporary / TRAINER_STATE_NAME))
         trainer.accelerator.wait_for_everyone()
         return folder

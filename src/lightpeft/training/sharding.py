@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lightpeft.compat.accelerate import fsdp_on_cpus
 from lightpeft.errors import require
 from lightpeft.machine import sharding_launched
+from lightpeft.models.families import block_lists
 from lightpeft.models.sharding import is_sharded, reshard
+from lightpeft.models.unwrap import transformers_model
 
 
 class ShardingMixin:
@@ -44,8 +47,10 @@ class ShardingMixin:
             return
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
-        trains = list(_trains(trainer.model))
-        trainer.accelerator.state.fsdp_plugin.ignored_modules = trains
+        trains, plugin = list(_trains(trainer.model)), trainer.accelerator.state.fsdp_plugin
+        plugin.ignored_modules = trains
+        if plugin.transformer_cls_names_to_wrap is None:  # else embeddings of some, which accelerate shards apart
+            plugin.transformer_cls_names_to_wrap = _blocks(trainer.model)
         for parameter in (p for module in trains for p in _own(module)):
             parameter.data = parameter.data.to(trainer.args.device)
             dist.broadcast(parameter.data, 0)
@@ -131,6 +136,12 @@ def _trains(model: nn.Module) -> Iterator[nn.Module]:
         require(trains != {True, False}, both)
         if True in trains:
             yield module
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Names of the classes that the blocks of the transformers model are of."""
+    (inner,) = (module for module in model.modules() if isinstance(module, PeftModel))
+    return sorted({type(block).__name__ for stack in block_lists(transformers_model(inner)) for block in stack})
 
 
 def _own(module: nn.Module) -> list[nn.Parameter]:
