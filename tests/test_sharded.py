@@ -24,6 +24,7 @@ from lightpeft.runs import pipeline
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 
 TESTS = Path(__file__).parent
+WORKER = TESTS / "sharded_processes.py"
 ENGINES = TESTS.parent / "configs" / "engines"
 SIDES = ["before", "behind"]
 
@@ -36,22 +37,18 @@ def together(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def worker(*arguments: object) -> subprocess.CompletedProcess[str]:
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", TESTS / "sharded_processes.py"]
-    return together(*launch, *arguments)
-
-
-def launched(engine: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """`lightpeft` under `accelerate launch` with one of the files that ship."""
+def launched(engine: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """What `accelerate launch` starts with one of the files that ship."""
     launch = ["accelerate.commands.accelerate_cli", "launch", "--config_file", ENGINES / f"{engine}.yaml"]
-    return together(*launch, "--main_process_port", "0", "-m", "lightpeft", *arguments)
+    return together(*launch, "--main_process_port", "0", *words)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what both processes found."""
     folder = tmp_path_factory.mktemp("sharded")
-    done = worker("trainings", folder)
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER]
+    done = together(*launch, "trainings", folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -158,7 +155,7 @@ def test_a_run_goes_on_after_a_killed_process(bench: Workbench) -> None:
     settings = {"light.least_examples": 0, "lora.dropout": 0.0}
     pipeline.run(bench.config("alone", **settings))
     config = bench.yaml("shared", **settings, **{"training.batch_size": 4})
-    done = worker("killed", config)
+    done = launched("fsdp2", WORKER, "killed", config)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("lightpeft: ")]
     assert "another process of this training has ended" in line and "goes on from the last checkpoint" in line
@@ -169,7 +166,7 @@ def test_a_run_goes_on_after_a_killed_process(bench: Workbench) -> None:
     )
     assert refused.returncode == 2
     assert "8 rows a step, from 2 process(es), and this one takes 4, in 1" in refused.stderr
-    done = launched("fsdp2", "run", "--config", config)
+    done = launched("fsdp2", "-m", "lightpeft", "run", "--config", config)
     assert done.returncode == 0, done.stderr[-4000:]
     folders = [bench.folder / name for name in ("alone", "shared")]
     plans = [PrunePlan.load(folder / "plan.json") for folder in folders]

@@ -48,9 +48,13 @@ def processes() -> PartialState:
         waiting.cancel()
 
 
-def sharding_launched() -> bool:
-    """Whether `accelerate launch` has started this process as one of several that share a model's weights (FSDP)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+def sharding_launched(engine: str = "FSDP") -> bool:
+    """Whether `accelerate launch` has started this process as one of several that share a model's weights.
+
+    Args:
+        engine: by which they do so, FSDP or DEEPSPEED.
+    """
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
 
 
 def _state() -> PartialState:

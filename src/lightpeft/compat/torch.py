@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -98,6 +99,7 @@ def out_of_fsdp(model: nn.Module) -> Iterator[None]:
     units = list(_units(model))
     for unit in units:
         unit.release()
+    gc.collect()  # its groups refer to one another, and hold the shards
     yield
     there = set(model.modules())
     for unit in units:
@@ -118,6 +120,7 @@ class _Unit:
         for group in state._fsdp_param_groups:
             handles.update(group._module_to_pre_save_state_dict_hook_handle.values())
             handles.update(group._module_to_pre_load_state_dict_hook_handle.values())
+            handles.update(parameter._post_load_hook_handle for parameter in group.fsdp_params)
         for handle in handles:
             handle.remove()
         for module in self.modules:

@@ -26,6 +26,7 @@ from lightpeft.compat.accelerate import as_it_is, forget_optimizers, prepared
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.errors import require
 from lightpeft.files import replacing_folder
+from lightpeft.machine import sharding_launched
 from lightpeft.models.sharding import is_sharded
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.planning import make_plan
@@ -58,6 +59,10 @@ from lightpeft.training.trainer import Repeatable, meeting_others, train_in_floa
 
 _log = logging.getLogger(__name__)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+_DEEPSPEED = (
+    "DeepSpeed builds an engine around the dense model, which does not follow the cut, and no light training was tried "
+    "in it; FSDP2 shares the weights among processes: accelerate launch --config_file configs/engines/fsdp2.yaml"
+)
 USUAL_NATS = "0.05 nats"
 """`light.tolerance: auto` where all that is known is the loss."""
 
@@ -131,6 +136,16 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
         else:
             self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
         self._trainer.add_callback(_Course(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The trainer's own.
+
+        Raises:
+            LightPeftError: DeepSpeed is asked for, or FSDP in a way in which it cannot be had.
+        """
+        asked = self._trainer.args.deepspeed is not None or sharding_launched("DEEPSPEED")
+        require(not asked, _DEEPSPEED)
+        super().create_accelerator_and_postprocess()
 
     # -- the recipe ----------------------------------------------------------------------------------------------
 
@@ -416,7 +431,6 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
     def _check_light(self) -> None:
         trainer, args = self._trainer, self._trainer.args
         engines = {
-            "DeepSpeed": trainer.is_deepspeed_enabled,
             "torch.compile": args.torch_compile,
             "DataParallel in one process": args.n_gpu > 1,
             "auto_find_batch_size": args.auto_find_batch_size,

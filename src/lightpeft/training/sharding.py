@@ -119,7 +119,10 @@ def _check_plugin(plugin: Any) -> None:
     loading = "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights"
     require(not plugin.cpu_ram_efficient_loading, f"{loading}; set it to false")
     offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
-    require(not offloaded, "fsdp_offload_params keeps shards where they cannot be put together; set it to false")
+    require(
+        not offloaded,
+        "fsdp_offload_params (cpu_offload) keeps shards where they cannot be put together; set it to false",
+    )
     again = "fsdp_activation_checkpointing wraps the blocks, which have to stay as they are"
     require(not plugin.activation_checkpointing, f"{again}; set training.gradient_checkpointing instead")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +147,8 @@ def meeting_others() -> Iterator[None]:
         told = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
         if not torch.distributed.is_available() or not torch.distributed.is_initialized() or not told:
             raise
+        if hasattr(signal, "pthread_sigmask"):  # launchers end the others by SIGTERM: first the line is to be told
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         raise LightPeftError(
             "another process of this training has ended, and what is left cannot go on without it; "
             "start all again: training goes on from the last checkpoint"

@@ -16,7 +16,7 @@ class PlainLinear(DenseKind):
     """`torch.nn.Linear` with an ordinary floating-point weight."""
 
     def matches(self, layer: nn.Module) -> bool:
-        weight = getattr(layer, "weight", None)
+        weight: Any = getattr(layer, "weight", None)
         return isinstance(layer, nn.Linear) and type(weight) in (nn.Parameter, DTensor) and _is_ordinary(weight)
 
     def dense_weight(self, layer: Any) -> Tensor:
