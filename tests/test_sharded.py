@@ -13,7 +13,7 @@ import pytest
 import torch
 from sharded_processes import REFUSED
 from sharded_trainings import LONG, MODELS, found, training
-from workbench import Workbench
+from workbench import Workbench, lightpeft
 
 from lightpeft import load_light
 from lightpeft.errors import LightPeftError
@@ -151,7 +151,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp("runs"), "llama", "causal-lm")
 
 
-def test_a_run_goes_on_after_a_killed_process(bench: Workbench) -> None:
+def test_a_run_goes_on_after_a_killed_process(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"light.least_examples": 0, "lora.dropout": 0.0}
     pipeline.run(bench.config("alone", **settings))
     config = bench.yaml("shared", **settings, **{"training.batch_size": 4})
@@ -161,11 +161,8 @@ def test_a_run_goes_on_after_a_killed_process(bench: Workbench) -> None:
     assert "another process of this training has ended" in line and "goes on from the last checkpoint" in line
     assert "Traceback" not in done.stderr.partition(line)[0]
 
-    refused = subprocess.run(
-        [sys.executable, "-m", "lightpeft", "run", "--config", str(config)], capture_output=True, text=True, timeout=100
-    )
-    assert refused.returncode == 2
-    assert "8 rows a step, from 2 process(es), and this one takes 4, in 1" in refused.stderr
+    assert lightpeft("run", "--config", config) == 2
+    assert "8 rows a step, from 2 process(es), and this one takes 4, in 1" in capsys.readouterr().err
     done = launched("fsdp2", "-m", "lightpeft", "run", "--config", config)
     assert done.returncode == 0, done.stderr[-4000:]
     folders = [bench.folder / name for name in ("alone", "shared")]
@@ -182,3 +179,15 @@ def test_a_run_goes_on_after_a_killed_process(bench: Workbench) -> None:
 def test_what_cannot_be_shared_is_refused_in_one_line(results: Path, setting: str) -> None:
     line = json.loads((results / "rank0" / "refused.json").read_text())[setting]
     assert setting in line and "\n" not in line
+
+
+def test_deepspeed_is_refused_in_one_line(
+    bench: Workbench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = bench.yaml("deepspeed", **{"light.least_examples": 0})
+    for asked in (["--trainer.deepspeed", "zero2.json"], []):
+        assert lightpeft("run", "--config", config, *asked) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("lightpeft: DeepSpeed") and "configs/engines/fsdp2.yaml" in line
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not (bench.folder / "deepspeed").exists()

@@ -26,7 +26,6 @@ from lightpeft.compat.accelerate import as_it_is, forget_optimizers, prepared
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.errors import require
 from lightpeft.files import replacing_folder
-from lightpeft.machine import sharding_launched
 from lightpeft.models.sharding import is_sharded
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.planning import make_plan
@@ -36,7 +35,7 @@ from lightpeft.prune.budgeting import FoundBudget, find_budget
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.length import fitted
 from lightpeft.prune.refit import calibration_batches
-from lightpeft.recipe.parallel import agreed, rewrap
+from lightpeft.recipe.parallel import agreed, refuse_deepspeed, rewrap
 from lightpeft.recipe.probes import make_probe, rows_aside
 from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut, light_settings
 from lightpeft.recipe.resuming import (
@@ -59,10 +58,6 @@ from lightpeft.training.trainer import Repeatable, meeting_others, train_in_floa
 
 _log = logging.getLogger(__name__)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
-_DEEPSPEED = (
-    "DeepSpeed builds an engine around the dense model, which does not follow the cut, and no light training was tried "
-    "in it; FSDP2 shares the weights among processes: accelerate launch --config_file configs/engines/fsdp2.yaml"
-)
 USUAL_NATS = "0.05 nats"
 """`light.tolerance: auto` where all that is known is the loss."""
 
@@ -143,8 +138,7 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
         Raises:
             LightPeftError: DeepSpeed is asked for, or FSDP in a way in which it cannot be had.
         """
-        asked = self._trainer.args.deepspeed is not None or sharding_launched("DEEPSPEED")
-        require(not asked, _DEEPSPEED)
+        refuse_deepspeed(self._trainer.args.deepspeed)
         super().create_accelerator_and_postprocess()
 
     # -- the recipe ----------------------------------------------------------------------------------------------
