@@ -34,9 +34,12 @@ MODELS: dict[str, Callable[[], PeftModel]] = {
     "bert-bottleneck": lambda: with_bottleneck(make("bert")),
     "llama-lora": lambda: with_lora(make("llama-gqa")),
     "llama-bottleneck": lambda: with_bottleneck(make("llama-gqa")),
+    "llama-refit": lambda: with_lora(make("llama-gqa")),
     **({"minilm": minilm} if MINILM.exists() else {}),
 }
 """An encoder and a decoder whose heads share keys and values, with both kinds of PEFT."""
+LIGHT: dict[str, dict[str, Any]] = {"llama-refit": {"refit": "low_rank", "refit_rank": 2}}
+"""Settings of some of their own."""
 LONG = ("llama-lora", "minilm")
 """What trains for 50 steps, the others for 12."""
 
@@ -60,7 +63,9 @@ def training(name: str, folder: Path, processes: int = 1, light: dict[str, Any] 
     budget = {"length": 4, "least_examples": 0, "heads": 0.5, "neurons": 0.5, "modules": 0.5, "dropout": 0.0}
     rows: Dataset = dataset(causal=name.startswith("llama"))
     arguments = TrainingArguments(str(folder), **values)
-    return LightTrainer(model, arguments, light=LightConfig(**{**budget, **(light or {})}), train_dataset=rows)
+    return LightTrainer(
+        model, arguments, light=LightConfig(**{**budget, **LIGHT.get(name, {}), **(light or {})}), train_dataset=rows
+    )
 
 
 def found(trainer: Any) -> dict[str, Any]:
