@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from workbench import Workbench
 
 from lightpeft import cli
-from lightpeft.compat.torch import StorageWatch
+from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.models.loading import LoadedModel

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ import llama_cpp_py_sync
 import peft.tuners.lora.dora
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
 from peft import LoraConfig, PeftType, get_peft_model
@@ -30,6 +32,8 @@ from safetensors.torch import load_file
 from tiny import batch, make, with_lora
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoModelForSequenceClassification,
@@ -49,7 +53,9 @@ from lightpeft.compat import hub, torchao
 from lightpeft.compat import peft as of_peft
 from lightpeft.compat import torch as of_torch
 from lightpeft.compat import transformers as of_transformers
-from lightpeft.compat.accelerate import as_it_is, forget_optimizers
+from lightpeft.compat.accelerate import as_it_is, forget_optimizers, fsdp_on_cpus
+from lightpeft.compat.fsdp import out_of_fsdp
+from lightpeft.compat.stand_ins import StandIn, StorageWatch
 from lightpeft.compat.transformers import Checkpoint
 from lightpeft.profiling.flops import flop_counter
 
@@ -75,6 +81,8 @@ HOOKS: dict[type, dict[str, str]] = {
         "_load_from_checkpoint": "going on from a checkpoint behind the cut",
         "_load_best_model": "the best model, of trainers that have the PeftModel inside",
         "_load_rng_state": "going on right behind the cut",
+        "_save_optimizer_and_scheduler": "checkpoints of one process, of models that FSDP shards",
+        "_load_optimizer_and_scheduler": "going on from these",
     },
     BaseTuner: {
         "_prepare_adapter_config": "placements of bottleneck adapters",
@@ -201,6 +209,53 @@ def test_optimizers_are_forgotten() -> None:
         assert len(accelerator._optimizers) == 1
         forget_optimizers(accelerator)
         assert not accelerator._optimizers
+
+
+@pytest.fixture
+def one_of_one(tmp_path: Path, no_accelerator: None) -> Iterator[None]:
+    """A process group of this process alone."""
+    meet = torch.distributed.FileStore(str(tmp_path / "meet"), 1)
+    torch.distributed.init_process_group("gloo", store=meet, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("one_of_one")
+def test_cpus_shard_where_accelerate_is_asked_to() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with needed_for("FSDP2 on CPUs"), pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK"):
+            patch.setenv(name, "0")
+        patch.setenv("WORLD_SIZE", "1")
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        patch.setenv("FSDP_VERSION", "2")
+        PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+        with fsdp_on_cpus():
+            accelerator = Accelerator(cpu=True)
+        assert accelerator.is_fsdp2
+
+
+@pytest.mark.usefixtures("one_of_one")
+def test_a_model_leaves_fsdp_and_comes_back() -> None:
+    """With other parameters, tied ones still tied, and nothing of the old shards left."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    x, expected = torch.randn(2, 4), None
+    with needed_for("the cut of a model that FSDP shards"):
+        expected = model(x)
+        fully_shard(model)
+        torch.testing.assert_close(model(x), expected)
+        before = weakref.ref(model[0].weight)
+        with out_of_fsdp(model):
+            assert type(model) is nn.Sequential and isinstance(model[0].weight, DTensor)
+            assert not model._forward_hooks and not model._forward_pre_hooks
+            model[0].bias = nn.Parameter(torch.zeros(4))
+        gc.collect()
+        assert before() is None
+        assert isinstance(model, FSDPModule) and model[0].weight is model[2].weight
+        assert isinstance(model[2].weight, DTensor) and not isinstance(model[0].bias, DTensor)
+        assert not model(x).equal(expected)
 
 
 # PyTorch
@@ -733,9 +788,9 @@ def test_the_logits_of_the_last_token_are_read() -> None:
 
 
 def test_stand_ins_are_counted_as_long_as_they_live() -> None:
-    with of_torch.StorageWatch() as watch:
+    with StorageWatch() as watch:
         first = torch.zeros(1000)
-        assert isinstance(first, of_torch.StandIn) and watch.now == watch.peak == 4000
+        assert isinstance(first, StandIn) and watch.now == watch.peak == 4000
         view = first[:10]
         assert watch.now == 4000 and of_torch.storage_of(view) == of_torch.storage_of(first)
         second = first * 2
@@ -746,7 +801,7 @@ def test_stand_ins_are_counted_as_long_as_they_live() -> None:
 
 
 def test_stand_ins_answer_where_values_are_asked_for() -> None:
-    with of_torch.StorageWatch(share=0.25) as watch:
+    with StorageWatch(share=0.25) as watch:
         values = torch.zeros(8, 4)
         assert values.equal(values + 1) and not bool((values > 0).any()) and float(values.sum()) == 1.0
         assert (values > 0).nonzero().shape == (8, 2)

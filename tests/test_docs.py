@@ -15,6 +15,7 @@ import pytest
 import torch
 import workbench
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
@@ -152,6 +153,10 @@ def test_commands_and_python_run(document: Path, sandbox: Path) -> None:
         for program, *arguments in commands(code) if kind in ("", "bash", "shell") else ():
             if program == "lightpeft":
                 cli.main(arguments)
+            elif program == "accelerate":
+                engine = load_config_from_file(arguments[arguments.index("--config_file") + 1])
+                assert engine.num_processes == 2  # which test_sharded.py starts
+                cli.main(arguments[arguments.index("lightpeft") + 1 :])
             elif program == "make":
                 assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), f"make {arguments[0]} does not exist"
             else:

@@ -50,7 +50,9 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 POSITIONS = 40
 """Tokens that the tiny models have positions for."""
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = [
+    path for path in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml")) if path.parent.name != "engines"
+]
 GRIDS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 """What ships for `lightpeft reproduce`."""
 RUNS = [path for path in CONFIGS if path not in GRIDS]

@@ -48,6 +48,15 @@ def processes() -> PartialState:
         waiting.cancel()
 
 
+def sharding_launched(engine: str = "FSDP") -> bool:
+    """Whether `accelerate launch` has started this process as one of several that share a model's weights.
+
+    Args:
+        engine: by which they do so, FSDP or DEEPSPEED.
+    """
+    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
+
+
 def _state() -> PartialState:
     return PartialState(cpu=accelerator() is None)  # unless it is told so, it does not see those of a CPU
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 from lightpeft.console import bars
 from lightpeft.evaluation.batching import fitting_batch_size, in_batches
 from lightpeft.machine import autocasting
+from lightpeft.models.sharding import without_graph
 from lightpeft.tasks.answers import require_finite
 
 LINE_END = "\n"
@@ -53,7 +54,7 @@ def generate_texts(
         # whatever side the tokenizer pads on, a prompt must end where the text begins
         batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
         seen = _Finite()
-        with torch.inference_mode(), autocasting(device, autocast):
+        with without_graph(model), autocasting(device, autocast):
             written = model.generate(**batch, generation_config=config, logits_processor=[seen])
         return written[:, batch["input_ids"].shape[1] :].cpu(), seen.finite.cpu()
 

@@ -19,6 +19,7 @@ from lightpeft.evaluation.batching import fitting_batch_size, in_batches
 from lightpeft.evaluation.generating import generate_texts
 from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
+from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.tasks.tokens import Collator, take_rows, without_labels
 
@@ -50,7 +51,7 @@ class BatchedModel:
         def compute(rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
             batch = self.collator(take_rows(encoded, rows))
             inputs = {name: value.to(device) for name, value in without_labels(batch).items() if name in accepted}
-            with torch.inference_mode(), autocasting(device, self.autocast):
+            with without_graph(self.model), autocasting(device, self.autocast):
                 return batch, self.model(**inputs)
 
         with in_mode(self.model, training=False):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightpeft.compat.torch import StorageWatch, set_unseen
+from lightpeft.compat.stand_ins import StorageWatch
+from lightpeft.compat.torch import set_unseen
 from lightpeft.profiling.flops import flop_counter
 from lightpeft.profiling.live import device_of, trainable
 from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measure_training

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightpeft.compat.torch import StandIn
+from lightpeft.compat.stand_ins import StandIn
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears import stored_weight
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model

@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Budget, LightConfig, preset_light
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import prepare_quantised
@@ -182,11 +183,12 @@ def cut(
             raise LightPeftError(f"refit: {light.refit} needs rows; give prune(calibration=...), or set refit to none")
         rank = light.refit_rank if light.refit == "low_rank" else 0
         refit = fit(model, plan, calibration, rank)
-    apply_plan(model, plan)
-    apply_refit(model, refit)
-    if light.restart:
-        restart_sites(find_sites(model, plan.specs), light.seed)
-    return as_light(model, plan, refit=refit)
+    with out_of_fsdp(model):
+        apply_plan(model, plan)
+        apply_refit(model, refit)
+        if light.restart:
+            restart_sites(find_sites(model, plan.specs), light.seed)
+        return as_light(model, plan, refit=refit)
 
 
 class EstimationCallback(TrainerCallback):

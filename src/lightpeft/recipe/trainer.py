@@ -22,11 +22,12 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from lightpeft.compat.accelerate import as_it_is, forget_optimizers
+from lightpeft.compat.accelerate import as_it_is, forget_optimizers, prepared
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.errors import require
 from lightpeft.files import replacing_folder
 from lightpeft.models.on_disk import has_weights_on_disk
+from lightpeft.models.sharding import is_sharded
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -35,17 +36,26 @@ from lightpeft.prune.budgeting import FoundBudget, find_budget
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.length import fitted
 from lightpeft.prune.refit import calibration_batches
-from lightpeft.recipe.parallel import agreed, rewrap
+from lightpeft.recipe.parallel import agreed, refuse_deepspeed, rewrap
 from lightpeft.recipe.probes import make_probe, rows_aside
 from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut, light_settings
-from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
+from lightpeft.recipe.resuming import (
+    check_step,
+    cut_as_saved,
+    load_inside,
+    read_cut,
+    save_outside,
+    write_cut,
+    write_step,
+)
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.prefix import PrefixCache, PrefixMixin
 from lightpeft.training.schedule import Pace
-from lightpeft.training.trainer import Repeatable, train_in_float32
+from lightpeft.training.sharding import ShardingMixin
+from lightpeft.training.trainer import Repeatable, meeting_others, train_in_float32
 
 _log = logging.getLogger(__name__)
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -53,7 +63,7 @@ USUAL_NATS = "0.05 nats"
 """`light.tolerance: auto` where all that is known is the loss."""
 
 
-class LightTraining(PrefixMixin, Repeatable):
+class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
     """What `light_trainer` adds to a trainer: its first steps find out what the task needs, then the model is cut.
 
     It takes all arguments of the trainer. What it finds is there after training.
@@ -125,6 +135,15 @@ class LightTraining(PrefixMixin, Repeatable):
             self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
         self._trainer.add_callback(_Course(self))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The trainer's own.
+
+        Raises:
+            LightPeftError: DeepSpeed is asked for, or FSDP in a way in which it cannot be had.
+        """
+        refuse_deepspeed(self._trainer.args.deepspeed)
+        super().create_accelerator_and_postprocess()
+
     # -- the recipe ----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
@@ -133,8 +152,12 @@ class LightTraining(PrefixMixin, Repeatable):
         self._light_checkpoint = newest if resume_from_checkpoint is True else resume_from_checkpoint or None
         if self._light_checkpoint is None:
             self._estimation_steps = 0  # a light model that trains once more does so for the whole of it
+        else:
+            check_step(Path(self._light_checkpoint), self._trainer.args)
         try:
-            result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
+            with meeting_others():
+                self._before_sharding(self._light_checkpoint)
+                result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
             if self._light_pruner is not None and self.light_record is None and self.light_plan is None:
                 self._warn_uncut(self._trainer.state.global_step)
             return result
@@ -287,7 +310,7 @@ class LightTraining(PrefixMixin, Repeatable):
         forget_optimizers(trainer.accelerator)
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.create_optimizer()
-        trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
+        trainer.optimizer = prepared(trainer.accelerator, trainer.model, trainer.optimizer)
         trainer.create_scheduler(num_training_steps=max_steps)
         for name in ("optimizer", "lr_scheduler"):
             setattr(trainer.callback_handler, name, getattr(trainer, name))
@@ -339,6 +362,8 @@ class LightTraining(PrefixMixin, Repeatable):
             self._light_pruner.estimator.save_state(folder, write=write)
         elif write:
             write_cut(folder, {**self.light_report, "estimation_steps": self._estimation_steps})
+        if write:
+            write_step(folder, self._trainer.args)
         if write and self._holds_peft_model:
             save_outside(self._trainer.model, self._peft_model, folder)
 
@@ -363,11 +388,14 @@ class LightTraining(PrefixMixin, Repeatable):
             with replacing_folder(folder) as temporary:
                 self._peft_model.save_pretrained(temporary)
                 write_cut(temporary, {"estimation_steps": estimation_steps})
+                write_step(temporary, trainer.args)
                 state.save_to_json(str(temporary / TRAINER_STATE_NAME))
         trainer.accelerator.wait_for_everyone()
         return folder
 
     def _load_from_checkpoint(self, folder: str, *args: Any, **options: Any) -> None:
+        if is_sharded(self._trainer.model):  # `train` did it before
+            return
         report = read_cut(Path(folder))
         if report is not None:
             self.light_report, self._estimation_steps = report, int(report["estimation_steps"])
@@ -376,13 +404,13 @@ class LightTraining(PrefixMixin, Repeatable):
         if self._holds_peft_model:
             load_inside(self._trainer.model, self._peft_model, Path(folder))
         else:
-            super()._load_from_checkpoint(folder, *args, **options)  # type: ignore[misc]
+            super()._load_from_checkpoint(folder, *args, **options)
 
     def _load_best_model(self) -> None:
         if self._holds_peft_model:
             load_inside(self._trainer.model, self._peft_model, Path(self._trainer.state.best_model_checkpoint))
         else:
-            super()._load_best_model()  # type: ignore[misc]
+            super()._load_best_model()
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)  # type: ignore[misc]
@@ -400,8 +428,6 @@ class LightTraining(PrefixMixin, Repeatable):
     def _check_light(self) -> None:
         trainer, args = self._trainer, self._trainer.args
         engines = {
-            "DeepSpeed": trainer.is_deepspeed_enabled,
-            "FSDP": trainer.is_fsdp_enabled,
             "torch.compile": args.torch_compile,
             "DataParallel in one process": args.n_gpu > 1,
             "auto_find_batch_size": args.auto_find_batch_size,
@@ -411,6 +437,8 @@ class LightTraining(PrefixMixin, Repeatable):
         require(found is None, f"{found} cannot follow a model that is cut on the way; train without it{hint}")
         alone = "weights on disk are for training in one process; load the model without weights_on_disk"
         require(args.world_size == 1 or not has_weights_on_disk(trainer.model), alone)
+        if self._shards:
+            self._check_sharded()
         if self.light_config.blocks == "auto" and self.light_plan is None:
             self.light_tolerance()
             rows_aside(trainer, 0)
@@ -420,6 +448,15 @@ class LightTraining(PrefixMixin, Repeatable):
             f"{type(self).__name__} would take the cut model as its own reference; give the dense one as ref_model=, "
             "or set beta to 0",
         )
+
+    def _check_sharded(self) -> None:
+        light, trainer = self.light_config, self._trainer
+        probes = "light.blocks: auto probes copies of the model, which cannot be made of one that FSDP shards"
+        require(light.blocks != "auto" or self.light_plan is not None, f"{probes}; give light.blocks as a number")
+        kept = f"light.keep: {light.keep} needs the whole base in every process, which FSDP spares"
+        require(light.keep == "light", f"{kept}; set it to light")
+        quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
+        require(not quantised, "a base in 4 or 8 bits cannot be cut where FSDP shards it; give it unquantised")
 
     def _light_pace(self) -> Pace | None:
         """How fast training goes through its rows; None where these are not counted."""

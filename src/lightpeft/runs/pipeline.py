@@ -23,6 +23,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.milestones import Watcher, notices
 from lightpeft.evaluation.scores import Scores, scores_of
 from lightpeft.files import write_json
+from lightpeft.machine import sharding_launched
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import cut_parameters
 from lightpeft.peft_kinds.placing import add_peft
@@ -113,7 +114,7 @@ def _train_light(
 
 
 def _with_peft(work: Workspace) -> PeftModel:
-    return add_peft(work.dense_model(), work.config)
+    return add_peft(work.dense_model(to_train=True), work.config)
 
 
 def plan(work: Workspace | RunFolder) -> PrunePlan:
@@ -190,9 +191,8 @@ def _pruned_model(work: Workspace) -> LightModel:
     model = work.config.model
     switches = {name: getattr(model, name) for name in SWITCHES}
     try:
-        return to_device(
-            load_light(work.run.pruned, is_trainable=True, low_memory=True, attention=model.attention, **switches)
-        )
+        light = load_light(work.run.pruned, is_trainable=True, low_memory=True, attention=model.attention, **switches)
+        return light if sharding_launched() else to_device(light)
     except LightPeftError:  # a base in few bits or in a file of another kind, which is read whole; or damage, as below
         return load_light(work.run.pruned, work.dense_model().model, is_trainable=True)
 

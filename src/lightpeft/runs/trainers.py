@@ -20,6 +20,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, throughput
+from lightpeft.recipe.parallel import refuse_deepspeed
 from lightpeft.recipe.trainer import USUAL_NATS, light_trainer
 from lightpeft.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.workspace import Workspace
@@ -29,6 +30,7 @@ from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
 from lightpeft.training.prefix import PrefixMixin
+from lightpeft.training.sharding import ShardingMixin
 from lightpeft.training.trainer import RunTrainer, train_in_float32
 
 TENSORBOARD = "tensorboard"
@@ -125,6 +127,7 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
             stop_at_cut: end when estimation is over, with a dense model.
             callbacks: called before those of the run.
         """
+        refuse_deepspeed(work.config.trainer.get("deepspeed"))  # before transformers looks for its package
         self.work, self.stop_at_cut = work, stop_at_cut
         training = work.config.training
         options = {"light": work.config.light, "fast_steps": training.fast_steps, "prefix_cache": work.prefix_cache}
@@ -193,7 +196,7 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         self.meter = Meter(self.work, self._peft_model, step, step > self._estimation_steps, caching)
 
 
-class DenseRun(InRun, PrefixMixin, RunTrainer):
+class DenseRun(InRun, PrefixMixin, ShardingMixin, RunTrainer):
     """Plain PEFT, or every weight, in a run folder, as both train by habit; frozen blocks run without a graph."""
 
     def __init__(
@@ -223,10 +226,11 @@ class DenseRun(InRun, PrefixMixin, RunTrainer):
         caching = time.perf_counter() - started
         self.meter = Meter(self.work, self.model, state.global_step, state.global_step > 0, caching)
 
-    def train(self, *args: Any, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **options: Any) -> Any:
         """Train, and leave the model as it was but for its weights."""
+        self._before_sharding(resume_from_checkpoint)
         try:
-            return super().train(*args, **options)
+            return super().train(resume_from_checkpoint, *args, **options)
         finally:
             self._close_prefix()
 

@@ -14,7 +14,7 @@ from lightpeft.config import RunConfig, TrainingConfig
 from lightpeft.console.bars import showing, silent
 from lightpeft.evaluation.milestones import Watcher, sample
 from lightpeft.evaluation.respondent import BatchedModel
-from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes
+from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer
 from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, cut_tokenizer, kept_tokens
@@ -100,12 +100,16 @@ class Workspace:
             return None
         return PrefixCache(training.prefix_cache, training.prefix_dtype, int(training.prefix_limit * 2**30))
 
-    def dense_model(self) -> LoadedModel:
+    def dense_model(self, to_train: bool = False) -> LoadedModel:
         """The untouched foundation model with the task's head, on the device that training uses.
 
         Where the run keeps the tokens of its task alone, it has no others.
+
+        Args:
+            to_train: where training shards it, it stays in host memory until then.
         """
-        return open_base(self.config.model, Wanted.of(self.task), self.tokenizer, self.vocabulary)
+        waits = to_train and sharding_launched()
+        return open_base(self.config.model, Wanted.of(self.task), self.tokenizer, self.vocabulary, waits)
 
     def calibration(self) -> Iterator[dict[str, Tensor]]:
         """Batches of some training rows, for `light.refit`."""

@@ -32,6 +32,7 @@ from lightpeft.files.foreign import check_folder, parsing
 from lightpeft.models import repositories
 from lightpeft.models.linears import add_to_linear, features
 from lightpeft.models.loading import check_checkpoint
+from lightpeft.models.tensors import Reading, on_disk
 from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
@@ -49,7 +50,6 @@ from lightpeft.saved.description import (
     per_layer_config,
     unmeasured,
 )
-from lightpeft.saved.tensors import Reading, on_disk
 from lightpeft.saved.uploading import send
 from lightpeft.saved.whole_config import CONFIG, hide_config, own_config, read_own
 

@@ -145,13 +145,18 @@ def open_result(run: RunFolder, task: Task, base: PreTrainedModel | None = None)
 
 
 def open_base(
-    model: ModelConfig, wanted: Wanted, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None
+    model: ModelConfig,
+    wanted: Wanted,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary | None = None,
+    in_host_memory: bool = False,
 ) -> LoadedModel:
     """An untouched foundation model that is to be trained, with the head that is wanted, on the device at hand.
 
     Args:
         tokenizer: its tokenizer, which the model learns from what it is to pad with.
         vocabulary: the tokens that it is to have alone, which are also the tokenizer's; None: all.
+        in_host_memory: leave it there: what is sharded goes to its device in parts.
 
     Raises:
         LightPeftError: it cannot be loaded, or cannot be pruned.
@@ -161,5 +166,4 @@ def open_base(
     if vocabulary is not None:
         cut_model(loaded.model, vocabulary)
     ensure_pad_token(tokenizer, loaded.model.config)
-    to_device(loaded.model)
-    return loaded
+    return loaded if in_host_memory else replace(loaded, model=to_device(loaded.model))

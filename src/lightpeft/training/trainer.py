@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,8 @@ class RunTrainer(Repeatable, Trainer):
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         try:
-            super()._save_checkpoint(*args, **options)
+            with meeting_others():
+                super()._save_checkpoint(*args, **options)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what `torch.save` raises on a full disk, in many words
@@ -119,7 +121,7 @@ def fit(trainer: Trainer, resume_from: Path | None) -> None:
     """
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with stop.listening(), _readable_errors(trainer.args.output_dir):
+    with stop.listening(), _readable_errors(trainer.args.output_dir), meeting_others():
         bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
         try:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
@@ -130,6 +132,27 @@ def fit(trainer: Trainer, resume_from: Path | None) -> None:
                 bar.progress.stop()
     if stop.requested:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+
+
+@contextmanager
+def meeting_others() -> Iterator[None]:
+    """Turn the loss of another process, which this one finds where it waits for it, into one line.
+
+    Raises:
+        LightPeftError: another process of the training is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized() or not told:
+            raise
+        if hasattr(signal, "pthread_sigmask"):  # launchers end the others by SIGTERM: first the line is to be told
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        raise LightPeftError(
+            "another process of this training has ended, and what is left cannot go on without it; "
+            "start all again: training goes on from the last checkpoint"
+        ) from error
 
 
 @contextmanager

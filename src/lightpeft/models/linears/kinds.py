@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightpeft.models.sharding import placed_like, whole
+
 
 class LinearKind(ABC):
     """How one kind of linear layer is read and cut."""
@@ -98,5 +100,6 @@ def _empty(layer: Any, dim: int) -> None:
 
 
 def sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
-    """A parameter of the entries `index` along `dim`, which trains if the whole one does."""
-    return nn.Parameter(parameter.detach().index_select(dim, index), requires_grad=parameter.requires_grad)
+    """A parameter of the entries `index` along `dim`, which trains if the whole one does, and is sharded if that is."""
+    kept = whole(parameter.detach()).index_select(dim, index.to(parameter.device))
+    return nn.Parameter(placed_like(kept, parameter), requires_grad=parameter.requires_grad)

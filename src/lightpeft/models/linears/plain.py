@@ -5,21 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lightpeft.compat.torch import StandIn
+from lightpeft.compat.stand_ins import StandIn
 from lightpeft.models.linears.kinds import DenseKind, sliced
+from lightpeft.models.sharding import placed_like, whole
 
 
 class PlainLinear(DenseKind):
     """`torch.nn.Linear` with an ordinary floating-point weight."""
 
     def matches(self, layer: nn.Module) -> bool:
-        weight = getattr(layer, "weight", None)
-        return isinstance(layer, nn.Linear) and isinstance(weight, nn.Parameter) and _is_ordinary(weight)
+        weight: Any = getattr(layer, "weight", None)
+        ours = type(weight) in (nn.Parameter, DTensor, StandIn)
+        return isinstance(layer, nn.Linear) and ours and _is_ordinary(weight)
 
     def dense_weight(self, layer: Any) -> Tensor:
-        return layer.weight.detach()
+        return whole(layer.weight.detach())
+
+    def features(self, layer: Any) -> tuple[int, int]:
+        rows, columns = layer.weight.shape
+        return rows, columns
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
         layer.weight = sliced(layer.weight, index, dim)
@@ -41,7 +48,11 @@ class TransposedLinear(DenseKind):
         return isinstance(layer, Conv1D)
 
     def dense_weight(self, layer: Any) -> Tensor:
-        return layer.weight.detach().T
+        return whole(layer.weight.detach()).T
+
+    def features(self, layer: Any) -> tuple[int, int]:
+        columns, rows = layer.weight.shape
+        return rows, columns
 
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
         layer.weight = sliced(layer.weight, index, 1 - dim)
@@ -70,8 +81,8 @@ def _sum(parameter: nn.Parameter, change: Tensor | None) -> nn.Parameter:
     """A new parameter, added up in float32; it trains if the old one does."""
     if change is None:
         return parameter
-    total = (parameter.detach().float() + change.float()).to(parameter.dtype)
-    return nn.Parameter(total, requires_grad=parameter.requires_grad)
+    total = (whole(parameter.detach()).float() + change.float()).to(parameter.dtype)
+    return nn.Parameter(placed_like(total, parameter), requires_grad=parameter.requires_grad)
 
 
 def _frozen(values: Tensor) -> nn.Parameter:
@@ -79,5 +90,5 @@ def _frozen(values: Tensor) -> nn.Parameter:
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    """Whether a weight is of PyTorch's own type, or a stand-in for one."""
-    return weight.is_floating_point() and (type(weight) is StandIn or type(weight.data) is Tensor)
+    """Whether a weight is of PyTorch's own type, sharded or not, or a stand-in for one."""
+    return weight.is_floating_point() and (type(weight) is StandIn or type(weight.data) in (Tensor, DTensor))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightpeft.machine import processes
+from lightpeft.models.sharding import is_sharded
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.prefix.batches import Numbered, number_rows, with_states
 from lightpeft.training.prefix.blocks import FrozenPrefix
@@ -58,6 +59,9 @@ class PrefixMixin:
         args, rows = self._trainer.args, self._prefix_rows
         seen = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if self.prefix_cache is None or not self._frozen_prefix or seen <= len(self._trainer.train_dataset):
+            return
+        if is_sharded(model):  # all processes have to go through its blocks together, and would not
+            self._announce("no prefix cache: FSDP shards the model")
             return
         if rows is None:
             self._announce(f"no prefix cache: {self._prefix_obstacle}")

@@ -1,0 +1,105 @@
+"""FSDP2 of PyTorch: how a model gets out of it, and in again."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.distributed import _composable_state
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lightpeft.compat.torch import set_unseen
+
+
+@contextmanager
+def out_of_fsdp(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model that `fully_shard` (FSDP2) was applied to has no part in that, and can be cut.
+
+    Its parameters lie sharded then (`DTensor`). Behind the block those that still do are sharded as they were, unit by
+    unit, so that never more than one unit is whole; what was replicated (`ignored_params`) stays so. FSDP2 has no way
+    back of its own: what it puts on a module is taken off here. Other models are left alone.
+    """
+    units = list(_units(model))
+    for unit in units:
+        unit.release()
+    gc.collect()  # its groups refer to one another, and hold the shards
+    yield
+    there = set(model.modules())
+    for unit in units:
+        unit.shard([module for module in unit.modules if module in there])
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Modules whose parameters `fully_shard` gathers together, and what it was told."""
+
+    modules: tuple[nn.Module, ...]
+    options: dict[str, Any]
+
+    def release(self) -> None:
+        """Take off the modules what `fully_shard` put on them."""
+        state = _fsdp_state(self.modules[0])
+        handles = {state._pre_forward_hook_handle, state._post_forward_hook_handle}
+        for group in state._fsdp_param_groups:
+            handles.update(group._module_to_pre_save_state_dict_hook_handle.values())
+            handles.update(group._module_to_pre_load_state_dict_hook_handle.values())
+            handles.update(parameter._post_load_hook_handle for parameter in group.fsdp_params)
+        for handle in handles:
+            handle.remove()
+        for module in self.modules:
+            kind: Any = type(module)
+            module.__class__ = kind.__mro__[kind._orig_cls_mro_index]
+            _composable_state._module_state_mapping.pop(module)
+            for key in (STATE_KEY, REGISTRY_KEY):
+                vars(module).pop(key, None)
+
+    def shard(self, modules: list[nn.Module]) -> None:
+        """Shard what is left of the modules, as they were."""
+        places = [(part, name) for module in modules for part in _outside_units(module) for name in part._parameters]
+        whole: dict[nn.Parameter, nn.Parameter] = {}  # tied weights stay tied
+        ignored = set()
+        for part, name in places:
+            parameter = part._parameters[name]
+            if isinstance(parameter, DTensor):
+                values = parameter.detach().full_tensor() if parameter not in whole else whole[parameter]
+                set_unseen(part, name, whole.setdefault(parameter, nn.Parameter(values, parameter.requires_grad)))
+            elif parameter is not None:
+                ignored.add(parameter)
+        if modules:
+            whole.clear()
+            together: Any = modules if len(modules) > 1 else modules[0]
+            fully_shard(together, ignored_params=ignored, **self.options)
+
+
+def _units(model: nn.Module) -> Iterator[_Unit]:
+    """From the innermost out, as `fully_shard` wants them."""
+    seen = set()
+    for module in reversed(list(model.modules())):
+        if not isinstance(module, FSDPModule) or (state := _fsdp_state(module)) in seen:
+            continue
+        seen.add(state)
+        module.reshard()
+        options: dict[str, Any] = {"mp_policy": state._mp_policy}
+        for group in state._fsdp_param_groups:
+            options |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
+            if not state._auto_reshard_after_forward:
+                options["reshard_after_forward"] = group.post_forward_mesh_info is not None
+        yield _Unit(tuple(state._modules), options)
+
+
+def _fsdp_state(module: Any) -> Any:
+    return module._get_fsdp_state()
+
+
+def _outside_units(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and what is inside it, but for what is sharded by itself."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _outside_units(child)

@@ -1,0 +1,86 @@
+"""PyTorch: tensors without storage, and what they would take."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightpeft.compat.torch import storage_of
+
+StandIn = FakeTensor
+"""A tensor that knows its shape, type and device, and holds no values: what is computed with it gives others such."""
+
+
+class StorageWatch(TorchDispatchMode):
+    """Inside the block every tensor that is made is a stand-in, and counts for as long as something holds on to it.
+
+    Where values are asked for, which stand-ins do not have: tensors are equal, a truth is false, a number 1.
+    """
+
+    def __init__(self, share: float = 1.0) -> None:
+        """
+        Args:
+            share: part of a tensor's entries that count as not zero where somebody looks for those.
+        """
+        super().__init__()
+        self.now = self.peak = 0
+        """Bytes of all storages that are held, and the most that they were."""
+        self._share = share
+        self._sizes: dict[int, int] = {}
+        self._stand_ins = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def __enter__(self) -> StorageWatch:
+        self._stand_ins.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._stand_ins.__exit__(*raised)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        if func is aten.equal.default:
+            return True
+        if func is aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+        if func is aten.nonzero.default:
+            return self.counted(self._places(args[0]))
+        if func is aten.index.Tensor:
+            args = (args[0], [part for index in args[1] for part in self._as_numbers(index)])
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.counted(tensor)
+        return result
+
+    def counted(self, tensor: Tensor) -> Tensor:
+        """The tensor, whose storage counts from now on."""
+        storage, key = tensor.untyped_storage(), storage_of(tensor)
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, key)
+        return tensor
+
+    def _as_numbers(self, index: Tensor | None) -> Iterable[Tensor | None]:
+        """A mask as the numbers of what it takes, one tensor a dimension; another index as it is."""
+        if index is None or index.dtype is not torch.bool:
+            return [index]
+        return self._places(index).unbind(1)
+
+    def _places(self, mask: Tensor) -> Tensor:
+        """Stand-ins for the places where something is not zero: [number, dimensions]."""
+        return mask.new_empty((int(self._share * mask.numel() + 0.5), mask.dim()), dtype=torch.long)
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)

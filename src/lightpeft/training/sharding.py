@@ -1,0 +1,162 @@
+"""Any trainer of a PeftModel under FSDP2: what is frozen, nearly all, is sharded, and what trains is whole everywhere.
+
+What trains is small, as masks and scores are. Its gradients are averaged as under DDP, checkpoints are those of one
+process, and any number of processes goes on from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from lightpeft.compat.accelerate import fsdp_on_cpus
+from lightpeft.errors import require
+from lightpeft.machine import sharding_launched
+from lightpeft.models.families import block_lists
+from lightpeft.models.sharding import is_sharded, reshard
+from lightpeft.models.unwrap import transformers_model
+
+
+class ShardingMixin:
+    """Mixin of `Trainer` classes. `train` is to call `_before_sharding` first."""
+
+    @property
+    def _shards(self) -> bool:
+        """Whether the model is sharded while it trains."""
+        trainer: Any = self
+        return getattr(trainer.accelerator.state, "fsdp_plugin", None) is not None
+
+    def _before_sharding(self, checkpoint: str | None) -> None:
+        """Get the model ready to be sharded where training begins; every process still has all of it.
+
+        Args:
+            checkpoint: to go on from; its weights are loaded here.
+
+        Raises:
+            LightPeftError: nothing is frozen, or a layer has both weights that train and frozen ones.
+        """
+        trainer: Any = self
+        if not self._shards or is_sharded(trainer.model):
+            return
+        if checkpoint is not None:
+            self._load_from_checkpoint(checkpoint)
+        trains, plugin = list(_trains(trainer.model)), trainer.accelerator.state.fsdp_plugin
+        plugin.ignored_modules = trains
+        if plugin.transformer_cls_names_to_wrap is None:  # else embeddings of some, which accelerate shards apart
+            plugin.transformer_cls_names_to_wrap = _blocks(trainer.model)
+        for parameter in (p for module in trains for p in _own(module)):
+            parameter.data = parameter.data.to(trainer.args.device)
+            dist.broadcast(parameter.data, 0)
+
+    # -- what Trainer calls --------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The trainer's own; it shards on CPUs, too, if it is asked to.
+
+        Raises:
+            LightPeftError: FSDP is asked for in a way in which it cannot be had here.
+        """
+        trainer: Any = self
+        asked = bool(trainer.args.fsdp) or sharding_launched()
+        with fsdp_on_cpus() if asked else nullcontext():
+            super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        if self._shards:
+            _check_plugin(trainer.accelerator.state.fsdp_plugin)
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """One backward pass; gradients are averaged behind the last one of a step."""
+        loss = super().training_step(*args, **options)  # type: ignore[misc]
+        trainer: Any = self
+        if self._shards and trainer.accelerator.sync_gradients:
+            _average_gradients(trainer.model)
+        return loss
+
+    def save_model(self, *args: Any, **options: Any) -> None:
+        """The trainer's own; of a sharded model the adapter, once."""
+        with self._as_one_process():
+            super().save_model(*args, **options)  # type: ignore[misc]
+
+    def _save_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
+        with self._as_one_process():
+            super()._save_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
+        trainer: Any = self
+        if is_sharded(trainer.model):  # it was done in `_before_sharding`
+            return
+        with self._as_one_process():
+            super()._load_from_checkpoint(*args, **options)  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
+        with self._as_one_process():
+            super()._load_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
+
+    def _load_best_model(self) -> None:
+        with self._as_one_process():
+            super()._load_best_model()  # type: ignore[misc]
+
+    @contextmanager
+    def _as_one_process(self) -> Iterator[None]:
+        """Inside the block the trainer saves and loads as without FSDP."""
+        trainer: Any = self
+        reshard(trainer.model)
+        enabled, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            trainer.is_fsdp_enabled = enabled
+
+
+def _check_plugin(plugin: Any) -> None:
+    require(plugin.fsdp_version == 2, "FSDP1 cannot leave out of the shards what trains; set fsdp_version to 2")
+    loading = "fsdp_cpu_ram_efficient_loading leaves all processes but one without weights"
+    require(not plugin.cpu_ram_efficient_loading, f"{loading}; set it to false")
+    offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    require(
+        not offloaded,
+        "fsdp_offload_params (cpu_offload) keeps shards where they cannot be put together; set it to false",
+    )
+    again = "fsdp_activation_checkpointing wraps the blocks, which have to stay as they are"
+    require(not plugin.activation_checkpointing, f"{again}; set training.gradient_checkpointing instead")
+
+
+def _trains(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that have what trains."""
+    require(
+        any(not p.requires_grad for p in model.parameters()),
+        "FSDP shards what is frozen, and of a model whose every weight trains nothing is; use a PEFT method, or DDP",
+    )
+    for name, module in model.named_modules():
+        trains = {p.requires_grad for p in _own(module)}
+        both = f'{name} has weights that train beside frozen ones, and FSDP shards the frozen ones; use bias="none"'
+        require(trains != {True, False}, both)
+        if True in trains:
+            yield module
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Names of the classes that the blocks of the transformers model are of."""
+    (inner,) = (module for module in model.modules() if isinstance(module, PeftModel))
+    return sorted({type(block).__name__ for stack in block_lists(transformers_model(inner)) for block in stack})
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))
+
+
+@torch.no_grad()
+def _average_gradients(model: nn.Module) -> None:
+    """Gradients of what trains become their mean over all processes, as DDP makes it."""
+    gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    flat = torch.cat([gradient.flatten().float() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

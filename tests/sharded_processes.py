@@ -1,0 +1,88 @@
+"""What `test_sharded.py` runs in two processes that share the weights (FSDP2 over gloo)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from sharded_trainings import MODELS, found, training
+from torch.distributed.tensor import DTensor
+from training import StopAt
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from lightpeft import cli
+from lightpeft.errors import LightPeftError
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.runs import pipeline
+
+
+class KillAt(TrainerCallback):
+    """Ends this process as a lost machine would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def trainings(folder: Path) -> None:
+    """All models, and one from a checkpoint on each side of the cut."""
+    place = folder / f"rank{os.environ['RANK']}"
+    place.mkdir(parents=True)
+    for name in MODELS:
+        trainer = training(name, folder / name, processes=2)
+        trainer.train()
+        torch.save({**found(trainer), **sharded(trainer.model)}, place / f"{name}.pt")
+        trainer.save_model(str(folder / name / "adapter"))
+    for side, step in (("before", 3), ("behind", 8)):
+        first = training("bert-lora", folder / side, processes=2, save_strategy="steps", save_steps=step)
+        first.add_callback(StopAt(step))
+        first.train()
+        again = training("bert-lora", folder / side, processes=2)
+        again.train(resume_from_checkpoint=str(folder / side / f"checkpoint-{step}"))
+        torch.save(found(again), place / f"{side}.pt")
+    refused = {}
+    for setting, changes in REFUSED.items():
+        try:
+            training("bert-lora", folder / "refused", processes=2, **changes)
+        except LightPeftError as error:
+            refused[setting] = str(error)
+    (place / "refused.json").write_text(json.dumps(refused))
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "cpu_offload": {"fsdp_config": {"cpu_offload": True}},
+    "cpu_ram_efficient_loading": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
+    "activation_checkpointing": {"fsdp_config": {"activation_checkpointing": True}},
+    "blocks": {"light": {"blocks": "auto", "heads": 0.0, "neurons": 0.0}},
+    "keep": {"light": {"keep": "full"}},
+}
+
+
+def sharded(model: torch.nn.Module) -> dict[str, Any]:
+    """How many numbers the base has, and how many of them this process holds."""
+    base = [p for p in transformers_model(model).parameters() if not p.requires_grad]
+    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in base)
+    return {"numbers": sum(p.numel() for p in base), "held": held}
+
+
+def killed(config: Path) -> None:
+    """The command line, of which the second process is lost behind the cut."""
+    if os.environ["RANK"] == "1":
+        pipeline.run = partial(pipeline.run, callbacks=[KillAt(10)])
+    cli.main(["run", "--config", str(config)])
+
+
+if __name__ == "__main__":
+    {"trainings": trainings, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
+    dist.destroy_process_group()

@@ -1,0 +1,193 @@
+"""Two processes that share a model's frozen weights (FSDP2) must end where one process does that has them all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharded_processes import REFUSED
+from sharded_trainings import LONG, MODELS, found, training
+from workbench import Workbench, lightpeft
+
+from lightpeft import load_light
+from lightpeft.errors import LightPeftError
+from lightpeft.files import read_json
+from lightpeft.plans.records import PrunePlan
+from lightpeft.runs import pipeline
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
+
+TESTS = Path(__file__).parent
+WORKER = TESTS / "sharded_processes.py"
+ENGINES = TESTS.parent / "configs" / "engines"
+SIDES = ["before", "behind"]
+
+
+def together(*command: object) -> subprocess.CompletedProcess[str]:
+    """What two processes do that are started by a command."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    words = [sys.executable, "-m", *map(str, command)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def launched(engine: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """What `accelerate launch` starts with one of the files that ship."""
+    launch = ["accelerate.commands.accelerate_cli", "launch", "--config_file", ENGINES / f"{engine}.yaml"]
+    return together(*launch, "--main_process_port", "0", *words)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what both processes found."""
+    folder = tmp_path_factory.mktemp("sharded")
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER]
+    done = together(*launch, "trainings", folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What one process finds."""
+    trainers = {name: training(name, tmp_path_factory.mktemp("alone")) for name in MODELS}
+    for trainer in trainers.values():
+        trainer.train()
+    return {name: found(trainer) for name, trainer in trainers.items()}
+
+
+def of_rank(results: Path, rank: int, name: str) -> dict[str, Any]:
+    return torch.load(results / f"rank{rank}" / f"{name}.pt")
+
+
+def assert_close(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert found["plan"]["blocks"] == alone["plan"]["blocks"]
+    assert found["plan"]["sites"] == alone["plan"]["sites"]
+    losses = found["losses"]
+    torch.testing.assert_close(losses, alone["losses"][-len(losses) :], rtol=1e-4, atol=1e-5)
+    assert found["weights"].keys() == alone["weights"].keys()
+    for name, weight in found["weights"].items():
+        torch.testing.assert_close(weight, alone["weights"][name], rtol=1e-2, atol=2e-4, msg=name)
+
+
+# -- parity ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_end_where_one_does(results: Path, alone: dict[str, dict[str, Any]], name: str) -> None:
+    assert len(alone[name]["losses"]) == (50 if name in LONG else 12)
+    for rank in (0, 1):
+        assert_close(of_rank(results, rank, name), alone[name])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_those_of_one_process(results: Path, alone: dict[str, dict[str, Any]], name: str) -> None:
+    scores, expected = of_rank(results, 0, name)["scores"], alone[name]["scores"]
+    assert scores.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(scores[key], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_processes_agree_to_the_last_bit(results: Path, name: str) -> None:
+    first, second = (of_rank(results, rank, name) for rank in (0, 1))
+    assert first["plan"] == second["plan"]
+    assert first["losses"] == second["losses"]
+    assert all(weight.equal(second["weights"][key]) for key, weight in first["weights"].items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_process_holds_a_part_of_the_cut_base(results: Path, name: str) -> None:
+    for rank in (0, 1):
+        of_process = of_rank(results, rank, name)
+        assert of_process["held"] <= 0.55 * of_process["numbers"]
+
+
+def test_the_light_adapter_is_written_once_and_opens_anywhere(results: Path) -> None:
+    name = "bert-lora"
+    base = MODELS[name]().unload()
+    light = load_light(results / name / "adapter", base, is_trainable=True)
+    trained = of_rank(results, 0, name)["weights"]
+    parameters = dict(light.named_parameters())
+    assert light.light_plan.to_dict() == of_rank(results, 0, name)["plan"]
+    assert all(parameters[key].equal(weight) for key, weight in trained.items())
+
+
+# -- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_two_processes_go_on_from_a_checkpoint(results: Path, alone: dict[str, dict[str, Any]], side: str) -> None:
+    assert_close(of_rank(results, 0, side), alone["bert-lora"])
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_one_process_goes_on_where_two_were(
+    results: Path, alone: dict[str, dict[str, Any]], side: str, tmp_path: Path
+) -> None:
+    (checkpoint,) = (results / side).glob("checkpoint-*")
+    trainer = training("bert-lora", tmp_path)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert_close(found(trainer), alone["bert-lora"])
+
+
+def test_a_number_of_processes_that_does_not_fit_is_refused(results: Path, tmp_path: Path) -> None:
+    trainer = training("bert-lora", tmp_path, per_device_train_batch_size=4)
+    with pytest.raises(LightPeftError, match="8 rows a step, from 2 process.*takes 4, in 1; start 2"):
+        trainer.train(resume_from_checkpoint=str(results / "before" / "checkpoint-3"))
+
+
+# -- from the shell --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("runs"), "llama", "causal-lm")
+
+
+def test_a_run_goes_on_after_a_killed_process(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"light.least_examples": 0, "lora.dropout": 0.0}
+    pipeline.run(bench.config("alone", **settings))
+    config = bench.yaml("shared", **settings, **{"training.batch_size": 4})
+    done = launched("fsdp2", WORKER, "killed", config)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("lightpeft: ")]
+    assert "another process of this training has ended" in line and "goes on from the last checkpoint" in line
+    assert "Traceback" not in done.stderr.partition(line)[0]
+
+    assert lightpeft("run", "--config", config) == 2
+    assert "8 rows a step, from 2 process(es), and this one takes 4, in 1" in capsys.readouterr().err
+    done = launched("fsdp2", "-m", "lightpeft", "run", "--config", config)
+    assert done.returncode == 0, done.stderr[-4000:]
+    folders = [bench.folder / name for name in ("alone", "shared")]
+    plans = [PrunePlan.load(folder / "plan.json") for folder in folders]
+    assert plans[0].blocks == plans[1].blocks and plans[0].sites == plans[1].sites
+    losses = [read_json(folder / "metrics.json")["metrics"]["loss"] for folder in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# -- what cannot work ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_cannot_be_shared_is_refused_in_one_line(results: Path, setting: str) -> None:
+    line = json.loads((results / "rank0" / "refused.json").read_text())[setting]
+    assert setting in line and "\n" not in line
+
+
+def test_deepspeed_is_refused_in_one_line(
+    bench: Workbench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = bench.yaml("deepspeed", **{"light.least_examples": 0})
+    for asked in (["--trainer.deepspeed", "zero2.json"], []):
+        assert lightpeft("run", "--config", config, *asked) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("lightpeft: DeepSpeed") and "configs/engines/fsdp2.yaml" in line
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not (bench.folder / "deepspeed").exists()
