@@ -25,6 +25,7 @@ import gguf_speed
 import gpu
 import inference
 import low_memory
+import needs
 import on_disk
 import peer_cells
 import peer_methods
@@ -39,6 +40,7 @@ import recipe
 import recovery
 import recovery_arms
 import recovery_writers
+import scale
 import scaling
 import serving
 import steps
@@ -615,6 +617,39 @@ def test_depth_probe_of_a_language_model(
     monkeypatch.chdir(tmp_path)
     assert depth_probe.main([str(Workbench(tmp_path / "bench", "llama", "causal-lm").yaml("tiny"))]) == 2
     assert "does not classify" in capsys.readouterr().err
+
+
+# -- needs.py, scale.py ------------------------------------------------------------------------------------------------
+
+
+def test_needs(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "needs.json"
+    assert needs.main([str(config), "--steps", "2", "--out", str(out)]) == 0
+    (stages,) = read(out)["results"].values()
+    assert list(stages) == ["plain", "estimate", "train"]
+    assert stages["plain"]["said_flops"] == stages["plain"]["measured_flops"] > 0
+    assert all(stage["measured_bytes"] > 0 for stage in stages.values())
+    assert "tiny, estimate" in capsys.readouterr().out
+    assert needs.main([str(tmp_path / "missing.yaml")]) == 2
+
+
+def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More GPUs hold less each, down to what all of them hold."""
+    monkeypatch.setattr(scale, "COMMON", scale.COMMON | {"vocab_size": 512})
+    base = save_base(tmp_path / "base", "llama", tokenizer=tokenizer_of_bytes())
+    out = tmp_path / "scale.json"
+    assert scale.main(["--tiny", "--rows", "2", "--tokenizer", str(base), "--out", str(out)]) == 0
+    (stages,) = read(out)["results"].values()
+    for holding in stages.values():
+        alone, *shared = holding["gpus"].values()
+        parts = ("weights", "trained", "activations", "overhead")
+        assert alone == sum(holding[part] for part in parts)
+        assert shared == sorted(shared, reverse=True)
+    assert stages["train"]["weights"] < stages["estimate"]["weights"]
+    assert scale.main(["--tiny", "--tokenizer", str(base), "--rows", "0"]) == 2
 
 
 # -- probe_length.py ---------------------------------------------------------------------------------------------------
