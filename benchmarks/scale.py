@@ -3,7 +3,8 @@
     python benchmarks/scale.py --out benchmarks/scale.json
 
 `lightpeft check` of a run on a base that has a config and no weights: a decoder that learns completions, in bfloat16,
-under gradient checkpointing. What one GPU holds of it under FSDP2 is arithmetic on top of that:
+under gradient checkpointing; with 4 and with 8 blocks, and all others on the line through both. What one GPU holds
+under FSDP2 is arithmetic on top of that:
 
     (frozen weights of the blocks) / GPUs  +  two whole blocks  +  embeddings and head  +  what trains  +  activations
 
@@ -29,15 +30,17 @@ from lightpeft.cli.command import quiet
 from lightpeft.config import run_config_from_dict
 from lightpeft.profiling.rehearsal import Holding
 from lightpeft.runs import pipeline
-from lightpeft.runs.checking import Check, check
+from lightpeft.runs.checking import check
 
 SHAPES: dict[str, dict[str, int]] = {
     "Llama 8B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336},
     "Llama 70B": {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672},
 }
 COMMON = {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192}
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 128}
+TINY = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 8, "intermediate_size": 128}
 GPUS = (1, 2, 4, 8, 16, 64)
+FEW, MORE = 4, 8
+"""Blocks of the models that are gone through."""
 HELD = 80e9
 """Bytes of a GPU."""
 PROMPT, COMPLETION = 768, 256
@@ -59,46 +62,50 @@ class Sharded:
         return shared + self.outside + holding.trained + holding.activations + holding.overhead
 
 
-def base_without_weights(folder: Path, shape: Mapping[str, int], tokenizer: Path) -> LlamaConfig:
+def base_without_weights(folder: Path, shape: Mapping[str, int], tokenizer: Path) -> None:
     """A model's folder as far as its shapes go."""
-    config = LlamaConfig(**COMMON, **shape, tie_word_embeddings=False)
-    config.save_pretrained(folder)
+    LlamaConfig(**COMMON, **shape, tie_word_embeddings=False).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / name, folder / name)
-    return config
 
 
-def needs(folder: Path, shape: Mapping[str, int], tokenizer: Path, rows: int, blocks: float) -> tuple[Check, Sharded]:
-    """What a run on a shape needs, and how it is sharded."""
-    config = base_without_weights(folder / "base", shape, tokenizer)
-    data = folder / "rows.jsonl"
-    line = json.dumps({"prompt": " the" * PROMPT, "completion": " the" * (COMPLETION - 1)})
-    data.write_text((line + "\n") * max(256, 4 * rows), encoding="utf-8")
-    settings: dict[str, Any] = {
-        "preset": "writer",
-        "output": str(folder / "run"),
-        "model": {"name": str(folder / "base"), "dtype": "bfloat16"},
-        "data": {"task": "causal-lm", "train": str(data), "prompt": "prompt", "completion": "completion"},
-        "light": {"blocks": blocks, "least_examples": 64},
-        "training": {"batch_size": rows, "gradient_checkpointing": True, "epochs": 100},
-    }
-    settings["data"]["max_length"] = PROMPT + COMPLETION
-    outside = 2 * 2 * config.vocab_size * config.hidden_size
-    found = check(pipeline.prepare(run_config_from_dict(settings)), int(HELD))
-    return found, Sharded(config.num_hidden_layers, outside)
+def needs(shape: Mapping[str, int], tokenizer: Path, rows: int, blocks: float) -> dict[str, Holding]:
+    """What the stages of a run on a shape hold."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        base_without_weights(folder / "base", shape, tokenizer)
+        data = folder / "rows.jsonl"
+        line = json.dumps({"prompt": " the" * PROMPT, "completion": " the" * (COMPLETION - 1)})
+        data.write_text((line + "\n") * max(256, 4 * rows), encoding="utf-8")
+        columns = {"prompt": "prompt", "completion": "completion", "max_length": PROMPT + COMPLETION}
+        settings: dict[str, Any] = {
+            "preset": "writer",
+            "output": str(folder / "run"),
+            "model": {"name": str(folder / "base"), "dtype": "bfloat16"},
+            "data": {"task": "causal-lm", "train": str(data), **columns},
+            "light": {"blocks": blocks, "least_examples": 64},
+            "training": {"batch_size": rows, "gradient_checkpointing": True, "epochs": 100},
+        }
+        stages = check(pipeline.prepare(run_config_from_dict(settings)), int(HELD)).stages
+        return {name: need.holding for name, need in stages.items()}
 
 
 def measure(shapes: Mapping[str, Mapping[str, int]], tokenizer: Path, rows: int, blocks: float) -> dict[str, Any]:
     """By shape and stage: what it holds in all, and what one GPU holds."""
     found = {}
     for name, shape in shapes.items():
-        with tempfile.TemporaryDirectory() as folder:
-            said, sharded = needs(Path(folder), shape, tokenizer, rows, blocks)
-        found[name] = {
-            stage: {**asdict(said.stages[stage].holding), "gpus": _by_gpus(said.stages[stage].holding, sharded)}
-            for stage in ("plain", "estimate", "train")
-        }
+        few, more = (needs({**shape, "num_hidden_layers": depth}, tokenizer, rows, blocks) for depth in (FEW, MORE))
+        depth = shape["num_hidden_layers"]
+        sharded = Sharded(depth, 2 * 2 * COMMON["vocab_size"] * shape["hidden_size"])
+        stages = {stage: at_depth(few[stage], more[stage], depth) for stage in ("plain", "estimate", "train")}
+        found[name] = {stage: {**asdict(of), "gpus": _by_gpus(of, sharded)} for stage, of in stages.items()}
     return found
+
+
+def at_depth(few: Holding, more: Holding, depth: int) -> Holding:
+    """Of a model so deep, from two that are less so."""
+    of_few, of_more, blocks = asdict(few), asdict(more), depth - FEW
+    return Holding(**{name: of + (of_more[name] - of) * blocks // (MORE - FEW) for name, of in of_few.items()})
 
 
 def _by_gpus(holding: Holding, sharded: Sharded) -> dict[str, float]:

@@ -53,7 +53,8 @@ def with_peft(
         model = add_peft(loaded, config)
     if config.training.gradient_checkpointing:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the other kind holds about as much, but its stand-ins refer to one another, and outlive what they stand for
+        model.gradient_checkpointing_enable({"use_reentrant": True})
     return model
 
 
