@@ -1196,3 +1196,26 @@ def test_gpu_measures_tiny_shapes_on_the_cpu(tmp_path: Path) -> None:
         assert result["subjects"]["estimation"]["inference_seconds"] is None
         assert result["ideal"]["inference"] > 1
     assert (tmp_path / "gpu.md").read_text().count("| llama-tiny |") == 3
+    assert results["quality"] == {}
+
+
+def test_gpu_says_the_quality_beside_the_speed(bench: Workbench, config: Path, tmp_path: Path) -> None:
+    sizes = ("--device", "cpu", "--shapes", "--limit", "32", "--out", str(tmp_path))
+    assert gpu.main([*sizes, "--quality", str(config)]) == 0
+    reports = read(tmp_path / "gpu.results.json")["quality"]["tiny"]
+    assert {method: report["method"] for method, report in reports.items()} == {"plain": "plain", "light": "light"}
+    lines = (tmp_path / "gpu.md").read_text().splitlines()[2:]
+    for report, line in zip(reports.values(), lines, strict=True):
+        assert report["config"]["training"]["bf16"] is True and report["config"]["training"]["epochs"] == 1
+        assert report["config"]["data"]["limit_train"] == 32
+        speed = report["training"]["train"]["samples_per_second"]
+        assert speed > 0 and f"| accuracy {report['metrics']['accuracy']:.1%} |" in line and f"| {speed:,.0f} |" in line
+    assert list(reports["light"]["training"]) == ["estimate", "train"]
+
+
+def test_gpu_without_anything_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = ("--quality", str(tmp_path / "none.yaml"))
+    for words, says in (([], "nothing to measure"), (missing, "none.yaml does not exist")):
+        assert gpu.main(["--device", "cpu", "--shapes", *words, "--out", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 + ("running" in error) and says in error
