@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,23 +48,19 @@ METHODS = ("plain", "light")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure and write; 0 if all went well or there is no GPU, 1 if a shape failed, 2 on bad input."""
+    """Measure and write; 0 if all went well or there is no GPU, 1 if a shape or a run failed, 2 on bad input."""
     given = _parser().parse_args(arguments)
     if given.device == "cuda" and not torch.cuda.is_available():
         say("gpu: no CUDA device here, nothing was measured; --device cpu --shapes roberta-tiny tries the script out")
         return 0
     quiet()
-    results, failures = [], {}
+    failures: dict[str, str] = {}
     try:
         require(given.rounds >= 1 and given.steps >= 1, "--rounds and --steps start at 1")
         require(given.shapes or given.quality, "nothing to measure; give --shapes, --quality or both")
-        for name in given.shapes:
-            try:
-                results.append(_measure(name, given))
-            except LightPeftError as error:
-                failures[name] = str(error)
-                say(f"{name}: {error}")
-        quality = {path.stem: _run(path, given) for path in given.quality}
+        results = [*_done(given.shapes, lambda name: _measure(name, given), failures).values()]
+        configs = {path.stem: path for path in given.quality}
+        quality = _done(configs, lambda name: _run(configs[name], given), failures)
         require(results or quality, f"nothing could be measured: {'; '.join(failures.values())}")
         machine = hardware()
         report = {"shapes": results, "quality": quality, "failures": failures, "hardware": machine}
@@ -107,6 +102,18 @@ def _measure(name: str, given: argparse.Namespace) -> dict[str, Any]:
     return measure(case, SUBJECTS, given.rounds)
 
 
+def _done(names: Iterable[str], measure: Callable[[str], Any], failures: dict[str, str]) -> dict[str, Any]:
+    """What was measured, by name; what failed is said, and noted."""
+    done = {}
+    for name in names:
+        try:
+            done[name] = measure(name)
+        except LightPeftError as error:
+            failures[name] = str(error)
+            say(f"{name}: {error}")
+    return done
+
+
 class Run:
     """One run in a process of its own, so that each has to warm up the device."""
 
@@ -126,7 +133,8 @@ def _run(path: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     reports = {}
     for method in METHODS:
         say(f"running {path.stem}, {method}")
-        with Worker(Run, replace(config, method=method, output=str(given.out / path.stem / method))) as worker:
+        of_method = {"method": method, "output": str(given.out / path.stem / method)}
+        with Worker(Run, with_settings(config, of_method)) as worker:
             reports[method] = worker.measure("report")
     return reports
 

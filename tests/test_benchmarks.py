@@ -1213,9 +1213,13 @@ def test_gpu_says_the_quality_beside_the_speed(bench: Workbench, config: Path, t
     assert list(reports["light"]["training"]) == ["estimate", "train"]
 
 
-def test_gpu_without_anything_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    missing = ("--quality", str(tmp_path / "none.yaml"))
-    for words, says in (([], "nothing to measure"), (missing, "none.yaml does not exist")):
-        assert gpu.main(["--device", "cpu", "--shapes", *words, "--out", str(tmp_path)]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1 + ("running" in error) and says in error
+def test_gpu_says_what_could_not_be_measured(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "cpu", "--shapes", "--out", str(tmp_path), "--limit", "32"]
+    assert gpu.main(words) == 2
+    assert capsys.readouterr().err == "gpu: nothing to measure; give --shapes, --quality or both\n"
+    missing = str(tmp_path / "none.yaml")
+    assert gpu.main([*words, "--quality", missing]) == 2
+    assert "none.yaml does not exist" in capsys.readouterr().err and not (tmp_path / "gpu.md").exists()
+    assert gpu.main([*words, "--quality", str(config), missing]) == 1
+    results = read(tmp_path / "gpu.results.json")
+    assert list(results["quality"]) == ["tiny"] and "does not exist" in results["failures"]["none"]
