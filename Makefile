@@ -9,13 +9,16 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-faults test-vllm fetch docs lint format clean
+.PHONY: help demo test test-faults test-vllm test-gpu test-lowest test-newest fetch docs lint format clean
 
 help:
 	@echo "make demo         set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
 	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
 	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
 	@echo "make test-vllm    set up .venv-vllm with vLLM for CPUs and the plug-in, and compare what it writes with transformers"
+	@echo "make test-gpu     what a CUDA device may do otherwise than a CPU, then a small benchmark; says so where there is none"
+	@echo "make test-lowest  the core's tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
+	@echo "make test-newest  the same tests with the newest versions there are, pre-releases included, in .venv-newest"
 	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make lint         ruff (lint and format), mypy and import-linter"
 	@echo "make format       rewrite the sources in ruff's format"
@@ -39,6 +42,34 @@ test-faults: fetch
 test-vllm: fetch $(VLLM)/.installed
 	LIGHTPEFT_VLLM=$(VLLM)/bin/python HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest tests/test_vllm.py
+
+test-gpu: fetch
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m gpu -rs --durations=0 tests/test_gpu.py
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/gpu.py --shapes roberta-large --rounds 2 \
+		--steps 5 --quality configs/movie_reviews/minilm_default.yaml
+
+# Two lanes of versions. Their tests need none of the extras.
+TOOLS := hypothesis pytest pytest-xdist
+CORE := acceleration bottleneck budgets chat checkpoint cli compat config depth distributed estimation evaluating
+CORE += evaluation files float16 full_width generating importance labelled layout light_trainer likelihood masks metrics
+CORE += on_disk parity peft_kinds pipeline planning predicting prefix pruner records refit scoring selection streaming
+CORE += surgery switching tasks text_qa tokens windows
+RUN_CORE = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	$(1)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(CORE:%=tests/test_%.py)
+
+test-lowest: .venv-lowest/.installed
+	$(call RUN_CORE,.venv-lowest)
+
+test-newest:
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --pre --upgrade --upgrade-strategy eager -e . $(TOOLS)
+	$(call RUN_CORE,.venv-newest)
+
+.venv-lowest/.installed: pyproject.toml .ci/lowest.py
+	$(PYTHON) -m venv --clear .venv-lowest
+	$(PYTHON) .ci/lowest.py $(TOOLS) > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install -e . -r .venv-lowest/lowest.txt
+	touch $@
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/make_site.py

@@ -22,6 +22,7 @@ from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan
 from lightpeft.plans.structure import BlockSpec
+from lightpeft.profiling.live import device_of
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.masks import UnitMasks
 
@@ -306,7 +307,7 @@ def masked(model: PeftModel, plan: PrunePlan) -> PeftModel:
     """A dense copy that computes what the plan's pruned model must compute: masks of 0 and 1, pruned ranks zeroed."""
     reference = copy.deepcopy(model)
     zero_pruned_ranks(reference, plan)
-    masks = UnitMasks(plan.specs)
+    masks = UnitMasks(plan.specs, device_of(model))
     masks.set_plan(plan)
     masks.attach(reference)
     return reference

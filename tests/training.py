@@ -17,6 +17,7 @@ from lightpeft.config import LightConfig
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
+from lightpeft.profiling.live import device_of, moved
 from lightpeft.prune.estimation import Estimator
 from lightpeft.recipe.trainer import LightTrainer
 
@@ -112,7 +113,7 @@ def estimate(
     optimizer = torch.optim.SGD(parameters, lr=learning_rate)
     for step in range(steps):
         for part in chunks(batch(rows=rows, length=20, seed=step, labels=True), rows // parts):
-            (model(**part).loss / parts * scale).backward()
+            (model(**moved(part, device_of(model))).loss / parts * scale).backward()
         before_step(parameters)
         estimator.step(grad_scale=scale)
         for parameter in parameters:
