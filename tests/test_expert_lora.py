@@ -18,7 +18,8 @@ from torch import Tensor
 from training import inputs, student
 from workbench import Workbench, lightpeft
 
-from lightpeft import EarlyPruner, LightConfig, full_width, load_light, load_merged
+from lightpeft import EarlyPruner, LightConfig, LightSwitch, full_width, load_light, load_merged
+from lightpeft.compat.transformers import gated
 from lightpeft.config import ModelConfig
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
@@ -218,7 +219,7 @@ def test_module_ratios(name: str) -> None:
         if site.spec.slot == "experts_out":
             inner = next(each for each in sites if each.place == site.place and each.spec.slot != site.spec.slot)
             hidden = sum(experts_by_hand(inner, states, index)).unflatten(1, (index.shape[1], -1))
-            states = gated_by_hand(site.base, hidden)
+            states = gated(site.base, hidden)
         added, base = experts_by_hand(site, states, index)
         expected = (added.norm(dim=1) / base.norm(dim=1)).mean()
         torch.testing.assert_close(observer.sums[0, place] / observer.sums[1, place], expected, rtol=1e-4, atol=0)
@@ -226,13 +227,6 @@ def test_module_ratios(name: str) -> None:
     observer.detach()
     masks.detach()
     assert not any(watchers for site in sites for watchers in vars(site.base)["light_watchers"].values())
-
-
-def gated_by_hand(experts: Any, hidden: Tensor) -> Tensor:
-    if hasattr(experts, "_apply_gate"):
-        return torch.as_tensor(experts._apply_gate(hidden))
-    gate, up = hidden.chunk(2, dim=-1)
-    return torch.as_tensor(experts.act_fn(gate) * up)
 
 
 def test_rank_scores_are_of_a_rank_of_all_experts() -> None:
@@ -383,6 +377,13 @@ def test_what_is_refused_is_refused_in_a_line(tmp_path: Path, capsys: pytest.Cap
     capsys.readouterr()
     assert lightpeft("run", "--config", config) == 2
     assert "no dropout in PEFT; set lora_dropout (lora.dropout) to 0" in capsys.readouterr().err
+
+
+def test_a_switch_whose_models_several_threads_may_ask(tmp_path: Path) -> None:
+    make("mixtral").save_pretrained(tmp_path / "base")
+    light_over("mixtral", **PARTS).save_pretrained(tmp_path / "task")
+    says = refusal(lambda: LightSwitch({"task": tmp_path / "task"}, tmp_path / "base"))
+    assert "so that threads cannot ask one model at a time; load it alone: load_light" in says
 
 
 def test_modules_that_are_nested_another_way() -> None:

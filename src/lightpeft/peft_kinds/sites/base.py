@@ -71,6 +71,11 @@ class Site(ABC):
         """Whether `widened` takes weights of the base."""
         return False
 
+    @classmethod
+    def for_one_thread(cls, config: Any) -> bool:
+        """Whether a forward pass changes the frozen modules while it lasts."""
+        return False
+
     @classmethod  # noqa: B027 (most kinds leave the base as it is)
     def remember_base(cls, config: PeftConfig, layers: Sequence[Any], adapter: str) -> None:
         """Note on the modules what training changes in the base, so that it can be put back; called before training.

@@ -102,6 +102,11 @@ class LoraSite(Site):
         return bool(config.bias != "none")
 
     @classmethod
+    def for_one_thread(cls, config: LoraConfig) -> bool:
+        """On parameters of experts: PEFT adds to these for as long as the pass lasts."""
+        return bool(config.target_parameters)
+
+    @classmethod
     def remember_base(cls, config: LoraConfig, layers: Sequence[LoraLayer], adapter: str) -> None:
         """Keep the biases that `bias="lora_only"` trains: PEFT saves them only beside a LoRA module."""
         for layer in layers if config.bias != "none" else ():

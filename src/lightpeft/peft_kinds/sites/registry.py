@@ -170,6 +170,11 @@ def widens_alone(config: PeftConfig) -> bool:
     return not _site_class(config).needs_base(config)
 
 
+def for_one_thread(config: PeftConfig) -> bool:
+    """Whether a model with such an adapter computes rightly for one thread at a time alone."""
+    return _site_class(config).for_one_thread(config)
+
+
 def restart_sites(sites: Sequence[Site], seed: int) -> None:
     """Re-initialise the PEFT modules, reproducibly."""
     with torch.random.fork_rng():
