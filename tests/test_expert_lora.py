@@ -364,6 +364,20 @@ def test_a_run(tmp_path: Path) -> None:
     assert relative_difference(load_merged(tmp_path / "merged")(**ids).logits, light(**ids).logits) < 1e-4
 
 
+def test_a_run_with_lora_on_experts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path, "mixtral", "causal-lm")
+    changes = {"light.experts": 0.25, "light.least_examples": 0, "light.modules": 0.0, "lora.dropout": 0.0}
+    alone = {"type": "lora", "target_modules": [], "target_parameters": BOTH}
+    assert lightpeft("run", "--config", bench.yaml("run", peft=alone, **changes)) == 0
+    light = load_light(tmp_path / "run" / "adapter")
+    sites = find_sites(light, light.light_plan.specs)
+    assert {site.spec.slot for site in sites} == set(EXPERT_SLOTS) and all(site.up.any() for site in sites)
+    capsys.readouterr()
+    nothing = bench.yaml("nothing", peft={"type": "lora", "target_modules": []}, **changes)
+    assert lightpeft("run", "--config", nothing) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 # Refused
 
 
