@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from test_bad_input import stamps
 from test_checkpoint import light_over, logits
 from tiny import (
@@ -20,7 +19,6 @@ from tiny import (
     refusal,
     relative_difference,
     with_lora,
-    without_dropout,
 )
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -382,13 +380,6 @@ def test_forms_that_have_no_place_for_experts(tmp_path: Path) -> None:
     text = refusal(lambda: save_graph(light, tmp_path / "onnx", None, RUNTIMES["onnx"]))
     assert "no place for routed experts" in text
     assert not list(tmp_path.iterdir())
-
-
-def test_lora_on_experts_is_refused() -> None:
-    base = without_dropout(make("mixtral"))
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
-    model = get_peft_model(base, config)
-    assert refusal(lambda: EarlyPruner(model)).startswith("LoRA with target_parameters cannot be pruned")
 
 
 # Whole runs

@@ -16,6 +16,7 @@ from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans import scoring
+from lightpeft.plans.structure import MASKED
 from lightpeft.prune.importance import ModuleObserver
 from lightpeft.recipe.pruner import EarlyPruner
 
@@ -67,7 +68,8 @@ def test_a_criterion_is_given_what_it_needs(criterion: scoring.Criterion) -> Non
 
 def test_what_needs_to_know_of_a_step_is_scored_at_every_step() -> None:
     at_steps = [(criterion.name, criterion.units) for criterion in scoring.CRITERIA if criterion.every_step]
-    assert at_steps == [("taylor", ("heads", "neurons")), ("fisher", ("heads", "neurons")), ("taylor", ("ranks",))]
+    of_masks = [("taylor", MASKED), ("fisher", MASKED)]
+    assert at_steps == [*of_masks, ("frequency", ("experts",)), ("taylor", ("ranks",))]
 
 
 def test_random_is_reproducible() -> None:

@@ -318,7 +318,7 @@ def zero_pruned_ranks(model: PeftModel, plan: PrunePlan) -> None:
     with torch.no_grad():
         for site in find_sites(model, plan.specs):
             gone = sorted(set(range(site.spec.rank)) - set(plan.sites.get(site.spec.name, ())))
-            site.up[:, gone] = 0.0
+            site.up.view(len(site.up), site.spec.rank, -1)[:, gone] = 0.0  # of all experts, where it is on these
             if site.spec.name not in plan.sites and isinstance(site, BottleneckSite):
                 site.branch.up.bias.zero_()
 

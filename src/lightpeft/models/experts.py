@@ -7,14 +7,17 @@ channel by channel in turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.models.unwrap import base_layer
 
 _CHANNELS: dict[str, tuple[int | None, int | None]] = {
     "gate_up_proj": (1, 2),
@@ -29,7 +32,7 @@ _WIDTHS = ("intermediate_dim", "intermediate_size")
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The routed experts of one block, and their router."""
+    """The routed experts of one block, and their router; without PEFT around them."""
 
     experts: Any
     router: Any
@@ -42,7 +45,7 @@ class ExpertLayer:
             LightPeftError: it is kept in another way than transformers keeps experts in floating point.
         """
         try:
-            layer = cls(*(model.get_submodule(modules[part]) for part in ("experts", "router")))
+            layer = cls(*(base_layer(model.get_submodule(modules[part])) for part in ("experts", "router")))
         except AttributeError as error:
             raise LightPeftError(f"there is no module {modules['experts']} with a router") from error
         layer.check(modules["experts"])
@@ -132,7 +135,7 @@ class ExpertLayer:
         kept = weight.index_select(0, experts.to(weight.device))
         dim = self._dim(own) if part == "experts" else None
         if dim is not None and neurons.shape[1] < self.width:
-            kept = _gather(kept, self._channels(own, neurons).to(weight.device), dim)
+            kept = gather(kept, self.channels(own, neurons).to(weight.device), dim)
         return kept.contiguous()
 
     def _say(self, count: int, width: int) -> None:
@@ -145,7 +148,9 @@ class ExpertLayer:
                 setattr(self.experts, name, self.width)
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self.experts.named_parameters(recurse=False)
+        own = dict(self.experts.named_parameters(recurse=False))
+        # PEFT puts those that it adapts behind the others at every forward pass
+        yield from ((name, own[name]) for name in _CHANNELS if name in own)
 
     def _of_router(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.router.named_parameters(recurse=False)
@@ -164,7 +169,7 @@ class ExpertLayer:
         """[experts, 2 * neurons] of a fused parameter -> [experts, neurons, 2]."""
         return channels.view(len(channels), -1, 2) if self._in_turns else channels.view(len(channels), 2, -1).mT
 
-    def _channels(self, name: str, neurons: Tensor) -> Tensor:
+    def channels(self, name: str, neurons: Tensor) -> Tensor:
         """Entries of a parameter that belong to these neurons: [kept, width], or twice as many of a fused one."""
         if not _is_fused(name):
             return neurons
@@ -177,10 +182,46 @@ def _is_fused(name: str) -> bool:
     return name.startswith("gate_up")
 
 
-def _gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
+def gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
     """Other entries of every expert along a dimension; [experts, ...], index [experts, entries]."""
     shape = [1] * weights.dim()
     shape[0], shape[dim] = index.shape
     sizes = list(weights.shape)
     sizes[dim] = index.shape[1]
     return weights.gather(dim, index.view(shape).expand(sizes))
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """What the matrices of one parameter make of what they are given: rows, sorted by expert."""
+
+    states: Tensor
+    """[rows, in]."""
+    product: Tensor
+    """[rows, out], of the parameter as it is, PEFT on it included."""
+    counts: list[int]
+    """How many rows each expert has."""
+    order: Tensor
+    """Where each row is when tokens come one after the other, each with all of its experts: [rows]."""
+    per_token: int
+
+    def of_tokens(self, rows: Tensor) -> Tensor:
+        """[rows, width] -> [tokens, experts of each * width]."""
+        return rows[self.order.argsort()].view(len(rows) // self.per_token, -1)
+
+
+_WATCHERS = "light_watchers"
+
+
+def watch(experts: nn.Module, name: str, watcher: Callable[[ExpertRows], None]) -> RemovableHandle:
+    """Have what a parameter of experts computes shown, in passes in which the experts run one after the other."""
+    watchers = vars(experts).setdefault(_WATCHERS, {}).setdefault(name, OrderedDict())
+    handle = RemovableHandle(watchers)
+    watchers[handle.id] = watcher
+    return handle
+
+
+def show(experts: nn.Module, name: str, rows: ExpertRows) -> None:
+    """Show whoever watches a parameter of experts what it computes."""
+    for watcher in vars(experts).get(_WATCHERS, {}).get(name, {}).values():
+        watcher(rows)

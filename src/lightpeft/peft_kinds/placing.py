@@ -43,7 +43,7 @@ def _place(blocks: Sequence[BlockSpec], config: RunConfig) -> Place:
 
 def _check_targets(model: PreTrainedModel, targets: Any, blocks: Sequence[BlockSpec]) -> None:
     """Refuse names of target modules of which none is there."""
-    if targets is None or isinstance(targets, str):
+    if not targets or isinstance(targets, str):  # none: there may be parameters instead
         return
     ends = tuple(f".{name}" for name in targets)
     names = sorted({name.rpartition(".")[2] for name in blocks[0].projections.values()})

@@ -316,7 +316,8 @@ def check_fit(plan: PrunePlan) -> None:
     for name, ranks in plan.sites.items():
         require(name in dense, f"the plan keeps a PEFT module {name} that there was not")
         _check_indices(ranks, dense[name], f"ranks of {name}")
-    above = {name for spec in plan.left_out for name in spec.projections.values()} & plan.sites.keys()
+    gone = {spec.index for spec in plan.left_out}
+    above = {site.name for site in plan.dense_sites if site.block in gone} & plan.sites.keys()
     require(not above, f"the plan keeps a PEFT module in a block that it leaves out: {', '.join(sorted(above)[:1])}")
 
 

@@ -19,6 +19,11 @@ MASKED: tuple[MaskedUnit, ...] = get_args(MaskedUnit)
 OUTPUT_SLOTS = ("o", "ffn_out")
 """Projections that are cut along their inputs; all others are cut along their outputs."""
 
+EXPERT_SLOTS = {"experts_gate_in": "gate_up_proj", "experts_out": "down_proj"}
+"""What PEFT can sit on in routed experts, in the order it is used: slot -> 3-D parameter of their module."""
+SITE_SLOTS = (*SLOTS, *EXPERT_SLOTS)
+"""All slots that a PEFT module may sit in."""
+
 
 def role_named(name: str) -> Role | None:
     """The role of that name; None: there is none."""
@@ -120,7 +125,7 @@ class SiteSpec:
     """One place that holds a PEFT module; `block` and `slot` are None outside the prunable structure."""
 
     name: str
-    """Module name relative to the transformers model."""
+    """Module name relative to the transformers model; in routed experts that of the parameter."""
     rank: int
     block: int | None
     slot: str | None

@@ -153,16 +153,18 @@ class RankObserver:
         self._handles: list[RemovableHandle] = []
         self._terms: list[Tensor | None] = [None] * (2 * len(self.sites))
         for index, site in enumerate(self.sites):
-            self._watch(index, site.down, dim=1)
-            self._watch(len(self.sites) + index, site.up, dim=0)
+            self._watch(index, site.down, site.by_rank_down, dim=1)
+            self._watch(len(self.sites) + index, site.up, site.by_rank_up, dim=0)
 
-    def _watch(self, position: int, parameter: nn.Parameter | None, dim: int) -> None:
+    def _watch(
+        self, position: int, parameter: nn.Parameter | None, by_rank: Callable[[Tensor], Tensor], dim: int
+    ) -> None:
         if parameter is None:
             return
 
         def hook(p: Tensor) -> None:
             if p.grad is not None:
-                self._terms[position] = scoring.rank_taylor_terms(p.detach(), p.grad, dim)
+                self._terms[position] = scoring.rank_taylor_terms(by_rank(p.detach()), by_rank(p.grad), dim)
 
         self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightpeft.compat.transformers import gated
 from lightpeft.errors import require
-from lightpeft.models.experts import ExpertLayer
+from lightpeft.models.experts import ExpertLayer, ExpertRows, show
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,34 @@ class MaskedExperts:
         tokens = len(states)
         examples = self.examples(tokens)
         owners = _Owners(experts, rows * examples // tokens, examples)
-        counts = experts.bincount(minlength=self._layer.count).tolist()
-        hidden = self._linear("gate_up_proj", states[rows], experts, counts)
+        routed = _Routed(experts, experts.bincount(minlength=self._layer.count).tolist(), order, index.shape[1])
+        hidden = self._linear("gate_up_proj", states[rows], routed)
         hidden = _ScaledUnits.apply(gated(self._layer.experts, hidden), self._neurons, owners, self._neurons.values)
-        output = self._linear("down_proj", hidden, experts, counts)
+        output = self._linear("down_proj", hidden, routed)
         weight = weights.flatten()[order].unsqueeze(1)
         output = output * _ScaledUnits.apply(weight, self._experts, owners, self._experts.values)
         return output[order.argsort()].view(tokens, index.shape[1], -1).sum(1).to(states.dtype)  # as transformers adds
 
-    def _linear(self, name: str, states: Tensor, experts: Tensor, counts: list[int]) -> Tensor:
+    def _linear(self, name: str, states: Tensor, routed: _Routed) -> Tensor:
         """What each row's expert makes of it; rows are sorted by expert."""
         weight, bias = getattr(self._layer.experts, name), getattr(self._layer.experts, f"{name}_bias", None)
         transposed = getattr(self._layer.experts, "is_transposed", False)
-        parts = states.to(weight.dtype).split(counts)
+        parts = states.to(weight.dtype).split(routed.counts)
         matrices = ((part, weight[expert]) for expert, part in enumerate(parts) if len(part))
         product = torch.cat([functional.linear(part, matrix.T if transposed else matrix) for part, matrix in matrices])
-        return product if bias is None else product + bias[experts]
+        product = product if bias is None else product + bias[routed.experts]
+        show(self._layer.experts, name, ExpertRows(states, product, routed.counts, routed.order, routed.per_token))
+        return product
+
+
+@dataclass(frozen=True)
+class _Routed:
+    """Rows sorted by expert: which it is, how many rows each has, and where rows are token by token."""
+
+    experts: Tensor
+    counts: list[int]
+    order: Tensor
+    per_token: int
 
 
 @dataclass(frozen=True)

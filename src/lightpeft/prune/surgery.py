@@ -134,19 +134,23 @@ def _checked_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
     planned = {site.name: site.rank for site in plan.dense_sites}
     require(dense == planned, "the plan is for other PEFT modules than this model has")
     check_removable(model, [site for site in sites if site.spec.name not in plan.sites])
+    for site in sites:
+        if site.spec.name in plan.sites:
+            site.check_fitted(*_block_of(site, plan))
     return sites
 
 
+def _block_of(site: Site, plan: PrunePlan) -> tuple[BlockSpec, BlockPlan]:
+    index: int = site.spec.block  # type: ignore[assignment]
+    return plan.specs[index], plan.blocks[index]
+
+
 def _cut_site(site: Site, plan: PrunePlan) -> None:
-    """Cut a PEFT module along its ranks and along the cut base dimension."""
-    spec, kept = plan.specs[site.spec.block], plan.blocks[site.spec.block]  # type: ignore[index]
-    slot: str = site.spec.slot  # type: ignore[assignment]
+    """Cut a PEFT module along its ranks and to what stays of the layer that it is on."""
     ranks = plan.sites[site.spec.name]
     if len(ranks) < site.spec.rank:
         site.keep_ranks(torch.tensor(ranks))
-    index = kept_channels(spec, kept, slot)
-    if index is not None:
-        site.cut(index.to(site.device), cut_dim(slot))
+    site.fit(*_block_of(site, plan))
 
 
 def _cut_ffn(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightpeft.compat.peft import ranks_of_parameters
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
@@ -29,8 +30,7 @@ from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.loading import load_model_config
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
-from lightpeft.peft_kinds.sites import Site, find_sites, own_adapter, simplify_config, widens_alone
-from lightpeft.plans.layout import cut_dim, kept_channels, width
+from lightpeft.peft_kinds.sites import Site, find_sites, module_name, own_adapter, simplify_config, widens_alone
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saved.bases import architecture_of, load_base
 from lightpeft.saved.description import BaseFacts, base_facts, facts_of
@@ -191,11 +191,12 @@ def _widen(
     config = copy.deepcopy(config)
     simplify_config(config)
     config.inference_mode = False  # as in training, whatever the file says
-    model = cast(PeftModel, get_peft_model(dense, config))
+    with ranks_of_parameters(config):
+        model = cast(PeftModel, get_peft_model(dense, config))
     wide, unfit = dict(tensors), "what the light model has learned does not fit its base"
     with parsing(unfit):
         for site in find_sites(model, plan.specs):
-            wide |= _widened(site, plan, tensors)
+            wide |= _widened(site, f"{_PREFIX}{module_name(model, site)}.", plan, tensors)
     wide = {name: tensor.contiguous() for name, tensor in wide.items()}
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     astray = sorted(name for name in expected.keys() | wide.keys() if expected.get(name) != _shape(wide.get(name)))
@@ -207,12 +208,9 @@ def _shape(tensor: Tensor | None) -> torch.Size | None:
     return None if tensor is None else tensor.shape
 
 
-def _widened(site: Site, plan: PrunePlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What belongs to one module of the dense model, under PEFT's names."""
-    prefix = f"{_PREFIX}{site.spec.name}."
+def _widened(site: Site, prefix: str, plan: PrunePlan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to one module of the dense model, under PEFT's names, which begin with the prefix."""
     learned = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    block, slot = cast(int, site.spec.block), cast(str, site.spec.slot)
-    spec, kept = plan.specs[block], plan.blocks[block]
-    index = kept_channels(spec, kept, slot)
-    index = torch.arange(width(spec, slot)) if index is None else index
-    return {f"{prefix}{name}": tensor for name, tensor in site.widened(learned, index, cut_dim(slot)).items()}
+    block = cast(int, site.spec.block)
+    wide = site.unfitted(learned, plan.specs[block], plan.blocks[block])
+    return {f"{prefix}{name}": tensor for name, tensor in wide.items()}

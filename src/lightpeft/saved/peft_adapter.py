@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from lightpeft.compat.peft import ranks_of_parameters
 from lightpeft.compat.transformers import apart_from_other_threads
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_folder, parsing
@@ -82,7 +83,7 @@ def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 def _check_names(settings: Mapping[str, Any], folder: Path) -> None:
     """Refuse expressions in the place of names: PEFT would match them, however long that takes."""
     for setting, value in settings.items():
-        if not setting.endswith(("_modules", "_pattern", "modules_to_save")) or not value:
+        if not setting.endswith(("_modules", "_parameters", "_pattern", "modules_to_save")) or not value:
             continue
         plain = not isinstance(value, str) and all(isinstance(name, str) and _NAME.fullmatch(name) for name in value)
         require(plain, f"{folder}: {setting} of a light adapter is a list of names of modules")
@@ -94,7 +95,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, config: PeftConfig, is_tra
     Raises:
         LightPeftError: it does not fit; the model is then of no more use.
     """
-    with parsing(f"{folder} does not fit its base"):
+    with parsing(f"{folder} does not fit its base"), ranks_of_parameters(config):
         return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable, config=config)
 
 
@@ -150,6 +151,7 @@ def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Sh
     with (
         limited(f"{folder}: finding the modules of the adapter", seconds),
         parsing(f"{folder} does not fit its base"),
+        ranks_of_parameters(config),
         torch.device("meta"),
     ):
         tensors = get_peft_model_state_dict(get_peft_model(skeleton, config))

@@ -13,7 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightpeft.plans.structure import SiteSpec
+from lightpeft.plans.layout import cut_dim, kept_channels, width
+from lightpeft.plans.records import BlockPlan
+from lightpeft.plans.structure import BlockSpec, SiteSpec
 
 Report = Callable[[Tensor, Tensor, float], None]
 """Called at every forward pass with what a module adds (up to a factor, which comes third) and what that is measured
@@ -24,7 +26,8 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Site(ABC):
-    """One live PEFT module on a linear layer of a prunable block. A PEFT kind is one subclass."""
+    """One live PEFT module on a linear layer of a prunable block, or on the same layer of all its routed experts. A
+    PEFT kind is one subclass."""
 
     spec: SiteSpec
     layer: Any
@@ -68,6 +71,11 @@ class Site(ABC):
         """Whether `widened` takes weights of the base."""
         return False
 
+    @classmethod
+    def for_one_thread(cls, config: Any) -> bool:
+        """Whether a forward pass changes the frozen modules while it lasts."""
+        return False
+
     @classmethod  # noqa: B027 (most kinds leave the base as it is)
     def remember_base(cls, config: PeftConfig, layers: Sequence[Any], adapter: str) -> None:
         """Note on the modules what training changes in the base, so that it can be put back; called before training.
@@ -96,9 +104,37 @@ class Site(ABC):
     def up(self) -> nn.Parameter | None:
         """Weights out of the ranks, [out, rank]; None where there is nothing to rank."""
 
+    def by_rank_down(self, like_down: Tensor) -> Tensor:
+        """A tensor like `down`, such as its gradient, as [rank, what belongs to one]."""
+        return like_down
+
+    def by_rank_up(self, like_up: Tensor) -> Tensor:
+        """A tensor like `up` as [what belongs to one, rank]."""
+        return like_up
+
     @abstractmethod
     def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """Call `report` at every forward pass for which `counting()` holds."""
+
+    def check_fitted(self, spec: BlockSpec, kept: BlockPlan) -> None:  # noqa: B027
+        """Refuse what of a block the module cannot be cut to.
+
+        Raises:
+            LightPeftError: naming the module.
+        """
+
+    def fit(self, spec: BlockSpec, kept: BlockPlan) -> None:
+        """Cut the module to what stays of its block; the frozen layer is still dense."""
+        slot: str = self.spec.slot  # type: ignore[assignment]
+        index = kept_channels(spec, kept, slot)
+        if index is not None:
+            self.cut(index.to(self.device), cut_dim(slot))
+
+    def unfitted(self, learned: Tensors, spec: BlockSpec, kept: BlockPlan) -> Tensors:
+        """The inverse of `fit`, as `widened` is that of `cut`."""
+        slot: str = self.spec.slot  # type: ignore[assignment]
+        index = kept_channels(spec, kept, slot)
+        return self.widened(learned, torch.arange(width(spec, slot)) if index is None else index, cut_dim(slot))
 
     @abstractmethod
     def cut(self, index: Tensor, dim: int) -> None:
@@ -140,6 +176,11 @@ class Site(ABC):
     def base(self) -> nn.Module:
         """The frozen layer."""
         return self.layer.get_base_layer()
+
+    @property
+    def place(self) -> str:
+        """Name of the module that is adapted, relative to the transformers model; PEFT's are around it."""
+        return self.spec.name
 
     @property
     def device(self) -> torch.device:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftType
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import slice_linear
 from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, observe_pair, spread
+from lightpeft.plans.structure import EXPERT_SLOTS
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 """LoRA initialisations that write to the base weights."""
@@ -52,10 +53,16 @@ class LoraSite(Site):
         )
         for name in _UNSUPPORTED:
             require(not getattr(config, name, None), f"LoRA with {name} cannot be pruned; use LoRA, rsLoRA or DoRA")
+        parameters = sorted(config.target_parameters or ())
+        others = [name for name in parameters if name.rpartition(".")[2] not in EXPERT_SLOTS.values()]
         require(
-            not config.target_parameters,
-            "LoRA with target_parameters cannot be pruned, and PEFT makes those of gate_proj, up_proj and down_proj in "
-            "models with experts; name other linear layers in target_modules, such as those of attention",
+            not others,
+            f"LoRA on the parameter {', '.join(others[:1])} cannot be pruned; target_parameters may name "
+            f"{' and '.join(EXPERT_SLOTS.values())} of routed experts, and target_modules linear layers",
+        )
+        require(
+            not (parameters and config.lora_dropout),
+            "LoRA on the parameters of experts has no dropout in PEFT; set lora_dropout (lora.dropout) to 0",
         )
 
     @classmethod
@@ -64,6 +71,9 @@ class LoraSite(Site):
 
     @classmethod
     def refresh(cls, config: LoraConfig, layers: dict[str, LoraLayer], adapter: str) -> None:
+        on_experts = {name for name, layer in layers.items() if isinstance(layer, ParamWrapper)}
+        config.target_modules = sorted(layers.keys() - on_experts)
+        config.target_parameters = sorted(on_experts) or None
         config.layers_to_transform = config.layers_pattern = None
         if config.init_lora_weights == "orthogonal":  # asks for even ranks when the modules are made to be loaded
             config.init_lora_weights = True
@@ -77,7 +87,8 @@ class LoraSite(Site):
     @classmethod
     def simplify(cls, config: LoraConfig) -> None:
         """One rank for all modules if they have one scaling: servers of LoRA read no patterns."""
-        ranks = {name: config.rank_pattern.get(name, config.r) for name in config.target_modules}
+        names = (*config.target_modules, *(config.target_parameters or ()))
+        ranks = {name: config.rank_pattern.get(name, config.r) for name in names}
         alphas = {name: config.alpha_pattern.get(name, config.lora_alpha) for name in ranks}
         scalings = {alphas[name] / _divisor(rank, config.use_rslora) for name, rank in ranks.items()}
         if len(scalings) == 1:
@@ -89,6 +100,11 @@ class LoraSite(Site):
     def needs_base(cls, config: LoraConfig) -> bool:
         """For the biases that train with it."""
         return bool(config.bias != "none")
+
+    @classmethod
+    def for_one_thread(cls, config: LoraConfig) -> bool:
+        """On parameters of experts: PEFT adds to these for as long as the pass lasts."""
+        return bool(config.target_parameters)
 
     @classmethod
     def remember_base(cls, config: LoraConfig, layers: Sequence[LoraLayer], adapter: str) -> None:
@@ -144,12 +160,15 @@ class LoraSite(Site):
 
     def keep_ranks(self, index: Tensor) -> None:
         """Keep these ranks; alpha shrinks with the rank, so that the scaling stays to the last bit."""
-        slice_linear(self.layer.lora_A[self.adapter], index, dim=0)
-        slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
+        self._slice_ranks(index)
         rank = len(index)
         self.layer.r[self.adapter] = rank
         divisor = _divisor(rank, self.layer.use_rslora[self.adapter])
         self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
+
+    def _slice_ranks(self, index: Tensor) -> None:
+        slice_linear(self.layer.lora_A[self.adapter], index, dim=0)
+        slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
 
     def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """Rows of B, columns of A and further ranks are zero where the cut module had none."""

@@ -8,21 +8,25 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lightpeft.compat.peft import adapters_in
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.unwrap import base_layer, transformers_model
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.peft_kinds.sites.dora import DoraSite
+from lightpeft.peft_kinds.sites.expert_lora import expert_sites
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.peft_kinds.sites.lora import LoraSite
 from lightpeft.plans.structure import BlockSpec, SiteSpec
 
 KINDS: tuple[type[Site], ...] = (DoraSite, LoraSite, Ia3Site, BottleneckSite)
 """PEFT kinds that can be pruned; the first that matches a configuration is taken."""
+_INSIDE = ".base_layer"
+"""What PEFT adds to the name of a module that is inside one of its own."""
 REFERENCE = "ref"
 """What TRL's trainers call the frozen copy of an adapter that they add to a PeftModel, as their reference."""
 
@@ -90,7 +94,7 @@ def _tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
 
 
 def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
-    """The PEFT modules on projections of the blocks, in the order of blocks and slots.
+    """The PEFT modules on projections and routed experts of the blocks, in the order of blocks and slots.
 
     PEFT modules elsewhere (on embeddings, a language-model head) are left alone and are not listed.
 
@@ -99,13 +103,15 @@ def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
     """
     kind, adapter = _kind(model), model.active_adapter
     modules = dict(transformers_model(model).named_modules())
-    sites = []
+    sites: list[Site] = []
     for block in blocks:
         for slot, name in block.projections.items():
             layer = modules.get(name)  # None where attention was dropped
             rank = kind.rank_of(layer, adapter) if isinstance(layer, kind.layer_type) else 0
             if rank:
                 sites.append(kind(SiteSpec(name, rank, block.index, slot), layer, adapter))
+        if block.experts:
+            sites += expert_sites(modules.get(block.expert_modules["experts"]), block, adapter)
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in blocks[0].projections.values()))
     require(bool(sites), f"no PEFT module sits on a prunable projection; target_modules may name: {known}")
     return sites
@@ -121,18 +127,30 @@ def check_removable(model: PeftModel, sites: Sequence[Site]) -> None:
 
 
 def remove_site(model: PeftModel, site: Site) -> None:
-    """Put the frozen layer back where the PEFT module was."""
+    """Put what is inside the PEFT module, the frozen layer, back where the module was."""
     site.removed()
-    inner = transformers_model(model)
-    parent, _, child = site.spec.name.rpartition(".")
-    setattr(inner.get_submodule(parent), child, base_layer(site.layer))
+    parent, _, child = module_name(model, site).rpartition(".")
+    setattr(transformers_model(model).get_submodule(parent), child, site.layer.base_layer)
+
+
+def module_name(model: PeftModel, site: Site) -> str:
+    """Where PEFT's module is, relative to the transformers model: on experts one may be inside another."""
+    inner, name = transformers_model(model), site.place
+    while inner.get_submodule(name) is not site.layer:
+        name += _INSIDE
+    return name
+
+
+def _site_name(name: str, layer: BaseTunerLayer) -> str:
+    """What the site of a module of this name is called."""
+    return f"{name.replace(_INSIDE, '')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def refresh_config(model: PeftModel) -> None:
     """Make the PEFT configuration say exactly which modules there are, with their sizes."""
     kind, adapter, config = _kind(model), model.active_adapter, _config(model)
     layers = {
-        name: module
+        _site_name(name, module): module
         for name, module in transformers_model(model).named_modules()
         if isinstance(module, kind.layer_type) and kind.rank_of(module, adapter)
     }
@@ -150,6 +168,11 @@ def simplify_config(config: PeftConfig) -> None:
 def widens_alone(config: PeftConfig) -> bool:
     """Whether an adapter of a cut model goes onto the dense one without a look at the base's weights."""
     return not _site_class(config).needs_base(config)
+
+
+def for_one_thread(config: PeftConfig) -> bool:
+    """Whether a model with such an adapter computes rightly for one thread at a time alone."""
+    return _site_class(config).for_one_thread(config)
 
 
 def restart_sites(sites: Sequence[Site], seed: int) -> None:
