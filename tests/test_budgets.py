@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,13 @@ from lightpeft.plans.budgets import BudgetSearch
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import losses_of
+from lightpeft.prune import budgeting
 from lightpeft.prune.budgeting import find_budget
 from lightpeft.prune.probing import Probe, sharing_frozen
 from lightpeft.runs import pipeline
 from lightpeft.runs.trainers import LightRun
 from lightpeft.saved.run_folder import to_yaml
-from lightpeft.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
+from lightpeft.tasks import Answers, ClassificationTask, answers_are_classes, entropy, points_a_nat
 from lightpeft.tasks.metrics import METRICS
 
 FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
@@ -312,14 +314,34 @@ def test_a_model_that_has_learned_nothing_keeps_everything() -> None:
     assert json.dumps(found.facts())
 
 
+def test_a_model_no_better_than_frequencies_keeps_everything() -> None:
+    """Also where cuts raise its loss for sure: it has hardly begun to learn, and what it will learn is not known."""
+    model = with_lora(make("bert"))
+    probe, record = probe_of(model), random_record(model)
+    dense = float(losses_of(model, probe.held, None).mean())
+    found = find_budget(model, record, LIGHT, probe, 0.5, chance=dense * 1.01)
+    assert found.blocks == 0.0 and not found.probed and found.learned == pytest.approx(0.0099, abs=1e-3)
+    assert "hardly better than an answer by the frequencies" in found.summary()
+    assert find_budget(model, record, LIGHT, probe, 0.5, chance=dense * 2).learned == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_loss_of_an_answer_by_frequencies() -> None:
+    assert entropy([0, 1, 0, 1]) == pytest.approx(math.log(2))
+    assert entropy([1, 1, 1]) == 0.0
+    assert entropy([0, 0, 0, 2]) == pytest.approx(0.5623, abs=1e-4)
+
+
 # -- runs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
+    """Of runs so short that they have hardly begun to learn; what they have learned is enough here."""
     made = Workbench(tmp_path_factory.mktemp("budgets"))
     write_rows(made.train, labelled(600, seed=1))
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budgeting, "LEAST_LEARNED", -math.inf)
+        yield made
 
 
 def short(bench: Workbench, name: str, **changes: Any) -> Any:

@@ -19,6 +19,9 @@ from lightpeft.prune.probing import Probe
 
 PARTS = (0.1, 0.2, 0.4, 0.6, 0.8)
 """Budgets whose rise is measured before anything trains; between them it lies on a line."""
+LEAST_LEARNED = 0.05
+"""Part of the loss of an answer by the frequencies of labels that estimation has to have taken away: a model that does
+no better has nothing to lose yet, and any cut looks cheap."""
 _FEW, _LEAST = 1 / 4, 16
 """Part of the batches, and batches at least, that tell this rise, which is many times what is left of it."""
 
@@ -36,11 +39,14 @@ class FoundBudget:
     before: dict[float, float]
     """Budget -> rise when it is cut."""
     probed: list[Probed]
-    """Empty where even the largest cut costs nothing for sure: a model that does its task has more to lose."""
+    """Empty where estimation taught too little to tell: even the largest cut costs nothing for sure, or the model does
+    hardly better than an answer by the frequencies of labels."""
     rows: int
     """That losses were measured on."""
     steps: int
     """Of a probe."""
+    learned: float | None = None
+    """Part of the loss of an answer by the frequencies of labels that estimation took away; None: not known."""
     seconds: float = 0.0
     """That all of it took."""
 
@@ -49,11 +55,13 @@ class FoundBudget:
         how = f"measured on {self.rows} rows in {self.seconds:.0f} s"
         if not self.probed:
             most = max(self.before)
-            nothing = f"{most:.0%} do not raise the loss for sure ({self.before[most]:+.2g} nats)"
+            why = f"even {most:.0%} do not raise the loss for sure ({self.before[most]:+.2g} nats)"
+            if self.learned is not None and self.learned < LEAST_LEARNED:
+                why = "the model does hardly better than an answer by the frequencies of labels"
             longer = (
                 "estimation taught too little to tell; lengthen it (light.length), or give light.blocks as a number"
             )
-            return f"light.blocks: auto cuts nothing of the blocks: even {nothing}, so {longer}; {how}"
+            return f"light.blocks: auto cuts nothing of the blocks: {why}, so {longer}; {how}"
         if self.expected is None:
             least = min(self.probed, key=lambda probed: probed.blocks)
             cost = f"{least.blocks:.0%} would cost {least.after:.3g} nats after {self.steps} steps"
@@ -69,13 +77,19 @@ class FoundBudget:
 
 
 def find_budget(
-    model: PeftModel, record: EstimationRecord, light: LightConfig, probe: Probe, tolerance: float
+    model: PeftModel,
+    record: EstimationRecord,
+    light: LightConfig,
+    probe: Probe,
+    tolerance: float,
+    chance: float | None = None,
 ) -> FoundBudget:
     """Measure, and find the largest budget within the tolerance.
 
     Args:
         model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
         tolerance: rise of the loss, in nats.
+        chance: loss of an answer by the frequencies of labels; None: not known.
 
     Raises:
         LightPeftError: the model gives no loss, or no budget can be tried at all.
@@ -84,14 +98,16 @@ def find_budget(
     light = replace(light, ranks=0.0, modules=0.0)
     plans = dict(nested_plans(record, replace(light, blocks=None), PARTS))
     few = probe.held[: max(_LEAST, int(_FEW * len(probe.held)))]
-    _, points = loss_curve(model, record, plans, few, probe.autocast)
+    dense, points = loss_curve(model, record, plans, few, probe.autocast)
     search = BudgetSearch({point.blocks: point.rise for point in points}, tolerance, gone_before(record))
 
     def plan(blocks: float) -> PrunePlan:
         return make_plan(record, replace(light, blocks=blocks))
 
+    learned = None if chance is None else 1 - dense / max(chance, 1e-6)
+    taught = learned is None or learned >= LEAST_LEARNED
     found = 0.0
-    if points[-1].interval[0] > 0:
+    if taught and points[-1].interval[0] > 0:
         whole = probe.losses(model, None)
         found = search.run(lambda blocks: probe.losses(model, plan(blocks)) - whole)
     return FoundBudget(
@@ -102,4 +118,5 @@ def find_budget(
         probed=search.probed,
         rows=len(probe.rows),
         steps=probe.steps,
+        learned=learned,
     )
