@@ -1289,6 +1289,33 @@ def test_gpu_measures_tiny_shapes_on_the_cpu(tmp_path: Path) -> None:
         assert result["subjects"]["estimation"]["inference_seconds"] is None
         assert result["ideal"]["inference"] > 1
     assert (tmp_path / "gpu.md").read_text().count("| llama-tiny |") == 3
+    assert results["quality"] == {}
+
+
+def test_gpu_says_the_quality_beside_the_speed(bench: Workbench, config: Path, tmp_path: Path) -> None:
+    sizes = ("--device", "cpu", "--shapes", "--limit", "32", "--out", str(tmp_path))
+    assert gpu.main([*sizes, "--quality", str(config)]) == 0
+    reports = read(tmp_path / "gpu.results.json")["quality"]["tiny"]
+    assert {method: report["method"] for method, report in reports.items()} == {"plain": "plain", "light": "light"}
+    lines = (tmp_path / "gpu.md").read_text().splitlines()[2:]
+    for report, line in zip(reports.values(), lines, strict=True):
+        assert report["config"]["training"]["bf16"] is True and report["config"]["training"]["epochs"] == 1
+        assert report["config"]["data"]["limit_train"] == 32
+        speed = report["training"]["train"]["samples_per_second"]
+        assert speed > 0 and f"| accuracy {report['metrics']['accuracy']:.1%} |" in line and f"| {speed:,.0f} |" in line
+    assert list(reports["light"]["training"]) == ["estimate", "train"]
+
+
+def test_gpu_says_what_could_not_be_measured(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--device", "cpu", "--shapes", "--out", str(tmp_path), "--limit", "32"]
+    assert gpu.main(words) == 2
+    assert capsys.readouterr().err == "gpu: nothing to measure; give --shapes, --quality or both\n"
+    missing = str(tmp_path / "none.yaml")
+    assert gpu.main([*words, "--quality", missing]) == 2
+    assert "none.yaml does not exist" in capsys.readouterr().err and not (tmp_path / "gpu.md").exists()
+    assert gpu.main([*words, "--quality", str(config), missing]) == 1
+    results = read(tmp_path / "gpu.results.json")
+    assert list(results["quality"]) == ["tiny"] and "does not exist" in results["failures"]["none"]
 
 
 # -- experts.py --------------------------------------------------------------------------------------------------------
@@ -1321,30 +1348,3 @@ def test_rows_of_the_toy_tasks(task: str) -> None:
     for row, answer in zip(digits.tolist(), answers.tolist(), strict=True):
         assert answer == (sorted(row) if task == "sort" else [experts.CODE[digit] for digit in reversed(row)])
     assert (experts.inputs(batch)["labels"] != -100).sum(1).tolist() == [experts.DIGITS] * 5
-    assert results["quality"] == {}
-
-
-def test_gpu_says_the_quality_beside_the_speed(bench: Workbench, config: Path, tmp_path: Path) -> None:
-    sizes = ("--device", "cpu", "--shapes", "--limit", "32", "--out", str(tmp_path))
-    assert gpu.main([*sizes, "--quality", str(config)]) == 0
-    reports = read(tmp_path / "gpu.results.json")["quality"]["tiny"]
-    assert {method: report["method"] for method, report in reports.items()} == {"plain": "plain", "light": "light"}
-    lines = (tmp_path / "gpu.md").read_text().splitlines()[2:]
-    for report, line in zip(reports.values(), lines, strict=True):
-        assert report["config"]["training"]["bf16"] is True and report["config"]["training"]["epochs"] == 1
-        assert report["config"]["data"]["limit_train"] == 32
-        speed = report["training"]["train"]["samples_per_second"]
-        assert speed > 0 and f"| accuracy {report['metrics']['accuracy']:.1%} |" in line and f"| {speed:,.0f} |" in line
-    assert list(reports["light"]["training"]) == ["estimate", "train"]
-
-
-def test_gpu_says_what_could_not_be_measured(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--device", "cpu", "--shapes", "--out", str(tmp_path), "--limit", "32"]
-    assert gpu.main(words) == 2
-    assert capsys.readouterr().err == "gpu: nothing to measure; give --shapes, --quality or both\n"
-    missing = str(tmp_path / "none.yaml")
-    assert gpu.main([*words, "--quality", missing]) == 2
-    assert "none.yaml does not exist" in capsys.readouterr().err and not (tmp_path / "gpu.md").exists()
-    assert gpu.main([*words, "--quality", str(config), missing]) == 1
-    results = read(tmp_path / "gpu.results.json")
-    assert list(results["quality"]) == ["tiny"] and "does not exist" in results["failures"]["none"]
