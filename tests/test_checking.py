@@ -185,7 +185,43 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= found.available < sizes[0]
     assert "training.gradient_checkpointing: true" in found.instead
     hopeless = check(work, 1)
-    assert "training.batch_size: 1, training.gradient_accumulation: 8" in hopeless.instead
+    assert any(name.startswith("batches of 1 and 8 passes a step") for name in hopeless.instead)
+
+
+def test_evaluation_that_does_not_fit(tmp_path: Path) -> None:
+    """Where evaluation is the largest stage, it is what the settings make smaller."""
+    settings = {"training.batch_size": 2, "training.eval_batch_size": 64}
+    found = check(pipeline.prepare(Workbench(tmp_path).config("run", **settings)), 1)
+    assert found.largest == "evaluate"
+    sizes = list(found.instead.values())
+    assert sizes[-1] < sizes[0] <= found.stages["evaluate"].holding.total
+    assert list(found.instead)[-1].endswith("1 rows in evaluation")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model.quantise": "nf4"}, "in few bits"),
+        ({"model.low_memory": True}, "leave model.low_memory off"),
+        ({"method": "full"}, "method full trains every weight"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_what_is_not_gone_through(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    work = pipeline.prepare(Workbench(tmp_path).config("run", **settings))
+    with pytest.raises(LightPeftError, match=said):
+        check(work)
+
+
+def test_steps_at_full_width_are_a_stage(tmp_path: Path) -> None:
+    settings = {"light.keep": "full", "light.full_width_steps": 0.25, "light.blocks": 0.5}
+    work = pipeline.prepare(Workbench(tmp_path, "llama", "causal-lm").config("run", **settings))
+    found = check(work, measure=True)
+    assert list(found.stages) == ["plain", "estimate", "train", "full width", "evaluate"]
+    wide, small = found.stages["full width"], found.stages["train"]
+    assert wide.steps == work.last_steps > 0 and wide.holding.weights > small.holding.weights
+    assert sum(found.stages[name].steps for name in found.own if name != "evaluate") == work.steps
+    assert found.time_of_plain is not None and found.time_of_plain > 0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from lightpeft.config.validation import check_most, check_values
 from lightpeft.errors import LightPeftError, require
@@ -122,6 +122,10 @@ class Budget:
         if self.blocks == "auto":
             raise LightPeftError("light.blocks is auto, which estimation has to end for; give a number here")
         return self.blocks
+
+    def with_shares(self, part: float) -> Self:
+        """The same, where this part of the heads, of the neurons and of the experts goes, and none competes."""
+        return dataclasses.replace(self, heads=part, neurons=part, experts=part, blocks=None, target=None)
 
     def blocks_left(self, blocks: int) -> int:
         """How many of so many blocks `depth` leaves."""

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from lightpeft.config import LightConfig
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.budgets import CONFIDENCE, BudgetSearch, Expected, Probed
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.profiling.live import Batch
 from lightpeft.prune.curve import gone_before, loss_curve, nested_plans
 from lightpeft.prune.probing import Probe
 
@@ -82,14 +86,12 @@ def find_budget(
     light: LightConfig,
     probe: Probe,
     tolerance: float,
-    chance: float | None = None,
 ) -> FoundBudget:
     """Measure, and find the largest budget within the tolerance.
 
     Args:
         model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
         tolerance: rise of the loss, in nats.
-        chance: loss of an answer by the frequencies of labels; None: not known.
 
     Raises:
         LightPeftError: the model gives no loss, or no budget can be tried at all.
@@ -104,6 +106,7 @@ def find_budget(
     def plan(blocks: float) -> PrunePlan:
         return make_plan(record, replace(light, blocks=blocks))
 
+    chance = chance_of(model, few)
     learned = None if chance is None else 1 - dense / max(chance, 1e-6)
     taught = learned is None or learned >= LEAST_LEARNED
     found = 0.0
@@ -120,3 +123,17 @@ def find_budget(
         steps=probe.steps,
         learned=learned,
     )
+
+
+def chance_of(model: PeftModel, batches: Sequence[Batch]) -> float | None:
+    """The loss, in nats, of an answer that gives every class the part of these rows that it has.
+
+    Returns:
+        None where the model does not give a row one of several classes.
+    """
+    labels = [batch["labels"] for batch in batches]
+    classes = getattr(transformers_model(model).config, "num_labels", 1)
+    if classes < 2 or any(of.dim() != 1 or of.is_floating_point() for of in labels):
+        return None
+    parts = torch.cat(labels).bincount().double() / sum(map(len, labels))
+    return float(torch.special.entr(parts).sum())

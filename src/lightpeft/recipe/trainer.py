@@ -216,8 +216,7 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
         seen = self.rows_of_steps(record.meta["steps"])
         probe = make_probe(self._trainer, self.light_config, steps, seen, self.fast_steps)
         tolerance = self.light_tolerance_in_nats(probe.rows)
-        chance = self.light_chance(probe.rows)
-        found = find_budget(self._peft_model, record, self.light_config, probe, tolerance, chance)
+        found = find_budget(self._peft_model, record, self.light_config, probe, tolerance)
         return replace(found, seconds=time.perf_counter() - started)
 
     def light_tolerance(self) -> Tolerance:
@@ -230,14 +229,6 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
         asked = Tolerance.read(USUAL_NATS if tolerance == "auto" else tolerance)
         require(asked.unit == "nats", f'light.tolerance is "{asked}"; a trainer knows of its loss alone: give nats')
         return asked
-
-    def light_chance(self, rows: Sequence[int]) -> float | None:
-        """The loss of an answer by the frequencies of labels; None: not known. To be overridden.
-
-        Args:
-            rows: numbers of training rows that are set aside.
-        """
-        return None
 
     def light_tolerance_in_nats(self, rows: Sequence[int]) -> float:
         """The same as a rise of the loss. To be overridden.

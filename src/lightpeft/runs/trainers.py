@@ -18,7 +18,6 @@ from transformers.integrations import TensorBoardCallback
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.scores import scores_of
-from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, throughput
 from lightpeft.recipe.parallel import refuse_deepspeed
@@ -26,7 +25,7 @@ from lightpeft.recipe.trainer import USUAL_NATS, light_trainer
 from lightpeft.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
-from lightpeft.tasks import answers_are_classes, entropy, points_a_nat
+from lightpeft.tasks import answers_are_classes, points_a_nat
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
@@ -174,12 +173,6 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         what = f'light.tolerance is "{asked}", and {self.work.task.main_metric} is no metric of classes'
         require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
         return asked
-
-    def light_chance(self, rows: Sequence[int]) -> float | None:
-        """That of the classes of these rows."""
-        if self.work.task.head != CLASSIFICATION:
-            return None
-        return entropy(self.work.train_rows.select(sorted(rows))["labels"][:])
 
     def light_tolerance_in_nats(self, rows: Sequence[int]) -> float:
         """Points of the main metric are worth what `points_a_nat` says of the model's answers to these rows."""

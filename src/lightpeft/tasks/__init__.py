@@ -31,7 +31,7 @@ from lightpeft.tasks.tokens import (
     share_at_limit,
 )
 from lightpeft.tasks.vocabulary import Coverage, coverage, task_tokens
-from lightpeft.tasks.worth import answers_are_classes, entropy, points_a_nat
+from lightpeft.tasks.worth import answers_are_classes, points_a_nat
 
 __all__ = [
     "ENTRIES",
@@ -64,7 +64,6 @@ __all__ = [
     "doubt_of_tokens",
     "encode_texts",
     "ensure_pad_token",
-    "entropy",
     "find_entry",
     "input_columns",
     "load_task",

@@ -8,7 +8,6 @@ more frequent, each kind in proportion, is counted on the answers themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,13 +26,6 @@ def answers_are_classes(task: Task) -> bool:
     """Whether a head picks one of several answers, and the task's main metric counts which are right."""
     metric = METRICS[task.metrics[0]].compute
     return task.head in (CLASSIFICATION, MULTIPLE_CHOICE) and (metric is accuracy or isinstance(metric, ClassMetric))
-
-
-def entropy(classes: Sequence[int]) -> float:
-    """The loss, in nats, of an answer that gives every class the part of these rows that it has."""
-    parts = np.bincount(np.asarray(classes)) / len(classes)
-    parts = parts[parts > 0]
-    return float(-(parts * np.log(parts)).sum())
 
 
 def points_a_nat(answers: Answers, task: Task) -> float:

@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightpeft.compat.stand_ins import StandIn
 from lightpeft.compat.torch import changes_of, is_watched
 from lightpeft.models.linears import LinearOnDisk, is_on_disk
 from lightpeft.models.patching import instead
@@ -113,7 +114,7 @@ class _Fused:
 def _bare(linear: nn.Linear) -> bool:
     """Whether nobody watches or changes what the layer computes, and its weight is an ordinary tensor."""
     changed = is_watched(linear) or "forward" in vars(linear)
-    return not changed and (type(linear.weight) is nn.Parameter or is_on_disk(linear))
+    return not changed and (type(linear.weight) in (nn.Parameter, StandIn) or is_on_disk(linear))
 
 
 class _LoraLinear(torch.autograd.Function):

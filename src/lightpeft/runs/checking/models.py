@@ -17,7 +17,7 @@ from lightpeft.config import LightConfig, RunConfig
 from lightpeft.errors import require
 from lightpeft.machine import accelerator, autocast_dtype, autocasting
 from lightpeft.models.families import block_specs
-from lightpeft.models.loading import untrained_model
+from lightpeft.models.loading import load_model_config, untrained_model
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import cut_model
 from lightpeft.peft_kinds.placing import add_peft
@@ -32,6 +32,24 @@ from lightpeft.prune.length import stage_length
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs.workspace import Workspace
 from lightpeft.training.prefix import FrozenPrefix, store_bytes
+
+
+def check_in_memory(work: Workspace) -> None:
+    """Refuse a run whose weights are not in memory as its configuration says, or all train.
+
+    Raises:
+        LightPeftError: saying what to leave unset.
+    """
+    model, own = work.config.model, load_model_config(work.config.model)
+    stored = getattr(own, "quantization_config", None) is not None and model.gguf_file is None
+    quantised = f"check knows weights in floating point alone, and those of {model.name} are in few bits"
+    require(model.quantise is None and not stored, quantised)
+    require(
+        not model.low_memory, "check knows weights in memory alone; leave model.low_memory off to see what they take"
+    )
+    require(
+        work.config.way.has_peft, "check is of PEFT, and method full trains every weight; use method light or plain"
+    )
 
 
 def with_peft(
@@ -82,12 +100,11 @@ def cut_evenly(model: PeftModel, light: LightConfig) -> None:
 
 def even(light: LightConfig) -> LightConfig:
     """A budget that takes the same part of every layer, in place of the one that scores would spread."""
-    changes: dict[str, Any] = {f"{unit}_criterion": "random" for unit in ("head", "neuron", "module", "rank")}
+    criteria: dict[str, Any] = {f"{unit}_criterion": "random" for unit in ("head", "neuron", "module", "rank")}
     part = light.target if light.blocks is None else 0.0 if light.blocks == "auto" else light.blocks
-    if part is not None:
-        changes |= {"heads": part, "neurons": part, "blocks": None, "target": None}
-        changes |= {"heads_scope": "layerwise", "neurons_scope": "layerwise"}
-    return replace(light, **changes)
+    if part is None:
+        return replace(light, **criteria)
+    return replace(light.with_shares(part), **criteria, heads_scope="layerwise", neurons_scope="layerwise")
 
 
 def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: Shapes) -> Tensor | None:

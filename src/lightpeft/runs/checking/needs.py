@@ -10,11 +10,12 @@ import psutil
 import torch
 from rich.filesize import decimal
 
-from lightpeft.config import RunConfig
+from lightpeft.config import TrainingConfig
 from lightpeft.machine import accelerator
 from lightpeft.profiling import hardware
 from lightpeft.profiling.rehearsal import Holding
 from lightpeft.prune.length import stage_length
+from lightpeft.runs.checking.models import check_in_memory
 from lightpeft.runs.checking.stages import Rehearsal
 from lightpeft.runs.checking.timing import seconds_of_steps
 from lightpeft.runs.workspace import Workspace
@@ -119,23 +120,33 @@ def check(work: Workspace, available: int | None = None, *, measure: bool = Fals
         measure: time real steps of a few blocks as well.
 
     Raises:
-        LightPeftError: the model cannot be pruned, PEFT cannot be put on it, or the budget cannot be met.
+        LightPeftError: the model cannot be pruned, PEFT cannot be put on it, or the budget cannot be met; its weights
+            are in few bits, on disk, or train all.
     """
+    check_in_memory(work)
     available = memory_of_device() if available is None else available
-    rehearsal, prefix = Rehearsal(work), 0
-    stages = {"plain": Need(rehearsal.plain(), work.steps)}
-    if work.config.way.prunes:
-        length = stage_length(work.config.light, work.steps)
-        stages["estimate"] = Need(rehearsal.estimation(), length)
-        training, evaluation, prefix = rehearsal.light()
-        stages["train"] = Need(training, work.steps - length)
-        stages["evaluate"] = Need(evaluation, -(-len(work.test_rows) // work.config.training.eval_batch_size))
+    rehearsal = Rehearsal(work)
+    stages, prefix = _own_stages(work, rehearsal)
+    stages = {"plain": Need(rehearsal.plain(), work.steps), **stages}
     if measure:
         seconds = seconds_of_steps(work)
         stages = {name: replace(need, seconds=_times(need, seconds.get(name))) for name, need in stages.items()}
     rows, tokens = rehearsal.shapes["input_ids"][0][:2]
     found = Check(stages, rows, tokens, prefix, available, {})
-    return found if found.fits else replace(found, instead=dict(_smaller(work, found)))
+    return found if found.fits else replace(found, instead=dict(_smaller(work, available)))
+
+
+def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need], int]:
+    """The stages of the run itself, beside plain PEFT, and the bytes of its prefix cache."""
+    if not work.config.way.prunes:
+        return {}, 0
+    length, last = stage_length(work.config.light, work.steps), work.last_steps
+    training, evaluation, prefix = rehearsal.light()
+    stages = {"estimate": Need(rehearsal.estimation(), length), "train": Need(training, work.steps - length - last)}
+    if last:
+        stages["full width"] = Need(rehearsal.full_width(), last)
+    stages["evaluate"] = Need(evaluation, -(-len(work.test_rows) // work.config.training.eval_batch_size))
+    return stages, prefix
 
 
 def _times(need: Need, seconds: float | None) -> float | None:
@@ -150,24 +161,24 @@ def memory_of_device() -> int:
     return int(psutil.virtual_memory().total)
 
 
-def _smaller(work: Workspace, found: Check) -> Iterator[tuple[str, int]]:
-    """Settings that take less memory, one on top of another until the largest stage fits."""
-    config = work.config
-    for name, training in _savings(config):
-        config = replace(config, training=training)
-        rehearsal = Rehearsal(replace(work, config=config))
-        stage = rehearsal.light()[0] if found.largest in ("train", "evaluate") else rehearsal.of(found.largest)
-        yield name, stage.total
-        if stage.total <= found.available:
+def _smaller(work: Workspace, available: int) -> Iterator[tuple[str, int]]:
+    """Settings that take less memory, one on top of another until the run's largest stage fits."""
+    for name, training in _savings(work.config.training):
+        smaller = replace(work, config=replace(work.config, training=training))
+        rehearsal = Rehearsal(smaller)
+        stages, _ = _own_stages(smaller, rehearsal)
+        largest = max([need.holding.total for need in stages.values()] or [rehearsal.plain().total])
+        yield name, largest
+        if largest <= available:
             return
 
 
-def _savings(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    training = config.training
+def _savings(training: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
     if not training.gradient_checkpointing:
         training = replace(training, gradient_checkpointing=True)
         yield "training.gradient_checkpointing: true", training
-    while training.batch_size > 1:
-        rows, passes = training.batch_size // 2, training.gradient_accumulation * 2
-        training = replace(training, batch_size=rows, gradient_accumulation=passes)
-        yield f"training.batch_size: {rows}, training.gradient_accumulation: {passes}", training
+    while training.batch_size > 1 or training.eval_batch_size > 1:
+        rows, asked = max(1, training.batch_size // 2), max(1, training.eval_batch_size // 2)
+        passes = training.gradient_accumulation * training.batch_size // rows
+        training = replace(training, batch_size=rows, gradient_accumulation=passes, eval_batch_size=asked)
+        yield f"batches of {rows} and {passes} passes a step, {asked} rows in evaluation", training

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
+from peft import PeftModel
+
+from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.machine import autocast_dtype
+from lightpeft.profiling import OptimizerFactory
 from lightpeft.profiling.rehearsal import Holding, Shapes, rehearse_inference, rehearse_training, rehearsing
 from lightpeft.runs.bench import accelerating, adamw, estimating
 from lightpeft.runs.checking.models import (
@@ -28,24 +33,26 @@ class Rehearsal:
         self.work = work
         self.shapes, self._labelled = longest_batch(work)
 
-    def of(self, stage: str) -> Holding:
-        """A stage on the whole model, by its name."""
-        return self.estimation() if stage == "estimate" else self.plain()
-
     def plain(self) -> Holding:
         """Steps of plain PEFT."""
         model = with_peft(self.work, replace(self.work.config, method="plain"))
         with rehearsing(model, device(), self._labelled) as watch:
-            return rehearse_training(
-                model, watch, self.shapes, adamw(self.work), nullcontext(), **step_options(self.work)
-            )
+            return self._steps(model, watch, adamw(self.work), nullcontext())
 
     def estimation(self) -> Holding:
         """Steps of estimation."""
         model = with_peft(self.work, self.work.config)
         with rehearsing(model, device(), self._labelled) as watch:
-            around, optimizer = accelerating(self.work, model), estimating(self.work, model)
-            return rehearse_training(model, watch, self.shapes, optimizer, around, **step_options(self.work))
+            return self._steps(model, watch, estimating(self.work, model), accelerating(self.work, model))
+
+    def full_width(self) -> Holding:
+        """Steps of the whole model with what the small one has learned (`light.full_width_steps`)."""
+        model = with_peft(self.work, self.work.config)
+        with rehearsing(model, device(), self._labelled) as watch:
+            return self._steps(model, watch, adamw(self.work), nullcontext())
+
+    def _steps(self, model: PeftModel, watch: StorageWatch, optimizer: OptimizerFactory, around: Any) -> Holding:
+        return rehearse_training(model, watch, self.shapes, optimizer, around, **step_options(self.work))
 
     def light(self) -> tuple[Holding, Holding, int]:
         """Steps of the small model, its evaluation, and the bytes of its prefix cache."""

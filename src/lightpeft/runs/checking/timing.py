@@ -29,6 +29,8 @@ def seconds_of_steps(work: Workspace) -> dict[str, float]:
     makers: dict[str, Callable[[Workspace, int], float]] = {"plain": _plain_step}
     if work.config.way.prunes:
         makers |= {"estimate": _estimation_step, "train": _light_step}
+    if work.config.way.prunes and work.last_steps:
+        makers["full width"] = _full_width_step
     return {name: at_depth(partial(step, work), depth) for name, step in makers.items()}
 
 
@@ -50,6 +52,11 @@ def _estimation_step(work: Workspace, blocks: int) -> float:
     optimizer = estimating(work, model)
     with accelerating(work, model):
         return _timed(work, model, sample_batches(work, _TIMED), optimizer)
+
+
+def _full_width_step(work: Workspace, blocks: int) -> float:
+    model = with_peft(work, work.config, on=device(), blocks=blocks)
+    return _timed(work, model, sample_batches(work, _TIMED), adamw(work))
 
 
 def _light_step(work: Workspace, blocks: int) -> float:

@@ -31,7 +31,7 @@ class Arm:
         part = light.known_blocks if self.equal_shares else None
         if part is None:
             return config
-        return replace(config, light=replace(light, heads=part, neurons=part, experts=part, blocks=None))
+        return replace(config, light=light.with_shares(part))
 
 
 def _light(equal_shares: bool = False, **settings: Any) -> Arm:
