@@ -135,7 +135,8 @@ class Estimator:
         down_terms, up_terms = (ranks / grad_scale).chunk(2)
         facts: Facts = {"masks": self.masks.values, "gradients": gradients}
         facts |= {"down_terms": down_terms, "up_terms": up_terms}
-        facts |= {"routed": self.masks.of_experts(routed), "tokens": self.masks.of_experts(tokens)}
+        if "experts" in self._units:
+            facts |= {"routed": self.masks.of_experts(routed), "tokens": self.masks.of_experts(tokens)}
         for name, criterion in self._summed.items():
             self._sums[name] += criterion(facts)
         self._sums["examples"] += examples * _processes()

@@ -67,6 +67,7 @@ class MaskedExperts:
         tokens = len(states)
         examples = self.examples(tokens)
         owners = _Owners(experts, rows * examples // tokens, examples)
+        # how many rows each expert has is asked of the device once a layer, as transformers' own loop over experts does
         routed = _Routed(experts, experts.bincount(minlength=self._layer.count).tolist(), order, index.shape[1])
         hidden = self._linear("gate_up_proj", states[rows], routed)
         hidden = _ScaledUnits.apply(gated(self._layer.experts, hidden), self._neurons, owners, self._neurons.values)
