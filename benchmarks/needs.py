@@ -35,6 +35,8 @@ def compare(path: Path, steps: int) -> dict[str, dict[str, float]]:
     measured = bench(config, rounds=1, steps=steps)["subjects"]
     found = {}
     for stage, subject in SUBJECTS.items():
+        if stage not in said:
+            continue
         holding, taken = said[stage].holding, measured[subject]
         found[stage] = {
             "said_bytes": holding.total,

@@ -44,18 +44,19 @@ class Weighed(Subject):
 def subjects_of(config: RunConfig) -> subjects.Subjects:
     """Plain LoRA in two places, estimation, and the model cut more and more."""
     folder = Path("runs") / "writers" / Path(config.output).name
-    whole = subjects.pruned(_cut(config, 0.0), folder / WHOLE)
+    names = {f"{part:.0%} of the blocks cut": part for part in CUTS}
+    first, *others = names
+    scored = subjects.pruned(_cut(config, names[first]), folder / first)
     slots = replace(config, lora=replace(config.lora, slots=list(SLOTS)), output=str(folder / EVERYWHERE))
     found: dict[str, tuple[Any, RunConfig]] = {
         PLAIN: ("plain", replace(config, output=str(folder / PLAIN))),
         EVERYWHERE: ("plain", slots),
-        ESTIMATION: ("estimation", whole),
-        WHOLE: ("light", whole),
+        ESTIMATION: ("estimation", scored),
+        WHOLE: ("light", subjects.pruned(_cut(config, 0.0), folder / WHOLE)),
+        first: ("light", scored),
     }
-    for part in CUTS:
-        name = f"{part:.0%} of the blocks cut"
-        found[name] = ("light", _pruned_by_the_same(_cut(config, part), folder / name, whole))
-    return found
+    cut = {name: _pruned_by_the_same(_cut(config, names[name]), folder / name, scored) for name in others}
+    return found | {name: ("light", settings) for name, settings in cut.items()}
 
 
 def _cut(config: RunConfig, part: float) -> RunConfig:
@@ -75,8 +76,8 @@ def measure(found: subjects.Subjects, rounds: int, steps: int) -> dict[str, Any]
         workers = {name: stack.enter_context(Worker(Weighed, *what, steps)) for name, what in found.items()}
         fixed = {name: worker.measure("fixed") for name, worker in workers.items()}
         values = alternate({name: partial(worker.measure, "training") for name, worker in workers.items()}, rounds)
-    whole = found[WHOLE][1]
-    work = pipeline.prepare(whole)
+    scored = found[ESTIMATION][1]
+    work = pipeline.prepare(scored)
     estimation = EstimationRecord.load(work.run.estimation).meta["steps"]
     shares = _shares(list(found), estimation / work.steps)
     runs = {name: _seconds(values, share) for name, share in shares.items()}
@@ -91,14 +92,13 @@ def measure(found: subjects.Subjects, rounds: int, steps: int) -> dict[str, Any]
         "shares": shares,
         "values": values,
         "hardware": hardware(),
-        "config": asdict(whole),
+        "config": asdict(scored),
     }
 
 
 def _shares(names: list[str], estimation: float) -> dict[str, dict[str, float]]:
     """Run -> which parts of its steps are steps of which subject."""
-    shares = {name: {name: 1.0} for name in (PLAIN, EVERYWHERE)}
-    shares[WHOLE] = {ESTIMATION: estimation, WHOLE: 1 - estimation}
+    shares = {name: {name: 1.0} for name in (PLAIN, EVERYWHERE, WHOLE)}  # where nothing is cut, nothing is estimated
     for name in names[names.index(WHOLE) + 1 :]:
         shares[name] = {ESTIMATION: estimation, name: 1 - estimation - LAST, WHOLE: LAST}
     return shares

@@ -464,3 +464,33 @@ def test_blocks_that_the_loss_does_not_reach() -> None:
             estimator.step()
     with pytest.raises(LightPeftError, match=r"masks of .* got no gradient; .* without FrozenPrefix"):
         estimator.record()
+
+
+# Where nothing is to go
+
+
+def test_a_budget_that_takes_nothing_needs_no_step() -> None:
+    nothing = LightConfig(heads=0, neurons=0, experts=0, modules=0, ranks=0, depth=0.5)
+    assert stage_length(nothing, 100) == 0
+    model = student("llama-gqa")
+    pruner = EarlyPruner(model, nothing)
+    pruner.start()
+    assert pruner.finished and not any(module._forward_pre_hooks for module in model.modules())
+    pruner.step()  # a loop that asks first makes none
+    record = pruner.record()
+    plan = make_plan(record, nothing)
+    assert [len(block.heads) for block in plan.blocks] == [spec.heads for spec in record.blocks]
+    assert len(plan.sites) == len(record.sites)
+    for budget in (LightConfig(blocks=0.2), LightConfig(blocks="auto", ranks=0, modules=0)):
+        with pytest.raises(LightPeftError, match="of no step, since nothing was to go"):
+            record.check_scored(budget)
+    light = pruner.prune()
+    assert light.light_plan == plan
+
+
+@pytest.mark.parametrize("part", ["heads", "neurons", "experts", "modules", "ranks"])
+def test_any_part_that_goes_has_to_be_chosen(part: str) -> None:
+    nothing: dict[str, Any] = {"heads": 0, "neurons": 0, "experts": 0, "modules": 0, "ranks": 0}
+    assert LightConfig(**{**nothing, part: 0.1}).chooses
+    base = part in ("heads", "neurons", "experts")
+    assert LightConfig(**{**nothing, part: 0.1}, blocks=0.0).chooses is not base, "blocks take their place"

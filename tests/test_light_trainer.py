@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from workbench import Workbench, labelled
 from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light, preset_light
 from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import PrunePlan
+from lightpeft.profiling.sizes import parameter_report
 from lightpeft.runs import pipeline
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.saved.run_folder import RunFolder
@@ -181,6 +183,23 @@ def test_one_training_with_the_cut_as_an_event(builds: Builds) -> None:
     assert max(rates) == pytest.approx(2e-2) and rates[STEPS["estimation"]] < max(rates[STEPS["estimation"] :])
     losses = [logs["loss"] for logs in seen.logs if "loss" in logs]
     assert len(losses) == STEPS["run"] and sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_where_all_stays_nothing_is_estimated(builds: Builds) -> None:
+    """One schedule over all steps, as plain PEFT has it; a resumed training is the same."""
+    light = replace(LIGHT, heads=0.0, neurons=0.0, experts=0.0, modules=0.0, ranks=0.0)
+    settings: dict[str, Any] = {"light": light, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 4}
+    seen = Events()
+    trainer = builds.trainer(callbacks=[seen], **settings)
+    trainer.train()
+    assert trainer.light_report["estimation_steps"] == trainer.light_record.meta["scored_steps"] == 0
+    assert parameter_report(trainer.model)["base_removed_ratio"] == 0
+    rates = [logs["learning_rate"] for logs in seen.logs if "learning_rate" in logs]
+    assert rates == pytest.approx([2e-2 * (1 - step / STEPS["run"]) for step in range(STEPS["run"])])
+    rest = builds.trainer(**settings)
+    rest.train(resume_from_checkpoint=str(builds.folder / "checkpoint-8"))
+    assert rest.light_record is None and rest.light_plan == trainer.light_plan
+    assert_equal(weights(rest.model), weights(trainer.model))
 
 
 def test_what_is_saved_is_a_light_adapter(builds: Builds, bench: Workbench, tmp_path: Path) -> None:

@@ -352,8 +352,9 @@ def test_one_grid_waits_for_another_in_its_folder(
 
 @pytest.fixture(scope="module")
 def grid(bench: Workbench) -> Path:
-    """Four methods and two seeds; two of the light ones differ in their budget alone."""
-    methods = {"lora": None, "light-lora": None, "random": None, "long": {"light": {"length": 0.5}}}
+    """Five methods and two seeds; three of the light ones differ in their budget alone, and one of these cuts nothing."""
+    nothing = {"from": "light-lora", "light": {"blocks": 0.0, "modules": 0.0, "ranks": 0.0}}
+    methods = {"lora": None, "light-lora": None, "random": None, "long": {"light": {"length": 0.5}}, "nothing": nothing}
     return grid_file(bench.folder / "grid.yaml", bench, methods=methods, seeds=[0, 1])
 
 

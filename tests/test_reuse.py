@@ -74,6 +74,16 @@ def test_a_plan_from_a_taken_estimation(bench: Workbench, capsys: pytest.Capture
     assert read(bench.folder / "planned" / "plan.json") == read(bench.folder / "alone" / "plan.json")
 
 
+def test_scores_of_nothing_serve_no_budget(bench: Workbench, refused: Refused) -> None:
+    """A run that takes nothing away leaves no scores, and says so to one that needs some."""
+    nothing = {"light.blocks": 0.0, "light.modules": 0.0, "light.ranks": 0.0}
+    assert lightpeft("estimate", "--config", bench.yaml("unscored", **nothing)) == 0
+    for budget in (0.3, "auto"):
+        asking = bench.yaml("asking", **nothing | {"light.blocks": budget})
+        line = refused("run", "--config", asking, "--estimation", bench.folder / "unscored")
+        assert "of no step, since nothing was to go; estimate again" in line
+
+
 MISFITS: dict[str, dict[str, Any]] = {
     "training.learning_rate": {"training.learning_rate": 1e-2},
     "seed": {"seed": 4},

@@ -133,12 +133,13 @@ def bench_table(report: Mapping[str, Any]) -> Table:
     for row in speed_rows(report):
         spread = " - ".join(f"{end:.2f}" for end in row.get("quartiles", ()))
         table.add_row(row["name"], row["plain"], row["light"], f"{row['ratio']:.2f}", spread)
-    slowdown = report["ratios"]["estimation_throughput"]["median"]
-    steps = report["end_to_end"]["estimation_steps"]
-    table.caption = (
-        f"estimation, part of the whole run, trains {slowdown:.2f} times as fast as {kind}, for {steps} steps"
-    )
-    table.caption_justify = "left"
+    if "estimation_throughput" in report["ratios"]:
+        slowdown = report["ratios"]["estimation_throughput"]["median"]
+        steps = report["end_to_end"]["estimation_steps"]
+        table.caption = (
+            f"estimation, part of the whole run, trains {slowdown:.2f} times as fast as {kind}, for {steps} steps"
+        )
+        table.caption_justify = "left"
     return table
 
 

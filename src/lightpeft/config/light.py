@@ -113,6 +113,13 @@ class Budget:
         check_values(self)
 
     @property
+    def chooses(self) -> bool:
+        """Whether anything is to go of which scores say what: else all stays, and nothing has to be estimated."""
+        base = self.target if self.blocks is None else self.blocks
+        parts = [base] if base is not None else [self.heads, self.neurons, self.experts]
+        return any(part == "auto" or part > 0 for part in (*parts, self.modules, self.ranks))
+
+    @property
     def known_blocks(self) -> float | None:
         """`blocks` as a number.
 
@@ -179,7 +186,8 @@ class LightConfig(Budget):
     """All that Light-PEFT adds to a PEFT run: the budget and how the scores behind it are estimated."""
 
     length: int | float | Literal["auto"] = 0.1
-    """Estimation stage: optimizer steps (int), part of the whole run (float in (0, 1)), or "auto": until settled."""
+    """Estimation stage: optimizer steps (int), part of the whole run (float in (0, 1)), or "auto": until settled. Where
+    the budget takes nothing away there is no such stage."""
     tolerance: str | float = "auto"
     """What `blocks: auto` may cost in the end, against nothing cut: nats of the loss, as in "0.05 nats", or points of
     the task's main metric, as in "1 point"; "auto": 1 point where answers are classes, else 0.05 nats."""

@@ -40,6 +40,7 @@ def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = No
         LightPeftError: scores that are not finite, a missing criterion, a budget that cannot be met, or an `order` that
             is not one of the units.
     """
+    record.check_scored(budget)
     specs = (*record.blocks, *record.left_out)
     too_deep = budget.blocks_left(len(specs)) < len(record.blocks)
     require(not too_deep, f"depth {budget.depth:g} leaves out blocks that the estimation had; estimate with this depth")

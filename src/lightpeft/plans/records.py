@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightpeft.config import Budget
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import (
@@ -49,6 +50,15 @@ class EstimationRecord:
     """Steps, tokens, settings, seed, loss, history of `length: auto`, versions."""
     left_out: list[BlockSpec] = field(default_factory=list)
     """Blocks of the base above `blocks` that were left out whole before estimation, and have no scores."""
+
+    def check_scored(self, budget: Budget) -> None:
+        """Refuse a budget that needs scores where there are none.
+
+        Raises:
+            LightPeftError: estimation took no step, since nothing was to go then, and now something is.
+        """
+        nothing = "these scores are of no step, since nothing was to go; estimate again with the budget that is wanted"
+        require(self.meta.get("steps") != 0 or not budget.chooses, nothing)
 
     def of_blocks(self, kind: str, criterion: str) -> list[Tensor]:
         """Scores of one of the `MASKED` units under a criterion, one tensor a block; empty where it has none."""

@@ -73,7 +73,7 @@ class Estimator:
         self._attached = False
 
     def start(self, total_steps: int | None) -> None:
-        """Attach masks and observers.
+        """Attach masks and observers; where all stays there is nothing to estimate, and the stage is over.
 
         Args:
             total_steps: optimizer steps of the whole run, which a fractional or automatic length refers to.
@@ -83,6 +83,10 @@ class Estimator:
         """
         require(not self._attached, "the estimation stage has started already")
         self.length = stage_length(self.config, total_steps)
+        if self.config.chooses:
+            self._attach()
+
+    def _attach(self) -> None:
         device = self.sites[0].device
         if not self.steps:
             self.masks = UnitMasks(self.blocks, device)
@@ -108,6 +112,8 @@ class Estimator:
     @property
     def finished(self) -> bool:
         """Whether the stage has run its length, or has settled."""
+        if not self.config.chooses:
+            return True
         return self.steps > 0 and (self.steps >= self.length or self._settled_in_a_row >= self.config.settled_checks)
 
     @torch.no_grad()
@@ -117,9 +123,9 @@ class Estimator:
         Args:
             grad_scale: the factor that a gradient scaler multiplied the loss with; it is undone here.
         """
-        require(self._attached, "the estimation stage has not started; call start(total_steps) first")
-        if self.finished:
+        if self.finished and (self._attached or not self.config.chooses):
             return
+        require(self._attached, "the estimation stage has not started; call start(total_steps) first")
         taken = self.masks.take_gradients()
         examples = taken.mean.new_full((1,), self.masks.examples)  # filled there: no copy from the host
         routed, tokens = self.masks.take_routed()
@@ -152,18 +158,20 @@ class Estimator:
         Raises:
             LightPeftError: they were not.
         """
-        if bool(self._nonfinite):
+        if self.steps and bool(self._nonfinite):
             raise LightPeftError(
                 f"loss or gradients became NaN or infinite within the first {self.steps} steps of estimation; "
                 "lower the learning rate, or use bfloat16 or float32 instead of float16"
             )
 
     def record(self) -> EstimationRecord:
-        """Scores of every unit under every criterion, from the second half of the stage.
+        """Scores of every unit under every criterion, from the second half of the stage; zeros where all stays.
 
         Raises:
             LightPeftError: the stage has not run, or diverged, or saw too little, or some blocks ran without gradients.
         """
+        if not self.config.chooses:
+            return self._unscored()
         require(self.steps > 0, "estimation has not run a single step; train with the callback, or call step()")
         self.check_finite()
         if not self._windows or self._windows[-1].end < self.steps:
@@ -172,6 +180,14 @@ class Estimator:
         check_examples(self.config, record.meta["scored_examples"])
         self._check_reached(record)
         return record
+
+    def _unscored(self) -> EstimationRecord:
+        """What all that stays is called, without a step."""
+        self._attach()
+        self._windows = []
+        self._close_window()
+        self.stop()
+        return self._record()
 
     def _check_reached(self, record: EstimationRecord) -> None:
         """Raise `LightPeftError` if the loss reached some blocks and not others: a plan would cut those away unseen."""
@@ -247,7 +263,7 @@ class Estimator:
         late = [window for window in self._windows if window.start >= self.steps // 2] or self._windows[-1:]
         steps = sum(window.end - window.start for window in late)
         sums = {name: torch.stack([window.sums[name] for window in late]).sum(0) for name in late[0].sums}
-        scores = self._unit_scores(sums, steps) | self._site_scores(sums, steps)
+        scores = self._unit_scores(sums, max(steps, 1)) | self._site_scores(sums, max(steps, 1))
         return EstimationRecord(
             blocks=self.blocks,
             sites=[site.spec for site in self.sites],
@@ -323,6 +339,8 @@ class Estimator:
         Raises:
             LightPeftError: the folder cannot be written.
         """
+        if not self.config.chooses:
+            return
         modules = _sum_over_processes(self._modules.sums.clone())
         if not write:
             return
@@ -348,6 +366,8 @@ class Estimator:
         Raises:
             LightPeftError: the folder holds no estimation state, or that of another model.
         """
+        if not self.config.chooses:
+            return
         state = read_json(Path(folder) / _HISTORY_FILE)
         tensors = read_tensors(Path(folder) / _STATE_FILE)
         with understandable(folder):

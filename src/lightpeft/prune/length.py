@@ -18,6 +18,8 @@ def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0) -> 
     Raises:
         LightPeftError: it would leave no steps to train with, or score too little to be trusted.
     """
+    if not light.chooses:
+        return light
     if pace is not None:
         enough = max(2, pace.enough_steps(light.least_examples, steps))
         light = replace(light, least_steps=max(light.least_steps, enough))
@@ -31,11 +33,13 @@ def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0) -> 
 
 
 def stage_length(config: LightConfig, total_steps: int | None) -> int:
-    """Optimizer steps of the stage, at most; `length: auto` may end earlier.
+    """Optimizer steps of the stage, at most; `length: auto` may end earlier, and where all stays there are none.
 
     Raises:
         LightPeftError: the length needs `total_steps`, or the stage would be longer than the run.
     """
+    if not config.chooses:
+        return 0
     if isinstance(config.length, int):
         steps = config.length
     else:

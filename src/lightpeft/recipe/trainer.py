@@ -178,8 +178,11 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
             self.light_config.keep,
         )
 
-    def _begin_light(self, state: TrainerState) -> None:
-        """Training begins, or goes on from a checkpoint: with estimation, or behind the cut."""
+    def _begin_light(self, state: TrainerState, control: TrainerControl) -> None:
+        """Training begins, or goes on from a checkpoint: with estimation, or behind the cut.
+
+        Where nothing is to go there is nothing to estimate: the model is a light one at once.
+        """
         if self.light_plan is not None:
             self._begin_light_fine_tuning(state.max_steps)
             return
@@ -189,8 +192,11 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
         self._light_pruner.estimator.start(state.max_steps)
         if self._light_checkpoint is not None:
             self._light_pruner.estimator.load_state(self._light_checkpoint)
-        self._enter_light(self._light_acceleration())
         self._light_started = time.perf_counter()
+        if self._light_pruner.finished:
+            self._cut(state, control)
+        else:
+            self._enter_light(self._light_acceleration())
 
     def make_light_estimator(self, model: PeftModel, light: LightConfig) -> Estimator:
         """What estimates. To be overridden."""
@@ -499,7 +505,7 @@ class _Course(EstimationCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.training._begin_light(state)
+        self.training._begin_light(state, control)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

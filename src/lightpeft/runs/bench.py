@@ -61,7 +61,7 @@ from lightpeft.training.prefix import STATES, FrozenPrefix, StateStore, cache_pr
 Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
 """A model, and the factory of its optimizer."""
 SUBJECTS = ("plain", "estimation", "light")
-"""Plain PEFT on the dense model, the estimation stage, and the pruned model."""
+"""Plain PEFT on the dense model, the estimation stage (if the run has one), and the pruned model."""
 _INFERRING = ("plain", "light")
 """Those of them that infer; estimation is a stage of training."""
 _WHAT = {"fixed": "memory and FLOPs"}
@@ -108,7 +108,7 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
                 "training_samples_per_second": asdict(summarize(training[name])),
                 **({"inference_samples_per_second": asdict(summarize(inference[name]))} if name in inference else {}),
             }
-            for name in SUBJECTS
+            for name in fixed
         },
         "ratios": _ratios(training, inference, fixed),
         "end_to_end": _end_to_end(work, training, fixed["light"]["prefix_samples_per_second"]),
@@ -126,17 +126,18 @@ def _measure(
     config: RunConfig, rounds: int, steps: int
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], dict[str, list[float]]]:
     """What does not vary, by subject, and the samples a second of all rounds, in training and in inference."""
-    total = len(SUBJECTS) + rounds * (len(SUBJECTS) + len(_INFERRING))
+    names = [name for name in SUBJECTS if name in _INFERRING or config.light.chooses]
+    total = len(names) + rounds * (len(names) + len(_INFERRING))
     try:
         with ExitStack() as stack:
-            workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in SUBJECTS}
+            workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in names}
             progress = stack.enter_context(StepProgress(total, 0, "measurements"))
 
             def measuring(what: str, name: str) -> Callable[[], Any]:
                 return partial(_shown, progress, workers[name], what, name)
 
-            fixed = {name: measuring("fixed", name)() for name in SUBJECTS}
-            training = alternate({name: measuring("training", name) for name in SUBJECTS}, rounds)
+            fixed = {name: measuring("fixed", name)() for name in names}
+            training = alternate({name: measuring("training", name) for name in names}, rounds)
             inference = alternate({name: measuring("inference", name) for name in _INFERRING}, rounds)
     except KeyboardInterrupt as stop:
         kept = "what was measured is not kept; the same command measures anew, on the run that is pruned already"
@@ -442,11 +443,15 @@ def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
 def _ratios(
     training: Mapping[str, list[float]], inference: Mapping[str, list[float]], fixed: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Light over plain PEFT, and estimation over plain PEFT; paired by round where rounds exist."""
+    """Light over plain PEFT, and estimation (if there is one) over plain PEFT; paired by round where rounds exist."""
     return {
         "training_throughput": asdict(ratio(training["light"], training["plain"])),
         "inference_throughput": asdict(ratio(inference["light"], inference["plain"])),
-        "estimation_throughput": asdict(ratio(training["estimation"], training["plain"])),
+        **(
+            {"estimation_throughput": asdict(ratio(training["estimation"], training["plain"]))}
+            if "estimation" in training
+            else {}
+        ),
         "peak_memory": fixed["light"]["peak_memory_bytes"] / max(fixed["plain"]["peak_memory_bytes"], 1),
         "training_flops": fixed["light"]["flops"]["training"] / fixed["plain"]["flops"]["training"],
         "inference_flops": fixed["light"]["flops"]["forward"] / fixed["plain"]["flops"]["forward"],
@@ -466,7 +471,7 @@ def _end_to_end(work: Workspace, training: Mapping[str, list[float]], prefix_spe
     estimation_steps = EstimationRecord.load(work.run.estimation).meta["steps"]
     seconds = work.run.stage_seconds()
     surgery = seconds.get("budget", 0.0) + seconds.get("prune", 0.0)  # where it is auto, the budget is a part of it
-    estimation = estimation_steps * step_seconds["estimation"]
+    estimation = estimation_steps * step_seconds.get("estimation", 0.0)
     caching = len(work.train_rows) / prefix_speed if prefix_speed else 0.0
     light = estimation + surgery + caching + (work.steps - estimation_steps) * step_seconds["light"]
     plain = work.steps * step_seconds["plain"]

@@ -55,6 +55,7 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
         "--estimation out",
     )
     record = EstimationRecord.load(donor.estimation)  # it is whole
+    record.check_scored(config.light)
     if config.light.blocks != "auto":
         make_plan(record, config.light)  # and the budget can be met
     return donor

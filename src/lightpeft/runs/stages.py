@@ -120,7 +120,7 @@ def estimated_model(work: Workspace, record: EstimationRecord | PrunePlan) -> Pe
 def leave_pruned(
     work: Workspace, model: PeftModel, plan: PrunePlan, calibration: Batches, fit: Fit = fit_refit
 ) -> LightModel:
-    """Cut the model as estimation left it, in place, look at it before and after, and save it.
+    """Cut the model as estimation left it, in place, look at it before and after if anything goes, and save it.
 
     Args:
         calibration: batches of training rows, for `light.refit`.
@@ -128,9 +128,11 @@ def leave_pruned(
     """
     started = time.perf_counter()
     watcher = work.watcher()
-    watcher.look("after_estimation", model)
+    if work.config.light.chooses:
+        watcher.look("after_estimation", model)
     light = cut(model, plan, work.config.light, calibration, fit)
-    watcher.look("after_the_cut", light)
+    if work.config.light.chooses:
+        watcher.look("after_the_cut", light)
     light.light_task = task_facts(work.task)
     seconds = time.perf_counter() - started - watcher.seconds
     work.run.finish_stage("prune", seconds, lambda: light.save_pretrained(work.run.pruned), **watcher.facts())

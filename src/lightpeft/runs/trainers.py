@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
 from lightpeft.config import Tolerance
@@ -138,11 +138,11 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         last = self.work.last_steps if self.light_plan is not None else 0
         return super().create_scheduler(num_training_steps - last, *args, **options)
 
-    def _begin_light(self, state: TrainerState) -> None:
-        super()._begin_light(state)
+    def _begin_light(self, state: TrainerState, control: TrainerControl) -> None:
         if self.light_plan is None:
             self._show("estimate")
             self.meter = Meter(self.work, self._peft_model, state.global_step, resumed=state.global_step > 0)
+        super()._begin_light(state, control)
 
     def _warn_uncut(self, step: int) -> None:
         """The stage that trains says so, if it was not asked to stop."""

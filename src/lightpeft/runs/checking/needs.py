@@ -96,7 +96,8 @@ class Check:
         if self.prefix_bytes:
             yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache says where)"
         if "train" in self.stages:
-            yield f"estimation and training compute {self.flops_of_plain:.2f} of what plain PEFT does{self._pays()}"
+            together = "estimation and training compute" if "estimate" in self.stages else "training computes"
+            yield f"{together} {self.flops_of_plain:.2f} of what plain PEFT does{self._pays()}"
 
     def _pays(self) -> str:
         part = self.time_of_plain
@@ -142,7 +143,8 @@ def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need],
         return {}, 0
     length, last = stage_length(work.config.light, work.steps), work.last_steps
     training, evaluation, prefix = rehearsal.light()
-    stages = {"estimate": Need(rehearsal.estimation(), length), "train": Need(training, work.steps - length - last)}
+    stages = {"estimate": Need(rehearsal.estimation(), length)} if length else {}
+    stages["train"] = Need(training, work.steps - length - last)
     if last:
         stages["full width"] = Need(rehearsal.full_width(), last)
     stages["evaluate"] = Need(evaluation, -(-len(work.test_rows) // work.config.training.eval_batch_size))

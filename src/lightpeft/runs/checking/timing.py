@@ -28,7 +28,8 @@ def seconds_of_steps(work: Workspace) -> dict[str, float]:
     depth = load_model_config(work.config.model).get_text_config().num_hidden_layers
     makers: dict[str, Callable[[Workspace, int], float]] = {"plain": _plain_step}
     if work.config.way.prunes:
-        makers |= {"estimate": _estimation_step, "train": _light_step}
+        makers |= {"estimate": _estimation_step} if work.config.light.chooses else {}
+        makers["train"] = _light_step
     if work.config.way.prunes and work.last_steps:
         makers["full width"] = _full_width_step
     return {name: at_depth(partial(step, work), depth) for name, step in makers.items()}

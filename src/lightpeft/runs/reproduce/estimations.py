@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from lightpeft.runs.reproduce.grid import Cell
 from lightpeft.runs.reuse import copy_estimation, estimation_settings
@@ -20,10 +21,15 @@ def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
     """
     if not cell.config.way.prunes or cell.call is not None or cell.run.has("estimate"):
         return None
-    wanted = estimation_settings(cell.config)
+    wanted = _asked(cell)
     for other in others:
         done = other.run.has("estimate") and "estimate" in other.run.finished_stages()
-        if done and other.call is None and estimation_settings(other.config) == wanted:
+        if done and other.call is None and _asked(other) == wanted:
             copy_estimation(other.run, cell.run, other.name)
             return other.name
     return None
+
+
+def _asked(cell: Cell) -> tuple[bool, dict[str, Any]]:
+    """What of a cell's settings its estimation depends on; where nothing is to go, none is made."""
+    return cell.config.light.chooses, estimation_settings(cell.config)
