@@ -34,6 +34,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import gelu, silu
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoModelForSequenceClassification,
@@ -281,6 +282,18 @@ def test_changes_of_tensors() -> None:
         assert of_torch.changes_of(x) != before
         with torch.inference_mode():
             assert of_torch.changes_of(torch.ones(2)) is None
+
+
+def test_what_a_graph_makes_again() -> None:
+    x, y = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    products = [(x * 2) * (y * 2), (x * 2) * (y * 2).sum(0)]
+    made = [*products, silu(x * 2), gelu(x * 2), gelu(x * 2, approximate="tanh")]
+    with needed_for("activations that the backward pass makes again"):
+        for tensor in made:
+            node = of_torch.maker_of(tensor)
+            assert node is not None and of_torch.made_again(node).equal(tensor)
+        for tensor in (x, x * 2, x * torch.ones(4), x + y, (x * y).flatten(), (x * y).detach()):
+            assert of_torch.maker_of(tensor) is None, "it keeps too little, or is no such result"
 
 
 def test_tables_of_parameters() -> None:

@@ -352,7 +352,7 @@ def test_one_grid_waits_for_another_in_its_folder(
 
 @pytest.fixture(scope="module")
 def grid(bench: Workbench) -> Path:
-    """Five methods and two seeds; three of the light ones differ in their budget alone, and one of these cuts nothing."""
+    """Five methods and two seeds; three light ones differ in their budget alone, and one of these cuts nothing."""
     nothing = {"from": "light-lora", "light": {"blocks": 0.0, "modules": 0.0, "ranks": 0.0}}
     methods = {"lora": None, "light-lora": None, "random": None, "long": {"light": {"length": 0.5}}, "nothing": nothing}
     return grid_file(bench.folder / "grid.yaml", bench, methods=methods, seeds=[0, 1])
@@ -371,8 +371,8 @@ def cell_folder(out: Path, method: str, seed: int = 0) -> Path:
 
 def test_the_table_is_that_of_the_runs(finished: Path) -> None:
     results = read(finished / "results.json")
-    assert [row["method"] for row in results["rows"]] == ["lora", "light-lora", "random", "long"]
-    assert (results["cells"], len(results["reports"]), results["baseline"]) == (8, 8, "lora")
+    assert [row["method"] for row in results["rows"]] == ["lora", "light-lora", "random", "long", "nothing"]
+    assert (results["cells"], len(results["reports"]), results["baseline"]) == (10, 10, "lora")
     for row in results["rows"]:
         reports = [read(cell_folder(finished, row["method"], seed) / "metrics.json") for seed in (0, 1)]
         assert row["quality"] == [report["metrics"]["accuracy"] for report in reports]
@@ -418,9 +418,9 @@ def test_finished_cells_are_not_repeated(grid: Path, finished: Path, capsys: pyt
         raise AssertionError("a finished cell was run")
 
     results = reproduce(grid, finished, launch=never)
-    assert len(results.reports) == 8
+    assert len(results.reports) == 10
     assert stamps(finished / "cells") == before
-    assert "8 of 8 cells are done already" in capsys.readouterr().err
+    assert "10 of 10 cells are done already" in capsys.readouterr().err
 
 
 def test_a_folder_belongs_to_one_grid(bench: Workbench, finished: Path, tmp_path: Path) -> None:

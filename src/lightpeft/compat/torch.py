@@ -1,15 +1,16 @@
-"""PyTorch: tables of parameters and hooks, changes of tensors, and the type of those that nobody gives one."""
+"""PyTorch: tables of parameters and hooks, changes of tensors, what made them, and the type of those without one."""
 
 from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,6 +22,35 @@ CPU_ATTENTION_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention
 def changes_of(tensor: Tensor) -> int | None:
     """How often a tensor has been changed in place; None of one that does not count, because no graph can hold it."""
     return None if tensor.is_inference() else tensor._version
+
+
+_AGAIN: dict[str, Callable[[Any], Tensor]] = {
+    "MulBackward0": lambda node: node._saved_self * node._saved_other,
+    "SiluBackward0": lambda node: silu(node._saved_self),
+    "GeluBackward0": lambda node: gelu(node._saved_self, approximate=node._saved_approximate),
+}
+"""Nodes of the autograd graph, by name, whose result one pass over memory makes again from what they keep."""
+
+
+def maker_of(tensor: Tensor) -> Any:
+    """The node of the graph that keeps, for its own backward pass, all that its result is made of; None: there is none.
+
+    A product keeps each factor for the gradient of the other, so both of them where both have one.
+    """
+    node = tensor.grad_fn
+    name = "" if node is None else node.name()
+    if node is None or name not in _AGAIN or tensor._base is not None:
+        return None
+    factors = name == "MulBackward0"
+    return node if not factors or all(edge is not None for edge, _ in node.next_functions) else None
+
+
+def made_again(node: Any) -> Tensor:
+    """The result of a node that `maker_of` found, to the last bit, as long as the node's own backward pass is to come.
+
+    That is so for all whom the result was handed to: they come first.
+    """
+    return _AGAIN[node.name()](node)
 
 
 def storage_of(tensor: Tensor) -> int:

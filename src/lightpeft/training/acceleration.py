@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import fused_lora, peft_parts
 from lightpeft.training.logits import labelled_head
+from lightpeft.training.recomputing import recomputed_activations
 
 SHORT_ROWS = 64
 """Tokens a row, padding included, up to which plain products train faster than PyTorch's attention for CPUs, in
@@ -50,7 +51,8 @@ def accelerated(
     autocast: torch.dtype | None = None,
     loss_alone: bool = False,
 ) -> Iterator[None]:
-    """Inside the block a light model trains with fused LoRA layers, its base's dropout, and attention for short rows.
+    """Inside the block a light model trains with fused LoRA layers, its base's dropout, attention for short rows, and
+    activations that the backward pass makes again.
 
     Args:
         dropout: probability that replaces the base's own ones; None: those stay.
@@ -58,8 +60,12 @@ def accelerated(
         loss_alone: nobody reads a language model's logits in training (TRL's trainers do, for their metrics), so that
             those of tokens without a label need not be computed.
     """
-    head = labelled_head(model) if loss_alone else nullcontext()
-    with base_dropout(model, dropout), fused_lora(model), head, _short_attention(model, autocast):
+    with ExitStack() as stack:
+        stack.enter_context(base_dropout(model, dropout))
+        stack.enter_context(fused_lora(model))
+        stack.enter_context(labelled_head(model) if loss_alone else nullcontext())
+        stack.enter_context(_short_attention(model, autocast))
+        stack.enter_context(recomputed_activations(model))
         yield
 
 

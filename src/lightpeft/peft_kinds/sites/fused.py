@@ -141,7 +141,8 @@ class _LoraLinear(torch.autograd.Function):
             down, up: A [rank, in] and B [out, rank], of any.
             scaling: s.
         """
-        low = (x if dropped is None else dropped).flatten(0, -2)
+        entering = x if dropped is None else dropped
+        low = entering.flatten(0, -2)
         converted = _in_memory(weight).to(x.dtype)
         down, scaled_up = down.to(x.dtype), (up * scaling).to(x.dtype)
         inner = low @ down.T  # [rows, rank]
@@ -149,15 +150,15 @@ class _LoraLinear(torch.autograd.Function):
         result = rows @ converted.T if bias is None else torch.addmm(bias.to(x.dtype), rows, converted.T)
         result.addmm_(inner, scaled_up.T)
         kept, ctx.on_disk = (weight, None) if isinstance(weight, Tensor) else (None, weight)
-        ctx.save_for_backward(low, inner, kept, down, scaled_up)
+        ctx.save_for_backward(entering, inner, kept, down, scaled_up)
         ctx.scaling, ctx.shape, ctx.dropout = scaling, x.shape, dropped is not None
         return result.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        low, inner, weight, down, scaled_up = ctx.saved_tensors
-        gradient = gradient.flatten(0, -2)
+        entering, inner, weight, down, scaled_up = ctx.saved_tensors
+        low, gradient = entering.flatten(0, -2), gradient.flatten(0, -2)
         of_inner = gradient @ scaled_up
         of_down, of_up = of_inner.T @ low, (gradient.T @ inner) * ctx.scaling
         of_x = None

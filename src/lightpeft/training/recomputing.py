@@ -1,0 +1,53 @@
+"""Activations that the backward pass makes again, instead of keeping them from the forward pass.
+
+A feed-forward network with a gate keeps four tensors of its full width a block: what enters the activation, what leaves
+it, what it is multiplied with, and the product. Two of them are one cheap pass away from the others, as masked ones are
+in estimation. No product of matrices is computed twice, unlike under gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, is_grad_enabled, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightpeft.compat.torch import made_again, maker_of
+from lightpeft.models.patching import instead
+from lightpeft.models.unwrap import transformers_model
+
+
+@contextmanager
+def recomputed_activations(model: nn.Module) -> Iterator[None]:
+    """Inside the block, the graphs that the model builds keep no activation that what they keep anyway makes again.
+
+    Gradients are the same to the last bit. Not under gradient checkpointing, which keeps next to nothing by itself.
+
+    Args:
+        model: a transformers model, or a PeftModel around one.
+    """
+    inner = transformers_model(model)
+    usual = inner.forward
+
+    @functools.wraps(usual)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not is_grad_enabled() or inner.is_gradient_checkpointing:
+            return usual(*args, **kwargs)
+        with saved_tensors_hooks(_keep, _kept):
+            return usual(*args, **kwargs)
+
+    with instead(inner, forward):
+        yield
+
+
+def _keep(tensor: Tensor) -> Any:
+    """The tensor, or the node that makes it again."""
+    node = maker_of(tensor)
+    return tensor if node is None else node
+
+
+def _kept(kept: Any) -> Tensor:
+    return kept if isinstance(kept, Tensor) else made_again(kept)

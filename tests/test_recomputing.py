@@ -1,0 +1,94 @@
+"""Activations that the backward pass makes again: the same gradients, and less in memory until then."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from test_acceleration import gradients
+from tiny import LAYOUTS, inputs_for, make, with_lora
+from torch import Tensor, nn
+from training import inputs, student
+
+from lightpeft.config import LightConfig
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import fused_lora
+from lightpeft.prune.estimation import Estimator
+from lightpeft.training.recomputing import recomputed_activations
+
+
+def same_to_the_last_bit(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    loss, of_kept = gradients(model, batch)
+    with recomputed_activations(model):
+        again, of_recomputed = gradients(model, batch)
+    assert again.equal(loss) and of_recomputed.keys() == of_kept.keys() and of_kept
+    unequal = [name for name, gradient in of_kept.items() if not of_recomputed[name].equal(gradient)]
+    assert not unequal, unequal
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+def test_gradients_are_the_same_to_the_last_bit(name: str, half: bool) -> None:
+    model = with_lora(make(name)).train()  # dropout among what is computed
+    with fused_lora(model), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        same_to_the_last_bit(model, inputs_for(model, labels=True))
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa"])
+def test_scores_are_the_same_to_the_last_bit(name: str) -> None:
+    found = []
+    for recomputed in (False, True):
+        model, batch = student(name), inputs(name)
+        estimator = Estimator(model, LightConfig(length=2, least_examples=0))
+        estimator.start(None)
+        for _ in range(2):
+            with fused_lora(model), recomputed_activations(model) if recomputed else torch.enable_grad():
+                model(**batch).loss.backward()
+            estimator.step()
+        found.append(estimator.record().scores)
+    assert all(found[0][key].equal(found[1][key]) for key in found[0])
+
+
+class Watched:
+    """Which of the outputs of some modules are in memory still."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self._refs: list[weakref.ref[Tensor]] = []
+        self._handles = [module.register_forward_hook(self._see) for module in modules]
+
+    def _see(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self._refs.append(weakref.ref(output))
+
+    def alive(self) -> int:
+        for handle in self._handles:
+            handle.remove()
+        return sum(ref() is not None for ref in self._refs)
+
+
+@pytest.mark.parametrize(("name", "slot"), [("bert", "intermediate_act_fn"), ("llama-gqa", "act_fn")])
+def test_activations_are_not_kept_for_the_backward_pass(name: str, slot: str) -> None:
+    model = with_lora(make(name)).train()
+    modules = [module for path, module in model.named_modules() if path.rpartition(".")[2] == slot]
+    alive = []
+    for recomputed in (False, True):
+        watched = Watched(*modules)
+        with fused_lora(model), recomputed_activations(model) if recomputed else torch.enable_grad():
+            loss = model(**inputs_for(model, labels=True)).loss
+        alive.append(watched.alive())
+        loss.backward()
+    assert alive == [len(modules), 0]
+
+
+def test_the_model_is_as_before_and_checkpointing_is_left_alone() -> None:
+    model = with_lora(make("llama-gqa")).train()
+    inner, batch = transformers_model(model), inputs_for(model, labels=True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    same_to_the_last_bit(model, batch)
+    model.gradient_checkpointing_disable()
+    with pytest.raises(RuntimeError), recomputed_activations(model):
+        raise RuntimeError
+    assert "forward" not in vars(inner)
+    with recomputed_activations(model), torch.no_grad():
+        assert model(**batch).loss.grad_fn is None
