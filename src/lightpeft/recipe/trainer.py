@@ -39,15 +39,7 @@ from lightpeft.prune.refit import calibration_batches
 from lightpeft.recipe.parallel import agreed, refuse_deepspeed, rewrap
 from lightpeft.recipe.probes import make_probe, rows_aside
 from lightpeft.recipe.pruner import EarlyPruner, EstimationCallback, cut, light_settings
-from lightpeft.recipe.resuming import (
-    check_step,
-    cut_as_saved,
-    load_inside,
-    read_cut,
-    save_outside,
-    write_cut,
-    write_step,
-)
+from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
@@ -55,6 +47,7 @@ from lightpeft.training.arguments import half_precision
 from lightpeft.training.prefix import PrefixCache, PrefixMixin
 from lightpeft.training.schedule import Pace
 from lightpeft.training.sharding import ShardingMixin
+from lightpeft.training.step_rows import check_step, rows_a_step, write_step
 from lightpeft.training.trainer import Repeatable, meeting_others, train_in_float32
 
 _log = logging.getLogger(__name__)
@@ -246,6 +239,7 @@ class LightTraining(PrefixMixin, ShardingMixin, Repeatable):
         self._light_pruner.estimator.stop()
         self._leave_light()
         self.light_record = self._light_pruner.record()
+        self.light_record.meta["rows_a_step"] = rows_a_step(self._trainer.args)
         plan = self.make_light_plan(self.light_record)
         if plan is None:
             control.should_training_stop = True

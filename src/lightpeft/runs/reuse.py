@@ -55,9 +55,22 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
         "--estimation out",
     )
     record = EstimationRecord.load(donor.estimation)  # it is whole
+    _check_steps(config, donor, record)
     if config.light.blocks != "auto":
         make_plan(record, config.light)  # and the budget can be met
     return donor
+
+
+def _check_steps(config: RunConfig, donor: RunFolder, record: EstimationRecord) -> None:
+    """Refuse an estimation by steps of other rows than those of a run that has none yet."""
+    run, training = RunFolder(Path(config.output), config), config.training
+    rows = training.batch_size * training.gradient_accumulation * processes().num_processes
+    there = record.meta.get("rows_a_step", rows)
+    require(
+        there == rows or (run.goes_on and run.has("estimate")),
+        f"the estimation of {donor.path} took {there} rows a step, and this run takes {rows}; start as many processes "
+        "as that run was begun by",
+    )
 
 
 def take_estimation(run: RunFolder, donor: RunFolder) -> None:

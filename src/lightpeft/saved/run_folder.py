@@ -131,6 +131,11 @@ class RunFolder:
             "output, the same settings to go on, or run --overwrite to begin anew",
         )
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether what lies in the folder, if anything does, is of a run of this config."""
+        return not self._differing()
+
     def _differing(self) -> list[str]:
         """Names of settings in which the folder is the run of another config; refuses what is no run."""
         if not (self.path / CONFIG).exists():
