@@ -14,7 +14,8 @@ from lightpeft.files import read_json, read_tensors, understandable, write_json,
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.refit import apply_refit
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import DESCRIPTION, as_light, read_description, read_refit
+from lightpeft.saved.adapter_files import DESCRIPTION, read_description, read_refit
+from lightpeft.saved.light_adapter import as_light
 
 _CUT = "lightpeft_cut.json"
 """What says that a checkpoint lies behind the cut."""

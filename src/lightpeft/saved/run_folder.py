@@ -30,7 +30,7 @@ from lightpeft.files import (
     write_text,
 )
 from lightpeft.machine import processes
-from lightpeft.saved.light_adapter import DESCRIPTION
+from lightpeft.saved.adapter_files import DESCRIPTION
 from lightpeft.saved.peft_adapter import ADAPTER_CONFIG
 from lightpeft.training.checkpoints import last_checkpoint
 
