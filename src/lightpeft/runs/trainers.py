@@ -20,8 +20,9 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, throughput
-from lightpeft.recipe.parallel import refuse_deepspeed
-from lightpeft.recipe.trainer import USUAL_NATS, light_trainer
+from lightpeft.recipe.budget import USUAL_NATS
+from lightpeft.recipe.refusals import refuse_deepspeed
+from lightpeft.recipe.trainer import light_trainer
 from lightpeft.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
