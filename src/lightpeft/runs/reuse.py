@@ -36,8 +36,8 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
         config: of the run that takes it.
 
     Raises:
-        LightPeftError: there is none, it is damaged, it was made with other settings, or it leaves no plan that meets
-            the budget.
+        LightPeftError: there is none, it is damaged, it was made with other settings or by steps of other rows, or it
+            leaves no plan that meets the budget.
     """
     require(is_run(folder), f"{folder} is not a run folder, whose estimation could be taken")
     require(

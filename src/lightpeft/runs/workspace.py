@@ -14,6 +14,7 @@ from lightpeft.config import RunConfig, TrainingConfig
 from lightpeft.console.bars import showing, silent
 from lightpeft.evaluation.milestones import Watcher, sample
 from lightpeft.evaluation.respondent import BatchedModel
+from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer
@@ -228,7 +229,9 @@ def _begun_by(run: RunFolder) -> int | None:
         return None
     rows = rows_a_step_before(run.checkpoints("train"))
     if rows is None and run.config.way.prunes and run.has("estimate"):
-        rows = EstimationRecord.load(run.estimation).meta.get("rows_a_step")
+        noted = EstimationRecord.load(run.estimation).meta.get("rows_a_step")
+        with understandable(run.estimation):
+            rows = None if noted is None else int(noted)
     of_process = run.config.training.batch_size * run.config.training.gradient_accumulation
     return None if rows is None else max(1, rows // of_process)
 
