@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +13,9 @@ import torch.distributed as dist
 from sharded_trainings import MODELS, found, training
 from torch.distributed.tensor import DTensor
 from training import StopAt
-from transformers import TrainerCallback
-from transformers.trainer_callback import TrainerControl, TrainerState
 
-from lightpeft import cli
 from lightpeft.errors import LightPeftError
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.runs import pipeline
-
-
-class KillAt(TrainerCallback):
-    """Ends this process as a lost machine would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def trainings(folder: Path) -> None:
@@ -76,13 +59,6 @@ def sharded(model: torch.nn.Module) -> dict[str, Any]:
     return {"numbers": sum(p.numel() for p in base), "held": held}
 
 
-def killed(config: Path) -> None:
-    """The command line, of which the second process is lost behind the cut."""
-    if os.environ["RANK"] == "1":
-        pipeline.run = partial(pipeline.run, callbacks=[KillAt(10)])
-    cli.main(["run", "--config", str(config)])
-
-
 if __name__ == "__main__":
-    {"trainings": trainings, "killed": killed}[sys.argv[1]](Path(sys.argv[2]))
+    trainings(Path(sys.argv[1]))
     dist.destroy_process_group()

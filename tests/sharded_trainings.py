@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from support import with_bottleneck
 from tiny import make, with_lora, without_dropout
 from training import dataset, trained_weights
-from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers import TrainingArguments
 
 from lightpeft.config import LightConfig
 from lightpeft.recipe.trainer import LightTrainer
@@ -20,27 +19,17 @@ from lightpeft.recipe.trainer import LightTrainer
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
 ROWS = 8
 """Rows a step."""
-MINILM = Path(__file__).parents[1] / "demo/cache/minilm"
-
-
-def minilm() -> PeftModel:
-    torch.manual_seed(0)
-    base = AutoModelForSequenceClassification.from_pretrained(MINILM)
-    return get_peft_model(base, LoraConfig(r=4, task_type="SEQ_CLS", target_modules="all-linear"))
-
-
 MODELS: dict[str, Callable[[], PeftModel]] = {
     "bert-lora": lambda: with_lora(make("bert")),
     "bert-bottleneck": lambda: with_bottleneck(make("bert")),
     "llama-lora": lambda: with_lora(make("llama-gqa")),
     "llama-bottleneck": lambda: with_bottleneck(make("llama-gqa")),
     "llama-refit": lambda: with_lora(make("llama-gqa")),
-    **({"minilm": minilm} if MINILM.exists() else {}),
 }
 """An encoder and a decoder whose heads share keys and values, with both kinds of PEFT."""
 LIGHT: dict[str, dict[str, Any]] = {"llama-refit": {"refit": "low_rank", "refit_rank": 2}}
 """Settings of some of their own."""
-LONG = ("llama-lora", "minilm")
+LONG = ("llama-lora",)
 """What trains for 50 steps, the others for 12."""
 
 

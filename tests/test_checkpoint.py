@@ -43,9 +43,10 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import find_sites, read_config
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved import light_adapter
+from lightpeft.saved import adapter_files
+from lightpeft.saved.adapter_files import read_description
 from lightpeft.saved.description import per_layer_config
-from lightpeft.saved.light_adapter import as_light, read_description
+from lightpeft.saved.light_adapter import as_light
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "lightpeft.json"]
 
@@ -401,7 +402,7 @@ def test_a_light_adapter_of_the_first_schema(light: Path) -> None:
     """It had its checksum among those of the files."""
     expected, path = logits(load_light(light)), light / "lightpeft.json"
     description = {**workbench.read(path), "schema_version": 1}
-    description["checksums"]["lightpeft.json"] = light_adapter._content_checksum(description)
+    description["checksums"]["lightpeft.json"] = adapter_files._content_checksum(description)
     path.write_text(json.dumps(description))
     assert logits(load_light(light)).equal(expected)
     path.write_text(json.dumps({**description, "metrics": {}}))
@@ -534,7 +535,7 @@ def test_disk_full_while_saving(
     before = hashes(tmp_path)
     owner, name = {
         "weights": (peft.peft_model, "safe_save_file"),
-        "description": (light_adapter, "write_json"),
+        "description": (adapter_files, "write_json"),
         "card": (Path, "write_text"),
         "moving": (os, "replace"),
     }[where]

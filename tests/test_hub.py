@@ -160,7 +160,8 @@ from lightpeft.config import ModelConfig, light
 from lightpeft.models.loading import load_model
 from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import as_light, load_light, read_description
+from lightpeft.saved.adapter_files import read_description
+from lightpeft.saved.light_adapter import as_light, load_light
 
 def revision(folder):
     return read_description(folder)["base"]["revision"]

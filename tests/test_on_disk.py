@@ -279,11 +279,11 @@ def test_runs(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reports[0]["parameters"] == reports[1]["parameters"]
     found, streams = find_light(config.output), list[Any]()
 
-    def stream(*of: Any, original: Any = light_adapter._stream) -> Any:
+    def stream(*of: Any, original: Any = light_adapter.stream_of) -> Any:
         streams.append(original(*of))
         return streams[-1]
 
-    monkeypatch.setattr(light_adapter, "_stream", stream)
+    monkeypatch.setattr(light_adapter, "stream_of", stream)
     assert found.model.low_memory and isinstance(found.load(), LightModel) and streams, "as whoever asks it loads it"
     assert len(weights[0]) == len(weights[1]) >= 3
     for one, other in zip(*weights, strict=True):

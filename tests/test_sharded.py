@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +10,22 @@ import pytest
 import torch
 from sharded_processes import REFUSED
 from sharded_trainings import LONG, MODELS, found, training
-from workbench import Workbench, lightpeft
+from workbench import Workbench, in_other_process, lightpeft
 
 from lightpeft import load_light
 from lightpeft.errors import LightPeftError
-from lightpeft.files import read_json
-from lightpeft.plans.records import PrunePlan
-from lightpeft.runs import pipeline
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 
-TESTS = Path(__file__).parent
-WORKER = TESTS / "sharded_processes.py"
-ENGINES = TESTS.parent / "configs" / "engines"
+WORKER = Path(__file__).with_name("sharded_processes.py")
 SIDES = ["before", "behind"]
-
-
-def together(*command: object) -> subprocess.CompletedProcess[str]:
-    """What two processes do that are started by a command."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent / "src"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
-    words = [sys.executable, "-m", *map(str, command)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def launched(engine: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """What `accelerate launch` starts with one of the files that ship."""
-    launch = ["accelerate.commands.accelerate_cli", "launch", "--config_file", ENGINES / f"{engine}.yaml"]
-    return together(*launch, "--main_process_port", "0", *words)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what both processes found."""
     folder = tmp_path_factory.mktemp("sharded")
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER]
-    done = together(*launch, "trainings", folder)
+    done = in_other_process("torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER, folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -143,35 +120,6 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(results: Path, tmp_p
         trainer.train(resume_from_checkpoint=str(results / "before" / "checkpoint-3"))
 
 
-# -- from the shell --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
-    return Workbench(tmp_path_factory.mktemp("runs"), "llama", "causal-lm")
-
-
-def test_a_run_goes_on_after_a_killed_process(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"light.least_examples": 0, "lora.dropout": 0.0}
-    pipeline.run(bench.config("alone", **settings))
-    config = bench.yaml("shared", **settings, **{"training.batch_size": 4})
-    done = launched("fsdp2", WORKER, "killed", config)
-    assert done.returncode != 0
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("lightpeft: ")]
-    assert "another process of this training has ended" in line and "goes on from the last checkpoint" in line
-    assert "Traceback" not in done.stderr.partition(line)[0]
-
-    assert lightpeft("run", "--config", config) == 2
-    assert "8 rows a step, from 2 process(es), and this one takes 4, in 1" in capsys.readouterr().err
-    done = launched("fsdp2", "-m", "lightpeft", "run", "--config", config)
-    assert done.returncode == 0, done.stderr[-4000:]
-    folders = [bench.folder / name for name in ("alone", "shared")]
-    plans = [PrunePlan.load(folder / "plan.json") for folder in folders]
-    assert plans[0].blocks == plans[1].blocks and plans[0].sites == plans[1].sites
-    losses = [read_json(folder / "metrics.json")["metrics"]["loss"] for folder in folders]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
 # -- what cannot work ------------------------------------------------------------------------------------------------
 
 
@@ -182,9 +130,11 @@ def test_what_cannot_be_shared_is_refused_in_one_line(results: Path, setting: st
 
 
 def test_deepspeed_is_refused_in_one_line(
-    bench: Workbench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
     config = bench.yaml("deepspeed", **{"light.least_examples": 0})
+    capsys.readouterr()
     for asked in (["--trainer.deepspeed", "zero2.json"], []):
         assert lightpeft("run", "--config", config, *asked) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -64,7 +64,8 @@ from lightpeft.models.vocabulary import (
 )
 from lightpeft.profiling import count_parameters
 from lightpeft.runs import pipeline
-from lightpeft.saved.light_adapter import DESCRIPTION, LightModel
+from lightpeft.saved.adapter_files import DESCRIPTION
+from lightpeft.saved.light_adapter import LightModel
 from lightpeft.saved.opening import find_model
 from lightpeft.saved.tokens import VOCABULARY_FILE
 from lightpeft.tasks import coverage

@@ -10,9 +10,12 @@ import os
 import random
 import re
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -50,9 +54,9 @@ SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 POSITIONS = 40
 """Tokens that the tiny models have positions for."""
 
-CONFIGS = [
-    path for path in sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml")) if path.parent.name != "engines"
-]
+ENGINES = Path(__file__).parents[1] / "configs" / "engines"
+"""What ships for `accelerate launch`."""
+CONFIGS = [path for path in sorted(ENGINES.parent.rglob("*.yaml")) if path.parent != ENGINES]
 GRIDS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 """What ships for `lightpeft reproduce`."""
 RUNS = [path for path in CONFIGS if path not in GRIDS]
@@ -255,6 +259,15 @@ def in_this_process(cell: Cell, devices: int, log: Path) -> str | None:
     return None
 
 
+def in_other_process(*command: object, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """What a Python module does that is run with these words, such as a launcher."""
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    words = [sys.executable, "-m", *map(str, command)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
 # -- disturbances ------------------------------------------------------------------------------------------------
 
 
@@ -354,22 +367,61 @@ def in_child(disturb: Disturb, *arguments: object) -> tuple[int, str]:
         Its exit code (the negative number of the signal that killed it), and what it wrote to stderr besides notices
         of stages that are done and of a prefix cache.
     """
+    (end,) = in_children(1, lambda rank: disturb(), *arguments)
+    return end
+
+
+def in_children(
+    count: int, disturb: Callable[[int], object], *arguments: object, engine: str = "ddp"
+) -> list[tuple[int, str]]:
+    """The command in forked processes that are one run (over gloo), or in one alone, and how each of them ends.
+
+    Args:
+        disturb: called first in each, with its rank.
+        engine: name of a file of `configs/engines`.
+
+    Returns:
+        As for `in_child`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_forked(partial(_member, rank, count, port, engine, disturb), arguments) for rank in range(count)]
+    return [_ended(process, reading) for process, reading in children]
+
+
+def _member(rank: int, count: int, port: int, engine: str, disturb: Callable[[int], object]) -> None:
+    """Make this process one of several, as `accelerate launch` does."""
+    if count > 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # that of the process it is forked from
+        sharding = yaml.safe_load((ENGINES / f"{engine}.yaml").read_text(encoding="utf-8")).get("fsdp_config", {})
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        environment = {**place, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_FSDP": bool(sharding), **sharding}
+        os.environ.update({name.upper(): str(value) for name, value in environment.items()})
+    disturb(rank)
+
+
+def _forked(first: Callable[[], object], arguments: tuple[object, ...]) -> tuple[Any, int]:
+    """A process with the command, and where to read what it writes to stderr."""
     reading, writing = os.pipe()
 
     def child() -> None:
         os.close(reading)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         sys.stderr = os.fdopen(writing, "w", encoding="utf-8", buffering=1)
-        disturb()
+        first()
         os._exit(lightpeft(*arguments))
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
     os.close(writing)
+    return process, reading
+
+
+def _ended(process: Any, reading: int) -> tuple[int, str]:
     with open(reading, encoding="utf-8") as errors:
         written = errors.readlines()
     process.join()
-    assert process.exitcode is not None
     return process.exitcode, "".join(line for line in written if not NOTICE.match(line))
 
 

@@ -85,14 +85,11 @@ def load_model(
     Raises:
         LightPeftError: no such model, or one that is to be pruned and cannot be.
     """
-    hf_config = load_model_config(config)
     alone = "model.low_memory leaves weights on disk for one process; start one, or switch it off"
     require(not config.low_memory or processes().num_processes == 1, alone)
+    hf_config, options = _configured(config, head, labels, to_prune)
     if to_prune:
-        check_not_refused(hf_config.model_type)
         _check_quantisation(config, hf_config)
-    head.configure(hf_config, labels)
-    options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
     if config.quantise:
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
@@ -132,18 +129,26 @@ def untrained_model(
     Raises:
         LightPeftError: no such model, one that cannot be pruned, or one of another number of blocks than it can have.
     """
-    hf_config = load_model_config(config)
-    check_not_refused(hf_config.model_type)
-    head.configure(hf_config, labels)
+    hf_config, options = _configured(config, head, labels)
     if blocks is not None:
         hf_config.get_text_config().num_hidden_layers = blocks
-    options: dict[str, Any] = {"attn_implementation": config.attention} if config.attention else {}
     dtype = getattr(hf_config, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)
     with _opening(config), torch.device(device):
         model = head.auto.from_config(
             hf_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code, **options
         )
     return LoadedModel(model, [] if head == CAUSAL_LM else _heads(model), head)
+
+
+def _configured(
+    config: ModelConfig, head: TaskHead, labels: Sequence[str], to_prune: bool = True
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The model's configuration with what the head sets in it, and what transformers is told besides to make it."""
+    hf_config = load_model_config(config)
+    if to_prune:
+        check_not_refused(hf_config.model_type)
+    head.configure(hf_config, labels)
+    return hf_config, {"attn_implementation": config.attention} if config.attention else {}
 
 
 def _heads(model: PreTrainedModel) -> list[str]:

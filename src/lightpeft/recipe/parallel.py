@@ -7,9 +7,6 @@ from typing import Any, TypeVar
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 
-from lightpeft.errors import require
-from lightpeft.machine import sharding_launched
-
 T = TypeVar("T")
 
 
@@ -18,22 +15,6 @@ def agreed(value: T) -> T:
     values = [value]
     broadcast_object_list(values)
     return values[0]
-
-
-def refuse_deepspeed(setting: object) -> None:
-    """Refuse to train in DeepSpeed, which the launcher or a setting asks for.
-
-    Args:
-        setting: `deepspeed` of the training arguments.
-
-    Raises:
-        LightPeftError: saying what does the same.
-    """
-    require(
-        not setting and not sharding_launched("DEEPSPEED"),
-        "DeepSpeed builds an engine around the dense model, which does not follow the cut, and no light training was "
-        "tried in it; FSDP2 shares the weights, too: accelerate launch --config_file configs/engines/fsdp2.yaml",
-    )
 
 
 def rewrap(trainer: Any) -> None:

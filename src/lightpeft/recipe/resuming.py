@@ -8,19 +8,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
 
 from lightpeft.errors import require
 from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.refit import apply_refit
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import DESCRIPTION, as_light, read_description, read_refit
+from lightpeft.saved.adapter_files import DESCRIPTION, read_description, read_refit
+from lightpeft.saved.light_adapter import as_light
 
 _CUT = "lightpeft_cut.json"
 """What says that a checkpoint lies behind the cut."""
-_STEP = "lightpeft_step.json"
-"""What says how many rows a step takes, and by how many processes."""
 _OUTSIDE = "lightpeft_outside.safetensors"
 """What trains beside the PeftModel, in models that have it inside."""
 
@@ -42,40 +40,6 @@ def read_cut(folder: Path) -> dict[str, Any] | None:
     with understandable(folder / _CUT):
         int(report["estimation_steps"])
     return report
-
-
-def write_step(folder: Path, args: TrainingArguments) -> None:
-    """Note in a checkpoint how many rows its training takes a step.
-
-    Raises:
-        LightPeftError: it cannot be written.
-    """
-    write_json(folder / _STEP, {"rows": _rows_a_step(args), "processes": args.world_size})
-
-
-def check_step(folder: Path, args: TrainingArguments) -> None:
-    """Refuse to go on from a checkpoint by steps of another size: its schedule, and what it has seen, would be wrong.
-
-    Any number of processes may go on that take as many rows a step together.
-
-    Raises:
-        LightPeftError: they take more or fewer.
-    """
-    if not (folder / _STEP).is_file():
-        return
-    step = read_json(folder / _STEP)
-    with understandable(folder / _STEP):
-        rows, processes = int(step["rows"]), int(step["processes"])
-    require(
-        rows == _rows_a_step(args),
-        f"{folder} is of a training with {rows} rows a step, from {processes} process(es), and this one takes "
-        f"{_rows_a_step(args)}, in {args.world_size}; start {processes}, or give each process as many rows as make it "
-        f"{rows}",
-    )
-
-
-def _rows_a_step(args: TrainingArguments) -> int:
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def cut_as_saved(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan:

@@ -36,8 +36,8 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
         config: of the run that takes it.
 
     Raises:
-        LightPeftError: there is none, it is damaged, it was made with other settings, or it leaves no plan that meets
-            the budget.
+        LightPeftError: there is none, it is damaged, it was made with other settings or by steps of other rows, or it
+            leaves no plan that meets the budget.
     """
     require(is_run(folder), f"{folder} is not a run folder, whose estimation could be taken")
     require(
@@ -56,9 +56,22 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
     )
     record = EstimationRecord.load(donor.estimation)  # it is whole
     record.check_scored(config.light)
+    _check_steps(config, donor, record)
     if config.light.blocks != "auto":
         make_plan(record, config.light)  # and the budget can be met
     return donor
+
+
+def _check_steps(config: RunConfig, donor: RunFolder, record: EstimationRecord) -> None:
+    """Refuse an estimation by steps of other rows than those of a run that has none yet."""
+    run, training = RunFolder(Path(config.output), config), config.training
+    rows = training.batch_size * training.gradient_accumulation * processes().num_processes
+    there = record.meta.get("rows_a_step", rows)
+    require(
+        there == rows or (run.goes_on and run.has("estimate")),
+        f"the estimation of {donor.path} took {there} rows a step, and this run takes {rows}; start as many processes "
+        "as that run was begun by",
+    )
 
 
 def take_estimation(run: RunFolder, donor: RunFolder) -> None:

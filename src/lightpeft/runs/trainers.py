@@ -20,8 +20,9 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, throughput
-from lightpeft.recipe.parallel import refuse_deepspeed
-from lightpeft.recipe.trainer import USUAL_NATS, light_trainer
+from lightpeft.recipe.budget import USUAL_NATS
+from lightpeft.recipe.refusals import refuse_deepspeed
+from lightpeft.recipe.trainer import light_trainer
 from lightpeft.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
@@ -31,6 +32,7 @@ from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
 from lightpeft.training.prefix import PrefixMixin
 from lightpeft.training.sharding import ShardingMixin
+from lightpeft.training.step_rows import check_step, write_step
 from lightpeft.training.trainer import RunTrainer, train_in_float32
 
 TENSORBOARD = "tensorboard"
@@ -85,6 +87,7 @@ class InRun:
         """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
         trainer: Any = self
         trainer.args.output_dir = str(self.work.run.checkpoints(self.stage))
+        self.work.announce_processes(self.stage)
         if _wants_tensorboard(self.work.config.trainer):
             trainer.add_callback(_tensorboard(self.work.run.path / TENSORBOARD))
         trainer.add_callback(SealCheckpoint())  # last: all that others write is in the checkpoint then
@@ -216,7 +219,7 @@ class DenseRun(InRun, PrefixMixin, ShardingMixin, RunTrainer):
         super().__init__(model, **_options(work, callbacks, steps, rate))
         if self.args.fp16:
             train_in_float32(model)
-        self.add_callback(_Begins(self))
+        self.add_callback(_Course(self))
 
     def begin(self, state: TrainerState) -> None:
         """Training begins, or goes on from a checkpoint."""
@@ -228,6 +231,8 @@ class DenseRun(InRun, PrefixMixin, ShardingMixin, RunTrainer):
 
     def train(self, resume_from_checkpoint: str | None = None, *args: Any, **options: Any) -> Any:
         """Train, and leave the model as it was but for its weights."""
+        if resume_from_checkpoint is not None:
+            check_step(Path(resume_from_checkpoint), self.args)
         self._before_sharding(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **options)
@@ -262,12 +267,18 @@ class _EndsAt(TrainerCallback):
             control.should_training_stop = True
 
 
-class _Begins(TrainerCallback):
+class _Course(TrainerCallback):
+    """Calls a dense run where its trainer is at the right place."""
+
     def __init__(self, trainer: DenseRun) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.trainer.begin(state)
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_step(Path(args.output_dir) / f"checkpoint-{state.global_step}", args)
 
 
 def _options(
@@ -276,7 +287,8 @@ def _options(
     """What all trainers of a run are made with; arguments as for `DenseRun`."""
     steps, rate = work.steps if steps is None else steps, work.rate if rate is None else rate
     config = work.config
-    training, given = replace(config.training, learning_rate=rate), dict(config.trainer)
+    training = replace(work.training_of_process, learning_rate=rate)
+    given = dict(config.trainer)
     if _wants_tensorboard(given):
         given["report_to"] = [name for name in _names(given) if name != TENSORBOARD]
     # a trainer makes its folder at once, and a run nothing before all is found good: see `InRun.settle`

@@ -14,11 +14,13 @@ from lightpeft.config import RunConfig, TrainingConfig
 from lightpeft.console.bars import showing, silent
 from lightpeft.evaluation.milestones import Watcher, sample
 from lightpeft.evaluation.respondent import BatchedModel
+from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer
 from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, cut_tokenizer, kept_tokens
 from lightpeft.peft_kinds.kinds import check_peft_settings
+from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted
 from lightpeft.prune.refit import calibration_batches
 from lightpeft.saved.forms import Wanted
@@ -41,6 +43,7 @@ from lightpeft.tasks import (
 from lightpeft.training.arguments import check_given
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import Pace, settled
+from lightpeft.training.step_rows import rows_a_step_before, shared
 
 NOTABLE_CUTS = 0.05
 """Part of the training rows that may be cut without a word."""
@@ -65,6 +68,8 @@ class Workspace:
     """Tokens that the base has alone, and `tokenizer` knows; None: all."""
     coverage: Coverage | None = None
     """How the test rows fare with these."""
+    begun_by: int | None = None
+    """How many processes the run was begun by, whose steps it goes on with; None: those that there are."""
 
     @property
     def collator(self) -> Collator:
@@ -75,7 +80,13 @@ class Workspace:
     @property
     def pace(self) -> Pace:
         """How fast the run goes through its rows."""
-        return Pace.of(len(self.train_rows), self.config.training, processes().num_processes)
+        return Pace.of(len(self.train_rows), self.config.training, self.begun_by or processes().num_processes)
+
+    @property
+    def training_of_process(self) -> TrainingConfig:
+        """The settings of training, of which each process takes its part: a step has the rows that it had before."""
+        pace, there = self.pace, processes().num_processes
+        return shared(self.config.training, pace.batch_size * pace.accumulation, there)
 
     @property
     def steps(self) -> int:
@@ -150,6 +161,15 @@ class Workspace:
             slow = "training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
             self.run.announce(stage, slow)
 
+    def announce_processes(self, stage: str) -> None:
+        """Say, where training goes on with another number of processes than it began with, how they share its steps."""
+        if self.begun_by in (None, processes().num_processes):
+            return
+        of_process, pace = self.training_of_process, self.pace
+        step = f"steps of {pace.batch_size * pace.accumulation} rows, as the run began"
+        parts = f"{of_process.batch_size} rows at once, {of_process.gradient_accumulation} time(s) a step"
+        self.run.announce(stage, f"training goes on with {step}: each process takes {parts}")
+
 
 def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False) -> Workspace:
     """Read and check the data, the tokenizer and the run folder; nothing is written yet.
@@ -181,16 +201,39 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         check_tokens(rows, tokenizer, model_config, what)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
-    training: TrainingConfig = settled(config.training, len(train_rows), width, processes().num_processes)
+    begun_by = _begun_by(run)
+    steps_of = begun_by or processes().num_processes
+    training: TrainingConfig = settled(config.training, len(train_rows), width, steps_of)
     config = replace(config, training=training)
-    work = Workspace(run, task, tokenizer, train_rows, test_rows, more, positions, config, vocabulary)
+    work = Workspace(
+        run, task, tokenizer, train_rows, test_rows, more, positions, config, vocabulary, begun_by=begun_by
+    )
     if vocabulary is not None:
         with showing(silent):
             work.coverage = coverage(task.encode_test(task.test, whole), test_rows, vocabulary.kept)
+    if not run.has(run.last_training):
+        _ = work.training_of_process  # whether these processes can share what is left
     if config.way.prunes and (overwrite or not run.has("estimate")):
         # whether estimation leaves steps to train with, and sees enough
         fitted(config.light, work.pace, work.steps, work.last_steps)
     return work
+
+
+def _begun_by(run: RunFolder) -> int | None:
+    """How many processes the training that is in a run's folder was begun by; None: nothing there tells.
+
+    Raises:
+        LightPeftError: the estimation there is damaged.
+    """
+    if not run.goes_on:
+        return None
+    rows = rows_a_step_before(run.checkpoints("train"))
+    if rows is None and run.config.way.prunes and run.has("estimate"):
+        noted = EstimationRecord.load(run.estimation).meta.get("rows_a_step")
+        with understandable(run.estimation):
+            rows = None if noted is None else int(noted)
+    of_process = run.config.training.batch_size * run.config.training.gradient_accumulation
+    return None if rows is None else max(1, rows // of_process)
 
 
 def _vocabulary(

@@ -25,10 +25,11 @@ from lightpeft.models.loading import load_model, load_model_config, load_tokeniz
 from lightpeft.models.task_heads import TaskHead
 from lightpeft.models.vocabulary import Vocabulary, cut_config
 from lightpeft.plans.records import PrunePlan
-from lightpeft.saved import light_adapter, merging
+from lightpeft.saved import adapter_files, merging
+from lightpeft.saved.adapter_files import DESCRIPTION, read_description, vocabulary_in
 from lightpeft.saved.auto_classes import LightConfig
 from lightpeft.saved.description import base_facts
-from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light, read_description, vocabulary_in
+from lightpeft.saved.light_adapter import LightModel, load_light
 from lightpeft.saved.merging import MERGED, load_merged, read_merged
 from lightpeft.saved.peft_adapter import (
     ADAPTER_CONFIG,
@@ -275,12 +276,12 @@ class _Adapter(Found):
 class LightAdapter(_Adapter):
     """A plan and PEFT weights, as `LightModel` saves itself."""
 
-    form = light_adapter.ON_HUB.what
+    form = adapter_files.ON_HUB.what
 
     @classmethod
     def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
         """Always as safetensors."""
-        return light_adapter.ON_HUB
+        return adapter_files.ON_HUB
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:

@@ -32,18 +32,12 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
 from lightpeft.peft_kinds.sites import Site, find_sites, module_name, own_adapter, simplify_config, widens_alone
 from lightpeft.plans.records import PrunePlan
+from lightpeft.saved.adapter_files import DESCRIPTION, read_description, vocabulary_in
 from lightpeft.saved.bases import architecture_of, load_base
 from lightpeft.saved.description import BaseFacts, base_facts, facts_of
-from lightpeft.saved.light_adapter import (
-    DESCRIPTION,
-    LightModel,
-    check_base,
-    check_brought,
-    check_structure,
-    read_description,
-    vocabulary_in,
-)
+from lightpeft.saved.light_adapter import LightModel
 from lightpeft.saved.peft_adapter import ADAPTER_CONFIG, WEIGHTS, read_adapter
+from lightpeft.saved.right_base import check_base, check_brought, check_structure
 
 _PREFIX = "base_model.model."
 """What PEFT's files write before the names of the model's modules."""

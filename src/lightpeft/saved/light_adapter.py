@@ -3,58 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
-from safetensors.torch import save_file
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.config import ModelConfig
 from lightpeft.errors import require
-from lightpeft.files import (
-    check_file,
-    content_checksum,
-    file_checksum,
-    read_json,
-    read_tensors,
-    replacing_folder,
-    understandable,
-    write_json,
-    write_text,
-)
-from lightpeft.files.foreign import check_folder
+from lightpeft.files import read_json, replacing_folder, understandable, write_json, write_text
 from lightpeft.models import repositories
-from lightpeft.models.families import block_specs
-from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.tensors import SharedTensors
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import Vocabulary, check_whole, cut_model, vocabulary_of
-from lightpeft.peft_kinds.sites import hide_config, own_adapter
+from lightpeft.models.vocabulary import vocabulary_of
+from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.records import PrunePlan
-from lightpeft.plans.structure import BlockSpec
-from lightpeft.prune.discovery import ensure_family
-from lightpeft.prune.fingerprint import fingerprint
-from lightpeft.prune.refit import Refit, apply_refit, refit_of_tensors, refit_tensors
-from lightpeft.prune.surgery import apply_plan
+from lightpeft.prune.refit import Refit
+from lightpeft.saved.adapter_files import (
+    DESCRIPTION,
+    ON_HUB,
+    Saved,
+    card_of,
+    read_description,
+    read_saved,
+    remove_left,
+    vocabulary_in,
+    write_beside,
+)
 from lightpeft.saved.bases import load_base
-from lightpeft.saved.cards import CARD, CardForm, model_card, read_by
-from lightpeft.saved.description import BaseFacts, base_facts, check_parts, facts_of, unmeasured
+from lightpeft.saved.cards import CARD
+from lightpeft.saved.description import base_facts, facts_of, unmeasured
 from lightpeft.saved.merging import settle
-from lightpeft.saved.peft_adapter import brought_for_base, check_fit, load_adapter, read_adapter, skeleton_of
+from lightpeft.saved.over_base import over_base, stream_of
 from lightpeft.saved.streaming import Stream
-from lightpeft.saved.tokens import VOCABULARY_FILE, read_vocabulary, tokenizer_over, write_vocabulary
+from lightpeft.saved.tokens import tokenizer_over
 from lightpeft.saved.uploading import send
-
-DESCRIPTION = "lightpeft.json"
-_REFIT_FILE = "refit.safetensors"
-_FILES = ("adapter_config.json", "adapter_model.safetensors", _REFIT_FILE, VOCABULARY_FILE)
-"""What is in the folder besides the description, as far as it is there."""
-ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *_FILES))
-"""Its files in a repository."""
 
 
 class LightModel(PeftModel):
@@ -95,18 +81,8 @@ class LightModel(PeftModel):
         with replacing_folder(save_directory) as temporary:
             super().save_pretrained(str(temporary), selected_adapters=[name], **kwargs)
             _move_up(temporary / name)
-            if vocabulary is not None or _is_cut(self.light_plan, self.light_refit):
-                hide_config(temporary)
-            if self.light_refit:
-                save_file(refit_tensors(self.light_refit), temporary / _REFIT_FILE)
-            if vocabulary is not None:
-                write_vocabulary(vocabulary, temporary)
-            facts = facts_of(self)
-            (temporary / CARD).write_text(_card(facts, self.light_plan, self.light_refit), encoding="utf-8")
-            write_json(temporary / DESCRIPTION, {**facts, "checksums": _checksums(temporary)})
-        for name, there in ((_REFIT_FILE, self.light_refit), (VOCABULARY_FILE, vocabulary)):
-            if not there:
-                (Path(save_directory) / name).unlink(missing_ok=True)  # of what was saved here before
+            write_beside(temporary, facts_of(self), self.light_plan, self.light_refit, vocabulary)
+        remove_left(Path(save_directory), self.light_refit, vocabulary)
 
     @classmethod
     def from_pretrained(
@@ -199,7 +175,7 @@ def save_metrics(model: LightModel, folder: str | Path) -> None:
     """
     file, facts = Path(folder) / DESCRIPTION, facts_of(model)
     write_json(file, {**read_json(file), "metrics": model.light_metrics, "intervals": model.light_intervals})
-    write_text(Path(folder) / CARD, _card(facts, model.light_plan, model.light_refit))
+    write_text(Path(folder) / CARD, card_of(facts, model.light_plan, model.light_refit))
 
 
 def as_light(
@@ -263,17 +239,17 @@ def load_light(
         LightPeftError: the hub has no such adapter; a file is missing, altered, or of a newer schema; or the base is
             another one, or not of the kind that `low_memory` can read. No partial load.
     """
-    saved = _read(repositories.folder_of(folder, ON_HUB, revision, token))
+    saved = read_saved(repositories.folder_of(folder, ON_HUB, revision, token))
     stream = None
     if low_memory:
         in_memory = "low_memory reads the base from disk, and base= is a model in memory: load without low_memory"
         require(not isinstance(base, nn.Module), in_memory)
-        stream = _stream(saved, device)
+        stream = stream_of(saved, device)
     if isinstance(base, nn.Module):
-        return _loaded(saved, cast(PreTrainedModel, base), is_trainable=is_trainable, device=device)
+        return _light(saved, cast(PreTrainedModel, base), is_trainable=is_trainable, device=device)
     place = replace(saved.base.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     dense, lacking = load_base(saved.base, place, dtype=dtype, attention=attention, stream=stream)
-    return _loaded(saved, dense, lacking, stream, is_trainable=is_trainable, device=device)
+    return _light(saved, dense, lacking, stream, is_trainable=is_trainable, device=device)
 
 
 def load_sharing(
@@ -299,72 +275,27 @@ def load_sharing(
     Raises:
         LightPeftError: as `load_light`.
     """
-    saved = _read(folder)
-    stream = _stream(saved, device, tensors)
+    saved = read_saved(folder)
+    stream = stream_of(saved, device, tensors)
     dense, lacking = load_base(saved.base, place, dtype=place.dtype, attention=place.attention, stream=stream)
-    light = _loaded(saved, dense, lacking, stream, device=device, fits=saved.description == known)
+    light = _light(saved, dense, lacking, stream, device=device, fits=saved.description == known)
     stream.hold(light)
     return light
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """A light adapter in a folder, read and checked as far as that goes without its base."""
-
-    folder: Path
-    description: dict[str, Any]
-    plan: PrunePlan
-    base: BaseFacts
-    config: PeftConfig
-    vocabulary: Vocabulary | None
-    """Tokens of its base that it has; None: all."""
-
-
-def _read(folder: Path) -> _Saved:
-    description = read_description(folder)
-    with understandable(folder / DESCRIPTION):
-        plan = PrunePlan.from_dict(description["plan"])
-    base = base_facts(description, folder / DESCRIPTION)
-    config = read_adapter(folder, explicit=True)
-    return _Saved(folder, description, plan, base, config, vocabulary_in(folder, description))
-
-
-def _loaded(
-    saved: _Saved,
+def _light(
+    saved: Saved,
     dense: PreTrainedModel,
     lacking: Sequence[str] = (),
     stream: Stream | None = None,
     *,
-    is_trainable: bool = False,
     device: str | torch.device | None = None,
-    fits: bool = False,
+    **options: bool,
 ) -> LightModel:
-    """The light model that a dense one becomes, in place; arguments and errors as for `load_light`.
-
-    Args:
-        lacking: names of weights that the checkpoint of the dense model does not have.
-        stream: what the dense model was read into.
-        fits: it is known that the tensors of the adapter are those that the model will have.
-    """
-    folder, plan = saved.folder, saved.plan
-    check_base(dense, saved.base, plan, str(folder), stream, saved.vocabulary)
-    check_brought(lacking, saved.config, str(folder))
-    if saved.vocabulary is not None:
-        cut_model(dense, saved.vocabulary)
-    prepare_quantised(dense)
-    if not fits:
-        _check_tensors(dense, plan, saved.config, folder)
-    apply_plan(dense, plan)
-    if stream is not None:
-        stream.fill(dense)
-        stream.part_with(dense, brought_for_base(saved.config, folder))
-    refit = read_refit(folder) if _REFIT_FILE in saved.description["checksums"] else {}
-    apply_refit(dense, refit)
-    model = load_adapter(dense, folder, saved.config, is_trainable)
-    if not is_trainable:
-        model.eval()
+    """The light model that a dense one becomes, in place; arguments as for `over_base`."""
+    model, refit = over_base(saved, dense, lacking, stream, **options)
     metrics, task, intervals = (dict(saved.description.get(name, {})) for name in ("metrics", "task", "intervals"))
-    return as_light(model if device is None else model.to(device), plan, metrics, task, refit, intervals)
+    return as_light(model if device is None else model.to(device), saved.plan, metrics, task, refit, intervals)
 
 
 def light_tokenizer(
@@ -391,134 +322,3 @@ def light_tokenizer(
     description, path = read_description(folder), Path(folder)
     place = base_facts(description, path / DESCRIPTION).place(base)
     return tokenizer_over(replace(place, trust_remote_code=trust_remote_code), vocabulary_in(path, description))
-
-
-def vocabulary_in(folder: Path, description: Mapping[str, Any]) -> Vocabulary | None:
-    """Which tokens of its base a light adapter has, whose description was read; None: all."""
-    return read_vocabulary(folder) if VOCABULARY_FILE in description["checksums"] else None
-
-
-def read_description(folder: str | Path) -> dict[str, Any]:
-    """`lightpeft.json` of a light adapter, after the checksums of all its files have been verified.
-
-    Raises:
-        LightPeftError: not a light adapter, a file is missing or altered, or a newer schema.
-    """
-    folder = Path(folder)
-    require(folder.is_dir(), f"light adapter folder {folder} does not exist")
-    require((folder / DESCRIPTION).is_file(), f"{folder} is not a light adapter: it has no {DESCRIPTION}")
-    check_folder(folder)
-    description = read_json(folder / DESCRIPTION)
-    with understandable(folder / DESCRIPTION):
-        expected = dict(description["checksums"])
-        first = description["schema_version"] == 1  # had no checksum that `read_json` could compare
-        own = expected.pop(DESCRIPTION) if first else None
-    require(not first or own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
-    check_parts(description, folder / DESCRIPTION)
-    for name, checksum in expected.items():
-        check_file(folder, name, checksum)
-    return description
-
-
-def read_refit(folder: Path) -> Refit:
-    """The corrections of a light adapter whose files were checked; empty without a refit."""
-    file = folder / _REFIT_FILE
-    if not file.is_file():
-        return {}
-    with understandable(file):
-        return refit_of_tensors(read_tensors(file))
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    return {name: file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
-
-
-def _stream(saved: _Saved, device: str | torch.device | None, shared: SharedTensors | None = None) -> Stream:
-    """What reads the base one tensor at a time; refuses at once what cannot be read so."""
-    folder, base = saved.folder, saved.base
-    kind = "quantised" if base.quantisation else "a GGUF file" if base.gguf_file else None
-    require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
-
-    def check(model: PreTrainedModel) -> None:
-        check_structure(model, base, saved.plan, str(folder))
-        if saved.vocabulary is not None:
-            check_whole(model, saved.vocabulary)
-
-    return Stream(saved.plan, check, device, saved.vocabulary, shared)
-
-
-def check_base(
-    dense: PreTrainedModel,
-    saved: BaseFacts,
-    plan: PrunePlan,
-    what: str,
-    stream: Stream | None = None,
-    vocabulary: Vocabulary | None = None,
-) -> None:
-    """Refuse a base other than the one that a plan was made for, before anything is done to it.
-
-    Args:
-        what: belongs to the base, for the error line.
-        vocabulary: the tokens that the plan's base has alone, of which the one given may still have others; None: all.
-    """
-    blocks = check_structure(dense, saved, plan, what)
-    there = vocabulary_of(dense)
-    require(there in (None, vocabulary), f"the base given for {what} has lost other tokens before; give it as it was")
-    if vocabulary is not None and there is None:
-        check_whole(dense, vocabulary)
-    found = fingerprint(dense, blocks, vocabulary) if stream is None else stream.fingerprint(dense, blocks)
-    require(found == plan.fingerprint, _another_base(what))
-
-
-def check_structure(dense: PreTrainedModel, saved: BaseFacts, plan: PrunePlan, what: str) -> list[BlockSpec]:
-    """Refuse a base of another structure, whatever its weights."""
-    plain = isinstance(dense, PreTrainedModel)
-    require(plain, f"base is a {type(dense).__name__}; give the dense transformers model, without PEFT around it")
-    require(len({saved.model_type, dense.config.model_type}) == 1, _another_base(what))
-    ensure_family(dense)
-    blocks = block_specs(dense)
-    same = [block.projections for block in blocks] == [spec.projections for spec in plan.specs]
-    require(same, _another_base(what))
-    return blocks
-
-
-def _another_base(what: str) -> str:
-    return (
-        f"{what} belongs to another base: the weights given are not the ones it was made for; "
-        "pass the original base, in the same revision and, if it was quantised, in the same bits"
-    )
-
-
-def check_brought(lacking: Sequence[str], config: PeftConfig, what: str) -> None:
-    """Refuse a base that lacks weights which the adapter does not bring: they would be random."""
-    brought = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
-    random = [name for name in lacking if not any(module in f".{name}." for module in brought)]
-    require(
-        not random,
-        f"the base of {what} has no weights for {', '.join(random[:3])}, and the adapter brings none, so that its "
-        "answers would be random; give the base that it was trained on",
-    )
-
-
-def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, folder: Path) -> None:
-    """Compare the tensors in the file with those that the model will have, before anything is cut."""
-    skeleton = skeleton_of(dense)
-    apply_plan(skeleton, plan)
-    check_fit(skeleton, config, folder)
-
-
-def _content_checksum(description: dict[str, Any]) -> str:
-    """SHA-256 of everything in a `lightpeft.json` of version 1 but the checksums themselves."""
-    return content_checksum({k: value for k, value in description.items() if k not in ("checksums", "schema_version")})
-
-
-def _is_cut(plan: PrunePlan, refit: Refit) -> bool:
-    """Whether an adapter would answer wrongly over the dense base."""
-    return bool(plan.removed_parameters or refit)
-
-
-def _card(facts: dict[str, Any], plan: PrunePlan, refit: Refit) -> str:
-    what = "A task over an untouched base: PEFT weights and the plan of which heads and neurons the task needs"
-    library = "lightpeft" if facts["tokens"] or _is_cut(plan, refit) else "peft"
-    form = CardForm("Light adapter", what, read_by("load_light"), library=library, relation="adapter", exports=True)
-    return model_card(facts, plan, form)

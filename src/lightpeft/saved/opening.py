@@ -16,6 +16,7 @@ from lightpeft.models.loading import LoadedModel, load_model
 from lightpeft.models.repositories import Repository
 from lightpeft.models.vocabulary import Vocabulary, cut_model
 from lightpeft.prune.discovery import ensure_family
+from lightpeft.saved.adapter_files import DESCRIPTION
 from lightpeft.saved.forms import (
     Found,
     LightAdapter,
@@ -26,7 +27,6 @@ from lightpeft.saved.forms import (
     said_of_task,
     to_device,
 )
-from lightpeft.saved.light_adapter import DESCRIPTION
 from lightpeft.saved.merging import MERGED
 from lightpeft.saved.peft_adapter import ADAPTER_CONFIG
 from lightpeft.saved.results import Model

@@ -10,7 +10,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.files import check_sealed, replacing_folder, seal, write_json
-from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_light
+from lightpeft.saved.adapter_files import DESCRIPTION
+from lightpeft.saved.light_adapter import LightModel, load_light
 from lightpeft.saved.peft_adapter import load_adapter, read_adapter
 from lightpeft.saved.run_folder import RunFolder
 

@@ -30,7 +30,7 @@ from lightpeft.files import (
     write_text,
 )
 from lightpeft.machine import processes
-from lightpeft.saved.light_adapter import DESCRIPTION
+from lightpeft.saved.adapter_files import DESCRIPTION
 from lightpeft.saved.peft_adapter import ADAPTER_CONFIG
 from lightpeft.training.checkpoints import last_checkpoint
 
@@ -130,6 +130,11 @@ class RunFolder:
             f"output {self.path} is the run of another config (it differs in {', '.join(differing)}); give another "
             "output, the same settings to go on, or run --overwrite to begin anew",
         )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether what lies in the folder, if anything does, is of a run of this config."""
+        return not self._differing()
 
     def _differing(self) -> list[str]:
         """Names of settings in which the folder is the run of another config; refuses what is no run."""

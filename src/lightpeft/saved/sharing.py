@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightpeft.errors import LightPeftError
 from lightpeft.models.repositories import Token
-from lightpeft.saved.light_adapter import DESCRIPTION, read_description
+from lightpeft.saved.adapter_files import DESCRIPTION, read_description
 from lightpeft.saved.merging import MERGED, read_merged
 from lightpeft.saved.uploading import upload
 

@@ -15,9 +15,10 @@ import torch
 from lightpeft.errors import LightPeftError, nearest, require
 from lightpeft.models.tensors import SharedTensors
 from lightpeft.peft_kinds.sites import for_one_thread
+from lightpeft.saved.adapter_files import DESCRIPTION
 from lightpeft.saved.description import BaseFacts, base_facts
 from lightpeft.saved.forms import LightAdapter
-from lightpeft.saved.light_adapter import DESCRIPTION, LightModel, load_sharing
+from lightpeft.saved.light_adapter import LightModel, load_sharing
 from lightpeft.saved.opening import find_light
 from lightpeft.saved.peft_adapter import read_adapter
 

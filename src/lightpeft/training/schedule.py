@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lightpeft.config import TrainingConfig
 
@@ -56,6 +57,16 @@ class Pace:
         """Steps of the shortest estimation that scores so many examples; all `steps` of the run, where none does."""
         lengths = (length for length in range(2, steps) if self.least_examples(scored_steps(length)) >= examples)
         return next(lengths, steps)
+
+
+def pace_of(trainer: Any) -> Pace | None:
+    """How fast a trainer goes through its rows; None where these are not counted."""
+    args = trainer.args
+    try:
+        rows = len(trainer.train_dataset)
+    except TypeError:
+        return None
+    return Pace(rows, args.train_batch_size * args.world_size, args.gradient_accumulation_steps)
 
 
 def scored_steps(length: int) -> int:

@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lightpeft.errors import LightPeftError, one_line
 from lightpeft.training.callbacks import ProgressBar, StopOnSignal
+from lightpeft.training.step_rows import rows_a_step
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,9 +46,7 @@ class Repeatable:
         order = self._get_train_sampler(trainer.train_dataset)
         if not isinstance(order, _EpochOrder):
             return None
-        args = trainer.args
-        first = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return set(itertools.islice(order.of_epoch(0), first))
+        return set(itertools.islice(order.of_epoch(0), steps * rows_a_step(trainer.args)))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

@@ -26,8 +26,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Site(ABC):
-    """One live PEFT module on a linear layer of a prunable block, or on the same layer of all its routed experts. A
-    PEFT kind is one subclass."""
+    """One live PEFT module in a prunable block. A PEFT kind is one subclass: most are `LinearSite`s."""
 
     spec: SiteSpec
     layer: Any
@@ -68,7 +67,7 @@ class Site(ABC):
 
     @classmethod
     def needs_base(cls, config: Any) -> bool:
-        """Whether `widened` takes weights of the base."""
+        """Whether `unfitted` takes weights of the base."""
         return False
 
     @classmethod
@@ -123,22 +122,22 @@ class Site(ABC):
             LightPeftError: naming the module.
         """
 
+    @abstractmethod
     def fit(self, spec: BlockSpec, kept: BlockPlan) -> None:
-        """Cut the module to what stays of its block; the frozen layer is still dense."""
-        slot: str = self.spec.slot  # type: ignore[assignment]
-        index = kept_channels(spec, kept, slot)
-        if index is not None:
-            self.cut(index.to(self.device), cut_dim(slot))
-
-    def unfitted(self, learned: Tensors, spec: BlockSpec, kept: BlockPlan) -> Tensors:
-        """The inverse of `fit`, as `widened` is that of `cut`."""
-        slot: str = self.spec.slot  # type: ignore[assignment]
-        index = kept_channels(spec, kept, slot)
-        return self.widened(learned, torch.arange(width(spec, slot)) if index is None else index, cut_dim(slot))
+        """Cut the module to what stays of its block; what is frozen is still dense."""
 
     @abstractmethod
-    def cut(self, index: Tensor, dim: int) -> None:
-        """Keep these output features (`dim` 0) or input features (`dim` 1) of the frozen layer's PEFT weights."""
+    def unfitted(self, learned: Tensors, spec: BlockSpec, kept: BlockPlan) -> Tensors:
+        """The inverse of `fit`: what a module of a cut model has learned, for this one, in the dense model.
+
+        What the cut model does not have computes as in the base.
+
+        Args:
+            learned: of the cut model's module, on the CPU.
+
+        Raises:
+            LightPeftError: that takes weights of the base, and this model has none.
+        """
 
     @abstractmethod
     def keep_ranks(self, index: Tensor) -> None:
@@ -150,20 +149,6 @@ class Site(ABC):
         None: it changes what the layer computes in another way.
         """
         return None
-
-    @abstractmethod
-    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
-        """The inverse of `cut`: what a module of a cut model has learned, for this one, on the dense layer.
-
-        Channels that the cut layer does not have compute as in the base.
-
-        Args:
-            learned: of the cut layer's module, on the CPU.
-            index: output features (`dim` 0) or input features (`dim` 1) of the dense layer that the cut one has.
-
-        Raises:
-            LightPeftError: that takes weights of the base, and this layer has none.
-        """
 
     @abstractmethod
     def restart(self) -> None:
@@ -186,6 +171,39 @@ class Site(ABC):
     def device(self) -> torch.device:
         """Where the module computes."""
         return next(self.layer.parameters()).device
+
+
+class LinearSite(Site):
+    """One on a linear layer: of a block go some of the layer's output features, or of its input features."""
+
+    def fit(self, spec: BlockSpec, kept: BlockPlan) -> None:
+        slot: str = self.spec.slot  # type: ignore[assignment]
+        index = kept_channels(spec, kept, slot)
+        if index is not None:
+            self.cut(index.to(self.device), cut_dim(slot))
+
+    def unfitted(self, learned: Tensors, spec: BlockSpec, kept: BlockPlan) -> Tensors:
+        slot: str = self.spec.slot  # type: ignore[assignment]
+        index = kept_channels(spec, kept, slot)
+        return self.widened(learned, torch.arange(width(spec, slot)) if index is None else index, cut_dim(slot))
+
+    @abstractmethod
+    def cut(self, index: Tensor, dim: int) -> None:
+        """Keep these output features (`dim` 0) or input features (`dim` 1) of the frozen layer's PEFT weights."""
+
+    @abstractmethod
+    def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
+        """The inverse of `cut`: what a module of a cut model has learned, for this one, on the dense layer.
+
+        Channels that the cut layer does not have compute as in the base.
+
+        Args:
+            learned: of the cut layer's module, on the CPU.
+            index: output features (`dim` 0) or input features (`dim` 1) of the dense layer that the cut one has.
+
+        Raises:
+            LightPeftError: that takes weights of the base, and this layer has none.
+        """
 
 
 def peft_parts(model: nn.Module) -> set[nn.Module]:

@@ -14,12 +14,12 @@ from lightpeft.errors import require
 from lightpeft.models.linears import slice_linear
 from lightpeft.peft_kinds.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import bottleneck_type
-from lightpeft.peft_kinds.sites.base import Report, Site, Tensors
+from lightpeft.peft_kinds.sites.base import LinearSite, Report, Tensors
 from lightpeft.plans.structure import OUTPUT_SLOTS
 
 
 @dataclass(frozen=True)
-class BottleneckSite(Site):
+class BottleneckSite(LinearSite):
     """`y + scaling * up(f(down(y)))` for the frozen layer's output y, or from what another module reads."""
 
     peft_type = bottleneck_type()

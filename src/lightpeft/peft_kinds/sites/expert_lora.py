@@ -18,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from lightpeft.errors import require
 from lightpeft.models.experts import ExpertLayer, ExpertRows, gather, watch
 from lightpeft.peft_kinds.sites.base import Report, Tensors
-from lightpeft.peft_kinds.sites.lora import DOWN, UP, LoraSite
+from lightpeft.peft_kinds.sites.lora import DOWN, UP, Lora
 from lightpeft.plans.layout import kept_experts
 from lightpeft.plans.records import BlockPlan
 from lightpeft.plans.structure import EXPERT_SLOTS, BlockSpec, SiteSpec
 
 
-class ExpertLoraSite(LoraSite):
+class ExpertLoraSite(Lora):
     """`E_e(x)` with `W_e + scaling * B_e A_e` in the place of `W_e`, for every expert e of a layer."""
 
     layer_type = ParamWrapper
@@ -113,9 +113,6 @@ class ExpertLoraSite(LoraSite):
             wide_downs[place, ranks, channels] = downs
             wide_ups[experts, : downs.shape[1]] = ups
         return {DOWN: _stacked_downs(wide_downs), UP: _stacked_ups(wide_ups.mT)}
-
-    def delta(self, ranks: Tensor | None = None) -> None:
-        """None: it adds to a matrix for every expert."""
 
     @property
     def _cuts_outputs(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import slice_linear
-from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, observe_pair, spread
+from lightpeft.peft_kinds.sites.base import LinearSite, Report, Site, Tensors, observe_pair, spread
 from lightpeft.plans.structure import EXPERT_SLOTS
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
@@ -35,11 +36,10 @@ DOWN, UP, BIAS = "lora_A.weight", "lora_B.weight", "base_layer.bias"
 """What PEFT's files call A, B and the bias that `bias="lora_only"` trains."""
 
 
-class LoraSite(Site):
-    """`base(x) + scaling * B A x`."""
+class Lora(Site):
+    """LoRA, wherever its A and B lie."""
 
     peft_type = PeftType.LORA
-    layer_type = LoraLayer
 
     @classmethod
     def check(cls, config: LoraConfig) -> None:
@@ -144,6 +144,27 @@ class LoraSite(Site):
         """alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return self.layer.scaling[self.adapter]
 
+    def keep_ranks(self, index: Tensor) -> None:
+        """Keep these ranks; alpha shrinks with the rank, so that the scaling stays to the last bit."""
+        self._slice_ranks(index)
+        rank = len(index)
+        self.layer.r[self.adapter] = rank
+        divisor = _divisor(rank, self.layer.use_rslora[self.adapter])
+        self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
+
+    @abstractmethod
+    def _slice_ranks(self, index: Tensor) -> None:
+        """Keep these ranks of A and B."""
+
+    def restart(self) -> None:
+        self.layer.reset_lora_parameters(self.adapter, init_lora_weights=True)
+
+
+class LoraSite(Lora, LinearSite):
+    """`base(x) + scaling * B A x`."""
+
+    layer_type = LoraLayer
+
     def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """The low-rank output against the frozen layer's output (Light-PEFT, module importance)."""
         return observe_pair(self.base, self.layer.lora_B[self.adapter], self.scaling, report, counting)
@@ -157,14 +178,6 @@ class LoraSite(Site):
                 self.layer.light_original_bias = original.index_select(0, index.to(original.device))
         else:
             self.layer.in_features = len(index)
-
-    def keep_ranks(self, index: Tensor) -> None:
-        """Keep these ranks; alpha shrinks with the rank, so that the scaling stays to the last bit."""
-        self._slice_ranks(index)
-        rank = len(index)
-        self.layer.r[self.adapter] = rank
-        divisor = _divisor(rank, self.layer.use_rslora[self.adapter])
-        self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
 
     def _slice_ranks(self, index: Tensor) -> None:
         slice_linear(self.layer.lora_A[self.adapter], index, dim=0)
@@ -193,7 +206,7 @@ class LoraSite(Site):
         return self.scaling * (up @ down)
 
     def restart(self) -> None:
-        self.layer.reset_lora_parameters(self.adapter, init_lora_weights=True)
+        super().restart()
         self._restore_bias()
 
     def removed(self) -> None:

@@ -18,6 +18,7 @@ from lightpeft.training.prefix.batches import Numbered, number_rows, with_states
 from lightpeft.training.prefix.blocks import FrozenPrefix
 from lightpeft.training.prefix.caching import PrefixCache, cache_prefix, obstacle
 from lightpeft.training.prefix.states import StateStore
+from lightpeft.training.step_rows import rows_a_step
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class PrefixMixin:
         self._frozen_prefix = FrozenPrefix(model)
         self._frozen_prefix.attach()
         args, rows = self._trainer.args, self._prefix_rows
-        seen = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seen = steps * rows_a_step(args)
         if self.prefix_cache is None or not self._frozen_prefix or seen <= len(self._trainer.train_dataset):
             return
         if is_sharded(model):  # all processes have to go through its blocks together, and would not

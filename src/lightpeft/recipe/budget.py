@@ -1,0 +1,60 @@
+"""How much may go: what `light.blocks: auto` stands for, found when estimation is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from peft import PeftModel
+
+from lightpeft.config import LightConfig, Tolerance
+from lightpeft.errors import require
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.prune.budgeting import FoundBudget, find_budget
+from lightpeft.recipe.probes import make_probe
+
+USUAL_NATS = "0.05 nats"
+"""`light.tolerance: auto` where all that is known is the loss."""
+
+
+class BudgetMixin:
+    """Mixin of `LightTraining`: the budget that a tolerance bears."""
+
+    light_config: LightConfig
+    fast_steps: bool
+    _peft_model: PeftModel
+
+    def find_light_budget(self, record: EstimationRecord, steps: int) -> FoundBudget:
+        """The largest part of the blocks that may go within `light.tolerance`, for the model as estimation left it.
+
+        Args:
+            steps: of the whole run.
+        """
+        started = time.perf_counter()
+        trainer: Any = self
+        seen = trainer.rows_of_steps(record.meta["steps"])
+        probe = make_probe(trainer, self.light_config, steps, seen, self.fast_steps)
+        tolerance = self.light_tolerance_in_nats(probe.rows)
+        found = find_budget(self._peft_model, record, self.light_config, probe, tolerance)
+        return replace(found, seconds=time.perf_counter() - started)
+
+    def light_tolerance(self) -> Tolerance:
+        """`light.tolerance`, or the usual one. To be overridden.
+
+        Raises:
+            LightPeftError: it is one of points, and what a trainer has is a loss.
+        """
+        tolerance = self.light_config.tolerance
+        asked = Tolerance.read(USUAL_NATS if tolerance == "auto" else tolerance)
+        require(asked.unit == "nats", f'light.tolerance is "{asked}"; a trainer knows of its loss alone: give nats')
+        return asked
+
+    def light_tolerance_in_nats(self, rows: Sequence[int]) -> float:
+        """The same as a rise of the loss. To be overridden.
+
+        Args:
+            rows: numbers of training rows that are set aside.
+        """
+        return self.light_tolerance().amount

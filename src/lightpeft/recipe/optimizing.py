@@ -1,0 +1,42 @@
+"""One optimizer and one schedule before the cut, others behind it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightpeft.compat.accelerate import forget_optimizers, prepared
+from lightpeft.plans.records import PrunePlan
+from lightpeft.recipe.parallel import rewrap
+
+
+class OptimizingMixin:
+    """Mixin of `LightTraining`: what its steps are made with."""
+
+    light_plan: PrunePlan | None
+    _estimation_steps: int
+    _trainer: Any
+
+    def _renew_optimizer(self, max_steps: int) -> None:
+        """The parameters are others now."""
+        trainer = self._trainer
+        rewrap(trainer)
+        forget_optimizers(trainer.accelerator)
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.create_optimizer()
+        trainer.optimizer = prepared(trainer.accelerator, trainer.model, trainer.optimizer)
+        trainer.create_scheduler(num_training_steps=max_steps)
+        for name in ("optimizer", "lr_scheduler"):
+            setattr(trainer.callback_handler, name, getattr(trainer, name))
+
+    def _scale_rate(self, scale: float) -> None:
+        trainer = self._trainer
+        trainer.args.learning_rate *= scale
+        if trainer.optimizer_cls_and_kwargs is not None:
+            kind, settings = trainer.optimizer_cls_and_kwargs
+            scaled = {"lr": settings["lr"] * scale} if "lr" in settings else {}
+            trainer.optimizer_cls_and_kwargs = kind, {**settings, **scaled}
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
+        """The trainer's own, over the whole run for estimation, and over the steps that are left after the cut."""
+        left = num_training_steps - (self._estimation_steps if self.light_plan is not None else 0)
+        return super().create_scheduler(left, *args, **options)  # type: ignore[misc]

@@ -1,0 +1,14 @@
+"""`lightpeft` as one of several processes, of which the last is lost as a machine would be: `STEP OPTIONS...`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from workbench import at_step, lightpeft, signalling
+
+if __name__ == "__main__":
+    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+        at_step(int(sys.argv[1]), signalling(signal.SIGKILL))()
+    sys.exit(lightpeft(*sys.argv[2:]))

@@ -1,0 +1,186 @@
+"""Runs of several processes that are killed: as many processes, or another number of them, come to the same end."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from workbench import (
+    ENGINES,
+    Workbench,
+    at_step,
+    before,
+    checksums,
+    in_children,
+    in_other_process,
+    lightpeft,
+    read,
+    signalling,
+)
+
+from lightpeft.config import TrainingConfig
+from lightpeft.plans.records import PrunePlan
+from lightpeft.runs import pipeline, trainers
+from lightpeft.saved.run_folder import RunFolder
+from lightpeft.training.step_rows import shared
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
+
+LOST = "another process of this training has ended"
+SETTINGS: dict[str, Any] = {
+    "light.length": 6,
+    "light.least_examples": 0,
+    "light.heads": 0.5,
+    "light.dropout": 0.0,
+    "lora.dropout": 0.0,
+    "training.learning_rate": 3e-3,
+    "training.epochs": 2,
+    "training.save_steps": 3,
+    "training.logging_steps": 1,
+}
+"""16 steps of 8 rows, 6 of them estimation."""
+OF_TWO = {"training.batch_size": 4}
+"""The same steps where two processes share them."""
+
+
+def killing(rank: int, step: int) -> Callable[[int], object]:
+    """Kills one of several processes when it has done so many steps."""
+    return lambda own: at_step(step, signalling(signal.SIGKILL))() if own == rank else None
+
+
+def assert_same_end(folder: Path, undisturbed: Path) -> None:
+    """Plan, loss of each step, and metrics, but for the order of sums."""
+    plans = [PrunePlan.load(file) for each in (folder, undisturbed) if (file := each / "plan.json").exists()]
+    assert all(plan.blocks == plans[0].blocks and plan.sites == plans[0].sites for plan in plans)
+    found, expected = ({e["step"]: e["loss"] for e in _entries(each) if "loss" in e} for each in (folder, undisturbed))
+    assert found.keys() >= expected.keys() - {6}  # which is logged behind the cut, or not any more
+    assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-4)
+    losses = [read(each / "metrics.json")["metrics"]["loss"] for each in (folder, undisturbed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    return list(RunFolder.at(folder).log_entries())
+
+
+# -- a real model, whose frozen weights two processes share --------------------------------------------------------
+
+
+class RealBench(Workbench):
+    """Runs of MiniLM over movie reviews."""
+
+    def __init__(self, folder: Path, base: Path, reviews: Path) -> None:
+        self.folder, self.base, self.task = folder, base, "classification"
+        self.train, self.test = reviews / "train.csv", reviews / "test.csv"
+
+    def settings(self, name: str = "run", **changes: Any) -> dict[str, Any]:
+        rows = {"data.limit_train": 64, "data.limit_test": 16}
+        return super().settings(name, **{**SETTINGS, **rows, **changes})
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory, minilm: Path, movie_reviews: Path) -> RealBench:
+    bench = RealBench(tmp_path_factory.mktemp("real"), minilm, movie_reviews)
+    pipeline.run(bench.config("alone"))
+    return bench
+
+
+def copied(bench: Workbench, name: str, new: str) -> Path:
+    """The settings of a run like another one, whose folder it gets a copy of."""
+    shutil.copytree(bench.folder / name, bench.folder / new)
+    return bench.yaml(new, **OF_TWO)
+
+
+def test_a_launched_run_that_lost_a_process_in_training(real: RealBench) -> None:
+    config = real.yaml("launched", **OF_TWO)
+    launch = ["accelerate.commands.accelerate_cli", "launch", "--config_file", ENGINES / "fsdp2.yaml"]
+    worker = Path(__file__).with_name("killed_process.py")
+    # what waits for ever for the lost one does not come back in time
+    done = in_other_process(*launch, "--main_process_port", "0", worker, 11, "run", "--config", config, timeout=120)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("lightpeft: ")]
+    assert LOST in line and "goes on from the last checkpoint" in line
+    assert "Traceback" not in done.stderr.partition(line)[0]
+
+    by_one = copied(real, "launched", "by-one")
+    assert lightpeft("run", "--config", by_one) == 0
+    assert_same_end(real.folder / "by-one", real.folder / "alone")
+    ends = in_children(2, lambda rank: None, "run", "--config", config, engine="fsdp2")
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert_same_end(real.folder / "launched", real.folder / "alone")
+
+
+def test_a_run_that_lost_its_main_process_in_estimation(real: RealBench) -> None:
+    config = real.yaml("shared", **OF_TWO)
+    ends = in_children(2, killing(0, 4), "run", "--config", config, engine="fsdp2")
+    assert ends[0][0] == -signal.SIGKILL and ends[1][0] == 2
+    assert ends[1][1].startswith(f"lightpeft: {LOST}") and ends[1][1].count("\n") == 1
+    by_one = copied(real, "shared", "estimated-by-one")
+    assert lightpeft("run", "--config", by_one) == 0
+    assert_same_end(real.folder / "estimated-by-one", real.folder / "alone")
+    assert "4 rows at once, 2 time(s) a step" in str(_entries(real.folder / "estimated-by-one"))
+
+
+# -- whole models in every process ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("runs"), "llama", "causal-lm")
+
+
+KILLS: dict[str, Callable[[], None]] = {
+    "training": at_step(11, signalling(signal.SIGKILL)),
+    "at-the-cut": before(trainers, "leave_plan", signalling(signal.SIGKILL)),
+}
+
+
+@pytest.mark.parametrize(("method", "kill"), [("light", "training"), ("light", "at-the-cut"), ("plain", "training")])
+def test_another_number_of_processes(bench: Workbench, method: str, kill: str) -> None:
+    settings = {**SETTINGS, "method": method, "light.module_blocks": 0.5}  # with a cache of the lower block's outputs
+    undisturbed, name = f"{method}-alone", f"{method}-{kill}"
+    if not (bench.folder / undisturbed).exists():
+        pipeline.run(bench.config(undisturbed, **settings))
+    config, folder = bench.yaml(name, **settings, **OF_TWO), bench.folder / name
+    ends = in_children(2, lambda rank: KILLS[kill]() if rank else None, "run", "--config", config)
+    assert [code for code, _ in ends] == [2, -signal.SIGKILL], ends
+
+    left = checksums(folder)
+    for code, line in in_children(3, lambda rank: None, "run", "--config", config):
+        assert code == 2 and "8 rows a step, as it began, which 3 processes cannot share" in line
+        assert line.endswith("start one of 1, 2, 4, 8\n") and line.count("\n") == 1
+    assert checksums(folder) == left
+    assert lightpeft("run", "--config", config) == 0
+    assert_same_end(folder, bench.folder / undisturbed)
+
+
+def test_an_estimation_by_other_steps_is_not_taken(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline.estimate(pipeline.prepare(bench.config("donor", **SETTINGS)))
+    config = bench.yaml("taker", **SETTINGS)
+    for code, line in in_children(
+        2, lambda rank: None, "run", "--config", config, "--estimation", bench.folder / "donor"
+    ):
+        assert code == 2 and "took 8 rows a step, and this run takes 16" in line
+    assert not (bench.folder / "taker").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "rows", "processes", "expected"),
+    [
+        (8, 16, 2, (8, 1)),
+        (8, 16, 1, (8, 2)),
+        (8, 8, 2, (4, 1)),
+        (8, 24, 1, (8, 3)),
+        (8, 36, 2, (6, 3)),
+        (3, 8, 1, (2, 4)),
+    ],
+)
+def test_processes_share_a_step(batch_size: int, rows: int, processes: int, expected: tuple[int, int]) -> None:
+    share = shared(TrainingConfig(batch_size=batch_size), rows, processes)
+    assert (share.batch_size, share.gradient_accumulation) == expected
+    assert share.batch_size * share.gradient_accumulation * processes == rows
