@@ -69,6 +69,9 @@ DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 3, "n_heads": 4, 
 
 MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 QWEN2_MOE = MOE | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}
+ROUTED = {"moe_intermediate_size": 24, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2}
+GROUPED_EXPERTS = ROUTED | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4}
 GPT_OSS = {"intermediate_size": 24, "layer_types": WINDOWS["layer_types"], "sliding_window": 4}
 
 ENCODERS: dict[str, Maker] = {
@@ -112,6 +115,10 @@ DECODERS: dict[str, Maker] = {
     "qwen3_moe": decoder("Qwen3Moe", head_dim=8, **MOE),
     "gpt_oss": decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, **GPT_OSS),
     "olmoe": decoder("Olmoe", intermediate_size=24, num_experts=4, num_experts_per_tok=2),
+    "deepseek_v2": decoder("DeepseekV2", q_lora_rank=None, **GROUPED_EXPERTS, **LATENT, topk_method="group_limited_greedy"),
+    "deepseek_v3": decoder("DeepseekV3", q_lora_rank=12, **GROUPED_EXPERTS, **LATENT),
+    "glm4_moe": decoder("Glm4Moe", head_dim=8, **ROUTED),
+    "glm4_moe_lite": decoder("Glm4MoeLite", q_lora_rank=12, **ROUTED, **LATENT),
 }
 ENCODER_DECODERS: dict[str, Maker] = {
     "mt5": maker("MT5Config", "MT5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu"}),

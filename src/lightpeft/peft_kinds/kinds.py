@@ -65,7 +65,7 @@ class PeftKind:
     site: type[Site]
     title: str
     """What people call it."""
-    habit: Collection[str] = ("q", "v", "qkv")
+    habit: Collection[str] = ("q", "v", "kv", "qkv")
     """Slots that it is used on by habit."""
     merges: bool = True
     """Whether what it adds can become part of the base's weights."""
@@ -189,7 +189,7 @@ KINDS: dict[str, PeftKind] = {
     kind.name: kind
     for kind in (
         _Lora(LoraSite, "LoRA"),
-        _Ia3(Ia3Site, "IA3", habit=("k", "v", "qkv", "ffn_out")),  # as in Liu et al. 2022
+        _Ia3(Ia3Site, "IA3", habit=("k", "v", "kv", "qkv", "ffn_out")),  # as in Liu et al. 2022
         _Bottleneck(BottleneckSite, "adapters", merges=False),
     )
 }
