@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +16,13 @@ from lightpeft.plans.records import BlockPlan
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
 
-def spec_of(kv_heads: int, heads_per_kv: int, head_dim: int, neurons: int, interleaved: bool = False) -> BlockSpec:
+def spec_of(
+    kv_heads: int,
+    heads_per_kv: int,
+    head_dim: int,
+    neurons: int,
+    interleaved: bool = False,
+) -> BlockSpec:
     return BlockSpec(
         index=0,
         attention="attention",
@@ -38,7 +46,8 @@ specs = st.builds(
 @st.composite
 def specs_with_plans(draw: st.DrawFn) -> tuple[BlockSpec, BlockPlan]:
     """A structure, and KV groups that stay, each with equally many of its query heads."""
-    spec = draw(specs)
+    sizes = {slot: draw(st.integers(1, 5)) for slot in ("q", "k", "v", "kv", "o") if draw(st.booleans())}
+    spec = replace(draw(specs), head_sizes=sizes)
     groups = draw(st.sets(st.integers(0, spec.kv_heads - 1), min_size=1))
     each = draw(st.integers(1, spec.heads_per_kv))
     heads: list[int] = []

@@ -75,7 +75,8 @@ def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConf
     Without `target_modules` they are all projections of these blocks; else what is named, but in no other block.
     """
     ensure_family(model)
-    place = Place.under(light, block_specs(transformers_model(model)))
+    inner = transformers_model(model)
+    place = Place.under(light, block_specs(inner), inner.config.model_type)
     named = {name: getattr(config, name) for name in _PLACES if hasattr(config, name)}
     changed = kind_of(config).placed(named, place)
     if named.get("target_modules") is not None and place.others:
