@@ -79,13 +79,13 @@ class ExpertLayer:
 
     @property
     def groups(self) -> int:
-        """Groups of experts, one after the other, of which the router chooses some before it chooses experts of these."""
+        """Groups of equally many experts, one after the other, of which the router chooses some first."""
         return int(getattr(self.router, "num_group", None) or 1)
 
     @property
     def fewest(self) -> int:
-        """Experts that have to stay, equally many of every group: the chosen groups have to have enough of them, and two
-        each where groups are ranked by their two best."""
+        """Experts that have to stay, equally many of every group: enough for a token in the groups that it chooses, and
+        two each, as groups are ranked by their two best."""
         chosen = int(getattr(self.router, "topk_group", None) or self.groups)
         of_group = math.ceil(self.per_token / chosen)
         return self.groups * (of_group if getattr(self.router, "num_group", None) is None else max(of_group, 2))

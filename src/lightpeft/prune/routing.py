@@ -135,7 +135,10 @@ def _of_rows(values: Tensor, owners: _Owners, rows: Tensor) -> Tensor:
     return values.detach().view(-1, rows.shape[1]).to(rows.dtype)[owners.experts]
 
 
+_CASTS = (Tensor.type, Tensor.to, Tensor.float)
+"""By which routers compute in float32, whatever their weights are in."""
 _SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+"""By which they add corrections to scores."""
 
 
 class ClosedRouter:
@@ -179,11 +182,14 @@ class _Closing(TorchFunctionMode):
     def __init__(self, weight: Tensor, corrections: Sequence[Tensor], closed: Tensor) -> None:
         super().__init__()
         self._weight, self._corrections, self._closed = weight, corrections, closed
+        self._cast: Tensor | None = None
         self.seen = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        logits = function is functional.linear and args[1] is self._weight
+        if function in _CASTS and args[0] is self._weight:
+            self._cast = result
+        logits = function is functional.linear and (args[1] is self._weight or args[1] is self._cast)
         corrected = function in _SUMS and any(part is each for part in args for each in self._corrections)
         if logits or corrected:
             self.seen = True
