@@ -127,10 +127,10 @@ class BlockSpec:
 
     def needs_experts(self) -> str:
         """Why so many have to stay, as the end of a sentence."""
-        each = f"each token is routed to {self.experts_per_token}"
+        each, groups = f"each token is routed to {self.experts_per_token}", self.expert_groups
         if self.needed_experts == self.experts_per_token:
             return each
-        return f"{each} of some of {self.expert_groups} groups, for which {self.needed_experts} have to stay"
+        return f"{each}, for which its router needs {self.needed_experts} in {groups} equal group{'s' * (groups > 1)}"
 
     def structure(self) -> tuple[Any, ...]:
         """All that decides how the block is cut; blocks of one structure can take each other's plans."""

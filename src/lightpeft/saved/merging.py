@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -313,10 +314,11 @@ def native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig |
         for name, value in widths.items():
             if hasattr(config, name):
                 setattr(config, name, value)
+        config.validate()
         with torch.device("meta"):
             skeleton = type(whole)(copy.deepcopy(config))
-    except (AttributeError, ValueError, ZeroDivisionError, RuntimeError):  # the family cannot have these widths
-        return None
+    except (AttributeError, ValueError, ZeroDivisionError, RuntimeError, StrictDataclassError):
+        return None  # the family cannot have these widths
     return config if _shapes(skeleton) == _shapes(whole) else None
 
 
