@@ -370,8 +370,8 @@ def test_a_budget_that_leaves_too_few_experts_of_a_group() -> None:
     """Each group is ranked by two of them, and a token gets both from one."""
     model = with_lora(make("deepseek_v3"))
     assert refusal(lambda: plan_for(model, experts=0.75)) == (
-        "experts 0.75 would leave 2 of 8 experts, and each token is routed to 2, for which its router needs 4 in 2 equal "
-        "groups; set light.experts to 0.5 or less"
+        "experts 0.75 would leave 2 of 8 experts, and each token is routed to 2, for which its router needs 4 in 2 "
+        "equal groups; set light.experts to 0.5 or less"
     )
     plan = plan_for(model, experts=0.5)
     assert [len(block.experts) for block in plan.blocks] == [0, 4, 4]

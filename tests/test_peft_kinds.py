@@ -154,18 +154,14 @@ def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
 
 
 def test_lora_keeps_off_names_that_peft_takes_for_experts() -> None:
-    """Also where a mixture has an FFN beside the experts, which would get nothing, and the experts of all blocks LoRA."""
+    """The FFNs that are called so would get nothing, and the experts of all blocks LoRA."""
     light = LightConfig(module_blocks=0.5)
     for name, dense in (("deepseek_v3", {}), ("qwen3_moe", {"mlp_only_layers": [2]})):
         model = make(name, **dense)
-        config = placed(LoraConfig(), model, light)
-        attention = [
-            path for spec in block_specs(model)[1:] for slot, path in spec.projections.items() if slot[0] != "f"
-        ]
-        assert config.target_modules == attention and "down_proj" in str(projections(block_specs(model)))
-        assert {site.spec.name for site in find_sites(get_peft_model(model, config), block_specs(model))} == {
-            *attention
-        }
+        specs, config = block_specs(model), placed(LoraConfig(), model, light)
+        attention = [path for path in projections(specs[1:]) if "self_attn" in path]
+        assert config.target_modules == attention and "down_proj" in str(projections(specs[1:]))
+        assert {site.spec.name for site in find_sites(get_peft_model(model, config), specs)} == {*attention}
         ia3 = placed(IA3Config(feedforward_modules=None), model, light)
         assert any(target.endswith("down_proj") for target in ia3.target_modules)
 

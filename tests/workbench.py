@@ -72,8 +72,8 @@ Rows = list[dict[str, str]]
 def save_base(
     folder: Path, family: str = "bert", seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Path:
-    """A tiny base ("bert"; "llama" or "mixtral" with half as many KV heads; "deepseek_v3") with a tokenizer, of words if
-    none."""
+    """A tiny base ("bert", "deepseek_v3", "llama" or "mixtral"; the last two with half as many KV heads) and a
+    tokenizer, of words if none."""
     vocabulary = [*SPECIAL, *NEUTRAL, *GOOD, *BAD] if tokenizer is None else tokenizer.get_vocab()
     torch.manual_seed(seed)
     model: PreTrainedModel
