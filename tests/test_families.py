@@ -334,8 +334,14 @@ def integers(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+def eighths(linear: nn.Linear) -> nn.Linear:
+    """In the guise of a layer in FP8, which has its scales beside its weight."""
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return linear
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["bare", "peft"])
-@pytest.mark.parametrize("quantise", [integers, Packed], ids=["integers", "other"])
+@pytest.mark.parametrize("quantise", [integers, eighths, Packed], ids=["integers", "fp8", "other"])
 def test_layers_of_an_unknown_kind(quantise: Callable[[nn.Linear], nn.Module], peft: bool) -> None:
     model = make("llama-gqa")
     model.model.layers[1].mlp.up_proj = quantise(model.model.layers[1].mlp.up_proj)

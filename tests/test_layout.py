@@ -117,6 +117,16 @@ def test_norms_by_hand(interleaved: bool) -> None:
     assert heads.dtype == torch.float32
 
 
+def test_norms_of_heads_of_other_sizes() -> None:
+    """Two heads: three rows of q and two of kv each, and one column of o."""
+    spec = replace(spec_of(kv_heads=2, heads_per_kv=1, head_dim=1, neurons=0), head_sizes={"q": 3, "kv": 2})
+    assert [width(spec, slot) for slot in ("q", "kv", "o")] == [6, 4, 2]
+    rows = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]])
+    assert squared_norms(spec, "q", rows)[0].tolist() == [1.0 + 4 + 9, 16.0 + 25 + 36]
+    assert squared_norms(spec, "kv", rows[:4])[0].tolist() == [1.0 + 4, 9.0 + 16]
+    assert squared_norms(spec, "o", rows[:2].T)[0].tolist() == [1.0, 4.0]
+
+
 def test_rows_before_a_norm_over_all_heads_stay() -> None:
     spec = spec_of(kv_heads=2, heads_per_kv=1, head_dim=2, neurons=1)
     object.__setattr__(spec, "wide_norms", {"q": "norm"})

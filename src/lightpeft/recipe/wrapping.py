@@ -72,7 +72,8 @@ def _peft_model(model: nn.Module, config: PeftConfig, light: LightConfig) -> Pef
 def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConfig:
     """The PEFT configuration with its modules in the blocks in which they may stay.
 
-    Without `target_modules` they are all projections of these blocks; else what is named, but in no other block.
+    Without `target_modules` they are all projections of these blocks (of mixtures, those on which PEFT can put them);
+    else what is named, but in no other block.
     """
     ensure_family(model)
     inner = transformers_model(model)
