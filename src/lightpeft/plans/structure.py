@@ -136,8 +136,8 @@ class BlockSpec:
         """All that decides how the block is cut; blocks of one structure can take each other's plans."""
         sizes = (self.heads, self.kv_heads, self.head_dim, self.head_sizes, self.neurons)
         by_head = (self.wide_norms, self.position_bias, self.per_head_arguments, self.head_tensors)
-        routed = (self.experts, self.expert_neurons, self.needed_experts, self.expert_groups, self.expert_modules)
-        return self.projections, sizes, self.interleaved, *by_head, *routed
+        routed = (self.experts, self.expert_neurons, self.experts_per_token, self.needed_experts, self.expert_groups)
+        return self.projections, sizes, self.interleaved, *by_head, *routed, self.expert_modules
 
     def cut_slots(self) -> list[str]:
         """Slots that the block has and that pruning cuts."""

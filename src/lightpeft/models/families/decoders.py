@@ -185,9 +185,8 @@ GPT_OSS = Family(
 
 # Multi-head latent attention: one latent of all heads is stored, from which each makes keys and values of its own
 
-_HEADS_OF_LATENT = {"kv": "self_attn.kv_b_proj", "o": "self_attn.o_proj"}
-_LATENT_ATTENTION = {"q": "self_attn.q_b_proj"} | _HEADS_OF_LATENT
-_LATENT_KEYS = {"q": "self_attn.q_proj"} | _HEADS_OF_LATENT
+_LATENT_ATTENTION = {"q": "self_attn.q_b_proj", "kv": "self_attn.kv_b_proj", "o": "self_attn.o_proj"}
+_LATENT_KEYS = _LATENT_ATTENTION | {"q": "self_attn.q_proj"}  # of which queries have no part
 _SHARED_EXPERTS = {slot: name.replace("mlp.", "mlp.shared_experts.") for slot, name in _GATED_FFN.items()}
 _ROUTED = Experts(count_key="n_routed_experts")
 _DEEPSEEK = replace(
@@ -197,10 +196,7 @@ _DEEPSEEK = replace(
     ),
     width_key=(None, "intermediate_size") * 2,
     head_dim_key="v_head_dim",
-    head_sizes={
-        "q": ("qk_nope_head_dim", "qk_rope_head_dim"),
-        "kv": ("qk_nope_head_dim", "v_head_dim"),
-    },
+    head_sizes={"q": ("qk_nope_head_dim", "qk_rope_head_dim"), "kv": ("qk_nope_head_dim", "v_head_dim")},
     experts=_ROUTED,
     whole=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
 )
