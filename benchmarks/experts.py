@@ -27,6 +27,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 
 from lightpeft.config import Budget, LightConfig
 from lightpeft.config.light import ExpertCriterion
+from lightpeft.models.families import block_specs
 from lightpeft.plans.planning import check_experts, make_plan
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling import versions
@@ -79,8 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def found(given: argparse.Namespace) -> dict[str, Any]:
     """What is written: every cut of every seed, and their means over seeds and tasks."""
+    block, *_ = block_specs(MixtralForCausalLM(MixtralConfig(**SHAPE)))
     for part in given.experts:
-        check_experts(SHAPE["num_local_experts"], SHAPE["num_experts_per_tok"], Budget(experts=part))
+        check_experts(block, Budget(experts=part))
     cells = [cell for seed in given.seeds for cell in of_seed(seed, given)]
     keys = list(dict.fromkeys((cell["experts"], cell["cut"]) for cell in cells))
     results = [

@@ -222,6 +222,8 @@ def form_table() -> str:
 
 
 def _attention(spec: BlockSpec) -> str:
+    if "kv" in spec.projections:
+        return "q, fused kv of one latent (MLA), o"
     if "qkv" not in spec.projections:
         return "q, k, v, o"
     return "fused qkv, one KV group after the other; o" if spec.interleaved else "fused qkv; o"

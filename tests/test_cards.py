@@ -63,7 +63,7 @@ def test_a_row_a_layer(name: str) -> None:
     for row, (spec, kept) in zip(rows, plan.parts, strict=True):
         assert row.startswith(spec.label or str(spec.index)) and f"{len(kept.heads)}/{spec.heads}" in row
         assert not spec.neurons or f"{len(kept.neurons)}/{spec.neurons}" in row
-        assert not spec.experts or (f"{len(kept.experts)}/4" in row and f"{kept.expert_width}/24" in row)
+        assert not spec.experts or (f"{len(kept.experts)}/{spec.experts}" in row and f"{kept.expert_width}/24" in row)
         stay = [site for site in plan.dense_sites if site.block == spec.index and site.name in plan.sites]
         assert [f"{site.slot}:{len(plan.sites[site.name])}" for site in stay] == re.findall(r"\w+:\d+", row)
 

@@ -597,6 +597,17 @@ def test_ranks_of_parameters_are_taken_and_not_warned_of() -> None:
         assert layer.r == {"default": 2}
 
 
+def test_names_that_lora_takes_for_experts() -> None:
+    """A linear layer of that name gets no LoRA; parameters of experts, in every block, do."""
+    with needed_for("LoRA by default on the layers that are named"):
+        assert {"gate_proj", "up_proj", "down_proj"} <= of_peft.names_of_experts("deepseek_v3")
+        assert not of_peft.names_of_experts("qwen2_moe") and not of_peft.names_of_experts("llama")
+        shared = [f"model.layers.1.mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")]
+        model = get_peft_model(make("deepseek_v3"), LoraConfig(target_modules=shared))
+        adapted = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        assert adapted and all(".mlp.experts" in name for name in adapted)
+
+
 def test_norms_that_dora_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft.tuners.lora.dora, "ENABLE_DORA_CACHING", True)
     model = get_peft_model(make("bert"), LoraConfig(target_modules=["query"], use_dora=True)).eval()

@@ -283,10 +283,10 @@ def test_light_adapters(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_merged_checkpoints(name: str, tmp_path: Path) -> None:
-    for place, budget in (("even", EVEN), ("uneven", BUDGETS["by parameters"])):
+    for place, budget in (("even", EVEN), ("uneven", {**PARTS, "blocks": 0.5})):
         light = light_over(name, **budget)
         native = save_merged(light, tmp_path / place)
-        assert native == (place == "even" and name not in ("olmoe", "qwen2_moe"))
+        assert native == (place == "even" and name != "olmoe")
         assert relative_difference(logits(load_merged(tmp_path / place)), logits(light)) < 1e-4
 
 

@@ -38,6 +38,7 @@ from lightpeft.plans.structure import MASKED, BlockSpec
 from lightpeft.profiling.flops import count_flops
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.masks import UnitMasks
+from lightpeft.prune.routing import ClosedRouter
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.gguf.exporting import save_gguf
 from lightpeft.saved.graphs.exporting import save_graph
@@ -45,8 +46,10 @@ from lightpeft.saved.graphs.runtimes import RUNTIMES
 from lightpeft.saved.merging import MERGED, save_merged
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
-LAYOUTS = ("mixtral", "qwen2_moe", "gpt_oss")
-"""Gate and up behind one another, an expert that all tokens pass, and gate and up in turns with biases."""
+FAMILIES += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite")
+LAYOUTS = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")
+"""Gate and up behind one another, an expert that all tokens pass, gate and up in turns with biases, and routers that
+choose among groups of experts, by scores with a correction."""
 PARTS: dict[str, Any] = {"heads": 0.5, "experts": 0.25, "neurons": 1 / 3, "modules": 0.0, "ranks": 0.0}
 EVEN: dict[str, Any] = {**PARTS, "neurons_scope": "layerwise"}
 
@@ -113,7 +116,7 @@ def test_masks_scale_the_weighted_output_of_experts_and_their_neurons(name: str)
     masks = masks_like(weights, model)
     assert relative_difference(model(**data).logits, expected) < 1e-5 < relative_difference(before, expected)
     masks.detach()
-    assert model(**data).logits.equal(before) and "forward" not in vars(layers_of(weights.inner)[0].experts)
+    assert model(**data).logits.equal(before) and "forward" not in vars(layers_of(weights.inner)[2].experts)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -161,6 +164,47 @@ def test_a_cut_router_sends_tokens_to_the_best_experts_that_stay() -> None:
     assert index.equal(expected)
     torch.testing.assert_close(shares, values / values.sum(-1, keepdim=True))
     assert index.max() == 2 and layer.router.num_experts == layer.experts.num_experts == layer.count == 3
+
+
+def test_a_cut_router_ranks_groups_by_what_stays() -> None:
+    """By hand: of each group the two best scores with their corrections, and the two best experts of the best group."""
+    model = make("deepseek_v3")
+    layer = layers_of(model)[1]
+    weight, correction = layer.router.weight.clone(), layer.router.e_score_correction_bias.clone()
+    states, kept = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), [0, 1, 3, 4, 6, 7]
+    layer.cut(torch.tensor(kept), torch.arange(24).expand(6, 24))
+    _, shares, index = layer.router(states)
+    for token, state in enumerate(states):
+        scores = {expert: float((state @ weight[expert]).sigmoid()) for expert in kept}
+        choice = {expert: score + float(correction[expert]) for expert, score in scores.items()}
+        groups = [sorted((e for e in kept if e // 4 == group), key=choice.__getitem__)[-2:] for group in (0, 1)]
+        best = max(groups, key=lambda pair: sum(choice[expert] for expert in pair))
+        found = {kept[place]: float(share) for place, share in zip(index[token], shares[token], strict=True)}
+        whole = sum(scores[expert] for expert in best)
+        assert found == pytest.approx({expert: 2.5 * scores[expert] / whole for expert in best}, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_router_that_leaves_experts_out_is_the_one_without_their_rows(name: str, dtype: torch.dtype) -> None:
+    """Also where what corrects the choice speaks for the ones that are left out."""
+    layer = layers_of(make(name).to(dtype))[2]
+    half = layer.count // 2
+    gone, kept = [1, half + 1], [expert for expert in range(layer.count) if expert not in (1, half + 1)]
+    for correction in layer.router.buffers(recurse=False):
+        correction[gone] = 5.0
+    closed = torch.zeros(layer.count, dtype=torch.bool)
+    closed[gone] = True
+    states = torch.randn(50, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    router = ClosedRouter(layer.router, lambda: closed)
+    _, shares, index = layer.router(states)
+    router.remove()
+    assert not closed[index].any() and closed[layer.router(states)[2]].any()
+    layer.cut(torch.tensor(kept), torch.arange(24).expand(len(kept), 24))
+    _, own_shares, own_index = layer.router(states)
+    there, own = (torch.zeros(50, len(closed), dtype=each.dtype) for each in (shares, own_shares))
+    there.scatter_(1, index, shares), own.scatter_(1, torch.tensor(kept)[own_index], own_shares)
+    torch.testing.assert_close(own, there)
 
 
 def test_a_plan_and_a_mask_of_zero_differ_where_a_router_chose_what_goes() -> None:
@@ -248,7 +292,7 @@ def test_kept_weights_are_bit_equal(name: str) -> None:
         if not spec.experts:
             continue
         old, new = before[spec.index].experts, layers[spec.index].experts
-        assert new.down_proj.shape[0] == len(kept.experts) == 3 and kept.expert_width == 16
+        assert new.down_proj.shape[0] == len(kept.experts) == 3 * spec.experts // 4 and kept.expert_width == 16
         for place, expert in enumerate(kept.experts):
             own = [n % spec.expert_width for n in kept.expert_neurons if n // spec.expert_width == expert]
             fused = [2 * n + k for n in own for k in (0, 1)] if name == "gpt_oss" else [*own, *(n + 24 for n in own)]
@@ -260,27 +304,27 @@ def test_kept_weights_are_bit_equal(name: str) -> None:
             else:
                 assert new.gate_up_proj[place].equal(old.gate_up_proj[expert][fused])
                 assert new.down_proj[place].equal(old.down_proj[expert][:, own])
-        routers = before[spec.index].router.weight, layers[spec.index].router.weight
-        assert routers[1].equal(routers[0][list(kept.experts)])
+        old, new = before[spec.index].router.state_dict(), layers[spec.index].router.state_dict()
+        assert len(new) == len(old) and all(new[key].equal(old[key][list(kept.experts)]) for key in old)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_weight_norms_of_experts(name: str) -> None:
     """Each square counts once for its expert; each of a neuron's own once for the neuron."""
-    layer = layers_of(make(name))[0]
+    layer = layers_of(make(name))[2]
     experts, neurons = layer.squares()
     own = [*layer.experts.parameters(recurse=False), *layer.router.parameters(recurse=False)]
     torch.testing.assert_close(
         experts, sum(p.detach().square().flatten(1).sum(1) if p.dim() > 1 else p.detach() ** 2 for p in own)
     )
     smaller = copy.deepcopy(layer)
-    smaller.cut(torch.arange(4), torch.arange(1, 24).expand(4, 23))
+    smaller.cut(torch.arange(layer.count), torch.arange(1, 24).expand(layer.count, 23))
     rest, _ = smaller.squares()
-    torch.testing.assert_close(neurons.view(4, 24)[:, 0], experts - rest, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(neurons.view(-1, 24)[:, 0], experts - rest, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("blocks", [0.3, 0.6, 0.97])
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3"])
 def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> None:
     model = with_lora(make(name))
     record = random_record(model)
@@ -291,7 +335,9 @@ def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> No
     plan = make_plan(record, budget)
     assert plan.removed_of_blocks >= blocks
     for spec, kept in plan.parts:
-        assert len(kept.experts) >= spec.experts_per_token and kept.expert_width % 8 == 0
+        assert len(kept.experts) >= spec.needed_experts and kept.expert_width % 8 == 0
+        of_first = sum(expert < spec.experts // spec.expert_groups for expert in kept.experts)
+        assert of_first * spec.expert_groups == len(kept.experts), "equally many of every group"
     assert "leave expert_criterion out" in refusal(
         lambda: make_plan(record, Budget(blocks=0.5, expert_criterion="frequency"))
     )
@@ -318,6 +364,24 @@ def test_a_budget_that_leaves_too_few_experts() -> None:
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
     assert refusal(lambda: plan_for(model, experts=0.75)) == says
     assert plan_for(model, experts=0.5).blocks[0].experts
+
+
+def test_a_budget_that_leaves_too_few_experts_of_a_group() -> None:
+    """Each group is ranked by two of them, and a token gets both from one."""
+    model = with_lora(make("deepseek_v3"))
+    assert refusal(lambda: plan_for(model, experts=0.75)) == (
+        "experts 0.75 would leave 2 of 8 experts, and each token is routed to 2, for which its router needs 4 in 2 "
+        "equal groups; set light.experts to 0.5 or less"
+    )
+    plan = plan_for(model, experts=0.5)
+    assert [len(block.experts) for block in plan.blocks] == [0, 4, 4]
+    data = plan.to_dict()
+    for experts, wrong in (("0-3", "equally many experts of every group"), ("0,4", "keeps 2 of 8 experts of block 1")):
+        data["blocks"][1] |= {"experts": experts, "expert_neurons": ""}
+        assert wrong in refusal(lambda: PrunePlan.from_dict(data))
+    alone = block_specs(make("glm4_moe", num_experts_per_tok=1))[1]
+    assert alone.needs_experts() == "each token is routed to 1, for which its router needs 2 in 1 equal group"
+    assert block_specs(make("deepseek_v2", topk_group=2))[1].needed_experts == 4
 
 
 @pytest.mark.parametrize(
@@ -360,10 +424,10 @@ def test_flops_do_not_depend_on_how_experts_run() -> None:
 def test_merged_checkpoints(name: str, tmp_path: Path) -> None:
     """With equal layers transformers alone loads it where no norm runs over all heads; with unequal ones, lightpeft."""
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
-    for place, budget in (("even", EVEN), ("uneven", {**PARTS, "blocks": 0.4})):
+    for place, budget in (("even", EVEN), ("uneven", {**PARTS, "blocks": 0.5})):
         light = light_over(make(name), **budget)
         native = save_merged(light, tmp_path / place)
-        assert native == (place == "even" and name not in ("olmoe", "qwen2_moe"))
+        assert native == (place == "even" and name != "olmoe")
         loaded = load_merged(tmp_path / place)
         assert relative_difference(logits(loaded), logits(light)) < 1e-4
         prompt = inputs_for(light, "left", generate=True)
@@ -390,12 +454,15 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp("experts"), "mixtral", "causal-lm")
 
 
-def test_a_run_of_a_mixture(bench: Workbench) -> None:
+@pytest.mark.parametrize(("family", "stay"), [("mixtral", 3), ("deepseek_v3", 6)])
+def test_a_run_of_a_mixture(family: str, stay: int, bench: Workbench, tmp_path: Path) -> None:
+    bench = bench if family == "mixtral" else Workbench(tmp_path, family, "causal-lm")
     changes = {"light.experts": 0.25, "light.expert_criterion": "frequency", "light.least_examples": 0}
     assert lightpeft("run", "--config", bench.yaml("run", **changes)) == 0
     folder = bench.folder / "run"
     plan = PrunePlan.load(folder / "plan.json")
-    assert all(len(block.experts) == 3 for block in plan.blocks) and plan.removed_parameters > 0
+    assert all(len(block.experts) == stay for spec, block in plan.parts if spec.experts)
+    assert plan.removed_parameters > 0
     assert all(len(block.heads) < spec.heads or spec.heads == 4 for spec, block in plan.parts)
     light = load_light(folder / "adapter")
     assert light.light_plan.blocks == plan.blocks

@@ -181,6 +181,7 @@ NOT_IN_CONFIG = ("bert", "mpnet", "gpt2", "gpt_neox", "falcon", "olmo2", "t5")
         *((name, NARROW, True) for name in WIDTH_IN_CONFIG),
         *((name, EVEN, False) for name in NOT_IN_CONFIG),
         ("llama-gqa", {}, False),
+        *(("llama-mha", {**EVEN, "heads": part}, part == 0.5) for part in (0.5, 0.25)),  # no config of 3 heads in 32
     ],
 )
 def test_layers_of_equal_width_are_a_checkpoint_like_any_other(

@@ -34,6 +34,7 @@ from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedModel, T5Encoder
 from transformers.pytorch_utils import Conv1D
 
 from lightpeft import EarlyPruner
+from lightpeft.compat.peft import names_of_experts
 from lightpeft.models.families import (
     FAMILIES,
     REFUSED,
@@ -59,6 +60,9 @@ STACKS["t5-untied"] = (2, 2, 2)
 KV_HEADS = {"llama-mqa": 1, "falcon-mqa": 1}
 EXPERTS = {"mixtral": (0, 1, 2), "qwen2_moe": (0, 2), "qwen3_moe": (0, 1, 2)}
 EXPERTS |= {"olmoe": (0, 1, 2), "gpt_oss": (0, 1, 2)}
+EIGHT = ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite")
+"""Mixtures with eight experts a block, all others have four, and none in the first block."""
+EXPERTS |= dict.fromkeys(EIGHT, (1, 2))
 """Blocks with routed experts."""
 NEURONS = dict.fromkeys(("mixtral", "qwen3_moe", "olmoe", "gpt_oss"), dict.fromkeys(range(3), 0))
 NEURONS |= {"qwen2_moe": {0: 40, 2: 40}, "dinov2": dict.fromkeys(range(3), 64)}
@@ -84,7 +88,8 @@ def test_sizes(name: str) -> None:
         assert spec.head_dim == (12 if name == "llama-head-dim" else 8)
         assert spec.neurons == (0 if spec.role == "cross" else NEURONS.get(name, {}).get(spec.index, 48))
         routed = name in EXPERTS and spec.index in EXPERTS[name]
-        assert (spec.experts, spec.expert_width, spec.experts_per_token) == ((4, 24, 2) if routed else (0, 0, 0))
+        count = 8 if name in EIGHT else 4
+        assert (spec.experts, spec.expert_width, spec.experts_per_token) == ((count, 24, 2) if routed else (0, 0, 0))
         assert list(spec.projections) == [slot for slot in SLOTS if slot in spec.projections]
 
 
@@ -115,7 +120,7 @@ def test_costs_are_what_surgery_removes(name: str, kept: str) -> None:
     gone = dict.fromkeys(paths, 0)
     for spec, block in zip(plan.specs, blocks, strict=True):
         gone[block_path(spec)] += removed_in_block(spec, block)
-        whole_experts = spec.experts_per_token * (spec.expert_parameters - 16 * spec.expert_neuron_parameters)
+        whole_experts = len(block.experts) * (spec.expert_parameters - 16 * spec.expert_neuron_parameters)
         left = 0 if kept == "some" else removable_parameters(spec) - removed_in_block(spec, block)
         assert kept == "some" or left == whole_experts
     assert [old - new for old, new in zip(before, parameters(model, paths), strict=True)] == list(gone.values())
@@ -123,10 +128,10 @@ def test_costs_are_what_surgery_removes(name: str, kept: str) -> None:
 
 
 def some_experts(spec: BlockSpec, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Two experts, and the first neurons of each."""
-    if not spec.experts:
-        return (), ()
-    return (1, 3), tuple(expert * spec.expert_width + neuron for expert in (1, 3) for neuron in range(width))
+    """Two experts (of each group), and the first neurons of each."""
+    size = spec.experts // spec.expert_groups
+    some = tuple(group * size + expert for group in range(spec.expert_groups if size else 0) for expert in (1, 3))
+    return some, tuple(expert * spec.expert_width + neuron for expert in some for neuron in range(width))
 
 
 def block_path(spec: BlockSpec) -> str:
@@ -163,7 +168,8 @@ def test_every_linear_layer_of_a_block_is_a_projection(name: str) -> None:
         for path, module in model.get_submodule(block).named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     }
-    assert set(named) | {path for path in inside if path.endswith("shared_expert_gate")} == inside
+    whole = ("shared_expert_gate", "q_a_proj", "kv_a_proj_with_mqa")
+    assert set(named) | {path for path in inside if path.endswith(whole)} == inside
     assert len(named) == len(set(named))
 
 
@@ -174,8 +180,12 @@ def test_peft_does_not_change_the_specs(name: str) -> None:
     peft_model = with_lora(model)
     assert block_specs(peft_model.get_base_model()) == expected
     sites = find_sites(peft_model, expected)
+    taken = names_of_experts(model.config.model_type)
     assert [(site.spec.block, site.spec.slot) for site in sites] == [
-        (spec.index, slot) for spec in expected for slot in spec.projections
+        (spec.index, slot)
+        for spec in expected
+        for slot, path in spec.projections.items()
+        if path.rpartition(".")[2] not in taken
     ]
 
 
@@ -223,6 +233,10 @@ def test_an_entry_is_checked_when_it_is_made() -> None:
     for wrong in (without_q, separate | fused, attention | {"ffn_in": "in"}, attention | {"mlp": "mlp"}, {}):
         with pytest.raises(ValueError, match="family new: .* are not the projections of a block"):
             Family("new", (Stack("layers", "attention", attention), Stack("layers", "attention", (separate, wrong))))
+    latent = {slot: slot for slot in ("q", "kv", "o")}
+    Family("new", (Stack("layers", "attention", latent, head_sizes={"kv": ("k_dim", "v_dim")}),))
+    with pytest.raises(ValueError, match="family new: head_sizes has to say how many rows of kv a head has"):
+        Family("new", (Stack("layers", "attention", latent),))
     with pytest.raises(ValueError, match="family new: unknown head attribute"):
         Family("new", (Stack("layers", "attention", separate, {"heads": "number"}),))
 
@@ -262,10 +276,6 @@ def bert_with_cross_attention() -> PreTrainedModel:
             'model family "albert" cannot be pruned: its layers share one set of weights',
         ),
         (
-            lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**SMALL, first_k_dense_replace=3)),
-            'model family "deepseek_v3" cannot be pruned: its attention makes keys and values from one latent',
-        ),
-        (
             lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=67, hidden_size=32, n_layer=1, n_head=4)),
             'model family "bloom" cannot be pruned: its attention adds the residual',
         ),
@@ -283,7 +293,7 @@ def bert_with_cross_attention() -> PreTrainedModel:
             "transformer.h.0.crossattention.c_attn is a projection that the family's entry does not know",
         ),
     ],
-    ids=["albert", "deepseek_v3", "bloom", "falcon", "deberta-v2", "bert", "gpt2"],
+    ids=["albert", "bloom", "falcon", "deberta-v2", "bert", "gpt2"],
 )
 def test_what_cannot_be_pruned(build: Callable[[], PreTrainedModel], says: str) -> None:
     model = build()
@@ -324,8 +334,14 @@ def integers(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+def eighths(linear: nn.Linear) -> nn.Linear:
+    """In the guise of a layer in FP8, which has its scales beside its weight."""
+    linear.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    return linear
+
+
 @pytest.mark.parametrize("peft", [False, True], ids=["bare", "peft"])
-@pytest.mark.parametrize("quantise", [integers, Packed], ids=["integers", "other"])
+@pytest.mark.parametrize("quantise", [integers, eighths, Packed], ids=["integers", "fp8", "other"])
 def test_layers_of_an_unknown_kind(quantise: Callable[[nn.Linear], nn.Module], peft: bool) -> None:
     model = make("llama-gqa")
     model.model.layers[1].mlp.up_proj = quantise(model.model.layers[1].mlp.up_proj)

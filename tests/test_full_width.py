@@ -68,6 +68,21 @@ def check(light: LightModel, name: str) -> PeftModel:
 # -- what it computes ----------------------------------------------------------------------------------------------
 
 
+@both_budgets
+def test_lora_on_what_all_heads_share(budget: dict[str, Any], tmp_path: Path) -> None:
+    """On what makes the latents of DeepSeek: it goes with a layer's last head, and is else saved with the rest."""
+    names = ["q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "o_proj"]
+    settings: dict[str, Any] = {"target_modules": names, "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    model = get_peft_model(make("deepseek_v3"), LoraConfig(r=4, **settings)).eval()
+    light = light_of(model, **budget)
+    shared = [name for name in light.peft_config["default"].target_modules if "_a_proj" in name]
+    assert len(shared) == (6 if budget is USUAL else 4)
+    check(light, "deepseek_v3")
+    light.save_pretrained(tmp_path)
+    assert logits(load_light(tmp_path, make("deepseek_v3"))).equal(logits(light))
+
+
 @crossed(ALL, {"usual": USUAL, "dropped": DROPPED})
 def test_without_the_cut_units_it_is_the_light_model(name: str, budget: dict[str, Any]) -> None:
     check(light_over(make(name), **budget), name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +16,13 @@ from lightpeft.plans.records import BlockPlan
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
 
-def spec_of(kv_heads: int, heads_per_kv: int, head_dim: int, neurons: int, interleaved: bool = False) -> BlockSpec:
+def spec_of(
+    kv_heads: int,
+    heads_per_kv: int,
+    head_dim: int,
+    neurons: int,
+    interleaved: bool = False,
+) -> BlockSpec:
     return BlockSpec(
         index=0,
         attention="attention",
@@ -38,7 +46,8 @@ specs = st.builds(
 @st.composite
 def specs_with_plans(draw: st.DrawFn) -> tuple[BlockSpec, BlockPlan]:
     """A structure, and KV groups that stay, each with equally many of its query heads."""
-    spec = draw(specs)
+    sizes = {slot: draw(st.integers(1, 5)) for slot in ("q", "k", "v", "kv", "o") if draw(st.booleans())}
+    spec = replace(draw(specs), head_sizes=sizes)
     groups = draw(st.sets(st.integers(0, spec.kv_heads - 1), min_size=1))
     each = draw(st.integers(1, spec.heads_per_kv))
     heads: list[int] = []
@@ -106,6 +115,16 @@ def test_norms_by_hand(interleaved: bool) -> None:
     heads, neurons = squared_norms(spec, "qkv", torch.tensor([[1.0], [2.0], [3.0], [4.0]]).bfloat16())
     assert heads.tolist() == [1.0 + 9 + 16, 4.0 + 9 + 16] and neurons.tolist() == [0.0]
     assert heads.dtype == torch.float32
+
+
+def test_norms_of_heads_of_other_sizes() -> None:
+    """Two heads: three rows of q and two of kv each, and one column of o."""
+    spec = replace(spec_of(kv_heads=2, heads_per_kv=1, head_dim=1, neurons=0), head_sizes={"q": 3, "kv": 2})
+    assert [width(spec, slot) for slot in ("q", "kv", "o")] == [6, 4, 2]
+    rows = torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0], [6.0]])
+    assert squared_norms(spec, "q", rows)[0].tolist() == [1.0 + 4 + 9, 16.0 + 25 + 36]
+    assert squared_norms(spec, "kv", rows[:4])[0].tolist() == [1.0 + 4, 9.0 + 16]
+    assert squared_norms(spec, "o", rows[:2].T)[0].tolist() == [1.0, 4.0]
 
 
 def test_rows_before_a_norm_over_all_heads_stay() -> None:

@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import IA3Config, LoraConfig, get_peft_model
 from test_pipeline import comparable
+from tiny import make
 from workbench import Workbench, lightpeft, read, stamps
 
 from lightpeft import load_light
-from lightpeft.config import RunConfig, load_config, preset_light, run_config_from_dict
+from lightpeft.config import LightConfig, RunConfig, load_config, preset_light, run_config_from_dict
 from lightpeft.errors import LightPeftError
+from lightpeft.models.families import block_specs
+from lightpeft.peft_kinds.kinds import projections
+from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.recipe.wrapping import placed
 from lightpeft.runs import pipeline
 from lightpeft.runs.reproduce import load_grid
 
@@ -145,6 +151,26 @@ def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
         work = pipeline.prepare(llama.config(f"upper-{kind}", **settings))
         blocks = {site.block for site in pipeline.estimate(work).sites}
         assert blocks == {1}, kind
+
+
+def test_lora_keeps_off_names_that_peft_takes_for_experts() -> None:
+    """The FFNs that are called so would get nothing, and the experts of all blocks LoRA."""
+    light = LightConfig(module_blocks=0.5)
+    for name, dense in (("deepseek_v3", {}), ("qwen3_moe", {"mlp_only_layers": [2]})):
+        model = make(name, **dense)
+        specs, config = block_specs(model), placed(LoraConfig(), model, light)
+        attention = [path for path in projections(specs[1:]) if "self_attn" in path]
+        assert config.target_modules == attention and "down_proj" in str(projections(specs[1:]))
+        assert {site.spec.name for site in find_sites(get_peft_model(model, config), specs)} == {*attention}
+        ia3 = placed(IA3Config(feedforward_modules=None), model, light)
+        assert any(target.endswith("down_proj") for target in ia3.target_modules)
+
+
+def test_slots_that_peft_takes_for_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path, "deepseek_v3", "causal-lm")
+    assert lightpeft("run", "--config", bench.yaml("run", **{"lora.slots": ["q", "ffn_in"]})) == 2
+    said = "lora.slots has up_proj, which PEFT takes for the routed experts of deepseek_v3; leave these slots out"
+    assert said in capsys.readouterr().err
 
 
 def test_more_modules_to_save(llama: Workbench) -> None:

@@ -13,10 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightpeft.compat.peft import names_of_experts
 from lightpeft.config import Budget, LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.kinds import projections
 from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.plans.planning import make_plan
@@ -69,6 +71,9 @@ DISTILBERT = {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 3, "n_heads": 4, 
 
 MOE = {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
 QWEN2_MOE = MOE | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}
+ROUTED = {"moe_intermediate_size": 24, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 2}
+GROUPED_EXPERTS = ROUTED | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "num_key_value_heads": 4}
 GPT_OSS = {"intermediate_size": 24, "layer_types": WINDOWS["layer_types"], "sliding_window": 4}
 
 ENCODERS: dict[str, Maker] = {
@@ -112,6 +117,12 @@ DECODERS: dict[str, Maker] = {
     "qwen3_moe": decoder("Qwen3Moe", head_dim=8, **MOE),
     "gpt_oss": decoder("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, **GPT_OSS),
     "olmoe": decoder("Olmoe", intermediate_size=24, num_experts=4, num_experts_per_tok=2),
+    "deepseek_v2": decoder(
+        "DeepseekV2", q_lora_rank=None, **GROUPED_EXPERTS, **LATENT, topk_method="group_limited_greedy"
+    ),
+    "deepseek_v3": decoder("DeepseekV3", q_lora_rank=12, **GROUPED_EXPERTS, **LATENT),
+    "glm4_moe": decoder("Glm4Moe", head_dim=8, **ROUTED),
+    "glm4_moe_lite": decoder("Glm4MoeLite", q_lora_rank=12, **ROUTED, **LATENT),
 }
 ENCODER_DECODERS: dict[str, Maker] = {
     "mt5": maker("MT5Config", "MT5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu"}),
@@ -149,7 +160,10 @@ LAYOUTS = ["bert", "mpnet", "modernbert", "vit", "llama-gqa", "olmo2", "phi3", "
 LAYOUTS += ["t5"]
 """One family of each kind of structure, for tests to which the rest would add nothing but time."""
 
-GROUPED = [name for name in DECODERS if name not in ("llama-mha", "gpt2", "gpt_neox", "opt")]
+LATENT_HEADS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+"""Those whose heads make keys and values of their own from one latent."""
+
+GROUPED = [name for name in DECODERS if name not in ("llama-mha", "gpt2", "gpt_neox", "opt", *LATENT_HEADS)]
 GROUPED += [name for name in VARIANTS if name.startswith("llama") or name == "falcon-mqa"]
 """Those with fewer KV heads than query heads, where the two head units differ."""
 
@@ -184,19 +198,21 @@ def crossed(names: Iterable[str], budgets: dict[str, dict[str, Any]]) -> pytest.
 
 
 def make(name: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """The tiny model `name` with random weights, biases and norms included."""
+    """The tiny model `name` with random weights; biases, norms and corrections of routers included."""
     torch.manual_seed(seed)
     model = ALL[name](**changes)
     spread = 0.2 if name.startswith(("t5", "mt5")) else 0.3  # T5 does not scale its scores down
+    corrections = [value for name, value in model.named_buffers() if name.endswith("correction_bias")]
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, spread) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn_like(parameter))
+        for weight in (*model.parameters(), *corrections):
+            weight.normal_(0.0, spread) if weight.dim() > 1 else weight.add_(0.2 * torch.randn_like(weight))
     return model.eval()
 
 
 def with_lora(model: PreTrainedModel, seed: int = 0, trained: bool = True, **changes: Any) -> PeftModel:
-    """LoRA on all projections; `trained` gives B values other than zero."""
-    targets = [name for block in block_specs(model) for name in block.projections.values()]
+    """LoRA on all projections on which it can be; `trained` gives B values other than zero."""
+    names, taken = projections(block_specs(model)), names_of_experts(model.config.model_type)
+    targets = [name for name in names if name.rpartition(".")[2] not in taken]
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": targets, **changes}
     torch.manual_seed(seed)
     peft_model = get_peft_model(model, LoraConfig(task_type=task_type(model), **settings))
@@ -326,12 +342,13 @@ def zero_pruned_ranks(model: PeftModel, plan: PrunePlan) -> None:
 def kept_channels(spec: BlockSpec, kept: BlockPlan, slot: str) -> tuple[list[int] | None, list[int] | None]:
     """Output and input channels of a projection that stay (None: all), written out unit by unit."""
 
-    def expand(heads: tuple[int, ...]) -> list[int]:
-        return [head * spec.head_dim + channel for head in heads for channel in range(spec.head_dim)]
+    def expand(heads: tuple[int, ...], slot: str) -> list[int]:
+        size = spec.head_sizes.get(slot, spec.head_dim)
+        return [head * size + channel for head in heads for channel in range(size)]
 
-    outputs = {"q": expand(kept.heads), "k": expand(kept.kv_heads), "v": expand(kept.kv_heads)}
+    outputs = {"q": expand(kept.heads, "q")} | {slot: expand(kept.kv_heads, slot) for slot in ("k", "v", "kv")}
     outputs |= {"ffn_in": list(kept.neurons), "ffn_gate": list(kept.neurons)}
-    inputs = {"o": expand(kept.heads), "ffn_out": list(kept.neurons)}
+    inputs = {"o": expand(kept.heads, "o"), "ffn_out": list(kept.neurons)}
     if slot == "ffn_gate_in":
         return [*kept.neurons, *(spec.neurons + neuron for neuron in kept.neurons)], None
     if slot == "qkv":

@@ -28,6 +28,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     BertConfig,
     BertModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -51,6 +53,9 @@ GOOD = tuple(f"good{index}" for index in range(6))
 BAD = tuple(f"bad{index}" for index in range(6))
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+LATENT: dict[str, Any] = {"kv_lora_rank": 16, "q_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}
+LATENT |= {"v_head_dim": 8, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+LATENT |= {"moe_intermediate_size": 24, "first_k_dense_replace": 1}
 POSITIONS = 40
 """Tokens that the tiny models have positions for."""
 
@@ -71,7 +76,8 @@ Rows = list[dict[str, str]]
 def save_base(
     folder: Path, family: str = "bert", seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Path:
-    """A tiny base ("bert", or "llama" or "mixtral" with half as many KV heads) with a tokenizer, of words if none."""
+    """A tiny base ("bert", "deepseek_v3", "llama" or "mixtral"; the last two with half as many KV heads) and a
+    tokenizer, of words if none."""
     vocabulary = [*SPECIAL, *NEUTRAL, *GOOD, *BAD] if tokenizer is None else tokenizer.get_vocab()
     torch.manual_seed(seed)
     model: PreTrainedModel
@@ -89,6 +95,8 @@ def save_base(
         }
         if family == "mixtral":
             model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **sizes))
+        elif family == "deepseek_v3":
+            model = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes | {"num_key_value_heads": None} | LATENT))
         else:
             model = LlamaForCausalLM(LlamaConfig(**sizes))
     with torch.no_grad():

@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
 
 
 def method_named(name: str) -> PeftType:
@@ -44,6 +45,15 @@ def fitting_key(keys: Collection[str], name: str) -> str:
     As in `LoraConfig.rank_pattern`.
     """
     return get_pattern_key(keys, name)
+
+
+def names_of_experts(model_type: str) -> frozenset[str]:
+    """Last parts of target modules' names that LoRA takes for parameters of routed experts in models of this type.
+
+    They were those of experts when each was a module. LoRA on linear layers that are still called so, of shared experts
+    and of layers without experts, is therefore not to be had.
+    """
+    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), ()))
 
 
 def adapters_in(layer: BaseTunerLayer) -> list[str]:

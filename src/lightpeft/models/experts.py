@@ -7,6 +7,7 @@ channel by channel in turns.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,6 +76,19 @@ class ExpertLayer:
     def per_token(self) -> int:
         """Experts that a token is routed to."""
         return int(self.router.top_k)
+
+    @property
+    def groups(self) -> int:
+        """Groups of equally many experts, one after the other, of which the router chooses some first."""
+        return int(getattr(self.router, "num_group", None) or 1)
+
+    @property
+    def fewest(self) -> int:
+        """Experts that have to stay, equally many of every group: enough for a token in the groups that it chooses, and
+        two each, as groups are ranked by their two best."""
+        chosen = int(getattr(self.router, "topk_group", None) or self.groups)
+        of_group = math.ceil(self.per_token / chosen)
+        return self.groups * (of_group if getattr(self.router, "num_group", None) is None else max(of_group, 2))
 
     @property
     def expert_parameters(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from lightpeft.compat.peft import names_of_experts
 from lightpeft.config import LightConfig, RunConfig
 from lightpeft.config.light import WIDEST
 from lightpeft.config.validation import check_most, checked_fields
@@ -47,15 +48,17 @@ class Place:
 
     allowed: Sequence[BlockSpec]
     others: Sequence[BlockSpec]
+    model_type: str
+    """Of the model that has them."""
     by_habit: bool = False
     """As the kind is used by habit (`Method.by_habit`), not wherever a module may be of use."""
 
     @classmethod
-    def under(cls, light: LightConfig, blocks: Sequence[BlockSpec]) -> Place:
+    def under(cls, light: LightConfig, blocks: Sequence[BlockSpec], model_type: str) -> Place:
         """Where `light.depth` and `light.module_blocks` let modules be."""
         end = light.blocks_left(len(blocks))
         lowest = light.first_module_block(end)
-        return cls(blocks[lowest:end], [*blocks[:lowest], *blocks[end:]])
+        return cls(blocks[lowest:end], [*blocks[:lowest], *blocks[end:]], model_type)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class PeftKind:
     site: type[Site]
     title: str
     """What people call it."""
-    habit: Collection[str] = ("q", "v", "qkv")
+    habit: Collection[str] = ("q", "v", "kv", "qkv")
     """Slots that it is used on by habit."""
     merges: bool = True
     """Whether what it adds can become part of the base's weights."""
@@ -157,6 +160,19 @@ class _Lora(PeftKind):
     def slots(self, run: RunConfig) -> Collection[str] | None:
         return run.lora.slots
 
+    def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
+        """Without layers whose names PEFT takes for those of routed experts."""
+        result, taken = super().placed(settings, place, slots), names_of_experts(place.model_type)
+        targets = result.get("target_modules", [])
+        stay = [name for name in targets if name.rpartition(".")[2] not in taken]
+        others = sorted({name.rpartition(".")[2] for name in {*targets} - {*stay}}) if slots else []
+        require(
+            not others,
+            f"lora.slots has {', '.join(others)}, which PEFT takes for the routed experts of {place.model_type}; "
+            "leave these slots out, and name parameters of experts in peft.target_parameters",
+        )
+        return {**result, "target_modules": stay} if len(stay) < len(targets) else result
+
 
 class _Ia3(PeftKind):
     """IA3, whose factors are on what a feed-forward module reads: the hidden units in front of `ffn_out`."""
@@ -189,7 +205,7 @@ KINDS: dict[str, PeftKind] = {
     kind.name: kind
     for kind in (
         _Lora(LoraSite, "LoRA"),
-        _Ia3(Ia3Site, "IA3", habit=("k", "v", "qkv", "ffn_out")),  # as in Liu et al. 2022
+        _Ia3(Ia3Site, "IA3", habit=("k", "v", "kv", "qkv", "ffn_out")),  # as in Liu et al. 2022
         _Bottleneck(BottleneckSite, "adapters", merges=False),
     )
 }

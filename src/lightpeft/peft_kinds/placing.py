@@ -30,15 +30,17 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     blocks = block_specs(loaded.model)
     _check_weights(loaded, blocks)
     kind, task_type = kind_named(config.peft_type), loaded.head.task_type
-    made = kind.config(config, _place(blocks, config), task_type, loaded.new_modules)
+    made = kind.config(config, _place(blocks, config, loaded.model.config.model_type), task_type, loaded.new_modules)
     _check_targets(loaded.model, made.target_modules, blocks)
     with parsing(f"PEFT cannot put {kind.title} on {loaded.model.config.model_type}"):
         return get_peft_model(loaded.model, made)
 
 
-def _place(blocks: Sequence[BlockSpec], config: RunConfig) -> Place:
+def _place(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> Place:
     """Where modules may be: where the method prunes, in the blocks in which they may stay."""
-    return Place.under(config.light, blocks) if config.way.prunes else Place(blocks, (), config.way.by_habit)
+    if config.way.prunes:
+        return Place.under(config.light, blocks, model_type)
+    return Place(blocks, (), model_type, config.way.by_habit)
 
 
 def _check_targets(model: PreTrainedModel, targets: Any, blocks: Sequence[BlockSpec]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightpeft.plans.records import BlockPlan
-from lightpeft.plans.structure import OUTPUT_SLOTS, BlockSpec
+from lightpeft.plans.structure import KEY_VALUE_SLOTS, OUTPUT_SLOTS, BlockSpec
 
 Kind = Literal["heads", "kv_heads", "neurons"]
 Segment = tuple[Kind, int]
@@ -32,15 +32,17 @@ def segments(spec: BlockSpec, slot: str) -> list[Segment]:
     if slot == "qkv" and spec.interleaved:
         size = spec.heads_per_kv
         return [s for g, group in enumerate(groups) for s in (*queries[g * size : (g + 1) * size], group, group)]
-    plain = {"q": queries, "o": queries, "k": groups, "v": groups, "qkv": queries + groups + groups}
+    if slot in KEY_VALUE_SLOTS:
+        return groups
+    plain = {"q": queries, "o": queries, "qkv": queries + groups + groups}
     if slot in plain:
         return plain[slot]
     return neurons + neurons if slot == "ffn_gate_in" else neurons
 
 
 def segment_size(spec: BlockSpec, slot: str) -> int:
-    """Channels a segment: the head dimension, or 1 for neurons."""
-    return 1 if slot.startswith("ffn") else spec.head_dim
+    """Channels a segment: those of one head in this projection, or 1 for neurons."""
+    return 1 if slot.startswith("ffn") else spec.head_sizes.get(slot, spec.head_dim)
 
 
 def width(spec: BlockSpec, slot: str) -> int:
@@ -73,7 +75,7 @@ def keeps_all(spec: BlockSpec, kept: BlockPlan, slot: str) -> bool:
     """Whether the plan takes nothing from a projection."""
     if slot.startswith("ffn"):
         return len(kept.neurons) == spec.neurons
-    if slot in ("k", "v"):
+    if slot in KEY_VALUE_SLOTS:
         return len(kept.kv_heads) == spec.kv_heads
     return len(kept.heads) == spec.heads
 

@@ -109,19 +109,31 @@ def expert_slices(record: EstimationRecord, criterion: str) -> list[Bundles]:
     return result
 
 
-def check_experts(experts: int, per_token: int, budget: Budget) -> None:
-    """Refuse a budget that leaves a layer fewer experts than a token is routed to.
+def expert_units(record: EstimationRecord, criterion: str) -> list[Bundles]:
+    """Of every block with experts, these one by one; or one of each group, where a router chooses among groups first,
+    which all have equally many."""
+    result = []
+    for spec, scores in zip(record.blocks, record.of_blocks("experts", criterion), strict=True):
+        groups = spec.expert_groups
+        units = balanced_slices(scores, groups) if groups > 1 else torch.arange(spec.experts).unsqueeze(1)
+        result.append(_bundles(units, scores, spec.expert_parameters * groups))
+    return result
+
+
+def check_experts(spec: BlockSpec, budget: Budget) -> None:
+    """Refuse a budget that leaves a block fewer experts than its router needs.
 
     Raises:
         LightPeftError: it does, by its ratio; where experts compete with other units, enough of them stay anyway.
     """
-    if budget.blocks is not None or budget.target is not None:
+    if not spec.experts or budget.blocks is not None or budget.target is not None:
         return
-    stay = experts - part_of(budget.experts, experts)
+    there, needed = spec.experts // spec.expert_groups, spec.needed_experts // spec.expert_groups
+    stay = there - part_of(budget.experts, there)
     require(
-        stay >= per_token,
-        f"experts {budget.experts:g} would leave {stay} of {experts} experts, and each token is routed to {per_token}; "
-        f"set light.experts to {math.floor(1000 * (experts - per_token) / max(experts, 1)) / 1000:g} or less",
+        stay >= needed,
+        f"experts {budget.experts:g} would leave {stay * spec.expert_groups} of {spec.experts} experts, and "
+        f"{spec.needs_experts()}; set light.experts to {math.floor(1000 * (there - needed) / there) / 1000:g} or less",
     )
 
 
@@ -154,8 +166,8 @@ class _Blocks:
         self.heads = head_units(record, budget)
         self.slices = expert_slices(record, budget.neuron_criterion)
         neurons = record.of_blocks("neurons", budget.neuron_criterion)
-        experts = record.of_blocks("experts", criterion)
-        parts = list(zip(record.blocks, self.heads, neurons, experts, self.slices, strict=True))
+        self.experts = expert_units(record, criterion)
+        parts = list(zip(record.blocks, self.heads, neurons, self.experts, self.slices, strict=True))
         self.layers: dict[MaskedUnit, list[Layer]] = {
             "heads": [self._bundled("heads", spec, units, budget.min_heads) for spec, units, *_ in parts],
             "neurons": [
@@ -163,8 +175,8 @@ class _Blocks:
                 for spec, _, scores, *_ in parts
             ],
             "experts": [
-                self._single("experts", spec, scores, spec.experts_per_token, spec.expert_parameters)
-                for spec, _, _, scores, _ in parts
+                self._bundled("experts", spec, units, spec.needed_experts // spec.expert_groups)
+                for spec, _, _, units, _ in parts
             ],
             "expert_neurons": [
                 self._bundled("expert_neurons", spec, units, max(budget.min_neurons, 1)) for spec, *_, units in parts
@@ -197,8 +209,8 @@ class _Blocks:
             return self._by_cost(part)
         if budget.target is not None:
             return self._for_target(budget.target)
-        for layer in self.layers["experts"]:
-            check_experts(len(layer.scores), layer.floor, budget)
+        for spec in self.record.blocks:
+            check_experts(spec, budget)
         return self._by_ratios(budget.heads, budget.neurons, budget.experts)
 
     def _by_ratios(self, heads: float, neurons: float, experts: float) -> list[BlockPlan]:
@@ -261,7 +273,7 @@ class _Blocks:
             queries = self.heads[place].units(kept["heads"][place]).flatten().sort().values.tolist()
             groups = sorted({head // spec.heads_per_kv for head in queries})
             neurons = self._rounded(self.layers["neurons"][place], kept["neurons"][place], self.budget.multiple_of)
-            experts = kept["experts"][place]
+            experts = self.experts[place].units(kept["experts"][place]).flatten().sort().values.tolist()
             inside = self._neurons_inside(place, kept["expert_neurons"][place], experts)
             plans.append(BlockPlan(tuple(queries), tuple(groups), tuple(neurons), tuple(experts), tuple(inside)))
         return plans

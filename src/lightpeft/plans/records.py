@@ -340,11 +340,14 @@ def _check_experts(spec: BlockSpec, kept: BlockPlan) -> None:
     """Check that enough experts stay for every token, each with equally many neurons."""
     _check_indices(kept.experts, spec.experts, f"experts of block {spec.label}")
     _check_indices(kept.expert_neurons, spec.expert_neurons, f"neurons of experts of block {spec.label}")
-    stay, needed = len(kept.experts), spec.experts_per_token
+    stay = len(kept.experts)
     require(
-        stay >= needed,
-        f"the plan keeps {stay} of {spec.experts} experts of block {spec.label}, and each token is routed to {needed}",
+        stay >= spec.needed_experts,
+        f"the plan keeps {stay} of {spec.experts} experts of block {spec.label}, and {spec.needs_experts()}",
     )
+    of_groups = Counter(expert * spec.expert_groups // spec.experts for expert in kept.experts)
+    even = not spec.experts or (len(of_groups) == spec.expert_groups and len(set(of_groups.values())) == 1)
+    require(even, f"block {spec.label} of the plan does not keep equally many experts of every group")
     owners = Counter(neuron // spec.expert_width for neuron in kept.expert_neurons)
     even = set(owners) == set(kept.experts) and len(set(owners.values())) <= 1
     require(even, f"block {spec.label} of the plan does not keep equally many neurons of every expert that stays")
@@ -420,7 +423,8 @@ def _check_specs(blocks: Sequence[BlockSpec], sites: Sequence[SiteSpec]) -> None
     for spec in blocks:
         grouped = spec.heads % spec.kv_heads == 0 if spec.kv_heads else not spec.heads
         require(grouped, f"block {spec.label or spec.index} has {spec.heads} heads over {spec.kv_heads} KV heads")
-        even = spec.experts_per_token <= spec.experts and spec.expert_neurons == spec.experts * spec.expert_width
+        even = spec.needed_experts <= spec.experts and spec.expert_neurons == spec.experts * spec.expert_width
+        even = even and spec.expert_groups > 0 and spec.experts % spec.expert_groups == 0
         require(even, f"block {spec.label or spec.index} has {spec.expert_neurons} neurons over {spec.experts} experts")
 
 

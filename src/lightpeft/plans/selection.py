@@ -22,7 +22,7 @@ class Layer:
     """Units of one kind in one layer."""
 
     kind: Unit
-    """What the units are; of heads and of neurons inside experts, the smallest sets that can go together."""
+    """What the units are; of heads, experts and neurons inside these, the smallest sets that can go together."""
     index: int | None
     """Of the block that has the units, or of the PEFT module that has the ranks; None: outside all blocks."""
     scores: Tensor

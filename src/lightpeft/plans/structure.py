@@ -8,8 +8,12 @@ from typing import Any, Literal, get_args
 Role = Literal["encoder", "decoder", "cross"]
 """What a stack of blocks is in a model that has several; "cross" is the cross-attention of the decoder."""
 
-SLOTS = ("q", "k", "v", "qkv", "o", "ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
-"""The projections of a block, in the order they are used; "qkv" and "ffn_gate_in" (gate first) are fused modules."""
+SLOTS = ("q", "k", "v", "kv", "qkv", "o", "ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
+"""The projections of a block, in the order they are used; "kv" (head by head), "qkv" and "ffn_gate_in" (gate first) are
+fused modules."""
+
+KEY_VALUE_SLOTS = ("k", "v", "kv")
+"""Projections whose rows belong to KV heads alone."""
 
 MaskedUnit = Literal["heads", "neurons", "experts", "expert_neurons"]
 """What has a mask each: query heads; neurons of an FFN; routed experts; and the neurons inside these."""
@@ -47,6 +51,7 @@ class BlockSpec:
     kv_heads: int
     """Key/value heads: equal to `heads`, or fewer under grouped-query attention."""
     head_dim: int
+    """Channels of one head in the input of `o`; and in its other projections, where `head_sizes` says nothing else."""
     neurons: int
     """FFN intermediate channels; 0 without an FFN."""
     head_parameters: int
@@ -55,8 +60,11 @@ class BlockSpec:
     """Parameters that one KV head takes with it (rows of k and v with their bias)."""
     neuron_parameters: int
     """Parameters that one neuron takes with it."""
+    head_sizes: dict[str, int] = field(default_factory=dict)
+    """Slot -> rows of one head in it, where these are not `head_dim`: queries, or keys with values, of other widths."""
     rest_parameters: int = 0
-    """Parameters that go only when all heads go: norms of queries and keys, and rows before a norm over all heads."""
+    """Parameters that go only when all heads go: norms of queries and keys, rows before a norm over all heads, and what
+    makes the latents that all heads read."""
     fixed_parameters: int = 0
     """Parameters that no plan removes: norms and the biases of output projections."""
     experts: int = 0
@@ -64,7 +72,11 @@ class BlockSpec:
     expert_neurons: int = 0
     """Intermediate channels of all routed experts together: expert 0's, then expert 1's."""
     experts_per_token: int = 0
-    """Experts that each token is routed to: so many stay at least."""
+    """Experts that each token is routed to."""
+    fewest_experts: int = 0
+    """How many experts stay at least, so that the router finds as many as it looks for; 0: `experts_per_token`."""
+    expert_groups: int = 1
+    """Groups of equally many experts, one after the other, of which the router chooses some first; all stay."""
     expert_parameters: int = 0
     """Parameters that one routed expert takes with it, its neurons and its row of the router included."""
     expert_neuron_parameters: int = 0
@@ -108,12 +120,24 @@ class BlockSpec:
         """Intermediate channels of one routed expert."""
         return self.expert_neurons // self.experts if self.experts else 0
 
+    @property
+    def needed_experts(self) -> int:
+        """Routed experts that have to stay."""
+        return max(self.fewest_experts, self.experts_per_token)
+
+    def needs_experts(self) -> str:
+        """Why so many have to stay, as the end of a sentence."""
+        each, groups = f"each token is routed to {self.experts_per_token}", self.expert_groups
+        if self.needed_experts == self.experts_per_token:
+            return each
+        return f"{each}, for which its router needs {self.needed_experts} in {groups} equal group{'s' * (groups > 1)}"
+
     def structure(self) -> tuple[Any, ...]:
         """All that decides how the block is cut; blocks of one structure can take each other's plans."""
-        sizes = (self.heads, self.kv_heads, self.head_dim, self.neurons)
+        sizes = (self.heads, self.kv_heads, self.head_dim, self.head_sizes, self.neurons)
         by_head = (self.wide_norms, self.position_bias, self.per_head_arguments, self.head_tensors)
-        routed = (self.experts, self.expert_neurons, self.experts_per_token, self.expert_modules)
-        return self.projections, sizes, self.interleaved, *by_head, *routed
+        routed = (self.experts, self.expert_neurons, self.experts_per_token, self.needed_experts, self.expert_groups)
+        return self.projections, sizes, self.interleaved, *by_head, *routed, self.expert_modules
 
     def cut_slots(self) -> list[str]:
         """Slots that the block has and that pruning cuts."""

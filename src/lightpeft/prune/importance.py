@@ -18,7 +18,7 @@ from lightpeft.peft_kinds.sites import Site
 from lightpeft.peft_kinds.sites.base import Report
 from lightpeft.plans import scoring
 from lightpeft.plans.layout import squared_norms
-from lightpeft.plans.structure import BlockSpec
+from lightpeft.plans.structure import KEY_VALUE_SLOTS, BlockSpec
 
 
 class RealTokens:
@@ -123,7 +123,7 @@ class ModuleObserver:
 
 def _reads_decoder(block: BlockSpec, slot: str | None) -> bool:
     """Whether a projection sees the decoder's tokens in an encoder-decoder; cross-attention's k and v do not."""
-    return block.role == "decoder" or (block.role == "cross" and slot not in ("k", "v"))
+    return block.role == "decoder" or (block.role == "cross" and slot not in KEY_VALUE_SLOTS)
 
 
 def _reads_options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

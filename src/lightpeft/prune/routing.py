@@ -11,7 +11,7 @@ router: its logits for them are -inf.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,12 @@ def _of_rows(values: Tensor, owners: _Owners, rows: Tensor) -> Tensor:
     return values.detach().view(-1, rows.shape[1]).to(rows.dtype)[owners.experts]
 
 
+_CASTS = (Tensor.type, Tensor.to, Tensor.float)
+"""By which routers compute in float32, whatever their weights are in."""
+_SUMS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+"""By which they add corrections to scores."""
+
+
 class ClosedRouter:
     """Hooks on a router by which it leaves some experts out, as if it had no rows for them."""
 
@@ -158,7 +164,7 @@ class ClosedRouter:
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         closed = self._closed()
         if closed is not None:
-            self._mode = _Closing(self._router.weight, closed)
+            self._mode = _Closing(self._router.weight, list(self._router.buffers(recurse=False)), closed)
             self._mode.__enter__()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -170,16 +176,22 @@ class ClosedRouter:
 
 
 class _Closing(TorchFunctionMode):
-    """Inside it, linear layers with a router's weight give -inf for some of its rows."""
+    """Inside it, linear layers with a router's weight give -inf for some of its rows, and so does adding what corrects
+    the choice among experts: scores that are no softmax are 0 there, and with the correction perhaps the highest."""
 
-    def __init__(self, weight: Tensor, closed: Tensor) -> None:
+    def __init__(self, weight: Tensor, corrections: Sequence[Tensor], closed: Tensor) -> None:
         super().__init__()
-        self._weight, self._closed = weight, closed
+        self._weight, self._corrections, self._closed = weight, corrections, closed
+        self._cast: Tensor | None = None
         self.seen = False
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function is functional.linear and args[1] is self._weight:
+        if function in _CASTS and args[0] is self._weight:
+            self._cast = result
+        logits = function is functional.linear and (args[1] is self._weight or args[1] is self._cast)
+        corrected = function in _SUMS and any(part is each for part in args for each in self._corrections)
+        if logits or corrected:
             self.seen = True
             return result.masked_fill(self._closed.to(result.device), float("-inf"))
         return result

@@ -89,7 +89,7 @@ def check_budget(model: nn.Module, budget: Budget) -> None:
     by_parameters = budget.blocks is not None or budget.target is not None
     instead = ", with light.neurons in place of light.blocks and light.target" if by_parameters else ""
     for spec in block_specs(transformers_model(model)):
-        check_experts(spec.experts, spec.experts_per_token, budget)
+        check_experts(spec, budget)
         balanced = budget.head_unit == "balanced" and spec.heads_per_kv > 1
         unit = spec.kv_heads if balanced else spec.heads_per_kv
         if budget.heads or by_parameters:

@@ -72,10 +72,12 @@ def _peft_model(model: nn.Module, config: PeftConfig, light: LightConfig) -> Pef
 def placed(config: PeftConfig, model: nn.Module, light: LightConfig) -> PeftConfig:
     """The PEFT configuration with its modules in the blocks in which they may stay.
 
-    Without `target_modules` they are all projections of these blocks; else what is named, but in no other block.
+    Without `target_modules` they are all projections of these blocks (of mixtures, those on which PEFT can put them);
+    else what is named, but in no other block.
     """
     ensure_family(model)
-    place = Place.under(light, block_specs(transformers_model(model)))
+    inner = transformers_model(model)
+    place = Place.under(light, block_specs(inner), inner.config.model_type)
     named = {name: getattr(config, name) for name in _PLACES if hasattr(config, name)}
     changed = kind_of(config).placed(named, place)
     if named.get("target_modules") is not None and place.others:

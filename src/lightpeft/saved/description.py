@@ -201,8 +201,9 @@ def per_layer_config(model_type: str, plan: PrunePlan) -> dict[str, dict[str, in
 
 def _ffn_config(stack: Stack, spec: BlockSpec, kept: BlockPlan) -> dict[str, int]:
     routed, result = stack.experts, {}
-    if spec.neurons or not spec.experts:
-        result[stack.width_key_of(spec.projections) or "intermediate_size"] = len(kept.neurons)
+    key = stack.width_key_of(spec.projections)
+    if not spec.experts or (spec.neurons and key):
+        result[key or "intermediate_size"] = len(kept.neurons)
     if routed is not None and spec.experts:
         result |= {routed.count_key: len(kept.experts), routed.width_key: kept.expert_width}
     return result

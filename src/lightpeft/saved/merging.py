@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -298,23 +299,26 @@ def _card(facts: Mapping[str, Any]) -> CardForm:
 
 def native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig | None:
     """A config that says how wide the layers of a pruned model are; None where its family has no words for that."""
-    widths = list(per_layer_config(whole.config.model_type, plan).values())
-    if not widths or any(of_layer != widths[0] for of_layer in widths):
+    said = [*per_layer_config(whole.config.model_type, plan).values()]
+    widths = {name: value for of_layer in said for name, value in of_layer.items()}
+    if not widths or any(of_layer.items() - widths.items() for of_layer in said):
         return None
     config = copy.deepcopy(whole.config)
     fewer_heads = len(plan.blocks[0].heads) < plan.specs[0].heads
     if fewer_heads and plan.specs[0].per_head_arguments:  # no config says which entries are those of the kept heads
         return None
     try:
-        if fewer_heads:  # families that can have any size of heads read it even where their config has none
+        # families that can have any size of heads read it even where their config has none
+        if fewer_heads and not plan.specs[0].head_sizes:
             config.head_dim = plan.specs[0].head_dim
-        for name, value in widths[0].items():
+        for name, value in widths.items():
             if hasattr(config, name):
                 setattr(config, name, value)
+        config.validate()
         with torch.device("meta"):
             skeleton = type(whole)(copy.deepcopy(config))
-    except (AttributeError, ValueError, ZeroDivisionError, RuntimeError):  # the family cannot have these widths
-        return None
+    except (AttributeError, ValueError, ZeroDivisionError, RuntimeError, StrictDataclassError):
+        return None  # the family cannot have these widths
     return config if _shapes(skeleton) == _shapes(whole) else None
 
 

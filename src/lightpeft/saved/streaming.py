@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from transformers import PreTrainedModel
 
 from lightpeft.compat.torch import set_unseen, with_own_parameters
@@ -81,12 +84,16 @@ class Stream:
             self._places = dict(_places(model, self._plan))
             self._experts = dict(_expert_places(model, self._plan))
             self._rows = {} if self._vocabulary is None else dict(_rows(model, self._vocabulary))
-            hook = register_module_parameter_registration_hook(self._receive)
+            hooks = [
+                register_module_parameter_registration_hook(self._receive),
+                register_module_buffer_registration_hook(self._see),
+            ]
             try:
                 with one_at_a_time():
                     result = checkpoint.load(model, on_disk(checkpoint.files, self._reading))
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
             self._check_complete()
             return result
 
@@ -158,6 +165,11 @@ class Stream:
             slice_linear(place.layer, place.index, place.dim)
             place.layer.to(self._device)
         return _read(module.get_parameter(name))
+
+    def _see(self, module: nn.Module, name: str, buffer: Any) -> None:
+        """Called when a buffer is set in any module. Those of routers are small: they arrive whole, to be cut later."""
+        if buffer is not None and not buffer.is_meta and (module, name) in self._experts:
+            self._samples[self._experts[module, name].name] = sample(buffer)
 
     def _receive_experts(self, module: nn.Module, name: str, parameter: Any) -> Any:
         place = self._experts[module, name]

@@ -183,6 +183,38 @@ GPT_OSS = Family(
     ),
 )
 
+# Multi-head latent attention: one latent of all heads is stored, from which each makes keys and values of its own
+
+_LATENT_ATTENTION = {"q": "self_attn.q_b_proj", "kv": "self_attn.kv_b_proj", "o": "self_attn.o_proj"}
+_LATENT_KEYS = _LATENT_ATTENTION | {"q": "self_attn.q_proj"}  # of which queries have no part
+_SHARED_EXPERTS = {slot: name.replace("mlp.", "mlp.shared_experts.") for slot, name in _GATED_FFN.items()}
+_ROUTED = Experts(count_key="n_routed_experts")
+_DEEPSEEK = replace(
+    _LLAMA,
+    projections=tuple(
+        attention | ffn for attention in (_LATENT_ATTENTION, _LATENT_KEYS) for ffn in (_SHARED_EXPERTS, _GATED_FFN)
+    ),
+    width_key=(None, "intermediate_size") * 2,
+    head_dim_key="v_head_dim",
+    head_sizes={"q": ("qk_nope_head_dim", "qk_rope_head_dim"), "kv": ("qk_nope_head_dim", "v_head_dim")},
+    experts=_ROUTED,
+    whole=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+)
+DEEPSEEK_V2 = Family("deepseek_v2", (_DEEPSEEK,))
+DEEPSEEK_V3 = Family("deepseek_v3", (_DEEPSEEK,))
+GLM4_MOE_LITE = Family("glm4_moe_lite", (_DEEPSEEK,))
+GLM4_MOE = Family(
+    "glm4_moe",
+    (
+        replace(
+            _LLAMA,
+            projections=tuple(_SEPARATE_ATTENTION | ffn for ffn in (_SHARED_EXPERTS, _GATED_FFN)),
+            width_key=(None, "intermediate_size"),
+            experts=_ROUTED,
+        ),
+    ),
+)
+
 DECODERS = (
     LLAMA,
     MISTRAL,
@@ -204,4 +236,8 @@ DECODERS = (
     QWEN3_MOE,
     OLMOE,
     GPT_OSS,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
 )

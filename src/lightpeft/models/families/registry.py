@@ -20,14 +20,13 @@ from lightpeft.models.families.spec import Experts, Family, Stack
 from lightpeft.models.linears import describe, features, is_linear
 from lightpeft.plans.layout import Kind, cut_dim, segment_size, segments, width
 from lightpeft.plans.records import removable_parameters
-from lightpeft.plans.structure import BlockSpec
+from lightpeft.plans.structure import KEY_VALUE_SLOTS, BlockSpec
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (*ENCODERS, *DECODERS, *ENCODER_DECODERS)}
 """Supported families by `config.model_type`."""
 
 REFUSED: dict[str, str] = {
     "albert": "its layers share one set of weights, so a unit pruned in one layer would go in all",
-    "deepseek_v3": "its attention makes keys and values from one latent of all heads (MLA), which no slot names",
     "bloom": "its attention adds the residual and reads ALiBi slopes of all heads",
 }
 """Families that cannot be pruned, with the reason."""
@@ -121,13 +120,15 @@ def _block_spec(stack: Stack, index: int, layer: int, block: nn.Module, path: st
     linear = {slot: _linear(block, name, f"{where}.{name}") for slot, name in table.items()}
     heads: int = getattr(config, stack.heads_key)
     head_dim: int = getattr(config, stack.head_dim_key, None) or config.hidden_size // heads
+    sizes = {slot: sum(getattr(config, key) for key in keys) for slot, keys in stack.head_sizes.items()}
     spec = BlockSpec(
         index=index,
         attention=f"{where}.{stack.attention}",
         projections={slot: f"{where}.{name}" for slot, name in table.items()},
         heads=heads,
-        kv_heads=_kv_heads(linear, heads, head_dim),
+        kv_heads=_kv_heads(linear, heads, head_dim, sizes),
         head_dim=head_dim,
+        head_sizes=sizes,
         neurons=features(linear["ffn_out"])[1] if "ffn_out" in linear else 0,
         head_parameters=0,
         kv_parameters=0,
@@ -163,6 +164,8 @@ def _with_experts(spec: BlockSpec, found: Experts, block: nn.Module, where: str,
         experts=layer.count,
         expert_neurons=layer.count * layer.width,
         experts_per_token=layer.per_token,
+        fewest_experts=layer.fewest,
+        expert_groups=layer.groups,
         expert_parameters=layer.expert_parameters,
         expert_neuron_parameters=layer.neuron_parameters,
         expert_modules={part: f"{where}.{name}" for part, name in names.items()},
@@ -213,14 +216,16 @@ def _rest_parameters(spec: BlockSpec, attention: nn.Module) -> int:
         if is_linear(layer):
             slots = [slot for slot, path in spec.projections.items() if path == f"{spec.attention}.{name}"]
             rest += sum(math.prod(features(layer)) for slot in slots if slot in spec.wide_norms)
+            rest += 0 if slots else _base_parameters(layer)
         elif name != table:
             rest += sum(p.numel() for p in child.parameters())
     return rest
 
 
-def _kv_heads(linear: dict[str, nn.Module], heads: int, head_dim: int) -> int:
-    if "k" in linear:
-        return features(linear["k"])[0] // head_dim
+def _kv_heads(linear: dict[str, nn.Module], heads: int, head_dim: int, sizes: dict[str, int]) -> int:
+    for slot in KEY_VALUE_SLOTS:
+        if slot in linear:
+            return features(linear[slot])[0] // sizes.get(slot, head_dim)
     return (features(linear["qkv"])[0] // head_dim - heads) // 2
 
 

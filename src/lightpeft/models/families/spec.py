@@ -9,7 +9,7 @@ from typing import Any
 from lightpeft.plans.structure import SLOTS, Role
 
 _QUANTITIES = {"heads", "kv_heads", "heads_per_kv", "width"}
-_ATTENTION = ({"q", "k", "v", "o"}, {"qkv", "o"})
+_ATTENTION = ({"q", "k", "v", "o"}, {"q", "kv", "o"}, {"qkv", "o"})
 _FFN: tuple[set[str], ...] = (
     set(),
     {"ffn_in", "ffn_out"},
@@ -50,7 +50,10 @@ class Stack:
     """Config key of the number of query heads."""
     head_dim_key: str = "head_dim"
     """Config key of the head dimension; where the config has none, it is the hidden size by the heads."""
-    width_key: str | tuple[str, ...] | None = "intermediate_size"
+    head_sizes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Slot of attention -> config keys that add up to the rows of one head in it, where these are not the head
+    dimension, which then is that of the values."""
+    width_key: str | tuple[str | None, ...] | None = "intermediate_size"
     """Config key of the FFN width, or one for each table of projections; None where the config does not hold it."""
     experts: Experts | None = None
     """Routed experts, in those blocks that have them."""
@@ -112,8 +115,11 @@ class Family:
                 if attention not in _ATTENTION or set(table) - attention not in _FFN:
                     raise ValueError(
                         f"family {self.model_type}: {sorted(table)} are not the projections of a block; give q, k, v "
-                        f"(or qkv), o and, with an FFN, ffn_in, ffn_gate (or ffn_gate_in), ffn_out; slots: {SLOTS}"
+                        "(or q, kv; or qkv), o and, with an FFN, ffn_in, ffn_gate (or ffn_gate_in), ffn_out; "
+                        f"slots: {SLOTS}"
                     )
+                if "kv" in table and "kv" not in stack.head_sizes:
+                    raise ValueError(f"family {self.model_type}: head_sizes has to say how many rows of kv a head has")
             unknown = set(stack.head_attributes.values()) - _QUANTITIES
             if unknown:
                 raise ValueError(f"family {self.model_type}: unknown head attribute quantities {sorted(unknown)}")

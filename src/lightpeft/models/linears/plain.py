@@ -90,5 +90,7 @@ def _frozen(values: Tensor) -> nn.Parameter:
 
 
 def _is_ordinary(weight: Tensor) -> bool:
-    """Whether a weight is of PyTorch's own type, sharded or not, or a stand-in for one."""
-    return weight.is_floating_point() and (type(weight) is StandIn or type(weight.data) in (Tensor, DTensor))
+    """Whether a weight is of PyTorch's own type, sharded or not, or a stand-in for one; and no float8, whose scales lie
+    elsewhere."""
+    wide = weight.is_floating_point() and weight.dtype.itemsize > 1
+    return wide and (type(weight) is StandIn or type(weight.data) in (Tensor, DTensor))
