@@ -70,7 +70,7 @@ def bootstrap_intervals(
     """
     _check(resamples, level)
     values = (_resampled([answers], metric, resamples, seed)[0] for metric in metrics)
-    return {name: _interval(of_name, level) for of_metric in values for name, of_name in of_metric.items()}
+    return {name: percentile_interval(of_name, level) for of_metric in values for name, of_name in of_metric.items()}
 
 
 def compare(
@@ -116,7 +116,7 @@ def _compared(
             before[name],
             after[name],
             after[name] - before[name],
-            _interval(differences, level),
+            percentile_interval(differences, level),
             exact[name] if name in exact else _bootstrap_p(differences),
             test,
         )
@@ -217,7 +217,8 @@ def _array(values: Sequence[Any]) -> Sequence[Any]:
 # -- tests -------------------------------------------------------------------------------------------------------
 
 
-def _interval(values: np.ndarray, level: float) -> Interval | None:
+def percentile_interval(values: np.ndarray, level: float) -> Interval | None:
+    """The middle part `level` of resampled values, float [resamples]; None if not more than half of them are finite."""
     defined = values[np.isfinite(values)]
     if 2 * len(defined) <= len(values):
         return None

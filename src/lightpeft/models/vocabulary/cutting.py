@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.errors import require
+from lightpeft.models.tables import configs_of, like, shapes_of, tensor_at
 from lightpeft.models.vocabulary.kept import Vocabulary
 
 _NEVER_WRITTEN = ("suppress_tokens", "begin_suppress_tokens")
@@ -71,18 +71,18 @@ def cut_model(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
         return
     check_whole(model, vocabulary)
     places = rows_by_token(model, vocabulary)
-    tensors = {name: _tensor(model, name) for name in places}
+    tensors = {name: tensor_at(model, name) for name in places}
     _check_ids(model, vocabulary, places)
     quantised = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
     require(not quantised, f"{', '.join(quantised[:1])} is quantised, and its rows cannot be cut; {_INSTEAD}")
     rows: dict[int, Tensor] = {}  # of tied tensors, once
     for name, tensor in tensors.items():
         if id(tensor) not in rows:
-            rows[id(tensor)] = _like(tensor, vocabulary.rows(tensor.detach(), places[name]))
+            rows[id(tensor)] = like(tensor, vocabulary.rows(tensor.detach(), places[name]))
         owner, _, leaf = name.rpartition(".")
         _set(model.get_submodule(owner), leaf, rows[id(tensor)], vocabulary)
     _set_ids(model, vocabulary)
-    _renumber_all(_configs(model), vocabulary)
+    _renumber_all(configs_of(model), vocabulary)
     _renumber_generation(model, vocabulary)
     model.light_vocabulary = _Cut(vocabulary, _lost(tensors, places, vocabulary))
 
@@ -104,7 +104,7 @@ def rows_by_token(model: PreTrainedModel, vocabulary: Vocabulary) -> dict[str, i
     Raises:
         LightPeftError: there is none, or it depends on the number of tokens in another way.
     """
-    whole, cut = (_shapes(type(model), config) for config in (model.config, cut_config(model.config, vocabulary)))
+    whole, cut = (shapes_of(type(model), config) for config in (model.config, cut_config(model.config, vocabulary)))
     places = {}
     for name in whole.keys() & cut.keys():
         differing = [dim for dim, sizes in enumerate(zip(whole[name], cut[name], strict=True)) if len(set(sizes)) > 1]
@@ -117,25 +117,7 @@ def rows_by_token(model: PreTrainedModel, vocabulary: Vocabulary) -> dict[str, i
     return places
 
 
-def _shapes(architecture: type[PreTrainedModel], config: PretrainedConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        model = architecture(copy.deepcopy(config))
-    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: tensor.shape for name, tensor in tensors}
-
-
 # Tensors
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(model.get_submodule(owner), leaf)
-    return tensor
-
-
-def _like(tensor: Tensor, rows: Tensor) -> Tensor:
-    """These rows as what the tensor is: a parameter or a buffer."""
-    return nn.Parameter(rows, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else rows
 
 
 def _set(module: nn.Module, leaf: str, rows: Tensor, vocabulary: Vocabulary) -> None:
@@ -192,15 +174,6 @@ def _set_ids(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
         own = {} if padding is None else {"padding_idx": padding}
         for name, value in {**own, **_token_settings(module)}.items():
             setattr(module, name, _new(value, vocabulary))
-
-
-def _configs(model: PreTrainedModel) -> Iterator[PretrainedConfig]:
-    """The model's config, and those that its modules have, which some families copy."""
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig):
-            yield config
-            yield config.get_text_config()
 
 
 def _renumber_all(configs: Iterable[PretrainedConfig], vocabulary: Vocabulary) -> None:

@@ -1,11 +1,13 @@
-"""Grids of runs over models, tasks, methods and seeds, and the one table of them: `lightpeft reproduce`."""
+"""Grids of runs over models, tasks, methods and seeds, and the tables of them: `lightpeft reproduce`."""
 
 from lightpeft.runs.reproduce.arms import ARMS, Arm
 from lightpeft.runs.reproduce.calls import Call
+from lightpeft.runs.reproduce.documents import csv_table, read_results, write_results
 from lightpeft.runs.reproduce.grid import Cell, Grid, load_grid, selected
+from lightpeft.runs.reproduce.over_tasks import Summary, over_tasks
 from lightpeft.runs.reproduce.running import check_cell, reproduce
 from lightpeft.runs.reproduce.summary import Results, Row, summarize
-from lightpeft.runs.reproduce.tables import csv_table, latex_table, markdown_table, rich_table, write_results
+from lightpeft.runs.reproduce.tables import latex_table, markdown_table, rich_table
 
 __all__ = [
     "ARMS",
@@ -15,11 +17,14 @@ __all__ = [
     "Grid",
     "Results",
     "Row",
+    "Summary",
     "check_cell",
     "csv_table",
     "latex_table",
     "load_grid",
     "markdown_table",
+    "over_tasks",
+    "read_results",
     "reproduce",
     "rich_table",
     "selected",

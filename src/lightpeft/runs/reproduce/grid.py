@@ -20,7 +20,7 @@ from lightpeft.saved.run_folder import RunFolder
 from lightpeft.tasks import find_entry
 
 AXES = ("model", "task", "method", "seed")
-"""What a cell is told apart by, in the order of its name."""
+"""What a cell is told apart by."""
 FROM = "from"
 """Key of a variant that names the known method it starts from."""
 START = "light-lora"
@@ -46,12 +46,17 @@ class Cell:
     @property
     def name(self) -> str:
         """What it is called in messages and tables."""
-        return "/".join(str(getattr(self, axis)) for axis in AXES)
+        return cell_name(self.model, self.task, self.method, self.seed)
 
     @property
     def run(self) -> RunFolder:
         """Its run, as far as it has come."""
         return RunFolder(Path(self.config.output), self.config)
+
+
+def cell_name(model: str, task: str, method: str, seed: int) -> str:
+    """What the cell of these is called."""
+    return f"{model}/{task}/{method}/{seed}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Grid:
             find_entry(config.data, config.tasks)
             check_peft_settings(config)
         except LightPeftError as error:
-            raise LightPeftError(f"{self.name}: cell {model}/{task}/{method}/{seed}: {error}") from error
+            raise LightPeftError(f"{self.name}: cell {cell_name(model, task, method, seed)}: {error}") from error
         return self.arms[method].config(config)
 
 

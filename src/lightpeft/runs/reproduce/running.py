@@ -19,10 +19,10 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import holding
 from lightpeft.machine import accelerator
 from lightpeft.runs.reproduce.calls import check_call, note_call
+from lightpeft.runs.reproduce.documents import write_results
 from lightpeft.runs.reproduce.estimations import take_estimation
 from lightpeft.runs.reproduce.grid import Cell, Grid, load_grid, selected
 from lightpeft.runs.reproduce.summary import Results, main_value, summarize
-from lightpeft.runs.reproduce.tables import write_results
 from lightpeft.saved.run_folder import RunFolder
 
 Launch = Callable[[Cell, int, Path], str | None]

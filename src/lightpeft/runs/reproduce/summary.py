@@ -18,8 +18,6 @@ Key = tuple[str, str, str]
 """Model, task and method."""
 Report = Mapping[str, Any]
 """A run's metrics.json."""
-UNBOUNDED = ("loss", "mse", "perplexity")
-"""Metrics that are no part of one, so that percents make no sense."""
 
 
 def _training(report: Report, stage: str, what: str) -> float | None:

@@ -1,37 +1,18 @@
-"""A grid's results as JSON, CSV, Markdown and LaTeX, and on the screen."""
+"""A grid's results as tables for people: in Markdown, LaTeX and on the screen."""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Table
+from rich.console import Group
 
-from lightpeft.files import write_json, write_text
-from lightpeft.profiling import versions
-from lightpeft.runs.reproduce.summary import MEASURES, UNBOUNDED, Results, Row, Spread, spread
+from lightpeft.evaluation.aggregates import Estimate
+from lightpeft.runs.reproduce.forms import WIDE, Column, Sheet, latex, markdown, rich
+from lightpeft.runs.reproduce.over_tasks import POINTS, Summary, over_tasks, scale_of, without_scale
+from lightpeft.runs.reproduce.summary import Results, Row, Spread, spread
 
 _MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column for people."""
-
-    header: str
-    cell: Callable[[Row], str]
-    left: bool = False
-    """Aligned left, as names are."""
-    folded: bool = False
-    """Told by the caption where it is the same in all rows."""
-    wide: bool = False
-    """Left out on narrow screens."""
 
 
 def _plus_minus(values: Spread | None, form: str, factor: float = 1.0) -> str:
@@ -43,7 +24,7 @@ def _plus_minus(values: Spread | None, form: str, factor: float = 1.0) -> str:
 
 
 def _factor(row: Row) -> float:
-    return 1.0 if row.metric in UNBOUNDED else 100.0
+    return 100.0 if scale_of(row.metric) is POINTS else 1.0
 
 
 def _difference(row: Row) -> str:
@@ -75,7 +56,7 @@ def _mean_text(row: Row, measure: str, form: str, factor: float = 1.0) -> str:
     return "-" if value is None else f"{factor * value:{form}}"
 
 
-COLUMNS = (
+COLUMNS: tuple[Column[Row], ...] = (
     Column("model", lambda row: row.model, left=True, folded=True),
     Column("task", lambda row: row.task, left=True, folded=True),
     Column("method", lambda row: row.method, left=True),
@@ -97,150 +78,102 @@ COLUMNS = (
 """What the tables for people show; CSV and JSON have every number."""
 
 
-def shown_columns(rows: Sequence[Row]) -> list[Column]:
-    """The columns without those that the caption tells."""
-    return [column for column in COLUMNS if not column.folded or _varies(column, rows)]
-
-
-def _varies(column: Column, rows: Sequence[Row]) -> bool:
-    return len({column.cell(row) for row in rows}) > 1
-
-
-def caption(results: Results) -> str:
-    """What the columns mean, and what is the same in all rows."""
-    same = [column for column in COLUMNS if column not in shown_columns(results.rows)]
-    told = [(column.header, column.cell(results.rows[0])) for column in same] if results.rows else []
-    facts = [f"{header} {cell}" for header, cell in told if cell != "-"]
+def cells_sheet(results: Results) -> Sheet[Row]:
+    """A row for each model, task and method."""
     keeping = any(row.measures["full_width"] is not None for row in results.rows)
     wide = "full width: quality there, of runs that keep both; " if keeping else ""
-    of = ", ".join([*facts, f"{len(results.reports)} of {results.cells} cells"])
-    return (
-        f"{of}; mean ± standard deviation over seeds, quality in percent but for losses and perplexity; difference to "
-        f"{results.baseline}, p of a paired t-test over seeds; {wide}removed: part of the base that is gone; "
-        "training MiB: of fine-tuning; peak MiB and seconds: estimation included."
+    meaning = (
+        f"{len(results.reports)} of {results.cells} cells; mean ± standard deviation over seeds, quality in percent "
+        f"but for losses and perplexity; difference to {results.baseline}, p of a paired t-test over seeds; {wide}"
+        "removed: part of the base that is gone; training MiB: of fine-tuning; peak MiB and seconds: estimation "
+        "included."
     )
+    return Sheet(COLUMNS, results.rows, meaning, parted=lambda row: (row.model, row.task))
+
+
+# -- over tasks ------------------------------------------------------------------------------------------------------
+
+
+def _estimate(estimate: Estimate | None, form: str) -> str:
+    """The value and its interval, as far as there are such."""
+    if estimate is None:
+        return "-"
+    ends = "" if estimate.interval is None else " [{:{form}}, {:{form}}]".format(*estimate.interval, form=form)
+    return f"{estimate.value:{form}}{ends}"
+
+
+def _gain(summary: Summary, estimate: Estimate | None) -> str:
+    return _estimate(estimate, "+.1f" if summary.unit == POINTS.unit else "+.3f")
+
+
+def _ratio(summary: Summary, name: str) -> str:
+    ratio = summary.ratios[name]
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+SUMMARY_COLUMNS: tuple[Column[Summary], ...] = (
+    Column("model", lambda summary: summary.model, left=True, folded=True),
+    Column("method", lambda summary: summary.method, left=True),
+    Column("tasks", lambda summary: str(len(summary.tasks)), folded=True),
+    Column("pairs", lambda summary: str(summary.pairs), folded=True),
+    Column("unit", lambda summary: summary.unit, left=True, folded=True),
+    Column("mean", lambda summary: _gain(summary, summary.mean)),
+    Column("IQM", lambda summary: _gain(summary, summary.iqm)),
+    Column("P(better)", lambda summary: _estimate(summary.improvement, ".2f")),
+    Column("seconds ratio", lambda summary: _ratio(summary, "seconds")),
+    Column("samples/s ratio", lambda summary: _ratio(summary, "samples_per_second"), wide=True),
+)
+
+
+def summary_sheet(results: Results) -> Sheet[Summary] | None:
+    """A row for each model and method over tasks; None where no method has two tasks to compare."""
+    summaries = over_tasks(results)
+    if not summaries:
+        return None
+    return Sheet(SUMMARY_COLUMNS, summaries, _meaning(results, summaries), parted=lambda summary: summary.model)
+
+
+def _meaning(results: Results, summaries: Sequence[Summary]) -> str:
+    estimates = [each for summary in summaries for each in (summary.mean, summary.improvement)]
+    known = {estimate.interval is not None for estimate in estimates}
+    intervals = {
+        True: "[95% interval, by bootstrap over the seeds of each task; the tasks stay the same]",
+        False: "no interval where a task has one seed, or all seeds agree: they say nothing about others",
+    }
+    said = [
+        f"differences to {results.baseline} over tasks, paired by task and seed, + is better",
+        "IQM: mean of the middle half of the pairs",
+        "P(better): part of the pairs in which it is, ties half",
+        *(words for there, words in intervals.items() if there in known),
+        "ratios: median over pairs of the value by the baseline's",
+        *(f"{metric} is left out: tasks have no unit of it in common" for metric in without_scale(results)),
+    ]
+    return "; ".join(said) + "."
 
 
 # -- forms -----------------------------------------------------------------------------------------------------------
 
 
+def _sheets(results: Results) -> list[Sheet[Any]]:
+    summary = summary_sheet(results)
+    return [cells_sheet(results), *([] if summary is None else [summary])]
+
+
 def markdown_table(results: Results) -> str:
-    """A Markdown table with its caption below."""
-    columns = shown_columns(results.rows)
-    rule = ["---" if column.left else "---:" for column in columns]
-    body = [[column.cell(row).replace("|", r"\|") for column in columns] for row in results.rows]
-    lines = [f"| {' | '.join(cells)} |" for cells in ([column.header for column in columns], rule, *body)]
-    failed = [f"- {name}: {reason}" for name, reason in results.failures.items()]
-    return "\n".join([*lines, "", caption(results), *(["", "Failed:", "", *failed] if failed else [])]) + "\n"
+    """Markdown tables with their captions below."""
+    failed = [f"- {name}: {reason}\n" for name, reason in results.failures.items()]
+    return "\n".join([*map(markdown, _sheets(results)), *(["Failed:\n", "".join(failed)] if failed else [])])
 
 
 def latex_table(results: Results) -> str:
-    r"""A LaTeX table (packages booktabs and graphicx), a rule between tasks.
+    r"""LaTeX tables (packages booktabs and graphicx), a rule between tasks.
 
     To be taken in by `\input`.
     """
-    columns = shown_columns(results.rows)
-    header = " & ".join(_stacked(column.header) for column in columns)
-    lines = []
-    for before, row in zip([None, *results.rows], results.rows, strict=False):
-        if before is not None and (before.model, before.task) != (row.model, row.task):
-            lines.append(r"\midrule")
-        lines.append(" & ".join(latex(column.cell(row)) for column in columns) + r" \\")
-    return "\n".join(
-        [
-            "% needs the packages booktabs and graphicx",
-            r"\begin{table*}",
-            r"\centering",
-            r"\setlength{\belowcaptionskip}{1ex}",
-            rf"\caption{{{latex(caption(results))}}}",
-            r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{{''.join('l' if column.left else 'r' for column in columns)}}}",
-            r"\toprule",
-            header + r" \\",
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}}",
-            r"\end{table*}",
-            "",
-        ]
-    )
+    return "% needs the packages booktabs and graphicx\n" + "\n".join(map(latex, _sheets(results)))
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "<": "$<$",
-    ">": "$>$",
-    "|": r"$|$",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
-_SIGN = re.compile(r"^[-+](?=\d)")
-
-
-def _stacked(header: str) -> str:
-    """A header with one word a line, so that its column is narrow."""
-    lines = r"\\".join(latex(word) for word in header.split())
-    return rf"\shortstack{{{lines}}}" if " " in header else lines
-
-
-def latex(text: str) -> str:
-    """Text as LaTeX shows it: special characters escaped, the sign of a number as long as a minus sign is."""
-    sign = _SIGN.match(text)
-    rest = "".join(_LATEX.get(character, character) for character in text[len(sign[0]) if sign else 0 :])
-    return f"${sign[0]}${rest}" if sign else rest
-
-
-def csv_table(results: Results) -> str:
-    """Every number, unrounded, one line a row; nothing stands for what is not there."""
-    file = io.StringIO()
-    records = [_record(row) for row in results.rows]
-    writer = csv.DictWriter(file, list(records[0]) if records else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return file.getvalue()
-
-
-def _record(row: Row) -> dict[str, Any]:
-    spreads = {"quality": spread(row.quality), "difference": spread(row.difference or [])}
-    spreads |= {name: row.measures[name] for name in MEASURES}
-    return {
-        **{name: getattr(row, name) for name in ("model", "task", "method", "metric")},
-        "seeds": len(row.seeds),
-        "p": row.p,
-        **{
-            f"{name}_{what}": None if values is None else getattr(values, what)
-            for name, values in spreads.items()
-            for what in ("mean", "std")
-        },
-    }
-
-
-WIDE = 130
-"""Characters a line from which on the screen has room for all columns."""
-
-
-def rich_table(results: Results, width: int = WIDE) -> Table:
-    """The table on a screen of so many characters a line."""
-    table = Table(
-        caption=escape(caption(results)), caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    columns = [column for column in shown_columns(results.rows) if width >= WIDE or not column.wide]
-    for column in columns:
-        table.add_column(escape(column.header), justify="left" if column.left else "right", no_wrap=True)
-    for row in results.rows:
-        table.add_row(*(escape(column.cell(row)) for column in columns))
-    return table
-
-
-def write_results(out: Path, results: Results) -> None:
-    """Write results.json, .csv, .md and .tex into a folder, each whole or not at all.
-
-    Raises:
-        LightPeftError: one cannot be written.
-    """
-    write_json(out / "results.json", {**asdict(results), "versions": versions()})
-    for suffix, table in (("csv", csv_table), ("md", markdown_table), ("tex", latex_table)):
-        write_text(out / f"results.{suffix}", table(results))
+def rich_table(results: Results, width: int = WIDE) -> Group:
+    """The tables on a screen of so many characters a line."""
+    tables = [rich(sheet, width) for sheet in _sheets(results)]
+    return Group(*[part for table in tables for part in ("", table)][1:])
