@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -276,6 +277,16 @@ def test_peak_memory_forgets_earlier_peaks() -> None:
     with PeakMemory(nn.Linear(2, 2)) as memory:
         pass
     assert memory.bytes < 50 * MEGABYTE
+
+
+def test_weights_of_mapped_files_are_there_before(tmp_path: Path) -> None:
+    """As `from_pretrained` loads them, they come in when they are read: that is not what a step takes."""
+    save_file({"weight": torch.ones(4096, 4096)}, tmp_path / "model.safetensors")
+    linear = nn.Linear(4096, 4096, bias=False, device="meta")
+    linear.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    with PeakMemory(linear) as memory:
+        assert linear.weight.max() == 1
+    assert memory.bytes < 16 * MEGABYTE
 
 
 def test_peak_memory_samples_where_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import sys
 import threading
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightpeft.profiling.live import device_of
 
@@ -27,8 +28,10 @@ class PeakMemory:
     """Context manager: the most memory in use inside the block, in bytes.
 
     On CUDA what the allocator handed out on the model's (first) device, weights included; elsewhere the resident memory
-    of the process beyond that at entry. Blocks cannot be nested, since each resets the high-water mark. Resident memory
-    depends on what the process did before; for a comparison of models run each in a process of its own.
+    of the process beyond that at entry, where all weights are in memory: those of a mapped file, as transformers loads
+    them, come in when they are first read, and would count as what the block takes. Blocks cannot be nested, since each
+    resets the high-water mark. Resident memory depends on what the process did before; for a comparison of models run
+    each in a process of its own.
 
         with PeakMemory(model) as memory:
             train(model)
@@ -44,7 +47,7 @@ class PeakMemory:
     """Most bytes in use inside the block, those at entry included."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._device = device_of(model)
+        self._model, self._device = model, device_of(model)
         self._sampler: _Sampler | None = None
         self.method = "cuda" if self._device.type == "cuda" else "VmHWM"
         self.before = self.peak = 0
@@ -61,6 +64,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self.before = torch.cuda.memory_allocated(self._device)
             return self
+        _bring_in(self._model)
         _trim_heap()
         self.method = "VmHWM" if _reset_high_water() else "sampling"
         self.before = _resident()
@@ -116,6 +120,14 @@ def _reset_high_water() -> bool:
         return _high_water() <= _resident() + _RESET_TOLERANCE
     except (OSError, KeyError, ValueError):
         return False
+
+
+def _bring_in(model: nn.Module) -> None:
+    """Read a byte of every page of the weights."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu":
+            of_bytes = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+            of_bytes[:: mmap.PAGESIZE].sum()
 
 
 def _trim_heap() -> None:
