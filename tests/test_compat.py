@@ -285,15 +285,17 @@ def test_changes_of_tensors() -> None:
 
 
 def test_what_a_graph_makes_again() -> None:
-    x, y = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
-    products = [(x * 2) * (y * 2), (x * 2) * (y * 2).sum(0)]
-    made = [*products, silu(x * 2), gelu(x * 2), gelu(x * 2, approximate="tanh")]
+    x, y, frozen = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True), torch.randn(4)
+    a, b = x * 2, y * 2
+    normed = frozen * (a * a.pow(2).mean(-1, keepdim=True).rsqrt())
+    made = [a * b, a * b.sum(0), silu(a), gelu(a), gelu(a, approximate="tanh"), silu(a) * b, normed, silu(a) * 0.5]
+    made += [normed.to(torch.bfloat16), silu(a).to(torch.float64)]
     with needed_for("activations that the backward pass makes again"):
         for tensor in made:
-            node = of_torch.maker_of(tensor)
-            assert node is not None and of_torch.made_again(node).equal(tensor)
-        for tensor in (x, x * 2, x * torch.ones(4), x + y, (x * y).flatten(), (x * y).detach()):
-            assert of_torch.maker_of(tensor) is None, "it keeps too little, or is no such result"
+            again = of_torch.maker_of(tensor)
+            assert again is not None and again().equal(tensor) and again().dtype == tensor.dtype
+        for tensor in (x, a, x * frozen, x + y, (a * b).flatten(), (a * b).detach(), a.to(torch.bfloat16)):
+            assert of_torch.maker_of(tensor) is None, "the graph keeps too little, or it is no such result"
 
 
 def test_tables_of_parameters() -> None:

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,33 +25,53 @@ def changes_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-_AGAIN: dict[str, Callable[[Any], Tensor]] = {
-    "MulBackward0": lambda node: node._saved_self * node._saved_other,
+_DEEPEST = 3
+"""Nodes of the graph, one behind another, through which something is made again: a norm's output in half precision."""
+_ACTIVATIONS: dict[str, Callable[[Any], Tensor]] = {
     "SiluBackward0": lambda node: silu(node._saved_self),
     "GeluBackward0": lambda node: gelu(node._saved_self, approximate=node._saved_approximate),
 }
-"""Nodes of the autograd graph, by name, whose result one pass over memory makes again from what they keep."""
+_PRODUCT, _CONVERTED = "MulBackward0", "ToCopyBackward0"
 
 
-def maker_of(tensor: Tensor) -> Any:
-    """The node of the graph that keeps, for its own backward pass, all that its result is made of; None: there is none.
+def maker_of(tensor: Tensor) -> Callable[[], Tensor] | None:
+    """What makes a tensor again, to the last bit, from what the autograd graph keeps; None: nothing does cheaply.
 
-    A product keeps each factor for the gradient of the other, so both of them where both have one.
+    Activation functions keep what enters them, and a product keeps each factor for the gradient of the other. What is
+    made so may be multiplied with something frozen, as in a norm, and converted. It can be called as long as nobody
+    needs it: the graph lets go of what nodes keep when their turn comes, and those that were handed the tensor precede.
     """
     node = tensor.grad_fn
-    name = "" if node is None else node.name()
-    if node is None or name not in _AGAIN or tensor._base is not None:
+    if node is None or tensor._base is not None:
         return None
-    factors = name == "MulBackward0"
-    return node if not factors or all(edge is not None for edge, _ in node.next_functions) else None
+    if node.name() != _CONVERTED:
+        return partial(_made, node) if _is_made(node, _DEEPEST) else None
+    source = node.next_functions[0][0]
+    return partial(_converted, source, tensor.device, tensor.dtype) if _is_made(source, _DEEPEST - 1) else None
 
 
-def made_again(node: Any) -> Tensor:
-    """The result of a node that `maker_of` found, to the last bit, as long as the node's own backward pass is to come.
+def _is_made(node: Any, depth: int) -> bool:
+    """Whether the graph keeps all that a node's result is made of, or makes that in turn."""
+    if node is None or depth == 0:
+        return False
+    if node.name() in _ACTIVATIONS:
+        return True
+    if node.name() != _PRODUCT:
+        return False
+    factors = [factor for factor, _ in node.next_functions]
+    return None not in factors or any(_is_made(factor, depth - 1) for factor in factors)
 
-    That is so for all whom the result was handed to: they come first.
-    """
-    return _AGAIN[node.name()](node)
+
+def _made(node: Any) -> Tensor:
+    if node.name() in _ACTIVATIONS:
+        return _ACTIVATIONS[node.name()](node)
+    one, other = (factor for factor, _ in node.next_functions)  # a frozen one has no node, and the other is not kept
+    first: Tensor = _made(one) if other is None else node._saved_self
+    return first * (_made(other) if one is None else node._saved_other)
+
+
+def _converted(node: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return _made(node).to(device, dtype)
 
 
 def storage_of(tensor: Tensor) -> int:

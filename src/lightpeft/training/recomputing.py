@@ -2,20 +2,21 @@
 
 A feed-forward network with a gate keeps four tensors of its full width a block: what enters the activation, what leaves
 it, what it is multiplied with, and the product. Two of them are one cheap pass away from the others, as masked ones are
-in estimation. No product of matrices is computed twice, unlike under gradient checkpointing.
+in estimation, and as a norm's output in half precision is from what enters the norm. No product of matrices is computed
+twice, unlike under gradient checkpointing.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightpeft.compat.torch import made_again, maker_of
+from lightpeft.compat.torch import maker_of
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 
@@ -43,11 +44,10 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _keep(tensor: Tensor) -> Any:
-    """The tensor, or the node that makes it again."""
-    node = maker_of(tensor)
-    return tensor if node is None else node
+def _keep(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+    """The tensor, or what makes it again."""
+    return maker_of(tensor) or tensor
 
 
-def _kept(kept: Any) -> Tensor:
-    return kept if isinstance(kept, Tensor) else made_again(kept)
+def _kept(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept()
