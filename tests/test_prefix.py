@@ -89,6 +89,8 @@ def test_skipping_the_prefix_changes_nothing(name: str) -> None:
             child.register_forward_hook(lambda *_: ran.append(1))
         assert_same(gradients(model, {**batch, STATES: states}), plain)
         assert not ran
+    with FrozenPrefix(model).attached():  # one that has seen no block run
+        assert_same(gradients(model, {**batch, STATES: states}), plain)
     assert_same(gradients(model, batch), plain)
     assert ran and all("forward" not in vars(block) for block in blocks_of(model))
 

@@ -35,8 +35,8 @@ class FrozenPrefix:
         """
         self.model = model
         self.blocks = frozen_blocks(model) if blocks is None else list(blocks)
-        self.outputs = 0
-        """Length of the tuple that a block returns, 0 for a bare tensor; known after a forward pass."""
+        self.outputs: int | None = None
+        """Length of the tuple that a block returns, 0 for a bare tensor; None: no block has run yet."""
         self._states: Tensor | None = None
         self._capturing = False
         self._attached = ExitStack()
@@ -90,7 +90,7 @@ class FrozenPrefix:
     def _run(self, forward: Callable[..., Any], last: bool, *args: Any, **kwargs: Any) -> Any:
         """One frozen block's forward."""
         states = args[0] if args else kwargs["hidden_states"]
-        if self._states is not None:
+        if self._states is not None and self.outputs is not None:
             given = self._states.to(device=states.device, dtype=states.dtype)
             # reentrant checkpointing of the block above needs an input that requires a gradient
             given = given.requires_grad_() if states.requires_grad else given
@@ -98,6 +98,8 @@ class FrozenPrefix:
         with torch.no_grad():
             output = forward(*args, **kwargs)
         self.outputs = len(output) if isinstance(output, tuple) else 0
+        if self._states is not None:  # what a block returns is known now
+            return self._run(forward, last, *args, **kwargs)
         if last and self._capturing:
             raise _Captured(output[0] if self.outputs else output)
         if not (torch.is_grad_enabled() and states.requires_grad):
