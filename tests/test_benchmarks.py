@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -37,6 +38,7 @@ import products
 import publishing
 import pytest
 import recipe
+import recomputing
 import recovery
 import recovery_arms
 import recovery_writers
@@ -83,8 +85,10 @@ from lightpeft.prune.refit import Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe import probes
 from lightpeft.runs import pipeline
+from lightpeft.runs.bench import accelerating
 from lightpeft.runs.reproduce.grid import slug
 from lightpeft.saved.merging import load_merged
+from lightpeft.training import acceleration
 
 ROOT = Path(__file__).parents[1]
 PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
@@ -903,6 +907,31 @@ def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(results["values"]) == set(results["memory_bytes"])
     assert results["run_time_ratio"][writers.PLAIN][0]["median"] == 1
     assert all(sum(share.values()) == pytest.approx(1) for share in results["shares"].values())
+
+
+# -- recomputing.py ----------------------------------------------------------------------------------------------------
+
+
+def test_recomputing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
+    monkeypatch.chdir(tmp_path)
+    config = bench.yaml("tiny", **{"preset": "writer"})
+    assert recomputing.main([str(config), "--rounds", "1", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
+    assert list(read(tmp_path / "out.json")["values"]) == [recomputing.AS_IT_IS, recomputing.KEPT]
+    assert f"| {recomputing.KEPT} |" in capsys.readouterr().out
+    seen: list[nn.Module] = []
+
+    def recomputed(model: nn.Module) -> Any:
+        seen.append(model)
+        return nullcontext()
+
+    monkeypatch.setattr(acceleration, "recomputed_activations", recomputed)
+    work = pipeline.prepare(load_config(config))
+    model = pipeline._with_peft(work)
+    with recomputing.all_kept(work, model):
+        assert not seen
+    with accelerating(work, model):
+        assert seen == [model]
 
 
 # -- low_memory.py -----------------------------------------------------------------------------------------------------

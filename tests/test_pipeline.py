@@ -82,6 +82,20 @@ def test_a_light_run_may_learn_faster(bench: Workbench) -> None:
     assert first == {"estimate": pytest.approx(1.5e-2, rel=0.1), "train": pytest.approx(1.5e-2, rel=0.1)}
 
 
+def test_a_run_that_takes_nothing_is_the_same_stage_by_stage(bench: Workbench) -> None:
+    """It estimates nothing either way: what trains are PEFT modules as they are made."""
+    nothing = {"light.blocks": 0.0, "light.modules": 0.0, "light.ranks": 0.0}
+    pipeline.run(bench.config("nothing", **nothing))
+    work = pipeline.prepare(bench.config("nothing-by-stages", **nothing))
+    assert pipeline.estimate(work).meta["steps"] == 0
+    pipeline.plan(work)
+    pipeline.prune(work)
+    pipeline.train(work)
+    pipeline.evaluate(work)
+    assert comparable(bench.folder / "nothing-by-stages") == comparable(bench.folder / "nothing")
+    assert (bench.folder / "nothing-by-stages" / "metrics.json").is_file()
+
+
 def steps_of(folder: Path) -> int:
     """Optimizer steps of all stages of a run."""
     return sum(entry["steps"] for entry in logged(folder) if "steps" in entry)

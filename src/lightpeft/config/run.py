@@ -268,7 +268,8 @@ class TrainingConfig:
     faster than a few tokens less."""
     fast_steps: bool = True
     """Light runs compute a LoRA layer in one step, attention of short rows on CPUs by plain products, and a language
-    model's logits where labels are; off: as PEFT, PyTorch and transformers do."""
+    model's logits where labels are, and make some activations again in the backward pass; off: as PEFT, PyTorch and
+    transformers do."""
     prefix_cache: PrefixPlace = "file"
     """Blocks below the lowest PEFT module compute the same for a row in every epoch. file, memory: compute them once,
     without dropout, and keep their outputs there; off: compute them every time, with dropout."""

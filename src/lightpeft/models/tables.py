@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -37,4 +38,9 @@ def configs_of(model: nn.Module) -> list[PretrainedConfig]:
     """A model's config and those that its modules have, which some families copy; each once."""
     found = (getattr(module, "config", None) for module in model.modules())
     configs = [config for config in found if isinstance(config, PretrainedConfig)]
-    return list({id(each): each for config in configs for each in (config, config.get_text_config())}.values())
+    return distinct(each for config in configs for each in (config, config.get_text_config()))
+
+
+def distinct(configs: Iterable[PretrainedConfig]) -> list[PretrainedConfig]:
+    """Each config once; one that is its own text config comes twice."""
+    return list({id(config): config for config in configs}.values())

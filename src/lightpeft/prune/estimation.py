@@ -70,10 +70,10 @@ class Estimator:
         self._settled_in_a_row = 0
         self._last_plan: PrunePlan | None = None
         self._windows: list[_Window] = []
-        self._attached = False
+        self._started = self._attached = False
 
     def start(self, total_steps: int | None) -> None:
-        """Attach masks and observers; where all stays there is nothing to estimate, and the stage is over.
+        """Attach masks and observers. Where all stays the stage has no steps, and is over.
 
         Args:
             total_steps: optimizer steps of the whole run, which a fractional or automatic length refers to.
@@ -82,11 +82,7 @@ class Estimator:
             LightPeftError: the length needs `total_steps`, or is longer than the run.
         """
         require(not self._attached, "the estimation stage has started already")
-        self.length = stage_length(self.config, total_steps)
-        if self.config.chooses:
-            self._attach()
-
-    def _attach(self) -> None:
+        self.length, self._started = stage_length(self.config, total_steps), True
         device = self.sites[0].device
         if not self.steps:
             self.masks = UnitMasks(self.blocks, device)
@@ -112,9 +108,8 @@ class Estimator:
     @property
     def finished(self) -> bool:
         """Whether the stage has run its length, or has settled."""
-        if not self.config.chooses:
-            return True
-        return self.steps > 0 and (self.steps >= self.length or self._settled_in_a_row >= self.config.settled_checks)
+        settled = self._settled_in_a_row >= self.config.settled_checks
+        return self._started and (self.steps >= self.length or settled)
 
     @torch.no_grad()
     def step(self, grad_scale: float = 1.0) -> None:
@@ -123,9 +118,9 @@ class Estimator:
         Args:
             grad_scale: the factor that a gradient scaler multiplied the loss with; it is undone here.
         """
-        if self.finished and (self._attached or not self.config.chooses):
-            return
         require(self._attached, "the estimation stage has not started; call start(total_steps) first")
+        if self.finished:
+            return
         taken = self.masks.take_gradients()
         examples = taken.mean.new_full((1,), self.masks.examples)  # filled there: no copy from the host
         routed, tokens = self.masks.take_routed()
@@ -158,7 +153,7 @@ class Estimator:
         Raises:
             LightPeftError: they were not.
         """
-        if self.steps and bool(self._nonfinite):
+        if bool(self._nonfinite):
             raise LightPeftError(
                 f"loss or gradients became NaN or infinite within the first {self.steps} steps of estimation; "
                 "lower the learning rate, or use bfloat16 or float32 instead of float16"
@@ -170,9 +165,8 @@ class Estimator:
         Raises:
             LightPeftError: the stage has not run, or diverged, or saw too little, or some blocks ran without gradients.
         """
-        if not self.config.chooses:
-            return self._unscored()
-        require(self.steps > 0, "estimation has not run a single step; train with the callback, or call step()")
+        some = self.finished or self.steps > 0
+        require(some, "estimation has not run a single step; train with the callback, or call step()")
         self.check_finite()
         if not self._windows or self._windows[-1].end < self.steps:
             self._close_window()
@@ -180,14 +174,6 @@ class Estimator:
         check_examples(self.config, record.meta["scored_examples"])
         self._check_reached(record)
         return record
-
-    def _unscored(self) -> EstimationRecord:
-        """What all that stays is called, without a step."""
-        self._attach()
-        self._windows = []
-        self._close_window()
-        self.stop()
-        return self._record()
 
     def _check_reached(self, record: EstimationRecord) -> None:
         """Raise `LightPeftError` if the loss reached some blocks and not others: a plan would cut those away unseen."""
@@ -339,8 +325,6 @@ class Estimator:
         Raises:
             LightPeftError: the folder cannot be written.
         """
-        if not self.config.chooses:
-            return
         modules = _sum_over_processes(self._modules.sums.clone())
         if not write:
             return
@@ -366,8 +350,6 @@ class Estimator:
         Raises:
             LightPeftError: the folder holds no estimation state, or that of another model.
         """
-        if not self.config.chooses:
-            return
         state = read_json(Path(folder) / _HISTORY_FILE)
         tensors = read_tensors(Path(folder) / _STATE_FILE)
         with understandable(folder):

@@ -58,13 +58,13 @@ def stage_length(config: LightConfig, total_steps: int | None) -> int:
 
 
 def check_examples(config: LightConfig, examples: int) -> None:
-    """Refuse scores of next to nothing: a plan of those is little better than chance.
+    """Refuse scores of next to nothing: a plan of those is little better than chance, if it chooses anything.
 
     Raises:
         LightPeftError: fewer than `least_examples`.
     """
     require(
-        examples >= config.least_examples,
+        examples >= config.least_examples or not config.chooses,
         f"estimation scores {examples} examples, and from fewer than {config.least_examples} (light.least_examples) no "
         "plan is to be trusted; raise light.length, or train for longer (training.epochs)",
     )

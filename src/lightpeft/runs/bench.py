@@ -444,14 +444,14 @@ def _ratios(
     training: Mapping[str, list[float]], inference: Mapping[str, list[float]], fixed: Mapping[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """Light over plain PEFT, and estimation (if there is one) over plain PEFT; paired by round where rounds exist."""
+    speeds = {
+        "training_throughput": ratio(training["light"], training["plain"]),
+        "inference_throughput": ratio(inference["light"], inference["plain"]),
+    }
+    if "estimation" in training:
+        speeds["estimation_throughput"] = ratio(training["estimation"], training["plain"])
     return {
-        "training_throughput": asdict(ratio(training["light"], training["plain"])),
-        "inference_throughput": asdict(ratio(inference["light"], inference["plain"])),
-        **(
-            {"estimation_throughput": asdict(ratio(training["estimation"], training["plain"]))}
-            if "estimation" in training
-            else {}
-        ),
+        **{name: asdict(speed) for name, speed in speeds.items()},
         "peak_memory": fixed["light"]["peak_memory_bytes"] / max(fixed["plain"]["peak_memory_bytes"], 1),
         "training_flops": fixed["light"]["flops"]["training"] / fixed["plain"]["flops"]["training"],
         "inference_flops": fixed["light"]["flops"]["forward"] / fixed["plain"]["flops"]["forward"],

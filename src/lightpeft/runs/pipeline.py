@@ -28,12 +28,20 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import cut_parameters
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import folder_bytes, hardware
+from lightpeft.profiling import PeakMemory, folder_bytes, hardware
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.refit import Fit, fit_refit
+from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.recipe.resuming import read_cut
 from lightpeft.runs.reuse import find_estimation, take_estimation
-from lightpeft.runs.stages import StageCost, estimated_model, found_budget, leave_plan, leave_pruned
+from lightpeft.runs.stages import (
+    StageCost,
+    estimated_model,
+    found_budget,
+    leave_estimation,
+    leave_plan,
+    leave_pruned,
+)
 from lightpeft.runs.trainers import DenseRun, LightRun, WideRun
 from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.forms import to_device
@@ -83,13 +91,15 @@ def run(
 def estimate(work: Workspace, trainer: type[LightRun] = LightRun) -> EstimationRecord:
     """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance.
 
-    Blocks that `light.depth` leaves out are gone before that.
+    Blocks that `light.depth` leaves out are gone before that. Where the budget takes nothing away, nothing trains.
 
     Args:
         trainer: what trains.
     """
-    if not work.run.has("estimate"):
+    if not work.run.has("estimate") and work.config.light.chooses:
         _train_light(work, stop_at_cut=True, trainer_class=trainer)
+    elif not work.run.has("estimate"):
+        _leave_unscored(work)
     return EstimationRecord.load(work.run.estimation)
 
 
@@ -111,6 +121,20 @@ def _train_light(
         require(run.has("estimate"), f"{ended}, inside estimation; let it go on until the cut")
         if not stop_at_cut:
             _finish(work, trainer, begun=trainer.light_report["estimation_steps"])
+
+
+def _leave_unscored(work: Workspace) -> None:
+    """The end of an estimation that has no steps: PEFT modules as they are made, and a record without scores."""
+    set_seed(work.config.seed)
+    started, model = time.perf_counter(), _with_peft(work)
+    with PeakMemory(model) as memory:
+        pruner = EarlyPruner(model, work.config.light)
+        pruner.start(work.steps)
+        record = pruner.record()
+        pruner.estimator.stop()
+    with work.run.held():
+        seconds = time.perf_counter() - started
+        leave_estimation(work, model, record, StageCost(seconds, 0.0, memory.bytes, memory.method, 0))
 
 
 def _with_peft(work: Workspace) -> PeftModel:

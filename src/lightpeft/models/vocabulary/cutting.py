@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.errors import require
-from lightpeft.models.tables import configs_of, like, shapes_of, tensor_at
+from lightpeft.models.tables import configs_of, distinct, like, shapes_of, tensor_at
 from lightpeft.models.vocabulary.kept import Vocabulary
 
 _NEVER_WRITTEN = ("suppress_tokens", "begin_suppress_tokens")
@@ -45,7 +45,7 @@ def cut_parameters(model: nn.Module) -> int:
 def config_tokens(config: PretrainedConfig) -> set[int]:
     """Ids of the tokens that a config names, which have to stay."""
     text = config.get_text_config()
-    values = (value for each in _distinct([config, text]) for value in _token_settings(each).values())
+    values = (value for each in (config, text) for value in _token_settings(each).values())
     named = {number for value in values for number in (value if isinstance(value, list) else [value])}
     return {number for number in named if 0 <= number < text.vocab_size}
 
@@ -53,7 +53,7 @@ def config_tokens(config: PretrainedConfig) -> set[int]:
 def cut_config(config: PretrainedConfig, vocabulary: Vocabulary) -> PretrainedConfig:
     """A copy of a config with the tokens of a vocabulary alone."""
     config = copy.deepcopy(config)
-    _renumber_all([config, config.get_text_config()], vocabulary)
+    _renumber_all(distinct([config, config.get_text_config()]), vocabulary)
     return config
 
 
@@ -177,15 +177,11 @@ def _set_ids(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
 
 
 def _renumber_all(configs: Iterable[PretrainedConfig], vocabulary: Vocabulary) -> None:
-    for config in _distinct(configs):
+    for config in configs:
         if getattr(config, "vocab_size", None) == vocabulary.size:
             config.vocab_size = len(vocabulary)
         for name, value in _token_settings(config).items():
             setattr(config, name, _new(value, vocabulary))
-
-
-def _distinct(configs: Iterable[PretrainedConfig]) -> list[PretrainedConfig]:
-    return list({id(config): config for config in configs}.values())
 
 
 def _renumber_generation(model: PreTrainedModel, vocabulary: Vocabulary) -> None:

@@ -49,7 +49,7 @@ class Rehearsal:
         """Steps of the whole model with what the small one has learned (`light.full_width_steps`)."""
         model = with_peft(self.work, self.work.config)
         with rehearsing(model, device(), self._labelled) as watch:
-            return self._steps(model, watch, adamw(self.work), nullcontext())
+            return self._steps(model, watch, adamw(self.work), accelerating(self.work, model))
 
     def _steps(self, model: PeftModel, watch: StorageWatch, optimizer: OptimizerFactory, around: Any) -> Holding:
         return rehearse_training(model, watch, self.shapes, optimizer, around, **step_options(self.work))

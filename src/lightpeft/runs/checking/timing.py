@@ -57,7 +57,8 @@ def _estimation_step(work: Workspace, blocks: int) -> float:
 
 def _full_width_step(work: Workspace, blocks: int) -> float:
     model = with_peft(work, work.config, on=device(), blocks=blocks)
-    return _timed(work, model, sample_batches(work, _TIMED), adamw(work))
+    with accelerating(work, model):
+        return _timed(work, model, sample_batches(work, _TIMED), adamw(work))
 
 
 def _light_step(work: Workspace, blocks: int) -> float:
