@@ -852,6 +852,13 @@ def test_stand_ins_answer_where_values_are_asked_for() -> None:
         assert watch.peak > 0
 
 
+def test_stand_ins_are_counted_by_the_formulas_of_the_flop_counter() -> None:
+    with StorageWatch(formulas=flop_counter().flop_registry) as watch:
+        left, right = torch.zeros(3, 5, requires_grad=True), torch.zeros(5, 7)
+        torch.nn.functional.linear(left, right.T).relu().sum().backward()
+        assert watch.flops == 2 * 2 * 3 * 5 * 7, "once forward, and once for the gradient of the left one"
+
+
 def test_storages_of_real_tensors_tell_views_from_copies() -> None:
     values = torch.zeros(8)
     assert (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,14 +24,19 @@ class StorageWatch(TorchDispatchMode):
     Where values are asked for, which stand-ins do not have: tensors are equal, a truth is false, a number 1.
     """
 
-    def __init__(self, share: float = 1.0) -> None:
+    def __init__(self, share: float = 1.0, formulas: Mapping[Any, Callable[..., int]] | None = None) -> None:
         """
         Args:
             share: part of a tensor's entries that count as not zero where somebody looks for those.
+            formulas: operator -> floating-point operations of a call, given its arguments and, as `out_val`, its
+                result. `FlopCounterMode` around a step would itself hold on to tensors, and change the peak.
         """
         super().__init__()
         self.now = self.peak = 0
         """Bytes of all storages that are held, and the most that they were."""
+        self.flops = 0
+        """Floating-point operations so far, as the formulas tell."""
+        self._formulas = formulas or {}
         self._share = share
         self._sizes: dict[int, int] = {}
         self._stand_ins = FakeTensorMode(allow_non_fake_inputs=True)
@@ -57,6 +62,8 @@ class StorageWatch(TorchDispatchMode):
         if func is aten.index.Tensor:
             args = (args[0], [part for index in args[1] for part in self._as_numbers(index)])
         result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self._formulas:
+            self.flops += self._formulas[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.counted(tensor)

@@ -56,7 +56,7 @@ def rehearsing(model: nn.Module, device: torch.device | str, share: float = 1.0)
     Args:
         share: part of the tokens that have a label.
     """
-    with StorageWatch(share) as watch, torch.device(device):
+    with StorageWatch(share, flop_counter().flop_registry) as watch, torch.device(device):
         _place(model, device, watch)
         yield watch
 
@@ -77,22 +77,21 @@ def rehearse_training(
         options: of `measure_training`.
     """
     batch, made = _batch(shapes, watch), optimizer(trainable(model))
-    watch.peak = watch.now
-    with around, flop_counter() as counter:
+    watch.peak, before = watch.now, watch.flops
+    with around:
         measure_training(model, [batch], lambda _: made, steps=1, warmup=0, **options)
-    peak = watch.peak
+    peak, flops = watch.peak, watch.flops - before
     # the first step ends with it; all others begin with it
     state = _bytes(each for of in made.state.values() for each in of.values() if isinstance(each, Tensor))
-    return _holding(model, peak + state, state, counter.get_total_flops())
+    return _holding(model, peak + state, state, flops)
 
 
 def rehearse_inference(model: nn.Module, watch: StorageWatch, shapes: Shapes, autocast: torch.dtype | None) -> Holding:
     """Go through a forward pass of evaluation inside `rehearsing`; nothing trains, whatever may."""
     batch = _batch(shapes, watch)
-    watch.peak = watch.now
-    with flop_counter() as counter:
-        measure_inference(model, [batch], steps=1, warmup=0, autocast=autocast)
-    return _holding(model, watch.peak, 0, counter.get_total_flops())
+    watch.peak, before = watch.now, watch.flops
+    measure_inference(model, [batch], steps=1, warmup=0, autocast=autocast)
+    return _holding(model, watch.peak, 0, watch.flops - before)
 
 
 def _holding(model: nn.Module, peak: int, state: int, flops: int) -> Holding:
