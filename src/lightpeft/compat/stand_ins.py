@@ -36,6 +36,8 @@ class StorageWatch(TorchDispatchMode):
         """Bytes of all storages that are held, and the most that they were."""
         self.flops = 0
         """Floating-point operations so far, as the formulas tell."""
+        self.calls: set[tuple[Any, ...]] = set()
+        """Of the operators that have a formula: which, and the shape and type of each tensor that it was given."""
         self._formulas = formulas or {}
         self._share = share
         self._sizes: dict[int, int] = {}
@@ -62,8 +64,11 @@ class StorageWatch(TorchDispatchMode):
         if func is aten.index.Tensor:
             args = (args[0], [part for index in args[1] for part in self._as_numbers(index)])
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in self._formulas:
-            self.flops += self._formulas[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        operator = func.overloadpacket
+        if operator in self._formulas:
+            self.flops += self._formulas[operator](*args, **(kwargs or {}), out_val=result)
+            given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            self.calls.add((operator, *((tuple(each.shape), each.dtype) for each in given)))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.counted(tensor)

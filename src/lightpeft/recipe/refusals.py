@@ -65,6 +65,7 @@ def refuse_deepspeed(setting: object) -> None:
     """
     require(
         not setting and not sharding_launched("DEEPSPEED"),
-        "DeepSpeed builds an engine around the dense model, which does not follow the cut, and no light training was "
-        "tried in it; FSDP2 shares the weights, too: accelerate launch --config_file configs/engines/fsdp2.yaml",
+        "DeepSpeed takes its step inside the backward pass, before masks could be scored, and holds on to the dense "
+        "model's parameters behind a cut; cut first (lightpeft prune) and fine-tune the light model with transformers' "
+        "Trainer (docs/trainers.md#deepspeed), or share weights by FSDP2 (configs/engines/fsdp2.yaml)",
     )
