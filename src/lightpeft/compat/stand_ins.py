@@ -37,7 +37,7 @@ class StorageWatch(TorchDispatchMode):
         self.flops = 0
         """Floating-point operations so far, as the formulas tell."""
         self.calls: set[tuple[Any, ...]] = set()
-        """Of the operators that have a formula: which, and the shape and type of each tensor that it was given."""
+        """Of the operators that have a formula: which, and shape, strides and type of each tensor that it was given."""
         self._formulas = formulas or {}
         self._share = share
         self._sizes: dict[int, int] = {}
@@ -68,7 +68,7 @@ class StorageWatch(TorchDispatchMode):
         if operator in self._formulas:
             self.flops += self._formulas[operator](*args, **(kwargs or {}), out_val=result)
             given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-            self.calls.add((operator, *((tuple(each.shape), each.dtype) for each in given)))
+            self.calls.add((operator, *((each.shape, each.stride(), each.dtype) for each in given)))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.counted(tensor)

@@ -21,10 +21,14 @@ from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measu
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Of a batch: input of the model -> shape and type."""
-_KERNELS = 60 * 2**20
-"""What PyTorch's kernels for CPUs take when they are first used, as measured; and the part of the activations that lies
-idle between them in the heap."""
-_GAPS = 0.2
+_LIBRARIES = 40 * 2**20
+"""What PyTorch's kernels for CPUs take when they are first used, in bytes, as measured."""
+_KERNEL, _MOST_KERNELS = 200 * 2**10, 1024
+"""oneDNN compiles a kernel for each shape of a product in half precision: bytes of one, as measured, and how many it
+keeps."""
+_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+_GAPS = 0.1
+"""The part of the activations that lies idle between them in the heap, as measured."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def rehearse_training(
     shapes: Shapes,
     optimizer: OptimizerFactory,
     around: AbstractContextManager[Any],
+    lengths: int = 1,
     **options: Any,
 ) -> Holding:
     """Go through a training step inside `rehearsing`.
@@ -74,36 +79,51 @@ def rehearse_training(
     Args:
         shapes: of a batch with labels.
         around: what it runs in.
+        lengths: how many lengths the rows of batches have, each with kernels of its own.
         options: of `measure_training`.
     """
     batch, made = _batch(shapes, watch), optimizer(trainable(model))
-    watch.peak, before = watch.now, watch.flops
+    _begin(watch)
     with around:
         measure_training(model, [batch], lambda _: made, steps=1, warmup=0, **options)
-    peak, flops = watch.peak, watch.flops - before
+    peak = watch.peak
     # the first step ends with it; all others begin with it
     state = _bytes(each for of in made.state.values() for each in of.values() if isinstance(each, Tensor))
-    return _holding(model, peak + state, state, flops)
+    return _holding(model, watch, peak + state, state, lengths)
 
 
 def rehearse_inference(model: nn.Module, watch: StorageWatch, shapes: Shapes, autocast: torch.dtype | None) -> Holding:
     """Go through a forward pass of evaluation inside `rehearsing`; nothing trains, whatever may."""
     batch = _batch(shapes, watch)
-    watch.peak, before = watch.now, watch.flops
+    _begin(watch)
     measure_inference(model, [batch], steps=1, warmup=0, autocast=autocast)
-    return _holding(model, watch.peak, 0, watch.flops - before)
+    return _holding(model, watch, watch.peak, 0, 1)
 
 
-def _holding(model: nn.Module, peak: int, state: int, flops: int) -> Holding:
+def _begin(watch: StorageWatch) -> None:
+    """All that is counted counts from now on."""
+    watch.peak, watch.flops = watch.now, 0
+    watch.calls.clear()
+
+
+def _holding(model: nn.Module, watch: StorageWatch, peak: int, state: int, lengths: int) -> Holding:
     """
     Args:
         state: bytes of the optimizer's.
+        lengths: as for `rehearse_training`.
     """
     trains = _bytes(trainable(model))
     weights, trained = _bytes([*model.parameters(), *model.buffers()]) - trains, trains + state
     activations = max(0, peak - weights - trained)
-    overhead = _KERNELS + int(_GAPS * activations) if device_of(model).type == "cpu" else 0
-    return Holding(weights, trained, activations, overhead, flops)
+    overhead = _overhead(watch, activations, lengths) if device_of(model).type == "cpu" else 0
+    return Holding(weights, trained, activations, overhead, watch.flops)
+
+
+def _overhead(watch: StorageWatch, activations: int, lengths: int) -> int:
+    """On a CPU, in bytes."""
+    half = (torch.bfloat16, torch.float16)
+    compiled = sum(call[0] in _PRODUCTS and call[1][-1] in half for call in watch.calls)
+    return _LIBRARIES + min(compiled * lengths, _MOST_KERNELS) * _KERNEL + int(_GAPS * activations)
 
 
 def _batch(shapes: Shapes, watch: StorageWatch) -> dict[str, Tensor]:

@@ -76,8 +76,16 @@ def with_peft(
     return model
 
 
+_TILT = 0.2
+"""By how much the last block's neurons are worth more than the first's, where a budget lets all compete."""
+
+
 def cut_evenly(model: PeftModel, light: LightConfig) -> None:
-    """Cut a model of which nothing is known: all units are worth the same, but for chance."""
+    """Cut a model of which nothing is known: all units are worth about the same.
+
+    Where neurons of all blocks compete, each block keeps another number of them, as behind a real estimation: shapes
+    that occur once cost memory.
+    """
     dense = block_specs(transformers_model(model))
     stay = light.blocks_left(len(dense))
     blocks, left_out = dense[:stay], dense[stay:]
@@ -91,7 +99,8 @@ def cut_evenly(model: PeftModel, light: LightConfig) -> None:
         return torch.rand(count, generator=drawn)
 
     found = {f"heads/random/{index}": scores(block.heads) for index, block in enumerate(blocks)}
-    found |= {f"neurons/random/{index}": scores(block.neurons) for index, block in enumerate(blocks)}
+    tilt = torch.linspace(0, _TILT, max(len(blocks), 1)).tolist()
+    found |= {f"neurons/random/{index}": scores(block.neurons) + tilt[index] for index, block in enumerate(blocks)}
     found |= {f"ranks/random/{index}": scores(site.rank) for index, site in enumerate(sites)}
     found["modules/random"] = scores(len(sites))
     record = EstimationRecord(blocks, sites, found, base, fingerprint="", left_out=left_out)
@@ -99,12 +108,12 @@ def cut_evenly(model: PeftModel, light: LightConfig) -> None:
 
 
 def even(light: LightConfig) -> LightConfig:
-    """A budget that takes the same part of every layer, in place of the one that scores would spread."""
+    """A budget of the same part of heads and of neurons, in place of the one that scores would spread."""
     criteria: dict[str, Any] = {f"{unit}_criterion": "random" for unit in ("head", "neuron", "module", "rank")}
     part = light.target if light.blocks is None else 0.0 if light.blocks == "auto" else light.blocks
     if part is None:
         return replace(light, **criteria)
-    return replace(light.with_shares(part), **criteria, heads_scope="layerwise", neurons_scope="layerwise")
+    return replace(light.with_shares(part), **criteria, heads_scope="layerwise", neurons_scope="global")
 
 
 def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: Shapes) -> Tensor | None:

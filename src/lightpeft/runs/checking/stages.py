@@ -32,6 +32,7 @@ class Rehearsal:
     def __init__(self, work: Workspace) -> None:
         self.work = work
         self.shapes, self._labelled = longest_batch(work)
+        self._options = {"lengths": lengths_of(work), **step_options(work)}
 
     def plain(self) -> Holding:
         """Steps of plain PEFT."""
@@ -52,7 +53,7 @@ class Rehearsal:
             return self._steps(model, watch, adamw(self.work), accelerating(self.work, model))
 
     def _steps(self, model: PeftModel, watch: StorageWatch, optimizer: OptimizerFactory, around: Any) -> Holding:
-        return rehearse_training(model, watch, self.shapes, optimizer, around, **step_options(self.work))
+        return rehearse_training(model, watch, self.shapes, optimizer, around, **self._options)
 
     def light(self) -> tuple[Holding, Holding, int]:
         """Steps of the small model, its evaluation, and the bytes of its prefix cache."""
@@ -65,11 +66,17 @@ class Rehearsal:
                 size = 0 if states is None else store_bytes_of(work, states)
                 stored = {} if states is None else {STATES: (tuple(states.shape), states.dtype)}
                 around, shapes = accelerating(work, model), {**self.shapes, **stored}
-                training = rehearse_training(model, watch, shapes, adamw(work), around, **step_options(work))
+                training = rehearse_training(model, watch, shapes, adamw(work), around, **self._options)
             rows = min(work.config.training.eval_batch_size, len(work.test_rows))
             given = {name: ((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.shapes.items()}
             autocast = autocast_dtype(work.config.training)
             return training, rehearse_inference(model, watch, given, autocast), size
+
+
+def lengths_of(work: Workspace) -> int:
+    """How many lengths the training batches of a run have."""
+    multiple = work.config.training.pad_to_multiple_of
+    return len({-(-length // multiple) for length in work.train_rows["length"]})
 
 
 def longest_batch(work: Workspace) -> tuple[Shapes, float]:
