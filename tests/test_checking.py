@@ -104,11 +104,37 @@ def test_a_rehearsal_counts_what_real_steps_compute(name: str) -> None:
     assert inferred.activations < trained.activations and inferred.total < trained.total
 
 
-def test_a_cut_of_nothing_known_takes_the_same_part_everywhere() -> None:
-    model = on_meta("llama-gqa")
-    cut_evenly(model, LightConfig(blocks=0.5, modules=0.0, ranks=0.5))
-    widths = {module.out_features for name, module in model.named_modules() if name.endswith("gate_proj.base_layer")}
-    assert len(widths) == 1 and 0 < widths.pop() < 48
+def widths(name: str, light: LightConfig) -> list[int]:
+    """Neurons of each block of a model of which nothing is known, behind the cut."""
+    model = on_meta(name)
+    cut_evenly(model, light)
+    inner = [module for name, module in model.named_modules() if name.endswith("gate_proj.base_layer")]
+    return [module.out_features for module in inner]
+
+
+def test_a_cut_of_nothing_known_takes_about_the_same_part_everywhere() -> None:
+    found = widths("llama-gqa", LightConfig(blocks=0.5, modules=0.0, ranks=0.5))
+    assert len(set(found)) == len(found), "as where neurons of all blocks compete"
+    assert all(12 <= width <= 36 for width in found) and 22 <= sum(found) / len(found) <= 26
+    same = LightConfig(heads=0.5, neurons=0.5, modules=0.0, ranks=0.5, neurons_scope="layerwise")
+    assert widths("llama-gqa", same) == [24] * len(found)
+
+
+def test_kernels_of_every_shape_take_memory_on_a_cpu() -> None:
+    """Those that are compiled: of products in half precision."""
+    batch = inputs_for(with_lora(make("llama-gqa")), padding="right", labels=True, rows=4, length=12)
+
+    def overhead(lengths: int, autocast: torch.dtype | None) -> int:
+        model = on_meta("llama-gqa")
+        options: dict[str, Any] = {"autocast": autocast, "lengths": lengths}
+        with rehearsing(model, "cpu") as watch:
+            return rehearse_training(
+                model, watch, shapes_of(batch), torch.optim.AdamW, nullcontext(), **options
+            ).overhead
+
+    once, three, many = (overhead(lengths, torch.bfloat16) for lengths in (1, 3, 10**6))
+    assert once < three < many < 2**30 and many == overhead(10**7, torch.bfloat16), "no more than are kept"
+    assert overhead(1, None) == overhead(3, None)
 
 
 # -- of runs ---------------------------------------------------------------------------------------------------------
