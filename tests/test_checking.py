@@ -19,14 +19,11 @@ from lightpeft import cli
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.models.loading import LoadedModel
-from lightpeft.models.task_heads import CAUSAL_LM
 from lightpeft.profiling import count_flops, count_parameters, measure_training
 from lightpeft.profiling.rehearsal import Holding, rehearse_inference, rehearse_training, rehearsing
 from lightpeft.runs import pipeline
 from lightpeft.runs.bench import estimating
 from lightpeft.runs.checking import Check, check
-from lightpeft.runs.checking import models as of_checking
 from lightpeft.runs.checking.models import cut_evenly, shapes_of
 from lightpeft.runs.checking.timing import at_depth
 from lightpeft.training.acceleration import light_steps
@@ -82,7 +79,7 @@ def held(name: str, light: LightConfig | None, real: bool) -> Holding:
 
 
 @pytest.mark.parametrize("light", [None, LightConfig(dropout=0.0)], ids=["plain", "estimation"])
-@pytest.mark.parametrize("name", ["bert", "mpnet", "llama-gqa", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["bert", "mpnet", "llama-gqa", "gpt2", "t5", "mixtral", "gpt_oss", "deepseek_v3"])
 def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig | None) -> None:
     rehearsed, real = held(name, light, real=False), held(name, light, real=True)
     state = 2 * count_parameters(with_lora(make(name))).trainable * 4
@@ -91,7 +88,7 @@ def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig 
     assert rehearsed.flops > 0
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-gqa"])
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "mixtral", "qwen2_moe"])
 def test_a_rehearsal_counts_what_real_steps_compute(name: str) -> None:
     model = with_lora(make(name))
     batch = inputs_for(model, padding="right", labels=True, rows=4, length=12)
@@ -120,6 +117,13 @@ def test_a_cut_of_nothing_known_takes_about_the_same_part_everywhere() -> None:
     assert widths("llama-gqa", same) == [24] * len(found)
 
 
+def test_as_many_experts_stay_as_their_router_needs() -> None:
+    model = on_meta("mixtral")
+    cut_evenly(model, LightConfig(blocks=0.7, modules=0.0))
+    routers = [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
+    assert routers and all(len(module.gate_up_proj) == 2 for module in routers)
+
+
 def test_kernels_of_every_shape_take_memory_on_a_cpu() -> None:
     """Those that are compiled: of products in half precision."""
     batch = inputs_for(with_lora(make("llama-gqa")), padding="right", labels=True, rows=4, length=12)
@@ -144,7 +148,7 @@ def checked(bench: Workbench, name: str = "run", **settings: Any) -> Check:
     return check(pipeline.prepare(bench.config(name, **settings)))
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", ["bert", "llama", "mixtral"])
 def test_stages_of_a_run(tmp_path: Path, family: str) -> None:
     bench = Workbench(tmp_path, family)
     found = checked(bench, **{"light.blocks": 0.5})
@@ -188,15 +192,6 @@ def test_checkpointing_and_half_precision_count(tmp_path: Path) -> None:
     assert checked(bench, **{"model.dtype": "bfloat16"}).stages["plain"].holding.weights < 0.6 * usual.weights
     saved = checked(bench, **{"training.gradient_checkpointing": True}).stages["plain"].holding
     assert saved.flops > usual.flops, "what is dropped is computed again"
-
-
-def test_mixtures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work = pipeline.prepare(Workbench(tmp_path, "llama", "causal-lm").config("run"))
-    with torch.device("meta"):
-        mixture = LoadedModel(make("mixtral"), [], CAUSAL_LM)
-    monkeypatch.setattr(of_checking, "untrained_model", lambda *_, **__: mixture)
-    with pytest.raises(LightPeftError, match="which experts a token goes to"):
-        check(work)
 
 
 def test_what_does_not_fit(tmp_path: Path) -> None:

@@ -859,6 +859,23 @@ def test_stand_ins_are_counted_by_the_formulas_of_the_flop_counter() -> None:
         assert watch.flops == 2 * 2 * 3 * 5 * 7, "once forward, and once for the gradient of the left one"
 
 
+def test_stand_ins_of_groups_are_as_the_real_ones() -> None:
+    """In float32, too, which PyTorch's own stand-in for products of groups refuses."""
+
+    def computed() -> list[Any]:
+        rows, experts = torch.ones(6, 8, requires_grad=True), torch.ones(2, 8, 16, requires_grad=True)
+        ends = torch.tensor([4, 6], dtype=torch.int32)
+        result = torch.nn.functional.grouped_mm(rows, experts, offs=ends)
+        result.backward(torch.ones_like(result))
+        return [(tensor.shape, tensor.dtype) for tensor in (result, rows.grad, experts.grad) if tensor is not None]
+
+    real = computed()
+    with StorageWatch(formulas=flop_counter().flop_registry) as watch:
+        assert computed() == real
+        assert watch.flops == 3 * 2 * 6 * 8 * 16
+        assert torch.zeros(7, dtype=torch.long).bincount(minlength=4).tolist() == [2, 2, 2, 1]
+
+
 def test_storages_of_real_tensors_tell_views_from_copies() -> None:
     values = torch.zeros(8)
     assert (

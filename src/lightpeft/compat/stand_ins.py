@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from lightpeft.compat.torch import storage_of
+from lightpeft.compat.torch import GROUPED_PRODUCT, storage_of
 
 StandIn = FakeTensor
 """A tensor that knows its shape, type and device, and holds no values: what is computed with it gives others such."""
@@ -21,7 +21,8 @@ StandIn = FakeTensor
 class StorageWatch(TorchDispatchMode):
     """Inside the block every tensor that is made is a stand-in, and counts for as long as something holds on to it.
 
-    Where values are asked for, which stand-ins do not have: tensors are equal, a truth is false, a number 1.
+    Where values are asked for, which stand-ins do not have: tensors are equal, a truth is false, a number 1, and what
+    is counted by its value has each value equally often, as where a router sends equally many tokens to every expert.
     """
 
     def __init__(self, share: float = 1.0, formulas: Mapping[Any, Callable[..., int]] | None = None) -> None:
@@ -61,18 +62,27 @@ class StorageWatch(TorchDispatchMode):
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if func is aten.nonzero.default:
             return self.counted(self._places(args[0]))
+        if func is aten.bincount.default:
+            return self._even_counts(*args, **(kwargs or {}))
+        if func is GROUPED_PRODUCT.default:  # its own stand-in takes no float32, which is computed all the same
+            result = self.counted(_grouped(*args[:3]))
+            self._weigh(func.overloadpacket, result, args, kwargs or {})
+            return result
         if func is aten.index.Tensor:
             args = (args[0], [part for index in args[1] for part in self._as_numbers(index)])
         result = func(*args, **(kwargs or {}))
-        operator = func.overloadpacket
-        if operator in self._formulas:
-            self.flops += self._formulas[operator](*args, **(kwargs or {}), out_val=result)
-            given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
-            self.calls.add((operator, *((each.shape, each.stride(), each.dtype) for each in given)))
+        self._weigh(func.overloadpacket, result, args, kwargs or {})
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.counted(tensor)
         return result
+
+    def _weigh(self, operator: Any, result: Any, args: Any, kwargs: Any) -> None:
+        """Count what is computed."""
+        if operator in self._formulas:
+            self.flops += self._formulas[operator](*args, **kwargs, out_val=result)
+            given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            self.calls.add((operator, *((each.shape, each.stride(), each.dtype) for each in given)))
 
     def counted(self, tensor: Tensor) -> Tensor:
         """The tensor, whose storage counts from now on."""
@@ -90,9 +100,23 @@ class StorageWatch(TorchDispatchMode):
             return [index]
         return self._places(index).unbind(1)
 
+    @staticmethod
+    def _even_counts(values: Tensor, weights: None = None, minlength: int = 0) -> Tensor:
+        """A tensor with values: how often each of them is there."""
+        whole, left = divmod(values.numel(), max(minlength, 1))
+        with _disable_current_modes():
+            return torch.tensor([whole + (number < left) for number in range(minlength)])
+
     def _places(self, mask: Tensor) -> Tensor:
         """Stand-ins for the places where something is not zero: [number, dimensions]."""
         return mask.new_empty((int(self._share * mask.numel() + 0.5), mask.dim()), dtype=torch.long)
 
     def _freed(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def _grouped(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """A stand-in for products of groups: of some rows with a matrix each, or the gradient of those matrices."""
+    if right.dim() == 3:
+        return left.new_empty(left.shape[0], right.shape[-1])
+    return left.new_empty(len(ends), left.shape[0], right.shape[-1])

@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 CPU_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 """What `scaled_dot_product_attention` is on a CPU."""
+GROUPED_PRODUCT: Any = torch.ops.aten._grouped_mm
+"""What `torch.nn.functional.grouped_mm` is."""
 
 
 def changes_of(tensor: Tensor) -> int | None:

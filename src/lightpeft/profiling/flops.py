@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightpeft.compat.torch import CPU_ATTENTION, CPU_ATTENTION_BACKWARD
+from lightpeft.compat.torch import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, GROUPED_PRODUCT
 from lightpeft.compat.transformers import attention_of
 from lightpeft.machine import random_apart
 from lightpeft.models.patching import in_mode
@@ -63,7 +63,7 @@ def count_flops(model: nn.Module, batch: Batch) -> Flops:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts matrix products, and what PyTorch's own leaves out: those added in place, and attention of CPUs.
+    """Counts matrix products, and what PyTorch's own leaves out: those added in place or of groups, attention of CPUs.
 
     The latter with full (not halved) score matrices, and without the recomputation in its backward pass.
     """
@@ -78,7 +78,15 @@ def flop_counter() -> FlopCounterMode:
     def attention_backward(_: torch.Size, *shapes: Any, **__: Any) -> int:
         return 2 * attention(*shapes)
 
-    known = {torch.ops.aten.addmm_: addmm_, CPU_ATTENTION: attention, CPU_ATTENTION_BACKWARD: attention_backward}
+    def grouped(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * left[0] * left[1] * right[-1]
+
+    known = {
+        torch.ops.aten.addmm_: addmm_,
+        GROUPED_PRODUCT: grouped,
+        CPU_ATTENTION: attention,
+        CPU_ATTENTION_BACKWARD: attention_backward,
+    }
     return FlopCounterMode(display=False, custom_mapping=known)
 
 

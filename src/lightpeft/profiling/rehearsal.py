@@ -27,7 +27,7 @@ _KERNEL, _MOST_KERNELS = 200 * 2**10, 1024
 """oneDNN compiles a kernel for each shape of a product in half precision: bytes of one, as measured, and how many it
 keeps."""
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
-_GAPS = 0.1
+_GAPS = 0.15
 """The part of the activations that lies idle between them in the heap, as measured."""
 
 

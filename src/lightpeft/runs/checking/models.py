@@ -5,7 +5,7 @@ Which units a cut takes is not known before estimation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.structure import MASKED, BlockSpec
 from lightpeft.profiling import count_parameters
 from lightpeft.profiling.rehearsal import Shapes
 from lightpeft.prune.depth import leave_out
@@ -63,8 +64,6 @@ def with_peft(
     """
     loaded = untrained_model(config.model, work.task.head, work.task.labels, device=on, blocks=blocks)
     ensure_family(loaded.model)
-    routed = any(block.experts for block in block_specs(loaded.model))
-    require(not routed, f"check cannot go through {config.model.name}: values decide which experts a token goes to")
     if work.vocabulary is not None:
         cut_model(loaded.model, work.vocabulary)
     with torch.device(on):
@@ -98,22 +97,29 @@ def cut_evenly(model: PeftModel, light: LightConfig) -> None:
     def scores(count: int) -> Tensor:
         return torch.rand(count, generator=drawn)
 
-    found = {f"heads/random/{index}": scores(block.heads) for index, block in enumerate(blocks)}
-    tilt = torch.linspace(0, _TILT, max(len(blocks), 1)).tolist()
-    found |= {f"neurons/random/{index}": scores(block.neurons) + tilt[index] for index, block in enumerate(blocks)}
+    found = {f"{kind}/random/{block.index}": scores(getattr(block, kind)) for kind in MASKED for block in blocks}
+    for place, block in enumerate(blocks):
+        for kind in ("neurons", "expert_neurons"):
+            found[f"{kind}/random/{block.index}"] += _TILT * place / len(blocks)
     found |= {f"ranks/random/{index}": scores(site.rank) for index, site in enumerate(sites)}
     found["modules/random"] = scores(len(sites))
     record = EstimationRecord(blocks, sites, found, base, fingerprint="", left_out=left_out)
-    apply_plan(model, make_plan(record, even(light)))
+    apply_plan(model, make_plan(record, even(light, blocks)))
 
 
-def even(light: LightConfig) -> LightConfig:
-    """A budget of the same part of heads and of neurons, in place of the one that scores would spread."""
-    criteria: dict[str, Any] = {f"{unit}_criterion": "random" for unit in ("head", "neuron", "module", "rank")}
+def even(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
+    """A budget of the same part of heads, neurons and experts, in place of the one that scores would spread.
+
+    As many experts stay as routers need.
+    """
+    units = ("head", "neuron", "expert", "module", "rank")
+    criteria: dict[str, Any] = {f"{unit}_criterion": "random" for unit in units}
     part = light.target if light.blocks is None else 0.0 if light.blocks == "auto" else light.blocks
     if part is None:
         return replace(light, **criteria)
-    return replace(light.with_shares(part), **criteria, heads_scope="layerwise", neurons_scope="global")
+    spare = [1 - block.needed_experts / block.experts for block in blocks if block.experts]
+    shares = replace(light.with_shares(part), experts=min([part, *spare]))
+    return replace(shares, **criteria, heads_scope="layerwise", neurons_scope="global")
 
 
 def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: Shapes) -> Tensor | None:
