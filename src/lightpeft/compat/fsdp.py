@@ -46,7 +46,7 @@ class _Unit:
         """Take off the modules what `fully_shard` put on them."""
         state = _fsdp_state(self.modules[0])
         handles = {state._pre_forward_hook_handle, state._post_forward_hook_handle}
-        for group in state._fsdp_param_groups:
+        for group in _groups(state):
             handles.update(group._module_to_pre_save_state_dict_hook_handle.values())
             handles.update(group._module_to_pre_load_state_dict_hook_handle.values())
             handles.update(parameter._post_load_hook_handle for parameter in group.fsdp_params)
@@ -54,7 +54,7 @@ class _Unit:
             handle.remove()
         for module in self.modules:
             kind: Any = type(module)
-            module.__class__ = kind.__mro__[kind._orig_cls_mro_index]
+            module.__class__ = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]  # before PyTorch 2.10 always that
             _composable_state._module_state_mapping.pop(module)
             for key in (STATE_KEY, REGISTRY_KEY):
                 vars(module).pop(key, None)
@@ -86,11 +86,18 @@ def _units(model: nn.Module) -> Iterator[_Unit]:
         seen.add(state)
         module.reshard()
         options: dict[str, Any] = {"mp_policy": state._mp_policy}
-        for group in state._fsdp_param_groups:
+        for group in _groups(state):
             options |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
             if not state._auto_reshard_after_forward:
                 options["reshard_after_forward"] = group.post_forward_mesh_info is not None
         yield _Unit(tuple(state._modules), options)
+
+
+def _groups(state: Any) -> list[Any]:
+    """The parameters that are gathered together; PyTorch 2.9 and 2.10 know one such group of a module at most."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _fsdp_state(module: Any) -> Any:
