@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from tiny import make, plan_for, with_lora
 from torch import Tensor
@@ -69,8 +70,6 @@ def test_light_models_are_fine_tuned_in_deepspeed(light: Path) -> None:
 
 
 def test_the_engine_of_the_documentation_is_one_that_accelerate_knows() -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
     config: Any = load_config_from_file(str(ZERO3))
     assert config.deepspeed_config["zero_stage"] == 3 and config.num_processes == 2
     assert launch_command_parser().parse_args(["--config_file", str(ZERO3), "--zero_stage", "2", "script.py"])

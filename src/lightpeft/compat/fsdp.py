@@ -54,7 +54,7 @@ class _Unit:
             handle.remove()
         for module in self.modules:
             kind: Any = type(module)
-            module.__class__ = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]  # before PyTorch 2.10 always that
+            module.__class__ = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]  # in PyTorch 2.9 always that
             _composable_state._module_state_mapping.pop(module)
             for key in (STATE_KEY, REGISTRY_KEY):
                 vars(module).pop(key, None)
@@ -94,7 +94,7 @@ def _units(model: nn.Module) -> Iterator[_Unit]:
 
 
 def _groups(state: Any) -> list[Any]:
-    """The parameters that are gathered together; PyTorch 2.9 and 2.10 know one such group of a module at most."""
+    """The parameters that are gathered together; PyTorch 2.9 knows one such group of a module at most."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

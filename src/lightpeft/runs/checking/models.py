@@ -34,6 +34,9 @@ from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs.workspace import Workspace
 from lightpeft.training.prefix import FrozenPrefix, store_bytes
 
+_TILT = 0.2
+"""By how much the last block's neurons are worth more than the first's, where a budget lets all compete."""
+
 
 def check_in_memory(work: Workspace) -> None:
     """Refuse a run whose weights are not in memory as its configuration says, or all train.
@@ -73,10 +76,6 @@ def with_peft(
         # the other kind holds about as much, but its stand-ins refer to one another, and outlive what they stand for
         model.gradient_checkpointing_enable({"use_reentrant": True})
     return model
-
-
-_TILT = 0.2
-"""By how much the last block's neurons are worth more than the first's, where a budget lets all compete."""
 
 
 def cut_evenly(model: PeftModel, light: LightConfig) -> None:

@@ -76,7 +76,7 @@ class Rehearsal:
 def lengths_of(work: Workspace) -> int:
     """How many lengths the training batches of a run have."""
     multiple = work.config.training.pad_to_multiple_of
-    return len({-(-length // multiple) for length in work.train_rows["length"]})
+    return len({-(-length // multiple) for length in work.train_rows["length"][:]})
 
 
 def longest_batch(work: Workspace) -> tuple[Shapes, float]:
