@@ -21,14 +21,14 @@ from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measu
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Of a batch: input of the model -> shape and type."""
+# Fitted to what benchmarks/needs.py measures of three models in bfloat16 (benchmarks/needs.json).
 _LIBRARIES = 40 * 2**20
-"""What PyTorch's kernels for CPUs take when they are first used, in bytes, as measured."""
+"""Bytes that PyTorch's kernels for CPUs take when they are first used."""
 _KERNEL, _MOST_KERNELS = 200 * 2**10, 1024
-"""oneDNN compiles a kernel for each shape of a product in half precision: bytes of one, as measured, and how many it
-keeps."""
+"""oneDNN compiles a kernel for each shape of a product in half precision: bytes of one, and how many it keeps."""
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 _GAPS = 0.15
-"""The part of the activations that lies idle between them in the heap, as measured."""
+"""The part of the activations that lies idle between them in the heap."""
 
 
 @dataclass(frozen=True)
