@@ -1,4 +1,4 @@
-"""Parameters that processes share among them (FSDP2): each holds a part, and all have to ask for the whole at once."""
+"""Parameters that processes share among them (FSDP2, ZeRO-3): each holds a part, and all have to ask for the whole at once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightpeft.compat.deepspeed import in_zero3, whole_of_zero3
+
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards a model, or a part of it."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    """Whether FSDP2 or ZeRO-3 shards a model, or a part of it."""
+    by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
+    return by_fsdp or any(in_zero3(parameter) for parameter in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
@@ -36,8 +39,11 @@ def without_graph(model: nn.Module) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor, or what all processes hold of it, put together; where it is sharded, all have to call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The values, or what all processes hold of them, put together; where it is sharded, all have to call this."""
+    if in_zero3(tensor):
+        return whole_of_zero3(tensor)
+    values = tensor.detach()
+    return values.full_tensor() if isinstance(values, DTensor) else values
 
 
 def placed_like(values: Tensor, other: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
 from lightpeft.models.families import block_specs
+from lightpeft.models.sharding import whole
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import Site, check_peft, find_sites
 from lightpeft.plans.planning import make_plan
@@ -400,7 +401,7 @@ def _matrices(site: Site) -> Facts:
     """A and B of a PEFT module; of a kind that has none, ranks are all alike."""
     if site.down is None or site.up is None:
         return {"down": torch.ones(site.spec.rank, 1), "up": torch.ones(1, site.spec.rank)}
-    return {"down": site.by_rank_down(site.down), "up": site.by_rank_up(site.up)}
+    return {"down": site.by_rank_down(whole(site.down)), "up": site.by_rank_up(whole(site.up))}
 
 
 def _processes() -> int:

@@ -142,10 +142,10 @@ def _decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
 
 
 class RankObserver:
-    """Signed rank Taylor terms of the step under way, read from the gradients as they accumulate.
+    """Signed rank Taylor terms of the step under way, read from the gradients on their way to the parameters.
 
-    A hook after each accumulation sees the running sum of the micro-batches, before clipping; the last one before the
-    optimizer step is the whole step's.
+    They are linear in the gradient, so that those of a step are the sum of its micro-batches'. What is done to gradients
+    afterwards (clipping, and sharing among processes) is not seen.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:
@@ -162,11 +162,13 @@ class RankObserver:
         if parameter is None:
             return
 
-        def hook(p: Tensor) -> None:
-            if p.grad is not None:
-                self._terms[position] = scoring.rank_taylor_terms(by_rank(p.detach()), by_rank(p.grad), dim)
+        @torch.no_grad()
+        def hook(gradient: Tensor) -> None:
+            terms = scoring.rank_taylor_terms(by_rank(parameter.detach()), by_rank(gradient), dim)
+            before = self._terms[position]
+            self._terms[position] = terms if before is None else before + terms
 
-        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        self._handles.append(parameter.register_hook(hook))
 
     def take_terms(self) -> Tensor:
         """The step's terms, flat: those of A for the ranks of all sites, then those of B."""

@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lightpeft.compat.deepspeed import out_of_zero3
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Budget, LightConfig, preset_light
 from lightpeft.errors import LightPeftError, require
@@ -183,7 +184,7 @@ def cut(
             raise LightPeftError(f"refit: {light.refit} needs rows; give prune(calibration=...), or set refit to none")
         rank = light.refit_rank if light.refit == "low_rank" else 0
         refit = fit(model, plan, calibration, rank)
-    with out_of_fsdp(model):
+    with out_of_fsdp(model), out_of_zero3(model):
         apply_plan(model, plan)
         apply_refit(model, refit)
         if light.restart:

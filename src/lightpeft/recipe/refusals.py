@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from lightpeft.errors import require
-from lightpeft.machine import sharding_launched
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.recipe.probes import rows_aside
 
@@ -31,8 +30,8 @@ def check_light(training: LightTraining) -> None:
     require(found is None, f"{found} cannot follow a model that is cut on the way; train without it{hint}")
     alone = "weights on disk are for training in one process; load the model without weights_on_disk"
     require(args.world_size == 1 or not has_weights_on_disk(trainer.model), alone)
-    if training._shards:
-        _check_sharded(training)
+    if training._shards or training._in_deepspeed:
+        _check_sharded(training, "FSDP" if training._shards else "DeepSpeed")
     if training.light_config.blocks == "auto" and training.light_plan is None:
         training.light_tolerance()
         rows_aside(trainer, 0)
@@ -44,28 +43,11 @@ def check_light(training: LightTraining) -> None:
     )
 
 
-def _check_sharded(training: LightTraining) -> None:
+def _check_sharded(training: LightTraining, engine: str) -> None:
     light, trainer = training.light_config, cast(Any, training)
-    probes = "light.blocks: auto probes copies of the model, which cannot be made of one that FSDP shards"
+    probes = f"light.blocks: auto probes copies of the model, which cannot be made of one that {engine} shards"
     require(light.blocks != "auto" or training.light_plan is not None, f"{probes}; give light.blocks as a number")
-    kept = f"light.keep: {light.keep} needs the whole base in every process, which FSDP spares"
+    kept = f"light.keep: {light.keep} needs the whole base in every process, which {engine} spares"
     require(light.keep == "light", f"{kept}; set it to light")
     quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
-    require(not quantised, "a base in 4 or 8 bits cannot be cut where FSDP shards it; give it unquantised")
-
-
-def refuse_deepspeed(setting: object) -> None:
-    """Refuse to train in DeepSpeed, which the launcher or a setting asks for.
-
-    Args:
-        setting: `deepspeed` of the training arguments.
-
-    Raises:
-        LightPeftError: saying what does the same.
-    """
-    require(
-        not setting and not sharding_launched("DEEPSPEED"),
-        "DeepSpeed takes its step inside the backward pass, before masks could be scored, and holds on to the dense "
-        "model's parameters behind a cut; cut first (lightpeft prune) and fine-tune the light model with transformers' "
-        "Trainer (docs/trainers.md#deepspeed), or share weights by FSDP2 (configs/engines/fsdp2.yaml)",
-    )
+    require(not quantised, f"a base in 4 or 8 bits cannot be cut where {engine} shards it; give it unquantised")

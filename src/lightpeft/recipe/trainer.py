@@ -37,7 +37,7 @@ from lightpeft.recipe.course import Course, tell_cut
 from lightpeft.recipe.optimizing import OptimizingMixin
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, cut, light_settings
-from lightpeft.recipe.refusals import check_light, refuse_deepspeed
+from lightpeft.recipe.refusals import check_light
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
@@ -116,15 +116,6 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         else:
             self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
         self._trainer.add_callback(Course(self))
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """The trainer's own.
-
-        Raises:
-            LightPeftError: DeepSpeed is asked for, or FSDP in a way in which it cannot be had.
-        """
-        refuse_deepspeed(self._trainer.args.deepspeed)
-        super().create_accelerator_and_postprocess()
 
     # -- the recipe ----------------------------------------------------------------------------------------------
 

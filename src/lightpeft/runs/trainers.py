@@ -21,7 +21,6 @@ from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, throughput
 from lightpeft.recipe.budget import USUAL_NATS
-from lightpeft.recipe.refusals import refuse_deepspeed
 from lightpeft.recipe.trainer import light_trainer
 from lightpeft.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.workspace import Workspace
@@ -130,7 +129,6 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
             stop_at_cut: end when estimation is over, with a dense model.
             callbacks: called before those of the run.
         """
-        refuse_deepspeed(work.config.trainer.get("deepspeed"))  # before transformers looks for its package
         self.work, self.stop_at_cut = work, stop_at_cut
         training = work.config.training
         options = {"light": work.config.light, "fast_steps": training.fast_steps, "prefix_cache": work.prefix_cache}

@@ -1,12 +1,12 @@
-"""Any trainer of a PeftModel under FSDP2: what is frozen, nearly all, is sharded, and what trains is whole everywhere.
+"""Any trainer of a PeftModel under FSDP2 or DeepSpeed, with checkpoints of one process, from which any number goes on.
 
-What trains is small, as masks and scores are. Its gradients are averaged as under DDP, checkpoints are those of one
-process, and any number of processes goes on from them.
+FSDP2 shards what is frozen, nearly all; what trains is whole everywhere, small as masks and scores are, and its gradients
+are averaged as under DDP. DeepSpeed shards what trains, too, and its optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lightpeft.compat.accelerate import fsdp_on_cpus
+from lightpeft.compat.deepspeed import WholeStates, gathered
 from lightpeft.errors import require
 from lightpeft.machine import sharding_launched
 from lightpeft.models.families import block_lists
@@ -27,11 +28,19 @@ from lightpeft.models.unwrap import transformers_model
 class ShardingMixin:
     """Mixin of `Trainer` classes. `train` is to call `_before_sharding` first."""
 
+    _optimized: Sequence[Sequence[nn.Parameter]] = ()
+    """Parameters of the optimizer that DeepSpeed took, by its groups."""
+
     @property
     def _shards(self) -> bool:
-        """Whether the model is sharded while it trains."""
+        """Whether FSDP shards the model while it trains."""
         trainer: Any = self
         return getattr(trainer.accelerator.state, "fsdp_plugin", None) is not None
+
+    @property
+    def _in_deepspeed(self) -> bool:
+        trainer: Any = self
+        return getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None
 
     def _before_sharding(self, checkpoint: str | None) -> None:
         """Get the model ready to be sharded where training begins; every process still has all of it.
@@ -43,10 +52,12 @@ class ShardingMixin:
             LightPeftError: nothing is frozen, or a layer has both weights that train and frozen ones.
         """
         trainer: Any = self
-        if not self._shards or is_sharded(trainer.model):
+        if not (self._shards or self._in_deepspeed) or is_sharded(trainer.model):
             return
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
+        if self._in_deepspeed:
+            return
         trains, plugin = list(_trains(trainer.model)), trainer.accelerator.state.fsdp_plugin
         plugin.ignored_modules = trains
         if plugin.transformer_cls_names_to_wrap is None:  # else embeddings of some, which accelerate shards apart
@@ -69,6 +80,23 @@ class ShardingMixin:
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self._shards:
             _check_plugin(trainer.accelerator.state.fsdp_plugin)
+        if self._in_deepspeed:
+            _check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """The trainer's own."""
+        optimizer = super().create_optimizer(*args, **options)  # type: ignore[misc]
+        if self._in_deepspeed:  # which puts others in their place
+            self._optimized = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
+
+    def _prepare_for_training(self, steps: int, batches: Any, checkpoint: str | None) -> Any:
+        if not self._in_deepspeed:
+            return super()._prepare_for_training(steps, batches, checkpoint)  # type: ignore[misc]
+        prepared = super()._prepare_for_training(steps, batches, None)  # type: ignore[misc]
+        if checkpoint is not None:
+            self._load_optimizer_and_scheduler(checkpoint)
+        return prepared
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """One backward pass; gradients are averaged behind the last one of a step."""
@@ -84,7 +112,7 @@ class ShardingMixin:
             super().save_model(*args, **options)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._as_one_process():
+        with self._as_one_process(), self._whole_states():
             super()._save_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
@@ -95,23 +123,42 @@ class ShardingMixin:
             super()._load_from_checkpoint(*args, **options)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._as_one_process():
+        with self._as_one_process(), self._whole_states():
             super()._load_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        with self._as_one_process():
+        with self._as_one_process(changed=True):
             super()._load_best_model()  # type: ignore[misc]
 
     @contextmanager
-    def _as_one_process(self) -> Iterator[None]:
-        """Inside the block the trainer saves and loads as without FSDP."""
+    def _as_one_process(self, *, changed: bool = False) -> Iterator[None]:
+        """Inside the block the trainer saves and loads as without FSDP or DeepSpeed, and what trains is whole.
+
+        Args:
+            changed: the block changes what trains.
+        """
         trainer: Any = self
         reshard(trainer.model)
-        enabled, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
+        flags = ("is_fsdp_enabled", "is_deepspeed_enabled")
+        enabled = {flag: getattr(trainer, flag) for flag in flags}
+        vars(trainer).update(dict.fromkeys(flags, False))
+        try:
+            with gathered([p for p in trainer.model.parameters() if p.requires_grad], changed=changed):
+                yield
+        finally:
+            vars(trainer).update(enabled)
+
+    @contextmanager
+    def _whole_states(self) -> Iterator[None]:
+        """Inside the block the trainer's optimizer is one that saves and loads states as without DeepSpeed."""
+        trainer: Any = self
+        optimizer = trainer.optimizer
+        if self._in_deepspeed:
+            trainer.optimizer = WholeStates(optimizer, self._optimized)
         try:
             yield
         finally:
-            trainer.is_fsdp_enabled = enabled
+            trainer.optimizer = optimizer
 
 
 def _check_plugin(plugin: Any) -> None:
@@ -125,6 +172,19 @@ def _check_plugin(plugin: Any) -> None:
     )
     again = "fsdp_activation_checkpointing wraps the blocks, which have to stay as they are"
     require(not plugin.activation_checkpointing, f"{again}; set training.gradient_checkpointing instead")
+
+
+def _check_deepspeed(plugin: Any) -> None:
+    config = plugin.deepspeed_config
+    zero, where = config.get("zero_optimization", {}), "of DeepSpeed's configuration"
+    require(plugin.zero_stage in (2, 3), f"zero_stage {plugin.zero_stage} {where} was not tried; set it to 2 or 3")
+    for name in ("optimizer", "scheduler"):
+        require(name not in config, f"{name} {where} is the trainer's to make; leave it out")
+    for name in ("offload_optimizer", "offload_param"):
+        unused = zero.get(name, {}).get("device", "none") in ("none", None)
+        require(unused, f"{name} {where} was not tried; leave it out")
+    half = config.get("fp16", {}).get("enabled", False) is True
+    require(not half, "DeepSpeed's fp16 scales the loss where estimation does not see it; train in bf16")
 
 
 def _trains(model: nn.Module) -> Iterator[nn.Module]:

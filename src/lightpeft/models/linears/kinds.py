@@ -101,5 +101,5 @@ def _empty(layer: Any, dim: int) -> None:
 
 def sliced(parameter: Tensor, index: Tensor, dim: int) -> nn.Parameter:
     """A parameter of the entries `index` along `dim`, which trains if the whole one does, and is sharded if that is."""
-    kept = whole(parameter.detach()).index_select(dim, index.to(parameter.device))
+    kept = whole(parameter).index_select(dim, index.to(parameter.device))
     return nn.Parameter(placed_like(kept, parameter), requires_grad=parameter.requires_grad)

@@ -22,7 +22,7 @@ class PlainLinear(DenseKind):
         return isinstance(layer, nn.Linear) and ours and _is_ordinary(weight)
 
     def dense_weight(self, layer: Any) -> Tensor:
-        return whole(layer.weight.detach())
+        return whole(layer.weight)
 
     def features(self, layer: Any) -> tuple[int, int]:
         rows, columns = layer.weight.shape
@@ -48,7 +48,7 @@ class TransposedLinear(DenseKind):
         return isinstance(layer, Conv1D)
 
     def dense_weight(self, layer: Any) -> Tensor:
-        return whole(layer.weight.detach()).T
+        return whole(layer.weight).T
 
     def features(self, layer: Any) -> tuple[int, int]:
         columns, rows = layer.weight.shape
@@ -81,7 +81,7 @@ def _sum(parameter: nn.Parameter, change: Tensor | None) -> nn.Parameter:
     """A new parameter, added up in float32; it trains if the old one does."""
     if change is None:
         return parameter
-    total = (whole(parameter.detach()).float() + change.float()).to(parameter.dtype)
+    total = (whole(parameter).float() + change.float()).to(parameter.dtype)
     return nn.Parameter(placed_like(total, parameter), requires_grad=parameter.requires_grad)
 
 

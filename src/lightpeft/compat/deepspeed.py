@@ -1,0 +1,226 @@
+"""DeepSpeed: what it holds of a model and of an optimizer, taken out whole, and put in again."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from lightpeft.compat.torch import set_unseen
+
+
+def in_zero3(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 shares a parameter among processes; it is empty but where the model is computing with it."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def logical_shape(parameter: Any) -> torch.Size:
+    """The shape of the whole parameter, shared or not."""
+    return parameter.ds_shape if in_zero3(parameter) else parameter.shape
+
+
+def whole_of_zero3(parameter: Tensor) -> Tensor:
+    """A copy of all of a parameter that ZeRO-3 shares; all processes have to call this."""
+    with gathered([parameter]):
+        return parameter.detach().clone()
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator[None]:
+    """Inside the block all processes have those parameters whole that ZeRO-3 shares; all have to enter it together.
+
+    Args:
+        changed: the block changes them, in all processes alike.
+    """
+    shared = [each for each in parameters if in_zero3(each) and (changed or not _is_there(each))]
+    if not shared:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(shared, modifier_rank=0 if changed else None):
+        yield
+
+
+@contextmanager
+def out_of_zero3(model: nn.Module) -> Iterator[None]:
+    """Inside the block a model whose parameters ZeRO-3 shares can be cut: what trains is whole in every process, what is
+    frozen a part in each (`DTensor`).
+
+    Behind the block ZeRO-3 shares again what still is in parts, one parameter after the other, so that never more than
+    one is whole. The engine has to be made anew (`renew_engine`). Other models are left alone.
+    """
+    places = [(part, name, p) for part in model.modules() for name, p in part._parameters.items() if p is not None]
+    shared = [place for place in places if in_zero3(place[2])]
+    if not shared:
+        yield
+        return
+    kept: Any = next(p for _, _, p in shared)
+    mesh = init_device_mesh(kept.ds_tensor.device.type, (torch.distributed.get_world_size(),))
+    replaced: dict[Tensor, nn.Parameter] = {}  # tied weights stay tied
+    for part, name, parameter in shared:
+        if parameter not in replaced:
+            values = whole_of_zero3(parameter)
+            if not parameter.requires_grad:
+                values = distribute_tensor(values, mesh, [Shard(0)], src_data_rank=None)
+            replaced[parameter] = nn.Parameter(values, parameter.requires_grad)
+        set_unseen(part, name, replaced[parameter])
+    del places, shared
+    replaced.clear()
+    yield
+    for part in model.modules():
+        for name, parameter in part._parameters.items():
+            if isinstance(parameter, DTensor):
+                if parameter not in replaced:
+                    replaced[parameter] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
+                    kept.convert_to_zero_parameters([replaced[parameter]])
+                set_unseen(part, name, replaced[parameter])
+
+
+def engine_of(accelerator: Any) -> Any | None:
+    """DeepSpeed's engine of a training under way; None: it does not train in DeepSpeed."""
+    wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    return None if wrapped is None else wrapped.engine
+
+
+def renew_engine(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
+    """Let the engine of a training know the parameters that the model has now; it stays the object that it is.
+
+    Args:
+        optimizer: a new one, for these parameters.
+
+    Returns:
+        The optimizer as accelerate wraps it.
+    """
+    engine = engine_of(accelerator)
+    engine.destroy()
+    _forget_engine(model)
+    accelerator.deepspeed_engine_wrapped = None
+    accelerator._models.remove(engine)
+    fresh, prepared = accelerator.prepare(model, optimizer)
+    # the training loop holds the old engine, and the model's hooks the new one: both have the same state from here on
+    object.__setattr__(engine, "__dict__", fresh.__dict__)
+    gc.collect()  # what the old one held lies in cycles
+    return prepared
+
+
+def _forget_engine(model: nn.Module) -> None:
+    """Take off the modules what ZeRO-3 leaves on them when it is destroyed: an engine that comes after would take its
+    functions for its own, and the old one's parameters would stay."""
+    for module in model.modules():
+        for name in _LEFT_ON_MODULES:
+            vars(module).pop(name, None)
+        module._parameters = dict(module._parameters)
+
+
+_LEFT_ON_MODULES = (
+    "pre_bwd_fn",
+    "post_bwd_fn",
+    "applied_pre_backward_ref_cnt",
+    "ds_grads_remaining",
+    "ds_recompute_parameters",
+    "ds_inflight_param_registry",
+    "ds_external_parameters",
+    "all_parameters",
+    "_external_params",
+    "_original_parameters",
+)
+
+
+class WholeStates:
+    """Stands in for DeepSpeed's optimizer where its state is saved or loaded: as one process would have it, whole.
+
+    Made, and its states loaded, in all processes at once.
+    """
+
+    def __init__(self, optimizer: Any, groups: Sequence[Sequence[nn.Parameter]]) -> None:
+        """
+        Args:
+            optimizer: as accelerate wraps it.
+            groups: the parameters of its groups, as it was made with them.
+        """
+        self._zero = optimizer.optimizer
+        self._parameters = [parameter for group in groups for parameter in group]
+        self._sizes = [len(group) for group in groups]
+        self._saved = self._gather()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of the optimizer that DeepSpeed was given."""
+        return self._saved
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, of any number of processes."""
+        for group, values in zip(self._base.param_groups, saved["param_groups"], strict=True):
+            group.update({name: value for name, value in values.items() if name != "params"})
+        if not saved["state"]:
+            return
+        first = next(iter(saved["state"].values()))
+        for flat in self._flat:
+            self._base.state[flat] = {
+                name: torch.zeros_like(flat) if _is_of_parameter(value) else _copied(value)
+                for name, value in first.items()
+            }
+        if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
+            self._zero._lazy_init_hp_params_optimizer_state()
+        for index, parameter in enumerate(self._parameters):
+            for name, value in saved["state"][index].items():
+                if _is_of_parameter(value):
+                    self._put(parameter, name, value)
+
+    @property
+    def _base(self) -> Any:
+        return self._zero.optimizer
+
+    @property
+    def _flat(self) -> list[Tensor]:
+        """What the states in this process are of: its part of all parameters of a group, in one row."""
+        of_zero2 = getattr(self._zero, "single_partition_of_fp32_groups", None)
+        return self._zero.fp32_partitioned_groups_flat if of_zero2 is None else of_zero2
+
+    def _gather(self) -> dict[str, Any]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state: dict[int, dict[str, Any]] = {}
+        known = self._base.state.get(self._flat[0], {})
+        for index, parameter in enumerate(self._parameters if known else ()):
+            state[index] = {
+                name: safe_get_full_optimizer_state(parameter, name).view(logical_shape(parameter)).cpu()
+                if _is_of_parameter(value)
+                else _copied(value)
+                for name, value in known.items()
+            }
+        groups, begun = [], 0
+        for group, size in zip(self._base.param_groups, self._sizes, strict=True):
+            settings = {name: value for name, value in group.items() if name != "params"}
+            groups.append({**settings, "params": list(range(begun, begun + size))})
+            begun += size
+        return {"state": state, "param_groups": groups}
+
+    def _put(self, parameter: Any, name: str, value: Tensor) -> None:
+        if not in_zero3(parameter):
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
+            return
+        part, _ = self._zero._get_fp32_opt_state_partition(parameter, False, name)
+        begun = len(part) * torch.distributed.get_rank()
+        own = value.flatten()[begun : begun + len(part)]  # that of the last process may end in padding
+        part[: len(own)].copy_(own)
+
+
+def _is_there(parameter: Any) -> bool:
+    return parameter.ds_status.name == "AVAILABLE"
+
+
+def _is_of_parameter(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
