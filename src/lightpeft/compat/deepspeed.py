@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from lightpeft.compat.torch import set_unseen
 
@@ -48,21 +49,30 @@ def gathered(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator
         yield
 
 
+def hold_whole(model: nn.Module) -> None:
+    """Let every process hold whole what trains, until DeepSpeed's next step; all have to call this."""
+    trains: list[Any] = [p for p in model.parameters() if p.requires_grad and in_zero3(p)]
+    absent = [parameter for parameter in trains if not _is_there(parameter)]
+    if absent:
+        absent[0].all_gather(param_list=absent)
+    for parameter in trains:
+        parameter.ds_persist = True  # else the next forward pass lets go of it
+
+
 @contextmanager
 def out_of_zero3(model: nn.Module) -> Iterator[None]:
     """Inside the block a model whose parameters ZeRO-3 shares can be cut: what trains is whole in every process, what is
     frozen a part in each (`DTensor`).
 
-    Behind the block ZeRO-3 shares again what still is in parts, one parameter after the other, so that never more than
-    one is whole. The engine has to be made anew (`renew_engine`). Other models are left alone.
+    Behind the block they are shared again, one after the other, so that never more than one that is frozen is whole. The
+    model can answer then; before it trains its engine has to be made anew (`renew_engine`). Other models are left alone.
     """
-    places = [(part, name, p) for part in model.modules() for name, p in part._parameters.items() if p is not None]
-    shared = [place for place in places if in_zero3(place[2])]
+    shared = [(part, name, p) for part, name, p in _places(model) if in_zero3(p)]
     if not shared:
         yield
         return
-    kept: Any = next(p for _, _, p in shared)
-    mesh = init_device_mesh(kept.ds_tensor.device.type, (torch.distributed.get_world_size(),))
+    known: Any = shared[0][2]
+    mesh = init_device_mesh(known.ds_tensor.device.type, (torch.distributed.get_world_size(),))
     replaced: dict[Tensor, nn.Parameter] = {}  # tied weights stay tied
     for part, name, parameter in shared:
         if parameter not in replaced:
@@ -71,16 +81,31 @@ def out_of_zero3(model: nn.Module) -> Iterator[None]:
                 values = distribute_tensor(values, mesh, [Shard(0)], src_data_rank=None)
             replaced[parameter] = nn.Parameter(values, parameter.requires_grad)
         set_unseen(part, name, replaced[parameter])
-    del places, shared
+    shared.clear()
     replaced.clear()
     yield
+    for part, name, parameter in list(_places(model)):
+        if parameter not in replaced:
+            values = parameter.detach()
+            values = values.full_tensor() if isinstance(values, DTensor) else values
+            replaced[parameter] = nn.Parameter(values, parameter.requires_grad)
+            known.convert_to_zero_parameters([replaced[parameter]])
+        set_unseen(part, name, replaced[parameter])
+    hold_whole(model)
+    coordinator = known._z3_optimizer.parameter_offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():  # it expects the parameters from before
+        coordinator._invalidate_trace()
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Where parameters are: module, name, parameter."""
     for part in model.modules():
-        for name, parameter in part._parameters.items():
-            if isinstance(parameter, DTensor):
-                if parameter not in replaced:
-                    replaced[parameter] = nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad)
-                    kept.convert_to_zero_parameters([replaced[parameter]])
-                set_unseen(part, name, replaced[parameter])
+        yield from ((part, name, p) for name, p in part._parameters.items() if p is not None)
+
+
+def load_whole() -> None:
+    """Let transformers load models whole again: after a trainer was made for ZeRO-3, it loads a part in each process."""
+    unset_hf_deepspeed_config()
 
 
 def engine_of(accelerator: Any) -> Any | None:
@@ -113,6 +138,9 @@ def renew_engine(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
 def _forget_engine(model: nn.Module) -> None:
     """Take off the modules what ZeRO-3 leaves on them when it is destroyed: an engine that comes after would take its
     functions for its own, and the old one's parameters would stay."""
+    for parameter in model.parameters():
+        if in_zero3(parameter):
+            parameter.ds_persist = False  # type: ignore[attr-defined]  # the new engine says which are to stay
     for module in model.modules():
         for name in _LEFT_ON_MODULES:
             vars(module).pop(name, None)

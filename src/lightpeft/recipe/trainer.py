@@ -131,6 +131,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             with meeting_others():
                 self._before_sharding(self._light_checkpoint)
                 result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
+                self._behind_sharding()
             if self._light_pruner is not None and self.light_record is None and self.light_plan is None:
                 self._warn_uncut(self._trainer.state.global_step)
             return result
@@ -174,6 +175,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         self._estimation_steps = state.global_step
         self._light_pruner.estimator.stop()
         self._leave_light()
+        self._behind_sharding()
         self.light_record = self._light_pruner.record()
         self.light_record.meta["rows_a_step"] = rows_a_step(self._trainer.args)
         plan = self.make_light_plan(self.light_record)

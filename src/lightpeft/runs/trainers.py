@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
+from lightpeft.compat.deepspeed import load_whole
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.scores import scores_of
@@ -85,6 +86,7 @@ class InRun:
     def settle(self) -> None:
         """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
         trainer: Any = self
+        load_whole()  # what the run loads beside the model that trains
         trainer.args.output_dir = str(self.work.run.checkpoints(self.stage))
         self.work.announce_processes(self.stage)
         if _wants_tensorboard(self.work.config.trainer):
@@ -233,7 +235,9 @@ class DenseRun(InRun, PrefixMixin, ShardingMixin, RunTrainer):
             check_step(Path(resume_from_checkpoint), self.args)
         self._before_sharding(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *args, **options)
+            result = super().train(resume_from_checkpoint, *args, **options)
+            self._behind_sharding()
+            return result
         finally:
             self._close_prefix()
 

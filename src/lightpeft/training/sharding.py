@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lightpeft.compat.accelerate import fsdp_on_cpus
-from lightpeft.compat.deepspeed import WholeStates, gathered
+from lightpeft.compat.deepspeed import WholeStates, gathered, hold_whole
 from lightpeft.errors import require
 from lightpeft.machine import sharding_launched
 from lightpeft.models.families import block_lists
@@ -26,7 +26,7 @@ from lightpeft.models.unwrap import transformers_model
 
 
 class ShardingMixin:
-    """Mixin of `Trainer` classes. `train` is to call `_before_sharding` first."""
+    """Mixin of `Trainer` classes. `train` is to call `_before_sharding` first, and `_behind_sharding` in the end."""
 
     _optimized: Sequence[Sequence[nn.Parameter]] = ()
     """Parameters of the optimizer that DeepSpeed took, by its groups."""
@@ -65,6 +65,11 @@ class ShardingMixin:
         for parameter in (p for module in trains for p in _own(module)):
             parameter.data = parameter.data.to(trainer.args.device)
             dist.broadcast(parameter.data, 0)
+
+    def _behind_sharding(self) -> None:
+        """Training has ended, or stands still: let every process have whole what trains, to be saved by one."""
+        trainer: Any = self
+        hold_whole(trainer.model)
 
     # -- what Trainer calls --------------------------------------------------------------------------------------
 
