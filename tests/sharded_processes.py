@@ -1,4 +1,4 @@
-"""What `test_sharded.py` runs in two processes that share the weights (FSDP2 over gloo)."""
+"""What `test_sharded.py` runs in two processes that share weights (over gloo): FSDP2, or DeepSpeed by its launcher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from sharded_trainings import MODELS, found, training
 from torch.distributed.tensor import DTensor
 from training import StopAt
 
+from lightpeft.compat.deepspeed import in_zero3, logical_shape
 from lightpeft.errors import LightPeftError
+from lightpeft.machine import sharding_launched
 from lightpeft.models.unwrap import transformers_model
 
 
@@ -35,7 +37,7 @@ def trainings(folder: Path) -> None:
         again.train(resume_from_checkpoint=str(folder / side / f"checkpoint-{step}"))
         torch.save(found(again), place / f"{side}.pt")
     refused = {}
-    for setting, changes in REFUSED.items():
+    for setting, changes in (REFUSED_OF_FSDP | REFUSED if not sharding_launched("DEEPSPEED") else REFUSED).items():
         try:
             training("bert-lora", folder / "refused", processes=2, **changes)
         except LightPeftError as error:
@@ -43,10 +45,12 @@ def trainings(folder: Path) -> None:
     (place / "refused.json").write_text(json.dumps(refused))
 
 
-REFUSED: dict[str, dict[str, Any]] = {
+REFUSED_OF_FSDP: dict[str, dict[str, Any]] = {
     "cpu_offload": {"fsdp_config": {"cpu_offload": True}},
     "cpu_ram_efficient_loading": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
     "activation_checkpointing": {"fsdp_config": {"activation_checkpointing": True}},
+}
+REFUSED: dict[str, dict[str, Any]] = {
     "blocks": {"light": {"blocks": "auto", "heads": 0.0, "neurons": 0.0}},
     "keep": {"light": {"keep": "full"}},
 }
@@ -55,8 +59,13 @@ REFUSED: dict[str, dict[str, Any]] = {
 def sharded(model: torch.nn.Module) -> dict[str, Any]:
     """How many numbers the base has, and how many of them this process holds."""
     base = [p for p in transformers_model(model).parameters() if not p.requires_grad]
-    held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in base)
-    return {"numbers": sum(p.numel() for p in base), "held": held}
+    return {"numbers": sum(logical_shape(p).numel() for p in base), "held": sum(_held(p) for p in base)}
+
+
+def _held(parameter: Any) -> int:
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().numel()
+    return (parameter.ds_tensor if in_zero3(parameter) else parameter).numel()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small light trainings that `test_sharded.py` does in one process, and in two that share the weights."""
+"""Small light trainings that `test_sharded.py` does in one process, and in two that share weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from training import dataset, trained_weights
 from transformers import TrainingArguments
 
 from lightpeft.config import LightConfig
+from lightpeft.machine import sharding_launched
 from lightpeft.recipe.trainer import LightTrainer
 
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
@@ -46,7 +47,8 @@ def training(name: str, folder: Path, processes: int = 1, light: dict[str, Any] 
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,
-        **({"ddp_backend": "gloo", **FSDP} if processes > 1 else {}),
+        **({"ddp_backend": "gloo"} if processes > 1 else {}),
+        **(FSDP if processes > 1 and not sharding_launched("DEEPSPEED") else {}),
         **settings,
     }
     budget = {"length": 4, "least_examples": 0, "heads": 0.5, "neurons": 0.5, "modules": 0.5, "dropout": 0.0}

@@ -193,9 +193,9 @@ class WholeStates:
             self._base.state[flat] = {
                 name: torch.zeros_like(flat) if _is_of_parameter(value) else _copied(value)
                 for name, value in first.items()
+                if name != _IN_FLOAT32
             }
-        if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
-            self._zero._lazy_init_hp_params_optimizer_state()
+        self._link()
         for index, parameter in enumerate(self._parameters):
             for name, value in saved["state"][index].items():
                 if _is_of_parameter(value):
@@ -211,18 +211,30 @@ class WholeStates:
         of_zero2 = getattr(self._zero, "single_partition_of_fp32_groups", None)
         return self._zero.fp32_partitioned_groups_flat if of_zero2 is None else of_zero2
 
+    def _link(self) -> None:
+        """Let ZeRO-2 know where in the rows the states of each parameter lie: by itself it knows of the first group."""
+        if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
     def _gather(self) -> dict[str, Any]:
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        def whole(parameter: Any, name: str) -> Tensor:
+            values = safe_get_full_optimizer_state(parameter, name) if name else safe_get_full_fp32_param(parameter)
+            return values.view(logical_shape(parameter)).cpu()
 
         state: dict[int, dict[str, Any]] = {}
         known = self._base.state.get(self._flat[0], {})
+        if known:
+            self._link()
         for index, parameter in enumerate(self._parameters if known else ()):
             state[index] = {
-                name: safe_get_full_optimizer_state(parameter, name).view(logical_shape(parameter)).cpu()
-                if _is_of_parameter(value)
-                else _copied(value)
+                name: whole(parameter, name) if _is_of_parameter(value) else _copied(value)
                 for name, value in known.items()
             }
+            if parameter.dtype != torch.float32:
+                state[index][_IN_FLOAT32] = whole(parameter, "")
         groups, begun = [], 0
         for group, size in zip(self._base.param_groups, self._sizes, strict=True):
             settings = {name: value for name, value in group.items() if name != "params"}
@@ -231,15 +243,18 @@ class WholeStates:
         return {"state": state, "param_groups": groups}
 
     def _put(self, parameter: Any, name: str, value: Tensor) -> None:
-        if not in_zero3(parameter):
-            from deepspeed.utils import safe_set_full_optimizer_state
+        key = None if name == _IN_FLOAT32 else name
+        if in_zero3(parameter):
+            part, _ = self._zero._get_fp32_opt_state_partition(parameter, False, key)
+            begun = len(part) * torch.distributed.get_rank()
+            own = value.flatten()[begun : begun + len(part)]  # that of the last process may end in padding
+            part[: len(own)].copy_(own)
+        else:
+            parameter.set_full_hp_param(value.to(parameter.device), key)
 
-            safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
-            return
-        part, _ = self._zero._get_fp32_opt_state_partition(parameter, False, name)
-        begun = len(part) * torch.distributed.get_rank()
-        own = value.flatten()[begun : begun + len(part)]  # that of the last process may end in padding
-        part[: len(own)].copy_(own)
+
+_IN_FLOAT32 = "in_float32"
+"""Name among the states for a parameter that is kept in half precision, as DeepSpeed's optimizer knows it."""
 
 
 def _is_there(parameter: Any) -> bool:

@@ -86,7 +86,7 @@ class ShardingMixin:
         if self._shards:
             _check_plugin(trainer.accelerator.state.fsdp_plugin)
         if self._in_deepspeed:
-            _check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
+            check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """The trainer's own."""
@@ -179,7 +179,15 @@ def _check_plugin(plugin: Any) -> None:
     require(not plugin.activation_checkpointing, f"{again}; set training.gradient_checkpointing instead")
 
 
-def _check_deepspeed(plugin: Any) -> None:
+def check_deepspeed(plugin: Any) -> None:
+    """Refuse what of DeepSpeed does not go with a model that is cut on the way, or was not tried.
+
+    Args:
+        plugin: accelerate's, of the training.
+
+    Raises:
+        LightPeftError: saying what to set instead.
+    """
     config = plugin.deepspeed_config
     zero, where = config.get("zero_optimization", {}), "of DeepSpeed's configuration"
     require(plugin.zero_stage in (2, 3), f"zero_stage {plugin.zero_stage} {where} was not tried; set it to 2 or 3")
