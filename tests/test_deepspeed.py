@@ -5,7 +5,6 @@ DeepSpeed compiles on first use, and lives in an environment of its own (`make t
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from tiny import make, plan_for, with_lora
 from torch import Tensor
-from workbench import ENGINES, in_other_process
+from workbench import ENGINES, in_other_process, needs_deepspeed
 
 from lightpeft import load_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.light_adapter import as_light
-
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 
 WORKER = Path(__file__).with_name("deepspeed_processes.py")
 ZERO3 = ENGINES / "zero3.yaml"

@@ -1,8 +1,7 @@
-"""Two processes that share a model's weights (FSDP2, ZeRO-2, ZeRO-3) must end where one process does that has them all."""
+"""Two processes that share a model's weights (FSDP2, ZeRO-2, ZeRO-3) must end where one does that has them all."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import pytest
 import torch
 from sharded_processes import REFUSED, REFUSED_OF_FSDP
 from sharded_trainings import LONG, MODELS, found, training
-from workbench import in_other_process
+from workbench import in_other_process, needs_deepspeed
 
 from lightpeft import load_light
 from lightpeft.errors import LightPeftError
@@ -20,7 +19,6 @@ from lightpeft.training.sharding import check_deepspeed
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 ZERO = {"zero2": 2, "zero3": 3}
 """DeepSpeed's stages."""
 WORKER = Path(__file__).with_name("sharded_processes.py")
@@ -166,4 +164,6 @@ def test_what_was_not_tried_in_deepspeed_is_refused_in_one_line(stage: int, conf
 
 def test_usual_settings_of_deepspeed_are_taken() -> None:
     zero = {"stage": 3, "offload_param": {"device": "none"}, "offload_optimizer": {"device": "none"}}
-    check_deepspeed(SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": zero, "fp16": {"enabled": "auto"}}))
+    check_deepspeed(
+        SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": zero, "fp16": {"enabled": "auto"}})
+    )

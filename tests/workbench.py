@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -61,6 +62,7 @@ POSITIONS = 40
 
 ENGINES = Path(__file__).parents[1] / "configs" / "engines"
 """What ships for `accelerate launch`."""
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 CONFIGS = [path for path in sorted(ENGINES.parent.rglob("*.yaml")) if path.parent != ENGINES]
 GRIDS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 """What ships for `lightpeft reproduce`."""

@@ -50,22 +50,20 @@ def gathered(parameters: Iterable[Tensor], *, changed: bool = False) -> Iterator
 
 
 def hold_whole(model: nn.Module) -> None:
-    """Let every process hold whole what trains, until DeepSpeed's next step; all have to call this."""
-    trains: list[Any] = [p for p in model.parameters() if p.requires_grad and in_zero3(p)]
-    absent = [parameter for parameter in trains if not _is_there(parameter)]
+    """Let every process have whole what trains, until the model next computes; all have to call this."""
+    absent: list[Any] = [p for p in model.parameters() if p.requires_grad and in_zero3(p) and not _is_there(p)]
     if absent:
         absent[0].all_gather(param_list=absent)
-    for parameter in trains:
-        parameter.ds_persist = True  # else the next forward pass lets go of it
 
 
 @contextmanager
 def out_of_zero3(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model whose parameters ZeRO-3 shares can be cut: what trains is whole in every process, what is
-    frozen a part in each (`DTensor`).
+    """Inside the block a model whose parameters ZeRO-3 shares can be cut: every process has whole what trains, and of
+    what is frozen a part (`DTensor`).
 
-    Behind the block they are shared again, one after the other, so that never more than one that is frozen is whole. The
-    model can answer then; before it trains its engine has to be made anew (`renew_engine`). Other models are left alone.
+    Behind the block they are shared again, one after the other, so that never more than one that is frozen is whole.
+    The model can answer then; before it trains its engine has to be made anew (`renew_engine`). Other models are left
+    alone.
     """
     shared = [(part, name, p) for part, name, p in _places(model) if in_zero3(p)]
     if not shared:
@@ -104,14 +102,13 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def load_whole() -> None:
-    """Let transformers load models whole again: after a trainer was made for ZeRO-3, it loads a part in each process."""
+    """Let transformers load models whole: once a trainer is made for ZeRO-3, each process would load a part."""
     unset_hf_deepspeed_config()
 
 
-def engine_of(accelerator: Any) -> Any | None:
-    """DeepSpeed's engine of a training under way; None: it does not train in DeepSpeed."""
-    wrapped = getattr(accelerator, "deepspeed_engine_wrapped", None)
-    return None if wrapped is None else wrapped.engine
+def has_engine(accelerator: Any) -> bool:
+    """Whether a training under way is one in DeepSpeed."""
+    return getattr(accelerator, "deepspeed_engine_wrapped", None) is not None
 
 
 def renew_engine(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
@@ -123,7 +120,7 @@ def renew_engine(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
     Returns:
         The optimizer as accelerate wraps it.
     """
-    engine = engine_of(accelerator)
+    engine = accelerator.deepspeed_engine_wrapped.engine
     engine.destroy()
     _forget_engine(model)
     accelerator.deepspeed_engine_wrapped = None
@@ -138,9 +135,6 @@ def renew_engine(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
 def _forget_engine(model: nn.Module) -> None:
     """Take off the modules what ZeRO-3 leaves on them when it is destroyed: an engine that comes after would take its
     functions for its own, and the old one's parameters would stay."""
-    for parameter in model.parameters():
-        if in_zero3(parameter):
-            parameter.ds_persist = False  # type: ignore[attr-defined]  # the new engine says which are to stay
     for module in model.modules():
         for name in _LEFT_ON_MODULES:
             vars(module).pop(name, None)

@@ -1,4 +1,4 @@
-"""Parameters that processes share among them (FSDP2, ZeRO-3): each holds a part, and all have to ask for the whole at once."""
+"""Parameters that processes share (FSDP2, ZeRO-3): each holds a part, and all have to ask for the whole at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightpeft.compat.deepspeed import in_zero3, whole_of_zero3
+from lightpeft.compat.deepspeed import hold_whole, in_zero3, whole_of_zero3
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -31,11 +31,15 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def without_graph(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model answers without a graph: in inference mode, unless it is sharded."""
+    """Inside the block a model answers without a graph: in inference mode, unless it is sharded.
+
+    Behind it what trains is whole in every process, and what is frozen a part in each, as before.
+    """
     # the memory that FSDP2 gathers weights in is used in training, too, which takes no tensors of inference mode
     with torch.no_grad() if is_sharded(model) else torch.inference_mode():
         yield
     reshard(model)
+    hold_whole(model)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -144,8 +144,8 @@ def _decoder_mask(kwargs: dict[str, Any]) -> Tensor | None:
 class RankObserver:
     """Signed rank Taylor terms of the step under way, read from the gradients on their way to the parameters.
 
-    They are linear in the gradient, so that those of a step are the sum of its micro-batches'. What is done to gradients
-    afterwards (clipping, and sharing among processes) is not seen.
+    They are linear in the gradient, so that those of a step are the sum of its micro-batches'. What is done to
+    gradients afterwards (clipping, and sharing among processes) is not seen.
     """
 
     def __init__(self, sites: Sequence[Site]) -> None:

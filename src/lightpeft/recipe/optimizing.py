@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightpeft.compat.accelerate import forget_optimizers, prepared
-from lightpeft.compat.deepspeed import engine_of, renew_engine
+from lightpeft.compat.deepspeed import has_engine, renew_engine
 from lightpeft.plans.records import PrunePlan
 from lightpeft.recipe.parallel import rewrap
 
@@ -24,7 +24,7 @@ class OptimizingMixin:
         forget_optimizers(trainer.accelerator)
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.create_optimizer()
-        renewed = prepared if engine_of(trainer.accelerator) is None else renew_engine
+        renewed = renew_engine if has_engine(trainer.accelerator) else prepared
         trainer.optimizer = renewed(trainer.accelerator, trainer.model, trainer.optimizer)
         trainer.create_scheduler(num_training_steps=max_steps)
         for name in ("optimizer", "lr_scheduler"):

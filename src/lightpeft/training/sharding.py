@@ -1,7 +1,7 @@
 """Any trainer of a PeftModel under FSDP2 or DeepSpeed, with checkpoints of one process, from which any number goes on.
 
-FSDP2 shards what is frozen, nearly all; what trains is whole everywhere, small as masks and scores are, and its gradients
-are averaged as under DDP. DeepSpeed shards what trains, too, and its optimizer.
+FSDP2 shards what is frozen, nearly all; what trains is whole everywhere, small as masks and scores are, and its
+gradients are averaged as under DDP. DeepSpeed shards what trains, too, and its optimizer.
 """
 
 from __future__ import annotations
