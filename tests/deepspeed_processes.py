@@ -34,3 +34,4 @@ def held(model: nn.Module) -> int:
 
 if __name__ == "__main__":
     main(*(Path(word) for word in sys.argv[1:]))
+    torch.distributed.destroy_process_group()

@@ -30,12 +30,11 @@ def trainings(folder: Path) -> None:
         torch.save({**found(trainer), **sharded(trainer.model)}, place / f"{name}.pt")
         trainer.save_model(str(folder / name / "adapter"))
     for side, step in (("before", 3), ("behind", 8)):
-        first = training("bert-lora", folder / side, processes=2, save_strategy="steps", save_steps=step)
-        first.add_callback(StopAt(step))
-        first.train()
-        again = training("bert-lora", folder / side, processes=2)
-        again.train(resume_from_checkpoint=str(folder / side / f"checkpoint-{step}"))
-        torch.save(found(again), place / f"{side}.pt")
+        torch.save(found(resumed(folder / side, step)), place / f"{side}.pt")
+    undisturbed = training("bert-lora", folder / "half", processes=2, bf16=True)
+    undisturbed.train()
+    torch.save(found(undisturbed), place / "half.pt")
+    torch.save(found(resumed(folder / "half", 8, bf16=True)), place / "half-resumed.pt")
     refused = {}
     for setting, changes in (REFUSED_OF_FSDP | REFUSED if not sharding_launched("DEEPSPEED") else REFUSED).items():
         try:
@@ -43,6 +42,16 @@ def trainings(folder: Path) -> None:
         except LightPeftError as error:
             refused[setting] = str(error)
     (place / "refused.json").write_text(json.dumps(refused))
+
+
+def resumed(folder: Path, step: int, **settings: Any) -> Any:
+    """A training that was stopped, and has gone on from its checkpoint."""
+    first = training("bert-lora", folder, processes=2, save_strategy="steps", save_steps=step, **settings)
+    first.add_callback(StopAt(step))
+    first.train()
+    again = training("bert-lora", folder, processes=2, **settings)
+    again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    return again
 
 
 REFUSED_OF_FSDP: dict[str, dict[str, Any]] = {

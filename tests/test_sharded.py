@@ -119,6 +119,12 @@ def test_two_processes_go_on_from_a_checkpoint(results: Path, alone: dict[str, d
     assert_close(of_rank(results, 0, side), alone["bert-lora"])
 
 
+def test_a_training_in_half_precision_goes_on_as_if_nothing_had_been(results: Path) -> None:
+    again, undisturbed = (of_rank(results, 0, name) for name in ("half-resumed", "half"))
+    assert again["losses"] == undisturbed["losses"][-len(again["losses"]) :]
+    assert all(weight.equal(undisturbed["weights"][name]) for name, weight in again["weights"].items())
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_one_process_goes_on_where_two_were(
     results: Path, alone: dict[str, dict[str, Any]], side: str, tmp_path: Path

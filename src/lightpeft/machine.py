@@ -48,13 +48,14 @@ def processes() -> PartialState:
         waiting.cancel()
 
 
-def sharding_launched(engine: str = "FSDP") -> bool:
+def sharding_launched(*engines: str) -> bool:
     """Whether `accelerate launch` has started this process as one of several that share a model's weights.
 
     Args:
-        engine: by which they do so, FSDP or DEEPSPEED.
+        engines: by which they may do so, FSDP or DEEPSPEED; none given: either.
     """
-    return os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true"
+    asked = engines or ("FSDP", "DEEPSPEED")
+    return any(os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" for engine in asked)
 
 
 def _state() -> PartialState:

@@ -176,6 +176,7 @@ class WholeStates:
         """As of the optimizer that DeepSpeed was given."""
         return self._saved
 
+    @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, of any number of processes."""
         for group, values in zip(self._base.param_groups, saved["param_groups"], strict=True):

@@ -21,6 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.machine import autocasting
 from lightpeft.models.linears import add_to_linear, can_be_added_to, dense_weight
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import base_linear, transformers_model
@@ -220,7 +221,8 @@ def _moments(
         def add(module: nn.Module, args: tuple[Any, ...]) -> None:
             states = real.select(args[0], block, slot).float()
             extended = torch.cat([states, states.new_ones(len(states), 1)], dim=1)
-            sums[index] = sums[index] + extended.T @ extended
+            with autocasting(states.device, None):  # whatever the model computes in
+                sums[index] = sums[index] + extended.T @ extended
 
         return add
 

@@ -184,7 +184,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             return
         started = time.perf_counter()
         before = parameter_report(self._peft_model)
-        with as_it_is(self._peft_model):
+        with as_it_is(self._peft_model), self._answering():
             light = self.prune_light_model(plan)
         self.light_plan = plan
         self._light_seconds["cut"] = time.perf_counter() - started

@@ -19,10 +19,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from lightpeft.compat.accelerate import fsdp_on_cpus
 from lightpeft.compat.deepspeed import WholeStates, gathered, hold_whole
 from lightpeft.errors import require
-from lightpeft.machine import sharding_launched
+from lightpeft.machine import autocasting, sharding_launched
 from lightpeft.models.families import block_lists
+from lightpeft.models.patching import instead
 from lightpeft.models.sharding import is_sharded, reshard
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.training.arguments import half_precision
 
 
 class ShardingMixin:
@@ -71,6 +73,20 @@ class ShardingMixin:
         trainer: Any = self
         hold_whole(trainer.model)
 
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Inside the block the model, called by itself, computes in the precision in which it is sharded."""
+        trainer: Any = self
+        model, half = trainer.model, half_precision(trainer.args) if self._shards else None
+        usual = model.forward
+
+        def forward(*args: Any, **options: Any) -> Any:
+            with self.autocast_smart_context_manager():
+                return usual(*args, **options)
+
+        with nullcontext() if half is None else instead(model, forward):
+            yield
+
     # -- what Trainer calls --------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -80,13 +96,21 @@ class ShardingMixin:
             LightPeftError: FSDP is asked for in a way in which it cannot be had here.
         """
         trainer: Any = self
-        asked = bool(trainer.args.fsdp) or sharding_launched()
+        asked = bool(trainer.args.fsdp) or sharding_launched("FSDP")
         with fsdp_on_cpus() if asked else nullcontext():
             super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self._shards:
             _check_plugin(trainer.accelerator.state.fsdp_plugin)
         if self._in_deepspeed:
             check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
+
+    def autocast_smart_context_manager(self, *args: Any, **options: Any) -> Any:
+        """The trainer's own, and under FSDP autocast: half precision is for what it shards, and what trains is not."""
+        trainer: Any = self
+        half = half_precision(trainer.args) if self._shards else None
+        if half is not None:
+            return autocasting(trainer.args.device, half)
+        return super().autocast_smart_context_manager(*args, **options)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """The trainer's own."""

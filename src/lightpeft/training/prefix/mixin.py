@@ -62,7 +62,7 @@ class PrefixMixin:
         if self.prefix_cache is None or not self._frozen_prefix or seen <= len(self._trainer.train_dataset):
             return
         if is_sharded(model):  # all processes have to go through its blocks together, and would not
-            self._announce("no prefix cache: FSDP shards the model")
+            self._announce("no prefix cache: processes share the model's weights")
             return
         if rows is None:
             self._announce(f"no prefix cache: {self._prefix_obstacle}")
