@@ -17,7 +17,7 @@ help:
 	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
 	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
 	@echo "make test-vllm    set up .venv-vllm with vLLM for CPUs and the plug-in, and compare what it writes with transformers"
-	@echo "make test-deepspeed  set up .venv-deepspeed with DeepSpeed, and fine-tune light models in it beside DDP"
+	@echo "make test-deepspeed  set up .venv-deepspeed with DeepSpeed, and hold light runs in it against one process"
 	@echo "make test-gpu     what a CUDA device may do otherwise than a CPU, then a small benchmark; says so where there is none"
 	@echo "make test-lowest  the core's tests with the lowest versions that pyproject.toml allows, in .venv-lowest"
 	@echo "make test-newest  the same tests with the newest versions there are, pre-releases included, in .venv-newest"
@@ -45,8 +45,9 @@ test-vllm: fetch $(VLLM)/.installed
 	LIGHTPEFT_VLLM=$(VLLM)/bin/python HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest tests/test_vllm.py
 
-test-deepspeed: $(DEEPSPEED)/.installed
-	DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest tests/test_deepspeed.py
+test-deepspeed: fetch $(DEEPSPEED)/.installed
+	DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest \
+		tests/test_compat.py tests/test_deepspeed.py tests/test_sharded.py tests/test_going_on.py
 
 test-gpu: fetch
 	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -m gpu -rs --durations=0 tests/test_gpu.py

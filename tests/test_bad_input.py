@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import shutil
@@ -504,3 +505,18 @@ def test_inspection_of_something_else(bench: Workbench, adapter: Path, copied: P
     assert "is none of a run, a light adapter" in refused("inspect", bench.folder)
     assert "cannot be read" in refused("inspect", bench.train)
     assert "does not have the expected content" in refused("inspect", adapter.parent / "metrics.json")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="is for where DeepSpeed is not")
+def test_deepspeed_that_is_not_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    config = bench.yaml("deepspeed", **{"light.least_examples": 0})
+    capsys.readouterr()
+    for asked in (["--trainer.deepspeed", "zero2.json"], []):
+        assert lightpeft("run", "--config", config, *asked) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("lightpeft: DeepSpeed is asked for and not installed; pip install deepspeed")
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert not (bench.folder / "deepspeed").exists()

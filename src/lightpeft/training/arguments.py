@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from lightpeft.config import TrainingConfig
 from lightpeft.config.validation import unknown_key
 from lightpeft.errors import LightPeftError, one_line, require
-from lightpeft.machine import accelerator, autocast_dtype
+from lightpeft.machine import accelerator, autocast_dtype, sharding_launched
 
 _ALIASES = {
     "num_train_epochs": "training.epochs",
@@ -69,6 +70,12 @@ def training_arguments(
             transformers does not take.
     """
     check_given(given or {})
+    in_deepspeed = (given or {}).get("deepspeed") or sharding_launched("DEEPSPEED")
+    require(
+        not in_deepspeed or importlib.util.find_spec("deepspeed") is not None,
+        "DeepSpeed is asked for and not installed; pip install deepspeed, or share weights by FSDP2 "
+        "(configs/engines/fsdp2.yaml)",
+    )
     autocast = autocast_dtype(config)
     fields: dict[str, Any] = {
         "output_dir": str(folder),
