@@ -26,9 +26,14 @@ MODELS: dict[str, Callable[[], PeftModel]] = {
     "llama-lora": lambda: with_lora(make("llama-gqa")),
     "llama-bottleneck": lambda: with_bottleneck(make("llama-gqa")),
     "llama-refit": lambda: with_lora(make("llama-gqa")),
+    "gpt-oss-lora": lambda: with_lora(make("gpt_oss")),
 }
-"""An encoder and a decoder whose heads share keys and values, with both kinds of PEFT."""
-LIGHT: dict[str, dict[str, Any]] = {"llama-refit": {"refit": "low_rank", "refit_rank": 2}}
+"""An encoder and a decoder whose heads share keys and values, with both kinds of PEFT, and a mixture of experts whose
+heads have parameters of their own."""
+LIGHT: dict[str, dict[str, Any]] = {
+    "llama-refit": {"refit": "low_rank", "refit_rank": 2},
+    "gpt-oss-lora": {"experts": 0.5},
+}
 """Settings of some of their own."""
 LONG = ("llama-lora",)
 """What trains for 50 steps, the others for 12."""
@@ -52,7 +57,7 @@ def training(name: str, folder: Path, processes: int = 1, light: dict[str, Any] 
         **settings,
     }
     budget = {"length": 4, "least_examples": 0, "heads": 0.5, "neurons": 0.5, "modules": 0.5, "dropout": 0.0}
-    rows: Dataset = dataset(causal=name.startswith("llama"))
+    rows: Dataset = dataset(causal=not name.startswith("bert"))
     arguments = TrainingArguments(str(folder), **values)
     return LightTrainer(
         model, arguments, light=LightConfig(**{**budget, **LIGHT.get(name, {}), **(light or {})}), train_dataset=rows

@@ -81,7 +81,8 @@ def test_scores_are_those_of_one_process(results: Path, alone: dict[str, dict[st
     scores, expected = of_rank(results, 0, name)["scores"], alone[name]["scores"]
     assert scores.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(scores[key], value, rtol=1e-3, atol=1e-4 * float(value.abs().max()), msg=key)
+        largest = max(value.abs().tolist(), default=0.0)  # of a mixture of experts no neuron of an FFN has a score
+        torch.testing.assert_close(scores[key], value, rtol=1e-3, atol=1e-4 * largest, msg=key)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightpeft.compat.deepspeed import logical_shape
 from lightpeft.errors import LightPeftError, require
+from lightpeft.models.sharding import placed_like, whole
 from lightpeft.models.unwrap import base_layer
 
 _CHANNELS: dict[str, tuple[int | None, int | None]] = {
@@ -59,18 +61,18 @@ class ExpertLayer:
         plain = {"gate_up_proj", "down_proj"} <= own.keys() and all(p.is_floating_point() for p in own.values())
         kept = "lightpeft cuts experts that are single 3-D parameters in floating point"
         require(plain and not others, f"{where} is a {type(self.experts).__name__} with other parameters: {kept}")
-        rows = all(len(tensor) == self.count for _, tensor in self._of_router())
+        rows = all(logical_shape(tensor)[0] == self.count for _, tensor in self._of_router())
         require(rows, f"the router of {where} has parameters that are no rows of experts")
 
     @property
     def count(self) -> int:
         """Experts."""
-        return len(self.experts.down_proj)
+        return logical_shape(self.experts.down_proj)[0]
 
     @property
     def width(self) -> int:
         """Intermediate channels of each."""
-        return int(self.experts.down_proj.shape[self._dim("down_proj") or 0])
+        return logical_shape(self.experts.down_proj)[self._dim("down_proj") or 0]
 
     @property
     def per_token(self) -> int:
@@ -117,7 +119,7 @@ class ExpertLayer:
         neurons = torch.zeros(self.count, self.width, device=self.experts.down_proj.device)
         experts = torch.zeros(self.count, device=neurons.device)
         for name, parameter in (*self._parameters(), *self.router.named_parameters(recurse=False)):
-            squares = parameter.detach().float().square()
+            squares = whole(parameter).float().square()
             experts += squares.flatten(1).sum(1) if squares.dim() > 1 else squares
             dim = self._dim(name)
             if dim is not None:
@@ -135,7 +137,7 @@ class ExpertLayer:
             neurons: channels of each that stay, [kept, width].
         """
         before, parts = (self.count, self.width), {"experts": self.experts, "router": self.router}
-        kept = {name: self.part(name, weight, experts, neurons) for name, weight in self.weights()}
+        kept = {name: placed_like(self.part(name, whole(w), experts, neurons), w) for name, w in self.weights()}
         for name, weight in kept.items():
             part, _, own = name.partition(".")
             dense = getattr(parts[part], own)

@@ -17,7 +17,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import block_specs
-from lightpeft.models.linears import fault, features, is_linear, slice_linear
+from lightpeft.models.linears import fault, features, is_linear, slice_linear, sliced
 from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
 from lightpeft.peft_kinds.sites import Site, check_removable, drop_reference, find_sites, refresh_config, remove_site
@@ -196,9 +196,7 @@ def _cut_base(inner: nn.Module, spec: BlockSpec, kept: BlockPlan, slot: str) -> 
 @torch.no_grad()
 def _keep_entries(module: nn.Module, name: str, kept: Sequence[int]) -> None:
     """Keep some entries of a parameter [all]."""
-    parameter = module.get_parameter(name)
-    entries = parameter.index_select(0, torch.tensor(kept, device=parameter.device))
-    setattr(module, name, nn.Parameter(entries, requires_grad=parameter.requires_grad))
+    setattr(module, name, sliced(module.get_parameter(name), torch.tensor(kept), 0))
 
 
 def _replace(inner: nn.Module, name: str, module: nn.Module) -> None:
