@@ -69,7 +69,7 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
     return list(RunFolder.at(folder).log_entries())
 
 
-# -- a real model, whose frozen weights two processes share --------------------------------------------------------
+# -- models whose weights two processes share ----------------------------------------------------------------------
 
 
 class RealBench(Workbench):
@@ -91,15 +91,28 @@ def real(tmp_path_factory: pytest.TempPathFactory, minilm: Path, movie_reviews: 
     return bench
 
 
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("runs"), "llama", "causal-lm")
+
+
 def copied(bench: Workbench, name: str, new: str) -> Path:
     """The settings of a run like another one, whose folder it gets a copy of."""
     shutil.copytree(bench.folder / name, bench.folder / new)
-    return bench.yaml(new, **OF_TWO)
+    return bench.yaml(new, **SETTINGS, **OF_TWO)
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-def test_a_launched_run_that_lost_a_process_in_training(real: RealBench, engine: str) -> None:
-    config = real.yaml(engine, **OF_TWO)
+@pytest.mark.parametrize("model", ["real", "bench"])
+def test_a_launched_run_that_lost_a_process_in_training(
+    request: pytest.FixtureRequest, model: str, engine: str
+) -> None:
+    """MiniLM, and a Llama whose heads share keys and values."""
+    bench = request.getfixturevalue(model)
+    undisturbed = bench.folder / "alone"
+    if not undisturbed.exists():
+        pipeline.run(bench.config("alone", **SETTINGS))
+    config = bench.yaml(engine, **SETTINGS, **OF_TWO)
     launch = ["accelerate.commands.accelerate_cli", "launch", "--config_file", ENGINES / f"{engine}.yaml"]
     launch += ["--main_process_port", "0"]
     worker = Path(__file__).with_name("killed_process.py")
@@ -110,12 +123,12 @@ def test_a_launched_run_that_lost_a_process_in_training(real: RealBench, engine:
     assert LOST in line and "goes on from the last checkpoint" in line
     assert "Traceback" not in done.stderr.partition(line)[0]
 
-    by_one = copied(real, engine, f"{engine}-by-one")
+    by_one = copied(bench, engine, f"{engine}-by-one")
     assert lightpeft("run", "--config", by_one) == 0
-    assert_same_end(real.folder / f"{engine}-by-one", real.folder / "alone")
+    assert_same_end(bench.folder / f"{engine}-by-one", undisturbed)
     done = in_other_process(*launch, "-m", "lightpeft", "run", "--config", config)
     assert done.returncode == 0, done.stderr[-12000:]
-    assert_same_end(real.folder / engine, real.folder / "alone")
+    assert_same_end(bench.folder / engine, undisturbed)
 
 
 def test_a_run_that_lost_its_main_process_in_estimation(real: RealBench) -> None:
@@ -130,11 +143,6 @@ def test_a_run_that_lost_its_main_process_in_estimation(real: RealBench) -> None
 
 
 # -- whole models in every process ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
-    return Workbench(tmp_path_factory.mktemp("runs"), "llama", "causal-lm")
 
 
 KILLS: dict[str, Callable[[], None]] = {

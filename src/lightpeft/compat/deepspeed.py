@@ -179,7 +179,7 @@ class WholeStates:
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, of any number of processes."""
-        for group, values in zip(self._base.param_groups, saved["param_groups"], strict=True):
+        for group, values in zip(self._settings, saved["param_groups"], strict=True):
             group.update({name: value for name, value in values.items() if name != "params"})
         if not saved["state"]:
             return
@@ -196,9 +196,25 @@ class WholeStates:
                 if _is_of_parameter(value):
                     self._put(parameter, name, value)
 
+    def of_schedule(self, schedule: Any) -> WholeSchedule:
+        """What stands in for a scheduler of the optimizer."""
+        return WholeSchedule(schedule, self._known)
+
     @property
     def _base(self) -> Any:
         return self._zero.optimizer
+
+    @property
+    def _known(self) -> list[bool]:
+        """Of each group, whether DeepSpeed has it: ZeRO-3 forgets those without parameters."""
+        all_known = len(self._base.param_groups) == len(self._sizes)
+        return [all_known or size > 0 for size in self._sizes]
+
+    @property
+    def _settings(self) -> list[dict[str, Any]]:
+        """Of each group; those that are forgotten get a copy of another's."""
+        groups = iter(self._base.param_groups)
+        return [next(groups) if known else dict(self._base.param_groups[0]) for known in self._known]
 
     @property
     def _flat(self) -> list[Tensor]:
@@ -231,7 +247,7 @@ class WholeStates:
             if parameter.dtype != torch.float32:
                 state[index][_IN_FLOAT32] = whole(parameter, "")
         groups, begun = [], 0
-        for group, size in zip(self._base.param_groups, self._sizes, strict=True):
+        for group, size in zip(self._settings, self._sizes, strict=True):
             settings = {name: value for name, value in group.items() if name != "params"}
             groups.append({**settings, "params": list(range(begun, begun + size))})
             begun += size
@@ -246,6 +262,37 @@ class WholeStates:
             part[: len(own)].copy_(own)
         else:
             parameter.set_full_hp_param(value.to(parameter.device), key)
+
+
+class WholeSchedule:
+    """Stands in for a scheduler where its state is saved or loaded: of every group that one process has."""
+
+    def __init__(self, schedule: Any, known: Sequence[bool]) -> None:
+        """
+        Args:
+            schedule: made for DeepSpeed's optimizer.
+            known: of each group, whether that has it.
+        """
+        self._schedule, self._known = schedule, known
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of a scheduler of the optimizer that DeepSpeed was given."""
+        return {name: self._with_all(value) for name, value in self._schedule.state_dict().items()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._schedule.load_state_dict({name: self._with_known(value) for name, value in saved.items()})
+
+    def _with_all(self, value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != sum(self._known):
+            return value
+        there = iter(value)
+        return [next(there) if known else value[0] for known in self._known]
+
+    def _with_known(self, value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != len(self._known):
+            return value
+        return [entry for entry, known in zip(value, self._known, strict=True) if known]
 
 
 _IN_FLOAT32 = "in_float32"

@@ -179,15 +179,16 @@ class ShardingMixin:
 
     @contextmanager
     def _whole_states(self) -> Iterator[None]:
-        """Inside the block the trainer's optimizer is one that saves and loads states as without DeepSpeed."""
+        """Inside the block the trainer's optimizer and scheduler save and load their states as without DeepSpeed."""
         trainer: Any = self
-        optimizer = trainer.optimizer
+        own = trainer.optimizer, trainer.lr_scheduler
         if self._in_deepspeed:
-            trainer.optimizer = WholeStates(optimizer, self._optimized)
+            trainer.optimizer = WholeStates(trainer.optimizer, self._optimized)
+            trainer.lr_scheduler = trainer.optimizer.of_schedule(trainer.lr_scheduler)
         try:
             yield
         finally:
-            trainer.optimizer = optimizer
+            trainer.optimizer, trainer.lr_scheduler = own
 
 
 def _check_plugin(plugin: Any) -> None:
