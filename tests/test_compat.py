@@ -58,7 +58,6 @@ from lightpeft.compat import torch as of_torch
 from lightpeft.compat import transformers as of_transformers
 from lightpeft.compat.accelerate import as_it_is, forget_optimizers, fsdp_on_cpus
 from lightpeft.compat.deepspeed import (
-    WholeStates,
     _forget_engine,
     gathered,
     hold_whole,
@@ -66,6 +65,7 @@ from lightpeft.compat.deepspeed import (
     logical_shape,
     out_of_zero3,
 )
+from lightpeft.compat.deepspeed_states import WholeStates
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.compat.stand_ins import StandIn, StorageWatch
 from lightpeft.compat.transformers import Checkpoint

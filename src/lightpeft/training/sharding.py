@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lightpeft.compat.accelerate import fsdp_on_cpus
-from lightpeft.compat.deepspeed import WholeStates, gathered, hold_whole
+from lightpeft.compat.deepspeed import gathered, hold_whole
+from lightpeft.compat.deepspeed_states import WholeStates
 from lightpeft.errors import require
 from lightpeft.machine import autocasting, sharding_launched
 from lightpeft.models.families import block_lists
