@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from lightpeft.config import READ_BY_PLANS, LightConfig
 from lightpeft.errors import LightPeftError, require
+from lightpeft.evaluation.milestones import doubts_before_cut
 from lightpeft.files import read_json, understandable, write_json
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
@@ -130,6 +131,9 @@ def leave_pruned(
     watcher = work.watcher()
     if work.config.light.chooses:
         watcher.look("after_estimation", model)
+        for line in doubts_before_cut(watcher) if plan.removed_of_blocks else ():
+            watcher.warnings.append(line)
+            work.run.announce("prune", f"warning: {line}")
     light = cut(model, plan, work.config.light, calibration, fit)
     if work.config.light.chooses:
         watcher.look("after_the_cut", light)
