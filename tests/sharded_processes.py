@@ -10,20 +10,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
 from sharded_trainings import MODELS, found, training
+from tiny import make
 from torch.distributed.tensor import DTensor
 from training import StopAt
+from transformers import AutoModelForSequenceClassification
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lightpeft.compat.deepspeed import in_zero3, logical_shape
 from lightpeft.errors import LightPeftError
 from lightpeft.machine import sharding_launched
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.recipe.trainer import LightTrainer
 
 
 def trainings(folder: Path) -> None:
     """All models, and one from a checkpoint on each side of the cut."""
     place = folder / f"rank{os.environ['RANK']}"
     place.mkdir(parents=True)
+    make("bert").save_pretrained(place / "base")
     for name in MODELS:
         trainer = training(name, folder / name, processes=2)
         trainer.train()
@@ -41,6 +47,12 @@ def trainings(folder: Path) -> None:
             training("bert-lora", folder / "refused", processes=2, **changes)
         except LightPeftError as error:
             refused[setting] = str(error)
+    if is_deepspeed_zero3_enabled():  # by the arguments from before, which are there still
+        model = AutoModelForSequenceClassification.from_pretrained(place / "base")
+        try:
+            LightTrainer(model, undisturbed.args, peft_config=LoraConfig())
+        except LightPeftError as error:
+            refused["parts"] = str(error)
     (place / "refused.json").write_text(json.dumps(refused))
 
 

@@ -153,6 +153,14 @@ def test_what_cannot_be_shared_is_refused_in_one_line(results: Path, setting: st
     assert setting in line and "\n" not in line
 
 
+def test_a_model_that_was_loaded_in_parts_is_refused_in_one_line(results: Path) -> None:
+    refused = json.loads((results / "rank0" / "refused.json").read_text())
+    assert ("parts" in refused) == ("zero3" in results.name)
+    assert "load it before you make TrainingArguments" in refused.get(
+        "parts", "load it before you make TrainingArguments"
+    )
+
+
 @pytest.mark.parametrize(
     ("stage", "config", "line"),
     [

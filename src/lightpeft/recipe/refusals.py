@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from torch import nn
+
 from lightpeft.errors import require
 from lightpeft.models.on_disk import has_weights_on_disk
+from lightpeft.models.sharding import is_sharded
 from lightpeft.recipe.probes import rows_aside
 
 if TYPE_CHECKING:
@@ -40,6 +43,19 @@ def check_light(training: LightTraining) -> None:
         not reference or not getattr(args, "beta", 0),
         f"{type(training).__name__} would take the cut model as its own reference; give the dense one as ref_model=, "
         "or set beta to 0",
+    )
+
+
+def refuse_parts(model: object) -> None:
+    """Refuse a model that each process has loaded a part of.
+
+    Raises:
+        LightPeftError: saying how to load it.
+    """
+    require(
+        not isinstance(model, nn.Module) or not is_sharded(model),
+        "the model lies in parts already, and a family is found in whole layers; load it before you make "
+        "TrainingArguments(deepspeed=...), or with zero3_init_flag: false",
     )
 
 

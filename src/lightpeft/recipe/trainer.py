@@ -37,7 +37,7 @@ from lightpeft.recipe.course import Course, tell_cut
 from lightpeft.recipe.optimizing import OptimizingMixin
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, cut, light_settings
-from lightpeft.recipe.refusals import check_light
+from lightpeft.recipe.refusals import check_light, refuse_parts
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
@@ -91,6 +91,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         **options: Any,
     ) -> None:
         args, options = taken(super().__init__, args, options)
+        refuse_parts(model)
         settings = light_settings(light, peft_config)
         if peft_config is not None and isinstance(model, nn.Module):
             model = with_peft(model, peft_config, settings)
