@@ -136,6 +136,12 @@ class ShardingMixin:
             _average_gradients(trainer.model)
         return loss
 
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """The trainer's own."""
+        found: dict[str, float] = super().evaluate(*args, **options)  # type: ignore[misc]
+        self._behind_sharding()
+        return found
+
     def save_model(self, *args: Any, **options: Any) -> None:
         """The trainer's own; of a sharded model the adapter, once."""
         with self._as_one_process():
