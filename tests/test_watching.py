@@ -224,7 +224,7 @@ class TestDoubtsBeforeCut:
         losses = f"a loss of {loss:.4f} on 100 test rows, 0.6931 by the frequencies of labels"
         assert line.startswith(f"the model had hardly learned the task when it was cut ({losses}), ")
         assert line.endswith(
-            "estimate for longer (light.length), cut less (light.blocks), or let light.blocks: auto find out"
+            "its scores say little; estimate for longer (light.length, such as 0.3), or cut less (light.blocks)"
         )
 
     def test_classes_that_are_rare_are_easily_guessed(self) -> None:

@@ -127,7 +127,7 @@ def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, 
 
 REMEDY = "train longer (training.epochs) or at another learning rate, such as three times this one, or on more rows"
 MILDER = "train at a lower learning rate, or cut less (light.blocks)"
-LONGER = "estimate for longer (light.length), cut less (light.blocks), or let light.blocks: auto find out"
+LONGER = "estimate for longer (light.length, such as 0.3), or cut less (light.blocks)"
 LESS = "cut less (light.blocks, or preset: fast), or train longer (training.epochs)"
 
 
