@@ -17,7 +17,7 @@ from torch import nn
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.scores import values_of
 from lightpeft.evaluation.statistics import LEVEL, Interval, compare
-from lightpeft.prune.budgeting import LEAST_LEARNED
+from lightpeft.prune.budgeting import LEAST_LEARNED, loss_by_frequencies
 from lightpeft.tasks import Answers, Outcome, Respondent, Task
 
 MILESTONES = ("constant_answer", "untouched_base", "after_estimation", "after_the_cut", "at_full_width", "in_the_end")
@@ -209,8 +209,8 @@ def doubts_before_cut(watcher: Watcher) -> Iterator[str]:
     of_then = watcher.outcomes.get("after_estimation")
     if of_then is None or not watcher.task.labels or watcher.examples < FEWEST_TELLING:
         return
-    counts = torch.tensor(list(Counter(of_then.answers.references).values())).double()
-    chance, loss = float(torch.special.entr(counts / counts.sum()).sum()), values_of(of_then, watcher.task).get("loss")
+    chance = loss_by_frequencies(torch.tensor(of_then.answers.references))
+    loss = values_of(of_then, watcher.task).get("loss")
     if loss is not None and loss > (1 - LEAST_LEARNED) * chance:
         losses = f"a loss of {loss:.4f} on {watcher.examples} test rows, {chance:.4f} by the frequencies of labels"
         yield f"the model had hardly learned the task when it was cut ({losses}), so its scores say little; {LONGER}"

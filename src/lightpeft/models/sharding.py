@@ -35,11 +35,13 @@ def without_graph(model: nn.Module) -> Iterator[None]:
 
     Behind it what trains is whole in every process, and what is frozen a part in each, as before.
     """
+    sharded = is_sharded(model)
     # the memory that FSDP2 gathers weights in is used in training, too, which takes no tensors of inference mode
-    with torch.no_grad() if is_sharded(model) else torch.inference_mode():
+    with torch.no_grad() if sharded else torch.inference_mode():
         yield
-    reshard(model)
-    hold_whole(model)
+    if sharded:
+        reshard(model)
+        hold_whole(model)
 
 
 def whole(tensor: Tensor) -> Tensor:

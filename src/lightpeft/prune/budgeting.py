@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from lightpeft.config import LightConfig
 from lightpeft.models.unwrap import transformers_model
@@ -135,5 +136,10 @@ def chance_of(model: PeftModel, batches: Sequence[Batch]) -> float | None:
     classes = getattr(transformers_model(model).config, "num_labels", 1)
     if classes < 2 or any(of.dim() != 1 or of.is_floating_point() for of in labels):
         return None
-    parts = torch.cat(labels).bincount().double() / sum(map(len, labels))
+    return loss_by_frequencies(torch.cat(labels))
+
+
+def loss_by_frequencies(labels: Tensor) -> float:
+    """The loss, in nats, of an answer that gives every class the part of the labels [rows] that it has."""
+    parts = labels.bincount().double() / len(labels)
     return float(torch.special.entr(parts).sum())
