@@ -244,6 +244,19 @@ def test_steps_at_full_width_are_a_stage(tmp_path: Path) -> None:
     assert found.time_of_plain is not None and found.time_of_plain > 0
 
 
+def test_an_estimation_may_take_longer(tmp_path: Path) -> None:
+    """Of classes: whether a model that writes has learned anything is not known."""
+    settings: dict[str, Any] = {"light.blocks": 0.5, "light.least_learned": 0.05, "light.max_fraction": 0.5}
+    classes = checked(Workbench(tmp_path), **settings)
+    assert (classes.stages["estimate"].steps, classes.longest_estimation) == (6, 12)
+    told = "estimation takes 6 steps, and up to 12 where they teach too little (light.least_learned)"
+    assert told in list(classes.summary())
+    writer = checked(Workbench(tmp_path / "writer", "llama", "causal-lm"), **settings)
+    assert writer.longest_estimation == writer.stages["estimate"].steps
+    assert not any("least_learned" in line for line in writer.summary())
+    assert checked(Workbench(tmp_path / "plain"), method="plain").longest_estimation == 0
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, out = Workbench(tmp_path).yaml("tiny"), tmp_path / "needs.json"
     cli.main(["check", "--config", str(config), "--measure", "--json", str(out)])

@@ -384,6 +384,74 @@ def test_auto_gives_up_at_its_limit(tmp_path: Path) -> None:
     assert meta["scored_steps"] == 4
 
 
+# Going on until something is learned
+
+
+@pytest.mark.parametrize(
+    ("light", "steps"),
+    [
+        ({"length": 0.1}, 4),
+        ({"length": 0.1, "least_learned": 0.2}, 4),
+        ({"length": 0.1, "least_learned": 0.35}, 8),
+        ({"length": 0.1, "least_learned": 0.9}, 12),
+        ({"length": 0.1, "least_learned": 0.9, "max_fraction": 0.29}, 12),
+        ({"length": 0.1, "least_learned": 0.9, "max_fraction": 0.27}, 10),
+        ({"length": 0.1, "least_learned": 0.9, "full_width_steps": 0.75, "keep": "full"}, 8),
+        ({"length": 4, "least_learned": 0.9}, 4),
+        ({"length": 0.125, "least_learned": 0.9}, 11),
+    ],
+    ids=["off", "learned", "a while", "at most", "of 11.6", "of 10.8", "steps left", "steps given", "odd"],
+)
+def test_a_stage_goes_on_until_something_is_learned(
+    monkeypatch: pytest.MonkeyPatch, light: dict[str, Any], steps: int
+) -> None:
+    """By halves of its length, of which the last ones are what is scored; a tenth of the loss goes in each of them."""
+    monkeypatch.setattr(Estimator, "learned", property(lambda self: 0.1 * len(self._windows)))
+    config = LightConfig(**light)
+    estimator, row = Estimator(student(), config), next(chunks(inputs(), 1))
+    estimator.start(40)
+    while not estimator.finished:
+        estimator.model(**row).loss.backward()
+        estimator.step()
+    assert estimator.steps == steps
+    meta = estimator._record().meta
+    assert meta["planned_steps"] == stage_length(config, 40)
+    assert meta["scored_steps"] >= meta["planned_steps"] // 2
+
+
+@pytest.fixture
+def few_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a handful of rows say what was learned."""
+    monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
+
+
+@pytest.mark.usefixtures("few_tell")
+def test_a_longer_stage_is_one_of_that_length(tmp_path: Path) -> None:
+    records, lengths = [], ({"length": 0.1, "least_learned": 0.5, "max_fraction": 0.2}, {"length": 8})
+    for number, light in enumerate(lengths):
+        pruner = EarlyPruner(student(), LightConfig(**light))
+        trainer(pruner.model, tmp_path / str(number), pruner.callback()).train()
+        records.append(pruner.record())
+    assert_close(*records)
+    assert [record.meta["steps"] for record in records] == [8, 8]
+    assert make_plan(records[0], LightConfig()) == make_plan(records[1], LightConfig())
+
+
+@pytest.mark.usefixtures("few_tell")
+def test_auto_does_not_settle_before_something_is_learned(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"length": "auto", "check_every": 2, "settled_overlap": 0.5, "settled_checks": 2}
+    pruner = EarlyPruner(student(), LightConfig(**settings, max_fraction=0.9, least_learned=0.5))
+    trainer(pruner.model, tmp_path, pruner.callback(), learning_rate=0.0).train()
+    assert pruner.record().meta["steps"] == 36
+
+
+def test_a_model_that_gives_no_classes_has_its_length(tmp_path: Path) -> None:
+    pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=0.1, least_learned=0.5))
+    trainer(pruner.model, tmp_path, pruner.callback()).train()
+    meta = pruner.record().meta
+    assert (meta["steps"], meta["learned"]) == (4, None)
+
+
 def test_steps_after_the_end_do_nothing() -> None:
     estimator = estimate(student(), steps=2)
     record = estimator.record()
@@ -413,9 +481,11 @@ def test_steps_out_of_place() -> None:
     [
         {"length": 12},
         {"length": "auto", "check_every": 4, "settled_overlap": 1.0, "settled_checks": 9, "max_fraction": 0.3},
+        {"length": 0.15, "least_learned": 0.5, "max_fraction": 0.3},
     ],
-    ids=["steps", "auto"],
+    ids=["steps", "auto", "learning"],
 )
+@pytest.mark.usefixtures("few_tell")
 @pytest.mark.parametrize("stop", [5, 6, 8])
 def test_a_resumed_stage_gives_the_record_of_an_uninterrupted_one(
     tmp_path: Path, config: dict[str, Any], stop: int

@@ -396,6 +396,17 @@ def test_training_that_ends_before_the_cut_says_so(builds: Builds, caplog: pytes
     assert "training ended at step 2, inside estimation: the model is the dense one still" in caplog.text
 
 
+def test_a_cut_by_scores_that_know_nothing_says_so(
+    builds: Builds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After an estimation that went on for as long as it might."""
+    monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
+    trainer = builds.trainer(light=replace(LIGHT, least_learned=0.9, max_fraction=0.5), learning_rate=1e-9)
+    trainer.train()
+    assert trainer.light_report["estimation_steps"] == 12
+    assert "the model had hardly learned the task when it was cut (a loss " in caplog.text
+
+
 def test_a_callback_ends_the_training_of_a_run(bench: Workbench) -> None:
     """Before the cut there is nothing to go on with, and the run says so; behind it, what trained is the result."""
     inside, behind = bench.config("ended-inside"), bench.config("ended-behind")

@@ -28,7 +28,6 @@ from lightpeft.evaluation.milestones import (
     constant_score,
     course,
     doubts,
-    doubts_before_cut,
     doubts_of_run,
     notices,
     sample,
@@ -209,35 +208,6 @@ class TestDoubtsOfRun:
         assert list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)) == []
 
 
-class TestDoubtsBeforeCut:
-    """Half of the rows are of either class, so that an answer by their frequencies has a loss of ln 2."""
-
-    def told(self, loss: float | None, references: list[int], examples: int = 100, task: Task = CLASSES) -> list[str]:
-        answers = Answers(references, references)
-        outcomes = {"after_estimation": Outcome(answers, {} if loss is None else {"loss": loss})}
-        asked = Watcher(task, Dataset.from_dict({}), examples, lambda model: pytest.fail("asked"), outcomes)
-        return list(doubts_before_cut(asked))
-
-    @pytest.mark.parametrize("loss", [0.67, 0.7, 1.0])
-    def test_nothing_learned(self, loss: float) -> None:
-        (line,) = self.told(loss, [0, 1] * 50)
-        losses = f"a loss of {loss:.4f} on 100 test rows, 0.6931 by the frequencies of labels"
-        assert line.startswith(f"the model had hardly learned the task when it was cut ({losses}), ")
-        assert line.endswith(
-            "its scores say little; estimate for longer (light.length, such as 0.3), or cut less (light.blocks)"
-        )
-
-    def test_classes_that_are_rare_are_easily_guessed(self) -> None:
-        assert self.told(0.6, [0, 1] * 50) == []
-        assert len(self.told(0.6, [0, 1, 1, 1] * 25)) == 1
-
-    def test_what_cannot_be_told(self) -> None:
-        assert self.told(0.7, [0, 1] * 50, examples=99) == [], "too few rows"
-        assert self.told(None, [0, 1] * 50) == [], "no loss"
-        assert self.told(0.7, [0, 1] * 50, task=task_of(MultipleChoiceTask)) == [], "options are no classes"
-        assert list(doubts_before_cut(watcher(in_the_end=classes(80, 20)))) == [], "it was not asked"
-
-
 class TestCourse:
     def test_of_all_stages_in_order(self) -> None:
         earlier = [
@@ -364,15 +334,19 @@ def test_other_methods_have_fewer_moments(bench: Workbench, method: str) -> None
 def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lightpeft.evaluation.milestones.FEWEST_TELLING", 40)
+    monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
     slow = {"training.learning_rate": 1e-9}
     assert lightpeft("run", "--config", bench.yaml("blind", **FEW, **slow)) == 0
     before_training = capsys.readouterr().err.partition("train: done")[0]
     (line,) = [line for line in before_training.splitlines() if "hardly learned" in line]
-    assert line.startswith("warning: the model had hardly learned the task when it was cut (a loss of 0.")
+    assert line.startswith("warning: the model had hardly learned the task when it was cut (a loss ")
     assert line.removeprefix("warning: ") in read(bench.folder / "blind" / "metrics.json")["warnings"]
     assert lightpeft("run", "--config", bench.yaml("uncut", **FEW, **slow, **{"light.blocks": 0.0})) == 0
-    assert "hardly learned" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "hardly learned" not in told and "to learn more" not in told
+    longer = {"light.length": 0.25, "light.least_learned": 0.9, "light.max_fraction": 0.5}
+    assert lightpeft("run", "--config", bench.yaml("longer", **FEW, **longer)) == 0
+    assert "estimation took 12 steps instead of 6, to learn more of the task\n" in capsys.readouterr().err
 
 
 def test_blocks_that_estimation_did_without_are_gone(

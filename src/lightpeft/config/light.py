@@ -207,7 +207,10 @@ class LightConfig(Budget):
     settled_checks: int = 3
     """`length: auto` stops after so many equal comparisons in a row."""
     max_fraction: float = 0.3
-    """`length: auto` and `least_steps` stop at this part of the whole run at the latest."""
+    """`length: auto`, `least_steps` and `least_learned` stop at this part of the whole run at the latest."""
+    least_learned: float = 0.0
+    """Part of the loss of an answer by the frequencies of labels that the stage has to take away, in [0, 1), where the
+    model gives a row one of several classes. A stage whose `length` is a part of the run, or auto, goes on for it."""
     least_steps: int = 2
     """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
     least_examples: int = field(default_factory=lambda: LEAST_EXAMPLES)
@@ -273,4 +276,6 @@ class LightConfig(Budget):
         require(0 < self.full_width_rate < math.inf, rate)
         require(self.least_steps >= 2, f"least_steps is {self.least_steps}; estimation needs at least 2")
         require(self.least_examples >= 0, f"least_examples is {self.least_examples}; it cannot be negative")
+        learned = f"least_learned is {self.least_learned:g}; a part of the loss lies in [0, 1), for example 0.05"
+        require(0 <= self.least_learned < 1, learned)
         require(0 < self.max_fraction < 1, f"max_fraction is {self.max_fraction:g}; it lies in (0, 1)")

@@ -17,7 +17,6 @@ from torch import nn
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.scores import values_of
 from lightpeft.evaluation.statistics import LEVEL, Interval, compare
-from lightpeft.prune.budgeting import LEAST_LEARNED, loss_by_frequencies
 from lightpeft.tasks import Answers, Outcome, Respondent, Task
 
 MILESTONES = ("constant_answer", "untouched_base", "after_estimation", "after_the_cut", "at_full_width", "in_the_end")
@@ -28,8 +27,6 @@ MOST_WRITTEN = 32
 """The same where every answer is written token by token."""
 RAISED = 0.05
 """Part by which a loss has to be higher to be called so: about the standard error of its mean over `MOST_ROWS` rows."""
-FEWEST_TELLING = 100
-"""Rows that it takes at least to tell whether a model does better than the frequencies of labels."""
 LOWER_IS_BETTER = ("loss", "mse", "perplexity")
 """Of all other metrics more is better."""
 
@@ -127,7 +124,6 @@ def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, 
 
 REMEDY = "train longer (training.epochs) or at another learning rate, such as three times this one, or on more rows"
 MILDER = "train at a lower learning rate, or cut less (light.blocks)"
-LONGER = "estimate for longer (light.length, such as 0.3), or cut less (light.blocks)"
 LESS = "cut less (light.blocks, or preset: fast), or train longer (training.epochs)"
 
 
@@ -195,25 +191,6 @@ def doubts_of_run(watcher: Watcher, milestones: Mapping[str, Metrics]) -> Iterat
     if left and _gain(name, before[name], end[name]) <= 0:  # else it is surer of its mistakes, and makes fewer of them
         losses = f"from {before['loss']:.4f} to {cut['loss']:.4f}, and training left it at {end['loss']:.4f}"
         yield f"the cut raised the loss on {examples} {losses}; {LESS}"
-
-
-def doubts_before_cut(watcher: Watcher) -> Iterator[str]:
-    """What the model tells as estimation left it: one that has learned nothing yet has no scores that know the task.
-
-    On CoLA, where that was so, a cut of 60% of the blocks cost MPNet-base nearly all of its Matthews' correlation
-    (docs/quality.md).
-
-    Args:
-        watcher: that looked at the model then.
-    """
-    of_then = watcher.outcomes.get("after_estimation")
-    if of_then is None or not watcher.task.labels or watcher.examples < FEWEST_TELLING:
-        return
-    chance = loss_by_frequencies(torch.tensor(of_then.answers.references))
-    loss = values_of(of_then, watcher.task).get("loss")
-    if loss is not None and loss > (1 - LEAST_LEARNED) * chance:
-        losses = f"a loss of {loss:.4f} on {watcher.examples} test rows, {chance:.4f} by the frequencies of labels"
-        yield f"the model had hardly learned the task when it was cut ({losses}), so its scores say little; {LONGER}"
 
 
 def _gain(metric: str, before: float, after: float) -> float:

@@ -11,22 +11,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from lightpeft.config import LightConfig
-from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.budgets import CONFIDENCE, BudgetSearch, Expected, Probed
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.live import Batch
 from lightpeft.prune.curve import gone_before, loss_curve, nested_plans
+from lightpeft.prune.learning import LEAST_LEARNED, classes_of, loss_by_frequencies, one_of_several
 from lightpeft.prune.probing import Probe
 
 PARTS = (0.1, 0.2, 0.4, 0.6, 0.8)
 """Budgets whose rise is measured before anything trains; between them it lies on a line."""
-LEAST_LEARNED = 0.05
-"""Part of the loss of an answer by the frequencies of labels that estimation has to have taken away: a model that does
-no better has nothing to lose yet, and any cut looks cheap."""
 _FEW, _LEAST = 1 / 4, 16
 """Part of the batches, and batches at least, that tell this rise, which is many times what is left of it."""
 
@@ -133,13 +129,6 @@ def chance_of(model: PeftModel, batches: Sequence[Batch]) -> float | None:
         None where the model does not give a row one of several classes.
     """
     labels = [batch["labels"] for batch in batches]
-    classes = getattr(transformers_model(model).config, "num_labels", 1)
-    if classes < 2 or any(of.dim() != 1 or of.is_floating_point() for of in labels):
+    if not classes_of(model) or not all(one_of_several(of) for of in labels):
         return None
-    return loss_by_frequencies(torch.cat(labels))
-
-
-def loss_by_frequencies(labels: Tensor) -> float:
-    """The loss, in nats, of an answer that gives every class the part of the labels [rows] that it has."""
-    parts = labels.bincount().double() / len(labels)
-    return float(torch.special.entr(parts).sum())
+    return loss_by_frequencies(torch.cat(labels).bincount())

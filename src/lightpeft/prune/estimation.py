@@ -31,8 +31,10 @@ from lightpeft.profiling import count_parameters, versions
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares
-from lightpeft.prune.length import check_examples, stage_length
+from lightpeft.prune.learning import LossObserver, learned_of
+from lightpeft.prune.length import check_examples, longest_stage, stage_length
 from lightpeft.prune.masks import UnitMasks
+from lightpeft.training.schedule import scored_steps
 
 _STATE_FILE = "lightpeft_estimation.safetensors"
 _HISTORY_FILE = "lightpeft_estimation.json"
@@ -67,7 +69,7 @@ class Estimator:
         self.sites = find_sites(model, self.blocks)
         self.history: list[dict[str, float]] = []
         self.steps = 0
-        self.length = 0
+        self.length = self._first_length = self._longest = 0
         self._settled_in_a_row = 0
         self._last_plan: PrunePlan | None = None
         self._windows: list[_Window] = []
@@ -83,7 +85,8 @@ class Estimator:
             LightPeftError: the length needs `total_steps`, or is longer than the run.
         """
         require(not self._attached, "the estimation stage has started already")
-        self.length, self._started = stage_length(self.config, total_steps), True
+        self.length = self._first_length = stage_length(self.config, total_steps)
+        self._longest, self._started = longest_stage(self.config, total_steps), True
         device = self.sites[0].device
         if not self.steps:
             self.masks = UnitMasks(self.blocks, device)
@@ -92,6 +95,8 @@ class Estimator:
             self._lambdas[: self.masks.head_count] = self.config.lambda_heads
             self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
             self._overflowed = torch.zeros((), dtype=torch.bool, device=device)
+        self._losses = LossObserver(self.model, device)
+        if not self.steps:
             self._sums = self._zero_sums()
         self.masks.attach(self.model)
         self._ranks = RankObserver(self.sites)
@@ -104,6 +109,7 @@ class Estimator:
             self.masks.detach()
             self._ranks.detach()
             self._modules.detach()
+            self._losses.detach()
             self._attached = False
 
     @property
@@ -125,14 +131,15 @@ class Estimator:
         taken = self.masks.take_gradients()
         examples = taken.mean.new_full((1,), self.masks.examples)  # filled there: no copy from the host
         routed, tokens = self.masks.take_routed()
-        parts = (taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples, routed, tokens)
+        parts = [taken.mean, taken.absolute, taken.squares, self._ranks.take_terms(), examples, routed, tokens]
+        parts.append(self._losses.take())
         values = _mean_over_processes(torch.cat(parts))
         finite = torch.isfinite(values).all()
         # a gradient scaler overflows on purpose and skips the step itself
         seen = self._nonfinite if grad_scale == 1.0 else self._overflowed
         seen |= ~finite
         values = torch.where(finite, values, 0.0)
-        mean, absolute, squares, ranks, examples, routed, tokens = values.split([len(part) for part in parts])
+        mean, absolute, squares, ranks, examples, routed, tokens, losses = values.split([len(part) for part in parts])
         gradients = MaskGradients(mean / grad_scale, absolute / grad_scale, squares / grad_scale**2)
         down_terms, up_terms = (ranks / grad_scale).chunk(2)
         facts: Facts = {"masks": self.masks.values, "gradients": gradients}
@@ -142,11 +149,13 @@ class Estimator:
         for name, criterion in self._summed.items():
             self._sums[name] += criterion(facts)
         self._sums["examples"] += examples * _processes()
+        self._sums["losses"] += losses
         self.masks.values.grad = gradients.mean + self._lambdas * self.masks.values.sign()
         self._optimizer.step()
         self.steps += 1
         if self._at_boundary():
             self._close_window()
+            self._go_on_to_learn()
 
     def check_finite(self) -> None:
         """One host copy: whether all gradients so far were finite.
@@ -211,7 +220,23 @@ class Estimator:
     def _at_boundary(self) -> bool:
         if self.config.length == "auto":
             return self.steps % self.config.check_every == 0 or self.steps == self.length
-        return self.steps in (self.length // 2, self.length)
+        return self.steps in (self._first_length // 2, self.length)
+
+    def _go_on_to_learn(self) -> None:
+        """Make the stage longer by what it scores at least, if it would end with too little learned."""
+        longer = self.length + scored_steps(self._first_length)
+        if self.steps == self.length and longer <= self._longest and not self._has_learned:
+            self.length = longer
+
+    @property
+    def learned(self) -> float | None:
+        """What the model had learned in the last window of steps, as `learned_of` has it; None: not known."""
+        return learned_of(self._windows[-1].sums["losses"]) if self._windows else None
+
+    @property
+    def _has_learned(self) -> bool:
+        least, learned = self.config.least_learned, self.learned
+        return least == 0 or learned is None or learned >= least
 
     def _ratios_due(self) -> bool:
         """Whether the step under way measures the modules' ratios: each window's first one does."""
@@ -224,6 +249,7 @@ class Estimator:
     def _zero_sums(self) -> dict[str, Tensor]:
         sizes = {"masks": len(self.masks.values), "ranks": sum(site.spec.rank for site in self.sites)}
         counts = {key: sizes[key.partition("/")[0]] for key in self._summed} | {"examples": 1}
+        counts["losses"] = self._losses.size
         return {key: torch.zeros(count, device=self.masks.values.device) for key, count in counts.items()}
 
     def _close_window(self) -> None:
@@ -241,7 +267,7 @@ class Estimator:
         plan = make_plan(self._record(), self.config)
         if self._last_plan is not None:
             overlap = plan_overlap(self._last_plan, plan)
-            settled = overlap >= self.config.settled_overlap
+            settled = overlap >= self.config.settled_overlap and self._has_learned
             self._settled_in_a_row = self._settled_in_a_row + 1 if settled else 0
             self.history.append({"step": self.steps, "overlap": overlap})
         self._last_plan = plan
@@ -303,6 +329,8 @@ class Estimator:
             "ratio_tokens": tokens,
             "length": config.length,
             "max_steps": self.length,
+            "planned_steps": self._first_length,
+            "learned": self.learned,
             "lambda_heads": config.lambda_heads,
             "lambda_neurons": config.lambda_neurons,
             "mask_learning_rate": config.mask_learning_rate,
@@ -337,6 +365,7 @@ class Estimator:
             tensors |= {f"window/{index}/{name}": value for name, value in window.sums.items()}
         state = {
             "steps": self.steps,
+            "length": self.length,
             "history": self.history,
             "settled": self._settled_in_a_row,
             "last_plan": self._last_plan.to_dict() if self._last_plan else None,
@@ -369,7 +398,7 @@ class Estimator:
         self._optimizer.state[self.masks.values] = {
             name: t if name == "step" else t.to(self.masks.values.device) for name, t in adam.items()
         }
-        self.steps, self.history = state["steps"], state["history"]
+        self.steps, self.length, self.history = state["steps"], state["length"], state["history"]
         self._settled_in_a_row = state["settled"]
         self._last_plan = PrunePlan.from_dict(state["last_plan"]) if state["last_plan"] else None
         names = [*self._sums, "modules"]

@@ -33,7 +33,8 @@ def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0) -> 
 
 
 def stage_length(config: LightConfig, total_steps: int | None) -> int:
-    """Optimizer steps of the stage, at most; `length: auto` may end earlier, and where all stays there are none.
+    """Optimizer steps of the stage; `length: auto` may end earlier, `least_learned` later (see `longest_stage`), and
+    where all stays there are none.
 
     Raises:
         LightPeftError: the length needs `total_steps`, or the stage would be longer than the run.
@@ -55,6 +56,19 @@ def stage_length(config: LightConfig, total_steps: int | None) -> int:
             f"estimation of {steps} steps is longer than the run of {total_steps}; shorten it or train longer",
         )
     return steps
+
+
+def longest_stage(config: LightConfig, total_steps: int | None) -> int:
+    """Optimizer steps that the stage may go on to where it has taught too little; `stage_length` where it may not.
+
+    Raises:
+        LightPeftError: as `stage_length` does.
+    """
+    length = stage_length(config, total_steps)
+    if not config.least_learned or not isinstance(config.length, float) or total_steps is None:
+        return length
+    last = int(config.full_width_steps * total_steps + 0.5)
+    return max(length, min(_part(config.max_fraction, total_steps), total_steps - last - 1))
 
 
 def check_examples(config: LightConfig, examples: int) -> None:

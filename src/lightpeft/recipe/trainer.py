@@ -28,6 +28,7 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.budgeting import FoundBudget
 from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.learning import untaught
 from lightpeft.prune.length import fitted
 from lightpeft.prune.refit import calibration_batches
 from lightpeft.recipe.arguments import taken, with_dense_reference
@@ -134,7 +135,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
                 result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
                 self._behind_sharding()
             if self._light_pruner is not None and self.light_record is None and self.light_plan is None:
-                self._warn_uncut(self._trainer.state.global_step)
+                ended = f"training ended at step {self._trainer.state.global_step}, inside estimation"
+                self._warn(f"{ended}: the model is the dense one still")
             return result
         finally:
             self._leave_light()
@@ -183,6 +185,9 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         if plan is None:
             control.should_training_stop = True
             return
+        line = untaught(self.light_record) if plan.removed_of_blocks else None
+        if line is not None:
+            self._warn(line)
         started = time.perf_counter()
         before = parameter_report(self._peft_model)
         with as_it_is(self._peft_model), self._answering():
@@ -261,9 +266,9 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         }
         tell_cut(self._trainer, before, after)
 
-    def _warn_uncut(self, step: int) -> None:
-        """Say that what comes out of training is not what was asked for."""
-        _log.warning("training ended at step %d, inside estimation: the model is the dense one still", step)
+    def _warn(self, line: str) -> None:
+        """Say that what comes out of training may not be what was asked for."""
+        _log.warning("%s", line)
 
     def _note_full_width(self) -> None:
         """Say what of `light.keep` is left to the caller: the base is no longer there when training ends."""

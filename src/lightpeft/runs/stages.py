@@ -10,7 +10,6 @@ from peft import PeftModel
 
 from lightpeft.config import READ_BY_PLANS, LightConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.evaluation.milestones import doubts_before_cut
 from lightpeft.files import read_json, understandable, write_json
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
@@ -18,6 +17,7 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import MemoryMethod
 from lightpeft.prune.budgeting import FoundBudget
 from lightpeft.prune.depth import leave_out
+from lightpeft.prune.learning import untaught
 from lightpeft.prune.refit import Batches, Fit, fit_refit
 from lightpeft.recipe.pruner import cut
 from lightpeft.runs.workspace import Workspace
@@ -44,13 +44,15 @@ class StageCost:
 
 def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord, cost: StageCost) -> None:
     """Scores and PEFT weights at the end of the stage."""
-    run = work.run
+    run, steps, planned = work.run, record.meta["steps"], record.meta["planned_steps"]
+    if steps > planned:
+        run.announce("estimate", f"estimation took {steps} steps instead of {planned}, to learn more of the task")
 
     def save() -> None:
         save_peft(model, run.estimation / "adapter")
         record.save(run.estimation)
 
-    run.finish_stage("estimate", **asdict(cost), save=save, steps=record.meta["steps"])
+    run.finish_stage("estimate", **asdict(cost), save=save, steps=steps)
 
 
 def leave_budget(run: RunFolder, found: FoundBudget, points: float | None) -> None:
@@ -131,7 +133,8 @@ def leave_pruned(
     watcher = work.watcher()
     if work.config.light.chooses:
         watcher.look("after_estimation", model)
-        for line in doubts_before_cut(watcher) if plan.removed_of_blocks else ():
+        line = untaught(EstimationRecord.load(work.run.estimation)) if plan.removed_of_blocks else None
+        if line is not None:
             watcher.warnings.append(line)
             work.run.announce("prune", f"warning: {line}")
     light = cut(model, plan, work.config.light, calibration, fit)

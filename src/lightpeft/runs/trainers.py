@@ -147,8 +147,8 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
             self.meter = Meter(self.work, self._peft_model, state.global_step, resumed=state.global_step > 0)
         super()._begin_light(state, control)
 
-    def _warn_uncut(self, step: int) -> None:
-        """The stage that trains says so, if it was not asked to stop."""
+    def _warn(self, line: str) -> None:
+        """The stages say it, each in its place."""
 
     def _note_full_width(self) -> None:
         """The run does it itself."""

@@ -14,7 +14,7 @@ from lightpeft.config import TrainingConfig
 from lightpeft.machine import accelerator
 from lightpeft.profiling import hardware
 from lightpeft.profiling.rehearsal import Holding
-from lightpeft.prune.length import stage_length
+from lightpeft.prune.length import longest_stage, stage_length
 from lightpeft.runs.checking.models import check_in_memory
 from lightpeft.runs.checking.stages import Rehearsal
 from lightpeft.runs.checking.timing import seconds_of_steps
@@ -54,6 +54,8 @@ class Check:
     """What the outputs of frozen blocks take, in memory or on disk; 0 where none are kept."""
     available: int
     """Bytes of memory of the device."""
+    longest_estimation: int
+    """Steps that estimation may take, where it teaches too little in fewer."""
     instead: dict[str, int]
     """Where it does not fit: settings -> bytes that the largest stage takes with them."""
 
@@ -98,6 +100,9 @@ class Check:
         if "train" in self.stages:
             together = "estimation and training compute" if "estimate" in self.stages else "training computes"
             yield f"{together} {self.flops_of_plain:.2f} of what plain PEFT does{self._pays()}"
+        if "estimate" in self.stages and self.longest_estimation > self.stages["estimate"].steps:
+            steps = f"{self.stages['estimate'].steps} steps, and up to {self.longest_estimation}"
+            yield f"estimation takes {steps} where they teach too little (light.least_learned)"
 
     def _pays(self) -> str:
         part = self.time_of_plain
@@ -133,7 +138,7 @@ def check(work: Workspace, available: int | None = None, *, measure: bool = Fals
         seconds = seconds_of_steps(work)
         stages = {name: replace(need, seconds=_times(need, seconds.get(name))) for name, need in stages.items()}
     rows, tokens = rehearsal.shapes["input_ids"][0][:2]
-    found = Check(stages, rows, tokens, prefix, available, {})
+    found = Check(stages, rows, tokens, prefix, available, _longest_estimation(work), {})
     return found if found.fits else replace(found, instead=dict(_smaller(work, available)))
 
 
@@ -149,6 +154,13 @@ def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need],
         stages["full width"] = Need(rehearsal.full_width(), last)
     stages["evaluate"] = Need(evaluation, -(-len(work.test_rows) // work.config.training.eval_batch_size))
     return stages, prefix
+
+
+def _longest_estimation(work: Workspace) -> int:
+    if not work.config.way.prunes:
+        return 0
+    longest = longest_stage if work.task.labels else stage_length  # what has no classes is not known to have learned
+    return longest(work.config.light, work.steps)
 
 
 def _times(need: Need, seconds: float | None) -> float | None:

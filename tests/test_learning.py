@@ -1,0 +1,95 @@
+"""What estimation has taught a model: beside an answer by the frequencies of labels, read while it trains."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import make, random_record, with_lora
+from torch import Tensor
+from training import chunks, inputs, student
+from transformers import BertConfig, BertForMultipleChoice
+
+from lightpeft.prune.learning import LossObserver, learned_of, loss_by_frequencies, untaught
+
+
+def observed(model: PeftModel, *batches: dict[str, Tensor]) -> Tensor:
+    observer = LossObserver(model, torch.device("cpu"))
+    for batch in batches:
+        model(**batch)
+    observer.detach()
+    model(**batches[0])
+    return observer.take()
+
+
+def test_the_loss_of_an_answer_by_frequencies() -> None:
+    assert loss_by_frequencies(torch.tensor([5, 5])) == pytest.approx(math.log(2))
+    assert loss_by_frequencies(torch.tensor([3, 0, 1])) == pytest.approx(0.5623, abs=1e-4)
+    assert loss_by_frequencies(torch.tensor([0, 7])) == 0
+
+
+@pytest.mark.parametrize(
+    ("sums", "learned"),
+    [
+        ([100 * math.log(2), 50, 50], 0.0),
+        ([50 * math.log(2), 50, 50], 0.5),
+        ([200 * math.log(2), 50, 50], -1.0),
+        ([400 * 0.5623351, 300, 0, 100], 0.0),
+        ([90.0, 50, 49], None),
+        ([1.0, 0, 700], None),
+        ([0.0], None),
+    ],
+)
+def test_what_is_learned(sums: list[float], learned: float | None) -> None:
+    found = learned_of(torch.tensor(sums))
+    assert found is None if learned is None else found == pytest.approx(learned, abs=1e-5)
+
+
+def test_micro_batches_add_up() -> None:
+    model, data = student(), inputs()
+    whole = observed(model, data)
+    assert whole[1:].sum() == len(data["labels"])
+    assert whole[0].item() == pytest.approx(model(**data).loss.item() * len(data["labels"]), rel=1e-5)
+    torch.testing.assert_close(observed(model, *chunks(data, 2)), whole)
+
+
+def test_only_what_trains_counts() -> None:
+    model, data = student(), inputs()
+    with torch.no_grad():
+        assert not observed(model, data).any()
+    assert not observed(model, {key: value for key, value in data.items() if key != "labels"}).any()
+    observer = LossObserver(model, torch.device("cpu"))
+    model(**data)
+    assert observer.take().any() and not observer.take().any(), "of one step"
+
+
+def test_other_tasks_are_not_known() -> None:
+    language = student("llama-gqa")
+    assert learned_of(observed(language, inputs("llama-gqa"))) is None, "tokens"
+    numbers = student()
+    numbers.get_base_model().config.num_labels = 1
+    assert observed(numbers, inputs()).tolist() == [0], "one output"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    options = with_lora(BertForMultipleChoice(BertConfig(vocab_size=50, **sizes)))
+    data = {"input_ids": torch.randint(50, (4, 3, 6)), "labels": torch.tensor([0, 1, 2, 0])}
+    assert not observed(options, data).any(), "options are no classes"
+
+
+@pytest.mark.parametrize(
+    ("learned", "words"),
+    [
+        (None, None),
+        (0.05, None),
+        (0.9, None),
+        (0.02, "a loss 2.0% below that of an answer by the frequencies of labels, after 4 steps"),
+        (-0.1, "a loss 10.0% above that of an answer by the frequencies of labels, after 4 steps"),
+    ],
+)
+def test_what_is_said_before_a_cut(learned: float | None, words: Any) -> None:
+    record = random_record(with_lora(make("bert")))
+    record.meta.update(learned=learned, steps=4)
+    line = untaught(record)
+    assert line is None if words is None else words in (line or "")
