@@ -565,41 +565,6 @@ def test_subjects_of_a_run(
 # -- depth_probe.py ----------------------------------------------------------------------------------------------------
 
 
-def test_every_row_is_judged_by_the_others() -> None:
-    """The closed form is what leaving each row out and fitting again gives, at the penalty that does best."""
-    generator = torch.Generator().manual_seed(0)
-    states, labels = torch.randn(12, 3, generator=generator), torch.arange(12) % 2
-    states[:, 1] += labels
-    scaled = (states.double() - states.double().mean(0)) / states.double().std(0)
-    inputs, targets = torch.cat([scaled, torch.ones(12, 1)], 1), nn.functional.one_hot(labels).double()
-    errors = []
-    for ridge in depth_probe.RIDGES:
-        wrong = []
-        for row in range(12):
-            others = [other for other in range(12) if other != row]
-            x = inputs[others]
-            penalty = torch.diag(torch.tensor([ridge, ridge, ridge, 0.0], dtype=torch.float64))  # none on the intercept
-            weights = torch.linalg.solve(x.T @ x + penalty, x.T @ targets[others])
-            wrong.append((targets[row] - inputs[row] @ weights).square().sum())
-        errors.append(torch.stack(wrong))
-    best = min(errors, key=lambda of_ridge: float(of_ridge.mean()))
-    found = depth_probe.probe(states, labels)
-    torch.testing.assert_close(found["errors"], best)
-    assert found["error"] == pytest.approx(float(best.mean())) and found["accuracy"] > 0.5
-
-
-def test_the_least_depth_within_noise() -> None:
-    noise = torch.tensor([0.0, 0.2] * 8)
-    assert depth_probe.enough([noise + 1, noise.flip(0) + 0.01, noise, noise]) == 2
-    assert depth_probe.enough([noise + 1, noise + 0.5, noise, noise + 1]) == 3
-
-
-def test_where_a_head_reads() -> None:
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
-    assert depth_probe.place_of_head(mask, first=False).tolist() == [3, 2]
-    assert depth_probe.place_of_head(mask, first=True).tolist() == [2, 0]
-
-
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_depth_probe(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

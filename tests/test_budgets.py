@@ -19,7 +19,7 @@ from test_pipeline import comparable
 from tiny import inputs_for, make, random_record, refusal, with_lora
 from torch import Tensor
 from transformers import TrainingArguments
-from workbench import Workbench, completions, labelled, lightpeft, read, write_rows
+from workbench import SIZES, Workbench, completions, labelled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
 from lightpeft.config import Tolerance
@@ -430,6 +430,18 @@ def test_depth_and_budget(tmp_path: Path) -> None:
     assert len(plan.left_out) == 1 and found["points_a_nat"] is None
     assert found["blocks"] == 0 or found["blocks"] > 0.5
     assert plan.removed_of_blocks >= 0.5
+
+
+def test_stage_by_stage_depth_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "num_hidden_layers", 4)
+    bench = Workbench(tmp_path, "llama", "causal-lm")
+    write_rows(bench.train, completions(600))
+    changes = {**AUTO, "training.epochs": 0.5, "light.depth": 0.25, "light.tolerance": "5 nats"}
+    pipeline.run(bench.config("whole", **changes))
+    for verb in ("estimate", "plan"):
+        assert lightpeft(verb, "--config", bench.yaml("staged", **changes)) == 0
+    plans = [PrunePlan.load(tmp_path / name / "plan.json") for name in ("whole", "staged")]
+    assert plans[0] == plans[1] and len(plans[0].left_out) == 1
 
 
 @pytest.mark.parametrize(

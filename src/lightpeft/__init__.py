@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lightpeft.plans.planning import make_plan
     from lightpeft.plans.records import EstimationRecord, PrunePlan
     from lightpeft.prune.discovery import ensure_family
+    from lightpeft.prune.reading import find_depth
     from lightpeft.prune.surgery import apply_plan
     from lightpeft.recipe.pruner import EarlyPruner
     from lightpeft.recipe.trainer import LightTrainer, light_trainer
@@ -48,6 +49,7 @@ _HOMES = {
     "cut_vocabulary": "models.vocabulary",
     "ensure_family": "prune.discovery",
     "export_model": "saved.exporting",
+    "find_depth": "prune.reading",
     "full_width": "saved.full_width",
     "light_tokenizer": "saved.light_adapter",
     "light_trainer": "recipe.trainer",
@@ -82,6 +84,7 @@ __all__ = [
     "cut_vocabulary",
     "ensure_family",
     "export_model",
+    "find_depth",
     "full_width",
     "light_tokenizer",
     "light_trainer",

@@ -56,9 +56,10 @@ class Budget:
     target: float | None = None
     """Part of all base parameters to remove; sets `heads`, `neurons` and `experts` to the common ratio that reaches it.
     """
-    depth: float = 0.0
+    depth: float | Literal["auto"] = 0.0
     """Part of the blocks to leave out whole, from the top, in [0, 1): before estimation, which scores what is left.
-    What `blocks` and `target` say includes them; ratios are of what is left."""
+    What `blocks` and `target` say includes them; ratios are of what is left.
+    "auto": of a decoder that classifies, those above which there is nothing to be gained, as far as `blocks` allows."""
 
     heads_scope: Scope = "layerwise"
     """Rank heads within each layer or over all layers together."""
@@ -106,6 +107,8 @@ class Budget:
         require(
             self.blocks is None or self.target is None, "blocks and target both say how much goes; give one of them"
         )
+        bound = "depth: auto goes as far as blocks allows, and target counts other parameters; give blocks instead"
+        require(self.depth != "auto" or self.target is None, bound)
         for name, least in (("heads", 0), ("neurons", 0), ("modules", 0), ("ranks", 1)):
             value = getattr(self, f"min_{name}")
             require(value >= least, f"min_{name} is {value}; it must be at least {least}")
@@ -135,7 +138,16 @@ class Budget:
         return dataclasses.replace(self, heads=part, neurons=part, experts=part, blocks=None, target=None)
 
     def blocks_left(self, blocks: int) -> int:
-        """How many of so many blocks `depth` leaves."""
+        """How many of so many blocks `depth` leaves.
+
+        Raises:
+            LightPeftError: it is auto, and was not found yet.
+        """
+        if self.depth == "auto":
+            raise LightPeftError(
+                "light.depth is auto, which lightpeft run finds; give a number here, such as that of "
+                "lightpeft.find_depth"
+            )
         return max(1, blocks - int(self.depth * blocks + 0.5))
 
     def first_module_block(self, blocks: int) -> int:

@@ -18,7 +18,7 @@ _BY_COST: dict[str, Any] = {
     "multiple_of": 8,
     "length": 0.075,
     "least_steps": 32,
-    "least_learned": 0.05,
+    "least_learned": 0.1,
     "module_blocks": 2 / 3,
     "modules": 0.0,
     "ratio_every": 16,

@@ -60,6 +60,11 @@ class EstimationRecord:
         nothing = "these scores are of no step, since nothing was to go; estimate again with the budget that is wanted"
         require(self.meta.get("steps") != 0 or not budget.chooses, nothing)
 
+    @property
+    def depth(self) -> float:
+        """Part of the blocks that was left out."""
+        return len(self.left_out) / (len(self.blocks) + len(self.left_out))
+
     def of_blocks(self, kind: str, criterion: str) -> list[Tensor]:
         """Scores of one of the `MASKED` units under a criterion, one tensor a block; empty where it has none."""
         scores = (f"{kind}/{criterion}/{block.index}" if getattr(block, kind) else None for block in self.blocks)

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 from lightpeft.errors import require
@@ -51,7 +50,7 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
     record = EstimationRecord.load(run.estimation)
     plans = dict(nested_plans(record, work.config.light, parts))
     model = estimated_model(work, record)
-    batches = _batches(work, rows)
+    batches = work.drawn_batches(rows, _BATCH)
     dense, points = loss_curve(model, record, plans, batches, autocast_dtype(work.config.training))
     start = gone_before(record)
     times = step_times(work, model, plans, start)
@@ -70,16 +69,6 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
         if not draw(found, plot):
             plot.unlink(missing_ok=True)  # of another curve
     return found
-
-
-def _batches(work: Workspace, rows: int) -> list[dict[str, torch.Tensor]]:
-    """Of rows of similar length."""
-    generator = torch.Generator().manual_seed(work.config.seed)
-    drawn = torch.randperm(len(work.train_rows), generator=generator)[:rows].tolist()
-    lengths = work.train_rows["length"][:]
-    order = sorted(drawn, key=lengths.__getitem__)
-    starts = range(0, len(order), _BATCH)
-    return [work.collator(work.train_rows.select(order[start : start + _BATCH]).to_list()) for start in starts]
 
 
 class StepTimes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.refit import Fit, fit_refit
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.recipe.resuming import read_cut
+from lightpeft.runs.depth import found_depth, with_depth
 from lightpeft.runs.reuse import find_estimation, take_estimation
 from lightpeft.runs.stages import (
     StageCost,
@@ -110,7 +111,7 @@ def _train_light(
     trainer_class: type[LightRun] = LightRun,
 ) -> None:
     """Estimate, cut and fine-tune in one training, from a checkpoint before the cut if there is one."""
-    run = work.run
+    run, work = work.run, with_depth(work)
     set_seed(work.config.seed)
     trainer = trainer_class(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
     with run.held():
@@ -125,6 +126,7 @@ def _train_light(
 
 def _leave_unscored(work: Workspace) -> None:
     """The end of an estimation that has no steps: PEFT modules as they are made, and a record without scores."""
+    work = with_depth(work)
     set_seed(work.config.seed)
     started, model = time.perf_counter(), _with_peft(work)
     with PeakMemory(model) as memory:
@@ -159,6 +161,8 @@ def _find_budget(work: Workspace) -> None:
     """What the trainer does between estimation and plan, for an estimation that is over."""
     record = EstimationRecord.load(work.run.estimation)
     set_seed(work.config.seed)
+    light = replace(work.config.light, depth=0.0)  # those blocks are gone
+    work = replace(work, config=replace(work.config, light=light))
     LightRun(work, estimated_model(work, record)).leave_light_budget(record)
 
 
@@ -364,6 +368,7 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
         **_vocabulary_report(work, model),
         "seconds": run.stage_seconds(),
         "training": dict(_training_costs(run)),
+        **({"depth": depth} if (depth := found_depth(run)) is not None else {}),
         **({"budget": budget} if (budget := found_budget(run)) is not None else {}),
         "adapter_bytes": folder_bytes(run.result),
         "seed": config.seed,

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightpeft.config import READ_BY_PLANS, SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import append_line, read_json, replacing_folder
+from lightpeft.files import append_line, read_json, replacing_folder, write_json
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
@@ -96,12 +96,15 @@ def copy_estimation(donor: RunFolder, run: RunFolder, name: str) -> None:
     Raises:
         LightPeftError: it cannot be copied.
     """
-    entry = donor.finished_stages().get("estimate")
-    if entry is None:
+    stages = donor.finished_stages()
+    if "estimate" not in stages:
         raise LightPeftError(f"{donor.path} has not finished its estimation; go on with it first: lightpeft estimate")
     with run.held():
         if processes().is_main_process:
+            if donor.has("depth"):
+                write_json(run.depth, read_json(donor.depth))
             with replacing_folder(run.estimation) as temporary:
                 shutil.copytree(donor.estimation, temporary, dirs_exist_ok=True)
-                append_line(run.log, {**entry, "taken_from": name})
+                for stage in [stage for stage in ("depth", "estimate") if stage in stages]:
+                    append_line(run.log, {**stages[stage], "taken_from": name})
         processes().wait_for_everyone()

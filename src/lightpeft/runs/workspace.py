@@ -133,6 +133,20 @@ class Workspace:
         training = self.config.training
         return BatchedModel(model, self.collator, training.eval_batch_size, autocast_dtype(training))
 
+    def drawn_batches(self, rows: int, size: int | None = None) -> list[dict[str, Tensor]]:
+        """Batches of so many training rows, drawn by the run's seed: each of rows of similar length.
+
+        Args:
+            size: rows a batch; None: as many as are asked at once.
+        """
+        size = size or self.config.training.eval_batch_size
+        generator = torch.Generator().manual_seed(self.config.seed)
+        drawn = torch.randperm(len(self.train_rows), generator=generator)[:rows].tolist()
+        lengths = self.train_rows["length"][:]
+        order = sorted(drawn, key=lengths.__getitem__)
+        starts = range(0, len(order), size)
+        return [self.collator(self.train_rows.select(order[start : start + size]).to_list()) for start in starts]
+
     def watcher(self) -> Watcher:
         """What looks at the model between stages, on a few test rows."""
         chosen = sample(self.task)

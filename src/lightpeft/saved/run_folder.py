@@ -45,6 +45,7 @@ _RESULTS = (
     "pruned",
     "plan.json",
     "budget.json",
+    "depth.json",
     "curve.json",
     "curve.png",
     "estimation",
@@ -246,6 +247,11 @@ class RunFolder:
         """Losses and stage times, one JSON object a line."""
         return self.path / "log.jsonl"
 
+    @property
+    def depth(self) -> Path:
+        """What `light.depth: auto` found."""
+        return self.path / "depth.json"
+
     def checkpoints(self, stage: str) -> Path:
         """Where a stage's trainer checkpoints go while it runs."""
         return self.path / "checkpoints" / stage
@@ -255,8 +261,10 @@ class RunFolder:
         return last_checkpoint(self.checkpoints(stage), lambda line: self.announce(stage, line))
 
     def has(self, stage: str) -> bool:
-        """Whether a stage ("estimate", "budget", "plan", "prune", "train", "widen", "evaluate") has left its result."""
+        """Whether a stage has left its result: "depth", "estimate", "budget", "plan", "prune", "train", "widen" or
+        "evaluate"."""
         result = {
+            "depth": self.depth,
             "estimate": self.estimation / "estimation.json",
             "budget": self.budget,
             "plan": self.plan,

@@ -1,0 +1,173 @@
+"""How deep a task has to be read: what a linear classifier makes of each block's output, before anything is trained.
+
+What the upper blocks of a decoder are there for is the next word; a label is often to be read below them. Each block's
+output at the place that a head reads goes into ridge regression on the labels, and every row is judged by the
+classifier of all others, which has a closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightpeft.errors import require
+from lightpeft.models.families import block_lists
+from lightpeft.models.families.decoders import DECODERS
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.profiling.live import Batch, device_of, moved
+from lightpeft.prune.learning import one_of_several
+
+RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
+"""Strengths of the penalty that are tried on standardised states; each block has its best."""
+ROWS = 512
+"""Training rows that are looked at."""
+
+
+@dataclass(frozen=True)
+class FoundDepth:
+    """What the lowest blocks, one after another, say of the labels."""
+
+    accuracy: list[float]
+    """Of the classifier on each block's output."""
+    error: list[float]
+    """Its mean squared error."""
+    enough: int
+    """Blocks from which on nothing is to be gained: the least of which the error is within a standard error of the best
+    one's, row by row."""
+    rows: int
+    """Rows that were looked at."""
+
+    @property
+    def depth(self) -> float:
+        """Part of the blocks above these, as `light.depth` has it."""
+        return 1 - self.enough / len(self.error)
+
+    def within(self, blocks: float) -> float:
+        """The same, or as much of it as takes no more of the blocks than a budget does."""
+        return min(self.depth, int(blocks * len(self.error)) / len(self.error))
+
+    def summary(self) -> str:
+        """What was found, in one line."""
+        right = f"{self.accuracy[self.enough - 1]:.1%} of {self.rows} rows are classified right"
+        return f"from block {self.enough} of {len(self.error)} on there is nothing to be gained ({right} by its output)"
+
+    def facts(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return {**asdict(self), "depth": self.depth}
+
+
+def find_depth(model: nn.Module, batches: Iterable[Batch]) -> FoundDepth:
+    """How many of a model's blocks a task has to be read through; nothing is trained.
+
+    Of decoders that classify, the others may be left out (`light.depth`). An encoder's blocks are read otherwise by the
+    same measure: leaving out what it calls superfluous cost MiniLM accuracy (docs/quality.md).
+
+    Args:
+        model: the untouched one, with one stack of blocks and whatever head.
+        batches: of training rows, `ROWS` or so, with the number of a class for each row as `labels` [rows].
+
+    Raises:
+        LightPeftError: the labels are no classes, or all alike.
+    """
+    states, labels = states_by_block(model, batches)
+    found = [read_out(of_block, labels) for of_block in states]
+    return FoundDepth(
+        accuracy=[of_block.accuracy for of_block in found],
+        error=[float(of_block.errors.mean()) for of_block in found],
+        enough=enough([of_block.errors for of_block in found]),
+        rows=len(labels),
+    )
+
+
+@torch.no_grad()
+def states_by_block(model: nn.Module, batches: Iterable[Batch]) -> tuple[list[Tensor], Tensor]:
+    """What a head would read after each block, [rows, width] each, and the labels, [rows].
+
+    Raises:
+        LightPeftError: as `find_depth`.
+    """
+    inner, training = transformers_model(model), model.training
+    first = inner.config.model_type not in {family.model_type for family in DECODERS}
+    blocks = block_lists(inner)[0]
+    seen: list[list[Tensor]] = [[] for _ in blocks]
+    labels: list[Tensor] = []
+    model.eval()
+    for batch in batches:
+        places = place_of_head(batch["attention_mask"], first)
+        labels.append(batch["labels"])
+        handles = [block.register_forward_hook(_keep(at, places)) for block, at in zip(blocks, seen, strict=True)]
+        try:
+            model(**moved({name: of for name, of in batch.items() if name != "labels"}, device_of(model)))
+        finally:
+            for handle in handles:
+                handle.remove()
+    model.train(training)
+    classes = all(map(one_of_several, labels))
+    require(classes, "depth is read off the number of a class for each row, and these labels are no such")
+    together = torch.cat(labels).cpu()
+    alike = f"all {len(together)} rows have one label, which can be read anywhere; give light.depth as a number"
+    require(len(together.unique()) > 1, alike)
+    return [torch.cat(parts) for parts in seen], together
+
+
+def place_of_head(mask: Tensor, first: bool) -> Tensor:
+    """The first or the last real token of every row: [rows]."""
+    order = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask.bool(), order, mask.shape[1]).amin(1) if first else (mask * order).amax(1)
+
+
+def _keep(seen: list[Tensor], places: Tensor) -> Any:
+    """Forward hook that keeps a block's output at one place a row; all of every block's would not fit into memory."""
+
+    def hook(_: nn.Module, args: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        rows = torch.arange(len(places), device=states.device)
+        seen.append(states[rows, places.to(states.device)].float().cpu())
+
+    return hook
+
+
+@dataclass(frozen=True)
+class ReadOut:
+    """What one block's output says of the labels."""
+
+    accuracy: float
+    errors: Tensor
+    """Squared error of each row, [rows], by the classifier of all others."""
+
+
+def read_out(states: Tensor, labels: Tensor) -> ReadOut:
+    """Accuracy and squared errors of rows by classifiers that have not seen them.
+
+    With K = X X^T of the standardised states, the fit is H Y, H = K (K + lambda I)^-1 + 1/n (a free intercept), and the
+    error of row i without itself in the data is (Y - H Y)_i / (1 - H_ii).
+
+    Args:
+        states: [rows, width].
+        labels: [rows], class numbers.
+    """
+    scaled = (states.double() - states.double().mean(0)) / states.double().std(0).clamp_min(1e-6)
+    targets = nn.functional.one_hot(labels).double()
+    products, identity = scaled @ scaled.T, torch.eye(len(scaled), dtype=torch.float64)
+
+    def by(ridge: float) -> ReadOut:
+        fit = torch.linalg.solve(products + ridge * identity, products) + 1 / len(scaled)
+        left = (targets - fit @ targets) / (1 - fit.diagonal()).unsqueeze(1)
+        right = (targets - left).argmax(1) == labels
+        return ReadOut(float(right.double().mean()), left.square().sum(1))
+
+    return min(map(by, RIDGES), key=lambda found: float(found.errors.mean()))
+
+
+def enough(errors: Sequence[Tensor]) -> int:
+    """The least number of blocks whose squared error is within a standard error of the best one's, row by row."""
+    best = min(range(len(errors)), key=lambda block: float(errors[block].mean()))
+    for block, of_block in enumerate(errors[:best]):
+        more = of_block - errors[best]
+        if float(more.mean()) <= float(more.std()) / len(more) ** 0.5:
+            return block + 1
+    return best + 1

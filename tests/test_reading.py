@@ -1,0 +1,170 @@
+"""How deep a task has to be read: classifiers on every block's output, and what a run makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import inputs_for, make, refusal, with_lora, without_dropout
+from torch import Tensor, nn
+from training import chunks
+from workbench import Workbench, lightpeft, read
+
+from lightpeft import EarlyPruner, LightConfig, find_depth
+from lightpeft.files import read_tensors
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.prune.reading import RIDGES, FoundDepth, enough, place_of_head, read_out, states_by_block
+from lightpeft.runs import depth, pipeline
+from lightpeft.saved.peft_adapter import WEIGHTS
+
+
+def test_every_row_is_judged_by_the_others() -> None:
+    """The closed form is what leaving each row out and fitting again gives, at the penalty that does best."""
+    generator = torch.Generator().manual_seed(0)
+    states, labels = torch.randn(12, 3, generator=generator), torch.arange(12) % 2
+    states[:, 1] += labels
+    scaled = (states.double() - states.double().mean(0)) / states.double().std(0)
+    inputs, targets = torch.cat([scaled, torch.ones(12, 1)], 1), nn.functional.one_hot(labels).double()
+    errors = []
+    for ridge in RIDGES:
+        wrong = []
+        for row in range(12):
+            others = [other for other in range(12) if other != row]
+            x = inputs[others]
+            penalty = torch.diag(torch.tensor([ridge, ridge, ridge, 0.0], dtype=torch.float64))  # none on the intercept
+            weights = torch.linalg.solve(x.T @ x + penalty, x.T @ targets[others])
+            wrong.append((targets[row] - inputs[row] @ weights).square().sum())
+        errors.append(torch.stack(wrong))
+    best = min(errors, key=lambda of_ridge: float(of_ridge.mean()))
+    found = read_out(states, labels)
+    torch.testing.assert_close(found.errors, best)
+    assert found.accuracy > 0.5
+
+
+def test_the_least_depth_within_noise() -> None:
+    noise = torch.tensor([0.0, 0.2] * 8)
+    assert enough([noise + 1, noise.flip(0) + 0.01, noise, noise]) == 2
+    assert enough([noise + 1, noise + 0.5, noise, noise + 1]) == 3
+
+
+def test_where_a_head_reads() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]])
+    assert place_of_head(mask, first=False).tolist() == [3, 2]
+    assert place_of_head(mask, first=True).tolist() == [2, 0]
+
+
+def rows_read_at(block: int, rows: int = 96) -> tuple[Any, list[dict[str, Tensor]]]:
+    """A tiny decoder, and batches whose labels are the sign of a number in its block's output."""
+    model = without_dropout(make("llama-classifier"))
+    data = inputs_for(model, rows=rows, labels=True)
+    states, _ = states_by_block(model, [data])
+    data["labels"] = (states[block][:, 0] > states[block][:, 0].median()).long()
+    return model, list(chunks(data, 16))
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_the_block_that_tells_most(block: int) -> None:
+    model, batches = rows_read_at(block)
+    found = find_depth(model, batches)
+    assert min(range(3), key=found.error.__getitem__) == block and found.accuracy[block] > 0.8
+    assert found.enough <= block + 1 and found.rows == 96 and len(found.error) == 3
+    assert found.depth == pytest.approx(1 - found.enough / 3)
+    assert f"from block {found.enough} of 3 on there is nothing to be gained" in found.summary()
+
+
+def test_the_model_stays_as_it_was() -> None:
+    model, batches = rows_read_at(0)
+    model.train()
+    find_depth(model, batches)
+    assert model.training and not any(module._forward_hooks for module in model.modules())
+
+
+def test_no_more_than_a_budget() -> None:
+    found = FoundDepth([0.5] * 5, [0.1] * 5, 2, 64)
+    assert found.depth == pytest.approx(0.6)
+    assert [found.within(blocks) for blocks in (0.0, 0.39, 0.4, 0.9)] == pytest.approx([0.0, 0.2, 0.4, 0.6])
+
+
+def test_what_cannot_be_read() -> None:
+    model, batches = rows_read_at(0, rows=16)
+    alike = [{**batch, "labels": torch.zeros_like(batch["labels"])} for batch in batches]
+    assert "have one label" in refusal(lambda: find_depth(model, alike))
+    numbers = [{**batch, "labels": batch["labels"].float()} for batch in batches]
+    assert "these labels are no such" in refusal(lambda: find_depth(model, numbers))
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+AUTO: dict[str, Any] = {"light.depth": "auto"}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("reading"), "llama")
+
+
+@pytest.fixture
+def half(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lower of two blocks is enough; how many rows were looked at, each time."""
+    asked: list[int] = []
+
+    def find(model: nn.Module, batches: list[dict[str, Tensor]]) -> FoundDepth:
+        asked.append(sum(len(batch["labels"]) for batch in batches))
+        return FoundDepth([0.9, 0.8], [0.1, 0.2], 1, asked[-1])
+
+    monkeypatch.setattr(depth, "find_depth", find)
+    return asked
+
+
+def test_a_run_is_one_of_the_depth_that_it_finds(bench: Workbench, half: list[int], capsys: Any) -> None:
+    result = pipeline.run(bench.config("auto", **AUTO))
+    assert "leaves out 50% of the blocks: from block 1 of 2 on there is nothing to be gained" in capsys.readouterr().err
+    pipeline.run(bench.config("given", **{"light.depth": 0.5}))
+    one, other = (read_tensors(bench.folder / name / "adapter" / WEIGHTS) for name in ("auto", "given"))
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+    assert result["depth"] == read(bench.folder / "auto" / "metrics.json")["depth"]
+    assert result["depth"]["depth"] == 0.5 and result["seconds"]["depth"] > 0
+    assert PrunePlan.load(bench.folder / "auto" / "plan.json").budget["depth"] == 0.5
+    assert half == [64]
+    pipeline.run(bench.config("auto", **AUTO))
+    assert half == [64], "it is found once"
+
+
+def test_stage_by_stage(bench: Workbench, half: list[int]) -> None:
+    file = bench.yaml("stages", **AUTO)
+    for verb in ("estimate", "plan", "prune", "train"):
+        assert lightpeft(verb, "--config", file) == 0
+    pipeline.run(bench.config("at once", **AUTO))
+    plans = [PrunePlan.load(bench.folder / name / "plan.json") for name in ("stages", "at once")]
+    assert plans[0] == plans[1] and len(plans[0].left_out) == 1 and half == [64, 64]
+
+
+def test_an_estimation_that_is_taken_brings_its_depth(bench: Workbench, half: list[int]) -> None:
+    assert lightpeft("estimate", "--config", bench.yaml("donor", **AUTO)) == 0
+    taken = ("--estimation", bench.folder / "donor", "--light.heads", "0.5")
+    assert lightpeft("run", "--config", bench.yaml("taker", **AUTO), *taken) == 0
+    assert read(bench.folder / "taker" / "metrics.json")["depth"]["depth"] == 0.5 and half == [64]
+
+
+def test_it_goes_as_far_as_the_budget_allows(bench: Workbench, half: list[int]) -> None:
+    assert lightpeft("estimate", "--config", bench.yaml("bounded", **AUTO, **{"light.blocks": 0.4})) == 0
+    assert not EstimationRecord.load(bench.folder / "bounded" / "estimation").left_out
+
+
+def test_models_that_are_not_known_to_bear_it(tmp_path: Path, half: list[int], capsys: Any) -> None:
+    for family, task in (("bert", "classification"), ("llama", "causal-lm")):
+        made = Workbench(tmp_path / family, family, task)
+        assert lightpeft("estimate", "--config", made.yaml("run", **AUTO)) == 0
+        assert "light.depth: auto leaves out 0% of the blocks: only" in capsys.readouterr().err
+        assert not EstimationRecord.load(made.folder / "run" / "estimation").left_out
+    assert not half
+
+
+def test_where_no_run_finds_it(bench: Workbench, capsys: Any) -> None:
+    light = LightConfig(depth="auto")
+    assert "lightpeft.find_depth" in refusal(lambda: EarlyPruner(with_lora(make("llama-gqa")), light))
+    assert "give blocks instead" in refusal(lambda: LightConfig(depth="auto", target=0.3))
+    assert lightpeft("check", "--config", bench.yaml("checked", **AUTO)) == 2
+    assert "light.depth is auto" in capsys.readouterr().err
