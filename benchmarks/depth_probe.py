@@ -24,6 +24,7 @@ from lightpeft.cli.command import quiet
 from lightpeft.config import load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
+from lightpeft.machine import autocast_dtype
 from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.profiling import hardware
 from lightpeft.prune.reading import ROWS, find_depth
@@ -61,7 +62,7 @@ def measure(path: Path, count: int) -> dict[str, Any]:
         f"{path} does not classify; a linear classifier cannot say how deep it reads",
     )
     require(2 <= count <= len(work.train_rows), f"--rows is {count}; there are {len(work.train_rows)} training rows")
-    found = find_depth(work.dense_model().model, work.drawn_batches(count))
+    found = find_depth(work.dense_model().model, work.drawn_batches(count), autocast_dtype(config.training))
     return {
         "config": str(path),
         "rows": count,

@@ -56,13 +56,15 @@ def of_rank(results: Path, rank: int, name: str) -> tuple[EstimationRecord, Tens
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_of_ones_own(results: Path, name: str) -> None:
+def test_a_loop_of_ones_own(results: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
     whole = estimate(student(), steps=3)
     record, masks = of_rank(results, 0, name)
     assert_close(record, whole.record())
     torch.testing.assert_close(masks, whole.masks.values, rtol=0, atol=1e-4)
     for count in ("ratio_tokens", "scored_examples"):
         assert record.meta[count] == whole.record().meta[count]
+    assert record.meta["learned"] == pytest.approx(whole.record().meta["learned"], abs=1e-4)
     assert record.meta["processes"] == 2
 
 

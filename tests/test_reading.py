@@ -81,6 +81,14 @@ def test_the_model_stays_as_it_was() -> None:
     assert model.training and not any(module._forward_hooks for module in model.modules())
 
 
+def test_without_a_mask_all_tokens_are_real() -> None:
+    model = without_dropout(make("llama-classifier"))
+    data = inputs_for(model, padding="none", labels=True)
+    masked, _ = states_by_block(model, [data])
+    bare, _ = states_by_block(model, [{name: data[name] for name in ("input_ids", "labels")}])
+    assert all(one.equal(other) for one, other in zip(masked, bare, strict=True))
+
+
 def test_no_more_than_a_budget() -> None:
     found = FoundDepth([0.5] * 5, [0.1] * 5, 2, 64)
     assert found.depth == pytest.approx(0.6)
@@ -110,7 +118,7 @@ def half(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lower of two blocks is enough; how many rows were looked at, each time."""
     asked: list[int] = []
 
-    def find(model: nn.Module, batches: list[dict[str, Tensor]]) -> FoundDepth:
+    def find(model: nn.Module, batches: list[dict[str, Tensor]], autocast: torch.dtype | None) -> FoundDepth:
         asked.append(sum(len(batch["labels"]) for batch in batches))
         return FoundDepth([0.9, 0.8], [0.1, 0.2], 1, asked[-1])
 

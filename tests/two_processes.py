@@ -29,12 +29,14 @@ from training import (
 
 from lightpeft.config import LightConfig
 from lightpeft.plans.scoring import rank_taylor_terms
+from lightpeft.prune import learning
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.importance import RankObserver
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.prefix import FrozenPrefix, Numbered, PrefixCache, cache_prefix, number_rows, with_states
 
 STEPS, ROWS = 3, 8
+learning.FEWEST_TELLING = 2 * ROWS  # of both processes, in the last window of two steps
 
 
 def loop(parts: int = 1, synchronise: str = "last", **options: Any) -> Estimator:

@@ -149,7 +149,7 @@ class Estimator:
         for name, criterion in self._summed.items():
             self._sums[name] += criterion(facts)
         self._sums["examples"] += examples * _processes()
-        self._sums["losses"] += losses
+        self._sums["losses"] += losses * _processes()
         self.masks.values.grad = gradients.mean + self._lambdas * self.masks.values.sign()
         self._optimizer.step()
         self.steps += 1

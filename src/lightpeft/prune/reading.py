@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightpeft.errors import require
+from lightpeft.machine import autocasting
 from lightpeft.models.families import block_lists
 from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.unwrap import transformers_model
@@ -60,7 +61,7 @@ class FoundDepth:
         return {**asdict(self), "depth": self.depth}
 
 
-def find_depth(model: nn.Module, batches: Iterable[Batch]) -> FoundDepth:
+def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None = None) -> FoundDepth:
     """How many of a model's blocks a task has to be read through; nothing is trained.
 
     Of decoders that classify, the others may be left out (`light.depth`). An encoder's blocks are read otherwise by the
@@ -68,12 +69,14 @@ def find_depth(model: nn.Module, batches: Iterable[Batch]) -> FoundDepth:
 
     Args:
         model: the untouched one, with one stack of blocks and whatever head.
-        batches: of training rows, `ROWS` or so, with the number of a class for each row as `labels` [rows].
+        batches: of training rows, `ROWS` or so, with the number of a class for each row as `labels` [rows]; without an
+            `attention_mask`, all tokens are real.
+        autocast: type that matrix products are computed in; None: that of the weights.
 
     Raises:
         LightPeftError: the labels are no classes, or all alike.
     """
-    states, labels = states_by_block(model, batches)
+    states, labels = states_by_block(model, batches, autocast)
     found = [read_out(of_block, labels) for of_block in states]
     return FoundDepth(
         accuracy=[of_block.accuracy for of_block in found],
@@ -84,8 +87,10 @@ def find_depth(model: nn.Module, batches: Iterable[Batch]) -> FoundDepth:
 
 
 @torch.no_grad()
-def states_by_block(model: nn.Module, batches: Iterable[Batch]) -> tuple[list[Tensor], Tensor]:
-    """What a head would read after each block, [rows, width] each, and the labels, [rows].
+def states_by_block(
+    model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """What a head would read after each block, [rows, width] each, and the labels, [rows]; arguments as `find_depth`.
 
     Raises:
         LightPeftError: as `find_depth`.
@@ -97,11 +102,14 @@ def states_by_block(model: nn.Module, batches: Iterable[Batch]) -> tuple[list[Te
     labels: list[Tensor] = []
     model.eval()
     for batch in batches:
-        places = place_of_head(batch["attention_mask"], first)
+        real = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+        places = place_of_head(real, first)
         labels.append(batch["labels"])
         handles = [block.register_forward_hook(_keep(at, places)) for block, at in zip(blocks, seen, strict=True)]
+        given = {name: values for name, values in batch.items() if name != "labels"}
         try:
-            model(**moved({name: of for name, of in batch.items() if name != "labels"}, device_of(model)))
+            with autocasting(device_of(model), autocast):
+                model(**moved(given, device_of(model)))
         finally:
             for handle in handles:
                 handle.remove()

@@ -470,7 +470,8 @@ def _end_to_end(work: Workspace, training: Mapping[str, list[float]], prefix_spe
     }
     estimation_steps = EstimationRecord.load(work.run.estimation).meta["steps"]
     seconds = work.run.stage_seconds()
-    surgery = seconds.get("budget", 0.0) + seconds.get("prune", 0.0)  # where it is auto, the budget is a part of it
+    # where they are auto, depth and budget are a part of it
+    surgery = sum(seconds.get(stage, 0.0) for stage in ("depth", "budget", "prune"))
     estimation = estimation_steps * step_seconds.get("estimation", 0.0)
     caching = len(work.train_rows) / prefix_speed if prefix_speed else 0.0
     light = estimation + surgery + caching + (work.steps - estimation_steps) * step_seconds["light"]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightpeft.files import read_json, understandable, write_json
+from lightpeft.machine import autocast_dtype
 from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.loading import load_model_config
 from lightpeft.models.task_heads import CLASSIFICATION
@@ -28,7 +29,7 @@ def with_depth(work: Workspace) -> Workspace:
     if not work.run.has("depth"):
         with work.run.held():
             _leave_depth(work)
-    found = found_depth(work.run) or {}
+    found = read_json(work.run.depth)
     with understandable(work.run.depth):
         return replace(work, config=replace(work.config, light=replace(light, depth=float(found["depth"]))))
 
@@ -43,17 +44,18 @@ def found_depth(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _leave_depth(work: Workspace) -> None:
-    started = time.perf_counter()
-    loaded = None if (reason := _unknown(work)) else work.dense_model()
-    if loaded is None:
-        facts: dict[str, Any] = {"depth": 0.0, "reason": reason}
-    else:
-        found: FoundDepth = agreed(find_depth(loaded.model, work.drawn_batches(ROWS)))
-        most, reason = work.config.light.blocks, found.summary()
-        depth = found.within(most) if isinstance(most, float) else found.depth
-        facts = {**found.facts(), "depth": depth}
-    work.run.announce("depth", f"light.depth: auto leaves out {facts['depth']:.0%} of the blocks: {reason}")
+    started, reason = time.perf_counter(), _unknown(work)
+    facts = _read(work) if reason is None else {"depth": 0.0, "reason": reason}
+    work.run.announce("depth", f"light.depth: auto leaves out {facts['depth']:.0%} of the blocks: {facts['reason']}")
     work.run.finish_stage("depth", time.perf_counter() - started, lambda: write_json(work.run.depth, facts))
+
+
+def _read(work: Workspace) -> dict[str, Any]:
+    model, autocast = work.dense_model(to_train=True).model, autocast_dtype(work.config.training)
+    found: FoundDepth = agreed(find_depth(model, work.drawn_batches(ROWS), autocast))
+    most = work.config.light.blocks
+    depth = found.depth if most is None or most == "auto" else found.within(most)
+    return {**found.facts(), "depth": depth, "reason": found.summary()}
 
 
 def _unknown(work: Workspace) -> str | None:

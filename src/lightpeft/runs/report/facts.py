@@ -18,6 +18,7 @@ from lightpeft.runs.report.speeds import Speeds, read_speeds
 from lightpeft.saved.run_folder import Report, RunFolder, is_run, read_report
 
 STAGES = {
+    "depth": "The depth",
     "estimate": "Estimation",
     "budget": "The budget",
     "prune": "The cut",
@@ -234,8 +235,9 @@ _YEAR_9999 = 253_370_764_800
 
 def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
     way, logged = run.config.way, run.finished_stages()
-    found = ["budget"] if run.config.light.blocks == "auto" else []
-    names = ["estimate", *found, "prune", "train"] if way.prunes else ["train"]
+    light = run.config.light
+    before, after = ["depth"] if light.depth == "auto" else [], ["budget"] if light.blocks == "auto" else []
+    names = [*before, "estimate", *after, "prune", "train"] if way.prunes else ["train"]
     for name in [*names, *(["widen"] if run.keeps_full else []), "evaluate"]:
         told: dict[str, Any] = logged.get(name, {})
         if report is not None:
