@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from tiny import inputs_for, make, refusal, with_lora, without_dropout
 from torch import Tensor, nn
-from training import chunks
+from training import chunks, dataset, trained_weights
+from transformers import TrainingArguments
 from workbench import Workbench, lightpeft, read
 
-from lightpeft import EarlyPruner, LightConfig, find_depth
+from lightpeft import EarlyPruner, LightConfig, LightTrainer, find_depth
 from lightpeft.files import read_tensors
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.reading import RIDGES, FoundDepth, enough, place_of_head, read_out, states_by_block
+from lightpeft.recipe import depth as trainers_depth
 from lightpeft.runs import depth, pipeline
 from lightpeft.saved.peft_adapter import WEIGHTS
 
@@ -92,7 +96,9 @@ def test_without_a_mask_all_tokens_are_real() -> None:
 def test_no_more_than_a_budget() -> None:
     found = FoundDepth([0.5] * 5, [0.1] * 5, 2, 64)
     assert found.depth == pytest.approx(0.6)
-    assert [found.within(blocks) for blocks in (0.0, 0.39, 0.4, 0.9)] == pytest.approx([0.0, 0.2, 0.4, 0.6])
+    assert [found.within(blocks) for blocks in (0, 0.39, 0.4, 0.9, "auto", None)] == pytest.approx(
+        [0.0, 0.2, 0.4, 0.6, 0.6, 0.6]
+    )
 
 
 def test_what_cannot_be_read() -> None:
@@ -118,11 +124,12 @@ def half(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lower of two blocks is enough; how many rows were looked at, each time."""
     asked: list[int] = []
 
-    def find(model: nn.Module, batches: list[dict[str, Tensor]], autocast: torch.dtype | None) -> FoundDepth:
+    def find(model: nn.Module, batches: Iterable[dict[str, Tensor]], autocast: torch.dtype | None) -> FoundDepth:
         asked.append(sum(len(batch["labels"]) for batch in batches))
         return FoundDepth([0.9, 0.8], [0.1, 0.2], 1, asked[-1])
 
-    monkeypatch.setattr(depth, "find_depth", find)
+    for place in (depth, trainers_depth):
+        monkeypatch.setattr(place, "find_depth", find)
     return asked
 
 
@@ -170,7 +177,48 @@ def test_models_that_are_not_known_to_bear_it(tmp_path: Path, half: list[int], c
     assert not half
 
 
-def test_where_no_run_finds_it(bench: Workbench, capsys: Any) -> None:
+# -- trainers ----------------------------------------------------------------------------------------------------------
+
+
+def trainer_of(folder: Path, light_depth: Any, base: str = "llama-classifier", **changes: Any) -> LightTrainer:
+    light = LightConfig(length=4, least_examples=0, depth=light_depth)
+    arguments = TrainingArguments(str(folder), max_steps=8, use_cpu=True, report_to=[], disable_tqdm=True)
+    given = {"model": make(base), "train_dataset": dataset(), "peft_config": LoraConfig(r=4, task_type="SEQ_CLS")}
+    torch.manual_seed(0)
+    return LightTrainer(args=arguments, light=light, **{**given, **changes})
+
+
+def test_a_trainer_finds_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    third = FoundDepth([0.5, 0.9, 0.8], [0.3, 0.1, 0.2], 2, 64)
+    monkeypatch.setattr(trainers_depth, "find_depth", lambda model, batches, autocast: third)
+    weights = []
+    for light_depth in ("auto", 1 / 3):
+        with caplog.at_level("INFO", logger="lightpeft"):
+            trainer = trainer_of(tmp_path / str(light_depth), light_depth)
+        trainer.train()
+        assert trainer.light_plan is not None and len(trainer.light_plan.left_out) == 1
+        weights.append(trained_weights(trainer.model))
+    assert caplog.text.count("leaves out 33% of the blocks: from block 2 of 3 on") == 1
+    one, other = weights
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def test_a_trainer_reads_the_rows_that_it_trains_on(tmp_path: Path, half: list[int]) -> None:
+    trainer_of(tmp_path, "auto")
+    assert half == [64]
+
+
+def test_trainers_of_other_models_leave_nothing_out(tmp_path: Path, half: list[int]) -> None:
+    assert trainer_of(tmp_path, "auto", "bert").light_config.depth == 0 and not half
+
+
+def test_what_a_trainer_cannot_ask(tmp_path: Path) -> None:
+    endless = dataset().to_iterable_dataset()
+    assert "of a known number" in refusal(lambda: trainer_of(tmp_path, "auto", train_dataset=endless))
+    assert "give it loaded" in refusal(lambda: trainer_of(tmp_path, "auto", model="name"))
+
+
+def test_where_nobody_finds_it(bench: Workbench, capsys: Any) -> None:
     light = LightConfig(depth="auto")
     assert "lightpeft.find_depth" in refusal(lambda: EarlyPruner(with_lora(make("llama-gqa")), light))
     assert "give blocks instead" in refusal(lambda: LightConfig(depth="auto", target=0.3))

@@ -145,7 +145,7 @@ class Budget:
         """
         if self.depth == "auto":
             raise LightPeftError(
-                "light.depth is auto, which lightpeft run finds; give a number here, such as that of "
+                "light.depth is auto, which runs and LightTrainer find; give a number here, such as that of "
                 "lightpeft.find_depth"
             )
         return max(1, blocks - int(self.depth * blocks + 0.5))

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
@@ -20,12 +22,14 @@ from lightpeft.models.families import block_lists
 from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.live import Batch, device_of, moved
-from lightpeft.prune.learning import one_of_several
+from lightpeft.prune.learning import classes_of, one_of_several
 
 RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
 """Strengths of the penalty that are tried on standardised states; each block has its best."""
 ROWS = 512
 """Training rows that are looked at."""
+UNKNOWN = "only decoders that classify are known to bear it"
+"""Why nothing is left out of other models."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,10 @@ class FoundDepth:
         """Part of the blocks above these, as `light.depth` has it."""
         return 1 - self.enough / len(self.error)
 
-    def within(self, blocks: float) -> float:
-        """The same, or as much of it as takes no more of the blocks than a budget does."""
-        return min(self.depth, int(blocks * len(self.error)) / len(self.error))
+    def within(self, blocks: float | str | None) -> float:
+        """The same, or as much of it as takes no more than a budget's `blocks`, where that is a number."""
+        count = len(self.error)
+        return self.depth if blocks is None or isinstance(blocks, str) else min(self.depth, int(blocks * count) / count)
 
     def summary(self) -> str:
         """What was found, in one line."""
@@ -59,6 +64,18 @@ class FoundDepth:
     def facts(self) -> dict[str, Any]:
         """The same as plain data."""
         return {**asdict(self), "depth": self.depth}
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether it is known what the upper blocks of a model do for its task: of a decoder that classifies."""
+    inner = transformers_model(model)
+    classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    named = isinstance(inner, PreTrainedModel) and type(inner).__name__ in classifiers
+    return named and _is_decoder(inner) and classes_of(inner) > 0
+
+
+def _is_decoder(model: PreTrainedModel) -> bool:
+    return model.config.model_type in {family.model_type for family in DECODERS}
 
 
 def find_depth(model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None = None) -> FoundDepth:
@@ -96,7 +113,7 @@ def states_by_block(
         LightPeftError: as `find_depth`.
     """
     inner, training = transformers_model(model), model.training
-    first = inner.config.model_type not in {family.model_type for family in DECODERS}
+    first = not _is_decoder(inner)
     blocks = block_lists(inner)[0]
     seen: list[list[Tensor]] = [[] for _ in blocks]
     labels: list[Tensor] = []

@@ -35,6 +35,7 @@ from lightpeft.recipe.arguments import taken, with_dense_reference
 from lightpeft.recipe.budget import BudgetMixin
 from lightpeft.recipe.checkpoints import CheckpointsMixin
 from lightpeft.recipe.course import Course, tell_cut
+from lightpeft.recipe.depth import with_depth
 from lightpeft.recipe.optimizing import OptimizingMixin
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, cut, light_settings
@@ -93,6 +94,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     ) -> None:
         args, options = taken(super().__init__, args, options)
         refuse_parts(model)
+        if isinstance(light, LightConfig):
+            light = with_depth(light, model, options)
         settings = light_settings(light, peft_config)
         if peft_config is not None and isinstance(model, nn.Module):
             model = with_peft(model, peft_config, settings)
