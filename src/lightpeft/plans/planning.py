@@ -42,8 +42,10 @@ def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = No
     """
     record.check_scored(budget)
     specs = (*record.blocks, *record.left_out)
-    too_deep = budget.depth != "auto" and budget.blocks_left(len(specs)) < len(record.blocks)
-    require(not too_deep, f"depth {budget.depth} leaves out blocks that the estimation had; estimate with this depth")
+    if budget.depth != "auto":
+        too_deep = budget.blocks_left(len(specs)) < len(record.blocks)
+        again = f"depth {budget.depth:g} leaves out blocks that the estimation had; estimate with this depth"
+        require(not too_deep, again)
     blocks = _Blocks(record, budget, order or weakest_first).stay()
     emptied = not any(block.heads or block.neurons or block.experts for block in blocks)
     require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the ratios")
