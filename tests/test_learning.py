@@ -13,6 +13,7 @@ from torch import Tensor
 from training import chunks, inputs, student
 from transformers import BertConfig, BertForMultipleChoice
 
+from lightpeft import EarlyPruner, LightConfig
 from lightpeft.prune.learning import LossObserver, learned_of, loss_by_frequencies, untaught
 
 
@@ -76,6 +77,17 @@ def test_other_tasks_are_not_known() -> None:
     options = with_lora(BertForMultipleChoice(BertConfig(vocab_size=50, **sizes)))
     data = {"input_ids": torch.randint(50, (4, 3, 6)), "labels": torch.tensor([0, 1, 2, 0])}
     assert not observed(options, data).any(), "options are no classes"
+
+
+def test_a_loop_of_ones_own_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
+    pruner = EarlyPruner(student(), LightConfig(length=2, least_examples=0))
+    pruner.start()
+    while not pruner.finished:
+        pruner.model(**inputs()).loss.backward()
+        pruner.step()
+    pruner.prune()
+    assert "the model had hardly learned the task when it was cut" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft import LoraConfig
 from tiny import inputs_for, make, refusal, with_lora, without_dropout
 from torch import Tensor, nn
 from training import chunks, dataset, trained_weights
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer, find_depth
@@ -22,6 +23,7 @@ from lightpeft.prune.reading import RIDGES, FoundDepth, enough, place_of_head, r
 from lightpeft.recipe import depth as trainers_depth
 from lightpeft.runs import depth, pipeline
 from lightpeft.saved.peft_adapter import WEIGHTS
+from lightpeft.training.arguments import training_arguments
 
 
 def test_every_row_is_judged_by_the_others() -> None:
@@ -163,6 +165,45 @@ def test_an_estimation_that_is_taken_brings_its_depth(bench: Workbench, half: li
     assert read(bench.folder / "taker" / "metrics.json")["depth"]["depth"] == 0.5 and half == [64]
 
 
+@pytest.mark.usefixtures("half")
+def test_an_estimation_is_of_the_budget_that_bounds_its_depth(bench: Workbench, capsys: Any) -> None:
+    of = {blocks: {**AUTO, "light.blocks": blocks} for blocks in (0.5, 0.6)}
+    assert lightpeft("estimate", "--config", bench.yaml("of half", **of[0.5])) == 0
+    taken = ("--estimation", bench.folder / "of half")
+    assert lightpeft("run", "--config", bench.yaml("of more", **of[0.6]), *taken) == 2
+    assert "was made with other settings (light.blocks)" in capsys.readouterr().err
+    assert lightpeft("plan", "--run", bench.folder / "of half", "--light.blocks", "0.4") == 2
+    assert "depth: auto left out 50% of the blocks, and blocks is 0.4 now; estimate again" in capsys.readouterr().err
+    assert lightpeft("plan", "--run", bench.folder / "of half", "--light.blocks", "0.7") == 0
+
+
+def test_what_comes_after_knows_the_depth(bench: Workbench, half: list[int]) -> None:
+    """Speeds, a curve, both widths, and a page of a run that found its depth."""
+    both = {**AUTO, "light.keep": "both", "light.full_width_steps": 0.25}
+    config, folder = bench.yaml("used", **both), bench.folder / "used"
+    assert lightpeft("run", "--config", config) == 0
+    assert lightpeft("bench", "--config", config, "--rounds", "1", "--steps", "1") == 0
+    assert lightpeft("plan", "--run", folder, "--curve") == 0
+    assert lightpeft("report", folder) == 0 and half == [64]
+    assert "The depth" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_stopped_run_does_not_ask_again(bench: Workbench, half: list[int]) -> None:
+    config = bench.config("stopped", **AUTO)
+    with pytest.raises(SystemExit):
+        pipeline.run(config, callbacks=[Stops()])
+    pipeline.run(config)
+    assert half == [64] and read(bench.folder / "stopped" / "metrics.json")["depth"]["depth"] == 0.5
+
+
+class Stops(TrainerCallback):
+    """Ends the process, as it were, inside estimation."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise SystemExit
+
+
 def test_it_goes_as_far_as_the_budget_allows(bench: Workbench, half: list[int]) -> None:
     assert lightpeft("estimate", "--config", bench.yaml("bounded", **AUTO, **{"light.blocks": 0.4})) == 0
     assert not EstimationRecord.load(bench.folder / "bounded" / "estimation").left_out
@@ -201,6 +242,31 @@ def test_a_trainer_finds_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert caplog.text.count("leaves out 33% of the blocks: from block 2 of 3 on") == 1
     one, other = weights
     assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def test_shell_and_trainers_read_the_same(bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[FoundDepth] = []
+
+    def asked(*given: Any) -> FoundDepth:
+        found.append(find_depth(*given))
+        return found[-1]
+
+    for place in (depth, trainers_depth):
+        monkeypatch.setattr(place, "find_depth", asked)
+    config = bench.config("shell", **AUTO)
+    work = pipeline.prepare(config)
+    pipeline.estimate(work)
+    arguments = training_arguments(work.training_of_process, tmp_path, work.steps, config.seed, {})
+    LightTrainer(
+        work.dense_model().model,
+        arguments,
+        light=replace(LightConfig(), depth="auto"),
+        peft_config=LoraConfig(r=4, task_type="SEQ_CLS"),
+        train_dataset=work.train_rows,
+        data_collator=work.collator,
+    )
+    shell, trainer = found
+    assert shell.error == pytest.approx(trainer.error) and shell.enough == trainer.enough and shell.rows == trainer.rows
 
 
 def test_a_trainer_reads_the_rows_that_it_trains_on(tmp_path: Path, half: list[int]) -> None:

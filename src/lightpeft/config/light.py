@@ -254,6 +254,10 @@ class LightConfig(Budget):
     seed: int = 0
     """Seed of the `random` criteria."""
 
+    def last_steps(self, steps: int) -> int:
+        """How many of a run's steps `full_width_steps` are."""
+        return int(self.full_width_steps * steps + 0.5)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.tolerance != "auto":

@@ -42,10 +42,10 @@ def make_plan(record: EstimationRecord, budget: Budget, order: Order | None = No
     """
     record.check_scored(budget)
     specs = (*record.blocks, *record.left_out)
-    if budget.depth != "auto":
-        too_deep = budget.blocks_left(len(specs)) < len(record.blocks)
-        again = f"depth {budget.depth:g} leaves out blocks that the estimation had; estimate with this depth"
-        require(not too_deep, again)
+    if budget.depth == "auto":
+        budget = _with_found_depth(budget, record)
+    too_deep = budget.blocks_left(len(specs)) < len(record.blocks)
+    require(not too_deep, f"depth {budget.depth:g} leaves out blocks that the estimation had; estimate with this depth")
     blocks = _Blocks(record, budget, order or weakest_first).stay()
     emptied = not any(block.heads or block.neurons or block.experts for block in blocks)
     require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the ratios")
@@ -156,6 +156,14 @@ def balanced_slices(scores: Tensor, groups: int) -> Tensor:
     ranked = scores.view(groups, -1).sort(dim=1, descending=True, stable=True).indices
     first = torch.arange(groups).unsqueeze(1) * ranked.shape[1]
     return (ranked + first).T
+
+
+def _with_found_depth(budget: Budget, record: EstimationRecord) -> Budget:
+    """The budget with the depth that the estimation had, which was found as far as `blocks` allowed then."""
+    within = not isinstance(budget.blocks, float | int) or record.depth <= budget.blocks
+    gone = f"depth: auto left out {record.depth:.0%} of the blocks, and blocks is {budget.blocks} now"
+    require(within, f"{gone}; estimate again")
+    return replace(budget, depth=record.depth)
 
 
 class _Blocks:

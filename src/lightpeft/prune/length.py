@@ -67,8 +67,8 @@ def longest_stage(config: LightConfig, total_steps: int | None) -> int:
     length = stage_length(config, total_steps)
     if not config.least_learned or not isinstance(config.length, float) or total_steps is None:
         return length
-    last = int(config.full_width_steps * total_steps + 0.5)
-    return max(length, min(_part(config.max_fraction, total_steps), total_steps - last - 1))
+    room = total_steps - config.last_steps(total_steps) - 1
+    return max(length, min(_part(config.max_fraction, total_steps), room))
 
 
 def check_examples(config: LightConfig, examples: int) -> None:

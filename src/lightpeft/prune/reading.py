@@ -20,6 +20,7 @@ from lightpeft.errors import require
 from lightpeft.machine import autocasting
 from lightpeft.models.families import block_lists
 from lightpeft.models.families.decoders import DECODERS
+from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.live import Batch, device_of, moved
 from lightpeft.prune.learning import classes_of, one_of_several
@@ -28,7 +29,7 @@ RIDGES = (1e1, 1e2, 1e3, 1e4, 1e5)
 """Strengths of the penalty that are tried on standardised states; each block has its best."""
 ROWS = 512
 """Training rows that are looked at."""
-UNKNOWN = "only decoders that classify are known to bear it"
+ONLY_THESE = "only decoders that classify are known to bear it"
 """Why nothing is left out of other models."""
 
 
@@ -66,7 +67,7 @@ class FoundDepth:
         return {**asdict(self), "depth": self.depth}
 
 
-def is_known(model: nn.Module) -> bool:
+def is_classifying_decoder(model: nn.Module) -> bool:
     """Whether it is known what the upper blocks of a model do for its task: of a decoder that classifies."""
     inner = transformers_model(model)
     classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
@@ -112,25 +113,23 @@ def states_by_block(
     Raises:
         LightPeftError: as `find_depth`.
     """
-    inner, training = transformers_model(model), model.training
+    inner = transformers_model(model)
     first = not _is_decoder(inner)
     blocks = block_lists(inner)[0]
     seen: list[list[Tensor]] = [[] for _ in blocks]
     labels: list[Tensor] = []
-    model.eval()
-    for batch in batches:
-        real = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
-        places = place_of_head(real, first)
-        labels.append(batch["labels"])
-        handles = [block.register_forward_hook(_keep(at, places)) for block, at in zip(blocks, seen, strict=True)]
-        given = {name: values for name, values in batch.items() if name != "labels"}
-        try:
-            with autocasting(device_of(model), autocast):
+    with in_mode(model, training=False), autocasting(device_of(model), autocast):
+        for batch in batches:
+            real = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(batch["input_ids"])
+            places = place_of_head(real, first)
+            labels.append(batch["labels"])
+            handles = [block.register_forward_hook(_keep(at, places)) for block, at in zip(blocks, seen, strict=True)]
+            given = {name: values for name, values in batch.items() if name != "labels"}
+            try:
                 model(**moved(given, device_of(model)))
-        finally:
-            for handle in handles:
-                handle.remove()
-    model.train(training)
+            finally:
+                for handle in handles:
+                    handle.remove()
     classes = all(map(one_of_several, labels))
     require(classes, "depth is read off the number of a class for each row, and these labels are no such")
     together = torch.cat(labels).cpu()

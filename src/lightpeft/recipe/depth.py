@@ -10,13 +10,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.prune.reading import ROWS, UNKNOWN, find_depth, is_known
+from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import agreed
+from lightpeft.recipe.probes import batches_of
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.arguments import half_precision
 
@@ -37,8 +37,8 @@ def with_depth(light: LightConfig, model: Any, options: Mapping[str, Any]) -> Li
         return light
     if not isinstance(model, nn.Module):
         raise LightPeftError("light.depth: auto asks the model itself; give it loaded, or light.depth as a number")
-    if not is_known(model):
-        _log.info("light.depth: auto leaves out none of the blocks: %s", UNKNOWN)
+    if not is_classifying_decoder(model):
+        _log.info("light.depth: auto leaves out none of the blocks: %s", ONLY_THESE)
         return replace(light, depth=0.0)
     with torch.random.fork_rng():  # what is made of random numbers afterwards does not depend on this
         found = agreed(find_depth(model, *_fed(model, options)))
@@ -58,5 +58,4 @@ def _fed(model: nn.Module, options: Mapping[str, Any]) -> tuple[Any, torch.dtype
     args = TrainingArguments() if args is None else copy.copy(args)
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(args.seed))[:ROWS].tolist()
     given = {name: options.get(name) for name in ("data_collator", "processing_class")}
-    few = rows.select(drawn) if hasattr(rows, "select") else Subset(rows, drawn)
-    return Trainer(model, args, **given).get_eval_dataloader(few), half_precision(args)
+    return batches_of(rows, Trainer(model, args, **given), drawn, args.eval_batch_size), half_precision(args)

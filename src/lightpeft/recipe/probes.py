@@ -51,7 +51,7 @@ def make_probe(trainer: Any, light: LightConfig, steps: int, seen: Collection[in
     apart = set(aside)
     rest = [number for number in drawn if number not in apart]
     taken = max(LEAST_STEPS, round(PART * steps))
-    batches = partial(_batches, rows, trainer)
+    batches = partial(batches_of, rows, trainer)
     return Probe(
         light=light,
         train=[*batches(_around(rest, taken * each), size)],
@@ -91,8 +91,13 @@ def _around(numbers: Sequence[int], count: int) -> list[int]:
     return list(islice(cycle(numbers), count))
 
 
-def _batches(rows: Any, trainer: Any, numbers: Sequence[int], size: int) -> list[Batch]:
-    """Batches of rows of similar length, in an order that has nothing to do with it."""
+def batches_of(rows: Any, trainer: Any, numbers: Sequence[int], size: int) -> list[Batch]:
+    """Batches of rows of similar length, in an order that has nothing to do with it, as a trainer feeds them.
+
+    Args:
+        numbers: of the rows.
+        size: rows a batch.
+    """
     lengths = rows["length"][:] if isinstance(rows, Dataset) and "length" in rows.column_names else None
     order = list(numbers) if lengths is None else sorted(numbers, key=lengths.__getitem__)
     if isinstance(rows, Dataset):

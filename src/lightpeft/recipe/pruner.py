@@ -24,6 +24,7 @@ from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.learning import untaught
 from lightpeft.prune.refit import Batches, Fit, Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan, check_budget
 from lightpeft.recipe.wrapping import leave_modules
@@ -134,7 +135,12 @@ class EarlyPruner:
 
         Make a new optimizer afterwards: the old one holds the parameters from before.
         """
-        plan = plan or self.plan()
+        if plan is None:
+            record = self.record()
+            plan = make_plan(record, self.config)
+            line = untaught(record) if plan.removed_of_blocks else None
+            if line is not None:
+                _log.warning("%s", line)
         self.estimator.stop()
         return cut(self.model, plan, self.config, calibration)
 

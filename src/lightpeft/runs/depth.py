@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lightpeft.config import RunConfig
 from lightpeft.files import read_json, understandable, write_json
 from lightpeft.machine import autocast_dtype
-from lightpeft.prune.reading import ROWS, UNKNOWN, find_depth, is_known
+from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import agreed
-from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from lightpeft.runs.workspace import Workspace
 
-def with_depth(work: Workspace) -> Workspace:
-    """The run with a number for its depth. Where that is auto it is found, and left in the folder, unless it is there.
+
+def settle_depth(work: Workspace) -> None:
+    """Give the run a number for its depth: where that is auto it is found, and left in the folder.
 
     Raises:
         LightPeftError: the rows do not tell, or the file is damaged.
     """
-    light = work.config.light
-    if light.depth != "auto":
-        return work
-    if not work.run.has("depth"):
+    if work.config.light.depth == "auto":
         with work.run.held():
             _leave_depth(work)
-    found = read_json(work.run.depth)
-    with understandable(work.run.depth):
-        return replace(work, config=replace(work.config, light=replace(light, depth=float(found["depth"]))))
+        work.config = with_found_depth(work.config, work.run)
+
+
+def with_found_depth(config: RunConfig, run: RunFolder) -> RunConfig:
+    """The settings of a run with the depth that was found.
+
+    Raises:
+        LightPeftError: the file is damaged.
+    """
+    if config.light.depth != "auto":
+        return config
+    found = read_json(run.depth)
+    with understandable(run.depth):
+        return replace(config, light=replace(config.light, depth=float(found["depth"])))
 
 
 def found_depth(run: RunFolder) -> dict[str, Any] | None:
@@ -48,7 +59,7 @@ def _leave_depth(work: Workspace) -> None:
 
 def _found(work: Workspace) -> dict[str, Any]:
     model = work.dense_model(to_train=True).model
-    if not is_known(model):
-        return {"depth": 0.0, "reason": UNKNOWN}
+    if not is_classifying_decoder(model):
+        return {"depth": 0.0, "reason": ONLY_THESE}
     found = agreed(find_depth(model, work.drawn_batches(ROWS), autocast_dtype(work.config.training)))
     return {**found.facts(), "depth": found.within(work.config.light.blocks), "reason": found.summary()}

@@ -33,7 +33,7 @@ from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.refit import Fit, fit_refit
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.recipe.resuming import read_cut
-from lightpeft.runs.depth import found_depth, with_depth
+from lightpeft.runs.depth import found_depth, settle_depth
 from lightpeft.runs.reuse import find_estimation, take_estimation
 from lightpeft.runs.stages import (
     StageCost,
@@ -111,7 +111,8 @@ def _train_light(
     trainer_class: type[LightRun] = LightRun,
 ) -> None:
     """Estimate, cut and fine-tune in one training, from a checkpoint before the cut if there is one."""
-    run, work = work.run, with_depth(work)
+    run = work.run
+    settle_depth(work)
     set_seed(work.config.seed)
     trainer = trainer_class(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
     with run.held():
@@ -126,7 +127,7 @@ def _train_light(
 
 def _leave_unscored(work: Workspace) -> None:
     """The end of an estimation that has no steps: PEFT modules as they are made, and a record without scores."""
-    work = with_depth(work)
+    settle_depth(work)
     set_seed(work.config.seed)
     started, model = time.perf_counter(), _with_peft(work)
     with PeakMemory(model) as memory:

@@ -25,6 +25,8 @@ def estimation_settings(config: RunConfig) -> dict[str, Any]:
     """All settings that the scores depend on, by their dotted names."""
     # `length: auto` compares plans, so that it may end elsewhere under another budget
     later = _AFTERWARDS if config.light.length == "auto" else _AFTERWARDS | READ_BY_PLANS
+    if config.light.depth == "auto":
+        later -= {"blocks"}  # which bounds what is left out before
     skipped = {"output", "preset", *(f"light.{name}" for name in later), *(f"model.{name}" for name in SWITCHES)}
     return {name: value for name, value in flat(asdict(config)).items() if name not in skipped}
 

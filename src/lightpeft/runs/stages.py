@@ -101,8 +101,7 @@ def light_of(run: RunFolder) -> LightConfig:
 
 def leave_plan(run: RunFolder) -> PrunePlan:
     """Decide from the record and the budget which units stay."""
-    record, light = EstimationRecord.load(run.estimation), light_of(run)
-    result = make_plan(record, replace(light, depth=record.depth) if light.depth == "auto" else light)
+    result = make_plan(EstimationRecord.load(run.estimation), light_of(run))
     if run.has("plan") and run.has("prune"):
         unchanged = PrunePlan.load(run.plan) == result
         require(unchanged, f"{run.path} was pruned by another plan already; give another output for this budget")

@@ -23,6 +23,7 @@ from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted
 from lightpeft.prune.refit import calibration_batches
+from lightpeft.runs.depth import with_found_depth
 from lightpeft.saved.forms import Wanted
 from lightpeft.saved.opening import open_base
 from lightpeft.saved.run_folder import RunFolder
@@ -63,7 +64,7 @@ class Workspace:
     positions: int | None
     """Tokens that the model's position table has room for; None: any number."""
     config: RunConfig
-    """The run's settings, with numbers for what is auto in `training`."""
+    """The run's settings, with numbers for what is auto in `training`, and for a depth that was found."""
     vocabulary: Vocabulary | None = None
     """Tokens that the base has alone, and `tokenizer` knows; None: all."""
     coverage: Coverage | None = None
@@ -96,7 +97,7 @@ class Workspace:
     @property
     def last_steps(self) -> int:
         """How many of these train at full width."""
-        return int(self.config.light.full_width_steps * self.steps + 0.5) if self.run.keeps_full else 0
+        return self.config.light.last_steps(self.steps) if self.run.keeps_full else 0
 
     @property
     def rate(self) -> float:
@@ -219,6 +220,8 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     steps_of = begun_by or processes().num_processes
     training: TrainingConfig = settled(config.training, len(train_rows), width, steps_of)
     config = replace(config, training=training)
+    if run.has("depth") and run.goes_on:
+        config = with_found_depth(config, run)
     work = Workspace(
         run, task, tokenizer, train_rows, test_rows, more, positions, config, vocabulary, begun_by=begun_by
     )
