@@ -10,11 +10,12 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-faults test-vllm test-deepspeed test-gpu test-lowest test-newest fetch docs lint format clean
+.PHONY: help demo test coverage test-faults test-vllm test-deepspeed test-gpu test-lowest test-newest fetch docs lint format clean
 
 help:
 	@echo "make demo         set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
 	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
+	@echo "make coverage     the same tests with every line counted, which takes longer; fails where they reach less than 95%"
 	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
 	@echo "make test-vllm    set up .venv-vllm with vLLM for CPUs and the plug-in, and compare what it writes with transformers"
 	@echo "make test-deepspeed  set up .venv-deepspeed with DeepSpeed, and hold light runs in it against one process"
@@ -30,9 +31,14 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python demo/fetch.py
 	HF_HUB_OFFLINE=1 $(BIN)/python demo/main_job.py
 
+ALL_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: lint fetch
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term
+	$(ALL_TESTS) --durations=30
+
+coverage: fetch
+	$(ALL_TESTS) --cov --cov-report=term
 
 fetch: $(VENV)/.installed-dev
 	$(BIN)/python demo/fetch.py --decoder

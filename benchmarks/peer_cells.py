@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peer_methods import PEERS, Peer
-from peer_pruning import Goal
+from peer_pruning import Goal, goal_of
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
@@ -26,11 +26,12 @@ CURVE = "curve.json"
 """In the run's folder: what was seen of the test rows in training, if that was asked for."""
 
 
-def run(config: RunConfig, *, peer: str, goal: Mapping[str, Any], curve: int) -> None:
+def run(config: RunConfig, *, peer: str, goal: Mapping[str, Any] | None = None, curve: int = 0) -> None:
     """Run the cell of a peer, from the data to metrics.json.
 
     Args:
-        goal: how much has to go, where the peer is one that removes something.
+        goal: how much has to go, where the peer is one that removes something; None: what the budget in the config
+            would remove.
         curve: points of training at which the test rows are looked at.
     """
     work, known = pipeline.prepare(config), PEERS[peer]
@@ -38,7 +39,8 @@ def run(config: RunConfig, *, peer: str, goal: Mapping[str, Any], curve: int) ->
     if known.make is None:
         run_watched(work, watching)
     else:
-        run_own(work, known, from_dict(Goal, dict(goal)), watching)
+        aim = goal_of(work.dense_model(), config.light) if goal is None else from_dict(Goal, dict(goal))
+        run_own(work, known, aim, watching)
 
 
 def run_watched(work: Workspace, watching: Curve) -> None:

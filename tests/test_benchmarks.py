@@ -24,6 +24,7 @@ import estimation_cost
 import experts
 import gguf_speed
 import gpu
+import grid_peers
 import inference
 import low_memory
 import needs
@@ -55,6 +56,7 @@ import vllm_speed
 import workbench
 import writers
 import writing
+import yaml
 from peft import PeftModel
 from tiny import random_record, relative_difference
 from torch import Tensor, nn
@@ -86,6 +88,7 @@ from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe import probes
 from lightpeft.runs import pipeline
 from lightpeft.runs.bench import accelerating
+from lightpeft.runs.reproduce import read_results, reproduce
 from lightpeft.runs.reproduce.grid import slug
 from lightpeft.saved.merging import load_merged
 from lightpeft.training import acceleration
@@ -132,6 +135,38 @@ def compared(config: Path) -> Path:
 @pytest.fixture(scope="module")
 def results(compared: Path) -> dict[str, Any]:
     return read(compared / "peers.results.json")
+
+
+# -- grid_peers.py -----------------------------------------------------------------------------------------------------
+
+
+def test_peers_of_a_grid(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both remove what the grid's own method does, and are compared with the grid's published baseline."""
+    settings = bench.settings(**{"training.epochs": 1})
+    axes = {"models": {"tiny": {"model": settings["model"]}}, "tasks": {"words": {"data": settings["data"]}}}
+    shared = {name: settings[name] for name in ("lora", "training") if name in settings}
+    methods = {"lora": None, "half": {"from": "light-lora", "preset": "default", "light": {"blocks": 0.5}}}
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(yaml.safe_dump({"run": shared, **axes, "methods": methods, "seeds": [0]}, sort_keys=False))
+    published = reproduce(grid, tmp_path / "grid", launch=in_this_process)
+    shutil.copy(tmp_path / "grid/results.json", tmp_path / "grid.results.json")
+
+    words = [str(grid), "--peers", "tp_taylor", "random", "--as", "half", "--out", str(tmp_path / "out")]
+    assert grid_peers.main(words, launch=in_this_process) == 0
+    results = read_results(tmp_path / "out/results.json")
+    labels = [peer_methods.PEERS[name].label for name in ("tp_taylor", "random")]
+    lora, *others = results.rows
+    assert [row.method for row in others] == labels
+    assert lora.quality == published.rows[0].quality
+    assert all(row.difference == [row.quality[0] - lora.quality[0]] for row in others)
+    half = published.rows[1].measures["removed"]
+    for row in others:
+        removed = row.measures["removed"]
+        assert half and removed and removed.mean == pytest.approx(half.mean, abs=0.03)
+    shown = capsys.readouterr().out
+    assert all(label in shown for label in labels)
+    assert grid_peers.main([str(grid), "--as", "third"]) == 2
+    assert "has no method third; it has lora, half" in capsys.readouterr().err
 
 
 # -- peers.py ----------------------------------------------------------------------------------------------------------

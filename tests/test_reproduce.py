@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import io
 import math
@@ -38,6 +39,7 @@ from workbench import (
     stamps,
 )
 
+from lightpeft import cli
 from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.aggregates import Estimate
@@ -52,6 +54,7 @@ from lightpeft.runs.reproduce import (
     Results,
     Row,
     csv_table,
+    joined,
     latex_table,
     load_grid,
     markdown_table,
@@ -924,6 +927,74 @@ def test_differences_are_between_equal_seeds(bench: Workbench, tmp_path: Path) -
     assert light.measures["seconds"] == Spread(3.0, 0.0)
 
 
+# -- parts of a grid -------------------------------------------------------------------------------------------------
+
+
+def parts(file: Path, folder: Path) -> list[Path]:
+    """The results of a grid whose seeds were run in a folder each; the second one has both seeds of one method."""
+    found = []
+    for part in (0, 1):
+        grid, out = load_grid(file), folder / str(part)
+        for cell in grid.cells(out):
+            if cell.seed == part or (part == 1 and cell.method == "lora"):
+                fake_report(cell.config, accuracy=0.5 + 0.1 * cell.seed + 0.01 * part)
+        write_results(out, summarize(grid, grid.cells(out)))
+        found.append(out / "results.json")
+    return found
+
+
+def test_parts_of_a_grid_are_one_table(tmp_path: Path) -> None:
+    """As if all had run in one folder; of what two parts have, the first one's counts."""
+    file = grid_file(tmp_path / "grid.yaml", seeds=[0, 1])
+    one, other = parts(file, tmp_path)
+    results = joined(file, [one, other.parent], tmp_path / "whole")
+    assert read_results(tmp_path / "whole/results.json") == results
+    lora, light = results.rows
+    assert (lora.seeds, lora.quality) == ([0, 1], [0.5, 0.61]), "seed 0 is the first part's"
+    assert light.difference == [0.0, 0.0]
+    assert list(results.reports) == [cell.name for cell in load_grid(file).cells(tmp_path)]
+    places = {name: report["config"]["output"] for name, report in results.reports.items()}
+    assert places == {cell.name: cell.config.output for cell in load_grid(file).cells(tmp_path / "whole")}
+    assert joined(file, [other, one], tmp_path / "other").rows[0].quality == [0.51, 0.61]
+
+
+def test_parts_that_were_spread_over_devices(tmp_path: Path) -> None:
+    file = grid_file(tmp_path / "grid.yaml")
+    grid, out = load_grid(file), tmp_path / "on_four"
+    cells = [running.spread(cell, 4) for cell in grid.cells(out)]
+    for cell in cells:
+        fake_report(cell.config, 0.5)
+    write_results(out, summarize(grid, cells))
+    assert len(joined(file, [out], tmp_path / "whole").rows) == 2
+
+
+def test_a_part_of_another_grid_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = grid_file(tmp_path / "grid.yaml", seeds=[0, 1])
+    one, _ = parts(file, tmp_path)
+    fewer = grid_file(tmp_path / "fewer.yaml", seeds=[1])
+    rates = {"run": {"training": {"learning_rate": 0.5}, "light": {"length": 0.25, "multiple_of": 1}}}
+    for grid, part, message in (
+        (fewer, one, "fewer.yaml has no cell tiny/words/lora/0"),
+        (
+            grid_file(tmp_path / "faster.yaml", seeds=[0, 1], **rates),
+            one,
+            "was run with another training.learning_rate",
+        ),
+        (file, tmp_path / "none", "none does not exist"),
+    ):
+        with pytest.raises(LightPeftError, match=message):
+            joined(grid, [part], tmp_path / "whole")
+    altered = read_json(one)
+    altered["reports"]["tiny/words/lora/0"]["config"]["lora"]["later"] = 1
+    write_json(tmp_path / "altered.json", altered)
+    with pytest.raises(LightPeftError, match=r"lora/0 is not to be read by this version.*later"):
+        joined(file, [tmp_path / "altered.json"], tmp_path / "whole")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["reproduce", str(file), "--join", str(one), "--only", "seed=0"])
+    assert stopped.value.code == 2 and "--join runs nothing" in capsys.readouterr().err
+    assert not (tmp_path / "whole").exists()
+
+
 def fake_report(config: RunConfig, accuracy: float) -> None:
     """Leave metrics.json of a run of a version that did not measure its training."""
     sizes = {"base": 10, "base_removed_ratio": 0.5, "trained": 3}
@@ -933,6 +1004,7 @@ def fake_report(config: RunConfig, accuracy: float) -> None:
         "metrics": {"f1": 0.1, "accuracy": accuracy},
         "parameters": sizes,
         "seconds": {"train": 3.0, "evaluate": 9.0},
+        "config": dataclasses.asdict(config),
     }
     run = RunFolder.open(config)
     run.begin()

@@ -147,7 +147,7 @@ class RunFolder:
             stored = stored_config(self.path)
         except LightPeftError as error:
             raise LightPeftError(f"output {self.path} is not a run, or its {CONFIG} was edited: {error}") from error
-        return _differences(stored, self.config, skip_budget=self.replan and not self.has("prune"))
+        return differences(stored, self.config, skip_budget=self.replan and not self.has("prune"))
 
     def start_anew(self) -> None:
         """Remove the results of a run of another config, and no other file; that of the same config goes on.
@@ -444,7 +444,7 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def _differences(stored: RunConfig, given: RunConfig, skip_budget: bool) -> list[str]:
+def differences(stored: RunConfig, given: RunConfig, skip_budget: bool = False) -> list[str]:
     """Dotted names of settings that differ; `output` and what the method has no use for do not count, nor the budget if
     `skip_budget`."""
     budget = {f"light.{name}" for name in READ_BY_PLANS} if skip_budget else set()

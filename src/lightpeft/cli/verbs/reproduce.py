@@ -8,12 +8,16 @@ from typing import Any
 from lightpeft.cli.options import Option
 from lightpeft.cli.screen import screen
 from lightpeft.cli.verbs.verb import Verb
+from lightpeft.errors import require
 
 
-def _reproduce(grid: str, **options: Any) -> None:
-    from lightpeft.runs.reproduce import reproduce, rich_table
+def _reproduce(grid: str, join: list[str] | None = None, out: str | None = None, **options: Any) -> None:
+    from lightpeft.runs.reproduce import joined, reproduce, rich_table
 
-    results = reproduce(grid, **options)
+    if join is not None:
+        without = [f"--{name}" for name, value in options.items() if value is not None]
+        require(not without, f"--join runs nothing, so that {', '.join(without)} would do nothing; leave it out")
+    results = reproduce(grid, out, **options) if join is None else joined(grid, join, out)
     screen.print(rich_table(results, screen.width))
     if results.failures:
         sys.exit(1)
@@ -29,6 +33,12 @@ REPRODUCE = Verb(
         Option(
             "--only",
             "AXIS=NAME: run a part of the grid, as in method=lora seed=0; several of one axis are alternatives.",
+            type=list[str],
+            count="+",
+        ),
+        Option(
+            "--join",
+            "Run nothing: write one table from these results.json, or folders of them, of parts that ran elsewhere.",
             type=list[str],
             count="+",
         ),

@@ -4,6 +4,7 @@ from lightpeft.runs.reproduce.arms import ARMS, Arm
 from lightpeft.runs.reproduce.calls import Call
 from lightpeft.runs.reproduce.documents import csv_table, read_results, write_results
 from lightpeft.runs.reproduce.grid import Cell, Grid, load_grid, selected
+from lightpeft.runs.reproduce.joining import joined
 from lightpeft.runs.reproduce.over_tasks import Summary, over_tasks
 from lightpeft.runs.reproduce.running import check_cell, reproduce
 from lightpeft.runs.reproduce.summary import Results, Row, summarize
@@ -20,6 +21,7 @@ __all__ = [
     "Summary",
     "check_cell",
     "csv_table",
+    "joined",
     "latex_table",
     "load_grid",
     "markdown_table",

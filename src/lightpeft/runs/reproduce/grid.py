@@ -77,6 +77,10 @@ class Grid:
     run: Settings = dataclasses.field(default_factory=dict)
     """Settings that all cells share, below those of model, task and method."""
 
+    def folder(self, out: str | Path | None = None) -> Path:
+        """Where its cells and tables are: in `out`, or in runs/<folder of the file>/<its name>."""
+        return Path(out) if out is not None else Path("runs") / Path(self.name).parent.name / Path(self.name).stem
+
     def cells(self, out: Path) -> list[Cell]:
         """All cells, seed by seed, so that what is there of an unfinished grid can be compared.
 

@@ -53,7 +53,7 @@ def reproduce(
         KeyboardInterrupt: stopped; a cell under way left a checkpoint.
     """
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
-    out = Path(out) if out is not None else Path("runs") / Path(grid.name).parent.name / Path(grid.name).stem
+    out = grid.folder(out)
     devices = _checked(devices)
     cells = [spread(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)

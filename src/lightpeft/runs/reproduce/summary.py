@@ -114,15 +114,27 @@ class Results:
 
 def summarize(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str] = MappingProxyType({})) -> Results:
     """One row for each model, task and method that has a finished cell."""
-    baseline, finished = grid.baseline, [cell for cell in cells if cell.run.has("evaluate")]
+    finished = [cell for cell in cells if cell.run.has("evaluate")]
     reports: dict[str, Report] = {cell.name: read_report(cell.run.metrics) for cell in finished}
     logs = {cell.name: file_checksum(cell.run.log) for cell in finished if cell.run.log.is_file()}
+    return results_of(grid, cells, reports, logs, failures)
+
+
+def results_of(
+    grid: Grid,
+    cells: Sequence[Cell],
+    reports: Mapping[str, Report],
+    logs: Mapping[str, str],
+    failures: Mapping[str, str] = MappingProxyType({}),
+) -> Results:
+    """The same of reports and checksums of logs by the names of their cells."""
+    baseline = grid.baseline
     groups: dict[Key, dict[int, Report]] = {(cell.model, cell.task, cell.method): {} for cell in cells}
     for cell in cells:
         if cell.name in reports:
             groups[cell.model, cell.task, cell.method][cell.seed] = reports[cell.name]
     rows = [row(key, group, groups[*key[:2], baseline], baseline) for key, group in groups.items() if group]
-    return Results(rows, baseline, len(cells), grid.command, reports, logs, dict(failures))
+    return Results(rows, baseline, len(cells), grid.command, dict(reports), dict(logs), dict(failures))
 
 
 def row(key: Key, reports: Mapping[int, Report], base: Mapping[int, Report], baseline: str) -> Row:
