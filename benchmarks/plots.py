@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -235,6 +236,55 @@ def _name_curves(axes: Axes, panel: LinePanel) -> None:
             fontsize=8,
             color=LINES[name]["color"],
         )
+
+
+@dataclass(frozen=True)
+class CostPanel:
+    """What budgets cost one model on one task, and what a search found."""
+
+    title: str
+    y_label: str
+    tried: Mapping[float, Sequence[float]]
+    """Budget -> what it costs, one value a seed."""
+    found: Sequence[tuple[float, float]]
+    """Budgets that were found, and what they cost."""
+    tolerance: float
+    """What may be lost."""
+
+
+def costs(panels: Sequence[CostPanel], columns: int = 3) -> Figure:
+    """A plot for each, `columns` beside one another: means with standard errors, what was found, and the tolerance."""
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.6 * min(columns, len(panels)), 2.9 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid: Any = figure.subplots(rows, min(columns, len(panels)), squeeze=False)
+    for axes, panel in zip_longest(grid.flat, panels):
+        if panel is None:
+            axes.set_axis_off()
+        else:
+            _draw_costs(axes, panel)
+    marks = grid.flat[0].get_legend_handles_labels()
+    figure.legend(*marks, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _draw_costs(axes: Axes, panel: CostPanel) -> None:
+    tried = sorted(panel.tried.items())
+    percent = [100 * blocks for blocks, _ in tried]
+    means = [statistics.fmean(values) for _, values in tried]
+    errors = [statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0 for _, values in tried]
+    axes.axhline(panel.tolerance, color="#555555", linestyle="--", linewidth=1, label="may be lost")
+    axes.errorbar(percent, means, errors, capsize=2, markersize=4, linewidth=1.4, label="tried, mean", **LINES["plain"])
+    xs, ys = [100 * blocks for blocks, _ in panel.found], [cost for _, cost in panel.found]
+    axes.scatter(xs, ys, s=28, zorder=3, label="found, seed by seed", color=LINES["light"]["color"], marker="D")
+    axes.set_title(panel.title, fontsize=9)
+    axes.set_xlabel("of the blocks removed, %", fontsize=8)
+    axes.set_ylabel(panel.y_label, fontsize=8)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlim(-4, 84)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

@@ -22,6 +22,7 @@ import depth_probe
 import draft
 import estimation_cost
 import experts
+import found_budgets
 import gguf_speed
 import gpu
 import grid_peers
@@ -135,6 +136,49 @@ def compared(config: Path) -> Path:
 @pytest.fixture(scope="module")
 def results(compared: Path) -> dict[str, Any]:
     return read(compared / "peers.results.json")
+
+
+# -- found_budgets.py --------------------------------------------------------------------------------------------------
+
+
+def priced(*costs: float, tolerance: float = 1.0) -> found_budgets.Pair:
+    """A pair whose budgets of 20, 40, ... % cost so many points."""
+    tried = {0.2 * (place + 1): [cost, cost] for place, cost in enumerate(costs)}
+    return found_budgets.Pair("m", "t", "accuracy", "points", tolerance, 0.9, tried, [])
+
+
+@pytest.mark.parametrize(
+    ("costs", "oracle"),
+    [
+        ((0.0, 0.5, 1.5, 3.0), 0.5),  # half-way between 40% and 60%
+        ((-1.0, 0.0, 0.9, 1.0), 0.8),
+        ((2.0, 0.0, 0.0, 0.0), 0.1),  # what comes behind a loss is luck
+        ((30.0, 30.0), 0.0),
+    ],
+)
+def test_an_oracle_stops_where_the_tolerance_is_reached(costs: tuple[float, ...], oracle: float) -> None:
+    assert priced(*costs).oracle == pytest.approx(oracle)
+
+
+def test_found_budgets_of_published_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The numbers of docs/quality.md, and a plot."""
+    file = ROOT / "configs/movie_reviews/auto.results.json"
+    assert found_budgets.main([str(file), "--out", str(tmp_path / "found.json")]) == 0
+    (pair,) = read(tmp_path / "found.json")["pairs"]
+    rows = {row.method: row for row in read_results(file).rows}
+    assert pair["costs"]["0.6"] == [pytest.approx(-100 * each) for each in rows["60%"].difference or []]
+    assert [found["cost"] for found in pair["found"]] == [
+        pytest.approx(-100 * d) for d in rows["auto"].difference or []
+    ]
+    assert [found["blocks"] for found in pair["found"]] == [0.35, 0.4, 0.25]
+    assert (pair["tolerance"], pair["oracle"]) == (pytest.approx(1.0), pytest.approx(0.5))
+    shown = capsys.readouterr().out
+    row = "| 84.3 | 0.2 ± 0.0 | 1.4 ± 0.3 | 3.6 ± 0.2 | 1 | 35%, 40%, 25% | 0.6 | 0.4 ± 0.1 | 50% |"
+    assert f"| minilm, movie_reviews {row}" in shown
+    assert "1 of 1 pairs are within their tolerance, and 3 of 3 single runs; 0 of 1" in shown
+    assert (tmp_path / "found.png").stat().st_size > 5000
+    assert found_budgets.main([str(ROOT / "configs/movie_reviews/grid.results.json")]) == 2
+    assert "none of these files has results of" in capsys.readouterr().err
 
 
 # -- grid_peers.py -----------------------------------------------------------------------------------------------------

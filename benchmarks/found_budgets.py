@@ -1,0 +1,213 @@
+"""What `light.blocks: auto` finds, beside what every budget costs: the verdict on one grid after another.
+
+    python benchmarks/found_budgets.py configs/glue/budgets.results.json configs/movie_reviews/auto.results.json
+
+Reads results of `lightpeft reproduce` whose methods are "nothing cut", "auto" and budgets such as "40%"; nothing is
+run. Of each model and task it says what budgets cost against nothing cut, which ones were found, what those were
+expected to cost and did, and the budget of an oracle: the largest one up to which all that were tried, and the straight
+lines between them, stay within the tolerance. Costs are in points of the task's metric, or in nats a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import plots
+import publishing
+from rich.console import Console
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import write_json
+from lightpeft.runs.reproduce import Results, Row, read_results
+from lightpeft.runs.reproduce.grid import cell_name
+from lightpeft.runs.reproduce.over_tasks import POINTS, scale_of
+
+DENSE, AUTO = "nothing cut", "auto"
+STEP = 0.05
+"""Between budgets that `auto` and the oracle choose from."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One run of `auto`."""
+
+    seed: int
+    blocks: float
+    """The budget it found."""
+    expected: float | None
+    """What that would cost, as the run said; None where nothing was cut."""
+    cost: float
+    """What it did cost, against nothing cut with the same seed."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and a task."""
+
+    model: str
+    task: str
+    metric: str
+    unit: str
+    tolerance: float
+    """What may be lost, in the unit."""
+    dense: float
+    """Nothing cut: mean of the metric."""
+    costs: dict[float, list[float]]
+    """Budget -> what it costs, seed by seed."""
+    found: list[Found]
+
+    @property
+    def cost(self) -> float:
+        """Of what was found, in the mean."""
+        return statistics.fmean(found.cost for found in self.found)
+
+    @property
+    def oracle(self) -> float:
+        """The largest budget within the tolerance by what was tried."""
+        known = [(0.0, 0.0), *((blocks, statistics.fmean(costs)) for blocks, costs in sorted(self.costs.items()))]
+        within = 0.0
+        for step in range(1, round(known[-1][0] / STEP) + 1):
+            if _between(known, step * STEP) > self.tolerance:
+                break
+            within = step * STEP
+        return within
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The value at `x` of straight lines through points."""
+    for (left, low), (right, high) in pairwise(points):
+        if x <= right + 1e-9:
+            return low + (high - low) * (x - left) / (right - left)
+    return math.inf
+
+
+def pairs_of(results: Results) -> Iterator[Pair]:
+    """The pairs of a grid that have results of nothing cut, `auto` and some budget."""
+    by_pair: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in results.rows:
+        by_pair.setdefault((row.model, row.task), {})[row.method] = row
+    for (model, task), rows in by_pair.items():
+        budgets = {float(name[:-1]) / 100: row for name, row in rows.items() if name.endswith("%")}
+        if {DENSE, AUTO} <= rows.keys() and budgets:
+            yield _pair(results, model, task, rows, budgets)
+
+
+def _pair(results: Results, model: str, task: str, rows: Mapping[str, Row], budgets: Mapping[float, Row]) -> Pair:
+    dense, scale = rows[DENSE], scale_of(rows[DENSE].metric)
+    require(scale is not None, f"{model}/{task}: differences of {dense.metric} have no unit of their own")
+    assert scale is not None
+    values = dict(zip(dense.seeds, dense.quality, strict=True))
+
+    def costs(row: Row) -> dict[int, float]:
+        own = zip(row.seeds, row.quality, strict=True)
+        return {seed: -scale.gain(value, values[seed]) for seed, value in own if seed in values}
+
+    told = {seed: results.reports[cell_name(model, task, AUTO, seed)]["budget"] for seed in costs(rows[AUTO])}
+    nats = {seed: budget["points_a_nat"] if scale is POINTS else 1.0 for seed, budget in told.items()}
+    found = [
+        Found(
+            seed,
+            told[seed]["blocks"],
+            told[seed]["expected"] and told[seed]["expected"]["left"] * nats[seed],
+            cost,
+        )
+        for seed, cost in costs(rows[AUTO]).items()
+    ]
+    tolerance = statistics.median(round(told[seed]["tolerance"] * nats[seed], 6) for seed in told)
+    tried = {blocks: list(costs(row).values()) for blocks, row in sorted(budgets.items())}
+    return Pair(model, task, dense.metric, scale.unit, tolerance, statistics.fmean(dense.quality), tried, found)
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------------
+
+
+def table(pairs: Sequence[Pair]) -> str:
+    """A row for each pair."""
+    budgets = sorted({blocks for pair in pairs for blocks in pair.costs})
+    header = ("model, task", "nothing cut", *(f"{blocks:.0%}" for blocks in budgets))
+    return publishing.markdown_table(
+        (*header, "may cost", "found, seed by seed", "expected", "costs", "the oracle's"),
+        [
+            (
+                f"{pair.model}, {pair.task}",
+                f"{pair.dense * 100:.1f}" if pair.unit == "points" else f"{pair.dense:.3f}",
+                *(_mean(pair.costs.get(blocks, []), pair.unit) for blocks in budgets),
+                f"{pair.tolerance:g}",
+                ", ".join(f"{found.blocks:.0%}" for found in pair.found),
+                _mean([found.expected or 0.0 for found in pair.found], pair.unit, error=False),
+                _mean([found.cost for found in pair.found], pair.unit),
+                f"{pair.oracle:.0%}",
+            )
+            for pair in pairs
+        ],
+    )
+
+
+def _mean(values: Sequence[float], unit: str, error: bool = True) -> str:
+    """Mean and standard error; "-" of nothing."""
+    if not values:
+        return "-"
+    digits = 1 if unit == "points" else 3
+    text = f"{statistics.fmean(values) + 0.0:.{digits}f}"
+    if not error or len(values) < 2:
+        return text
+    return f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def verdict(pairs: Sequence[Pair]) -> str:
+    """How often what was found keeps within its tolerance, and how far it is from the oracle."""
+    within = sum(pair.cost <= pair.tolerance for pair in pairs)
+    runs = [(pair, found) for pair in pairs for found in pair.found]
+    singly = sum(found.cost <= pair.tolerance for pair, found in runs)
+    near = sum(
+        abs(statistics.fmean(found.blocks for found in pair.found) - pair.oracle) <= 0.1 + 1e-9 for pair in pairs
+    )
+    return (
+        f"In the mean over seeds {within} of {len(pairs)} pairs are within their tolerance, and {singly} of "
+        f"{len(runs)} single runs; {near} of {len(pairs)} are within 10 points of budget of the oracle."
+    )
+
+
+def panels(pairs: Sequence[Pair]) -> list[plots.CostPanel]:
+    """A plot for each pair."""
+    return [
+        plots.CostPanel(
+            title=f"{pair.model}, {pair.task}",
+            y_label=f"lost, {pair.unit} ({pair.metric})",
+            tried={0.0: [0.0], **pair.costs},
+            found=[(found.blocks, found.cost) for found in pair.found],
+            tolerance=pair.tolerance,
+        )
+        for pair in pairs
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read and write; 0 if all went well, 2 on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="results.json of grids")
+    parser.add_argument("--out", type=Path, help="JSON file for every number; the plot goes beside it, as PNG")
+    given = parser.parse_args(arguments)
+    try:
+        pairs = [pair for path in given.results for pair in pairs_of(read_results(path))]
+        require(bool(pairs), f'none of these files has results of "{DENSE}", "{AUTO}" and a budget such as "40%"')
+        if given.out is not None:
+            numbers = [{**asdict(pair), "oracle": pair.oracle} for pair in pairs]
+            write_json(given.out, {"pairs": numbers, "command": publishing.command("found_budgets", arguments)})
+            plots.costs(panels(pairs)).savefig(given.out.with_suffix(".png"), dpi=110)
+    except LightPeftError as error:
+        publishing.say(f"found_budgets: {error}")
+        return 2
+    Console().print(table(pairs), "", verdict(pairs), sep="\n", markup=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
