@@ -36,6 +36,7 @@ from lightpeft.evaluation.reports import evaluate_harness, evaluate_model
 from lightpeft.evaluation.statistics import bootstrap_intervals
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.records import EstimationRecord
 from lightpeft.runs import pipeline
 from lightpeft.saved.results import open_peft
 from lightpeft.tasks import (
@@ -347,6 +348,10 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     longer = {"light.length": 0.25, "light.least_learned": 0.9, "light.max_fraction": 0.5}
     assert lightpeft("run", "--config", bench.yaml("longer", **FEW, **longer)) == 0
     assert "estimation took 12 steps instead of 6, to learn more of the task\n" in capsys.readouterr().err
+    told = read(bench.folder / "longer" / "metrics.json")["estimation"]
+    assert (told["steps"], told["planned_steps"]) == (12, 6)
+    meta = EstimationRecord.load(bench.folder / "longer" / "estimation").meta
+    assert told["learned"] == meta["learned"] is not None
 
 
 def test_blocks_that_estimation_did_without_are_gone(

@@ -36,6 +36,7 @@ from lightpeft.recipe.resuming import read_cut
 from lightpeft.runs.depth import found_depth, settle_depth
 from lightpeft.runs.reuse import find_estimation, take_estimation
 from lightpeft.runs.stages import (
+    LEARNING,
     StageCost,
     estimated_model,
     found_budget,
@@ -369,6 +370,7 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
         **_vocabulary_report(work, model),
         "seconds": run.stage_seconds(),
         "training": dict(_training_costs(run)),
+        **_estimation_report(run),
         **({"depth": depth} if (depth := found_depth(run)) is not None else {}),
         **({"budget": budget} if (budget := found_budget(run)) is not None else {}),
         "adapter_bytes": folder_bytes(run.result),
@@ -376,6 +378,12 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
         "hardware": hardware(),
         "config": asdict(config),
     }
+
+
+def _estimation_report(run: RunFolder) -> dict[str, Any]:
+    """How long estimation took and what it taught, as far as the log knows: older runs noted less."""
+    entry = run.finished_stages().get("estimate", {})
+    return {"estimation": {name: entry[name] for name in LEARNING}} if entry.keys() >= set(LEARNING) else {}
 
 
 def _vocabulary_report(work: Workspace, model: Model) -> dict[str, Any]:

@@ -52,7 +52,13 @@ def leave_estimation(work: Workspace, model: PeftModel, record: EstimationRecord
         save_peft(model, run.estimation / "adapter")
         record.save(run.estimation)
 
-    run.finish_stage("estimate", **asdict(cost), save=save, steps=steps)
+    told: dict[str, Any] = {name: record.meta.get(name) for name in LEARNING}
+    run.finish_stage("estimate", **asdict(cost), save=save, **told)
+
+
+LEARNING = ("steps", "planned_steps", "learned")
+"""What is told of an estimation: steps, steps if the task is learned in time, and the part of the loss of an answer by
+the frequencies of labels that its last window took away (None: not known)."""
 
 
 def leave_budget(run: RunFolder, found: FoundBudget, points: float | None) -> None:
