@@ -27,7 +27,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.runs.reproduce import Results, Row, read_results
 from lightpeft.runs.reproduce.grid import cell_name
-from lightpeft.runs.reproduce.over_tasks import POINTS, scale_of
+from lightpeft.runs.reproduce.summary import Report
 
 DENSE, AUTO = "nothing cut", "auto"
 STEP = 0.05
@@ -93,36 +93,48 @@ def pairs_of(results: Results) -> Iterator[Pair]:
     by_pair: dict[tuple[str, str], dict[str, Row]] = {}
     for row in results.rows:
         by_pair.setdefault((row.model, row.task), {})[row.method] = row
-    for (model, task), rows in by_pair.items():
-        budgets = {float(name[:-1]) / 100: row for name, row in rows.items() if name.endswith("%")}
+    for rows in by_pair.values():
+        budgets = [name for name in rows if name.endswith("%")]
         if {DENSE, AUTO} <= rows.keys() and budgets:
-            yield _pair(results, model, task, rows, budgets)
+            yield _pair(results, rows, budgets)
 
 
-def _pair(results: Results, model: str, task: str, rows: Mapping[str, Row], budgets: Mapping[float, Row]) -> Pair:
-    dense, scale = rows[DENSE], scale_of(rows[DENSE].metric)
-    require(scale is not None, f"{model}/{task}: differences of {dense.metric} have no unit of their own")
-    assert scale is not None
-    values = dict(zip(dense.seeds, dense.quality, strict=True))
+def _pair(results: Results, rows: Mapping[str, Row], budgets: Sequence[str]) -> Pair:
+    dense = rows[DENSE]
+    reports = {method: _reports(results, row) for method, row in rows.items()}
+    told = {seed: report["budget"] for seed, report in reports[AUTO].items()}
+    # what the tolerance was given in: points of the task's metric, or nats of its loss
+    in_points = all(budget["points_a_nat"] for budget in told.values())
+    metric, factor = (dense.metric, 100.0) if in_points else ("loss", -1.0)
 
-    def costs(row: Row) -> dict[int, float]:
-        own = zip(row.seeds, row.quality, strict=True)
-        return {seed: -scale.gain(value, values[seed]) for seed, value in own if seed in values}
+    def costs(method: str) -> dict[int, float]:
+        whole, own = ({seed: r["metrics"][metric] for seed, r in reports[name].items()} for name in (DENSE, method))
+        return {seed: factor * (whole[seed] - value) for seed, value in own.items() if seed in whole}
 
-    told = {seed: results.reports[cell_name(model, task, AUTO, seed)]["budget"] for seed in costs(rows[AUTO])}
-    nats = {seed: budget["points_a_nat"] if scale is POINTS else 1.0 for seed, budget in told.items()}
+    worth = {seed: budget["points_a_nat"] if in_points else 1.0 for seed, budget in told.items()}
     found = [
         Found(
             seed,
             told[seed]["blocks"],
-            told[seed]["expected"] and told[seed]["expected"]["left"] * nats[seed],
+            told[seed]["expected"] and told[seed]["expected"]["left"] * worth[seed],
             cost,
         )
-        for seed, cost in costs(rows[AUTO]).items()
+        for seed, cost in costs(AUTO).items()
     ]
-    tolerance = statistics.median(round(told[seed]["tolerance"] * nats[seed], 6) for seed in told)
-    tried = {blocks: list(costs(row).values()) for blocks, row in sorted(budgets.items())}
-    return Pair(model, task, dense.metric, scale.unit, tolerance, statistics.fmean(dense.quality), tried, found)
+    return Pair(
+        model=dense.model,
+        task=dense.task,
+        metric=metric,
+        unit="points" if in_points else "nats",
+        tolerance=statistics.median(round(told[seed]["tolerance"] * worth[seed], 6) for seed in told),
+        dense=statistics.fmean(report["metrics"][metric] for report in reports[DENSE].values()),
+        costs={float(name[:-1]) / 100: list(costs(name).values()) for name in sorted(budgets)},
+        found=found,
+    )
+
+
+def _reports(results: Results, row: Row) -> dict[int, Report]:
+    return {seed: results.reports[cell_name(row.model, row.task, row.method, seed)] for seed in row.seeds}
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------

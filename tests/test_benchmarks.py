@@ -89,7 +89,7 @@ from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe import probes
 from lightpeft.runs import pipeline
 from lightpeft.runs.bench import accelerating
-from lightpeft.runs.reproduce import read_results, reproduce
+from lightpeft.runs.reproduce import Results, Row, read_results, reproduce
 from lightpeft.runs.reproduce.grid import slug
 from lightpeft.saved.merging import load_merged
 from lightpeft.training import acceleration
@@ -179,6 +179,27 @@ def test_found_budgets_of_published_results(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "found.png").stat().st_size > 5000
     assert found_budgets.main([str(ROOT / "configs/movie_reviews/grid.results.json")]) == 2
     assert "none of these files has results of" in capsys.readouterr().err
+
+
+def test_costs_of_a_tolerance_in_nats_are_those_of_the_loss(tmp_path: Path) -> None:
+    """Whatever the task's own metric is; a run that cuts nothing expects nothing."""
+    losses = {"nothing cut": 2.0, "20%": 2.03, "auto": 2.01}
+    asked = {"tolerance": 0.05, "points_a_nat": None, "blocks": 0.1, "expected": {"left": 0.02}}
+    reports = {
+        f"m/t/{method}/{seed}": {"metrics": {"accuracy": 0.5, "loss": loss + seed}, "budget": asked}
+        for method, loss in losses.items()
+        for seed in (0, 1)
+    }
+    reports["m/t/auto/1"]["budget"] = asked | {"blocks": 0.0, "expected": None}
+    rows = [Row("m", "t", method, "accuracy", [0, 1], [0.5, 0.5], None, None, {}) for method in losses]
+    (pair,) = found_budgets.pairs_of(Results(rows, "nothing cut", 6, "", reports))
+    assert (pair.metric, pair.unit, pair.tolerance, pair.dense) == ("loss", "nats", 0.05, 2.5)
+    assert pair.costs == {0.2: [pytest.approx(0.03)] * 2}
+    assert [(f.blocks, f.expected, f.cost) for f in pair.found] == [
+        (0.1, 0.02, pytest.approx(0.01)),
+        (0.0, None, pytest.approx(0.01)),
+    ]
+    assert pair.oracle == pytest.approx(0.2)
 
 
 # -- grid_peers.py -----------------------------------------------------------------------------------------------------
