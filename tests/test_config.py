@@ -12,6 +12,7 @@ from workbench import RUNS
 
 from lightpeft.config import (
     PRESETS,
+    WRITTEN,
     Budget,
     DataConfig,
     LightConfig,
@@ -25,6 +26,9 @@ from lightpeft.config import (
 )
 from lightpeft.config.validation import from_dict, unknown_key
 from lightpeft.errors import LightPeftError
+from lightpeft.tasks.entries.registry import ENTRIES
+from lightpeft.tasks.kinds.completions import CompletionTask
+from lightpeft.tasks.kinds.registry import KINDS
 
 
 def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
@@ -122,6 +126,40 @@ def test_presets() -> None:
     assert preset_light("default", "bottleneck") == preset_light("default", blocks=0.5, learning_rate_scale=4.0)
     fields = {field.name for field in dataclasses.fields(LightConfig)}
     assert all(set(values) <= fields for values in PRESETS.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "preset"),
+    [
+        ({}, "default"),
+        ({"data": {"task": "sst2"}}, "default"),
+        ({"data": {"task": "multiple-choice", "answer": "likelihood"}}, "default"),
+        ({"data": {"task": "causal-lm"}}, "writer"),
+        ({"data": {"task": "web_questions"}}, "writer"),
+        ({"data": {"task": "own"}, "tasks": {"own": {"kind": "chat"}}}, "writer"),
+        ({"data": {"task": "own"}, "tasks": {"own": {}}}, "default"),
+        ({"data": {"task": "chat"}, "preset": "default"}, "default"),
+        ({"data": {"task": "chat"}, "preset": "fast"}, "fast"),
+    ],
+)
+def test_the_task_chooses_a_preset_where_none_is_given(given: dict[str, Any], preset: str) -> None:
+    config = run_config_from_dict(given)
+    assert (config.preset, config.light) == (preset, preset_light(preset))
+    assert run_config_from_dict({**given, "light": {"blocks": 0.3}}).light == preset_light(preset, blocks=0.3)
+
+
+def test_what_is_written() -> None:
+    """The list that the presets go by is that of the kinds and of the tasks that ship."""
+    kinds = {name for name, kind in KINDS.items() if issubclass(kind, CompletionTask)}
+    assert kinds | {name for name, entry in ENTRIES.items() if entry.kind in kinds} == WRITTEN
+
+
+@pytest.mark.parametrize(
+    "data", [{"data": "sst2"}, {"data": {"task": ["chat"]}}, {"tasks": ["own"]}, {"tasks": {"a": 1}}]
+)
+def test_sections_that_say_no_task(data: dict[str, Any]) -> None:
+    with pytest.raises(LightPeftError, match=r"^(data|tasks)"):
+        run_config_from_dict(data)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -239,6 +240,14 @@ def test_a_peft_model_trains_as_a_dense_one_with_its_config(builds: Builds) -> N
     other.train()
     assert one.light_plan == other.light_plan
     assert_equal(weights(one.model), weights(other.model))
+
+
+def test_what_a_model_can_do_chooses_a_preset_where_none_is_given(builds: Builds) -> None:
+    assert builds.trainer(light=None).light_config == preset_light("default")
+    assert EarlyPruner(with_lora(make("llama-gqa"))).config == preset_light("writer")
+    assert EarlyPruner(with_lora(make("t5"))).config == preset_light("writer")
+    scorer = LlamaForSequenceClassification(make("llama-gqa").config)
+    assert EarlyPruner(get_peft_model(scorer, lora())).config == preset_light("default")
 
 
 def test_a_presets_name(builds: Builds) -> None:

@@ -108,6 +108,8 @@ def _option(
 
 def _default(field: dataclasses.Field[Any], name: str) -> Any:
     """What holds if nobody says anything, which for `light` is the preset's to say."""
+    if name == "preset":  # which its task has a say in
+        return None
     section, _, key = name.rpartition(".")
     preset = PRESETS[RunConfig.preset] if section == "light" else {}
     factory = field.default_factory

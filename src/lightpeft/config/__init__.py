@@ -19,7 +19,15 @@ from lightpeft.config.light import (
 )
 from lightpeft.config.methods import METHODS, Method, MethodName
 from lightpeft.config.peft import Peft, peft_type
-from lightpeft.config.presets import PRESETS, Preset, overlaid, preset_light, preset_settings
+from lightpeft.config.presets import (
+    PRESETS,
+    WRITTEN,
+    Preset,
+    overlaid,
+    preset_light,
+    preset_settings,
+    usual_preset,
+)
 from lightpeft.config.run import (
     SWITCHES,
     AnswerBy,
@@ -44,6 +52,7 @@ __all__ = [
     "PRESETS",
     "READ_BY_PLANS",
     "SWITCHES",
+    "WRITTEN",
     "AnswerBy",
     "Auto",
     "BottleneckSettings",
@@ -76,4 +85,5 @@ __all__ = [
     "preset_light",
     "preset_settings",
     "run_config_from_dict",
+    "usual_preset",
 ]

@@ -118,9 +118,14 @@ class Budget:
     @property
     def chooses(self) -> bool:
         """Whether anything is to go of which scores say what: else all stays, and nothing has to be estimated."""
+        return self.cuts_blocks or self.modules > 0 or self.ranks > 0
+
+    @property
+    def cuts_blocks(self) -> bool:
+        """Whether heads, neurons or experts are to go."""
         base = self.target if self.blocks is None else self.blocks
         parts = [base] if base is not None else [self.heads, self.neurons, self.experts]
-        return any(part == "auto" or part > 0 for part in (*parts, self.modules, self.ranks))
+        return any(part == "auto" or part > 0 for part in parts)
 
     @property
     def known_blocks(self) -> float | None:

@@ -61,6 +61,15 @@ _OF_KINDS: dict[str, dict[str, dict[str, Any]]] = {
 """PEFT kind -> what presets have of their own for it; all other kinds have what LoRA has."""
 
 
+WRITTEN = frozenset({"generation", "chat", "causal-lm", "web_questions"})
+"""Kinds of tasks, and tasks that ship, whose answers a model writes."""
+
+
+def usual_preset(written: bool) -> Preset:
+    """The preset where none is given: a model that writes its answers uses all of itself."""
+    return "writer" if written else "default"
+
+
 def preset_light(name: str, peft: Peft = USUAL, **overrides: Any) -> LightConfig:
     """`LightConfig` of a preset (a key of `PRESETS`) for a kind of PEFT, with some fields replaced.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from lightpeft.config.light import MOST_ROWS, WIDEST, LightConfig
 from lightpeft.config.methods import METHODS, Method, MethodName
 from lightpeft.config.peft import USUAL, Peft, peft_settings, peft_type, shortest
-from lightpeft.config.presets import Preset, overlaid, preset_settings
+from lightpeft.config.presets import WRITTEN, Preset, overlaid, preset_settings, usual_preset
 from lightpeft.config.validation import check_most, check_values, from_dict, load_yaml
 from lightpeft.errors import require
 
@@ -307,7 +307,8 @@ class RunConfig:
 
     preset: Preset = "default"
     """Starting values of `light`: default (half of the blocks or more goes), uniform (half of each layer), fast (less
-    goes), writer (nothing goes: decoders that write), or paper (Gu et al. 2024)."""
+    goes), writer (nothing goes: decoders that write), or paper (Gu et al. 2024). If none is given: writer for tasks
+    whose answers are written (generation, chat, causal-lm), default for all others."""
     method: MethodName = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
     nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
@@ -366,8 +367,18 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
-    """A `RunConfig` from nested plain data, with the preset below the given values."""
-    preset = preset_settings(data.get("preset", "default"), data.get("peft", USUAL))
+    """A `RunConfig` from nested plain data, with a preset below the given values: the usual one where none is given."""
+    name = data["preset"] if "preset" in data else usual_preset(_kind(data) in WRITTEN)
+    preset = preset_settings(name, data.get("peft", USUAL))
     given = data.get("light") or {}
     light = overlaid(preset, given) if isinstance(given, dict) else given
-    return from_dict(RunConfig, {**data, "light": light})
+    return from_dict(RunConfig, {**data, "preset": name, "light": light})
+
+
+def _kind(data: dict[str, Any]) -> Any:
+    """The kind of the task that the data are about, as far as they say so: of a task that ships its name."""
+    section, own = data.get("data"), data.get("tasks")
+    task = section.get("task") if isinstance(section, dict) else None
+    entry = own.get(task) if isinstance(own, dict) and isinstance(task, str) else None
+    kind = entry.get("kind") if isinstance(entry, dict) else task
+    return kind if isinstance(kind, str) else DataConfig.task

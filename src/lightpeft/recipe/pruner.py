@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lightpeft.compat.deepspeed import out_of_zero3
 from lightpeft.compat.fsdp import out_of_fsdp
-from lightpeft.config import Budget, LightConfig, preset_light
+from lightpeft.config import Budget, LightConfig, preset_light, usual_preset
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
@@ -52,14 +53,15 @@ class EarlyPruner:
     def __init__(
         self,
         model: PeftModel,
-        light: str | LightConfig = "default",
+        light: str | LightConfig | None = None,
         estimator: Callable[[PeftModel, LightConfig], Estimator] = Estimator,
     ) -> None:
         """
         Args:
             model: what `peft.get_peft_model` returned. It is pruned in place by `prune`; the blocks that `light.depth`
                 leaves out, and the PEFT modules that `light.module_blocks` does not allow, are taken out here.
-            light: a preset's name, or budget and estimation settings of your own.
+            light: a preset's name, or budget and estimation settings of your own; None: `writer` for a model that can
+                write texts, `default` for all others.
             estimator: makes what estimates.
 
         Raises:
@@ -70,7 +72,7 @@ class EarlyPruner:
         ensure_family(model)
         prepare_quantised(model)
         check_peft(model)
-        self.config = light_settings(light, model.peft_config[own_adapter(model)])
+        self.config = light_settings(light, model.peft_config[own_adapter(model)], model)
         check_budget(model, self.config)
         _check_vocabulary(model, self.config)
         leave_modules(model, self.config)
@@ -157,15 +159,27 @@ def _check_vocabulary(model: PeftModel, config: LightConfig) -> None:
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
 
 
-def light_settings(light: str | LightConfig, peft: PeftConfig | None) -> LightConfig:
-    """Settings of one's own as they are, or a preset as it is for a PEFT kind; None: for LoRA.
+def light_settings(light: str | LightConfig | None, peft: PeftConfig | None, model: Any) -> LightConfig:
+    """Settings of one's own as they are, or a preset as it is for a PEFT kind.
+
+    Args:
+        light: None: the usual preset of the model.
+        peft: None: LoRA.
+        model: what is not loaded yet, such as a name, has the preset `default`.
 
     Raises:
         LightPeftError: there is no such preset.
     """
     if isinstance(light, LightConfig):
         return light
-    return preset_light(light) if peft is None else preset_light(light, kind_of(peft).name)
+    name = usual_preset(isinstance(model, nn.Module) and can_write(model)) if light is None else light
+    return preset_light(name) if peft is None else preset_light(name, kind_of(peft).name)
+
+
+def can_write(model: nn.Module) -> bool:
+    """Whether a model has the head of a language model that writes."""
+    inner = transformers_model(model)
+    return isinstance(inner, PreTrainedModel) and inner.can_generate()
 
 
 def cut(

@@ -60,7 +60,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     It takes all arguments of the trainer. What it finds is there after training.
 
     Args:
-        light: a preset's name, or a `LightConfig`.
+        light: a preset's name, or a `LightConfig`; None: `writer` for a model that can write texts, `default` for all
+            others.
         peft_config: PEFT modules for a dense model; without `target_modules` they sit on all projections of the blocks
             in which `light` lets modules stay. A model that is a PeftModel needs none.
         fast_steps: fused LoRA layers, a language model's head for labelled tokens alone, attention for short rows, and
@@ -86,7 +87,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         self,
         model: Any = None,
         *args: Any,
-        light: str | LightConfig = "default",
+        light: str | LightConfig | None = None,
         peft_config: PeftConfig | None = None,
         fast_steps: bool = True,
         prefix_cache: PrefixCache | None = PrefixCache(),  # noqa: B008 (frozen)
@@ -96,7 +97,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         refuse_parts(model)
         if isinstance(light, LightConfig):
             light = with_depth(light, model, options)
-        settings = light_settings(light, peft_config)
+        settings = light_settings(light, peft_config, model)
         if peft_config is not None and isinstance(model, nn.Module):
             model = with_peft(model, peft_config, settings)
         elif peft_config is not None:  # a name, from which TRL's trainers load
@@ -104,7 +105,9 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         self.fast_steps, self.prefix_cache, self.light_report = fast_steps, prefix_cache, {}
         super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
         self._peft_model = inner_peft_model(self._trainer.model)
-        self.light_config = light_settings(light, self._peft_model.peft_config[own_adapter(self._peft_model)])
+        self.light_config = light_settings(
+            light, self._peft_model.peft_config[own_adapter(self._peft_model)], self._peft_model
+        )
         check_light(self)
         self._trainer.args = copy.copy(self._trainer.args)  # the user's own stay as they are
         if self._trainer.args.fp16:
