@@ -21,7 +21,7 @@ PART = 0.04
 LEAST_STEPS = 8
 HELD_PART = 0.035
 """Rows that are set aside, as a part of all that the run's steps see. With this, and with three probes of which two are
-of cut models, finding a budget takes about an eighth of a run of plain PEFT."""
+of cut models, finding a budget takes about a seventh of a run of plain PEFT."""
 LEAST_HELD, MOST_HELD = 128, 1024
 _MOST_OF_ROWS = 1 / 4
 """Part of the rows that may be set aside."""
