@@ -14,7 +14,7 @@ from tiny import inputs_for, make, refusal, with_lora, without_dropout
 from torch import Tensor, nn
 from training import chunks, dataset, trained_weights
 from transformers import TrainerCallback, TrainingArguments
-from workbench import Workbench, lightpeft, read
+from workbench import Workbench, forked, lightpeft, read
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer, find_depth
 from lightpeft.files import read_tensors
@@ -182,8 +182,9 @@ def test_what_comes_after_knows_the_depth(bench: Workbench, half: list[int]) -> 
     both = {**AUTO, "light.keep": "both", "light.full_width_steps": 0.25}
     config, folder = bench.yaml("used", **both), bench.folder / "used"
     assert lightpeft("run", "--config", config) == 0
-    assert lightpeft("bench", "--config", config, "--rounds", "1", "--steps", "1") == 0
-    assert lightpeft("plan", "--run", folder, "--curve") == 0
+    with forked():
+        assert lightpeft("bench", "--config", config, "--rounds", "1", "--steps", "1") == 0
+        assert lightpeft("plan", "--run", folder, "--curve") == 0
     assert lightpeft("report", folder) == 0 and half == [64]
     assert "The depth" in (folder / "report.html").read_text(encoding="utf-8")
 
