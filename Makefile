@@ -45,14 +45,14 @@ fetch: $(VENV)/.installed-dev
 
 test-faults: fetch
 	LIGHTPEFT_FAULTS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-		$(BIN)/python -m pytest -n $(WORKERS) -rP tests/test_faults.py tests/test_hostile.py
+		$(BIN)/python -m pytest -n $(WORKERS) -rP tests/test_faults.py tests/test_hostile.py tests/test_going_on.py
 
 test-vllm: fetch $(VLLM)/.installed
 	LIGHTPEFT_VLLM=$(VLLM)/bin/python HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest tests/test_vllm.py
 
 test-deepspeed: fetch $(DEEPSPEED)/.installed
-	DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest \
+	LIGHTPEFT_FAULTS=1 DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest \
 		tests/test_compat.py tests/test_deepspeed.py tests/test_sharded.py tests/test_going_on.py
 
 test-gpu: fetch

@@ -22,6 +22,7 @@ import pytest
 import yaml
 from test_pipeline import comparable
 from workbench import (
+    FULL,
     NOTICE,
     Disturb,
     Workbench,
@@ -37,8 +38,6 @@ from workbench import (
 from lightpeft.files import read_json
 from lightpeft.runs import pipeline
 
-FULL = bool(os.environ.get("LIGHTPEFT_FAULTS"))
-"""Whether all faults are tried."""
 KILLED_AT_OPERATIONS, KILLED_AT_TIMES, KILLED_EXPORTS = (120, 60, 20) if FULL else (10, 4, 4)
 MUTATIONS = 2000 if FULL else 150
 SETTINGS: dict[str, Any] = {"light.length": 0.4, "training.save_steps": 3}

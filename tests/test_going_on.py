@@ -20,6 +20,7 @@ from workbench import (
     in_other_process,
     lightpeft,
     needs_deepspeed,
+    only_with_all_faults,
     read,
     signalling,
 )
@@ -103,7 +104,7 @@ def copied(bench: Workbench, name: str, new: str) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-@pytest.mark.parametrize("model", ["real", "bench"])
+@pytest.mark.parametrize("model", [pytest.param("real", marks=only_with_all_faults), "bench"])
 def test_a_launched_run_that_lost_a_process_in_training(
     request: pytest.FixtureRequest, model: str, engine: str
 ) -> None:
