@@ -19,10 +19,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_faults import FULL, damage, rewrite
+from test_faults import damage, rewrite
 from tiny import refusal
 from transformers import AutoModelForSequenceClassification
-from workbench import Workbench, checksums, edit, lightpeft
+from workbench import FULL, Workbench, checksums, edit, lightpeft
 
 from lightpeft import load_light, load_merged
 from lightpeft.config import ModelConfig
