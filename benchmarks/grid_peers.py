@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None, launch: Launch | None = None) -> in
         grid = replace(grid, command=publishing.command("grid_peers", arguments))
         out = given.out or Path("runs") / "grid_peers" / given.grid.stem
         published = read_results(given.grid.with_suffix(".results.json"))
-        of_baseline = {name: report for name, report in published.reports.items() if f"/{grid.baseline}/" in name}
+        named = {cell.name for cell in grid.cells(out) if cell.method == grid.baseline}
+        of_baseline = {name: report for name, report in published.reports.items() if name in named}
         only = [*given.only, *(f"method={PEERS[peer].label}" for peer in given.peers)]
         ran = reproduce(grid, out, only, devices=1, launch=launch)
         results = joined(grid, [ran, replace(published, reports=of_baseline)], out)

@@ -250,6 +250,27 @@ def test_what_a_model_can_do_chooses_a_preset_where_none_is_given(builds: Builds
     assert EarlyPruner(get_peft_model(scorer, lora())).config == preset_light("default")
 
 
+def test_what_cuts_a_model_that_writes_says_so(
+    builds: Builds, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A trainer, and a loop of one's own; not where a whole model is kept, too, nor of one that classifies."""
+    said, few = "a model that writes loses far more by a cut", LightConfig(**BUDGET)
+    for light, told in ((few, True), (replace(few, keep="both"), False), (preset_light("writer"), False)):
+        caplog.clear()
+        pruner = EarlyPruner(with_lora(make("llama-gqa")), light)
+        pruner.start(100)
+        pruner.estimator.stop()
+        assert (said in caplog.text) == told
+    rows = Dataset.from_list([{"input_ids": [2, 5, 6, 3], "labels": [2, 5, 6, 3]} for _ in range(32)])
+    for model, told in ((with_lora(make("llama-gqa")).train(), True), (get_peft_model(builds.base(), lora()), False)):
+        caplog.clear()
+        given = rows if told else builds.rows["train"]
+        collator = None if told else DataCollatorWithPadding(builds.tokenizer)
+        args = arguments(tmp_path / str(told), max_steps=12)
+        LightTrainer(model, args, train_dataset=given, data_collator=collator, light=few).train()
+        assert (said in caplog.text) == told
+
+
 def test_a_presets_name(builds: Builds) -> None:
     trainer = builds.trainer(light="fast")
     assert trainer.light_config == preset_light("fast")

@@ -70,6 +70,17 @@ def usual_preset(written: bool) -> Preset:
     return "writer" if written else "default"
 
 
+def cut_of_writer(light: LightConfig) -> str | None:
+    """What to say before a model that writes is cut (docs/writers.md); None: it is not, or a whole one is kept, too.
+
+    A budget that is `auto` is measured, and said when it is found.
+    """
+    if not light.cuts_blocks or light.keep != "light" or light.blocks == "auto":
+        return None
+    loses = "a model that writes loses far more by a cut than one that classifies"
+    return f"{loses}; preset: writer cuts nothing, and light.keep: both keeps a whole one, too"
+
+
 def preset_light(name: str, peft: Peft = USUAL, **overrides: Any) -> LightConfig:
     """`LightConfig` of a preset (a key of `PRESETS`) for a kind of PEFT, with some fields replaced.
 

@@ -375,7 +375,7 @@ def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
     return from_dict(RunConfig, {**data, "preset": name, "light": light})
 
 
-def _kind(data: dict[str, Any]) -> Any:
+def _kind(data: dict[str, Any]) -> str:
     """The kind of the task that the data are about, as far as they say so: of a task that ships its name."""
     section, own = data.get("data"), data.get("tasks")
     task = section.get("task") if isinstance(section, dict) else None

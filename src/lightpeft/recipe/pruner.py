@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from lightpeft.compat.deepspeed import out_of_zero3
 from lightpeft.compat.fsdp import out_of_fsdp
-from lightpeft.config import Budget, LightConfig, preset_light, usual_preset
+from lightpeft.config import Budget, LightConfig, cut_of_writer, preset_light, usual_preset
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
@@ -110,6 +110,8 @@ class EarlyPruner:
         lines = "; ".join(self.advice())
         if lines:
             _log.warning("EarlyPruner leaves to your loop what LightTrainer does by itself: %s", lines)
+        if can_write(self.model) and (line := cut_of_writer(self.config)) is not None:
+            _log.warning("%s", line)
 
     def step(self, grad_scale: float = 1.0) -> None:
         """Take in one optimizer step's gradients; `grad_scale` is the scale of a gradient scaler that is still on."""
@@ -159,21 +161,18 @@ def _check_vocabulary(model: PeftModel, config: LightConfig) -> None:
         model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
 
 
-def light_settings(light: str | LightConfig | None, peft: PeftConfig | None, model: Any) -> LightConfig:
+def light_settings(light: str | LightConfig | None, peft: PeftConfig, model: nn.Module) -> LightConfig:
     """Settings of one's own as they are, or a preset as it is for a PEFT kind.
 
     Args:
         light: None: the usual preset of the model.
-        peft: None: LoRA.
-        model: what is not loaded yet, such as a name, has the preset `default`.
 
     Raises:
         LightPeftError: there is no such preset.
     """
     if isinstance(light, LightConfig):
         return light
-    name = usual_preset(isinstance(model, nn.Module) and can_write(model)) if light is None else light
-    return preset_light(name) if peft is None else preset_light(name, kind_of(peft).name)
+    return preset_light(usual_preset(can_write(model)) if light is None else light, kind_of(peft).name)
 
 
 def can_write(model: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from lightpeft.compat.accelerate import as_it_is
-from lightpeft.config import LightConfig
+from lightpeft.config import LightConfig, cut_of_writer
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -38,7 +38,7 @@ from lightpeft.recipe.course import Course, tell_cut
 from lightpeft.recipe.depth import with_depth
 from lightpeft.recipe.optimizing import OptimizingMixin
 from lightpeft.recipe.parallel import agreed
-from lightpeft.recipe.pruner import EarlyPruner, cut, light_settings
+from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
 from lightpeft.recipe.refusals import check_light, refuse_parts
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
@@ -97,9 +97,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         refuse_parts(model)
         if isinstance(light, LightConfig):
             light = with_depth(light, model, options)
-        settings = light_settings(light, peft_config, model)
         if peft_config is not None and isinstance(model, nn.Module):
-            model = with_peft(model, peft_config, settings)
+            model = with_peft(model, peft_config, light_settings(light, peft_config, model))
         elif peft_config is not None:  # a name, from which TRL's trainers load
             options["peft_config"] = peft_config
         self.fast_steps, self.prefix_cache, self.light_report = fast_steps, prefix_cache, {}
@@ -158,6 +157,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             self._begin_light_fine_tuning(state.max_steps)
             return
         assert self._light_pruner is not None
+        if can_write(self._peft_model) and (line := cut_of_writer(self.light_config)) is not None:
+            self._warn(line)
         settings = fitted(self.light_config, pace_of(self._trainer), state.max_steps)
         self._light_pruner.config = self._light_pruner.estimator.config = settings
         self._light_pruner.estimator.start(state.max_steps)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lightpeft.config import WRITTEN, RunConfig, TrainingConfig
+from lightpeft.config import WRITTEN, RunConfig, TrainingConfig, cut_of_writer
 from lightpeft.console.bars import showing, silent
 from lightpeft.evaluation.milestones import Watcher, sample
 from lightpeft.evaluation.respondent import BatchedModel
@@ -163,8 +163,12 @@ class Workspace:
             scale = self.config.light.learning_rate_scale if self.config.way.prunes else 1.0
             length = f"{self.steps} steps (epochs: {training.epochs:g})"
             self.run.announce(stage, f"training takes {length} at a learning rate of {self.rate * scale:.2g}")
-        if self.config.way.prunes and self.task.entry.kind in WRITTEN:
-            self._announce_cut_of_writer(stage)
+        light, writes = self.config.light, self.config.way.prunes and self.task.entry.kind in WRITTEN
+        if writes and not light.cuts_blocks:
+            nothing = f"nothing of the base goes (preset: {self.config.preset}): a model that writes uses all of itself"
+            self.run.announce(stage, f"{nothing}; light.blocks cuts it all the same")
+        elif writes and (line := cut_of_writer(light)) is not None:
+            self.run.announce(stage, line)
         limit = self.config.data.max_length
         share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
         if share >= NOTABLE_CUTS:
@@ -177,17 +181,6 @@ class Workspace:
         if autocast_dtype(training) is torch.bfloat16 and not has_bf16():
             slow = "training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
             self.run.announce(stage, slow)
-
-    def _announce_cut_of_writer(self, stage: str) -> None:
-        light = self.config.light
-        if not light.cuts_blocks:
-            nothing = f"nothing of the base goes (preset: {self.config.preset}): a model that writes uses all of itself"
-            self.run.announce(stage, f"{nothing}; light.blocks cuts it all the same")
-        elif light.keep == "light" and light.blocks != "auto":
-            loses = "a model that writes loses far more by a cut than one that classifies"
-            self.run.announce(
-                stage, f"{loses}; preset: writer cuts nothing, and light.keep: both keeps a whole one, too"
-            )
 
     def announce_processes(self, stage: str) -> None:
         """Say, where training goes on with another number of processes than it began with, how they share its steps."""
