@@ -19,6 +19,8 @@ from lightpeft.profiling import count_flops
 from lightpeft.runs import bench as benching
 from lightpeft.runs import pipeline
 from lightpeft.runs.bench import StoredBatches, Subject, Worker, sample_batches, sample_rows
+from lightpeft.runs.report.speeds import speed_rows
+from lightpeft.saved.results import open_peft
 
 ROUNDS, STEPS = 2, 2
 UPPER = {"light.module_blocks": 0.5, "light.modules": 0.5}
@@ -83,6 +85,31 @@ def test_ratios_are_medians_over_paired_rounds(report: dict[str, Any]) -> None:
         assert report["ratios"][name] == pytest.approx(quotient)
     memory = [subjects[name]["peak_memory_bytes"] for name in ("light", "plain")]
     assert report["ratios"]["peak_memory"] == pytest.approx(memory[0] / memory[1])
+
+
+def test_memory_of_inference_is_that_of_merged_weights_and_a_batch(bench: Workbench, report: dict[str, Any]) -> None:
+    """Weights by the sizes of the model's tensors: PEFT is in them, and what was cut is not there."""
+    assert "inference" not in report["subjects"]["estimation"]
+    served = {name: report["subjects"][name]["inference"] for name in ("plain", "light")}
+    work = pipeline.prepare(bench.config("run", **UPPER))
+    dense = work.dense_model().model
+    assert served["plain"]["weights_bytes"] == bytes_of(dense)
+    small = open_peft(work.run.pruned, work.dense_model().model).merge_and_unload()
+    assert served["light"]["weights_bytes"] == bytes_of(small) < bytes_of(dense)
+    for found in served.values():
+        assert found["peak_memory_bytes"] >= found["weights_bytes"]
+        assert found["peak_memory_method"]
+    ratio = served["light"]["peak_memory_bytes"] / served["plain"]["peak_memory_bytes"]
+    assert report["ratios"]["inference_memory"] == pytest.approx(ratio)
+    told = {row["name"]: row for row in speed_rows(report)}
+    assert told["weights served"]["ratio"] == pytest.approx(bytes_of(small) / bytes_of(dense))
+    assert told["inference memory"]["ratio"] == pytest.approx(ratio)
+
+
+def bytes_of(model: torch.nn.Module) -> int:
+    """Of parameters (tied ones have one name here) and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def test_light_computes_less_and_estimation_more(report: dict[str, Any]) -> None:
@@ -249,7 +276,9 @@ def test_measurements_that_are_stopped(
         "lightpeft: stopped; what was measured is not kept; the same command measures anew, on the run that is pruned "
         "already"
     )
-    starts = [f"[{number}/8] {name}, memory and FLOPs: " for number, name in enumerate(benching.SUBJECTS, 1)]
+    what = [f"{name}, memory and FLOPs" for name in benching.SUBJECTS]
+    what += ["plain, inference memory", "light, inference memory"]
+    starts = [f"[{number}/10] {name}: " for number, name in enumerate(what, 1)]
     assert all(line.startswith(start) for line, start in zip(shown, starts, strict=True))
     assert stamps(bench.folder) == before
 

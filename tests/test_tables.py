@@ -108,7 +108,8 @@ def test_comparison_shows_both_runs() -> None:
     def subject(training: float, inference: float, memory: int) -> dict:
         speeds = {"training": training, "inference": inference}
         spreads = {f"{name}_samples_per_second": {"median": value} for name, value in speeds.items()}
-        return {**spreads, "peak_memory_bytes": memory}
+        inference = {"weights_bytes": memory // 10, "peak_memory_bytes": memory // 5}
+        return {**spreads, "peak_memory_bytes": memory, "inference": inference}
 
     lora = run(0.81, 22_000_000, 0.0, 73_728, 300 * 1024, {"train": 100.0})
     light = run(0.80, 15_000_000, 0.318, 20_000, 90 * 1024, {"estimate": 10.0, "prune": 1.0, "train": 54.0})
@@ -124,6 +125,8 @@ def test_comparison_shows_both_runs() -> None:
         ("training samples/s", "100", "150 (1.50x)"),
         ("inference samples/s", "400", "600 (1.49x)"),
         ("peak training memory, MiB", "900", "700"),
+        ("weights served, MiB", "90", "70"),
+        ("peak inference memory, MiB", "180", "140"),
         ("saved adapter, KiB", "300", "90"),
         ("training time, s (estimation included)", "100", "65"),
     ]:

@@ -196,6 +196,8 @@ def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: 
         ratio = bench["ratios"][f"{key}_throughput"]["median"]
         table.add_row(f"{key} samples/s", f"{values[0]:.0f}", f"{values[1]:.0f} ({ratio:.2f}x)")
     table.add_row("peak training memory, MiB", *(f"{s['peak_memory_bytes'] / 2**20:.0f}" for s in subjects))
+    for key, name in (("weights_bytes", "weights served, MiB"), ("peak_memory_bytes", "peak inference memory, MiB")):
+        table.add_row(name, *(f"{subject['inference'][key] / 2**20:.0f}" for subject in subjects))
     table.add_row("saved adapter, KiB", *(f"{report['adapter_bytes'] / 1024:.0f}" for report in (plain, light)))
     times = [sum(report["seconds"].values()) for report in (plain, light)]
     table.add_row("training time, s (estimation included)", *(f"{value:.0f}" for value in times))

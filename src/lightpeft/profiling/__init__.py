@@ -7,7 +7,7 @@ and return plain numbers.
 from lightpeft.profiling.comparing import Spread, alternate, ratio, summarize
 from lightpeft.profiling.flops import Flops, count_flops, kv_cache_bytes
 from lightpeft.profiling.live import Batch
-from lightpeft.profiling.memory import MemoryMethod, PeakMemory
+from lightpeft.profiling.memory import MemoryMethod, PeakMemory, weights_bytes
 from lightpeft.profiling.sizes import ParameterCount, count_parameters, folder_bytes
 from lightpeft.profiling.speed import OptimizerFactory, measure_inference, measure_training, throughput
 from lightpeft.profiling.surroundings import hardware, versions
@@ -32,4 +32,5 @@ __all__ = [
     "summarize",
     "throughput",
     "versions",
+    "weights_bytes",
 ]

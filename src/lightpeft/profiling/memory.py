@@ -55,7 +55,12 @@ class PeakMemory:
     @property
     def bytes(self) -> int:
         """The result: the peak itself on CUDA, the peak above the value at entry elsewhere; 0 before the block ends."""
-        return self.peak if self.method == "cuda" else max(0, self.peak - self.before)
+        return self.peak if self.method == "cuda" else self.grown
+
+    @property
+    def grown(self) -> int:
+        """Peak above the value at entry, on every device: what the block took beside what was there."""
+        return max(0, self.peak - self.before)
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
@@ -82,6 +87,15 @@ class PeakMemory:
             self.peak = torch.cuda.max_memory_allocated(self._device)
         else:
             self.peak = _high_water()
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; what several names share counts once."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
 
 
 class _Sampler(threading.Thread):

@@ -50,6 +50,7 @@ from lightpeft.profiling import (
     ratio,
     summarize,
     throughput,
+    weights_bytes,
 )
 from lightpeft.prune.estimation import Estimator
 from lightpeft.runs import pipeline
@@ -64,8 +65,8 @@ SUBJECTS = ("plain", "estimation", "light")
 """Plain PEFT on the dense model, the estimation stage (if the run has one), and the pruned model."""
 _INFERRING = ("plain", "light")
 """Those of them that infer; estimation is a stage of training."""
-_WHAT = {"fixed": "memory and FLOPs"}
-"""Methods of `Subject` as people call what they measure."""
+_WHAT = {"fixed": "memory and FLOPs", "serving": "inference memory"}
+"""Methods of `Subject` that measure what does not vary, as people call it."""
 _MOST = 10_000
 """Rounds, and batches a round, that are still a measurement."""
 _MEASURED_STEPS = 3
@@ -83,7 +84,7 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
 
     Returns:
         By subject: samples/s in training and inference (merged weights where they can be merged), peak
-        memory, FLOPs; ratios to plain PEFT; and the end-to-end time of a whole run computed from the medians,
+        memory of both, FLOPs; ratios to plain PEFT; and the end-to-end time of a whole run computed from the medians,
         estimation included.
 
     Raises:
@@ -127,7 +128,7 @@ def _measure(
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], dict[str, list[float]]]:
     """What does not vary, by subject, and the samples a second of all rounds, in training and in inference."""
     names = [name for name in SUBJECTS if name in _INFERRING or config.light.chooses]
-    total = len(names) + rounds * (len(names) + len(_INFERRING))
+    total = (1 + rounds) * (len(names) + len(_INFERRING))
     try:
         with ExitStack() as stack:
             workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in names}
@@ -137,6 +138,8 @@ def _measure(
                 return partial(_shown, progress, workers[name], what, name)
 
             fixed = {name: measuring("fixed", name)() for name in names}
+            for name in _INFERRING:
+                fixed[name]["inference"] = measuring("serving", name)()
             training = alternate({name: measuring("training", name) for name in names}, rounds)
             inference = alternate({name: measuring("inference", name) for name in _INFERRING}, rounds)
     except KeyboardInterrupt as stop:
@@ -150,8 +153,8 @@ def _shown(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
     label = f"{name}, {_WHAT.get(what, what)}"
     progress.begin(label)
     value = worker.measure(what)
-    fixed = what == "fixed"
-    progress.end(label, f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if fixed else f"{value:,.1f} samples/s")
+    told = f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if what in _WHAT else f"{value:,.1f} samples/s"
+    progress.end(label, told)
     return value
 
 
@@ -294,6 +297,18 @@ class Subject:
             "peak_memory_method": memory.method,
             "flops": {"forward": forward, "training": training},
             "kv_cache_bytes_per_token": kv_cache_bytes(self.model, self.batches[0]),
+        }
+
+    def serving(self) -> dict[str, Any]:
+        """Bytes of the weights as they are served, PEFT merged, and with what the largest batch takes beside them."""
+        largest = max(self.batches, key=lambda batch: batch["input_ids"].numel())
+        weights = weights_bytes(self._merged)
+        with PeakMemory(self._merged) as memory:
+            measure_inference(self._merged, [largest], autocast=self.autocast)
+        return {
+            "weights_bytes": weights,
+            "peak_memory_bytes": weights + memory.grown,
+            "peak_memory_method": memory.method,
         }
 
     def training(self) -> float:
@@ -450,9 +465,11 @@ def _ratios(
     }
     if "estimation" in training:
         speeds["estimation_throughput"] = ratio(training["estimation"], training["plain"])
+    served = {name: fixed[name]["inference"] for name in _INFERRING}
     return {
         **{name: asdict(speed) for name, speed in speeds.items()},
         "peak_memory": fixed["light"]["peak_memory_bytes"] / max(fixed["plain"]["peak_memory_bytes"], 1),
+        "inference_memory": served["light"]["peak_memory_bytes"] / served["plain"]["peak_memory_bytes"],
         "training_flops": fixed["light"]["flops"]["training"] / fixed["plain"]["flops"]["training"],
         "inference_flops": fixed["light"]["flops"]["forward"] / fixed["plain"]["flops"]["forward"],
     }

@@ -58,6 +58,10 @@ def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         spread, medians = ratios[f"{what}_throughput"], [of[f"{what}_samples_per_second"]["median"] for of in both]
         add(f"{what} samples/s", medians, _fine, spread["median"], quartiles=[spread["low"], spread["high"]])
     add("training memory", [of["peak_memory_bytes"] for of in both], size, ratios["peak_memory"])
+    for name, key in (("weights served", "weights_bytes"), ("inference memory", "peak_memory_bytes")):
+        if all("inference" in of for of in both):  # not in files of versions that did not measure it
+            served = [of["inference"][key] for of in both]
+            add(name, served, size, served[1] / served[0])
     for what, key in (("training", "training"), ("inference", "forward")):
         flops = [of["flops"][key] / 1e9 for of in both]
         add(f"{what} GFLOP", flops, _fine, flops[1] / flops[0])
