@@ -121,6 +121,8 @@ def test_presets() -> None:
     assert (lora.r, lora.alpha, lora.dropout, lora.slots) == (8, 16, 0.05, None)
     assert preset_light("default", heads=0.5).heads == 0.5
     assert preset_light("default").blocks == 0.6
+    assert preset_light("auto") == preset_light("default", blocks="auto")
+    assert preset_light("auto", "bottleneck") == preset_light("default", "bottleneck", blocks="auto")
     assert preset_light("paper", "bottleneck") == preset_light("paper")
     assert preset_light("fast", "bottleneck") == preset_light("fast", learning_rate_scale=4.0)
     assert preset_light("default", "bottleneck") == preset_light("default", blocks=0.5, learning_rate_scale=4.0)
@@ -185,7 +187,7 @@ def test_unknown_preset() -> None:
     for make in (lambda: preset_light("slow"), lambda: run_config_from_dict({"preset": "slow"})):
         with pytest.raises(LightPeftError) as error:
             make()
-        assert message(error) == 'preset "slow" is unknown; choose one of paper, default, uniform, fast, writer'
+        assert message(error) == 'preset "slow" is unknown; choose one of paper, default, auto, uniform, fast, writer'
 
 
 @pytest.mark.parametrize("preset", [["paper"], {"name": "paper"}, 3, None])

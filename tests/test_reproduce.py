@@ -111,8 +111,25 @@ def test_every_grid_of_the_repository_is_one(path: Path) -> None:
         assert {cell.config.preset for cell in cells} == {"paper"}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("name", ARMS)
+NOT_WITH_AUTO = {
+    "random": "light.blocks is auto, which estimation has to end for; give a number here",
+    "mask": "light.blocks is auto, which estimation has to end for; give a number here",
+    "length-auto": "length: auto compares plans, and blocks: auto finds a budget for them later; give a number for one",
+}
+"""Methods that want a number under `preset: auto`, and what says so."""
+
+
+@pytest.mark.parametrize("name", NOT_WITH_AUTO)
+def test_methods_that_want_a_number(tmp_path: Path, name: str) -> None:
+    file = grid_file(tmp_path / "grid.yaml", methods=[name], run={"preset": "auto"})
+    with pytest.raises(LightPeftError, match=re.escape(NOT_WITH_AUTO[name])):
+        load_grid(file).cells(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [(name, preset) for name in ARMS for preset in PRESETS if preset != "auto" or name not in NOT_WITH_AUTO],
+)
 def test_known_methods_do_what_they_say_under_every_preset(tmp_path: Path, name: str, preset: str) -> None:
     file = grid_file(tmp_path / "grid.yaml", methods=[name], run={"preset": preset}, seeds=[3])
     (cell,) = load_grid(file).cells(tmp_path)

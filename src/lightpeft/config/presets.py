@@ -8,7 +8,7 @@ from lightpeft.config.light import LightConfig
 from lightpeft.config.peft import USUAL, Peft, peft_over, peft_type
 from lightpeft.errors import require
 
-Preset = Literal["default", "uniform", "fast", "writer", "paper"]
+Preset = Literal["default", "auto", "uniform", "fast", "writer", "paper"]
 
 
 _BY_COST: dict[str, Any] = {
@@ -31,6 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"mask_learning_rate": 3e-4},
     # What of the blocks is worth least for its parameters, by Fisher scores; one rank of eight, in the upper blocks.
     "default": {**_BY_COST, "blocks": 0.6, "ranks": 7 / 8, "learning_rate_scale": 2.0},
+    # The same, with as much of the blocks gone as `tolerance` bears, measured in the run.
+    "auto": {**_BY_COST, "blocks": "auto", "ranks": 7 / 8, "learning_rate_scale": 2.0},
     # Half of the heads, of the neurons and of the experts of each layer, by the same scores: layers of equal size.
     "uniform": {
         **_BY_COST,
@@ -53,6 +55,7 @@ _OF_KINDS: dict[str, dict[str, dict[str, Any]]] = {
     # adapters take larger steps and lose more by a cut than LoRA
     "bottleneck": {
         "default": {"blocks": 0.5, "learning_rate_scale": 4.0},
+        "auto": {"learning_rate_scale": 4.0},
         "uniform": {"learning_rate_scale": 4.0},
         "fast": {"learning_rate_scale": 4.0},
         "writer": {"learning_rate_scale": 4.0},
