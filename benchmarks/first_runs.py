@@ -261,6 +261,7 @@ def settings(cell: Cell, model: str, data: Path, folder: Path) -> dict[str, Any]
     rate = "full_learning_rate" if cell.method == "full" and cell.learning_rate != "auto" else "learning_rate"
     return {
         "output": str(folder),
+        "preset": "default",
         "method": cell.method,
         "seed": cell.seed,
         "model": {"name": model},

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,8 @@ from lightpeft.prune import budgeting
 from lightpeft.prune.budgeting import find_budget
 from lightpeft.prune.probing import Probe, sharing_frozen
 from lightpeft.runs import pipeline
+from lightpeft.runs.report import page
+from lightpeft.runs.report.facts import read_run
 from lightpeft.runs.trainers import LightRun
 from lightpeft.saved.run_folder import to_yaml
 from lightpeft.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
@@ -338,6 +341,8 @@ def test_the_loss_of_an_answer_by_frequencies() -> None:
     assert chance([0, 0], [0, 2]) == pytest.approx(0.5623, abs=1e-4)
     assert chance([0.5, 1.5]) is None, "numbers"
     assert chance([[0, 1], [1, -100]]) is None, "tokens"
+    spans = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])}
+    assert budgeting.chance_of(model, [spans]) is None, "places"
     model.get_base_model().config.num_labels = 1
     assert chance([0, 1]) is None, "one output"
 
@@ -470,6 +475,28 @@ def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.Cap
     assert lightpeft("run", "--config", file) == 2
     assert "no metric of classes; give nats" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_where_nobody_asked_what_cannot_be_measured_is_not_cut(
+    bench: Workbench, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A run without a preset, of rows that are too few: it says so, and is not the less a run; a copy of it as well."""
+    few = Workbench(tmp_path)
+    settings = {**few.settings(**{"training.epochs": 1}), "light": {"length": 4, "least_examples": 0}}
+    file = few.folder / "run.yaml"
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert lightpeft("run", "--config", file, "--output", few.folder / "run") == 0
+    said = capsys.readouterr().err
+    why = "blocks: auto measures on 128 rows that it sets aside, and 64 rows are too few for that"
+    assert f"nothing of the blocks goes: {why}; give light.blocks as a number" in said
+    found, told = read(few.folder / "run/budget.json"), read(few.folder / "run/metrics.json")
+    assert (found["blocks"], found["unmeasured"], found["rows"]) == (0.0, why, 0)
+    assert told["parameters"]["base_removed_ratio"] == 0
+    assert PrunePlan.load(few.folder / "run/plan.json").removed_parameters == 0
+    assert f"Nothing of the blocks goes: {why}." in page([read_run(few.folder / "run")])
+    again = few.folder / "again"
+    assert lightpeft("run", "--config", few.folder / "run/config.yaml", "--output", again) == 0
+    assert comparable(again) == comparable(few.folder / "run")
 
 
 def test_too_few_rows_are_refused_before_anything_is_written(tmp_path: Path) -> None:

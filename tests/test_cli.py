@@ -80,7 +80,7 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
 
 def test_help_shows_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(shown(capsys, "run", "--help").split())
-    for name, value in PRESETS[RunConfig.preset].items():
+    for name, value in PRESETS["auto"].items():
         described = text[text.index(f"--light.{name} ") :]
         assert described[described.index("default: ") :].startswith(f"default: {value})")
 
@@ -153,7 +153,7 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_print_config_shows_defaults_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
     plain = printed(capsys, "run")
     assert plain["light"]["head_criterion"] == "fisher"
-    assert plain["light"]["blocks"] == 0.6
+    assert (plain["preset"], plain["light"]["blocks"]) == (None, "auto")
     assert plain["light"]["multiple_of"] == 8
     assert plain["training"]["batch_size"] == TrainingConfig().batch_size
     paper = printed(capsys, "run", "--preset", "paper")

@@ -133,21 +133,31 @@ def test_presets() -> None:
 @pytest.mark.parametrize(
     ("given", "preset"),
     [
-        ({}, "default"),
-        ({"data": {"task": "sst2"}}, "default"),
-        ({"data": {"task": "multiple-choice", "answer": "likelihood"}}, "default"),
+        ({}, "auto"),
+        ({"data": {"task": "sst2"}}, "auto"),
+        ({"data": {"task": "multiple-choice", "answer": "likelihood"}}, "auto"),
         ({"data": {"task": "causal-lm"}}, "writer"),
         ({"data": {"task": "web_questions"}}, "writer"),
         ({"data": {"task": "own"}, "tasks": {"own": {"kind": "chat"}}}, "writer"),
-        ({"data": {"task": "own"}, "tasks": {"own": {}}}, "default"),
+        ({"data": {"task": "own"}, "tasks": {"own": {}}}, "auto"),
         ({"data": {"task": "chat"}, "preset": "default"}, "default"),
         ({"data": {"task": "chat"}, "preset": "fast"}, "fast"),
     ],
 )
 def test_the_task_chooses_a_preset_where_none_is_given(given: dict[str, Any], preset: str) -> None:
     config = run_config_from_dict(given)
-    assert (config.preset, config.light) == (preset, preset_light(preset))
+    assert (config.preset, config.light) == (given.get("preset"), preset_light(preset))
     assert run_config_from_dict({**given, "light": {"blocks": 0.3}}).light == preset_light(preset, blocks=0.3)
+
+
+def test_who_asks_for_a_budget_to_be_found_has_the_preset_that_does_it() -> None:
+    """Also where the file of a run says that nobody asked."""
+    asked = run_config_from_dict({"light": {"blocks": "auto", "tolerance": "2 points"}})
+    assert (asked.preset, asked.light) == ("auto", preset_light("auto", tolerance="2 points"))
+    usual = run_config_from_dict({})
+    again = run_config_from_dict({"preset": None, "light": dataclasses.asdict(usual.light)})
+    assert again == usual
+    assert again.preset is None
 
 
 def test_what_is_written() -> None:
@@ -167,8 +177,8 @@ def test_sections_that_say_no_task(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("given", "blocks", "target"),
     [
-        ({}, 0.6, None),
-        ({"modules": 0.1}, 0.6, None),
+        ({}, "auto", None),
+        ({"modules": 0.1}, "auto", None),
         ({"blocks": 0.2}, 0.2, None),
         ({"heads": 0.2}, None, None),
         ({"neurons": 0.0}, None, None),
@@ -177,9 +187,9 @@ def test_sections_that_say_no_task(data: dict[str, Any]) -> None:
     ],
 )
 def test_one_way_to_say_how_much_goes_takes_the_place_of_another(
-    given: dict[str, Any], blocks: float | None, target: float | None
+    given: dict[str, Any], blocks: float | str | None, target: float | None
 ) -> None:
-    for light in (preset_light("default", **given), run_config_from_dict({"light": given}).light):
+    for light in (preset_light("auto", **given), run_config_from_dict({"light": given}).light):
         assert (light.blocks, light.target) == (blocks, target)
 
 
@@ -190,7 +200,7 @@ def test_unknown_preset() -> None:
         assert message(error) == 'preset "slow" is unknown; choose one of paper, default, auto, uniform, fast, writer'
 
 
-@pytest.mark.parametrize("preset", [["paper"], {"name": "paper"}, 3, None])
+@pytest.mark.parametrize("preset", [["paper"], {"name": "paper"}, 3])
 def test_a_preset_that_is_no_name(preset: Any) -> None:
     with pytest.raises(LightPeftError, match="preset .* is unknown"):
         run_config_from_dict({"preset": preset})
@@ -199,8 +209,8 @@ def test_a_preset_that_is_no_name(preset: Any) -> None:
 def test_given_values_win_over_the_preset() -> None:
     config = run_config_from_dict({"preset": "paper", "light": {"mask_learning_rate": 0.1, "heads": 0.25}})
     assert config.light == preset_light("paper", mask_learning_rate=0.1, heads=0.25)
-    assert run_config_from_dict({}).light == preset_light("default")
-    assert run_config_from_dict({"peft": "bottleneck"}).light == preset_light("default", "bottleneck")
+    assert run_config_from_dict({}).light == preset_light("auto")
+    assert run_config_from_dict({"peft": "bottleneck"}).light == preset_light("auto", "bottleneck")
 
 
 # Plain data
@@ -278,7 +288,7 @@ def test_load_config(tmp_path: Path) -> None:
     assert (config.preset, config.model.name) == ("paper", "m")
     assert config.light == preset_light("paper", heads=0.25)
     path.write_text("")
-    assert load_config(path).light == preset_light("default")
+    assert load_config(path).light == preset_light("auto")
     path.write_text("light:\ntraining:\n")
     assert load_config(path) == run_config_from_dict({}), "sections left empty"
 
@@ -319,4 +329,4 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_shipped_configurations_are_read(path: Path) -> None:
     config = load_config(path)
     assert config.model.name and (config.data.train or config.data.path)
-    assert config.preset == yaml.safe_load(path.read_text()).get("preset", "default")
+    assert config.preset == yaml.safe_load(path.read_text()).get("preset")

@@ -47,7 +47,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(running, "run_cell", workbench.in_this_process)
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
-        patch.setattr(probes, "LEAST_HELD", 8)
+        patch.setattr(probes, "LEAST_HELD", 16)
         workbench.save_base(folder / "demo/cache/minilm", "bert", tokenizer=workbench.tokenizer_of_word_pieces())
         workbench.save_base(folder / "demo/cache/smollm2", "llama", tokenizer=word_pieces())
         rows = workbench.labelled(160)

@@ -111,7 +111,7 @@ def _default(field: dataclasses.Field[Any], name: str) -> Any:
     if name == "preset":  # which its task has a say in
         return None
     section, _, key = name.rpartition(".")
-    preset = PRESETS[RunConfig.preset] if section == "light" else {}
+    preset = PRESETS["auto"] if section == "light" else {}
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
     return preset.get(key, default)

@@ -68,9 +68,16 @@ WRITTEN = frozenset({"generation", "chat", "causal-lm", "web_questions"})
 """Kinds of tasks, and tasks that ship, whose answers a model writes."""
 
 
-def usual_preset(written: bool) -> Preset:
-    """The preset where none is given: a model that writes its answers uses all of itself."""
-    return "writer" if written else "default"
+def usual_preset(written: bool, measured: bool) -> Preset:
+    """The preset where none is given.
+
+    Args:
+        written: whether the model writes its answers, for which it uses all of itself.
+        measured: whether a task says what its points are worth, so that a budget can be measured by them.
+    """
+    if written:
+        return "writer"
+    return "auto" if measured else "default"
 
 
 def cut_of_writer(light: LightConfig) -> str | None:

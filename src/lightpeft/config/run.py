@@ -305,10 +305,11 @@ class TrainingConfig:
 class RunConfig:
     """A whole run: model -> estimation -> plan -> surgery -> fine-tuning -> evaluation, into one folder."""
 
-    preset: Preset = "default"
-    """Starting values of `light`: default (half of the blocks or more goes), uniform (half of each layer), fast (less
-    goes), writer (nothing goes: decoders that write), or paper (Gu et al. 2024). If none is given: writer for tasks
-    whose answers are written (generation, chat, causal-lm), default for all others."""
+    preset: Preset | None = None
+    """Starting values of `light`: auto (of the blocks goes what light.tolerance bears, which is measured), default
+    (half of them or more), uniform (half of each layer), fast (less goes), writer (nothing goes: decoders that write),
+    or paper (Gu et al. 2024). If none is given (null): writer for tasks whose answers are written (generation, chat,
+    causal-lm), and auto for all others, which then cuts nothing where rows are too few to measure with."""
     method: MethodName = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
     nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
@@ -328,7 +329,7 @@ class RunConfig:
     bottleneck: BottleneckSettings = field(default_factory=BottleneckSettings)
     """The adapters that the run starts with (peft: bottleneck); settings in `peft` go over it."""
     light: LightConfig = field(default_factory=LightConfig)
-    """Estimation and budget. (Help shows the values of preset `default`; --print_config those of a run.)"""
+    """Estimation and budget. (Help shows the values of preset `auto`; --print_config those of a run.)"""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The fine-tuning run."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -368,9 +369,12 @@ def load_config(path: str | Path) -> RunConfig:
 
 def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
     """A `RunConfig` from nested plain data, with a preset below the given values: the usual one where none is given."""
-    name = data["preset"] if "preset" in data else usual_preset(_kind(data) in WRITTEN)
-    preset = preset_settings(name, data.get("peft", USUAL))
+    usual = usual_preset(_kind(data) in WRITTEN, measured=True)
     given = data.get("light") or {}
+    # who asks for a budget to be found has the preset that does it; null stands in files of runs that had the usual one
+    asked = isinstance(given, dict) and given.get("blocks") == "auto"
+    name = data.get("preset", usual if asked else None)
+    preset = preset_settings(usual if name is None else name, data.get("peft", USUAL))
     light = overlaid(preset, given) if isinstance(given, dict) else given
     return from_dict(RunConfig, {**data, "preset": name, "light": light})
 

@@ -32,9 +32,9 @@ class FoundBudget:
     """What was found, and what it is expected to cost; rises are those of the loss against nothing cut, in nats."""
 
     blocks: float
-    """0: no cut is within the tolerance."""
+    """0: no cut is within the tolerance, or none could be measured."""
     tolerance: float
-    """Nats."""
+    """Nats; 0 where nothing was measured."""
     expected: Expected | None
     """Of the budget that was found; None where that is 0."""
     before: dict[float, float]
@@ -50,9 +50,18 @@ class FoundBudget:
     """Part of the loss of an answer by the frequencies of labels that estimation took away; None: not known."""
     seconds: float = 0.0
     """That all of it took."""
+    unmeasured: str | None = None
+    """Why nothing could be measured; None: it was."""
+
+    @classmethod
+    def nothing(cls, unmeasured: str) -> FoundBudget:
+        """Nothing goes, for this reason."""
+        return cls(0.0, 0.0, expected=None, before={}, probed=[], rows=0, steps=0, unmeasured=unmeasured)
 
     def summary(self) -> str:
         """What was found, in one line."""
+        if self.unmeasured is not None:
+            return f"nothing of the blocks goes: {self.unmeasured}; give light.blocks as a number to cut all the same"
         how = f"measured on {self.rows} rows in {self.seconds:.0f} s"
         if not self.probed:
             most = max(self.before)
@@ -128,7 +137,9 @@ def chance_of(model: PeftModel, batches: Sequence[Batch]) -> float | None:
     Returns:
         None where the model does not give a row one of several classes.
     """
+    if not classes_of(model) or not all("labels" in batch for batch in batches):  # a span has two ends
+        return None
     labels = [batch["labels"] for batch in batches]
-    if not classes_of(model) or not all(one_of_several(of) for of in labels):
+    if not all(one_of_several(of) for of in labels):
         return None
     return loss_by_frequencies(torch.cat(labels).bincount())

@@ -13,7 +13,7 @@ from lightpeft.config import LightConfig, Tolerance
 from lightpeft.errors import require
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.budgeting import FoundBudget, find_budget
-from lightpeft.recipe.probes import make_probe
+from lightpeft.recipe.probes import make_probe, why_unmeasured
 
 USUAL_NATS = "0.05 nats"
 """`light.tolerance: auto` where all that is known is the loss."""
@@ -24,6 +24,8 @@ class BudgetMixin:
 
     light_config: LightConfig
     fast_steps: bool
+    light_blocks_asked = True
+    """Whether somebody asked for `light.blocks: auto`; else what cannot be measured is not cut."""
     _peft_model: PeftModel
 
     def find_light_budget(self, record: EstimationRecord, steps: int) -> FoundBudget:
@@ -34,6 +36,9 @@ class BudgetMixin:
         """
         started = time.perf_counter()
         trainer: Any = self
+        reason = why_unmeasured(trainer)
+        if reason is not None:
+            return FoundBudget.nothing(reason)
         seen = trainer.rows_of_steps(record.meta["steps"])
         probe = make_probe(trainer, self.light_config, steps, seen, self.fast_steps)
         tolerance = self.light_tolerance_in_nats(probe.rows)

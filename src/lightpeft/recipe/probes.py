@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 
 from lightpeft.config import LightConfig
-from lightpeft.errors import LightPeftError, require
 from lightpeft.profiling.live import Batch
 from lightpeft.prune.probing import Probe
 from lightpeft.training.arguments import half_precision
@@ -38,8 +37,6 @@ def make_probe(trainer: Any, light: LightConfig, steps: int, seen: Collection[in
             there are enough of them.
         fast: whether the steps are the faster ones.
 
-    Raises:
-        LightPeftError: the rows cannot be counted, or are too few.
     """
     args, rows = trainer.args, trainer.train_dataset
     size = args.train_batch_size * args.world_size
@@ -72,18 +69,23 @@ def rows_aside(trainer: Any, seen: int) -> int:
 
     Args:
         seen: rows that the whole run goes through, repeated ones included.
-
-    Raises:
-        LightPeftError: the rows cannot be counted, or are too few.
     """
+    most = int(_MOST_OF_ROWS * len(trainer.train_dataset))
+    return min(max(LEAST_HELD, int(HELD_PART * seen)), MOST_HELD, most)
+
+
+def why_unmeasured(trainer: Any) -> str | None:
+    """Why probes cannot measure a budget here; None: they can."""
+    if trainer._shards or trainer._in_deepspeed:
+        engine = "FSDP" if trainer._shards else "DeepSpeed"
+        return f"light.blocks: auto probes copies of the model, which cannot be made of one that {engine} shards"
     try:
         count = len(trainer.train_dataset)
     except TypeError:
-        raise LightPeftError("blocks: auto sets rows aside, which these, of no known number, do not allow") from None
-    held = min(max(LEAST_HELD, int(HELD_PART * seen)), MOST_HELD, int(_MOST_OF_ROWS * count))
-    few = f"blocks: auto measures on {LEAST_HELD} rows that it sets aside, and {count} rows are too few for that"
-    require(held >= LEAST_HELD, f"{few}; give light.blocks as a number")
-    return held
+        return "blocks: auto sets rows aside, which these, of no known number, do not allow"
+    if rows_aside(trainer, 0) < LEAST_HELD:
+        return f"blocks: auto measures on {LEAST_HELD} rows that it sets aside, and {count} rows are too few for that"
+    return None
 
 
 def _around(numbers: Sequence[int], count: int) -> list[int]:

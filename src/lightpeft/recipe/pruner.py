@@ -172,7 +172,7 @@ def light_settings(light: str | LightConfig | None, peft: PeftConfig, model: nn.
     """
     if isinstance(light, LightConfig):
         return light
-    return preset_light(usual_preset(can_write(model)) if light is None else light, kind_of(peft).name)
+    return preset_light(usual_preset(can_write(model), measured=False) if light is None else light, kind_of(peft).name)
 
 
 def can_write(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from lightpeft.errors import require
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.sharding import is_sharded
-from lightpeft.recipe.probes import rows_aside
+from lightpeft.recipe.probes import why_unmeasured
 
 if TYPE_CHECKING:
     from lightpeft.recipe.trainer import LightTraining
@@ -37,7 +37,8 @@ def check_light(training: LightTraining) -> None:
         _check_sharded(training, "FSDP" if training._shards else "DeepSpeed")
     if training.light_config.blocks == "auto" and training.light_plan is None:
         training.light_tolerance()
-        rows_aside(trainer, 0)
+        reason = why_unmeasured(trainer)
+        require(reason is None or not training.light_blocks_asked, f"{reason}; give light.blocks as a number")
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
     require(
         not reference or not getattr(args, "beta", 0),
@@ -61,8 +62,6 @@ def refuse_parts(model: object) -> None:
 
 def _check_sharded(training: LightTraining, engine: str) -> None:
     light, trainer = training.light_config, cast(Any, training)
-    probes = f"light.blocks: auto probes copies of the model, which cannot be made of one that {engine} shards"
-    require(light.blocks != "auto" or training.light_plan is not None, f"{probes}; give light.blocks as a number")
     kept = f"light.keep: {light.keep} needs the whole base in every process, which {engine} spares"
     require(light.keep == "light", f"{kept}; set it to light")
     quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())

@@ -163,6 +163,11 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
             self.leave_light_budget(record)
         return leave_plan(self.work.run)
 
+    @property
+    def light_blocks_asked(self) -> bool:
+        """Whether the run was told so, or has the usual preset."""
+        return self.work.config.preset is not None
+
     def leave_light_budget(self, record: EstimationRecord) -> None:
         """Find a budget for the model as estimation left it, and leave it in the run folder."""
         self.light_budget = self.find_light_budget(record, self.work.steps)

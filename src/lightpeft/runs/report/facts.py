@@ -121,6 +121,7 @@ class AutoBudget:
     rows: int
     steps: int
     seconds: float
+    unmeasured: str | None = None
     expected: Expected | None = None
     probed: list[Probed] = field(default_factory=list)
     points_a_nat: float | None = None

@@ -157,7 +157,7 @@ def _figures(run: RunFacts, measured: float | None) -> Figures:
     chosen = plan.removed_of_blocks if plan is not None else None
     if curve is not None and curve.points:
         found["rises"], found["step_times"] = figures.rises(curve, chosen), figures.step_times(curve, chosen)
-    if run.budget is not None:
+    if run.budget is not None and run.budget.unmeasured is None:
         found["budget"] = figures.auto_budget(run.budget, measured)
     return Figures(**found)
 

@@ -98,6 +98,8 @@ def found_budget(budget: AutoBudget) -> str:
         points = "" if budget.points_a_nat is None else f" ({value * budget.points_a_nat:.2g} points)"
         return f"{value:.2g} nats{points}"
 
+    if budget.unmeasured is not None:
+        return f"Nothing of the blocks goes: {budget.unmeasured}."
     rows = f"on {budget.rows} rows that were set aside"
     how = f"Measured {rows}, by probes of {budget.steps} steps, in {duration(budget.seconds)}."
     if not budget.probed:
