@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from lightpeft.profiling.live import losses_of
 from lightpeft.prune import budgeting
 from lightpeft.prune.budgeting import find_budget
 from lightpeft.prune.probing import Probe, sharing_frozen
+from lightpeft.recipe.probes import why_unmeasured
 from lightpeft.runs import pipeline
 from lightpeft.runs.report import page
 from lightpeft.runs.report.facts import read_run
@@ -497,6 +499,21 @@ def test_where_nobody_asked_what_cannot_be_measured_is_not_cut(
     again = few.folder / "again"
     assert lightpeft("run", "--config", few.folder / "run/config.yaml", "--output", again) == 0
     assert comparable(again) == comparable(few.folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "why"),
+    [
+        ({"_shards": True}, "which cannot be made of one that FSDP shards"),
+        ({"_in_deepspeed": True}, "which cannot be made of one that DeepSpeed shards"),
+        ({"train_dataset": iter(range(600))}, "of no known number"),
+        ({"train_dataset": range(511)}, "511 rows are too few"),
+        ({"train_dataset": range(512)}, None),
+    ],
+)
+def test_why_a_budget_cannot_be_measured(trainer: dict[str, Any], why: str | None) -> None:
+    found = why_unmeasured(SimpleNamespace(**{"_shards": False, "_in_deepspeed": False, **trainer}))
+    assert found is None if why is None else why in str(found)
 
 
 def test_too_few_rows_are_refused_before_anything_is_written(tmp_path: Path) -> None:

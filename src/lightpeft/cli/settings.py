@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from lightpeft.cli.options import Option
-from lightpeft.config import PRESETS, RunConfig, overlaid, run_config_from_dict
+from lightpeft.config import PRESETS, RunConfig, overlaid, run_config_from_dict, usual_preset
 from lightpeft.config.validation import load_yaml
 from lightpeft.console import streams
 from lightpeft.errors import require
@@ -111,7 +111,7 @@ def _default(field: dataclasses.Field[Any], name: str) -> Any:
     if name == "preset":  # which its task has a say in
         return None
     section, _, key = name.rpartition(".")
-    preset = PRESETS["auto"] if section == "light" else {}
+    preset = PRESETS[usual_preset(written=False, measured=True)] if section == "light" else {}
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
     return preset.get(key, default)

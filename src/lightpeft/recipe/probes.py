@@ -36,7 +36,6 @@ def make_probe(trainer: Any, light: LightConfig, steps: int, seen: Collection[in
         seen: numbers of rows that estimation has gone through; None: not known. Rows are set aside from the others, if
             there are enough of them.
         fast: whether the steps are the faster ones.
-
     """
     args, rows = trainer.args, trainer.train_dataset
     size = args.train_batch_size * args.world_size
