@@ -111,6 +111,11 @@ def test_every_grid_of_the_repository_is_one(path: Path) -> None:
         assert {cell.config.preset for cell in cells} == {"paper"}
 
 
+def test_without_a_preset_methods_are_compared_at_one_size(tmp_path: Path) -> None:
+    (cell,) = load_grid(grid_file(tmp_path / "grid.yaml", methods=["light-lora"])).cells(tmp_path)
+    assert cell.config.light.blocks == PRESETS["default"]["blocks"]
+
+
 NOT_WITH_AUTO = {
     "random": "light.blocks is auto, which estimation has to end for; give a number here",
     "mask": "light.blocks is auto, which estimation has to end for; give a number here",

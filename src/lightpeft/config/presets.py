@@ -73,7 +73,7 @@ def usual_preset(written: bool, measured: bool) -> Preset:
 
     Args:
         written: whether the model writes its answers, for which it uses all of itself.
-        measured: whether a task says what its points are worth, so that a budget can be measured by them.
+        measured: whether a budget may be measured, for which a task has to say what its points are worth.
     """
     if written:
         return "writer"

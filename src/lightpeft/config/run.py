@@ -367,9 +367,13 @@ def load_config(path: str | Path) -> RunConfig:
     return run_config_from_dict(load_yaml(path))
 
 
-def run_config_from_dict(data: dict[str, Any]) -> RunConfig:
-    """A `RunConfig` from nested plain data, with a preset below the given values: the usual one where none is given."""
-    usual = usual_preset(_kind(data) in WRITTEN, measured=True)
+def run_config_from_dict(data: dict[str, Any], measured: bool = True) -> RunConfig:
+    """A `RunConfig` from nested plain data, with a preset below the given values: the usual one where none is given.
+
+    Args:
+        measured: whether the run may find its own budget where nothing says one.
+    """
+    usual = usual_preset(_kind(data) in WRITTEN, measured)
     given = data.get("light") or {}
     # who asks for a budget to be found has the preset that does it; null stands in files of runs that had the usual one
     asked = isinstance(given, dict) and given.get("blocks") == "auto"

@@ -101,7 +101,8 @@ class Grid:
             data = overlaid(data, dict(settings))
         folder = out.joinpath("cells", *(slug(str(part)) for part in (model, task, method, seed)))
         try:
-            config = run_config_from_dict({**data, "seed": seed, "output": str(folder)})
+            # what is compared is compared at one size, unless somebody says otherwise
+            config = run_config_from_dict({**data, "seed": seed, "output": str(folder)}, measured=False)
             find_entry(config.data, config.tasks)
             check_peft_settings(config)
         except LightPeftError as error:
