@@ -165,7 +165,8 @@ class Workspace:
             self.run.announce(stage, f"training takes {length} at a learning rate of {self.rate * scale:.2g}")
         light, writes = self.config.light, self.config.way.prunes and self.task.entry.kind in WRITTEN
         if writes and not light.cuts_blocks:
-            nothing = f"nothing of the base goes (preset: {self.config.preset}): a model that writes uses all of itself"
+            preset = self.config.preset or "writer"
+            nothing = f"nothing of the base goes (preset: {preset}): a model that writes uses all of itself"
             self.run.announce(stage, f"{nothing}; light.blocks cuts it all the same")
         elif writes and (line := cut_of_writer(light)) is not None:
             self.run.announce(stage, line)
