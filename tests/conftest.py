@@ -17,11 +17,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No threads that compile: a process that is forked later would wait for those of its parent, which it does not have.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+import hypothesis
 import pytest
 import torch
 from transformers import set_seed
 
 from lightpeft.config import light
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
