@@ -489,7 +489,7 @@ def test_where_nobody_asked_what_cannot_be_measured_is_not_cut(
     file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     assert lightpeft("run", "--config", file, "--output", few.folder / "run") == 0
     said = capsys.readouterr().err
-    why = "blocks: auto measures on 128 rows that it sets aside, and 64 rows are too few for that"
+    why = "light.blocks: auto measures on 128 rows that it sets aside, and 64 rows are too few for that"
     assert f"nothing of the blocks goes: {why}; give light.blocks as a number" in said
     found, told = read(few.folder / "run/budget.json"), read(few.folder / "run/metrics.json")
     assert (found["blocks"], found["unmeasured"], found["rows"]) == (0.0, why, 0)

@@ -26,22 +26,23 @@ _BY_COST: dict[str, Any] = {
 }
 
 
+_ONE_RANK: dict[str, Any] = {**_BY_COST, "ranks": 7 / 8, "learning_rate_scale": 2.0}
+"""One rank of eight, in the upper blocks, at twice the rate."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
-    # What of the blocks is worth least for its parameters, by Fisher scores; one rank of eight, in the upper blocks.
-    "default": {**_BY_COST, "blocks": 0.6, "ranks": 7 / 8, "learning_rate_scale": 2.0},
+    # What of the blocks is worth least for its parameters, by Fisher scores.
+    "default": {**_ONE_RANK, "blocks": 0.6},
     # The same, with as much of the blocks gone as `tolerance` bears, measured in the run.
-    "auto": {**_BY_COST, "blocks": "auto", "ranks": 7 / 8, "learning_rate_scale": 2.0},
+    "auto": {**_ONE_RANK, "blocks": "auto"},
     # Half of the heads, of the neurons and of the experts of each layer, by the same scores: layers of equal size.
     "uniform": {
-        **_BY_COST,
+        **_ONE_RANK,
         "heads": 0.5,
         "neurons": 0.5,
         "experts": 0.5,
         "neurons_scope": "layerwise",
-        "ranks": 7 / 8,
-        "learning_rate_scale": 2.0,
     },
     # Less is cut, and modules keep half of their ranks: the best quality.
     "fast": {**_BY_COST, "blocks": 0.4, "ranks": 0.5},

@@ -81,9 +81,10 @@ def why_unmeasured(trainer: Any) -> str | None:
     try:
         count = len(trainer.train_dataset)
     except TypeError:
-        return "blocks: auto sets rows aside, which these, of no known number, do not allow"
+        return "light.blocks: auto sets rows aside, which these, of no known number, do not allow"
     if rows_aside(trainer, 0) < LEAST_HELD:
-        return f"blocks: auto measures on {LEAST_HELD} rows that it sets aside, and {count} rows are too few for that"
+        aside = f"light.blocks: auto measures on {LEAST_HELD} rows that it sets aside"
+        return f"{aside}, and {count} rows are too few for that"
     return None
 
 
