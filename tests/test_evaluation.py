@@ -201,6 +201,17 @@ class FixedLogits(nn.Module):
         return SimpleNamespace(logits=self.table[input_ids[:, 0] - 3])
 
 
+class AllLogits(nn.Module):
+    """A language model that cannot be told where logits are wanted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
 def encoded_rows(labels: list[int]) -> Dataset:
     """One token a row, told apart by its number."""
     ids = [[i + 3] for i in range(len(labels))]
@@ -249,6 +260,30 @@ class TestCausalLM:
             },
             rel=1e-4,
         )
+
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_logits_are_computed_where_a_next_token_has_a_label(
+        self, tokenizer: PreTrainedTokenizerFast, side: str
+    ) -> None:
+        torch.manual_seed(0)
+        model, task = LlamaForCausalLM(llama_config()), self.task()
+        tokenizer.padding_side = side
+        encoded = cut_to(task, 16).encode(task.test, tokenizer)
+        collator, read, kept = task.collator(tokenizer), 0, []
+
+        def count(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+            nonlocal read
+            read += args[0].shape[0] * args[0].shape[1]
+
+        model.lm_head.register_forward_hook(count)
+        model.register_forward_hook(lambda module, args, output: kept.append(output.past_key_values))
+        metrics = evaluate(model, encoded, task, collator, 1)
+        assert read == metrics["tokens"]  # of single rows no place is another row's
+        read = 0
+        assert evaluate(model, encoded, task, collator, 3) == pytest.approx(metrics, rel=1e-5)
+        assert metrics["tokens"] < read < sum(encoded["length"])
+        assert not any(kept), "keys and values that nobody reads"
+        assert evaluate(AllLogits(model), encoded, task, collator, 3) == pytest.approx(metrics, rel=1e-5)
 
     def test_nothing_to_predict(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task = self.task()

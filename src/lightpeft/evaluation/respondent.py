@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.tasks.tokens import Collator, take_rows, without_labels
+from lightpeft.tasks.tokens import IGNORED, Collator, take_rows, without_labels
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,36 @@ class BatchedModel:
 
         Longest first: a batch that doesn't fit into memory fails, or is made smaller, at once.
         """
+        return self._asked(encoded, description, without_labels)
+
+    def next_logits(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+        """Row numbers, logits at the places whose next token has a label in some row, and these labels.
+
+        The head of a model that can be told computes nothing else: with a large vocabulary the logits of all tokens
+        take more memory than all else in the pass.
+        """
+        for rows, batch, output in self._asked(encoded, description, _at_labels):
+            places = predicting(batch["labels"])
+            logits = output.logits
+            if logits.shape[1] != len(places):
+                logits = logits[:, places.to(logits.device)]
+            yield rows, logits, batch["labels"][:, places + 1]
+
+    def _asked(
+        self, encoded: Dataset, description: str, inputs_of: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+    ) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
+        """What `outputs` yields, of what `inputs_of` makes of a batch."""
         _require_rows(encoded)
         order = np.argsort(-np.asarray(encoded["length"][:]), kind="stable").tolist()
         device = next(self.model.parameters()).device
         accepted = _accepted_inputs(self.model)
+        nothing_kept = {"use_cache": False} if "use_cache" in accepted else {}  # keys and values that nobody reads
 
         def compute(rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
             batch = self.collator(take_rows(encoded, rows))
-            inputs = {name: value.to(device) for name, value in without_labels(batch).items() if name in accepted}
+            inputs = {name: value.to(device) for name, value in inputs_of(batch).items() if name in accepted}
             with without_graph(self.model), autocasting(device, self.autocast):
-                return batch, self.model(**inputs)
+                return batch, self.model(**inputs, **nothing_kept)
 
         with in_mode(self.model, training=False):
             size = self.batch_size or fitting_batch_size(self.model, order, compute)
@@ -74,6 +94,16 @@ class BatchedModel:
                 batch_size=self.batch_size,
                 autocast=self.autocast,
             )
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Places of [rows, length] labels whose next token has a label in some row: [places]."""
+    return (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
+
+
+def _at_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs that ask a model for logits at these places alone."""
+    return {**without_labels(batch), "logits_to_keep": predicting(batch["labels"])}
 
 
 def _require_rows(encoded: Dataset) -> None:

@@ -26,6 +26,17 @@ class Respondent(Protocol):
         """
         ...
 
+    def next_logits(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
+        """Of rows with a label a token: row numbers, logits, and the labels that these are to predict; in any order.
+
+        Logits are [rows, places, vocabulary] where the model is, labels [rows, places] on the host. Places are those at
+        which the next token has a label in some row of the batch; where it has none in a row, its label is -100.
+
+        Raises:
+            LightPeftError: there is no row.
+        """
+        ...
+
     def texts(self, encoded: Dataset, max_new_tokens: int, *, one_line: bool = False) -> list[str]:
         """What the model writes behind every row's tokens.
 
@@ -58,8 +69,7 @@ def finite_logits(respondent: Respondent, encoded: Dataset) -> Tensor:
 def token_sums(respondent: Respondent, encoded: Dataset) -> np.ndarray:
     """Over every row's labelled tokens: cross-entropy in nats, tokens predicted right, tokens. Float64 [rows, 3]."""
     sums = np.zeros((len(encoded), 3))
-    for rows, batch, output in respondent.outputs(encoded, "Evaluating"):
-        logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
+    for rows, logits, labels in respondent.next_logits(encoded, "Evaluating"):
         # row by row: copies of a batch's logits [rows, tokens, vocabulary] would take more memory than the model did
         of_batch = [_row_sums(*of_row) for of_row in zip(logits, labels, strict=True)]
         sums[list(rows)] = torch.stack(of_batch).cpu().numpy()  # one host copy a batch
