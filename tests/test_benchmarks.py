@@ -1130,6 +1130,13 @@ def test_recovery_of_a_writer(tmp_path: Path) -> None:
     assert whole and all(plan.removed_of_blocks >= 0.5 for plan in plans.values())
     assert plans["taught, weight 1"].blocks == plans["fitted to blocks"].blocks == plans[names[0]].blocks
 
+    others = [*words[:1], "--out", str(tmp_path / "others"), "--seeds", "0", "--blocks", "0.2", "0.4"]
+    assert recovery.main([*others, "--only", f"method={names[0]}"], launch=in_this_process) == 0
+    rows = read(tmp_path / "others" / "results.json")["rows"]
+    assert [(row["model"], row["method"]) for row in rows] == [("writer 20%", names[0]), ("writer 40%", names[0])]
+    removed = [row["measures"]["removed"]["mean"] for row in rows]
+    assert removed[0] < removed[1]
+
 
 def test_what_a_teacher_tells_of_its_best_tokens() -> None:
     student, teacher = torch.randn(2, 5, 30).double()
