@@ -1,8 +1,10 @@
-"""What `demo/fetch.py` makes of the rows in the packages."""
+"""What `demo/fetch.py` makes of the rows in the packages, and `demo/chats.py` of instructions."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,14 +16,23 @@ from datasets import Dataset
 from lightpeft.tasks import ENTRIES, convert
 
 
-@pytest.fixture(scope="module")
-def fetch() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch", Path(__file__).parents[1] / "demo" / "fetch.py")
+def loaded(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(script, Path(__file__).parents[1] / "demo" / f"{script}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["fetch"] = module  # its dataclasses look themselves up there
+    sys.modules[script] = module  # dataclasses look themselves up there, and scripts each other
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def fetch() -> ModuleType:
+    return loaded("fetch")
+
+
+@pytest.fixture(scope="module")
+def chats(fetch: ModuleType) -> ModuleType:
+    return loaded("chats")
 
 
 def item(text: str, ideal: str) -> dict[str, Any]:
@@ -56,3 +67,34 @@ def test_the_split_hangs_on_the_text_alone(fetch: ModuleType) -> None:
     parts = fetch.split(rows, "question")
     assert len(parts["train"]) + len(parts["test"]) == 100
     assert not {row["question"] for row in parts["train"]} & {row["question"] for row in parts["test"]}
+
+
+def instruction(index: int, **answer: Any) -> dict[str, Any]:
+    return {
+        "instruction": f"Say {index}.",
+        "input": "Loudly." if index % 2 else "",
+        **(answer or {"output": f"{index}!"}),
+    }
+
+
+def test_instructions_as_chats(chats: ModuleType, tmp_path: Path) -> None:
+    items = [instruction(index) for index in range(40)] + [
+        instruction(40, response=" 40? "),
+        instruction(41, output=" "),
+    ]
+    (tmp_path / "all.json").write_text(json.dumps(items))
+    assert chats.main([str(tmp_path / "all.json"), str(tmp_path / "out")]) == 0
+    rows = [json.loads(line) for part in ("train", "test") for line in (tmp_path / "out" / f"{part}.jsonl").open()]
+    assert (tmp_path / "out" / "test.jsonl").stat().st_size > 0
+    found = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows}
+    wanted = {f"Say {index}." + ("\n\nLoudly." if index % 2 else ""): f"{index}!" for index in range(40)}
+    assert found == {**wanted, "Say 40.": "40?"}  # the last one has no answer
+    assert {tuple(message["role"] for message in row["messages"]) for row in rows} == {("user", "assistant")}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '[{"instruction": "Say it."}]', '[["Say it.", "It."]]'])
+def test_no_instructions(chats: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
+    (tmp_path / "all.json").write_text(text)
+    with caplog.at_level(logging.ERROR):
+        assert chats.main([str(tmp_path / "all.json"), str(tmp_path / "out")]) == 1
+    assert "all.json" in caplog.text and not (tmp_path / "out").exists()
