@@ -97,6 +97,7 @@ def test_ratios_in_range(value: float) -> None:
         (RunConfig, {"method": "fulll"}, 'method is "fulll"; choose one of light, plain, full'),
         (TrainingConfig, {"full_learning_rate": 0.0}, "training.full_learning_rate is 0"),
         (LightConfig, {"learning_rate_scale": 0.0}, "learning_rate_scale is 0; it must be positive"),
+        (LightConfig, {"estimation_learning_rate_scale": -1.0}, "estimation_learning_rate_scale is -1; it must be"),
         (LightConfig, {"least_steps": 1}, "least_steps is 1; estimation needs at least 2"),
         (RunConfig, {"preset": "slow"}, 'preset is "slow"'),
     ],
@@ -124,8 +125,9 @@ def test_presets() -> None:
     assert preset_light("auto") == preset_light("default", blocks="auto")
     assert preset_light("auto", "bottleneck") == preset_light("default", "bottleneck", blocks="auto")
     assert preset_light("paper", "bottleneck") == preset_light("paper")
-    assert preset_light("fast", "bottleneck") == preset_light("fast", learning_rate_scale=4.0)
-    assert preset_light("default", "bottleneck") == preset_light("default", blocks=0.5, learning_rate_scale=4.0)
+    of_adapters = {"learning_rate_scale": 4.0, "estimation_learning_rate_scale": 1.0}
+    assert preset_light("fast", "bottleneck") == preset_light("fast", **of_adapters)
+    assert preset_light("default", "bottleneck") == preset_light("default", blocks=0.5, **of_adapters)
     fields = {field.name for field in dataclasses.fields(LightConfig)}
     assert all(set(values) <= fields for values in PRESETS.values())
 
@@ -197,7 +199,8 @@ def test_unknown_preset() -> None:
     for make in (lambda: preset_light("slow"), lambda: run_config_from_dict({"preset": "slow"})):
         with pytest.raises(LightPeftError) as error:
             make()
-        assert message(error) == 'preset "slow" is unknown; choose one of paper, default, auto, uniform, fast, writer'
+        known = "paper, default, thorough, auto, uniform, fast, writer"
+        assert message(error) == f'preset "slow" is unknown; choose one of {known}'
 
 
 @pytest.mark.parametrize("preset", [["paper"], {"name": "paper"}, 3])

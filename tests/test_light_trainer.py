@@ -47,6 +47,7 @@ BUDGET: dict[str, Any] = {
     "ranks": 0.5,
     "dropout": 0.0,
     "learning_rate_scale": 2.0,
+    "estimation_learning_rate_scale": 1.0,
 }
 LIGHT = LightConfig(**BUDGET)
 PASSED = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")

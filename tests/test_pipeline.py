@@ -72,14 +72,16 @@ def test_modules_in_the_upper_blocks_only(bench: Workbench, peft: str) -> None:
     assert set(plan.sites) == {site.name for site in record.sites}
 
 
-def test_a_light_run_may_learn_faster(bench: Workbench) -> None:
+@pytest.mark.parametrize(("of_estimation", "estimating"), [(None, 1.5e-2), (1.0, 3e-2)])
+def test_a_light_run_may_learn_faster(bench: Workbench, of_estimation: float | None, estimating: float) -> None:
     """The first learning rates of both stages, which have no warmup here."""
-    settings = {"light.learning_rate_scale": 0.5, "training.warmup": 0.0, "training.logging_steps": 1}
-    pipeline.run(bench.config("scaled", **settings))
+    settings = {"light.learning_rate_scale": 0.5, "light.estimation_learning_rate_scale": of_estimation}
+    name = f"scaled-{of_estimation}"
+    pipeline.run(bench.config(name, **settings, **{"training.warmup": 0.0, "training.logging_steps": 1}))
     first = dict.fromkeys(("estimate", "train"), 0.0)
-    for entry in reversed([entry for entry in logged(bench.folder / "scaled") if "learning_rate" in entry]):
+    for entry in reversed([entry for entry in logged(bench.folder / name) if "learning_rate" in entry]):
         first[entry["stage"]] = entry["learning_rate"]
-    assert first == {"estimate": pytest.approx(1.5e-2, rel=0.1), "train": pytest.approx(1.5e-2, rel=0.1)}
+    assert first == {"estimate": pytest.approx(estimating, rel=0.1), "train": pytest.approx(1.5e-2, rel=0.1)}
 
 
 def test_a_run_that_takes_nothing_is_the_same_stage_by_stage(bench: Workbench) -> None:

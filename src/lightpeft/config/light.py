@@ -242,6 +242,8 @@ class LightConfig(Budget):
     """Training rows that the correction is fitted on."""
     learning_rate_scale: float = 1.0
     """Learning rate of a light run, as a multiple of `training.learning_rate`: a PEFT of few parameters takes more."""
+    estimation_learning_rate_scale: float | None = None
+    """The same while estimation lasts, when no rank is gone yet; none: `learning_rate_scale`."""
     dropout: float | None = None
     """Dropout of the foundation model and its head in a light run; none: as the model has it. (PEFT keeps its own.)"""
     vocabulary: Tokens = "keep"
@@ -258,6 +260,12 @@ class LightConfig(Budget):
     """Re-initialise the PEFT modules after pruning instead of going on from what estimation learned."""
     seed: int = 0
     """Seed of the `random` criteria."""
+
+    @property
+    def estimation_rate_scale(self) -> float:
+        """Learning rate of estimation, as a multiple of `training.learning_rate`."""
+        own = self.estimation_learning_rate_scale
+        return self.learning_rate_scale if own is None else own
 
     def last_steps(self, steps: int) -> int:
         """How many of a run's steps `full_width_steps` are."""
@@ -284,8 +292,12 @@ class LightConfig(Budget):
         require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
         check_most(self, "", {"refit_rank": WIDEST, "refit_rows": MOST_ROWS})
         check_most(self, "", dict.fromkeys(("lambda_heads", "lambda_neurons"), _HEAVIEST))
-        scale = f"learning_rate_scale is {self.learning_rate_scale:g}; it must be positive and finite"
-        require(0 < self.learning_rate_scale < math.inf, scale)
+        scales = {
+            "learning_rate_scale": self.learning_rate_scale,
+            "estimation_learning_rate_scale": self.estimation_rate_scale,
+        }
+        for name, scale in scales.items():
+            require(0 < scale < math.inf, f"{name} is {scale:g}; it must be positive and finite")
         require(self.dropout is None or 0 <= self.dropout < 1, f"dropout is {self.dropout}; it lies in [0, 1)")
         last = f"full_width_steps is {self.full_width_steps:g}; a part of the run lies in [0, 1), for example 0.1"
         require(0 <= self.full_width_steps < 1, last)

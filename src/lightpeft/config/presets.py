@@ -8,7 +8,7 @@ from lightpeft.config.light import LightConfig
 from lightpeft.config.peft import USUAL, Peft, peft_over, peft_type
 from lightpeft.errors import require
 
-Preset = Literal["default", "auto", "uniform", "fast", "writer", "paper"]
+Preset = Literal["default", "thorough", "auto", "uniform", "fast", "writer", "paper"]
 
 
 _BY_COST: dict[str, Any] = {
@@ -29,12 +29,18 @@ _BY_COST: dict[str, Any] = {
 _ONE_RANK: dict[str, Any] = {**_BY_COST, "ranks": 7 / 8, "learning_rate_scale": 2.0}
 """One rank of eight, in the upper blocks, at twice the rate."""
 
+
+_ALL_RANKS: dict[str, Any] = {**_BY_COST, "ranks": 0.0, "module_blocks": 1.0}
+"""All ranks of modules in all blocks: nothing is spared where a step is longer for it."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Gu et al. 2024, section 4: masks train with the PEFT learning rate and are themselves the score.
     "paper": {"mask_learning_rate": 3e-4},
     # What of the blocks is worth least for its parameters, by Fisher scores.
     "default": {**_ONE_RANK, "blocks": 0.6},
-    # The same, with as much of the blocks gone as `tolerance` bears, measured in the run.
+    # As much goes, and more is trained to make up for it: what larger encoders want.
+    "thorough": {**_ALL_RANKS, "blocks": 0.6},
+    # As default, with as much of the blocks gone as `tolerance` bears, measured in the run.
     "auto": {**_ONE_RANK, "blocks": "auto"},
     # Half of the heads, of the neurons and of the experts of each layer, by the same scores: layers of equal size.
     "uniform": {
@@ -47,19 +53,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Less is cut, and modules keep half of their ranks: the best quality.
     "fast": {**_BY_COST, "blocks": 0.4, "ranks": 0.5},
     # Decoders that write: they use all of the model, and modules everywhere. Nothing goes unless `blocks` says so.
-    "writer": {**_BY_COST, "blocks": 0.0, "ranks": 0.0, "module_blocks": 1.0, "head_unit": "balanced"},
+    "writer": {**_ALL_RANKS, "blocks": 0.0, "head_unit": "balanced"},
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 
 
+_ADAPTERS: dict[str, Any] = {"learning_rate_scale": 4.0, "estimation_learning_rate_scale": 1.0}
+"""Small ones take large steps, at which whole ones on a dense model unlearn the task again."""
 _OF_KINDS: dict[str, dict[str, dict[str, Any]]] = {
     # adapters take larger steps and lose more by a cut than LoRA
     "bottleneck": {
-        "default": {"blocks": 0.5, "learning_rate_scale": 4.0},
-        "auto": {"learning_rate_scale": 4.0},
-        "uniform": {"learning_rate_scale": 4.0},
-        "fast": {"learning_rate_scale": 4.0},
-        "writer": {"learning_rate_scale": 4.0},
+        "default": {**_ADAPTERS, "blocks": 0.5},
+        "thorough": {**_ADAPTERS, "blocks": 0.5},
+        "auto": _ADAPTERS,
+        "uniform": _ADAPTERS,
+        "fast": _ADAPTERS,
+        "writer": _ADAPTERS,
     },
 }
 """PEFT kind -> what presets have of their own for it; all other kinds have what LoRA has."""

@@ -81,8 +81,11 @@ class EarlyPruner:
     def advice(self) -> Iterator[str]:
         """What the settings ask of a training loop, one line each."""
         light = self.config
-        if light.learning_rate_scale != 1:
-            yield f"multiply plain PEFT's learning rate by {light.learning_rate_scale:g}, in both parts of training"
+        before, behind = light.estimation_rate_scale, light.learning_rate_scale
+        if before == behind != 1:
+            yield f"multiply plain PEFT's learning rate by {behind:g}, in both parts of training"
+        elif before != behind:
+            yield f"multiply plain PEFT's learning rate by {before:g} in estimation, and by {behind:g} behind the cut"
         if light.dropout is not None:
             yield f"train inside `with lightpeft.accelerated(model, dropout={light.dropout:g}):`"
         if light.refit != "none":

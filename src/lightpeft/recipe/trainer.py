@@ -113,7 +113,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             train_in_float32(self._trainer.model)
         if self.light_config.keep != "light":
             self._note_full_width()
-        self._scale_rate(self.light_config.learning_rate_scale)
+        self.plain_rate = self._trainer.args.learning_rate
         self._light_contexts = ExitStack()
         self._estimation_steps, self._light_seconds = 0, {"estimation": 0.0, "cut": 0.0}
         self._light_checkpoint: str | None = None
@@ -122,6 +122,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             self.light_plan = self._peft_model.light_plan
         else:
             self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
+        self._set_rate()
         self._trainer.add_callback(Course(self))
 
     # -- the recipe ----------------------------------------------------------------------------------------------
