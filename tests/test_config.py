@@ -125,9 +125,10 @@ def test_presets() -> None:
     assert preset_light("auto") == preset_light("default", blocks="auto")
     assert preset_light("auto", "bottleneck") == preset_light("default", "bottleneck", blocks="auto")
     assert preset_light("paper", "bottleneck") == preset_light("paper")
-    of_adapters = {"learning_rate_scale": 4.0, "estimation_learning_rate_scale": 1.0}
-    assert preset_light("fast", "bottleneck") == preset_light("fast", **of_adapters)
-    assert preset_light("default", "bottleneck") == preset_light("default", blocks=0.5, **of_adapters)
+    assert preset_light("fast", "bottleneck") == preset_light("fast", learning_rate_scale=4.0)
+    assert preset_light("default", "bottleneck") == preset_light("default", blocks=0.5, learning_rate_scale=4.0)
+    measured = preset_light("auto", learning_rate_scale=4.0, estimation_learning_rate_scale=1.0)
+    assert preset_light("auto", "bottleneck") == measured
     fields = {field.name for field in dataclasses.fields(LightConfig)}
     assert all(set(values) <= fields for values in PRESETS.values())
 

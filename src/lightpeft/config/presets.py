@@ -58,17 +58,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 
 
-_ADAPTERS: dict[str, Any] = {"learning_rate_scale": 4.0, "estimation_learning_rate_scale": 1.0}
-"""Small ones take large steps, at which whole ones on a dense model unlearn the task again."""
 _OF_KINDS: dict[str, dict[str, dict[str, Any]]] = {
     # adapters take larger steps and lose more by a cut than LoRA
     "bottleneck": {
-        "default": {**_ADAPTERS, "blocks": 0.5},
-        "thorough": {**_ADAPTERS, "blocks": 0.5},
-        "auto": _ADAPTERS,
-        "uniform": _ADAPTERS,
-        "fast": _ADAPTERS,
-        "writer": _ADAPTERS,
+        "default": {"blocks": 0.5, "learning_rate_scale": 4.0},
+        "thorough": {"blocks": 0.5, "learning_rate_scale": 4.0},
+        # at that rate whole adapters on the dense model may unlearn the task again, of which a budget says nothing
+        "auto": {"learning_rate_scale": 4.0, "estimation_learning_rate_scale": 1.0},
+        "uniform": {"learning_rate_scale": 4.0},
+        "fast": {"learning_rate_scale": 4.0},
+        "writer": {"learning_rate_scale": 4.0},
     },
 }
 """PEFT kind -> what presets have of their own for it; all other kinds have what LoRA has."""
