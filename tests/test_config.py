@@ -123,7 +123,6 @@ def test_presets() -> None:
     assert preset_light("default", heads=0.5).heads == 0.5
     assert preset_light("default").blocks == 0.6
     assert preset_light("auto") == preset_light("default", blocks="auto")
-    assert preset_light("auto", "bottleneck") == preset_light("default", "bottleneck", blocks="auto")
     assert preset_light("paper", "bottleneck") == preset_light("paper")
     assert preset_light("fast", "bottleneck") == preset_light("fast", learning_rate_scale=4.0)
     assert preset_light("default", "bottleneck") == preset_light("default", blocks=0.5, learning_rate_scale=4.0)
