@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None, launch: Launch | None = None) -> in
     parser.add_argument("config", type=Path, help="YAML file of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--blocks", type=float, nargs="+", default=[], help="budgets (default: the config's)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=NAME", help="a part, as in method=taught")
+    parser.add_argument("--only", nargs="+", default=[], metavar="AXIS=NAME", help="a part, as in seed=0")
     parser.add_argument("--out", type=Path, help="folder of runs (default: runs/recovery/<config's name>)")
     publishing.add_option(parser)
     given = parser.parse_args(arguments)
@@ -65,7 +65,8 @@ def grid_of(file: Path, seeds: Sequence[int], blocks: Sequence[float], command: 
     settings = {name: value for name, value in load_yaml(file).items() if name not in ("output", "seed")}
     return Grid(
         name=str(file),
-        models={f"{file.stem} {budget:.0%}": {"light": {"blocks": budget}} for budget in blocks} or {file.stem: {}},
+        models={f"{file.stem} {100 * budget:g}%": {"light": {"blocks": budget}} for budget in blocks}
+        or {file.stem: {}},
         tasks={task: {}},
         arms=recovery_writers.ARMS if task == "causal-lm" else recovery_arms.ARMS,
         seeds=seeds,

@@ -56,14 +56,14 @@ def chat(item: dict[str, Any]) -> dict[str, Any]:
     """One instruction, its input below it, and its answer.
 
     Raises:
-        ValueError: it has no instruction, or neither output nor response.
+        ValueError: it has no instruction, or neither output nor response, or one is no text.
     """
-    answer = item.get("output", item.get("response"))
-    if not (isinstance(item.get("instruction"), str) and isinstance(answer, str)):
-        raise ValueError(f"an object without instruction, and output or response: {list(item)}")
-    question = "\n\n".join(part for part in (item["instruction"].strip(), item.get("input", "").strip()) if part)
+    asked, given, answer = item.get("instruction"), item.get("input") or "", item.get("output", item.get("response"))
+    if not (isinstance(asked, str) and isinstance(given, str) and isinstance(answer, str)):
+        raise ValueError(f"an object without texts as instruction, and output or response: {list(item)}")
+    question = "\n\n".join(part for part in (asked.strip(), given.strip()) if part)
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
-    return {"question": item["instruction"], "messages": messages}
+    return {"question": asked, "messages": messages}
 
 
 if __name__ == "__main__":

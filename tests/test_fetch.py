@@ -78,10 +78,14 @@ def instruction(index: int, **answer: Any) -> dict[str, Any]:
 
 
 def test_instructions_as_chats(chats: ModuleType, tmp_path: Path) -> None:
-    items = [instruction(index) for index in range(40)] + [
-        instruction(40, response=" 40? "),
-        instruction(41, output=" "),
-    ]
+    items = (
+        [{**instruction(0), "input": None}]
+        + [instruction(index) for index in range(1, 40)]
+        + [
+            instruction(40, response=" 40? "),
+            instruction(41, output=" "),
+        ]
+    )
     (tmp_path / "all.json").write_text(json.dumps(items))
     assert chats.main([str(tmp_path / "all.json"), str(tmp_path / "out")]) == 0
     rows = [json.loads(line) for part in ("train", "test") for line in (tmp_path / "out" / f"{part}.jsonl").open()]
@@ -92,7 +96,17 @@ def test_instructions_as_chats(chats: ModuleType, tmp_path: Path) -> None:
     assert {tuple(message["role"] for message in row["messages"]) for row in rows} == {("user", "assistant")}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '[{"instruction": "Say it."}]', '[["Say it.", "It."]]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '[{"instruction": "Say it."}]',
+        '[{"instruction": "A", "input": 1, "output": "B"}]',
+        '[["Say it.", "It."]]',
+    ],
+)
 def test_no_instructions(chats: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str) -> None:
     (tmp_path / "all.json").write_text(text)
     with caplog.at_level(logging.ERROR):

@@ -52,7 +52,7 @@ class BatchedModel:
         take more memory than all else in the pass.
         """
         for rows, batch, output in self._asked(encoded, description, _at_labels):
-            places = predicting(batch["labels"])
+            places = _predicting(batch["labels"])
             logits = output.logits
             if logits.shape[1] != len(places):
                 logits = logits[:, places.to(logits.device)]
@@ -96,14 +96,14 @@ class BatchedModel:
             )
 
 
-def predicting(labels: Tensor) -> Tensor:
+def _predicting(labels: Tensor) -> Tensor:
     """Places of [rows, length] labels whose next token has a label in some row: [places]."""
     return (labels[:, 1:] != IGNORED).any(0).nonzero().flatten()
 
 
 def _at_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inputs that ask a model for logits at these places alone."""
-    return {**without_labels(batch), "logits_to_keep": predicting(batch["labels"])}
+    return {**without_labels(batch), "logits_to_keep": _predicting(batch["labels"])}
 
 
 def _require_rows(encoded: Dataset) -> None:

@@ -16,7 +16,7 @@ class OptimizingMixin:
 
     light_config: LightConfig
     light_plan: PrunePlan | None
-    plain_rate: float
+    light_plain_rate: float
     """Learning rate of plain PEFT: what the trainer was given."""
     _estimation_steps: int
     _rate_scale = 1.0
@@ -44,7 +44,7 @@ class OptimizingMixin:
             kind, settings = trainer.optimizer_cls_and_kwargs
             scaled = {"lr": settings["lr"] / self._rate_scale * scale} if "lr" in settings else {}
             trainer.optimizer_cls_and_kwargs = kind, {**settings, **scaled}
-        trainer.args.learning_rate, self._rate_scale = self.plain_rate * scale, scale
+        trainer.args.learning_rate, self._rate_scale = self.light_plain_rate * scale, scale
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """The trainer's own, at the rate of what trains."""

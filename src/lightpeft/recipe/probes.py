@@ -54,7 +54,7 @@ def make_probe(trainer: Any, light: LightConfig, steps: int, seen: Collection[in
         accumulation=args.gradient_accumulation_steps,
         rows=aside,
         held=batches(aside, _HELD_BATCH),
-        rate=trainer.plain_rate,  # copies keep all ranks, and `learning_rate_scale` is for few
+        rate=trainer.light_plain_rate,  # copies keep all ranks, and `learning_rate_scale` is for few
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         autocast=half_precision(args),

@@ -113,7 +113,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             train_in_float32(self._trainer.model)
         if self.light_config.keep != "light":
             self._note_full_width()
-        self.plain_rate = self._trainer.args.learning_rate
+        self.light_plain_rate = self._trainer.args.learning_rate
         self._light_contexts = ExitStack()
         self._estimation_steps, self._light_seconds = 0, {"estimation": 0.0, "cut": 0.0}
         self._light_checkpoint: str | None = None
