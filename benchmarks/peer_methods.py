@@ -45,6 +45,8 @@ Kind = Literal["plain", "pruned", "light"]
 """Dense model; pruned once before training; lightpeft."""
 Maker = Callable[[Workspace, LoadedModel, Goal], nn.Module]
 """(run, dense model, how much has to go) -> the model to train."""
+_NEAR = 0.05
+"""Part of what has to go by which a peer may miss it: it cuts whole heads, as many in every block."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,11 @@ def pruned_lora(work: Workspace, loaded: LoadedModel, goal: Goal, *, decide: Dec
     blocks = decide(work, loaded.model, goal) if new else PrunePlan.load(work.run.plan).blocks
     model = add_peft(loaded, work.config)
     plan = apply_to_peft(model, blocks, by)
+    missed = abs(plan.removed_parameters - goal.removed)
+    require(
+        missed <= _NEAR * goal.removed,
+        f"{by} removes {plan.removed_parameters:,} parameters, and {goal.removed:,} are to go: sizes would differ",
+    )
     apply_plan(model, plan)
     if new:
         work.run.finish_stage("prune", time.perf_counter() - started, lambda: plan.save(work.run.plan))

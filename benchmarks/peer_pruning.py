@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightpeft.config import Budget
 from lightpeft.errors import require
+from lightpeft.models.arguments import change_arguments
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import dense_weight, is_linear
 from lightpeft.models.loading import LoadedModel
@@ -183,23 +184,38 @@ def torch_pruned(work: Workspace, model: PreTrainedModel, goal: Goal, criterion:
         "taylor": torch_pruning.importance.GroupTaylorImportance,
     }[criterion]
     shown = {name: value[:1] for name, value in batches[0].items() if name != "labels"}
-    pruner = torch_pruning.pruner.BasePruner(
-        model.eval(),
-        shown,
-        importance=importance(),
-        pruning_ratio=_share(goal.neurons(specs), specs[0].neurons),
-        head_pruning_ratio=_share(goal.heads, specs[0].heads),
-        num_heads=heads,
-        prune_num_heads=True,
-        prune_head_dims=False,
-        ignored_layers=[module for module in weighted if module not in roots],
-        output_transform=lambda output: output.logits.sum(),
-        # the library's defaults are one dictionary for all pruners of a process
-        in_channel_groups={},
-        out_channel_groups={},
-    )
+    with _arguments_by_head_untraced(model, specs):
+        pruner = torch_pruning.pruner.BasePruner(
+            model.eval(),
+            shown,
+            importance=importance(),
+            pruning_ratio=_share(goal.neurons(specs), specs[0].neurons),
+            head_pruning_ratio=_share(goal.heads, specs[0].heads),
+            num_heads=heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            ignored_layers=[module for module in weighted if module not in roots],
+            output_transform=lambda output: output.logits.sum(),
+            # the library's defaults are one dictionary for all pruners of a process
+            in_channel_groups={},
+            out_channel_groups={},
+        )
     pruner.step()
     return pruner
+
+
+@contextlib.contextmanager
+def _arguments_by_head_untraced(model: PreTrainedModel, specs: Sequence[BlockSpec]) -> Iterator[None]:
+    """Inside the block, no graph leads from an attention to what it is given with an entry a head.
+
+    Such a bias of positions comes from one table for all blocks. The library would have the heads of all of them hang
+    together with it, and cut none.
+    """
+    with contextlib.ExitStack() as stack:
+        for spec in specs:
+            untraced = dict.fromkeys(spec.per_head_arguments, Tensor.detach)
+            stack.callback(change_arguments(model.get_submodule(spec.attention), untraced).remove)
+        yield
 
 
 def _accumulate_gradients(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]]) -> None:

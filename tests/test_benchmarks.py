@@ -59,7 +59,7 @@ import writers
 import writing
 import yaml
 from peft import PeftModel
-from tiny import random_record, relative_difference
+from tiny import make, random_record, relative_difference
 from torch import Tensor, nn
 from training import inputs, student
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -82,7 +82,7 @@ from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.refit import Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan
@@ -498,6 +498,32 @@ def test_torch_pruning_by_different_criteria_differs(prepared: Any) -> None:
     work, loaded, goal = prepared
     by = [peer_pruning.by_torch_pruning(work, loaded.model, goal, name) for name in ("magnitude", "taylor")]
     assert by[0] != by[1]
+
+
+def test_torch_pruning_cuts_heads_that_a_table_of_positions_has_entries_for(prepared: Any) -> None:
+    """MPNet's attention is given a bias with an entry a head, which has to stay whole while the library looks."""
+    work, loaded, _ = prepared
+    mpnet = replace(loaded, model=make("mpnet", vocab_size=loaded.model.config.vocab_size, hidden_dropout_prob=0.0))
+    goal = peer_pruning.goal_of(mpnet, work.config.light)
+    assert goal.heads
+    _, plan = decided(work, mpnet, goal, peer_pruning.by_torch_pruning)
+    assert {len(kept.heads) for kept in plan.blocks} == {4 - goal.heads}
+    assert plan.removed_parameters == pytest.approx(goal.removed, rel=0.02)
+    asked = {"attention_mask": torch.ones(1, 5, dtype=torch.long), "input_ids": torch.arange(4, 9)[None]}
+    before = mpnet.model(**asked).logits
+    assert torch.equal(before, make("mpnet", vocab_size=loaded.model.config.vocab_size)(**asked).logits)
+
+
+def test_a_peer_of_another_size_is_not_compared(prepared: Any) -> None:
+    work, loaded, goal = prepared
+
+    def one_head(*_: Any) -> tuple[BlockPlan, ...]:
+        return tuple(BlockPlan((0, 1, 2), (0, 1, 2), tuple(range(48))) for _ in block_specs(loaded.model))
+
+    own = replace(loaded, model=copy.deepcopy(loaded.model))
+    with pytest.raises(LightPeftError, match=r"one_head removes .* parameters, and .* are to go"):
+        peer_methods.pruned_lora(work, own, goal, decide=one_head, by="one_head")
+    assert not work.run.plan.exists()
 
 
 def test_slimformers_cuts_the_same_model(prepared: Any) -> None:
