@@ -23,6 +23,7 @@ from tiny import (
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from training import inputs, student
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft
@@ -117,6 +118,38 @@ def test_masks_scale_the_weighted_output_of_experts_and_their_neurons(name: str)
     assert relative_difference(model(**data).logits, expected) < 1e-5 < relative_difference(before, expected)
     masks.detach()
     assert model(**data).logits.equal(before) and "forward" not in vars(layers_of(weights.inner)[2].experts)
+
+
+class _EqualsReversed(TorchFunctionMode):
+    """Inside it, sorting leaves equal entries in reversed order unless it has to be stable, as it may on any device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.orders: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function not in (torch.sort, Tensor.sort) or args[0].is_floating_point():
+            return result
+        order = result[1]
+        if not (kwargs or {}).get("stable"):
+            order = len(args[0]) - 1 - args[0].flip(0).argsort(stable=True)
+        self.orders.append(order)
+        return args[0][order], order
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_masked_experts_take_rows_in_the_order_of_transformers(name: str) -> None:
+    """In another order, matrix products may round otherwise."""
+    model = with_lora(make(name))
+    with _EqualsReversed() as without:
+        before = model(**inputs_for(model)).logits
+    UnitMasks(block_specs(transformers_model(model))).attach(model)
+    with _EqualsReversed() as with_masks:
+        after = model(**inputs_for(model)).logits
+    assert len(without.orders) == len(with_masks.orders) == len(layers_of(transformers_model(model)))
+    assert all(map(torch.equal, without.orders, with_masks.orders))
+    assert after.equal(before)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
