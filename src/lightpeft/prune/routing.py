@@ -62,7 +62,7 @@ class MaskedExperts:
             return self._forward(states, index, weights)
         if torch.is_grad_enabled():
             self.note(index)
-        # as transformers sorts, whatever becomes of equal experts: rows in another order round otherwise (AVX-512 CPUs)
+        # sorted as transformers does, not stably: on some CPUs a product rounds a row by its place among the others
         experts, order = index.flatten().sort()
         rows = order // index.shape[1]
         tokens = len(states)
