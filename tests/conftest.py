@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import hypothesis
+import jinja2
 import pytest
 import torch
 from transformers import set_seed
@@ -42,31 +43,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
-_modules = 0
-"""How many modules there were when objects were last set apart."""
+MANY = 50_000
+"""Objects that a collection goes through in some milliseconds; imports leave a million in the end."""
 
 
 def pytest_collection_finish() -> None:
-    _freeze_imports()
+    _freeze()
 
 
 def pytest_runtest_logfinish() -> None:
-    if len(sys.modules) > _modules + 100:  # a test was the first to need a large library
-        _freeze_imports()
+    if len(gc.get_objects()) > MANY:  # the test was the first to need a library, or a family of models
+        _freeze()
 
 
-def _freeze_imports() -> None:
+def _freeze() -> None:
     """What imports leave is there to stay: without it a collection takes milliseconds instead of half a second."""
-    global _modules
     gc.collect()
     gc.freeze()
-    _modules = len(sys.modules)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tests run side by side, and sums in one thread are the same in every run."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_waiting() -> Iterator[None]:
+    """Nobody waits for a disk, since no test outlives the machine; PEFT's model card is compiled once, not per save."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(jinja2, "Template", functools.cache(jinja2.Template))
+        yield
 
 
 @pytest.fixture(autouse=True)

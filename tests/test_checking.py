@@ -204,17 +204,16 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     sizes = list(found.instead.values())
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= found.available < sizes[0]
     assert "training.gradient_checkpointing: true" in found.instead
-    hopeless = check(work, 1)
-    assert any(name.startswith("batches of 1 and 8 passes a step") for name in hopeless.instead)
 
 
 def test_evaluation_that_does_not_fit(tmp_path: Path) -> None:
-    """Where evaluation is the largest stage, it is what the settings make smaller."""
+    """Where evaluation is the largest stage, it is what is made smaller; all is tried where nothing is enough."""
     settings = {"training.batch_size": 2, "training.eval_batch_size": 64}
     found = check(pipeline.prepare(Workbench(tmp_path).config("run", **settings)), 1)
     assert found.largest == "evaluate"
     sizes = list(found.instead.values())
     assert sizes[-1] < sizes[0] <= found.stages["evaluate"].holding.total
+    assert any(name.startswith("batches of 1 and 2 passes a step") for name in found.instead)
     assert list(found.instead)[-1].endswith("1 rows in evaluation")
 
 
@@ -265,7 +264,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert all(len(line) <= 80 for line in shown.splitlines()[:7])
     facts = json.loads(out.read_text())
     assert facts["stages"]["train"]["seconds"] > 0 and facts["time_of_plain"] > 0
-    cli.main(["check", "--config", str(config), "--memory", "0.01"])
+    a_byte_less = (facts["stages"][facts["largest"]]["total"] - 1) / 2**30
+    cli.main(["check", "--config", str(config), "--memory", str(a_byte_less)])
     assert "does not fit" in capsys.readouterr().out
     with pytest.raises(SystemExit) as refused:
         cli.main(["check", "--config", str(config), "--memory", "-1"])

@@ -75,7 +75,7 @@ def test_the_readme_and_the_shell_give_the_same(
             "train": str(movie_reviews / "train.csv"),
             "test": str(movie_reviews / "test.csv"),
             "max_length": 32,
-            "limit_train": 600,
+            "limit_train": 400,
             "limit_test": 200,
         },
         "lora": {"r": 8, "alpha": 8, "dropout": 0.0},

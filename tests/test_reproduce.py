@@ -269,8 +269,8 @@ def test_a_cell_over_two_processes_does_what_one_does(tmp_path: Path) -> None:
     shared = {"lora": {"r": 4, "dropout": 0.0}, "light": {"length": 0.25, "multiple_of": 1}, "training": training}
     file = grid_file(tmp_path / "grid.yaml", Workbench(tmp_path, "llama"), methods=["light-lora"], run=shared)
     reports, runs = [], []
-    for devices in (1, 2):
-        results = reproduce(file, tmp_path / f"on-{devices}", devices=devices)
+    for devices, launch in ((1, in_this_process), (2, None)):
+        results = reproduce(file, tmp_path / f"on-{devices}", devices=devices, launch=launch)
         assert not results.failures
         reports += results.reports.values()
         runs += [cell.run for cell in load_grid(file).cells(tmp_path / f"on-{devices}")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ def test_a_private_one_needs_a_token(hub: LocalHub, home: Path, monkeypatch: pyt
     assert load_light("me/light").light_plan
 
 
-def test_what_cannot_be_had(hub: LocalHub, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_had(
+    hub: LocalHub, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub.add("me/base", home / "base")
     hub.add("me/gated", home / "light", gated=True)
     assert refusal(lambda: load_light("me/nothing")) == (
@@ -128,6 +131,7 @@ def test_what_cannot_be_had(hub: LocalHub, home: Path, capsys: pytest.CaptureFix
         "if it is private, log in (hf auth login), or give a token"
     )
     hub.add("me/broken", home / "light", broken=True)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # before a hub that fails is asked again
     assert "me/broken cannot be had from the hub" in refusal(lambda: load_light("me/broken"))
     assert "is open to those who were let in alone" in refusal(lambda: load_light("me/gated"))
     assert "on the hub is no light adapter: it has no lightpeft.json" in refusal(lambda: load_light("me/base"))

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -43,6 +44,7 @@ def versions() -> dict[str, str]:
     return {name: version_of(name) for name in ("torch", "transformers", "peft", "lightpeft")}
 
 
+@cache
 def version_of(package: str) -> str:
     """The version of an installed package; "0+unknown" of one that is not installed."""
     try:
