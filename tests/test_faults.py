@@ -154,6 +154,7 @@ def test_a_killed_export_is_made_again_by_the_same_command(bench: Workbench, fin
 
 
 SIZES = [100, 3_000, 10_000, 24_000, *([700, 6_000, 16_000, 40_000] if FULL else [])]
+"""Bytes that a file may have on a full disk."""
 
 
 @pytest.mark.parametrize("size", SIZES)
