@@ -46,7 +46,8 @@ def measure(folder: Path, steps: Sequence[int], budgets: Iterable[float]) -> dic
     model, light = estimated_model(work, record), work.config.light
     trainer = LightRun(work, model)
     seen = trainer.rows_of_steps(record.meta["steps"])
-    longest = make_probe(trainer, light, round(max(steps) / PART), seen, work.config.training.fast_steps)
+    as_if = round(max(steps) / PART)  # the run were so long that its probes are
+    longest = make_probe(trainer, light, as_if, seen, work.config.training.fast_steps, length=max(steps))
     # as `light.blocks: auto` cuts: all ranks and modules stay
     plans = {part: make_plan(record, replace(light, ranks=0.0, modules=0.0, blocks=part)) for part in budgets}
     found = []

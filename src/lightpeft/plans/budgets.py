@@ -6,9 +6,13 @@ probe):
 
     left(b) = before(b) * r(b),    r = (rise after a probe) / (rise before it).
 
-Between budgets that were probed r lies on a line; beyond them it is that of the nearest. The rest of training is many
-times as long. It may win back more, and then more could have been cut; but a whole model may learn what a small one
-cannot, so that nothing of it is counted on.
+Between budgets that were probed r lies on a line, and below them it is that of the nearest; more than the largest of
+them is never found. The rest of training is many times as long. It may win back more, and then more could have been
+cut; but a whole model may learn what a small one cannot, so that nothing of it is counted on.
+
+The first budget to be probed is one that would be right if r were what it often is; the next the largest one that is
+likely to be within the tolerance by what was seen. Where that lies far below one that was too much, it is half way
+between the two.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ _SIDE = NormalDist().inv_cdf(CONFIDENCE)
 """Standard errors from the mean to that bound."""
 _FIRST = 0.3
 """r before anything was probed."""
-_PROBES = 2
+_LEAST_LEFT = 0.1
+"""r at least, of a budget that says where to probe next."""
+_PROBES = 3
 """Budgets that are probed at most."""
 
 
@@ -86,12 +92,10 @@ class BudgetSearch:
             probe: budget -> by how much the losses of some batches are higher than with nothing cut, after a few steps
                 of training of both: [batches].
         """
-        tried = self._largest(lambda blocks: self.rise(blocks) * _FIRST) or self.grid[0]
-        for _ in range(_PROBES):
-            if any(each.blocks == tried for each in self.probed):
-                break
+        tried: float | None = self._largest(lambda blocks: self.rise(blocks) * _FIRST) or self.grid[0]
+        while tried is not None:
             self._take(tried, probe(tried))
-            tried = self._largest(lambda blocks: self.expected(blocks).upper) or self.grid[0]
+            tried = self._next()
         return self.found
 
     @property
@@ -117,6 +121,26 @@ class BudgetSearch:
     def rise(self, blocks: float) -> float:
         """Of the loss when so much is cut and nothing has trained."""
         return max(_on_line({self.gone: 0.0, **self.before}, blocks), 1e-6)
+
+    def _next(self) -> float | None:
+        """The budget to probe next; None: enough is known."""
+        if len(self.probed) == _PROBES:
+            return None
+        tried = [each.blocks for each in self.probed]
+        likely = self._largest(self._likely)
+        if likely is None:
+            return None if self.grid[0] in tried else self.grid[0]
+        if not min(tried) <= likely <= max(tried):
+            return likely
+        above = min((blocks for blocks in tried if blocks > likely), default=likely)
+        middle = round(likely + STEP * int((above - likely) / STEP / 2 + 1e-9), 2)
+        return middle if middle > likely else None
+
+    def _likely(self, blocks: float) -> float:
+        """Upper bound of what a budget costs, also where nothing was probed beside it: r grows as the budget does."""
+        probed = {each.blocks: max(each.upper, _LEAST_LEFT) for each in self.probed}
+        highest = max(probed)
+        return self.rise(blocks) * _on_line({self.gone: 0.0, **probed, 1.0: probed[highest] / highest}, blocks)
 
     def _take(self, blocks: float, rises: Tensor) -> None:
         after, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises))

@@ -23,8 +23,8 @@ from lightpeft.prune.probing import Probe
 
 PARTS = (0.1, 0.2, 0.4, 0.6, 0.8)
 """Budgets whose rise is measured before anything trains; between them it lies on a line."""
-_FEW, _LEAST = 1 / 4, 16
-"""Part of the batches, and batches at least, that tell this rise, which is many times what is left of it."""
+_FEW, _LEAST_ROWS, _LEAST_BATCHES = 1 / 4, 128, 8
+"""Part of the rows that tell this rise, which is many times what is left of it, and what they are at least."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ def find_budget(
     # a cut of ranks throws away what they have learned, which hides all else
     light = replace(light, ranks=0.0, modules=0.0)
     plans = dict(nested_plans(record, replace(light, blocks=None), PARTS))
-    few = probe.held[: max(_LEAST, int(_FEW * len(probe.held)))]
+    part = max(_FEW, _LEAST_ROWS / max(len(probe.rows), 1))
+    few = probe.held[: max(_LEAST_BATCHES, round(part * len(probe.held)))]
     dense, points = loss_curve(model, record, plans, few, probe.autocast)
     search = BudgetSearch({point.blocks: point.rise for point in points}, tolerance, gone_before(record))
 
