@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +100,43 @@ def test_which_budgets_are_probed(costs: dict[float, float], found: float) -> No
         return rises(costs[blocks])
 
     assert (search.run(probe), asked) == (found, list(costs))
+
+
+def weighed(after: Callable[[float], float], error: float, points: float = 1.0) -> BudgetSearch:
+    """Of a task one point of whose metric is 0.02 nats, so many of which are allowed; in points after a probe."""
+    search = BudgetSearch({place: 0.3 * place**2 for place in PLACES}, 0.02 * points, point=0.02)
+    search.run(lambda blocks: rises(0.02 * after(blocks), 0.02 * error))
+    return search
+
+
+def test_what_others_lost_stands_beside_a_probe() -> None:
+    free = weighed(lambda blocks: 0.0, 0.5)
+    assert 0.35 <= free.found < 0.6 and free.expected(free.found).left > 0, "others lost something there"
+    assert weighed(lambda blocks: 0.0, 0.5, points=4).found > free.found, "who allows more gets more"
+    unsure, sure = (weighed(lambda blocks: 4 * blocks, error) for error in (1.0, 0.1))
+    assert sure.found < unsure.found <= free.found, "what a probe is sure of counts"
+    assert weighed(lambda blocks: 40 * blocks, 0.1).found == 0.0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    cost=st.floats(-1, 20),
+    power=st.floats(0.5, 4),
+    error=st.floats(0, 3),
+    points=st.floats(0.1, 5),
+    first=st.floats(0, 5),
+)
+def test_what_is_found_beside_others_is_within_the_tolerance(
+    cost: float, power: float, error: float, points: float, first: float
+) -> None:
+    search = BudgetSearch({place: first * place for place in PLACES}, 0.02 * points, point=0.02)
+    search.run(lambda blocks: rises(0.02 * cost * blocks**power, 0.02 * error))
+    if search.found:
+        expected = search.expected(search.found)
+        assert expected.left >= 0 and expected.upper <= search.tolerance
+    for probed in search.probed:
+        if probed.after - probed.error > search.tolerance:
+            assert search.found < probed.blocks, "a probe was sure that it is too much"
 
 
 def test_what_is_not_sure_is_not_cut() -> None:

@@ -367,7 +367,7 @@ class TestAutoBudget:
         text = Reader(html(light)).text
         assert "expected: +0.040 nats, at most +0.080" in text and "tolerance 0.1 nats" in text
         assert "60% after a probe: +0.200 nats" in text and "60% when cut: +0.400 nats" in text
-        assert "The run chose 50" in text and "0.04 nats (2 points) are left after the probes" in text
+        assert "The run chose 50" in text and "which is expected to cost 0.04 nats (2 points), at most" in text
         assert "256 rows that were set aside, by probes of 9 steps" in text and "measured in the end" not in text
 
     def test_of_a_real_run(self, tmp_path: Path) -> None:

@@ -10,6 +10,11 @@ Between budgets that were probed r lies on a line, and below them it is that of 
 them is never found. The rest of training is many times as long. It may win back more, and then more could have been
 cut; but a whole model may learn what a small one cannot, so that nothing of it is counted on.
 
+Where it is known what a point of the task's metric is worth, there is a second witness: what cuts have cost classifiers
+on other tasks (`elsewhere`). Both are weighed by how sure they are, as two measurements of one number. A probe says
+little of a small difference, made early and on some hundred rows; what others lost says nothing of a task that cannot
+spare what they could, and is not asked where the probe is sure of more than the tolerance.
+
 The first budget to be probed is one that would be right if r were what it often is; the next the largest one that is
 likely to be within the tolerance by what was seen. Where that lies far below one that was too much, it is half way
 between the two.
@@ -29,15 +34,24 @@ STEP, MOST = 0.05, 0.6
 """Budgets are multiples of the first, and no more than the second is found: at 80% all classifiers that were measured
 lost three points or more, and a probe, made when a model has hardly learned its task, does not always see that."""
 CONFIDENCE = 0.8
-"""That what is left stays below its upper bound, as far as the spread over rows tells."""
+"""That what is lost stays below its upper bound."""
 _SIDE = NormalDist().inv_cdf(CONFIDENCE)
 """Standard errors from the mean to that bound."""
+_APART = 0.7
+"""Points by which what a probe leaves and what is lost in the end differ: their standard deviation."""
 _FIRST = 0.3
 """r before anything was probed."""
 _LEAST_LEFT = 0.1
 """r at least, of a budget that says where to probe next."""
 _PROBES = 3
 """Budgets that are probed at most."""
+
+
+def elsewhere(blocks: float) -> tuple[float, float]:
+    """Points of its metric that a classifier has lost by a cut of this part of its blocks, against nothing cut, when it
+    had learned its task: mean and standard deviation over six pairs of a model and a task (docs/quality.md)."""
+    mean = 20 * blocks**4
+    return mean, mean / 2 + 0.2
 
 
 @dataclass(frozen=True)
@@ -58,9 +72,9 @@ class Probed:
         return min(1.0, max(0.0, self.after) / self.before)
 
     @property
-    def upper(self) -> float:
-        """r with the upper bound of what is left after the probe."""
-        return min(1.0, max(0.0, self.after + _SIDE * self.error) / self.before)
+    def spread(self) -> float:
+        """Standard error of r."""
+        return self.error / self.before
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,8 @@ class BudgetSearch:
     """Nats."""
     gone: float = 0.0
     """What is gone already, in front of all budgets."""
+    point: float | None = None
+    """What a point of the task's metric is worth, in nats; None: not known."""
     probed: list[Probed] = field(default_factory=list)
 
     def run(self, probe: Callable[[float], Tensor]) -> float:
@@ -93,10 +109,8 @@ class BudgetSearch:
             probe: budget -> by how much the losses of some batches are higher than with nothing cut, after a few steps
                 of training of both: [batches].
         """
-        tried: float | None = self._largest(lambda blocks: self.rise(blocks) * _FIRST) or self.grid[0]
-        while tried is not None:
+        while (tried := self._next()) is not None:
             self._take(tried, probe(tried))
-            tried = self._next()
         return self.found
 
     @property
@@ -107,10 +121,8 @@ class BudgetSearch:
 
     def expected(self, blocks: float) -> Expected:
         """What a budget costs, by what was probed so far."""
-        rise = self.rise(blocks)
         recovery = _on_line({each.blocks: each.recovery for each in self.probed}, blocks)
-        upper = _on_line({each.blocks: each.upper for each in self.probed}, blocks)
-        return Expected(blocks, rise * recovery, rise * upper)
+        return self._weighed(blocks, recovery, self._spread(blocks))
 
     @property
     def grid(self) -> list[float]:
@@ -126,10 +138,12 @@ class BudgetSearch:
 
     def _next(self) -> float | None:
         """The budget to probe next; None: enough is known."""
-        if len(self.probed) == _PROBES:
-            return None
         tried = [each.blocks for each in self.probed]
-        likely = self._largest(self._likely)
+        likely = self._largest(lambda blocks: self._likely(blocks).upper)
+        if not tried:
+            return likely or self.grid[0]
+        if len(tried) == _PROBES:
+            return None
         if likely is None:
             return None if self.grid[0] in tried else self.grid[0]
         if not min(tried) <= likely <= max(tried):
@@ -138,11 +152,29 @@ class BudgetSearch:
         middle = round(likely + STEP * int((above - likely) / STEP / 2 + 1e-9), 2)
         return middle if middle > likely else None
 
-    def _likely(self, blocks: float) -> float:
-        """Upper bound of what a budget costs, also where nothing was probed beside it: r grows as the budget does."""
-        probed = {each.blocks: max(each.upper, _LEAST_LEFT) for each in self.probed}
-        highest = max(probed)
-        return self.rise(blocks) * _on_line({self.gone: 0.0, **probed, 1.0: probed[highest] / highest}, blocks)
+    def _likely(self, blocks: float) -> Expected:
+        """What a budget costs, also where nothing was probed beside it: r grows as the budget does."""
+        if not self.probed:
+            return self._weighed(blocks, _FIRST, 0.0)
+        seen = {each.blocks: max(each.recovery, _LEAST_LEFT) for each in self.probed}
+        highest = max(seen)
+        recovery = _on_line({self.gone: 0.0, **seen, 1.0: seen[highest] / highest}, blocks)
+        return self._weighed(blocks, recovery, self._spread(blocks))
+
+    def _spread(self, blocks: float) -> float:
+        return _on_line({each.blocks: each.spread for each in self.probed}, blocks)
+
+    def _weighed(self, blocks: float, recovery: float, spread: float) -> Expected:
+        """What a budget costs if so much of its rise is left, with this standard error."""
+        rise = self.rise(blocks)
+        left, error = rise * recovery, rise * spread
+        if self.point is None:
+            return Expected(blocks, left, min(rise, left + _SIDE * error))
+        of_the_rest = (blocks - self.gone) / (1 - self.gone)
+        mean, deviation = (self.point * points for points in elsewhere(of_the_rest))
+        here, there = 1 / (error**2 + (_APART * self.point) ** 2), 1 / deviation**2
+        cost = (here * left + there * mean) / (here + there)
+        return Expected(blocks, cost, max(cost + _SIDE * (here + there) ** -0.5, left - _SIDE * error))
 
     def _take(self, blocks: float, rises: Tensor) -> None:
         after, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises))

@@ -40,8 +40,8 @@ class FoundBudget:
     before: dict[float, float]
     """Budget -> rise when it is cut."""
     probed: list[Probed]
-    """Empty where estimation taught too little to tell: even the largest cut costs nothing for sure, or the model does
-    hardly better than an answer by the frequencies of labels."""
+    """Empty where estimation taught too little to tell: the model does hardly better than an answer by the frequencies
+    of labels or, where it has none, even the largest cut costs nothing for sure."""
     rows: int
     """That losses were measured on."""
     steps: int
@@ -76,9 +76,9 @@ class FoundBudget:
             least = min(self.probed, key=lambda probed: probed.blocks)
             cost = f"{least.blocks:.0%} would cost {least.after:.3g} nats after {self.steps} steps"
             return f"light.blocks: auto cuts nothing of the blocks: {cost}, {self.tolerance:.3g} are allowed; {how}"
-        left = f"of what that costs {self.expected.left:.3g} nats are left after {self.steps} steps"
+        cost = f"that is expected to cost {self.expected.left:.3g} nats"
         bound = f"at most {self.expected.upper:.3g} ({CONFIDENCE:.0%}), and {self.tolerance:.3g} are allowed"
-        return f"light.blocks: auto cuts {self.blocks:.0%} of the blocks: {left}, {bound}; {how}"
+        return f"light.blocks: auto cuts {self.blocks:.0%} of the blocks: {cost}, {bound}; {how}"
 
     def facts(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -92,12 +92,14 @@ def find_budget(
     light: LightConfig,
     probe: Probe,
     tolerance: float,
+    point: float | None = None,
 ) -> FoundBudget:
     """Measure, and find the largest budget within the tolerance.
 
     Args:
         model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
         tolerance: rise of the loss, in nats.
+        point: what a point of the task's metric is worth, in nats; None: not known.
 
     Raises:
         LightPeftError: the model gives no loss, or no budget can be tried at all.
@@ -107,24 +109,25 @@ def find_budget(
     plans = dict(nested_plans(record, replace(light, blocks=None), PARTS))
     part = max(_FEW, _LEAST_ROWS / max(len(probe.rows), 1))
     few = probe.held[: max(_LEAST_BATCHES, round(part * len(probe.held)))]
-    dense, points = loss_curve(model, record, plans, few, probe.autocast)
-    search = BudgetSearch({point.blocks: point.rise for point in points}, tolerance, gone_before(record))
+    dense, curve = loss_curve(model, record, plans, few, probe.autocast)
+    search = BudgetSearch({each.blocks: each.rise for each in curve}, tolerance, gone_before(record), point)
 
     def plan(blocks: float) -> PrunePlan:
         return make_plan(record, replace(light, blocks=blocks))
 
     chance = chance_of(model, few)
     learned = None if chance is None else 1 - dense / max(chance, 1e-6)
-    taught = learned is None or learned >= LEAST_LEARNED
+    # what has no classes has learned something if it loses by a cut; what has, may even gain by one for a while
+    taught = curve[-1].interval[0] > 0 if learned is None else learned >= LEAST_LEARNED
     found = 0.0
-    if taught and points[-1].interval[0] > 0:
+    if taught:
         whole = probe.losses(model, None)
         found = search.run(lambda blocks: probe.losses(model, plan(blocks)) - whole)
     return FoundBudget(
         blocks=found,
         tolerance=tolerance,
         expected=search.expected(found) if found else None,
-        before={point.blocks: point.rise for point in points},
+        before={each.blocks: each.rise for each in curve},
         probed=search.probed,
         rows=len(probe.rows),
         steps=probe.steps,

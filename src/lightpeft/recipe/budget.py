@@ -42,7 +42,8 @@ class BudgetMixin:
         seen = trainer.rows_of_steps(record.meta["steps"])
         probe = make_probe(trainer, self.light_config, steps, seen, self.fast_steps)
         tolerance = self.light_tolerance_in_nats(probe.rows)
-        found = find_budget(self._peft_model, record, self.light_config, probe, tolerance)
+        point = self.light_point_in_nats()
+        found = find_budget(self._peft_model, record, self.light_config, probe, tolerance, point)
         return replace(found, seconds=time.perf_counter() - started)
 
     def light_tolerance(self) -> Tolerance:
@@ -63,3 +64,8 @@ class BudgetMixin:
             rows: numbers of training rows that are set aside.
         """
         return self.light_tolerance().amount
+
+    def light_point_in_nats(self) -> float | None:
+        """What a point of the task's metric is worth, once `light_tolerance_in_nats` was asked; None: not known. To be
+        overridden."""
+        return None

@@ -192,6 +192,10 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         self._points = points_a_nat(answers, self.work.task)
         return asked.amount / self._points
 
+    def light_point_in_nats(self) -> float | None:
+        """Known where the tolerance is in points."""
+        return None if self._points is None else 1 / self._points
+
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut, and leave the light adapter before fine-tuning in the run folder."""
         return leave_pruned(self.work, self._peft_model, plan, self.calibration)

@@ -106,10 +106,9 @@ def found_budget(budget: AutoBudget) -> str:
         return f"Estimation taught too little to tell what a cut costs: nothing of the blocks goes. {how}"
     if budget.expected is None:
         return f"No cut is within a tolerance of {nats(budget.tolerance)}: nothing of the blocks goes. {how}"
-    left = f"of what that costs {nats(budget.expected.left)} are left after the probes"
+    cost = f"which is expected to cost {nats(budget.expected.left)}"
     bound = f"at most {nats(budget.expected.upper)} with a confidence of {budget.confidence:.0%}"
-    chosen = f"The run chose {share(budget.blocks)} itself"
-    return f"{chosen}: {left}, {bound}; {nats(budget.tolerance)} are allowed. {how}"
+    return f"The run chose {share(budget.blocks)} itself, {cost}, {bound}; {nats(budget.tolerance)} are allowed. {how}"
 
 
 def measured_rise(run: RunFacts, runs: Sequence[RunFacts]) -> tuple[float, str] | None:
