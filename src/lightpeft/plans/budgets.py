@@ -49,7 +49,7 @@ _PROBES = 3
 
 def elsewhere(blocks: float) -> tuple[float, float]:
     """Points of its metric that a classifier has lost by a cut of this part of its blocks, against nothing cut, when it
-    had learned its task: mean and standard deviation over six pairs of a model and a task (docs/quality.md)."""
+    had learned its task: mean and standard deviation over five pairs of a model and a task (docs/quality.md)."""
     mean = 20 * blocks**4
     return mean, mean / 2 + 0.2
 
