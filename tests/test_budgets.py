@@ -26,6 +26,7 @@ from workbench import SIZES, Workbench, completions, labelled, lightpeft, read, 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
 from lightpeft.config import Tolerance
 from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.plans import budgets
 from lightpeft.plans.budgets import BudgetSearch
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
@@ -104,7 +105,7 @@ def test_which_budgets_are_probed(costs: dict[float, float], found: float) -> No
 
 def weighed(after: Callable[[float], float], error: float, points: float = 1.0) -> BudgetSearch:
     """Of a task one point of whose metric is 0.02 nats, so many of which are allowed; in points after a probe."""
-    search = BudgetSearch({place: 0.3 * place**2 for place in PLACES}, 0.02 * points, point=0.02)
+    search = BudgetSearch({place: 0.3 * place**2 for place in PLACES}, 0.02 * points, points_a_nat=50)
     search.run(lambda blocks: rises(0.02 * after(blocks), 0.02 * error))
     return search
 
@@ -129,7 +130,7 @@ def test_what_others_lost_stands_beside_a_probe() -> None:
 def test_what_is_found_beside_others_is_within_the_tolerance(
     cost: float, power: float, error: float, points: float, first: float
 ) -> None:
-    search = BudgetSearch({place: first * place for place in PLACES}, 0.02 * points, point=0.02)
+    search = BudgetSearch({place: first * place for place in PLACES}, 0.02 * points, points_a_nat=50)
     search.run(lambda blocks: rises(0.02 * cost * blocks**power, 0.02 * error))
     if search.found:
         expected = search.expected(search.found)
@@ -137,6 +138,19 @@ def test_what_is_found_beside_others_is_within_the_tolerance(
     for probed in search.probed:
         if probed.after - probed.error > search.tolerance:
             assert search.found < probed.blocks, "a probe was sure that it is too much"
+
+
+@pytest.mark.parametrize("points_a_nat", [None, 50.0])
+def test_a_search_behind_a_depth_is_one_of_the_rest(points_a_nat: float | None) -> None:
+    """What is gone in front costs nothing more, and the budgets behind it are parts of what it left."""
+    before = {0.35: 0.02, 0.4: 0.03, 0.5: 0.08, 0.6: 0.15}
+    search = BudgetSearch(before, 0.02, gone=0.3, points_a_nat=points_a_nat)
+    whole = BudgetSearch({(part - 0.3) / 0.7: rise for part, rise in before.items()}, 0.02, points_a_nat=points_a_nat)
+    search._take(0.4, rises(0.01, 0.003))
+    whole._take((0.4 - 0.3) / 0.7, rises(0.01, 0.003))
+    for part in (0.35, 0.4, 0.5):
+        own, same = search._likely(part), whole._likely((part - 0.3) / 0.7)
+        assert (own.left, own.upper) == pytest.approx((same.left, same.upper))
 
 
 def test_what_is_not_sure_is_not_cut() -> None:
@@ -440,6 +454,16 @@ def test_a_run_finds_its_budget(whole: Path) -> None:
     assert found["tolerance"] == pytest.approx(30 / found["points_a_nat"])
     log = (whole / "log.jsonl").read_text()
     assert "light.blocks: auto cuts" in log
+
+
+def test_what_others_lost_counts_where_the_tolerance_is_in_points(
+    bench: Workbench, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert read(whole / "budget.json")["blocks"] > 0
+    monkeypatch.setattr(budgets, "elsewhere", lambda blocks: (1e3, 1.0))
+    for tolerance, cut in (("30 points", False), ("2 nats", True)):
+        pipeline.run(short(bench, f"others_{cut}", **{"light.tolerance": tolerance}))
+        assert bool(read(bench.folder / f"others_{cut}" / "budget.json")["blocks"]) is cut
 
 
 def test_rows_aside_are_not_those_of_estimation(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

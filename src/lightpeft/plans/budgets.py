@@ -11,9 +11,10 @@ them is never found. The rest of training is many times as long. It may win back
 cut; but a whole model may learn what a small one cannot, so that nothing of it is counted on.
 
 Where it is known what a point of the task's metric is worth, there is a second witness: what cuts have cost classifiers
-on other tasks (`elsewhere`). Both are weighed by how sure they are, as two measurements of one number. A probe says
-little of a small difference, made early and on some hundred rows; what others lost says nothing of a task that cannot
-spare what they could, and is not asked where the probe is sure of more than the tolerance.
+on other tasks (`elsewhere`). Both are weighed by how sure they are (the inverses of their variances), as two
+measurements of one number. A probe says little of a small difference, made early and on some hundred rows; what others
+lost says nothing of a task that cannot spare what they could, so that a probe that is sure of more than the tolerance
+has the last word.
 
 The first budget to be probed is one that would be right if r were what it often is; the next the largest one that is
 likely to be within the tolerance by what was seen. Where that lies far below one that was too much, it is half way
@@ -31,8 +32,8 @@ import numpy as np
 from torch import Tensor
 
 STEP, MOST = 0.05, 0.6
-"""Budgets are multiples of the first, and no more than the second is found: at 80% all classifiers that were measured
-lost three points or more, and a probe, made when a model has hardly learned its task, does not always see that."""
+"""Budgets are multiples of the first, and no more than the second is found: 80% cost the classifiers that were measured
+three points or more, and a probe, made when a model has hardly learned its task, does not always see that."""
 CONFIDENCE = 0.8
 """That what is lost stays below its upper bound."""
 _SIDE = NormalDist().inv_cdf(CONFIDENCE)
@@ -48,8 +49,14 @@ _PROBES = 3
 
 
 def elsewhere(blocks: float) -> tuple[float, float]:
-    """Points of its metric that a classifier has lost by a cut of this part of its blocks, against nothing cut, when it
-    had learned its task: mean and standard deviation over five pairs of a model and a task (docs/quality.md)."""
+    """Points of its metric that a classifier which can learn its task loses by a cut, in the end, against nothing cut.
+
+    Args:
+        blocks: part of the blocks that goes.
+
+    Returns:
+        Mean and standard deviation, fitted to what 40% and 60% cost five pairs of a model and a task (docs/quality.md).
+    """
     mean = 20 * blocks**4
     return mean, mean / 2 + 0.2
 
@@ -98,8 +105,8 @@ class BudgetSearch:
     """Nats."""
     gone: float = 0.0
     """What is gone already, in front of all budgets."""
-    point: float | None = None
-    """What a point of the task's metric is worth, in nats; None: not known."""
+    points_a_nat: float | None = None
+    """Of the task's metric that a nat is worth; None: not known."""
     probed: list[Probed] = field(default_factory=list)
 
     def run(self, probe: Callable[[float], Tensor]) -> float:
@@ -158,7 +165,8 @@ class BudgetSearch:
             return self._weighed(blocks, _FIRST, 0.0)
         seen = {each.blocks: max(each.recovery, _LEAST_LEFT) for each in self.probed}
         highest = max(seen)
-        recovery = _on_line({self.gone: 0.0, **seen, 1.0: seen[highest] / highest}, blocks)
+        at_all = seen[highest] * (1 - self.gone) / (highest - self.gone)
+        recovery = _on_line({self.gone: 0.0, **seen, 1.0: at_all}, blocks)
         return self._weighed(blocks, recovery, self._spread(blocks))
 
     def _spread(self, blocks: float) -> float:
@@ -168,11 +176,11 @@ class BudgetSearch:
         """What a budget costs if so much of its rise is left, with this standard error."""
         rise = self.rise(blocks)
         left, error = rise * recovery, rise * spread
-        if self.point is None:
+        if self.points_a_nat is None:
             return Expected(blocks, left, min(rise, left + _SIDE * error))
         of_the_rest = (blocks - self.gone) / (1 - self.gone)
-        mean, deviation = (self.point * points for points in elsewhere(of_the_rest))
-        here, there = 1 / (error**2 + (_APART * self.point) ** 2), 1 / deviation**2
+        mean, deviation, apart = (points / self.points_a_nat for points in (*elsewhere(of_the_rest), _APART))
+        here, there = 1 / (error**2 + apart**2), 1 / deviation**2
         cost = (here * left + there * mean) / (here + there)
         return Expected(blocks, cost, max(cost + _SIDE * (here + there) ** -0.5, left - _SIDE * error))
 

@@ -48,6 +48,8 @@ class FoundBudget:
     """Of a probe."""
     learned: float | None = None
     """Part of the loss of an answer by the frequencies of labels that estimation took away; None: not known."""
+    points_a_nat: float | None = None
+    """Of the task's metric that a nat is worth; None: the tolerance is in nats."""
     seconds: float = 0.0
     """That all of it took."""
     unmeasured: str | None = None
@@ -92,14 +94,14 @@ def find_budget(
     light: LightConfig,
     probe: Probe,
     tolerance: float,
-    point: float | None = None,
+    points_a_nat: float | None = None,
 ) -> FoundBudget:
     """Measure, and find the largest budget within the tolerance.
 
     Args:
         model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
         tolerance: rise of the loss, in nats.
-        point: what a point of the task's metric is worth, in nats; None: not known.
+        points_a_nat: points of the task's metric that a nat is worth; None: not known.
 
     Raises:
         LightPeftError: the model gives no loss, or no budget can be tried at all.
@@ -110,14 +112,14 @@ def find_budget(
     part = max(_FEW, _LEAST_ROWS / max(len(probe.rows), 1))
     few = probe.held[: max(_LEAST_BATCHES, round(part * len(probe.held)))]
     dense, curve = loss_curve(model, record, plans, few, probe.autocast)
-    search = BudgetSearch({each.blocks: each.rise for each in curve}, tolerance, gone_before(record), point)
+    search = BudgetSearch({each.blocks: each.rise for each in curve}, tolerance, gone_before(record), points_a_nat)
 
     def plan(blocks: float) -> PrunePlan:
         return make_plan(record, replace(light, blocks=blocks))
 
     chance = chance_of(model, few)
     learned = None if chance is None else 1 - dense / max(chance, 1e-6)
-    # what has no classes has learned something if it loses by a cut; what has, may even gain by one for a while
+    # a classifier's loss tells whether it has learned something; of others, whether a cut raises theirs
     taught = curve[-1].interval[0] > 0 if learned is None else learned >= LEAST_LEARNED
     found = 0.0
     if taught:
@@ -132,6 +134,7 @@ def find_budget(
         rows=len(probe.rows),
         steps=probe.steps,
         learned=learned,
+        points_a_nat=points_a_nat,
     )
 
 

@@ -41,9 +41,10 @@ class BudgetMixin:
             return FoundBudget.nothing(reason)
         seen = trainer.rows_of_steps(record.meta["steps"])
         probe = make_probe(trainer, self.light_config, steps, seen, self.fast_steps)
-        tolerance = self.light_tolerance_in_nats(probe.rows)
-        point = self.light_point_in_nats()
-        found = find_budget(self._peft_model, record, self.light_config, probe, tolerance, point)
+        asked = self.light_tolerance()
+        points = self.light_points_a_nat(probe.rows) if asked.unit == "points" else None
+        tolerance = asked.amount / (points or 1.0)
+        found = find_budget(self._peft_model, record, self.light_config, probe, tolerance, points)
         return replace(found, seconds=time.perf_counter() - started)
 
     def light_tolerance(self) -> Tolerance:
@@ -57,15 +58,11 @@ class BudgetMixin:
         require(asked.unit == "nats", f'light.tolerance is "{asked}"; a trainer knows of its loss alone: give nats')
         return asked
 
-    def light_tolerance_in_nats(self, rows: Sequence[int]) -> float:
-        """The same as a rise of the loss. To be overridden.
+    def light_points_a_nat(self, rows: Sequence[int]) -> float:
+        """Points of the task's metric that a nat of its loss is worth. To be overridden where `light_tolerance` may be
+        one of points.
 
         Args:
             rows: numbers of training rows that are set aside.
         """
-        return self.light_tolerance().amount
-
-    def light_point_in_nats(self) -> float | None:
-        """What a point of the task's metric is worth, once `light_tolerance_in_nats` was asked; None: not known. To be
-        overridden."""
-        return None
+        raise NotImplementedError("a trainer knows of its loss alone")

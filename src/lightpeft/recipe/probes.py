@@ -50,7 +50,7 @@ def make_probe(
     aside = (unseen if len(unseen) >= held else drawn)[:held]
     apart = set(aside)
     rest = [number for number in drawn if number not in apart]
-    taken = length or min(max(LEAST_STEPS, round(PART * steps)), MOST_STEPS)
+    taken = min(max(LEAST_STEPS, round(PART * steps)), MOST_STEPS) if length is None else length
     batches = partial(batches_of, rows, trainer)
     return Probe(
         light=light,

@@ -61,13 +61,9 @@ LEARNING = ("steps", "planned_steps", "learned")
 the frequencies of labels that its last window took away (None: not known)."""
 
 
-def leave_budget(run: RunFolder, found: FoundBudget, points: float | None) -> None:
-    """What `light.blocks: auto` found, and the time that it took.
-
-    Args:
-        points: of the task's main metric that a nat is worth; None: not known.
-    """
-    facts = {**found.facts(), "points_a_nat": points, "settings": _asked(run.config.light)}
+def leave_budget(run: RunFolder, found: FoundBudget) -> None:
+    """What `light.blocks: auto` found, and the time that it took."""
+    facts = {**found.facts(), "settings": _asked(run.config.light)}
     run.finish_stage("budget", found.seconds, lambda: write_json(run.budget, facts))
 
 

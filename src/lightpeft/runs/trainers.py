@@ -114,9 +114,6 @@ class InRun:
 class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
     """Light-PEFT in a run folder: what estimation and the cut find goes there on the way."""
 
-    _points: float | None = None
-    """Of the main metric that a nat is worth, where the tolerance is one of points."""
-
     def __init__(
         self,
         work: Workspace,
@@ -171,7 +168,7 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
     def leave_light_budget(self, record: EstimationRecord) -> None:
         """Find a budget for the model as estimation left it, and leave it in the run folder."""
         self.light_budget = self.find_light_budget(record, self.work.steps)
-        leave_budget(self.work.run, self.light_budget, self._points)
+        leave_budget(self.work.run, self.light_budget)
         self.work.run.announce("budget", self.light_budget.summary())
 
     def light_tolerance(self) -> Tolerance:
@@ -182,19 +179,11 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
         return asked
 
-    def light_tolerance_in_nats(self, rows: Sequence[int]) -> float:
-        """Points of the main metric are worth what `points_a_nat` says of the model's answers to these rows."""
-        asked = self.light_tolerance()
-        if asked.unit == "nats":
-            return asked.amount
+    def light_points_a_nat(self, rows: Sequence[int]) -> float:
+        """By the model's answers to these rows."""
         encoded = self.work.train_rows.select(sorted(rows))
         answers = self.work.task.answer(self.work.asking(self._peft_model), encoded).answers
-        self._points = points_a_nat(answers, self.work.task)
-        return asked.amount / self._points
-
-    def light_point_in_nats(self) -> float | None:
-        """Known where the tolerance is in points."""
-        return None if self._points is None else 1 / self._points
+        return points_a_nat(answers, self.work.task)
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut, and leave the light adapter before fine-tuning in the run folder."""
