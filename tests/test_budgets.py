@@ -153,6 +153,27 @@ def test_a_search_behind_a_depth_is_one_of_the_rest(points_a_nat: float | None) 
         assert (own.left, own.upper) == pytest.approx((same.left, same.upper))
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    order=st.permutations([0.15, 0.3, 0.45]),
+    costs=st.lists(st.floats(-0.05, 0.3), min_size=3, max_size=3),
+    slope=st.floats(-0.1, 0.5),
+)
+def test_what_is_known_does_not_hang_on_the_order_of_probes(
+    order: list[float], costs: list[float], slope: float
+) -> None:
+    known = dict(zip([0.15, 0.3, 0.45], costs, strict=True))
+    first, other = (BudgetSearch({place: slope * place for place in PLACES}, 0.02) for _ in range(2))
+    for blocks in known:
+        first._take(blocks, rises(known[blocks], 0.01))
+    for blocks in order:
+        other._take(blocks, rises(known[blocks], 0.01))
+    for blocks in PLACES:
+        assert first.expected(blocks) == other.expected(blocks)
+    for blocks, cost in known.items():
+        assert first.expected(blocks).left == pytest.approx(max(0.0, cost), abs=1e-6), "what its probe said"
+
+
 def test_what_is_not_sure_is_not_cut() -> None:
     sure, unsure = search(0.5, 0.25, 0.015), search(0.5, 0.25, 0.015, error=0.02)
     assert unsure.found < sure.found

@@ -73,16 +73,6 @@ class Probed:
     error: float
     """Standard error of that, paired by batch."""
 
-    @property
-    def recovery(self) -> float:
-        """Part of the rise that is left: r, in [0, 1]."""
-        return min(1.0, max(0.0, self.after) / self.before)
-
-    @property
-    def spread(self) -> float:
-        """Standard error of r."""
-        return self.error / self.before
-
 
 @dataclass(frozen=True)
 class Expected:
@@ -128,7 +118,7 @@ class BudgetSearch:
 
     def expected(self, blocks: float) -> Expected:
         """What a budget costs, by what was probed so far."""
-        recovery = _on_line({each.blocks: each.recovery for each in self.probed}, blocks)
+        recovery = _on_line(self._recovery, blocks)
         return self._weighed(blocks, recovery, self._spread(blocks))
 
     @property
@@ -140,8 +130,23 @@ class BudgetSearch:
         return [part for part in left if part <= MOST] or left[:1]
 
     def rise(self, blocks: float) -> float:
-        """Of the loss when so much is cut and nothing has trained."""
-        return max(_on_line({self.gone: 0.0, **self.before}, blocks), 1e-6)
+        """Of the loss when so much is cut and nothing has trained.
+
+        Few rows may say that a cut costs nothing; where copies that have trained say otherwise, so does all below.
+        """
+        before = {self.gone: 0.0, **self.before}
+        points = {part: _on_line(before, part) for part in {*before, *(each.blocks for each in self.probed)}}
+        for each in self.probed:
+            slope = each.after / (each.blocks - self.gone)
+            points |= {
+                part: max(rise, slope * (part - self.gone)) for part, rise in points.items() if part <= each.blocks
+            }
+        return max(_on_line(points, blocks), 1e-6)
+
+    @property
+    def _recovery(self) -> dict[float, float]:
+        """Budget -> part of the rise that is left after its probe: r, in [0, 1]."""
+        return {each.blocks: min(1.0, max(0.0, each.after) / self.rise(each.blocks)) for each in self.probed}
 
     def _next(self) -> float | None:
         """The budget to probe next; None: enough is known."""
@@ -163,14 +168,14 @@ class BudgetSearch:
         """What a budget costs, also where nothing was probed beside it: r grows as the budget does."""
         if not self.probed:
             return self._weighed(blocks, _FIRST, 0.0)
-        seen = {each.blocks: max(each.recovery, _LEAST_LEFT) for each in self.probed}
+        seen = {part: max(recovery, _LEAST_LEFT) for part, recovery in self._recovery.items()}
         highest = max(seen)
         at_all = seen[highest] * (1 - self.gone) / (highest - self.gone)
         recovery = _on_line({self.gone: 0.0, **seen, 1.0: at_all}, blocks)
         return self._weighed(blocks, recovery, self._spread(blocks))
 
     def _spread(self, blocks: float) -> float:
-        return _on_line({each.blocks: each.spread for each in self.probed}, blocks)
+        return _on_line({each.blocks: each.error / self.rise(each.blocks) for each in self.probed}, blocks)
 
     def _weighed(self, blocks: float, recovery: float, spread: float) -> Expected:
         """What a budget costs if so much of its rise is left, with this standard error."""
@@ -186,13 +191,8 @@ class BudgetSearch:
 
     def _take(self, blocks: float, rises: Tensor) -> None:
         after, error = float(rises.mean()), float(rises.std()) / math.sqrt(len(rises))
-        # few rows may say that a cut costs nothing; where copies that have trained say otherwise, so does all below
-        before, wide = max(self.rise(blocks), after), blocks - self.gone
-        below = {
-            part: max(rise, after * (part - self.gone) / wide) for part, rise in self.before.items() if part < blocks
-        }
-        self.before = {**self.before, **below, blocks: before}
-        self.probed = sorted([*self.probed, Probed(blocks, before, after, error)], key=lambda each: each.blocks)
+        probed = Probed(blocks, max(self.rise(blocks), after), after, error)
+        self.probed = sorted([*self.probed, probed], key=lambda each: each.blocks)
 
     def _largest(self, cost: Callable[[float], float], highest: float = 1.0) -> float | None:
         """The largest budget of which it and all below cost no more than the tolerance."""
