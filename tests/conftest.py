@@ -31,9 +31,9 @@ hypothesis.settings.load_profile("any machine")
 
 CACHE = Path(__file__).parents[1] / "demo" / "cache"
 
-LONG = ("support", "resume", "parity", "surgery", "bad_input", "task_entries", "peft_variants", "benchmarks")
-LONG += ("faults", "hostile", "pipeline", "families", "checkpoint", "discovery", "prefix", "streaming", "reproduce")
-LONG += ("real_models", "docs", "graphs", "on_disk", "start")
+LONG = ("support", "benchmarks", "graphs", "resume", "parity", "docs", "going_on", "surgery", "reproduce", "checking")
+LONG += ("real_models", "faults", "sharded", "peft_variants", "full_width", "switching", "pipeline", "checkpoint")
+LONG += ("hostile", "gpu", "task_entries", "start", "discovery", "on_disk", "exporting", "prefix", "bad_input")
 """Test files that take longest, the longest first."""
 
 
