@@ -51,9 +51,13 @@ def pruned(work: Workspace, *, fit: Fit = fit_refit) -> Workspace:
     return work
 
 
-def tuned(work: Workspace, *callbacks: TrainerCallback) -> None:
-    """The run from its cut on."""
-    pipeline.train(work, callbacks)
+def tuned(work: Workspace, *callbacks: TrainerCallback, model: PeftModel | None = None) -> None:
+    """The run from its cut on.
+
+    Args:
+        model: what trains; None: as the cut left it.
+    """
+    pipeline.train(work, callbacks, model)
     pipeline.evaluate(work)
 
 

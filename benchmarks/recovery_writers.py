@@ -149,18 +149,22 @@ def scored_anew(config: RunConfig, *, labels: str, rounds: int) -> None:
     """
     work = pipeline.prepare(config)
     record = pipeline.estimate(work)
-    model = estimated(work)
-    for done in range(rounds):
-        record = with_fisher(record, fisher(work, model, record, labels, done / rounds))
-    cut_by(work, record)
+    cut_by(work, anew(work, estimated(work), record, labels, rounds))
     tuned(work)
 
 
-def cut_by(work: Workspace, record: EstimationRecord, **budget: Any) -> None:
-    """Prune by another record than estimation's, which stays."""
+def anew(work: Workspace, model: PeftModel, record: EstimationRecord, labels: str, rounds: int) -> EstimationRecord:
+    """The record with such scores."""
+    for done in range(rounds):
+        record = with_fisher(record, fisher(work, model, record, labels, done / rounds))
+    return record
+
+
+def cut_by(work: Workspace, record: EstimationRecord, **budget: Any) -> PeftModel | None:
+    """Prune by another record than estimation's, which stays; what is left, as of `pipeline.prune`."""
     with work.run.held():
         make_plan(record, replace(work.config.light, **budget)).save(work.run.plan)
-    pipeline.prune(work)
+    return pipeline.prune(work)
 
 
 def fisher(work: Workspace, model: PeftModel, record: EstimationRecord, labels: str, gone: float) -> list[Tensor]:
@@ -287,12 +291,17 @@ def fitted_to_blocks(config: RunConfig, *, steps: int, rate: float) -> None:
     pipeline.estimate(work)
     seen = passages(work, estimated(work))
     pipeline.plan(work)
-    light = pipeline.prune(work)
+    tuned(work, model=fitted(work, pipeline.prune(work), seen, steps, rate))
+
+
+def fitted(
+    work: Workspace, light: PeftModel | None, seen: Sequence[Sequence[Passage]], steps: int, rate: float
+) -> PeftModel:
+    """A pruned model whose blocks have learned what dense ones read and gave."""
     assert light is not None
     for block, passed in zip(blocks_of(light), seen, strict=True):
         fit_block(work, block, passed, steps, rate)
-    pipeline.train(work, (), light)
-    pipeline.evaluate(work)
+    return light
 
 
 def blocks_of(model: PeftModel) -> Sequence[nn.Module]:
@@ -339,6 +348,19 @@ def fit_block(work: Workspace, block: nn.Module, passed: Sequence[Passage], step
         optimizer.zero_grad()
 
 
+# -- all at once -------------------------------------------------------------------------------------------------------
+
+
+def together(config: RunConfig, *, rounds: int, steps: int, rate: float, weight: float) -> None:
+    """Scores of all tokens in rounds, blocks fitted to the dense ones, and a teacher."""
+    work = pipeline.prepare(config)
+    record = pipeline.estimate(work)
+    dense = estimated(work)
+    lessons, seen = lessons_of(work, dense), passages(work, dense)
+    light = cut_by(work, anew(work, dense, record, "rows", rounds))
+    tuned(work, Teaching(lessons, weight), model=fitted(work, light, seen, steps, rate))
+
+
 def _calling(function: str, settings: Mapping[str, Any] | None = None, **arguments: Any) -> Arm:
     return Arm(settings or {}, call=Call(f"recovery_writers:{function}", arguments))
 
@@ -355,6 +377,7 @@ ARMS: dict[str, Arm] = {
     "scores of all tokens, in four rounds": _calling("scored_anew", labels="rows", rounds=4),
     "half as whole sub-layers": _calling("whole_sublayers", part=0.5),
     "fitted to blocks": _calling("fitted_to_blocks", steps=24, rate=1e-3),
+    "rounds, fitted and taught": _calling("together", SLOW, rounds=4, steps=24, rate=1e-3, weight=1.0),
     "refit: low_rank": Arm({"light": {"refit": "low_rank", "refit_rank": 64}}),
     "twice the rate": Arm({"light": {"learning_rate_scale": 2.0}}),
     "32 ranks": Arm({"lora": {"r": 32, "alpha": 64}}),

@@ -1168,6 +1168,7 @@ def test_recovery_of_a_writer(tmp_path: Path) -> None:
     whole = [block for block in plans["half as whole sub-layers"].blocks if not block.heads or not block.neurons]
     assert whole and all(plan.removed_of_blocks >= 0.5 for plan in plans.values())
     assert plans["taught, weight 1"].blocks == plans["fitted to blocks"].blocks == plans[names[0]].blocks
+    assert plans["rounds, fitted and taught"].blocks == plans["scores of all tokens, in four rounds"].blocks
 
     others = [*words[:1], "--out", str(tmp_path / "others"), "--seeds", "0", "--blocks", "0.2", "0.4"]
     assert recovery.main([*others, "--only", f"method={names[0]}"], launch=in_this_process) == 0
