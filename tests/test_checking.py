@@ -13,7 +13,7 @@ import torch
 from tiny import inputs_for, make, with_lora
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from workbench import Workbench
+from workbench import Workbench, lightpeft
 
 from lightpeft import cli
 from lightpeft.compat.stand_ins import StorageWatch
@@ -204,6 +204,21 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     sizes = list(found.instead.values())
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= found.available < sizes[0]
     assert "training.gradient_checkpointing: true" in found.instead
+
+
+def test_a_model_that_cannot_compute_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not told to, and nothing begins where it is asked to."""
+    bench = Workbench(tmp_path, "mpnet")
+    found = check(pipeline.prepare(bench.config("run")), 1)
+    assert found.instead and not any("checkpointing" in name for name in found.instead)
+    capsys.readouterr()
+    asked = ("--method", "plain", "--training.gradient_checkpointing", "true")
+    assert lightpeft("run", "--config", bench.yaml("run"), *asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "training.gradient_checkpointing: MPNetForSequenceClassification cannot compute activations again; leave it off"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_that_does_not_fit(tmp_path: Path) -> None:

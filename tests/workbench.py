@@ -35,6 +35,8 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MPNetConfig,
+    MPNetModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -81,13 +83,15 @@ Rows = list[dict[str, str]]
 def save_base(
     folder: Path, family: str = "bert", seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> Path:
-    """A tiny base ("bert", "deepseek_v3", "llama" or "mixtral"; the last two with half as many KV heads) and a
-    tokenizer, of words if none."""
+    """A tiny base ("bert", "mpnet", "deepseek_v3", "llama" or "mixtral"; the last two with half as many KV heads) and
+    a tokenizer, of words if none."""
     vocabulary = [*SPECIAL, *NEUTRAL, *GOOD, *BAD] if tokenizer is None else tokenizer.get_vocab()
     torch.manual_seed(seed)
     model: PreTrainedModel
     if family == "bert":
         model = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=POSITIONS, **SIZES))
+    elif family == "mpnet":
+        model = MPNetModel(MPNetConfig(vocab_size=len(vocabulary), max_position_embeddings=POSITIONS + 2, **SIZES))
     else:
         sizes: dict[str, Any] = {
             "vocab_size": len(vocabulary),

@@ -119,17 +119,19 @@ def untrained_model(
     *,
     device: str | torch.device = "meta",
     blocks: int | None = None,
+    to_prune: bool = True,
 ) -> LoadedModel:
     """The same model as its configuration alone tells of it: no weight is read.
 
     Args:
         device: where its weights are made, at random; on the meta device they are shapes.
         blocks: how many it has; None: as many as it says.
+        to_prune: as of `load_model`.
 
     Raises:
         LightPeftError: no such model, one that cannot be pruned, or one of another number of blocks than it can have.
     """
-    hf_config, options = _configured(config, head, labels)
+    hf_config, options = _configured(config, head, labels, to_prune)
     if blocks is not None:
         hf_config.get_text_config().num_hidden_layers = blocks
     dtype = getattr(hf_config, "dtype", None) if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 
 from lightpeft.config import TrainingConfig
 from lightpeft.machine import accelerator
+from lightpeft.models.loading import untrained_model
 from lightpeft.profiling import hardware
 from lightpeft.profiling.rehearsal import Holding
 from lightpeft.prune.length import longest_stage, stage_length
@@ -177,7 +178,8 @@ def memory_of_device() -> int:
 
 def _smaller(work: Workspace, available: int) -> Iterator[tuple[str, int]]:
     """Settings that take less memory, one on top of another until the run's largest stage fits."""
-    for name, training in _savings(work.config.training):
+    model = untrained_model(work.config.model, work.task.head, work.task.labels).model
+    for name, training in _savings(work.config.training, model.supports_gradient_checkpointing):
         smaller = replace(work, config=replace(work.config, training=training))
         rehearsal = Rehearsal(smaller)
         stages, _ = _own_stages(smaller, rehearsal)
@@ -187,8 +189,13 @@ def _smaller(work: Workspace, available: int) -> Iterator[tuple[str, int]]:
             return
 
 
-def _savings(training: TrainingConfig) -> Iterator[tuple[str, TrainingConfig]]:
-    if not training.gradient_checkpointing:
+def _savings(training: TrainingConfig, recomputes: bool) -> Iterator[tuple[str, TrainingConfig]]:
+    """Settings, each with what it changes of those before.
+
+    Args:
+        recomputes: whether the model can compute activations again.
+    """
+    if recomputes and not training.gradient_checkpointing:
         training = replace(training, gradient_checkpointing=True)
         yield "training.gradient_checkpointing: true", training
     while training.batch_size > 1 or training.eval_batch_size > 1:
