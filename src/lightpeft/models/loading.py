@@ -142,6 +142,17 @@ def untrained_model(
     return LoadedModel(model, [] if head == CAUSAL_LM else _heads(model), head)
 
 
+def supports_checkpointing(
+    config: ModelConfig, head: TaskHead, labels: Sequence[str] = (), *, to_prune: bool = True
+) -> bool:
+    """Whether a model can compute activations again in the backward pass (gradient checkpointing); no weight is read.
+
+    Raises:
+        LightPeftError: as of `untrained_model`.
+    """
+    return bool(untrained_model(config, head, labels, to_prune=to_prune).model.supports_gradient_checkpointing)
+
+
 def _configured(
     config: ModelConfig, head: TaskHead, labels: Sequence[str], to_prune: bool = True
 ) -> tuple[PretrainedConfig, dict[str, Any]]:

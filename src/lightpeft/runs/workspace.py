@@ -18,7 +18,7 @@ from lightpeft.evaluation.respondent import BatchedModel
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families import max_positions
-from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, untrained_model
+from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
 from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, cut_tokenizer, kept_tokens
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
@@ -209,7 +209,10 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     check_peft_settings(config)
     model_config = load_model_config(config.model)
     task = load_task(config.data, model_config, config.tasks)
-    _check_recomputing(config, task)
+    if config.training.gradient_checkpointing:
+        able = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.way.prunes)
+        cannot = f"{config.model.name} ({model_config.model_type}) has no gradient checkpointing in transformers"
+        require(able, f"training.gradient_checkpointing: {cannot}; leave it off")
     tokenizer = load_tokenizer(config.model)
     positions = max_positions(model_config)
     check_max_length(config.data.max_length, positions, tokenizer)
@@ -243,13 +246,6 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         # whether estimation leaves steps to train with, and sees enough
         fitted(config.light, work.pace, work.steps, work.last_steps)
     return work
-
-
-def _check_recomputing(config: RunConfig, task: Task) -> None:
-    if config.training.gradient_checkpointing:
-        model = untrained_model(config.model, task.head, task.labels, to_prune=config.way.prunes).model
-        cannot = f"training.gradient_checkpointing: {type(model).__name__} cannot compute activations again"
-        require(model.supports_gradient_checkpointing, f"{cannot}; leave it off")
 
 
 def _begun_by(run: RunFolder) -> int | None:

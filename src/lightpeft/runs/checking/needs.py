@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from lightpeft.config import TrainingConfig
 from lightpeft.machine import accelerator
-from lightpeft.models.loading import untrained_model
+from lightpeft.models.loading import supports_checkpointing
 from lightpeft.profiling import hardware
 from lightpeft.profiling.rehearsal import Holding
 from lightpeft.prune.length import longest_stage, stage_length
@@ -178,8 +178,8 @@ def memory_of_device() -> int:
 
 def _smaller(work: Workspace, available: int) -> Iterator[tuple[str, int]]:
     """Settings that take less memory, one on top of another until the run's largest stage fits."""
-    model = untrained_model(work.config.model, work.task.head, work.task.labels).model
-    for name, training in _savings(work.config.training, model.supports_gradient_checkpointing):
+    able = supports_checkpointing(work.config.model, work.task.head, work.task.labels)
+    for name, training in _savings(work.config.training, able):
         smaller = replace(work, config=replace(work.config, training=training))
         rehearsal = Rehearsal(smaller)
         stages, _ = _own_stages(smaller, rehearsal)
@@ -189,13 +189,13 @@ def _smaller(work: Workspace, available: int) -> Iterator[tuple[str, int]]:
             return
 
 
-def _savings(training: TrainingConfig, recomputes: bool) -> Iterator[tuple[str, TrainingConfig]]:
+def _savings(training: TrainingConfig, checkpointing: bool) -> Iterator[tuple[str, TrainingConfig]]:
     """Settings, each with what it changes of those before.
 
     Args:
-        recomputes: whether the model can compute activations again.
+        checkpointing: whether the model supports it.
     """
-    if recomputes and not training.gradient_checkpointing:
+    if checkpointing and not training.gradient_checkpointing:
         training = replace(training, gradient_checkpointing=True)
         yield "training.gradient_checkpointing: true", training
     while training.batch_size > 1 or training.eval_batch_size > 1:
