@@ -16,12 +16,11 @@ from transformers import TrainerCallback
 from workbench import Workbench
 
 from lightpeft.models.families import block_specs
-from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import find_sites, fused, fused_lora
 from lightpeft.profiling import count_flops
 from lightpeft.prune.importance import ModuleObserver
 from lightpeft.runs import pipeline
-from lightpeft.training.acceleration import SHORT_ROWS, accelerated, base_dropout
+from lightpeft.training.acceleration import base_dropout
 from lightpeft.training.prefix import FrozenPrefix
 
 LINEAR = [name for name in LAYOUTS if name not in ("gpt2", "falcon")]
@@ -291,54 +290,6 @@ class TestCasts:
 
 def probabilities(model: nn.Module) -> dict[str, float]:
     return {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
-
-
-class TestShortAttention:
-    """It is chosen batch by batch: whether PyTorch's own is allowed while the model computes."""
-
-    @staticmethod
-    def own_is_allowed(model: nn.Module, length: int, autocast: torch.dtype | None) -> bool:
-        seen: list[bool] = []
-        model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
-        inner = transformers_model(model)
-        inner.base_model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.flash_sdp_enabled()))
-        with accelerated(model, autocast=autocast), torch.no_grad():
-            model(input_ids=torch.ones(2, length, dtype=torch.long))
-        assert seen[0] and torch.backends.cuda.flash_sdp_enabled(), "nothing else is changed"
-        return seen[-1]
-
-    @pytest.mark.parametrize(
-        ("length", "autocast", "own"),
-        [(SHORT_ROWS, torch.bfloat16, False), (SHORT_ROWS + 1, torch.bfloat16, True), (8, None, True)],
-    )
-    def test_short_rows_in_half_precision(self, length: int, autocast: torch.dtype | None, own: bool) -> None:
-        model = make("bert", max_position_embeddings=SHORT_ROWS + 1)
-        assert self.own_is_allowed(model, length, autocast) == own
-
-    @pytest.mark.parametrize("reentrant", [True, False])
-    def test_gradient_checkpointing_has_its_own(self, reentrant: bool) -> None:
-        """It computes attention again outside of the model's forward pass, and has to in the same way."""
-        model = with_lora(make("llama-gqa")).train()
-        inputs = inputs_for(model, labels=True)
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        with accelerated(model, autocast=torch.bfloat16):
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(**inputs).loss
-            loss.backward()
-        assert not self.own_is_allowed(with_lora(make("llama-gqa")), 8, torch.bfloat16)
-        assert self.own_is_allowed(model, 8, torch.bfloat16)
-
-    def test_a_model_in_half_precision(self) -> None:
-        assert not self.own_is_allowed(make("bert").bfloat16(), 8, None)
-
-    def test_inside_peft(self) -> None:
-        assert not self.own_is_allowed(with_lora(make("llama-gqa")), 8, torch.bfloat16)
-
-    def test_rows_that_are_no_tokens(self) -> None:
-        model = make("vit").bfloat16()
-        with accelerated(model), torch.no_grad():
-            model(pixel_values=torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16))
 
 
 class TestRuns:
