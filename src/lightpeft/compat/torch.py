@@ -76,6 +76,17 @@ def _converted(node: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
     return _made(node).to(device, dtype)
 
 
+def softmax_backward(gradient: Tensor, result: Tensor) -> Tensor:
+    """The gradient of what went into a softmax over the last dimension, in one pass.
+
+    Args:
+        gradient: that of `result`, of its shape and type.
+        result: what the softmax gave.
+    """
+    given: Tensor = torch._softmax_backward_data(gradient, result, -1, result.dtype)
+    return given
+
+
 def storage_of(tensor: Tensor) -> int:
     """What the storage of a tensor is known by as long as it lives, one without memory included."""
     return int(tensor.untyped_storage()._cdata)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from lightpeft.compat.torch import changes_of
+from lightpeft.compat.torch import changes_of, softmax_backward
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 
@@ -194,6 +194,6 @@ def _backward(given: list[Tensor], term: Tensor | None, scale: float, results: l
     probabilities = torch.softmax(scores, -1)
     torch.bmm(probabilities.mT, gradient, out=of_value)
     of_probabilities = torch.bmm(gradient, value.mT, out=scores)
-    of_scores = torch._softmax_backward_data(of_probabilities, probabilities, -1, probabilities.dtype)
+    of_scores = softmax_backward(of_probabilities, probabilities)
     torch.bmm(of_scores, key, out=of_query).mul_(scale)
     torch.bmm(of_scores.mT, query, out=of_key).mul_(scale)
