@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -36,12 +36,13 @@ _ACTIVATIONS: dict[str, Callable[[Any], Tensor]] = {
 _PRODUCT, _CONVERTED = "MulBackward0", "ToCopyBackward0"
 
 
-def maker_of(tensor: Tensor) -> Callable[[], Tensor] | None:
+def maker_of(tensor: Tensor) -> partial[Tensor] | None:
     """What makes a tensor again, to the last bit, from what the autograd graph keeps; None: nothing does cheaply.
 
-    Activation functions keep what enters them, and a product keeps each factor for the gradient of the other. What is
-    made so may be multiplied with something frozen, as in a norm, and converted. It can be called as long as nobody
-    needs it: the graph lets go of what nodes keep when their turn comes, and those that were handed the tensor precede.
+    Activation functions keep what enters them, a product keeps each factor for the gradient of the other, and functions
+    in Python may say how (`made_again`). What is made so may be multiplied with something frozen, as in a norm, and
+    converted. It can be called as long as nobody needs it: the graph lets go of what nodes keep when their turn comes,
+    and those that were handed the tensor precede.
     """
     node = tensor.grad_fn
     if node is None or tensor._base is not None:
@@ -56,7 +57,7 @@ def _is_made(node: Any, depth: int) -> bool:
     """Whether the graph keeps all that a node's result is made of, or makes that in turn."""
     if node is None or depth == 0:
         return False
-    if node.name() in _ACTIVATIONS:
+    if node.name() in _ACTIVATIONS or _own_way(node) is not None:
         return True
     if node.name() != _PRODUCT:
         return False
@@ -64,9 +65,16 @@ def _is_made(node: Any, depth: int) -> bool:
     return None not in factors or any(_is_made(factor, depth - 1) for factor in factors)
 
 
+def _own_way(node: Any) -> Callable[[Any], Tensor] | None:
+    """How the node of a function in Python makes its result again: `made_again(node)`, where the function has that."""
+    way: Callable[[Any], Tensor] | None = getattr(getattr(node, "_forward_cls", None), "made_again", None)
+    return way
+
+
 def _made(node: Any) -> Tensor:
-    if node.name() in _ACTIVATIONS:
-        return _ACTIVATIONS[node.name()](node)
+    way = _ACTIVATIONS.get(node.name()) or _own_way(node)
+    if way is not None:
+        return way(node)
     one, other = (factor for factor, _ in node.next_functions)  # a frozen one has no node, and the other is not kept
     first: Tensor = _made(one) if other is None else node._saved_self
     return first * (_made(other) if one is None else node._saved_other)
@@ -85,6 +93,23 @@ def softmax_backward(gradient: Tensor, result: Tensor) -> Tensor:
     """
     given: Tensor = torch._softmax_backward_data(gradient, result, -1, result.dtype)
     return given
+
+
+def layer_norm_backward(
+    gradient: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of what a layer norm is given, and of its weight, by PyTorch's kernel.
+
+    Args:
+        gradient: that of its result, of the shape of `x`, [..., channels].
+        mean, inverse: of `x` over its channels, and one by the standard deviation, [..., 1].
+        wanted: which of the two are; None for the other.
+    """
+    shape = [len(weight)]
+    given = torch.ops.aten.native_layer_norm_backward(
+        gradient, x, shape, mean, inverse, weight, None, [wanted[0], wanted[1], False]
+    )
+    return given[0], given[1]
 
 
 def storage_of(tensor: Tensor) -> int:

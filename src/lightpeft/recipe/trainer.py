@@ -64,8 +64,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             others.
         peft_config: PEFT modules for a dense model; without `target_modules` they sit on all projections of the blocks
             in which `light` lets modules stay. A model that is a PeftModel needs none.
-        fast_steps: fused LoRA layers, a language model's head for labelled tokens alone, gradients of attention by
-            products on a CPU, and activations that the backward pass makes again.
+        fast_steps: fused LoRA layers, a language model's head for labelled tokens alone, fewer steps back through
+            attention and norms on a CPU, and activations that the backward pass makes again.
         prefix_cache: how the outputs of the frozen lower blocks are kept from epoch to epoch; None: not at all.
 
     Attributes:

@@ -12,6 +12,7 @@ from lightpeft.config import LightConfig
 from lightpeft.peft_kinds.sites import fused_lora, peft_parts
 from lightpeft.training.attention import attention_by_products
 from lightpeft.training.logits import labelled_head
+from lightpeft.training.norms import fused_norms
 from lightpeft.training.recomputing import recomputed_activations
 
 
@@ -44,7 +45,7 @@ def accelerated(
     loss_alone: bool = False,
 ) -> Iterator[None]:
     """Inside the block a light model trains with fused LoRA layers, its base's dropout, a faster way back through
-    attention, and activations that the backward pass makes again.
+    attention and norms, and activations that the backward pass makes again.
 
     Args:
         dropout: probability that replaces the base's own ones; None: those stay.
@@ -57,6 +58,7 @@ def accelerated(
         stack.enter_context(fused_lora(model))
         stack.enter_context(labelled_head(model) if loss_alone else nullcontext())
         stack.enter_context(attention_by_products(model, autocast))
+        stack.enter_context(fused_norms(model))
         stack.enter_context(recomputed_activations(model))
         yield
 

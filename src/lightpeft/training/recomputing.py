@@ -9,8 +9,9 @@ twice, unlike under gradient checkpointing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
@@ -37,17 +38,32 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not is_grad_enabled() or inner.is_gradient_checkpointing:
             return usual(*args, **kwargs)
-        with saved_tensors_hooks(_keep, _kept):
+        with saved_tensors_hooks(_keep, _Kept()):
             return usual(*args, **kwargs)
 
     with instead(inner, forward):
         yield
 
 
-def _keep(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+def _keep(tensor: Tensor) -> Tensor | partial[Tensor]:
     """The tensor, or what makes it again."""
     return maker_of(tensor) or tensor
 
 
-def _kept(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-    return kept if isinstance(kept, Tensor) else kept()
+class _Kept:
+    """What was kept, or made again; what queries, keys and values read is made once for all three.
+
+    One of these is as old as the graph of a forward pass, and goes with it.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[Any, Tensor] | None = None
+
+    def __call__(self, kept: Tensor | partial[Tensor]) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        way = (kept.func, kept.args)
+        if self._last is None or self._last[0] != way:
+            self._last = None  # so that it is not in memory beside the next
+            self._last = way, kept()
+        return self._last[1]
