@@ -267,7 +267,7 @@ class TrainingConfig:
     """Batches are padded to a multiple of so many tokens (where the model takes as many): few different shapes are
     faster than a few tokens less."""
     fast_steps: bool = True
-    """Light runs compute a LoRA layer in one step, gradients of attention and RMS norms on CPUs in fewer, and a language
+    """Light runs compute a LoRA layer in one step, gradients of attention and of norms on CPUs in fewer, and a language
     model's logits where labels are, and make some activations again in the backward pass; off: as PEFT, PyTorch and
     transformers do."""
     prefix_cache: PrefixPlace = "file"
