@@ -82,7 +82,7 @@ class Process:
             autocast = torch.bfloat16
             context = ExitStack()
             if self.part is not None:
-                context.enter_context(accelerated(model, dropout=0.0, autocast=autocast, loss_alone=True))
+                context.enter_context(accelerated(model, dropout=0.0, loss_alone=True))
             with context:
                 batches = random_batches(self.case)[:STEPS]
                 measure_training(

@@ -25,7 +25,6 @@ from torch import nn
 from lightpeft.config import PRESETS, overlaid
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
-from lightpeft.machine import autocast_dtype
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
@@ -83,8 +82,7 @@ class Peer:
 
     def accelerating(self, work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
         """Inside the block, the model trains as the peer has it."""
-        autocast = autocast_dtype(work.config.training)
-        return accelerated(model, dropout=0.0, autocast=autocast) if self.accelerated else nullcontext()
+        return accelerated(model, dropout=0.0) if self.accelerated else nullcontext()
 
 
 def _made(make: Maker, goal: Goal, work: Workspace) -> Made:

@@ -46,7 +46,7 @@ FAMILIES = ("roberta", "llama")
 SUBJECTS = ("plain", "estimation", "light")
 """LoRA on q and v of the dense model, the estimation stage, and the pruned model."""
 
-PRODUCTS = {f"aten::{name}" for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm")}
+PRODUCTS = {f"aten::{name}" for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_")}
 ATTENTION = "aten::_scaled_dot_product"
 """Operators, by their names in a profile; of attention the start of the name."""
 
@@ -208,7 +208,7 @@ class Synthetic:
         """Light models train as in light runs, the others as by habit."""
         if self.subject != "light":
             return nullcontext()
-        return accelerated(self.model, dropout=0.0, autocast=self.case.autocast)
+        return accelerated(self.model, dropout=0.0)
 
     def inference(self) -> float:
         """Seconds a forward pass, with merged weights."""

@@ -44,18 +44,23 @@ def assert_same(one: Any, other: Any, tolerance: float) -> None:
         assert (gradient - other[1][name]).norm() <= tolerance * largest, name
 
 
+def applied(monkeypatch: pytest.MonkeyPatch, function: Any, what: Callable[[Tensor], Any]) -> list[Any]:
+    """What can be said of the first tensor of each call of a function of the autograd graph, from now on."""
+    seen: list[Any] = []
+    apply = function.apply
+
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        seen.append(what(x))
+        return apply(x, *rest)
+
+    monkeypatch.setattr(function, "apply", counted)
+    return seen
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """Data types of the inputs of the layers that were computed in one step."""
-    seen: list[torch.dtype] = []
-    apply = fused._LoraLinear.apply
-
-    def counted(x: Tensor, *rest: Any) -> Tensor:
-        seen.append(x.dtype)
-        return apply(x, *rest)
-
-    monkeypatch.setattr(fused._LoraLinear, "apply", counted)
-    return seen
+    return applied(monkeypatch, fused._LoraLinear, lambda x: x.dtype)
 
 
 class TestFusedLora:

@@ -132,7 +132,7 @@ class TestModels:
     def gradients(model: nn.Module, autocast: bool, faster: bool) -> Tensor:
         inputs = inputs_for(model, labels=True)
         model.zero_grad()
-        with attention_by_products(model, BFLOAT16) if faster else nullcontext():
+        with attention_by_products(model) if faster else nullcontext():
             with torch.autocast("cpu", BFLOAT16, enabled=autocast):
                 loss = model(**inputs).loss
             loss.backward()
@@ -151,7 +151,7 @@ class TestModels:
     @staticmethod
     def train(model: nn.Module, tokens: int = 8, autocast: torch.dtype | None = BFLOAT16, **settings: Any) -> None:
         ids = torch.arange(1, tokens + 1).remainder(40)[None].expand(2, -1)
-        with accelerated(model, autocast=autocast, **settings):
+        with accelerated(model, **settings):
             with torch.autocast("cpu", autocast or BFLOAT16, enabled=autocast is not None):
                 loss = model(input_ids=ids, labels=torch.zeros(2, dtype=torch.long)).loss
             loss.backward()
@@ -186,7 +186,7 @@ class TestModels:
 
     def test_nothing_is_changed_where_nothing_trains(self, taken: list[int]) -> None:
         model = self.bert()
-        with accelerated(model, dropout=0.0, autocast=BFLOAT16), torch.no_grad():
+        with accelerated(model, dropout=0.0), torch.autocast("cpu", BFLOAT16), torch.no_grad():
             model(input_ids=torch.ones(2, 8, dtype=torch.long))
         assert not taken
 
@@ -201,7 +201,7 @@ class TestModels:
 
     def test_rows_that_are_no_tokens(self, taken: list[int]) -> None:
         model = with_lora(make("vit")).train()
-        with accelerated(model, autocast=BFLOAT16), torch.autocast("cpu", BFLOAT16):
+        with accelerated(model), torch.autocast("cpu", BFLOAT16):
             model(pixel_values=torch.ones(2, 3, 16, 16)).logits.float().sum().backward()
         assert taken
 

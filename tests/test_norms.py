@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from test_acceleration import gradients
+from test_acceleration import applied, gradients
 from test_recomputing import Watched
 from tiny import LAYOUTS, inputs_for, make, relative_difference, with_lora
 from torch import Tensor, nn
@@ -38,15 +38,7 @@ def both_ways(norm: nn.Module, x: Tensor, gradient: Tensor) -> list[Tensor]:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of what was normed in one node."""
-    seen: list[torch.Size] = []
-    apply = norms._RmsNorm.apply
-
-    def counted(x: Tensor, *rest: Any) -> Tensor:
-        seen.append(x.shape)
-        return apply(x, *rest)
-
-    monkeypatch.setattr(norms._RmsNorm, "apply", counted)
-    return seen
+    return applied(monkeypatch, norms._RmsNorm, lambda x: x.shape)
 
 
 @settings(max_examples=60, deadline=None)

@@ -76,7 +76,7 @@ class Probe:
         optimizer = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=self.weight_decay)
         schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(_WARMUP * self.steps), self.steps)
         scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
-        acceleration = light_steps(model, self.light, fast=self.fast, autocast=self.autocast, loss_alone=True)
+        acceleration = light_steps(model, self.light, fast=self.fast, loss_alone=True)
         with in_mode(model, training=True), acceleration:
             for number, batch in enumerate(self.train, start=1):
                 with autocasting(device, self.autocast):

@@ -43,7 +43,6 @@ from lightpeft.recipe.refusals import check_light, refuse_parts
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
-from lightpeft.training.arguments import half_precision
 from lightpeft.training.prefix import PrefixCache, PrefixMixin
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.sharding import ShardingMixin
@@ -240,14 +239,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
 
     def _light_acceleration(self) -> Any:
         """What makes the steps of both parts faster, with the base's dropout that goes with it."""
-        args = self._trainer.args
-        return light_steps(
-            self._peft_model,
-            self.light_config,
-            fast=self.fast_steps,
-            autocast=half_precision(args),
-            loss_alone=self._reads_loss_alone(),
-        )
+        loss_alone = self._reads_loss_alone()
+        return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_alone=loss_alone)
 
     def _reads_loss_alone(self) -> bool:
         """Whether nobody reads a language model's logits in training: `Trainer` does not, TRL's trainers do."""

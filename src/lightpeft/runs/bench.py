@@ -241,8 +241,7 @@ def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...
 def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
     """Steps as a light run makes them."""
     config = work.config
-    autocast, fast = autocast_dtype(config.training), config.training.fast_steps
-    return light_steps(model, config.light, fast=fast, autocast=autocast, loss_alone=True)
+    return light_steps(model, config.light, fast=config.training.fast_steps, loss_alone=True)
 
 
 def by_habit(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:

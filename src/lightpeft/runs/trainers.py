@@ -28,7 +28,7 @@ from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.tasks import answers_are_classes, points_a_nat
 from lightpeft.training.acceleration import light_steps
-from lightpeft.training.arguments import half_precision, training_arguments
+from lightpeft.training.arguments import training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
 from lightpeft.training.prefix import PrefixMixin
 from lightpeft.training.sharding import ShardingMixin
@@ -251,8 +251,7 @@ class WideRun(DenseRun):
     def train(self, *args: Any, **options: Any) -> Any:
         """Train with the faster steps, if the run takes them."""
         config = self.work.config
-        fast, autocast = config.training.fast_steps, half_precision(self.args)
-        with light_steps(self.model, config.light, fast=fast, autocast=autocast, loss_alone=True):
+        with light_steps(self.model, config.light, fast=config.training.fast_steps, loss_alone=True):
             return super().train(*args, **options)
 
 

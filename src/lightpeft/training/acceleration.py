@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
-import torch
 from torch import nn
 
 from lightpeft.config import LightConfig
@@ -21,19 +20,17 @@ def light_steps(
     light: LightConfig,
     *,
     fast: bool = True,
-    autocast: torch.dtype | None = None,
     loss_alone: bool = False,
 ) -> AbstractContextManager[None]:
     """A context in which a model trains as Light-PEFT does, before and behind the cut.
 
     Args:
         fast: beside the dropout that `light` asks for, take the faster steps.
-        autocast: half precision that training computes in; None: that of the weights.
         loss_alone: as for `accelerated`.
     """
     if not fast:
         return base_dropout(model, light.dropout)
-    return accelerated(model, dropout=light.dropout, autocast=autocast, loss_alone=loss_alone)
+    return accelerated(model, dropout=light.dropout, loss_alone=loss_alone)
 
 
 @contextmanager
@@ -41,7 +38,6 @@ def accelerated(
     model: nn.Module,
     *,
     dropout: float | None = None,
-    autocast: torch.dtype | None = None,
     loss_alone: bool = False,
 ) -> Iterator[None]:
     """Inside the block a light model trains with fused LoRA layers, its base's dropout, a faster way back through
@@ -49,7 +45,6 @@ def accelerated(
 
     Args:
         dropout: probability that replaces the base's own ones; None: those stay.
-        autocast: half precision that training computes in under autocast; None: that of the weights.
         loss_alone: nobody reads a language model's logits in training (TRL's trainers do, for their metrics), so that
             those of tokens without a label need not be computed.
     """
@@ -57,7 +52,7 @@ def accelerated(
         stack.enter_context(base_dropout(model, dropout))
         stack.enter_context(fused_lora(model))
         stack.enter_context(labelled_head(model) if loss_alone else nullcontext())
-        stack.enter_context(attention_by_products(model, autocast))
+        stack.enter_context(attention_by_products(model))
         stack.enter_context(fused_norms(model))
         stack.enter_context(recomputed_activations(model))
         yield

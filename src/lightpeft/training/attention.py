@@ -29,7 +29,7 @@ _AT_ONCE = 2**22
 
 
 @contextmanager
-def attention_by_products(model: nn.Module, autocast: torch.dtype | None) -> Iterator[None]:
+def attention_by_products(model: nn.Module) -> Iterator[None]:
     """Inside the block, gradients of `scaled_dot_product_attention` in the model are computed by plain products.
 
     What the model computes forward is the same to the last bit, gradients but for rounding. In bfloat16 on a CPU alone,
@@ -38,17 +38,14 @@ def attention_by_products(model: nn.Module, autocast: torch.dtype | None) -> Ite
 
     Args:
         model: a transformers model, or a PeftModel around one.
-        autocast: half precision that training computes in; None: that of the weights.
     """
-    inner, parameter = transformers_model(model), next(model.parameters())
-    if parameter.device.type != "cpu" or (autocast or parameter.dtype) != torch.bfloat16:
-        yield
-        return
+    inner = transformers_model(model)
     usual = inner.forward
 
     @functools.wraps(usual)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or inner.is_gradient_checkpointing:
+        on_cpu = next(inner.parameters()).device.type == "cpu"
+        if not on_cpu or not torch.is_grad_enabled() or inner.is_gradient_checkpointing:
             return usual(*args, **kwargs)
         with ByProducts():
             return usual(*args, **kwargs)
@@ -99,7 +96,7 @@ def _are_faster(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) 
     """Whether products are the faster way to gradients of these."""
     given = (query, key, value)
     trains = any(states.requires_grad for states in given) and not (mask is not None and mask.requires_grad)
-    usual = all(states.dtype == torch.bfloat16 and states.dim() == 4 for states in given)
+    usual = all(states.dtype == torch.bfloat16 and states.is_cpu and states.dim() == 4 for states in given)
     chosen = not torch.backends.cuda.flash_sdp_enabled()  # PyTorch's switch for CPUs, too
     return trains and usual and not chosen and max(query.shape[2], key.shape[2]) <= LONGEST
 
