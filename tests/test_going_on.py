@@ -97,22 +97,28 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp("runs"), "llama", "causal-lm")
 
 
+def run_alone(bench: Workbench) -> Path:
+    """The folder of a run by one process that nothing disturbs."""
+    if not (bench.folder / "alone").exists():
+        pipeline.run(bench.config("alone", **SETTINGS))
+    return bench.folder / "alone"
+
+
 def copied(bench: Workbench, name: str, new: str) -> Path:
     """The settings of a run like another one, whose folder it gets a copy of."""
     shutil.copytree(bench.folder / name, bench.folder / new)
     return bench.yaml(new, **SETTINGS, **OF_TWO)
 
 
+@only_with_all_faults
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-@pytest.mark.parametrize("model", [pytest.param("real", marks=only_with_all_faults), "bench"])
+@pytest.mark.parametrize("model", ["real", "bench"])
 def test_a_launched_run_that_lost_a_process_in_training(
     request: pytest.FixtureRequest, model: str, engine: str
 ) -> None:
     """MiniLM, and a Llama whose heads share keys and values."""
     bench = request.getfixturevalue(model)
-    undisturbed = bench.folder / "alone"
-    if not undisturbed.exists():
-        pipeline.run(bench.config("alone", **SETTINGS))
+    undisturbed = run_alone(bench)
     config = bench.yaml(engine, **SETTINGS, **OF_TWO)
     launch = ["accelerate.commands.accelerate_cli", "launch", "--config_file", ENGINES / f"{engine}.yaml"]
     launch += ["--main_process_port", "0"]
@@ -130,6 +136,20 @@ def test_a_launched_run_that_lost_a_process_in_training(
     done = in_other_process(*launch, "-m", "lightpeft", "run", "--config", config)
     assert done.returncode == 0, done.stderr[-12000:]
     assert_same_end(bench.folder / engine, undisturbed)
+
+
+def test_a_run_that_lost_a_process_in_training(bench: Workbench) -> None:
+    undisturbed, name = run_alone(bench), "lost-in-training"
+    config = bench.yaml(name, **SETTINGS, **OF_TWO)
+    ends = in_children(2, killing(1, 11), "run", "--config", config, engine="fsdp2")
+    assert ends[0][0] == 2 and ends[1][0] == -signal.SIGKILL
+    assert ends[0][1].splitlines()[-1].startswith(f"lightpeft: {LOST}") and "Traceback" not in ends[0][1]
+    by_one = copied(bench, name, "trained-by-one")
+    assert lightpeft("run", "--config", by_one) == 0
+    assert_same_end(bench.folder / "trained-by-one", undisturbed)
+    ends = in_children(2, lambda rank: None, "run", "--config", config, engine="fsdp2")
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert_same_end(bench.folder / name, undisturbed)
 
 
 def test_a_run_that_lost_its_main_process_in_estimation(real: RealBench) -> None:

@@ -13,6 +13,7 @@ from tiny import (
     DROPPED,
     GENERATORS,
     GROUPED,
+    LAYOUTS,
     MODELS,
     USUAL,
     VARIANTS,
@@ -45,9 +46,15 @@ from lightpeft.prune.surgery import apply_plan
 TOLERANCE = 1e-5
 BUDGETS = {"usual": USUAL, "dropped": DROPPED}
 all_models = crossed(ALL, BUDGETS)
-all_budgets = pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
 UNITS = [(name, "group") for name in VARIANTS] + [(name, "balanced") for name in GROUPED]
 """What the table of docs/families.md does not hold, which test_support.py checks: settings, and other head units."""
+UNITS_AND_BUDGETS = [
+    pytest.param(name, unit, budget, id=f"{name}-{unit}-{key}")
+    for key, budget in BUDGETS.items()
+    for name, unit in UNITS
+    if budget is DROPPED or name in LAYOUTS
+]
+"""As `crossed` has it."""
 
 
 def pair(name: str, lora: dict[str, Any] | None = None, model: dict[str, Any] | None = None, **budget: Any) -> Any:
@@ -71,8 +78,7 @@ def difference(first: Any, second: Any, padding: str = "right") -> float:
     return relative_difference(logits(first, inputs), logits(second, inputs))
 
 
-@pytest.mark.parametrize(("name", "unit"), UNITS)
-@all_budgets
+@pytest.mark.parametrize(("name", "unit", "budget"), UNITS_AND_BUDGETS)
 def test_logits_with_every_padding(name: str, unit: str, budget: dict[str, Any]) -> None:
     reference, pruned, plan = pair(name, head_unit=unit, **budget)
     assert plan.removed_parameters > 0 and len(plan.sites) < len(plan.dense_sites)
@@ -127,8 +133,9 @@ def compare_gradients(parameter: Tensor, expected: Tensor) -> None:
     assert float((parameter.grad - expected).abs().max()) <= 1e-4 * largest + 1e-7
 
 
-@pytest.mark.parametrize(("name", "unit"), [(name, unit) for name, unit in UNITS if name in GENERATORS])
-@all_budgets
+@pytest.mark.parametrize(
+    ("name", "unit", "budget"), [case for case in UNITS_AND_BUDGETS if case.values[0] in GENERATORS]
+)
 def test_generate_with_cache(name: str, unit: str, budget: dict[str, Any]) -> None:
     reference, pruned, _ = pair(name, head_unit=unit, **budget)
     inputs = inputs_for(reference, "left", generate=True)

@@ -46,51 +46,47 @@ def run_disturbed(file: Path, disturb: Disturb) -> int:
     return in_child(disturb, "run", "--config", file)[0]
 
 
-KILLS: dict[str, Disturb] = {
-    "estimation-before-any-checkpoint": at_step(2, KILL),
-    "estimation-after-a-checkpoint": at_step(5, KILL),
-    "estimation-in-its-second-epoch": at_step(9, KILL, "on_step_begin"),
-    "estimation-while-a-checkpoint-is-written": before(Trainer, "_save_optimizer_and_scheduler", KILL, 2),
-    "estimation-before-its-state-is-written": before(Estimator, "save_state", KILL, 2),
-    "estimation-over-but-not-saved": before(EstimationRecord, "save", KILL),
-    "between-estimation-and-plan": before(trainers, "leave_plan", KILL),
-    "planned-but-not-saved": before(PrunePlan, "save", KILL),
-    "between-plan-and-pruning": before(trainers, "leave_pruned", KILL),
-    "pruned-but-not-saved": before(LightModel, "save_pretrained", KILL),
-    "training-before-any-checkpoint": at_step(11, KILL),
-    "training-after-checkpoints": at_step(18, KILL),
-    "training-in-its-second-epoch": at_step(23, KILL),
-    "trained-but-not-saved": before(pipeline, "save_result", KILL),
-    "trained-but-not-noted": before(RunFolder, "_note", KILL, 3),
-    "between-training-and-evaluation": before(pipeline, "evaluate", KILL),
-    "in-evaluation": before(pipeline, "measure", KILL),
-    "evaluated-but-not-reported": before(pipeline, "report", KILL),
+KILLS: dict[str, dict[str, Disturb]] = {
+    "in estimation": {
+        "before any checkpoint": at_step(2, KILL),
+        "after a checkpoint": at_step(5, KILL),
+        "while a checkpoint is written": before(Trainer, "_save_optimizer_and_scheduler", KILL, 2),
+        "before its state is written": before(Estimator, "save_state", KILL),
+        "in its second epoch": at_step(9, KILL, "on_step_begin"),
+        "over but not saved": before(EstimationRecord, "save", KILL),
+    },
+    "at the cut": {
+        "between estimation and plan": before(trainers, "leave_plan", KILL),
+        "planned but not saved": before(PrunePlan, "save", KILL),
+        "between plan and pruning": before(pipeline, "leave_pruned", KILL),
+        "pruned but not saved": before(LightModel, "save_pretrained", KILL),
+        "before any checkpoint of training": at_step(11, KILL),
+    },
+    "at the cut, once": {"between plan and pruning": before(trainers, "leave_pruned", KILL)},
+    "in training and behind it": {
+        "after checkpoints": at_step(18, KILL),
+        "in its second epoch": at_step(23, KILL),
+        "trained but not saved": before(pipeline, "save_result", KILL),
+        "trained but not noted": before(RunFolder, "_note", KILL),
+        "between training and evaluation": before(pipeline, "evaluate", KILL),
+        "in evaluation": before(pipeline, "measure", KILL),
+        "evaluated but not reported": before(pipeline, "report", KILL),
+    },
 }
+"""Where unlucky runs are killed, one place after the other. Estimated already, a run plans and prunes by itself."""
 
 
 @pytest.mark.parametrize("name", KILLS)
 def test_killed_run_goes_on_to_the_same_end(bench: Workbench, undisturbed: dict[str, Any], name: str) -> None:
     """Plan, metrics and weights are bit-equal: batches depend on seed and epoch alone, the rest is in checkpoints."""
     file = bench.yaml(name, **SETTINGS)
-    assert run_disturbed(file, KILLS[name]) == -signal.SIGKILL
-    assert not (bench.folder / name / "metrics.json").exists()
+    for where, disturb in KILLS[name].items():
+        assert run_disturbed(file, disturb) == -signal.SIGKILL, where
+        assert not (bench.folder / name / "metrics.json").exists(), where
     assert lightpeft("run", "--config", file) == 0
     assert comparable(bench.folder / name) == undisturbed
     left = {path.name for path in (bench.folder / name).iterdir()}
     assert not {"checkpoints"} & left
-
-
-def test_run_killed_over_and_over_comes_to_the_same_end(bench: Workbench, undisturbed: dict[str, Any]) -> None:
-    file = bench.yaml("unlucky", **SETTINGS)
-    for disturb in (
-        at_step(4, KILL),
-        at_step(7, KILL),
-        at_step(14, KILL),
-        at_step(21, KILL),
-    ):
-        assert run_disturbed(file, disturb) == -signal.SIGKILL
-    assert lightpeft("run", "--config", file) == 0
-    assert comparable(bench.folder / "unlucky") == undisturbed
 
 
 def test_checkpoint_that_is_not_complete_is_skipped(bench: Workbench) -> None:

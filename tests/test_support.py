@@ -41,6 +41,7 @@ COMPILED = {"llama-gqa": "bottleneck"}
 """Compiling takes seconds: in an ordinary run one model; all with COMPILE=all in the environment."""
 
 every_model = pytest.mark.parametrize("name", MODELS)
+one_of_each_layout = pytest.mark.parametrize("name", LAYOUTS)
 
 
 def quick(check: str, kind: str, name: str) -> bool:
@@ -119,10 +120,11 @@ def test_a_table_is_put_between_its_markers() -> None:
 # Training
 
 
-every_kind_of_checkpointing = pytest.mark.parametrize(
-    ("name", "reentrant"), [*((name, False) for name in MODELS), *((name, True) for name in LAYOUTS)]
-)
-"""The default with every model, and PyTorch's older kind with one of each layout."""
+@pytest.fixture(params=[False, True], ids=["default", "reentrant"])
+def reentrant(request: pytest.FixtureRequest) -> bool:
+    """The kinds of PyTorch's checkpointing."""
+    kind: bool = request.param
+    return kind
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +150,7 @@ def assert_close(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert float((values[name] - gradient).abs().max()) <= 1e-4 * float(gradient.abs().max()) + 1e-8, name
 
 
-@every_kind_of_checkpointing
+@one_of_each_layout
 def test_gradient_checkpointing_after_pruning(name: str, reentrant: bool) -> None:
     model = with_lora(make(name))
     apply_plan(model, plan_for(model, **DROPPED))
@@ -158,7 +160,7 @@ def test_gradient_checkpointing_after_pruning(name: str, reentrant: bool) -> Non
     assert_close(gradients(model, inputs), expected)
 
 
-@every_kind_of_checkpointing
+@one_of_each_layout
 def test_gradient_checkpointing_during_estimation(name: str, reentrant: bool) -> None:
     model = with_lora(make(name))
     inputs = inputs_for(model)
@@ -172,7 +174,7 @@ def test_gradient_checkpointing_during_estimation(name: str, reentrant: bool) ->
     assert expected_masks.any() and relative_difference(masks.take_gradients().mean, expected_masks) < 1e-4
 
 
-@every_model
+@one_of_each_layout
 def test_float16(name: str) -> None:
     model = with_lora(make(name).half())
     plan = plan_for(model, **DROPPED)
