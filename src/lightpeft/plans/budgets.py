@@ -44,8 +44,9 @@ _FIRST = 0.3
 """r before anything was probed."""
 _LEAST_LEFT = 0.1
 """r at least, of a budget that says where to probe next."""
-_PROBES = 3
-"""Budgets that are probed at most."""
+_PROBES, _WITH_WITNESS = 3, 2
+"""Budgets that are probed at most: without a second witness, and with it, beside whom a third probe hardly ever changes
+what is found (docs/quality.md)."""
 
 
 def elsewhere(blocks: float) -> tuple[float, float]:
@@ -154,7 +155,7 @@ class BudgetSearch:
         likely = self._largest(lambda blocks: self._likely(blocks).upper)
         if not tried:
             return likely or self.grid[0]
-        if len(tried) == _PROBES:
+        if len(tried) == (_PROBES if self.points_a_nat is None else _WITH_WITNESS):
             return None
         if likely is None:
             return None if self.grid[0] in tried else self.grid[0]
