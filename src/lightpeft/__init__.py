@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightpeft.models.positions import cut_positions
     from lightpeft.models.vocabulary import cut_vocabulary
     from lightpeft.peft_kinds.bottleneck import BottleneckConfig
+    from lightpeft.peft_kinds.sites import fused_answers
     from lightpeft.plans.planning import make_plan
     from lightpeft.plans.records import EstimationRecord, PrunePlan
     from lightpeft.prune.discovery import ensure_family
@@ -51,6 +52,7 @@ _HOMES = {
     "export_model": "saved.exporting",
     "find_depth": "prune.reading",
     "full_width": "saved.full_width",
+    "fused_answers": "peft_kinds.sites",
     "light_tokenizer": "saved.light_adapter",
     "light_trainer": "recipe.trainer",
     "load_config": "config",
@@ -86,6 +88,7 @@ __all__ = [
     "export_model",
     "find_depth",
     "full_width",
+    "fused_answers",
     "light_tokenizer",
     "light_trainer",
     "load_config",

@@ -21,6 +21,7 @@ from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import fused_answers
 from lightpeft.tasks.tokens import IGNORED, Collator, take_rows, without_labels
 
 
@@ -74,7 +75,7 @@ class BatchedModel:
             with without_graph(self.model), autocasting(device, self.autocast):
                 return batch, self.model(**inputs, **nothing_kept)
 
-        with in_mode(self.model, training=False):
+        with in_mode(self.model, training=False), fused_answers(self.model):
             size = self.batch_size or fitting_batch_size(self.model, order, compute)
             batches = in_batches(order, compute, size)
             for rows, (batch, output) in bars.progress(batches, math.ceil(len(order) / size), description):
@@ -84,7 +85,7 @@ class BatchedModel:
         """What the model writes behind every row's tokens: see `generate_texts`."""
         _require_rows(encoded)
         assert self.collator.tokenizer is not None
-        with in_mode(self.model, training=False):
+        with in_mode(self.model, training=False), fused_answers(self.model):
             return generate_texts(
                 self.model,
                 encoded["input_ids"][:],

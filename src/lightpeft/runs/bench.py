@@ -37,6 +37,7 @@ from lightpeft.machine import autocast_dtype
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.peft_kinds.sites import fused_answers
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling import (
     OptimizerFactory,
@@ -315,16 +316,18 @@ class Subject:
         with self._as_trained() as batches:
             return _samples(self.batches) / sum(self._train(batches))
 
-    def inference(self, batch_size: int | None = None, merged: bool = True) -> float:
+    def inference(self, batch_size: int | None = None, merged: bool = True, fused: bool = False) -> float:
         """Inference samples a second.
 
         Args:
             batch_size: rows a batch; None: as in training.
             merged: with PEFT merged into the weights, where that can be done.
+            fused: with LoRA in few steps, as `evaluate` and `predict` have it.
         """
         model = self._merged if merged else self.model
         batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
-        return _samples(batches) / sum(measure_inference(model, batches, autocast=self.autocast))
+        with fused_answers(model) if fused else nullcontext():
+            return _samples(batches) / sum(measure_inference(model, batches, autocast=self.autocast))
 
     @cached_property
     def _merged(self) -> nn.Module:

@@ -5,6 +5,7 @@ are found by type, never by their names.
 """
 
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
+from lightpeft.peft_kinds.sites.answering import fused_answers
 from lightpeft.peft_kinds.sites.base import Site, peft_parts
 from lightpeft.peft_kinds.sites.config_file import LIGHT_TYPE, hide_config, read_config
 from lightpeft.peft_kinds.sites.fused import fused_lora
@@ -37,6 +38,7 @@ __all__ = [
     "drop_reference",
     "find_sites",
     "for_one_thread",
+    "fused_answers",
     "fused_lora",
     "hide_config",
     "module_name",

@@ -79,7 +79,7 @@ class _Fused:
         self.layer, self.otherwise, self.casts = layer, otherwise, casts
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        adapter = None if args or kwargs else self._plain_adapter()
+        adapter = None if args or kwargs else plain_adapter(self.layer)
         dtype = self._dtype(x, adapter) if adapter is not None else None
         if adapter is None or dtype is None:
             return self.otherwise(x, *args, **kwargs)
@@ -91,24 +91,24 @@ class _Fused:
         weight = base if isinstance(base, LinearOnDisk) else base.weight
         return _LoraLinear.apply(self.casts.of(x, dtype), dropped, weight, base.bias, down, up, layer.scaling[adapter])
 
-    def _plain_adapter(self) -> str | None:
-        """The one adapter that is added to the frozen layer, and nothing else."""
-        layer = self.layer
-        adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-        if len(adapters) != 1 or layer.disable_adapters or layer.merged or adapters[0] in layer.lora_variant:
-            return None
-        base, down, up = layer.base_layer, layer.lora_A[adapters[0]], layer.lora_B[adapters[0]]
-        frozen = not any(parameter.requires_grad for parameter in base.parameters())
-        linear = type(base) in (nn.Linear, LinearOnDisk) and type(down) is type(up) is nn.Linear
-        plain = linear and all(_bare(part) for part in (base, down, up))
-        return adapters[0] if frozen and plain and down.bias is None and up.bias is None else None
-
     def _dtype(self, x: Tensor, adapter: str) -> torch.dtype | None:
         """What PEFT would compute all of it in; None where the parts would differ."""
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
         weights = (self.layer.base_layer.weight, self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight)
         return x.dtype if all(weight.dtype == x.dtype for weight in weights) else None
+
+
+def plain_adapter(layer: LoraLinear) -> str | None:
+    """The one adapter that is added to the frozen layer, and nothing else; None: there is more to it."""
+    adapters = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(adapters) != 1 or layer.disable_adapters or layer.merged or adapters[0] in layer.lora_variant:
+        return None
+    base, down, up = layer.base_layer, layer.lora_A[adapters[0]], layer.lora_B[adapters[0]]
+    frozen = not any(parameter.requires_grad for parameter in base.parameters())
+    linear = type(base) in (nn.Linear, LinearOnDisk) and type(down) is type(up) is nn.Linear
+    plain = linear and all(_bare(part) for part in (base, down, up))
+    return adapters[0] if frozen and plain and down.bias is None and up.bias is None else None
 
 
 def _bare(linear: nn.Linear) -> bool:
