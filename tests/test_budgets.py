@@ -121,6 +121,27 @@ def test_what_others_lost_stands_beside_a_probe() -> None:
     assert min(first, second) >= 1 and max(first, second) == 2, "no third one is asked for"
 
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+PUBLISHED = ["movie_reviews/auto", "glue/budgets", "glue/presets", "auto/encoders", "auto/decoders"]
+
+
+@pytest.mark.parametrize("grid", PUBLISHED)
+def test_published_searches_find_the_same_again(grid: str) -> None:
+    """By what their probes said, of which some had one more than would be asked for now."""
+    replayed = 0
+    for cell, report in read(CONFIGS / f"{grid}.results.json")["reports"].items():
+        budget = report.get("budget")
+        if not budget or not budget["probed"]:
+            continue
+        before = {each["blocks"]: each["rise"] for each in budget["before"]}
+        again = {each["blocks"]: rises(each["after"], each["error"]) for each in budget["probed"]}
+        search = BudgetSearch(before, budget["tolerance"], points_a_nat=budget["points_a_nat"])
+        assert search.run(again.__getitem__) == budget["blocks"], cell
+        assert len(search.probed) <= (3 if budget["points_a_nat"] is None else 2)
+        replayed += 1
+    assert replayed
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     cost=st.floats(-1, 20),

@@ -41,7 +41,6 @@ COMPILED = {"llama-gqa": "bottleneck"}
 """Compiling takes seconds: in an ordinary run one model; all with COMPILE=all in the environment."""
 
 every_model = pytest.mark.parametrize("name", MODELS)
-one_of_each_layout = pytest.mark.parametrize("name", LAYOUTS)
 
 
 def quick(check: str, kind: str, name: str) -> bool:
@@ -120,11 +119,10 @@ def test_a_table_is_put_between_its_markers() -> None:
 # Training
 
 
-@pytest.fixture(params=[False, True], ids=["default", "reentrant"])
-def reentrant(request: pytest.FixtureRequest) -> bool:
-    """The kinds of PyTorch's checkpointing."""
-    kind: bool = request.param
-    return kind
+every_kind_of_checkpointing = pytest.mark.parametrize(
+    ("name", "reentrant"), [*((name, False) for name in MODELS), *((name, True) for name in LAYOUTS)]
+)
+"""The default with every model, and PyTorch's older kind with one of each layout."""
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,7 +148,7 @@ def assert_close(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert float((values[name] - gradient).abs().max()) <= 1e-4 * float(gradient.abs().max()) + 1e-8, name
 
 
-@one_of_each_layout
+@every_kind_of_checkpointing
 def test_gradient_checkpointing_after_pruning(name: str, reentrant: bool) -> None:
     model = with_lora(make(name))
     apply_plan(model, plan_for(model, **DROPPED))
@@ -160,7 +158,7 @@ def test_gradient_checkpointing_after_pruning(name: str, reentrant: bool) -> Non
     assert_close(gradients(model, inputs), expected)
 
 
-@one_of_each_layout
+@every_kind_of_checkpointing
 def test_gradient_checkpointing_during_estimation(name: str, reentrant: bool) -> None:
     model = with_lora(make(name))
     inputs = inputs_for(model)
@@ -174,7 +172,7 @@ def test_gradient_checkpointing_during_estimation(name: str, reentrant: bool) ->
     assert expected_masks.any() and relative_difference(masks.take_gradients().mean, expected_masks) < 1e-4
 
 
-@one_of_each_layout
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_float16(name: str) -> None:
     model = with_lora(make(name).half())
     plan = plan_for(model, **DROPPED)

@@ -32,9 +32,8 @@ import numpy as np
 from torch import Tensor
 
 STEP, MOST = 0.05, 0.6
-"""Budgets are multiples of the first, and no more than the second is found: 80% cost classifiers that
-had learned their task three points or more, and a probe, made when a model has hardly begun to, does not always see
-that."""
+"""Budgets are multiples of the first, and no more than the second is found: 80% cost classifiers that had learned their
+task three points or more, and a probe, made when a model has hardly begun to, does not always see that."""
 CONFIDENCE = 0.8
 """That what is lost stays below its upper bound."""
 _SIDE = NormalDist().inv_cdf(CONFIDENCE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightpeft.compat.torch import changes_of
 from lightpeft.models.patching import instead
-from lightpeft.peft_kinds.sites.fused import plain_adapter
+from lightpeft.peft_kinds.sites.fused import computed_in, plain_adapter
 
 _SEEN = "_lightpeft_inner"
 """Attribute of an input: what A gives for it, of all layers that may read it. So it is the input's and its thread's."""
@@ -31,8 +31,9 @@ def fused_answers(model: nn.Module) -> Iterator[None]:
 
     That holds in evaluation mode where no gradients are asked for; the model gives what PEFT gives but for the order of
     rounding. Inside the block weights must stay as they are, and no hook may be put on a layer's parts. What has
-    something more to it is left to PEFT: DoRA and other variants, trained biases, quantised layers, several, merged or
-    disabled adapters, hooks, and weights of another data type than the computation. Any thread may ask the model.
+    something more to it is left to PEFT: DoRA and other variants, trained biases, quantised layers and those on disk,
+    several, merged or disabled adapters, hooks, and weights of another data type than the computation. Any thread may
+    ask the model.
 
     Args:
         model: a PeftModel, or a model that holds one.
@@ -63,10 +64,7 @@ class _Inner:
 
     def __init__(self, layers: Sequence[LoraLinear]) -> None:
         downs = [layer.lora_A[layer.active_adapters[0]].weight for layer in layers]
-        ends = [0]
-        for down in downs:
-            ends.append(ends[-1] + len(down))
-        self.places = list(pairwise(ends))
+        self.places = list(pairwise(accumulate(map(len, downs), initial=0)))
         self.down = torch.cat([down.detach() for down in downs]).T  # [in, ranks of all]
 
     def of(self, x: Tensor, dtype: torch.dtype, place: int) -> tuple[Tensor, Tensor]:
@@ -105,10 +103,10 @@ class _Answer:
         base, up = layer.base_layer, layer.lora_B[self.adapter].weight.detach()
         self.weight, self.bias, self.up = base.weight, base.bias, up.T  # [rank, out]
         self.scaling = layer.scaling[self.adapter]
-        self.alike = self.weight.dtype == up.dtype == layer.lora_A[self.adapter].weight.dtype
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dtype = None if args or kwargs or torch.is_grad_enabled() or self._changed() else self._dtype(x)
+        left = args or kwargs or torch.is_grad_enabled() or self._changed()
+        dtype = None if left else computed_in(x, self.weight, self.inner.down, self.up)
         if dtype is None:
             return self.otherwise(x, *args, **kwargs)
         rows, inner = self.inner.of(x, dtype, self.place)
@@ -125,9 +123,3 @@ class _Answer:
         layer = self.layer
         other = layer.training or layer.disable_adapters or layer.merged_adapters
         return bool(other) or layer.active_adapters != [self.adapter]
-
-    def _dtype(self, x: Tensor) -> torch.dtype | None:
-        """What PEFT would compute all of it in; None where the parts would differ."""
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        return x.dtype if self.alike and x.dtype == self.weight.dtype else None

@@ -79,24 +79,25 @@ class _Fused:
         self.layer, self.otherwise, self.casts = layer, otherwise, casts
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        adapter = None if args or kwargs else plain_adapter(self.layer)
-        dtype = self._dtype(x, adapter) if adapter is not None else None
-        if adapter is None or dtype is None:
-            return self.otherwise(x, *args, **kwargs)
         layer = self.layer
-        down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        adapter = None if args or kwargs else plain_adapter(layer)
+        if adapter is None:
+            return self.otherwise(x, *args, **kwargs)
+        base, down, up = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        dtype = computed_in(x, base.weight, down, up)
+        if dtype is None:
+            return self.otherwise(x)
         dropout = layer.lora_dropout[adapter]
         dropped = dropout(x).to(dtype) if layer.training and not isinstance(dropout, nn.Identity) else None
-        base = layer.base_layer
         weight = base if isinstance(base, LinearOnDisk) else base.weight
         return _LoraLinear.apply(self.casts.of(x, dtype), dropped, weight, base.bias, down, up, layer.scaling[adapter])
 
-    def _dtype(self, x: Tensor, adapter: str) -> torch.dtype | None:
-        """What PEFT would compute all of it in; None where the parts would differ."""
-        if torch.is_autocast_enabled(x.device.type):
-            return torch.get_autocast_dtype(x.device.type)
-        weights = (self.layer.base_layer.weight, self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight)
-        return x.dtype if all(weight.dtype == x.dtype for weight in weights) else None
+
+def computed_in(x: Tensor, *weights: Tensor) -> torch.dtype | None:
+    """The data type that PEFT would compute all of a layer in; None where its parts would differ."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype if all(weight.dtype == x.dtype for weight in weights) else None
 
 
 def plain_adapter(layer: LoraLinear) -> str | None:
