@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
+from lightpeft.peft_kinds.sites import fused_answers
 
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model's forward; with `labels` wherever a loss is needed."""
@@ -53,7 +54,7 @@ def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype 
         LightPeftError: the model returned none, or one that is not finite.
     """
     device = device_of(model)
-    with in_mode(model, training=False), autocasting(device, autocast):
+    with in_mode(model, training=False), fused_answers(model), autocasting(device, autocast):
         losses = torch.stack([loss_of(model, moved(batch, device)).double().cpu() for batch in batches])
     require(bool(losses.isfinite().all()), "the model's loss is NaN or infinite; train at a lower learning rate")
     return losses
