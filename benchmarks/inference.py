@@ -26,20 +26,20 @@ from lightpeft.runs.bench import Subject, Worker
 BATCHES = (1, 32)
 """Rows at a time."""
 KINDS = {
-    "plain, merged": ("plain", True, False),
-    "plain, unmerged": ("plain", False, False),
-    "light, merged": ("light", True, False),
-    "light, unmerged": ("light", False, False),
-    "light, unmerged, in few steps": ("light", False, True),
+    "plain, merged": ("plain", "merged"),
+    "plain, unmerged": ("plain", "beside"),
+    "light, merged": ("light", "merged"),
+    "light, unmerged": ("light", "beside"),
+    "light, unmerged, in few steps": ("light", "fused"),
 }
-"""By name: the subject, whether PEFT is merged, and whether LoRA takes few steps (`fused_answers`); the first is what
-the others are compared with."""
+"""By name: the subject, and how it has its PEFT (`Subject.inference`); the first is what the others are compared with.
+"""
 
 
 def subjects_of(config: RunConfig) -> subjects.Subjects:
     """Plain PEFT and the pruned model of one run."""
     run = subjects.pruned(config, Path("runs") / "inference" / Path(config.output).name)
-    return {name: (subject, run) for name, (subject, *_) in KINDS.items()}
+    return {name: (subject, run) for name, (subject, _) in KINDS.items()}
 
 
 def measure(found: subjects.Subjects, rounds: int, steps: int) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def measure(found: subjects.Subjects, rounds: int, steps: int) -> dict[str, Any]
         caches = {name: worker.measure("fixed")["kv_cache_bytes_per_token"] for name, worker in workers.items()}
         values = {}
         for size in BATCHES:
-            calls = {n: partial(worker.measure, "inference", size, *KINDS[n][1:]) for n, worker in workers.items()}
+            calls = {n: partial(worker.measure, "inference", size, KINDS[n][1]) for n, worker in workers.items()}
             values[size] = alternate(calls, rounds)
     return {
         "samples_per_second": {

@@ -190,7 +190,7 @@ def test_unmerged_inference_goes_through_the_modules(bench: Workbench, report: d
         if hasattr(module, "lora_A"):
             module.register_forward_hook(lambda *_: calls.append(1))
     assert subject.inference(1) > 0 and not calls
-    assert subject.inference(1, merged=False) > 0 and calls
+    assert subject.inference(1, "beside") > 0 and calls
 
 
 def test_subjects_are_what_they_say(bench: Workbench, report: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -316,17 +316,17 @@ class Subject:
         with self._as_trained() as batches:
             return _samples(self.batches) / sum(self._train(batches))
 
-    def inference(self, batch_size: int | None = None, merged: bool = True, fused: bool = False) -> float:
+    def inference(self, batch_size: int | None = None, peft: Literal["merged", "beside", "fused"] = "merged") -> float:
         """Inference samples a second.
 
         Args:
             batch_size: rows a batch; None: as in training.
-            merged: with PEFT merged into the weights, where that can be done.
-            fused: with LoRA in few steps, as `evaluate` and `predict` have it.
+            peft: merged into the weights, where that can be done; beside them, as PEFT computes it; or, of LoRA, fused
+                into few steps, as `evaluate` and `predict` have it.
         """
-        model = self._merged if merged else self.model
+        model = self._merged if peft == "merged" else self.model
         batches = sample_batches(self.work, len(self.batches), batch_size) if batch_size else self.batches
-        with fused_answers(model) if fused else nullcontext():
+        with fused_answers(model) if peft == "fused" else nullcontext():
             return _samples(batches) / sum(measure_inference(model, batches, autocast=self.autocast))
 
     @cached_property
