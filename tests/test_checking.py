@@ -209,7 +209,9 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
 def test_a_model_without_gradient_checkpointing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is not told to, and nothing begins where it is asked to."""
     bench = Workbench(tmp_path, "mpnet")
-    found = check(pipeline.prepare(bench.config("run")), 1)
+    work = pipeline.prepare(bench.config("run"))
+    whole = check(work)
+    found = check(work, whole.available - whole.left + 1)
     assert found.instead and not any("checkpointing" in name for name in found.instead)
     capsys.readouterr()
     asked = ("--method", "plain", "--training.gradient_checkpointing", "true")
@@ -222,12 +224,24 @@ def test_a_model_without_gradient_checkpointing(tmp_path: Path, capsys: pytest.C
 def test_evaluation_that_does_not_fit(tmp_path: Path) -> None:
     """Where evaluation is the largest stage, it is what is made smaller; all is tried where nothing is enough."""
     settings = {"training.batch_size": 2, "training.eval_batch_size": 64}
-    found = check(pipeline.prepare(Workbench(tmp_path).config("run", **settings)), 1)
+    work = pipeline.prepare(Workbench(tmp_path).config("run", **settings))
+    whole = check(work)
+    found = check(work, whole.available - whole.left + 1)
     assert found.largest == "evaluate"
     sizes = list(found.instead.values())
     assert sizes[-1] < sizes[0] <= found.stages["evaluate"].holding.total
     assert any(name.startswith("batches of 1 and 2 passes a step") for name in found.instead)
     assert list(found.instead)[-1].endswith("1 rows in evaluation")
+
+
+def test_weights_that_do_not_fit_by_themselves(tmp_path: Path) -> None:
+    """No batch is small enough, so that none is tried."""
+    work = pipeline.prepare(Workbench(tmp_path).config("run"))
+    whole = check(work)
+    found = check(work, whole.available - whole.left)
+    assert not found.fits and not found.instead and found.left == 0
+    assert any("by themselves, whatever the batch" in line for line in found.summary())
+    assert not any("by themselves" in line for line in whole.summary())
 
 
 @pytest.mark.parametrize(

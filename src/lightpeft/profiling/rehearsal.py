@@ -48,6 +48,11 @@ class Holding:
     """Floating-point operations of one step."""
 
     @property
+    def fixed(self) -> int:
+        """What no other batch makes smaller."""
+        return self.weights + self.trained
+
+    @property
     def total(self) -> int:
         """All of it."""
         return self.weights + self.trained + self.activations + self.overhead

@@ -58,7 +58,7 @@ class Check:
     longest_estimation: int
     """Steps that estimation may take, where it teaches too little in fewer."""
     instead: dict[str, int]
-    """Where it does not fit: settings -> bytes that the largest stage takes with them."""
+    """Where it does not fit: settings -> bytes that the largest stage takes with them; none where nothing is `left`."""
 
     @property
     def largest(self) -> str:
@@ -74,6 +74,11 @@ class Check:
     def fits(self) -> bool:
         """Whether the run's stages fit into the device's memory."""
         return self.stages[self.largest].holding.total <= self.available
+
+    @property
+    def left(self) -> int:
+        """Bytes of the device's memory beside the weights and what trains, in the stage that has most of these."""
+        return self.available - max(self.stages[name].holding.fixed for name in self.own)
 
     @property
     def flops_of_plain(self) -> float:
@@ -96,6 +101,9 @@ class Check:
         yield f"the largest stage, {self.largest}, takes {need / 2**30:.1f} GiB and {verdict} the {room} that there are"
         for settings, size in self.instead.items():
             yield f"  with {settings}: {size / 2**30:.1f} GiB"
+        if self.left <= 0:
+            alone = f"weights, and what trains, take {(self.available - self.left) / 2**30:.1f} GiB by themselves"
+            yield f"  {alone}, whatever the batch: set model.quantise, or model.low_memory"
         if self.prefix_bytes:
             yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache says where)"
         if "train" in self.stages:
@@ -140,7 +148,7 @@ def check(work: Workspace, available: int | None = None, *, measure: bool = Fals
         stages = {name: replace(need, seconds=_times(need, seconds.get(name))) for name, need in stages.items()}
     rows, tokens = rehearsal.shapes["input_ids"][0][:2]
     found = Check(stages, rows, tokens, prefix, available, _longest_estimation(work), {})
-    return found if found.fits else replace(found, instead=dict(_smaller(work, available)))
+    return found if found.fits or found.left <= 0 else replace(found, instead=dict(_smaller(work, available)))
 
 
 def _own_stages(work: Workspace, rehearsal: Rehearsal) -> tuple[dict[str, Need], int]:
