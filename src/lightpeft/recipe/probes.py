@@ -21,7 +21,7 @@ LEAST_STEPS, MOST_STEPS = 8, 64
 """From some 20 on, more of them hardly leave less of what a cut costs."""
 HELD_PART = 0.035
 """Rows that are set aside, as a part of all that the run's steps see. With this, and with probes of one whole model and
-of one or two cut ones, finding a budget takes a seventh to a fifth of a run of plain PEFT."""
+of one or two cut ones, finding a budget takes a seventh of a run of plain PEFT, or less."""
 LEAST_HELD, MOST_HELD = 128, 1024
 _MOST_OF_ROWS = 1 / 4
 """Part of the rows that may be set aside."""
