@@ -110,7 +110,8 @@ def find_budget(
     # a cut of ranks throws away what they have learned, which hides all else
     light = replace(light, ranks=0.0, modules=0.0)
     gone = gone_before(record)
-    plans = dict(nested_plans(record, replace(light, blocks=None), [gone + part * (1 - gone) for part in PARTS]))
+    parts = [round(gone + part * (1 - gone), 3) for part in PARTS]
+    plans = dict(nested_plans(record, replace(light, blocks=None), parts))
     part = max(_FEW, _LEAST_ROWS / max(len(probe.rows), 1))
     few = probe.held[: max(_LEAST_BATCHES, round(part * len(probe.held)))]
     dense, curve = loss_curve(model, record, plans, few, probe.autocast)
