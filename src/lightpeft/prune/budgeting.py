@@ -23,7 +23,7 @@ from lightpeft.prune.probing import Probe
 
 PARTS = (0.2, 0.4, 0.6)
 """Of the blocks that are there, what is cut to see the rise of the loss before anything trains; between them it lies on
-a line. More is hardly ever found (`plans.budgets.MOST`)."""
+a line. No more than the last is found of a model that has all of its blocks (`plans.budgets.MOST`)."""
 _FEW, _LEAST_ROWS, _LEAST_BATCHES = 1 / 4, 128, 8
 """Part of the rows that tell this rise, which is many times what is left of it, and what they are at least."""
 
