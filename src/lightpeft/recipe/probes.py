@@ -22,7 +22,7 @@ LEAST_STEPS, MOST_STEPS = 8, 64
 HELD_PART = 0.035
 """Rows that are set aside, as a part of all that the run's steps see. With this, and with probes of one whole model and
 of one or two cut ones, finding a budget takes a seventh of an encoder's run of plain PEFT. The least numbers here make
-that more of a run of few steps: a third of one of 250, all of one of 63."""
+that more of a run of few steps: a fifth to a third of one of 250, all of one of 63."""
 LEAST_HELD, MOST_HELD = 128, 1024
 _MOST_OF_ROWS = 1 / 4
 """Part of the rows that may be set aside."""
