@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 from workbench import SIZES, Workbench, completions, labelled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
-from lightpeft.config import Tolerance
+from lightpeft.config import Tolerance, preset_light
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans import budgets
 from lightpeft.plans.budgets import BudgetSearch
@@ -33,8 +33,9 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import losses_of
 from lightpeft.prune import budgeting
 from lightpeft.prune.budgeting import PARTS, find_budget
-from lightpeft.prune.probing import Probe, sharing_frozen
-from lightpeft.recipe.probes import why_unmeasured
+from lightpeft.prune.probing import Probe
+from lightpeft.prune.surgery import cut_copy
+from lightpeft.recipe.probes import sizes_of, why_unmeasured
 from lightpeft.runs import pipeline
 from lightpeft.runs.report import page
 from lightpeft.runs.report.facts import read_run
@@ -44,7 +45,7 @@ from lightpeft.tasks import Answers, ClassificationTask, answers_are_classes, po
 from lightpeft.tasks.metrics import METRICS
 
 FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
-AUTO = {**FISHER, "light.blocks": "auto"}
+AUTO = {**FISHER, "light.blocks": "auto", "light.search_fraction": 100.0}
 LIGHT = LightConfig(
     blocks="auto",
     length=30,
@@ -52,7 +53,10 @@ LIGHT = LightConfig(
     head_criterion="fisher",
     neuron_criterion="fisher",
     learning_rate_scale=1.0,
+    search_fraction=100.0,  # of trainings that are hardly longer than a probe
 )
+
+HALF = Tolerance(0.5, "nats")
 
 # -- the search ----------------------------------------------------------------------------------------------------
 
@@ -354,7 +358,7 @@ def test_a_probe_leaves_the_model_and_random_numbers_alone(name: str) -> None:
 
 def test_copies_share_what_is_frozen() -> None:
     model = with_lora(make("bert"))
-    shadow = dict(sharing_frozen(model).named_parameters())
+    shadow = dict(cut_copy(model, None).named_parameters())
     for name, parameter in model.named_parameters():
         assert (parameter.data_ptr() == shadow[name].data_ptr()) != parameter.requires_grad, name
 
@@ -434,7 +438,7 @@ def test_a_model_that_has_learned_nothing_keeps_everything() -> None:
     model = with_lora(make("bert"))
     for parameter in (model.get_base_model().classifier.modules_to_save["default"].weight,):
         parameter.data.zero_()  # all answers are alike, whatever is cut
-    found = find_budget(model, random_record(model), LIGHT, probe_of(model), 0.5)
+    found = find_budget(model, random_record(model), LIGHT, probe_of(model), HALF)
     assert found.blocks == 0.0 and not found.probed and "taught too little to tell" in found.summary()
     assert json.dumps(found.facts())
 
@@ -446,7 +450,7 @@ def test_a_model_no_better_than_frequencies_keeps_everything(monkeypatch: pytest
     dense = float(losses_of(model, probe.held, None).mean())
     for times, learned in ((1.01, 0.0099), (2.0, 0.5)):
         monkeypatch.setattr(budgeting, "chance_of", lambda *_, chance=dense * times: chance)
-        found = find_budget(model, record, LIGHT, probe, 0.5)
+        found = find_budget(model, record, LIGHT, probe, HALF)
         assert found.learned == pytest.approx(learned, abs=1e-3)
         assert ("hardly better than an answer by the frequencies" in found.summary()) == (learned < 0.05)
         assert learned > 0.05 or (found.blocks == 0.0 and not found.probed)
@@ -588,6 +592,8 @@ def test_stage_by_stage_depth_is_cut_once(tmp_path: Path, monkeypatch: pytest.Mo
         ({"light.tolerance": "nan nats"}, "light.tolerance"),
         ({"light.tolerance": "much"}, "for example"),
         ({"light.length": "auto"}, "length: auto compares plans"),
+        ({"light.search_fraction": 0.0}, "search_fraction is 0"),
+        ({"light.search_fraction": float("nan")}, "search_fraction"),
     ],
 )
 def test_bad_input_in_one_line(
@@ -642,8 +648,123 @@ def test_where_nobody_asked_what_cannot_be_measured_is_not_cut(
     ],
 )
 def test_why_a_budget_cannot_be_measured(trainer: dict[str, Any], why: str | None) -> None:
-    found = why_unmeasured(SimpleNamespace(**{"_shards": False, "_in_deepspeed": False, **trainer}))
+    found = why_unmeasured(SimpleNamespace(**{"_shards": False, "_in_deepspeed": False, **trainer}), None)
     assert found is None if why is None else why in str(found)
+
+
+# -- what a search takes -------------------------------------------------------------------------------------------
+
+
+def told(rows: int, unit: str = "points", batch: int = 16, accumulation: int = 1, **light: Any) -> Any:
+    """A stand-in for a trainer of so many rows."""
+    return SimpleNamespace(
+        _shards=False,
+        _in_deepspeed=False,
+        train_dataset=range(rows),
+        args=SimpleNamespace(train_batch_size=batch, gradient_accumulation_steps=accumulation, world_size=1),
+        light_config=preset_light("auto", **light),
+        light_tolerance=lambda: Tolerance(1, unit),  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "epochs", "unit", "light", "probes"),
+    [
+        (20_000, 3, "points", {}, 2),
+        (2_000, 2, "points", {}, 2),
+        (1_750, 2, "points", {}, 1),
+        (1_000, 1, "points", {}, 0),
+        (1_000, 1, "nats", {}, 0),
+        (1_800, 2, "points", {"module_blocks": 1.0}, 0),
+        (1_000, 1, "points", {"search_fraction": 1.0}, 2),
+        (20_000, 3, "nats", {}, 2),
+    ],
+)
+def test_no_search_takes_more_than_it_may(
+    rows: int, epochs: int, unit: str, light: dict[str, Any], probes: int
+) -> None:
+    """Of a model whose first probe leaves the tolerance half empty, so that a second one is asked for."""
+    trainer, steps = told(rows, unit, **light), rows * epochs // 16
+    sizes, cost = sizes_of(trainer, trainer.light_config, steps)
+    assert sizes.aside >= 128 and sizes.steps >= 8
+    reason = why_unmeasured(trainer, steps)
+    assert (reason is None) == (cost.least <= cost.most) == (probes > 0)
+    if reason is not None:
+        assert f"of plain PEFT's run of {steps} steps, and light.search_fraction allows 15%" in reason
+        return
+    before = {place: 0.2 * place for place in PLACES}
+    search = BudgetSearch(before, 0.02, points_a_nat=50.0 if unit == "points" else None)
+    search.run(lambda blocks: rises(0.1 * blocks**2, 0.001), cost.allows)
+    probed = [each.blocks for each in search.probed]
+    assert len(probed) == probes
+    assert cost.of_plain(probed) <= trainer.light_config.search_fraction
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.integers(512, 100_000),
+    epochs=st.integers(1, 40),
+    batch=st.integers(1, 64),
+    accumulation=st.integers(1, 4),
+    unit=st.sampled_from(["points", "nats"]),
+    gone=st.floats(0, 0.9),
+)
+def test_what_a_search_takes_is_what_it_goes_through(
+    rows: int, epochs: int, batch: int, accumulation: int, unit: str, gone: float
+) -> None:
+    trainer = told(rows, unit, batch, accumulation)
+    sizes, cost = sizes_of(trainer, trainer.light_config, max(1, rows * epochs // (batch * accumulation)), gone)
+    assert cost.trained == sizes.steps * batch * accumulation and cost.few <= cost.held == sizes.aside <= rows // 4
+    assert cost.of_plain([gone]) >= cost.of_plain([gone + 0.5 * (1 - gone)]) >= cost.of_plain([]) > 0
+    assert cost.of_plain([gone]) == pytest.approx((1 - gone) * replace(cost, gone=0.0).of_plain([0.0]))
+
+
+def test_passes_of_a_search_are_those_that_it_makes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rows that the model and its copies are called with are counted, and are those of the count."""
+    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
+    rows: dict[str, int] = {"forward": 0, "trained": 0}
+    find = type(trainer).find_light_budget
+
+    def watched(self: Any, *args: Any) -> Any:
+        handle = torch.nn.modules.module.register_module_forward_hook(counted)
+        try:
+            return find(self, *args)
+        finally:
+            handle.remove()
+
+    def counted(module: Any, args: Any, output: Any) -> None:
+        if type(module).__name__ == "BertForSequenceClassification":
+            rows["trained" if output.logits.requires_grad else "forward"] += len(output.logits)
+
+    monkeypatch.setattr(type(trainer), "find_light_budget", watched)
+    trainer.train()
+    found = trainer.light_budget
+    assert found is not None and found.probed
+    copies = 1 + len(found.probed)
+    _, cost = sizes_of(trainer, LIGHT, 60)
+    assert rows["trained"] == copies * cost.trained
+    assert rows["forward"] == copies * cost.held + cost.few * (1 + len(PARTS))
+    assert found.of_plain == cost.of_plain([each.blocks for each in found.probed])
+
+
+def test_a_run_too_short_for_a_search_is_refused_or_cuts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused where somebody asked, before anything is written; else it says so, and is a run."""
+    bench = Workbench(tmp_path)
+    write_rows(bench.train, labelled(600, seed=1))
+    asked = {**FISHER, "light.blocks": "auto", "training.epochs": 1}
+    assert lightpeft("run", "--config", bench.yaml("asked", **asked)) == 2
+    said = capsys.readouterr().err
+    assert "of plain PEFT's run of 75 steps, and light.search_fraction allows 15%; give light.blocks as" in said
+    assert not (tmp_path / "asked").exists()
+    settings = {**bench.settings(**{"training.epochs": 1}), "light": {"length": 4, "least_examples": 0}}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    assert lightpeft("run", "--config", file, "--output", tmp_path / "run") == 0
+    assert "nothing of the blocks goes: light.blocks: auto would take" in capsys.readouterr().err
+    found = read(tmp_path / "run/budget.json")
+    assert found["blocks"] == 0.0 and "75 steps" in found["unmeasured"] and found["seconds"] < 1
 
 
 def test_too_few_rows_are_refused_before_anything_is_written(tmp_path: Path) -> None:

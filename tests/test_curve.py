@@ -1,4 +1,4 @@
-"""What each budget would cost: nested cuts, losses that masks give, and the command that shows them."""
+"""What each budget would cost: nested cuts, their losses, and the command that shows them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import inputs_for, make, plan_for, random_record, refusal, with_lora, zero_pruned_ranks
+from tiny import inputs_for, make, plan_for, random_record, refusal, with_lora
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import Budget, apply_plan
@@ -73,7 +73,7 @@ def test_losses_are_those_of_the_cut_model(name: str) -> None:
     batches = [inputs_for(model, labels=True, seed=seed) for seed in range(3)]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plans = dict(nested_plans(record, BUDGET, [0.2, 0.5]))
-    dense, points = loss_curve(model, record, plans, batches)
+    dense, points = loss_curve(model, plans, batches)
     assert all(before[key].equal(value) for key, value in model.state_dict().items())
     assert dense == pytest.approx(mean_loss(model, batches), abs=1e-6)
     for point in points:
@@ -90,22 +90,10 @@ def mean_loss(model: Any, batches: list[dict[str, Any]]) -> float:
     return sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
 
 
-def test_ranks_stay_whatever_the_budget_says_of_them() -> None:
-    model = with_lora(make("bert"))
-    record, batches = random_record(model), [inputs_for(model, labels=True, seed=seed) for seed in range(2)]
-    _, (whole,) = loss_curve(model, record, dict(nested_plans(record, BUDGET, [0.3])), batches)
-    fewer = replace(BUDGET, ranks=0.5, modules=0.5)
-    plans = dict(nested_plans(record, fewer, [0.3]))
-    _, (same,) = loss_curve(model, record, plans, batches)
-    assert same.loss == whole.loss
-    zero_pruned_ranks(model, plans[0.3])
-    assert loss_curve(model, record, plans, batches)[1][0].loss != whole.loss
-
-
 def test_one_batch_says_nothing_of_its_spread() -> None:
     model = with_lora(make("bert"))
-    record, plan = random_record(model), plan_for(model)
-    assert "two batches" in refusal(lambda: loss_curve(model, record, {0.3: plan}, [inputs_for(model, labels=True)]))
+    plan = plan_for(model)
+    assert "two batches" in refusal(lambda: loss_curve(model, {0.3: plan}, [inputs_for(model, labels=True)]))
 
 
 # -- times -------------------------------------------------------------------------------------------------------------
@@ -152,6 +140,17 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert lightpeft("estimate", "--config", bench.yaml("mixed", **criteria)) == 0
     assert lightpeft("plan", "--config", bench.yaml("mixed", **criteria), "--curve") == 2
     assert "give head_criterion and neuron_criterion the same value" in capsys.readouterr().err
+
+
+def test_ranks_stay_whatever_the_budget_says_of_them(tmp_path: Path) -> None:
+    config = Workbench(tmp_path).yaml("run", **{f"light.{kind}_criterion": "fisher" for kind in ("head", "neuron")})
+    assert lightpeft("estimate", "--config", config) == 0
+    losses = []
+    for part in ("0.0", "0.5"):
+        words = ["--rows", "24", "--light.ranks", part, "--light.modules", part]
+        assert lightpeft("plan", "--run", tmp_path / "run", "--curve", *words) == 0
+        losses.append([point["loss"] for point in read(tmp_path / "run" / "curve.json")["points"]])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ WIDEST = 2**16
 
 LEAST_EXAMPLES = 256
 """`LightConfig.least_examples` where nothing else is said, read whenever settings are made."""
+SEARCH_FRACTION = 0.15
+"""`LightConfig.search_fraction` where nothing else is said, read whenever settings are made."""
 MOST_ROWS = 2**20
 """Rows that may go into a step."""
 _HEAVIEST = 10**6
@@ -194,7 +196,8 @@ class Tolerance:
         return f"{self.amount:g} {unit}"
 
 
-READ_BY_PLANS = frozenset(f.name for f in dataclasses.fields(Budget)) - {"module_blocks", "depth"} | {"tolerance"}
+READ_BY_PLANS = frozenset(f.name for f in dataclasses.fields(Budget)) - {"module_blocks", "depth"}
+READ_BY_PLANS |= {"tolerance", "search_fraction"}
 """Settings of a budget that estimation does not depend on. (No module is made in a block where none may stay.)"""
 
 
@@ -208,6 +211,9 @@ class LightConfig(Budget):
     tolerance: str | float = "auto"
     """What `blocks: auto` may cost in the end, against nothing cut: nats of the loss, as in "0.05 nats", or points of
     the task's main metric, as in "1 point"; "auto": 1 point where answers are classes, else 0.05 nats."""
+    search_fraction: float = field(default_factory=lambda: SEARCH_FRACTION)
+    """Part of the time of plain PEFT's run that `blocks: auto` may take to find a budget, by its count of passes
+    through the model; where no search is that short, there is none."""
     lambda_heads: float = 1e-4
     """Weight of the L1 penalty on the head masks (the paper's lambda_A)."""
     lambda_neurons: float = 1e-4
@@ -262,6 +268,11 @@ class LightConfig(Budget):
     """Seed of the `random` criteria."""
 
     @property
+    def unused(self) -> tuple[str, ...]:
+        """Names of settings, with that of the section, that are read where a budget is to be found."""
+        return () if self.blocks == "auto" else ("light.tolerance", "light.search_fraction")
+
+    @property
     def estimation_rate_scale(self) -> float:
         """Learning rate of estimation, as a multiple of `training.learning_rate`."""
         own = self.estimation_learning_rate_scale
@@ -275,6 +286,8 @@ class LightConfig(Budget):
         super().__post_init__()
         if self.tolerance != "auto":
             Tolerance.read(self.tolerance)
+        least = f"search_fraction is {self.search_fraction:g}; a part of plain PEFT's time is above 0, for example 0.15"
+        require(self.search_fraction > 0, least)
         if isinstance(self.length, str):
             require(self.length == "auto", f'length is "{self.length}"; give steps, a fraction of the run, or auto')
             both = "length: auto compares plans, and blocks: auto finds a budget for them later; give a number for one"

@@ -358,6 +358,11 @@ class RunConfig:
         """What the method is."""
         return METHODS[self.method]
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Beginnings of the names of settings that the run has no use for."""
+        return (*self.way.unused, *self.light.unused)
+
 
 def load_config(path: str | Path) -> RunConfig:
     """Read a `RunConfig` from a YAML file; `preset` sets what the file leaves open.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,16 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         LightPeftError: the model returned none.
     """
-    loss = getattr(model(**batch), "loss", None)
+    return _loss_in(model(**batch))
+
+
+def _loss_in(output: Any) -> Tensor:
+    loss = getattr(output, "loss", None)
     require(loss is not None, "the model returned no loss; give batches with labels")
     assert isinstance(loss, Tensor)
     return loss
 
 
-@torch.no_grad()
 def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None = None) -> Tensor:
     """The losses of batches, nothing dropped out: [batches], float64, on the CPU.
 
@@ -53,8 +57,34 @@ def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype 
     Raises:
         LightPeftError: the model returned none, or one that is not finite.
     """
+    return _finite([_loss_in(output) for output in _answers(model, batches, autocast)])
+
+
+def losses_and_classes_of(
+    model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same, and the class that the model gives each row, as it is the likeliest: [rows].
+
+    Args:
+        autocast: half precision of the forward pass.
+
+    Raises:
+        LightPeftError: as `losses_of` does.
+    """
+    seen = [(_loss_in(output), output.logits.argmax(-1).cpu()) for output in _answers(model, batches, autocast)]
+    return _finite([loss for loss, _ in seen]), torch.cat([classes for _, classes in seen])
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None) -> Iterator[Any]:
+    """What the model returns for each batch, nothing dropped out."""
     device = device_of(model)
     with in_mode(model, training=False), fused_answers(model), autocasting(device, autocast):
-        losses = torch.stack([loss_of(model, moved(batch, device)).double().cpu() for batch in batches])
+        for batch in batches:
+            yield model(**moved(batch, device))
+
+
+def _finite(of_batches: Sequence[Tensor]) -> Tensor:
+    losses = torch.stack([loss.double().cpu() for loss in of_batches])
     require(bool(losses.isfinite().all()), "the model's loss is NaN or infinite; train at a lower learning rate")
     return losses

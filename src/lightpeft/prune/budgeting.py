@@ -5,18 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
-from lightpeft.config import LightConfig
+from lightpeft.config import LightConfig, Tolerance
 from lightpeft.plans.budgets import CONFIDENCE, BudgetSearch, Expected, Probed
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling.live import Batch
+from lightpeft.profiling.live import Batch, losses_and_classes_of, losses_of
 from lightpeft.prune.curve import gone_before, loss_curve, nested_plans
 from lightpeft.prune.learning import LEAST_LEARNED, classes_of, loss_by_frequencies, one_of_several
 from lightpeft.prune.probing import Probe
@@ -24,8 +25,6 @@ from lightpeft.prune.probing import Probe
 PARTS = (0.2, 0.4, 0.6)
 """Of the blocks that are there, what is cut to see the rise of the loss before anything trains; between them it lies on
 a line. No more than the last is found of a model that has all of its blocks (`plans.budgets.MOST`)."""
-_FEW, _LEAST_ROWS, _LEAST_BATCHES = 1 / 4, 128, 8
-"""Part of the rows that tell this rise, which is many times what is left of it, and what they are at least."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,8 @@ class FoundBudget:
     """Part of the loss of an answer by the frequencies of labels that estimation took away; None: not known."""
     points_a_nat: float | None = None
     """Of the task's metric that a nat is worth; None: the tolerance is in nats."""
+    of_plain: float | None = None
+    """Part of the time of plain PEFT's run that it took, by the count of passes through the model; None: not known."""
     seconds: float = 0.0
     """That all of it took."""
     unmeasured: str | None = None
@@ -94,15 +95,16 @@ def find_budget(
     record: EstimationRecord,
     light: LightConfig,
     probe: Probe,
-    tolerance: float,
-    points_a_nat: float | None = None,
+    tolerance: Tolerance,
+    worth: Callable[[Tensor, Tensor], float] | None = None,
 ) -> FoundBudget:
     """Measure, and find the largest budget within the tolerance.
 
     Args:
         model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
-        tolerance: rise of the loss, in nats.
-        points_a_nat: points of the task's metric that a nat is worth; None: not known.
+        tolerance: what a budget may cost.
+        worth: of a tolerance in points: the classes that the model gives some rows, and those that are right, both
+            [rows] -> points of the task's metric that a nat of its loss is worth.
 
     Raises:
         LightPeftError: the model gives no loss, or no budget can be tried at all.
@@ -112,25 +114,33 @@ def find_budget(
     gone = gone_before(record)
     parts = [round(gone + part * (1 - gone), 3) for part in PARTS]
     plans = dict(nested_plans(record, replace(light, blocks=None), parts))
-    part = max(_FEW, _LEAST_ROWS / max(len(probe.rows), 1))
-    few = probe.held[: max(_LEAST_BATCHES, round(part * len(probe.held)))]
-    dense, curve = loss_curve(model, record, plans, few, probe.autocast)
-    search = BudgetSearch({each.blocks: each.rise for each in curve}, tolerance, gone, points_a_nat)
+    few = probe.held[: probe.few]
+    points_a_nat, seen = None, few
+    if worth is not None:
+        seen = probe.held
+        losses, classes = losses_and_classes_of(model, seen, probe.autocast)
+        points_a_nat = worth(classes, torch.cat([batch["labels"] for batch in seen]))
+    else:
+        losses = losses_of(model, seen, probe.autocast)
+    _, curve = loss_curve(model, plans, few, probe.autocast, losses[: len(few)])
+    nats = tolerance.amount / (points_a_nat or 1.0)
+    search = BudgetSearch({each.blocks: each.rise for each in curve}, nats, gone, points_a_nat)
 
     def plan(blocks: float) -> PrunePlan:
         return make_plan(record, replace(light, blocks=blocks))
 
-    chance = chance_of(model, few)
-    learned = None if chance is None else 1 - dense / max(chance, 1e-6)
+    chance = chance_of(model, seen)
+    learned = None if chance is None else 1 - float(losses.mean()) / max(chance, 1e-6)
     # a classifier's loss tells whether it has learned something; of others, whether a cut raises theirs
     taught = curve[-1].interval[0] > 0 if learned is None else learned >= LEAST_LEARNED
     found = 0.0
     if taught:
         whole = probe.losses(model, None)
-        found = search.run(lambda blocks: probe.losses(model, plan(blocks)) - whole)
+        allows = probe.cost.allows if probe.cost is not None else lambda probed: True
+        found = search.run(lambda blocks: probe.losses(model, plan(blocks)) - whole, allows)
     return FoundBudget(
         blocks=found,
-        tolerance=tolerance,
+        tolerance=nats,
         expected=search.expected(found) if found else None,
         before={each.blocks: each.rise for each in curve},
         probed=search.probed,
@@ -138,6 +148,7 @@ def find_budget(
         steps=probe.steps,
         learned=learned,
         points_a_nat=points_a_nat,
+        of_plain=None if probe.cost is None else probe.cost.of_plain([each.blocks for each in search.probed]),
     )
 
 

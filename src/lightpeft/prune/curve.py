@@ -1,7 +1,7 @@
-"""What each budget would cost before training goes on: the losses of nested cuts, by masks alone.
+"""What each budget would cost before training goes on: the losses of nested cuts.
 
 Scores add up what single units are worth, and units that go together cost more than that. Here whole sets are measured:
-masks of 0 on what a plan takes, forward passes on some rows. PEFT modules and ranks stay as estimation left them.
+copies without what a plan takes, forward passes on some rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan, block_parameters, removed_parameters
-from lightpeft.profiling.live import device_of, losses_of
-from lightpeft.prune.masks import UnitMasks
+from lightpeft.profiling.live import losses_of
+from lightpeft.prune.surgery import cut_copy
 
 PARTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Parts of the blocks' parameters."""
@@ -84,34 +84,30 @@ def gone_before(record: EstimationRecord) -> float:
 @torch.no_grad()
 def loss_curve(
     model: PeftModel,
-    record: EstimationRecord,
     plans: Mapping[float, PrunePlan],
     batches: Sequence[Mapping[str, Tensor]],
     autocast: torch.dtype | None = None,
+    dense: Tensor | None = None,
 ) -> tuple[float, list[CurvePoint]]:
     """The loss with nothing cut, and a point for each plan.
 
     Args:
-        model: as estimation left it; it stays so.
-        record: of that estimation.
-        plans: by their budgets.
+        model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
+        plans: by their budgets; they take PEFT modules and ranks as well.
         batches: model inputs with labels; small ones, whose differences say how sure a rise is.
         autocast: half precision of the forward pass.
+        dense: losses of these batches with nothing cut; None: they are not known yet.
 
     Raises:
         LightPeftError: fewer than two batches, or the model gives no loss.
     """
     require(len(batches) > 1, "a curve needs two batches of rows at least; give more rows")
-    masks = UnitMasks(record.blocks, device_of(model))
-    masks.attach(model)
-    try:
-        dense = losses_of(model, batches, autocast)
-        points = []
-        for part, plan in plans.items():
-            masks.set_plan(plan)
-            points.append(_point(part, plan, losses_of(model, batches, autocast), dense))
-    finally:
-        masks.detach()
+    dense = losses_of(model, batches, autocast) if dense is None else dense
+    points = []
+    for part, plan in plans.items():
+        cut = cut_copy(model, plan)
+        points.append(_point(part, plan, losses_of(cut, batches, autocast), dense))
+        del cut  # before the next one is there
     return float(dense.mean()), points
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from lightpeft.machine import autocasting, random_apart
 from lightpeft.models.patching import in_mode
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import Batch, device_of, loss_of, losses_of, moved, trainable
-from lightpeft.prune.surgery import apply_plan
+from lightpeft.prune.search_cost import SearchCost
+from lightpeft.prune.surgery import cut_copy
 from lightpeft.training.acceleration import light_steps
 
 _WARMUP = 0.1
@@ -46,6 +46,10 @@ class Probe:
     """Half precision of training and measuring."""
     fast: bool = True
     """Whether the steps are the faster ones."""
+    few: int | None = None
+    """How many of the held batches tell how much the loss rises by a cut; None: all."""
+    cost: SearchCost | None = None
+    """What a search takes that asks it; None: whatever it takes."""
 
     @property
     def steps(self) -> int:
@@ -65,9 +69,7 @@ class Probe:
         """
         with random_apart(device_of(model)):
             torch.manual_seed(self.light.seed)
-            shadow = sharing_frozen(model)
-            if plan is not None:
-                apply_plan(shadow, plan)
+            shadow = cut_copy(model, plan)
             self._train(shadow)
             return losses_of(shadow, self.held, self.autocast)
 
@@ -91,9 +93,3 @@ class Probe:
                 scaler.update()
                 schedule.step()
                 optimizer.zero_grad()
-
-
-def sharing_frozen(model: PeftModel) -> PeftModel:
-    """A copy whose frozen parameters are the model's own: a cut makes new ones of what it cuts, and changes none."""
-    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(model, frozen)

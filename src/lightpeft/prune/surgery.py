@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import Cache
 from lightpeft.compat.transformers import grow_static_cache
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError, require
+from lightpeft.machine import random_apart
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import block_specs
@@ -77,6 +79,22 @@ def apply_plan(model: nn.Module, plan: PrunePlan) -> None:
     inner.light_pruned = bool(plan.removed_parameters)
     if isinstance(model, PeftModel):
         refresh_config(model)
+
+
+def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
+    """A copy that is cut down to a plan; None: nothing is cut. Random numbers stay as they are.
+
+    Frozen parameters are the model's own where nothing of them goes: a cut makes new ones, and changes none.
+
+    Raises:
+        LightPeftError: as `apply_plan` does.
+    """
+    frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    with random_apart(next(model.parameters()).device):
+        shadow = copy.deepcopy(model, frozen)
+        if plan is not None:
+            apply_plan(shadow, plan)
+    return shadow
 
 
 def check_budget(model: nn.Module, budget: Budget) -> None:

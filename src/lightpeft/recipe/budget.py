@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.errors import require
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.budgeting import FoundBudget, find_budget
+from lightpeft.prune.curve import gone_before
 from lightpeft.recipe.probes import make_probe, why_unmeasured
 
 USUAL_NATS = "0.05 nats"
@@ -36,15 +37,15 @@ class BudgetMixin:
         """
         started = time.perf_counter()
         trainer: Any = self
-        reason = why_unmeasured(trainer)
+        gone = gone_before(record)
+        reason = why_unmeasured(trainer, steps, gone)
         if reason is not None:
             return FoundBudget.nothing(reason)
         seen = trainer.rows_of_steps(record.meta["steps"])
-        probe = make_probe(trainer, self.light_config, steps, seen, self.fast_steps)
+        probe = make_probe(trainer, self.light_config, steps, seen, self.fast_steps, gone)
         asked = self.light_tolerance()
-        points = self.light_points_a_nat(probe.rows) if asked.unit == "points" else None
-        tolerance = asked.amount / (points or 1.0)
-        found = find_budget(self._peft_model, record, self.light_config, probe, tolerance, points)
+        worth = self.light_points_a_nat if asked.unit == "points" else None
+        found = find_budget(self._peft_model, record, self.light_config, probe, asked, worth)
         return replace(found, seconds=time.perf_counter() - started)
 
     def light_tolerance(self) -> Tolerance:
@@ -58,11 +59,12 @@ class BudgetMixin:
         require(asked.unit == "nats", f'light.tolerance is "{asked}"; a trainer knows of its loss alone: give nats')
         return asked
 
-    def light_points_a_nat(self, rows: Sequence[int]) -> float:
+    def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float:
         """Points of the task's metric that a nat of its loss is worth. To be overridden where `light_tolerance` may be
         one of points.
 
         Args:
-            rows: numbers of training rows that are set aside.
+            classes: that the model gives rows which are set aside, [rows].
+            right: the classes that these have, [rows].
         """
         raise NotImplementedError("a trainer knows of its loss alone")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
@@ -12,8 +14,11 @@ from datasets import Dataset
 
 from lightpeft.config import LightConfig
 from lightpeft.profiling.live import Batch
+from lightpeft.prune.budgeting import PARTS
 from lightpeft.prune.probing import Probe
+from lightpeft.prune.search_cost import SearchCost
 from lightpeft.training.arguments import half_precision
+from lightpeft.training.step_rows import rows_a_step
 
 PART = 0.04
 """Part of a run's steps that a probe takes."""
@@ -21,17 +26,82 @@ LEAST_STEPS, MOST_STEPS = 8, 64
 """From some 20 on, more of them hardly leave less of what a cut costs."""
 HELD_PART = 0.035
 """Rows that are set aside, as a part of all that the run's steps see. With this, and with probes of one whole model and
-of one or two cut ones, finding a budget takes a seventh of an encoder's run of plain PEFT. The least numbers here make
-that more of a run of few steps: a fifth to a third of one of 250, all of one of 63."""
+of one or two cut ones, finding a budget takes a seventh of plain PEFT's run. The least numbers here would make that
+more of a run of few steps, where fewer budgets are probed then, or none (`light.search_fraction`)."""
 LEAST_HELD, MOST_HELD = 128, 1024
 _MOST_OF_ROWS = 1 / 4
 """Part of the rows that may be set aside."""
 _HELD_BATCHES, _LEAST_IN_BATCH = 24, 8
 """Batches that rows set aside come in, or more: so many tell how sure a mean is, and larger ones take less time."""
+_FEW, _FEWEST_ROWS, _FEWEST_BATCHES = 1 / 4, 128, 6
+"""Part of the rows set aside that tell how much the loss rises by a cut, which is many times what is left of it, and
+what they are at least."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a search trains on and looks at."""
+
+    steps: int
+    """Of a probe."""
+    aside: int
+    """Rows that are set aside."""
+    most_in_batch: int
+    """Rows a batch of training has."""
+
+    @property
+    def in_batch(self) -> int:
+        """Rows of a batch of those set aside."""
+        return max(_LEAST_IN_BATCH, min(self.most_in_batch, self.aside // _HELD_BATCHES))
+
+    @property
+    def few(self) -> int:
+        """Batches of these that tell how much the loss rises by a cut."""
+        part = max(_FEW, _FEWEST_ROWS / max(self.aside, 1))
+        return max(_FEWEST_BATCHES, round(part * math.ceil(self.aside / self.in_batch)))
+
+
+def sizes_of(trainer: Any, light: LightConfig, steps: int, gone: float = 0.0) -> tuple[Sizes, SearchCost]:
+    """The sizes of a search, and what it takes with these: as large as they are of long runs, or as may be.
+
+    Args:
+        trainer: a `LightTraining`.
+        steps: of the whole run.
+        gone: part of the blocks that is gone before.
+    """
+    each = rows_a_step(trainer.args)
+    run = steps * each
+
+    answered = trainer.light_tolerance().unit == "points"
+
+    def sized(part: float) -> tuple[Sizes, SearchCost]:
+        length = min(max(LEAST_STEPS, round(part * PART * steps)), MOST_STEPS)
+        size = Sizes(length, rows_aside(trainer, part * run), trainer.args.train_batch_size)
+        cost = SearchCost(
+            run=run,
+            trained=size.steps * each,
+            held=size.aside,
+            few=min(size.few * size.in_batch, size.aside),
+            cuts=PARTS,
+            answered=answered,
+            graph=light.module_blocks,
+            gone=gone,
+            most=light.search_fraction,
+        )
+        return size, cost
+
+    sizes = [sized(part) for part in (1.0, 0.9, 0.8, 0.7, 0.6, 0.0)]
+    return next((found for found in sizes if found[1].usual <= light.search_fraction), sizes[-1])
 
 
 def make_probe(
-    trainer: Any, light: LightConfig, steps: int, seen: Collection[int] | None, fast: bool, length: int | None = None
+    trainer: Any,
+    light: LightConfig,
+    steps: int,
+    seen: Collection[int] | None,
+    fast: bool,
+    gone: float = 0.0,
+    length: int | None = None,
 ) -> Probe:
     """Probes that train as a trainer does, but by AdamW, at its rate.
 
@@ -40,34 +110,36 @@ def make_probe(
         seen: numbers of rows that estimation has gone through; None: not known. Rows are set aside from the others, if
             there are enough of them.
         fast: whether the steps are the faster ones.
+        gone: part of the blocks that is gone before.
         length: steps of a probe; None: by those of the run.
     """
     args, rows = trainer.args, trainer.train_dataset
     size = args.train_batch_size * args.world_size
-    each = size * args.gradient_accumulation_steps
-    held = rows_aside(trainer, steps * each)
+    sizes, cost = sizes_of(trainer, light, steps, gone)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     unseen = [number for number in drawn if number not in seen] if seen is not None else drawn
-    aside = (unseen if len(unseen) >= held else drawn)[:held]
+    aside = (unseen if len(unseen) >= sizes.aside else drawn)[: sizes.aside]
     apart = set(aside)
     rest = [number for number in drawn if number not in apart]
-    taken = min(max(LEAST_STEPS, round(PART * steps)), MOST_STEPS) if length is None else length
+    taken = sizes.steps if length is None else length
     batches = partial(batches_of, rows, trainer)
     return Probe(
         light=light,
-        train=[*batches(_around(rest, taken * each), size)],
+        train=[*batches(_around(rest, taken * rows_a_step(args)), size)],
         accumulation=args.gradient_accumulation_steps,
         rows=aside,
-        held=batches(aside, max(_LEAST_IN_BATCH, min(args.train_batch_size, len(aside) // _HELD_BATCHES))),
+        held=batches(aside, sizes.in_batch),
         rate=trainer.light_plain_rate,  # copies keep all ranks, and `learning_rate_scale` is for few
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         autocast=half_precision(args),
         fast=fast,
+        few=sizes.few,
+        cost=cost,
     )
 
 
-def rows_aside(trainer: Any, seen: int) -> int:
+def rows_aside(trainer: Any, seen: float) -> int:
     """How many rows are set aside.
 
     Args:
@@ -77,8 +149,14 @@ def rows_aside(trainer: Any, seen: int) -> int:
     return min(max(LEAST_HELD, int(HELD_PART * seen)), MOST_HELD, most)
 
 
-def why_unmeasured(trainer: Any) -> str | None:
-    """Why probes cannot measure a budget here; None: they can."""
+def why_unmeasured(trainer: Any, steps: int | None, gone: float = 0.0) -> str | None:
+    """Why probes cannot measure a budget here; None: they can.
+
+    Args:
+        trainer: a `LightTraining`.
+        steps: of the whole run; None: not known yet.
+        gone: part of the blocks that is gone before.
+    """
     if trainer._shards or trainer._in_deepspeed:
         engine = "FSDP" if trainer._shards else "DeepSpeed"
         return f"light.blocks: auto probes copies of the model, which cannot be made of one that {engine} shards"
@@ -89,7 +167,13 @@ def why_unmeasured(trainer: Any) -> str | None:
     if rows_aside(trainer, 0) < LEAST_HELD:
         aside = f"light.blocks: auto measures on {LEAST_HELD} rows that it sets aside"
         return f"{aside}, and {count} rows are too few for that"
-    return None
+    if steps is None:
+        return None
+    _, cost = sizes_of(trainer, trainer.light_config, steps, gone)
+    if cost.least <= cost.most:
+        return None
+    takes = f"light.blocks: auto would take {cost.least:.0%} of the time of plain PEFT's run of {steps} steps"
+    return f"{takes}, and light.search_fraction allows {cost.most:.0%}"
 
 
 def _around(numbers: Sequence[int], count: int) -> list[int]:

@@ -10,6 +10,7 @@ from lightpeft.errors import require
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.sharding import is_sharded
 from lightpeft.recipe.probes import why_unmeasured
+from lightpeft.training.schedule import steps_of
 
 if TYPE_CHECKING:
     from lightpeft.recipe.trainer import LightTraining
@@ -37,7 +38,7 @@ def check_light(training: LightTraining) -> None:
         _check_sharded(training, "FSDP" if training._shards else "DeepSpeed")
     if training.light_config.blocks == "auto" and training.light_plan is None:
         training.light_tolerance()
-        reason = why_unmeasured(trainer)
+        reason = why_unmeasured(trainer, steps_of(trainer))
         require(reason is None or not training.light_blocks_asked, f"{reason}; give light.blocks as a number")
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
     require(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from lightpeft.machine import autocast_dtype
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import Spread, alternate, hardware, measure_training, ratio
 from lightpeft.prune.curve import PARTS, gone_before, loss_curve, nested_plans
-from lightpeft.prune.surgery import apply_plan
+from lightpeft.prune.surgery import cut_copy
 from lightpeft.runs.bench import accelerating, adamw, sample_batches
 from lightpeft.runs.stages import estimated_model
 from lightpeft.runs.workspace import Workspace
@@ -34,8 +33,8 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
 
     Losses are those of training rows, drawn by the run's seed, of which estimation may have seen some. Time is that of
     a training step at two of the budgets, with the modules and ranks that they keep, beside a step with nothing cut, of
-    one batch in three alternating rounds; of the others it is read off the line through these. Two copies of the model
-    are in memory for that.
+    one batch in three alternating rounds; of the others it is read off the line through these. Beside the model
+    a copy of it is in memory, as far as it is cut.
 
     Args:
         parts: of the blocks' parameters.
@@ -48,12 +47,14 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
     run.need("estimate", "plan --curve")
     require(rows > _BATCH, f"--rows is {rows}; a curve needs more than {_BATCH}")
     record = EstimationRecord.load(run.estimation)
-    plans = dict(nested_plans(record, work.config.light, parts))
+    light = work.config.light
+    # a cut of ranks throws away what they have learned, which hides all else
+    plans = dict(nested_plans(record, replace(light, ranks=0.0, modules=0.0), parts))
     model = estimated_model(work, record)
     batches = work.drawn_batches(rows, _BATCH)
-    dense, points = loss_curve(model, record, plans, batches, autocast_dtype(work.config.training))
+    dense, points = loss_curve(model, plans, batches, autocast_dtype(work.config.training))
     start = gone_before(record)
-    times = step_times(work, model, plans, start)
+    times = step_times(work, model, dict(nested_plans(record, light, [*plans])), start)
     found = {
         "rows": sum(len(batch["input_ids"]) for batch in batches),
         "loss": dense,
@@ -108,8 +109,7 @@ def step_times(work: Workspace, model: PeftModel, plans: Mapping[float, PrunePla
 
     measured = {}
     for part in chosen:
-        cut = copy.deepcopy(model)
-        apply_plan(cut, plans[part])
+        cut = cut_copy(model, plans[part])
         rounds = alternate({"cut": seconds(cut), "dense": seconds(model)}, _ROUNDS)
         measured[part] = ratio(rounds["cut"], rounds["dense"])
         del cut

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
 
@@ -26,7 +26,7 @@ from lightpeft.recipe.trainer import light_trainer
 from lightpeft.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
-from lightpeft.tasks import answers_are_classes, points_a_nat
+from lightpeft.tasks import Answers, answers_are_classes, points_a_nat
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
@@ -179,11 +179,9 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
         return asked
 
-    def light_points_a_nat(self, rows: Sequence[int]) -> float:
-        """By the model's answers to these rows."""
-        encoded = self.work.train_rows.select(sorted(rows))
-        answers = self.work.task.answer(self.work.asking(self._peft_model), encoded).answers
-        return points_a_nat(answers, self.work.task)
+    def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float:
+        """By what the task's metric makes of these answers."""
+        return points_a_nat(Answers(classes.tolist(), right.tolist()), self.work.task)
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut, and leave the light adapter before fine-tuning in the run folder."""

@@ -451,11 +451,10 @@ def differences(stored: RunConfig, given: RunConfig, skip_budget: bool = False) 
     stored, given = _without_other_tasks(stored), _without_other_tasks(given)
     skipped = budget | {"output", "preset"} | {f"model.{name}" for name in SWITCHES}
     before, after = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(given))
-    unused = tuple(given.way.unused)
     return [
         name
         for name in after | before
-        if name not in skipped and before.get(name) != after.get(name) and not name.startswith(unused)
+        if name not in skipped and before.get(name) != after.get(name) and not name.startswith(given.unused)
     ]
 
 

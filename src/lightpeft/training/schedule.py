@@ -69,6 +69,14 @@ def pace_of(trainer: Any) -> Pace | None:
     return Pace(rows, args.train_batch_size * args.world_size, args.gradient_accumulation_steps)
 
 
+def steps_of(trainer: Any) -> int | None:
+    """Optimizer steps of a trainer's whole run; None where neither these nor its rows are counted."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    pace = pace_of(trainer)
+    return None if pace is None else pace.steps(trainer.args.num_train_epochs)
+
+
 def scored_steps(length: int) -> int:
     """How many steps of an estimation count for the scores: those of its second half."""
     return length - length // 2

@@ -190,7 +190,7 @@ def _flat(run: RunFacts) -> dict[str, str]:
         if isinstance(value, dict) and value:
             for key, inner in value.items():
                 walk(inner, f"{name}.{key}" if name else str(key))
-        elif not name.startswith(tuple(run.config.way.unused)):
+        elif not name.startswith(run.config.unused):
             found[name] = "unset" if value is None else str(value)
 
     walk(dataclasses.asdict(run.config), "")
