@@ -772,7 +772,8 @@ def test_probe_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     """Without a step the rise is that of the cut alone; a run without an estimation is refused."""
     monkeypatch.setattr(probes, "LEAST_HELD", 16)
     bench = Workbench(tmp_path / "bench", "bert")
-    config, out = bench.config("tiny", **{"light.blocks": "auto"}), tmp_path / "out.json"
+    auto = {"light.blocks": "auto", "light.search_fraction": 100.0}
+    config, out = bench.config("tiny", **auto), tmp_path / "out.json"
     assert probe_length.main([config.output]) == 2
     assert "probe_length: " in capsys.readouterr().err
     pipeline.estimate(pipeline.prepare(config))

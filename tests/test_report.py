@@ -374,12 +374,14 @@ class TestAutoBudget:
         bench = Workbench(tmp_path)
         write_rows(bench.train, labelled(600, seed=1))
         fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
-        pipeline.run(bench.config("run", **fisher, **{"light.blocks": "auto", "training.epochs": 0.5}))
+        auto = {"light.blocks": "auto", "light.search_fraction": 100.0}
+        pipeline.run(bench.config("run", **fisher, **auto, **{"training.epochs": 0.5}))
         found = read_run(tmp_path / "run")
         seconds = {stage.name: stage.seconds or 0.0 for stage in found.stages}
         assert found.budget is not None and seconds["budget"] == pytest.approx(found.budget.seconds, abs=1e-3)
         assert found.training_seconds == pytest.approx(sum(seconds.values()) - seconds["evaluate"])
-        assert "The budget" in Reader(html(tmp_path / "run")).text
+        text = Reader(html(tmp_path / "run")).text
+        assert "The budget" in text and "of the passes that plain PEFT's run makes" in text
 
     def test_measured_beside_a_run_that_cut_nothing(self, light: Path, tmp_path: Path) -> None:
         whole = shutil.copytree(light, tmp_path / "whole")

@@ -269,7 +269,7 @@ class LightConfig(Budget):
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Names of settings, with that of the section, that are read where a budget is to be found."""
+        """Names of settings, with that of their section, that it has no use for: how to find a budget that is given."""
         return () if self.blocks == "auto" else ("light.tolerance", "light.search_fraction")
 
     @property

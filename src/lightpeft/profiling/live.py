@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
 from lightpeft.peft_kinds.sites import fused_answers
 
+T = TypeVar("T")
 Batch = Mapping[str, Tensor]
 """Keyword arguments of the model's forward; with `labels` wherever a loss is needed."""
 
@@ -57,7 +58,7 @@ def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype 
     Raises:
         LightPeftError: the model returned none, or one that is not finite.
     """
-    return _finite([_loss_in(output) for output in _answers(model, batches, autocast)])
+    return _finite(_read(model, batches, autocast, _loss_in))
 
 
 def losses_and_classes_of(
@@ -71,17 +72,18 @@ def losses_and_classes_of(
     Raises:
         LightPeftError: as `losses_of` does.
     """
-    seen = [(_loss_in(output), output.logits.argmax(-1).cpu()) for output in _answers(model, batches, autocast)]
-    return _finite([loss for loss, _ in seen]), torch.cat([classes for _, classes in seen])
+    read = _read(model, batches, autocast, lambda output: (_loss_in(output), output.logits.argmax(-1).cpu()))
+    return _finite([loss for loss, _ in read]), torch.cat([classes for _, classes in read])
 
 
 @torch.no_grad()
-def _answers(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None) -> Iterator[Any]:
-    """What the model returns for each batch, nothing dropped out."""
+def _read(
+    model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None, take: Callable[[Any], T]
+) -> list[T]:
+    """What is taken of the model's output for each batch, nothing dropped out."""
     device = device_of(model)
     with in_mode(model, training=False), fused_answers(model), autocasting(device, autocast):
-        for batch in batches:
-            yield model(**moved(batch, device))
+        return [take(model(**moved(batch, device))) for batch in batches]
 
 
 def _finite(of_batches: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ class SearchCost:
     """The rows that a search and its run go through."""
 
     run: int
-    """Of the run's steps, repeated ones included."""
+    """Of the run's steps, repeated ones included, in one process."""
     trained: int
     """That a copy trains on."""
     held: int

@@ -70,15 +70,13 @@ def sizes_of(trainer: Any, light: LightConfig, steps: int, gone: float = 0.0) ->
         gone: part of the blocks that is gone before.
     """
     each = rows_a_step(trainer.args)
-    run = steps * each
-
     answered = trainer.light_tolerance().unit == "points"
 
     def sized(part: float) -> tuple[Sizes, SearchCost]:
         length = min(max(LEAST_STEPS, round(part * PART * steps)), MOST_STEPS)
-        size = Sizes(length, rows_aside(trainer, part * run), trainer.args.train_batch_size)
+        size = Sizes(length, rows_aside(trainer, part * steps * each), trainer.args.train_batch_size)
         cost = SearchCost(
-            run=run,
+            run=steps * each // trainer.args.world_size,  # each process makes all of a search
             trained=size.steps * each,
             held=size.aside,
             few=min(size.few * size.in_batch, size.aside),

@@ -121,6 +121,7 @@ class AutoBudget:
     rows: int
     steps: int
     seconds: float
+    of_plain: float | None = None
     unmeasured: str | None = None
     expected: Expected | None = None
     probed: list[Probed] = field(default_factory=list)

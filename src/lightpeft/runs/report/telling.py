@@ -101,7 +101,8 @@ def found_budget(budget: AutoBudget) -> str:
     if budget.unmeasured is not None:
         return f"Nothing of the blocks goes: {budget.unmeasured}."
     rows = f"on {budget.rows} rows that were set aside"
-    how = f"Measured {rows}, by probes of {budget.steps} steps, in {duration(budget.seconds)}."
+    part = "" if budget.of_plain is None else f": {share(budget.of_plain)} of the passes that plain PEFT's run makes"
+    how = f"Measured {rows}, by probes of {budget.steps} steps, in {duration(budget.seconds)}{part}."
     if not budget.probed:
         return f"Estimation taught too little to tell what a cut costs: nothing of the blocks goes. {how}"
     if budget.expected is None:
