@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_USUAL = 0.3
-"""Part of the blocks that a budget takes which is probed."""
+_IN_POINTS, _IN_NATS = 0.3, 0.1
+"""Part of the blocks that a probed budget takes, by what the tolerance is given in: of most models that give no class,
+less can go."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class SearchCost:
     @property
     def usual(self) -> float:
         """The same of two budgets, as many searches ask for."""
-        return self.of_plain([self.gone + _USUAL * (1 - self.gone)] * 2)
+        part = _IN_POINTS if self.answered else _IN_NATS
+        return self.of_plain([self.gone + part * (1 - self.gone)] * 2)
 
     def allows(self, probed: Sequence[float]) -> bool:
         """Whether so many budgets may be probed."""
