@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -113,12 +113,27 @@ def gradual(config: RunConfig, *, cuts: int) -> None:
 
 def cutting(cuts: int) -> type[LightRun]:
     """The trainer of a light run, whose estimation cuts in so many steps."""
+    return estimating(partial(GradualEstimator, cuts=cuts))
 
-    class Cutting(LightRun):
+
+def estimating(
+    estimator: Callable[[PeftModel, LightConfig], Estimator] = Estimator, *own: TrainerCallback
+) -> type[LightRun]:
+    """The trainer of a light run that estimates in another way.
+
+    Args:
+        estimator: makes what estimates.
+        own: callbacks of that.
+    """
+
+    class Estimating(LightRun):
+        def __init__(self, *args: Any, callbacks: Sequence[TrainerCallback] = (), **options: Any) -> None:
+            super().__init__(*args, callbacks=[*callbacks, *own], **options)
+
         def make_light_estimator(self, model: PeftModel, light: LightConfig) -> Estimator:
-            return GradualEstimator(model, light, cuts)
+            return estimator(model, light)
 
-    return Cutting
+    return Estimating
 
 
 class GradualEstimator(Estimator):
@@ -167,6 +182,25 @@ class GradualEstimator(Estimator):
             for kept, part in zip(plan.blocks, parts, strict=True):
                 part[list(getattr(kept, kind))] = 1.0
         return flags
+
+
+class FadingEstimator(GradualEstimator):
+    """Estimation over whose second half the masks of what will go fall to zero, on a line; the first half says what."""
+
+    def __init__(self, model: PeftModel, config: LightConfig) -> None:
+        super().__init__(model, config, cuts=2)
+
+    def step(self, grad_scale: float = 1.0) -> None:
+        Estimator.step(self, grad_scale)
+        if self.stays is not None:
+            first = self.length // 2
+            left = 1 - (self.steps - first) / (self.length - first)
+            self.masks.values.copy_(self.stays + (1 - self.stays) * left)
+
+    def _close_window(self) -> None:
+        Estimator._close_window(self)
+        if self.steps < self.length:
+            self.stays = self._flags(make_plan(self._record(), self.config))
 
 
 # -- refit -------------------------------------------------------------------------------------------------------------

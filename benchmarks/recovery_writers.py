@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from recovery_arms import AS_IT_IS, WithLoss, pruned, tokens_of, tuned
+from recovery_arms import AS_IT_IS, FadingEstimator, WithLoss, estimating, pruned, tokens_of, tuned
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,6 +23,7 @@ from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, block_parameters
+from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.runs import pipeline
 from lightpeft.runs.pipeline import Workspace
@@ -77,19 +78,38 @@ class Lesson:
     """Which these are: [length, kept]."""
 
 
-def taught(config: RunConfig, *, weight: float) -> None:
-    """The pruned model also learns what the dense one, as estimation left it, says of all tokens, prompts included.
+def taught(config: RunConfig, *, weight: float, untouched: bool = False, every: int = 1) -> None:
+    """The pruned model also learns what the dense one, as estimation left it, says of tokens of prompts and answers.
 
     It says so once for every row, before the cut; the loss is the task's and `weight` times the KL divergence.
+
+    Args:
+        untouched: the base teaches, as it was before estimation.
+        every: of the tokens one in so many; those of answers are learned of in any case.
     """
     work = pipeline.prepare(config)
     pipeline.estimate(work)
-    lessons = lessons_of(work, estimated(work))
-    tuned(pruned(work), Teaching(lessons, weight))
+    lessons = lessons_of(work, work.dense_model().model if untouched else estimated(work))
+    tuned(pruned(work), Teaching(lessons, weight, every))
+
+
+def estimated_near_the_base(config: RunConfig, *, weight: float) -> None:
+    """Estimation also learns what the untouched base says of all tokens, so that LoRA stays near what it is put on."""
+    work = pipeline.prepare(config)
+    lessons = lessons_of(work, work.dense_model().model)
+    pipeline.estimate(work, estimating(Estimator, Teaching(lessons, weight)))
+    tuned(pruned(work))
+
+
+def fading(config: RunConfig) -> None:
+    """What will go fades out over the second half of estimation."""
+    work = pipeline.prepare(config)
+    pipeline.estimate(work, estimating(FadingEstimator))
+    tuned(pruned(work))
 
 
 @torch.no_grad()
-def lessons_of(work: Workspace, teacher: PeftModel) -> dict[tuple[int, ...], Lesson]:
+def lessons_of(work: Workspace, teacher: nn.Module) -> dict[tuple[int, ...], Lesson]:
     """Tokens of a training row -> what the teacher says of it."""
     found = {}
     size = work.config.training.eval_batch_size
@@ -112,8 +132,13 @@ def most_probable(found: Tensor) -> Any:
 class Teaching(WithLoss):
     """Learns what a teacher says of every token beside the task."""
 
-    def __init__(self, lessons: Mapping[tuple[int, ...], Lesson], weight: float) -> None:
-        self.lessons, self.weight = lessons, weight
+    def __init__(self, lessons: Mapping[tuple[int, ...], Lesson], weight: float, every: int = 1) -> None:
+        """
+        Args:
+            weight: of the divergence beside the task's loss.
+            every: of the tokens one in so many, and those whose next one is of an answer.
+        """
+        self.lessons, self.weight, self.every = lessons, weight, every
 
     def loss(self, own: Tensor, logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         real = inputs["attention_mask"].bool()
@@ -122,6 +147,10 @@ class Teaching(WithLoss):
         students = torch.cat([row[own_tokens][:-1] for row, own_tokens in zip(logits, real, strict=True)])
         values = torch.cat([lesson.values[:-1] for lesson in lessons]).float()
         tokens = torch.cat([lesson.tokens[:-1] for lesson in lessons]).long()
+        if self.every > 1:
+            answers = [row[own_tokens][1:] != IGNORED for row, own_tokens in zip(inputs["labels"], real, strict=True)]
+            some = torch.cat([found | (torch.arange(len(found)) % self.every == 0) for found in answers])
+            students, values, tokens = students[some], values[some], tokens[some]
         return own + self.weight * divergence(students, values, tokens).mean()
 
 
@@ -367,18 +396,26 @@ def _calling(function: str, settings: Mapping[str, Any] | None = None, **argumen
 
 SLOW: dict[str, Any] = {"training": {"fast_steps": False}}
 """With logits of all tokens, which the faster steps go without."""
+REFIT: dict[str, Any] = {"light": {"refit": "low_rank", "refit_rank": 64}}
+"""A linear map of what an attention or an FFN reads closes some of the gap that the cut leaves in what it gives."""
 ARMS: dict[str, Arm] = {
     AS_IT_IS: Arm({}),
     "taught, weight 1": _calling("taught", SLOW, weight=1.0),
     "taught, weight 4": _calling("taught", SLOW, weight=4.0),
+    "taught on a quarter of the prompts": _calling("taught", SLOW, weight=1.0, every=4),
+    "taught by the untouched base": _calling("taught", SLOW, weight=1.0, untouched=True),
+    "estimated near the base": _calling("estimated_near_the_base", SLOW, weight=1.0),
+    "what goes fades out": _calling("fading"),
     "scores of more rows": _calling("scored_anew", labels="answers", rounds=1),
     "scores of all tokens": _calling("scored_anew", labels="rows", rounds=1),
     "scores of sampled tokens": _calling("scored_anew", labels="sampled", rounds=1),
     "scores of all tokens, in four rounds": _calling("scored_anew", labels="rows", rounds=4),
     "half as whole sub-layers": _calling("whole_sublayers", part=0.5),
+    "the same with a refit": _calling("whole_sublayers", REFIT, part=0.5),
+    "some of it as whole blocks": Arm({"light": {"depth": 0.25}}),
     "fitted to blocks": _calling("fitted_to_blocks", steps=24, rate=1e-3),
     "rounds, fitted and taught": _calling("together", SLOW, rounds=4, steps=24, rate=1e-3, weight=1.0),
-    "refit: low_rank": Arm({"light": {"refit": "low_rank", "refit_rank": 64}}),
+    "refit: low_rank": Arm(REFIT),
     "twice the rate": Arm({"light": {"learning_rate_scale": 2.0}}),
     "32 ranks": Arm({"lora": {"r": 32, "alpha": 64}}),
 }

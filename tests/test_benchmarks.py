@@ -1232,6 +1232,20 @@ def test_what_an_earlier_cut_took_stays_gone() -> None:
     assert not flags[gone[1]].any() and flags.sum() < (~gone[1]).sum()
 
 
+def test_what_fades_out_is_gone_when_estimation_ends() -> None:
+    model, config = student(), LightConfig(length=6, blocks=0.6, modules=0.0)
+    estimator = recovery_arms.FadingEstimator(model, config)
+    estimator.start(None)
+    left = []
+    for seed in range(6):
+        model(**inputs(seed=seed)).loss.backward()
+        estimator.step()
+        left.append(float(estimator.masks.values.min()))
+    assert left[3:] == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-6) and left[2] > 0.9
+    plan = make_plan(estimator.record(), config)
+    assert estimator.masks.values.equal(estimator._flags(plan)), "what faded out is what the plan takes"
+
+
 def test_gradual_cuts_need_the_budget_that_they_divide() -> None:
     with pytest.raises(LightPeftError, match="light.blocks"):
         recovery_arms.GradualEstimator(student(), LightConfig(), cuts=2)
