@@ -126,13 +126,15 @@ def test_what_others_lost_stands_beside_a_probe() -> None:
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+ROWS = {"sst2": 10_000, "cola": 8_551, "movie_reviews": 8_282, "snippets": 2_000, "quartz": 1_000}
+"""Training rows of tasks."""
 PUBLISHED = ["movie_reviews/auto", "glue/budgets", "glue/presets", "auto/encoders", "auto/decoders"]
 
 
 @pytest.mark.parametrize("grid", PUBLISHED)
 def test_published_searches_find_the_same_again(grid: str) -> None:
-    """By what their probes said, of which some had one more than would be asked for now, and by the budgets that are
-    cut to see the rise before, of which most had two more. What a search took was counted of the newer ones."""
+    """By what their probes said, of which some had one more than would be asked for now, or would be allowed, and by
+    the budgets that are cut to see the rise before, of which most had two more."""
     replayed = 0
     for cell, report in read(CONFIGS / f"{grid}.results.json")["reports"].items():
         budget = report.get("budget")
@@ -142,10 +144,17 @@ def test_published_searches_find_the_same_again(grid: str) -> None:
         assert tuple(before) == PARTS
         again = {each["blocks"]: rises(each["after"], each["error"]) for each in budget["probed"]}
         search = BudgetSearch(before, budget["tolerance"], points_a_nat=budget["points_a_nat"])
-        assert search.run(again.__getitem__) == budget["blocks"], cell
+        config = report["config"]
+        rows, batch = ROWS[cell.split("/")[1]], config["training"]["batch_size"]
+        settings = {name: config["light"].get(name, 0.15) for name in ("module_blocks", "search_fraction")}
+        trainer = told(rows, "nats" if budget["points_a_nat"] is None else "points", batch, **settings)
+        steps = math.ceil(math.ceil(rows / batch) * config["training"]["epochs"])
+        _, cost = sizes_of(trainer, trainer.light_config, steps)
+        assert search.run(again.__getitem__, cost.allows) == budget["blocks"], cell
         assert len(search.probed) <= (3 if budget["points_a_nat"] is None else 2)
         if "of_plain" in budget:
-            assert budget["of_plain"] <= report["config"]["light"]["search_fraction"], cell
+            assert budget["of_plain"] == pytest.approx(cost.of_plain([each.blocks for each in search.probed])), cell
+            assert budget["of_plain"] <= cost.most, cell
         replayed += 1
     assert replayed
 
