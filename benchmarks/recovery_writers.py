@@ -397,7 +397,7 @@ def _calling(function: str, settings: Mapping[str, Any] | None = None, **argumen
 SLOW: dict[str, Any] = {"training": {"fast_steps": False}}
 """With logits of all tokens, which the faster steps go without."""
 REFIT: dict[str, Any] = {"light": {"refit": "low_rank", "refit_rank": 64}}
-"""A linear map of what an attention or an FFN reads closes some of the gap that the cut leaves in what it gives."""
+"""What attentions and FFNs give is corrected before training."""
 ARMS: dict[str, Arm] = {
     AS_IT_IS: Arm({}),
     "taught, weight 1": _calling("taught", SLOW, weight=1.0),
