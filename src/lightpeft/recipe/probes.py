@@ -170,8 +170,8 @@ def why_unmeasured(trainer: Any, steps: int | None, gone: float = 0.0) -> str | 
     _, cost = sizes_of(trainer, trainer.light_config, steps, gone)
     if cost.least <= cost.most:
         return None
-    takes = f"light.blocks: auto would take {cost.least:.0%} of the time of plain PEFT's run of {steps} steps"
-    return f"{takes}, and light.search_fraction allows {cost.most:.0%}"
+    takes = f"light.blocks: auto would take {100 * cost.least:.3g}% of the time of plain PEFT's run of {steps} steps"
+    return f"{takes}, and light.search_fraction allows {100 * cost.most:.3g}%"
 
 
 def _around(numbers: Sequence[int], count: int) -> list[int]:
