@@ -156,7 +156,11 @@ class GradualEstimator(Estimator):
         super().step(grad_scale)
         if self.stays is not None:
             with torch.no_grad():
-                self.masks.values.mul_(self.stays)
+                self._hold(self.stays)
+
+    def _hold(self, stays: Tensor) -> None:
+        """What goes is masked; `stays` is 1 for all else, flat like the masks."""
+        self.masks.values.mul_(stays)
 
     def _at_boundary(self) -> bool:
         return self.steps in [round(self.length * cut / self.cuts) for cut in range(1, self.cuts + 1)]
@@ -164,8 +168,11 @@ class GradualEstimator(Estimator):
     def _close_window(self) -> None:
         super()._close_window()
         if self.steps < self.length:
-            part = (self.config.known_blocks or 0.0) * self.steps / self.length
-            self.stays = self._flags(make_plan(self._record(), replace(self.config, blocks=part)))
+            self.stays = self._flags(make_plan(self._record(), self._budget()))
+
+    def _budget(self) -> LightConfig:
+        """What goes at this cut."""
+        return replace(self.config, blocks=(self.config.known_blocks or 0.0) * self.steps / self.length)
 
     def _unit_scores(self, sums: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
         scores = super()._unit_scores(sums, steps)
@@ -190,17 +197,13 @@ class FadingEstimator(GradualEstimator):
     def __init__(self, model: PeftModel, config: LightConfig) -> None:
         super().__init__(model, config, cuts=2)
 
-    def step(self, grad_scale: float = 1.0) -> None:
-        Estimator.step(self, grad_scale)
-        if self.stays is not None:
-            first = self.length // 2
-            left = 1 - (self.steps - first) / (self.length - first)
-            self.masks.values.copy_(self.stays + (1 - self.stays) * left)
+    def _hold(self, stays: Tensor) -> None:
+        first = self._windows[0].end
+        left = 1 - (self.steps - first) / (self.length - first)
+        self.masks.values.copy_(stays + (1 - stays) * left)
 
-    def _close_window(self) -> None:
-        Estimator._close_window(self)
-        if self.steps < self.length:
-            self.stays = self._flags(make_plan(self._record(), self.config))
+    def _budget(self) -> LightConfig:
+        return self.config
 
 
 # -- refit -------------------------------------------------------------------------------------------------------------

@@ -411,7 +411,7 @@ ARMS: dict[str, Arm] = {
     "scores of sampled tokens": _calling("scored_anew", labels="sampled", rounds=1),
     "scores of all tokens, in four rounds": _calling("scored_anew", labels="rows", rounds=4),
     "half as whole sub-layers": _calling("whole_sublayers", part=0.5),
-    "the same with a refit": _calling("whole_sublayers", REFIT, part=0.5),
+    "half as whole sub-layers, and a refit": _calling("whole_sublayers", REFIT, part=0.5),
     "some of it as whole blocks": Arm({"light": {"depth": 0.25}}),
     "fitted to blocks": _calling("fitted_to_blocks", steps=24, rate=1e-3),
     "rounds, fitted and taught": _calling("together", SLOW, rounds=4, steps=24, rate=1e-3, weight=1.0),

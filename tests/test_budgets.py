@@ -730,9 +730,12 @@ def test_what_a_search_takes_is_what_it_goes_through(
     assert cost.of_plain([gone]) == pytest.approx((1 - gone) * replace(cost, gone=0.0).of_plain([0.0]))
 
 
-def test_passes_of_a_search_are_those_that_it_makes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", ["nats", "points"])
+def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Rows that the model and its copies are called with are counted, and are those of the count."""
     trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
+    monkeypatch.setattr(trainer, "light_tolerance", lambda: Tolerance(2, unit))
+    monkeypatch.setattr(trainer, "light_points_a_nat", lambda classes, right: float(len(classes) == len(right)))
     rows: dict[str, int] = {"forward": 0, "trained": 0}
     find = type(trainer).find_light_budget
 
@@ -754,8 +757,17 @@ def test_passes_of_a_search_are_those_that_it_makes(monkeypatch: pytest.MonkeyPa
     copies = 1 + len(found.probed)
     _, cost = sizes_of(trainer, LIGHT, 60)
     assert rows["trained"] == copies * cost.trained
-    assert rows["forward"] == copies * cost.held + cost.few * (1 + len(PARTS))
+    whole = cost.held if unit == "points" else cost.few
+    assert rows["forward"] == copies * cost.held + whole + cost.few * len(PARTS)
     assert found.of_plain == cost.of_plain([each.blocks for each in found.probed])
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(16, 220), (32, 155)])
+def test_which_runs_are_too_short(batch: int, steps: int) -> None:
+    """As docs/guide.md has it, of `preset: auto`."""
+    trainer = told(10_000, batch=batch)
+    assert why_unmeasured(trainer, steps) is None
+    assert "of plain PEFT's run" in str(why_unmeasured(trainer, steps - 10))
 
 
 def test_a_run_too_short_for_a_search_is_refused_or_cuts_nothing(

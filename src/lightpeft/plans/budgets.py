@@ -100,18 +100,16 @@ class BudgetSearch:
     """Of the task's metric that a nat is worth; None: not known."""
     probed: list[Probed] = field(default_factory=list)
 
-    def run(
-        self, probe: Callable[[float], Tensor], allows: Callable[[Sequence[float]], bool] = lambda probed: True
-    ) -> float:
+    def run(self, probe: Callable[[float], Tensor], allows: Callable[[Sequence[float]], bool] | None = None) -> float:
         """Probe some budgets, and give the one that was found; 0 where none is within the tolerance.
 
         Args:
             probe: budget -> by how much the losses of some batches are higher than with nothing cut, after a few steps
                 of training of both: [batches].
-            allows: whether so many budgets may be probed, of which the first always may.
+            allows: whether so many budgets may be probed, of which the first always may; None: all may.
         """
         while (tried := self._next()) is not None:
-            if self.probed and not allows([*(each.blocks for each in self.probed), tried]):
+            if allows is not None and self.probed and not allows([*(each.blocks for each in self.probed), tried]):
                 break
             self._take(tried, probe(tried))
         return self.found

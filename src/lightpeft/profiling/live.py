@@ -64,16 +64,17 @@ def losses_of(model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype 
 def losses_and_classes_of(
     model: nn.Module, batches: Sequence[Batch], autocast: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The same, and the class that the model gives each row, as it is the likeliest: [rows].
+    """The losses as of `losses_of`, and the class that the model gives each row as the likeliest: [rows], on the CPU.
 
     Args:
+        batches: of a model whose logits are [rows, classes].
         autocast: half precision of the forward pass.
 
     Raises:
         LightPeftError: as `losses_of` does.
     """
-    read = _read(model, batches, autocast, lambda output: (_loss_in(output), output.logits.argmax(-1).cpu()))
-    return _finite([loss for loss, _ in read]), torch.cat([classes for _, classes in read])
+    read = _read(model, batches, autocast, lambda output: (_loss_in(output), output.logits.argmax(-1)))
+    return _finite([loss for loss, _ in read]), torch.cat([classes for _, classes in read]).cpu()
 
 
 @torch.no_grad()
@@ -87,6 +88,6 @@ def _read(
 
 
 def _finite(of_batches: Sequence[Tensor]) -> Tensor:
-    losses = torch.stack([loss.double().cpu() for loss in of_batches])
+    losses = torch.stack(list(of_batches)).double().cpu()  # one copy to the host
     require(bool(losses.isfinite().all()), "the model's loss is NaN or infinite; train at a lower learning rate")
     return losses

@@ -22,6 +22,9 @@ from lightpeft.prune.curve import gone_before, loss_curve, nested_plans
 from lightpeft.prune.learning import LEAST_LEARNED, classes_of, loss_by_frequencies, one_of_several
 from lightpeft.prune.probing import Probe
 
+Worth = Callable[[Tensor, Tensor], float]
+"""The classes that a model gives some rows, and those that are right, both [rows] -> points of the task's metric that a
+nat of its loss is worth."""
 PARTS = (0.2, 0.4, 0.6)
 """Of the blocks that are there, what is cut to see the rise of the loss before anything trains; between them it lies on
 a line. No more than the last is found of a model that has all of its blocks (`plans.budgets.MOST`)."""
@@ -97,15 +100,14 @@ def find_budget(
     light: LightConfig,
     probe: Probe,
     tolerance: Tolerance,
-    worth: Callable[[Tensor, Tensor], float] | None = None,
+    worth: Worth | None = None,
 ) -> FoundBudget:
     """Measure, and find the largest budget within the tolerance.
 
     Args:
         model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
         tolerance: what a budget may cost.
-        worth: of a tolerance in points: the classes that the model gives some rows, and those that are right, both
-            [rows] -> points of the task's metric that a nat of its loss is worth.
+        worth: of a tolerance in points.
 
     Raises:
         LightPeftError: the model gives no loss, or no budget can be tried at all.
@@ -116,13 +118,7 @@ def find_budget(
     parts = [round(gone + part * (1 - gone), 3) for part in PARTS]
     plans = dict(nested_plans(record, replace(light, blocks=None), parts))
     few = probe.held[: probe.few]
-    points_a_nat, seen = None, few
-    if worth is not None:
-        seen = probe.held
-        losses, classes = losses_and_classes_of(model, seen, probe.autocast)
-        points_a_nat = worth(classes, torch.cat([batch["labels"] for batch in seen]))
-    else:
-        losses = losses_of(model, seen, probe.autocast)
+    losses, points_a_nat = _whole(model, few if worth is None else probe.held, probe.autocast, worth)
     _, curve = loss_curve(model, plans, few, probe.autocast, losses[: len(few)])
     nats = tolerance.amount / (points_a_nat or 1.0)
     search = BudgetSearch({each.blocks: each.rise for each in curve}, nats, gone, points_a_nat)
@@ -130,14 +126,14 @@ def find_budget(
     def plan(blocks: float) -> PrunePlan:
         return make_plan(record, replace(light, blocks=blocks))
 
-    chance = chance_of(model, seen)
+    chance = chance_of(model, probe.held[: len(losses)])
     learned = None if chance is None else 1 - float(losses.mean()) / max(chance, 1e-6)
     # a classifier's loss tells whether it has learned something; of others, whether a cut raises theirs
     taught = curve[-1].interval[0] > 0 if learned is None else learned >= LEAST_LEARNED
     found = 0.0
     if taught:
         whole = probe.losses(model, None)
-        allows = probe.cost.allows if probe.cost is not None else lambda probed: True
+        allows = None if probe.cost is None else probe.cost.allows
         found = search.run(lambda blocks: probe.losses(model, plan(blocks)) - whole, allows)
     return FoundBudget(
         blocks=found,
@@ -151,6 +147,16 @@ def find_budget(
         points_a_nat=points_a_nat,
         of_plain=None if probe.cost is None else probe.cost.of_plain([each.blocks for each in search.probed]),
     )
+
+
+def _whole(
+    model: PeftModel, batches: Sequence[Batch], autocast: torch.dtype | None, worth: Worth | None
+) -> tuple[Tensor, float | None]:
+    """The losses of batches with nothing cut, [batches], and by the same pass what a nat is worth in points."""
+    if worth is None:
+        return losses_of(model, batches, autocast), None
+    losses, classes = losses_and_classes_of(model, batches, autocast)
+    return losses, worth(classes, torch.cat([batch["labels"] for batch in batches]))
 
 
 def chance_of(model: PeftModel, batches: Sequence[Batch]) -> float | None:

@@ -7,7 +7,6 @@ that have PEFT modules, and through what a cut has left of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,15 +27,15 @@ class SearchCost:
     """That each copy is measured on."""
     few: int
     """That tell how much the loss rises by a cut."""
-    cuts: Sequence[float] = ()
+    cuts: Sequence[float]
     """Parts of the blocks that are there which are cut to see that."""
-    answered: bool = False
+    answered: bool
     """Whether the whole model answers all that are held, to tell what a nat is worth."""
-    graph: float = 1.0
+    graph: float
     """Part of the blocks that gradients of a copy go back through."""
-    gone: float = 0.0
+    gone: float
     """Part of the blocks that is gone before."""
-    most: float = math.inf
+    most: float
     """Part of the time of plain PEFT's run that may be taken."""
 
     def of_plain(self, probed: Sequence[float]) -> float:

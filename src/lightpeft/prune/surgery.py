@@ -27,6 +27,7 @@ from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_e
 from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit
 from lightpeft.plans.structure import BlockSpec
+from lightpeft.profiling.live import device_of
 from lightpeft.prune.depth import leave_out
 
 _QUANTITIES = {
@@ -90,7 +91,7 @@ def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
         LightPeftError: as `apply_plan` does.
     """
     frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    with random_apart(next(model.parameters()).device):
+    with random_apart(device_of(model)):
         shadow = copy.deepcopy(model, frozen)
         if plan is not None:
             apply_plan(shadow, plan)

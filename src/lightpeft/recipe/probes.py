@@ -36,6 +36,8 @@ _HELD_BATCHES, _LEAST_IN_BATCH = 24, 8
 _FEW, _FEWEST_ROWS, _FEWEST_BATCHES = 1 / 4, 128, 6
 """Part of the rows set aside that tell how much the loss rises by a cut, which is many times what is left of it, and
 what they are at least."""
+_SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.0)
+"""Parts of the usual sizes that are tried, one after another; the last one is the least numbers above."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def sizes_of(trainer: Any, light: LightConfig, steps: int, gone: float = 0.0) ->
         )
         return size, cost
 
-    sizes = [sized(part) for part in (1.0, 0.9, 0.8, 0.7, 0.6, 0.0)]
+    sizes = [sized(part) for part in _SIZES]
     return next((found for found in sizes if found[1].usual <= light.search_fraction), sizes[-1])
 
 
