@@ -26,6 +26,7 @@ import found_budgets
 import gguf_speed
 import gpu
 import grid_peers
+import head
 import inference
 import low_memory
 import needs
@@ -92,6 +93,7 @@ from lightpeft.runs.bench import accelerating
 from lightpeft.runs.reproduce import Results, Row, read_results, reproduce
 from lightpeft.runs.reproduce.grid import slug
 from lightpeft.saved.merging import load_merged
+from lightpeft.tasks.tokens import IGNORED
 from lightpeft.training import acceleration
 
 ROOT = Path(__file__).parents[1]
@@ -1042,6 +1044,26 @@ def test_recomputing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         assert not seen
     with accelerating(work, model):
         assert seen == [model]
+
+
+# -- head.py -----------------------------------------------------------------------------------------------------------
+
+
+def test_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
+    monkeypatch.chdir(tmp_path)
+    config = bench.yaml("tiny", **{"preset": "writer"})
+    assert head.main([str(config), "--rounds", "1", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
+    assert list(read(tmp_path / "out.json")["values"]) == [head.AS_IT_IS, head.AT_ONCE, head.OF_ALL]
+    assert f"| {head.AT_ONCE} |" in capsys.readouterr().out
+    work = pipeline.prepare(load_config(config))
+    model = pipeline._with_peft(work).train()
+    batch = next(recovery_writers.batches(work, 2, 2))
+    labelled, vocabulary = int((batch["labels"][:, 1:] != IGNORED).sum()), model.config.vocab_size
+    shapes = {head.at_once: (1, labelled, vocabulary), head.of_all: (*batch["labels"].shape, vocabulary)}
+    for around, shape in {accelerating: (1, labelled, 0), **shapes}.items():
+        with around(work, model):
+            assert model(**batch).logits.shape == shape
 
 
 # -- low_memory.py -----------------------------------------------------------------------------------------------------

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from tiny import DECODERS, ENCODER_DECODERS, inputs_for, make, relative_difference
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from training import student, trainer
 
 from lightpeft import accelerated
 from lightpeft.compat.torch import is_watched
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.training import logits as training_logits
 from lightpeft.training.logits import labelled_head
+
+Learned = tuple[Tensor, dict[str, Tensor]]
+"""A loss, and gradients by name."""
 
 
 def answers(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
@@ -25,7 +31,7 @@ def answers(model: nn.Module, seed: int = 1) -> dict[str, Tensor]:
     return data
 
 
-def learned(model: PeftModel, data: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+def learned(model: PeftModel, data: dict[str, Tensor]) -> Learned:
     model.zero_grad()
     loss = model(**data).loss
     loss.backward()
@@ -45,24 +51,113 @@ def widths() -> Callable[[PeftModel], list[int]]:
     return watch
 
 
+@pytest.fixture
+def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of no more than five tokens are in memory at a time."""
+    monkeypatch.setattr(training_logits, "_AT_ONCE_ON_CPU", 0)
+    monkeypatch.setattr(training_logits, "_LEAST_AT_ONCE", 5)
+
+
+def check_same(usual: Learned, found: Learned, *, bf16: bool) -> None:
+    """But for rounding."""
+    assert relative_difference(usual[0], found[0]) < (1e-3 if bf16 else 1e-6)
+    assert usual[1].keys() == found[1].keys()
+    largest = max(gradient.norm() for gradient in usual[1].values())
+    tolerance = (2e-2 if bf16 else 1e-5) * largest
+    assert all((found[1][key] - usual[1][key]).norm() <= tolerance for key in usual[1])
+
+
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("bf16", [False, True])
-def test_losses_and_gradients_are_the_usual_ones(name: str, bf16: bool, widths: Callable[..., list[int]]) -> None:
+def test_losses_and_gradients_are_the_usual_ones(name: str, bf16: bool, few_at_once: None) -> None:
+    model = student(name)
+    data = answers(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        usual = learned(model, data)
+        with labelled_head(model):
+            inside = [learned(model, data), learned(model, data)]
+        for found in (*inside, learned(model, data)):
+            check_same(usual, found, bf16=bf16)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_who_watches_the_head_sees_logits_of_labelled_tokens(
+    name: str, bf16: bool, widths: Callable[..., list[int]]
+) -> None:
     model = student(name)
     data, seen = answers(model), widths(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         usual = learned(model, data)
         with labelled_head(model):
-            first, second = learned(model, data), learned(model, data)
-        after = learned(model, data)
+            inside = [learned(model, data), learned(model, data)]
+        for found in (*inside, learned(model, data)):
+            check_same(usual, found, bf16=bf16)
     labelled = int((data["labels"][:, 1:] != -100).sum())
     assert seen == [48, 2, labelled, labelled, 48], "a batch of two tokens finds out whether it can be done"
-    tolerance = 2e-2 if bf16 else 1e-5
-    for found in (first, second, after):
-        assert relative_difference(usual[0], found[0]) < (1e-3 if bf16 else 1e-6)
-        assert usual[1].keys() == found[1].keys()
-        largest = max(gradient.norm() for gradient in usual[1].values())
-        assert all((found[1][key] - usual[1][key]).norm() <= tolerance * largest for key in usual[1])
+
+
+class AtOnce(TorchDispatchMode):
+    """The most tokens that a softmax goes over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._log_softmax.default:
+            self.tokens = max(self.tokens, args[0][..., 0].numel())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "straight"),
+    [
+        ("llama-gqa", True),
+        ("gpt2", True),  # the head is tied to the embeddings
+        ("gemma2", False),  # what the head gives is capped before the loss sees it
+    ],
+)
+def test_logits_are_never_all_there(name: str, straight: bool, few_at_once: None) -> None:
+    model = student(name)
+    data = answers(model)
+    head = transformers_model(model).get_output_embeddings()
+    with labelled_head(model), AtOnce() as at_once:
+        output = model(**data)
+        output.loss.backward()
+    labelled = int((data["labels"][:, 1:] != -100).sum())
+    assert labelled > 5
+    assert at_once.tokens <= 5 if straight else at_once.tokens == labelled
+    assert output.logits.shape == (1, labelled, 0 if straight else head.out_features)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_head_that_trains_gets_its_gradients(bias: bool) -> None:
+    model = student("llama-gqa")
+    head = transformers_model(model).get_output_embeddings()
+    if bias:
+        head.bias = nn.Parameter(torch.randn(head.out_features))
+    data = answers(model)
+    for frozen in (head.weight, head.bias) if bias else (head.weight,):
+        frozen.requires_grad_()
+        usual = learned(model, data)
+        with labelled_head(model):
+            found = learned(model, data)
+        frozen.requires_grad_(False)
+        assert any(name.endswith("lm_head.weight" if frozen is head.weight else "lm_head.bias") for name in found[1])
+        check_same(usual, found, bf16=False)
+    with labelled_head(model):
+        frozen_head = learned(model, data)
+    check_same((usual[0], {key: usual[1][key] for key in frozen_head[1]}), frozen_head, bf16=False)
+
+
+def test_half_precision_in_which_small_gradients_vanish_goes_the_usual_way() -> None:
+    model = student("llama-gqa")
+    data = answers(model)
+    with labelled_head(model), torch.autocast("cpu", torch.float16):
+        assert model(**data).logits.shape[-1] > 0
+    with labelled_head(model), torch.autocast("cpu", torch.bfloat16):
+        assert model(**data).logits.shape[-1] == 0
 
 
 def test_no_label_at_all_is_the_usual_loss() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from torch import Tensor
 
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError, one_line, require
@@ -122,3 +123,10 @@ def random_apart(device: torch.device) -> AbstractContextManager[None]:
 def autocasting(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """A context whose products of matrices are computed in a half precision; None: in that of what they are given."""
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def computed_in(x: Tensor, *weights: Tensor) -> torch.dtype | None:
+    """The data type that products of these are computed in here; None where they would differ."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype if all(weight.dtype == x.dtype for weight in weights) else None

@@ -17,8 +17,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from lightpeft.compat.torch import changes_of
+from lightpeft.machine import computed_in
 from lightpeft.models.patching import instead
-from lightpeft.peft_kinds.sites.fused import computed_in, plain_adapter
+from lightpeft.peft_kinds.sites.fused import plain_adapter
 
 _SEEN = "_lightpeft_inner"
 """Attribute of an input: what A gives for it, of all layers that may read it. So it is the input's and its thread's."""

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.compat.torch import changes_of, is_watched
+from lightpeft.machine import computed_in
 from lightpeft.models.linears import LinearOnDisk, is_on_disk
 from lightpeft.models.patching import instead
 
@@ -91,13 +92,6 @@ class _Fused:
         dropped = dropout(x).to(dtype) if layer.training and not isinstance(dropout, nn.Identity) else None
         weight = base if isinstance(base, LinearOnDisk) else base.weight
         return _LoraLinear.apply(self.casts.of(x, dtype), dropped, weight, base.bias, down, up, layer.scaling[adapter])
-
-
-def computed_in(x: Tensor, *weights: Tensor) -> torch.dtype | None:
-    """The data type that PEFT would compute all of a layer in; None where its parts would differ."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype if all(weight.dtype == x.dtype for weight in weights) else None
 
 
 def plain_adapter(layer: LoraLinear) -> str | None:
