@@ -16,18 +16,23 @@ from peft import PeftModel
 from recovery_arms import AS_IT_IS, FadingEstimator, WithLoss, estimating, pruned, tokens_of, tuned
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback
 
 from lightpeft.config import RunConfig
 from lightpeft.machine import autocast_dtype, autocasting
 from lightpeft.models.patching import in_mode
-from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.unwrap import base_linear, transformers_model
+from lightpeft.plans.layout import kept_channels
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, block_parameters
+from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters
+from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.masks import UnitMasks
+from lightpeft.prune.refit import Batches, Correction, Fit, Refit, _Weights, correction, fit_refit
 from lightpeft.runs import pipeline
 from lightpeft.runs.pipeline import Workspace
 from lightpeft.runs.reproduce import Arm, Call
+from lightpeft.saved.light_adapter import load_light
 from lightpeft.saved.results import open_peft
 from lightpeft.tasks.tokens import IGNORED, without_labels
 
@@ -189,11 +194,11 @@ def anew(work: Workspace, model: PeftModel, record: EstimationRecord, labels: st
     return record
 
 
-def cut_by(work: Workspace, record: EstimationRecord, **budget: Any) -> PeftModel | None:
+def cut_by(work: Workspace, record: EstimationRecord, fit: Fit = fit_refit, **budget: Any) -> PeftModel | None:
     """Prune by another record than estimation's, which stays; what is left, as of `pipeline.prune`."""
     with work.run.held():
         make_plan(record, replace(work.config.light, **budget)).save(work.run.plan)
-    return pipeline.prune(work)
+    return pipeline.prune(work, fit)
 
 
 def fisher(work: Workspace, model: PeftModel, record: EstimationRecord, labels: str, gone: float) -> list[Tensor]:
@@ -244,9 +249,13 @@ def names_of(record: EstimationRecord) -> list[str]:
 # -- whole sub-layers --------------------------------------------------------------------------------------------------
 
 
-def whole_sublayers(config: RunConfig, *, part: float) -> None:
+def whole_sublayers(config: RunConfig, *, part: float, merged: bool = False) -> None:
     """A part of the budget goes as whole attentions and FFNs, by the divergence that the set of them is measured to
-    bring; the rest by width, as it is."""
+    bring; the rest by width, as it is.
+
+    Args:
+        merged: a refit also gives, as well as a linear map can, what those that went gave: the FFN before them does.
+    """
     work = pipeline.prepare(config)
     record = pipeline.estimate(work)
     chosen = weakest_sublayers(work, estimated(work), record, part * (config.light.known_blocks or 0.0))
@@ -254,7 +263,7 @@ def whole_sublayers(config: RunConfig, *, part: float) -> None:
         name: torch.zeros_like(values) if name in chosen else values.clamp_min(torch.finfo(values.dtype).tiny)
         for name, values in record.scores.items()
     }
-    cut_by(work, replace(record, scores=scores), min_heads=0, min_neurons=0)
+    cut_by(work, replace(record, scores=scores), merging if merged else fit_refit, min_heads=0, min_neurons=0)
     tuned(work)
 
 
@@ -298,6 +307,61 @@ def weakest_sublayers(work: Workspace, model: PeftModel, record: EstimationRecor
             gone.append(best)
     masks.detach()
     return gone
+
+
+@torch.no_grad()
+def merging(model: PeftModel, plan: PrunePlan, batches: Batches, rank: int) -> Refit:
+    """A refit in which an FFN also gives what the sub-layers behind it gave that are gone, up to the next that stays.
+
+    It is the linear map of its neurons that gives this best, beside what it gave itself.
+    """
+    weights, corrections = _Weights(model, plan), fit_refit(model, plan, batches, rank)
+    for spec, kept, gone in gone_behind(plan):
+        name = spec.projections["ffn_out"]
+        index = kept_channels(spec, kept, "ffn_out")
+        index = torch.arange(spec.neurons) if index is None else index
+        before = weights.before(name)
+        both = torch.cat([before, torch.eye(len(before))], dim=1)  # of its own inputs, and of what the others gave
+        moment = moment_beside(model, name, gone, batches)
+        corrections[name] = correction(moment, both, weights.after(name, index), index, rank, torch.bfloat16)
+    return corrections
+
+
+def gone_behind(plan: PrunePlan) -> list[tuple[BlockSpec, BlockPlan, list[str]]]:
+    """Blocks whose FFN stays, and the output projections of the sub-layers behind it that are gone whole, if any are."""
+    found: list[tuple[BlockSpec, BlockPlan, list[str]]] = []
+    behind: list[str] = []  # of what is before the first FFN nothing takes the place
+    for spec, kept in plan.parts:
+        if not kept.heads:
+            behind.append(spec.projections["o"])
+        if kept.neurons:
+            behind = []
+            found.append((spec, kept, behind))
+        else:
+            behind.append(spec.projections["ffn_out"])
+    return [place for place in found if place[-1]]
+
+
+def moment_beside(model: PeftModel, name: str, gone: Sequence[str], batches: Batches) -> Tensor:
+    """Mean of [x, s, 1] [x, s, 1]^T over tokens, of the inputs x of a projection and the sum s of what others give."""
+    inner = transformers_model(model)
+    seen: list[Tensor] = []
+    handles = [inner.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args[0]))]
+    handles += [
+        inner.get_submodule(other).register_forward_hook(lambda module, args, output: seen.append(output))
+        for other in gone
+    ]
+    total: Any = 0.0
+    with in_mode(model, training=False):
+        for batch in batches():
+            seen.clear()
+            model(**batch)
+            inputs, *given = (states.float()[batch["attention_mask"].bool()] for states in seen)
+            row = torch.cat([inputs, torch.stack(given).sum(0), inputs.new_ones(len(inputs), 1)], dim=1)
+            total = total + row.T @ row
+    for handle in handles:
+        handle.remove()
+    return total / total[-1, -1]
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
@@ -377,6 +441,31 @@ def fit_block(work: Workspace, block: nn.Module, passed: Sequence[Passage], step
         optimizer.zero_grad()
 
 
+# -- biases ------------------------------------------------------------------------------------------------------------
+
+
+def with_biases(config: RunConfig) -> None:
+    """What attentions and FFNs give has biases, as a refit makes them, which train behind the cut."""
+    work = pruned(pipeline.prepare(config))
+    light = load_light(work.run.pruned, work.dense_model().model, is_trainable=True)
+    biases = {name: base_linear(transformers_model(light), name).bias for name in light.light_refit}
+    for bias in biases.values():
+        bias.requires_grad_()
+    tuned(work, KeepBiases(biases), model=light)
+
+
+class KeepBiases(TrainerCallback):
+    """Biases that have trained become those of the refit."""
+
+    def __init__(self, biases: Mapping[str, Tensor]) -> None:
+        self.biases = biases
+
+    def on_train_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        """The base had none."""
+        for name, bias in self.biases.items():
+            model.light_refit[name] = Correction(bias.detach().clone())
+
+
 # -- all at once -------------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +501,9 @@ ARMS: dict[str, Arm] = {
     "scores of all tokens, in four rounds": _calling("scored_anew", labels="rows", rounds=4),
     "half as whole sub-layers": _calling("whole_sublayers", part=0.5),
     "half as whole sub-layers, and a refit": _calling("whole_sublayers", REFIT, part=0.5),
+    "the same, merged into the FFNs before": _calling("whole_sublayers", REFIT, part=0.5, merged=True),
     "some of it as whole blocks": Arm({"light": {"depth": 0.25}}),
+    "biases that train": _calling("with_biases", {"light": {"refit": "bias"}}),
     "fitted to blocks": _calling("fitted_to_blocks", steps=24, rate=1e-3),
     "rounds, fitted and taught": _calling("together", SLOW, rounds=4, steps=24, rate=1e-3, weight=1.0),
     "refit: low_rank": Arm(REFIT),

@@ -1212,6 +1212,37 @@ def test_what_a_teacher_tells_of_its_best_tokens() -> None:
     assert (some <= whole + 1e-5).all() and (some >= -1e-6).all()
 
 
+def test_an_ffn_also_gives_what_those_behind_it_gave() -> None:
+    model = with_lora(make("llama-gqa", num_hidden_layers=3), randomize=True)
+    plan = whole_plan(model)
+    stays, first, second = plan.blocks
+    halved = replace(stays, neurons=stays.neurons[::2])
+    gone = replace(first, heads=(), kv_heads=(), neurons=())
+    plan = replace(plan, blocks=(halved, gone, second))
+    specs = plan.specs
+    behind = [specs[1].projections["o"], specs[1].projections["ffn_out"]]
+    assert recovery_writers.gone_behind(plan) == [(specs[0], halved, behind)]
+    batch = inputs_for(model, rows=16)
+    given: list[Tensor] = []
+    inner = transformers_model(model)
+    for block in inner.model.layers:
+        block.register_forward_hook(lambda module, args, output: given.append(output))
+    errors = []
+    for fit in (fit_refit, recovery_writers.merging):
+        light = copy.deepcopy(model)
+        corrections = fit(light, plan, lambda: [batch], 64)
+        apply_plan(light, plan)
+        apply_refit(light, corrections)
+        with torch.no_grad():
+            given.clear()
+            model(**batch)
+            wanted = given[1]
+            given.clear()
+            light(**batch)
+        errors.append((given[1] - wanted).square().mean())
+    assert errors[1] < 0.5 * errors[0]
+
+
 @pytest.mark.parametrize("scale", [recovery_arms.standardised, recovery_arms.by_mean])
 def test_scores_on_a_scale_of_their_layer_do_not_tell_layers_apart(scale: Callable[[Tensor], Tensor]) -> None:
     record = random_record(student())
