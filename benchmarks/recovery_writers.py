@@ -328,7 +328,7 @@ def merging(model: PeftModel, plan: PrunePlan, batches: Batches, rank: int) -> R
 
 
 def gone_behind(plan: PrunePlan) -> list[tuple[BlockSpec, BlockPlan, list[str]]]:
-    """Blocks whose FFN stays, and the output projections of the sub-layers behind it that are gone whole, if any are."""
+    """Blocks whose FFN stays, and the output projections of the sub-layers behind it that are gone whole."""
     found: list[tuple[BlockSpec, BlockPlan, list[str]]] = []
     behind: list[str] = []  # of what is before the first FFN nothing takes the place
     for spec, kept in plan.parts:
@@ -448,7 +448,8 @@ def with_biases(config: RunConfig) -> None:
     """What attentions and FFNs give has biases, as a refit makes them, which train behind the cut."""
     work = pruned(pipeline.prepare(config))
     light = load_light(work.run.pruned, work.dense_model().model, is_trainable=True)
-    biases = {name: base_linear(transformers_model(light), name).bias for name in light.light_refit}
+    bases: dict[str, Any] = {name: base_linear(transformers_model(light), name) for name in light.light_refit}
+    biases = {name: base.bias for name, base in bases.items()}
     for bias in biases.values():
         bias.requires_grad_()
     tuned(work, KeepBiases(biases), model=light)
@@ -460,7 +461,7 @@ class KeepBiases(TrainerCallback):
     def __init__(self, biases: Mapping[str, Tensor]) -> None:
         self.biases = biases
 
-    def on_train_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+    def on_train_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
         """The base had none."""
         for name, bias in self.biases.items():
             model.light_refit[name] = Correction(bias.detach().clone())

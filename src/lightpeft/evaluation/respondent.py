@@ -18,11 +18,15 @@ from lightpeft.errors import require
 from lightpeft.evaluation.batching import fitting_batch_size, in_batches
 from lightpeft.evaluation.generating import generate_texts
 from lightpeft.machine import autocasting
+from lightpeft.models.head import Head, head_apart
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import fused_answers
 from lightpeft.tasks.tokens import IGNORED, Collator, take_rows, without_labels
+
+AT_ONCE = 2**28
+"""Bytes of a language model's logits, in float32, that are in memory at a time, if a row has no more."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,31 @@ class BatchedModel:
     def next_logits(self, encoded: Dataset, description: str) -> Iterator[tuple[Sequence[int], Tensor, Tensor]]:
         """Row numbers, logits at the places whose next token has a label in some row, and these labels.
 
-        The head of a model that can be told computes nothing else: with a large vocabulary the logits of all tokens
-        take more memory than all else in the pass.
+        With a large vocabulary, logits take more memory than all else in the pass: a model that can be told computes no
+        others, and those of a few rows at a time, whatever the size of a batch.
         """
-        for rows, batch, output in self._asked(encoded, description, _at_labels):
-            places = _predicting(batch["labels"])
-            logits = output.logits
-            if logits.shape[1] != len(places):
-                logits = logits[:, places.to(logits.device)]
-            yield rows, logits, batch["labels"][:, places + 1]
+        with head_apart(self.model) as head:
+            for rows, batch, output in self._asked(encoded, description, _at_labels):
+                places = _predicting(batch["labels"])
+                states, labels = output.logits, batch["labels"][:, places + 1]
+                if states.shape[1] != len(places):
+                    states = states[:, places.to(states.device)]
+                if head is None:
+                    yield rows, states, labels
+                    continue
+                size = self._rows_at_once(len(places))
+                for start in range(0, len(rows), size):
+                    part = slice(start, start + size)
+                    yield rows[part], self._logits(head, states[part]), labels[part]
+
+    def _rows_at_once(self, places: int) -> int:
+        """Rows whose logits at so many places are in memory together."""
+        vocabulary = transformers_model(self.model).get_output_embeddings().out_features
+        return max(1, AT_ONCE // max(1, 4 * places * vocabulary))
+
+    def _logits(self, head: Head, states: Tensor) -> Tensor:
+        with without_graph(self.model), autocasting(states.device, self.autocast):
+            return head(states)
 
     def _asked(
         self, encoded: Dataset, description: str, inputs_of: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from lightpeft.compat.torch import is_watched
 from lightpeft.compat.transformers import causal_loss, has_causal_loss, loss_instead
 from lightpeft.machine import computed_in, random_apart
+from lightpeft.models.head import language_head, two_tokens
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.tasks.tokens import IGNORED
@@ -43,9 +44,9 @@ def labelled_head(model: nn.Module) -> Iterator[None]:
         model: a transformers model, or a PeftModel around one.
     """
     inner = transformers_model(model)
-    head: Any = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    way = _way_to_loss(inner, head) if type(head) is nn.Linear and has_causal_loss(inner) else None
-    if way is None:
+    head = language_head(inner)
+    way = _way_to_loss(inner, head) if head is not None and has_causal_loss(inner) else None
+    if head is None or way is None:
         yield
         return
     labelled = _Labelled(head, straight=way == "straight")
@@ -74,11 +75,12 @@ def _way_to_loss(inner: Any, head: nn.Linear) -> str | None:
         taken.append(logits)
         return logits.new_zeros(())
 
-    usual, device = head.forward, inner.get_input_embeddings().weight.device
-    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    usual, inputs = head.forward, two_tokens(inner)
+    tokens = inputs["input_ids"]
     try:
-        with loss_instead(inner, loss), instead(head, project), torch.no_grad(), random_apart(device):  # of dropout
-            inner(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens)
+        # dropout draws numbers
+        with loss_instead(inner, loss), instead(head, project), torch.no_grad(), random_apart(tokens.device):
+            inner(**inputs, labels=tokens)
     except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
         return None
     if [logits.shape[:-1] for logits in taken] != [tokens.shape]:

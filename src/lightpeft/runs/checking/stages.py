@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from peft import PeftModel
 
 from lightpeft.compat.stand_ins import StorageWatch
+from lightpeft.evaluation.respondent import AT_ONCE
 from lightpeft.machine import autocast_dtype
+from lightpeft.models.head import head_apart
 from lightpeft.profiling import OptimizerFactory
 from lightpeft.profiling.rehearsal import Holding, Shapes, rehearse_inference, rehearse_training, rehearsing
 from lightpeft.runs.bench import accelerating, adamw, estimating
@@ -70,7 +73,12 @@ class Rehearsal:
             rows = min(work.config.training.eval_batch_size, len(work.test_rows))
             given = {name: ((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.shapes.items()}
             autocast = autocast_dtype(work.config.training)
-            return training, rehearse_inference(model, watch, given, autocast), size
+            with head_apart(model) as head:
+                evaluation = rehearse_inference(model, watch, given, autocast)
+            if head is not None:
+                logits = 4 * math.prod(given["input_ids"][0]) * model.config.vocab_size
+                evaluation = replace(evaluation, activations=evaluation.activations + min(logits, AT_ONCE))
+            return training, evaluation, size
 
 
 def lengths_of(work: Workspace) -> int:

@@ -1,0 +1,70 @@
+"""A language model's head apart from the rest of it, so that logits need not all be there at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightpeft.compat.stand_ins import StandIn
+from lightpeft.compat.torch import is_watched
+from lightpeft.machine import random_apart
+from lightpeft.models.patching import instead
+from lightpeft.models.unwrap import transformers_model
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [..., channels] -> logits [..., vocabulary]."""
+
+
+@contextmanager
+def head_apart(model: nn.Module) -> Iterator[Head | None]:
+    """Inside the block, a language model gives the hidden states that enter its head where it gave logits.
+
+    Args:
+        model: a transformers model, or a PeftModel around one.
+
+    Yields:
+        The head. None: the model gives logits as before, since it has no such head, something comes behind it (a cap, a
+        scale), somebody watches it, or its weights are whole only while the model computes.
+    """
+    inner = transformers_model(model)
+    head = language_head(inner)
+    if head is None or is_watched(head) or type(head.weight) not in (nn.Parameter, StandIn) or _followed(inner, head):
+        yield None
+        return
+    usual = head.forward
+    with instead(head, lambda hidden: hidden):
+        yield usual
+
+
+def language_head(inner: Any) -> nn.Linear | None:
+    """The layer of a transformers model that gives logits of tokens; None: it has none, or more than a layer."""
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    return head if type(head) is nn.Linear else None
+
+
+def two_tokens(inner: Any) -> dict[str, Tensor]:
+    """A row to find out by how a language model computes."""
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=inner.get_input_embeddings().weight.device)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _followed(inner: Any, head: nn.Linear) -> bool:
+    """Whether the model's logits are not what the head gives, as it is: tried with two tokens."""
+    given: list[Tensor] = []
+    usual = head.forward
+
+    def project(hidden: Tensor) -> Tensor:
+        given.append(usual(hidden))
+        return given[-1]
+
+    inputs = two_tokens(inner)
+    try:
+        with instead(head, project), torch.no_grad(), random_apart(inputs["input_ids"].device):  # dropout draws numbers
+            logits = inner(**inputs).logits
+    except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
+        return True
+    return len(given) != 1 or logits is not given[0]
