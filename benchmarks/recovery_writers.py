@@ -467,6 +467,22 @@ class KeepBiases(TrainerCallback):
             model.light_refit[name] = Correction(bias.detach().clone())
 
 
+# -- placement ---------------------------------------------------------------------------------------------------------
+
+
+def placed(config: RunConfig, *, lower: float) -> None:
+    """Behind the cut the lower part of the blocks has modules on queries and values alone, all others on all."""
+    work = pipeline.prepare(config)
+    pipeline.estimate(work)
+    plan = pipeline.plan(work)
+    below = plan.specs[: int(lower * len(plan.specs))]
+    gone = {name for spec in below for slot, name in spec.projections.items() if slot not in ("q", "v")}
+    with work.run.held():
+        replace(plan, sites={name: ranks for name, ranks in plan.sites.items() if name not in gone}).save(work.run.plan)
+    pipeline.prune(work)
+    tuned(work)
+
+
 # -- all at once -------------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +508,7 @@ ARMS: dict[str, Arm] = {
     AS_IT_IS: Arm({}),
     "taught, weight 1": _calling("taught", SLOW, weight=1.0),
     "taught, weight 4": _calling("taught", SLOW, weight=4.0),
+    "taught on answers alone": _calling("taught", SLOW, weight=1.0, every=10**6),
     "taught on a quarter of the prompts": _calling("taught", SLOW, weight=1.0, every=4),
     "taught by the untouched base": _calling("taught", SLOW, weight=1.0, untouched=True),
     "estimated near the base": _calling("estimated_near_the_base", SLOW, weight=1.0),
@@ -505,9 +522,11 @@ ARMS: dict[str, Arm] = {
     "the same, merged into the FFNs before": _calling("whole_sublayers", REFIT, part=0.5, merged=True),
     "some of it as whole blocks": Arm({"light": {"depth": 0.25}}),
     "biases that train": _calling("with_biases", {"light": {"refit": "bias"}}),
+    "q and v alone in the lower half": _calling("placed", lower=0.5),
     "fitted to blocks": _calling("fitted_to_blocks", steps=24, rate=1e-3),
     "rounds, fitted and taught": _calling("together", SLOW, rounds=4, steps=24, rate=1e-3, weight=1.0),
     "refit: low_rank": Arm(REFIT),
     "twice the rate": Arm({"light": {"learning_rate_scale": 2.0}}),
+    "2 ranks": Arm({"lora": {"r": 2, "alpha": 4}}),
     "32 ranks": Arm({"lora": {"r": 32, "alpha": 64}}),
 }
