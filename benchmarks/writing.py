@@ -3,8 +3,8 @@
     python benchmarks/writing.py runs/socialiqa/writers/cells/*/*/*/0 --rows 200
 
 Greedy search. Of the tasks that have prompts and completions (causal-lm): how often a text ends by itself, how long it
-is beside the references, how much of it is said before (Welleck et al. 2020, seq-rep-3), and how often it is the
-reference. A run that keeps both is asked for both. Prints a table and writes every text's measures to --out.
+is beside the references, how much of it is said before (Welleck et al. 2020, seq-rep-3), and how often it, or its
+last line, is the reference's. A run that keeps both is asked for both. Prints a table and writes all texts to --out.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def measure(work: Workspace, model: Model, rows: int) -> dict[str, Any]:
     return {
         "loss": scores_of(pipeline.measure(work, model), work.task).metrics["loss"],
         "exact": statistics.mean(_plain(a) == _plain(b) for a, b in zip(texts, references, strict=True)),
+        "last_line": statistics.mean(_last(a) == _last(b) for a, b in zip(texts, references, strict=True)),
         "ended": statistics.mean(len(ids) < most - 1 for ids in written),
         "tokens": statistics.mean(map(len, written)),
         "reference_tokens": statistics.mean(lengths),
@@ -77,9 +78,13 @@ def _plain(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
+def _last(text: str) -> str:
+    return _plain(next(reversed(text.strip().splitlines()), ""))
+
+
 def markdown(results: dict[str, dict[str, Any]]) -> str:
     """One row a model."""
-    header = ("", "cross-entropy", "exact, %", "ends, %", "tokens", "of the references", "repeated, %")
+    header = ("", "cross-entropy", "exact, %", "last line, %", "ends, %", "tokens", "of the references", "repeated, %")
     return markdown_table(
         header,
         [
@@ -87,6 +92,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
                 name,
                 f"{found['loss']:.3f}",
                 f"{100 * found['exact']:.1f}",
+                f"{100 * found['last_line']:.1f}",
                 f"{100 * found['ended']:.1f}",
                 f"{found['tokens']:.1f}",
                 f"{found['reference_tokens']:.1f}",

@@ -829,8 +829,22 @@ def test_writing(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert wide["loss"] == pytest.approx(metrics["full_width"]["metrics"]["loss"], abs=1e-4)
     for found in (light, wide):
         assert len(found["texts"]) == 12 and found["reference_tokens"] == 3
-        assert 0 <= found["exact"] <= found["ended"] <= 1
+        assert 0 <= found["exact"] <= min(found["ended"], found["last_line"]) <= 1
     assert writing.main([str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("texts", "same"),
+    [
+        (("5 and 2 are 7\n#### 7", "2 and 5: 7\n\n#### 7\n"), True),
+        (("#### 7", "#### 8"), False),
+        (("a word", "A word."), True),
+        (("", " \n"), True),
+    ],
+)
+def test_last_lines(texts: tuple[str, str], same: bool) -> None:
+    one, other = map(writing._last, texts)
+    assert (one == other) is same
 
 
 @pytest.mark.parametrize(("ids", "part"), [([1, 2, 3, 4], 0.0), ([1, 1, 1, 1, 1], 2 / 3), ([1, 2], 0.0)])
