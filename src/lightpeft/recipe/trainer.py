@@ -243,7 +243,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_alone=loss_alone)
 
     def _reads_loss_alone(self) -> bool:
-        """Whether nobody reads a language model's logits in training: `Trainer` does not, TRL's trainers do."""
+        """Whether nobody reads a language model's logits in training: `Trainer` does not, a loss of one's own may."""
         trainer = self._trainer
         own = type(self).compute_loss is Trainer.compute_loss  # type: ignore[attr-defined]
         return own and trainer.compute_loss_func is None and trainer.label_smoother is None

@@ -45,7 +45,7 @@ def accelerated(
 
     Args:
         dropout: probability that replaces the base's own ones; None: those stay.
-        loss_alone: nobody reads a language model's logits in training (TRL's trainers do, for their metrics), so that
+        loss_alone: nobody reads a language model's logits in training (TRL's losses may), so that
             those of tokens without a label need not be computed.
     """
     with ExitStack() as stack:
