@@ -52,8 +52,9 @@ def two_tokens(inner: Any) -> dict[str, Tensor]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _followed(inner: Any, head: nn.Linear) -> bool:
-    """Whether the model's logits are not what the head gives, as it is: tried with two tokens."""
+@contextmanager
+def given_by(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Inside the block, all that the head gives is kept; there are no graph, and no random numbers of the run."""
     given: list[Tensor] = []
     usual = head.forward
 
@@ -61,10 +62,15 @@ def _followed(inner: Any, head: nn.Linear) -> bool:
         given.append(usual(hidden))
         return given[-1]
 
-    inputs = two_tokens(inner)
+    with instead(head, project), torch.no_grad(), random_apart(head.weight.device):  # dropout draws numbers
+        yield given
+
+
+def _followed(inner: Any, head: nn.Linear) -> bool:
+    """Whether the model's logits are not what the head gives, as it is: tried with two tokens."""
     try:
-        with instead(head, project), torch.no_grad(), random_apart(inputs["input_ids"].device):  # dropout draws numbers
-            logits = inner(**inputs).logits
+        with given_by(head) as given:
+            logits = inner(**two_tokens(inner)).logits
     except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
         return True
     return len(given) != 1 or logits is not given[0]

@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from lightpeft.compat.torch import is_watched
 from lightpeft.compat.transformers import causal_loss, has_causal_loss, loss_instead
-from lightpeft.machine import computed_in, random_apart
-from lightpeft.models.head import language_head, two_tokens
+from lightpeft.machine import computed_in
+from lightpeft.models.head import given_by, language_head, two_tokens
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.tasks.tokens import IGNORED
@@ -64,22 +64,16 @@ def _way_to_loss(inner: Any, head: nn.Linear) -> str | None:
     Returns:
         "straight": as they are; "changed": position by position; None: in another way, or not at all.
     """
-    given: list[Tensor] = []
     taken: list[Tensor] = []
-
-    def project(hidden: Tensor) -> Tensor:
-        given.append(usual(hidden))
-        return given[-1]
 
     def loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         taken.append(logits)
         return logits.new_zeros(())
 
-    usual, inputs = head.forward, two_tokens(inner)
+    inputs = two_tokens(inner)
     tokens = inputs["input_ids"]
     try:
-        # dropout draws numbers
-        with loss_instead(inner, loss), instead(head, project), torch.no_grad(), random_apart(tokens.device):
+        with loss_instead(inner, loss), given_by(head) as given:
             inner(**inputs, labels=tokens)
     except Exception:  # noqa: BLE001 - it wants other inputs, in one of many ways
         return None
