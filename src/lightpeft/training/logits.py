@@ -157,6 +157,7 @@ class _SummedLoss(torch.autograd.Function):
     """Cross-entropy of `softmax(W x + b)`, summed over tokens, with a frozen W.
 
     Gradients are computed on the way forward, while the logits are there; no product of matrices is more than usual.
+    PyTorch 2.13 has `linear_cross_entropy`, which does so, too; older ones that lightpeft runs with have none.
     """
 
     @staticmethod
