@@ -70,13 +70,17 @@ def markdown(results: dict[str, Any]) -> str:
         rows.append(
             [
                 name,
-                f"{results['samples_per_second'][name]['median']:.0f}",
+                _speed(results["samples_per_second"][name]["median"]),
                 f"{time['median'] - 1:+.1%} ({time['low'] - 1:+.1%} to {time['high'] - 1:+.1%})",
                 f"{memory[name] / 2**20:.0f}",
                 f"{memory[name] / memory[first] - 1:+.1%}",
             ]
         )
     return markdown_table(("", "training samples/s", "time a step", "peak memory, MiB", ""), rows)
+
+
+def _speed(samples: float) -> str:
+    return f"{samples:.0f}" if samples >= 10 else f"{samples:.2f}"
 
 
 def main(
