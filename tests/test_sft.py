@@ -13,6 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from lightpeft import EarlyPruner, LightConfig, load_light
+from lightpeft.config import ModelConfig
+from lightpeft.saved.full_width import save_full_width
+from lightpeft.saved.light_adapter import LightModel
 
 trl = pytest.importorskip("trl")
 
@@ -76,3 +79,28 @@ def test_estimate_prune_and_train_on(tmp_path: Path, checkpointing: bool) -> Non
     training.save_model(str(tmp_path / "light"))
     again = load_light(tmp_path / "light", base=tmp_path / "base")
     assert again(**batch(padding="left")).logits.equal(light(**batch(padding="left")).logits)
+
+
+def test_it_trains_on_what_was_learned_at_full_width(tmp_path: Path) -> None:
+    """An export is PEFT's own folder, and goes on over the whole base as any other does."""
+    make("llama-gqa", eos_token_id=1).save_pretrained(tmp_path / "base")
+    model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    pruner = EarlyPruner(model, LightConfig(length=2, heads=0.5, neurons=0.5))
+    sft(model, tmp_path / "run", pruner.callback()).train()
+    light = pruner.prune()
+    training = sft(light, tmp_path / "run")
+    training.train()
+    training.save_model(str(tmp_path / "light"))
+    save_full_width(tmp_path / "light", ModelConfig(name=str(tmp_path / "base")), tmp_path / "wide")
+
+    wide = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "wide", is_trainable=True
+    )
+    going_on = sft(wide, tmp_path / "run", max_steps=4)
+    assert going_on.model is wide and not isinstance(wide, LightModel)
+    going_on.train()
+    losses = [entry["loss"] for entry in going_on.state.log_history if "loss" in entry]
+    untouched = sft(with_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base")), tmp_path / "run", max_steps=1)
+    untouched.train()
+    assert losses[0] < untouched.state.log_history[0]["loss"], "it has learned something"
+    assert losses[-1] < losses[0]
