@@ -13,7 +13,7 @@ from workbench import tokenizer_of_bytes
 
 from lightpeft.evaluation import respondent as asking
 from lightpeft.evaluation.respondent import BatchedModel
-from lightpeft.models.head import head_apart
+from lightpeft.models.head import head_apart, lone_head
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.tasks.respondent import token_sums
 from lightpeft.tasks.tokens import IGNORED, Collator
@@ -28,9 +28,10 @@ def test_hidden_states_and_head_give_the_logits(name: str) -> None:
     batch = inputs_for(model)
     with torch.no_grad():
         usual = model(**batch).logits
-        with head_apart(model) as head:
+        head = lone_head(model)
+        with head_apart(head):
             states = model(**batch).logits
-            found = states if head is None else head(states)
+        found = states if head is None else head(states)
         assert found.equal(usual)
         assert model(**batch).logits.equal(usual), "all is put back"
     assert (head is None) == (name in FOLLOWED)
@@ -40,18 +41,18 @@ def test_hidden_states_and_head_give_the_logits(name: str) -> None:
 @pytest.mark.parametrize("name", [*ENCODER_DECODERS, "bert", "vit"])
 def test_other_models_are_left_alone(name: str) -> None:
     model = make(name)
-    with head_apart(model) as head:
-        assert head is None
-        assert not [module for module in model.modules() if "forward" in vars(module)]
+    assert lone_head(model) is None
+    assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
 def test_who_watches_the_head_sees_logits() -> None:
     model = make("llama-gqa")
     seen: list[Tensor] = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
-    with head_apart(model) as head:
+    assert lone_head(model) is None
+    with head_apart(None):
         model(**inputs_for(model))
-    assert head is None and seen[-1].shape[-1] == model.config.vocab_size
+    assert seen[-1].shape[-1] == model.config.vocab_size
 
 
 def test_the_trial_draws_no_random_numbers() -> None:
@@ -59,8 +60,8 @@ def test_the_trial_draws_no_random_numbers() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    with head_apart(model):
-        assert torch.rand(3).equal(expected)
+    assert lone_head(model) is not None
+    assert torch.rand(3).equal(expected)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "gemma2"])
@@ -83,6 +84,17 @@ def test_logits_of_a_few_rows_at_a_time_are_the_same(name: str, bf16: bool, monk
         assert head.rows[1:] == whole, "the first call finds out whether it can be done"
     np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
     assert found[0][:, 2].tolist() == [length - 2 for length in lengths]
+
+
+def test_between_batches_the_model_has_its_head() -> None:
+    model = make("llama-gqa").eval()
+    rows = Dataset.from_list(
+        [{"input_ids": [5, 6, 7], "attention_mask": [1] * 3, "labels": [5, 6, 7], "length": 3}] * 3
+    )
+    pad = DataCollatorForSeq2Seq(tokenizer_of_bytes(), label_pad_token_id=IGNORED)
+    asked = BatchedModel(model, Collator(pad), 1)
+    for _ in asked.next_logits(rows, "Asking"):
+        assert model(**inputs_for(model)).logits.shape[-1] == model.config.vocab_size
 
 
 class Counted:

@@ -18,7 +18,7 @@ from lightpeft.errors import require
 from lightpeft.evaluation.batching import fitting_batch_size, in_batches
 from lightpeft.evaluation.generating import generate_texts
 from lightpeft.machine import autocasting
-from lightpeft.models.head import Head, head_apart
+from lightpeft.models.head import head_apart, lone_head
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
@@ -56,33 +56,34 @@ class BatchedModel:
         With a large vocabulary, logits take more memory than all else in the pass: a model that can be told computes no
         others, and those of a few rows at a time, whatever the size of a batch.
         """
-        with head_apart(self.model) as head:
-            for rows, batch, output in self._asked(encoded, description, _at_labels):
-                places = _predicting(batch["labels"])
-                states, labels = output.logits, batch["labels"][:, places + 1]
-                if states.shape[1] != len(places):
-                    states = states[:, places.to(states.device)]
-                if head is None:
-                    yield rows, states, labels
-                    continue
-                size = self._rows_at_once(len(places))
-                for start in range(0, len(rows), size):
-                    part = slice(start, start + size)
-                    yield rows[part], self._logits(head, states[part]), labels[part]
-
-    def _rows_at_once(self, places: int) -> int:
-        """Rows whose logits at so many places are in memory together."""
-        vocabulary = transformers_model(self.model).get_output_embeddings().out_features
-        return max(1, AT_ONCE // max(1, 4 * places * vocabulary))
-
-    def _logits(self, head: Head, states: Tensor) -> Tensor:
-        with without_graph(self.model), autocasting(states.device, self.autocast):
-            return head(states)
+        head = lone_head(self.model)
+        for rows, batch, output in self._asked(encoded, description, _at_labels, head):
+            places = _predicting(batch["labels"])
+            states, labels = output.logits, batch["labels"][:, places + 1]
+            if states.shape[1] != len(places):
+                states = states[:, places.to(states.device)]
+            if head is None:
+                yield rows, states, labels
+                continue
+            size = max(1, AT_ONCE // max(1, 4 * len(places) * head.out_features))
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
+                with without_graph(self.model), autocasting(states.device, self.autocast):
+                    logits = head(states[part])
+                yield rows[part], logits, labels[part]
 
     def _asked(
-        self, encoded: Dataset, description: str, inputs_of: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+        self,
+        encoded: Dataset,
+        description: str,
+        inputs_of: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
+        head: nn.Linear | None = None,
     ) -> Iterator[tuple[Sequence[int], dict[str, Tensor], Any]]:
-        """What `outputs` yields, of what `inputs_of` makes of a batch."""
+        """What `outputs` yields, of what `inputs_of` makes of a batch.
+
+        Args:
+            head: what the model does without; who is asked in between finds it in place.
+        """
         _require_rows(encoded)
         order = np.argsort(-np.asarray(encoded["length"][:]), kind="stable").tolist()
         device = next(self.model.parameters()).device
@@ -92,7 +93,7 @@ class BatchedModel:
         def compute(rows: Sequence[int]) -> tuple[dict[str, Tensor], Any]:
             batch = self.collator(take_rows(encoded, rows))
             inputs = {name: value.to(device) for name, value in inputs_of(batch).items() if name in accepted}
-            with without_graph(self.model), autocasting(device, self.autocast):
+            with without_graph(self.model), autocasting(device, self.autocast), head_apart(head):
                 return batch, self.model(**inputs, **nothing_kept)
 
         with in_mode(self.model, training=False), fused_answers(self.model):

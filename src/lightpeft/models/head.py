@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,29 +15,29 @@ from lightpeft.machine import random_apart
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 
-Head = Callable[[Tensor], Tensor]
-"""Hidden states [..., channels] -> logits [..., vocabulary]."""
 
-
-@contextmanager
-def head_apart(model: nn.Module) -> Iterator[Head | None]:
-    """Inside the block, a language model gives the hidden states that enter its head where it gave logits.
+def lone_head(model: nn.Module) -> nn.Linear | None:
+    """The layer whose output is a language model's logits as it is, and can be computed without the model.
 
     Args:
         model: a transformers model, or a PeftModel around one.
 
-    Yields:
-        The head. None: the model gives logits as before, since it has no such head, something comes behind it (a cap, a
-        scale), somebody watches it, or its weights are whole only while the model computes.
+    Returns:
+        None: there is no such layer, something comes behind it (a cap, a scale), somebody watches it, or its weights
+        are whole only while the model computes.
     """
     inner = transformers_model(model)
     head = language_head(inner)
     if head is None or is_watched(head) or type(head.weight) not in (nn.Parameter, StandIn) or _followed(inner, head):
-        yield None
-        return
-    usual = head.forward
-    with instead(head, lambda hidden: hidden):
-        yield usual
+        return None
+    return head
+
+
+@contextmanager
+def head_apart(head: nn.Linear | None) -> Iterator[None]:
+    """Inside the block, a model gives the hidden states that enter its lone head where it gave logits; None: logits."""
+    with nullcontext() if head is None else instead(head, lambda hidden: hidden):
+        yield
 
 
 def language_head(inner: Any) -> nn.Linear | None:

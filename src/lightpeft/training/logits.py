@@ -145,9 +145,10 @@ class _Labelled:
         Args:
             num_items_in_batch: labels that it is a mean over; None: those of this call.
         """
-        if self._sum is not None and self._labels is not None:
+        total, self._sum = self._sum, None  # which holds on to the graph
+        if total is not None and self._labels is not None:
             count = len(self._labels) if num_items_in_batch is None else num_items_in_batch
-            return self._sum / (count.to(self._sum.device) if isinstance(count, Tensor) else count)
+            return total / (count.to(total.device) if isinstance(count, Tensor) else count)
         if self._labels is not None:
             kwargs["shift_labels"] = self._labels[None]
         return causal_loss(logits, labels, vocab_size, num_items_in_batch, **kwargs)

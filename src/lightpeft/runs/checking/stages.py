@@ -12,7 +12,7 @@ from peft import PeftModel
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.evaluation.respondent import AT_ONCE
 from lightpeft.machine import autocast_dtype
-from lightpeft.models.head import head_apart
+from lightpeft.models.head import head_apart, lone_head
 from lightpeft.profiling import OptimizerFactory
 from lightpeft.profiling.rehearsal import Holding, Shapes, rehearse_inference, rehearse_training, rehearsing
 from lightpeft.runs.bench import accelerating, adamw, estimating
@@ -73,10 +73,11 @@ class Rehearsal:
             rows = min(work.config.training.eval_batch_size, len(work.test_rows))
             given = {name: ((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.shapes.items()}
             autocast = autocast_dtype(work.config.training)
-            with head_apart(model) as head:
+            head = lone_head(model)
+            with head_apart(head):
                 evaluation = rehearse_inference(model, watch, given, autocast)
             if head is not None:
-                logits = 4 * math.prod(given["input_ids"][0]) * model.config.vocab_size
+                logits = 4 * math.prod(given["input_ids"][0]) * head.out_features
                 evaluation = replace(evaluation, activations=evaluation.activations + min(logits, AT_ONCE))
             return training, evaluation, size
 
