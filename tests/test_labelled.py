@@ -58,6 +58,16 @@ def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_logits, "_LEAST_AT_ONCE", 5)
 
 
+def check_inside(model: PeftModel, data: dict[str, Tensor], *, bf16: bool) -> None:
+    """Twice inside the block, and behind it, all is as before it."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        usual = learned(model, data)
+        with labelled_head(model):
+            inside = [learned(model, data), learned(model, data)]
+        for found in (*inside, learned(model, data)):
+            check_same(usual, found, bf16=bf16)
+
+
 def check_same(usual: Learned, found: Learned, *, bf16: bool) -> None:
     """But for rounding."""
     assert relative_difference(usual[0], found[0]) < (1e-3 if bf16 else 1e-6)
@@ -71,13 +81,7 @@ def check_same(usual: Learned, found: Learned, *, bf16: bool) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_losses_and_gradients_are_the_usual_ones(name: str, bf16: bool, few_at_once: None) -> None:
     model = student(name)
-    data = answers(model)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        usual = learned(model, data)
-        with labelled_head(model):
-            inside = [learned(model, data), learned(model, data)]
-        for found in (*inside, learned(model, data)):
-            check_same(usual, found, bf16=bf16)
+    check_inside(model, answers(model), bf16=bf16)
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -87,12 +91,7 @@ def test_who_watches_the_head_sees_logits_of_labelled_tokens(
 ) -> None:
     model = student(name)
     data, seen = answers(model), widths(model)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        usual = learned(model, data)
-        with labelled_head(model):
-            inside = [learned(model, data), learned(model, data)]
-        for found in (*inside, learned(model, data)):
-            check_same(usual, found, bf16=bf16)
+    check_inside(model, data, bf16=bf16)
     labelled = int((data["labels"][:, 1:] != -100).sum())
     assert seen == [48, 2, labelled, labelled, 48], "a batch of two tokens finds out whether it can be done"
 
