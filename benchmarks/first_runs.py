@@ -68,6 +68,8 @@ class Cell:
     estimation: int | None = None
     """Steps of estimation; None: as the preset has it."""
     seed: int = 0
+    blocks: float | None = None
+    """Part of the block parameters to remove; None: as the preset has it."""
     ratio: float | None = None
     """As in docs/shell.md the command for one's own data: part of heads and neurons to remove, in a run that holds out
     a fifth of its file; measured on further rows. None: as the preset has it, and all rows train."""
@@ -115,7 +117,23 @@ def own() -> list[Cell]:
     return [Cell(data, rows, ratio=0.5) for data, rows in sizes.items()]
 
 
-QUESTIONS = {"own": own, "defaults": defaults, "rates": rates, "examples": examples}
+def budgets() -> list[Cell]:
+    """What a fixed budget costs a run that is too short to search for one: training rows of files of 300, 600 and 1,000
+    rows, a fifth of which is held out."""
+    tasks, sizes, parts = ("movies", "amazon", "nyt", "tweets", "eight", "sst2"), (480, 240, 800), (0.2, 0.4, 0.6)
+    return [
+        cell
+        for seed in (0, 1)
+        for rows in sizes
+        for data in tasks
+        for cell in (
+            Cell(data, rows, "plain", seed=seed),
+            *(Cell(data, rows, seed=seed, blocks=part) for part in parts),
+        )
+    ]
+
+
+QUESTIONS = {"own": own, "defaults": defaults, "rates": rates, "examples": examples, "budgets": budgets}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,6 +262,8 @@ def run(cell: Cell, model: str, out: Path) -> dict[str, Any]:
     return {
         **asdict(cell),
         "accuracy": found["metrics"]["accuracy"],
+        "loss": found["metrics"].get("loss"),
+        "seconds": sum(found["seconds"].values()) if "seconds" in found else None,
         "majority": majority(out / "data" / f"{cell.data}.test.csv"),
         "steps": work.steps,
         "scored_examples": scored.get("scored_examples"),
@@ -275,7 +295,8 @@ def light_settings(cell: Cell) -> dict[str, Any]:
     """Estimation and budget of a cell; what it is to measure must not be refused."""
     if cell.ratio is not None:
         return {"heads": cell.ratio, "neurons": cell.ratio}
-    return {"least_examples": 0, **({"length": cell.estimation} if cell.estimation else {})}
+    amount = {} if cell.blocks is None else {"blocks": cell.blocks}
+    return {"least_examples": 0, **amount, **({"length": cell.estimation} if cell.estimation else {})}
 
 
 def first_rows(data: Path, cell: Cell) -> Path:

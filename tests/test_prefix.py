@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from test_pipeline import comparable
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from training import blocks_of, collate, encoded, upper
 from workbench import Workbench, at_step, in_child, lightpeft, read, signalling
 
@@ -25,12 +24,10 @@ from lightpeft.runs import pipeline
 from lightpeft.training.prefix import (
     STATES,
     FrozenPrefix,
-    Numbered,
     PrefixCache,
     StateStore,
     cache_prefix,
-    number_rows,
-    with_states,
+    row_keys,
 )
 
 TEXT = sorted(set(tiny.ENCODERS) - {"vit", "dinov2"} | set(tiny.DECODERS))
@@ -190,27 +187,6 @@ def test_store_gives_back_what_it_took(data: st.DataObject, tmp_path_factory: py
     store.close()
 
 
-@pytest.mark.parametrize(("start", "workers"), [("fork", 2), ("spawn", 1)])
-def test_workers_of_a_data_loader_read_it(tmp_path: Path, start: str, workers: int) -> None:
-    store = StateStore([2] * 8, 3, torch.float32, tmp_path / "states.bin")
-    rows = torch.randn(8, 2, 3)
-    for row in range(8):
-        store.write(row, rows[row])
-    loader = DataLoader(Rows(store), batch_size=2, num_workers=workers, multiprocessing_context=start)
-    assert torch.equal(torch.cat(list(loader)), rows)
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, store: StateStore) -> None:
-        self.store = store
-
-    def __len__(self) -> int:
-        return len(self.store.lengths)
-
-    def __getitem__(self, row: int) -> Tensor:
-        return self.store.read(row)
-
-
 # Filling it
 
 
@@ -232,24 +208,32 @@ class Caching:
         rows, collator = changes.pop("rows", encoded()), changes.pop("collate", collate)
         with prefix.attached():
             options = {"batch_size": 4, "announce": self.said.append}
-            self.store = cache_prefix(prefix, rows, collator, PrefixCache(**changes), folder, **options)
+            self.known = cache_prefix(prefix, rows, collator, PrefixCache(**changes), folder, **options)
+
+    @property
+    def store(self) -> StateStore:
+        assert self.known is not None
+        return self.known.store
 
 
 @pytest.mark.parametrize("place", ["file", "memory"])
 def test_batches_bring_the_states_of_their_rows(tmp_path: Path, place: str) -> None:
-    store = Caching(tmp_path, place=place).store
     model = upper()
-    picked = [7, 0, 5]
-    batch = with_states(Numbered(collate)(number_rows(encoded()).select(picked).to_list()), store)
-    plain = collate(encoded().select(picked).to_list())
-    with FrozenPrefix(model).attached():
-        assert_same(gradients(model, batch), gradients(upper(), plain))
+    batch = collate(encoded().select([7, 0, 5]).to_list())
+    with FrozenPrefix(model).attached() as prefix:
+        prefix.known = Caching(tmp_path, place=place).known
+        gradients(model, batch)  # shows what a block returns
+        ran: list[int] = []
+        blocks_of(model)[0].attention.register_forward_hook(lambda *_: ran.append(1))
+        assert_same(gradients(model, batch), gradients(upper(), batch))
+        assert not ran
+        gradients(model, {**batch, "input_ids": batch["input_ids"].flip(1)})  # other rows
+        assert ran
     assert (tmp_path / "states.bin").exists() == (place == "file")
 
 
 def test_states_may_be_rounded(tmp_path: Path) -> None:
     full, half = (Caching(tmp_path / dtype, dtype=dtype).store for dtype in ("auto", "bfloat16"))
-    assert full and half
     assert 2 * half.bytes == full.bytes
     assert torch.equal(half.read(3), full.read(3).bfloat16())
 
@@ -290,7 +274,7 @@ def test_other_states_are_not_taken_over(tmp_path: Path, change: Any) -> None:
 
 def test_states_that_do_not_fit_are_not_made(tmp_path: Path) -> None:
     caching = Caching(tmp_path / "new", limit=1000)
-    assert caching.store is None
+    assert caching.known is None
     assert caching.computed == 3
     assert "no prefix cache" in caching.said[0]
     assert not (tmp_path / "new").exists()
@@ -304,7 +288,7 @@ def test_states_that_depend_on_padding_are_not_stored(tmp_path: Path) -> None:
 
     for name, refused in (("gpt2", True), ("llama-gqa", False)):
         caching = Caching(tmp_path / name, model=upper(name), collate=left)
-        assert (caching.store is None) == refused
+        assert (caching.known is None) == refused
         assert ("depends on the padding" in caching.said[0]) == refused
 
 

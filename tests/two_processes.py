@@ -33,7 +33,7 @@ from lightpeft.prune import learning
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.importance import RankObserver
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.training.prefix import FrozenPrefix, Numbered, PrefixCache, cache_prefix, number_rows, with_states
+from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
 
 STEPS, ROWS = 3, 8
 learning.FEWEST_TELLING = 2 * ROWS  # of both processes, in the last window of two steps
@@ -115,13 +115,12 @@ def shared_prefix(folder: Path) -> dict[str, torch.Tensor]:
         inside = next(prefix.blocks[0].children())
         inside.register_forward_hook(lambda module, args, output: computed.append(len(args[0])))
         settings = PrefixCache("file")
-        store = cache_prefix(prefix, encoded(16), collate, settings, folder / "prefix", batch_size=4)
-        assert store is not None
+        prefix.known = known = cache_prefix(prefix, encoded(16), collate, settings, folder / "prefix", batch_size=4)
+        assert known is not None
         seen = sum(computed)
         share = range(dist.get_rank(), 16, dist.get_world_size())
-        batch = Numbered(collate)(number_rows(encoded(16)).select(share).to_list())
-        parallel(**with_states(batch, store)).loss.backward()
-    states = torch.cat([store.read(row) for row in range(16)])
+        parallel(**collate(encoded(16).select(share).to_list())).loss.backward()
+    states = torch.cat([known.store.read(row) for row in range(16)])
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {**own, "states": states, "computed": torch.tensor(seen), "again": torch.tensor(sum(computed) - seen)}
 

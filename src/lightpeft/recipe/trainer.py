@@ -136,6 +136,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             check_step(Path(self._light_checkpoint), self._trainer.args)
         try:
             with meeting_others():
+                self._foresee_prefix(self._peft_model)
                 self._before_sharding(self._light_checkpoint)
                 result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
                 self._behind_sharding()
@@ -223,9 +224,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     def calibration(self) -> Iterator[dict[str, Tensor]]:
         """Batches of some training rows, for `light.refit`."""
         trainer, args = self._trainer, self._trainer.args
-        rows: Any = self._prefix_rows if self._prefix_rows is not None else trainer.train_dataset
         return calibration_batches(
-            rows, trainer.data_collator, self.light_config.refit_rows, args.seed, args.eval_batch_size, args.device
+            self._prefix_rows, trainer.data_collator, self.light_config.refit_rows, args.seed, args.eval_batch_size, args.device
         )
 
     # -- 3. fine-tuning of what is left --------------------------------------------------------------------------

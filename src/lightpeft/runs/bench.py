@@ -7,7 +7,6 @@ machine a drift falls on all subjects alike; ratios are taken within rounds.
 from __future__ import annotations
 
 import copy
-import itertools
 import multiprocessing
 import signal
 import tempfile
@@ -58,7 +57,7 @@ from lightpeft.runs import pipeline
 from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.results import open_peft
 from lightpeft.training.acceleration import light_steps
-from lightpeft.training.prefix import STATES, FrozenPrefix, StateStore, cache_prefix
+from lightpeft.training.prefix import CachedRows, FrozenPrefix, cache_prefix
 
 Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
 """A model, and the factory of its optimizer."""
@@ -280,22 +279,20 @@ class Subject:
         self.autocast = self.build.autocast or autocast_dtype(config.training)
         self.model, self.optimizer = self.build.make(self.work)
         self._folder = tempfile.TemporaryDirectory()
-        self._stored: Sequence[Mapping[str, Any]] | None = None
+        self._known: CachedRows | None = None
         self._prefix_speed: float | None = None
 
     def fixed(self) -> dict[str, Any]:
         """Peak memory of training, FLOPs of one batch and size of the KV cache, which do not vary."""
-        with self._as_trained() as batches:
+        with self._as_trained():
             with PeakMemory(self.model) as memory:
-                self._train(batches[:_MEASURED_STEPS])
-            largest = max(range(len(batches)), key=lambda index: self.batches[index]["input_ids"].numel())
-            training = count_flops(self.model, batches[largest]).training
-            forward = count_flops(self.model, self.batches[largest]).forward
+                self._train(self.batches[:_MEASURED_STEPS])
+            flops = count_flops(self.model, max(self.batches, key=lambda batch: batch["input_ids"].numel()))
         return {
             "prefix_samples_per_second": self._prefix_speed,
             "peak_memory_bytes": memory.bytes,
             "peak_memory_method": memory.method,
-            "flops": {"forward": forward, "training": training},
+            "flops": {"forward": flops.forward, "training": flops.training},
             "kv_cache_bytes_per_token": kv_cache_bytes(self.model, self.batches[0]),
         }
 
@@ -313,8 +310,8 @@ class Subject:
 
     def training(self) -> float:
         """Training samples a second: forward, backward, clipping and optimizer step."""
-        with self._as_trained() as batches:
-            return _samples(self.batches) / sum(self._train(batches))
+        with self._as_trained():
+            return _samples(self.batches) / sum(self._train(self.batches))
 
     def inference(self, batch_size: int | None = None, peft: Literal["merged", "beside", "fused"] = "merged") -> float:
         """Inference samples a second.
@@ -337,17 +334,17 @@ class Subject:
         return copy.deepcopy(self.model).merge_and_unload()
 
     @contextmanager
-    def _as_trained(self) -> Iterator[Sequence[Mapping[str, Any]]]:
-        """The batches as training sees them: with the outputs of a frozen prefix, read as a run reads them."""
+    def _as_trained(self) -> Iterator[None]:
+        """Inside the block steps are those of a run: with the outputs of a frozen prefix, read as a run reads them."""
         prefix = FrozenPrefix(self.model, blocks=[] if self.build.masked else None)
         with prefix.attached():
-            if self._stored is None:
-                self._stored = self._store(prefix) or self.batches
+            self._known = self._known or self._store(prefix)
+            prefix.known = self._known
             with self.build.accelerating(self.work, self.model):
-                yield self._stored
+                yield
 
-    def _store(self, prefix: FrozenPrefix) -> StoredBatches | None:
-        """The batches with their states, and how fast those are computed; None where a run would store none."""
+    def _store(self, prefix: FrozenPrefix) -> CachedRows | None:
+        """The states of the rows, and how fast those are computed; None where a run would store none."""
         settings, seen = (
             self.work.prefix_cache,
             self.work.steps * self.work.pace.batch_size * self.work.pace.accumulation,
@@ -359,36 +356,15 @@ class Subject:
         options: dict[str, Any] = {"batch_size": training.eval_batch_size, "autocast": self.autocast}
         started = time.perf_counter()
         with showing(silent):
-            store = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
+            known = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
         self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
-        return StoredBatches(self.batches, store) if store else None
+        return known
 
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:
         training = self.config.training
         return measure_training(
             self.model, batches, self.optimizer, autocast=self.autocast, max_grad_norm=training.max_grad_norm
         )
-
-
-class StoredBatches(Sequence[Mapping[str, Any]]):
-    """Batches that bring the outputs of the frozen prefix, read anew each time as by the collator of a run."""
-
-    def __init__(self, batches: Sequence[Mapping[str, Any]], store: StateStore) -> None:
-        """
-        Args:
-            store: states of the rows of all batches, in their order.
-        """
-        self.batches, self.store = batches, store
-        self.starts = [0, *itertools.accumulate(len(batch["input_ids"]) for batch in batches)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
-        batch, rows = self.batches[index], range(self.starts[index], self.starts[index + 1])
-        return {**batch, STATES: self.store.padded(rows, batch["attention_mask"])}
 
 
 def _samples(batches: Sequence[Mapping[str, Any]]) -> int:

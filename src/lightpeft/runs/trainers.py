@@ -229,6 +229,7 @@ class DenseRun(InRun, PrefixMixin, ShardingMixin, RunTrainer):
         """Train, and leave the model as it was but for its weights."""
         if resume_from_checkpoint is not None:
             check_step(Path(resume_from_checkpoint), self.args)
+        self._foresee_prefix(self.model)
         self._before_sharding(resume_from_checkpoint)
         try:
             result = super().train(resume_from_checkpoint, *args, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,25 @@ STATES = "prefix_states"
 """Keyword argument of the model that takes the prefix' outputs instead of computing them: [batch, length, width]."""
 
 
+class KnownStates(Protocol):
+    """Outputs of a prefix that were computed before."""
+
+    def of(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Those of the rows of a call, [batch, length, width]; None where one of them is not known."""
+
+
 class FrozenPrefix:
     """The blocks of one stack below the lowest block that holds a trained parameter.
 
     While attached, they run without a graph: no activation and no dropout mask of theirs is kept, also where the
-    embeddings were made to require gradients (gradient checkpointing). A batch that brings its `prefix_states` skips
-    them altogether; everything around the blocks (embeddings, positions, masks, rotary angles) runs as always.
+    embeddings were made to require gradients (gradient checkpointing). A training step skips them altogether where
+    `known` has the states of all its rows, or where the call brings them as `prefix_states`; everything around the
+    blocks (embeddings, positions, masks, rotary angles) runs as always.
     """
+
+    known: KnownStates | None = None
+    """Asked at each training step, with what the model is called with; so nothing that prepares a batch needs to
+    know of it."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> None:
         """
@@ -82,6 +94,8 @@ class FrozenPrefix:
 
     def _take(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._states = kwargs.pop(STATES, None)
+        if self._states is None and self.known is not None and not args and module.training and torch.is_grad_enabled():
+            self._states = self.known.of(kwargs)
         return args, kwargs
 
     def _drop(self, *_: Any) -> None:

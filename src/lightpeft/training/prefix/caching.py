@@ -1,14 +1,19 @@
-"""Computing the frozen prefix once for every training row, and giving batches its outputs."""
+"""Computing the frozen prefix once for every training row."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
+import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import psutil
 import torch
 from datasets import Dataset
@@ -21,6 +26,7 @@ from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.machine import autocasting, processes
 from lightpeft.tasks.tokens import without_labels
 from lightpeft.training.prefix.blocks import FrozenPrefix
+from lightpeft.training.prefix.keys import row_keys
 from lightpeft.training.prefix.states import StateStore, store_bytes
 
 Collate = Callable[[list[dict[str, Any]]], dict[str, Any]]
@@ -31,6 +37,8 @@ _TRIED_ROWS = 16
 """Rows that are made into a batch twice, to see whether they always give the same tokens."""
 _CHECKED_ROWS = 8
 """Rows of a stored cache that are computed again before it is taken over."""
+_STATELESS = frozenset({"transformers", "trl", "lightpeft"})
+"""Packages whose collators depend on their rows, and on random numbers, alone."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,26 @@ class PrefixCache:
         return computed if self.dtype == "auto" else getattr(torch, self.dtype)
 
 
+@dataclass(frozen=True)
+class CachedRows:
+    """What the frozen prefix gives for the rows that were asked for, whatever batches they come in."""
+
+    slots: Mapping[bytes, int]
+    """Key of a row (`row_keys`) -> its place in the store."""
+    store: StateStore
+
+    def of(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """States of the rows of a call of the model, [batch, length, width]; None where one of them is not known."""
+        keys = row_keys(inputs)
+        if keys is None or not all(key in self.slots for key in keys):
+            return None
+        return self.store.padded([self.slots[key] for key in keys], inputs["attention_mask"].cpu())
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        self.store.close()
+
+
 def cache_prefix(
     prefix: FrozenPrefix,
     rows: Dataset,
@@ -59,11 +87,11 @@ def cache_prefix(
     batch_size: int,
     autocast: torch.dtype | None = None,
     announce: Callable[[str], None] = lambda line: None,
-) -> StateStore | None:
+) -> CachedRows | None:
     """Compute the attached prefix for every row, or take over what an interrupted run left in `folder`.
 
     Args:
-        rows: encoded rows; a column `length` saves counting their tokens.
+        rows: encoded rows, [tokens] of each as `input_ids`.
         collator: makes padded batches with an `attention_mask`.
         folder: where a file goes.
         autocast: half precision to compute in, as training does; None: that of the weights.
@@ -85,9 +113,8 @@ def cache_prefix(
     if first is None:
         announce("no prefix cache: what the frozen blocks give for a row depends on the padding of its batch")
         return None
-    dtype = settings.stored_dtype(first.dtype)
-    lengths, width = lengths_of(rows), first.shape[-1]
-    size = store_bytes(lengths, width, dtype)
+    dtype, width = settings.stored_dtype(first.dtype), first.shape[-1]
+    size = store_bytes(caching.lengths, width, dtype)
     room, where = _room(settings, folder)
     blocks = len(prefix.blocks)
     if size > min(room, settings.limit):
@@ -95,8 +122,9 @@ def cache_prefix(
         announce(f"no prefix cache: it would take {decimal(size)} of {where}, and may take {most}")
         return None
     file = None if settings.place == "memory" else folder / _FILE
-    store = StateStore(lengths, width, dtype, file)
-    facts = {"rows": _digest(rows), "width": width, "dtype": str(dtype), "blocks": blocks, "autocast": str(autocast)}
+    store = StateStore(caching.lengths, width, dtype, file)
+    digest = hashlib.sha256(b"".join(caching.slots)).hexdigest()
+    facts = {"rows": digest, "width": width, "dtype": str(dtype), "blocks": blocks, "autocast": str(autocast)}
     try:
         if file is not None and caching.matches(store, folder / _FACTS, facts):
             announce(f"prefix cache: {decimal(size)} of {where}, from the interrupted run")
@@ -106,11 +134,11 @@ def cache_prefix(
             caching.fill(store, folder / _FACTS, facts)
     except OSError as error:
         raise LightPeftError(f"cannot write the prefix cache to {folder}: {error.strerror or error}") from error
-    return store
+    return CachedRows(caching.slots, store)
 
 
 class _Caching:
-    """Runs the prefix over rows."""
+    """Runs the prefix over rows; of several rows with the same tokens, over the first."""
 
     def __init__(
         self,
@@ -123,20 +151,44 @@ class _Caching:
         self.prefix, self.rows, self.collator = prefix, rows, collator
         self.batch_size, self.autocast = batch_size, autocast
         self.device = next(prefix.model.parameters()).device
+        self.slots: dict[bytes, int] = {}
+        """Key of a row -> slot."""
+        self.lengths: list[int] = []
+        """Real tokens, by slot."""
+        self._numbers: list[int] = []
+        """The row that a slot is of."""
+        self._learn()
 
-    def compute(self, numbers: Sequence[int]) -> list[Tensor]:
+    def _learn(self) -> None:
+        """Find the rows that differ, by the batches that the collator makes of them."""
+        ids = self.rows.with_format(None)["input_ids"][:]
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        for chunk in _chunks(order, self.batch_size):
+            batch = self._batch(chunk)
+            keys, lengths = row_keys(batch), batch["attention_mask"].bool().sum(1).tolist()
+            assert keys is not None  # else there was an obstacle
+            for number, key, length in zip(chunk, keys, lengths, strict=True):
+                if key not in self.slots:
+                    self.slots[key] = len(self.lengths)
+                    self.lengths.append(length)
+                    self._numbers.append(number)
+
+    def _batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """What the model is called with for some rows."""
+        return dict(without_labels(self.collator(_taken(self.rows, numbers))))
+
+    def compute(self, slots: Sequence[int]) -> list[Tensor]:
         """States of the real tokens of some rows, [length, width] each."""
-        batch = self.collator(self.rows.select(numbers).to_list())
+        batch = self._batch([self._numbers[slot] for slot in slots])
         mask = batch["attention_mask"].bool()
-        inputs = {name: value.to(self.device) for name, value in without_labels(batch).items()}
+        inputs = {name: value.to(self.device) for name, value in batch.items()}
         with autocasting(self.device, self.autocast):
             states = self.prefix.compute(inputs)
         return [row[real] for row, real in zip(states.cpu(), mask, strict=True)]
 
     def compute_checked(self) -> Tensor | None:
         """States of one row; None if they are others in the company of a longer row."""
-        lengths = lengths_of(self.rows)
-        shortest, longest = lengths.index(min(lengths)), lengths.index(max(lengths))
+        shortest, longest = self.lengths.index(min(self.lengths)), self.lengths.index(max(self.lengths))
         alone, padded = self.compute([shortest])[0], self.compute([shortest, longest])[0]
         return alone if self._close(alone, padded) else None
 
@@ -157,13 +209,13 @@ class _Caching:
         if store.file is not None:
             store.file.parent.mkdir(parents=True, exist_ok=True)
             facts_file.unlink(missing_ok=True)
-        order = sorted(range(len(self.rows)), key=store.lengths.__getitem__)
-        chunks = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        order = sorted(range(len(store.lengths)), key=store.lengths.__getitem__)
+        chunks = [*_chunks(order, self.batch_size)]
         if store.file is not None:
             chunks = chunks[state.process_index :: state.num_processes]
         for chunk in bars.progress(chunks, len(chunks), "Prefix"):
-            for row, states in zip(chunk, self.compute(chunk), strict=True):
-                store.write(row, states)
+            for slot, states in zip(chunk, self.compute(chunk), strict=True):
+                store.write(slot, states)
         state.wait_for_everyone()
         if store.file is not None and state.is_main_process:
             write_json(facts_file, {**facts, _STATES_CHECKSUM: file_checksum(store.file)})
@@ -180,46 +232,59 @@ class _Caching:
             return False
         if store.file.stat().st_size != store.bytes or file_checksum(store.file) != stored.get(_STATES_CHECKSUM):
             return False
-        step = max(1, len(self.rows) // _CHECKED_ROWS)
-        numbers = list(range(0, len(self.rows), step))[:_CHECKED_ROWS]
-        pairs = zip(self.compute(numbers), map(store.read, numbers), strict=True)
+        step = max(1, len(store.lengths) // _CHECKED_ROWS)
+        slots = list(range(0, len(store.lengths), step))[:_CHECKED_ROWS]
+        pairs = zip(self.compute(slots), map(store.read, slots), strict=True)
         return all(self._close(new.to(store.dtype), old) for new, old in pairs)
-
-
-def lengths_of(rows: Dataset) -> list[int]:
-    """Tokens of each row."""
-    return list(rows["length"]) if "length" in rows.column_names else [len(ids) for ids in rows["input_ids"]]
 
 
 def obstacle(rows: Any, collator: Collate) -> str | None:
     """Why rows have no states that could be kept; None: they have.
 
-    Collators that draw random numbers are found by asking them twice.
+    Collators that draw random numbers are found by asking twice, of which whoever trains notices nothing.
     """
     if not isinstance(rows, Dataset) or "input_ids" not in rows.column_names or not len(rows):
         return "the rows are no data set of tokens"
-    if isinstance(rows[0]["input_ids"][0], list):
+    if rows.format["type"] == "custom":
+        return "the rows have a transform, which may give a row other tokens each time"
+    picked = _taken(rows, range(min(_TRIED_ROWS, len(rows))))
+    if getattr(picked[0]["input_ids"][0], "__len__", None) and not isinstance(picked[0]["input_ids"][0], Tensor):
         return "it keeps one sequence a row, and multiple choice reads one an option"
-    picked = rows.select(range(min(_TRIED_ROWS, len(rows))))
-    first, again = (collator(picked.to_list()) for _ in range(2))
-    ids, mask = first.get("input_ids"), first.get("attention_mask")
-    if (
-        not isinstance(ids, Tensor)
-        or not isinstance(mask, Tensor)
-        or ids.shape[:1] != (len(picked),)
-        or mask.dim() != 2
-    ):
+    with _undisturbed():
+        trial = copy.deepcopy(collator)
+        first, again = (row_keys(without_labels(trial(copy.deepcopy(picked)))) for _ in range(2))
+    if first is None or again is None or len(first) != len(picked):
         return "a batch is not one padded sequence a row"
-    same = ids.equal(again["input_ids"]) and mask.equal(again["attention_mask"])
-    return None if same else "a row does not give the same tokens each time"
+    return None if first == again else "a row does not give the same tokens each time"
 
 
-def _digest(rows: Dataset) -> str:
-    """SHA-256 of the tokens of all rows, in order."""
-    digest = hashlib.sha256()
-    for ids in rows["input_ids"]:
-        digest.update(repr(ids).encode())
-    return digest.hexdigest()
+def may_change(collator: Collate) -> str | None:
+    """Why a collator may give a row other tokens later in training, or count its calls; None: it does not."""
+    kind = collator if inspect.isfunction(collator) else type(collator)
+    if kind.__module__.partition(".")[0] in _STATELESS:
+        return None
+    return f"the collator {kind.__name__} may give a row other tokens later; those of transformers and TRL do not"
+
+
+def _taken(rows: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows as a data loader takes them, in their format."""
+    return list(rows.__getitems__(list(numbers)))
+
+
+def _chunks(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (order[start : start + size] for start in range(0, len(order), size))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Inside the block random numbers are drawn that count for nobody outside."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _room(settings: PrefixCache, folder: Path) -> tuple[int, str]:

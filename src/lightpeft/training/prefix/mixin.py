@@ -8,37 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 from lightpeft.machine import processes
 from lightpeft.models.sharding import is_sharded
 from lightpeft.training.arguments import half_precision
-from lightpeft.training.prefix.batches import Numbered, number_rows, with_states
 from lightpeft.training.prefix.blocks import FrozenPrefix
-from lightpeft.training.prefix.caching import PrefixCache, cache_prefix, obstacle
-from lightpeft.training.prefix.states import StateStore
+from lightpeft.training.prefix.caching import CachedRows, PrefixCache, cache_prefix, may_change, obstacle
+from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import rows_a_step
 
 _log = logging.getLogger(__name__)
+SHARDED = "processes share the model's weights"
+"""All of them have to go through its blocks together, and would not."""
 
 
 class PrefixMixin:
-    """Mixin of `Trainer` classes.
-
-    Batches say which rows they are made of. Between `_open_prefix` and `_close_prefix` they get what the frozen blocks
-    give for these rows where a step begins, so that batches which a loader has made before are none the worse.
-    """
+    """Mixin of `Trainer` classes: between `_open_prefix` and `_close_prefix` the model's frozen blocks run without a
+    graph, and once a row where that is known to change nothing. Batches are the trainer's own."""
 
     prefix_cache: PrefixCache | None = None
     """How the outputs are kept; None: they are computed every time."""
     _frozen_prefix: FrozenPrefix | None = None
-    _prefix_store: StateStore | None = None
-    _prefix_rows: Dataset | None = None
-    """The training rows as the collator gets them, where their states can be kept."""
+    _cached_rows: CachedRows | None = None
     _prefix_obstacle: str | None = None
-    """Why they cannot."""
-    _prefix_numbering = False
+    """Why nothing is kept, where somebody might expect it."""
 
     @property
     def _prefix_folder(self) -> Path:
@@ -49,6 +43,21 @@ class PrefixMixin:
         """Say something worth knowing about the training that begins."""
         _log.info(line)
 
+    def _foresee_prefix(self, model: nn.Module) -> None:
+        """Say before training why the outputs of frozen blocks will be computed every time, if they will."""
+        self._prefix_obstacle = None
+        if self.prefix_cache is None or not FrozenPrefix(model):
+            return
+        rows, collator = self._prefix_rows, self._trainer.data_collator
+        if self._trainer._shards or is_sharded(model):
+            self._prefix_obstacle = SHARDED
+        elif pace_of(self._trainer) is None:
+            self._prefix_obstacle = "how often a row comes is not known"
+        else:
+            self._prefix_obstacle = may_change(collator) or obstacle(rows, collator)
+        if self._prefix_obstacle is not None:
+            self._announce(f"no prefix cache: {self._prefix_obstacle}")
+
     def _open_prefix(self, model: nn.Module, steps: int) -> None:
         """Let the frozen blocks of a model run without a graph and, if rows come again within the steps, once.
 
@@ -57,19 +66,17 @@ class PrefixMixin:
         """
         self._frozen_prefix = FrozenPrefix(model)
         self._frozen_prefix.attach()
-        args, rows = self._trainer.args, self._prefix_rows
-        seen = steps * rows_a_step(args)
-        if self.prefix_cache is None or not self._frozen_prefix or seen <= len(self._trainer.train_dataset):
+        args = self._trainer.args
+        if self.prefix_cache is None or self._prefix_obstacle is not None or not self._frozen_prefix:
             return
-        if is_sharded(model):  # all processes have to go through its blocks together, and would not
-            self._announce("no prefix cache: processes share the model's weights")
+        if is_sharded(model):  # by an engine that takes the model when training begins
+            self._announce(f"no prefix cache: {SHARDED}")
             return
-        if rows is None:
-            self._announce(f"no prefix cache: {self._prefix_obstacle}")
+        if steps * rows_a_step(args) <= len(self._trainer.train_dataset):
             return
-        self._prefix_store = cache_prefix(
+        self._cached_rows = cache_prefix(
             self._frozen_prefix,
-            rows,
+            self._prefix_rows,
             self._trainer.data_collator,
             self.prefix_cache,
             self._prefix_folder,
@@ -77,49 +84,30 @@ class PrefixMixin:
             autocast=half_precision(args),
             announce=self._announce,
         )
+        self._frozen_prefix.known = self._cached_rows
+
+    @property
+    def _prefix_rows(self) -> Any:
+        """The training rows as the collator gets them."""
+        rows = self._trainer.train_dataset
+        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+            return self._trainer._remove_unused_columns(rows, description="training")
+        return rows
 
     def _close_prefix(self) -> None:
         """The model's blocks compute as before."""
         if self._frozen_prefix is not None:
             self._frozen_prefix.detach()
             self._frozen_prefix = None
-        if self._prefix_store is not None:
-            self._prefix_store.close()
-            self._prefix_store = None
+        if self._cached_rows is not None:
+            self._cached_rows.close()
+            self._cached_rows = None
 
     def _remove_prefix_file(self) -> None:
         """To be called where training is over and not merely stopped."""
         processes().wait_for_everyone()
         if processes().is_main_process:
             shutil.rmtree(self._prefix_folder, ignore_errors=True)
-
-    # -- what Trainer calls --------------------------------------------------------------------------------------
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The trainer's own; its batches say which rows they are made of, where that can be of use."""
-        trainer = self._trainer
-        rows, collator = trainer.train_dataset, trainer.data_collator
-        if self.prefix_cache is None:
-            return super().get_train_dataloader()  # type: ignore[misc]
-        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
-            rows = trainer._remove_unused_columns(rows, description="training")
-        self._prefix_obstacle = obstacle(rows, collator)
-        if self._prefix_obstacle is not None:
-            return super().get_train_dataloader()  # type: ignore[misc]
-        self._prefix_rows, self._prefix_numbering, trainer.data_collator = rows, True, Numbered(collator)
-        try:
-            return super().get_train_dataloader()  # type: ignore[misc]
-        finally:
-            self._prefix_numbering, trainer.data_collator = False, collator
-
-    def _remove_unused_columns(self, dataset: Dataset, description: str | None = None) -> Dataset:
-        rows = super()._remove_unused_columns(dataset, description)  # type: ignore[misc]
-        return number_rows(rows) if self._prefix_numbering else rows
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """One backward pass, of a batch that brings what is kept of its rows."""
-        known = with_states(inputs, self._prefix_store) if self._prefix_rows is not None else inputs
-        return super().training_step(model, known, num_items_in_batch)  # type: ignore[misc]
 
     @property
     def _trainer(self) -> Any:
