@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import Tensor
 from training import blocks_of, collate, encoded, upper
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+    set_seed,
+)
 from workbench import Workbench, labelled
 
 from lightpeft import LightConfig, LightTrainer, light_trainer
@@ -178,8 +185,6 @@ def losses(trainer: Any) -> list[float]:
 
 def trained(bench: Workbench, tokenizer: Any, rows: Any, collator: str, folder: Path, **options: Any) -> Any:
     """A light training on these rows."""
-    from transformers import AutoModelForSequenceClassification
-
     set_seed(0)
     kept = {"remove_unused_columns": False} if options.pop("kept") else {}
     trainer = LightTrainer(
@@ -307,22 +312,23 @@ def test_sft(data: str, collator: Any, tmp_path: Path, caplog: Any) -> None:
 
 @pytest.mark.parametrize("data", ["map", "iterable"])
 def test_embeddings(bench: Workbench, data: str, tmp_path: Path) -> None:
-    pairs = Dataset.from_list([{"anchor": row["text"], "positive": row["text"][::-1]} for row in labelled(32, 1)])
+    modules = pytest.importorskip("sentence_transformers.models")
+    losses_of = pytest.importorskip("sentence_transformers.losses")
+    width = AutoConfig.from_pretrained(bench.base).hidden_size
+    texts = [row["text"] for row in labelled(32, 1)]
+    pairs = Dataset.from_list([{"anchor": text, "positive": " ".join(text.split()[::-1])} for text in texts])
 
     def made(**options: Any) -> Any:
         set_seed(0)
         embedder = sentence_transformers.SentenceTransformer(
-            modules=[
-                word := sentence_transformers.models.Transformer(str(bench.base)),
-                sentence_transformers.models.Pooling(word.get_word_embedding_dimension()),
-            ],
+            modules=[modules.Transformer(str(bench.base)), modules.Pooling(width)],
             device="cpu",
         )
         trainer = light_trainer(sentence_transformers.SentenceTransformerTrainer)(
             model=embedder,
             args=sentence_transformers.SentenceTransformerTrainingArguments(str(tmp_path), **ARGUMENTS),
             train_dataset=pairs if data == "map" else pairs.to_iterable_dataset(),
-            loss=sentence_transformers.losses.MultipleNegativesRankingLoss(embedder),
+            loss=losses_of.MultipleNegativesRankingLoss(embedder),
             peft_config=LoraConfig(task_type="FEATURE_EXTRACTION", r=4, lora_dropout=0.0),
             light=LIGHT,
             **options,
