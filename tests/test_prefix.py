@@ -27,7 +27,6 @@ from lightpeft.training.prefix import (
     PrefixCache,
     StateStore,
     cache_prefix,
-    row_keys,
 )
 
 TEXT = sorted(set(tiny.ENCODERS) - {"vit", "dinov2"} | set(tiny.DECODERS))

@@ -20,6 +20,7 @@ from lightpeft.config.light import (
 from lightpeft.config.methods import METHODS, Method, MethodName
 from lightpeft.config.peft import Peft, peft_type
 from lightpeft.config.presets import (
+    NOTHING_REMOVED,
     PRESETS,
     WRITTEN,
     Preset,
@@ -50,6 +51,7 @@ from lightpeft.config.run import (
 
 __all__ = [
     "METHODS",
+    "NOTHING_REMOVED",
     "PRESETS",
     "READ_BY_PLANS",
     "SWITCHES",

@@ -57,6 +57,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Values of `LightConfig` fields that differ from its defaults, by preset name."""
 
+NOTHING_REMOVED: dict[str, Any] = {
+    "blocks": 0.0,
+    "modules": 0.0,
+    "ranks": 0.0,
+    "module_blocks": 1.0,
+    "learning_rate_scale": 1.0,
+}
+"""Fields of a run without room for an estimation: PEFT modules in all blocks, with all ranks, at PEFT's own rate."""
+
 
 _OF_KINDS: dict[str, dict[str, dict[str, Any]]] = {
     # adapters take larger steps and lose more by a cut than LoRA

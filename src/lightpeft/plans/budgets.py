@@ -31,6 +31,9 @@ from statistics import NormalDist
 import numpy as np
 from torch import Tensor
 
+SHORT = 0.4
+"""Of the blocks, what goes of a classifier whose run is too short for a search, as measured on files of 300 to 1,000
+rows (docs/quality.md)."""
 STEP, MOST = 0.05, 0.6
 """Budgets are multiples of the first, and no more than the second is found: 80% cost classifiers that had learned their
 task three points or more, and a probe, made when a model has hardly begun to, does not always see that."""

@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lightpeft.config import LightConfig, Tolerance
-from lightpeft.plans.budgets import CONFIDENCE, BudgetSearch, Expected, Probed
+from lightpeft.plans.budgets import CONFIDENCE, SHORT, BudgetSearch, Expected, Probed
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.live import Batch, losses_and_classes_of, losses_of
@@ -58,17 +58,35 @@ class FoundBudget:
     seconds: float = 0.0
     """That all of it took."""
     unmeasured: str | None = None
-    """Why nothing could be measured; None: it was."""
+    """Why nothing could be measured, so that the budget is a fixed one, or nothing; None: it was."""
 
     @classmethod
-    def nothing(cls, unmeasured: str) -> FoundBudget:
-        """Nothing goes, for this reason."""
-        return cls(0.0, 0.0, expected=None, before={}, probed=[], rows=0, steps=0, unmeasured=unmeasured)
+    def fixed(cls, unmeasured: str, learned: float | None, gone: float = 0.0) -> FoundBudget:
+        """The budget of a run that cannot search for one.
+
+        Args:
+            unmeasured: why it cannot.
+            learned: part of the loss of an answer by the frequencies of labels that estimation took away; None: not
+                known, as of models that give no classes. Nothing goes of these, since what a fixed budget costs was
+                measured of classifiers alone, nor of models that have learned nothing yet.
+            gone: part of the blocks that is gone before.
+        """
+        able = learned is not None and learned >= LEAST_LEARNED
+        blocks = max(SHORT, gone) if able else 0.0
+        return cls(
+            blocks, 0.0, expected=None, before={}, probed=[], rows=0, steps=0, learned=learned, unmeasured=unmeasured
+        )
 
     def summary(self) -> str:
         """What was found, in one line."""
+        if self.unmeasured is not None and self.blocks:
+            return f"{self.blocks:.0%} of the blocks go, a fixed budget for short runs: {self.unmeasured}"
         if self.unmeasured is not None:
-            return f"nothing of the blocks goes: {self.unmeasured}; give light.blocks as a number to cut all the same"
+            why = "what a fixed one costs is known of classifiers alone"
+            if self.learned is not None:
+                why = "estimation has taught the model hardly more than the frequencies of labels"
+            to_cut = "give light.blocks as a number to cut all the same"
+            return f"nothing of the blocks goes: {self.unmeasured}, and {why}; {to_cut}"
         part = "" if self.of_plain is None else f", {self.of_plain:.0%} of plain PEFT's run by its passes"
         how = f"measured on {self.rows} rows in {self.seconds:.0f} s{part}"
         if not self.probed:

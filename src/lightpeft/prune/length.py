@@ -8,12 +8,19 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.training.schedule import Pace, scored_steps
 
+MOST_OF_SHORT = 0.5
+"""Part of a run that estimation may take to score `least_examples`, over `max_fraction`: a short run is better cut in
+its middle than not at all."""
 
-def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0) -> LightConfig:
+
+def fitted(
+    light: LightConfig, pace: Pace | None, steps: int, last: int = 0, longer: str = "training.epochs"
+) -> LightConfig:
     """The settings with an estimation that is long enough for a run of so many steps.
 
     Args:
         last: how many of these the light model leaves to the whole one.
+        longer: the setting that makes training longer, as the caller knows it.
 
     Raises:
         LightPeftError: it would leave no steps to train with, or score too little to be trusted.
@@ -22,13 +29,14 @@ def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0) -> 
         return light
     if pace is not None:
         enough = max(2, pace.enough_steps(light.least_examples, steps))
-        light = replace(light, least_steps=max(light.least_steps, enough))
+        part = max(light.max_fraction, enough / steps if enough <= MOST_OF_SHORT * steps else 0.0)
+        light = replace(light, least_steps=max(light.least_steps, enough), max_fraction=part)
     length = stage_length(light, steps)
     besides = f" and {last} at full width leave" if last else " leaves"
     shorten = "shorten light.length" + (" or light.full_width_steps" if last else "")
     require(length + last < steps, f"estimation of {length} steps{besides} none of the run's {steps}; {shorten}")
     if pace is not None:
-        check_examples(light, pace.least_examples(scored_steps(length)))
+        check_examples(light, pace.least_examples(scored_steps(length)), longer)
     return light
 
 
@@ -71,8 +79,11 @@ def longest_stage(config: LightConfig, total_steps: int | None) -> int:
     return max(length, min(_part(config.max_fraction, total_steps), room))
 
 
-def check_examples(config: LightConfig, examples: int) -> None:
+def check_examples(config: LightConfig, examples: int, longer: str = "training.epochs") -> None:
     """Refuse scores of next to nothing: a plan of those is little better than chance, if it chooses anything.
+
+    Args:
+        longer: the setting that makes training longer, as the caller knows it.
 
     Raises:
         LightPeftError: fewer than `least_examples`.
@@ -80,7 +91,7 @@ def check_examples(config: LightConfig, examples: int) -> None:
     require(
         examples >= config.least_examples or not config.chooses,
         f"estimation scores {examples} examples, and from fewer than {config.least_examples} (light.least_examples) no "
-        "plan is to be trusted; raise light.length, or train for longer (training.epochs)",
+        "plan is to be trusted; raise light.length, or train for longer ({longer})",
     )
 
 

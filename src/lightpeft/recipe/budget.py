@@ -14,7 +14,7 @@ from lightpeft.errors import require
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.budgeting import FoundBudget, find_budget
 from lightpeft.prune.curve import gone_before
-from lightpeft.recipe.probes import make_probe, why_unmeasured
+from lightpeft.recipe.probes import SearchRoom, make_probe, why_unmeasured
 
 USUAL_NATS = "0.05 nats"
 """`light.tolerance: auto` where all that is known is the loss."""
@@ -25,8 +25,8 @@ class BudgetMixin:
 
     light_config: LightConfig
     fast_steps: bool
-    light_blocks_asked = True
-    """Whether somebody asked for `light.blocks: auto`; else what cannot be measured is not cut."""
+    light_rows_told = ""
+    """The training rows as the caller counts them, for lines about their number; empty: as they train."""
     _peft_model: PeftModel
 
     def find_light_budget(self, record: EstimationRecord, steps: int) -> FoundBudget:
@@ -38,9 +38,9 @@ class BudgetMixin:
         started = time.perf_counter()
         trainer: Any = self
         gone = gone_before(record)
-        reason = why_unmeasured(trainer, steps, gone)
+        reason = why_unmeasured(SearchRoom.of(trainer), self.light_config, steps, gone)
         if reason is not None:
-            return FoundBudget.nothing(reason)
+            return FoundBudget.fixed(reason, record.meta.get("learned"), gone)
         seen = trainer.rows_of_steps(record.meta["steps"])
         probe = make_probe(trainer, self.light_config, steps, seen, self.fast_steps, gone)
         asked = self.light_tolerance()

@@ -18,6 +18,7 @@ from lightpeft.prune.budgeting import PARTS
 from lightpeft.prune.probing import Probe
 from lightpeft.prune.search_cost import SearchCost
 from lightpeft.training.arguments import half_precision
+from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import rows_a_step
 
 PART = 0.04
@@ -63,27 +64,63 @@ class Sizes:
         return max(_FEWEST_BATCHES, round(part * math.ceil(self.aside / self.in_batch)))
 
 
-def sizes_of(trainer: Any, light: LightConfig, steps: int, gone: float = 0.0) -> tuple[Sizes, SearchCost]:
+@dataclass(frozen=True)
+class SearchRoom:
+    """What a run has for a search."""
+
+    rows: int | None
+    """Training rows; None: of no known number."""
+    batch_size: int
+    """Rows that a process takes at once."""
+    rows_a_step: int
+    """Rows of an optimizer step, of all processes together."""
+    processes: int
+    points: bool
+    """Whether the tolerance is in points of the task's metric."""
+    engine: str | None = None
+    """What shards the model, if anything does."""
+    told: str = ""
+    """The rows as the caller counts them; empty: as they train."""
+
+    @classmethod
+    def of(cls, trainer: Any) -> SearchRoom:
+        """That of a `LightTraining`."""
+        pace, args = pace_of(trainer), trainer.args
+        return cls(
+            rows=None if pace is None else pace.rows,
+            batch_size=args.train_batch_size,
+            rows_a_step=rows_a_step(args),
+            processes=args.world_size,
+            points=trainer.light_tolerance().unit == "points",
+            engine="FSDP" if trainer._shards else "DeepSpeed" if trainer._in_deepspeed else None,
+            told=trainer.light_rows_told,
+        )
+
+    def aside(self, seen: float) -> int:
+        """How many rows are set aside of a run that goes through so many, repeated ones included."""
+        most = int(_MOST_OF_ROWS * (self.rows or 0))
+        return min(max(LEAST_HELD, int(HELD_PART * seen)), MOST_HELD, most)
+
+
+def sizes_of(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0) -> tuple[Sizes, SearchCost]:
     """The sizes of a search, and what it takes with these: as large as they are of long runs, or as may be.
 
     Args:
-        trainer: a `LightTraining`.
         steps: of the whole run.
         gone: part of the blocks that is gone before.
     """
-    each = rows_a_step(trainer.args)
-    answered = trainer.light_tolerance().unit == "points"
+    each = room.rows_a_step
 
     def sized(part: float) -> tuple[Sizes, SearchCost]:
         length = min(max(LEAST_STEPS, round(part * PART * steps)), MOST_STEPS)
-        size = Sizes(length, rows_aside(trainer, part * steps * each), trainer.args.train_batch_size)
+        size = Sizes(length, room.aside(part * steps * each), room.batch_size)
         cost = SearchCost(
-            run=steps * each // trainer.args.world_size,  # each process makes all of a search
+            run=steps * each // room.processes,  # each process makes all of a search
             trained=size.steps * each,
             held=size.aside,
             few=min(size.few * size.in_batch, size.aside),
             cuts=PARTS,
-            answered=answered,
+            answered=room.points,
             graph=light.module_blocks,
             gone=gone,
             most=light.search_fraction,
@@ -115,7 +152,7 @@ def make_probe(
     """
     args, rows = trainer.args, trainer.train_dataset
     size = args.train_batch_size * args.world_size
-    sizes, cost = sizes_of(trainer, light, steps, gone)
+    sizes, cost = sizes_of(SearchRoom.of(trainer), light, steps, gone)
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
     unseen = [number for number in drawn if number not in seen] if seen is not None else drawn
     aside = (unseen if len(unseen) >= sizes.aside else drawn)[: sizes.aside]
@@ -139,40 +176,24 @@ def make_probe(
     )
 
 
-def rows_aside(trainer: Any, seen: float) -> int:
-    """How many rows are set aside.
-
-    Args:
-        seen: rows that the whole run goes through, repeated ones included.
-    """
-    most = int(_MOST_OF_ROWS * len(trainer.train_dataset))
-    return min(max(LEAST_HELD, int(HELD_PART * seen)), MOST_HELD, most)
-
-
-def why_unmeasured(trainer: Any, steps: int | None, gone: float = 0.0) -> str | None:
+def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0) -> str | None:
     """Why probes cannot measure a budget here; None: they can.
 
     Args:
-        trainer: a `LightTraining`.
-        steps: of the whole run; None: not known yet.
+        steps: of the whole run.
         gone: part of the blocks that is gone before.
     """
-    if trainer._shards or trainer._in_deepspeed:
-        engine = "FSDP" if trainer._shards else "DeepSpeed"
-        return f"light.blocks: auto probes copies of the model, which cannot be made of one that {engine} shards"
-    try:
-        count = len(trainer.train_dataset)
-    except TypeError:
-        return "light.blocks: auto sets rows aside, which these, of no known number, do not allow"
-    if rows_aside(trainer, 0) < LEAST_HELD:
-        aside = f"light.blocks: auto measures on {LEAST_HELD} rows that it sets aside"
-        return f"{aside}, and {count} rows are too few for that"
-    if steps is None:
-        return None
-    _, cost = sizes_of(trainer, trainer.light_config, steps, gone)
+    if room.engine is not None:
+        return f"a search for a budget copies the model, and {room.engine} shards it"
+    if room.rows is None:
+        return "a search for a budget sets rows aside, and the number of rows is not known"
+    if room.aside(0) < LEAST_HELD:
+        needed = f"a search for a budget needs {int(LEAST_HELD / _MOST_OF_ROWS)} training rows"
+        return f"{needed}, and there are {room.told or room.rows}"
+    _, cost = sizes_of(room, light, steps, gone)
     if cost.least <= cost.most:
         return None
-    takes = f"light.blocks: auto would take {100 * cost.least:.3g}% of the time of plain PEFT's run of {steps} steps"
+    takes = f"a search for a budget would take {100 * cost.least:.3g}% of the time of plain PEFT's run of {steps} steps"
     return f"{takes}, and light.search_fraction allows {100 * cost.most:.3g}%"
 
 

@@ -9,8 +9,8 @@ from torch import nn
 from lightpeft.errors import require
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.sharding import is_sharded
-from lightpeft.recipe.probes import why_unmeasured
-from lightpeft.training.schedule import steps_of
+from lightpeft.prune.length import fitted
+from lightpeft.training.schedule import pace_of, steps_of
 
 if TYPE_CHECKING:
     from lightpeft.recipe.trainer import LightTraining
@@ -38,8 +38,9 @@ def check_light(training: LightTraining) -> None:
         _check_sharded(training, "FSDP" if training._shards else "DeepSpeed")
     if training.light_config.blocks == "auto" and training.light_plan is None:
         training.light_tolerance()
-        reason = why_unmeasured(trainer, steps_of(trainer))
-        require(reason is None or not training.light_blocks_asked, f"{reason}; give light.blocks as a number")
+    steps = steps_of(trainer)
+    if training.light_plan is None and steps is not None:
+        fitted(training.light_config, pace_of(trainer), steps, longer=training.light_longer)
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
     require(
         not reference or not getattr(args, "beta", 0),

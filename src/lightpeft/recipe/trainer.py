@@ -81,6 +81,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     light_record: EstimationRecord | None = None
     light_budget: FoundBudget | None = None
     light_report: dict[str, Any]
+    light_longer = "num_train_epochs"
+    """The setting that makes training longer, as the caller knows it."""
 
     def __init__(
         self,
@@ -160,7 +162,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         assert self._light_pruner is not None
         if can_write(self._peft_model) and (line := cut_of_writer(self.light_config)) is not None:
             self._warn(line)
-        settings = fitted(self.light_config, pace_of(self._trainer), state.max_steps)
+        settings = fitted(self.light_config, pace_of(self._trainer), state.max_steps, longer=self.light_longer)
         self._light_pruner.config = self._light_pruner.estimator.config = settings
         self._light_pruner.estimator.start(state.max_steps)
         if self._light_checkpoint is not None:
@@ -213,7 +215,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         if light.blocks == "auto":
             self.light_budget = self.find_light_budget(record, self._trainer.state.max_steps)
             self._light_seconds["budget"] = self.light_budget.seconds
-            _log.info("%s", self.light_budget.summary())
+            _log.log(logging.INFO if self.light_budget.blocks else logging.WARNING, "%s", self.light_budget.summary())
             light = replace(light, blocks=agreed(self.light_budget.blocks))
         return make_plan(record, light)
 
@@ -225,7 +227,12 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         """Batches of some training rows, for `light.refit`."""
         trainer, args = self._trainer, self._trainer.args
         return calibration_batches(
-            self._prefix_rows, trainer.data_collator, self.light_config.refit_rows, args.seed, args.eval_batch_size, args.device
+            self._prefix_rows,
+            trainer.data_collator,
+            self.light_config.refit_rows,
+            args.seed,
+            args.eval_batch_size,
+            args.device,
         )
 
     # -- 3. fine-tuning of what is left --------------------------------------------------------------------------

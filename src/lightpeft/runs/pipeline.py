@@ -44,6 +44,7 @@ from lightpeft.runs.stages import (
     leave_plan,
     leave_pruned,
 )
+from lightpeft.runs.stopping import stopped, stopped_line
 from lightpeft.runs.trainers import DenseRun, LightRun, WideRun
 from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.forms import to_device
@@ -288,10 +289,14 @@ def _finish(
     rate = work.config.way.rate
     require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{rate}")
 
+    told = stopped(trainer, work) if trainer.stage == "train" else {}
+    if told:
+        run.announce("train", stopped_line(told["stopped"]))
+
     def save_trained() -> None:
         save_result(run, model, work.tokenizer, task_facts(work.task))
 
-    run.finish_stage(trainer.stage, **asdict(cost), save=save or save_trained, steps=step - begun, **facts)
+    run.finish_stage(trainer.stage, **asdict(cost), save=save or save_trained, steps=step - begun, **facts, **told)
 
 
 def _full_model(work: Workspace) -> PreTrainedModel:
@@ -371,6 +376,7 @@ def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
         "seconds": run.stage_seconds(),
         "training": dict(_training_costs(run)),
         **_estimation_report(run),
+        **_stopped_report(run),
         **({"depth": depth} if (depth := found_depth(run)) is not None else {}),
         **({"budget": budget} if (budget := found_budget(run)) is not None else {}),
         "adapter_bytes": folder_bytes(run.result),
@@ -384,6 +390,12 @@ def _estimation_report(run: RunFolder) -> dict[str, Any]:
     """How long estimation took and what it taught, as far as the log knows: older runs noted less."""
     entry = run.finished_stages().get("estimate", {})
     return {"estimation": {name: entry[name] for name in LEARNING}} if entry.keys() >= set(LEARNING) else {}
+
+
+def _stopped_report(run: RunFolder) -> dict[str, Any]:
+    """Where training stopped and which step was kept, if it did not run to its end."""
+    entry = run.finished_stages().get("train", {})
+    return {"stopped": entry["stopped"]} if "stopped" in entry else {}
 
 
 def _vocabulary_report(work: Workspace, model: Model) -> dict[str, Any]:

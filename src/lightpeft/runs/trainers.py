@@ -24,11 +24,12 @@ from lightpeft.profiling import PeakMemory, throughput
 from lightpeft.recipe.budget import USUAL_NATS
 from lightpeft.recipe.trainer import light_trainer
 from lightpeft.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
+from lightpeft.runs.stopping import loss_aside, stopping_arguments, stopping_callbacks
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.tasks import Answers, answers_are_classes, points_a_nat
 from lightpeft.training.acceleration import light_steps
-from lightpeft.training.arguments import training_arguments
+from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
 from lightpeft.training.prefix import PrefixMixin
 from lightpeft.training.sharding import ShardingMixin
@@ -101,18 +102,28 @@ class InRun:
                 callback.begin(stage, trainer.state.global_step)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
-        """The run's own metrics on its test rows, instead of what a trainer can see of a batch."""
+        """The loss of the rows that say where training stops or, where it runs to its end, the run's own metrics on its
+        test rows, instead of what a trainer can see of a batch."""
         trainer: Any = self
-        answers = {"": self.work.task.answer(self.work.asking(trainer.model), self.work.test_rows)}
-        metrics = scores_of(answers, self.work.task).metrics
-        found = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        if self.work.held_rows is not None:  # their loss says where to stop; the test rows say nothing until the end
+            found = {f"{metric_key_prefix}_loss": loss_aside(self.work, trainer.model, half_precision(trainer.args))}
+        else:
+            found = self._measured(metric_key_prefix)
         trainer.log(found)
         trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, found)
         return found
 
+    def _measured(self, prefix: str) -> dict[str, float]:
+        trainer: Any = self
+        answers = {"": self.work.task.answer(self.work.asking(trainer.model), self.work.test_rows)}
+        metrics = scores_of(answers, self.work.task).metrics
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
 
 class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
     """Light-PEFT in a run folder: what estimation and the cut find goes there on the way."""
+
+    light_longer = "training.epochs"
 
     def __init__(
         self,
@@ -161,9 +172,9 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         return leave_plan(self.work.run)
 
     @property
-    def light_blocks_asked(self) -> bool:
-        """Whether the run was told so, or has the usual preset."""
-        return self.work.config.preset is not None
+    def light_rows_told(self) -> str:
+        """The rows of the user's file, where a part of them is held out."""
+        return self.work.rows_told
 
     def leave_light_budget(self, record: EstimationRecord) -> None:
         """Find a budget for the model as estimation left it, and leave it in the run folder."""
@@ -290,13 +301,22 @@ def _options(
     if _wants_tensorboard(given):
         given["report_to"] = [name for name in _names(given) if name != TENSORBOARD]
     # a trainer makes its folder at once, and a run nothing before all is found good: see `InRun.settle`
+    stops = steps == work.steps
+    if stops and work.held_rows is not None:
+        training = replace(training, save_steps=work.pace.steps_an_epoch)
+        given |= stopping_arguments(work)
     arguments = training_arguments(training, Path(tempfile.gettempdir()), steps, config.seed, given)
     return {
         "args": arguments,
         "train_dataset": work.train_rows,
         "eval_dataset": work.test_rows,
         "data_collator": work.collator,
-        "callbacks": [*callbacks, ProgressBar(steps), LogLines(work.run.log)],
+        "callbacks": [
+            *callbacks,
+            *(stopping_callbacks(work) if stops else ()),
+            ProgressBar(steps),
+            LogLines(work.run.log),
+        ],
     }
 
 

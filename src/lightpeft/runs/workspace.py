@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lightpeft.config import WRITTEN, RunConfig, TrainingConfig, cut_of_writer
+from lightpeft.config import NOTHING_REMOVED, WRITTEN, RunConfig, TrainingConfig, cut_of_writer
 from lightpeft.console.bars import showing, silent
-from lightpeft.errors import require
+from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.milestones import Watcher, sample
 from lightpeft.evaluation.respondent import BatchedModel
 from lightpeft.files import understandable
@@ -44,9 +44,11 @@ from lightpeft.tasks import (
 )
 from lightpeft.training.arguments import check_given
 from lightpeft.training.prefix import PrefixCache
-from lightpeft.training.schedule import Pace, settled
+from lightpeft.training.schedule import Pace, rows_held, settled
 from lightpeft.training.step_rows import rows_a_step_before, shared
 
+STOPPING = frozenset({"eval_strategy", "load_best_model_at_end", "metric_for_best_model"})
+"""Fields of `TrainingArguments` by which somebody says himself what training is stopped by, or kept of it."""
 NOTABLE_CUTS = 0.05
 """Part of the training rows that may be cut without a word."""
 
@@ -72,6 +74,11 @@ class Workspace:
     """How the test rows fare with these."""
     begun_by: int | None = None
     """How many processes the run was begun by, whose steps it goes on with; None: those that there are."""
+    unable: str | None = None
+    """Why the run, which was told nothing about what to remove, has no room for an estimation; None: it has."""
+    held_rows: Dataset | None = None
+    """Training rows set aside, not in `train_rows`: where the loss on them turns, training stops. None: it runs to its
+    end."""
 
     @property
     def collator(self) -> Collator:
@@ -94,6 +101,25 @@ class Workspace:
     def steps(self) -> int:
         """Optimizer steps of the whole run, estimation included."""
         return self.pace.steps(float(self.config.training.epochs))
+
+    @property
+    def rows_told(self) -> str:
+        """The training rows, with where the others of a file went that the user counts."""
+        held = 0 if self.held_rows is None else len(self.held_rows)
+        apart = f", {held} of them to tell when training is to stop" if held else ""
+        data = self.config.data
+        if data.test is not None or data.limit_train is not None or data.limit_test is not None or data.train is None:
+            return f"{len(self.task.train)}{apart}"
+        rows = len(self.task.train) + len(self.task.test)
+        return f"{len(self.task.train)} of {rows}{apart}, as {len(self.task.test)} are held out for evaluation"
+
+    def held_batches(self) -> list[dict[str, Tensor]]:
+        """Batches of the rows set aside, each of similar length."""
+        assert self.held_rows is not None
+        size, lengths = self.config.training.eval_batch_size, self.held_rows["length"][:]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        starts = range(0, len(order), size)
+        return [self.collator(self.held_rows.select(order[start : start + size]).to_list()) for start in starts]
 
     @property
     def last_steps(self) -> int:
@@ -160,10 +186,15 @@ class Workspace:
         """Say, where training begins, which settings cost more than a user may know of."""
         stage = "estimate" if self.config.way.prunes else "train"
         asked, training = self.run.config.training, self.config.training
+        if self.unable is not None:
+            self.run.announce(stage, f"nothing of the base goes: {self.unable}")
         if "auto" in (asked.epochs, asked.learning_rate):
             scale = self.config.light.learning_rate_scale if self.config.way.prunes else 1.0
             length = f"{self.steps} steps (epochs: {training.epochs:g})"
             self.run.announce(stage, f"training takes {length} at a learning rate of {self.rate * scale:.2g}")
+        if self.held_rows is not None:
+            held = f"{len(self.held_rows)} of the training rows are set aside"
+            self.run.announce(stage, f"{held}: training stops early where the loss on them turns")
         light, writes = self.config.light, self.config.way.prunes and self.task.entry.kind in WRITTEN
         if writes and not light.cuts_blocks:
             preset = self.config.preset or "writer"
@@ -226,8 +257,10 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     more = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in task.more_tests.items()}
     for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
         check_tokens(rows, tokenizer, model_config, what)
-    run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     width = getattr(model_config.get_text_config(), "hidden_size", None)
+    train_rows, held_rows = _set_aside(config, train_rows, width)
+    config, unable = _able(config, train_rows, width)
+    run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     begun_by = _begun_by(run)
     steps_of = begun_by or processes().num_processes
     training: TrainingConfig = settled(config.training, len(train_rows), width, steps_of)
@@ -235,7 +268,18 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     if run.has("depth") and run.goes_on:
         config = with_found_depth(config, run)
     work = Workspace(
-        run, task, tokenizer, train_rows, test_rows, more, positions, config, vocabulary, begun_by=begun_by
+        run,
+        task,
+        tokenizer,
+        train_rows,
+        test_rows,
+        more,
+        positions,
+        config,
+        vocabulary,
+        begun_by=begun_by,
+        unable=unable,
+        held_rows=held_rows,
     )
     if vocabulary is not None:
         with showing(silent):
@@ -246,6 +290,34 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         # whether estimation leaves steps to train with, and sees enough
         fitted(config.light, work.pace, work.steps, work.last_steps)
     return work
+
+
+def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those that tell when to stop, drawn by the seed; None: training runs to its end.
+
+    So it does where somebody says how long it is, or has it evaluated otherwise.
+    """
+    if config.training.epochs != "auto" or config.trainer.keys() & STOPPING or sharding_launched():
+        return rows, None
+    count = rows_held(len(rows), float(settled(config.training, len(rows), width).epochs))
+    if not count:
+        return rows, None
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return rows.select(sorted(drawn[count:])), rows.select(sorted(drawn[:count]))
+
+
+def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfig, str | None]:
+    """The settings of a run that is long enough to estimate with them; of one that is not, and was told nothing about
+    what to remove, settings that remove nothing, and why."""
+    if not config.way.prunes or config.preset is not None:
+        return config, None
+    training = settled(config.training, len(rows), width)
+    pace = Pace.of(len(rows), training)
+    try:
+        fitted(config.light, pace, pace.steps(float(training.epochs)))
+    except LightPeftError as error:
+        return replace(config, light=replace(config.light, **NOTHING_REMOVED)), str(error)
+    return config, None
 
 
 def _begun_by(run: RunFolder) -> int | None:

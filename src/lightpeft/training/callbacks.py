@@ -132,7 +132,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_training_stop:
-            control.should_save = False
+            control.should_save &= args.load_best_model_at_end  # its last model may be the best
         elif self.requested:
             control.should_save = True
             control.should_training_stop = True

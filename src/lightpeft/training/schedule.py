@@ -17,6 +17,11 @@ LEAST_EPOCHS = 3
 """Passes over the rows where these are enough steps."""
 MOST_EPOCHS = 40
 """Passes over very few rows, which teach nothing new for ever."""
+HELD_PART, FEWEST_HELD = 0.1, 40
+"""Training rows that a run of more epochs sets aside, to stop where the loss on them turns: a part, and at least so
+many."""
+MOST_HELD_PART = 0.2
+"""Part of the rows that these may be; of fewer than would tell something, none are."""
 RATE, RATE_WIDTH = 1e-3, 384
 """Peak learning rate under `learning_rate: auto`, measured at this hidden size."""
 LEAST_RATE = 3e-4
@@ -92,6 +97,18 @@ def settled(config: TrainingConfig, rows: int, width: int | None, processes: int
     epochs = auto_epochs(Pace.of(rows, config, processes).steps_an_epoch) if config.epochs == "auto" else config.epochs
     rate = auto_rate(width) if config.learning_rate == "auto" else config.learning_rate
     return replace(config, epochs=epochs, learning_rate=rate)
+
+
+def rows_held(rows: int, epochs: float) -> int:
+    """How many training rows are set aside to tell where training is to stop; 0 where it runs to its end.
+
+    Args:
+        rows: training rows.
+        epochs: that `training.epochs: auto` stands for; more than `LEAST_EPOCHS` go through few rows so often that a
+            model may learn them by heart.
+    """
+    held = max(FEWEST_HELD, int(HELD_PART * rows))
+    return held if epochs > LEAST_EPOCHS and held <= MOST_HELD_PART * rows else 0
 
 
 def auto_epochs(steps: int) -> int:

@@ -51,7 +51,9 @@ def row_keys(inputs: Mapping[str, Any]) -> list[bytes] | None:
 
 def _is_option(value: Any) -> bool:
     """Whether an argument says something about the call, and nothing of a row."""
-    return value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
+    return (
+        value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
+    )
 
 
 def _of_row(value: Tensor, row: int, real: Tensor) -> Tensor:
