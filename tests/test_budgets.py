@@ -27,15 +27,16 @@ from lightpeft import EarlyPruner, LightConfig, LightTrainer
 from lightpeft.config import Tolerance, preset_light
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans import budgets
-from lightpeft.plans.budgets import BudgetSearch
+from lightpeft.plans.budgets import SHORT, BudgetSearch
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import losses_of
 from lightpeft.prune import budgeting
-from lightpeft.prune.budgeting import PARTS, find_budget
+from lightpeft.prune.budgeting import PARTS, FoundBudget, find_budget
+from lightpeft.prune.learning import LEAST_LEARNED
 from lightpeft.prune.probing import Probe
 from lightpeft.prune.surgery import cut_copy
-from lightpeft.recipe.probes import sizes_of, why_unmeasured
+from lightpeft.recipe.probes import SearchRoom, sizes_of, why_unmeasured
 from lightpeft.runs import pipeline
 from lightpeft.runs.report import page
 from lightpeft.runs.report.facts import read_run
@@ -147,9 +148,9 @@ def test_published_searches_find_the_same_again(grid: str) -> None:
         config = report["config"]
         rows, batch = ROWS[cell.split("/")[1]], config["training"]["batch_size"]
         settings = {name: config["light"].get(name, 0.15) for name in ("module_blocks", "search_fraction")}
-        trainer = told(rows, "nats" if budget["points_a_nat"] is None else "points", batch, **settings)
+        room = room_of(rows, "nats" if budget["points_a_nat"] is None else "points", batch)
         steps = math.ceil(math.ceil(rows / batch) * config["training"]["epochs"])
-        _, cost = sizes_of(trainer, trainer.light_config, steps)
+        _, cost = sizes_of(room, preset_light("auto", **settings), steps)
         assert search.run(again.__getitem__, cost.allows) == budget["blocks"], cell
         assert len(search.probed) <= (3 if budget["points_a_nat"] is None else 2)
         if "of_plain" in budget:
@@ -439,8 +440,6 @@ def test_a_trainer_within_nothing_cuts_nothing(tmp_path: Path) -> None:
 
 def test_what_trainers_cannot_do(tmp_path: Path) -> None:
     assert "give nats" in refusal(lambda: trainer_of(tmp_path, replace(LIGHT, tolerance="1 point")))
-    assert "300 rows are too few" in refusal(lambda: trainer_of(tmp_path, count=300))
-    assert "of no known number" in refusal(lambda: trainer_of(tmp_path, rows=rows_of(16).to_iterable_dataset()))
     pruner = EarlyPruner(with_lora(make("bert")), LIGHT)
     assert "which LightTrainer has" in refusal(lambda: pruner.start(20))
 
@@ -626,56 +625,27 @@ def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "run").exists()
 
 
-def test_where_nobody_asked_what_cannot_be_measured_is_not_cut(
-    bench: Workbench, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """A run without a preset, of rows that are too few: it says so, and is not the less a run; a copy of it as well."""
-    few = Workbench(tmp_path)
-    settings = {**few.settings(**{"training.epochs": 1}), "light": {"length": 4, "least_examples": 0}}
-    file = few.folder / "run.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    assert lightpeft("run", "--config", file, "--output", few.folder / "run") == 0
-    said = capsys.readouterr().err
-    why = "light.blocks: auto measures on 128 rows that it sets aside, and 64 rows are too few for that"
-    assert f"nothing of the blocks goes: {why}; give light.blocks as a number" in said
-    found, told = read(few.folder / "run/budget.json"), read(few.folder / "run/metrics.json")
-    assert (found["blocks"], found["unmeasured"], found["rows"]) == (0.0, why, 0)
-    assert told["parameters"]["base_removed_ratio"] == 0
-    assert PrunePlan.load(few.folder / "run/plan.json").removed_parameters == 0
-    assert f"Nothing of the blocks goes: {why}." in page([read_run(few.folder / "run")])
-    again = few.folder / "again"
-    assert lightpeft("run", "--config", few.folder / "run/config.yaml", "--output", again) == 0
-    assert comparable(again) == comparable(few.folder / "run")
-
-
 @pytest.mark.parametrize(
-    ("trainer", "why"),
+    ("room", "why"),
     [
-        ({"_shards": True}, "which cannot be made of one that FSDP shards"),
-        ({"_in_deepspeed": True}, "which cannot be made of one that DeepSpeed shards"),
-        ({"train_dataset": iter(range(600))}, "of no known number"),
-        ({"train_dataset": range(511)}, "511 rows are too few"),
-        ({"train_dataset": range(512)}, None),
+        ({"engine": "FSDP"}, "copies the model, and FSDP shards it"),
+        ({"rows": None}, "the number of rows is not known"),
+        ({"rows": 511}, "needs 512 training rows, and 511 train"),
+        ({"rows": 480, "told": "480 of 600"}, "needs 512 training rows, and 480 of 600 train"),
+        ({"rows": 512}, None),
     ],
 )
-def test_why_a_budget_cannot_be_measured(trainer: dict[str, Any], why: str | None) -> None:
-    found = why_unmeasured(SimpleNamespace(**{"_shards": False, "_in_deepspeed": False, **trainer}), None)
+def test_why_a_budget_cannot_be_measured(room: dict[str, Any], why: str | None) -> None:
+    found = why_unmeasured(replace(room_of(600), **room), preset_light("auto"), 1000)
     assert found is None if why is None else why in str(found)
 
 
 # -- what a search takes -------------------------------------------------------------------------------------------
 
 
-def told(rows: int, unit: str = "points", batch: int = 16, accumulation: int = 1, **light: Any) -> Any:
-    """A stand-in for a trainer of so many rows."""
-    return SimpleNamespace(
-        _shards=False,
-        _in_deepspeed=False,
-        train_dataset=range(rows),
-        args=SimpleNamespace(train_batch_size=batch, gradient_accumulation_steps=accumulation, world_size=1),
-        light_config=preset_light("auto", **light),
-        light_tolerance=lambda: Tolerance(1, unit),  # type: ignore[arg-type]
-    )
+def room_of(rows: int, unit: str = "points", batch: int = 16, accumulation: int = 1) -> SearchRoom:
+    """What a run of so many rows has for a search."""
+    return SearchRoom(rows, batch, batch * accumulation, 1, unit == "points")
 
 
 @pytest.mark.parametrize(
@@ -695,10 +665,10 @@ def test_no_search_takes_more_than_it_may(
     rows: int, epochs: int, unit: str, light: dict[str, Any], probes: int
 ) -> None:
     """Of a model whose first probe leaves the tolerance half empty, so that a second one is asked for."""
-    trainer, steps = told(rows, unit, **light), rows * epochs // 16
-    sizes, cost = sizes_of(trainer, trainer.light_config, steps)
+    room, settings, steps = room_of(rows, unit), preset_light("auto", **light), rows * epochs // 16
+    sizes, cost = sizes_of(room, settings, steps)
     assert sizes.aside >= 128 and sizes.steps >= 8
-    reason = why_unmeasured(trainer, steps)
+    reason = why_unmeasured(room, settings, steps)
     assert (reason is None) == (cost.least <= cost.most) == (probes > 0)
     if reason is not None:
         assert f"of plain PEFT's run of {steps} steps, and light.search_fraction allows 15%" in reason
@@ -708,7 +678,7 @@ def test_no_search_takes_more_than_it_may(
     search.run(lambda blocks: rises(0.1 * blocks**2, 0.001), cost.allows)
     probed = [each.blocks for each in search.probed]
     assert len(probed) == probes
-    assert cost.of_plain(probed) <= trainer.light_config.search_fraction
+    assert cost.of_plain(probed) <= settings.search_fraction
 
 
 @settings(max_examples=200, deadline=None)
@@ -723,8 +693,8 @@ def test_no_search_takes_more_than_it_may(
 def test_what_a_search_takes_is_what_it_goes_through(
     rows: int, epochs: int, batch: int, accumulation: int, unit: str, gone: float
 ) -> None:
-    trainer = told(rows, unit, batch, accumulation)
-    sizes, cost = sizes_of(trainer, trainer.light_config, max(1, rows * epochs // (batch * accumulation)), gone)
+    room = room_of(rows, unit, batch, accumulation)
+    sizes, cost = sizes_of(room, preset_light("auto"), max(1, rows * epochs // (batch * accumulation)), gone)
     assert cost.trained == sizes.steps * batch * accumulation and cost.few <= cost.held == sizes.aside <= rows // 4
     assert cost.of_plain([gone]) >= cost.of_plain([gone + 0.5 * (1 - gone)]) >= cost.of_plain([]) > 0
     assert cost.of_plain([gone]) == pytest.approx((1 - gone) * replace(cost, gone=0.0).of_plain([0.0]))
@@ -755,7 +725,7 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
     found = trainer.light_budget
     assert found is not None and found.probed
     copies = 1 + len(found.probed)
-    _, cost = sizes_of(trainer, LIGHT, 60)
+    _, cost = sizes_of(SearchRoom.of(trainer), LIGHT, 60)
     assert rows["trained"] == copies * cost.trained
     whole = cost.held if unit == "points" else cost.few
     assert rows["forward"] == copies * cost.held + whole + cost.few * len(PARTS)
@@ -765,32 +735,59 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
 @pytest.mark.parametrize(("batch", "steps"), [(16, 220), (32, 155)])
 def test_which_runs_are_too_short(batch: int, steps: int) -> None:
     """As docs/guide.md has it, of `preset: auto`."""
-    trainer = told(10_000, batch=batch)
-    assert why_unmeasured(trainer, steps) is None
-    assert "of plain PEFT's run" in str(why_unmeasured(trainer, steps - 10))
+    room, light = room_of(10_000, batch=batch), preset_light("auto")
+    assert why_unmeasured(room, light, steps) is None
+    assert "of plain PEFT's run" in str(why_unmeasured(room, light, steps - 10))
 
 
-def test_a_run_too_short_for_a_search_is_refused_or_cuts_nothing(
+def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused where somebody asked, before anything is written; else it says so, and is a run."""
+    """Whether somebody asked for a search or not; of a model that estimation has taught something."""
     bench = Workbench(tmp_path)
     write_rows(bench.train, labelled(600, seed=1))
-    asked = {**FISHER, "light.blocks": "auto", "training.epochs": 1}
-    assert lightpeft("run", "--config", bench.yaml("asked", **asked)) == 2
+    settings = {**bench.settings(**{"training.epochs": 1}), "light": {"length": 40, "least_examples": 0}}
+    for name, more in (("asked", {"blocks": "auto"}), ("usual", {})):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**settings, "light": {**settings["light"], **more}}), encoding="utf-8")
+        assert lightpeft("run", "--config", file, "--output", tmp_path / name) == 0
+        assert "40% of the blocks go, a fixed budget for short runs: a search for a budget would" in capsys.readouterr().err
+        found = read(tmp_path / name / "budget.json")
+        assert found["blocks"] == SHORT and "75 steps" in found["unmeasured"] and found["learned"] > LEAST_LEARNED
+        assert read(tmp_path / name / "metrics.json")["parameters"]["base_removed_ratio"] > 0.1
+        assert "fixed budget" in page([read_run(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    ("learned", "blocks", "why"),
+    [
+        (0.3, SHORT, "40% of the blocks go, a fixed budget for short runs: few"),
+        (0.01, 0.0, "nothing of the blocks goes: few, and estimation has taught the model hardly more"),
+        (None, 0.0, "nothing of the blocks goes: few, and what a fixed one costs is known of classifiers alone"),
+    ],
+)
+def test_a_fixed_budget_is_for_who_has_learned(learned: float | None, blocks: float, why: str) -> None:
+    found = FoundBudget.fixed("few", learned)
+    assert found.blocks == blocks and found.summary().startswith(why) and json.dumps(found.facts())
+    assert FoundBudget.fixed("few", 0.3, gone=0.5).blocks == 0.5
+
+
+def test_a_run_too_short_for_any_estimation_trains_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless it was told what to remove: then it is refused, in the words of its interface, and nothing is written."""
+    bench = Workbench(tmp_path)
+    settings = {**bench.settings(**{"training.epochs": 2}), "light": {}}
+    file = tmp_path / "short.yaml"
+    file.write_text(yaml.safe_dump({**settings, "light": {"least_examples": 256}}), encoding="utf-8")
+    assert lightpeft("run", "--config", file, "--output", tmp_path / "usual") == 0
     said = capsys.readouterr().err
-    assert "of plain PEFT's run of 75 steps, and light.search_fraction allows 15%; give light.blocks as" in said
-    assert not (tmp_path / "asked").exists()
-    settings = {**bench.settings(**{"training.epochs": 1}), "light": {"length": 4, "least_examples": 0}}
-    file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    assert lightpeft("run", "--config", file, "--output", tmp_path / "run") == 0
-    assert "nothing of the blocks goes: light.blocks: auto would take" in capsys.readouterr().err
-    found = read(tmp_path / "run/budget.json")
-    assert found["blocks"] == 0.0 and "75 steps" in found["unmeasured"] and found["seconds"] < 1
-
-
-def test_too_few_rows_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    config = Workbench(tmp_path).config("run", **AUTO)
-    assert "64 rows are too few" in refusal(lambda: pipeline.run(config))
-    assert not (tmp_path / "run").exists()
+    assert "nothing of the base goes: estimation scores" in said
+    assert PrunePlan.load(tmp_path / "usual/plan.json").removed_parameters == 0
+    again = tmp_path / "again"
+    assert lightpeft("run", "--config", tmp_path / "usual/config.yaml", "--output", again) == 0
+    assert comparable(again) == comparable(tmp_path / "usual")
+    told = {**settings, "preset": "default", "light": {"least_examples": 256}}
+    file.write_text(yaml.safe_dump(told), encoding="utf-8")
+    assert lightpeft("run", "--config", file, "--output", tmp_path / "told") == 2
+    assert "(training.epochs)" in capsys.readouterr().err and not (tmp_path / "told").exists()

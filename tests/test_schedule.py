@@ -170,14 +170,14 @@ def test_numbers_are_taken_without_a_word(bench: Workbench) -> None:
 def test_a_run_of_few_examples_is_refused_before_it_begins(
     bench: Workbench, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """64 rows in 8 batches, three times: of 7 steps, the most that estimation may take, four are scored."""
-    few = {"light.least_examples": 33}
+    """64 rows in 8 batches, three times: of 12 steps, the most that estimation may take for it, six are scored."""
+    few = {"light.least_examples": 49}
     assert lightpeft("run", "--config", bench.yaml("few", **few)) == 2
     error = capsys.readouterr().err
-    assert "estimation scores 32 examples, and from fewer than 33 (light.least_examples)" in error
+    assert "estimation scores 32 examples, and from fewer than 49 (light.least_examples)" in error
     assert error.count("\n") == 1 and not (bench.folder / "few").exists()
-    assert pipeline.run(bench.config("enough", **{"light.least_examples": 32}))["metrics"]
-    assert EstimationRecord.load(bench.folder / "enough" / "estimation").meta["steps"] == 7
+    assert pipeline.run(bench.config("enough", **{"light.least_examples": 48}))["metrics"]
+    assert EstimationRecord.load(bench.folder / "enough" / "estimation").meta["steps"] == 12
 
 
 def test_what_is_estimated_already_goes_on(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

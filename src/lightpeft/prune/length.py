@@ -91,7 +91,7 @@ def check_examples(config: LightConfig, examples: int, longer: str = "training.e
     require(
         examples >= config.least_examples or not config.chooses,
         f"estimation scores {examples} examples, and from fewer than {config.least_examples} (light.least_examples) no "
-        "plan is to be trusted; raise light.length, or train for longer ({longer})",
+        f"plan is to be trusted; raise light.length, or train for longer ({longer})",
     )
 
 

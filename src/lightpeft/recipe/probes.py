@@ -80,7 +80,7 @@ class SearchRoom:
     engine: str | None = None
     """What shards the model, if anything does."""
     told: str = ""
-    """The rows as the caller counts them; empty: as they train."""
+    """How many of the caller's rows train; empty: `rows` do."""
 
     @classmethod
     def of(cls, trainer: Any) -> SearchRoom:
@@ -189,7 +189,7 @@ def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float
         return "a search for a budget sets rows aside, and the number of rows is not known"
     if room.aside(0) < LEAST_HELD:
         needed = f"a search for a budget needs {int(LEAST_HELD / _MOST_OF_ROWS)} training rows"
-        return f"{needed}, and there are {room.told or room.rows}"
+        return f"{needed}, and {room.told or room.rows} train"
     _, cost = sizes_of(room, light, steps, gone)
     if cost.least <= cost.most:
         return None

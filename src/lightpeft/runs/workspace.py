@@ -104,14 +104,14 @@ class Workspace:
 
     @property
     def rows_told(self) -> str:
-        """The training rows, with where the others of a file went that the user counts."""
+        """How many of the user's rows train, and what the others are for."""
+        data, train, test = self.config.data, len(self.task.train), len(self.task.test)
         held = 0 if self.held_rows is None else len(self.held_rows)
-        apart = f", {held} of them to tell when training is to stop" if held else ""
-        data = self.config.data
-        if data.test is not None or data.limit_train is not None or data.limit_test is not None or data.train is None:
-            return f"{len(self.task.train)}{apart}"
-        rows = len(self.task.train) + len(self.task.test)
-        return f"{len(self.task.train)} of {rows}{apart}, as {len(self.task.test)} are held out for evaluation"
+        split = data.train is not None and data.test is None and data.limit_train is None and data.limit_test is None
+        apart = [f"{test} are held out for evaluation"] if split else []
+        apart += [f"{held} to tell when to stop"] if held else []
+        besides = f" ({', '.join(apart)})" if apart else ""
+        return f"{len(self.train_rows)} of {train + test if split else train}{besides}"
 
     def held_batches(self) -> list[dict[str, Tensor]]:
         """Batches of the rows set aside, each of similar length."""
@@ -309,7 +309,7 @@ def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dat
 def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfig, str | None]:
     """The settings of a run that is long enough to estimate with them; of one that is not, and was told nothing about
     what to remove, settings that remove nothing, and why."""
-    if not config.way.prunes or config.preset is not None:
+    if not config.way.prunes or config.preset is not None or config.light.blocks != "auto":
         return config, None
     training = settled(config.training, len(rows), width)
     pace = Pace.of(len(rows), training)

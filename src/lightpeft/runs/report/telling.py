@@ -98,6 +98,8 @@ def found_budget(budget: AutoBudget) -> str:
         points = "" if budget.points_a_nat is None else f" ({value * budget.points_a_nat:.2g} points)"
         return f"{value:.2g} nats{points}"
 
+    if budget.unmeasured is not None and budget.blocks:
+        return f"The run took the fixed budget for short runs, {share(budget.blocks)} of the blocks: {budget.unmeasured}."
     if budget.unmeasured is not None:
         return f"Nothing of the blocks goes: {budget.unmeasured}."
     rows = f"on {budget.rows} rows that were set aside"
