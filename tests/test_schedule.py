@@ -177,7 +177,7 @@ def test_a_run_of_few_examples_is_refused_before_it_begins(
     assert "estimation scores 32 examples, and from fewer than 49 (light.least_examples)" in error
     assert error.count("\n") == 1 and not (bench.folder / "few").exists()
     assert pipeline.run(bench.config("enough", **{"light.least_examples": 48}))["metrics"]
-    assert EstimationRecord.load(bench.folder / "enough" / "estimation").meta["steps"] == 12
+    assert EstimationRecord.load(bench.folder / "enough" / "estimation").meta["steps"] == 11
 
 
 def test_what_is_estimated_already_goes_on(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,17 +17,16 @@ from transformers.integrations import TensorBoardCallback
 
 from lightpeft.compat.deepspeed import load_whole
 from lightpeft.config import Tolerance
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, throughput
-from lightpeft.recipe.budget import USUAL_NATS
 from lightpeft.recipe.trainer import light_trainer
 from lightpeft.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.runs.stopping import loss_aside, stopping_arguments, stopping_callbacks
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
-from lightpeft.tasks import Answers, answers_are_classes, points_a_nat
+from lightpeft.tasks import Answers, points_a_nat
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
@@ -37,8 +36,6 @@ from lightpeft.training.step_rows import check_step, write_step
 from lightpeft.training.trainer import RunTrainer, train_in_float32
 
 TENSORBOARD = "tensorboard"
-USUAL_POINTS = "1 point"
-"""`light.tolerance: auto` where answers are classes."""
 
 
 class Meter:
@@ -184,11 +181,7 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
 
     def light_tolerance(self) -> Tolerance:
         """Points where answers are classes, if nothing else is asked for."""
-        tolerance, classes = self.light_config.tolerance, answers_are_classes(self.work.task)
-        asked = Tolerance.read((USUAL_POINTS if classes else USUAL_NATS) if tolerance == "auto" else tolerance)
-        what = f'light.tolerance is "{asked}", and {self.work.task.main_metric} is no metric of classes'
-        require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
-        return asked
+        return self.work.tolerance
 
     def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float:
         """By what the task's metric makes of these answers."""

@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lightpeft.config import NOTHING_REMOVED, WRITTEN, RunConfig, TrainingConfig, cut_of_writer
+from lightpeft.config import NOTHING_REMOVED, WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer
 from lightpeft.console.bars import showing, silent
 from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.milestones import Watcher, sample
@@ -24,6 +24,7 @@ from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted
 from lightpeft.prune.refit import calibration_batches
+from lightpeft.recipe.budget import USUAL_NATS
 from lightpeft.runs.depth import with_found_depth
 from lightpeft.saved.forms import Wanted
 from lightpeft.saved.opening import open_base
@@ -32,6 +33,7 @@ from lightpeft.tasks import (
     Collator,
     Coverage,
     Task,
+    answers_are_classes,
     check_max_length,
     check_tokens,
     check_vocabulary,
@@ -49,6 +51,8 @@ from lightpeft.training.step_rows import rows_a_step_before, shared
 
 STOPPING = frozenset({"eval_strategy", "load_best_model_at_end", "metric_for_best_model"})
 """Fields of `TrainingArguments` by which somebody says himself what training is stopped by, or kept of it."""
+USUAL_POINTS = "1 point"
+"""`light.tolerance: auto` where answers are classes."""
 NOTABLE_CUTS = 0.05
 """Part of the training rows that may be cut without a word."""
 
@@ -101,6 +105,19 @@ class Workspace:
     def steps(self) -> int:
         """Optimizer steps of the whole run, estimation included."""
         return self.pace.steps(float(self.config.training.epochs))
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """`light.tolerance`, or the usual one: of points where answers are classes.
+
+        Raises:
+            LightPeftError: it is of points, and answers are no classes.
+        """
+        given, classes = self.config.light.tolerance, answers_are_classes(self.task)
+        asked = Tolerance.read((USUAL_POINTS if classes else USUAL_NATS) if given == "auto" else given)
+        what = f'light.tolerance is "{asked}", and {self.task.main_metric} is no metric of classes'
+        require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
+        return asked
 
     @property
     def rows_told(self) -> str:

@@ -15,8 +15,9 @@ from lightpeft.machine import accelerator
 from lightpeft.models.loading import supports_checkpointing
 from lightpeft.profiling import hardware
 from lightpeft.profiling.rehearsal import Holding
-from lightpeft.prune.length import longest_stage, stage_length
+from lightpeft.prune.length import fitted, longest_stage, stage_length
 from lightpeft.runs.checking.models import check_in_memory
+from lightpeft.runs.checking.removal import expected_light, expected_removal
 from lightpeft.runs.checking.stages import Rehearsal
 from lightpeft.runs.checking.timing import seconds_of_steps
 from lightpeft.runs.workspace import Workspace
@@ -57,6 +58,8 @@ class Check:
     """Bytes of memory of the device."""
     longest_estimation: int
     """Steps that estimation may take, where it teaches too little in fewer."""
+    removal: list[str]
+    """What the run is going to remove, and why; where it stops."""
     instead: dict[str, int]
     """Where it does not fit: settings -> bytes that the largest stage takes with them; none where nothing is `left`."""
 
@@ -96,6 +99,7 @@ class Check:
 
     def summary(self) -> Iterator[str]:
         """Whether it fits, whether it pays, and what to change, a line each."""
+        yield from self.removal
         need, room = self.stages[self.largest].holding.total, f"{self.available / 2**30:.1f} GiB"
         verdict = "fits into" if self.fits else "does not fit into"
         yield f"the largest stage, {self.largest}, takes {need / 2**30:.1f} GiB and {verdict} the {room} that there are"
@@ -140,6 +144,10 @@ def check(work: Workspace, available: int | None = None, *, measure: bool = Fals
     """
     check_in_memory(work)
     available = memory_of_device() if available is None else available
+    removal = list(expected_removal(work)) if work.config.way.prunes else []
+    if work.config.way.prunes:
+        light = fitted(expected_light(work), work.pace, work.steps, work.last_steps)
+        work = replace(work, config=replace(work.config, light=light))
     rehearsal = Rehearsal(work)
     stages, prefix = _own_stages(work, rehearsal)
     stages = {"plain": Need(rehearsal.plain(), work.steps), **stages}
@@ -147,7 +155,7 @@ def check(work: Workspace, available: int | None = None, *, measure: bool = Fals
         seconds = seconds_of_steps(work)
         stages = {name: replace(need, seconds=_times(need, seconds.get(name))) for name, need in stages.items()}
     rows, tokens = rehearsal.shapes["input_ids"][0][:2]
-    found = Check(stages, rows, tokens, prefix, available, _longest_estimation(work), {})
+    found = Check(stages, rows, tokens, prefix, available, _longest_estimation(work), removal, {})
     return found if found.fits or found.left <= 0 else replace(found, instead=dict(_smaller(work, available)))
 
 

@@ -99,7 +99,9 @@ def found_budget(budget: AutoBudget) -> str:
         return f"{value:.2g} nats{points}"
 
     if budget.unmeasured is not None and budget.blocks:
-        return f"The run took the fixed budget for short runs, {share(budget.blocks)} of the blocks: {budget.unmeasured}."
+        return (
+            f"The run took the fixed budget for short runs, {share(budget.blocks)} of the blocks: {budget.unmeasured}."
+        )
     if budget.unmeasured is not None:
         return f"Nothing of the blocks goes: {budget.unmeasured}."
     rows = f"on {budget.rows} rows that were set aside"
