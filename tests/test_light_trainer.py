@@ -473,11 +473,17 @@ def test_rows_that_change_have_no_prefix_cache(builds: Builds, caplog: pytest.Lo
     trainer.data_collator = noisy
     with caplog.at_level("INFO", logger="lightpeft"):
         trainer.train()
-    assert "no prefix cache: a row does not give the same tokens each time" in caplog.text
+    assert "no prefix cache: the collator noisy may give a row other tokens later" in caplog.text
     assert isinstance(trainer.model, LightModel)
 
 
 # -- what cannot work ----------------------------------------------------------------------------------------------
+
+
+def test_too_short_is_said_in_the_words_of_trainer(builds: Builds) -> None:
+    """Where the trainer is made, before anything trains."""
+    few = replace(LIGHT, least_examples=10_000)
+    assert "train for longer (num_train_epochs)" in refusal(lambda: builds.trainer(light=few))
 
 
 def test_refused_before_training(builds: Builds) -> None:

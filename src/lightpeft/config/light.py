@@ -230,7 +230,8 @@ class LightConfig(Budget):
     settled_checks: int = 3
     """`length: auto` stops after so many equal comparisons in a row."""
     max_fraction: float = 0.3
-    """`length: auto`, `least_steps` and `least_learned` stop at this part of the whole run at the latest."""
+    """`length: auto`, `least_steps` and `least_learned` stop at this part of the whole run at the latest; only
+    `least_examples` may take more."""
     least_learned: float = 0.0
     """Part of the loss of an answer by the frequencies of labels that the stage has to take away, in [0, 1), where the
     model gives a row one of several classes. A stage whose `length` is a part of the run, or auto, goes on for it."""
@@ -238,7 +239,7 @@ class LightConfig(Budget):
     """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
     least_examples: int = field(default_factory=lambda: LEAST_EXAMPLES)
     """Examples, repeated ones included, that the stage's second half scores at least; from fewer no plan is made. A
-    stage whose `length` is a part of the run is longer for it, up to `max_fraction`."""
+    stage whose `length` is a part of the run is longer for it, up to half of the run."""
     refit: RefitForm = "none"
     """After the cut, correct attention and FFN outputs by least squares on training rows: by a bias, or by a bias and a
     low-rank matrix; the corrections become part of the light adapter."""

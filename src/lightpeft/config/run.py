@@ -237,7 +237,7 @@ class TrainingConfig:
 
     epochs: float | Auto = "auto"
     """Passes over the training rows, estimation included; auto: 3, and as many more as make 200 optimizer steps, up to
-    40."""
+    40, of which a run takes no more than lower the loss on rows that it sets aside."""
     batch_size: int = 32
     """Rows a step and process."""
     eval_batch_size: int = 64
@@ -309,7 +309,7 @@ class RunConfig:
     """Starting values of `light`: auto (of the blocks goes what light.tolerance bears, which is measured), default
     (half of them or more), thorough (as much, and all modules stay), uniform (half of each layer), fast (less goes),
     writer (nothing goes: decoders that write), or paper (Gu et al. 2024). If none is given (null): writer for tasks
-    whose answers are written (generation, chat, causal-lm), and auto for all others, which then cuts nothing where rows
+    whose answers are written (generation, chat, causal-lm), and auto for all others, which has a fixed budget where rows
     are too few to measure with."""
     method: MethodName = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,

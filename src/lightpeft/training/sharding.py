@@ -208,7 +208,7 @@ def _check_plugin(plugin: Any) -> None:
         "fsdp_offload_params (cpu_offload) keeps shards where they cannot be put together; set it to false",
     )
     again = "fsdp_activation_checkpointing wraps the blocks, which have to stay as they are"
-    require(not plugin.activation_checkpointing, f"{again}; set training.gradient_checkpointing instead")
+    require(not plugin.activation_checkpointing, f"{again}; set gradient_checkpointing instead")
 
 
 def check_deepspeed(plugin: Any) -> None:
