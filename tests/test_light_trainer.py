@@ -480,12 +480,6 @@ def test_rows_that_change_have_no_prefix_cache(builds: Builds, caplog: pytest.Lo
 # -- what cannot work ----------------------------------------------------------------------------------------------
 
 
-def test_too_short_is_said_in_the_words_of_trainer(builds: Builds) -> None:
-    """Where the trainer is made, before anything trains."""
-    few = replace(LIGHT, least_examples=10_000)
-    assert "train for longer (num_train_epochs)" in refusal(lambda: builds.trainer(light=few))
-
-
 def test_refused_before_training(builds: Builds) -> None:
     model = builds.base()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -502,9 +496,11 @@ def test_refused_before_training(builds: Builds) -> None:
     both = get_peft_model(builds.base(), lora())
     assert "without peft_config=" in refusal(lambda: builds.trainer(model=both, peft_config=lora()))
     short = LightConfig(**{**BUDGET, "length": 24})
-    assert "leaves none of the run's 24" in refusal(builds.trainer(light=short).train)
+    assert "leaves none of the run's 24" in refusal(lambda: builds.trainer(light=short))
     few = LightConfig(**{**BUDGET, "least_examples": 256})
-    assert "estimation scores 32 examples, and from fewer than 256" in refusal(builds.trainer(light=few).train)
+    said = refusal(lambda: builds.trainer(light=few))
+    assert "estimation scores 32 examples, and from fewer than 256" in said
+    assert "train for longer (num_train_epochs)" in said
 
 
 # -- `EarlyPruner` -------------------------------------------------------------------------------------------------

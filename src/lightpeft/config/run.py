@@ -309,8 +309,8 @@ class RunConfig:
     """Starting values of `light`: auto (of the blocks goes what light.tolerance bears, which is measured), default
     (half of them or more), thorough (as much, and all modules stay), uniform (half of each layer), fast (less goes),
     writer (nothing goes: decoders that write), or paper (Gu et al. 2024). If none is given (null): writer for tasks
-    whose answers are written (generation, chat, causal-lm), and auto for all others, which has a fixed budget where rows
-    are too few to measure with."""
+    whose answers are written (generation, chat, causal-lm), and auto for all others, which has a fixed budget where
+    rows are too few to measure with."""
     method: MethodName = "light"
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
     nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
