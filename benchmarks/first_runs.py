@@ -68,10 +68,6 @@ class Cell:
     estimation: int | None = None
     """Steps of estimation; None: as the preset has it."""
     seed: int = 0
-    blocks: float | None = None
-    """Part of the block parameters to remove; None: as the preset has it."""
-    bf16: bool = False
-    """bfloat16 autocast, which takes a fraction of the time on some CPUs."""
     ratio: float | None = None
     """As in docs/shell.md the command for one's own data: part of heads and neurons to remove, in a run that holds out
     a fifth of its file; measured on further rows. None: as the preset has it, and all rows train."""
@@ -119,22 +115,7 @@ def own() -> list[Cell]:
     return [Cell(data, rows, ratio=0.5) for data, rows in sizes.items()]
 
 
-def budgets() -> list[Cell]:
-    """What a fixed budget costs a run that is too short to search for one: training rows of files of 600, 300 and 1,000
-    rows, a fifth of which is held out."""
-    tasks, parts = ("movies", "amazon", "nyt", "tweets", "eight", "sst2"), (0.2, 0.4, 0.6)
-    return [
-        cell
-        for rows, of in ((480, tasks), (240, tasks), (800, tasks[::3]))
-        for data in of
-        for cell in (
-            Cell(data, rows, "plain", bf16=True),
-            *(Cell(data, rows, blocks=part, bf16=True) for part in parts),
-        )
-    ]
-
-
-QUESTIONS = {"own": own, "defaults": defaults, "rates": rates, "examples": examples, "budgets": budgets}
+QUESTIONS = {"own": own, "defaults": defaults, "rates": rates, "examples": examples}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -263,8 +244,6 @@ def run(cell: Cell, model: str, out: Path) -> dict[str, Any]:
     return {
         **asdict(cell),
         "accuracy": found["metrics"]["accuracy"],
-        "loss": found["metrics"].get("loss"),
-        "seconds": sum(found["seconds"].values()) if "seconds" in found else None,
         "majority": majority(out / "data" / f"{cell.data}.test.csv"),
         "steps": work.steps,
         "scored_examples": scored.get("scored_examples"),
@@ -287,7 +266,7 @@ def settings(cell: Cell, model: str, data: Path, folder: Path) -> dict[str, Any]
         "seed": cell.seed,
         "model": {"name": model},
         "data": {**files, **columns, **({} if cell.ratio else {"limit_train": cell.rows})},
-        "training": {rate: cell.learning_rate, "epochs": cell.epochs, "bf16": cell.bf16},
+        "training": {rate: cell.learning_rate, "epochs": cell.epochs},
         "light": light_settings(cell),
     }
 
@@ -296,8 +275,7 @@ def light_settings(cell: Cell) -> dict[str, Any]:
     """Estimation and budget of a cell; what it is to measure must not be refused."""
     if cell.ratio is not None:
         return {"heads": cell.ratio, "neurons": cell.ratio}
-    amount = {} if cell.blocks is None else {"blocks": cell.blocks}
-    return {"least_examples": 0, **amount, **({"length": cell.estimation} if cell.estimation else {})}
+    return {"least_examples": 0, **({"length": cell.estimation} if cell.estimation else {})}
 
 
 def first_rows(data: Path, cell: Cell) -> Path:

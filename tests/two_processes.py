@@ -120,7 +120,10 @@ def shared_prefix(folder: Path) -> dict[str, torch.Tensor]:
         seen = sum(computed)
         share = range(dist.get_rank(), 16, dist.get_world_size())
         parallel(**collate(encoded(16).select(share).to_list())).loss.backward()
-    states = torch.cat([known.store.read(row) for row in range(16)])
+    whole = collate(encoded(16).to_list())
+    found = known.of(whole)
+    assert found is not None
+    states = found[whole["attention_mask"].bool()]
     own = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {**own, "states": states, "computed": torch.tensor(seen), "again": torch.tensor(sum(computed) - seen)}
 

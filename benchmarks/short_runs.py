@@ -1,0 +1,211 @@
+"""Runs on few rows: what a fixed budget costs, and what the command of README gives, beside plain LoRA.
+
+    OMP_NUM_THREADS=1 python benchmarks/short_runs.py budgets --data data
+    OMP_NUM_THREADS=1 python benchmarks/short_runs.py first --data data
+
+`budgets` fixes 20, 40 and 60% of the blocks (preset `default`, all epochs run), in bfloat16. `first` gives the command
+of README a file of so many rows, of which it holds out a fifth, and says nothing about what to remove or how long to
+train. Both are measured on 600 rows that no run has seen. Data: those of `first_runs.py`; `--data` is a folder with sst2,
+cola, rte and banking77 in the hub's columns. A cell that is done is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import first_runs
+import publishing
+from rich.console import Console
+
+from lightpeft.cli.command import quiet
+from lightpeft.config import run_config_from_dict
+from lightpeft.errors import LightPeftError
+from lightpeft.evaluation.reports import evaluate_model
+from lightpeft.files import read_json, write_json
+from lightpeft.profiling import hardware
+from lightpeft.runs import pipeline
+from lightpeft.training.schedule import auto_epochs
+
+TASKS = ("movies", "amazon", "nyt", "tweets", "eight", "sst2")
+"""What the fixed budget was chosen on."""
+FIRST = ("movies", "sst2", "banking77")
+"""What the command of README is tried on; nothing was chosen on the last one."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    question: str
+    data: str
+    rows: int
+    """That train, of `budgets`; of the user's file, of `first`."""
+    method: str
+    blocks: float | None = None
+    """Part of the blocks to remove; None: what the run finds."""
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name in files."""
+        budget = "" if self.blocks is None else f"-{self.blocks:.0%}"
+        return f"{self.question}-{self.data}-{self.rows}-{self.method}{budget}-{self.seed}"
+
+
+def budgets() -> Iterator[Cell]:
+    """Training rows of a file of 600, of which a fifth is held out."""
+    for data in TASKS:
+        yield Cell("budgets", data, 480, "plain")
+        yield from (Cell("budgets", data, 480, "light", part) for part in (0.2, 0.4, 0.6))
+
+
+def first() -> Iterator[Cell]:
+    """Files of three sizes."""
+    for rows, data, method in itertools.product((600, 300, 1000), FIRST, ("light", "plain")):
+        yield Cell("first", data, rows, method)
+
+
+QUESTIONS: dict[str, Callable[[], Iterator[Cell]]] = {"budgets": budgets, "first": first}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is not done, and write; 0 if all went well, 2 on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=QUESTIONS)
+    parser.add_argument("--model", default=str(first_runs.ROOT / "demo" / "cache" / "minilm"))
+    parser.add_argument("--data", type=Path, help="folder with sst2, cola, rte and banking77")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "short_runs")
+    publishing.add_option(parser)
+    given = parser.parse_args(arguments)
+    quiet()
+    try:
+        first_runs.make_data(given.out / "data", given.data)
+        if given.data is not None:
+            intents(given.out / "data", given.data)
+        there = [cell for cell in QUESTIONS[given.question]() if data_file(given.out, cell.data, "test").is_file()]
+        found = [report(cell, given.model, given.out) for cell in there]
+        if given.write_readme:
+            name = f"short_runs.{given.question}"
+            results = {"cells": found, "hardware": hardware(), "command": publishing.command("short_runs", arguments)}
+            publishing.publish(name, markdown(found), f"{name}.results.json", results)
+    except LightPeftError as error:
+        publishing.say(f"short_runs: {error}")
+        return 2
+    Console(width=160).print(markdown(found), markup=False)
+    return 0
+
+
+def data_file(out: Path, data: str, part: str) -> Path:
+    """Rows of a data set."""
+    return out / "data" / f"{data}.{part}.csv"
+
+
+def intents(folder: Path, source: Path) -> None:
+    """banking77 in the form of the others."""
+    if not (folder / "banking77.test.csv").is_file():
+        parts = {
+            part: first_runs.glue_rows(source / "banking77" / f"{part}.jsonl", ("text",)) for part in ("train", "test")
+        }
+        first_runs.write_parts(folder, "banking77", parts)
+
+
+def report(cell: Cell, model: str, out: Path) -> dict[str, Any]:
+    """What a cell's run gave, which is run now if it is not done."""
+    file = out / "cells" / f"{cell.name}.json"
+    if not file.is_file():
+        publishing.say(cell.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, run(cell, model, out))
+    return read_json(file)
+
+
+def run(cell: Cell, model: str, out: Path) -> dict[str, Any]:
+    """One run in a new folder, which goes away."""
+    folder = out / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    config = run_config_from_dict(settings(cell, model, out, folder))
+    work = pipeline.prepare(config)
+    found = pipeline.run(config)
+    measured = found["metrics"]
+    if cell.question == "first":
+        test = {"data": {"test": str(data_file(out, cell.data, "test"))}}
+        measured = evaluate_model(work.run.result, test, batch_size=64)["model"]["metrics"]
+    return {
+        **asdict(cell),
+        "accuracy": measured["accuracy"],
+        "loss": measured["loss"],
+        "majority": first_runs.majority(data_file(out, cell.data, "test")),
+        "seconds": sum(found["seconds"].values()),
+        "steps": work.steps,
+        "stopped": found.get("stopped"),
+        "removed": found.get("budget", {}).get("blocks", cell.blocks),
+        "unmeasured": found.get("budget", {}).get("unmeasured"),
+    }
+
+
+def settings(cell: Cell, model: str, out: Path, folder: Path) -> dict[str, Any]:
+    """The cell's config, as `lightpeft run` would have it from options."""
+    columns = dict(zip(("text", "text_pair"), first_runs.GLUE.get(cell.data, ("text",)), strict=False))
+    train = data_file(out, cell.data, "train")
+    common = {"output": str(folder), "method": cell.method, "seed": cell.seed, "model": {"name": model}}
+    if cell.question == "first":
+        return {**common, "data": {"train": str(own_file(train, cell.rows)), **columns}}
+    files = {"train": str(train), "test": str(data_file(out, cell.data, "test")), "limit_train": cell.rows}
+    return {
+        **common,
+        "preset": "default",
+        "data": {**files, **columns},
+        "training": {"bf16": True, "epochs": epochs_of(cell.rows)},
+        "light": {} if cell.blocks is None else {"blocks": cell.blocks},
+    }
+
+
+def epochs_of(rows: int) -> int:
+    """What `training.epochs: auto` stands for; said as a number, training runs to its end."""
+    return auto_epochs(-(-rows // 32))
+
+
+def own_file(train: Path, rows: int) -> Path:
+    """The first training rows, as a user has them."""
+    file = train.with_name(f"{train.stem}.{rows}.csv")
+    with train.open(encoding="utf-8", newline="") as source, file.open("w", encoding="utf-8", newline="") as own:
+        chosen = list(itertools.islice(csv.DictReader(source), rows))
+        writer = csv.DictWriter(own, list(chosen[0]))
+        writer.writeheader()
+        writer.writerows(chosen)
+    return file
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """One row a cell."""
+    header = ("data", "rows", "method", "blocks removed, %", "steps", "s", "majority, %", "accuracy, %", "loss")
+    return publishing.markdown_table(header, [row_of(each) for each in found])
+
+
+def row_of(found: dict[str, Any]) -> list[str]:
+    """A cell's line."""
+    stopped = found["stopped"]
+    steps = f"{found['steps']}" if stopped is None else f"{stopped['step']} of {found['steps']}, {stopped['kept']} kept"
+    return [
+        found["data"],
+        f"{found['rows']:,}",
+        found["method"],
+        "-" if found["removed"] is None else f"{100 * found['removed']:.0f}",
+        steps,
+        f"{found['seconds']:.0f}",
+        f"{100 * found['majority']:.1f}",
+        f"{100 * found['accuracy']:.1f}",
+        f"{found['loss']:.3f}",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
