@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightpeft.config import RunConfig
 
 _ESTIMATION = Option(
-    "--estimation", "Folder of another run, of the same settings but for the budget: take its estimation."
+    "--estimation", "Folder of another run, of the same settings but for the budget: take its estimation.", rare=True
 )
 
 
@@ -98,7 +98,7 @@ RUN = Verb(
     _run,
     options=(
         _ESTIMATION,
-        Option("--overwrite", "Remove the run of another config from the output folder first.", flag=True),
+        Option("--overwrite", "Remove the run of another config from the output folder first.", flag=True, rare=True),
     ),
     on_runs=True,
 )
