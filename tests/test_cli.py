@@ -166,7 +166,7 @@ def test_help_does_not_wait_for_torch() -> None:
 
 
 def completions(line: str, folder: Path) -> list[str]:
-    """What a shell offers behind a line, as argcomplete's script asks for it; without torch, which would take seconds."""
+    """What a shell offers behind a line, as argcomplete's script asks for it, without waiting for torch."""
     out = folder / "offered"
     code = (
         "import sys, os; from lightpeft.cli import main\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -27,8 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     if completing.asked():
         completing.answer(overview)
     streams.prepare()
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # on import they warn of kernels they lack
-        logging.getLogger(name).setLevel(logging.ERROR)
+    streams.hush_imports()
     try:
         with _stoppable(), streams.flushed():
             _dispatch(sys.argv[1:] if arguments is None else arguments)

@@ -100,7 +100,9 @@ def one_of(values: Iterable[str]) -> Any:
 class Help(Action):
     """An option that shows the help of a parser and ends the command."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, *, of: Callable[[], ArgumentParser], help: str) -> None:
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, of: Callable[[], ArgumentParser], help: str
+    ) -> None:
         super().__init__(option_strings, SUPPRESS, nargs=0, default=SUPPRESS, help=help)
         self.of = of
 

@@ -96,7 +96,9 @@ class Verb:
             return
         usual, whole = partial(self._usual, run), partial(self._parser, run)
         parser.add_argument("-h", "--help", action=Help, of=usual, help="Show the options that most people need.")
-        parser.add_argument("--help-all", action=Help, of=whole, help="Show all options, one for each setting of a run.")
+        parser.add_argument(
+            "--help-all", action=Help, of=whole, help="Show all options, one for each setting of a run."
+        )
 
     def _usual(self, run: Sequence[Section]) -> Parser:
         """What shows the help that most people need."""
