@@ -288,8 +288,7 @@ def test_measurements_that_are_stopped(
     written = capsys.readouterr()
     *shown, last = written.err.splitlines()
     kept = f"{place} has 1 of 3 rounds" if over else "no round was over"
-    anew = "the same command measures anew, on the run that is pruned already"
-    assert last == f"lightpeft: stopped; {kept}; {anew}"
+    assert last == f"lightpeft: stopped; {kept}; the same command measures anew"
     what = [f"{name}, memory and FLOPs" for name in benching.SUBJECTS]
     what += ["plain, inference memory", "light, inference memory"]
     starts = [f"[{number}/20] {name}: " for number, name in enumerate(what, 1)]

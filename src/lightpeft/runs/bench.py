@@ -111,9 +111,8 @@ def bench(
             report = _report(work, fixed, values) | {"of_rounds": rounds, "steps": steps}
             write_json(place, report)
     except KeyboardInterrupt as stop:
-        again = "the same command measures anew, on the run that is pruned already"
         done = f"{place} has {rounds_in_words(report['rounds'], rounds)}" if report else "no round was over"
-        raise Stopped(f"stopped; {done}; {again}", report) from stop
+        raise Stopped(f"stopped; {done}; the same command measures anew", report) from stop
     return report
 
 

@@ -77,11 +77,14 @@ def _show_curve(config: RunConfig, rows: int | None) -> None:
 
 
 def _prune(given: dict[str, Any]) -> None:
+    from lightpeft.plans.records import PrunePlan
     from lightpeft.runs import pipeline
 
-    config = run_config(given)
-    pipeline.prune(pipeline.prepare(config))
-    screen.say(f"the pruned model is in {config.output}/pruned")
+    work = pipeline.prepare(run_config(given))
+    pipeline.prune(work)
+    cut = PrunePlan.load(work.run.plan).cuts_blocks
+    what = "the pruned model" if cut else "nothing of the blocks was removed; the light model"
+    screen.say(f"{what} is in {work.config.output}/pruned")
 
 
 def _train(given: dict[str, Any]) -> None:

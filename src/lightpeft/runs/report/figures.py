@@ -173,8 +173,8 @@ def _short(slot: str, width: float) -> str:
 # -- losses --------------------------------------------------------------------------------------------------------
 
 
-def losses(lines: Sequence[Losses], cut: int | None, width: float) -> Drawing:
-    """The training loss of all stages over the steps of the run, with the cut."""
+def losses(lines: Sequence[Losses], cut: int | None, mark: str, width: float) -> Drawing:
+    """The training loss of all stages over the steps of the run, with a mark where it was cut."""
     height = 240.0 if width > 500 else 210.0
     points = [point for line in lines for point in line.points]
     figure = Drawing(width, height, "Training loss by optimizer step, stage by stage")
@@ -185,7 +185,7 @@ def losses(lines: Sequence[Losses], cut: int | None, width: float) -> Drawing:
         at = across(cut)
         figure.line((at, 20), (at, height - 34), "mark")
         side = "end" if at > 0.75 * width else "start"
-        figure.text((at + (-5 if side == "end" else 5), height - 40), f"the cut, step {cut:,}", "small", side)
+        figure.text((at + (-5 if side == "end" else 5), height - 40), f"{mark}, step {cut:,}", "small", side)
     named = 44.0
     for line in lines:
         shade = colour(line.stage)

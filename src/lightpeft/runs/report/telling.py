@@ -33,13 +33,22 @@ def outcome(run: RunFacts) -> str:
 
 
 def _gone(run: RunFacts) -> Iterator[str]:
-    if run.plan is not None and run.plan.removed_parameters:
+    if run.plan is not None and run.plan.cuts_blocks:
         yield f"{share(run.plan.removed_of_blocks)} of the blocks\u2019 parameters gone"
+    elif run.plan is not None and run.plan.cuts_modules:
+        yield f"Nothing of the blocks gone, {len(run.plan.sites)} of {len(run.plan.dense_sites)} PEFT modules left"
     elif run.plan is not None:
         yield "Nothing cut"
     elif run.report is not None and "trained" in run.report.parameters:
         trained, base = run.report.parameters["trained"], run.report.parameters.get("base_dense")
         yield f"{count(trained)} parameters trained" + (f" ({trained / base:.2%} of the base)" if base else "")
+
+
+def mark(run: RunFacts) -> str:
+    """What was done where estimation ended."""
+    if run.plan is not None and run.plan.cuts_blocks:
+        return "the cut"
+    return "modules cut" if run.plan is not None and run.plan.cuts_modules else "end of estimation"
 
 
 def _worth(run: RunFacts) -> Iterator[str]:
@@ -116,13 +125,13 @@ def found_budget(budget: AutoBudget) -> str:
 def measured_rise(run: RunFacts, runs: Sequence[RunFacts]) -> tuple[float, str] | None:
     """By how much the loss on the test rows is higher than that of a run which cut nothing, and which one that is."""
     others = (each for each in runs if each is not run and each.plan is not None)
-    whole = next((each for each in others if each.plan and not each.plan.removed_parameters), None)
+    whole = next((each for each in others if each.plan and not each.plan.cuts_blocks), None)
     if whole is None or whole.report is None or run.report is None or whole.config.data != run.config.data:
         return None
     loss, of_whole = run.report.metrics.get("loss"), whole.report.metrics.get("loss")
     if loss is None or of_whole is None:
         return None
-    return loss - of_whole, f"loss on the test rows against that of {whole.folder}, which cut nothing"
+    return loss - of_whole, f"loss on the test rows against that of {whole.folder}, which cut nothing of the blocks"
 
 
 # -- several -------------------------------------------------------------------------------------------------------
