@@ -319,12 +319,24 @@ def test_a_round_takes_what_its_steps_take(bench: Workbench, report: dict[str, A
 
 
 def test_processes_that_measure_say_nothing(bench: Workbench, report: dict[str, Any]) -> None:
-    """Libraries that warn when they are imported do so in no process."""
-    command = [sys.executable, "-m", "lightpeft", "bench", "--run", str(bench.folder / "run"), "--rounds", "1"]
-    command += ["--steps", "1", "--json", str(bench.folder / "quiet.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    lines = done.stderr.splitlines()
-    assert [line for line in lines if not line.startswith(("[", "1 round of 1 batches"))] == []
+    """No process tells of what libraries lack when they are imported, and one alone of Ctrl-C, which reaches all."""
+    place = bench.folder / "stopped.json"
+    command = [sys.executable, "-m", "lightpeft", "bench", "--run", str(bench.folder / "run"), "--json", str(place)]
+    command += ["--rounds", "9999", "--steps", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **ALONE) as process:
+        assert process.stderr is not None
+        lines = list(itertools.takewhile(lambda line: not line.startswith("[16/"), process.stderr))
+        os.killpg(process.pid, signal.SIGINT)
+        *rest, last = process.stderr
+    assert process.returncode == 130
+    done = read(place)["rounds"]
+    assert done >= 2
+    assert last == f"lightpeft: stopped; {place} has {done} of 9999 rounds; the same command measures anew\n"
+    assert [line for line in (*lines, *rest) if not line.startswith(("[", "9999 rounds of 1 batches"))] == []
+
+
+ALONE: dict[str, Any] = {"start_new_session": True}
+"""Of a process: as if it had a terminal of its own."""
 
 
 @pytest.mark.usefixtures("forking")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from lightpeft.console import streams
 from lightpeft.errors import LightPeftError, one_line
@@ -45,6 +46,8 @@ class Worker:
         if kind is None or issubclass(kind, Exception):
             self._process.join(timeout=5)  # it ends when asked to, unless it is in the middle of something
         self._process.terminate()
+        self._process.join(timeout=5)
+        self._process.kill()
         self._process.join()
 
     def measure(self, what: str, *arguments: Any) -> Any:
@@ -85,8 +88,21 @@ class Failure:
         self.reason = reason
 
 
+def _leave(*_: Any) -> NoReturn:
+    """End as at the end of a program: no file and no semaphore is left over."""
+    _handle(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(0)
+
+
+def _handle(number: int, how: Any) -> None:
+    with suppress(ValueError):  # in a thread, where signals cannot be handled
+        signal.signal(number, how)
+
+
 def _serve(pipe: Connection) -> None:
     """Make the subject that comes first, then answer requests until there is none or the pipe is closed."""
+    _handle(signal.SIGINT, signal.SIG_IGN)  # also where starting the process has let it through
+    _handle(signal.SIGTERM, _leave)
     streams.hush_imports()
     try:
         make, arguments = pipe.recv()  # which imports what they are of
@@ -101,4 +117,7 @@ def _serve(pipe: Connection) -> None:
         return
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error) if isinstance(error, LightPeftError) else traceback.format_exception_only(error)[-1]
-        pipe.send(Failure(one_line(reason)))
+        with suppress(OSError):  # nobody reads on
+            pipe.send(Failure(one_line(reason)))
+    finally:
+        _handle(signal.SIGTERM, signal.SIG_IGN)
