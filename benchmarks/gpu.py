@@ -29,7 +29,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.profiling import hardware
 from lightpeft.runs import pipeline
-from lightpeft.runs.bench import Worker
+from lightpeft.runs.workers import Worker
 
 SHAPES = {
     shape.name: shape

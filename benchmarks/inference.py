@@ -21,7 +21,8 @@ from publishing import markdown_table, spread_text
 
 from lightpeft.config import RunConfig
 from lightpeft.profiling import alternate, hardware, ratio, summarize
-from lightpeft.runs.bench import Subject, Worker
+from lightpeft.runs.bench import Subject
+from lightpeft.runs.workers import Worker
 
 BATCHES = (1, 32)
 """Rows at a time."""

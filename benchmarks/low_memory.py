@@ -30,7 +30,7 @@ from lightpeft.config import LightConfig
 from lightpeft.errors import require
 from lightpeft.profiling import PeakMemory, measure_training
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.runs.bench import Worker
+from lightpeft.runs.workers import Worker
 from lightpeft.saved.light_adapter import load_light
 from lightpeft.training.acceleration import accelerated
 

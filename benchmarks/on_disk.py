@@ -45,7 +45,7 @@ from lightpeft.models.on_disk import weights_on_disk
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import PeakMemory
 from lightpeft.recipe.trainer import LightTrainer
-from lightpeft.runs.bench import Worker
+from lightpeft.runs.workers import Worker
 from lightpeft.saved.light_adapter import LightModel
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -16,7 +16,8 @@ from publishing import say
 from lightpeft.config import RunConfig
 from lightpeft.files import read_json, write_json
 from lightpeft.profiling import alternate, ratio, summarize
-from lightpeft.runs.bench import Subject, Worker
+from lightpeft.runs.bench import Subject
+from lightpeft.runs.workers import Worker
 
 INFERENCE_BATCHES = (1, 32)
 """Rows a batch in the measurement of inference."""

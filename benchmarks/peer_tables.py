@@ -91,9 +91,10 @@ def plot(results: dict[str, Any]) -> Figure:
     quality = f"{results['metric']}, %"
     panels = [plots.Panel("a whole run, estimation included", "seconds (left is better)", quality, by_time)]
     if by_speed:
-        label = "samples/s over those of plain LoRA (right is better)"
+        label = "samples/s, plain LoRA = 1 (right is better)"
         panels.append(plots.Panel(f"inference, merged weights, batch {size}", label, quality, by_speed))
-    title = f"{Path(results['config']).stem}, {len(results['seeds'])} seed(s); bars: standard deviation, quartiles"
+    seeds = f"{len(results['seeds'])} seed{'s' * (len(results['seeds']) > 1)}"
+    title = f"{Path(results['config']).stem}, {seeds}\nbars: standard deviation, quartiles"
     return plots.scatter(panels, title)
 
 

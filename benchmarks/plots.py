@@ -23,9 +23,13 @@ STYLES: dict[str, dict[str, str]] = {
     "light": {"color": "#D55E00", "marker": "D"},
 }
 """Kind of method -> colour and marker."""
-KINDS = {"plain": "dense model", "pruned": "pruned once, before training", "light": "lightpeft"}
+KINDS = {"plain": "dense model", "pruned": "pruned before training", "light": "lightpeft"}
 TEXT_COLORS = {"plain": "#00548A", "pruned": "#8A5F00", "light": "#A84A00"}
 """The same colours, dark enough for small letters on white."""
+_PHONE = 4.7
+"""Inches."""
+_LETTERS = 10
+"""Points."""
 _RADII = (9, 14, 20, 28, 38, 50, 64, 80, 98, 118, 140)
 _DIRECTIONS = 16
 
@@ -55,16 +59,21 @@ class Panel:
 
 
 def scatter(panels: Sequence[Panel], title: str) -> Figure:
-    """The panels side by side, every point with its spread and its name beside it."""
-    figure = Figure(figsize=(7 * len(panels), 5.6), layout="constrained")
+    """The panels one below the other, every point with its spread and its name beside it.
+
+    As narrow as a phone in print (a point is a pixel of its screen, about), so that letters are large enough there.
+    """
+    heights = [2.4 + 0.15 * len(panel.points) for panel in panels]
+    figure = Figure(figsize=(_PHONE, 0.7 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
-    grid: Any = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure.suptitle(title, fontsize=_LETTERS)
+    grid: Any = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, panel in zip(grid, panels, strict=True):
         _draw(axes, panel)
     kinds = [kind for kind in KINDS if any(point.kind == kind for panel in panels for point in panel.points)]
     handles = [grid[0].plot([], [], linestyle="none", label=KINDS[kind], **STYLES[kind])[0] for kind in kinds]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=9)
+    close = {"handletextpad": 0.2, "columnspacing": 1.0}
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=_LETTERS, **close)
     figure.canvas.draw()
     for axes, panel in zip(grid, panels, strict=True):
         label_points(axes, panel.points)
@@ -72,8 +81,10 @@ def scatter(panels: Sequence[Panel], title: str) -> Figure:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
-    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel(panel.x_label, fontsize=_LETTERS)
+    axes.set_ylabel(panel.y_label, fontsize=_LETTERS)
+    axes.set_title(panel.title, fontsize=_LETTERS + 1)
+    axes.tick_params(labelsize=_LETTERS)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -81,7 +92,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         bars = [[[v - low], [high - v]] for v, (low, high) in ((point.x, point.x_range), (point.y, point.y_range))]
         style: dict[str, Any] = {"linestyle": "none", "elinewidth": 1, "capsize": 2, **STYLES[point.kind]}
         axes.errorbar(point.x, point.y, xerr=bars[0], yerr=bars[1], **style)
-    axes.margins(0.14, 0.14)
+    axes.margins(0.16, 0.2)
 
 
 def label_points(axes: Axes, points: Sequence[Point]) -> list[Bbox]:
@@ -95,7 +106,8 @@ def label_points(axes: Axes, points: Sequence[Point]) -> list[Bbox]:
     taken = [box for point in points for box in _obstacles(axes, point, 5 * scale)]
     placed = []
     for point in sorted(points, key=lambda point: (point.x, point.y)):
-        text = axes.annotate(point.label, (point.x, point.y), xytext=(0, 0), textcoords="offset points", fontsize=8)
+        text = axes.annotate(point.label, (point.x, point.y), xytext=(0, 0), textcoords="offset points")
+        text.set_fontsize(_LETTERS)
         text.set(ha="center", va="center", color=TEXT_COLORS[point.kind])
         size = text.get_window_extent(renderer)
         home = axes.transData.transform((point.x, point.y))

@@ -25,7 +25,7 @@ from lightpeft.cli.command import quiet
 from lightpeft.config import preset_light
 from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
-from lightpeft.runs.bench import Worker
+from lightpeft.runs.workers import Worker
 
 PARTS = {"products": "products", "else": "all else"}
 

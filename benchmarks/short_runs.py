@@ -5,8 +5,8 @@
 
 `budgets` fixes 20, 40 and 60% of the blocks (preset `default`, all epochs run), in bfloat16. `first` gives the command
 of README a file of so many rows, of which it holds out a fifth, and says nothing about what to remove or how long to
-train. Both are measured on 600 rows that no run has seen. Data: those of `first_runs.py`; `--data` is a folder with sst2,
-cola, rte and banking77 in the hub's columns. A cell that is done is not run again.
+train. Both are measured on 600 rows that no run has seen. Data: those of `first_runs.py`; `--data` is a folder with
+sst2, cola, rte and banking77 in the hub's columns. A cell that is done is not run again.
 """
 
 from __future__ import annotations

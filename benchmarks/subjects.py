@@ -19,7 +19,8 @@ from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
 from lightpeft.runs import pipeline
-from lightpeft.runs.bench import Build, Subject, Worker
+from lightpeft.runs.bench import Build, Subject
+from lightpeft.runs.workers import Worker
 
 Subjects = Mapping[str, tuple[str | Build, RunConfig]]
 """By name: what to measure, as `lightpeft.bench.Subject` takes it, and its run."""

@@ -35,7 +35,7 @@ from lightpeft import LightSwitch, load_light
 from lightpeft.cli.command import quiet
 from lightpeft.errors import require
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.runs.bench import Worker
+from lightpeft.runs.workers import Worker
 
 TOKENS = 32
 DTYPES = ("float32", "bfloat16")

@@ -39,7 +39,7 @@ from lightpeft.profiling import (
     summarize,
 )
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.runs.bench import Worker
+from lightpeft.runs.workers import Worker
 from lightpeft.training.acceleration import accelerated
 
 FAMILIES = ("roberta", "llama")

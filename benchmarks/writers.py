@@ -24,8 +24,9 @@ from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.structure import SLOTS
 from lightpeft.profiling import alternate, hardware, ratio, summarize
 from lightpeft.runs import pipeline
-from lightpeft.runs.bench import Subject, Worker
+from lightpeft.runs.bench import Subject
 from lightpeft.runs.reuse import find_estimation, take_estimation
+from lightpeft.runs.workers import Worker
 
 PLAIN, EVERYWHERE, ESTIMATION, WHOLE = "plain LoRA on q and v", "on all projections", "estimation", "no cut"
 CUTS = (0.2, 0.4, 0.6, 0.75)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +19,12 @@ from workbench import Workbench, forked, lightpeft, read, stamps
 
 from lightpeft.cli.tables import bench_table
 from lightpeft.errors import LightPeftError
-from lightpeft.profiling import count_flops
+from lightpeft.profiling import WARMUP, count_flops
 from lightpeft.runs import bench as benching
 from lightpeft.runs import pipeline
-from lightpeft.runs.bench import StoredBatches, Subject, Worker, sample_batches, sample_rows
+from lightpeft.runs.bench import StoredBatches, Subject, sample_batches, sample_rows
 from lightpeft.runs.report.speeds import speed_rows
+from lightpeft.runs.workers import Worker
 from lightpeft.saved.results import open_peft
 
 ROUNDS, STEPS = 2, 2
@@ -259,28 +264,79 @@ def test_workers_leave_interrupts_to_the_command(bench: Workbench, report: dict[
 
 
 @pytest.mark.usefixtures("forking")
+@pytest.mark.parametrize("over", [0, 1])
 def test_measurements_that_are_stopped(
-    bench: Workbench, report: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench: Workbench,
+    report: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    over: int,
 ) -> None:
-    """Each is shown when it is done, and the last line says that none is kept."""
-    before = stamps(bench.folder)
+    """How long it takes is said first, each measurement is shown, and rounds that are over are kept."""
+    before, place = stamps(bench.folder), tmp_path / "result.json"
+    real = benching.in_rounds
 
-    def stop(*_: Any) -> None:
+    def stopping(*arguments: Any) -> Iterator[Any]:
+        yield from itertools.islice(real(*arguments), over)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benching, "alternate", stop)
+    monkeypatch.setattr(benching, "in_rounds", stopping)
     capsys.readouterr()
-    assert lightpeft("bench", "--run", bench.folder / "run", "--rounds", 1, "--steps", 1) == 130
-    *shown, last = capsys.readouterr().err.splitlines()
-    assert last == (
-        "lightpeft: stopped; what was measured is not kept; the same command measures anew, on the run that is pruned "
-        "already"
-    )
+    options = ("--rounds", 3, "--steps", 1, "--json", place)
+    assert lightpeft("bench", "--run", bench.folder / "run", *options) == 130
+    written = capsys.readouterr()
+    *shown, last = written.err.splitlines()
+    kept = f"{place} has 1 of 3 rounds" if over else "no round was over"
+    assert last == f"lightpeft: stopped; {kept}; the same command measures anew"
     what = [f"{name}, memory and FLOPs" for name in benching.SUBJECTS]
     what += ["plain, inference memory", "light, inference memory"]
-    starts = [f"[{number}/10] {name}: " for number, name in enumerate(what, 1)]
-    assert all(line.startswith(start) for line, start in zip(shown, starts, strict=True))
+    starts = [f"[{number}/20] {name}: " for number, name in enumerate(what, 1)]
+    assert all(line.startswith(start) for line, start in zip(shown, starts, strict=False))
+    assert re.fullmatch(r"3 rounds of 1 batches take about \d+ s; Ctrl-C keeps the rounds that are over", shown[5])
+    assert len(shown) == 6 + 5 * over
     assert stamps(bench.folder) == before
+    assert place.exists() == bool(over)
+    if over:
+        found = read(place)
+        assert (found["rounds"], found["of_rounds"]) == (1, 3)
+        assert found["subjects"]["light"]["inference_samples_per_second"]["n"] == 1
+        assert found.keys() == report.keys()
+        assert "medians over 1 of 3 rounds" in written.out
+    else:
+        assert written.out == ""
+
+
+@pytest.mark.usefixtures("forking")
+def test_a_round_takes_what_its_steps_take(bench: Workbench, report: dict[str, Any]) -> None:
+    """Of batches of any length, and of those that warm up."""
+    subject = Subject("plain", bench.config("run", **UPPER), 4)
+    tokens = [batch["input_ids"].numel() for batch in subject.batches]
+    subject._note(subject.batches[:2], [1.0, 2.0])
+    subject._note(subject.batches, [0.5] * 4)
+    whole = 3.0 * sum(tokens) / sum(tokens[:2]) + 2.0
+    assert subject.round_seconds() == pytest.approx(whole * (4 + WARMUP) / 4)
+
+
+def test_processes_that_measure_say_nothing(bench: Workbench, report: dict[str, Any]) -> None:
+    """No process tells of what libraries lack when they are imported, and one alone of Ctrl-C, which reaches all."""
+    place = bench.folder / "stopped.json"
+    command = [sys.executable, "-m", "lightpeft", "bench", "--run", str(bench.folder / "run"), "--json", str(place)]
+    command += ["--rounds", "9999", "--steps", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **ALONE) as process:
+        assert process.stderr is not None
+        lines = list(itertools.takewhile(lambda line: not line.startswith("[16/"), process.stderr))
+        os.killpg(process.pid, signal.SIGINT)
+        *rest, last = process.stderr
+    assert process.returncode == 130
+    done = read(place)["rounds"]
+    assert done >= 2
+    assert last == f"lightpeft: stopped; {place} has {done} of 9999 rounds; the same command measures anew\n"
+    assert [line for line in (*lines, *rest) if not line.startswith(("[", "9999 rounds of 1 batches"))] == []
+
+
+ALONE: dict[str, Any] = {"start_new_session": True}
+"""Of a process: as if it had a terminal of its own."""
 
 
 @pytest.mark.usefixtures("forking")

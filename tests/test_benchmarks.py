@@ -59,6 +59,7 @@ import workbench
 import writers
 import writing
 import yaml
+from matplotlib.text import Text
 from peft import PeftModel
 from tiny import inputs_for, make, plan_for, random_record, relative_difference, with_lora
 from torch import Tensor, nn
@@ -611,6 +612,22 @@ def test_names_of_points_overlap_neither_each_other_nor_a_point() -> None:
     for point in points:
         x, y = axes.transData.transform((point.x, point.y))
         assert not any(box.contains(x, y) for box in boxes)
+
+
+def test_plots_can_be_read_on_a_phone() -> None:
+    """360 pixels wide, they have letters of 10 pixels or more, and panels one below the other."""
+    points = [plots.Point("a method", "light", 1.0, 2.0, (0.9, 1.1), (1.9, 2.1))]
+    figure = plots.scatter([plots.Panel(title, "seconds", "accuracy", points) for title in "ab"], "title")
+    first, second = (axes.get_position() for axes in figure.axes)
+    assert second.y1 < first.y0 and first.x0 == pytest.approx(second.x0) and first.width > 0.7
+    pixels_a_point = 360 / (72 * figure.get_figwidth())
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert min(text.get_fontsize() for text in texts) * pixels_a_point >= 10
+    drawn = figure.get_window_extent()
+    legend = figure.legends[0].get_texts()
+    around = [each for axes in figure.axes for each in (axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts)]
+    boxes = [text.get_window_extent() for text in (*around, *legend)]
+    assert all(drawn.x0 <= box.x0 and box.x1 <= drawn.x1 for box in boxes)
 
 
 def readme_with(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from workbench import SIZES, Workbench, completions, labelled, lightpeft, read, 
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
 from lightpeft.config import Tolerance, preset_light
+from lightpeft.console.bars import showing
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans import budgets
-from lightpeft.plans.budgets import SHORT, BudgetSearch
+from lightpeft.plans.budgets import SHORT, BudgetSearch, cost_in_words, tolerance_in_words
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import losses_of
@@ -39,7 +40,7 @@ from lightpeft.runs import pipeline
 from lightpeft.runs.report import page
 from lightpeft.runs.report.facts import read_run
 from lightpeft.runs.trainers import LightRun
-from lightpeft.saved.run_folder import to_yaml
+from lightpeft.saved.run_folder import RunFolder, to_yaml
 from lightpeft.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
 from lightpeft.tasks.metrics import METRICS
 
@@ -408,6 +409,39 @@ def trainer_of(folder: Path, light: LightConfig = LIGHT, count: int = 600, rows:
     return LightTrainer(model=with_lora(make("bert")), args=arguments, train_dataset=given, light=light)
 
 
+@pytest.mark.parametrize(
+    ("nats", "worth", "cost", "tolerance"),
+    [
+        (0.0183, None, "0.018 nats", "0.018 nats"),
+        (1.0, None, "1 nat", "1 nat"),
+        (0.02, 49.9, "1 point", "1 point (0.02 nats)"),
+        (0.01, 61.0, "0.61 points", "0.61 points (0.01 nats)"),
+        (2.0, 60.0, "120 points", "120 points (2 nats)"),
+    ],
+)
+def test_costs_are_told_in_the_unit_of_the_tolerance(
+    nats: float, worth: float | None, cost: str, tolerance: str
+) -> None:
+    assert cost_in_words(nats, worth) == cost
+    assert tolerance_in_words(nats, worth) == tolerance
+
+
+def test_a_search_shows_how_far_it_has_come(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    shown: list[tuple[int, str]] = []
+
+    def watched(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
+        shown.append((total, description))
+        yield from items
+
+    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
+    with showing(watched), caplog.at_level("INFO", logger="lightpeft"):
+        trainer.train()
+    copies = [line for line in caplog.messages if line.startswith("light.blocks: auto, copy ")]
+    assert copies[0] == "light.blocks: auto, copy 1 of 4 at most: nothing cut, 8 steps"
+    assert len(copies) > 1 and all("of the blocks cut" in line for line in copies[1:])
+    assert shown.count((8, "a copy trains")) == len(copies)
+
+
 def test_a_trainer_finds_its_budget(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
     trainer.train()
@@ -510,8 +544,15 @@ def test_a_run_finds_its_budget(whole: Path) -> None:
     assert metrics["seconds"]["budget"] == pytest.approx(found["seconds"], abs=1e-3)
     assert PrunePlan.load(whole / "plan.json").removed_of_blocks >= found["blocks"]
     assert found["tolerance"] == pytest.approx(30 / found["points_a_nat"])
-    log = (whole / "log.jsonl").read_text()
-    assert "light.blocks: auto cuts" in log
+    entries = [entry for entry in RunFolder.at(whole).log_entries() if entry.get("stage") == "budget"]
+    *copies, summary = [entry["note"] for entry in entries if "note" in entry]
+    assert copies[0] == f"light.blocks: auto, copy 1 of 3 at most: nothing cut, {found['steps']} steps"
+    probed = [f"{each['blocks']:.0%} of the blocks cut" for each in found["probed"]]
+    assert sorted(line.split(": ")[2].split(",")[0] for line in copies[1:]) == sorted(probed)
+    numbers = range(1, len(copies) + 1)
+    assert [line.split(": ")[1] for line in copies] == [f"auto, copy {number} of 3 at most" for number in numbers]
+    assert "the tolerance is 30 points (" in summary and " nats)" in summary
+    assert f"cost {cost_in_words(found['expected']['left'], found['points_a_nat'])}, at most" in summary
 
 
 def test_what_others_lost_counts_where_the_tolerance_is_in_points(

@@ -164,6 +164,20 @@ def test_an_adapter_that_peft_loads(tmp_path: Path) -> None:
     assert card_in(tmp_path)[1].library_name == "peft"
 
 
+def test_cards_where_nothing_is_removed_say_so(tmp_path: Path) -> None:
+    light = light_over(make("llama-gqa"), heads=0.0, neurons=0.0)
+    light.save_pretrained(tmp_path / "adapter")
+    save_merged(light, tmp_path / "merged")
+    for folder, title in (("adapter", "# Light adapter"), ("merged", "# Light model")):
+        card, data = card_in(tmp_path / folder)
+        assert title in card.text and "| removed | nothing of the transformer blocks |" in card.text
+        assert "pruned" not in card.text.lower() and "does not need" not in card.text and "pruning" not in data.tags
+    light = light_over(make("llama-gqa"), heads=0.5, neurons=0.5)
+    save_merged(light, tmp_path / "cut")
+    card, data = card_in(tmp_path / "cut")
+    assert "# Pruned model" in card.text and "pruning" in data.tags
+
+
 def test_bottleneck_adapters_are_not_merged(tmp_path: Path) -> None:
     model = adapted(make("bert"))
     plan = plan_for(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -15,6 +17,7 @@ from workbench import RUNS, Workbench, lightpeft
 
 from lightpeft import __version__, cli
 from lightpeft.cli.hints import ELSEWHERE
+from lightpeft.cli.settings import USUAL
 from lightpeft.cli.verbs import VERBS
 from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_config
 from lightpeft.runs import pipeline
@@ -65,7 +68,8 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("verb", NAMES)
 def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], verb: str) -> None:
-    text = " ".join(shown(capsys, verb, "--help").split())
+    every = "--help-all" if VERBS[verb].on_runs else "--help"
+    text = " ".join(shown(capsys, verb, every).split())
     assert VERBS[verb].help.split(".")[0] in text
     assert all(option.help.split()[0] in text for option in VERBS[verb].options)
     if not VERBS[verb].on_runs:
@@ -78,8 +82,21 @@ def test_help_of_a_verb_documents_options(capsys: pytest.CaptureFixture[str], ve
     assert "--print_config" in text
 
 
+def test_help_of_a_run_has_the_options_that_people_need(capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, "run", "--help")
+    options = re.findall(r"^  (--[\w.-]+)", text, re.MULTILINE)
+    assert options == [*USUAL, "--config", "--run", "--help-all"]
+    assert len(text.splitlines()) < 60
+    of_bench = shown(capsys, "bench", "--help")
+    assert {"--rounds", *USUAL} <= set(re.findall(r"^  (--[\w.-]+)", of_bench, re.MULTILINE))
+
+
+def test_command_alone_shows_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(capsys) == shown(capsys, "--help")
+
+
 def test_help_shows_the_values_of_the_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    text = " ".join(shown(capsys, "run", "--help").split())
+    text = " ".join(shown(capsys, "run", "--help-all").split())
     for name, value in PRESETS["auto"].items():
         described = text[text.index(f"--light.{name} ") :]
         assert described[described.index("default: ") :].startswith(f"default: {value})")
@@ -99,6 +116,15 @@ MISNAMED = {
     ("train", "--heads", "0.5"): "did you mean --light.heads?",
     ("run", "--frobnicate"): "unknown option --frobnicate; --help shows all that there are",
     ("inspect", "run", "--lr", "3"): "unknown option --lr; --help shows all that there are",
+    ("eval", "run"): "unknown verb eval; did you mean evaluate?",
+    ("rnu", "--help"): "unknown verb rnu; did you mean run?",
+    ("frobnicate",): "unknown verb frobnicate; lightpeft --help shows all that there are",
+    ("--config", "run.yaml"): "unknown verb --config; lightpeft --help shows all that there are",
+    ("run", "rows.csv"): "unrecognized arguments: rows.csv; did you mean --data.train rows.csv?",
+    ("check", "--seed", "1", "R.JSONL"): "unrecognized arguments: R.JSONL; did you mean --data.train R.JSONL?",
+    ("evaluate", "run", "rows.csv"): "unrecognized arguments: rows.csv; did you mean --data.test rows.csv?",
+    ("inspect", "run", "rows.csv"): "unrecognized arguments: rows.csv\n",
+    ("run", "bert"): "unrecognized arguments: bert\n",
 }
 
 
@@ -137,6 +163,37 @@ def test_help_does_not_wait_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr.strip() == ""
     assert done.returncode == 0
+
+
+def completions(line: str, folder: Path) -> list[str]:
+    """What a shell offers behind a line, as argcomplete's script asks for it, without waiting for torch."""
+    out = folder / "offered"
+    code = (
+        "import sys, os; from lightpeft.cli import main\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn'}\n"
+        "end = os._exit\n"
+        "os._exit = lambda code: end(code or len(heavy & sys.modules.keys()))\n"
+        "main()"
+    )
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, cwd=folder, capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    return out.read_text(encoding="utf-8").split()
+
+
+def test_a_shell_completes_verbs_options_values_and_files(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").touch()
+    assert completions("lightpeft ", tmp_path)[-len(NAMES) :] == NAMES
+    assert completions("lightpeft pre", tmp_path) == ["predict"]
+    assert completions("lightpeft run --light.blo", tmp_path) == ["--light.blocks"]
+    assert completions("lightpeft run --help", tmp_path) == ["--help", "--help-all"]
+    assert completions("lightpeft run --preset wr", tmp_path) == ["writer"]
+    assert completions("lightpeft run --training.bf16=t", tmp_path) == ["--training.bf16=true"]
+    assert completions("lightpeft export --form o", tmp_path) == ["onnx", "openvino"]
+    assert completions("lightpeft run --data.train ro", tmp_path) == ["rows.csv"]
 
 
 def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

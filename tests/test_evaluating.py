@@ -525,7 +525,7 @@ def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> Non
 def test_an_export(bench: Workbench, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The export of a run or of a light adapter gets the numbers of the run, and answers new rows, without the base."""
     assert lightpeft("export", bench.folder / source, tmp_path / "merged") == 0
-    assert f"{tmp_path / 'merged'} holds a whole pruned model that needs no base" in capsys.readouterr().out
+    assert f"{tmp_path / 'merged'} holds a whole model that needs no base" in capsys.readouterr().out
     elsewhere = bench.base.rename(bench.folder / "moved_base")
     try:
         report = evaluate_model(tmp_path / "merged", rows_of(bench))

@@ -365,9 +365,10 @@ class TestAutoBudget:
     def test_what_was_probed_and_is_expected(self, light: Path) -> None:
         edit(light / "metrics.json", lambda report: report.update(budget=AUTO))
         text = Reader(html(light)).text
-        assert "expected: +0.040 nats, at most +0.080" in text and "tolerance 0.1 nats" in text
-        assert "60% after a probe: +0.200 nats" in text and "60% when cut: +0.400 nats" in text
-        assert "The run chose 50" in text and "which is expected to cost 0.04 nats (2 points), at most" in text
+        assert "expected: +2.000 points, at most +4.000" in text and "tolerance 5 points" in text
+        assert "60% after a probe: +10.000 points" in text and "60% when cut: +20.000 points" in text
+        assert "The run chose 50" in text and "which is expected to cost 2 points, at most 4 points with" in text
+        assert "the tolerance is 5 points (0.1 nats)" in text and "against nothing cut, points" in text
         assert "256 rows that were set aside, by probes of 9 steps" in text and "measured in the end" not in text
 
     def test_of_a_real_run(self, tmp_path: Path) -> None:
@@ -391,13 +392,17 @@ class TestAutoBudget:
         assert plan.removed_parameters and not PrunePlan.load(whole / "plan.json").removed_parameters
         edit(light / "metrics.json", lambda report: report.update(budget=AUTO))
         edit(light / "metrics.json", lambda report: report["metrics"].update(loss=report["metrics"]["loss"] + 0.0624))
-        assert "measured in the end: +0.062 nats" in Reader(page([read_run(light), read_run(whole)])).text
+        assert "measured in the end: +3.120 points" in Reader(page([read_run(light), read_run(whole)])).text
 
     def test_nothing_within_the_tolerance(self, light: Path) -> None:
         budget = {**AUTO, "blocks": 0.0, "expected": None, "points_a_nat": None}
         edit(light / "metrics.json", lambda report: report.update(budget=budget))
         text = Reader(html(light)).text
-        assert "No cut is within a tolerance of 0.1 nats: nothing" in text and "expected:" not in text
+        assert (
+            "No cut is within the tolerance of 0.1 nats: nothing" in text
+            and "cut, nats" in text
+            and "expected:" not in text
+        )
 
     def test_nothing_to_tell(self, light: Path) -> None:
         edit(light / "metrics.json", lambda report: report.update(budget={**AUTO, "expected": None, "probed": []}))

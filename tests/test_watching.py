@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import nn
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import load_light
-from lightpeft.config import DataConfig
+from lightpeft.config import DataConfig, LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.milestones import (
     MILESTONES,
@@ -36,8 +38,10 @@ from lightpeft.evaluation.reports import evaluate_harness, evaluate_model
 from lightpeft.evaluation.statistics import bootstrap_intervals
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord
-from lightpeft.runs import pipeline
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.runs import pipeline, stages
+from lightpeft.runs.report.facts import read_run
+from lightpeft.runs.report.page import page
 from lightpeft.saved.results import open_peft
 from lightpeft.tasks import (
     CausalLMTask,
@@ -203,6 +207,13 @@ class TestDoubtsOfRun:
                 "the cut raised the loss on 100 test rows from 0.5000 to 0.7000, and training left it at 0.6000; "
                 in lines[0]
             )
+
+    def test_a_loss_that_fewer_modules_raised(self) -> None:
+        losses = {"after_estimation": 0.5, "after_cutting_modules": 0.7, "in_the_end": 0.6}
+        milestones = {name: {"accuracy": 0.8, "loss": loss} for name, loss in losses.items()}
+        (line,) = doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)
+        assert line.startswith("the cut of PEFT modules raised the loss on 100 test rows from 0.5000 to 0.7000")
+        assert "light.modules" in line and "light.blocks" not in line
 
     def test_texts_have_no_loss(self) -> None:
         milestones = {name: {"f1": 0.5} for name in MILESTONES}
@@ -372,6 +383,57 @@ def test_what_a_cut_means_for_a_model_that_writes_is_said(
     assert lightpeft("run", "--config", bench.yaml("classifies", **FEW)) == 0
     err = capsys.readouterr().err
     assert loses not in err and keeps not in err
+
+
+@pytest.mark.parametrize(
+    ("stay", "moments", "outcome", "mark", "stage", "summary"),
+    [
+        (
+            0.5,
+            ["after_estimation", "after_cutting_modules"],
+            "Nothing of the blocks gone, 6 of 12 PEFT modules left",
+            "modules cut, step 6",
+            "Cutting modules",
+            "removes nothing of the blocks; keeps 6 of 12 PEFT modules and 24 of 48 ranks",
+        ),
+        (1.0, ["after_estimation"], "Nothing cut", "end of estimation, step 6", "Nothing to cut", "removes nothing"),
+    ],
+    ids=["modules", "nothing"],
+)
+def test_where_nothing_of_the_blocks_goes_no_word_says_so(
+    bench: Workbench,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stay: float,
+    moments: list[str],
+    outcome: str,
+    mark: str,
+    stage: str,
+    summary: str,
+) -> None:
+    """Log, tables, report, card and export, where modules alone go and where nothing does."""
+    name = f"whole_{stay}"
+    changes = {"light.heads": 0.0, "light.neurons": 0.0, "light.ranks": 0.0, "light.modules": 0.5}
+    real = stages.make_plan
+
+    def plan(record: EstimationRecord, light: LightConfig) -> PrunePlan:
+        return real(record, replace(light, modules=1 - stay))
+
+    monkeypatch.setattr(stages, "make_plan", plan)
+    file, folder = bench.yaml(name, **FEW, **changes), bench.folder / name
+    for verb in ("estimate", "plan", "prune", "run", "inspect", "export"):
+        options = [folder, folder / "whole"][: 1 + (verb == "export")] if verb in ("inspect", "export") else []
+        assert lightpeft(verb, *(options or ["--config", file])) == 0
+    assert list(milestones(folder)) == ["constant_answer", *moments, "in_the_end"]
+    report = page([read_run(folder)])
+    assert outcome in report and mark in report and stage in report and f"The plan {summary}." in report
+    written = capsys.readouterr()
+    assert f"nothing of the blocks was removed; the light model is in {folder}/pruned" in written.out
+    assert f"{summary}; {folder / 'whole'} holds a whole model that needs no base" in written.out
+    cards = [(folder / of / "README.md").read_text() for of in ("adapter", "whole")]
+    for text in (written.out, written.err, report, (folder / "log.jsonl").read_text(), *cards):
+        said = re.sub(r"\bpruned/|/pruned\b|\"pruned\"", "", text)  # the folder
+        assert not re.search(r"pruned|after.the.cut|the cut,|The cut\b|raised by the cut", said), said
 
 
 def test_blocks_that_estimation_did_without_are_gone(

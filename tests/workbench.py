@@ -46,8 +46,7 @@ from lightpeft import cli
 from lightpeft.config import RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
-from lightpeft.runs import bench as benching
-from lightpeft.runs import pipeline
+from lightpeft.runs import pipeline, workers
 from lightpeft.runs.reproduce import Cell
 from lightpeft.training.trainer import RunTrainer
 
@@ -327,7 +326,7 @@ def forked() -> Iterator[None]:
     """Inside, processes that measure are forked: they begin in a moment."""
     fork = multiprocessing.get_context("fork")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benching, "multiprocessing", SimpleNamespace(get_context=lambda _: fork))
+        patch.setattr(workers, "multiprocessing", SimpleNamespace(get_context=lambda _: fork))
         yield
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from lightpeft import __version__
+from lightpeft.cli import completing
+from lightpeft.cli.hints import unknown_verb
 from lightpeft.cli.options import Parser
 from lightpeft.cli.screen import screen
 from lightpeft.cli.verbs import VERBS
@@ -22,9 +23,10 @@ from lightpeft.errors import LightPeftError
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input prints one line and exits with 2; an interrupted run exits with 130."""
+    if completing.asked():
+        completing.answer(overview)
     streams.prepare()
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # on import they warn of kernels they lack
-        logging.getLogger(name).setLevel(logging.ERROR)
+    streams.hush_imports()
     try:
         with _stoppable(), streams.flushed():
             _dispatch(sys.argv[1:] if arguments is None else arguments)
@@ -60,15 +62,21 @@ def _stoppable() -> Iterator[None]:
 
 
 def _dispatch(arguments: Sequence[str]) -> None:
-    verb = VERBS.get(arguments[0]) if arguments else None
-    if verb is None:
-        _overview().parse_args(arguments)  # which shows help or the version, or refuses
+    word = arguments[0] if arguments else "--help"
+    if word in VERBS:
+        VERBS[word].call(arguments[1:], begin=quiet)
+    elif word in ("-h", "--help", "--version"):
+        overview().parse_args([word])
     else:
-        verb.call(arguments[1:], begin=quiet)
+        raise LightPeftError(unknown_verb(word, VERBS))
 
 
-def _overview() -> Parser:
-    """The command without a verb: its help names them all."""
+def overview(in_full: Collection[str] = ()) -> Parser:
+    """The command without a verb: its help names them all.
+
+    Args:
+        in_full: verbs whose options it knows as well.
+    """
     parser = Parser(
         prog="lightpeft",
         usage="%(prog)s verb ...",
@@ -79,11 +87,12 @@ def _overview() -> Parser:
     verbs = parser.add_subparsers(
         title="verbs",
         metavar="verb [options]",
-        required=True,
         description="lightpeft VERB --help tells what one takes.",
     )
     for verb in VERBS.values():
-        verbs.add_parser(verb.name, help=verb.help)
+        known = verbs.add_parser(verb.name, help=verb.help, add_help=False)
+        if verb.name in in_full:
+            verb.declare(known)
     return parser
 
 

@@ -1,23 +1,33 @@
-"""What is meant by an option that is not there: one line about it."""
+"""What is meant by a verb or an option that is not there: one line about it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from lightpeft.errors import nearest
 
 
-def unknown_option(words: Sequence[str], known: Collection[str]) -> str:
-    """One line about words that no option takes; for an unknown option, with the one that is likely meant.
+def unknown_verb(word: str, known: Iterable[str]) -> str:
+    """One line about a verb that there is not, with the one that is likely meant."""
+    meant = nearest(word, known)
+    if meant is None:
+        return f"unknown verb {word}; lightpeft --help shows all that there are"
+    return f"unknown verb {word}; did you mean {meant}?"
+
+
+def unknown_option(words: Sequence[str], known: Collection[str], rows: str | None = None) -> str:
+    """One line about words that no option takes, with the option that is likely meant.
 
     Args:
         words: what is left of a command line.
         known: the options that there are.
+        rows: the one that takes a file of rows.
     """
     unknown = next((word.partition("=")[0] for word in words if re.match("--?[a-zA-Z]", word)), None)
     if unknown is None:
-        return f"unrecognized arguments: {' '.join(words)}"
+        meant = rows if rows and words[0].lower().endswith(_ROWS) else None
+        return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean {meant} {words[0]}?" if meant else "")
     meant = meant_option(unknown, known)
     return f"unknown option {unknown}; " + (f"did you mean {meant}?" if meant else "--help shows all that there are")
 
@@ -35,6 +45,9 @@ def meant_option(word: str, known: Collection[str]) -> str | None:
         return (in_section or of_section)[0]
     return nearest(word, set(known) - {"--help", "-h"})
 
+
+_ROWS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+"""Ends of names of files with rows."""
 
 ELSEWHERE: dict[str, str] = {
     "model": "model.name",

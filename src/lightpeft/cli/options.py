@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import SUPPRESS, Action, ArgumentParser
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -36,6 +36,8 @@ class Option:
     """It takes no value: it is there or not."""
     count: Literal["?", "+"] | None = None
     """Values that it takes: none or one, one or more; None: one."""
+    rare: bool = False
+    """Of a verb that takes the settings of a run: `--help-all` shows it, `--help` does not."""
 
     @property
     def name(self) -> str:
@@ -62,7 +64,9 @@ class Option:
         shape: dict[str, Any] = {} if self.is_place else {"dest": self.name}
         shape |= {"action": "store_true"} if self.flag else {"nargs": self.count, "metavar": _metavar(self)}
         described = _described(self).replace("%", "%%") if self.help else SUPPRESS
-        parser.add_argument(*self.names.split(), default=SUPPRESS, help=described, **shape)
+        action = parser.add_argument(*self.names.split(), default=SUPPRESS, help=described, **shape)
+        if choices := _choices(self.type):
+            action.completer = lambda **_: choices  # what argcomplete asks
 
     def value(self, given: Any) -> Any:
         """What was given for an option of a verb's own, checked: text is good as it is, such as a file's name.
@@ -93,11 +97,30 @@ def one_of(values: Iterable[str]) -> Any:
     return Literal.__getitem__(tuple(values))
 
 
+class Help(Action):
+    """An option that shows the help of a parser and ends the command."""
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, of: Callable[[], ArgumentParser], help: str
+    ) -> None:
+        super().__init__(option_strings, SUPPRESS, nargs=0, default=SUPPRESS, help=help)
+        self.of = of
+
+    def __call__(self, parser: ArgumentParser, *_: Any) -> None:
+        self.of().print_help()
+        parser.exit()
+
+
 class Parser(ArgumentParser):
     """argparse's parser, with what is wrong as an exception."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, rows: str | None = None, **options: Any) -> None:
+        """
+        Args:
+            rows: option that a file of rows is likely meant for.
+        """
         super().__init__(allow_abbrev=False, **options)
+        self.rows = rows
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print below the usage."""
@@ -111,7 +134,7 @@ class Parser(ArgumentParser):
         """
         given, unknown = self.parse_known_intermixed_args(list(arguments))
         if unknown:
-            raise LightPeftError(unknown_option(unknown, self.known))
+            raise LightPeftError(unknown_option(unknown, self.known, self.rows))
         return vars(given)
 
     @property

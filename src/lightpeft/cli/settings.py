@@ -25,9 +25,20 @@ from lightpeft.errors import require
 SOURCES = (
     Option("--config", "YAML file with settings."),
     Option("--run", "Folder of a run to go on with; its own config.yaml holds."),
-    Option("--print_config", "Show all settings as YAML, as they would be, and exit.", flag=True),
+    Option("--print_config", "Show all settings as YAML, as they would be, and exit.", flag=True, rare=True),
 )
 """Where settings come from before options go on top, and how they are shown."""
+USUAL = (
+    "--model.name",
+    "--data.train",
+    "--data.text",
+    "--data.label",
+    "--output",
+    "--preset",
+    "--light.blocks",
+    "--training.epochs",
+)
+"""The settings that people need, in the order of `--help`; `--help-all` shows the others."""
 
 
 def run_config(given: dict[str, Any]) -> RunConfig:

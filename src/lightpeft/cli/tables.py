@@ -14,6 +14,7 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import SITE_SLOTS
 from lightpeft.runs.checking import Check
 from lightpeft.runs.report.speeds import speed_rows
+from lightpeft.runs.report.words import rounds
 
 
 def plan_table(plan: PrunePlan) -> Table:
@@ -127,7 +128,8 @@ def _range(interval: Sequence[float] | None) -> str:
 def bench_table(report: Mapping[str, Any]) -> Table:
     """Plain PEFT, light, and their ratio, with the quartiles of the ratio."""
     kind = plain_name(report["config"])
-    table = Table(title=f"{kind} beside light (medians over rounds)", title_justify="left")
+    over = rounds(report["rounds"], report.get("of_rounds"))
+    table = Table(title=f"{kind} beside light (medians over {over})", title_justify="left")
     for name in ("", kind, "light", "light / plain", "quartiles"):
         table.add_column(name, justify="left" if not name else "right")
     for row in speed_rows(report):

@@ -28,7 +28,7 @@ class StepProgress:
     def __enter__(self) -> StepProgress:
         self.bar.start()
         if self.before:
-            self._print(f"{self.before} of {self.total} {self.unit} are done already")
+            self.say(f"{self.before} of {self.total} {self.unit} are done already")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,9 +48,10 @@ class StepProgress:
         left = duration(each * (self.total - self.done)) if self.done < self.total else "none"
         took = duration(now - self.begun)
         rate = f"{3600 / each:{',.0f' if each < 36 else '.3g'}} {self.unit}/h"
-        self._print(f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {rate}, time left: {left}")
+        self.say(f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {rate}, time left: {left}")
 
-    def _print(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """A line beside the bar."""
         self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

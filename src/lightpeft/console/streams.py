@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,12 @@ def prepare() -> None:
         encoding = getattr(sys.stderr, "encoding", "utf-8")
         raw = _Forgiving(2, "w", closefd=False)
         sys.stderr = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+
+
+def hush_imports() -> None:
+    """Let no library warn, when it is imported, of kernels that it lacks; to be called before they are."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _occupy() -> None:

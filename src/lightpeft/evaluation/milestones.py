@@ -17,9 +17,18 @@ from torch import nn
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.scores import values_of
 from lightpeft.evaluation.statistics import LEVEL, Interval, compare
+from lightpeft.plans.records import PrunePlan
 from lightpeft.tasks import Answers, Outcome, Respondent, Task
 
-MILESTONES = ("constant_answer", "untouched_base", "after_estimation", "after_the_cut", "at_full_width", "in_the_end")
+MILESTONES = (
+    "constant_answer",
+    "untouched_base",
+    "after_estimation",
+    "after_the_cut",
+    "after_cutting_modules",
+    "at_full_width",
+    "in_the_end",
+)
 """Moments of a run, in order; a constant answer is none, but what all of them are held against."""
 MOST_ROWS = 256
 """Rows of the sample at most: an accuracy of so many is known to 6 points (95%), for four passes over few rows."""
@@ -34,6 +43,13 @@ Metrics = dict[str, float]
 
 
 # -- what is measured ----------------------------------------------------------------------------------------------
+
+
+def moment_behind(plan: PrunePlan) -> str | None:
+    """The moment behind surgery by a plan; None where that leaves the model as it was."""
+    if plan.cuts_blocks:
+        return "after_the_cut"
+    return "after_cutting_modules" if plan.cuts_modules else None
 
 
 def sample(task: Task) -> Dataset:
@@ -124,7 +140,11 @@ def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, 
 
 REMEDY = "train longer (training.epochs) or at another learning rate, such as three times this one, or on more rows"
 MILDER = "train at a lower learning rate, or cut less (light.blocks)"
-LESS = "cut less (light.blocks, or preset: fast), or train longer (training.epochs)"
+_RAISERS = {
+    "after_the_cut": ("the cut", "cut less (light.blocks, or preset: fast)"),
+    "after_cutting_modules": ("the cut of PEFT modules", "keep more of them (light.modules, light.ranks)"),
+}
+"""Milestone -> what went before it, and what makes it cost less."""
 
 
 def notices(
@@ -186,11 +206,13 @@ def doubts_of_run(watcher: Watcher, milestones: Mapping[str, Metrics]) -> Iterat
         if _gain(name, test.first, test.second) < 0 and test.p_value is not None and test.p_value < 1 - LEVEL:
             values = f"{name} {test.second:.4f} on {examples} is worse than the untouched base's {test.first:.4f}"
             yield f"{values} (p = {test.p_value:.2g}); {MILDER}"
-    before, cut, end = (milestones.get(moment, {}) for moment in ("after_estimation", "after_the_cut", "in_the_end"))
+    before, end = (milestones.get(moment, {}) for moment in ("after_estimation", "in_the_end"))
+    moment = next((each for each in _RAISERS if each in milestones), "after_the_cut")
+    cut, (what, less) = milestones.get(moment, {}), _RAISERS[moment]
     left = min(cut.get("loss", 0), end.get("loss", 0)) > (1 + RAISED) * before.get("loss", math.inf)
     if left and _gain(name, before[name], end[name]) <= 0:  # else it is surer of its mistakes, and makes fewer of them
         losses = f"from {before['loss']:.4f} to {cut['loss']:.4f}, and training left it at {end['loss']:.4f}"
-        yield f"the cut raised the loss on {examples} {losses}; {LESS}"
+        yield f"{what} raised the loss on {examples} {losses}; {less}, or train longer (training.epochs)"
 
 
 def _gain(metric: str, before: float, after: float) -> float:

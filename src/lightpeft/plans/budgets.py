@@ -52,6 +52,23 @@ _PROBES, _WITH_WITNESS = 3, 2
 what is found (docs/quality.md)."""
 
 
+def cost_in_words(nats: float, points_a_nat: float | None) -> str:
+    """A rise of the loss in the unit of the tolerance, for people.
+
+    Args:
+        points_a_nat: of the task's metric that a nat is worth; None: the tolerance is in nats.
+    """
+    value, unit = (nats, "nat") if points_a_nat is None else (nats * points_a_nat, "point")
+    shown = f"{float(f'{value:.2g}'):g}"
+    return f"{shown} {unit}{'s' * (shown != '1')}"
+
+
+def tolerance_in_words(nats: float, points_a_nat: float | None) -> str:
+    """A tolerance, for people; one in points also as the rise of the loss that it stands for."""
+    loss = "" if points_a_nat is None else f" ({cost_in_words(nats, None)})"
+    return f"{cost_in_words(nats, points_a_nat)}{loss}"
+
+
 def elsewhere(blocks: float) -> tuple[float, float]:
     """Points of its metric that a classifier which can learn its task loses by a cut, in the end, against nothing cut.
 
@@ -118,6 +135,11 @@ class BudgetSearch:
         return self.found
 
     @property
+    def most(self) -> int:
+        """Budgets that are probed at most."""
+        return _PROBES if self.points_a_nat is None else _WITH_WITNESS
+
+    @property
     def found(self) -> float:
         """The largest budget within the tolerance by what was probed so far, and not above what was probed."""
         highest = max(each.blocks for each in self.probed)
@@ -161,7 +183,7 @@ class BudgetSearch:
         likely = self._largest(lambda blocks: self._likely(blocks).upper)
         if not tried:
             return likely or self.grid[0]
-        if len(tried) == (_PROBES if self.points_a_nat is None else _WITH_WITNESS):
+        if len(tried) == self.most:
             return None
         if likely is None:
             return None if self.grid[0] in tried else self.grid[0]

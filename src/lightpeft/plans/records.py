@@ -196,6 +196,24 @@ class PrunePlan:
         return removed_parameters(self.parts, self.left_out)
 
     @property
+    def cuts_blocks(self) -> bool:
+        """Whether anything of the base's blocks goes."""
+        return self.removed_parameters > 0
+
+    @property
+    def cuts_modules(self) -> bool:
+        """Whether PEFT modules go, or ranks of them."""
+        return self._ranks < self._dense_ranks
+
+    @property
+    def _ranks(self) -> int:
+        return sum(map(len, self.sites.values()))
+
+    @property
+    def _dense_ranks(self) -> int:
+        return sum(site.rank for site in self.dense_sites)
+
+    @property
     def removed_ratio(self) -> float:
         """Base parameters removed over all base parameters, embeddings included."""
         return self.removed_parameters / self.base_parameters
@@ -240,13 +258,15 @@ class PrunePlan:
 
     def summary(self) -> str:
         """One line: what part of the base, of its blocks, of the PEFT modules and of their ranks goes."""
-        ranks = sum(len(kept) for kept in self.sites.values())
-        dense_ranks = sum(site.rank for site in self.dense_sites)
+        modules = f"{len(self.sites)} of {len(self.dense_sites)} PEFT modules"
+        kept = f"{modules} and {self._ranks} of {self._dense_ranks} ranks"
+        if not self.cuts_blocks:
+            return f"removes nothing of the blocks; keeps {kept}" if self.cuts_modules else "removes nothing"
         whole = f"{len(self.left_out)} of {len(self.specs)} blocks whole; " if self.left_out else ""
         return (
             f"removes {self.removed_parameters:,} of {self.base_parameters:,} base parameters "
             f"({self.removed_ratio:.1%}; {self.removed_of_blocks:.1%} of the blocks'); {whole}"
-            f"keeps {len(self.sites)} of {len(self.dense_sites)} PEFT modules and {ranks} of {dense_ranks} ranks"
+            f"keeps {kept}"
         )
 
     def __str__(self) -> str:

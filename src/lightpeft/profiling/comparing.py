@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from lightpeft.errors import require
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -38,8 +39,18 @@ def summarize(values: Iterable[float]) -> Spread:
     return Spread(median=median, low=low, high=high, n=array.size)
 
 
-def alternate(subjects: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+def alternate(subjects: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
     """Measure every subject once a round, in turn: what it measured by name, one a round.
+
+    Raises:
+        LightPeftError: no subjects, or `rounds` below 1.
+    """
+    found = list(in_rounds(subjects, rounds))
+    return {name: [values[name] for values in found] for name in subjects}
+
+
+def in_rounds(subjects: Mapping[K, Callable[[], T]], rounds: int) -> Iterator[dict[K, T]]:
+    """The same round by round, each as soon as it is over: what every subject measured in it.
 
     Every other round goes backwards, so that a drift of the machine falls on all subjects alike.
 
@@ -48,11 +59,8 @@ def alternate(subjects: Mapping[str, Callable[[], T]], rounds: int) -> dict[str,
     """
     require(subjects, "no subjects to measure; name at least one")
     require(rounds >= 1, f"rounds is {rounds}; measure at least 1")
-    values: dict[str, list[T]] = {name: [] for name in subjects}
     for index in range(rounds):
-        for name in list(subjects)[:: -1 if index % 2 else 1]:
-            values[name].append(subjects[name]())
-    return values
+        yield {name: subjects[name]() for name in list(subjects)[:: -1 if index % 2 else 1]}
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Spread:

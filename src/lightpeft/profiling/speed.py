@@ -21,13 +21,17 @@ OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 """Makes an optimizer of the parameters to train."""
 
 
+WARMUP = 2
+"""Steps before those that are timed; the first one allocates the optimizer's state."""
+
+
 def measure_training(
     model: nn.Module,
     batches: Sequence[Batch],
     optimizer_factory: OptimizerFactory = AdamW,
     *,
     steps: int | None = None,
-    warmup: int = 2,
+    warmup: int = WARMUP,
     autocast: torch.dtype | None = None,
     max_grad_norm: float = 1.0,
 ) -> list[float]:
@@ -39,7 +43,7 @@ def measure_training(
         batches: model inputs with `labels`; the timed steps start at the first and go round.
         optimizer_factory: makes the optimizer of the list of trainable parameters.
         steps: timed steps; unset: one pass over `batches`.
-        warmup: steps before those, not timed; the first one allocates the optimizer's state.
+        warmup: steps before those, not timed.
         autocast: half precision of the forward pass; None: that of the weights. In float16 the loss is scaled.
         max_grad_norm: gradient norm clipping; 0 switches it off.
 
@@ -72,7 +76,7 @@ def measure_inference(
     batches: Sequence[Batch],
     *,
     steps: int | None = None,
-    warmup: int = 2,
+    warmup: int = WARMUP,
     autocast: torch.dtype | None = None,
 ) -> list[float]:
     """Seconds of each forward pass in eval mode without gradients; labels are left out, so no loss is computed.

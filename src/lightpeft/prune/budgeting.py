@@ -14,9 +14,17 @@ from peft import PeftModel
 from torch import Tensor
 
 from lightpeft.config import LightConfig, Tolerance
-from lightpeft.plans.budgets import CONFIDENCE, SHORT, BudgetSearch, Expected, Probed
+from lightpeft.plans.budgets import (
+    CONFIDENCE,
+    SHORT,
+    BudgetSearch,
+    Expected,
+    Probed,
+    cost_in_words,
+    tolerance_in_words,
+)
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.live import Batch, losses_and_classes_of, losses_of
 from lightpeft.prune.curve import gone_before, loss_curve, nested_plans
 from lightpeft.prune.learning import LEAST_LEARNED, classes_of, loss_by_frequencies, one_of_several
@@ -89,9 +97,10 @@ class FoundBudget:
             return f"nothing of the blocks goes: {self.unmeasured}, and {why}; {to_cut}"
         part = "" if self.of_plain is None else f", {self.of_plain:.0%} of plain PEFT's run by its passes"
         how = f"measured on {self.rows} rows in {self.seconds:.0f} s{part}"
+        allowed = f"the tolerance is {tolerance_in_words(self.tolerance, self.points_a_nat)}"
         if not self.probed:
             most = max(self.before)
-            why = f"even {most:.0%} do not raise the loss for sure ({self.before[most]:+.2g} nats)"
+            why = f"even {most:.0%} do not raise the loss for sure (by {self._said(self.before[most])})"
             if self.learned is not None and self.learned < LEAST_LEARNED:
                 why = "the model does hardly better than an answer by the frequencies of labels"
             longer = (
@@ -100,11 +109,14 @@ class FoundBudget:
             return f"light.blocks: auto cuts nothing of the blocks: {why}, so {longer}; {how}"
         if self.expected is None:
             least = min(self.probed, key=lambda probed: probed.blocks)
-            cost = f"{least.blocks:.0%} would cost {least.after:.3g} nats after {self.steps} steps"
-            return f"light.blocks: auto cuts nothing of the blocks: {cost}, {self.tolerance:.3g} are allowed; {how}"
-        cost = f"that is expected to cost {self.expected.left:.3g} nats"
-        bound = f"at most {self.expected.upper:.3g} ({CONFIDENCE:.0%}), and {self.tolerance:.3g} are allowed"
+            cost = f"{least.blocks:.0%} would cost {self._said(least.after)} after {self.steps} steps"
+            return f"light.blocks: auto cuts nothing of the blocks: {cost}, and {allowed}; {how}"
+        cost = f"that is expected to cost {self._said(self.expected.left)}"
+        bound = f"at most {self._said(self.expected.upper)} with a confidence of {CONFIDENCE:.0%}, and {allowed}"
         return f"light.blocks: auto cuts {self.blocks:.0%} of the blocks: {cost}, {bound}; {how}"
+
+    def _said(self, nats: float) -> str:
+        return cost_in_words(nats, self.points_a_nat)
 
     def facts(self) -> dict[str, Any]:
         """The same as plain data."""
@@ -119,6 +131,7 @@ def find_budget(
     probe: Probe,
     tolerance: Tolerance,
     worth: Worth | None = None,
+    announce: Callable[[str], None] = lambda line: None,
 ) -> FoundBudget:
     """Measure, and find the largest budget within the tolerance.
 
@@ -126,6 +139,7 @@ def find_budget(
         model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
         tolerance: what a budget may cost.
         worth: of a tolerance in points.
+        announce: told of each copy before it trains.
 
     Raises:
         LightPeftError: the model gives no loss, or no budget can be tried at all.
@@ -141,8 +155,12 @@ def find_budget(
     nats = tolerance.amount / (points_a_nat or 1.0)
     search = BudgetSearch({each.blocks: each.rise for each in curve}, nats, gone, points_a_nat)
 
-    def plan(blocks: float) -> PrunePlan:
-        return make_plan(record, replace(light, blocks=blocks))
+    def after_steps(blocks: float | None) -> Tensor:
+        """Losses when a copy has been cut and has trained."""
+        copy = len(search.probed) + (1 if blocks is None else 2)
+        said = f"{blocks:.0%} of the blocks cut" if blocks else "nothing cut"
+        announce(f"light.blocks: auto, copy {copy} of {1 + search.most} at most: {said}, {probe.steps} steps")
+        return probe.losses(model, None if blocks is None else make_plan(record, replace(light, blocks=blocks)))
 
     chance = chance_of(model, probe.held[: len(losses)])
     learned = None if chance is None else 1 - float(losses.mean()) / max(chance, 1e-6)
@@ -150,9 +168,9 @@ def find_budget(
     taught = curve[-1].interval[0] > 0 if learned is None else learned >= LEAST_LEARNED
     found = 0.0
     if taught:
-        whole = probe.losses(model, None)
+        whole = after_steps(None)
         allows = None if probe.cost is None else probe.cost.allows
-        found = search.run(lambda blocks: probe.losses(model, plan(blocks)) - whole, allows)
+        found = search.run(lambda blocks: after_steps(blocks) - whole, allows)
     return FoundBudget(
         blocks=found,
         tolerance=nats,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from lightpeft.config import LightConfig
+from lightpeft.console.bars import progress
 from lightpeft.machine import autocasting, random_apart
 from lightpeft.models.patching import in_mode
 from lightpeft.plans.records import PrunePlan
@@ -80,7 +81,8 @@ class Probe:
         scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
         acceleration = light_steps(model, self.light, fast=self.fast, loss_alone=True)
         with in_mode(model, training=True), acceleration:
-            for number, batch in enumerate(self.train, start=1):
+            steps = progress(self.train, len(self.train), "a copy trains")
+            for number, batch in enumerate(steps, start=1):
                 with autocasting(device, self.autocast):
                     loss = loss_of(model, moved(batch, device)) / self.accumulation
                 scaler.scale(loss).backward()

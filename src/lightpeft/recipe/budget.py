@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from lightpeft.prune.budgeting import FoundBudget, find_budget
 from lightpeft.prune.curve import gone_before
 from lightpeft.recipe.probes import SearchRoom, make_probe, why_unmeasured
 
+_log = logging.getLogger(__name__)
 USUAL_NATS = "0.05 nats"
 """`light.tolerance: auto` where all that is known is the loss."""
 
@@ -45,8 +47,13 @@ class BudgetMixin:
         probe = make_probe(trainer, self.light_config, steps, seen, self.fast_steps, gone)
         asked = self.light_tolerance()
         worth = self.light_points_a_nat if asked.unit == "points" else None
-        found = find_budget(self._peft_model, record, self.light_config, probe, asked, worth)
+        announce = self.announce_light_budget
+        found = find_budget(self._peft_model, record, self.light_config, probe, asked, worth, announce)
         return replace(found, seconds=time.perf_counter() - started)
+
+    def announce_light_budget(self, line: str) -> None:
+        """Say how far the search has come, which may take minutes. To be overridden."""
+        _log.info("%s", line)
 
     def light_tolerance(self) -> Tolerance:
         """`light.tolerance`, or the usual one. To be overridden.

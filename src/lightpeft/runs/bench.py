@@ -7,16 +7,12 @@ machine a drift falls on all subjects alike; ratios are taken within rounds.
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import signal
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,21 +25,21 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lightpeft.config import RunConfig
 from lightpeft.console.bars import showing, silent
-from lightpeft.console.progress import StepProgress
-from lightpeft.errors import LightPeftError, one_line, require
+from lightpeft.console.progress import StepProgress, duration
+from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
-from lightpeft.models.loading import quiet_libraries
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.peft_kinds.sites import fused_answers
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling import (
+    WARMUP,
     OptimizerFactory,
     PeakMemory,
-    alternate,
     count_flops,
     hardware,
+    in_rounds,
     kv_cache_bytes,
     measure_inference,
     measure_training,
@@ -54,6 +50,8 @@ from lightpeft.profiling import (
 )
 from lightpeft.prune.estimation import Estimator
 from lightpeft.runs import pipeline
+from lightpeft.runs.report.words import rounds as rounds_in_words
+from lightpeft.runs.workers import Worker
 from lightpeft.runs.workspace import Workspace, prepare
 from lightpeft.saved.results import open_peft
 from lightpeft.training.acceleration import light_steps
@@ -67,14 +65,18 @@ _INFERRING = ("plain", "light")
 """Those of them that infer; estimation is a stage of training."""
 _WHAT = {"fixed": "memory and FLOPs", "serving": "inference memory"}
 """Methods of `Subject` that measure what does not vary, as people call it."""
+ROUNDS, STEPS = 3, 10
+"""Rounds, and batches a round, that are usual."""
 _MOST = 10_000
 """Rounds, and batches a round, that are still a measurement."""
 _MEASURED_STEPS = 3
 """Training steps of the memory measurement: the second allocates nothing new but the optimizer's state."""
 
 
-def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path | None = None) -> dict[str, Any]:
-    """Measure the run of `config` against plain PEFT, and write the result to `json`.
+def bench(
+    config: RunConfig, rounds: int = ROUNDS, steps: int = STEPS, json: str | Path | None = None
+) -> dict[str, Any]:
+    """Measure the run of `config` against plain PEFT, and write the result to `json`, anew after each round.
 
     A run that has not been pruned yet is estimated, planned and pruned first.
 
@@ -85,11 +87,11 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
     Returns:
         By subject: samples/s in training and inference (merged weights where they can be merged), peak
         memory of both, FLOPs; ratios to plain PEFT; and the end-to-end time of a whole run computed from the medians,
-        estimation included.
+        estimation included; `rounds` that are over, `of_rounds` that were asked for.
 
     Raises:
         LightPeftError: bad input, or a measurement failed.
-        KeyboardInterrupt: stopped; no measurement is kept.
+        Stopped: by Ctrl-C; rounds that were over are kept.
     """
     require(rounds >= 1 and steps >= 1, "bench.rounds and bench.steps start at 1")
     require(max(rounds, steps) <= _MOST, f"bench.rounds and bench.steps can be at most {_MOST:,}")
@@ -101,8 +103,35 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
     pipeline.estimate(work)
     pipeline.plan(work)
     pipeline.prune(work)
-    fixed, training, inference = _measure(config, rounds, steps)
-    report = {
+    place = Path(json or work.run.path / "bench.json")
+    report: dict[str, Any] = {}
+    try:
+        for fixed, values in _measured(config, rounds, steps):
+            report = _report(work, fixed, values) | {"of_rounds": rounds, "steps": steps}
+            write_json(place, report)
+    except KeyboardInterrupt as stop:
+        done = f"{place} has {rounds_in_words(report['rounds'], rounds)}" if report else "no round was over"
+        raise Stopped(f"stopped; {done}; the same command measures anew", report) from stop
+    return report
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody stopped a measurement."""
+
+    def __init__(self, line: str, report: dict[str, Any]) -> None:
+        """
+        Args:
+            line: says what there is of it.
+            report: what `bench` gives, of the rounds that were over; empty: none was.
+        """
+        super().__init__(line)
+        self.report = report
+
+
+def _report(work: Workspace, fixed: Mapping[str, dict[str, Any]], values: _Values) -> dict[str, Any]:
+    """What `bench` gives, of the rounds that are over."""
+    training, inference = values["training"], values["inference"]
+    return {
         "subjects": {
             name: {
                 **fixed[name],
@@ -113,39 +142,41 @@ def bench(config: RunConfig, rounds: int = 5, steps: int = 20, json: str | Path 
         },
         "ratios": _ratios(training, inference, fixed),
         "end_to_end": _end_to_end(work, training, fixed["light"]["prefix_samples_per_second"]),
-        "rounds": rounds,
-        "steps": steps,
-        "values": {"training": training, "inference": inference},
+        "rounds": len(training["light"]),
+        "values": values,
         "hardware": hardware(),
-        "config": asdict(config),
+        "config": asdict(work.config),
     }
-    write_json(json or work.run.path / "bench.json", report)
-    return report
 
 
-def _measure(
-    config: RunConfig, rounds: int, steps: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[float]], dict[str, list[float]]]:
-    """What does not vary, by subject, and the samples a second of all rounds, in training and in inference."""
+_Values = dict[str, dict[str, list[float]]]
+"""training or inference -> subject -> samples a second, one a round."""
+
+
+def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict[str, dict[str, Any]], _Values]]:
+    """Round by round what does not vary, by subject, and what all rounds have measured so far."""
     names = [name for name in SUBJECTS if name in _INFERRING or config.light.chooses]
     total = (1 + rounds) * (len(names) + len(_INFERRING))
-    try:
-        with ExitStack() as stack:
-            workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in names}
-            progress = stack.enter_context(StepProgress(total, 0, "measurements"))
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in names}
+        progress = stack.enter_context(StepProgress(total, 0, "measurements"))
 
-            def measuring(what: str, name: str) -> Callable[[], Any]:
-                return partial(_shown, progress, workers[name], what, name)
+        def measuring(what: str, name: str) -> Callable[[], Any]:
+            return partial(_shown, progress, workers[name], what, name)
 
-            fixed = {name: measuring("fixed", name)() for name in names}
-            for name in _INFERRING:
-                fixed[name]["inference"] = measuring("serving", name)()
-            training = alternate({name: measuring("training", name) for name in names}, rounds)
-            inference = alternate({name: measuring("inference", name) for name in _INFERRING}, rounds)
-    except KeyboardInterrupt as stop:
-        kept = "what was measured is not kept; the same command measures anew, on the run that is pruned already"
-        raise KeyboardInterrupt(f"stopped; {kept}") from stop
-    return fixed, training, inference
+        fixed = {name: measuring("fixed", name)() for name in names}
+        for name in _INFERRING:
+            fixed[name]["inference"] = measuring("serving", name)()
+        seconds = rounds * sum(worker.measure("round_seconds") for worker in workers.values())
+        of_batches = f"{rounds_in_words(rounds)} of {steps} batches take about {duration(seconds)}"
+        progress.say(f"{of_batches}; Ctrl-C keeps the rounds that are over")
+        calls = {("training", name): measuring("training", name) for name in names}
+        calls |= {("inference", name): measuring("inference", name) for name in _INFERRING}
+        values: _Values = {"training": {}, "inference": {}}
+        for found in in_rounds(calls, rounds):
+            for what, name in calls:
+                values[what].setdefault(name, []).append(found[what, name])
+            yield fixed, values
 
 
 def _shown(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
@@ -156,86 +187,6 @@ def _shown(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
     told = f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if what in _WHAT else f"{value:,.1f} samples/s"
     progress.end(label, told)
     return value
-
-
-class Worker:
-    """A process that holds one subject and measures it when asked."""
-
-    def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
-        """
-        Args:
-            make: makes the subject of `arguments` in the process; all of them can be pickled.
-        """
-        context = multiprocessing.get_context("spawn")
-        self._pipe, self._far_end = context.Pipe()
-        self._process = context.Process(target=_serve, args=(self._far_end, make, arguments), daemon=True)
-
-    def __enter__(self) -> Worker:
-        with _without_interrupts():
-            self._process.start()
-        self._far_end.close()  # so that the pipe ends when the process does
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(OSError):  # it ended already
-            self._pipe.send(None)
-        self._pipe.close()
-        if kind is None or issubclass(kind, Exception):
-            self._process.join(timeout=5)  # it ends when asked to, unless it is in the middle of something
-        self._process.terminate()
-        self._process.join()
-
-    def measure(self, what: str, *arguments: Any) -> Any:
-        """Ask the subject for a measurement by the name of its method, and wait for the answer.
-
-        Raises:
-            LightPeftError: the measurement failed.
-        """
-        try:
-            with suppress(BrokenPipeError):  # it ended, perhaps with a failure to be read
-                self._pipe.send((what, arguments))
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionResetError) as error:
-            raise LightPeftError("a measuring process ended early; is there memory for all models?") from error
-        if isinstance(answer, Failure):
-            raise LightPeftError(f"measuring failed: {answer.reason}")
-        return answer
-
-
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes that are started inside the block leave Ctrl-C to this one, which ends them."""
-    block = getattr(signal, "pthread_sigmask", None)
-    if block is None:  # on Windows
-        yield
-        return
-    before = block(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        block(signal.SIG_SETMASK, before)
-
-
-class Failure:
-    """What a measuring process answers when it cannot measure."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-
-def _serve(pipe: Connection, make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Make the subject once, then answer requests until there is none or the pipe is closed."""
-    quiet_libraries()
-    try:
-        subject = make(*arguments)
-        while request := pipe.recv():
-            what, given = request
-            pipe.send(getattr(subject, what)(*given))
-    except EOFError:
-        return
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error) if isinstance(error, LightPeftError) else traceback.format_exception_only(error)[-1]
-        pipe.send(Failure(one_line(reason)))
 
 
 def accelerating(work: Workspace, model: nn.Module) -> AbstractContextManager[None]:
@@ -281,12 +232,14 @@ class Subject:
         self._folder = tempfile.TemporaryDirectory()
         self._known: CachedRows | None = None
         self._prefix_speed: float | None = None
+        self._round_seconds = 0.0
 
     def fixed(self) -> dict[str, Any]:
         """Peak memory of training, FLOPs of one batch and size of the KV cache, which do not vary."""
         with self._as_trained():
             with PeakMemory(self.model) as memory:
-                self._train(self.batches[:_MEASURED_STEPS])
+                seconds = self._train(self.batches[:_MEASURED_STEPS])
+            self._note(self.batches[:_MEASURED_STEPS], seconds)
             flops = count_flops(self.model, max(self.batches, key=lambda batch: batch["input_ids"].numel()))
         return {
             "prefix_samples_per_second": self._prefix_speed,
@@ -301,12 +254,21 @@ class Subject:
         largest = max(self.batches, key=lambda batch: batch["input_ids"].numel())
         weights = weights_bytes(self._merged)
         with PeakMemory(self._merged) as memory:
-            measure_inference(self._merged, [largest], autocast=self.autocast)
+            seconds = measure_inference(self._merged, [largest], autocast=self.autocast)
+        self._note([largest], seconds)
         return {
             "weights_bytes": weights,
             "peak_memory_bytes": weights + memory.grown,
             "peak_memory_method": memory.method,
         }
+
+    def _note(self, batches: Sequence[Mapping[str, Any]], seconds: Sequence[float]) -> None:
+        """These batches took so long: what all of them will take in each round."""
+        self._round_seconds += sum(seconds) * _tokens(self.batches) / _tokens(batches)
+
+    def round_seconds(self) -> float:
+        """Seconds that a round of what was measured once will take, about."""
+        return self._round_seconds * (1 + WARMUP / len(self.batches))
 
     def training(self) -> float:
         """Training samples a second: forward, backward, clipping and optimizer step."""
@@ -369,6 +331,10 @@ class Subject:
 
 def _samples(batches: Sequence[Mapping[str, Any]]) -> int:
     return sum(len(batch["input_ids"]) for batch in batches)
+
+
+def _tokens(batches: Sequence[Mapping[str, Any]]) -> int:
+    return sum(batch["input_ids"].numel() for batch in batches)
 
 
 def sample_batches(work: Workspace, steps: int, size: int | None = None) -> list[dict[str, Any]]:

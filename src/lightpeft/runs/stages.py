@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from lightpeft.config import READ_BY_PLANS, LightConfig
 from lightpeft.errors import LightPeftError, require
+from lightpeft.evaluation.milestones import moment_behind
 from lightpeft.files import read_json, understandable, write_json
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
@@ -140,8 +141,9 @@ def leave_pruned(
             watcher.warnings.append(line)
             work.run.announce("prune", f"warning: {line}")
     light = cut(model, plan, work.config.light, calibration, fit)
-    if work.config.light.chooses:
-        watcher.look("after_the_cut", light)
+    moment = moment_behind(plan)
+    if work.config.light.chooses and moment is not None:
+        watcher.look(moment, light)
     light.light_task = task_facts(work.task)
     seconds = time.perf_counter() - started - watcher.seconds
     work.run.finish_stage("prune", seconds, lambda: light.save_pretrained(work.run.pruned), **watcher.facts())

@@ -177,7 +177,11 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         """Find a budget for the model as estimation left it, and leave it in the run folder."""
         self.light_budget = self.find_light_budget(record, self.work.steps)
         leave_budget(self.work.run, self.light_budget)
-        self.work.run.announce("budget", self.light_budget.summary())
+        self.announce_light_budget(self.light_budget.summary())
+
+    def announce_light_budget(self, line: str) -> None:
+        """On stderr and in the log."""
+        self.work.run.announce("budget", line)
 
     def light_tolerance(self) -> Tolerance:
         """Points where answers are classes, if nothing else is asked for."""

@@ -77,7 +77,8 @@ def _is_cut(plan: PrunePlan, refit: Refit) -> bool:
 
 def card_of(facts: dict[str, Any], plan: PrunePlan, refit: Refit) -> str:
     """The model card of a light adapter."""
-    what = "A task over an untouched base: PEFT weights and the plan of which heads and neurons the task needs"
+    plans = "the plan of which heads and neurons the task needs" if plan.cuts_blocks else "nothing is removed from it"
+    what = f"A task over an untouched base: PEFT weights, and {plans}"
     library = "lightpeft" if facts["tokens"] or _is_cut(plan, refit) else "peft"
     form = CardForm("Light adapter", what, read_by("load_light"), library=library, relation="adapter", exports=True)
     return model_card(facts, plan, form)

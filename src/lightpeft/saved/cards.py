@@ -25,13 +25,12 @@ THIS_FOLDER = "this folder"
 """What a card calls the folder that it lies in; in a repository, its name."""
 _LIMIT = 2**20
 """Bytes that a card of a base may have."""
-_TAGS = ("lightpeft", "light-peft", "pruning", "peft")
 _COUNTS = ("loss", "examples")
 """What is measured and says nothing about quality to somebody who does not know the rows."""
 _TASKS: dict[str, Mapping[str, Any]] = {**TASK_MAPPING, "multiple-choice": MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES}
 """The hub's name of a task -> transformers' table of the classes that answer it."""
 EXPORTS: dict[str, str] = {
-    "merged": "a whole pruned model that needs no base",
+    "merged": "a whole model that needs no base",
     "peft": "a plain PEFT adapter over the whole base, for which nobody needs lightpeft",
     "gguf": "one file for llama.cpp, Ollama and LM Studio (Llama, Mistral, Qwen2, Qwen3 and their like)",
     "onnx": "a graph for ONNX Runtime",
@@ -56,6 +55,20 @@ class CardForm:
     """To its base, in the hub's words (which has none for what was pruned)."""
     exports: bool = False
     """Whether `lightpeft export` makes other forms of it."""
+
+
+def of_whole(plan: PrunePlan, code: str, form: str = "", **options: Any) -> CardForm:
+    """What the card of a whole model says.
+
+    Args:
+        form: " as ..." something else than transformers' files.
+        options: of `CardForm`.
+    """
+    if not plan.cuts_blocks:
+        what = "A whole model, PEFT merged into it; nothing of its blocks was removed"
+        return CardForm(f"Light model{form}", what, code, **options)
+    what = "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it"
+    return CardForm(f"Pruned model{form}", what, code, **options)
 
 
 def read_by(loader: str) -> str:
@@ -89,18 +102,19 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
         "## Quality",
         "\n".join(_quality(facts)),
     ]
-    data = _metadata(facts, form, licence)
+    data = _metadata(facts, plan, form, licence)
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _metadata(facts: Mapping[str, Any], form: CardForm, licence: str | None) -> ModelCardData:
+def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, licence: str | None) -> ModelCardData:
     base, task, results = facts["base"], pipeline_tag(facts["base"]["architecture"]), list(_results(facts))
     known: dict[str, Any] = {"license": licence} if licence else {}
     if is_name(base["id"]):  # a folder is of no use to a reader elsewhere, and not a valid id
         known |= {"base_model": base["id"], "base_model_relation": form.relation}
     if results:
         known |= {"model_name": f"{_name(base).rpartition('/')[2]}-light", "eval_results": results}
-    tags = [*_TAGS, *([facts["peft_type"].lower()] if facts.get("peft_type") else ())]
+    kind = facts["peft_type"].lower() if facts.get("peft_type") else None
+    tags = [tag for tag in ("lightpeft", "light-peft", plan.cuts_blocks and "pruning", "peft", kind) if tag]
     return ModelCardData(library_name=form.library, pipeline_tag=task, tags=tags, **known)
 
 
@@ -147,10 +161,9 @@ def _table(facts: Mapping[str, Any], plan: PrunePlan, licence: str | None) -> It
         labels = ", ".join(f"`{label}`" for label in list(facts["task"].get("labels", ()))[:20])
         named = f" `{task.name}`" if task.name else ""
         yield f"| task | {task.kind}{named}{f': {labels}' if labels else ''} |"
-    yield (
-        f"| removed | {plan.removed_parameters:,} of {plan.base_parameters:,} parameters ({plan.removed_ratio:.1%}; "
-        f"{plan.removed_of_blocks:.1%} of the transformer blocks') |"
-    )
+    parts = f"{plan.removed_ratio:.1%}; {plan.removed_of_blocks:.1%} of the transformer blocks'"
+    removed = f"{plan.removed_parameters:,} of {plan.base_parameters:,} parameters ({parts})"
+    yield f"| removed | {removed if plan.cuts_blocks else 'nothing of the transformer blocks'} |"
     if facts.get("tokens"):
         tokens = f"{facts['tokens']['kept']:,} of the {facts['tokens']['of']:,} of its base"
         yield f"| tokens | {tokens}; it is asked with a tokenizer of these, not with the base's |"

@@ -62,7 +62,7 @@ class Export(ABC):
 
 
 class WholeExport(Export):
-    """A form of the whole pruned model, for which a live one will do."""
+    """A form of the whole model, for which a live one will do."""
 
     def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> Exported:
         """As `write_model`."""
@@ -84,7 +84,7 @@ class Merged(WholeExport):
     """PEFT merged into the pruned base."""
 
     name = "merged"
-    what = "a whole pruned model that needs no base"
+    what = "a whole model that needs no base"
     readers = (
         "`lightpeft.load_merged`; vLLM by a plug-in (writing models of `llama`, `mistral`, `qwen2` and `qwen3`); "
         "transformers and all others, where layers are equally wide and the config can say so"
@@ -127,7 +127,7 @@ class Gguf(WholeExport):
     """One file for llama.cpp."""
 
     name = "gguf"
-    what = "a whole pruned model in one file, with its tokenizer"
+    what = "a whole model in one file, with its tokenizer"
     readers = "llama.cpp, Ollama, LM Studio and others that are built on it"
     families = "`llama`, `mistral`, `qwen2`, `qwen3`"
     limits = (
@@ -175,7 +175,7 @@ class Onnx(Graph):
     """For ONNX Runtime and all else that reads ONNX."""
 
     name = "onnx"
-    what = "a whole pruned model as an ONNX graph, with tokenizer and config"
+    what = "a whole model as an ONNX graph, with tokenizer and config"
     readers = "ONNX Runtime and what else runs ONNX; transformers' `ExportedModel`"
     dtypes = ("f32", "int8")
 
@@ -184,7 +184,7 @@ class OpenVino(Graph):
     """For OpenVINO."""
 
     name = "openvino"
-    what = "a whole pruned model as an OpenVINO graph, with tokenizer and config"
+    what = "a whole model as an OpenVINO graph, with tokenizer and config"
     readers = "OpenVINO; transformers' `ExportedModel`"
     dtypes = ("f32", "f16", "int8")
 

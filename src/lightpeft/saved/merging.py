@@ -42,7 +42,7 @@ from lightpeft.prune.refit import outputs_changed
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.auto_classes import register
 from lightpeft.saved.bases import architecture_of
-from lightpeft.saved.cards import CARD, CardForm, model_card, read_by, read_by_transformers
+from lightpeft.saved.cards import CARD, CardForm, model_card, of_whole, read_by, read_by_transformers
 from lightpeft.saved.description import (
     BaseFacts,
     Described,
@@ -271,7 +271,8 @@ def save_whole(
         if not facts["native"]:
             hide_config(temporary)
         checksums = {file.name: file_checksum(file) for file in sorted(temporary.iterdir()) if file.is_file()}
-        (temporary / CARD).write_text(model_card(facts, model.light_plan, _card(facts)), encoding="utf-8")
+        card = model_card(facts, model.light_plan, _card(facts, model.light_plan))
+        (temporary / CARD).write_text(card, encoding="utf-8")
         write_json(temporary / MERGED, {**facts, "checksums": checksums})
 
 
@@ -294,11 +295,10 @@ def push_whole(
     return send(write, repo_id, private=private, revision=revision, token=token, commit_message=commit_message)
 
 
-def _card(facts: Mapping[str, Any]) -> CardForm:
+def _card(facts: Mapping[str, Any], plan: PrunePlan) -> CardForm:
     native = facts["native"]
     code = read_by_transformers(facts["base"]["architecture"]) if native else read_by("load_merged")
-    what = "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it"
-    return CardForm("Pruned model", what, code, library="transformers" if native else "lightpeft")
+    return of_whole(plan, code, library="transformers" if native else "lightpeft")
 
 
 def native_config(whole: PreTrainedModel, plan: PrunePlan) -> PretrainedConfig | None:

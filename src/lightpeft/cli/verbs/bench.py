@@ -12,9 +12,15 @@ from lightpeft.cli.verbs.verb import Verb
 
 def _bench(given: dict[str, Any], **options: Any) -> None:
     from lightpeft.cli.tables import bench_table
-    from lightpeft.runs.bench import bench
+    from lightpeft.runs.bench import Stopped, bench
 
-    screen.print(bench_table(bench(run_config(given), **options)))
+    try:
+        report = bench(run_config(given), **options)
+    except Stopped as stop:
+        if stop.report:
+            screen.print(bench_table(stop.report))
+        raise
+    screen.print(bench_table(report))
 
 
 BENCH = Verb(
@@ -22,8 +28,8 @@ BENCH = Verb(
     "Measure plain LoRA beside the light model: speed, memory, FLOPs; alternating, with spread.",
     _bench,
     options=(
-        Option("--rounds", "Alternations of plain LoRA and light.", type=int, default=5),
-        Option("--steps", "Batches a round, training and inference each.", type=int, default=20),
+        Option("--rounds", "Alternations of plain LoRA and light.", type=int, default=3),
+        Option("--steps", "Batches a round, training and inference each.", type=int, default=10),
         Option("--json", "Where the result goes (default: bench.json in the run folder)."),
     ),
     on_runs=True,

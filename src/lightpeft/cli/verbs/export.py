@@ -31,7 +31,7 @@ def _export(
 _DTYPES = "; ".join(f"{name}: {', '.join(form.dtypes)}" for name, form in EXPORTS.items() if form.dtypes)
 EXPORT = Verb(
     "export",
-    "Give a light adapter away: as a whole pruned model, as a file for llama.cpp, ONNX Runtime or OpenVINO, or as a "
+    "Give a light adapter away: as a whole model, as a file for llama.cpp, ONNX Runtime or OpenVINO, or as a "
     "PEFT adapter of the base.",
     _export,
     options=(

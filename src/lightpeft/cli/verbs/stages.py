@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightpeft.config import RunConfig
 
 _ESTIMATION = Option(
-    "--estimation", "Folder of another run, of the same settings but for the budget: take its estimation."
+    "--estimation", "Folder of another run, of the same settings but for the budget: take its estimation.", rare=True
 )
 
 
@@ -77,11 +77,14 @@ def _show_curve(config: RunConfig, rows: int | None) -> None:
 
 
 def _prune(given: dict[str, Any]) -> None:
+    from lightpeft.plans.records import PrunePlan
     from lightpeft.runs import pipeline
 
-    config = run_config(given)
-    pipeline.prune(pipeline.prepare(config))
-    screen.say(f"the pruned model is in {config.output}/pruned")
+    work = pipeline.prepare(run_config(given))
+    pipeline.prune(work)
+    cut = PrunePlan.load(work.run.plan).cuts_blocks
+    what = "the pruned model" if cut else "nothing of the blocks was removed; the light model"
+    screen.say(f"{what} is in {work.config.output}/pruned")
 
 
 def _train(given: dict[str, Any]) -> None:
@@ -98,7 +101,7 @@ RUN = Verb(
     _run,
     options=(
         _ESTIMATION,
-        Option("--overwrite", "Remove the run of another config from the output folder first.", flag=True),
+        Option("--overwrite", "Remove the run of another config from the output folder first.", flag=True, rare=True),
     ),
     on_runs=True,
 )

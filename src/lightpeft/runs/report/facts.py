@@ -137,7 +137,7 @@ class RunFacts:
     stages: list[Stage]
     losses: list[Losses]
     cut: int | None
-    """Step at which the model was cut."""
+    """Step at which estimation ended and the model was cut, if anything was."""
     broken_losses: int
     """Lines of the log whose loss is NaN or infinite."""
     reached: int
@@ -197,7 +197,7 @@ def read_run(folder: Path) -> RunFacts:
     raw = read_report(run.metrics) if run.has("evaluate") else None
     report = None if raw is None else Report.of(raw)
     plan = PrunePlan.load(run.plan) if run.config.way.prunes and run.has("plan") else None
-    stages = list(_stages(run, report))
+    stages = list(_stages(run, report, plan))
     losses, broken = _losses(entries, stages)
     return RunFacts(
         folder=folder,
@@ -235,7 +235,7 @@ def _ended(entries: Iterable[Mapping[str, Any]]) -> float | None:
 _YEAR_9999 = 253_370_764_800
 
 
-def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
+def _stages(run: RunFolder, report: Report | None, plan: PrunePlan | None) -> Iterable[Stage]:
     way, logged = run.config.way, run.finished_stages()
     light = run.config.light
     before, after = ["depth"] if light.depth == "auto" else [], ["budget"] if light.blocks == "auto" else []
@@ -247,7 +247,7 @@ def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
         method, source = told.get("peak_memory_method"), told.get("taken_from")
         yield Stage(
             name=name,
-            title=STAGES[name] if way.prunes or name != "train" else "Training",
+            title=_title(name, plan) if way.prunes or name != "train" else "Training",
             done=run.has(name),
             seconds=number(told.get("seconds")),
             samples_per_second=number(told.get("samples_per_second")),
@@ -257,6 +257,12 @@ def _stages(run: RunFolder, report: Report | None) -> Iterable[Stage]:
             resumed_at=_whole(told.get("resumed_at")) or 0,
             taken_from=source if isinstance(source, str) else None,
         )
+
+
+def _title(name: str, plan: PrunePlan | None) -> str:
+    if name != "prune" or plan is None or plan.cuts_blocks:
+        return STAGES[name]
+    return "Cutting modules" if plan.cuts_modules else "Nothing to cut"
 
 
 def _whole(value: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 from lightpeft.plans.records import BlockPlan, PrunePlan
@@ -172,8 +173,8 @@ def _short(slot: str, width: float) -> str:
 # -- losses --------------------------------------------------------------------------------------------------------
 
 
-def losses(lines: Sequence[Losses], cut: int | None, width: float) -> Drawing:
-    """The training loss of all stages over the steps of the run, with the cut."""
+def losses(lines: Sequence[Losses], cut: int | None, mark: str, width: float) -> Drawing:
+    """The training loss of all stages over the steps of the run, with a mark where it was cut."""
     height = 240.0 if width > 500 else 210.0
     points = [point for line in lines for point in line.points]
     figure = Drawing(width, height, "Training loss by optimizer step, stage by stage")
@@ -184,7 +185,7 @@ def losses(lines: Sequence[Losses], cut: int | None, width: float) -> Drawing:
         at = across(cut)
         figure.line((at, 20), (at, height - 34), "mark")
         side = "end" if at > 0.75 * width else "start"
-        figure.text((at + (-5 if side == "end" else 5), height - 40), f"the cut, step {cut:,}", "small", side)
+        figure.text((at + (-5 if side == "end" else 5), height - 40), f"{mark}, step {cut:,}", "small", side)
     named = 44.0
     for line in lines:
         shade = colour(line.stage)
@@ -373,9 +374,25 @@ def _budgets(
     return across, upwards
 
 
+def _in_its_unit(budget: AutoBudget, measured: float | None) -> tuple[AutoBudget, float | None, str]:
+    """Costs as the tolerance has them: in nats of the loss, or in the points that these are worth."""
+    worth = budget.points_a_nat
+    if worth is None:
+        return budget, measured, "nats"
+    probed = [
+        replace(each, before=worth * each.before, after=worth * each.after, error=worth * each.error)
+        for each in budget.probed
+    ]
+    of = budget.expected
+    expected = None if of is None else replace(of, left=worth * of.left, upper=worth * of.upper)
+    budget = replace(budget, tolerance=worth * budget.tolerance, probed=probed, expected=expected)
+    return budget, None if measured is None else worth * measured, "points"
+
+
 def auto_budget(budget: AutoBudget, measured: float | None, width: float = NARROW) -> Drawing:
     """What was probed of some budgets, what is expected of the one that was found, and what came out."""
     figure = Drawing(width, 232, "Budgets that were probed, with the expected and the measured rise of the loss")
+    budget, measured, unit = _in_its_unit(budget, measured)
     expected = budget.expected
     heights = [0.0, budget.tolerance, *(end for p in budget.probed for end in (p.before, p.after - p.error))]
     heights += [expected.left, expected.upper] if expected else []
@@ -384,21 +401,21 @@ def auto_budget(budget: AutoBudget, measured: float | None, width: float = NARRO
     upwards = Scale.around(heights, figure.height - 34, 26, zero=True)
     _grid(figure, upwards, across, "light.blocks, %", width)
     figure.line((44, upwards(budget.tolerance)), (width - 12, upwards(budget.tolerance)), "mark")
-    figure.text((48, upwards(budget.tolerance) - 5), f"tolerance {budget.tolerance:.3g} nats", "small halo")
+    figure.text((48, upwards(budget.tolerance) - 5), f"tolerance {budget.tolerance:.3g} {unit}", "small halo")
     for point in budget.probed:
-        at, words = across(100 * point.blocks), f"{100 * point.blocks:.0f}% when cut: {point.before:+.3f} nats"
+        at, words = across(100 * point.blocks), f"{100 * point.blocks:.0f}% when cut: {point.before:+.3f} {unit}"
         figure.dot((at, upwards(point.before)), 3, "muted-dot", words)
-        words = f"{100 * point.blocks:.0f}% after a probe: {point.after:+.3f} nats, standard error {point.error:.3f}"
+        words = f"{100 * point.blocks:.0f}% after a probe: {point.after:+.3f} {unit}, standard error {point.error:.3f}"
         ends = (at, upwards(point.after - point.error)), (at, upwards(point.after + point.error))
         _whisker(figure, *ends, "muted-line", words)
         figure.dot((at, upwards(point.after)), 4, "green", words)
     at = across(100 * budget.blocks)
     if expected is not None:
-        words = f"expected: {expected.left:+.3f} nats, at most {expected.upper:+.3f}"
+        words = f"expected: {expected.left:+.3f} {unit}, at most {expected.upper:+.3f}"
         _whisker(figure, (at, upwards(expected.left)), (at, upwards(expected.upper)), "blue-line", words)
         figure.dot((at, upwards(expected.left)), 4.5, "blue", words)
     if measured is not None:
-        figure.dot((at, upwards(measured)), 4.5, "orange", f"measured in the end: {measured:+.3f} nats")
+        figure.dot((at, upwards(measured)), 4.5, "orange", f"measured in the end: {measured:+.3f} {unit}")
     named = 44.0
     for shade, words in (
         ("muted-dot", "when cut"),

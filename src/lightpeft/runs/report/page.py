@@ -142,7 +142,7 @@ def _figures(run: RunFacts, measured: float | None) -> Figures:
         found["expert_neurons"] = figures.expert_neurons(plan) if routed else None
         found["modules"] = figures.modules(plan) if plan.dense_sites else None
     if run.losses:
-        found["losses"] = Both.of(lambda width: figures.losses(run.losses, run.cut, width))
+        found["losses"] = Both.of(lambda width: figures.losses(run.losses, run.cut, telling.mark(run), width))
     if run.report is not None:
         moments = run.report.milestones.metrics
         names = dict.fromkeys(name for values in moments.values() for name in values)

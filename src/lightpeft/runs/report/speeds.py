@@ -30,6 +30,8 @@ class Speeds:
 
     rounds: int
     """Alternations that the medians and quartiles are over."""
+    of_rounds: int | None
+    """That were asked for; None: older files do not say."""
     rows: list[SpeedRow]
 
 
@@ -41,7 +43,8 @@ def read_speeds(path: Path) -> Speeds:
     """
     found = read_json(path)
     with understandable(path):
-        return from_dict(Speeds, {"rounds": found["rounds"], "rows": speed_rows(found)})
+        of_rounds = found.get("of_rounds")
+        return from_dict(Speeds, {"rounds": found["rounds"], "of_rounds": of_rounds, "rows": speed_rows(found)})
 
 
 def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightpeft.config import RunConfig
+from lightpeft.plans.budgets import cost_in_words, tolerance_in_words
 from lightpeft.runs.report.facts import STAGES, AutoBudget, RunFacts, number
 from lightpeft.runs.report.words import count, duration, interval, metric_name, quality, share, size, times
 
@@ -32,13 +33,22 @@ def outcome(run: RunFacts) -> str:
 
 
 def _gone(run: RunFacts) -> Iterator[str]:
-    if run.plan is not None and run.plan.removed_parameters:
+    if run.plan is not None and run.plan.cuts_blocks:
         yield f"{share(run.plan.removed_of_blocks)} of the blocks\u2019 parameters gone"
+    elif run.plan is not None and run.plan.cuts_modules:
+        yield f"Nothing of the blocks gone, {len(run.plan.sites)} of {len(run.plan.dense_sites)} PEFT modules left"
     elif run.plan is not None:
         yield "Nothing cut"
     elif run.report is not None and "trained" in run.report.parameters:
         trained, base = run.report.parameters["trained"], run.report.parameters.get("base_dense")
         yield f"{count(trained)} parameters trained" + (f" ({trained / base:.2%} of the base)" if base else "")
+
+
+def mark(run: RunFacts) -> str:
+    """What was done where estimation ended."""
+    if run.plan is not None and run.plan.cuts_blocks:
+        return "the cut"
+    return "modules cut" if run.plan is not None and run.plan.cuts_modules else "end of estimation"
 
 
 def _worth(run: RunFacts) -> Iterator[str]:
@@ -94,9 +104,8 @@ def metrics(run: RunFacts) -> list[tuple[str, float, tuple[float, float] | None]
 def found_budget(budget: AutoBudget) -> str:
     """What `light.blocks: auto` found, in two sentences."""
 
-    def nats(value: float) -> str:
-        points = "" if budget.points_a_nat is None else f" ({value * budget.points_a_nat:.2g} points)"
-        return f"{value:.2g} nats{points}"
+    def said(nats: float) -> str:
+        return cost_in_words(nats, budget.points_a_nat)
 
     if budget.unmeasured is not None and budget.blocks:
         return (
@@ -104,28 +113,29 @@ def found_budget(budget: AutoBudget) -> str:
         )
     if budget.unmeasured is not None:
         return f"Nothing of the blocks goes: {budget.unmeasured}."
+    allowed = tolerance_in_words(budget.tolerance, budget.points_a_nat)
     rows = f"on {budget.rows} rows that were set aside"
     part = "" if budget.of_plain is None else f": {share(budget.of_plain)} of the passes that plain PEFT's run makes"
     how = f"Measured {rows}, by probes of {budget.steps} steps, in {duration(budget.seconds)}{part}."
     if not budget.probed:
         return f"Estimation taught too little to tell what a cut costs: nothing of the blocks goes. {how}"
     if budget.expected is None:
-        return f"No cut is within a tolerance of {nats(budget.tolerance)}: nothing of the blocks goes. {how}"
-    cost = f"which is expected to cost {nats(budget.expected.left)}"
-    bound = f"at most {nats(budget.expected.upper)} with a confidence of {budget.confidence:.0%}"
-    return f"The run chose {share(budget.blocks)} itself, {cost}, {bound}; {nats(budget.tolerance)} are allowed. {how}"
+        return f"No cut is within the tolerance of {allowed}: nothing of the blocks goes. {how}"
+    cost = f"which is expected to cost {said(budget.expected.left)}"
+    bound = f"at most {said(budget.expected.upper)} with a confidence of {budget.confidence:.0%}"
+    return f"The run chose {share(budget.blocks)} itself, {cost}, {bound}; the tolerance is {allowed}. {how}"
 
 
 def measured_rise(run: RunFacts, runs: Sequence[RunFacts]) -> tuple[float, str] | None:
     """By how much the loss on the test rows is higher than that of a run which cut nothing, and which one that is."""
     others = (each for each in runs if each is not run and each.plan is not None)
-    whole = next((each for each in others if each.plan and not each.plan.removed_parameters), None)
+    whole = next((each for each in others if each.plan and not each.plan.cuts_blocks), None)
     if whole is None or whole.report is None or run.report is None or whole.config.data != run.config.data:
         return None
     loss, of_whole = run.report.metrics.get("loss"), whole.report.metrics.get("loss")
     if loss is None or of_whole is None:
         return None
-    return loss - of_whole, f"loss on the test rows against that of {whole.folder}, which cut nothing"
+    return loss - of_whole, f"loss on the test rows against that of {whole.folder}, which cut nothing of the blocks"
 
 
 # -- several -------------------------------------------------------------------------------------------------------

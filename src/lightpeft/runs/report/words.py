@@ -38,6 +38,12 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def rounds(done: int, asked: int | None = None) -> str:
+    """Alternations of a measurement: 3 rounds; of one that was stopped, 1 of 3 rounds."""
+    of = f" of {asked}" if asked is not None and done < asked else ""
+    return f"{done}{of} round{'s' * (done != 1 or bool(of))}"
+
+
 def share(part: float) -> str:
     """A part of one in percent: 60.0%."""
     return f"{100 * part:.1f}%"
@@ -60,6 +66,7 @@ FILTERS: dict[str, Callable[..., object]] = {
     "interval": interval,
     "metric_name": metric_name,
     "quality": quality,
+    "rounds": rounds,
     "share": share,
     "size": size,
 }
@@ -74,6 +81,7 @@ __all__ = [
     "is_part",
     "metric_name",
     "quality",
+    "rounds",
     "share",
     "size",
     "times",

@@ -119,7 +119,8 @@ def facts(model: PreTrainedModel, plan: PrunePlan, architecture: Architecture) -
         "head_count_kv": [len(kept.kv_heads) for kept in plan.blocks],
         "feed_forward_length": [len(kept.neurons) or _NOTHING for kept in plan.blocks],
     }
-    yield "name", f"{Path(config.name_or_path).name or config.model_type}, pruned"
+    how = "pruned" if plan.cuts_blocks else "fine-tuned"
+    yield "name", f"{Path(config.name_or_path).name or config.model_type}, {how}"
     yield "context_length", reach(config)
     yield "embedding_length", config.hidden_size
     yield "block_count", len(plan.blocks)

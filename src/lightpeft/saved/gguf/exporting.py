@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lightpeft.files import check_vacant, replacing_folder
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.saved.agreement import Agreement
-from lightpeft.saved.cards import CARD, CardForm, model_card
+from lightpeft.saved.cards import CARD, model_card, of_whole
 from lightpeft.saved.description import Described, facts_of
 from lightpeft.saved.gguf.architectures import check_family
 from lightpeft.saved.gguf.checking import compare
@@ -20,13 +20,6 @@ from lightpeft.saved.gguf.writing import GgufType, write_gguf
 from lightpeft.saved.merging import merged_copy
 
 FILE = "model.gguf"
-_CARD = CardForm(
-    "Pruned model as a GGUF file",
-    "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it",
-    f"llama-cli -m {FILE}",
-    language="",
-    library="gguf",
-)
 
 
 @dataclass(frozen=True)
@@ -72,6 +65,7 @@ def save_gguf(
     with replacing_folder(folder, alone=True) as temporary:
         matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / FILE, dtype)
         agreement = compare(whole, tokenizer, temporary / FILE)
-        card = model_card(facts_of(model), model.light_plan, _CARD)
+        form = of_whole(model.light_plan, f"llama-cli -m {FILE}", " as a GGUF file", language="", library="gguf")
+        card = model_card(facts_of(model), model.light_plan, form)
         (temporary / CARD).write_text(card, encoding="utf-8")
     return GgufFile(folder / FILE, matrices, agreement)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightpeft.files import check_vacant, replacing_folder
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.saved.agreement import Agreement
-from lightpeft.saved.cards import CARD, CardForm, model_card
+from lightpeft.saved.cards import CARD, model_card, of_whole
 from lightpeft.saved.description import Described, facts_of
 from lightpeft.saved.graphs.checking import compare
 from lightpeft.saved.graphs.runtimes import Runtime
@@ -78,6 +78,6 @@ def write_graph(
 
 
 def _card(model: Described, runtime: Runtime) -> str:
-    what = "A whole model without the attention heads and FFN neurons that its task does not need, PEFT merged into it"
-    form = CardForm(f"Pruned model as a graph of {runtime.title}", what, runtime.use, library=runtime.tool)
-    return model_card(facts_of(model), model.light_plan, form)
+    plan, graph = model.light_plan, f" as a graph of {runtime.title}"
+    form = of_whole(plan, runtime.use, graph, library=runtime.tool)
+    return model_card(facts_of(model), plan, form)
