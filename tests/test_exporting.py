@@ -163,6 +163,19 @@ def test_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert relative_difference(logits(load_merged(tmp_path)), logits(light)) < CLOSE
 
 
+@pytest.mark.parametrize("first", ["20KB", "1GB"])
+def test_files_of_a_model_that_was_saved_there_before_go(first: str, merged: Path) -> None:
+    """In one file over several and the other way round: transformers would read the old one."""
+    model = load_merged(merged)
+    (merged / "notes.txt").write_text("mine")
+    for size in (first, "1GB" if first == "20KB" else "20KB"):
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        model.save_pretrained(merged, max_shard_size=size)
+        assert (merged / "model.safetensors").exists() == (size == "1GB") != bool(list(merged.glob("model-*")))
+        assert logits(load_merged(merged)).equal(logits(model)) and (merged / "notes.txt").exists()
+
+
 EVEN: dict[str, Any] = {"heads": 0.5, "neurons": 0.5, "neurons_scope": "layerwise"}
 """Half of the heads and of the neurons of every layer."""
 NARROW: dict[str, Any] = {**EVEN, "heads": 0.0}

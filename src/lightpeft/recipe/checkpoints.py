@@ -59,7 +59,7 @@ class CheckpointsMixin:
         state.train_batch_size = trainer.args.train_batch_size
         state.compute_steps(trainer.args, max_steps)
         if trainer.is_world_process_zero():
-            with replacing_folder(folder) as temporary:
+            with replacing_folder(folder, last=TRAINER_STATE_NAME) as temporary:
                 self._peft_model.save_pretrained(temporary)
                 write_cut(temporary, {"estimation_steps": estimation_steps})
                 write_step(temporary, trainer.args)

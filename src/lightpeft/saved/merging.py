@@ -63,6 +63,8 @@ ON_HUB = repositories.Form(
     (MERGED, CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", *repositories.TOKENIZER),
 )
 """Its files in a repository."""
+WHOLE_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+"""Files of weights as transformers writes them; a model saved before may have had others of these."""
 
 
 def save_merged(
@@ -264,7 +266,7 @@ def save_whole(
     check_mergeable(model.config)
     if not is_main_process:
         return
-    with replacing_folder(folder, alone=alone) as temporary:
+    with replacing_folder(folder, last=MERGED, alone=alone, obsolete=WHOLE_WEIGHTS) as temporary:
         type(model).save_pretrained(model, temporary, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
