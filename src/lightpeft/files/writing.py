@@ -141,7 +141,7 @@ def replacing_folder(
         last: name of the file that says that the result is there. In a folder that stays, the old one goes before
             anything else, and the new one comes last.
         alone: other files do not stay.
-        obsolete: names of files, or patterns of such names, of an earlier result: they go, whether or not new ones come.
+        obsolete: names of an earlier result's files, or patterns of names: these go, whether or not new ones come.
 
     Raises:
         LightPeftError: the disk is full or the place cannot be written; nothing of `folder` has changed, or the line
