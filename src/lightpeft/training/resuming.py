@@ -29,9 +29,9 @@ class ResumingMixin:
             check_state(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **options)  # type: ignore[misc]
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **options: Any) -> None:
-        with _readable(resume_from_checkpoint, "weights"):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **options)  # type: ignore[misc]
+    def _load_from_checkpoint(self, folder: str, *args: Any, **options: Any) -> None:
+        with _readable(folder, "weights"):
+            super()._load_from_checkpoint(folder, *args, **options)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with _readable(checkpoint, "state of optimizer and scheduler"):
@@ -81,5 +81,10 @@ def check_state(checkpoint: Path) -> None:
     require(tables, f"{file} is damaged: an entry of log_history is no table; {_INSTEAD}")
 
 
-_OPTIONAL = {"train_batch_size": int, "best_metric": (int, float), "best_global_step": int, "best_model_checkpoint": str}
+_OPTIONAL: dict[str, Any] = {
+    "train_batch_size": int,
+    "best_metric": (int, float),
+    "best_global_step": int,
+    "best_model_checkpoint": str,
+}
 """What a state may lack, and what it is where it is there."""
