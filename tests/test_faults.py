@@ -167,7 +167,6 @@ def test_an_export_into_the_working_directory(
     for options in ((), ("--overwrite",)):
         assert lightpeft("export", finished, ".", "--form", form, *options) == 0
         assert Path().stat().st_ino == here and Path(file).is_file()
-    assert lightpeft("predict", ".", "--example", "good1 word1") == 0
 
 
 @pytest.mark.parametrize("size", SIZES)
