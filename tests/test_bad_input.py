@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow  # type: ignore[import-untyped,unused-ignore]
+import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -166,6 +168,14 @@ COMMANDS: dict[str, str] = {
     "run --config {settings} --model.name ./{long}": "",
     "run --config {long}.yaml": "File name too long",
     "run --config {folder}": "cannot be read: Is a directory",
+    "run --config {settings} --output {circle}": "its links lead in a circle; give another path",
+    "run --config {settings} --output {circle}/below": "its links lead in a circle; give another path",
+    "run --config {settings} --overwrite --output {circle}": "its links lead in a circle; give another path",
+    "check --config {settings} --output {circle}": "its links lead in a circle; give another path",
+    "run --config {settings} --estimation {circle}": "is not a run folder",
+    "export {adapter} {circle}": "its links lead in a circle; give another path",
+    "export {adapter} {circle} --form peft": "its links lead in a circle; give another path",
+    "predict {adapter} {test} --output {circle}/below.csv": "File exists; nothing was changed",
     "run --run {long}": "File name too long",
     "predict {adapter} {long}.txt": "File name too long",
     "predict {adapter} {long}": "File name too long",
@@ -191,10 +201,15 @@ COMMANDS: dict[str, str] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_bad_places_and_numbers(bench: Workbench, adapter: Path, refused: Refused, command: str) -> None:
+def test_bad_places_and_numbers(
+    bench: Workbench, adapter: Path, refused: Refused, tmp_path: Path, command: str
+) -> None:
     table = bench.folder / "table.csv"
     table.mkdir(exist_ok=True)
+    for one, other in (("circle", "round"), ("round", "circle")):
+        (tmp_path / one).symlink_to(other)
     places = {"folder": bench.folder, "settings": bench.yaml("plain"), "test": bench.test, "table": table}
+    places["circle"] = tmp_path / "circle"
     words = [word.format(adapter=adapter, long=LONG, **places) for word in command.split()]
     line = refused(*words)
     assert COMMANDS[command] in line
@@ -282,6 +297,108 @@ def test_bad_data(bench: Workbench, refused: Refused) -> None:
         bench, refused, [{**row, "label": row["label"].replace("negative", "other")} for row in rows]
     )
     assert "row 3" in rows_with(bench, refused, [*rows[:2], {"text": " ", "label": "positive"}, *rows[2:]])
+
+
+DIGITS, MORE = "1" * 30, "1" * 6000
+DEEP = 100_000
+ODD_ROWS: dict[str, tuple[str, str, str]] = {
+    "30 digits": ("jsonl", f'{{"text": "word1", "label": {DIGITS}}}', 'row 3 (the header not counted), column "label"'),
+    "30 digits in a list": ("json", f'[{{"text": "word1", "label": {DIGITS}}}]', "more than 64 bits"),
+    "30 digits as a text": ("jsonl", f'{{"text": {DIGITS}, "label": "positive"}}', 'column "text": there is a whole'),
+    "6,000 digits": (
+        "jsonl",
+        f'{{"text": "word1", "label": {MORE}}}',
+        "line 3 has a whole number of more than 64 bits",
+    ),
+    "6,000 digits in a list": ("json", f'[{{"text": "word1", "label": {MORE}}}]', "line 1 has a whole number"),
+    "6,000 digits in a table": ("csv", f"word1,{MORE}", 'row 3 (the header not counted), column "label"'),
+    "half a character": (
+        "jsonl",
+        '{"text": "\\ud800", "label": "positive"}',
+        'column "text": there is half a character',
+    ),
+    "half a label": ("json", '[{"text": "word1", "label": "\\ud800"}]', 'column "label": there is half a character'),
+    "half a column's name": ("jsonl", '{"\\ud800": 1}', r"a column is called '\ud800', with half a character"),
+    "half a character deep inside": ("jsonl", '{"x": {"y": ["\\ud800"]}}', 'column "x": there is half a character'),
+    "open brackets": ("json", "[" * DEEP, "line 1 is nested too deep"),
+    "brackets": ("jsonl", f'{{"text": {"[" * DEEP}{"]" * DEEP}}}', "line 3 is nested too deep"),
+    "open braces": ("jsonl", '{"a":' * DEEP, "line 3 is nested too deep"),
+    "too deep for a table": ("jsonl", f'{{"x": {"[" * 500}{"]" * 500}}}', "cannot be read: Recursion level"),
+}
+"""Name -> suffix, what comes behind two good rows (JSON lists: in their place), and a part of the line."""
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_rows_that_no_table_holds(bench: Workbench, refused: Refused, tmp_path: Path, name: str) -> None:
+    suffix, odd, says = ODD_ROWS[name]
+    good = [f'{{"text": "word{i}", "label": "{label}"}}' for i, label in enumerate(("positive", "negative"))]
+    before = {"jsonl": good, "csv": ["text,label", "word1,1", "word2,2"], "json": []}[suffix]
+    file = tmp_path / f"rows.{suffix}"
+    file.write_text("\n".join([*before, odd]), encoding="utf-8")
+    line = run_with(bench, refused, **{"data.train": str(file)})
+    assert says in line and str(file) in line and len(line) < 1000
+
+
+@pytest.mark.parametrize("label", ["1e19", "-1e40", "inf", "1" * 400])
+def test_numbers_that_no_loss_can_square(bench: Workbench, refused: Refused, label: str) -> None:
+    rows = [{**row, "label": label if i == 4 else "1"} for i, row in enumerate(labelled(20))]
+    line = rows_with(bench, refused, rows, **{"data.task": "regression", "data.test": None})
+    assert 'row 5 (the header not counted), column "label"' in line and "regression needs one" in line
+
+
+def parquet(file: Path, metadata: Any = None, **columns: pyarrow.Array) -> Path:
+    rows = labelled(20)
+    usual = {name: pyarrow.array([row[name] for row in rows]) for name in ("text", "label")}
+    table = pyarrow.table(usual | columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": metadata})
+    pyarrow.parquet.write_table(table, file)
+    return file
+
+
+def not_utf8() -> pyarrow.Array:
+    raw = pyarrow.array([b"\xed\xa0\x80"] * 20)
+    return pyarrow.Array.from_buffers(pyarrow.string(), 20, raw.buffers())
+
+
+UNKNOWN = {"info": {"features": {"text": {"_type": "Nonsense"}, "label": {"_type": "Value", "dtype": "string"}}}}
+PARQUETS: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown feature": ({"metadata": json.dumps(UNKNOWN)}, "Feature type 'Nonsense' not found"),
+    "an unknown data type": (
+        {"metadata": json.dumps(UNKNOWN).replace("Nonsense", "Value").replace('"string"', '"odd"')},
+        "is not a readable Parquet file",
+    ),
+    "no features": ({"metadata": '{"info": {"features": [1]}}'}, "is not a readable Parquet file"),
+    "no JSON": ({"metadata": "{"}, "is not a readable Parquet file"),
+    "deep JSON": ({"metadata": "[" * DEEP}, "is not a readable Parquet file"),
+    "half a character": ({"label": not_utf8()}, "Invalid UTF8 sequence"),
+    "64 bits without a sign": ({"label": pyarrow.array([2**64 - 1] * 20, pyarrow.uint64())}, "too large to be read"),
+    "a long duration": ({"label": pyarrow.array([2**62] * 20, pyarrow.duration("s"))}, "too large to be read"),
+}
+
+
+@pytest.mark.parametrize("name", PARQUETS)
+def test_parquet_that_says_what_nobody_knows(bench: Workbench, refused: Refused, tmp_path: Path, name: str) -> None:
+    content, says = PARQUETS[name]
+    file = parquet(tmp_path / "rows.parquet", **content)
+    line = run_with(bench, refused, **{"data.train": str(file)})
+    assert says in line and str(file) in line and len(line) < 1000
+
+
+TOKENIZERS: dict[str, list[Any]] = {
+    "model_max_length": ["x", "512", -1, 0, True, [1], {"a": 1}],
+    "model_input_names": ["x", ["zz"], [1]],
+}
+
+
+@pytest.mark.parametrize("key", TOKENIZERS)
+def test_settings_of_a_tokenizer_that_are_none(bench: Workbench, refused: Refused, key: str) -> None:
+    base = base_with(bench)
+    file = base / "tokenizer_config.json"
+    usual = read(file)
+    for value in TOKENIZERS[key]:
+        file.write_text(json.dumps({**usual, key: value}), encoding="utf-8")
+        assert f"the tokenizer of model {base} says {key} is" in run_with(bench, refused, **{"model.name": str(base)})
 
 
 def test_sequences_longer_than_the_model_allows(bench: Workbench, refused: Refused) -> None:

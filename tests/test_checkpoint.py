@@ -169,6 +169,20 @@ def test_other_files_in_the_folder_stay(light: Path) -> None:
     assert (light / "notes.txt").read_text() == "mine" and sorted(os.listdir(light)) == [*FILES, "notes.txt"]
 
 
+def test_into_the_working_directory(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell or a notebook that works in the folder sees the new files; a refit of before is gone."""
+    model = load_light(light, is_trainable=True)
+    (light / adapter_files.REFIT_FILE).write_text("of an adapter that was here before")
+    (light / "notes.txt").write_text("mine")
+    monkeypatch.chdir(light)
+    here = os.stat(".").st_ino
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(1.0)
+    model.save_pretrained(".")
+    assert os.stat(".").st_ino == here and sorted(os.listdir(".")) == sorted([*FILES, "notes.txt"])
+    assert logits(load_light(".")).equal(logits(model.eval()))
+
+
 def test_only_the_main_process_writes(light: Path, tmp_path: Path) -> None:
     load_light(light).save_pretrained(tmp_path / "rank1", is_main_process=False)
     assert not (tmp_path / "rank1").exists()

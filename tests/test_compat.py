@@ -850,6 +850,15 @@ def test_torchao_weights_of_other_sorts() -> None:
 # Tokenizers
 
 
+def test_checkpointing_is_seen_in_the_whole_model_and_in_its_parts() -> None:
+    model = make("llama-gqa").train()
+    assert not of_transformers.recomputes(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert of_transformers.recomputes(model) and of_transformers.recomputes(model.model.layers[0])
+    model.gradient_checkpointing_disable()
+    assert not of_transformers.recomputes(model)
+
+
 def test_a_tokenizer_around_another_backend() -> None:
     with needed_for("tokenizers with fewer tokens"):
         tokenizer = tokenizer_of_bytes(texts=["good movies"] * 3, chat_template="{{ messages }}")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import (
     DROPPED,
     IMAGES,
@@ -34,9 +34,9 @@ from tiny import (
     with_lora,
 )
 from torch import nn
-from transformers import BigBirdConfig, BigBirdForSequenceClassification, PreTrainedModel
+from transformers import BigBirdConfig, BigBirdForSequenceClassification, PreTrainedModel, TrainingArguments
 
-from lightpeft import EarlyPruner, LightConfig, load_light
+from lightpeft import EarlyPruner, LightConfig, LightTrainer, load_light
 from lightpeft.compat.torch import is_watched
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import (
@@ -54,6 +54,7 @@ from lightpeft.models.families.probing import Probe, block_slots
 from lightpeft.plans.records import BlockPlan
 from lightpeft.prune import discovery
 from lightpeft.prune.discovery import check_family, discover_family, ensure_family
+from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.surgery import apply_plan
 
 GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **TOKENS}
@@ -299,6 +300,12 @@ def test_the_pruner_discovers_the_family_of_a_peft_model() -> None:
 
 MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 XLNET = {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+CANINE = {name: value for name, value in TEXT.items() if name != "vocab_size"}
+FUNNEL = {"vocab_size": VOCABULARY, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 32, "n_head": 4}
+FUNNEL |= {"d_head": 8, "d_inner": 48}
+PROPHETNET = {"vocab_size": VOCABULARY, "hidden_size": 32}
+for _side in ("encoder", "decoder"):
+    PROPHETNET |= {f"{_side}_ffn_dim": 48, f"num_{_side}_layers": 2, f"num_{_side}_attention_heads": 4}
 REFUSALS: dict[str, tuple[Maker, str]] = {
     "no linear attention": (maker("MambaConfig", "MambaForCausalLM", MAMBA), "takes no part in a forward pass"),
     "no linear layers": (maker("XLNetConfig", "XLNetForSequenceClassification", XLNET), "no list of equal blocks"),
@@ -312,6 +319,24 @@ REFUSALS: dict[str, tuple[Maker, str]] = {
     "gated attention": (decoder("Doge"), "has linear layers beside attention that are not one FFN: self_attn.v_proj"),
     "adapters inside": (encoder("Xmod", languages=["en"], default_language="en"), "that are not one FFN"),
     "convolution": (encoder("ConvBert", embedding_size=16), "which are not q, k and v (or qkv)"),
+    "no vocabulary": (
+        maker("CanineConfig", "CanineForSequenceClassification", CANINE),
+        "CanineConfig has no vocab_size",
+    ),
+    "images of any size": (
+        maker(
+            "SegformerConfig", "SegformerForImageClassification", {"hidden_sizes": [8, 16, 32, 64], "depths": [1] * 4}
+        ),
+        "SegformerConfig has no image_size",
+    ),
+    "blocks of blocks": (
+        maker("FunnelConfig", "FunnelForSequenceClassification", FUNNEL),
+        "FunnelConfig says num_hidden_layers, and has no place to say fewer",
+    ),
+    "two sums of layers": (
+        maker("ProphetNetConfig", "ProphetNetForConditionalGeneration", PROPHETNET),
+        "ProphetNetConfig says num_hidden_layers, and has no place to say fewer",
+    ),
     "listed as refused": (encoder("Albert", embedding_size=16), "its layers share one set of weights"),
 }
 
@@ -325,6 +350,26 @@ def test_what_cannot_be_pruned_is_refused(build: Maker, says: str) -> None:
     if model.config.model_type not in REFUSED:
         assert "could not be discovered" in text and "docs/families.md says how to add it" in text
     assert before == FAMILIES
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-gqa", "mixtral"])
+def test_a_model_without_weights_is_refused(name: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = type(make(name))(make(name).config)
+    lora = LoraConfig(target_modules="all-linear")
+    says = "on the meta device, where nothing is stored; load the model with its weights"
+    for make_light in (
+        lambda: LightTrainer(copy.deepcopy(model), TrainingArguments(str(tmp_path)), peft_config=lora),
+        lambda: EarlyPruner(get_peft_model(copy.deepcopy(model), lora)),
+        lambda: fingerprint(model, block_specs(model)),
+    ):
+        with pytest.raises(LightPeftError, match=says):
+            make_light()
+
+
+def test_a_class_of_anyone_s_own_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(discovery, "discover_family", lambda model: {}["something"])
+    assert "GPTJForCausalLM is not what its kin are: KeyError 'something'" in refusal(DECODERS["gptj"]())
 
 
 def test_modules_that_change_while_they_run_are_refused() -> None:

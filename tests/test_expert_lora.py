@@ -378,6 +378,49 @@ def test_a_run_with_lora_on_experts_alone(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.count("\n") == 1
 
 
+# On routers, where PEFT puts it by itself
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_all_linear_layers_but_the_router(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What people write: PEFT then takes the router for one of them."""
+    base = without_dropout(make(name))
+    routers = [spec.expert_modules["router"] for spec in block_specs(base) if spec.experts]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert all(isinstance(base.get_submodule(router), ParamWrapper) for router in routers)
+    EarlyPruner(model)
+    assert f"no LoRA on {len(routers)} routers ({routers[0]}): a router is cut with its experts" in caplog.text
+    assert not any(isinstance(base.get_submodule(router), ParamWrapper) for router in routers)
+    assert not any("gate.weight" in name for name in model.peft_config["default"].target_parameters)
+    with torch.no_grad():
+        for site in find_sites(model, block_specs(base)):
+            site.up.normal_()
+    plan = plan_for(model, **PARTS)
+    reference = masked(model, plan)
+    apply_plan(model, plan)
+    assert difference(model, reference) < 1e-5
+    light = as_light(model.eval(), plan)
+    light.save_pretrained(tmp_path)
+    assert logits(load_light(tmp_path, make(name))).equal(logits(light))
+
+
+def test_a_run_on_all_linear_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = Workbench(tmp_path, "mixtral", "causal-lm")
+    changes = {"light.experts": 0.25, "lora.dropout": 0.0, "peft": {"type": "lora", "target_modules": "all-linear"}}
+    file = bench.yaml("run", **changes)
+    for verb in ("check", "run"):
+        assert lightpeft(verb, "--config", file) == 0
+    assert "adapter_model.safetensors" in {path.name for path in (tmp_path / "run" / "adapter").iterdir()}
+
+
+def test_lora_on_a_router_that_was_trained_is_refused() -> None:
+    model = get_peft_model(without_dropout(make("mixtral")), LoraConfig(r=2, target_modules="all-linear"))
+    router = transformers_model(model).get_submodule("model.layers.0.mlp.gate")
+    with torch.no_grad():
+        router.lora_B["default"].weight.fill_(1.0)
+    assert refusal(lambda: EarlyPruner(model)).startswith("LoRA on the parameter gate.weight cannot be pruned")
+
+
 # Refused
 
 

@@ -19,20 +19,23 @@ from tiny import ALL, DROPPED, batch, crossed, inputs_for, make, plan_for, refus
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
-from workbench import checksums, edit, read
+from workbench import checksums, edit, read, save_base
 
-from lightpeft import load_merged, save_merged
+from lightpeft import cut_positions, load_merged, save_merged
 from lightpeft.cli.verbs.export import EXPORT
 from lightpeft.compat.transformers import attention_of
 from lightpeft.files import file_checksum
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.exporting import EXPORTS
-from lightpeft.saved.light_adapter import as_light
+from lightpeft.saved.light_adapter import LightModel, as_light
 from lightpeft.saved.merging import MERGED, native_config, read_merged
 
 CLOSE = 3e-5
@@ -133,6 +136,51 @@ def test_data_type_attention_and_device(merged: Path) -> None:
     assert relative_difference(logits(loaded).float(), logits(load_merged(merged))) < 0.2
 
 
+def light_over_files(folder: Path, **budget: Any) -> LightModel:
+    """A light model over a base in a folder, with a tokenizer beside it."""
+    model = AutoModelForSequenceClassification.from_pretrained(save_base(folder), num_labels=2)
+    plan = plan_for(peft := with_lora(model), **budget)
+    apply_plan(peft, plan)
+    return as_light(peft.eval(), plan)
+
+
+def test_the_tokenizer_of_the_base_is_written_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    light = light_over_files(tmp_path / "base")
+    save_merged(light, tmp_path / "merged")
+    of_base, written = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("base", "merged"))
+    assert written("word1 good2").input_ids == of_base("word1 good2").input_ids and written.pad_token == "[PAD]"
+    mine = AutoTokenizer.from_pretrained(tmp_path / "base", model_max_length=7)
+    save_merged(light, tmp_path / "merged", mine, overwrite=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").model_max_length == 7, "the one that is given"
+    cut_positions(light, mine, 16)
+    save_merged(light, tmp_path / "short")
+    assert AutoTokenizer.from_pretrained(tmp_path / "short").model_max_length == 16
+    assert not said(caplog)
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("lightpeft")]
+
+
+@pytest.mark.parametrize("lacking", ["tokenizer", "base", "name"])
+def test_where_there_is_no_tokenizer_a_line_says_so(
+    lacking: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    light = light_over_files(tmp_path / "base")
+    if lacking == "tokenizer":
+        for file in (tmp_path / "base").glob("tokenizer*"):
+            file.unlink()
+    elif lacking == "base":
+        shutil.rmtree(tmp_path / "base")
+    else:
+        transformers_model(light).config.name_or_path = ""
+    save_merged(light, tmp_path / "merged")
+    (line,) = said(caplog)
+    assert line.startswith(f"no tokenizer is written into {tmp_path / 'merged'}: ") and "\n" not in line
+    assert not list((tmp_path / "merged").glob("tokenizer*"))
+    load_merged(tmp_path / "merged")
+
+
 def test_of_a_bfloat16_base(tmp_path: Path) -> None:
     light = light_over(make("llama-gqa").bfloat16())
     save_merged(light, tmp_path)
@@ -161,6 +209,19 @@ def test_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     save_merged(light, tmp_path)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert relative_difference(logits(load_merged(tmp_path)), logits(light)) < CLOSE
+
+
+@pytest.mark.parametrize("first", ["20KB", "1GB"])
+def test_files_of_a_model_that_was_saved_there_before_go(first: str, merged: Path) -> None:
+    """In one file over several and the other way round: transformers would read the old one."""
+    model = load_merged(merged)
+    (merged / "notes.txt").write_text("mine")
+    for size in (first, "1GB" if first == "20KB" else "20KB"):
+        with torch.no_grad():
+            next(model.parameters()).add_(1.0)
+        model.save_pretrained(merged, max_shard_size=size)
+        assert (merged / "model.safetensors").exists() == (size == "1GB") != bool(list(merged.glob("model-*")))
+        assert logits(load_merged(merged)).equal(logits(model)) and (merged / "notes.txt").exists()
 
 
 EVEN: dict[str, Any] = {"heads": 0.5, "neurons": 0.5, "neurons_scope": "layerwise"}

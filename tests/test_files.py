@@ -27,6 +27,7 @@ from lightpeft.files import (
     InUseError,
     check_free,
     check_sealed,
+    check_vacant,
     clean,
     holding,
     read_json,
@@ -197,7 +198,7 @@ def umask() -> Iterator[None]:
 
 def test_what_is_written_is_for_whom_the_umask_says(umask: None, tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {})
-    with replacing_folder(tmp_path / "new") as temporary:
+    with replacing_folder(tmp_path / "new", "a") as temporary:
         (temporary / "below").mkdir()
         (temporary / "below" / "a").write_text("a")
         (temporary / "below" / "a").chmod(0o600)
@@ -244,8 +245,8 @@ def content_of(folder: Path) -> dict[str, str]:
 NEW = {"a.txt": "new", "b.txt": "new", "c.txt": "new"}
 
 
-def write_new(folder: Path, alone: bool = False) -> None:
-    with replacing_folder(folder, alone=alone) as temporary:
+def write_new(folder: Path, alone: bool = False, obsolete: tuple[str, ...] = ()) -> None:
+    with replacing_folder(folder, "b.txt", alone=alone, obsolete=obsolete) as temporary:
         for name, text in NEW.items():
             (temporary / name).write_text(text)
 
@@ -324,7 +325,7 @@ def test_killed_at_every_operation_on_one_file(tmp_path: Path) -> None:
 
 
 def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
-    with replacing_folder(tmp_path / "out") as temporary, replacing(tmp_path / "rows.csv"):
+    with replacing_folder(tmp_path / "out", "a") as temporary, replacing(tmp_path / "rows.csv"):
         assert in_fork(lambda: clean(tmp_path)) == 0
         assert temporary.is_dir() and len(os.listdir(tmp_path)) == 2
         (temporary / "a").write_text("a")
@@ -380,7 +381,7 @@ def test_half_a_character(tmp_path: Path) -> None:
 
 
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), replacing_folder(tmp_path / "out") as temporary:
+    with pytest.raises(KeyError), replacing_folder(tmp_path / "out", "a") as temporary:
         (temporary / "a.txt").write_text("half")
         raise KeyError("x")
     with pytest.raises(KeyError), replacing(tmp_path / "a.csv") as file:
@@ -405,6 +406,128 @@ def test_a_mount_point_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     write_new(tmp_path / "out")
     assert content_of(tmp_path / "out") == {**kept, **NEW}
     assert (tmp_path / "out").stat().st_ino == before and os.listdir(tmp_path) == ["out"]
+
+
+def bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have Linux's list of mounts say that `out` is one, as a part of the same disk that is mounted there."""
+    mounts = tmp_path / "mounts"
+    escaped = str(tmp_path / "out").replace(" ", "\\040")
+    mounts.write_text(
+        f"36 35 98:0 / / rw shared:1 - ext4 /dev/sda rw\n37 36 98:0 /some {escaped} rw - ext4 /dev/sda rw\n"
+    )
+    monkeypatch.setattr(writing, "_MOUNTS", mounts)
+
+
+def test_a_part_of_the_same_disk_that_is_mounted_is_a_mount_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "with space"
+    place.mkdir()
+    old_folder(place / "out")
+    bound(place, monkeypatch)
+    before = (place / "out").stat().st_ino
+    write_new(place / "out", alone=True)
+    assert content_of(place / "out") == NEW and (place / "out").stat().st_ino == before
+
+
+@pytest.mark.parametrize("inside", [".", "sub", "below/deeper"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_who_stands_in_a_folder_does_not_lose_it(
+    inside: str, alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cd out; lightpeft export run .` leaves the shell in a folder that is there, with the new files in it."""
+    kept = old_folder(tmp_path / "out")
+    (tmp_path / "out" / inside).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / "out" / inside)
+    here = os.stat(".").st_ino
+    write_new(Path(os.path.relpath(tmp_path / "out")), alone)
+    assert os.stat(".").st_ino == here and Path.cwd() == tmp_path / "out" / inside
+    stays = {"sub/deep.txt": "mine"} if inside == "sub" else {}
+    assert content_of(tmp_path / "out") == ({**stays, **NEW} if alone else {**kept, **NEW})
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_beside_the_working_directory_changes_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_folder(tmp_path / "out")
+    (tmp_path / "outer").mkdir()
+    monkeypatch.chdir(tmp_path / "outer")
+    before = (tmp_path / "out").stat().st_ino
+    write_new(Path("../out"))
+    assert (tmp_path / "out").stat().st_ino != before
+    (tmp_path / "outer").rmdir()
+    write_new(tmp_path / "out")  # also where the working directory is gone
+    assert "cannot be found" in refused(lambda: write_new(Path("out")))
+
+
+@pytest.mark.parametrize("here", [False, True])
+def test_what_an_earlier_result_had_besides_goes(here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = old_folder(tmp_path / "out")
+    for name in ("part-1.bin", "part-2.bin", "other.bin", "README.markdown"):
+        (tmp_path / "out" / name).write_text(name)
+    if here:
+        monkeypatch.chdir(tmp_path / "out")
+    write_new(tmp_path / "out", obsolete=("part-*.bin", "a.txt"))
+    others = {"other.bin": "other.bin", "README.markdown": "README.markdown"}
+    assert content_of(tmp_path / "out") == {**kept, **NEW, **others}
+
+
+def test_killed_at_every_file_operation_in_a_folder_that_stays(tmp_path: Path) -> None:
+    """Old and new files are never there together, and the file that says that all are there comes last."""
+    kept = old_folder(tmp_path / "out")
+    seen, number = set(), 0
+    while True:
+        number += 1
+
+        def act(number: int = number) -> None:
+            os.chdir(tmp_path / "out")
+            at_file_operation(number, signalling(signal.SIGKILL))()
+            write_new(Path(), obsolete=("a.txt",))
+
+        code = in_fork(act)
+        state = content_of(tmp_path / "out")
+        state = {name: text for name, text in state.items() if not name.startswith(".out.")}
+        assert state["mine.txt"] == "mine" and state["sub/deep.txt"] == "mine"
+        if "b.txt" in state:
+            assert state in (kept, {**kept, **NEW})
+        else:
+            assert len(set(state.values()) - {"mine"}) < 2
+        seen.add(state.get("b.txt"))
+        clean(tmp_path / "out")
+        assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        for name, text in kept.items():
+            (tmp_path / "out" / name).write_text(text)
+        (tmp_path / "out" / "c.txt").unlink(missing_ok=True)
+    assert seen == {"old", "new", None}
+
+
+def test_a_disk_that_fails_halfway_in_a_folder_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old_folder(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    monkeypatch.setattr(Path, "replace", full_disk)
+    assert "it is incomplete now; write it again" in refused(lambda: write_new(Path()))
+    assert not (tmp_path / "out" / "b.txt").exists()
+    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
+
+
+def test_what_a_killed_process_left_is_not_in_the_way(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    (folder / ".out.abcdefgh.tmp").mkdir(parents=True)
+    check_vacant(folder, replaceable=False, overwrite=False)
+    (folder / "README.markdown").touch()
+    assert "is not empty" in refused(lambda: check_vacant(folder, replaceable=False, overwrite=False))
+
+
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    for place in (tmp_path / "a", tmp_path / "a" / "below"):
+        for act in (write_new, check_free, lambda place: holding(place).__enter__()):
+            assert str(place) in refused(lambda place=place, act=act: act(place))
+    assert "cannot write" in refused(lambda: write_json(tmp_path / "a" / "below", {}))
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 # -- one process at a time ---------------------------------------------------------------------------------------

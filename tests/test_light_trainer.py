@@ -376,6 +376,10 @@ def test_training_goes_on_from_a_checkpoint_on_either_side(builds: Builds, step:
     again = builds.trainer(save_strategy="steps", save_steps=4)
     again.train(resume_from_checkpoint=True)
     assert_equal(weights(again.model), weights(whole.model))
+    for file in ("scheduler.pt", "trainer_state.json"):
+        (builds.folder / f"checkpoint-{step}" / file).write_bytes(b"x")
+        line = refusal(lambda: builds.trainer().train(resume_from_checkpoint=str(builds.folder / f"checkpoint-{step}")))
+        assert f"checkpoint-{step}" in line and "go on from an older one" in line
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ VARIANTS: dict[str, Callable[[PreTrainedModel], PeftConfig]] = {
     "all-linear": lambda base: lora(base, target_modules="all-linear"),
     "tokens": lambda base: lora(base, trainable_token_indices=[3, 5]),
     "lora-only": lambda base: lora(base, bias="lora_only"),
+    "lora-bias": lambda base: lora(base, lora_bias=True),
     "dora": lambda base: lora(base, use_dora=True),
     "dora-bias": lambda base: lora(base, use_dora=True, use_rslora=True, bias="lora_only"),
     "ia3": ia3,
@@ -80,6 +81,8 @@ VARIANTS: dict[str, Callable[[PreTrainedModel], PeftConfig]] = {
 EVERYWHERE = ("rslora", "lora-only", "dora", "ia3")
 CASES = [(name, variant) for name in MODELS for variant in EVERYWHERE] + [
     ("llama-gqa", "patterns"),
+    ("bert", "lora-bias"),
+    ("gpt2", "lora-bias"),
     ("bert", "orthogonal"),
     ("bert", "all-linear"),
     ("t5", "all-linear"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from lightpeft.config import LightConfig
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import fused_lora
 from lightpeft.prune.estimation import Estimator
+from lightpeft.training.attention import attention_by_products
 from lightpeft.training.recomputing import recomputed_activations
 
 
@@ -79,6 +82,14 @@ def test_activations_are_not_kept_for_the_backward_pass(name: str, slot: str) ->
         alive.append(watched.alive())
         loss.backward()
     assert alive == [len(modules), 0]
+
+
+@pytest.mark.parametrize("faster", [recomputed_activations, attention_by_products])
+def test_nothing_is_asked_in_a_way_that_is_going_away(faster: Callable[..., Any]) -> None:
+    model = with_lora(make("llama-gqa")).train()
+    with warnings.catch_warnings(), faster(model):
+        warnings.simplefilter("error")
+        assert model(**inputs_for(model, labels=True)).loss.grad_fn is not None
 
 
 def test_the_model_is_as_before_and_checkpointing_is_left_alone() -> None:

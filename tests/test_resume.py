@@ -5,7 +5,10 @@ Every disturbance happens at a chosen step inside a forked child, so nothing wai
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import pytest
 import torch
 from test_pipeline import comparable
 from transformers import Trainer, TrainerCallback
-from workbench import Disturb, Workbench, at_step, before, in_child, lightpeft, read, signalling, stamps
+from workbench import Disturb, Workbench, at_step, before, checksums, in_child, lightpeft, read, signalling, stamps
 
 from lightpeft.config import load_config
+from lightpeft.files import seal
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.estimation import Estimator
 from lightpeft.runs import pipeline, stages, trainers
@@ -164,6 +168,73 @@ def test_stopped_run_says_so_and_goes_on(bench: Workbench, undisturbed: dict[str
         assert last_checkpoint(folder) == folder / f"checkpoint-{checkpoint}"
     assert lightpeft("run", "--config", file) == 0
     assert comparable(bench.folder / name) == undisturbed
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def saying(**changes: Any) -> Callable[[Path], None]:
+    def act(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return act
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "scheduler, empty": ("scheduler.pt", lambda path: path.write_bytes(b""), "state of optimizer and scheduler"),
+    "scheduler, garbage": ("scheduler.pt", lambda path: path.write_bytes(b"x" * 99), "optimizer and scheduler"),
+    "scheduler, cut short": ("scheduler.pt", cut_short, "state of optimizer and scheduler"),
+    "scheduler, of something else": ("scheduler.pt", lambda path: torch.save({"x": 1}, path), "and scheduler"),
+    "optimizer, cut short": ("optimizer.pt", cut_short, "state of optimizer and scheduler"),
+    "optimizer, of something else": ("optimizer.pt", lambda path: torch.save([1], path), "optimizer and scheduler"),
+    "random numbers, cut short": ("rng_state.pth", cut_short, "its random numbers cannot be read"),
+    "state, empty": ("trainer_state.json", lambda path: path.write_text(""), "trainer_state.json is damaged"),
+    "state, a list": ("trainer_state.json", lambda path: path.write_text("[1]"), "trainer_state.json is damaged"),
+    "state, nested": ("trainer_state.json", lambda path: path.write_text("[" * 100_000), "is damaged: maximum"),
+    "state, no step": ("trainer_state.json", saying(global_step="x"), "global_step is 'x'"),
+    "state, part of a step": ("trainer_state.json", saying(global_step=1.5), "it is of step 1.5"),
+    "state, too late": ("trainer_state.json", saying(global_step=10**30), "it is of step 1000"),
+    "state, no number": ("trainer_state.json", saying(epoch=float("nan")), "epoch is nan"),
+    "state, no rows": ("trainer_state.json", saying(train_batch_size="x"), "train_batch_size is 'x'"),
+    "state, no log": ("trainer_state.json", saying(log_history=[5]), "an entry of log_history is no table"),
+    "state, more": ("trainer_state.json", saying(zz=1), "unexpected keyword argument"),
+}
+"""Name -> file of a checkpoint, what happens to it, and a part of the line."""
+
+
+@pytest.fixture(scope="module", params=["light", "plain"])
+def stopped(bench: Workbench, request: pytest.FixtureRequest) -> Path:
+    """The settings of a run that was killed behind the cut, with one checkpoint."""
+    changes = {**SETTINGS, "method": request.param, "training.save_steps": 12}
+    file = bench.yaml(f"damaged-{request.param}", **changes)
+    assert run_disturbed(file, at_step(13, KILL)) == -signal.SIGKILL
+    return file
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_checkpoint_that_was_sealed_damaged(
+    bench: Workbench, stopped: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checksums are right, so nobody else finds it: one line, and the run is as it was."""
+    damaged, act, says = DAMAGE[name]
+    run, kept = bench.folder / stopped.stem, bench.folder / f"kept-{stopped.stem}"
+    if not kept.exists():
+        shutil.copytree(run, kept)
+    shutil.rmtree(run)
+    shutil.copytree(kept, run)
+    checkpoint = last_checkpoint(run / "checkpoints" / "train")
+    assert checkpoint is not None
+    act(checkpoint / damaged)
+    seal(checkpoint)
+    (run / ".lock").unlink()  # it names the process that works there
+    before = checksums(run)
+    capsys.readouterr()
+    assert lightpeft("run", "--config", stopped) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and says in line and "go on from an older one" in line and str(checkpoint) in line
+    (run / ".lock").unlink()
+    assert checksums(run) == before
 
 
 def test_second_signal_stops_at_once(bench: Workbench) -> None:

@@ -586,9 +586,11 @@ def test_another_base_or_damage_is_refused(base: Path, tmp_path: Path) -> None:
         assert refusal(lambda: light_tokenizer(folder))
 
 
-def test_merged_it_needs_no_base(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [True, False])
+def test_merged_it_needs_no_base(given: bool, base: Path, tmp_path: Path) -> None:
+    """The tokenizer of the tokens that are left need not be given."""
     light, small = light_over_fewer(base)
-    save_merged(light, tmp_path / "merged", small)
+    save_merged(light, tmp_path / "merged", small if given else None)
     loaded = load_merged(tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert relative_difference(outputs(loaded, tokenizer), outputs(light, small)) < 3e-5

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -196,6 +196,14 @@ def loss_instead(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Iterato
         del model._loss_function
         if own is not None:
             model.loss_function = own
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether gradient checkpointing computes activations of a model, or of a part of one, again on the way back.
+
+    The property of models that says so has another name from 5.24 on; what it reads has not.
+    """
+    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 def grow_static_cache(model: PreTrainedModel) -> None:

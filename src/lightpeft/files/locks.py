@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightpeft.errors import LightPeftError
+from lightpeft.files.places import resolved
 
 try:
     import fcntl
@@ -38,7 +39,7 @@ def holding(folder: Path, *, wait: Callable[[], None] | None = None, inherited: 
         InUseError: another process holds it.
         LightPeftError: it cannot be made or written to.
     """
-    place, descriptor = folder.resolve(), None
+    place, descriptor = resolved(folder), None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if fcntl is not None and place not in _mine:
@@ -74,7 +75,7 @@ def check_free(folder: Path) -> None:
     Raises:
         InUseError: one does.
     """
-    if fcntl is None or folder.resolve() in _mine or not (folder / LOCK).is_file():
+    if fcntl is None or resolved(folder) in _mine or not (folder / LOCK).is_file():
         return
     with suppress(OSError):  # what is wrong with the folder is said by who writes to it
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)

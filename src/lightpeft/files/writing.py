@@ -9,8 +9,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files.locks import hold_temporary, is_dead
+from lightpeft.files.places import resolved
 from lightpeft.files.reading import CHECKSUM, CHECKSUMS, SCHEMA_VERSION, content_checksum, file_checksum
 
 if TYPE_CHECKING:
@@ -40,8 +42,9 @@ def check_vacant(folder: Path, *, replaceable: bool, overwrite: bool) -> None:
         LightPeftError: with what to give instead.
     """
     instead = "a new folder, or overwrite what is there (--overwrite)" if replaceable else "a new folder"
-    vacant = not folder.is_dir() or not any(folder.iterdir()) or (overwrite and replaceable)
-    require(vacant, f"{folder} is not empty; give {instead}")
+    # what a killed process left half-written in a folder that stays is removed by who writes to it next
+    empty = not folder.is_dir() or all(_is_temporary(path) for path in folder.iterdir())
+    require(empty or (overwrite and replaceable), f"{folder} is not empty; give {instead}")
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
@@ -125,25 +128,33 @@ def replacing(path: str | Path, *, new: bool = False) -> Iterator[TextIO]:
 
 
 @contextmanager
-def replacing_folder(folder: str | Path, *, alone: bool = False) -> Iterator[Path]:
+def replacing_folder(
+    folder: str | Path, last: str, *, alone: bool = False, obsolete: Iterable[str] = ()
+) -> Iterator[Path]:
     """A temporary folder whose files are in `folder` when the block ends well; other files there stay.
 
-    The new folder changes places with the old one in one step, so that at every moment one of them is there, whole. (A
-    folder that is a mount point stays, and its files are replaced one by one.)
+    The new folder changes places with the old one in one step, so that at every moment one of them is there, whole. A
+    folder that holds the working directory, or is a mount point, stays, for whoever stands in it would be left in one
+    that is gone: there the old files go first and the new ones come one by one.
 
     Args:
+        last: name of the file that says that the result is there. In a folder that stays, the old one goes before
+            anything else, and the new one comes last.
         alone: other files do not stay.
+        obsolete: names of an earlier result's files, or patterns of names: these go, whether or not new ones come.
 
     Raises:
-        LightPeftError: the disk is full or the place cannot be written; nothing of `folder` has changed.
+        LightPeftError: the disk is full or the place cannot be written; nothing of `folder` has changed, or the line
+            says that it has.
     """
     folder = Path(folder)
     temporary: Path | None = None
     descriptor: int | None = None
+    outcome = "nothing was changed"
     try:
-        target = folder.resolve()
-        mounted = target.is_mount()
-        place = target if mounted else target.parent
+        target = resolved(folder)
+        stays = _is_mount(target) or _holds_working_directory(target)
+        place = target if stays else target.parent
         place.mkdir(parents=True, exist_ok=True)
         require(not target.exists() or target.is_dir(), f"cannot write {folder}: it is a file; nothing was changed")
         clean(place, target.name)
@@ -152,17 +163,18 @@ def replacing_folder(folder: str | Path, *, alone: bool = False) -> Iterator[Pat
         hold_temporary(descriptor)
         yield temporary
         _settle(temporary)
-        if mounted:
-            _move_files(temporary, target, alone)
+        if stays:
+            outcome = "it is incomplete now; write it again"
+            _move_files(temporary, target, last, ("*",) if alone else tuple(obsolete))
         elif target.exists():
             if not alone:
-                _take_along(target, temporary)
+                _take_along(target, temporary, tuple(obsolete))
             _exchange(temporary, target)
         else:
             temporary.rename(target)
         _sync_names(place)
     except (OSError, SafetensorError) as error:
-        raise LightPeftError(f"cannot write {folder}: {one_line(error)}; nothing was changed") from error
+        raise LightPeftError(f"cannot write {folder}: {one_line(error)}; {outcome}") from error
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -196,8 +208,10 @@ def clean(place: Path, name: str = "") -> None:
                 path.unlink()
 
 
-def _is_temporary(path: Path, name: str) -> bool:
+def _is_temporary(path: Path, name: str = "") -> bool:
     """Whether a path is called as temporary ones are: of a name, or of any."""
+    if not (path.name.startswith(".") and path.name.endswith(_SUFFIX)):
+        return False
     stem = path.name.removesuffix(_OLD).removesuffix(_SUFFIX)
     of, _, random = stem[1:].rpartition(".")
     return bool(of) and len(random) == 8 and (not name or of == name[:_LONGEST])
@@ -256,7 +270,7 @@ def _sync_names(folder: Path) -> None:
         _sync(folder)
 
 
-def _take_along(source: Path, folder: Path) -> None:
+def _take_along(source: Path, folder: Path, obsolete: tuple[str, ...]) -> None:
     """Give a new folder what else an old one holds, without copying it where the file system can."""
 
     def link(file: str, to: str) -> None:
@@ -267,7 +281,7 @@ def _take_along(source: Path, folder: Path) -> None:
 
     for entry in source.iterdir():
         place = folder / entry.name
-        if place.exists() or place.is_symlink() or _is_temporary(entry, ""):
+        if place.exists() or place.is_symlink() or _is_temporary(entry) or _is_one_of(entry, obsolete):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, place, symlinks=True, copy_function=link)
@@ -275,14 +289,55 @@ def _take_along(source: Path, folder: Path) -> None:
             link(str(entry), str(place))
 
 
-def _move_files(source: Path, folder: Path, alone: bool) -> None:
-    for entry in folder.iterdir() if alone else ():
-        if entry != source:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    for entry in sorted(source.iterdir()):
-        if (folder / entry.name).is_dir():
-            shutil.rmtree(folder / entry.name)
+def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(path.name, pattern) for pattern in patterns)
+
+
+def _move_files(source: Path, folder: Path, last: str, obsolete: tuple[str, ...]) -> None:
+    """Replace the files of a folder that stays; whenever that ends, old and new files are not there together."""
+    _remove(folder / last)
+    _sync_names(folder)
+    for entry in list(folder.iterdir()):
+        goes = _is_one_of(entry, obsolete) or (source / entry.name).exists()
+        if goes and entry != source and not _holds_working_directory(entry):
+            _remove(entry)
+    for entry in sorted(source.iterdir(), key=lambda entry: (entry.name == last, entry.name)):
+        if entry.name == last:
+            _sync_names(folder)
         entry.replace(folder / entry.name)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; of a link, the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _holds_working_directory(folder: Path) -> bool:
+    """Whether this process, and the shell that it was started from, works in a folder or below it."""
+    try:
+        here = Path.cwd()
+    except OSError:  # somebody has removed it
+        return False
+    return here.is_relative_to(folder)
+
+
+def _is_mount(folder: Path) -> bool:
+    if folder.is_mount():
+        return True
+    try:
+        mounts = _MOUNTS.read_bytes().splitlines()
+    except OSError:  # systems that have no such list
+        return False
+    # a part of the same disk that is mounted here looks like any other folder to `is_mount`
+    escaped = b"".join(b"\\%03o" % byte if byte in b" \t\n\\" else bytes([byte]) for byte in os.fsencode(folder))
+    return any(line.split(b" ")[4] == escaped for line in mounts)
+
+
+_MOUNTS = Path("/proc/self/mountinfo")
+"""Linux's list of what is mounted, each place as the fifth word of a line."""
 
 
 def _exchange(one: Path, other: Path) -> None:

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightpeft.compat.transformers import forget_renaming, has_adapter
 from lightpeft.config import ModelConfig
+from lightpeft.config.validation import shown
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_config, check_folder, check_weights, parsing
 from lightpeft.machine import processes
@@ -234,7 +235,19 @@ def load_tokenizer(config: ModelConfig, own: PretrainedConfig | None = None) -> 
     """
     with _opening(config):
         options = check_checkpoint(config)
-        return AutoTokenizer.from_pretrained(config.name, **({} if own is None else {"config": own}), **options)
+        tokenizer = AutoTokenizer.from_pretrained(config.name, **({} if own is None else {"config": own}), **options)
+    _check_tokenizer(tokenizer, config.name)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Refuse settings of a tokenizer that transformers takes as they come, and that fail where they are used."""
+    longest, inputs = tokenizer.model_max_length, tokenizer.model_input_names
+    fits = isinstance(longest, (int, float)) and not isinstance(longest, bool) and longest >= 1
+    says = f"the tokenizer of model {name} says"
+    require(fits, f"{says} model_max_length is {shown(longest)}, which is no number of tokens; mend its files")
+    known = isinstance(inputs, (list, tuple)) and "input_ids" in inputs and all(isinstance(n, str) for n in inputs)
+    require(known, f"{says} model_input_names is {shown(inputs)}; it must be a list of names with input_ids")
 
 
 def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lightpeft.files.foreign import parsing
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.kinds import Place, kind_named
+from lightpeft.peft_kinds.sites import leave_routers
 from lightpeft.plans.structure import BlockSpec
 
 
@@ -33,7 +34,10 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     made = kind.config(config, _place(blocks, config, loaded.model.config.model_type), task_type, loaded.new_modules)
     _check_targets(loaded.model, made.target_modules, blocks)
     with parsing(f"PEFT cannot put {kind.title} on {loaded.model.config.model_type}"):
-        return get_peft_model(loaded.model, made)
+        model = get_peft_model(loaded.model, made)
+    if config.way.prunes:
+        leave_routers(model, blocks)
+    return model
 
 
 def _place(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> Place:

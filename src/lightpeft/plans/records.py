@@ -108,7 +108,7 @@ class EstimationRecord:
 
     def save(self, folder: str | Path) -> None:
         """Write `estimation.json` and `scores.safetensors` into `folder`."""
-        with replacing_folder(folder) as temporary:
+        with replacing_folder(folder, last="estimation.json") as temporary:
             write_tensors(temporary / _SCORES, self.scores)
             write_json(
                 temporary / "estimation.json",

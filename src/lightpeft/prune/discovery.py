@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
+from lightpeft.files.foreign import parsing
 from lightpeft.models.families import (
     FAMILIES,
     REFUSED,
@@ -73,10 +74,11 @@ def ensure_family(model: nn.Module) -> None:
         check_not_refused(model_type)
         return
     try:
-        settings = f"{type(inner).__name__} {skeleton_config(inner.config).to_json_string(use_diff=False)}"
-        if known and model_type in FAMILIES and known.settings == settings:
-            return
-        family = discover_family(inner)
+        with parsing(f"{type(inner).__name__} is not what its kin are"):  # classes of others may raise anything
+            settings = f"{type(inner).__name__} {skeleton_config(inner.config).to_json_string(use_diff=False)}"
+            if known and model_type in FAMILIES and known.settings == settings:
+                return
+            family = discover_family(inner)
     except LightPeftError as error:
         raise LightPeftError(
             f'model family "{model_type}" is not listed, and its structure could not be discovered: {error}; '

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightpeft.compat.stand_ins import StandIn
+from lightpeft.errors import require
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.linears import stored_weight
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
@@ -30,8 +31,24 @@ def fingerprint(model: nn.Module, blocks: Sequence[BlockSpec], vocabulary: Vocab
     """
     if isinstance(_input_embeddings(transformers_model(model)), StandIn):
         return ""
+    check_stored(model)
     weights = (weight for block in blocks for weight in _weights(model, block))
     return digest_of(model, ((name, sample(weight)) for name, weight in weights), vocabulary)
+
+
+def check_stored(model: nn.Module) -> None:
+    """Refuse a model on the meta device, which has shapes and no weights.
+
+    Raises:
+        LightPeftError: it is there, whole or in part.
+    """
+    tensors = model.named_parameters()
+    empty = next((name for name, tensor in tensors if tensor.is_meta and not isinstance(tensor, StandIn)), None)
+    require(
+        empty is None,
+        f"{empty} of this model is on the meta device, where nothing is stored; load the model with its weights "
+        "(from_pretrained, and no device_map that offloads)",
+    )
 
 
 def _weights(model: nn.Module, block: BlockSpec) -> Iterator[tuple[str, Tensor]]:

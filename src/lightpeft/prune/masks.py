@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import ACT2FN
 
 from lightpeft.compat.torch import storage_of
+from lightpeft.compat.transformers import recomputes
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import adapter_in_use
@@ -166,7 +167,7 @@ class _Batch:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()]
         self.examples = len(tensors[0]) if tensors else 1
         if torch.is_grad_enabled():
-            self.checkpointed = any(getattr(part, "gradient_checkpointing", False) for part in module.modules())
+            self.checkpointed = recomputes(module)
             self._of_step += self.examples
 
     def taken(self) -> int:

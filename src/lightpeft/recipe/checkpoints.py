@@ -15,11 +15,12 @@ from lightpeft.models.sharding import is_sharded
 from lightpeft.plans.records import PrunePlan
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
+from lightpeft.training.resuming import ResumingMixin
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import write_step
 
 
-class CheckpointsMixin:
+class CheckpointsMixin(ResumingMixin):
     """Mixin of `LightTraining`: checkpoints of a model that is cut on the way."""
 
     light_plan: PrunePlan | None
@@ -59,7 +60,7 @@ class CheckpointsMixin:
         state.train_batch_size = trainer.args.train_batch_size
         state.compute_steps(trainer.args, max_steps)
         if trainer.is_world_process_zero():
-            with replacing_folder(folder) as temporary:
+            with replacing_folder(folder, last=TRAINER_STATE_NAME) as temporary:
                 self._peft_model.save_pretrained(temporary)
                 write_cut(temporary, {"estimation_steps": estimation_steps})
                 write_step(temporary, trainer.args)
@@ -78,7 +79,7 @@ class CheckpointsMixin:
         if self._holds_peft_model:
             load_inside(self._trainer.model, self._peft_model, Path(folder))
         else:
-            super()._load_from_checkpoint(folder, *args, **options)  # type: ignore[misc]
+            super()._load_from_checkpoint(folder, *args, **options)
 
     def _load_best_model(self) -> None:
         if self._holds_peft_model:
@@ -87,7 +88,7 @@ class CheckpointsMixin:
             super()._load_best_model()  # type: ignore[misc]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        super()._load_rng_state(checkpoint)
         unknown = checkpoint is not None and not any(Path(checkpoint).glob("rng_state*"))
         if unknown and self._trainer.state.global_step == self._estimation_steps:  # nobody has drawn a number since
             set_seed(self._trainer.args.seed + 1)

@@ -16,15 +16,17 @@ from lightpeft.compat.deepspeed import out_of_zero3
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Budget, LightConfig, cut_of_writer, preset_light, usual_preset
 from lightpeft.errors import LightPeftError, require
+from lightpeft.models.families import block_specs
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import vocabulary_of
 from lightpeft.peft_kinds.kinds import kind_of
-from lightpeft.peft_kinds.sites import check_peft, find_sites, own_adapter, restart_sites
+from lightpeft.peft_kinds.sites import check_peft, find_sites, leave_routers, own_adapter, restart_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.fingerprint import check_stored
 from lightpeft.prune.learning import untaught
 from lightpeft.prune.refit import Batches, Fit, Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan, check_budget
@@ -69,8 +71,11 @@ class EarlyPruner:
                 quantised layer or the model's depth cannot have, or a vocabulary that should have been cut before.
         """
         self.model = model
+        check_stored(model)
         ensure_family(model)
         prepare_quantised(model)
+        if isinstance(model, PeftModel):
+            leave_routers(model, block_specs(transformers_model(model)))
         check_peft(model)
         self.config = light_settings(light, model.peft_config[own_adapter(model)], model)
         check_budget(model, self.config)

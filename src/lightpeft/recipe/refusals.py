@@ -9,6 +9,7 @@ from torch import nn
 from lightpeft.errors import require
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.sharding import is_sharded
+from lightpeft.prune.fingerprint import check_stored
 from lightpeft.prune.length import fitted
 from lightpeft.training.schedule import pace_of, steps_of
 
@@ -50,11 +51,13 @@ def check_light(training: LightTraining) -> None:
 
 
 def refuse_parts(model: object) -> None:
-    """Refuse a model that each process has loaded a part of.
+    """Refuse a model that each process has loaded a part of, or that has no weights.
 
     Raises:
         LightPeftError: saying how to load it.
     """
+    if isinstance(model, nn.Module):
+        check_stored(model)
     require(
         not isinstance(model, nn.Module) or not is_sharded(model),
         "the model lies in parts already, and a family is found in whole layers; load it before you make "

@@ -140,7 +140,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             with meeting_others():
                 self._foresee_prefix(self._peft_model)
                 self._before_sharding(self._light_checkpoint)
-                result = super().train(self._light_checkpoint, *args, **options)  # type: ignore[misc]
+                result = super().train(self._light_checkpoint, *args, **options)
                 self._behind_sharding()
             if self._light_pruner is not None and self.light_record is None and self.light_plan is None:
                 ended = f"training ended at step {self._trainer.state.global_step}, inside estimation"

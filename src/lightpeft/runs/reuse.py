@@ -9,7 +9,7 @@ from typing import Any
 
 from lightpeft.config import READ_BY_PLANS, SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import append_line, read_json, replacing_folder, write_json
+from lightpeft.files import append_line, read_json, replacing_folder, resolved, write_json
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
@@ -43,7 +43,7 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
     """
     require(is_run(folder), f"{folder} is not a run folder, whose estimation could be taken")
     require(
-        folder.resolve() != Path(config.output).resolve(), f"{folder} is the output; give the folder of another run"
+        resolved(folder) != resolved(Path(config.output)), f"{folder} is the output; give the folder of another run"
     )
     donor = RunFolder.at(folder)
     methods = sorted({config.method, donor.config.method})
@@ -105,7 +105,7 @@ def copy_estimation(donor: RunFolder, run: RunFolder, name: str) -> None:
         if processes().is_main_process:
             if donor.has("depth"):
                 write_json(run.depth, read_json(donor.depth))
-            with replacing_folder(run.estimation) as temporary:
+            with replacing_folder(run.estimation, last=_RECORD) as temporary:
                 shutil.copytree(donor.estimation, temporary, dirs_exist_ok=True)
                 for stage in [stage for stage in ("depth", "estimate") if stage in stages]:
                     append_line(run.log, {**stages[stage], "taken_from": name})

@@ -31,6 +31,7 @@ from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
 from lightpeft.training.prefix import PrefixMixin
+from lightpeft.training.resuming import ResumingMixin
 from lightpeft.training.sharding import ShardingMixin
 from lightpeft.training.step_rows import check_step, write_step
 from lightpeft.training.trainer import RunTrainer, train_in_float32
@@ -203,7 +204,7 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         self.meter = Meter(self.work, self._peft_model, step, step > self._estimation_steps, caching)
 
 
-class DenseRun(InRun, PrefixMixin, ShardingMixin, RunTrainer):
+class DenseRun(InRun, ResumingMixin, PrefixMixin, ShardingMixin, RunTrainer):
     """Plain PEFT, or every weight, in a run folder, as both train by habit; frozen blocks run without a graph."""
 
     def __init__(

@@ -33,9 +33,9 @@ from lightpeft.saved.tokens import VOCABULARY_FILE, read_vocabulary, write_vocab
 
 DESCRIPTION = "lightpeft.json"
 REFIT_FILE = "refit.safetensors"
-_FILES = ("adapter_config.json", "adapter_model.safetensors", REFIT_FILE, VOCABULARY_FILE)
+FILES = ("adapter_config.json", "adapter_model.safetensors", REFIT_FILE, VOCABULARY_FILE)
 """What is in the folder besides the description, as far as it is there."""
-ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *_FILES))
+ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
 """Its files in a repository."""
 
 
@@ -63,13 +63,6 @@ def write_beside(
     write_json(folder / DESCRIPTION, {**facts, "checksums": _checksums(folder)})
 
 
-def remove_left(folder: Path, refit: Refit, vocabulary: Vocabulary | None) -> None:
-    """Remove what a light adapter that was saved here before had, and the one that is here now has not."""
-    for name, there in ((REFIT_FILE, refit), (VOCABULARY_FILE, vocabulary)):
-        if not there:
-            (folder / name).unlink(missing_ok=True)
-
-
 def _is_cut(plan: PrunePlan, refit: Refit) -> bool:
     """Whether an adapter would answer wrongly over the dense base."""
     return bool(plan.removed_parameters or refit)
@@ -85,7 +78,7 @@ def card_of(facts: dict[str, Any], plan: PrunePlan, refit: Refit) -> str:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    return {name: file_checksum(folder / name) for name in _FILES if (folder / name).is_file()}
+    return {name: file_checksum(folder / name) for name in FILES if (folder / name).is_file()}
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
     model, wide = _widen(dense, adapter.plan, adapter.config, read_tensors(light / WEIGHTS))
     (plain,) = model.peft_config.values()
     plain.inference_mode = True
-    with replacing_folder(folder, alone=True) as temporary:
+    with replacing_folder(folder, last=ADAPTER_CONFIG, alone=True) as temporary:
         # not by the model, which has no storage: PEFT would move what it is given to where the model is
         plain.save_pretrained(str(temporary))
         save_file(wide, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -122,7 +122,7 @@ def copy_full_width(source: Path, folder: str | Path, *, overwrite: bool = False
     """Copy the adapter that a run left at full width; arguments and errors as for `save_full_width`."""
     _check_vacant(Path(folder), overwrite)
     check_sealed(source)
-    with replacing_folder(folder, alone=True) as temporary:
+    with replacing_folder(folder, last=ADAPTER_CONFIG, alone=True) as temporary:
         for file in (ADAPTER_CONFIG, WEIGHTS, "README.md"):
             shutil.copyfile(source / file, temporary / file)
 

@@ -24,12 +24,12 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.refit import Refit
 from lightpeft.saved.adapter_files import (
     DESCRIPTION,
+    FILES,
     ON_HUB,
     Saved,
     card_of,
     read_description,
     read_saved,
-    remove_left,
     vocabulary_in,
     write_beside,
 )
@@ -78,11 +78,10 @@ class LightModel(PeftModel):
         vocabulary = vocabulary_of(transformers_model(self))
         if vocabulary is not None:
             kwargs["save_embedding_layers"] = False  # PEFT takes them for trained, as there are fewer than in the base
-        with replacing_folder(save_directory) as temporary:
+        with replacing_folder(save_directory, last=DESCRIPTION, obsolete=FILES) as temporary:
             super().save_pretrained(str(temporary), selected_adapters=[name], **kwargs)
             _move_up(temporary / name)
             write_beside(temporary, facts_of(self), self.light_plan, self.light_refit, vocabulary)
-        remove_left(Path(save_directory), self.light_refit, vocabulary)
 
     @classmethod
     def from_pretrained(

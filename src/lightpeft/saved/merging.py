@@ -7,6 +7,7 @@ other, for transformers and all that reads such. Else a plan beside the weights 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightpeft.compat.transformers import Checkpoint, with_reader
 from lightpeft.config import ModelConfig
+from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import (
     check_file,
@@ -52,8 +54,11 @@ from lightpeft.saved.description import (
     per_layer_config,
     unmeasured,
 )
+from lightpeft.saved.tokens import tokenizer_of
 from lightpeft.saved.uploading import send
 from lightpeft.saved.whole_config import CONFIG, hide_config, own_config, read_own
+
+_log = logging.getLogger(__name__)
 
 MERGED = "merged.json"
 """What says that the weights beside it belong into a model that a plan has cut."""
@@ -63,6 +68,8 @@ ON_HUB = repositories.Form(
     (MERGED, CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json", *repositories.TOKENIZER),
 )
 """Its files in a repository."""
+WHOLE_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+"""Files of weights as transformers writes them; a model saved before may have had others of these."""
 
 
 def save_merged(
@@ -79,7 +86,8 @@ def save_merged(
     Args:
         model: a `LightModel`.
         folder: new or empty.
-        tokenizer: to be saved with it.
+        tokenizer: to be saved with it; None: the base's, with the tokens that the model has, if the base is where it
+            was. Else there is none, and a line in the log.
         overwrite: the folder may also hold a merged light model, which goes with all that is in it.
 
     Returns:
@@ -94,8 +102,23 @@ def save_merged(
     whole = merged_copy(model)
     native = native_config(whole, model.light_plan) is not None
     facts = {**facts_of(model), "native": native, "positions": positions_of(whole)}
+    if tokenizer is None:
+        tokenizer = _tokenizer_of_base(whole, facts, folder)
     save_whole(whole, facts, folder, tokenizer=tokenizer, alone=True)
     return native
+
+
+def _tokenizer_of_base(
+    whole: PreTrainedModel, facts: Mapping[str, Any], folder: Path
+) -> PreTrainedTokenizerBase | None:
+    """What texts are made tokens by for a model that reads any; None where it is not to be had."""
+    if whole.main_input_name != "input_ids":
+        return None
+    try:
+        return tokenizer_of(whole, from_dict(BaseFacts, facts["base"], "base."))
+    except LightPeftError as error:
+        _log.warning("no tokenizer is written into %s: %s; give save_merged one", folder, error)
+        return None
 
 
 def merged_copy(model: Described) -> PreTrainedModel:
@@ -264,7 +287,7 @@ def save_whole(
     check_mergeable(model.config)
     if not is_main_process:
         return
-    with replacing_folder(folder, alone=alone) as temporary:
+    with replacing_folder(folder, last=MERGED, alone=alone, obsolete=WHOLE_WEIGHTS) as temporary:
         type(model).save_pretrained(model, temporary, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -9,9 +9,10 @@ from typing import Any, TypeAlias
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.files import check_sealed, replacing_folder, seal, write_json
+from lightpeft.files import CHECKSUMS, check_sealed, replacing_folder, seal, write_json
 from lightpeft.saved.adapter_files import DESCRIPTION
 from lightpeft.saved.light_adapter import LightModel, load_light
+from lightpeft.saved.merging import WHOLE_WEIGHTS
 from lightpeft.saved.peft_adapter import load_adapter, read_adapter
 from lightpeft.saved.run_folder import RunFolder
 
@@ -24,7 +25,7 @@ def save_peft(model: PeftModel, folder: Path) -> None:
     if isinstance(model, LightModel):
         model.save_pretrained(folder)
         return
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, last=CHECKSUMS) as temporary:
         model.save_pretrained(str(temporary))
         seal(temporary)
 
@@ -46,7 +47,7 @@ def open_peft(folder: Path, base: PreTrainedModel, *, is_trainable: bool = False
 
 def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a whole transformers model with its tokenizer: whole or not at all."""
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, last=CHECKSUMS, obsolete=WHOLE_WEIGHTS) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         seal(temporary)

@@ -10,16 +10,43 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.config import ModelConfig
+from lightpeft.errors import require
 from lightpeft.files import read_tensors, understandable
 from lightpeft.models.loading import load_model_config, load_tokenizer
-from lightpeft.models.vocabulary import Vocabulary, cut_tokenizer
+from lightpeft.models.positions import positions_of
+from lightpeft.models.repositories import TOKENIZER
+from lightpeft.models.vocabulary import Vocabulary, cut_tokenizer, vocabulary_of
+from lightpeft.saved.description import BaseFacts
 from lightpeft.tasks import ensure_pad_token
+from lightpeft.tasks.tokens import check_vocabulary
 
 VOCABULARY_FILE = "vocabulary.safetensors"
 """In the folder of a light adapter that has not all tokens of its base."""
+
+
+def tokenizer_of(model: PreTrainedModel, saved: BaseFacts) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base that a light model was made from, with the tokens and the length that are left to it.
+
+    Args:
+        model: the pruned model, with PEFT merged into it or not.
+        saved: its base.
+
+    Raises:
+        LightPeftError: the base is not where it was, or has no tokenizer.
+    """
+    place, positions = saved.place(), positions_of(model)
+    folder = Path(place.name).expanduser()
+    if folder.is_dir() and place.gguf_file is None:  # transformers makes one up where there are no files
+        has_files = any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER)
+        require(has_files, f"{folder} has no files of one")
+    tokenizer = tokenizer_over(place, vocabulary_of(model))
+    check_vocabulary(tokenizer, model.config)
+    if positions is not None:
+        tokenizer.model_max_length = min(positions, tokenizer.model_max_length)
+    return tokenizer
 
 
 def write_vocabulary(vocabulary: Vocabulary, folder: Path) -> None:

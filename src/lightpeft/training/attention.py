@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from lightpeft.compat.torch import changes_of, softmax_backward
+from lightpeft.compat.transformers import recomputes
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 
@@ -45,7 +46,7 @@ def attention_by_products(model: nn.Module) -> Iterator[None]:
     @functools.wraps(usual)
     def forward(*args: Any, **kwargs: Any) -> Any:
         on_cpu = next(inner.parameters()).device.type == "cpu"
-        if not on_cpu or not torch.is_grad_enabled() or inner.is_gradient_checkpointing:
+        if not on_cpu or not torch.is_grad_enabled() or recomputes(inner):
             return usual(*args, **kwargs)
         with ByProducts():
             return usual(*args, **kwargs)

@@ -18,6 +18,7 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightpeft.compat.torch import maker_of
+from lightpeft.compat.transformers import recomputes
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
 
@@ -36,7 +37,7 @@ def recomputed_activations(model: nn.Module) -> Iterator[None]:
 
     @functools.wraps(usual)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not is_grad_enabled() or inner.is_gradient_checkpointing:
+        if not is_grad_enabled() or recomputes(inner):
             return usual(*args, **kwargs)
         with saved_tensors_hooks(_keep, _Kept()):
             return usual(*args, **kwargs)

@@ -72,7 +72,10 @@ def skeleton_config(config: PretrainedConfig) -> Any:
         if isinstance(value, list | tuple) and "layer" in key and len(value) in depths.values():
             setattr(small, key, value[:_LAYERS])
     for key, value in depths.items():
-        setattr(small, key, min(value, _LAYERS))
+        try:
+            setattr(small, key, min(value, _LAYERS))
+        except NotImplementedError as error:  # a sum of others that cannot be set itself
+            raise LightPeftError(f"{type(config).__name__} says {key}, and has no place to say fewer") from error
     for key in _WIDTH_KEYS:
         if type(value := getattr(config, key, None)) is int:
             setattr(small, key, min(value, _NEURONS))
@@ -110,6 +113,9 @@ def random_inputs(model: PreTrainedModel, rows: int = 3, length: int = 9, paddin
         LightPeftError: the model takes something else.
     """
     config, name = model.config, model.main_input_name
+    needed = {"input_ids": "vocab_size", "pixel_values": "image_size"}.get(name)
+    says = needed is None or hasattr(config, needed)
+    require(says, f"{type(config).__name__} has no {needed}, so that there is no knowing what the model reads")
     generator = torch.Generator().manual_seed(1)
     if name == "input_ids":
         inputs = _token_inputs(config, rows, length, padding, generator)

@@ -32,8 +32,8 @@ _UNSUPPORTED = (
 )
 """LoRA settings that change what a module computes or where it sits in a way the site view does not know."""
 
-DOWN, UP, BIAS = "lora_A.weight", "lora_B.weight", "base_layer.bias"
-"""What PEFT's files call A, B and the bias that `bias="lora_only"` trains."""
+DOWN, UP, BIAS, UP_BIAS = "lora_A.weight", "lora_B.weight", "base_layer.bias", "lora_B.bias"
+"""What PEFT's files call A, B, and the biases that `bias="lora_only"` and `lora_bias=True` train."""
 
 
 class Lora(Site):
@@ -184,12 +184,14 @@ class LoraSite(Lora, LinearSite):
         slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
 
     def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
-        """Rows of B, columns of A and further ranks are zero where the cut module had none."""
+        """Rows of B and of its bias, columns of A and further ranks are zero where the cut module had none."""
         wide, ranks = dict(learned), torch.arange(len(learned[DOWN]))
         wide[DOWN] = spread(wide[DOWN], ranks, 0, self.down.shape[0])
         wide[UP] = spread(wide[UP], ranks, 1, self.up.shape[1])
         cut, size = (UP, self.up.shape[0]) if dim == 0 else (DOWN, self.down.shape[1])
         wide[cut] = spread(wide[cut], index, dim, size)
+        if UP_BIAS in learned and dim == 0:
+            wide[UP_BIAS] = spread(wide[UP_BIAS], index, 0, size)
         if BIAS in learned and dim == 0:
             wide[BIAS] = self._of_base(self.base.bias).to(learned[BIAS].dtype).index_copy(0, index, learned[BIAS])
         return wide

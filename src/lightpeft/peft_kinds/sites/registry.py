@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +23,8 @@ from lightpeft.peft_kinds.sites.expert_lora import expert_sites
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.peft_kinds.sites.lora import LoraSite
 from lightpeft.plans.structure import BlockSpec, SiteSpec
+
+_log = logging.getLogger(__name__)
 
 KINDS: tuple[type[Site], ...] = (DoraSite, LoraSite, Ia3Site, BottleneckSite)
 """PEFT kinds that can be pruned; the first that matches a configuration is taken."""
@@ -115,6 +118,31 @@ def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in blocks[0].projections.values()))
     require(bool(sites), f"no PEFT module sits on a prunable projection; target_modules may name: {known}")
     return sites
+
+
+def leave_routers(model: PeftModel, blocks: Sequence[BlockSpec]) -> None:
+    """Take LoRA off the routers of experts where PEFT has put it by itself, as its "all-linear" does, and say so.
+
+    Where somebody named them, or LoRA there has been trained, it stays, for `check_peft` to refuse.
+    """
+    inner, named = transformers_model(model), getattr(_config(model), "target_parameters", None) or ()
+    routers = {}
+    for name in (block.expert_modules["router"] for block in blocks if block.experts):
+        router = inner.get_submodule(name)
+        if isinstance(router, ParamWrapper) and f"{name.rpartition('.')[2]}.{router.parameter_name}" in named:
+            routers[name] = router
+    if not routers or any(_is_trained(up.weight) for router in routers.values() for up in router.lora_B.values()):
+        return
+    for name, router in routers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(inner.get_submodule(parent), child, router.base_layer)
+    refresh_config(model)
+    _log.warning("no LoRA on %d routers (%s): a router is cut with its experts", len(routers), next(iter(routers)))
+
+
+def _is_trained(up: torch.Tensor) -> bool:
+    """Whether a B is not zero, as all begin; one without storage is of a rehearsal."""
+    return not up.is_meta and bool(up.any())
 
 
 def check_removable(model: PeftModel, sites: Sequence[Site]) -> None:

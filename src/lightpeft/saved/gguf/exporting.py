@@ -62,7 +62,7 @@ def save_gguf(
     check_vacant(folder, replaceable=(folder / FILE).is_file(), overwrite=overwrite)
     check_family(transformers_model(cast(PeftModel, model)))  # before it is copied
     whole = merged_copy(model)
-    with replacing_folder(folder, alone=True) as temporary:
+    with replacing_folder(folder, last=FILE, alone=True) as temporary:
         matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / FILE, dtype)
         agreement = compare(whole, tokenizer, temporary / FILE)
         form = of_whole(model.light_plan, f"llama-cli -m {FILE}", " as a GGUF file", language="", library="gguf")

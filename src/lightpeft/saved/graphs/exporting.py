@@ -53,7 +53,7 @@ def save_graph(
     check_vacant(folder, replaceable=(folder / runtime.file).is_file(), overwrite=overwrite)
     check_traceable(transformers_model(cast(PeftModel, model)))  # before it is copied
     whole = traceable(merged_copy(model))
-    with replacing_folder(folder, alone=True) as temporary:
+    with replacing_folder(folder, last=runtime.file, alone=True) as temporary:
         agreement = write_graph(whole, tokenizer, runtime, temporary, dtype)
         (temporary / CARD).write_text(_card(model, runtime), encoding="utf-8")
     return agreement

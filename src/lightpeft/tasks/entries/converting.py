@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, Features
 
 from lightpeft.config import TaskEntry
-from lightpeft.errors import LightPeftError, nearest, require
+from lightpeft.errors import LightPeftError, nearest, one_line, require
 from lightpeft.tasks.kinds.registry import KINDS
 from lightpeft.tasks.rows.columns import is_template, place
 
@@ -41,7 +41,10 @@ def convert_rows(rows: Dataset, entry: TaskEntry, what: str, convert: Convert | 
     if any(is_template(source) for source in sources.values()):
         return _from_rows(_convert_each(rows, _filler(sources), entry, what))
     features = Features({column: rows.features[source] for column, source in sources.items()})
-    return Dataset.from_dict({column: rows[source][:] for column, source in sources.items()}, features=features)
+    try:
+        return Dataset.from_dict({column: rows[source][:] for column, source in sources.items()}, features=features)
+    except OverflowError as error:
+        raise LightPeftError(f"{what} has {_TOO_LARGE}: {one_line(error)}") from error
 
 
 def source_columns(source: str) -> list[str]:
@@ -122,7 +125,7 @@ class _Row(Mapping[str, Any]):
 
 def _convert_each(rows: Dataset, convert: Convert, entry: TaskEntry, what: str) -> Iterator[dict[str, Any]]:
     """Converted rows; one that cannot be converted is an error that names the column read last."""
-    for number, values in enumerate(_each(rows), 1):
+    for number, values in enumerate(_each(rows, what), 1):
         row = _Row(values, entry, what, number)
         try:
             yield convert(row)
@@ -133,11 +136,17 @@ def _convert_each(rows: Dataset, convert: Convert, entry: TaskEntry, what: str) 
             raise LightPeftError(f"{where}: the row does not have the task's form ({reason})") from error
 
 
-def _each(rows: Dataset) -> Iterator[dict[str, Any]]:
+def _each(rows: Dataset, what: str) -> Iterator[dict[str, Any]]:
     """The rows one by one, read in blocks, which takes a fraction of the time."""
-    for block in rows.iter(batch_size=1000):
-        for values in zip(*block.values(), strict=True):
-            yield dict(zip(block, values, strict=True))
+    try:
+        for block in rows.iter(batch_size=1000):
+            for values in zip(*block.values(), strict=True):
+                yield dict(zip(block, values, strict=True))
+    except OverflowError as error:
+        raise LightPeftError(f"{what} has {_TOO_LARGE}: {one_line(error)}") from error
+
+
+_TOO_LARGE = "a number, a time or a duration that is too large to be read"
 
 
 def _filler(sources: Mapping[str, str]) -> Convert:

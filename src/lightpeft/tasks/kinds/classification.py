@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import TaskEntry
+from lightpeft.config.validation import shown
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.task_heads import CLASSIFICATION, TaskHead
 from lightpeft.tasks.answers import Columns, Outcome, answers_of, rounded
@@ -24,7 +25,10 @@ from lightpeft.tasks.kinds.texts import TextTask
 from lightpeft.tasks.respondent import Respondent, finite_logits
 from lightpeft.tasks.rows.columns import HIDDEN, place, source_column
 
-INTEGER = re.compile(r"-?\d+")
+INTEGER = re.compile(r"-?\d{1,18}")
+"""A label that is sorted and read as a number: one of more digits is a name like any other."""
+LONGEST_LABEL = 1000
+"""Characters of a label's name: columns of lines of error, of tables and of a model's config are called so."""
 SHOWN_LABELS = 5
 """Labels that an error line lists at most."""
 PROMPT = "{text}\nAnswer:"
@@ -43,9 +47,9 @@ class ClassificationTask(TextTask, OptionsTask):
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
         """Texts are strings that are not blank; labels are integers, strings or booleans."""
         cls.check_inputs(rows, entry, what)
-        shown = source_column(entry, "label")
+        column = source_column(entry, "label")
         for number, value in enumerate(label_names(rows, entry, what), 1):
-            require(value is not None, f"{place(what, number, shown)}: there is no label; {HIDDEN}")
+            require(value is not None, f"{place(what, number, column)}: there is no label; {HIDDEN}")
 
     @classmethod
     def label_set(cls, rows: Dataset, entry: TaskEntry) -> list[str]:
@@ -133,10 +137,10 @@ def listed(names: list[Any]) -> str:
 
 def label_names(rows: Dataset, entry: TaskEntry, what: str) -> list[str | None]:
     """Every row's label as its name; None where there is none, or where it is hidden (-1, as hub data sets do)."""
-    feature, shown = rows.features["label"], source_column(entry, "label")
+    feature, column = rows.features["label"], source_column(entry, "label")
     numbered = isinstance(feature, ClassLabel)
     names = list(entry.labels) or (list(feature.names) if numbered else None)
-    return [_label_name(value, names, numbered, place(what, i, shown)) for i, value in enumerate(rows["label"][:], 1)]
+    return [_label_name(value, names, numbered, place(what, i, column)) for i, value in enumerate(rows["label"][:], 1)]
 
 
 def _label_name(value: Any, names: list[str] | None, numbered: bool, where: str) -> str | None:
@@ -146,7 +150,12 @@ def _label_name(value: Any, names: list[str] | None, numbered: bool, where: str)
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # integers become floats where a table had gaps
-    require(isinstance(value, (bool, int, str)), f"{where}: {value!r} is no label; use an integer, string or boolean")
+    require(
+        isinstance(value, (bool, int, str)), f"{where}: {shown(value)} is no label; use an integer, string or boolean"
+    )
+    size = len(value) if isinstance(value, str) else 0
+    long = f"{where}: {shown(value)} has {size:,} characters, and a label at most {LONGEST_LABEL:,}; is it a label?"
+    require(size <= LONGEST_LABEL, long)
     if names is None or (str(value) in names and not numbered):
         return str(value)
     return _by_number(value, names, where)
@@ -155,5 +164,7 @@ def _label_name(value: Any, names: list[str] | None, numbered: bool, where: str)
 def _by_number(value: Any, names: list[str], where: str) -> str | None:
     """The label that a number from 0 on means where label names are declared; None for -1."""
     known = isinstance(value, int) or INTEGER.fullmatch(value)
-    require(known and -1 <= int(value) < len(names), f"{where}: {value!r} is no label of {listed(names)} (0, 1, ...)")
+    require(
+        known and -1 <= int(value) < len(names), f"{where}: {shown(value)} is no label of {listed(names)} (0, 1, ...)"
+    )
     return names[int(value)] if int(value) >= 0 else None

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lightpeft.config import TaskEntry
+from lightpeft.config.validation import shown
 from lightpeft.errors import require
 from lightpeft.models.task_heads import MULTIPLE_CHOICE, TaskHead
 from lightpeft.tasks.answers import Columns, Outcome, require_finite, rounded
@@ -51,7 +52,7 @@ class MultipleChoiceTask(OptionsTask):
             require(value is not None, f"{where}: there is no right option; {HIDDEN}")
             index = _index(value)
             known = index is not None and 0 <= index < count
-            require(known, f"{where}: {value!r} is no right option's number; it lies from 0 to {count - 1}")
+            require(known, f"{where}: {shown(value)} is no right option's number; it lies from 0 to {count - 1}")
 
     @classmethod
     def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
@@ -59,7 +60,7 @@ class MultipleChoiceTask(OptionsTask):
         check_strings(rows, "context", entry, what)
         for where, options in values(rows, "options", entry, what):
             several = isinstance(options, list) and len(options) > 1
-            require(several, f"{where}: {options!r} is no list of two or more options")
+            require(several, f"{where}: {shown(options)} is no list of two or more options")
             for option in options:
                 check_text(option, where)
 

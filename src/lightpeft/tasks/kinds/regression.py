@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from torch.nn.functional import mse_loss
 from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import TaskEntry
+from lightpeft.config.validation import shown
 from lightpeft.errors import require
 from lightpeft.models.task_heads import REGRESSION, TaskHead
 from lightpeft.tasks.answers import Columns, Outcome, answers_of, rounded
@@ -28,10 +28,10 @@ class RegressionTask(TextTask):
 
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:
-        """Texts are strings that are not blank; labels are finite numbers."""
+        """Texts are strings that are not blank; labels are numbers that can be learned."""
         cls.check_inputs(rows, entry, what)
         for where, value in values(rows, "label", entry, what):
-            require(_number(value) is not None, f"{where}: {value!r} is no number; regression needs one in every row")
+            require(_number(value) is not None, f"{where}: {shown(value)} is no number; {_NEEDS}")
 
     def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         """As `encode_inputs`, with `labels` as floats."""
@@ -49,10 +49,15 @@ class RegressionTask(TextTask):
         return {"value": rounded(finite_logits(respondent, encoded).squeeze(-1))}
 
 
+_LARGEST = 1e18
+"""What a label may be: the loss squares it, in float32."""
+_NEEDS = f"regression needs one in every row, from -{_LARGEST:.0e} to {_LARGEST:.0e}"
+
+
 def _number(value: Any) -> float | None:
-    """A finite number, also one that a CSV file holds as text; None for anything else."""
+    """A number that can be learned, also one that a CSV file holds as text; None for anything else."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) <= _LARGEST else None

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from lightpeft.config import TaskEntry
+from lightpeft.config.validation import shown
 from lightpeft.errors import require
 from lightpeft.models.task_heads import SPAN, TaskHead
 from lightpeft.tasks.answers import Answers, Columns, Outcome, require_finite, rounded
@@ -206,9 +207,9 @@ def answer_places(value: Any, context: str, where: str) -> list[Place]:
     if isinstance(value, Mapping):
         texts, starts = (_listed(value.get(name)) for name in ("text", "answer_start"))
         fits = len(texts) == len(starts) and all(map(_is_place, texts, starts))
-        require(fits, f"{where}: {value!r} is not {_FORM}")
+        require(fits, f"{where}: {shown(value)} is not {_FORM}")
         return [Place(text, start) for text, start in zip(texts, starts, strict=True) if text.strip()]
-    require(all(isinstance(text, str) for text in _listed(value)), f"{where}: {value!r} is not {_FORM}")
+    require(all(isinstance(text, str) for text in _listed(value)), f"{where}: {shown(value)} is not {_FORM}")
     places = [Place(text, context.find(text)) for text in _texts(value)]
     for answer in places:
         require(answer.start >= 0, f'{where}: "{answer.text}" is not in the context')

@@ -18,7 +18,9 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from lightpeft.errors import LightPeftError, one_line, require
+from lightpeft.files.foreign import parsing
 from lightpeft.models import hub
+from lightpeft.tasks.rows.columns import place
 
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
 FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w{0,7}")
@@ -67,7 +69,7 @@ def read_file(path: Path, what: str) -> Dataset:
         raise LightPeftError(f"{what}: {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
         raise LightPeftError(f"{what}: {path} cannot be read: {error.strerror or one_line(error)}") from error
-    except _MalformedError as error:
+    except (_MalformedError, LightPeftError) as error:
         raise LightPeftError(f"{what}: {error}") from error
     require(rows.num_rows > 0, f"{what}: {path} has no rows")
     return rows
@@ -159,10 +161,10 @@ def _json_rows(file: TextIO, path: Path | str) -> Dataset:
         numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
         rows = [_json_value(line.strip(), path, number) for number, line in numbered]
         places = [f"line {number}" for number, _ in numbered]
-    for place, row in zip(places, rows, strict=True):
+    for where, row in zip(places, rows, strict=True):
         if not isinstance(row, dict):
             raise _MalformedError(
-                f"{path} {place} is not an object; a file holds a list of objects or one object a line"
+                f"{path} {where} is not an object; a file holds a list of objects or one object a line"
             )
     names = list(dict.fromkeys(name for row in rows for name in row))
     return _from_columns({name: [row.get(name) for row in rows] for name in names}, path)
@@ -176,23 +178,58 @@ def _json_value(text: str, path: Path | str, first_line: int) -> Any:
         raise _MalformedError(
             f"{path} line {line} is not JSON (list of objects, or one object a line): {error.msg}"
         ) from error
+    except RecursionError as error:
+        raise _MalformedError(f"{path} line {first_line} is nested too deep to be read") from error
+    except ValueError as error:  # more digits than Python reads
+        raise _MalformedError(f"{path} line {first_line} has {_TOO_LONG}") from error
 
 
 def _read_parquet(path: Path) -> Dataset:
-    try:
-        return Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
-    except pyarrow.ArrowException as error:
-        raise _MalformedError(f"{path} is not a readable Parquet file: {one_line(error)}") from error
+    with parsing(f"{path} is not a readable Parquet file"):  # what `datasets` says of its own metadata there as well
+        table = pyarrow.parquet.read_table(path)
+        table.validate(full=True)  # texts that are no UTF-8 would be found by who reads them
+        return Dataset(InMemoryTable(table))
 
 
 def _from_columns(columns: dict[str, list[Any]], path: Path | str) -> Dataset:
     arrays = {}
     for name, values in columns.items():
+        if not _is_whole(name):
+            raise _MalformedError(f"{path}: a column is called {name!a}, with {_HALF}")
         try:
             arrays[name] = pyarrow.array(values)
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
+            _check_each(name, values, path)
             raise _MalformedError(f'{path}: column "{name}" mixes types: {one_line(error)}') from error
-    return Dataset(InMemoryTable(pyarrow.table(arrays)))
+    try:
+        return Dataset(InMemoryTable(pyarrow.table(arrays)))
+    except (pyarrow.ArrowException, RecursionError) as error:
+        raise _MalformedError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _check_each(name: str, values: list[Any], path: Path | str) -> None:
+    """Refuse the first value of a column that a table has no room for, whatever the others are."""
+    for number, value in enumerate(values, 1):
+        try:
+            pyarrow.array([value])
+        except OverflowError as error:
+            raise _MalformedError(f"{place(str(path), number, name)}: there is {_TOO_LONG}") from error
+        except UnicodeEncodeError as error:
+            raise _MalformedError(f"{place(str(path), number, name)}: there is {_HALF}") from error
+        except pyarrow.ArrowException:
+            continue
+
+
+_TOO_LONG = "a whole number of more than 64 bits, which no table has room for; write it as text"
+_HALF = "half a character (a lone surrogate), which no text has; take it out"
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 READERS: dict[str, Callable[[Path], Dataset]] = {
