@@ -33,6 +33,7 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import losses_of
 from lightpeft.prune import budgeting
 from lightpeft.prune.budgeting import PARTS, FoundBudget, find_budget
+from lightpeft.prune.learning import LEAST_LEARNED
 from lightpeft.prune.probing import Probe
 from lightpeft.prune.surgery import cut_copy
 from lightpeft.recipe.probes import SearchRoom, sizes_of, why_unmeasured
@@ -809,7 +810,10 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
         (None, 0.0, "nothing of the blocks goes: few, and what a fixed one costs is known of classifiers alone"),
     ],
 )
-def test_a_fixed_budget_is_for_who_has_learned(learned: float | None, blocks: float, why: str) -> None:
+def test_a_fixed_budget_is_for_who_has_learned(
+    learned: float | None, blocks: float, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgeting, "LEAST_LEARNED", LEAST_LEARNED)  # which the runs of this module do not ask for
     found = FoundBudget.fixed("few", learned)
     assert found.blocks == blocks and found.summary().startswith(why) and json.dumps(found.facts())
     assert FoundBudget.fixed("few", 0.3, gone=0.5).blocks == 0.5
