@@ -13,7 +13,7 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -324,6 +324,26 @@ def test_a_model_leaves_zero3_and_comes_back(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # PyTorch
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda count: torch.ones(2) / count,
+        lambda count: torch.ones(2).div_(count),
+        lambda count: 1 / int(count),
+        lambda count: count.item(),
+        lambda count: torch.stack([torch.tensor(1.0), count]),
+        lambda count: count.to(torch.float64),
+        lambda count: max(count, 1),
+    ],
+)
+def test_a_tensor_notes_who_computes_with_it(reads: Callable[[Any], Any]) -> None:
+    count = of_torch.Noted.of(torch.tensor(4.0))
+    with needed_for("steps that do not grow with accumulation where a loss ignores how many labels they have"):
+        assert count.to(count.device) is count and isinstance(count, Tensor) and not count.read
+        reads(count)
+        assert count.read
 
 
 def test_hooks_of_modules() -> None:

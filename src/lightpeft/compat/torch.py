@@ -1,4 +1,4 @@
-"""PyTorch: tables of parameters and hooks, changes of tensors, what made them, and the type of those without one."""
+"""PyTorch: parameters' tables and hooks; tensors: changes, makers, readers, and the type of those without one."""
 
 from __future__ import annotations
 
@@ -178,3 +178,29 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         asked.pop()
+
+
+class Noted(Tensor):
+    """A tensor that notes whether something was computed from it; what is computed is a plain one.
+
+    To say on which device it is, or to stay there, is not to be read.
+    """
+
+    read: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor | float) -> Noted:
+        """A view of a tensor that nobody has read."""
+        noted = torch.as_tensor(tensor).as_subclass(cls)
+        noted.read = False
+        return noted
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, of which it is an argument."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        for each in tree_leaves((args, kwargs)):
+            if isinstance(each, cls) and func.__name__ != "__get__" and result is not each:
+                each.read = True
+        return result

@@ -245,8 +245,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     def _reads_loss_alone(self) -> bool:
         """Whether nobody reads a language model's logits in training: `Trainer` does not, a loss of one's own may."""
         trainer = self._trainer
-        own = type(self).compute_loss is Trainer.compute_loss  # type: ignore[attr-defined]
-        return own and trainer.compute_loss_func is None and trainer.label_smoother is None
+        return self.has_plain_loss() and trainer.compute_loss_func is None and trainer.label_smoother is None
 
     def _enter_light(self, context: Any) -> None:
         self._light_contexts.enter_context(context)
