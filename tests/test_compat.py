@@ -27,7 +27,7 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
-from peft import LoraConfig, PeftType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
@@ -651,6 +651,20 @@ def test_the_enum_of_methods() -> None:
 def test_the_table_of_methods() -> None:
     with needed_for("the line that another package has registered a method BOTTLENECK"):
         assert of_peft.tuner_of(PeftType.LORA) is LoraModel
+
+
+def test_peft_models_made_by_others() -> None:
+    """Who imported the name gets it back, whatever happens."""
+    import trl.trainer.sft_trainer as importer
+
+    ours, other = (LoraConfig(target_modules=["query"]) for _ in range(2))
+    kept = peft.get_peft_model
+    with needed_for("PEFT modules in the right places of a model that TRL loads by name"):
+        with pytest.raises(KeyError), of_peft.peft_model_made_by(lambda *_, **options: options, ours) as made:
+            assert importer.get_peft_model("model", ours, adapter_name="one") == {"adapter_name": "one"}
+            assert isinstance(peft.get_peft_model(make("bert"), other), PeftModel) and made == [{"adapter_name": "one"}]
+            raise KeyError
+        assert importer.get_peft_model is peft.get_peft_model is kept
 
 
 def test_keys_of_patterns() -> None:
