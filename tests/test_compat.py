@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from tiny import batch, make, with_lora
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import gelu, silu
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -334,16 +334,34 @@ def test_a_model_leaves_zero3_and_comes_back(monkeypatch: pytest.MonkeyPatch) ->
         lambda count: 1 / int(count),
         lambda count: count.item(),
         lambda count: torch.stack([torch.tensor(1.0), count]),
-        lambda count: count.to(torch.float64),
+        lambda count: 1 / count.to(torch.float64),
+        lambda count: 1 / count.detach().cpu().float(),
         lambda count: max(count, 1),
     ],
 )
 def test_a_tensor_notes_who_computes_with_it(reads: Callable[[Any], Any]) -> None:
     count = of_torch.Noted.of(torch.tensor(4.0))
     with needed_for("steps that do not grow with accumulation where a loss ignores how many labels they have"):
-        assert count.to(count.device) is count and isinstance(count, Tensor) and not count.read
+        assert count.to(count.device).equal(torch.tensor(4.0)) and isinstance(count, Tensor)
+        count = of_torch.Noted.of(torch.tensor(4.0))
+        assert count.dtype == count.to(count.device, torch.bfloat16).float().dtype and not count.read
         reads(count)
         assert count.read
+
+
+@pytest.mark.usefixtures("one_of_one")
+@pytest.mark.parametrize("half", [None, torch.float32, torch.bfloat16])
+def test_a_model_in_parts_reads_no_tensor_that_goes_in(half: torch.dtype | None) -> None:
+    class Divides(nn.Linear):
+        def forward(self, x: Tensor, count: Tensor | None = None, by: bool = False) -> Any:
+            return super().forward(x) / count if by else super().forward(x)
+
+    with needed_for("steps under FSDP2 that do not grow with accumulation and processes"):
+        model = fully_shard(Divides(2, 2), mp_policy=MixedPrecisionPolicy(param_dtype=half))
+        for by in (False, True):
+            count = of_torch.Noted.of(torch.tensor(4.0))
+            found = model(torch.ones(1, 2), count=count, by=by)
+            assert count.read is by and type(found) is Tensor
 
 
 def test_hooks_of_modules() -> None:
