@@ -13,7 +13,7 @@ import logging
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +27,14 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
-from peft import LoraConfig, PeftType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
 from tiny import batch, make, with_lora
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import gelu, silu
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -324,6 +324,44 @@ def test_a_model_leaves_zero3_and_comes_back(monkeypatch: pytest.MonkeyPatch) ->
 
 
 # PyTorch
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        lambda count: torch.ones(2) / count,
+        lambda count: torch.ones(2).div_(count),
+        lambda count: 1 / int(count),
+        lambda count: count.item(),
+        lambda count: torch.stack([torch.tensor(1.0), count]),
+        lambda count: 1 / count.to(torch.float64),
+        lambda count: 1 / count.detach().cpu().float(),
+        lambda count: max(count, 1),
+    ],
+)
+def test_a_tensor_notes_who_computes_with_it(reads: Callable[[Any], Any]) -> None:
+    count = of_torch.Noted.of(torch.tensor(4.0))
+    with needed_for("steps that do not grow with accumulation where a loss ignores how many labels they have"):
+        assert count.to(count.device).equal(torch.tensor(4.0)) and isinstance(count, Tensor)
+        count = of_torch.Noted.of(torch.tensor(4.0))
+        assert count.dtype == count.to(count.device, torch.bfloat16).float().dtype and not count.read
+        reads(count)
+        assert count.read
+
+
+@pytest.mark.usefixtures("one_of_one")
+@pytest.mark.parametrize("half", [None, torch.float32, torch.bfloat16])
+def test_a_model_in_parts_reads_no_tensor_that_goes_in(half: torch.dtype | None) -> None:
+    class Divides(nn.Linear):
+        def forward(self, x: Tensor, count: Tensor | None = None, by: bool = False) -> Any:
+            return super().forward(x) / count if by else super().forward(x)
+
+    with needed_for("steps under FSDP2 that do not grow with accumulation and processes"):
+        model = fully_shard(Divides(2, 2), mp_policy=MixedPrecisionPolicy(param_dtype=half))
+        for by in (False, True):
+            count = of_torch.Noted.of(torch.tensor(4.0))
+            found = model(torch.ones(1, 2), count=count, by=by)
+            assert count.read is by and type(found) is Tensor
 
 
 def test_hooks_of_modules() -> None:
@@ -631,6 +669,20 @@ def test_the_enum_of_methods() -> None:
 def test_the_table_of_methods() -> None:
     with needed_for("the line that another package has registered a method BOTTLENECK"):
         assert of_peft.tuner_of(PeftType.LORA) is LoraModel
+
+
+def test_peft_models_made_by_others() -> None:
+    """Who imported the name gets it back, whatever happens."""
+    import trl.trainer.sft_trainer as importer
+
+    ours, other = (LoraConfig(target_modules=["query"]) for _ in range(2))
+    kept = peft.get_peft_model
+    with needed_for("PEFT modules in the right places of a model that TRL loads by name"):
+        with pytest.raises(KeyError), of_peft.peft_model_made_by(lambda *_, **options: options, ours) as made:
+            assert importer.get_peft_model("model", ours, adapter_name="one") == {"adapter_name": "one"}
+            assert isinstance(peft.get_peft_model(make("bert"), other), PeftModel) and made == [{"adapter_name": "one"}]
+            raise KeyError
+        assert importer.get_peft_model is peft.get_peft_model is kept
 
 
 def test_keys_of_patterns() -> None:

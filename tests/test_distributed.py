@@ -19,6 +19,7 @@ from training import (
     estimate,
     one_light_training,
     student,
+    trained_classifier,
     trained_weights,
     trainer,
     upper,
@@ -98,6 +99,15 @@ def test_one_training_through_the_cut(results: Path, tmp_path: Path, name: str) 
     assert all(PrunePlan.load(place / "plan.json").blocks == whole.light_plan.blocks for place in places)
     for key, value in trained_weights(whole.model).items():
         torch.testing.assert_close(found[0][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_a_classifier_do_not_grow_with_processes(results: Path, tmp_path: Path) -> None:
+    """Nor with accumulation: transformers takes its loss for one that divides by the labels of all of them."""
+    whole = trained_weights(trained_classifier(tmp_path))
+    for rank in (0, 1):
+        found = load_file(results / f"rank{rank}" / "classifier.safetensors")
+        for name, weight in whole.items():
+            torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("options", ["plain", "bucket-view"])

@@ -18,6 +18,8 @@ from lightpeft import LightModel, load_light
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 Run = Callable[..., str]
+FEW = ("--least_examples", 16)
+"""For preferences and rewards, of which the tiny data have few."""
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = {"train": workbench.labelled(320), "test": workbench.labelled(64, seed=1)}
     for split, labelled in rows.items():
         write(folder / f"reviews/{split}.jsonl", labelled)
+        classes = [{"text": row["text"], "label": int(row["label"] == "positive")} for row in labelled]
+        write(folder / f"classes/{split}.jsonl", classes)
+        named = [{"text": row["text"], "label": ("bad0_bad1", "good0_good1")[row["label"]]} for row in classes]
+        write(folder / f"named/{split}.jsonl", named)
         write(folder / f"names/{split}.jsonl", [tagged(row["text"].split()) for row in labelled])
     texts = [(row["prompt"], row["completion"]) for row in workbench.completions(160)]
     said = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in texts]
@@ -47,6 +53,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write(path: Path, rows: list[dict[str, object]] | workbench.Rows) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def tagged(words: list[str]) -> dict[str, object]:
@@ -115,19 +125,55 @@ def test_chat(run: Run, home: Path) -> None:
 
 
 def test_prefer(run: Run, home: Path) -> None:
-    printed = run("prefer", *on("decoder", "preferences", epochs=2, output="out/preferences"))
+    printed = run("prefer", *on("decoder", "preferences", epochs=2, output="out/preferences"), *FEW)
     first, last = (number(printed, pattern) for pattern in (r": (-?[\d.]+) at first", r", (-?[\d.]+) in the end"))
     assert last > first + 0.05
     assert load_light(home / "out/preferences/adapter").light_plan.removed_parameters > 0
 
 
+def test_prefer_pairs_that_were_made(run: Run, home: Path) -> None:
+    """Right and wrong labels; and plain LoRA beside light training, which leaves an ordinary adapter."""
+    made = run("make_pairs", "--data", "reviews", "--output", "out/answers", "--rows", 100)
+    assert made.splitlines() == ["out/answers/train.jsonl: 100 pairs", "out/answers/test.jsonl: 64 pairs"]
+    label_of = {row["text"]: row["label"] for row in lines(home / "reviews/train.jsonl")}
+    for pair in lines(home / "out/answers/train.jsonl"):
+        assert pair["chosen"] == f" {label_of[pair['prompt'].partition(chr(10))[0]]}"
+        assert {pair["chosen"], pair["rejected"]} == {" positive", " negative"}
+    printed = run("prefer", *on("decoder", "out/answers", epochs=1, output="out/plain"), "--plain")
+    assert 0 < number(printed, r"test: loss ([\d.]+)") < 1
+    assert (home / "out/plain/adapter/adapter_config.json").is_file()
+    assert not (home / "out/plain/adapter/lightpeft.json").exists()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_reward(run: Run, home: Path, plain: bool) -> None:
+    names = ["--model", "decoder", "--data", "classes", "--labels", "bad", "good", "--output", "out/rewarded"]
+    printed = run("reward", *names, "--steps", 40, "--learning_rate", 2e-2, *FEW, *["--plain"] * plain)
+    before, after = (number(printed, pattern) for pattern in (r": ([\d.]+)% before", r", ([\d.]+)% after"))
+    rewards = [float(found) for found in re.findall(r"'reward': '?([\d.]+)", printed)]
+    assert rewards[3] > rewards[0] and after > before
+    if not plain:
+        assert load_light(home / "out/rewarded/adapter").light_plan.removed_parameters > 0
+
+
 def test_embed(run: Run, home: Path) -> None:
     printed = run("embed", *on("encoder", "pairs", epochs=8, output="out/embeddings"))
-    question, found = printed.splitlines()[-2:]
-    assert found.startswith("-> ") and question
+    assert number(printed, r", ([\d.]+)% after") >= number(printed, r": ([\d.]+)% before")
     assert (home / "out/embeddings/model").is_dir()
     light = load_light(next((home / "out/embeddings/model").rglob("lightpeft.json")).parent)
     assert isinstance(light, LightModel) and light.light_plan.removed_parameters > 0
+
+
+def test_embed_pairs_that_were_made(run: Run, home: Path) -> None:
+    """A text and its label in words; and plain LoRA beside light training."""
+    run("make_pairs", "--data", "named", "--together", "--output", "out/intents")
+    first = lines(home / "out/intents/train.jsonl")[0]
+    rows = [
+        {"text": row["text"], "meaning": row["label"].replace("_", " ")} for row in lines(home / "named/train.jsonl")
+    ]
+    assert first in rows
+    printed = run("embed", *on("encoder", "out/intents", epochs=8, output="out/alike"), "--plain")
+    assert number(printed, r", ([\d.]+)% after") > number(printed, r": ([\d.]+)% before")
 
 
 def test_export_gguf(run: Run, home: Path) -> None:

@@ -20,6 +20,7 @@ from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.live import device_of, moved
 from lightpeft.prune.estimation import Estimator
 from lightpeft.recipe.trainer import LightTrainer
+from lightpeft.training.trainer import RunTrainer
 
 
 def student(name: str = "bert", **changes: Any) -> PeftModel:
@@ -73,6 +74,26 @@ def one_light_training(folder: Path, rows: int = 8, **settings: Any) -> Any:
     }
     arguments = TrainingArguments(str(folder), **values)
     return LightTrainer(student("llama-gqa"), arguments, light=light, train_dataset=dataset(causal=True))
+
+
+def trained_classifier(folder: Path, rows: int = 8, **settings: Any) -> PeftModel:
+    """A classifier after gradient descent in a run's trainer; its loss ignores how many labels a step has."""
+    values: dict[str, Any] = {
+        "per_device_train_batch_size": rows,
+        "max_steps": 4,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **settings,
+    }
+    model = student()
+    RunTrainer(model, TrainingArguments(str(folder), **values), train_dataset=dataset()).train()
+    return model
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from training import (
     encoded,
     one_light_training,
     student,
+    trained_classifier,
     trained_weights,
     trainer,
     upper,
@@ -153,6 +154,8 @@ def main(folder: Path) -> None:
         place = folder / f"rank{dist.get_rank()}" / name
         trained.light_plan.save(place / "plan.json")
         save_file(trained_weights(trained.model), place / "weights.safetensors")
+    classifier = trained_classifier(folder / "classifier", rows=2, gradient_accumulation_steps=2, ddp_backend="gloo")
+    save_file(trained_weights(classifier), folder / f"rank{dist.get_rank()}" / "classifier.safetensors")
     save_file(shared_prefix(folder), folder / f"rank{dist.get_rank()}" / "prefix.safetensors")
     dist.destroy_process_group()
 

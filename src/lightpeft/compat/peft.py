@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig, PeftType
+import peft
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
@@ -32,6 +34,38 @@ def method_named(name: str) -> PeftType:
         # Python 3.13 answers `value in PeftType` from a list of its own
         getattr(PeftType, "_hashable_values_", []).append(name)
     return PeftType[name]
+
+
+@contextmanager
+def peft_model_made_by(make: Callable[..., PeftModel], config: PeftConfig) -> Iterator[list[PeftModel]]:
+    """Inside the block, whoever asks `get_peft_model` for a PeftModel with this configuration gets one of `make`.
+
+    A trainer that loads its model by name puts the modules on right away; PEFT has no place in between.
+
+    Args:
+        make: called as `get_peft_model` is.
+
+    Yields:
+        What it has made.
+    """
+    made: list[PeftModel] = []
+    plain = peft.get_peft_model
+
+    def asked(model: Any, peft_config: PeftConfig, *args: Any, **options: Any) -> Any:
+        if peft_config is not config:
+            return plain(model, peft_config, *args, **options)
+        made.append(make(model, peft_config, *args, **options))
+        return made[-1]
+
+    others = [each for name, each in sys.modules.items() if name.partition(".")[0] != __name__.partition(".")[0]]
+    importers = [vars(each) for each in others if getattr(each, "__dict__", {}).get(plain.__name__) is plain]
+    try:
+        for names in importers:
+            names[plain.__name__] = asked
+        yield made
+    finally:
+        for names in importers:
+            names[plain.__name__] = plain
 
 
 def tuner_of(method: PeftType) -> type[Any] | None:

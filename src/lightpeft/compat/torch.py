@@ -1,4 +1,4 @@
-"""PyTorch: tables of parameters and hooks, changes of tensors, what made them, and the type of those without one."""
+"""PyTorch: parameters' tables and hooks; tensors: changes, makers, readers, and the type of those without one."""
 
 from __future__ import annotations
 
@@ -178,3 +178,47 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         asked.pop()
+
+
+_ASKED = frozenset({"__get__", "is_floating_point", "dim", "size"})
+_CONVERTED_BY = frozenset({"to", "cpu", "cuda", "float", "double", "half", "bfloat16", "detach", "clone"})
+"""Names of functions that compute nothing: they say what a tensor is like, or give it on a device and in a type."""
+
+
+class Noted(Tensor):
+    """A tensor that notes whether something was computed from it; what is computed is a plain one.
+
+    Wrappers of models (FSDP2, DistributedDataParallel) ask all tensors that go in for their type, and convert them: to
+    be asked is not to be read, and what was converted notes for both.
+    """
+
+    _readers: list[str]
+
+    @classmethod
+    def of(cls, tensor: Tensor | float) -> Noted:
+        """A view of a tensor that nobody has read."""
+        return cls._noting(torch.as_tensor(tensor), [])
+
+    @classmethod
+    def _noting(cls, tensor: Tensor, readers: list[str]) -> Noted:
+        noted = tensor.as_subclass(cls)
+        noted._readers = readers
+        return noted
+
+    @property
+    def read(self) -> bool:
+        """Whether something was computed from it."""
+        return bool(self._readers)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, of which it is an argument."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            name = func.__name__
+            if name in _CONVERTED_BY and isinstance(args[0], cls):
+                return cls._noting(result, args[0]._readers)
+        for each in tree_leaves((args, kwargs)):
+            if isinstance(each, cls) and name not in _ASKED:
+                each._readers.append(name)
+        return result

@@ -36,6 +36,7 @@ from lightpeft.recipe.budget import BudgetMixin
 from lightpeft.recipe.checkpoints import CheckpointsMixin
 from lightpeft.recipe.course import Course, tell_cut
 from lightpeft.recipe.depth import with_depth
+from lightpeft.recipe.naming import NamedModel
 from lightpeft.recipe.optimizing import OptimizingMixin
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
@@ -95,15 +96,20 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         **options: Any,
     ) -> None:
         args, options = taken(super().__init__, args, options)
-        refuse_parts(model)
-        if isinstance(light, LightConfig):
-            light = with_depth(light, model, options)
-        if peft_config is not None and isinstance(model, nn.Module):
-            model = with_peft(model, peft_config, light_settings(light, peft_config, model))
-        elif peft_config is not None:  # a name, from which TRL's trainers load
-            options["peft_config"] = peft_config
         self.fast_steps, self.prefix_cache, self.light_report = fast_steps, prefix_cache, {}
-        super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
+        if peft_config is not None and not isinstance(model, nn.Module):  # a name, from which TRL's trainers load
+            named = NamedModel(model, peft_config, light, options)
+            options["peft_config"] = named.peft_config
+            with named.loaded_by(type(self)):
+                super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
+            light = named.light
+        else:
+            refuse_parts(model)
+            if isinstance(light, LightConfig):
+                light = with_depth(light, model, options)
+            if peft_config is not None:
+                model = with_peft(model, peft_config, light_settings(light, peft_config, model))
+            super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
         self._peft_model = inner_peft_model(self._trainer.model)
         self.light_config = light_settings(
             light, self._peft_model.peft_config[own_adapter(self._peft_model)], self._peft_model
@@ -252,8 +258,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     def _reads_loss_alone(self) -> bool:
         """Whether nobody reads a language model's logits in training: `Trainer` does not, a loss of one's own may."""
         trainer = self._trainer
-        own = type(self).compute_loss is Trainer.compute_loss  # type: ignore[attr-defined]
-        return own and trainer.compute_loss_func is None and trainer.label_smoother is None
+        return self.has_plain_loss() and trainer.compute_loss_func is None and trainer.label_smoother is None
 
     def _enter_light(self, context: Any) -> None:
         self._light_contexts.enter_context(context)

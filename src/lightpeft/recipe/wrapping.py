@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -35,11 +36,12 @@ def inner_peft_model(model: nn.Module) -> PeftModel:
     return found[0]
 
 
-def with_peft(model: nn.Module, config: PeftConfig, light: LightConfig) -> nn.Module:
+def with_peft(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> nn.Module:
     """Put PEFT modules on a dense model, in those of its blocks in which they may stay (`light.module_blocks`).
 
     Args:
         model: a transformers model, or one that has one inside, where the PeftModel then takes its place.
+        options: of `get_peft_model`.
 
     Returns:
         The PeftModel, or the model around it.
@@ -52,19 +54,19 @@ def with_peft(model: nn.Module, config: PeftConfig, light: LightConfig) -> nn.Mo
         "the model has PEFT modules already; give it without peft_config=",
     )
     if isinstance(model, PreTrainedModel):
-        return _peft_model(model, config, light)
+        return _peft_model(model, config, light, **options)
     inner = next((name for name, module in model.named_modules() if isinstance(module, PreTrainedModel)), None)
     if inner is None:
         raise LightPeftError(f"there is no transformers model in the {type(model).__name__} to put PEFT modules on")
     parent, _, attribute = inner.rpartition(".")
-    wrapped = _peft_model(model.get_submodule(inner), config, light)
+    wrapped = _peft_model(model.get_submodule(inner), config, light, **options)
     setattr(model.get_submodule(parent), attribute, wrapped)
     return model
 
 
-def _peft_model(model: nn.Module, config: PeftConfig, light: LightConfig) -> PeftModel:
+def _peft_model(model: nn.Module, config: PeftConfig, light: LightConfig, **options: Any) -> PeftModel:
     try:
-        return get_peft_model(model, placed(config, model, light))
+        return get_peft_model(model, placed(config, model, light), **options)
     except ValueError as error:
         raise LightPeftError(f"PEFT cannot put its modules on the model: {one_line(error)}") from error
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lightpeft.compat.torch import Noted
 from lightpeft.errors import LightPeftError, one_line
 from lightpeft.training.callbacks import ProgressBar, StopOnSignal
 from lightpeft.training.step_rows import rows_a_step
@@ -48,18 +49,29 @@ class Repeatable:
             return None
         return set(itertools.islice(order.of_epoch(0), steps * rows_a_step(trainer.args)))
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """One backward pass; losses that are means over examples are averaged over those of a step.
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        """The trainer's own; in training, a loss that is a mean over a batch counts as one of those of its step.
 
-        transformers takes any forward with **kwargs for one whose loss is normalised by `num_items_in_batch`; those for
-        classification ignore it, and their gradients would grow with accumulation steps and processes.
+        transformers takes every forward with **kwargs, and every `compute_loss_func`, for one that divides by
+        `num_items_in_batch`, and adds up what they give. Many do not: most models' losses for classes, numbers, several
+        labels and tags, and functions that return a mean. Their gradients would grow with accumulation steps and
+        processes. A loss that has not read the number is such a mean.
         """
-        labels = inputs.get("labels") if hasattr(inputs, "get") else None
-        if isinstance(labels, Tensor) and labels.dim() < 2:
-            num_items_in_batch = None
-        return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        trainer: Any = self
+        count, told = options.get("num_items_in_batch"), trainer.loss_is_scaled_for_ga is not None
+        if args or options.get("return_outputs") or count is None or told:  # evaluation, or nothing to find out
+            return super().compute_loss(model, inputs, *args, **options)  # type: ignore[misc]
+        items = Noted.of(count)
+        loss = super().compute_loss(model, inputs, **{**options, "num_items_in_batch": items})  # type: ignore[misc]
+        if items.read:
+            return loss
+        if self.has_plain_loss() and trainer.args.average_tokens_across_devices:  # it was multiplied by these
+            loss = loss / (trainer.accelerator.num_processes // trainer.get_tp_size())
+        return loss / trainer.current_gradient_accumulation_steps
+
+    def has_plain_loss(self) -> bool:
+        """Whether the loss is computed by `Trainer`'s own method."""
+        return super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[misc]
 
 
 class _EpochOrder(Sampler):
