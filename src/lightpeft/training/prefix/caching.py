@@ -35,6 +35,7 @@ _FILE = "states.bin"
 _STATES_CHECKSUM = "states"
 _TRIED_ROWS = 16
 """Rows that are made into a batch twice, to see whether they always give the same tokens."""
+_UNPADDED = "a batch is not one padded sequence a row"
 _CHECKED_ROWS = 8
 """Rows of a stored cache that are computed again before it is taken over."""
 _STATELESS = frozenset({"transformers", "trl", "lightpeft"})
@@ -109,6 +110,9 @@ def cache_prefix(
         announce(f"no prefix cache: {reason}")
         return None
     caching = _Caching(prefix, rows, collator, batch_size, autocast)
+    if not caching.slots:
+        announce(f"no prefix cache: {_UNPADDED}")
+        return None
     first = caching.compute_checked()
     if first is None:
         announce("no prefix cache: what the frozen blocks give for a row depends on the padding of its batch")
@@ -152,7 +156,7 @@ class _Caching:
         self.batch_size, self.autocast = batch_size, autocast
         self.device = next(prefix.model.parameters()).device
         self.slots: dict[bytes, int] = {}
-        """Key of a row -> slot."""
+        """Key of a row -> slot; empty if rows cannot be told apart."""
         self.lengths: list[int] = []
         """Real tokens, by slot."""
         self._numbers: list[int] = []
@@ -166,7 +170,9 @@ class _Caching:
         for chunk in _chunks(order, self.batch_size):
             batch = self._batch(chunk)
             keys, lengths = row_keys(batch), batch["attention_mask"].bool().sum(1).tolist()
-            assert keys is not None  # else there was an obstacle
+            if keys is None:  # unlike those that were tried
+                self.slots.clear()
+                return
             for number, key, length in zip(chunk, keys, lengths, strict=True):
                 if key not in self.slots:
                     self.slots[key] = len(self.lengths)
@@ -254,7 +260,7 @@ def obstacle(rows: Any, collator: Collate) -> str | None:
         trial = copy.deepcopy(collator)
         first, again = (row_keys(without_labels(trial(copy.deepcopy(picked)))) for _ in range(2))
     if first is None or again is None or len(first) != len(picked):
-        return "a batch is not one padded sequence a row"
+        return _UNPADDED
     return None if first == again else "a row does not give the same tokens each time"
 
 
