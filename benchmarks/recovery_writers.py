@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from lightpeft.config import RunConfig
 from lightpeft.machine import autocast_dtype, autocasting
+from lightpeft.models.batches import IGNORED, without_labels
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import base_linear, transformers_model
 from lightpeft.plans.layout import kept_channels
@@ -34,7 +35,6 @@ from lightpeft.runs.pipeline import Workspace
 from lightpeft.runs.reproduce import Arm, Call
 from lightpeft.saved.light_adapter import load_light
 from lightpeft.saved.results import open_peft
-from lightpeft.tasks.tokens import IGNORED, without_labels
 
 KEPT = 64
 """Most probable tokens that a teacher tells; of the others their mass."""

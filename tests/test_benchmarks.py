@@ -80,6 +80,7 @@ from workbench import (
 from lightpeft.config import PRESETS, Budget, LightConfig, RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
+from lightpeft.models.batches import IGNORED
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.models.unwrap import transformers_model
@@ -95,7 +96,6 @@ from lightpeft.runs.bench import accelerating
 from lightpeft.runs.reproduce import Results, Row, read_results, reproduce
 from lightpeft.runs.reproduce.grid import slug
 from lightpeft.saved.merging import load_merged
-from lightpeft.tasks.tokens import IGNORED
 from lightpeft.training import acceleration
 
 ROOT = Path(__file__).parents[1]

@@ -27,6 +27,7 @@ from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.respondent import BatchedModel
 from lightpeft.evaluation.scores import evaluate
+from lightpeft.models.batches import IGNORED
 from lightpeft.prune.importance import RealTokens
 from lightpeft.tasks import (
     ClassificationByLikelihood,
@@ -37,7 +38,6 @@ from lightpeft.tasks import (
     share_at_limit,
 )
 from lightpeft.tasks.kinds.likelihood import ACCURACIES, encode_pairs, option_sequences
-from lightpeft.tasks.tokens import IGNORED
 from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(12)), "Answer", "Question", ":", "yes", "no", "é"]

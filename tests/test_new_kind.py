@@ -20,12 +20,13 @@ from workbench import BAD, GOOD, NEUTRAL, Workbench, lightpeft, read
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import require
 from lightpeft.evaluation.reports import evaluate_model
+from lightpeft.models.batches import IGNORED
 from lightpeft.models.task_heads import TaskHead
 from lightpeft.tasks import Columns, Outcome, Respondent, Task, load_task, run_settings, task_facts
 from lightpeft.tasks.answers import answers_of, require_finite
 from lightpeft.tasks.kinds.registry import KINDS
 from lightpeft.tasks.rows.columns import check_strings, values
-from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
+from lightpeft.tasks.tokens import Collator, in_chunks
 
 # -- the kind's module -------------------------------------------------------------------------------------------------
 

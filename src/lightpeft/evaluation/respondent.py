@@ -18,12 +18,13 @@ from lightpeft.errors import require
 from lightpeft.evaluation.batching import fitting_batch_size, in_batches
 from lightpeft.evaluation.generating import generate_texts
 from lightpeft.machine import autocasting
+from lightpeft.models.batches import IGNORED, without_labels
 from lightpeft.models.head import head_apart, lone_head
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import fused_answers
-from lightpeft.tasks.tokens import IGNORED, Collator, take_rows, without_labels
+from lightpeft.tasks.tokens import Collator, take_rows
 
 AT_ONCE = 2**28
 """Bytes of a language model's logits, in float32, that are in memory at a time, if a row has no more."""

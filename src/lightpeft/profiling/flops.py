@@ -15,10 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightpeft.compat.torch import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, GROUPED_PRODUCT
 from lightpeft.compat.transformers import attention_of
 from lightpeft.machine import random_apart
+from lightpeft.models.batches import without_labels
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
-from lightpeft.tasks.tokens import without_labels
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch.optim import AdamW, Optimizer
 
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
+from lightpeft.models.batches import without_labels
 from lightpeft.models.patching import in_mode
 from lightpeft.profiling.live import Batch, device_of, loss_of, moved, trainable
-from lightpeft.tasks.tokens import without_labels
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 """Makes an optimizer of the parameters to train."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.machine import autocasting
+from lightpeft.models.batches import without_labels
 from lightpeft.models.linears import add_to_linear, can_be_added_to, dense_weight
 from lightpeft.models.patching import in_mode
 from lightpeft.models.unwrap import base_linear, transformers_model
@@ -30,7 +31,6 @@ from lightpeft.plans.layout import kept_channels, width
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import OUTPUT_SLOTS, BlockSpec
 from lightpeft.prune.importance import RealTokens
-from lightpeft.tasks.tokens import without_labels
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 """Gives the same calibration batches, with an `attention_mask` where there is padding, at every call."""

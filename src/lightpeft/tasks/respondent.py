@@ -11,8 +11,8 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lightpeft.models.batches import IGNORED
 from lightpeft.tasks.answers import require_finite
-from lightpeft.tasks.tokens import IGNORED
 
 
 class Respondent(Protocol):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -13,18 +13,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lightpeft.console import bars
 from lightpeft.errors import LightPeftError, require
 
-T = TypeVar("T")
-
 ENCODE_ROWS = 1000
 """Rows tokenised at a time."""
 NO_LIMIT = 10**9
 """Tokenizers without a length limit report a number far above this."""
-IGNORED = -100
-"""Label of positions that count in no loss."""
-SPAN_LABELS = ("start_positions", "end_positions")
-"""Labels of an answer's first and last token."""
-LABELS = ("labels", *SPAN_LABELS)
-"""What a batch has for the loss alone."""
 NOT_INPUTS = ("length", "group", "names", "right")
 """Columns of encoded rows that no model takes: what batches are sorted by, and what answers are compared with."""
 LEAST_VOCABULARY = 0.1
@@ -189,11 +181,6 @@ def take_rows(rows: Dataset, numbers: Sequence[int]) -> list[dict[str, Any]]:
     """Some rows, in that order, read at once."""
     columns = rows[list(numbers)]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def without_labels(batch: Mapping[str, T]) -> dict[str, T]:
-    """What a model needs to answer."""
-    return {name: values for name, values in batch.items() if name not in LABELS}
 
 
 @dataclass

@@ -15,10 +15,10 @@ from torch.nn.functional import pad
 from lightpeft.compat.torch import is_watched
 from lightpeft.compat.transformers import causal_loss, has_causal_loss, loss_instead
 from lightpeft.machine import computed_in
+from lightpeft.models.batches import IGNORED
 from lightpeft.models.head import given_by, language_head, two_tokens
 from lightpeft.models.patching import instead
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.tasks.tokens import IGNORED
 
 _AT_ONCE, _AT_ONCE_ON_CPU = 2**28, 2**25
 """Bytes of logits, in float32, that are in memory at a time: few beside a model's, and enough to keep products busy."""

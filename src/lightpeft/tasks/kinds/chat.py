@@ -14,9 +14,10 @@ from lightpeft.compat.transformers import rendered_chat
 from lightpeft.config import TaskEntry
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files.limits import limited
+from lightpeft.models.batches import IGNORED
 from lightpeft.tasks.kinds.completions import CompletionTask, prompt_columns
 from lightpeft.tasks.rows.columns import values
-from lightpeft.tasks.tokens import IGNORED, in_chunks
+from lightpeft.tasks.tokens import in_chunks
 
 Chat = Sequence[Mapping[str, Any]]
 """Messages in order, each with `role` ("system", "user", "assistant", ...) and `content`, a string."""

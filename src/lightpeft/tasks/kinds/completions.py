@@ -10,11 +10,12 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from lightpeft.errors import require
+from lightpeft.models.batches import IGNORED
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 from lightpeft.tasks.answers import Columns, Outcome, answers_of, require_finite
 from lightpeft.tasks.kinds.base import Task
 from lightpeft.tasks.respondent import Respondent, token_sums
-from lightpeft.tasks.tokens import IGNORED, Collator
+from lightpeft.tasks.tokens import Collator
 
 
 class CompletionTask(Task):

@@ -17,13 +17,14 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from lightpeft.config import LikelihoodRule
 from lightpeft.errors import require
+from lightpeft.models.batches import IGNORED
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 from lightpeft.tasks.answers import Columns, Metric, Outcome, require_finite
 from lightpeft.tasks.kinds.completions import completion_columns, fit, without_end
 from lightpeft.tasks.kinds.options import OptionsTask, chosen_answers, nested
 from lightpeft.tasks.metrics import accuracy, renamed
 from lightpeft.tasks.respondent import Respondent, token_sums
-from lightpeft.tasks.tokens import IGNORED, Collator, in_chunks
+from lightpeft.tasks.tokens import Collator, in_chunks
 
 UNCONDITIONAL = "Answer:"
 """The prompt without a question, which says how probable an option is anyway (Brown et al. 2020, section 2.4)."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lightpeft.config import TaskEntry
 from lightpeft.config.validation import shown
 from lightpeft.errors import require
+from lightpeft.models.batches import SPAN_LABELS
 from lightpeft.models.task_heads import SPAN, TaskHead
 from lightpeft.tasks.answers import Answers, Columns, Outcome, require_finite, rounded
 from lightpeft.tasks.kinds.base import Task
@@ -30,7 +31,7 @@ from lightpeft.tasks.kinds.windows import (
 )
 from lightpeft.tasks.respondent import Respondent
 from lightpeft.tasks.rows.columns import values
-from lightpeft.tasks.tokens import SPAN_LABELS, Collator, in_chunks, take_rows
+from lightpeft.tasks.tokens import Collator, in_chunks, take_rows
 
 MoreColumns = Callable[[dict[str, list[Any]], list[Window]], dict[str, list[Any]]]
 """Columns of some rows, and their windows -> further columns, one value a window."""

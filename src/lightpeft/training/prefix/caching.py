@@ -24,7 +24,7 @@ from lightpeft.console import bars
 from lightpeft.errors import LightPeftError
 from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.machine import autocasting, processes
-from lightpeft.tasks.tokens import without_labels
+from lightpeft.models.batches import without_labels
 from lightpeft.training.prefix.blocks import FrozenPrefix
 from lightpeft.training.prefix.keys import row_keys
 from lightpeft.training.prefix.states import StateStore, store_bytes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightpeft.tasks.tokens import LABELS
+from lightpeft.models.batches import LABELS
 
 NOT_READ = frozenset({*LABELS, "shift_labels"})
 """What a call gives for the loss alone, behind the blocks."""
