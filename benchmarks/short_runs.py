@@ -139,7 +139,7 @@ def run(cell: Cell, model: str, out: Path) -> dict[str, Any]:
     seconds = time.process_time() - started
     measured = found["metrics"]
     if cell.question == "first":
-        test = {"data": {"test": str(data_file(out, cell.data, "test"))}}
+        test = {"data": {"test": str(data_file(out, cell.data, "test")), **columns_of(cell.data)}}
         measured = evaluate_model(work.run.result, test, batch_size=64)["model"]["metrics"]
     return {
         **asdict(cell),
@@ -154,9 +154,14 @@ def run(cell: Cell, model: str, out: Path) -> dict[str, Any]:
     }
 
 
+def columns_of(data: str) -> dict[str, str]:
+    """Where the texts of a data set are."""
+    return dict(zip(("text", "text_pair"), first_runs.GLUE.get(data, ("text",)), strict=False))
+
+
 def settings(cell: Cell, model: str, out: Path, folder: Path) -> dict[str, Any]:
     """The cell's config, as `lightpeft run` would have it from options."""
-    columns = dict(zip(("text", "text_pair"), first_runs.GLUE.get(cell.data, ("text",)), strict=False))
+    columns = columns_of(cell.data)
     train = data_file(out, cell.data, "train")
     common = {"output": str(folder), "method": cell.method, "seed": cell.seed, "model": {"name": model}}
     if cell.question == "first":
