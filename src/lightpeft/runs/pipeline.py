@@ -30,7 +30,6 @@ from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, folder_bytes, hardware
 from lightpeft.profiling.sizes import parameter_report
-from lightpeft.prune.refit import Fit, fit_refit
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.recipe.resuming import read_cut
 from lightpeft.runs.depth import found_depth, settle_depth
@@ -169,12 +168,8 @@ def _find_budget(work: Workspace) -> None:
     LightRun(work, estimated_model(work, record)).leave_light_budget(record)
 
 
-def prune(work: Workspace, fit: Fit = fit_refit) -> LightModel | None:
-    """Cut the model that estimation left, by the plan; returns it live, or None if it was done before.
-
-    Args:
-        fit: makes the corrections of a `light.refit`.
-    """
+def prune(work: Workspace) -> LightModel | None:
+    """Cut the model that estimation left, by the plan; returns it live, or None if it was done before."""
     run = work.run
     if run.has("prune"):
         return None
@@ -183,7 +178,7 @@ def prune(work: Workspace, fit: Fit = fit_refit) -> LightModel | None:
     set_seed(work.config.seed)
     model = estimated_model(work, chosen)
     with run.held():
-        return leave_pruned(work, model, chosen, work.calibration, fit)
+        return leave_pruned(work, model, chosen)
 
 
 def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Model | None = None) -> None:
