@@ -90,32 +90,24 @@ def run(
     return evaluate(work)
 
 
-def estimate(work: Workspace, trainer: type[LightRun] = LightRun) -> EstimationRecord:
+def estimate(work: Workspace) -> EstimationRecord:
     """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance.
 
     Blocks that `light.depth` leaves out are gone before that. Where the budget takes nothing away, nothing trains.
-
-    Args:
-        trainer: what trains.
     """
     if not work.run.has("estimate") and work.config.light.chooses:
-        _train_light(work, stop_at_cut=True, trainer_class=trainer)
+        _train_light(work, stop_at_cut=True)
     elif not work.run.has("estimate"):
         _leave_unscored(work)
     return EstimationRecord.load(work.run.estimation)
 
 
-def _train_light(
-    work: Workspace,
-    callbacks: Sequence[TrainerCallback] = (),
-    stop_at_cut: bool = False,
-    trainer_class: type[LightRun] = LightRun,
-) -> None:
+def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), stop_at_cut: bool = False) -> None:
     """Estimate, cut and fine-tune in one training, from a checkpoint before the cut if there is one."""
     run = work.run
     settle_depth(work)
     set_seed(work.config.seed)
-    trainer = trainer_class(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
+    trainer = LightRun(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
     with run.held():
         trainer.settle()
         work.announce_settings()
