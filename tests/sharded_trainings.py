@@ -25,15 +25,11 @@ MODELS: dict[str, Callable[[], PeftModel]] = {
     "bert-bottleneck": lambda: with_bottleneck(make("bert")),
     "llama-lora": lambda: with_lora(make("llama-gqa")),
     "llama-bottleneck": lambda: with_bottleneck(make("llama-gqa")),
-    "llama-refit": lambda: with_lora(make("llama-gqa")),
     "gpt-oss-lora": lambda: with_lora(make("gpt_oss")),
 }
 """An encoder and a decoder whose heads share keys and values, with both kinds of PEFT, and a mixture of experts whose
 heads have parameters of their own."""
-LIGHT: dict[str, dict[str, Any]] = {
-    "llama-refit": {"refit": "low_rank", "refit_rank": 2},
-    "gpt-oss-lora": {"experts": 0.5},
-}
+LIGHT: dict[str, dict[str, Any]] = {"gpt-oss-lora": {"experts": 0.5}}
 """Settings of some of their own."""
 LONG = ("llama-lora",)
 """What trains for 50 steps, the others for 12."""

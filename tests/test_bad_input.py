@@ -113,7 +113,6 @@ VALUES = {
     "lora.alpha": (["0", "1" + "0" * 400], "lora.alpha is"),
     "bottleneck.size": (["0", "10000000"], "bottleneck.size is"),
     "light.mask_learning_rate": (["1e999", "0"], "mask_learning_rate is"),
-    "light.refit_rank": (["1000000", "0"], "refit_rank"),
     "light.lambda_heads": (["1e308", "1e999"], "lambda_heads is"),
     "light.seed": (["18446744073709551616"], "light.seed is"),
 }

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -42,9 +40,6 @@ import publishing
 import pytest
 import recipe
 import recomputing
-import recovery
-import recovery_arms
-import recovery_writers
 import scale
 import scaling
 import serving
@@ -61,9 +56,8 @@ import writing
 import yaml
 from matplotlib.text import Text
 from peft import PeftModel
-from tiny import inputs_for, make, plan_for, random_record, relative_difference, with_lora
+from tiny import make, relative_difference
 from torch import Tensor, nn
-from training import inputs, student
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from workbench import (
     Workbench,
@@ -77,24 +71,19 @@ from workbench import (
     tokenizer_of_bytes,
 )
 
-from lightpeft.config import PRESETS, Budget, LightConfig, RunConfig, load_config, run_config_from_dict
+from lightpeft.config import PRESETS, RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
 from lightpeft.models.batches import IGNORED
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
-from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, PrunePlan
-from lightpeft.prune.estimation import Estimator
-from lightpeft.prune.refit import Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe import probes
 from lightpeft.runs import pipeline
 from lightpeft.runs.bench import accelerating
 from lightpeft.runs.reproduce import Results, Row, read_results, reproduce
-from lightpeft.runs.reproduce.grid import slug
 from lightpeft.saved.merging import load_merged
 from lightpeft.training import acceleration
 
@@ -1090,7 +1079,7 @@ def test_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert f"| {head.AT_ONCE} |" in capsys.readouterr().out
     work = pipeline.prepare(load_config(config))
     model = pipeline._with_peft(work).train()
-    batch = next(recovery_writers.batches(work, 2, 2))
+    (batch,) = work.drawn_batches(2)
     labelled, vocabulary = int((batch["labels"][:, 1:] != IGNORED).sum()), model.config.vocab_size
     shapes = {head.at_once: (1, labelled, vocabulary), head.of_all: (*batch["labels"].shape, vocabulary)}
     for around, shape in {accelerating: (1, labelled, 0), **shapes}.items():
@@ -1167,219 +1156,6 @@ def test_recipe_in_python_and_in_the_shell(
     monkeypatch.setattr(recipe, "set_seed", lambda seed: None)
     assert recipe.main([str(config), "--rounds", "1"]) == 1
     assert "trained other weights" in capsys.readouterr().err
-
-
-# -- recovery.py -------------------------------------------------------------------------------------------------------
-
-
-def test_recovery_compares_every_variant_with_the_run_as_it_is(
-    bench: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
-    config = bench.yaml("gradual", **{"light.length": 4, "light.blocks": 0.5, **fisher})
-    out, readme = bench.folder / "variants", readme_with(place("recovery gradual"), tmp_path, monkeypatch)
-    words = [str(config), "--out", str(out), "--seeds", "1", "--write-readme"]
-    assert recovery.main(words, launch=in_this_process) == 0
-    results = read(tmp_path / "gradual.recovery.json")
-    assert results == read(out / "results.json")
-    rows = {row["method"]: row for row in results["rows"]}
-    assert list(rows) == list(recovery_arms.ARMS)
-    base = rows[recovery_arms.AS_IT_IS]["quality"]
-    for name, row in rows.items():
-        expected = (
-            None if name == recovery_arms.AS_IT_IS else [a - b for a, b in zip(row["quality"], base, strict=True)]
-        )
-        assert row["seeds"] == [1] and row["difference"] == expected
-        assert f"| {name} |" in readme.read_text()
-    assert set(results["logs"]) == set(results["reports"]) and len(results["logs"]) == len(rows)
-    assert results["command"].endswith("--seeds 1 --write-readme")
-    assert results["reports"]["gradual/classification/distilled from the dense model/1"]["seconds"]["teacher"] > 0
-    folders = {name: out / "cells" / "gradual" / "classification" / slug(name) for name in rows}
-    logged = {name: log(folder / "1") for name, folder in folders.items()}
-    same = [name for name in rows if logged[name] == logged[recovery_arms.AS_IT_IS]]
-    assert same == [recovery_arms.AS_IT_IS]
-    before = stamps(out / "cells")
-    assert recovery.main(words, launch=in_this_process) == 0
-    assert stamps(out / "cells") == before, "finished runs are not repeated"
-    assert recovery.main([str(tmp_path / "missing.yaml")]) == 2
-    assert "recovery: config file" in capsys.readouterr().err
-
-
-def test_recovery_of_a_writer(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path, "llama", "causal-lm")
-    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
-    small = {"light.length": 4, "light.blocks": 0.5, "light.modules": 0.0, "training.epochs": 1, **fisher}
-    out = tmp_path / "variants"
-    words = [str(bench.yaml("writer", **small)), "--out", str(out), "--seeds", "0"]
-    assert recovery.main(words, launch=in_this_process) == 0
-    names = [row["method"] for row in read(out / "results.json")["rows"]]
-    assert names == list(recovery_writers.ARMS)
-    folders = {name: out / "cells" / "writer" / "causal-lm" / slug(name) / "0" for name in names}
-    logged = {name: log(folder) for name, folder in folders.items()}
-    assert [name for name in names if logged[name] == logged[names[0]]] == names[:1]
-    plans = {
-        name: PrunePlan.load(out / "cells" / "writer" / "causal-lm" / slug(name) / "0" / "plan.json") for name in names
-    }
-    whole = [block for block in plans["half as whole sub-layers"].blocks if not block.heads or not block.neurons]
-    assert whole and all(plan.removed_of_blocks >= 0.5 for plan in plans.values())
-    assert plans["taught, weight 1"].blocks == plans["fitted to blocks"].blocks == plans[names[0]].blocks
-    assert plans["rounds, fitted and taught"].blocks == plans["scores of all tokens, in four rounds"].blocks
-
-    others = [*words[:1], "--out", str(tmp_path / "others"), "--seeds", "0", "--blocks", "0.2", "0.4"]
-    assert recovery.main([*others, "--only", f"method={names[0]}"], launch=in_this_process) == 0
-    rows = read(tmp_path / "others" / "results.json")["rows"]
-    assert [(row["model"], row["method"]) for row in rows] == [("writer 20%", names[0]), ("writer 40%", names[0])]
-    removed = [row["measures"]["removed"]["mean"] for row in rows]
-    assert removed[0] < removed[1]
-
-
-def test_what_a_teacher_tells_of_its_best_tokens() -> None:
-    student, teacher = torch.randn(2, 5, 30).double()
-    whole = torch.nn.functional.kl_div(
-        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="none"
-    ).sum(-1)
-    best = teacher.log_softmax(-1).topk(29, -1)  # one is left, so that its mass says all of it
-    torch.testing.assert_close(recovery_writers.divergence(student, *best).double(), whole, rtol=1e-4, atol=1e-5)
-    some = recovery_writers.divergence(student, *teacher.log_softmax(-1).topk(3, -1)).double()
-    assert (some <= whole + 1e-5).all() and (some >= -1e-6).all()
-
-
-def test_an_ffn_also_gives_what_those_behind_it_gave() -> None:
-    model = with_lora(make("llama-gqa", num_hidden_layers=3)).eval()
-    plan = plan_for(model, heads=0, neurons=0, modules=0, ranks=0)
-    first, second, last = plan.blocks
-    half = replace(first, neurons=first.neurons[::2])
-    of_first, of_second = plan.specs[0].projections, plan.specs[1].projections
-    gone = (of_second["o"], of_second["ffn_out"])
-    plan = replace(
-        plan,
-        blocks=(half, replace(second, heads=(), kv_heads=(), neurons=()), last),
-        sites={name: ranks for name, ranks in plan.sites.items() if not name.startswith("model.layers.1.")},
-    )
-    assert recovery_writers.gone_behind(plan) == [(plan.specs[0], half, [*gone])]
-    batch = inputs_for(model, rows=16)
-    states = outputs_of(model, batch)
-    wanted = states[of_first["ffn_out"]] + states[gone[0]] + states[gone[1]]
-    errors = []
-    for fit in (fit_refit, recovery_writers.merging):
-        light = copy.deepcopy(model)
-        corrections = fit(light, plan, lambda: [batch], 64)
-        apply_plan(light, plan)
-        apply_refit(light, corrections)
-        errors.append((outputs_of(light, batch)[of_first["ffn_out"]] - wanted)[batch["attention_mask"].bool()].norm())
-    assert errors[1] < 0.8 * errors[0]
-
-
-@torch.no_grad()
-def outputs_of(model: PeftModel, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What each projection that is there gives."""
-    found: dict[str, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda module, args, output, name=name: found.update({name: output}))
-        for name, module in transformers_model(model).named_modules()
-        if name.endswith(("o_proj", "down_proj"))
-    ]
-    model(**batch)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-@pytest.mark.parametrize("scale", [recovery_arms.standardised, recovery_arms.by_mean])
-def test_scores_on_a_scale_of_their_layer_do_not_tell_layers_apart(scale: Callable[[Tensor], Tensor]) -> None:
-    record = random_record(student())
-    louder = {name: scores * (50 if name.endswith("/1") else 1) for name, scores in record.scores.items()}
-    budget = Budget(blocks=0.5, head_criterion="fisher", neuron_criterion="fisher")
-    records = record, replace(record, scores=louder)
-    as_they_are = [make_plan(each, budget).blocks for each in records]
-    rescaled = [make_plan(recovery_arms.rescaled(each, budget, scale), budget).blocks for each in records]
-    assert as_they_are[0] != as_they_are[1]
-    assert rescaled[0] == rescaled[1]
-
-
-def test_part_of_the_way_to_the_scale_of_a_layer_keeps_part_of_the_difference() -> None:
-    values = torch.tensor([1.0, 3.0])
-    torch.testing.assert_close(recovery_arms.by_mean(100 * values, 0.5), 10 * recovery_arms.by_mean(values, 0.5))
-
-
-def log(folder: Path) -> list[Any]:
-    """What fine-tuning logged, without the times."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["learning_rate"]) for line in lines if line["stage"] == "train" and "loss" in line]
-
-
-def test_what_an_earlier_cut_took_stays_gone() -> None:
-    model, config = student(), LightConfig(length=4, blocks=0.6, modules=0.0)
-    estimator = recovery_arms.GradualEstimator(model, config, cuts=2)
-    estimator.start(None)
-    gone = []
-    for seed in range(4):
-        model(**inputs(seed=seed)).loss.backward()
-        estimator.step()
-        gone.append(estimator.masks.values == 0)
-    assert not gone[0].any() and gone[1].any()
-    assert gone[3].equal(gone[1]), "the last cut is the plan's"
-    record = estimator.record()
-    plan = make_plan(record, config)
-    scores = torch.cat(record.of_blocks("heads", "mask") + record.of_blocks("neurons", "mask"))
-    assert (scores == 0).equal(gone[1])
-    flags = estimator._flags(plan)
-    assert not flags[gone[1]].any() and flags.sum() < (~gone[1]).sum()
-
-
-def test_what_fades_out_is_gone_when_estimation_ends() -> None:
-    model, config = student(), LightConfig(length=6, blocks=0.6, modules=0.0)
-    estimator = recovery_arms.FadingEstimator(model, config)
-    estimator.start(None)
-    left = []
-    for seed in range(6):
-        model(**inputs(seed=seed)).loss.backward()
-        estimator.step()
-        left.append(float(estimator.masks.values.min()))
-    assert left[3:] == pytest.approx([2 / 3, 1 / 3, 0.0], abs=1e-6) and left[2] > 0.9
-    plan = make_plan(estimator.record(), config)
-    assert estimator.masks.values.equal(estimator._flags(plan)), "what faded out is what the plan takes"
-
-
-def test_gradual_cuts_need_the_budget_that_they_divide() -> None:
-    with pytest.raises(LightPeftError, match="light.blocks"):
-        recovery_arms.GradualEstimator(student(), LightConfig(), cuts=2)
-
-
-def test_a_refit_in_order_is_nearer_to_the_dense_model_than_one_of_all_at_once() -> None:
-    model, config = student(), LightConfig(length=2, blocks=0.5, modules=0.0)
-    estimator = Estimator(model, config)
-    estimator.start(None)
-    batches = [inputs(seed=seed) for seed in range(8)]
-    for batch in batches[:2]:
-        model(**batch).loss.backward()
-        estimator.step()
-    estimator.stop()
-    plan = make_plan(estimator.record(), config)
-    last = plan.specs[-1]
-
-    def given(model: PeftModel) -> Tensor:
-        return recovery_arms.states_at(model, last, "ffn_out", lambda: batches)[1]
-
-    def error(refit: Refit) -> float:
-        pruned = copy.deepcopy(model)
-        apply_plan(pruned, plan)
-        apply_refit(pruned, refit)
-        return float((given(pruned) - given(model)).square().mean())
-
-    refits = [fit(model, plan, lambda: batches, rank=64) for fit in (recovery_arms.refit_in_order, fit_refit)]
-    assert all(correction.up is not None for correction in refits[0].values())
-    in_order, at_once = map(error, refits)
-    assert in_order < 0.9 * at_once < 0.9 * error({})
-
-
-def test_distillation_is_the_divergence_from_the_teacher() -> None:
-    torch.manual_seed(0)
-    student_logits, teacher = torch.randn(2, 5, 3)
-    p, q = (torch.softmax(x / recovery_arms.TEMPERATURE, dim=1) for x in (teacher, student_logits))
-    expected = (p * (p.log() - q.log())).sum(1).mean() * recovery_arms.TEMPERATURE**2
-    torch.testing.assert_close(recovery_arms.distillation(student_logits, teacher), expected)
-    assert recovery_arms.distillation(teacher, teacher).abs() < 1e-6
 
 
 # -- attention.py ------------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from lightpeft.saved import adapter_files
 from lightpeft.saved.adapter_files import read_description
 from lightpeft.saved.description import per_layer_config
 from lightpeft.saved.light_adapter import as_light
+from lightpeft.saved.tokens import VOCABULARY_FILE
 
 CASES = [*LAYOUTS, *VARIANTS]
 """Of other families test_support.py saves and loads a model."""
@@ -170,9 +171,9 @@ def test_other_files_in_the_folder_stay(light: Path) -> None:
 
 
 def test_into_the_working_directory(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell or a notebook that works in the folder sees the new files; a refit of before is gone."""
+    """A shell or a notebook that works in the folder sees the new files; tokens of before are gone."""
     model = load_light(light, is_trainable=True)
-    (light / adapter_files.REFIT_FILE).write_text("of an adapter that was here before")
+    (light / VOCABULARY_FILE).write_text("of an adapter that was here before")
     (light / "notes.txt").write_text("mine")
     monkeypatch.chdir(light)
     here = os.stat(".").st_ino
@@ -423,6 +424,15 @@ def test_a_light_adapter_of_the_first_schema(light: Path) -> None:
     assert logits(load_light(light)).equal(expected)
     path.write_text(json.dumps({**description, "metrics": {}}))
     assert refusal(lambda: load_light(light)) == f"{path} was altered or damaged"
+
+
+def test_a_file_that_nothing_reads(light: Path) -> None:
+    """What it holds may change the answers, so that the adapter is not loaded without it."""
+    (light / "more.safetensors").write_bytes(b"")
+    more = {"more.safetensors": hashlib.sha256(b"").hexdigest()}
+    workbench.edit(light / "lightpeft.json", lambda d: d["checksums"].update(more))
+    line = refusal(lambda: load_light(light))
+    assert "has more.safetensors, which this version of lightpeft cannot read" in line
 
 
 def test_an_unknown_schema_version(light: Path) -> None:

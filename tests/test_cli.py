@@ -260,7 +260,6 @@ def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -
         "model.revision": "main",
         "data.limit_train": "100",
         "lora.target_modules": '["query", "value"]',
-        "light.restart": "true",
     }
     given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
     assert given["light"]["length"] == 50
@@ -270,7 +269,6 @@ def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -
     assert given["model"]["revision"] == "main"
     assert given["data"]["limit_train"] == 100
     assert given["lora"]["target_modules"] == ["query", "value"]
-    assert given["light"]["restart"] is True
 
 
 def test_text_is_text_whatever_it_looks_like(capsys: pytest.CaptureFixture[str]) -> None:

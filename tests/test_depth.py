@@ -235,12 +235,6 @@ def test_a_whole_run(bench: Workbench, peft: str) -> None:
     assert len(blocks_of(light)) == 1
 
 
-def test_refit_of_what_is_left(bench: Workbench) -> None:
-    pipeline.run(bench.config("refit", **{"light.depth": 0.5, "light.refit": "bias"}))
-    corrected = load_light(bench.folder / "refit" / "adapter").light_refit
-    assert corrected and not [name for name in corrected if ".1." in name]
-
-
 def test_another_depth_needs_another_estimation(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     assert lightpeft("estimate", "--config", bench.yaml("dense")) == 0
     assert lightpeft("plan", "--run", bench.folder / "dense", "--light.depth", "0.5") == 2

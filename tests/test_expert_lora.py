@@ -327,12 +327,11 @@ def test_full_width_adds_nothing_where_the_light_model_has_nothing(name: str, tm
 
 
 def test_a_pruner_trains_what_it_cut(tmp_path: Path) -> None:
-    pruner = stage(student("qwen3_moe", target_parameters=BOTH, trained=False), experts=0.25, modules=0.0, restart=True)
+    pruner = stage(student("qwen3_moe", target_parameters=BOTH, trained=False), experts=0.25, modules=0.0)
     assert all(site.up.any() for site in sites_on_experts(pruner.model)), "estimation trains it"
     light = pruner.prune()
     sites = sites_on_experts(light)
     assert len(sites) == 6 and all(site.layer.num_experts == 3 and site.spec.rank == 2 for site in sites)
-    assert not any(site.up.any() for site in sites), "it begins anew"
     values = losses(light)
     assert values[-1] < values[0] and all(site.up.any() for site in sites)
     light.save_pretrained(tmp_path)

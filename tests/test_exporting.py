@@ -32,7 +32,6 @@ from lightpeft.cli.verbs.export import EXPORT
 from lightpeft.compat.transformers import attention_of
 from lightpeft.files import file_checksum
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.exporting import EXPORTS
 from lightpeft.saved.light_adapter import LightModel, as_light
@@ -104,20 +103,6 @@ def test_position_biases_that_a_stack_shares_stay_one_table(tmp_path: Path) -> N
     blocks = load_merged(tmp_path).encoder.block
     attentions = [block.layer[0].SelfAttention for block in blocks[1:]]
     assert len({id(attention.relative_attention_bias.table) for attention in attentions}) == 1
-
-
-@pytest.mark.parametrize("budget", [{}, DROPPED], ids=["parts", "sub-layers"])
-@pytest.mark.parametrize("name", ["bert", "llama-gqa"])
-def test_refit_is_merged(name: str, budget: dict[str, Any], tmp_path: Path) -> None:
-    """Also where the base's projections have no biases."""
-    light = light_over(make(name), **budget)
-    before, plan = logits(light), light.light_plan
-    names = [plan.specs[layer].projections[slot] for layer, slot in ((0, "o"), (0, "ffn_out"), (1, "ffn_out"))]
-    refit = {name: Correction(torch.randn(32)) for name in names}
-    apply_refit(light, refit)
-    save_merged(as_light(light, plan, refit=refit), tmp_path)
-    assert relative_difference(logits(light), before) > 1e-3
-    assert relative_difference(logits(load_merged(tmp_path)), logits(light)) < CLOSE
 
 
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}])

@@ -22,7 +22,6 @@ from lightpeft.files import file_checksum
 from lightpeft.models.families import block_specs
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
 from lightpeft.peft_kinds.sites import LIGHT_TYPE, read_config
-from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.light_adapter import as_light
 from lightpeft.saved.opening import find_model
@@ -110,15 +109,6 @@ def test_peft_loads_what_cuts_nothing_of_the_base(kind: str, base: Path, tmp_pat
     stock = PeftModel.from_pretrained(dense, str(tmp_path / "light")).eval()
     assert relative_difference(logits(stock), logits(light)) == 0
     assert logits(load_light(tmp_path / "light")).equal(logits(light))
-
-
-def test_a_refit_is_more_than_peft_would_load(base: Path, tmp_path: Path) -> None:
-    light = light_of(base, **NOTHING)
-    refit = {light.light_plan.specs[0].projections["ffn_out"]: Correction(light.get_base_model().lm_head.weight[0] * 0)}
-    apply_refit(light, refit)
-    as_light(light, light.light_plan, refit=refit).save_pretrained(tmp_path)
-    with pytest.raises(KeyError, match="load_light"):
-        PeftConfig.from_pretrained(str(tmp_path))
 
 
 def test_a_folder_without_its_plan_is_no_adapter_of_peft(base: Path, tmp_path: Path) -> None:

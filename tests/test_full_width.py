@@ -27,7 +27,6 @@ from lightpeft.config import ModelConfig
 from lightpeft.files import file_checksum
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.prune.masks import UnitMasks
-from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs import pipeline
 from lightpeft.runs.trainers import LightRun, WideRun
@@ -135,16 +134,6 @@ def test_depth_comes_back_without_modules() -> None:
     shallow_again = without_cut_units(wide, light)
     del shallow_again.get_base_model().model.layers[2]
     assert relative_difference(logits(shallow_again), logits(light)) < CLOSE
-
-
-def test_a_refit_stays_behind() -> None:
-    """It stands for what is back; the adapter is the same without it."""
-    light = light_over(make("bert"))
-    expected = logits(full_width(light, make("bert")))
-    refit = {light.light_plan.specs[0].projections["o"]: Correction(torch.ones(32), None)}
-    apply_refit(light, refit)
-    refitted = as_light(light, light.light_plan, refit=refit)
-    assert logits(full_width(refitted, make("bert"))).equal(expected)
 
 
 def test_one_rank_for_all_modules() -> None:

@@ -22,7 +22,6 @@ from workbench import Workbench, checksums, lightpeft, save_base, tokenizer_of_b
 from lightpeft import LightModel, save_gguf
 from lightpeft.compat import llama_cpp
 from lightpeft.plans.records import PrunePlan
-from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs import pipeline
 from lightpeft.saved.exporting import EXPORTS
@@ -174,13 +173,6 @@ def test_neurons_alone_leave_a_family_its_own_architecture(
     assert fields(written.path)["general.architecture"] == name
 
 
-def test_refitted_projections_have_biases(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    model = light()
-    name = model.light_plan.specs[0].projections["o"]
-    apply_refit(model, {name: Correction(torch.randn(32))})
-    assert save_gguf(model, tmp_path, tokenizer).agreement.difference < CLOSE  # type: ignore[union-attr]
-
-
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = light(budget={"heads": 0.0, "neurons": 1 / 3, "neurons_scope": "layerwise", "multiple_of": 32})
@@ -297,12 +289,6 @@ def test_a_split_without_a_name_is_refused(tmp_path: Path) -> None:
 # -- what llama.cpp cannot hold ----------------------------------------------------------------------------------------
 
 
-def biased(model: LightModel) -> LightModel:
-    """With a bias where attention was."""
-    apply_refit(model, {model.light_plan.specs[1].projections["o"]: Correction(torch.randn(32))})
-    return model
-
-
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
@@ -314,7 +300,7 @@ def biased(model: LightModel) -> LightModel:
         (lambda: light(hidden_act="gelu"), "with silu; those of this model have gelu"),
         (lambda: light(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "type dynamic"),
         (lambda: light_by(without(0, **WITHOUT_ATTENTION)), "light.min_heads: 1"),
-        (lambda: biased(light_by(without(1, **WITHOUT_ATTENTION))), "block 1 is a bias alone"),
+        (lambda: light_by(without(1, **WITHOUT_ATTENTION), "llama-bias"), "block 1 is a bias alone"),
     ],
 )
 def test_other_models_are_refused(

@@ -323,7 +323,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "float32": {"training.bf16": False},
     "bf16": {"training.bf16": True},
     "fp16": {"training.fp16": True},
-    "refit": {"light.refit": "low_rank", "light.refit_rank": 2, "light.refit_rows": 16},
     "cached prefix": {"light.module_blocks": 0.5},
     "weights on disk": {"model.low_memory": True},
 }

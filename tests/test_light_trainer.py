@@ -519,16 +519,15 @@ def test_a_bare_pruner_has_the_default_preset(caplog: pytest.LogCaptureFixture) 
     caplog.clear()
     EarlyPruner(with_lora(make("bert")), LightConfig()).start(100)
     assert not caplog.text
-    assert list(EarlyPruner(with_lora(make("bert")), LightConfig(refit="bias")).advice()) == [
-        "give training rows to prune(calibration=...), for refit: bias"
+    assert list(EarlyPruner(with_lora(make("bert")), LightConfig(keep="both")).advice()) == [
+        "call lightpeft.full_width(light) in the end, for keep: both"
     ]
 
 
-@pytest.mark.parametrize("refit", ["none", "low_rank"])
-def test_the_cut_does_not_depend_on_what_training_computes_in(tmp_path: Path, refit: str) -> None:
+def test_the_cut_does_not_depend_on_what_training_computes_in(tmp_path: Path) -> None:
     """Under autocast, too, stages one by one give what one training gives."""
     bench = Workbench(tmp_path)
-    settings = {"training.bf16": True, "light.refit": refit, "light.refit_rank": 2}
+    settings = {"training.bf16": True}
     pipeline.run(bench.config("whole", **settings))
     work = pipeline.prepare(bench.config("parts", **settings))
     pipeline.estimate(work)

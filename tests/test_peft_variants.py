@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from lightpeft import EarlyPruner, LightConfig, LightPeftError, load_light
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import Site, check_peft, find_sites, read_config, restart_sites
+from lightpeft.peft_kinds.sites import Site, check_peft, find_sites, read_config
 from lightpeft.peft_kinds.sites.dora import DoraSite
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.plans.records import PrunePlan
@@ -244,24 +244,6 @@ def test_estimation_pruning_and_training_on(name: str, variant: str, tmp_path: P
     assert logits(load_light(tmp_path, make(name))).equal(logits(light))
 
 
-@all_cases
-def test_a_restart_adds_nothing(name: str, variant: str) -> None:
-    model = adapted(name, variant)
-    nothing = make(name)
-    plan = plan_for(model)
-    apply_plan(nothing, plan)
-    check_peft(model)
-    shifted(model)
-    apply_plan(model, plan)
-    restart_sites(find_sites(model, plan.specs), seed=0)
-    for site in find_sites(model, plan.specs):
-        plain = nothing.get_submodule(site.spec.name)
-        assert unchanged(site.base, state(plain))
-        states = torch.randn(2, 3, site.layer.in_features)
-        with torch.no_grad():
-            assert relative_difference(site.layer(states), plain(states)) < TOLERANCE
-
-
 # What a variant has of its own
 
 
@@ -348,11 +330,6 @@ def test_dora_with_cached_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(site.magnitude._dora_cache for site in sites_of(model).values() if isinstance(site, DoraSite))
     apply_plan(model, plan)
     assert difference(model, expected) < TOLERANCE
-    restart_sites(list(live(model, plan).values()), seed=0)
-    fresh = logits(model)
-    for site in live(model, plan).values():
-        site.magnitude._cache_clear()
-    assert logits(model).equal(fresh)
 
 
 def test_ia3_has_no_ranks_to_prune() -> None:

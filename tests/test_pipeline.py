@@ -293,17 +293,6 @@ def test_fine_tuning_goes_on_from_estimation(finished: Path) -> None:
     assert not load_file(finished / "adapter" / "adapter_model.safetensors")[head].equal(pruned[head])
 
 
-def test_restart_drops_what_estimation_learned(bench: Workbench, finished: Path) -> None:
-    pipeline.run(bench.config("restart", **{"light.restart": True}))
-    folder = bench.folder / "restart"
-    weights = load_file(folder / "pruned" / "adapter_model.safetensors")
-    assert all(not tensor.any() for name, tensor in weights.items() if "lora_B" in name)
-    assert any(tensor.any() for name, tensor in weights.items() if "lora_A" in name)
-    before, after = (read(path / "plan.json") for path in (finished, folder))
-    assert (before["blocks"], before["sites"]) == (after["blocks"], after["sites"])
-    assert comparable(folder)["metrics"] != comparable(finished)["metrics"]
-
-
 def test_stages_one_by_one_give_the_same_run(bench: Workbench, finished: Path) -> None:
     file = bench.yaml("staged")
     for verb, result in [
@@ -454,7 +443,7 @@ def test_pytorch_with_cuda_on_a_machine_without(bench: Workbench, monkeypatch: p
         return None if check_available else torch.device("cuda")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for)
-    pipeline.run(bench.config("driverless", **{"training.epochs": 1, "light.refit": "bias"}))
+    pipeline.run(bench.config("driverless", **{"training.epochs": 1}))
     text = bench.folder / "lines.txt"
     text.write_text("word1 good1\n")
     predict(str(bench.folder / "driverless"), str(text), output=str(bench.folder / "labels.csv"))

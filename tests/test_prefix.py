@@ -339,10 +339,3 @@ def test_a_killed_run_finds_the_states_of_before(bench: Workbench) -> None:
     assert comparable(bench.folder / "killed") == comparable(bench.folder / "whole")
     assert "interrupted" in notes(bench.folder / "killed")[-1]
     assert not (bench.folder / "killed/checkpoints").exists()
-
-
-@pytest.mark.parametrize("form", ["bias", "low_rank"])
-def test_a_run_with_refit(bench: Workbench, form: str) -> None:
-    pipeline.run(bench.config(form, **UPPER, **{"light.refit": form, "light.refit_rank": 2}))
-    assert (bench.folder / form / "adapter/refit.safetensors").is_file()
-    assert lightpeft("evaluate", "--run", bench.folder / form) == 0

@@ -110,17 +110,6 @@ def test_what_estimation_learned_stays() -> None:
             assert site.up.equal(learned[site.spec.name][:, list(plan.sites[site.spec.name])])
 
 
-def test_restart_begins_from_zero_and_is_reproducible() -> None:
-    sites = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        light = stage(student(), restart=True).prune()
-        sites.append(find_sites(light, light.light_plan.specs))
-        assert all(site.up.eq(0).all() and site.down.ne(0).any() for site in sites[-1])
-    for a, b in zip(*sites, strict=True):
-        assert a.down.equal(b.down)
-
-
 def test_a_plan_from_another_budget() -> None:
     pruner = stage(student())
     plan = pruner.plan(Budget(heads=0.25, neurons=0.0, modules=0.0, ranks=0.0))

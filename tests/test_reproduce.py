@@ -927,6 +927,16 @@ def test_results_of_the_repository_are_read_and_summarised(path: Path) -> None:
     assert markdown_table(results).count("\n| ---") == 1 + bool(summaries)
 
 
+@pytest.mark.parametrize("name", ["movie_reviews/auto", "glue/presets", "socialiqa/writers"])
+def test_published_results_are_those_of_their_grid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where their runs had settings that are gone."""
+    monkeypatch.setattr("lightpeft.config.light.LEAST_EXAMPLES", 256)
+    grid = GRIDS[0].parents[1] / name
+    published = read_results(grid.with_suffix(".results.json"))
+    results = joined(grid.with_suffix(".yaml"), [grid.with_suffix(".results.json")], tmp_path)
+    assert [row.quality for row in results.rows] == [row.quality for row in published.rows]
+
+
 def test_what_is_no_results_file_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "results.json", {"rows": [{"model": "m"}], "baseline": "lora"})
     with pytest.raises(LightPeftError, match=r"does not hold the results of a grid: rows\[0\].task is missing"):

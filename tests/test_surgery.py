@@ -30,12 +30,11 @@ from tiny import (
 )
 from torch import nn
 
-from lightpeft import EarlyPruner, LightConfig
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
 from lightpeft.models.linears import dense_weight
 from lightpeft.models.unwrap import base_layer, transformers_model
-from lightpeft.peft_kinds.sites import find_sites, restart_sites
+from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import count_parameters
@@ -290,32 +289,6 @@ def test_gradient_checkpointing_after_pruning(name: str) -> None:
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
     for key, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][key], rtol=1e-4, atol=1e-6), key
-
-
-@pytest.mark.parametrize("budget", [{}, DROPPED], ids=["usual", "dropped"])
-def test_restart(budget: dict[str, Any]) -> None:
-    models = []
-    for _ in range(2):
-        model = with_lora(make("bert"))
-        base = model.get_base_model()
-        plan = plan_for(model, **budget)
-        pruner = EarlyPruner(model, LightConfig(length=2, restart=True, seed=5))
-        light = pruner.prune(plan)
-        assert transformers_model(light) is base
-        for site in find_sites(light, plan.specs):
-            assert not site.up.any() and site.down.any() and len(site.down) == len(plan.sites[site.spec.name])
-        models.append(light)
-    for first, second in zip(*(model.parameters() for model in models), strict=True):
-        assert first.equal(second)
-
-
-def test_restart_leaves_the_global_generator_alone() -> None:
-    model = with_lora(make("bert"))
-    sites = find_sites(model, plan_for(model).specs)
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    restart_sites(sites, seed=3)
-    assert torch.get_rng_state().equal(state)
 
 
 # Refusals: nothing is cut

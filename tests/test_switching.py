@@ -28,7 +28,6 @@ from transformers import PreTrainedModel
 from lightpeft import LightModel, LightSwitch, load_light, save_merged
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import check_peft
-from lightpeft.prune.refit import Correction
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs import pipeline
 from lightpeft.saved import forms, switching
@@ -112,23 +111,16 @@ def test_kinds_of_peft(kind: str, tmp_path: Path) -> None:
     assert shared_names(*models[:2])
 
 
-def test_refit_and_depth(tmp_path: Path) -> None:
+def test_depth(tmp_path: Path) -> None:
     model = make("llama-gqa")
     model.save_pretrained(tmp_path / "base")
 
     def base() -> PreTrainedModel:
         return type(model).from_pretrained(tmp_path / "base")
 
-    places = {name: tmp_path / name for name in ("shallow", "refitted", "refitted-whole")}
+    places = {name: tmp_path / name for name in ("shallow", "deep")}
     save_light(base(), places["shallow"], depth=0.34)
-    for name in ("refitted", "refitted-whole"):
-        peft = with_lora(base())
-        plan = plan_for(peft, heads=0.0 if name.endswith("whole") else 0.5, neurons=0.0)
-        apply_plan(peft, plan)
-        light = as_light(peft, plan)
-        layer = "model.layers.1.self_attn.o_proj"
-        light.light_refit = {layer: Correction(torch.linspace(-1, 1, 32, dtype=torch.bfloat16))}
-        light.save_pretrained(places[name])
+    save_light(base(), places["deep"])
     switch = LightSwitch(places)
     for name in (*places, *places):
         assert_same(switch[name], load_light(places[name]))

@@ -24,7 +24,6 @@ from workbench import edit, read
 
 from lightpeft import LightModel, cut_vocabulary, load_merged, save_merged
 from lightpeft.plans.records import BlockPlan
-from lightpeft.prune.refit import Correction, apply_refit
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved import merging, whole_config
 from lightpeft.saved.light_adapter import as_light
@@ -67,14 +66,6 @@ def block(spec: Any, heads: Sequence[int], neurons: int) -> BlockPlan:
     return BlockPlan(tuple(heads), tuple(kv_heads), tuple(range(neurons)))
 
 
-def refitted() -> LightModel:
-    """With biases that the base does not have, one of them in place of attention."""
-    model = light("llama-gqa", [(ALL, 40), ((), 24), ((0, 5), 48)])
-    names = [model.light_plan.specs[layer].projections[slot] for layer, slot in ((1, "o"), (2, "o"), (0, "ffn_out"))]
-    apply_refit(model, {name: Correction(torch.randn(256)) for name in names})
-    return model
-
-
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
@@ -95,7 +86,6 @@ SERVED: dict[str, Callable[[], LightModel]] = {
     "no attention of qwen3": lambda: light("qwen3", [(ALL, 40), ((), 24), ((0, 5), 48)], head_dim=32),
     "no FFN": lambda: light("llama-bias", [(ALL, 0), ((0, 5), 24), ((), 0)]),
     "fewer blocks": lambda: light("llama-gqa", UNEVEN[:2]),
-    "refit": refitted,
 }
 
 

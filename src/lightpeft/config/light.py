@@ -16,7 +16,6 @@ UnitCriterion = Literal["mask", "taylor", "fisher", "magnitude", "random"]
 ModuleCriterion = Literal["ratio", "taylor", "random"]
 ExpertCriterion = Literal["mask", "taylor", "fisher", "magnitude", "frequency", "random"]
 RankCriterion = Literal["taylor", "magnitude", "random"]
-RefitForm = Literal["none", "bias", "low_rank"]
 Keep = Literal["light", "full", "both"]
 Tokens = Literal["keep", "task"]
 
@@ -240,13 +239,6 @@ class LightConfig(Budget):
     least_examples: int = field(default_factory=lambda: LEAST_EXAMPLES)
     """Examples, repeated ones included, that the stage's second half scores at least; from fewer no plan is made. A
     stage whose `length` is a part of the run is longer for it, up to half of the run."""
-    refit: RefitForm = "none"
-    """After the cut, correct attention and FFN outputs by least squares on training rows: by a bias, or by a bias and a
-    low-rank matrix; the corrections become part of the light adapter."""
-    refit_rank: int = 16
-    """Rank of the correction (refit: low_rank)."""
-    refit_rows: int = 256
-    """Training rows that the correction is fitted on."""
     learning_rate_scale: float = 1.0
     """Learning rate of a light run, as a multiple of `training.learning_rate`: a PEFT of few parameters takes more."""
     estimation_learning_rate_scale: float | None = None
@@ -263,8 +255,6 @@ class LightConfig(Budget):
     """Part of the run's steps, its last ones, that train at full width (keep: full or both), in [0, 1)."""
     full_width_rate: float = 0.3
     """Learning rate of these, as a multiple of `training.learning_rate`."""
-    restart: bool = False
-    """Re-initialise the PEFT modules after pruning instead of going on from what estimation learned."""
     seed: int = 0
     """Seed of the `random` criteria."""
 
@@ -303,8 +293,6 @@ class LightConfig(Budget):
         counts = ("ratio_every", "check_every", "settled_checks")
         require(all(getattr(self, name) >= 1 for name in counts), f"{', '.join(counts)} start at 1")
         require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
-        require(self.refit_rank >= 1 and self.refit_rows >= 1, "refit_rank and refit_rows start at 1")
-        check_most(self, "", {"refit_rank": WIDEST, "refit_rows": MOST_ROWS})
         check_most(self, "", dict.fromkeys(("lambda_heads", "lambda_neurons"), _HEAVIEST))
         scales = {
             "learning_rate_scale": self.learning_rate_scale,

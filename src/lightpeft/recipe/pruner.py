@@ -15,20 +15,19 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from lightpeft.compat.deepspeed import out_of_zero3
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Budget, LightConfig, cut_of_writer, preset_light, usual_preset
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import vocabulary_of
 from lightpeft.peft_kinds.kinds import kind_of
-from lightpeft.peft_kinds.sites import check_peft, find_sites, leave_routers, own_adapter, restart_sites
+from lightpeft.peft_kinds.sites import check_peft, leave_routers, own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.fingerprint import check_stored
 from lightpeft.prune.learning import untaught
-from lightpeft.prune.refit import Batches, Fit, Refit, apply_refit, fit_refit
 from lightpeft.prune.surgery import apply_plan, check_budget
 from lightpeft.recipe.wrapping import leave_modules
 from lightpeft.saved.light_adapter import LightModel, as_light
@@ -93,8 +92,6 @@ class EarlyPruner:
             yield f"multiply plain PEFT's learning rate by {before:g} in estimation, and by {behind:g} behind the cut"
         if light.dropout is not None:
             yield f"train inside `with lightpeft.accelerated(model, dropout={light.dropout:g}):`"
-        if light.refit != "none":
-            yield f"give training rows to prune(calibration=...), for refit: {light.refit}"
         if light.keep != "light":
             yield f"call lightpeft.full_width(light) in the end, for keep: {light.keep}"
 
@@ -138,12 +135,8 @@ class EarlyPruner:
         """The plan for a budget (default: the config's)."""
         return make_plan(self.record(), budget or self.config)
 
-    def prune(self, plan: PrunePlan | None = None, calibration: Batches | None = None) -> LightModel:
+    def prune(self, plan: PrunePlan | None = None) -> LightModel:
         """Cut the model down to the plan, in place; it stays a `PeftModel` and its `save_pretrained` a light adapter.
-
-        Args:
-            calibration: gives model inputs of some training rows, on the model's device, for `light.refit`; called
-                once or more.
 
         Make a new optimizer afterwards: the old one holds the parameters from before.
         """
@@ -154,7 +147,7 @@ class EarlyPruner:
             if line is not None:
                 _log.warning("%s", line)
         self.estimator.stop()
-        return cut(self.model, plan, self.config, calibration)
+        return cut(self.model, plan)
 
 
 def _check_vocabulary(model: PeftModel, config: LightConfig) -> None:
@@ -189,34 +182,15 @@ def can_write(model: nn.Module) -> bool:
     return isinstance(inner, PreTrainedModel) and inner.can_generate()
 
 
-def cut(
-    model: PeftModel,
-    plan: PrunePlan,
-    light: LightConfig,
-    calibration: Batches | None = None,
-    fit: Fit = fit_refit,
-) -> LightModel:
-    """Cut a dense model down to a plan, in place, and make up for the loss as the settings say.
-
-    Args:
-        calibration: as for `EarlyPruner.prune`.
-        fit: makes the corrections of a `light.refit`.
+def cut(model: PeftModel, plan: PrunePlan) -> LightModel:
+    """Cut a dense model down to a plan, in place, wherever its weights are.
 
     Raises:
-        LightPeftError: the plan does not fit, or `light.refit` has no calibration rows to work with.
+        LightPeftError: the plan does not fit.
     """
-    refit: Refit = {}
-    if light.refit != "none":
-        if calibration is None:
-            raise LightPeftError(f"refit: {light.refit} needs rows; give prune(calibration=...), or set refit to none")
-        rank = light.refit_rank if light.refit == "low_rank" else 0
-        refit = fit(model, plan, calibration, rank)
     with out_of_fsdp(model), out_of_zero3(model):
         apply_plan(model, plan)
-        apply_refit(model, refit)
-        if light.restart:
-            restart_sites(find_sites(model, plan.specs), light.seed)
-        return as_light(model, plan, refit=refit)
+        return as_light(model, plan)
 
 
 class EstimationCallback(TrainerCallback):

@@ -12,9 +12,8 @@ from torch import nn
 from lightpeft.errors import require
 from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
 from lightpeft.plans.records import PrunePlan
-from lightpeft.prune.refit import apply_refit
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.adapter_files import DESCRIPTION, read_description, read_refit
+from lightpeft.saved.adapter_files import DESCRIPTION, read_description
 from lightpeft.saved.light_adapter import as_light
 
 _CUT = "lightpeft_cut.json"
@@ -56,9 +55,7 @@ def cut_as_saved(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan:
         plan = PrunePlan.from_dict(read_description(place)["plan"])
     require(plan.fingerprint == fingerprint, f"{folder} was made from another base; give the one that it was made from")
     apply_plan(model, plan)
-    refit = read_refit(place)
-    apply_refit(model, refit)
-    as_light(model, plan, refit=refit)
+    as_light(model, plan)
     return plan
 
 

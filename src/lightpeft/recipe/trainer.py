@@ -9,14 +9,13 @@ import copy
 import functools
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -30,7 +29,6 @@ from lightpeft.prune.budgeting import FoundBudget
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.learning import untaught
 from lightpeft.prune.length import fitted
-from lightpeft.prune.refit import calibration_batches
 from lightpeft.recipe.arguments import taken, with_dense_reference
 from lightpeft.recipe.budget import BudgetMixin
 from lightpeft.recipe.checkpoints import CheckpointsMixin
@@ -227,19 +225,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut the model down to the plan, in place. To be overridden."""
-        return cut(self._peft_model, plan, self.light_config, self.calibration)
-
-    def calibration(self) -> Iterator[dict[str, Tensor]]:
-        """Batches of some training rows, for `light.refit`."""
-        trainer, args = self._trainer, self._trainer.args
-        return calibration_batches(
-            self._prefix_rows,
-            trainer.data_collator,
-            self.light_config.refit_rows,
-            args.seed,
-            args.eval_batch_size,
-            args.device,
-        )
+        return cut(self._peft_model, plan)
 
     # -- 3. fine-tuning of what is left --------------------------------------------------------------------------
 

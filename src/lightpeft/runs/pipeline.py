@@ -30,7 +30,6 @@ from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, folder_bytes, hardware
 from lightpeft.profiling.sizes import parameter_report
-from lightpeft.prune.refit import Fit, fit_refit
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.recipe.resuming import read_cut
 from lightpeft.runs.depth import found_depth, settle_depth
@@ -91,32 +90,24 @@ def run(
     return evaluate(work)
 
 
-def estimate(work: Workspace, trainer: type[LightRun] = LightRun) -> EstimationRecord:
+def estimate(work: Workspace) -> EstimationRecord:
     """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance.
 
     Blocks that `light.depth` leaves out are gone before that. Where the budget takes nothing away, nothing trains.
-
-    Args:
-        trainer: what trains.
     """
     if not work.run.has("estimate") and work.config.light.chooses:
-        _train_light(work, stop_at_cut=True, trainer_class=trainer)
+        _train_light(work, stop_at_cut=True)
     elif not work.run.has("estimate"):
         _leave_unscored(work)
     return EstimationRecord.load(work.run.estimation)
 
 
-def _train_light(
-    work: Workspace,
-    callbacks: Sequence[TrainerCallback] = (),
-    stop_at_cut: bool = False,
-    trainer_class: type[LightRun] = LightRun,
-) -> None:
+def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), stop_at_cut: bool = False) -> None:
     """Estimate, cut and fine-tune in one training, from a checkpoint before the cut if there is one."""
     run = work.run
     settle_depth(work)
     set_seed(work.config.seed)
-    trainer = trainer_class(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
+    trainer = LightRun(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
     with run.held():
         trainer.settle()
         work.announce_settings()
@@ -169,12 +160,8 @@ def _find_budget(work: Workspace) -> None:
     LightRun(work, estimated_model(work, record)).leave_light_budget(record)
 
 
-def prune(work: Workspace, fit: Fit = fit_refit) -> LightModel | None:
-    """Cut the model that estimation left, by the plan; returns it live, or None if it was done before.
-
-    Args:
-        fit: makes the corrections of a `light.refit`.
-    """
+def prune(work: Workspace) -> LightModel | None:
+    """Cut the model that estimation left, by the plan; returns it live, or None if it was done before."""
     run = work.run
     if run.has("prune"):
         return None
@@ -183,7 +170,7 @@ def prune(work: Workspace, fit: Fit = fit_refit) -> LightModel | None:
     set_seed(work.config.seed)
     model = estimated_model(work, chosen)
     with run.held():
-        return leave_pruned(work, model, chosen, work.calibration, fit)
+        return leave_pruned(work, model, chosen)
 
 
 def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Model | None = None) -> None:

@@ -17,7 +17,7 @@ from lightpeft.saved.run_folder import RunFolder, flat, is_run
 
 _RECORD = "estimation.json"
 """File of an estimation that has the checksum of its scores."""
-_AFTERWARDS = frozenset({"refit", "refit_rank", "refit_rows", "restart", "keep", "full_width_steps", "full_width_rate"})
+_AFTERWARDS = frozenset({"keep", "full_width_steps", "full_width_rate"})
 """Settings of `light`, beside those of plans, that are read when estimation is over."""
 
 

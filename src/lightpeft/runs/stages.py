@@ -19,7 +19,6 @@ from lightpeft.profiling import MemoryMethod
 from lightpeft.prune.budgeting import FoundBudget
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.learning import untaught
-from lightpeft.prune.refit import Batches, Fit, fit_refit
 from lightpeft.recipe.pruner import cut
 from lightpeft.runs.workspace import Workspace
 from lightpeft.saved.light_adapter import LightModel
@@ -123,15 +122,8 @@ def estimated_model(work: Workspace, record: EstimationRecord | PrunePlan) -> Pe
     return model
 
 
-def leave_pruned(
-    work: Workspace, model: PeftModel, plan: PrunePlan, calibration: Batches, fit: Fit = fit_refit
-) -> LightModel:
-    """Cut the model as estimation left it, in place, look at it before and after if anything goes, and save it.
-
-    Args:
-        calibration: batches of training rows, for `light.refit`.
-        fit: makes the corrections of a `light.refit`.
-    """
+def leave_pruned(work: Workspace, model: PeftModel, plan: PrunePlan) -> LightModel:
+    """Cut the model as estimation left it, in place, look at it before and after if anything goes, and save it."""
     started = time.perf_counter()
     watcher = work.watcher()
     if work.config.light.chooses:
@@ -140,7 +132,7 @@ def leave_pruned(
         if line is not None:
             watcher.warnings.append(line)
             work.run.announce("prune", f"warning: {line}")
-    light = cut(model, plan, work.config.light, calibration, fit)
+    light = cut(model, plan)
     moment = moment_behind(plan)
     if work.config.light.chooses and moment is not None:
         watcher.look(moment, light)

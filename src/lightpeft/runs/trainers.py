@@ -194,7 +194,7 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut, and leave the light adapter before fine-tuning in the run folder."""
-        return leave_pruned(self.work, self._peft_model, plan, self.calibration)
+        return leave_pruned(self.work, self._peft_model, plan)
 
     def _begin_light_fine_tuning(self, max_steps: int) -> None:
         self._show("train")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,14 +15,13 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.milestones import Watcher, sample
 from lightpeft.evaluation.respondent import BatchedModel
 from lightpeft.files import understandable
-from lightpeft.machine import accelerator, autocast_dtype, check_precision, has_bf16, processes, sharding_launched
+from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
 from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, cut_tokenizer, kept_tokens
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted
-from lightpeft.prune.refit import calibration_batches
 from lightpeft.recipe.budget import USUAL_NATS
 from lightpeft.runs.depth import with_found_depth
 from lightpeft.saved.forms import Wanted
@@ -166,12 +164,6 @@ class Workspace:
         """
         waits = to_train and sharding_launched()
         return open_base(self.config.model, Wanted.of(self.task), self.tokenizer, self.vocabulary, waits)
-
-    def calibration(self) -> Iterator[dict[str, Tensor]]:
-        """Batches of some training rows, for `light.refit`."""
-        config, device = self.config, accelerator() or torch.device("cpu")
-        size = config.training.eval_batch_size
-        return calibration_batches(self.train_rows, self.collator, config.light.refit_rows, config.seed, size, device)
 
     def asking(self, model: nn.Module) -> BatchedModel:
         """How test rows are fed to a model."""

@@ -8,32 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from safetensors.torch import save_file
 
 from lightpeft.errors import require
-from lightpeft.files import (
-    check_file,
-    content_checksum,
-    file_checksum,
-    read_json,
-    read_tensors,
-    understandable,
-    write_json,
-)
+from lightpeft.files import check_file, content_checksum, file_checksum, read_json, understandable, write_json
 from lightpeft.files.foreign import check_folder
 from lightpeft.models import repositories
 from lightpeft.models.vocabulary import Vocabulary
 from lightpeft.peft_kinds.sites import hide_config
 from lightpeft.plans.records import PrunePlan
-from lightpeft.prune.refit import Refit, refit_of_tensors, refit_tensors
 from lightpeft.saved.cards import CARD, CardForm, model_card, read_by
 from lightpeft.saved.description import BaseFacts, base_facts, check_parts
 from lightpeft.saved.peft_adapter import read_adapter
 from lightpeft.saved.tokens import VOCABULARY_FILE, read_vocabulary, write_vocabulary
 
 DESCRIPTION = "lightpeft.json"
-REFIT_FILE = "refit.safetensors"
-FILES = ("adapter_config.json", "adapter_model.safetensors", REFIT_FILE, VOCABULARY_FILE)
+FILES = ("adapter_config.json", "adapter_model.safetensors", VOCABULARY_FILE)
 """What is in the folder besides the description, as far as it is there."""
 ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
 """Its files in a repository."""
@@ -42,10 +31,8 @@ ON_HUB = repositories.Form("light adapter", DESCRIPTION, (DESCRIPTION, *FILES))
 # -- writing -----------------------------------------------------------------------------------------------------------
 
 
-def write_beside(
-    folder: Path, facts: dict[str, Any], plan: PrunePlan, refit: Refit, vocabulary: Vocabulary | None
-) -> None:
-    """Make what PEFT has written a light adapter: description and card and, as far as there are any, refit and tokens.
+def write_beside(folder: Path, facts: dict[str, Any], plan: PrunePlan, vocabulary: Vocabulary | None) -> None:
+    """Make what PEFT has written a light adapter: description and card and, where some are gone, its tokens.
 
     Where anything of the base is cut, PEFT's own loader refuses the folder from then on (`sites.hide_config`).
 
@@ -53,26 +40,19 @@ def write_beside(
         facts: what `lightpeft.json` says, but for the checksums.
         vocabulary: tokens of its base that the model has; None: all.
     """
-    if vocabulary is not None or _is_cut(plan, refit):
+    if vocabulary is not None or plan.removed_parameters:
         hide_config(folder)
-    if refit:
-        save_file(refit_tensors(refit), folder / REFIT_FILE)
     if vocabulary is not None:
         write_vocabulary(vocabulary, folder)
-    (folder / CARD).write_text(card_of(facts, plan, refit), encoding="utf-8")
+    (folder / CARD).write_text(card_of(facts, plan), encoding="utf-8")
     write_json(folder / DESCRIPTION, {**facts, "checksums": _checksums(folder)})
 
 
-def _is_cut(plan: PrunePlan, refit: Refit) -> bool:
-    """Whether an adapter would answer wrongly over the dense base."""
-    return bool(plan.removed_parameters or refit)
-
-
-def card_of(facts: dict[str, Any], plan: PrunePlan, refit: Refit) -> str:
+def card_of(facts: dict[str, Any], plan: PrunePlan) -> str:
     """The model card of a light adapter."""
     plans = "the plan of which heads and neurons the task needs" if plan.cuts_blocks else "nothing is removed from it"
     what = f"A task over an untouched base: PEFT weights, and {plans}"
-    library = "lightpeft" if facts["tokens"] or _is_cut(plan, refit) else "peft"
+    library = "lightpeft" if facts["tokens"] or plan.removed_parameters else "peft"
     form = CardForm("Light adapter", what, read_by("load_light"), library=library, relation="adapter", exports=True)
     return model_card(facts, plan, form)
 
@@ -128,18 +108,12 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         own = expected.pop(DESCRIPTION) if first else None
     require(not first or own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
     check_parts(description, folder / DESCRIPTION)
+    others = sorted(expected.keys() - set(FILES))
+    instead = "which this version of lightpeft cannot read; install the one that it was saved with"
+    require(not others, f"{folder} has {', '.join(others)}, {instead}")
     for name, checksum in expected.items():
         check_file(folder, name, checksum)
     return description
-
-
-def read_refit(folder: Path) -> Refit:
-    """The corrections of a light adapter whose files were checked; empty without a refit."""
-    file = folder / REFIT_FILE
-    if not file.is_file():
-        return {}
-    with understandable(file):
-        return refit_of_tensors(read_tensors(file))
 
 
 def vocabulary_in(folder: Path, description: Mapping[str, Any]) -> Vocabulary | None:

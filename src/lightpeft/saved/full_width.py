@@ -46,8 +46,6 @@ _PREFIX = "base_model.model."
 def full_width(light: LightModel, base: PreTrainedModel | None = None, *, is_trainable: bool = False) -> PeftModel:
     """What a light model has learned, as a plain `PeftModel` over its dense base, with all of its tokens.
 
-    A refit of the light model stays behind: it stands for the units that are back.
-
     Args:
         light: stays as it is.
         base: the dense model that it was made from, in which PEFT modules are put; None: it is loaded anew from where

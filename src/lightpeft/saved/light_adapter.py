@@ -21,7 +21,6 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import vocabulary_of
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.records import PrunePlan
-from lightpeft.prune.refit import Refit
 from lightpeft.saved.adapter_files import (
     DESCRIPTION,
     FILES,
@@ -48,8 +47,6 @@ class LightModel(PeftModel):
 
     light_plan: PrunePlan
     """Which units of the dense base are here."""
-    light_refit: Refit
-    """Corrections of its projections that are merged into their weights; empty without a refit."""
     light_metrics: dict[str, Any]
     """What was measured of this model; saved with it."""
     light_intervals: dict[str, Any]
@@ -58,7 +55,7 @@ class LightModel(PeftModel):
     """How inputs are read (task kind, columns, length); saved with it, empty if unknown."""
 
     def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:
-        """Write a light adapter: PEFT's own two files, `lightpeft.json`, a model card and, after a refit, that.
+        """Write a light adapter: PEFT's own two files, `lightpeft.json` and a model card.
 
         Of a model with fewer tokens, also which these are; no embeddings. Where anything of the base is cut, PEFT's own
         loader refuses the folder (`sites.hide_config`). The reference of one of TRL's trainers, beside the adapter, is
@@ -81,7 +78,7 @@ class LightModel(PeftModel):
         with replacing_folder(save_directory, last=DESCRIPTION, obsolete=FILES) as temporary:
             super().save_pretrained(str(temporary), selected_adapters=[name], **kwargs)
             _move_up(temporary / name)
-            write_beside(temporary, facts_of(self), self.light_plan, self.light_refit, vocabulary)
+            write_beside(temporary, facts_of(self), self.light_plan, vocabulary)
 
     @classmethod
     def from_pretrained(
@@ -174,7 +171,7 @@ def save_metrics(model: LightModel, folder: str | Path) -> None:
     """
     file, facts = Path(folder) / DESCRIPTION, facts_of(model)
     write_json(file, {**read_json(file), "metrics": model.light_metrics, "intervals": model.light_intervals})
-    write_text(Path(folder) / CARD, card_of(facts, model.light_plan, model.light_refit))
+    write_text(Path(folder) / CARD, card_of(facts, model.light_plan))
 
 
 def as_light(
@@ -182,7 +179,6 @@ def as_light(
     plan: PrunePlan,
     metrics: dict[str, Any] | None = None,
     task: dict[str, Any] | None = None,
-    refit: Refit | None = None,
     intervals: dict[str, Any] | None = None,
 ) -> LightModel:
     """Make a pruned `PeftModel` one that saves itself as a light adapter; same object, same weights."""
@@ -194,7 +190,6 @@ def as_light(
     vars(model).pop("save_pretrained", None)  # that of a dense model with fewer tokens
     light = cast(LightModel, model)
     light.light_plan = plan
-    light.light_refit = dict(refit or {})
     light.light_metrics = dict(metrics or {})
     light.light_intervals = dict(intervals or {})
     light.light_task = dict(task or {})
@@ -261,7 +256,7 @@ def load_sharing(
 ) -> LightModel:
     """Load a light adapter as `load_light` does in low memory, over tensors that it shares with others, to be asked.
 
-    What the plan leaves whole of the base, and neither a refit nor the adapter changes, is the same memory in all
+    What the plan leaves whole of the base, and the adapter does not change, is the same memory in all
     models that were loaded with these `tensors`. Nobody may write to it.
 
     Args:
@@ -292,9 +287,9 @@ def _light(
     **options: bool,
 ) -> LightModel:
     """The light model that a dense one becomes, in place; arguments as for `over_base`."""
-    model, refit = over_base(saved, dense, lacking, stream, **options)
+    model = over_base(saved, dense, lacking, stream, **options)
     metrics, task, intervals = (dict(saved.description.get(name, {})) for name in ("metrics", "task", "intervals"))
-    return as_light(model if device is None else model.to(device), saved.plan, metrics, task, refit, intervals)
+    return as_light(model if device is None else model.to(device), saved.plan, metrics, task, intervals)
 
 
 def light_tokenizer(

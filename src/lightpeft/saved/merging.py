@@ -33,14 +33,11 @@ from lightpeft.files import (
 )
 from lightpeft.files.foreign import check_folder, parsing
 from lightpeft.models import repositories
-from lightpeft.models.linears import add_to_linear, features
 from lightpeft.models.loading import check_checkpoint
 from lightpeft.models.positions import positions_of, refuse_longer
-from lightpeft.models.tensors import Reading, on_disk
-from lightpeft.models.unwrap import base_linear, transformers_model
+from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
-from lightpeft.prune.refit import outputs_changed
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saved.auto_classes import register
 from lightpeft.saved.bases import architecture_of
@@ -177,7 +174,6 @@ def load_merged(
         if not native:
             ensure_family(model)
             apply_plan(model, plan)
-            _give_biases(model, plan, checkpoint)
         return checkpoint.load(model)
 
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
@@ -196,16 +192,6 @@ def load_merged(
     if facts.get("positions") is not None:
         refuse_longer(model, facts["positions"])
     return model.eval() if device is None else model.eval().to(device)
-
-
-def _give_biases(model: PreTrainedModel, plan: PrunePlan, checkpoint: Checkpoint) -> None:
-    """Let projections of a pruned model on the meta device have the biases that a refit, and no plan, gave them."""
-    stored = on_disk(checkpoint.files, Reading(None, None)).keys()
-    for spec, _, slot in outputs_changed(plan):
-        name = spec.projections[slot]
-        layer = base_linear(model, name)
-        if f"{name}.bias" in stored and layer.bias is None:
-            add_to_linear(layer, None, torch.zeros(features(layer)[0], device="meta"))
 
 
 def merged_config(folder: Path, saved: BaseFacts) -> PretrainedConfig:

@@ -14,9 +14,8 @@ from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.tensors import SharedTensors
 from lightpeft.models.vocabulary import check_whole, cut_model
 from lightpeft.plans.records import PrunePlan
-from lightpeft.prune.refit import Refit, apply_refit
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.adapter_files import REFIT_FILE, Saved, read_refit
+from lightpeft.saved.adapter_files import Saved
 from lightpeft.saved.peft_adapter import brought_for_base, check_fit, load_adapter, skeleton_of
 from lightpeft.saved.right_base import check_base, check_brought, check_structure
 from lightpeft.saved.streaming import Stream
@@ -30,8 +29,8 @@ def over_base(
     *,
     is_trainable: bool = False,
     fits: bool = False,
-) -> tuple[PeftModel, Refit]:
-    """What a dense model becomes, in place: cut to the plan, with the adapter's weights; and the refit that it has.
+) -> PeftModel:
+    """What a dense model becomes, in place: cut to the plan, with the adapter's weights.
 
     Arguments and errors are as for `load_light`.
 
@@ -52,12 +51,10 @@ def over_base(
     if stream is not None:
         stream.fill(dense)
         stream.part_with(dense, brought_for_base(saved.config, folder))
-    refit = read_refit(folder) if REFIT_FILE in saved.description["checksums"] else {}
-    apply_refit(dense, refit)
     model = load_adapter(dense, folder, saved.config, is_trainable)
     if not is_trainable:
         model.eval()
-    return model, refit
+    return model
 
 
 def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, folder: Path) -> None:

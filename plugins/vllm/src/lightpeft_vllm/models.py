@@ -23,7 +23,7 @@ class LightForCausalLM(LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=LightDecoderLayer)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """As vLLM does; biases that only lightpeft's refit has given to projections are put there first."""
+        """As vLLM does; biases that are all that is left of a sub-layer are put there first."""
         added: set[str] = set()
         loaded = super().load_weights(self._with_a_place(weights, added))
         return loaded | added

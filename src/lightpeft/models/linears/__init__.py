@@ -10,8 +10,6 @@ from lightpeft.models.linears.bitsandbytes import logical_numel, prepare_quantis
 from lightpeft.models.linears.kinds import sliced
 from lightpeft.models.linears.on_disk import LinearOnDisk, bring_in, can_be_left, is_on_disk, leave_on_disk, lying_over
 from lightpeft.models.linears.registry import (
-    add_to_linear,
-    can_be_added_to,
     dense_weight,
     describe,
     fault,
@@ -23,9 +21,7 @@ from lightpeft.models.linears.registry import (
 
 __all__ = [
     "LinearOnDisk",
-    "add_to_linear",
     "bring_in",
-    "can_be_added_to",
     "can_be_left",
     "dense_weight",
     "describe",

@@ -40,7 +40,7 @@ class LinearKind(ABC):
 
 
 class DenseKind(LinearKind):
-    """How a layer whose weight is kept in floating point is read, cut and added to."""
+    """How a layer whose weight is kept in floating point is read and cut."""
 
     def stored_weight(self, layer: Any) -> Tensor:
         """The weight itself."""
@@ -49,10 +49,6 @@ class DenseKind(LinearKind):
     def features(self, layer: Any) -> tuple[int, int]:
         rows, columns = self.dense_weight(layer).shape
         return rows, columns
-
-    @abstractmethod
-    def add(self, layer: Any, delta: Tensor | None, bias: Tensor) -> None:
-        """Give the layer a weight larger by `delta` [out, in], and a bias larger by `bias` [out]."""
 
 
 class QuantisedKind(LinearKind):

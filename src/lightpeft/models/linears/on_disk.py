@@ -139,10 +139,6 @@ class OnDiskLinear(DenseKind):
         bring_in(layer)
         _usual(layer).keep(layer, index.to(layer.weight.device), dim)
 
-    def add(self, layer: Any, delta: Tensor | None, bias: Tensor) -> None:
-        bring_in(layer)
-        _usual(layer).add(layer, delta, bias)
-
 
 def _usual(layer: nn.Module) -> DenseKind:
     """How a layer of the same class is cut whose weight is in memory."""

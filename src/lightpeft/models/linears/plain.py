@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.models.linears.kinds import DenseKind, sliced
-from lightpeft.models.sharding import placed_like, whole
+from lightpeft.models.sharding import whole
 
 
 class PlainLinear(DenseKind):
@@ -36,10 +36,6 @@ class PlainLinear(DenseKind):
         else:
             layer.in_features = len(index)
 
-    def add(self, layer: Any, delta: Tensor | None, bias: Tensor) -> None:
-        layer.weight = _sum(layer.weight, delta)
-        layer.bias = _sum(layer.bias, bias) if layer.bias is not None else _frozen(bias.to(layer.weight.dtype))
-
 
 class TransposedLinear(DenseKind):
     """transformers' `Conv1D`: a linear layer whose weight is [in, out] (GPT-2)."""
@@ -64,10 +60,6 @@ class TransposedLinear(DenseKind):
             if not len(index):
                 layer.__class__ = WithoutInputs
 
-    def add(self, layer: Any, delta: Tensor | None, bias: Tensor) -> None:
-        layer.weight = _sum(layer.weight, None if delta is None else delta.T)
-        layer.bias = _sum(layer.bias, bias)
-
 
 class WithoutInputs(Conv1D):
     """A `Conv1D` that lost all its inputs: its bias is left. (PyTorch's `Linear` does this by itself.)"""
@@ -75,18 +67,6 @@ class WithoutInputs(Conv1D):
     def forward(self, x: Tensor) -> Tensor:
         """[..., 0] -> [..., out]."""
         return self.bias.expand(*x.shape[:-1], self.nf)
-
-
-def _sum(parameter: nn.Parameter, change: Tensor | None) -> nn.Parameter:
-    """A new parameter, added up in float32; it trains if the old one does."""
-    if change is None:
-        return parameter
-    total = (whole(parameter).float() + change.float()).to(parameter.dtype)
-    return nn.Parameter(placed_like(total, parameter), requires_grad=parameter.requires_grad)
-
-
-def _frozen(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=False)
 
 
 def _is_ordinary(weight: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightpeft.errors import LightPeftError
 from lightpeft.models.linears.bitsandbytes import EightBitLinear, FourBitLinear
-from lightpeft.models.linears.kinds import DenseKind, LinearKind
+from lightpeft.models.linears.kinds import LinearKind
 from lightpeft.models.linears.on_disk import OnDiskLinear
 from lightpeft.models.linears.plain import PlainLinear, TransposedLinear
 from lightpeft.models.linears.torchao import TorchaoLinear
@@ -73,26 +73,6 @@ def slice_linear(layer: Any, index: Tensor, dim: int) -> None:
     if reason is not None:
         raise LightPeftError(f"a {describe(layer)} cannot be cut: {reason}")
     kind.keep(layer, index.to(layer.weight.device), dim)
-
-
-@torch.no_grad()
-def add_to_linear(layer: Any, delta: Tensor | None, bias: Tensor) -> None:
-    """Give a linear layer a weight that is larger by `delta` [out, in] and a bias that is larger by `bias` [out].
-
-    The tensors that it held, which others may share, stay as they are; a layer without a bias gets one.
-
-    Raises:
-        LightPeftError: nothing can be added to a layer of this kind.
-    """
-    kind = _kind(layer)
-    if not isinstance(kind, DenseKind):
-        raise LightPeftError(f"nothing can be added to a {describe(layer)}")
-    kind.add(layer, delta, bias)
-
-
-def can_be_added_to(layer: nn.Module) -> bool:
-    """Whether `add_to_linear` works: the weight is kept in floating point."""
-    return isinstance(_kind(layer), DenseKind)
 
 
 def _kind(layer: nn.Module) -> LinearKind:

@@ -22,7 +22,6 @@ from lightpeft.peft_kinds.sites.registry import (
     own_adapter,
     refresh_config,
     remove_site,
-    restart_sites,
     simplify_config,
     widens_alone,
 )
@@ -49,7 +48,6 @@ __all__ = [
     "read_config",
     "refresh_config",
     "remove_site",
-    "restart_sites",
     "simplify_config",
     "transformers_model",
     "widens_alone",

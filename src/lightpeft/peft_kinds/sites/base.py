@@ -143,17 +143,6 @@ class Site(ABC):
     def keep_ranks(self, index: Tensor) -> None:
         """Keep these ranks; the module computes as if the others were zero."""
 
-    def delta(self, ranks: Tensor | None = None) -> Tensor | None:
-        """What the module adds to the frozen layer's weight, float32 [out, in] or zero; with `ranks`, what those add.
-
-        None: it changes what the layer computes in another way.
-        """
-        return None
-
-    @abstractmethod
-    def restart(self) -> None:
-        """Re-initialise as PEFT does, so that the module adds nothing again."""
-
     def removed(self) -> None:  # noqa: B027
         """Called before the frozen layer is put back in the module's place."""
 

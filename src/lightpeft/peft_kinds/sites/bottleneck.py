@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -83,16 +82,9 @@ class BottleneckSite(LinearSite):
         slice_linear(self.branch.up, index, dim=1)
         self.layer.size[self.adapter] = len(index)
 
-    def delta(self, ranks: Tensor | None = None) -> Tensor:
-        """Zero: an adapter comes after the frozen layer."""
-        return torch.zeros((), device=self.device)
-
     def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """The same: the adapter sits on the hidden width."""
         return learned
-
-    def restart(self) -> None:
-        self.branch.reset_parameters()
 
     def removed(self) -> None:
         """Take the hook of a parallel adapter off the module that it reads from."""

@@ -55,9 +55,6 @@ class DoraSite(LoraSite):
         super().keep_ranks(index)
         forget_norms(self.magnitude)
 
-    def delta(self, ranks: Tensor | None = None) -> None:
-        """None: the norm over W and B A makes it more than a matrix beside W."""
-
     def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """Further rows have the base's length; with further columns it grows with the norm: `m / ||V||` stays."""
         wide, magnitude = super().widened(learned, index, dim), learned[_MAGNITUDE]
@@ -68,12 +65,6 @@ class DoraSite(LoraSite):
             direction = weight + self.scaling * (wide[UP].float() @ wide[DOWN].float())
             magnitude = magnitude * direction.norm(dim=1) / direction[:, index].norm(dim=1)
         return {**wide, _MAGNITUDE: magnitude}
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        super().restart()
-        self.magnitude.weight.copy_(self._direction().norm(dim=1))
-        forget_norms(self.magnitude)
 
     def _direction(self) -> Tensor:
         """V, [out, in], float32."""

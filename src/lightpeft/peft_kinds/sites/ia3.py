@@ -75,6 +75,3 @@ class Ia3Site(LinearSite):
         if dim != int(self.layer.is_feedforward):
             return learned
         return {"ia3_l": spread(learned["ia3_l"], index, dim, self.factors.shape[dim], fill=1.0)}
-
-    def restart(self) -> None:
-        self.layer.reset_ia3_parameters(self.adapter)

@@ -156,9 +156,6 @@ class Lora(Site):
     def _slice_ranks(self, index: Tensor) -> None:
         """Keep these ranks of A and B."""
 
-    def restart(self) -> None:
-        self.layer.reset_lora_parameters(self.adapter, init_lora_weights=True)
-
 
 class LoraSite(Lora, LinearSite):
     """`base(x) + scaling * B A x`."""
@@ -201,28 +198,12 @@ class LoraSite(Lora, LinearSite):
         require(not weight.is_meta, f"{self.spec.name} needs weights of the base; give it: base=")
         return torch.as_tensor(weight.detach().float().cpu())
 
-    def delta(self, ranks: Tensor | None = None) -> Tensor | None:
-        down, up = self.down.detach().float(), self.up.detach().float()
-        if ranks is not None:
-            down, up = down[ranks.to(down.device)], up[:, ranks.to(up.device)]
-        return self.scaling * (up @ down)
-
-    def restart(self) -> None:
-        super().restart()
-        self._restore_bias()
-
+    @torch.no_grad()
     def removed(self) -> None:
         """Leave the frozen layer as the base has it."""
-        if self._restore_bias():
-            self.base.bias.requires_grad_(False)
-
-    @torch.no_grad()
-    def _restore_bias(self) -> bool:
         original = _original_bias(self.layer)
-        if original is None:
-            return False
-        self.layer.get_base_layer().bias.copy_(original)
-        return True
+        if original is not None:
+            self.layer.get_base_layer().bias.copy_(original).requires_grad_(False)
 
 
 def _original_bias(layer: LoraLayer) -> Tensor | None:

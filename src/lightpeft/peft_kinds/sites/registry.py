@@ -203,14 +203,6 @@ def for_one_thread(config: PeftConfig) -> bool:
     return _site_class(config).for_one_thread(config)
 
 
-def restart_sites(sites: Sequence[Site], seed: int) -> None:
-    """Re-initialise the PEFT modules, reproducibly."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for site in sites:
-            site.restart()
-
-
 def _config(model: PeftModel) -> Any:
     """The configuration of the active adapter."""
     return model.peft_config[model.active_adapter]

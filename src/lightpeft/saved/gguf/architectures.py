@@ -93,7 +93,7 @@ def _check_bare(model: PreTrainedModel, plan: PrunePlan, architecture: Architect
     gone = [spec.index for spec, kept in plan.parts if not kept.heads]
     require(not gone, f"block {min(gone, default=0)} has no attention, {instead}; prune with light.min_heads: 1")
     biases = [name for name in model.state_dict() if name.endswith(".bias")]
-    require(not biases, f"{' '.join(biases[:1])} is a bias, {instead}; leave out light.refit and trained biases")
+    require(not biases, f"{' '.join(biases[:1])} is a bias, {instead}; leave out trained biases")
     require(model.config.tie_word_embeddings, f"the head is none of the embeddings, {instead}")
     require(_rope(model.config)["rope_type"] != "llama3", f"rotary embeddings are of type llama3, {instead}")
 
