@@ -119,7 +119,6 @@ def test_without_a_preset_methods_are_compared_at_one_size(tmp_path: Path) -> No
 NOT_WITH_AUTO = {
     "random": "light.blocks is auto, which estimation has to end for; give a number here",
     "mask": "light.blocks is auto, which estimation has to end for; give a number here",
-    "length-auto": "length: auto compares plans, and blocks: auto finds a budget for them later; give a number for one",
 }
 """Methods that want a number under `preset: auto`, and what says so."""
 
@@ -925,6 +924,16 @@ def test_results_of_the_repository_are_read_and_summarised(path: Path) -> None:
         assert summary.mean.value == pytest.approx(100 * statistics.fmean(differences))
         assert all(ratio and ratio > 0 for ratio in summary.ratios.values())
     assert markdown_table(results).count("\n| ---") == 1 + bool(summaries)
+
+
+@pytest.mark.parametrize("name", ["movie_reviews/auto", "glue/presets", "socialiqa/writers"])
+def test_published_results_are_those_of_their_grid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where their runs had settings that are gone."""
+    monkeypatch.setattr("lightpeft.config.light.LEAST_EXAMPLES", 256)
+    grid = GRIDS[0].parents[1] / name
+    published = read_results(grid.with_suffix(".results.json"))
+    results = joined(grid.with_suffix(".yaml"), [grid.with_suffix(".results.json")], tmp_path)
+    assert [row.quality for row in results.rows] == [row.quality for row in published.rows]
 
 
 def test_what_is_no_results_file_is_refused(tmp_path: Path) -> None:
