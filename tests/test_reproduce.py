@@ -423,7 +423,7 @@ def test_the_table_is_that_of_the_runs(finished: Path) -> None:
         ".lock",
         "cells",
         "logs",
-        *(f"results.{suffix}" for suffix in ("json", "csv", "md", "tex")),
+        *(f"results.{suffix}" for suffix in ("json", "csv", "md")),
     }
 
 
