@@ -16,8 +16,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import attention
-import depth_probe
-import draft
 import estimation_cost
 import experts
 import found_budgets
@@ -34,7 +32,6 @@ import peer_methods
 import peer_pruning
 import peers
 import plots
-import probe_length
 import products
 import publishing
 import pytest
@@ -52,7 +49,6 @@ import vllm_lora
 import vllm_speed
 import workbench
 import writers
-import writing
 import yaml
 from matplotlib.text import Text
 from peft import PeftModel
@@ -80,7 +76,6 @@ from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.recipe import probes
 from lightpeft.runs import pipeline
 from lightpeft.runs.bench import accelerating
 from lightpeft.runs.reproduce import Results, Row, read_results, reproduce
@@ -715,32 +710,6 @@ def test_subjects_of_a_run(
     assert f"{name}: config file" in capsys.readouterr().err
 
 
-# -- depth_probe.py ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_depth_probe(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bench = Workbench(tmp_path / "bench", family)
-    readme = readme_with(place("depth_probe tiny"), tmp_path, monkeypatch)
-    monkeypatch.chdir(tmp_path)
-    assert depth_probe.main([str(bench.yaml("tiny")), "--rows", "48", "--write-readme"]) == 0
-    results = read(tmp_path / "tiny.depth_probe.json")
-    assert len(results["blocks"]) == 2 and results["enough"] in (1, 2)
-    assert "| 2 |" in readme.read_text()
-    assert depth_probe.main([str(bench.yaml("tiny")), "--rows", "65"]) == 2
-    assert "depth_probe: --rows is 65; there are 64 training rows" in capsys.readouterr().err
-
-
-def test_depth_probe_of_a_language_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert depth_probe.main([str(Workbench(tmp_path / "bench", "llama", "causal-lm").yaml("tiny"))]) == 2
-    assert "does not classify" in capsys.readouterr().err
-
-
 # -- needs.py, scale.py ------------------------------------------------------------------------------------------------
 
 
@@ -774,30 +743,6 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert scale.main(["--tiny", "--tokenizer", str(base), "--rows", "0"]) == 2
 
 
-# -- probe_length.py ---------------------------------------------------------------------------------------------------
-
-
-def test_probe_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a step the rise is that of the cut alone; a run without an estimation is refused."""
-    monkeypatch.setattr(probes, "LEAST_HELD", 16)
-    bench = Workbench(tmp_path / "bench", "bert")
-    auto = {"light.blocks": "auto", "light.search_fraction": 100.0}
-    config, out = bench.config("tiny", **auto), tmp_path / "out.json"
-    assert probe_length.main([config.output]) == 2
-    assert "probe_length: " in capsys.readouterr().err
-    pipeline.estimate(pipeline.prepare(config))
-    words = [config.output, "--steps", "0", "2", "--blocks", "0.2", "0.6", "--out", str(out)]
-    assert probe_length.main(words) == 0
-    results = read(out)["results"]
-    tried = [(probe["steps"], probe["blocks"]) for probe in results["probes"]]
-    assert tried == [(0, 0.2), (0, 0.6), (2, 0.2), (2, 0.6)]
-    untrained, trained = results["probes"][1], results["probes"][3]
-    assert untrained["rise"] != trained["rise"] and untrained["standard_error"] > 0
-    assert "± " in capsys.readouterr().out
-    assert probe_length.main([config.output, "--steps", "-1"]) == 2
-    assert "--steps has -1" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", family)
@@ -812,62 +757,6 @@ def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     caches = results["kv_cache_bytes_per_token"]
     assert (set(caches.values()) == {None}) == (family == "bert")
     assert family == "bert" or caches["light, merged"] < caches["plain, merged"] == caches["plain, unmerged"]
-
-
-# -- writing.py, draft.py ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a decoder that keeps both its models."""
-    bench = Workbench(tmp_path_factory.mktemp("written"), "llama", "causal-lm")
-    pipeline.run(bench.config("both", **{"light.keep": "both"}))
-    return bench.folder / "both"
-
-
-def test_writing(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert writing.main([str(written), "--rows", "12", "--out", str(tmp_path / "out.json")]) == 0
-    assert "full width |" in capsys.readouterr().out
-    results = read(tmp_path / "out.json")["results"]
-    light, wide = results[str(written)], results[f"{written}, full width"]
-    metrics = read(written / "metrics.json")
-    assert light["loss"] == pytest.approx(metrics["metrics"]["loss"], abs=1e-4)
-    assert wide["loss"] == pytest.approx(metrics["full_width"]["metrics"]["loss"], abs=1e-4)
-    for found in (light, wide):
-        assert len(found["texts"]) == 12 and found["reference_tokens"] == 3
-        assert 0 <= found["exact"] <= min(found["ended"], found["last_line"]) <= 1
-    assert writing.main([str(tmp_path)]) == 2
-
-
-@pytest.mark.parametrize(
-    ("texts", "same"),
-    [
-        (("5 and 2 are 7\n#### 7", "2 and 5: 7\n\n#### 7\n"), True),
-        (("#### 7", "#### 8"), False),
-        (("a word", "A word."), True),
-        (("", " \n"), True),
-    ],
-)
-def test_last_lines(texts: tuple[str, str], same: bool) -> None:
-    one, other = map(writing._last, texts)
-    assert (one == other) is same
-
-
-@pytest.mark.parametrize(("ids", "part"), [([1, 2, 3, 4], 0.0), ([1, 1, 1, 1, 1], 2 / 3), ([1, 2], 0.0)])
-def test_repetition(ids: list[int], part: float) -> None:
-    assert writing.repeated(ids) == pytest.approx(part)
-
-
-def test_draft(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert draft.main([str(written), "--rows", "3", "--tokens", "6", "--out", str(tmp_path / "out.json")]) == 0
-    (found,) = read(tmp_path / "out.json")["results"].values()
-    assert found["same_texts"] == found["texts"] == 3
-    assert found["tokens_per_pass"]["with"] > found["tokens_per_pass"]["alone"] > 0
-    assert draft.main([str(written.parent)]) == 2
-    alone = Workbench(tmp_path, "llama", "causal-lm").config("light")
-    pipeline.run(alone)
-    assert draft.main([str(alone.output)]) == 2
-    assert "set light.keep to both" in capsys.readouterr().err
 
 
 # -- vllm_lora.py ------------------------------------------------------------------------------------------------------

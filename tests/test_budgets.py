@@ -278,12 +278,8 @@ def test_no_tolerances(text: str | float) -> None:
     assert "light.tolerance" in line and "for example" in line and "\n" not in line
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"blocks": "some"}, "or auto"), ({"blocks": "auto", "length": "auto"}, "length: auto compares plans")],
-)
-def test_settings_that_do_not_go_together(changes: dict[str, Any], said: str) -> None:
-    assert said in refusal(lambda: LightConfig(**changes))
+def test_no_word_but_auto() -> None:
+    assert "or auto" in refusal(lambda: LightConfig(blocks="some"))  # type: ignore[arg-type]
 
 
 def test_a_plan_needs_a_number() -> None:
@@ -641,7 +637,6 @@ def test_stage_by_stage_depth_is_cut_once(tmp_path: Path, monkeypatch: pytest.Mo
         ({"light.tolerance": "-1 points"}, "light.tolerance"),
         ({"light.tolerance": "nan nats"}, "light.tolerance"),
         ({"light.tolerance": "much"}, "for example"),
-        ({"light.length": "auto"}, "length: auto compares plans"),
         ({"light.search_fraction": 0.0}, "search_fraction is 0"),
         ({"light.search_fraction": float("nan")}, "search_fraction"),
     ],

@@ -220,14 +220,14 @@ def test_print_config_shows_defaults_and_preset(capsys: pytest.CaptureFixture[st
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "auto", "--lora.slots", '["q", "v"]')
+    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--lora.slots", '["q", "v"]')
     text = shown(capsys, "run", *options, "--data.text_pair", "other", "--print_config")
     file = tmp_path / "printed.yaml"
     file.write_text(text, encoding="utf-8")
     assert printed(capsys, "run", "--config", file) == yaml.safe_load(text)
     config = load_config(file)
     assert config.light.heads == 0.5
-    assert config.light.length == "auto"
+    assert config.light.length == 0.2
     assert config.lora.slots == ["q", "v"]
     assert config.light.head_criterion == "mask"
     assert dataclasses.asdict(config) == yaml.safe_load(text)

@@ -76,8 +76,7 @@ def test_ratios_in_range(value: float) -> None:
         (LightConfig, {"lambda_neurons": float("nan")}, "lambda_neurons is nan; it must be a finite number"),
         (LightConfig, {"lambda_heads": float("inf")}, "lambda_heads is inf; it must be a finite number"),
         (LightConfig, {"least_examples": 2**70}, "below 2**63"),
-        (LightConfig, {"check_every": 0}, "start at 1"),
-        (LightConfig, {"settled_overlap": 1.1}, "settled_overlap is 1.1"),
+        (LightConfig, {"ratio_every": 0}, "ratio_every is 0; it starts at 1"),
         (LightConfig, {"max_fraction": 1.0}, "max_fraction is 1"),
         (ModelConfig, {"dtype": "int8"}, 'dtype is "int8"; choose one of float32, bfloat16, float16, auto'),
         (ModelConfig, {"attention": "flash"}, "choose one of sdpa, eager, flash_attention_2"),
@@ -234,7 +233,7 @@ def test_given_values_win_over_the_preset() -> None:
         ({"light": {"min_heads": 1.5}}, "light.min_heads is 1.5; it must be a whole number"),
         (
             {"light": {"length": "later"}},
-            "light.length is 'later'; it must be a whole number or a number or one of auto",
+            "light.length is 'later'; it must be a whole number or a number",
         ),
         ({"light": {"head_criterion": "best"}}, "light.head_criterion is 'best'; it must be one of mask, taylor"),
         ({"model": {"low_memory": "yes"}}, "model.low_memory is 'yes'; it must be true or false"),
@@ -260,13 +259,13 @@ def test_nested_plain_data() -> None:
         {
             "model": {"name": "m", "attention": None},
             "lora": {"slots": ["q", "v"], "alpha": 32},
-            "light": {"length": "auto", "heads": 0, "target": 0.4},
+            "light": {"tolerance": "1 point", "heads": 0, "target": 0.4},
             "training": {"epochs": 2},
         },
     )
     assert config.model.name == "m" and config.model.attention is None
     assert config.lora.slots == ["q", "v"] and config.lora.alpha == 32
-    assert config.light.length == "auto" and config.light.target == 0.4
+    assert config.light.tolerance == "1 point" and config.light.target == 0.4
     assert isinstance(config.light.heads, float) and isinstance(config.training.epochs, float)
     assert from_dict(LightConfig, {"length": 20}).length == 20
     assert from_dict(LightConfig, {"length": 0.2}).length == 0.2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -296,9 +295,7 @@ def test_divergence_stops_a_loop(steps: int) -> None:
 # Lengths
 
 
-@pytest.mark.parametrize(
-    ("length", "total", "steps"), [(5, None, 5), (5, 100, 5), (0.1, 200, 20), (0.1, 5, 2), ("auto", 100, 30)]
-)
+@pytest.mark.parametrize(("length", "total", "steps"), [(5, None, 5), (5, 100, 5), (0.1, 200, 20), (0.1, 5, 2)])
 def test_stage_length(length: Any, total: int | None, steps: int) -> None:
     assert stage_length(LightConfig(length=length), total) == steps
 
@@ -309,10 +306,9 @@ def test_a_short_run_has_its_least_steps(total: int, steps: int) -> None:
     assert stage_length(LightConfig(length=0.05, least_steps=32), total) == steps
 
 
-@pytest.mark.parametrize("length", [0.1, "auto"])
-def test_a_length_relative_to_the_run_needs_the_run(length: Any) -> None:
+def test_a_length_relative_to_the_run_needs_the_run() -> None:
     with pytest.raises(LightPeftError, match="needs the number of steps of the whole run"):
-        started(student(), length=length)
+        started(student(), length=0.1)
 
 
 def test_a_stage_longer_than_the_run(tmp_path: Path) -> None:
@@ -332,24 +328,9 @@ def test_a_trainer_stops_when_the_stage_is_done(tmp_path: Path, length: Any, ste
     assert pruner.finished
     meta = pruner.record().meta
     assert meta["scored_steps"] == steps - steps // 2
-    assert meta["history"] == []
 
 
-def test_auto_stops_when_the_plan_has_settled(tmp_path: Path) -> None:
-    config = LightConfig(length="auto", check_every=2, settled_overlap=0.5, settled_checks=2, max_fraction=0.9)
-    pruner = EarlyPruner(student(), config)
-    trainer(pruner.model, tmp_path, pruner.callback(), learning_rate=0.0).train()
-    meta = pruner.record().meta
-    assert meta["steps"] < meta["max_steps"] == 36
-    assert meta["steps"] == meta["history"][-1]["step"]
-    assert [entry["step"] for entry in meta["history"]] == list(range(4, meta["steps"] + 1, 2))
-    settled = [entry["overlap"] >= 0.5 for entry in meta["history"]]
-    assert settled[-2:] == [True, True]
-    assert (True, True) not in list(itertools.pairwise(settled[:-1]))
-    assert (meta["settled_overlap"], meta["settled_checks"], meta["length"]) == (0.5, 2, "auto")
-
-
-def test_weights_are_measured_once_however_often_plans_are_compared(
+def test_weights_are_measured_once_however_often_there_is_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[str] = []
@@ -359,29 +340,14 @@ def test_weights_are_measured_once_however_often_plans_are_compared(
         return weight_squares(model, block)
 
     monkeypatch.setattr(estimation, "weight_squares", counted)
-    config = LightConfig(length="auto", check_every=3, settled_overlap=1.0, settled_checks=40, max_fraction=0.25)
-    pruner = EarlyPruner(student(), config)
+    pruner = EarlyPruner(student(), LightConfig(length=10))
     trainer(pruner.model, tmp_path, pruner.callback()).train()
     first, again = pruner.record(), pruner.record()
-    assert len(first.meta["history"]) == 3
     assert measured == [block.attention for block in first.blocks]
     for block in first.blocks:
         heads, neurons, *_ = weight_squares(pruner.model, block)
         assert again.scores[f"heads/magnitude/{block.index}"].equal(heads.sqrt())
         assert again.scores[f"neurons/magnitude/{block.index}"].equal(neurons.sqrt())
-
-
-def test_auto_gives_up_at_its_limit(tmp_path: Path) -> None:
-    config = LightConfig(
-        length="auto", check_every=3, settled_overlap=1.0, settled_checks=40, max_fraction=0.25, neurons=0.5
-    )
-    pruner = EarlyPruner(student(), config)
-    trainer(pruner.model, tmp_path, pruner.callback()).train()
-    meta = pruner.record().meta
-    assert meta["steps"] == meta["max_steps"] == 10
-    assert [entry["step"] for entry in meta["history"]] == [6, 9, 10]
-    # windows of the second half: from step 6 on
-    assert meta["scored_steps"] == 4
 
 
 # Going on until something is learned
@@ -437,14 +403,6 @@ def test_a_longer_stage_is_one_of_that_length(tmp_path: Path) -> None:
     assert make_plan(records[0], LightConfig()) == make_plan(records[1], LightConfig())
 
 
-@pytest.mark.usefixtures("few_tell")
-def test_auto_does_not_settle_before_something_is_learned(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"length": "auto", "check_every": 2, "settled_overlap": 0.5, "settled_checks": 2}
-    pruner = EarlyPruner(student(), LightConfig(**settings, max_fraction=0.9, least_learned=0.5))
-    trainer(pruner.model, tmp_path, pruner.callback(), learning_rate=0.0).train()
-    assert pruner.record().meta["steps"] == 36
-
-
 def test_a_model_that_gives_no_classes_has_its_length(tmp_path: Path) -> None:
     pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=0.1, least_learned=0.5))
     trainer(pruner.model, tmp_path, pruner.callback()).train()
@@ -480,10 +438,9 @@ def test_steps_out_of_place() -> None:
     "config",
     [
         {"length": 12},
-        {"length": "auto", "check_every": 4, "settled_overlap": 1.0, "settled_checks": 9, "max_fraction": 0.3},
         {"length": 0.15, "least_learned": 0.5, "max_fraction": 0.3},
     ],
-    ids=["steps", "auto", "learning"],
+    ids=["steps", "learning"],
 )
 @pytest.mark.usefixtures("few_tell")
 @pytest.mark.parametrize("stop", [5, 6, 8])

@@ -27,7 +27,7 @@ from transformers import (
 )
 from workbench import checksums, edit, read, save_base
 
-from lightpeft import cut_positions, load_merged, save_merged
+from lightpeft import load_merged, save_merged
 from lightpeft.cli.verbs.export import EXPORT
 from lightpeft.compat.transformers import attention_of
 from lightpeft.files import file_checksum
@@ -137,9 +137,6 @@ def test_the_tokenizer_of_the_base_is_written_with_it(tmp_path: Path, caplog: py
     mine = AutoTokenizer.from_pretrained(tmp_path / "base", model_max_length=7)
     save_merged(light, tmp_path / "merged", mine, overwrite=True)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").model_max_length == 7, "the one that is given"
-    cut_positions(light, mine, 16)
-    save_merged(light, tmp_path / "short")
-    assert AutoTokenizer.from_pretrained(tmp_path / "short").model_max_length == 16
     assert not said(caplog)
 
 

@@ -374,16 +374,6 @@ def test_plan_refuses_what_was_pruned_otherwise(bench: Workbench, finished: Path
         pipeline.plan(RunFolder(finished, bench.config("finished", **{"light.heads": 0.5})))
 
 
-def test_automatic_length_ends_within_its_limit(bench: Workbench) -> None:
-    changes = {"light.length": "auto", "light.check_every": 2, "light.max_fraction": 0.5}
-    pipeline.run(bench.config("auto", **changes))
-    record = EstimationRecord.load(bench.folder / "auto" / "estimation")
-    assert 2 <= record.meta["steps"] <= 12
-    assert record.meta["steps"] % 2 == 0
-    assert [entry["step"] for entry in record.meta["history"]] == list(range(4, record.meta["steps"] + 1, 2))
-    assert steps_of(bench.folder / "auto") == 24
-
-
 def test_target_sets_the_part_that_goes(bench: Workbench) -> None:
     result = pipeline.run(bench.config("target", **{"light.target": 0.35}))
     assert 0.35 <= result["parameters"]["base_removed_ratio"] < 0.42

@@ -36,7 +36,7 @@ def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
 @pytest.fixture(scope="module")
 def record() -> EstimationRecord:
     record = random_record(with_lora(make("llama-gqa")))
-    record.meta["history"] = [{"step": 10, "overlap": 0.96}]
+    record.meta["versions"] = {"torch": "2.0"}
     return record
 
 

@@ -55,7 +55,6 @@ from lightpeft.runs.reproduce import (
     Row,
     csv_table,
     joined,
-    latex_table,
     load_grid,
     markdown_table,
     over_tasks,
@@ -119,7 +118,6 @@ def test_without_a_preset_methods_are_compared_at_one_size(tmp_path: Path) -> No
 NOT_WITH_AUTO = {
     "random": "light.blocks is auto, which estimation has to end for; give a number here",
     "mask": "light.blocks is auto, which estimation has to end for; give a number here",
-    "length-auto": "length: auto compares plans, and blocks: auto finds a budget for them later; give a number for one",
 }
 """Methods that want a number under `preset: auto`, and what says so."""
 
@@ -425,7 +423,7 @@ def test_the_table_is_that_of_the_runs(finished: Path) -> None:
         ".lock",
         "cells",
         "logs",
-        *(f"results.{suffix}" for suffix in ("json", "csv", "md", "tex")),
+        *(f"results.{suffix}" for suffix in ("json", "csv", "md")),
     }
 
 
@@ -664,25 +662,6 @@ Failed:
 
 - minilm/rte/light/2: out of memory
 """  # noqa: E501
-LATEX = r"""
-% needs the packages booktabs and graphicx
-\begin{table*}
-\centering
-\setlength{\belowcaptionskip}{1ex}
-\caption{CAPTION}
-\resizebox{\linewidth}{!}{%
-\begin{tabular}{lllrrrrrrrrrrrr}
-\toprule
-task & method & metric & seeds & quality & difference & p & parameters & \shortstack{removed,\\\%} & trained & \shortstack{adapter\\KiB} & samples/s & \shortstack{training\\MiB} & \shortstack{peak\\MiB} & seconds \\
-\midrule
-rte & lora & accuracy & 3 & 84.1 $\pm$ 0.4 & - & - & 22.7M & 0.0 & 74,498 & 301 & 118 & 557 & 557 & 204 $\pm$ 26 \\
-rte & light \& 50\%\_off & accuracy & 2 & 83.1 $\pm$ 0.4 & $-$1.2 $\pm$ 0.8 & 0.239 & 1.24B & 23.5 & 19,093 & 91 & 3,070 & 256 & 612 & - \\
-\midrule
-texts & lora & perplexity & 1 & 21.9 & - & $<$0.001 & 999 & 0.0 & 10 & 976,562 & - & - & - & 75 \\
-\bottomrule
-\end{tabular}}
-\end{table*}
-""".lstrip().replace("CAPTION", CAPTION.replace("±", r"$\pm$"))  # noqa: E501
 
 
 def test_markdown_of_fixed_numbers() -> None:
@@ -694,29 +673,6 @@ def test_quality_at_full_width_has_a_column_where_a_run_keeps_both() -> None:
     table = markdown_table(replace(FIXED, rows=[FIXED.rows[0], kept]))
     assert "| full width |" in table and "| 83.6 ± 0.1 |" in table
     assert "full width: quality there, of runs that keep both" in table
-
-
-def test_latex_of_fixed_numbers() -> None:
-    assert latex_table(FIXED) == LATEX
-
-
-def test_latex_compiles(tmp_path: Path) -> None:
-    strange = replace(FIXED.rows[0], method=r"50%_of \all {x} ~ ^2 #1 $ <a|b> ±")
-    compile_latex(replace(FIXED, rows=[*FIXED.rows, strange]), tmp_path)
-
-
-def compile_latex(results: Results, tmp_path: Path) -> None:
-    program = shutil.which("pdflatex")
-    if program is None:
-        pytest.skip("pdflatex is not there")
-    (tmp_path / "results.tex").write_text(latex_table(results), encoding="utf-8")
-    (tmp_path / "paper.tex").write_text(
-        r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}\input{results}\end{document}"
-    )
-    options = ("-interaction=nonstopmode", "-halt-on-error", "paper.tex")
-    ended = subprocess.run([program, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stdout[-2000:]
-    assert (tmp_path / "paper.pdf").is_file()
 
 
 def test_csv_has_every_number() -> None:
@@ -753,8 +709,8 @@ def test_tables_before_any_cell_is_done(tmp_path: Path) -> None:
     write_results(tmp_path, empty)
     assert read_json(tmp_path / "results.json")["rows"] == []
     assert (tmp_path / "results.md").read_text().startswith("| method |")
-    assert "0 of 4 cells" in (tmp_path / "results.tex").read_text()
-    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md", ".tex"}
+    assert "0 of 4 cells" in (tmp_path / "results.md").read_text()
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".csv", ".md"}
 
 
 @pytest.mark.parametrize(
@@ -858,7 +814,7 @@ def test_where_less_is_better_and_no_points_are_averaged_with_nats() -> None:
 def test_nothing_is_said_over_fewer_than_two_tasks(rows: list[list[Row]], tmp_path: Path) -> None:
     results = grid_of(*rows)
     assert over_tasks(results) == []
-    assert "P(better)" not in markdown_table(results) + latex_table(results)
+    assert "P(better)" not in markdown_table(results)
     write_results(tmp_path, results)
     assert read_json(tmp_path / "results.json")["over_tasks"] == []
     assert not (tmp_path / "results.tasks.csv").exists()
@@ -881,12 +837,6 @@ def test_over_tasks_in_every_form(tmp_path: Path) -> None:
     assert f"| 50% | {' | '.join(gains)} | {better} | - | - |" in second, "no report is there for the ratios"
     assert "model m, tasks 2, pairs 5, unit points, differences to lora over tasks" in second
 
-    in_latex = (tmp_path / "results.tex").read_text()
-    assert in_latex.count(r"\begin{table*}") == 2
-    ends = ", ".join(f"${end[0]}${end[1:]}" for end in gains[0].partition("[")[2].rstrip("]").split(", "))
-    assert f"& ${gains[0][0]}${gains[0][1:].partition(' ')[0]} [{ends}] &" in in_latex
-    assert r"samples/s\\ratio" in in_latex
-
     (line,) = csv.DictReader(io.StringIO((tmp_path / "results.tasks.csv").read_text()))
     assert float(line["mean"]) == found.mean.value and float(line["mean_low"]) == found.mean.interval[0]
     assert (line["tasks"], line["pairs"], line["seconds_ratio"]) == ("2", "5", "")
@@ -896,10 +846,6 @@ def test_over_tasks_in_every_form(tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(rich_table(strange))
     assert all(text in capture.get() for text in (*gains, better, "[95% interval"))
-
-
-def test_latex_over_tasks_compiles(tmp_path: Path) -> None:
-    compile_latex(TWO_TASKS, tmp_path)
 
 
 def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -138,8 +138,6 @@ def test_what_an_estimation_depends_on(bench: Workbench) -> None:
     assert estimation_settings(bench.config("b", **later)) == same
     assert estimation_settings(bench.config("b", **{"model.trust_remote_code": True})) == same
     assert estimation_settings(bench.config("b", **{"light.lambda_heads": 0.5})) != same
-    auto = estimation_settings(bench.config("a", **{"light.length": "auto"}))
-    assert estimation_settings(bench.config("a", **{"light.length": "auto", **OTHER})) != auto
 
 
 # -- beginning anew ----------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
     from lightpeft.errors import LightPeftError
     from lightpeft.models.on_disk import weights_on_disk
-    from lightpeft.models.positions import cut_positions
     from lightpeft.models.vocabulary import cut_vocabulary
     from lightpeft.peft_kinds.bottleneck import BottleneckConfig
     from lightpeft.peft_kinds.sites import fused_answers
@@ -46,7 +45,6 @@ _HOMES = {
     "RunConfig": "config",
     "accelerated": "training.acceleration",
     "apply_plan": "prune.surgery",
-    "cut_positions": "models.positions",
     "cut_vocabulary": "models.vocabulary",
     "ensure_family": "prune.discovery",
     "export_model": "saved.exporting",
@@ -82,7 +80,6 @@ __all__ = [
     "RunConfig",
     "accelerated",
     "apply_plan",
-    "cut_positions",
     "cut_vocabulary",
     "ensure_family",
     "export_model",

@@ -204,9 +204,9 @@ READ_BY_PLANS |= {"tolerance", "search_fraction"}
 class LightConfig(Budget):
     """All that Light-PEFT adds to a PEFT run: the budget and how the scores behind it are estimated."""
 
-    length: int | float | Literal["auto"] = 0.1
-    """Estimation stage: optimizer steps (int), part of the whole run (float in (0, 1)), or "auto": until settled. Where
-    the budget takes nothing away there is no such stage."""
+    length: int | float = 0.1
+    """Estimation stage: optimizer steps (int), or part of the whole run (float in (0, 1)). Where the budget takes
+    nothing away there is no such stage."""
     tolerance: str | float = "auto"
     """What `blocks: auto` may cost in the end, against nothing cut: nats of the loss, as in "0.05 nats", or points of
     the task's main metric, as in "1 point"; "auto": 1 point where answers are classes, else 0.05 nats."""
@@ -222,18 +222,12 @@ class LightConfig(Budget):
     ratio_every: int = 1
     """Every so many steps the modules' ratios (`module_criterion: ratio`) are measured; in the others the modules are
     computed faster."""
-    check_every: int = 10
-    """`length: auto` compares the sets that would be kept every so many steps."""
-    settled_overlap: float = 0.95
-    """`length: auto` calls two consecutive sets equal from this overlap (0 to 1) on."""
-    settled_checks: int = 3
-    """`length: auto` stops after so many equal comparisons in a row."""
     max_fraction: float = 0.3
-    """`length: auto`, `least_steps` and `least_learned` stop at this part of the whole run at the latest; only
-    `least_examples` may take more."""
+    """`least_steps` and `least_learned` stop at this part of the whole run at the latest; only `least_examples` may
+    take more."""
     least_learned: float = 0.0
     """Part of the loss of an answer by the frequencies of labels that the stage has to take away, in [0, 1), where the
-    model gives a row one of several classes. A stage whose `length` is a part of the run, or auto, goes on for it."""
+    model gives a row one of several classes. A stage whose `length` is a part of the run goes on for it."""
     least_steps: int = 2
     """Where `length` is a part of the run: steps of the stage at least, so that a short run has something to score."""
     least_examples: int = field(default_factory=lambda: LEAST_EXAMPLES)
@@ -279,20 +273,16 @@ class LightConfig(Budget):
             Tolerance.read(self.tolerance)
         least = f"search_fraction is {self.search_fraction:g}; a part of plain PEFT's time is above 0, for example 0.15"
         require(self.search_fraction > 0, least)
-        if isinstance(self.length, str):
-            require(self.length == "auto", f'length is "{self.length}"; give steps, a fraction of the run, or auto')
-            both = "length: auto compares plans, and blocks: auto finds a budget for them later; give a number for one"
-            require(self.blocks != "auto", both)
-        elif isinstance(self.length, int):
+        numeric = isinstance(self.length, (int, float))
+        require(numeric, f'length is "{self.length}"; give steps, or a fraction of the run')
+        if isinstance(self.length, int):
             require(self.length >= 2, f"length is {self.length} steps; estimation needs at least 2")
         else:
             require(0 < self.length < 1, f"length is {self.length:g}; a fraction of the run lies in (0, 1)")
         require(self.mask_learning_rate > 0, f"mask_learning_rate is {self.mask_learning_rate:g}; it must be positive")
         positive = self.lambda_heads >= 0 and self.lambda_neurons >= 0
         require(positive, "lambda_heads and lambda_neurons cannot be negative")
-        counts = ("ratio_every", "check_every", "settled_checks")
-        require(all(getattr(self, name) >= 1 for name in counts), f"{', '.join(counts)} start at 1")
-        require(0 < self.settled_overlap <= 1, f"settled_overlap is {self.settled_overlap:g}; it lies in (0, 1]")
+        require(self.ratio_every >= 1, f"ratio_every is {self.ratio_every}; it starts at 1")
         check_most(self, "", dict.fromkeys(("lambda_heads", "lambda_neurons"), _HEAVIEST))
         scales = {
             "learning_rate_scale": self.learning_rate_scale,

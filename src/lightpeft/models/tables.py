@@ -1,4 +1,4 @@
-"""Tensors that have a row a token or a position: which these are, and how they are given fewer rows."""
+"""Tensors that have a row a token: which these are, and how they are given fewer rows."""
 
 from __future__ import annotations
 

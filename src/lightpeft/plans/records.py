@@ -47,7 +47,7 @@ class EstimationRecord:
     fingerprint: str
     """Of the base the scores belong to."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Steps, rows a step, tokens, settings, seed, loss, history of `length: auto`, versions."""
+    """Steps, rows a step, tokens, settings, seed, loss, versions."""
     left_out: list[BlockSpec] = field(default_factory=list)
     """Blocks of the base above `blocks` that were left out whole before estimation, and have no scores."""
 

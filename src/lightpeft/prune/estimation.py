@@ -23,8 +23,7 @@ from lightpeft.models.families import block_specs
 from lightpeft.models.sharding import whole
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import Site, check_peft, find_sites
-from lightpeft.plans.planning import make_plan
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.scoring import Criterion, Facts, MaskGradients, Unit, criteria
 from lightpeft.plans.structure import MASKED, MaskedUnit
 from lightpeft.profiling import count_parameters, versions
@@ -37,7 +36,7 @@ from lightpeft.prune.masks import UnitMasks
 from lightpeft.training.schedule import scored_steps
 
 _STATE_FILE = "lightpeft_estimation.safetensors"
-_HISTORY_FILE = "lightpeft_estimation.json"
+_STEPS_FILE = "lightpeft_estimation.json"
 
 
 def _of_steps(kind: str, *units: Unit) -> dict[str, Criterion]:
@@ -67,11 +66,8 @@ class Estimator:
         if self.left_out:
             leave_out(model, stay)
         self.sites = find_sites(model, self.blocks)
-        self.history: list[dict[str, float]] = []
         self.steps = 0
         self.length = self._first_length = self._longest = 0
-        self._settled_in_a_row = 0
-        self._last_plan: PrunePlan | None = None
         self._windows: list[_Window] = []
         self._started = self._attached = False
 
@@ -79,7 +75,7 @@ class Estimator:
         """Attach masks and observers. Where all stays the stage has no steps, and is over.
 
         Args:
-            total_steps: optimizer steps of the whole run, which a fractional or automatic length refers to.
+            total_steps: optimizer steps of the whole run, which a fractional length refers to.
 
         Raises:
             LightPeftError: the length needs `total_steps`, or is longer than the run.
@@ -114,9 +110,8 @@ class Estimator:
 
     @property
     def finished(self) -> bool:
-        """Whether the stage has run its length, or has settled."""
-        settled = self._settled_in_a_row >= self.config.settled_checks
-        return self._started and (self.steps >= self.length or settled)
+        """Whether the stage has run its length."""
+        return self._started and self.steps >= self.length
 
     @torch.no_grad()
     def step(self, grad_scale: float = 1.0) -> None:
@@ -218,8 +213,6 @@ class Estimator:
         return {key: criterion for key, criterion in _SUMMED.items() if not there.isdisjoint(criterion.units)}
 
     def _at_boundary(self) -> bool:
-        if self.config.length == "auto":
-            return self.steps % self.config.check_every == 0 or self.steps == self.length
         return self.steps in (self._first_length // 2, self.length)
 
     def _go_on_to_learn(self) -> None:
@@ -253,24 +246,13 @@ class Estimator:
         return {key: torch.zeros(count, device=self.masks.values.device) for key, count in counts.items()}
 
     def _close_window(self) -> None:
-        """Move the sums of the steps since the last boundary to the host, and compare sets under `length: auto`."""
+        """Move the sums of the steps since the last boundary to the host."""
         self.check_finite()
         modules = _sum_over_processes(self._modules.sums.clone())
         sums = {name: value.cpu() for name, value in {**self._sums, "modules": modules}.items()}
         self._windows.append(_Window(self._window_start, self.steps, sums))
         self._sums = self._zero_sums()
         self._modules.sums.zero_()
-        if self.config.length == "auto":
-            self._compare_with_last_plan()
-
-    def _compare_with_last_plan(self) -> None:
-        plan = make_plan(self._record(), self.config)
-        if self._last_plan is not None:
-            overlap = plan_overlap(self._last_plan, plan)
-            settled = overlap >= self.config.settled_overlap and self._has_learned
-            self._settled_in_a_row = self._settled_in_a_row + 1 if settled else 0
-            self.history.append({"step": self.steps, "overlap": overlap})
-        self._last_plan = plan
 
     def _record(self) -> EstimationRecord:
         late = [window for window in self._windows if window.start >= self.steps // 2] or self._windows[-1:]
@@ -335,9 +317,6 @@ class Estimator:
             "lambda_neurons": config.lambda_neurons,
             "mask_learning_rate": config.mask_learning_rate,
             "seed": config.seed,
-            "settled_overlap": config.settled_overlap,
-            "settled_checks": config.settled_checks,
-            "history": self.history,
             "processes": _processes(),
             "versions": versions(),
         }
@@ -366,13 +345,10 @@ class Estimator:
         state = {
             "steps": self.steps,
             "length": self.length,
-            "history": self.history,
-            "settled": self._settled_in_a_row,
-            "last_plan": self._last_plan.to_dict() if self._last_plan else None,
             "windows": [[window.start, window.end] for window in self._windows],
         }
         write_tensors(Path(folder) / _STATE_FILE, tensors)
-        write_json(Path(folder) / _HISTORY_FILE, state)
+        write_json(Path(folder) / _STEPS_FILE, state)
 
     def load_state(self, folder: str | Path) -> None:
         """Go on from what `save_state` wrote; call it after `start`, in every process.
@@ -380,7 +356,7 @@ class Estimator:
         Raises:
             LightPeftError: the folder holds no estimation state, or that of another model.
         """
-        state = read_json(Path(folder) / _HISTORY_FILE)
+        state = read_json(Path(folder) / _STEPS_FILE)
         tensors = read_tensors(Path(folder) / _STATE_FILE)
         with understandable(folder):
             self._take_state(state, tensors, folder)
@@ -398,9 +374,7 @@ class Estimator:
         self._optimizer.state[self.masks.values] = {
             name: t if name == "step" else t.to(self.masks.values.device) for name, t in adam.items()
         }
-        self.steps, self.length, self.history = state["steps"], state["length"], state["history"]
-        self._settled_in_a_row = state["settled"]
-        self._last_plan = PrunePlan.from_dict(state["last_plan"]) if state["last_plan"] else None
+        self.steps, self.length = state["steps"], state["length"]
         names = [*self._sums, "modules"]
         self._windows = [
             _Window(start, end, {name: tensors[f"window/{index}/{name}"] for name in names})
@@ -413,17 +387,6 @@ class _Window:
 
     def __init__(self, start: int, end: int, sums: dict[str, Tensor]) -> None:
         self.start, self.end, self.sums = start, end, sums
-
-
-def plan_overlap(before: PrunePlan, after: PrunePlan) -> float:
-    """How far two plans of equal counts agree: intersection over union of what stays, the least of the kinds."""
-    kinds = [(_units(before, kind), _units(after, kind)) for kind in MASKED if any(_units(before, kind))]
-    kinds.append((set(before.sites), set(after.sites)))
-    return min(len(a & b) / max(len(a | b), 1) for a, b in kinds)
-
-
-def _units(plan: PrunePlan, kind: str) -> set[Any]:
-    return {(index, unit) for index, block in enumerate(plan.blocks) for unit in getattr(block, kind)}
 
 
 def _matrices(site: Site) -> Facts:

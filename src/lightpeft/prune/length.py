@@ -41,8 +41,8 @@ def fitted(
 
 
 def stage_length(config: LightConfig, total_steps: int | None) -> int:
-    """Optimizer steps of the stage; `length: auto` may end earlier, `least_learned` later (see `longest_stage`), and
-    where all stays there are none.
+    """Optimizer steps of the stage; `least_learned` may end it later (see `longest_stage`), and where all stays there
+    are none.
 
     Raises:
         LightPeftError: the length needs `total_steps`, or the stage would be longer than the run.
@@ -55,9 +55,7 @@ def stage_length(config: LightConfig, total_steps: int | None) -> int:
         if total_steps is None:
             raise LightPeftError(f"length {config.length} needs the number of steps of the whole run")
         most = _part(config.max_fraction, total_steps)
-        steps = (
-            most if config.length == "auto" else max(_part(config.length, total_steps), min(config.least_steps, most))
-        )
+        steps = max(_part(config.length, total_steps), min(config.least_steps, most))
     if total_steps is not None:
         require(
             steps <= total_steps,
@@ -73,7 +71,7 @@ def longest_stage(config: LightConfig, total_steps: int | None) -> int:
         LightPeftError: as `stage_length` does.
     """
     length = stage_length(config, total_steps)
-    if not config.least_learned or not isinstance(config.length, float) or total_steps is None:
+    if not config.least_learned or isinstance(config.length, int) or total_steps is None:
         return length
     room = total_steps - config.last_steps(total_steps) - 1
     return max(length, min(_part(config.max_fraction, total_steps), room))

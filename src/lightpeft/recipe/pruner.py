@@ -124,7 +124,7 @@ class EarlyPruner:
 
     @property
     def finished(self) -> bool:
-        """Whether the stage has run its length, or has settled."""
+        """Whether the stage has run its length."""
         return self.estimator.finished
 
     def record(self) -> EstimationRecord:

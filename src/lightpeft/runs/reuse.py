@@ -23,8 +23,7 @@ _AFTERWARDS = frozenset({"keep", "full_width_steps", "full_width_rate"})
 
 def estimation_settings(config: RunConfig) -> dict[str, Any]:
     """All settings that the scores depend on, by their dotted names."""
-    # `length: auto` compares plans, so that it may end elsewhere under another budget
-    later = _AFTERWARDS if config.light.length == "auto" else _AFTERWARDS | READ_BY_PLANS
+    later = _AFTERWARDS | READ_BY_PLANS
     if config.light.depth == "auto":
         later -= {"blocks"}  # which bounds what is left out before
     skipped = {"output", "preset", *(f"light.{name}" for name in later), *(f"model.{name}" for name in SWITCHES)}

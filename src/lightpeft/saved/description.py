@@ -102,7 +102,6 @@ class _Parts:
     metrics: dict[str, Any]
     intervals: dict[str, list[float] | None] = field(default_factory=dict)
     peft_type: str | None = None
-    positions: int | None = None
 
     def __post_init__(self) -> None:
         pairs = all(interval is None or len(interval) == 2 for interval in self.intervals.values())
@@ -117,7 +116,7 @@ def check_parts(description: Mapping[str, Any], path: Path) -> None:
         LightPeftError: a part is missing, or of another kind.
     """
     with understandable(path):
-        there = [name for name in ("intervals", "peft_type", "positions") if name in description]
+        there = [name for name in ("intervals", "peft_type") if name in description]
         from_dict(_Parts, {name: description[name] for name in ("plan", "task", "metrics", *there)})
     base_facts(description, path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightpeft.errors import require
 
@@ -189,39 +189,15 @@ class OpenVino(Graph):
     dtypes = ("f32", "f16", "int8")
 
 
-Positions = int | Literal["task"]
-"""Tokens of a text at most; "task": of the task's texts, which is `data.max_length`."""
-
-
 def export(
-    adapter: LightAdapter,
-    form: str,
-    folder: Path,
-    *,
-    overwrite: bool = False,
-    dtype: str | None = None,
-    positions: Positions | None = None,
+    adapter: LightAdapter, form: str, folder: Path, *, overwrite: bool = False, dtype: str | None = None
 ) -> Exported:
     """Write one of `EXPORTS`; arguments, what it gives and errors as of `Export.write`.
 
-    Args:
-        positions: that a whole model's table of learned positions keeps (`cut_positions`); None: all.
-
     Raises:
-        LightPeftError: weights of this form are not written in that `dtype`, or there are no positions to cut.
+        LightPeftError: weights of this form are not written in that `dtype`.
     """
-    written = _checked(form, dtype)
-    if positions is None:
-        return written.write(adapter, folder, overwrite, dtype)
-    from lightpeft.models.positions import cut_positions
-
-    require(isinstance(written, WholeExport), f"the form {form} is over the whole base; leave --positions out")
-    assert isinstance(written, WholeExport)
-    tokens = adapter.facts.get("max_length") if positions == "task" else positions
-    require(tokens is not None, f"{adapter.name} does not say how long its texts are; give --positions a number")
-    model = adapter.load()
-    tokenizer = cut_positions(model, adapter.tokenizer(), int(tokens or 0))
-    return written.write_model(model, tokenizer, folder, overwrite, dtype)
+    return _checked(form, dtype).write(adapter, folder, overwrite, dtype)
 
 
 def export_model(

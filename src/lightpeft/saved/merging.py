@@ -34,7 +34,6 @@ from lightpeft.files import (
 from lightpeft.files.foreign import check_folder, parsing
 from lightpeft.models import repositories
 from lightpeft.models.loading import check_checkpoint
-from lightpeft.models.positions import positions_of, refuse_longer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.discovery import ensure_family
@@ -98,7 +97,7 @@ def save_merged(
     check_vacant(folder, replaceable=(folder / MERGED).is_file(), overwrite=overwrite)
     whole = merged_copy(model)
     native = native_config(whole, model.light_plan) is not None
-    facts = {**facts_of(model), "native": native, "positions": positions_of(whole)}
+    facts = {**facts_of(model), "native": native}
     if tokenizer is None:
         tokenizer = _tokenizer_of_base(whole, facts, folder)
     save_whole(whole, facts, folder, tokenizer=tokenizer, alone=True)
@@ -189,8 +188,6 @@ def load_merged(
     astray = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     require(not astray, f"the weights in {folder} are not those of its plan: {', '.join(astray[:3])}")
     settle(model, plan, unmeasured(facts))  # what was measured is from before it is trained on
-    if facts.get("positions") is not None:
-        refuse_longer(model, facts["positions"])
     return model.eval() if device is None else model.eval().to(device)
 
 

@@ -16,7 +16,6 @@ from lightpeft.config import ModelConfig
 from lightpeft.errors import require
 from lightpeft.files import read_tensors, understandable
 from lightpeft.models.loading import load_model_config, load_tokenizer
-from lightpeft.models.positions import positions_of
 from lightpeft.models.repositories import TOKENIZER
 from lightpeft.models.vocabulary import Vocabulary, cut_tokenizer, vocabulary_of
 from lightpeft.saved.description import BaseFacts
@@ -28,7 +27,7 @@ VOCABULARY_FILE = "vocabulary.safetensors"
 
 
 def tokenizer_of(model: PreTrainedModel, saved: BaseFacts) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base that a light model was made from, with the tokens and the length that are left to it.
+    """The tokenizer of the base that a light model was made from, with the tokens that are left to it.
 
     Args:
         model: the pruned model, with PEFT merged into it or not.
@@ -37,15 +36,13 @@ def tokenizer_of(model: PreTrainedModel, saved: BaseFacts) -> PreTrainedTokenize
     Raises:
         LightPeftError: the base is not where it was, or has no tokenizer.
     """
-    place, positions = saved.place(), positions_of(model)
+    place = saved.place()
     folder = Path(place.name).expanduser()
     if folder.is_dir() and place.gguf_file is None:  # transformers makes one up where there are no files
         has_files = any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER)
         require(has_files, f"{folder} has no files of one")
     tokenizer = tokenizer_over(place, vocabulary_of(model))
     check_vocabulary(tokenizer, model.config)
-    if positions is not None:
-        tokenizer.model_max_length = min(positions, tokenizer.model_max_length)
     return tokenizer
 
 

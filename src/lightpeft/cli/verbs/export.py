@@ -8,7 +8,7 @@ from lightpeft.cli.options import Option, one_of
 from lightpeft.cli.screen import screen
 from lightpeft.cli.verbs.predict import BASE, SWITCH_OPTIONS
 from lightpeft.cli.verbs.verb import Verb
-from lightpeft.saved.exporting import DTYPES, EXPORTS, Positions, export
+from lightpeft.saved.exporting import DTYPES, EXPORTS, export
 
 
 def _export(
@@ -17,14 +17,13 @@ def _export(
     base: str | None = None,
     form: str = "merged",
     dtype: str | None = None,
-    positions: Positions | None = None,
     overwrite: bool = False,
     **switches: bool,
 ) -> None:
     from lightpeft.saved.opening import find_light
 
     adapter = find_light(model, base, switches)
-    written = export(adapter, form, Path(output), overwrite=overwrite, dtype=dtype, positions=positions)
+    written = export(adapter, form, Path(output), overwrite=overwrite, dtype=dtype)
     screen.say(f"{adapter.plan.summary()}; {output} holds {EXPORTS[form].what}, for {written} to load")
 
 
@@ -44,11 +43,6 @@ EXPORT = Verb(
             default="merged",
         ),
         Option("--dtype", f"Of the weights ({_DTYPES}; usual: as they are).", type=one_of(DTYPES)),
-        Option(
-            "--positions",
-            "Tokens of a text that a table of learned positions keeps; task: as many as the task's texts (usual: all).",
-            type=Positions,
-        ),
         BASE,
         Option("--overwrite", "Replace what was exported in this form there.", flag=True),
         *SWITCH_OPTIONS,

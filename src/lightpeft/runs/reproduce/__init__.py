@@ -8,7 +8,7 @@ from lightpeft.runs.reproduce.joining import joined
 from lightpeft.runs.reproduce.over_tasks import Summary, over_tasks
 from lightpeft.runs.reproduce.running import check_cell, reproduce
 from lightpeft.runs.reproduce.summary import Results, Row, summarize
-from lightpeft.runs.reproduce.tables import latex_table, markdown_table, rich_table
+from lightpeft.runs.reproduce.tables import markdown_table, rich_table
 
 __all__ = [
     "ARMS",
@@ -22,7 +22,6 @@ __all__ = [
     "check_cell",
     "csv_table",
     "joined",
-    "latex_table",
     "load_grid",
     "markdown_table",
     "over_tasks",

@@ -66,6 +66,5 @@ ARMS: dict[str, Arm] = {
     "length-0.05": _light(length=0.05),
     "length-0.1": _light(length=0.1),
     "length-0.2": _light(length=0.2),
-    "length-auto": _light(length="auto"),
 }
 """Name -> arm. The ablations are of light-lora; a variant of the grid's own may put them on adapters."""

@@ -16,7 +16,7 @@ from lightpeft.files import read_json, write_json, write_text
 from lightpeft.profiling import versions
 from lightpeft.runs.reproduce.over_tasks import Summary, over_tasks
 from lightpeft.runs.reproduce.summary import MEASURES, Results, Row, spread
-from lightpeft.runs.reproduce.tables import latex_table, markdown_table
+from lightpeft.runs.reproduce.tables import markdown_table
 
 
 def csv_table(results: Results) -> str:
@@ -63,7 +63,7 @@ def _summary_record(summary: Summary) -> dict[str, Any]:
 
 
 def write_results(out: Path, results: Results) -> None:
-    """Write results.json, .csv, .md and .tex into a folder, each whole or not at all.
+    """Write results.json, .csv and .md into a folder, each whole or not at all.
 
     Where there is something to say over tasks, it is in all of them; as CSV in a file of its own, results.tasks.csv.
 
@@ -73,7 +73,7 @@ def write_results(out: Path, results: Results) -> None:
     summaries = over_tasks(results)
     summed = [asdict(summary) for summary in summaries]
     write_json(out / "results.json", {**asdict(results), "over_tasks": summed, "versions": versions()})
-    tables = {"csv": csv_table, "md": markdown_table, "tex": latex_table}
+    tables = {"csv": csv_table, "md": markdown_table}
     for suffix, table in (tables | ({"tasks.csv": summary_csv} if summaries else {})).items():
         write_text(out / f"results.{suffix}", table(results))
 

@@ -1,8 +1,7 @@
-"""Tables of any rows for people: as Markdown, as LaTeX, and on the screen."""
+"""Tables of any rows for people: as Markdown, and on the screen."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -39,8 +38,6 @@ class Sheet(Generic[R]):
     rows: Sequence[R]
     meaning: str
     """A line about the columns."""
-    parted: Callable[[R], object] = lambda row: None
-    """Between rows in which this differs a rule is drawn, where the form has rules."""
 
     @property
     def shown(self) -> list[Column[R]]:
@@ -64,61 +61,6 @@ def markdown(sheet: Sheet[R]) -> str:
     body = [[column.cell(row).replace("|", r"\|") for column in sheet.shown] for row in sheet.rows]
     lines = [f"| {' | '.join(cells)} |" for cells in ([column.header for column in sheet.shown], rule, *body)]
     return "\n".join([*lines, "", sheet.caption]) + "\n"
-
-
-def latex(sheet: Sheet[R]) -> str:
-    """A LaTeX table (packages booktabs and graphicx)."""
-    lines = []
-    for before, row in zip([None, *sheet.rows], sheet.rows, strict=False):
-        if before is not None and sheet.parted(before) != sheet.parted(row):
-            lines.append(r"\midrule")
-        lines.append(" & ".join(escaped(column.cell(row)) for column in sheet.shown) + r" \\")
-    return "\n".join(
-        [
-            r"\begin{table*}",
-            r"\centering",
-            r"\setlength{\belowcaptionskip}{1ex}",
-            rf"\caption{{{escaped(sheet.caption)}}}",
-            r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{{''.join('l' if column.left else 'r' for column in sheet.shown)}}}",
-            r"\toprule",
-            " & ".join(_stacked(column.header) for column in sheet.shown) + r" \\",
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}}",
-            r"\end{table*}",
-            "",
-        ]
-    )
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "<": "$<$",
-    ">": "$>$",
-    "|": r"$|$",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
-_SIGN = re.compile(r"(?<![^\[ ])([-+])(?=\d)")
-"""Of a number, or of an end of an interval."""
-
-
-def _stacked(header: str) -> str:
-    """A header with one word a line, so that its column is narrow."""
-    lines = r"\\".join(escaped(word) for word in header.split())
-    return rf"\shortstack{{{lines}}}" if " " in header else lines
-
-
-def escaped(text: str) -> str:
-    """Text as LaTeX shows it: special characters escaped, the sign of a number as long as a minus sign is."""
-    texts = _SIGN.split(text)  # a sign in every second place
-    texts[::2] = ["".join(_LATEX.get(character, character) for character in part) for part in texts[::2]]
-    texts[1::2] = [f"${sign}$" for sign in texts[1::2]]
-    return "".join(texts)
 
 
 def rich(sheet: Sheet[R], width: int = WIDE) -> Table:

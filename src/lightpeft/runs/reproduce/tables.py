@@ -1,4 +1,4 @@
-"""A grid's results as tables for people: in Markdown, LaTeX and on the screen."""
+"""A grid's results as tables for people: in Markdown and on the screen."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group
 
 from lightpeft.evaluation.aggregates import Estimate
-from lightpeft.runs.reproduce.forms import WIDE, Column, Sheet, latex, markdown, rich
+from lightpeft.runs.reproduce.forms import WIDE, Column, Sheet, markdown, rich
 from lightpeft.runs.reproduce.over_tasks import POINTS, Summary, over_tasks, scale_of, without_scale
 from lightpeft.runs.reproduce.summary import Results, Row, Spread, spread
 
@@ -88,7 +88,7 @@ def cells_sheet(results: Results) -> Sheet[Row]:
         "removed: part of the base that is gone; training MiB: of fine-tuning; peak MiB and seconds: estimation "
         "included."
     )
-    return Sheet(COLUMNS, results.rows, meaning, parted=lambda row: (row.model, row.task))
+    return Sheet(COLUMNS, results.rows, meaning)
 
 
 # -- over tasks ------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def summary_sheet(results: Results) -> Sheet[Summary] | None:
     summaries = over_tasks(results)
     if not summaries:
         return None
-    return Sheet(SUMMARY_COLUMNS, summaries, _meaning(results, summaries), parted=lambda summary: summary.model)
+    return Sheet(SUMMARY_COLUMNS, summaries, _meaning(results, summaries))
 
 
 def _meaning(results: Results, summaries: Sequence[Summary]) -> str:
@@ -163,14 +163,6 @@ def markdown_table(results: Results) -> str:
     """Markdown tables with their captions below."""
     failed = [f"- {name}: {reason}\n" for name, reason in results.failures.items()]
     return "\n".join([*map(markdown, _sheets(results)), *(["Failed:\n", "".join(failed)] if failed else [])])
-
-
-def latex_table(results: Results) -> str:
-    r"""LaTeX tables (packages booktabs and graphicx), a rule between tasks.
-
-    To be taken in by `\input`.
-    """
-    return "% needs the packages booktabs and graphicx\n" + "\n".join(map(latex, _sheets(results)))
 
 
 def rich_table(results: Results, width: int = WIDE) -> Group:
