@@ -39,15 +39,23 @@ def check_light(training: LightTraining) -> None:
         _check_sharded(training, "FSDP" if training._shards else "DeepSpeed")
     if training.light_config.blocks == "auto" and training.light_plan is None:
         training.light_tolerance()
-    steps = steps_of(trainer)
-    if training.light_plan is None and steps is not None:
-        fitted(training.light_config, pace_of(trainer), steps, longer=training.light_longer)
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
     require(
         not reference or not getattr(args, "beta", 0),
         f"{type(training).__name__} would take the cut model as its own reference; give the dense one as ref_model=, "
         "or set beta to 0",
     )
+
+
+def check_length(training: LightTraining) -> None:
+    """Refuse a training that is too short for its estimation, as far as its length is known before it begins.
+
+    Raises:
+        LightPeftError: saying what to lengthen.
+    """
+    steps = steps_of(training)
+    if training.light_plan is None and steps is not None:
+        fitted(training.light_config, pace_of(training), steps, longer=training.light_longer)
 
 
 def refuse_parts(model: object) -> None:

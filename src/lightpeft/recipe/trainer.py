@@ -38,7 +38,7 @@ from lightpeft.recipe.naming import NamedModel
 from lightpeft.recipe.optimizing import OptimizingMixin
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
-from lightpeft.recipe.refusals import check_light, refuse_parts
+from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
@@ -127,6 +127,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             self.light_plan = self._peft_model.light_plan
         else:
             self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
+        check_length(self)
         self._set_rate()
         self._trainer.add_callback(Course(self))
 
