@@ -46,7 +46,7 @@ class DoraSite(LoraSite):
         if dim == 0:
             self.magnitude.weight = sliced(self.magnitude.weight, index, 0)
         else:
-            direction = self._direction()
+            direction = dense_weight(self.base).float() + self.scaling * (self.up.float() @ self.down.float())
             self.magnitude.weight.mul_(direction[:, index].norm(dim=1) / direction.norm(dim=1))
         forget_norms(self.magnitude)
         super().cut(index, dim)
@@ -65,7 +65,3 @@ class DoraSite(LoraSite):
             direction = weight + self.scaling * (wide[UP].float() @ wide[DOWN].float())
             magnitude = magnitude * direction.norm(dim=1) / direction[:, index].norm(dim=1)
         return {**wide, _MAGNITUDE: magnitude}
-
-    def _direction(self) -> Tensor:
-        """V, [out, in], float32."""
-        return dense_weight(self.base).float() + self.scaling * (self.up.detach().float() @ self.down.detach().float())
