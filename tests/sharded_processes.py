@@ -72,7 +72,6 @@ REFUSED_OF_FSDP: dict[str, dict[str, Any]] = {
     "activation_checkpointing": {"fsdp_config": {"activation_checkpointing": True}},
 }
 REFUSED: dict[str, dict[str, Any]] = {
-    "blocks": {"light": {"blocks": "auto", "heads": 0.0, "neurons": 0.0}},
     "keep": {"light": {"keep": "full"}},
 }
 
