@@ -22,7 +22,7 @@ PATIENCE = 3
 
 def stopping_arguments(work: Workspace) -> dict[str, Any]:
     """Fields of `TrainingArguments` by which training stops early; none where it runs to its end."""
-    if work.held_rows is None:
+    if not work.stops_early:
         return {}
     epoch = work.pace.steps_an_epoch
     return {
@@ -36,7 +36,7 @@ def stopping_arguments(work: Workspace) -> dict[str, Any]:
 
 def stopping_callbacks(work: Workspace) -> list[TrainerCallback]:
     """What stops training early; none where it runs to its end."""
-    return [] if work.held_rows is None else [EarlyStoppingCallback(PATIENCE)]
+    return [EarlyStoppingCallback(PATIENCE)] if work.stops_early else []
 
 
 def loss_aside(work: Workspace, model: nn.Module, autocast: torch.dtype | None) -> float:
@@ -49,7 +49,7 @@ def loss_aside(work: Workspace, model: nn.Module, autocast: torch.dtype | None) 
 def stopped(trainer: Any, work: Workspace) -> dict[str, Any]:
     """What is told of a training that kept an earlier model than its last; nothing of any other."""
     best, last = trainer.state.best_global_step, trainer.state.global_step
-    if work.held_rows is None or not best or best == last:
+    if work.held_rows is None or not work.stops_early or not best or best == last:
         return {}
     rows, loss = len(work.held_rows), trainer.state.best_metric
     return {"stopped": {"step": last, "of": work.steps, "kept": best, "loss": loss, "rows_aside": rows}}

@@ -100,10 +100,10 @@ class InRun:
                 callback.begin(stage, trainer.state.global_step)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
-        """The loss of the rows that say where training stops or, where it runs to its end, the run's own metrics on its
+        """The loss on the rows that say where training stops or, where it runs to its end, the run's own metrics on its
         test rows, instead of what a trainer can see of a batch."""
         trainer: Any = self
-        if self.work.held_rows is not None:  # their loss says where to stop; the test rows say nothing until the end
+        if self.work.stops_early:  # their loss says where to stop; the test rows say nothing until the end
             found = {f"{metric_key_prefix}_loss": loss_aside(self.work, trainer.model, half_precision(trainer.args))}
         else:
             found = self._measured(metric_key_prefix)
@@ -300,7 +300,7 @@ def _options(
         given["report_to"] = [name for name in _names(given) if name != TENSORBOARD]
     # a trainer makes its folder at once, and a run nothing before all is found good: see `InRun.settle`
     stops = steps == work.steps
-    if stops and work.held_rows is not None:
+    if stops and work.stops_early:
         training = replace(training, save_steps=work.pace.steps_an_epoch)
         given |= stopping_arguments(work)
     arguments = training_arguments(training, Path(tempfile.gettempdir()), steps, config.seed, given)

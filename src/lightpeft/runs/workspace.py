@@ -128,6 +128,13 @@ class Workspace:
         besides = f" ({', '.join(apart)})" if apart else ""
         return f"{len(self.train_rows)} of {train + test if split else train}{besides}"
 
+    @property
+    def stops_early(self) -> bool:
+        """Whether the loss on rows that are set aside stops training: not where an engine shards the model, of which
+        `Trainer` keeps the best in a form of its own. The rows are set aside there, too, so that a run may go on
+        without the engine."""
+        return self.held_rows is not None and not sharding_launched()
+
     def held_batches(self) -> list[dict[str, Tensor]]:
         """Batches of the rows set aside, each of similar length."""
         assert self.held_rows is not None
@@ -201,7 +208,7 @@ class Workspace:
             scale = self.config.light.learning_rate_scale if self.config.way.prunes else 1.0
             length = f"{self.steps} steps (epochs: {training.epochs:g})"
             self.run.announce(stage, f"training takes {length} at a learning rate of {self.rate * scale:.2g}")
-        if self.held_rows is not None:
+        if self.held_rows is not None and self.stops_early:
             held = f"{len(self.held_rows)} of the training rows are set aside"
             self.run.announce(stage, f"{held}: training stops early where the loss on them turns")
         light, writes = self.config.light, self.config.way.prunes and self.task.entry.kind in WRITTEN
@@ -306,7 +313,7 @@ def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dat
 
     So it does where somebody says how long it is, or has it evaluated otherwise.
     """
-    if config.training.epochs != "auto" or config.trainer.keys() & STOPPING or sharding_launched():
+    if config.training.epochs != "auto" or config.trainer.keys() & STOPPING:
         return rows, None
     count = rows_held(len(rows), float(settled(config.training, len(rows), width).epochs))
     if not count:

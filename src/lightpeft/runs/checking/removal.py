@@ -58,5 +58,5 @@ def expected_removal(work: Workspace) -> Iterator[str]:
     else:
         units = f"{light.heads:.0%} of the heads and {light.neurons:.0%} of the neurons"
         yield f"removes {units} (light.heads, light.neurons)"
-    if work.held_rows is not None:
+    if work.held_rows is not None and work.stops_early:
         yield f"stops before its {work.steps} steps are over if the loss on {len(work.held_rows)} rows aside turns"
