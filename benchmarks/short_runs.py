@@ -17,6 +17,7 @@ import itertools
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -110,12 +111,24 @@ def data_file(out: Path, data: str, part: str) -> Path:
 
 
 def intents(folder: Path, source: Path) -> None:
-    """banking77 in the form of the others."""
+    """banking77 in the form of the others, all intents in turn, so that a file of a few hundred rows has each."""
     if not (folder / "banking77.test.csv").is_file():
         parts = {
             part: first_runs.glue_rows(source / "banking77" / f"{part}.jsonl", ("text",)) for part in ("train", "test")
         }
         first_runs.write_parts(folder, "banking77", parts)
+        train = folder / "banking77.train.csv"
+        write_rows(train, in_turn(read_rows(train)))
+
+
+def in_turn(rows: list[first_runs.Row]) -> list[first_runs.Row]:
+    """The first row of each label, then the second of each, and so on."""
+    seen: Counter[str] = Counter()
+    places = []
+    for row in rows:
+        places.append(seen[row["label"]])
+        seen[row["label"]] += 1
+    return [row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0])]
 
 
 def report(cell: Cell, model: str, out: Path) -> dict[str, Any]:
@@ -184,12 +197,22 @@ def epochs_of(rows: int) -> int:
 def own_file(train: Path, rows: int) -> Path:
     """The first training rows, as a user has them."""
     file = train.with_name(f"{train.stem}.{rows}.csv")
-    with train.open(encoding="utf-8", newline="") as source, file.open("w", encoding="utf-8", newline="") as own:
-        chosen = list(itertools.islice(csv.DictReader(source), rows))
-        writer = csv.DictWriter(own, list(chosen[0]))
-        writer.writeheader()
-        writer.writerows(chosen)
+    write_rows(file, read_rows(train)[:rows])
     return file
+
+
+def read_rows(file: Path) -> list[first_runs.Row]:
+    """Rows of a CSV file."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def write_rows(file: Path, rows: list[first_runs.Row]) -> None:
+    """The same the other way round."""
+    with file.open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
