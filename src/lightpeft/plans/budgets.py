@@ -1,4 +1,4 @@
-"""From what some cuts cost to the largest one that a tolerance bears: `light.blocks: auto`, as a pure search.
+"""From what some cuts cost to the largest one that a tolerance bears: `light: auto`, as a pure search.
 
 What a cut costs in the end is not known before the end. What is known: how much the loss rises when it is made
 (`before`), and how much of that is left when a copy has trained for a few steps beside a copy that was not cut (a
@@ -34,6 +34,9 @@ from torch import Tensor
 SHORT = 0.4
 """Of the blocks, what goes of a classifier whose run is too short for a search, as measured on files of 300 to 1,000
 rows (docs/quality.md)."""
+LEAST_NATS = 1.0
+"""That an error more adds to the loss at least: next to chance, where the entropy is flat, a nat would be worth any
+number of points."""
 STEP, MOST = 0.05, 0.6
 """Budgets are multiples of the first, and no more than the second is found: 80% cost classifiers that had learned their
 task three points or more, and a probe, made when a model has hardly begun to, does not always see that."""
@@ -80,6 +83,33 @@ def elsewhere(blocks: float) -> tuple[float, float]:
     """
     mean = 20 * blocks**4
     return mean, mean / 2 + 0.2
+
+
+def fixed_budget(classes: bool, gone: float = 0.0) -> float:
+    """Part of the blocks that goes where nobody says how much, and a search is not possible.
+
+    Nothing goes of models that give no classes, since what a fixed budget costs was measured of classifiers alone.
+
+    Args:
+        classes: whether the model gives a row one of several classes, and has learned something.
+        gone: part of the blocks that is gone before.
+    """
+    return max(SHORT, gone) if classes else 0.0
+
+
+def nats_of_error(error: float, classes: int) -> float:
+    """By how much the loss of a classifier rises with its error, for small rises.
+
+    Of one that knows how sure it is and errs with probability e among C classes, the cross-entropy rises with e by
+    ln((1 - e) (C - 1) / e): the derivative of its entropy, if every row is alike.
+    """
+    return max(LEAST_NATS, math.log((1 - error) * (classes - 1) / error) if error < 1 else 0.0)
+
+
+def accuracy_a_nat(right: int, total: int, classes: int) -> float:
+    """Points of accuracy that a nat of the loss is worth to a classifier that answers so many rows right."""
+    error = max((total - right) / total, 0.5 / total)
+    return 100 / nats_of_error(error, classes)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`light.blocks: auto`: the budget of a model whose estimation is over.
+"""`light: auto`: the budget of a model whose estimation is over.
 
 `plans.budgets` is the search, `prune.probing` what it asks.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ from torch import Tensor
 from lightpeft.config import LightConfig, Tolerance
 from lightpeft.plans.budgets import (
     CONFIDENCE,
-    SHORT,
     BudgetSearch,
     Expected,
     Probed,
     cost_in_words,
+    fixed_budget,
     tolerance_in_words,
 )
 from lightpeft.plans.planning import make_plan
@@ -80,7 +80,7 @@ class FoundBudget:
             gone: part of the blocks that is gone before.
         """
         able = learned is not None and learned >= LEAST_LEARNED
-        blocks = max(SHORT, gone) if able else 0.0
+        blocks = fixed_budget(able, gone)
         return cls(
             blocks, 0.0, expected=None, before={}, probed=[], rows=0, steps=0, learned=learned, unmeasured=unmeasured
         )
@@ -93,7 +93,7 @@ class FoundBudget:
             why = "what a fixed one costs is known of classifiers alone"
             if self.learned is not None:
                 why = "estimation has taught the model hardly more than the frequencies of labels"
-            to_cut = "give light.blocks as a number to cut all the same"
+            to_cut = "give a number, such as light: 0.2, to cut all the same"
             return f"nothing of the blocks goes: {self.unmeasured}, and {why}; {to_cut}"
         part = "" if self.of_plain is None else f", {self.of_plain:.0%} of plain PEFT's run by its passes"
         how = f"measured on {self.rows} rows in {self.seconds:.0f} s{part}"
@@ -104,16 +104,16 @@ class FoundBudget:
             if self.learned is not None and self.learned < LEAST_LEARNED:
                 why = "the model does hardly better than an answer by the frequencies of labels"
             longer = (
-                "estimation taught too little to tell; lengthen it (light.length), or give light.blocks as a number"
+                "estimation taught too little to tell; lengthen it (light.estimate.length), or give a number to cut"
             )
-            return f"light.blocks: auto cuts nothing of the blocks: {why}, so {longer}; {how}"
+            return f"light: auto cuts nothing of the blocks: {why}, so {longer}; {how}"
         if self.expected is None:
             least = min(self.probed, key=lambda probed: probed.blocks)
             cost = f"{least.blocks:.0%} would cost {self._said(least.after)} after {self.steps} steps"
-            return f"light.blocks: auto cuts nothing of the blocks: {cost}, and {allowed}; {how}"
+            return f"light: auto cuts nothing of the blocks: {cost}, and {allowed}; {how}"
         cost = f"that is expected to cost {self._said(self.expected.left)}"
         bound = f"at most {self._said(self.expected.upper)} with a confidence of {CONFIDENCE:.0%}, and {allowed}"
-        return f"light.blocks: auto cuts {self.blocks:.0%} of the blocks: {cost}, {bound}; {how}"
+        return f"light: auto cuts {self.blocks:.0%} of the blocks: {cost}, {bound}; {how}"
 
     def _said(self, nats: float) -> str:
         return cost_in_words(nats, self.points_a_nat)
@@ -145,10 +145,10 @@ def find_budget(
         LightPeftError: the model gives no loss, or no budget can be tried at all.
     """
     # a cut of ranks throws away what they have learned, which hides all else
-    light = replace(light, ranks=0.0, modules=0.0)
+    light = light.with_whole_modules()
     gone = gone_before(record)
     parts = [round(gone + part * (1 - gone), 3) for part in PARTS]
-    plans = dict(nested_plans(record, replace(light, blocks=None), parts))
+    plans = dict(nested_plans(record, light, parts))
     few = probe.held[: probe.few]
     losses, points_a_nat = _whole(model, few if worth is None else probe.held, probe.autocast, worth)
     _, curve = loss_curve(model, plans, few, probe.autocast, losses[: len(few)])
@@ -159,8 +159,8 @@ def find_budget(
         """Losses when a copy has been cut and has trained."""
         copy = len(search.probed) + (1 if blocks is None else 2)
         said = f"{blocks:.0%} of the blocks cut" if blocks else "nothing cut"
-        announce(f"light.blocks: auto, copy {copy} of {1 + search.most} at most: {said}, {probe.steps} steps")
-        return probe.losses(model, None if blocks is None else make_plan(record, replace(light, blocks=blocks)))
+        announce(f"light: auto, copy {copy} of {1 + search.most} at most: {said}, {probe.steps} steps")
+        return probe.losses(model, None if blocks is None else make_plan(record, light.removing(blocks)))
 
     chance = chance_of(model, probe.held[: len(losses)])
     learned = None if chance is None else 1 - float(losses.mean()) / max(chance, 1e-6)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import Cache
 
 from lightpeft.compat.transformers import grow_static_cache
-from lightpeft.config import Budget
+from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.machine import random_apart
 from lightpeft.models.arguments import change_arguments
@@ -98,23 +98,24 @@ def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
     return shadow
 
 
-def check_budget(model: nn.Module, budget: Budget) -> None:
-    """Refuse a budget by which a quantised layer may get a width that it cannot have, or a layer fewer experts than a
+def check_amount(model: nn.Module, light: LightConfig) -> None:
+    """Refuse an amount by which a quantised layer may get a width that it cannot have, or a layer fewer experts than a
     token is routed to; call it before estimation.
 
     Raises:
         LightPeftError: naming the layer or the ratio, with what to set instead.
     """
-    by_parameters = budget.blocks is not None or budget.target is not None
-    instead = ", with light.neurons in place of light.blocks and light.target" if by_parameters else ""
+    remove = light.remove
+    instead = ", with light.remove.neurons in place of light.remove.blocks" if remove.blocks is not None else ""
     for spec in block_specs(transformers_model(model)):
-        check_experts(spec, budget)
-        balanced = budget.head_unit == "balanced" and spec.heads_per_kv > 1
+        check_experts(spec, light)
+        balanced = remove.head_unit == "balanced" and spec.heads_per_kv > 1
         unit = spec.kv_heads if balanced else spec.heads_per_kv
-        if budget.heads or by_parameters:
-            _check_unit(model, spec, "o", unit * spec.head_dim, f"set light.heads to 0{instead}")
-        if spec.neurons and (budget.neurons or by_parameters):
-            _check_unit(model, spec, "ffn_out", budget.multiple_of, "set light.multiple_of to a multiple of these")
+        if remove.heads or remove.blocks is not None:
+            _check_unit(model, spec, "o", unit * spec.head_dim, f"set light.remove.heads to 0{instead}")
+        if spec.neurons and (remove.neurons or remove.blocks is not None):
+            multiple = "set light.remove.multiple_of to a multiple of these"
+            _check_unit(model, spec, "ffn_out", remove.multiple_of or 1, multiple)
 
 
 def _check_unit(model: nn.Module, spec: BlockSpec, slot: str, width: int, instead: str) -> None:

@@ -1,4 +1,4 @@
-"""How much may go: what `light.blocks: auto` stands for, found when estimation is over."""
+"""How much may go: what `light: auto` stands for, found when estimation is over."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lightpeft.config import LightConfig, Tolerance
+from lightpeft.config import LightConfig, Tolerance, tolerance_of
 from lightpeft.errors import require
+from lightpeft.plans.budgets import accuracy_a_nat
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.budgeting import FoundBudget, find_budget
 from lightpeft.prune.curve import gone_before
 from lightpeft.recipe.probes import SearchRoom, make_probe, why_unmeasured
+from lightpeft.recipe.settling import gives_classes
 
 _log = logging.getLogger(__name__)
-USUAL_NATS = "0.05 nats"
-"""`light.tolerance: auto` where all that is known is the loss."""
 
 
 class BudgetMixin:
@@ -32,7 +33,7 @@ class BudgetMixin:
     _peft_model: PeftModel
 
     def find_light_budget(self, record: EstimationRecord, steps: int) -> FoundBudget:
-        """The largest part of the blocks that may go within `light.tolerance`, for the model as estimation left it.
+        """The largest part of the blocks that may go within `light.remove.tolerance`, for the model as estimation left it.
 
         Args:
             steps: of the whole run.
@@ -56,22 +57,24 @@ class BudgetMixin:
         _log.info("%s", line)
 
     def light_tolerance(self) -> Tolerance:
-        """`light.tolerance`, or the usual one. To be overridden.
+        """`light.remove.tolerance`, or the usual one. To be overridden.
 
         Raises:
-            LightPeftError: it is one of points, and what a trainer has is a loss.
+            LightPeftError: it is one of points, and the model gives no classes by a loss that is known.
         """
-        tolerance = self.light_config.tolerance
-        asked = Tolerance.read(USUAL_NATS if tolerance == "auto" else tolerance)
-        require(asked.unit == "nats", f'light.tolerance is "{asked}"; a trainer knows of its loss alone: give nats')
+        trainer: Any = self
+        classes = trainer._reads_loss_alone() and gives_classes(self._peft_model, trainer.train_dataset)
+        asked = tolerance_of(self.light_config, classes)
+        what = f'light.remove.tolerance is "{asked}", and the trainer knows of no classes'
+        require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
         return asked
 
     def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float:
-        """Points of the task's metric that a nat of its loss is worth. To be overridden where `light_tolerance` may be
-        one of points.
+        """Points of the task's metric, which is accuracy, that a nat of its loss is worth. To be overridden.
 
         Args:
             classes: that the model gives rows which are set aside, [rows].
             right: the classes that these have, [rows].
         """
-        raise NotImplementedError("a trainer knows of its loss alone")
+        known = max(2, int(torch.cat([classes, right]).max()) + 1)
+        return accuracy_a_nat(int((classes == right).sum()), len(right), known)

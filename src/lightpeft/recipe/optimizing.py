@@ -39,7 +39,7 @@ class OptimizingMixin:
         """The trainer's learning rate is that of what it trains: all ranks before the cut, and behind it those that
         stay."""
         trainer, light = self._trainer, self.light_config
-        scale = light.estimation_rate_scale if self.light_plan is None else light.learning_rate_scale
+        scale = float((light.rates.estimation_scale if self.light_plan is None else light.rates.scale) or 1.0)
         if trainer.optimizer_cls_and_kwargs is not None:  # with a rate of its own
             kind, settings = trainer.optimizer_cls_and_kwargs
             scaled = {"lr": settings["lr"] / self._rate_scale * scale} if "lr" in settings else {}

@@ -25,10 +25,13 @@ PART = 0.04
 """Part of a run's steps that a probe takes."""
 LEAST_STEPS, MOST_STEPS = 8, 64
 """From some 20 on, more of them hardly leave less of what a cut costs."""
+SEARCH_FRACTION = 0.15
+"""Part of the time of plain PEFT's run that a search may take, by its count of passes through the model; where none is
+that short, there is none (docs/quality.md#a-budget-that-finds-itself)."""
 HELD_PART = 0.035
 """Rows that are set aside, as a part of all that the run's steps see. With this, and with probes of one whole model and
 of one or two cut ones, finding a budget takes a seventh of plain PEFT's run. The least numbers here would make that
-more of a run of few steps, where fewer budgets are probed then, or none (`light.search_fraction`)."""
+more of a run of few steps, where fewer budgets are probed then, or none (`SEARCH_FRACTION`)."""
 LEAST_HELD, MOST_HELD = 128, 1024
 _MOST_OF_ROWS = 1 / 4
 """Part of the rows that may be set aside."""
@@ -121,14 +124,14 @@ def sizes_of(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0
             few=min(size.few * size.in_batch, size.aside),
             cuts=PARTS,
             answered=room.points,
-            graph=light.module_blocks,
+            graph=light.modules.blocks or 1.0,
             gone=gone,
-            most=light.search_fraction,
+            most=SEARCH_FRACTION,
         )
         return size, cost
 
     sizes = [sized(part) for part in _SIZES]
-    return next((found for found in sizes if found[1].usual <= light.search_fraction), sizes[-1])
+    return next((found for found in sizes if found[1].usual <= SEARCH_FRACTION), sizes[-1])
 
 
 def make_probe(
@@ -166,7 +169,7 @@ def make_probe(
         accumulation=args.gradient_accumulation_steps,
         rows=aside,
         held=batches(aside, sizes.in_batch),
-        rate=trainer.light_plain_rate,  # copies keep all ranks, and `learning_rate_scale` is for few
+        rate=trainer.light_plain_rate,  # copies keep all ranks, and `rates.scale` is for few
         weight_decay=args.weight_decay,
         max_grad_norm=args.max_grad_norm,
         autocast=half_precision(args),
@@ -194,7 +197,7 @@ def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float
     if cost.least <= cost.most:
         return None
     takes = f"a search for a budget would take {100 * cost.least:.3g}% of the time of plain PEFT's run of {steps} steps"
-    return f"{takes}, and light.search_fraction allows {100 * cost.most:.3g}%"
+    return f"{takes}, and it may take {100 * cost.most:.3g}%"
 
 
 def _around(numbers: Sequence[int], count: int) -> list[int]:

@@ -37,7 +37,7 @@ def check_light(training: LightTraining) -> None:
     require(args.world_size == 1 or not has_weights_on_disk(trainer.model), alone)
     if training._shards or training._in_deepspeed:
         _check_sharded(training, "FSDP" if training._shards else "DeepSpeed")
-    if training.light_config.blocks == "auto" and training.light_plan is None:
+    if training.light_config.is_auto and training.light_plan is None:
         training.light_tolerance()
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
     require(
@@ -74,8 +74,8 @@ def refuse_parts(model: object) -> None:
 
 
 def _check_sharded(training: LightTraining, engine: str) -> None:
-    light, trainer = training.light_config, cast(Any, training)
-    kept = f"light.keep: {light.keep} needs the whole base in every process, which {engine} spares"
-    require(light.keep == "light", f"{kept}; set it to light")
+    keep, trainer = training.light_config.after.keep, cast(Any, training)
+    kept = f"light.after.keep: {keep} needs the whole base in every process, which {engine} spares"
+    require(keep == "light", f"{kept}; set it to light")
     quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
     require(not quantised, f"a base in 4 or 8 bits cannot be cut where {engine} shards it; give it unquantised")

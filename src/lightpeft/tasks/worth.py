@@ -1,25 +1,21 @@
 """What a nat of the loss is worth in points of a metric, where a head answers with classes.
 
-Of a classifier that knows how sure it is and errs with probability e among C classes, the cross-entropy rises with e by
-ln((1 - e) (C - 1) / e): the derivative of its entropy, if every row is alike. What the metric loses when errors become
-more frequent, each kind in proportion, is counted on the answers themselves.
+How the cross-entropy rises with the errors is known (`nats_of_error`). What the metric loses when errors become more
+frequent, each kind in proportion, is counted on the answers themselves.
 """
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from lightpeft.models.task_heads import CLASSIFICATION, MULTIPLE_CHOICE
+from lightpeft.plans.budgets import nats_of_error
 from lightpeft.tasks.answers import Answers, ClassMetric, class_count
 from lightpeft.tasks.kinds.base import Task
 from lightpeft.tasks.metrics import METRICS, accuracy
 
 _MORE = 0.01
 """Errors more, as a part of all answers."""
-_LEAST_NATS = 1.0
-"""Of an error: next to chance, where the entropy is flat, a nat would be worth any number of points."""
 
 
 def answers_are_classes(task: Task) -> bool:
@@ -48,7 +44,7 @@ def points_a_nat(answers: Answers, task: Task) -> float:
     more = _MORE * total
     fewer = 1 - more / max(right, more)
     worse = np.diag(np.diag(counts)) * fewer + errors / errors.sum() * (total - right + more)
-    nats = _MORE * max(_LEAST_NATS, math.log((1 - error) * (classes - 1) / error) if error < 1 else 0.0)
+    nats = _MORE * nats_of_error(error, classes)
     # a metric that is 0 for answers that are all the same still has much to lose
     lost = max(_MORE, _main(counts, task) - _main(worse, task))
     return 100 * lost / nats
