@@ -19,7 +19,7 @@ from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.budgets import fixed_budget
 from lightpeft.prune.length import able
 from lightpeft.recipe.depth import with_depth
-from lightpeft.saved.light_adapter import LightModel
+from lightpeft.prune.light_model import LightModel
 from lightpeft.training.schedule import pace_of, steps_of
 
 _log = logging.getLogger(__name__)
