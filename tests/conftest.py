@@ -23,7 +23,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from lightpeft.config import light
+from lightpeft.prune import length
 
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("any machine", deadline=None)
@@ -93,9 +93,9 @@ def fetched(name: str, option: str = "") -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_examples_are_enough() -> Iterator[None]:
-    """Tiny models are estimated on a handful of rows; tests of `light.least_examples` give it."""
+    """Tiny models are estimated on a handful of rows; tests of the floor set it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(light, "LEAST_EXAMPLES", 0)
+        patch.setattr(length, "LEAST_EXAMPLES", 0)
         yield
 
 

@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 
+from lights import few_examples_are_enough
 from workbench import at_step, lightpeft, signalling
 
 if __name__ == "__main__":
+    few_examples_are_enough()
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         at_step(int(sys.argv[1]), signalling(signal.SIGKILL))()
     sys.exit(lightpeft(*sys.argv[2:]))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lights import few_examples_are_enough
 from peft import LoraConfig
 from sharded_trainings import MODELS, found, training
 from tiny import make
@@ -89,5 +90,6 @@ def _held(parameter: Any) -> int:
 
 
 if __name__ == "__main__":
+    few_examples_are_enough()
     trainings(Path(sys.argv[1]))
     dist.destroy_process_group()

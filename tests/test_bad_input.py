@@ -73,8 +73,8 @@ def refused(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> Refused:
 
 def test_unknown_keys_name_the_nearest(bench: Workbench, refused: Refused) -> None:
     for key, nearest in [
-        ("light.haeds", "light.heads"),
-        ("lihgt.heads", "light.heads"),
+        ("light.haeds", "light.remove.heads"),
+        ("lihgt.heads", "light.remove.heads"),
         ("ouptut", "output"),
     ]:
         assert f"did you mean --{nearest}?" in refused("run", "--config", bench.yaml("plain"), f"--{key}", "0.5")
@@ -84,10 +84,10 @@ def test_unknown_keys_name_the_nearest(bench: Workbench, refused: Refused) -> No
 
 
 VALUES = {
-    "light.heads": (["1.5", "1", "-0.1"], "[0, 1)"),
-    "light.neurons": (["half"], "must be a number"),
-    "light.length": (["0", "1", "1.0", "-0.5", "soon"], "length"),
-    "light.heads_scope": (["local"], "layerwise, global"),
+    "light.remove.heads": (["1.5", "1", "-0.1"], "[0, 1)"),
+    "light.remove.neurons": (["half"], "must be a number"),
+    "light.estimate.length": (["0", "1", "1.0", "-0.5", "soon"], "length"),
+    "light.remove.scope": (["local"], "layerwise, global"),
     "light.min_ranks": (["0"], "at least 1"),
     "method": (["lite"], "light, plain"),
     "preset": (["fats"], "default"),
@@ -112,7 +112,7 @@ VALUES = {
     "data.limit_test": (["0", "1180591620717411303424"], "data.limit_test is"),
     "lora.alpha": (["0", "1" + "0" * 400], "lora.alpha is"),
     "bottleneck.size": (["0", "10000000"], "bottleneck.size is"),
-    "light.mask_learning_rate": (["1e999", "0"], "mask_learning_rate is"),
+    "light.estimate.mask_learning_rate": (["1e999", "0"], "mask_learning_rate is"),
     "light.lambda_heads": (["1e308", "1e999"], "lambda_heads is"),
     "light.seed": (["18446744073709551616"], "light.seed is"),
 }
@@ -405,8 +405,8 @@ def test_sequences_longer_than_the_model_allows(bench: Workbench, refused: Refus
 
 
 def test_estimation_as_long_as_the_run_or_longer(bench: Workbench, refused: Refused) -> None:
-    assert "longer than the run of 24" in run_with(bench, refused, **{"light.length": 25})
-    assert "leaves none of the run's 24" in run_with(bench, refused, **{"light.length": 24})
+    assert "longer than the run of 24" in run_with(bench, refused, **{"light.estimate.length": 25})
+    assert "leaves none of the run's 24" in run_with(bench, refused, **{"light.estimate.length": 24})
 
 
 # -- run folders -------------------------------------------------------------------------------------------------
@@ -422,7 +422,7 @@ def test_output_that_is_not_a_run(bench: Workbench, refused: Refused) -> None:
 
 
 def test_output_that_is_the_run_of_another_config(bench: Workbench, adapter: Path, refused: Refused) -> None:
-    line = refused("run", "--config", bench.yaml("good", seed=5, **{"light.heads": 0.5}))
+    line = refused("run", "--config", bench.yaml("good", seed=5, **{"light.remove.heads": 0.5}))
     assert "it differs in seed, light.heads" in line
     assert "give another output" in line
 
@@ -436,7 +436,7 @@ def test_output_that_cannot_be_made(bench: Workbench, capsys: pytest.CaptureFixt
 
 def test_budget_that_empties_the_model(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     """What can be kept is kept: the estimation stays, and `plan` with a smaller budget goes on from it."""
-    budget = {"light.heads": 0.99, "light.neurons": 0.999, "light.min_heads": 0, "light.min_neurons": 0}
+    budget = {"light.remove.heads": 0.99, "light.remove.neurons": 0.999, "light.min_heads": 0, "light.min_neurons": 0}
     assert lightpeft("run", "--config", bench.yaml("emptied", **budget)) == 2
     assert "the budget would empty the model" in capsys.readouterr().err
     folder = bench.folder / "emptied"
@@ -444,7 +444,7 @@ def test_budget_that_empties_the_model(bench: Workbench, capsys: pytest.CaptureF
     assert lightpeft("plan", "--run", folder, "--light.target", "0.95") == 2
     assert "target 0.95 cannot be reached" in capsys.readouterr().err
     assert read_budget(folder) is None
-    assert lightpeft("plan", "--run", folder, "--light.heads", "0.25", "--light.neurons", "0.25") == 0
+    assert lightpeft("plan", "--run", folder, "--light.remove.heads", "0.25", "--light.remove.neurons", "0.25") == 0
     assert read_budget(folder) == 0.25
     assert lightpeft("run", "--run", folder) == 0
 
@@ -626,7 +626,7 @@ def test_deepspeed_that_is_not_installed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
-    config = bench.yaml("deepspeed", **{"light.least_examples": 0})
+    config = bench.yaml("deepspeed", **{})
     capsys.readouterr()
     for asked in (["--trainer.deepspeed", "zero2.json"], []):
         assert lightpeft("run", "--config", config, *asked) == 2

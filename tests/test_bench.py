@@ -29,7 +29,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.profiling import WARMUP, count_flops
 
 ROUNDS, STEPS = 2, 2
-UPPER = {"light.module_blocks": 0.5, "light.modules": 0.5}
+UPPER = {"light.modules.blocks": 0.5, "light.modules.remove": 0.5}
 """Modules stay in the upper block, so that there is a frozen prefix."""
 
 
@@ -209,7 +209,7 @@ def test_subjects_are_what_they_say(bench: Workbench, report: dict[str, Any]) ->
 
 
 def test_measuring_gives_no_advice_on_loops(bench: Workbench, caplog: pytest.LogCaptureFixture) -> None:
-    settings = {"light.learning_rate_scale": 2.0, "light.dropout": 0.0}
+    settings = {"light.rates.scale": 2.0, "light.rates.dropout": 0.0}
     Subject("estimation", bench.config("advice", **settings), STEPS)
     assert "your loop" not in caplog.text
 

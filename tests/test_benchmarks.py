@@ -452,7 +452,7 @@ def test_curve_does_not_count_its_own_time(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.fixture(scope="module")
 def prepared(bench: Workbench) -> tuple[pipeline.Workspace, LoadedModel, peer_pruning.Goal]:
-    work = pipeline.prepare(bench.config("peer", method="plain", **{"light.heads": 0.5}))
+    work = pipeline.prepare(bench.config("peer", method="plain", **{"light.remove.heads": 0.5}))
     loaded = work.dense_model()
     loaded.model.eval()
     return work, loaded, peer_pruning.goal_of(loaded, work.config.light)
@@ -796,7 +796,7 @@ def test_vllm_lora(
 ) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
     for name, seed, keep in (("one", 0, "full"), ("other", 1, "both"), ("light", 0, "light")):
-        pipeline.run(bench.config(name, **{"light.keep": keep, "seed": seed}))
+        pipeline.run(bench.config(name, **{"light.after.keep": keep, "seed": seed}))
     runs = [str(tmp_path / "one"), str(tmp_path / "other")]
     assert vllm_lora.main([*runs, "--rows", "3", "--out", str(tmp_path / "out.json")]) == 0
     results = read(tmp_path / "out.json")["results"]
@@ -818,7 +818,7 @@ def test_gguf_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     texts = bench.train.read_text(encoding="utf-8").splitlines()
     save_base(bench.base, "llama", tokenizer=tokenizer_of_bytes(texts=texts))
     light, plain = (
-        bench.config(name, **{"method": name, "data.max_length": 128, "light.heads": 0.5})
+        bench.config(name, **{"method": name, "data.max_length": 128, "light.remove.heads": 0.5})
         for name in ("light", "plain")
     )
     pipeline.run(light)
@@ -860,7 +860,7 @@ class Asked:
 
 def test_vllm_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
-    light, plain = (bench.config(name, **{"method": name, "light.heads": 0.5}) for name in ("light", "plain"))
+    light, plain = (bench.config(name, **{"method": name, "light.remove.heads": 0.5}) for name in ("light", "plain"))
     for config in (light, plain):
         pipeline.run(config)
     monkeypatch.setattr(vllm_speed, "Vllm", Asked)
@@ -921,7 +921,7 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
     monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"preset": "fast", "light.least_examples": 0, "light.keep": "full"})
+    config = bench.yaml("tiny", **{"preset": "fast", "light.after.keep": "full"})
     assert writers.main([str(config), "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
     results = read(tmp_path / "out.json")
     weights = list(results["weights_bytes"].values())
@@ -1039,7 +1039,12 @@ def test_recipe_in_python_and_in_the_shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench = Workbench(tmp_path / "bench")
-    config = bench.yaml("tiny", **{"training.epochs": 1, "light.least_examples": 0})
+    config = bench.yaml(
+        "tiny",
+        **{
+            "training.epochs": 1,
+        },
+    )
     assert recipe.main([str(config), "--rounds", "1"]) == 0
     assert "| python / shell |" in capsys.readouterr().out
     monkeypatch.setattr(recipe, "set_seed", lambda seed: None)

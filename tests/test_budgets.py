@@ -16,6 +16,7 @@ import yaml
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lights import but, light_of, preset
 from test_pipeline import comparable
 from tiny import inputs_for, make, random_record, refusal, with_lora
 from torch import Tensor
@@ -30,7 +31,7 @@ from lightpeft.app.runs.report.facts import read_run
 from lightpeft.app.runs.trainers import LightRun
 from lightpeft.app.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
 from lightpeft.app.tasks.metrics import METRICS
-from lightpeft.config import Tolerance, preset_light
+from lightpeft.config import Tolerance
 from lightpeft.console.bars import showing
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans import budgets
@@ -45,15 +46,14 @@ from lightpeft.prune.probing import Probe
 from lightpeft.prune.surgery import cut_copy
 from lightpeft.recipe.probes import SearchRoom, sizes_of, why_unmeasured
 
-FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
-AUTO = {**FISHER, "light.blocks": "auto", "light.search_fraction": 100.0}
-LIGHT = LightConfig(
+FISHER = {"light.estimate.criterion": "fisher"}
+AUTO = {**FISHER, "light.remove.blocks": "auto", "light.search_fraction": 100.0}
+LIGHT = light_of(
     blocks="auto",
     length=30,
-    least_examples=0,
     head_criterion="fisher",
     neuron_criterion="fisher",
-    learning_rate_scale=1.0,
+    scale=1.0,
     search_fraction=100.0,  # of trainings that are hardly longer than a probe
 )
 
@@ -150,7 +150,7 @@ def test_published_searches_find_the_same_again(grid: str) -> None:
         settings = {name: config["light"].get(name, 0.15) for name in ("module_blocks", "search_fraction")}
         room = room_of(rows, "nats" if budget["points_a_nat"] is None else "points", batch)
         steps = math.ceil(math.ceil(rows / batch) * config["training"]["epochs"])
-        _, cost = sizes_of(room, preset_light("auto", **settings), steps)
+        _, cost = sizes_of(room, preset("auto", **settings), steps)
         assert search.run(again.__getitem__, cost.allows) == budget["blocks"], cell
         assert len(search.probed) <= (3 if budget["points_a_nat"] is None else 2)
         if "of_plain" in budget:
@@ -274,12 +274,12 @@ def test_tolerances(text: str, amount: float, unit: str) -> None:
     "text", ["-1 points", "nan nats", "inf nats", "0 nats", "one point", "1 percent", "", 0.5, "1point"]
 )
 def test_no_tolerances(text: str | float) -> None:
-    line = refusal(lambda: LightConfig(tolerance=text))
-    assert "light.tolerance" in line and "for example" in line and "\n" not in line
+    line = refusal(lambda: light_of(tolerance=text))
+    assert "light.remove.tolerance" in line and "for example" in line and "\n" not in line
 
 
 def test_no_word_but_auto() -> None:
-    assert "or auto" in refusal(lambda: LightConfig(blocks="some"))  # type: ignore[arg-type]
+    assert "or auto" in refusal(lambda: light_of(blocks="some"))  # type: ignore[arg-type]
 
 
 def test_a_plan_needs_a_number() -> None:
@@ -352,7 +352,7 @@ def probe_of(model: Any, light: LightConfig = LIGHT, **changes: Any) -> Probe:
 @pytest.mark.parametrize("name", ["bert", "llama-gqa", "gpt2"])
 def test_a_probe_leaves_the_model_and_random_numbers_alone(name: str) -> None:
     model = with_lora(make(name))
-    plan = make_plan(random_record(model), replace(LIGHT, blocks=0.5, ranks=0.0, modules=0.0))
+    plan = make_plan(random_record(model), but(LIGHT, blocks=0.5, ranks=0.0, modules=0.0))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random, modes = torch.get_rng_state(), [module.training for module in model.modules()]
     probe = probe_of(model)
@@ -430,7 +430,7 @@ def test_a_search_shows_how_far_it_has_come(caplog: pytest.LogCaptureFixture, tm
         shown.append((total, description))
         yield from items
 
-    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
+    trainer = trainer_of(tmp_path, but(LIGHT, tolerance="2 nats"))
     with showing(watched), caplog.at_level("INFO", logger="lightpeft"):
         trainer.train()
     copies = [line for line in caplog.messages if line.startswith("light.blocks: auto, copy ")]
@@ -440,7 +440,7 @@ def test_a_search_shows_how_far_it_has_come(caplog: pytest.LogCaptureFixture, tm
 
 
 def test_a_trainer_finds_its_budget(tmp_path: Path) -> None:
-    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
+    trainer = trainer_of(tmp_path, but(LIGHT, tolerance="2 nats"))
     trainer.train()
     found = trainer.light_budget
     assert found is not None and found.blocks > 0 and found.tolerance == 2.0
@@ -468,7 +468,7 @@ def test_a_trainer_within_nothing_cuts_nothing(tmp_path: Path) -> None:
 
 
 def test_what_trainers_cannot_do(tmp_path: Path) -> None:
-    assert "give nats" in refusal(lambda: trainer_of(tmp_path, replace(LIGHT, tolerance="1 point")))
+    assert "give nats" in refusal(lambda: trainer_of(tmp_path, but(LIGHT, tolerance="1 point")))
     pruner = EarlyPruner(with_lora(make("bert")), LIGHT)
     assert "which LightTrainer has" in refusal(lambda: pruner.start(20))
 
@@ -526,7 +526,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
 
 
 def short(bench: Workbench, name: str, **changes: Any) -> Any:
-    return bench.config(name, **AUTO, **{"training.epochs": 0.5, "light.tolerance": "30 points", **changes})
+    return bench.config(name, **AUTO, **{"training.epochs": 0.5, "light.remove.tolerance": "30 points", **changes})
 
 
 @pytest.fixture(scope="module")
@@ -558,7 +558,7 @@ def test_what_others_lost_counts_where_the_tolerance_is_in_points(
     assert read(whole / "budget.json")["blocks"] > 0
     monkeypatch.setattr(budgets, "elsewhere", lambda blocks: (1e3, 1.0))
     for tolerance, cut in (("30 points", False), ("2 nats", True)):
-        pipeline.run(short(bench, f"others_{cut}", **{"light.tolerance": tolerance}))
+        pipeline.run(short(bench, f"others_{cut}", **{"light.remove.tolerance": tolerance}))
         assert bool(read(bench.folder / f"others_{cut}" / "budget.json")["blocks"]) is cut
 
 
@@ -600,10 +600,10 @@ def test_stage_by_stage_it_is_the_same_run(bench: Workbench, whole: Path) -> Non
 
 @pytest.mark.usefixtures("costly")
 def test_another_tolerance_is_another_search(bench: Workbench) -> None:
-    config = short(bench, "again", **{"light.tolerance": "50 nats"})
+    config = short(bench, "again", **{"light.remove.tolerance": "50 nats"})
     pipeline.estimate(pipeline.prepare(config))
     assert pipeline.plan(pipeline.prepare(config)).removed_of_blocks > 0.5
-    strict = pipeline.prepare(short(bench, "again", **{"light.tolerance": "0.1 nats"}), replan=True)
+    strict = pipeline.prepare(short(bench, "again", **{"light.remove.tolerance": "0.1 nats"}), replan=True)
     assert pipeline.plan(strict).removed_of_blocks == 0
     assert read(bench.folder / "again" / "budget.json")["blocks"] == 0
 
@@ -611,7 +611,9 @@ def test_another_tolerance_is_another_search(bench: Workbench) -> None:
 def test_depth_and_budget(tmp_path: Path) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
     write_rows(bench.train, completions(600))
-    config = bench.config("run", **AUTO, **{"training.epochs": 0.5, "light.depth": 0.5, "light.tolerance": "5 nats"})
+    config = bench.config(
+        "run", **AUTO, **{"training.epochs": 0.5, "light.remove.depth": 0.5, "light.remove.tolerance": "5 nats"}
+    )
     pipeline.run(config)
     plan, found = PrunePlan.load(tmp_path / "run" / "plan.json"), read(tmp_path / "run" / "budget.json")
     assert len(plan.left_out) == 1 and found["points_a_nat"] is None
@@ -623,7 +625,7 @@ def test_stage_by_stage_depth_is_cut_once(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(SIZES, "num_hidden_layers", 4)
     bench = Workbench(tmp_path, "llama", "causal-lm")
     write_rows(bench.train, completions(600))
-    changes = {**AUTO, "training.epochs": 0.5, "light.depth": 0.25, "light.tolerance": "5 nats"}
+    changes = {**AUTO, "training.epochs": 0.5, "light.remove.depth": 0.25, "light.remove.tolerance": "5 nats"}
     pipeline.run(bench.config("whole", **changes))
     for verb in ("estimate", "plan"):
         assert lightpeft(verb, "--config", bench.yaml("staged", **changes)) == 0
@@ -634,9 +636,9 @@ def test_stage_by_stage_depth_is_cut_once(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"light.tolerance": "-1 points"}, "light.tolerance"),
-        ({"light.tolerance": "nan nats"}, "light.tolerance"),
-        ({"light.tolerance": "much"}, "for example"),
+        ({"light.remove.tolerance": "-1 points"}, "light.remove.tolerance"),
+        ({"light.remove.tolerance": "nan nats"}, "light.remove.tolerance"),
+        ({"light.remove.tolerance": "much"}, "for example"),
         ({"light.search_fraction": 0.0}, "search_fraction is 0"),
         ({"light.search_fraction": float("nan")}, "search_fraction"),
     ],
@@ -654,7 +656,7 @@ def test_bad_input_in_one_line(
 def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
     write_rows(bench.train, completions(600))
-    file = bench.yaml("run", **AUTO, **{"training.epochs": 0.5, "light.tolerance": "1 point"})
+    file = bench.yaml("run", **AUTO, **{"training.epochs": 0.5, "light.remove.tolerance": "1 point"})
     assert lightpeft("run", "--config", file) == 2
     assert "no metric of classes; give nats" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -671,7 +673,7 @@ def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.Cap
     ],
 )
 def test_why_a_budget_cannot_be_measured(room: dict[str, Any], why: str | None) -> None:
-    found = why_unmeasured(replace(room_of(600), **room), preset_light("auto"), 1000)
+    found = why_unmeasured(replace(room_of(600), **room), preset("auto"), 1000)
     assert found is None if why is None else why in str(found)
 
 
@@ -700,7 +702,7 @@ def test_no_search_takes_more_than_it_may(
     rows: int, epochs: int, unit: str, light: dict[str, Any], probes: int
 ) -> None:
     """Of a model whose first probe leaves the tolerance half empty, so that a second one is asked for."""
-    room, settings, steps = room_of(rows, unit), preset_light("auto", **light), rows * epochs // 16
+    room, settings, steps = room_of(rows, unit), preset("auto", **light), rows * epochs // 16
     sizes, cost = sizes_of(room, settings, steps)
     assert sizes.aside >= 128 and sizes.steps >= 8
     reason = why_unmeasured(room, settings, steps)
@@ -729,7 +731,7 @@ def test_what_a_search_takes_is_what_it_goes_through(
     rows: int, epochs: int, batch: int, accumulation: int, unit: str, gone: float
 ) -> None:
     room = room_of(rows, unit, batch, accumulation)
-    sizes, cost = sizes_of(room, preset_light("auto"), max(1, rows * epochs // (batch * accumulation)), gone)
+    sizes, cost = sizes_of(room, preset("auto"), max(1, rows * epochs // (batch * accumulation)), gone)
     assert cost.trained == sizes.steps * batch * accumulation and cost.few <= cost.held == sizes.aside <= rows // 4
     assert cost.of_plain([gone]) >= cost.of_plain([gone + 0.5 * (1 - gone)]) >= cost.of_plain([]) > 0
     assert cost.of_plain([gone]) == pytest.approx((1 - gone) * replace(cost, gone=0.0).of_plain([0.0]))
@@ -738,7 +740,7 @@ def test_what_a_search_takes_is_what_it_goes_through(
 @pytest.mark.parametrize("unit", ["nats", "points"])
 def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Rows that the model and its copies are called with are counted, and are those of the count."""
-    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
+    trainer = trainer_of(tmp_path, but(LIGHT, tolerance="2 nats"))
     monkeypatch.setattr(trainer, "light_tolerance", lambda: Tolerance(2, unit))
     monkeypatch.setattr(trainer, "light_points_a_nat", lambda classes, right: float(len(classes) == len(right)))
     rows: dict[str, int] = {"forward": 0, "trained": 0}
@@ -770,7 +772,7 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
 @pytest.mark.parametrize(("batch", "steps"), [(16, 220), (32, 155)])
 def test_which_runs_are_too_short(batch: int, steps: int) -> None:
     """As docs/guide.md has it, of `preset: auto`."""
-    room, light = room_of(10_000, batch=batch), preset_light("auto")
+    room, light = room_of(10_000, batch=batch), preset("auto")
     assert why_unmeasured(room, light, steps) is None
     assert "of plain PEFT's run" in str(why_unmeasured(room, light, steps - 10))
 
@@ -782,7 +784,12 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     monkeypatch.setattr(budgeting, "LEAST_LEARNED", -math.inf)
     bench = Workbench(tmp_path)
     write_rows(bench.train, labelled(600, seed=1))
-    settings = {**bench.settings(**{"training.epochs": 1}), "light": {"length": 40, "least_examples": 0}}
+    settings = {
+        **bench.settings(**{"training.epochs": 1}),
+        "light": {
+            "length": 40,
+        },
+    }
     for name, more in (("asked", {"blocks": "auto"}), ("usual", {})):
         file = tmp_path / f"{name}.yaml"
         file.write_text(yaml.safe_dump({**settings, "light": {**settings["light"], **more}}), encoding="utf-8")

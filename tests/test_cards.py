@@ -24,7 +24,7 @@ from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.cards import EXPORTS, licence_of, pipeline_tag
 
-UNIFORM: dict[str, Any] = {"heads_scope": "layerwise", "neurons_scope": "layerwise"}
+UNIFORM: dict[str, Any] = {"scope": "layerwise", "scope": "layerwise"}
 
 
 def card_in(folder: Path) -> tuple[ModelCard, Any]:
@@ -153,7 +153,7 @@ def test_a_data_set_on_the_hub(tmp_path: Path) -> None:
 
 
 def test_a_merged_model_that_transformers_loads(tmp_path: Path) -> None:
-    light = light_over(make("llama-gqa"), heads=0.5, neurons=0.5, neurons_scope="layerwise")
+    light = light_over(make("llama-gqa"), heads=0.5, neurons=0.5, scope="layerwise")
     assert save_merged(light, tmp_path)
     card, data = card_in(tmp_path)
     assert data.library_name == "transformers" and "LlamaForCausalLM.from_pretrained" in card.text

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from tiny import inputs_for, make, with_lora
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -59,7 +60,7 @@ def held(name: str, light: LightConfig | None, real: bool) -> Holding:
         return torch.optim.AdamW(parameters)
 
     def estimates(parameters: Any) -> torch.optim.Optimizer:
-        config = RunConfig(light=light or LightConfig(), training=TrainingConfig(learning_rate=1e-3))
+        config = RunConfig(light=light or light_of(), training=TrainingConfig(learning_rate=1e-3))
         work: Any = SimpleNamespace(config=config)
         return estimating(work, model)(parameters)
 
@@ -78,7 +79,7 @@ def held(name: str, light: LightConfig | None, real: bool) -> Holding:
         return Holding(0, 0, watch.peak, 0, 0)
 
 
-@pytest.mark.parametrize("light", [None, LightConfig(dropout=0.0)], ids=["plain", "estimation"])
+@pytest.mark.parametrize("light", [None, light_of(dropout=0.0)], ids=["plain", "estimation"])
 @pytest.mark.parametrize("name", ["bert", "mpnet", "llama-gqa", "gpt2", "t5", "mixtral", "gpt_oss", "deepseek_v3"])
 def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig | None) -> None:
     rehearsed, real = held(name, light, real=False), held(name, light, real=True)
@@ -110,16 +111,16 @@ def widths(name: str, light: LightConfig) -> list[int]:
 
 
 def test_a_cut_of_nothing_known_takes_about_the_same_part_everywhere() -> None:
-    found = widths("llama-gqa", LightConfig(blocks=0.5, modules=0.0, ranks=0.5))
+    found = widths("llama-gqa", light_of(blocks=0.5, modules=0.0, ranks=0.5))
     assert len(set(found)) == len(found), "as where neurons of all blocks compete"
     assert all(12 <= width <= 36 for width in found) and 22 <= sum(found) / len(found) <= 26
-    same = LightConfig(heads=0.5, neurons=0.5, modules=0.0, ranks=0.5, neurons_scope="layerwise")
+    same = light_of(heads=0.5, neurons=0.5, modules=0.0, ranks=0.5, scope="layerwise")
     assert widths("llama-gqa", same) == [24] * len(found)
 
 
 def test_as_many_experts_stay_as_their_router_needs() -> None:
     model = on_meta("mixtral")
-    cut_evenly(model, LightConfig(blocks=0.7, modules=0.0))
+    cut_evenly(model, light_of(blocks=0.7, modules=0.0))
     routers = [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
     assert routers and all(len(module.gate_up_proj) == 2 for module in routers)
 
@@ -151,7 +152,7 @@ def checked(bench: Workbench, name: str = "run", **settings: Any) -> Check:
 @pytest.mark.parametrize("family", ["bert", "llama", "mixtral"])
 def test_stages_of_a_run(tmp_path: Path, family: str) -> None:
     bench = Workbench(tmp_path, family)
-    found = checked(bench, **{"light.blocks": 0.5})
+    found = checked(bench, **{"light.remove.blocks": 0.5})
     assert list(found.stages) == ["plain", "estimate", "train", "evaluate"]
     plain, estimate, train, _ = found.stages.values()
     assert train.holding.weights < estimate.holding.weights == plain.holding.weights
@@ -172,8 +173,8 @@ def test_labels_tell_how_many_logits_there_are(tmp_path: Path) -> None:
     "settings",
     [
         {"method": "plain"},
-        {"light.blocks": "auto"},
-        {"light.depth": 0.5},
+        {"light.remove.blocks": "auto"},
+        {"light.remove.depth": 0.5},
         {"peft": "bottleneck"},
         {"training.gradient_checkpointing": True},
         {"model.dtype": "bfloat16"},
@@ -260,7 +261,7 @@ def test_what_is_not_gone_through(tmp_path: Path, settings: dict[str, Any], said
 
 
 def test_steps_at_full_width_are_a_stage(tmp_path: Path) -> None:
-    settings = {"light.keep": "full", "light.full_width_steps": 0.25, "light.blocks": 0.5}
+    settings = {"light.after.keep": "full", "light.after.full_width_steps": 0.25, "light.remove.blocks": 0.5}
     work = pipeline.prepare(Workbench(tmp_path, "llama", "causal-lm").config("run", **settings))
     found = check(work, measure=True)
     assert list(found.stages) == ["plain", "estimate", "train", "full width", "evaluate"]
@@ -272,7 +273,7 @@ def test_steps_at_full_width_are_a_stage(tmp_path: Path) -> None:
 
 def test_an_estimation_may_take_longer(tmp_path: Path) -> None:
     """Of classes: whether a model that writes has learned anything is not known."""
-    settings: dict[str, Any] = {"light.blocks": 0.5, "light.least_learned": 0.05, "light.max_fraction": 0.5}
+    settings: dict[str, Any] = {"light.remove.blocks": 0.5, "light.least_learned": 0.05, "light.max_fraction": 0.5}
     classes = checked(Workbench(tmp_path), **settings)
     assert (classes.stages["estimate"].steps, classes.longest_estimation) == (6, 12)
     told = "estimation takes 6 steps, and up to 12 where they teach too little (light.least_learned)"

@@ -22,7 +22,7 @@ from lightpeft.app.cli.settings import USUAL
 from lightpeft.app.cli.verbs import VERBS
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
-from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_config
+from lightpeft.config import PRESETS, RunConfig, TrainingConfig, load_config
 
 NAMES = [
     "run",
@@ -114,7 +114,7 @@ MISNAMED = {
     ("run", "--training=5"): "did you mean --training.epochs?",
     ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train?",
     ("run", "-o", "here"): "unknown option -o; did you mean --output?",
-    ("train", "--heads", "0.5"): "did you mean --light.heads?",
+    ("train", "--heads", "0.5"): "did you mean --light.remove.heads?",
     ("run", "--frobnicate"): "unknown option --frobnicate; --help shows all that there are",
     ("inspect", "run", "--lr", "3"): "unknown option --lr; --help shows all that there are",
     ("eval", "run"): "unknown verb eval; did you mean evaluate?",
@@ -189,7 +189,7 @@ def test_a_shell_completes_verbs_options_values_and_files(tmp_path: Path) -> Non
     (tmp_path / "rows.csv").touch()
     assert completions("lightpeft ", tmp_path)[-len(NAMES) :] == NAMES
     assert completions("lightpeft pre", tmp_path) == ["predict"]
-    assert completions("lightpeft run --light.blo", tmp_path) == ["--light.blocks"]
+    assert completions("lightpeft run --light.blo", tmp_path) == ["--light.remove.blocks"]
     assert completions("lightpeft run --help", tmp_path) == ["--help", "--help-all"]
     assert completions("lightpeft run --preset wr", tmp_path) == ["writer"]
     assert completions("lightpeft run --training.bf16=t", tmp_path) == ["--training.bf16=true"]
@@ -202,7 +202,7 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit) as end:
         runpy.run_module("lightpeft", run_name="__main__")
     assert end.value.code == 2
-    assert "did you mean --light.heads?" in capsys.readouterr().err
+    assert "did you mean --light.remove.heads?" in capsys.readouterr().err
 
 
 # -- settings ----------------------------------------------------------------------------------------------------
@@ -221,7 +221,16 @@ def test_print_config_shows_defaults_and_preset(capsys: pytest.CaptureFixture[st
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--lora.slots", '["q", "v"]')
+    options = (
+        "--preset",
+        "paper",
+        "--light.remove.heads",
+        "0.5",
+        "--light.estimate.length",
+        "0.2",
+        "--lora.slots",
+        '["q", "v"]',
+    )
     text = shown(capsys, "run", *options, "--data.text_pair", "other", "--print_config")
     file = tmp_path / "printed.yaml"
     file.write_text(text, encoding="utf-8")
@@ -239,7 +248,7 @@ def test_options_go_over_the_file_and_the_file_over_the_preset(
 ) -> None:
     file = tmp_path / "settings.yaml"
     file.write_text("preset: paper\nlight: {heads: 0.4, neurons: 0.4, multiple_of: 4}\nseed: 3\n", encoding="utf-8")
-    for options in (["--light.heads", "0.5", "--seed=7"], ["--seed", "7", "--light.heads=0.5"]):
+    for options in (["--light.remove.heads", "0.5", "--seed=7"], ["--seed", "7", "--light.remove.heads=0.5"]):
         given = printed(capsys, "run", "--config", file, *options)
         assert given["light"]["heads"] == 0.5
         assert given["light"]["neurons"] == 0.4
@@ -254,7 +263,7 @@ def test_options_go_over_the_file_and_the_file_over_the_preset(
 
 def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -> None:
     options = {
-        "light.length": "50",
+        "light.estimate.length": "50",
         "light.target": "0.4",
         "training.bf16": "true",
         "training.learning_rate": "1e-4",
@@ -284,7 +293,7 @@ def test_text_is_text_whatever_it_looks_like(capsys: pytest.CaptureFixture[str])
 def test_sections_and_mappings_as_a_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "lora.yaml"
     file.write_text("r: 4\nalpha: 2\n", encoding="utf-8")
-    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.multiple_of", "2", "--lora", file]
+    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.remove.multiple_of", "2", "--lora", file]
     given = printed(capsys, "run", *options, "--tasks.mine.kind", "chat", "--tasks.mine.hub", "a/b")
     assert (given["light"]["heads"], given["light"]["multiple_of"]) == (0.5, 2)
     assert (given["lora"]["r"], given["lora"]["alpha"]) == (4, 2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lights import but, light_of
 from tiny import inputs_for, make, plan_for, random_record, refusal, with_lora
 from workbench import Workbench, lightpeft, read
 
-from lightpeft import Budget, apply_plan
+from lightpeft import apply_plan
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.curve import StepTimes
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import Spread
 from lightpeft.prune.curve import PARTS, loss_curve, nested_plans
 
-BUDGET = Budget(head_criterion="fisher", neuron_criterion="fisher", modules=0.0, ranks=0.0)
+BUDGET = light_of(criterion="fisher", modules=0.0, ranks=0.0)
 
 
 def kept(plan: PrunePlan) -> set[tuple[str, int, int]]:
@@ -39,7 +39,7 @@ def kept(plan: PrunePlan) -> set[tuple[str, int, int]]:
 @given(seed=st.integers(0, 1000), name=st.sampled_from(["bert", "llama-gqa", "gpt2"]), balanced=st.booleans())
 def test_what_goes_at_one_budget_goes_at_the_next(seed: int, name: str, balanced: bool) -> None:
     record = random_record(with_lora(make(name)), seed)
-    budget = replace(BUDGET, head_unit="balanced" if balanced else "group")
+    budget = but(BUDGET, head_unit="balanced" if balanced else "group")
     plans = dict(nested_plans(record, budget))
     assert list(plans) == sorted(plans)
     for part, plan in plans.items():
@@ -50,10 +50,10 @@ def test_what_goes_at_one_budget_goes_at_the_next(seed: int, name: str, balanced
 
 def test_budgets_that_the_floors_forbid_are_left_out() -> None:
     record = random_record(with_lora(make("llama-gqa")))
-    plans = dict(nested_plans(record, replace(BUDGET, min_neurons=24), PARTS))
+    plans = dict(nested_plans(record, but(BUDGET, min_neurons=24), PARTS))
     assert plans and max(plans) < max(PARTS)
     assert "no budget can be tried: blocks 0.9 cannot be reached" in refusal(
-        lambda: dict(nested_plans(record, replace(BUDGET, min_neurons=48), [0.9]))
+        lambda: dict(nested_plans(record, but(BUDGET, min_neurons=48), [0.9]))
     )
 
 
@@ -110,7 +110,7 @@ def test_times_between_those_that_were_measured() -> None:
 
 def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path)
-    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+    fisher = {"light.estimate.criterion": "fisher"}
     config = bench.yaml("run", **fisher)
     assert lightpeft("plan", "--config", config, "--curve") == 2
     assert "estimate" in capsys.readouterr().err
@@ -147,7 +147,7 @@ def test_ranks_stay_whatever_the_budget_says_of_them(tmp_path: Path) -> None:
     assert lightpeft("estimate", "--config", config) == 0
     losses = []
     for part in ("0.0", "0.5"):
-        words = ["--rows", "24", "--light.ranks", part, "--light.modules", part]
+        words = ["--rows", "24", "--light.modules.remove_ranks", part, "--light.modules.remove", part]
         assert lightpeft("plan", "--run", tmp_path / "run", "--curve", *words) == 0
         losses.append([point["loss"] for point in read(tmp_path / "run" / "curve.json")["points"]])
     assert losses[0] == losses[1]
@@ -156,7 +156,7 @@ def test_ranks_stay_whatever_the_budget_says_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("llama", {"light.depth": 0.5, "light.blocks": 0.6}),
+        ("llama", {"light.remove.depth": 0.5, "light.remove.blocks": 0.6}),
         ("llama", {"lora.slots": ["q", "v"]}),
         ("bert", {"peft": {"type": "bottleneck", "size": 8}}),
     ],
@@ -164,11 +164,11 @@ def test_ranks_stay_whatever_the_budget_says_of_them(tmp_path: Path) -> None:
 )
 def test_curve_of_other_runs(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     bench = Workbench(tmp_path, family, "classification" if family == "bert" else "causal-lm")
-    fisher = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
+    fisher = {"light.estimate.criterion": "fisher"}
     config = bench.yaml("run", **fisher, **changes)
     assert lightpeft("estimate", "--config", config) == 0
     assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "24") == 0
     points = read(tmp_path / "run" / "curve.json")["points"]
     assert points and all(point["removed_of_blocks"] >= point["blocks"] for point in points)
-    if "light.depth" in changes:
+    if "light.remove.depth" in changes:
         assert min(point["blocks"] for point in points) >= 0.5, "as much has gone with the blocks"

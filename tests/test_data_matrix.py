@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lights import light_of
 from peft import LoraConfig
 from torch import Tensor
 from training import blocks_of, collate, encoded, upper
@@ -26,15 +27,13 @@ from transformers import (
 )
 from workbench import Workbench, labelled
 
-from lightpeft import LightConfig, LightTrainer, light_trainer
+from lightpeft import LightTrainer, light_trainer
 from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
 
 trl = pytest.importorskip("trl")
 sentence_transformers = pytest.importorskip("sentence_transformers")
 
-LIGHT = LightConfig(
-    length=3, least_examples=0, heads=0.25, neurons=0.5, modules=0.0, module_blocks=0.5, ranks=0.5, dropout=0.0
-)
+LIGHT = light_of(length=3, heads=0.25, neurons=0.5, modules=0.0, module_blocks=0.5, ranks=0.5, dropout=0.0)
 SLOWLY: dict[str, Any] = {"prefix_cache": None, "fast_steps": False}
 STEPS = 14
 ARGUMENTS: dict[str, Any] = {

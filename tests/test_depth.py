@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from test_bottleneck import adapted
 from tiny import ALL, GENERATORS, inputs_for, make, plan_for, refusal, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft, read
 
-from lightpeft import EarlyPruner, LightConfig, load_light, load_merged, save_merged
+from lightpeft import EarlyPruner, load_light, load_merged, save_merged
 from lightpeft.app.runs import pipeline
-from lightpeft.config import Budget
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -92,15 +92,15 @@ def test_nothing_to_leave_out() -> None:
 
 
 def test_at_least_one_block_stays() -> None:
-    assert Budget(depth=0.99).blocks_left(3) == 1
-    assert [Budget(depth=0.4).blocks_left(blocks) for blocks in (1, 5, 30)] == [1, 3, 18]
+    assert light_of(depth=0.99).blocks_left(3) == 1
+    assert [light_of(depth=0.4).blocks_left(blocks) for blocks in (1, 5, 30)] == [1, 3, 18]
 
 
 @pytest.mark.parametrize("name", TWO_STACKS)
 def test_one_stack_reads_the_other(name: str) -> None:
     model = with_lora(make(name))
     before = len(list(model.modules()))
-    reason = refusal(lambda: EarlyPruner(model, LightConfig(depth=A_THIRD)))
+    reason = refusal(lambda: EarlyPruner(model, light_of(depth=A_THIRD)))
     assert "models with one stack" in reason and "set light.depth to 0" in reason
     assert len(list(model.modules())) == before
 
@@ -148,7 +148,7 @@ def test_merged_without_a_base(name: str, tmp_path: Path) -> None:
 
 
 def test_a_model_of_equal_layers_is_one_for_transformers_alone(tmp_path: Path) -> None:
-    light = shallow(make("llama-gqa"), heads=0.0, neurons=0.5, neurons_scope="layerwise")
+    light = shallow(make("llama-gqa"), heads=0.0, neurons=0.5, scope="layerwise")
     assert save_merged(light, tmp_path)
     alone = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert alone.config.num_hidden_layers == 2
@@ -186,8 +186,8 @@ def test_a_plan_for_other_modules_takes_no_block_out() -> None:
 
 def test_estimation_is_on_what_is_left_and_modules_go_with_their_blocks(tmp_path: Path) -> None:
     model = with_lora(make("llama-classifier"))
-    fingerprint = Estimator(copy.deepcopy(model), LightConfig()).fingerprint
-    pruner = EarlyPruner(model, LightConfig(length=2, depth=A_THIRD, heads=0.5))
+    fingerprint = Estimator(copy.deepcopy(model), light_of()).fingerprint
+    pruner = EarlyPruner(model, light_of(length=2, depth=A_THIRD, heads=0.5))
     assert len(blocks_of(model)) == 2
     assert not [name for name in model.peft_config["default"].target_modules if ".2." in name]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -209,7 +209,7 @@ def test_estimation_is_on_what_is_left_and_modules_go_with_their_blocks(tmp_path
 
 def test_bottleneck_adapters_go_with_their_blocks() -> None:
     model = adapted(make("bert"))
-    estimator = Estimator(model, LightConfig(length=2, depth=A_THIRD))
+    estimator = Estimator(model, light_of(length=2, depth=A_THIRD))
     assert {site.spec.block for site in estimator.sites} == {0, 1} and len(blocks_of(model)) == 2
 
 
@@ -224,7 +224,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 @pytest.mark.parametrize("peft", ["lora", "bottleneck"])
 def test_a_whole_run(bench: Workbench, peft: str) -> None:
     """Half of the two blocks goes; what the run reports is what its adapter has."""
-    result = pipeline.run(bench.config(peft, peft=peft, **{"light.depth": 0.5}))
+    result = pipeline.run(bench.config(peft, peft=peft, **{"light.remove.depth": 0.5}))
     folder = bench.folder / peft
     record, plan = EstimationRecord.load(folder / "estimation"), PrunePlan.load(folder / "plan.json")
     assert {site.block for site in record.sites} == {0} and len(plan.left_out) == 1
@@ -237,5 +237,5 @@ def test_a_whole_run(bench: Workbench, peft: str) -> None:
 
 def test_another_depth_needs_another_estimation(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     assert lightpeft("estimate", "--config", bench.yaml("dense")) == 0
-    assert lightpeft("plan", "--run", bench.folder / "dense", "--light.depth", "0.5") == 2
+    assert lightpeft("plan", "--run", bench.folder / "dense", "--light.remove.depth", "0.5") == 2
     assert "depth" in capsys.readouterr().err

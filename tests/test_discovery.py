@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from lights import light_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import (
     DROPPED,
@@ -36,7 +37,7 @@ from tiny import (
 from torch import nn
 from transformers import BigBirdConfig, BigBirdForSequenceClassification, PreTrainedModel, TrainingArguments
 
-from lightpeft import EarlyPruner, LightConfig, LightTrainer, load_light
+from lightpeft import EarlyPruner, LightTrainer, load_light
 from lightpeft.compat.torch import is_watched
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import (
@@ -269,7 +270,7 @@ def test_masked_and_pruned_models_agree(name: str) -> None:
 def test_from_estimation_to_a_loaded_light_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = dict(FAMILIES)
     model = with_lora(found(name), trained=False)
-    pruner = EarlyPruner(model, LightConfig(length=2, heads=0.5, neurons=0.5, modules=0.5, ranks=0.5))
+    pruner = EarlyPruner(model, light_of(length=2, heads=0.5, neurons=0.5, modules=0.5, ranks=0.5))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     pruner.start()
     while not pruner.finished:

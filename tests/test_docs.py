@@ -17,11 +17,12 @@ import workbench
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
+from lights import light_of
 from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
-from lightpeft import EarlyPruner, LightConfig
+from lightpeft import EarlyPruner
 from lightpeft.app import cli
 from lightpeft.app.runs.reproduce import running
 from lightpeft.config import light
@@ -142,7 +143,7 @@ def run_python(code: str, folder: Path) -> None:
         ),
         "batches": itertools.repeat(batch),
         "model": model,
-        "pruner": EarlyPruner(model, LightConfig(length=4)),
+        "pruner": EarlyPruner(model, light_of(length=4)),
         "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
     }
     exec(compile(code, "documentation", "exec"), names)

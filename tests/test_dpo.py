@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from lights import light_of
 from peft import PeftModel
 from test_sft import SETTINGS, WORDS, tokenizer
 from tiny import batch, make, refusal, relative_difference, with_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from lightpeft import EarlyPruner, LightConfig, load_light
+from lightpeft import EarlyPruner, load_light
 from lightpeft.peft_kinds.sites.registry import REFERENCE
 
 trl = pytest.importorskip("trl")
@@ -69,7 +70,7 @@ def values(trainer: Any, name: str) -> list[float]:
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_estimate_prune_and_train_on(model: PeftModel, tmp_path: Path, checkpointing: bool) -> None:
     base = logits(model)
-    pruner = EarlyPruner(model, LightConfig(**BUDGET))
+    pruner = EarlyPruner(model, light_of(**BUDGET))
     estimation = dpo(model, tmp_path / "run", pruner.callback(), gradient_checkpointing=checkpointing)
     estimation.train()
     record = pruner.record()
@@ -96,7 +97,7 @@ def test_estimate_prune_and_train_on(model: PeftModel, tmp_path: Path, checkpoin
 
 def test_the_reference_is_not_masked(model: PeftModel, tmp_path: Path) -> None:
     base = logits(model)
-    pruner = EarlyPruner(model, LightConfig(**BUDGET))
+    pruner = EarlyPruner(model, light_of(**BUDGET))
     dpo(model, tmp_path / "run")  # adds it
     pruner.start()
     with torch.no_grad():
@@ -109,7 +110,7 @@ def test_the_reference_is_not_masked(model: PeftModel, tmp_path: Path) -> None:
 
 def test_a_pruner_made_after_the_trainer(model: PeftModel, tmp_path: Path) -> None:
     trainer = dpo(model, tmp_path / "run")
-    pruner = EarlyPruner(model, LightConfig(**BUDGET, depth=1 / 3))
+    pruner = EarlyPruner(model, light_of(**BUDGET, depth=1 / 3))
     trainer.add_callback(pruner.callback())
     trainer.train()
     light = pruner.prune()
@@ -119,7 +120,7 @@ def test_a_pruner_made_after_the_trainer(model: PeftModel, tmp_path: Path) -> No
 
 def test_the_dense_model_as_the_reference_of_both_stages(model: PeftModel, tmp_path: Path) -> None:
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    pruner = EarlyPruner(model, LightConfig(**BUDGET))
+    pruner = EarlyPruner(model, light_of(**BUDGET))
     dpo(model, tmp_path / "run", pruner.callback(), ref_model=dense).train()
     training = dpo(pruner.prune(), tmp_path / "run", ref_model=dense)
     assert REFERENCE not in training.model.peft_config
@@ -128,7 +129,7 @@ def test_the_dense_model_as_the_reference_of_both_stages(model: PeftModel, tmp_p
 
 
 def test_training_goes_on_from_a_checkpoint(model: PeftModel, tmp_path: Path) -> None:
-    pruner = EarlyPruner(model, LightConfig(**BUDGET))
+    pruner = EarlyPruner(model, light_of(**BUDGET))
     dpo(model, tmp_path / "estimation", pruner.callback()).train()
     light = pruner.prune()
     light.save_pretrained(tmp_path / "start")

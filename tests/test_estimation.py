@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import batch, without_dropout
 from torch import Tensor, nn
 from training import StopAt, assert_close, assert_equal, chunks, estimate, inputs, student, trainer
 from transformers import BertConfig, BertForMultipleChoice
 
-from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.structure import BlockSpec
@@ -28,7 +28,7 @@ from lightpeft.training.prefix import FrozenPrefix
 
 
 def started(model: PeftModel, total_steps: int | None = None, **config: Any) -> Estimator:
-    estimator = Estimator(model, LightConfig(**config))
+    estimator = Estimator(model, light_of(**config))
     estimator.start(total_steps)
     return estimator
 
@@ -162,7 +162,7 @@ def test_gradient_accumulation_in_a_trainer(tmp_path: Path) -> None:
     """A language model: its loss is the one that the trainer divides by the tokens of the whole step."""
     records = []
     for rows, parts in ((8, 1), (2, 4)):
-        pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=4))
+        pruner = EarlyPruner(student("llama-gqa"), light_of(length=4))
         settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
         trainer(pruner.model, tmp_path, pruner.callback(), **settings).train()
         records.append(pruner.record())
@@ -178,7 +178,7 @@ def test_clipping_leaves_the_scores(tmp_path: Path) -> None:
     assert_equal(estimate(student(), before_step=clip, **still).record(), estimate(student(), **still).record())
     records = []
     for norm in (1e-6, 0.0):
-        pruner = EarlyPruner(student(), LightConfig(length=3))
+        pruner = EarlyPruner(student(), light_of(length=3))
         trainer(pruner.model, tmp_path, pruner.callback(), max_grad_norm=norm, learning_rate=0.0).train()
         records.append(pruner.record())
     assert_equal(*records)
@@ -238,7 +238,7 @@ def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
         {},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}},
     ):
-        pruner = EarlyPruner(student(), LightConfig(length=3))
+        pruner = EarlyPruner(student(), light_of(length=3))
         trainer(pruner.model, tmp_path, pruner.callback(), **settings).train()
         records.append(pruner.record())
     assert_close(records[1], records[0])
@@ -248,7 +248,7 @@ def test_gradient_checkpointing(tmp_path: Path, reentrant: bool) -> None:
 def test_evaluation_in_between_leaves_the_scores(tmp_path: Path) -> None:
     records = []
     for strategy in ("no", "steps"):
-        pruner = EarlyPruner(student(), LightConfig(length=3))
+        pruner = EarlyPruner(student(), light_of(length=3))
         run = trainer(pruner.model, tmp_path, pruner.callback(), eval_strategy="no")
         run.eval_dataset = run.train_dataset
         run.args.eval_strategy, run.args.eval_steps = strategy, 1
@@ -273,7 +273,7 @@ def assert_diverged(error: pytest.ExceptionInfo[LightPeftError]) -> None:
 
 
 def test_divergence_stops_a_trainer(tmp_path: Path) -> None:
-    pruner = EarlyPruner(diverging(), LightConfig(length=20))
+    pruner = EarlyPruner(diverging(), light_of(length=20))
     with pytest.raises(LightPeftError) as error:
         trainer(pruner.model, tmp_path, pruner.callback(), logging_steps=2).train()
     assert_diverged(error)
@@ -297,13 +297,13 @@ def test_divergence_stops_a_loop(steps: int) -> None:
 
 @pytest.mark.parametrize(("length", "total", "steps"), [(5, None, 5), (5, 100, 5), (0.1, 200, 20), (0.1, 5, 2)])
 def test_stage_length(length: Any, total: int | None, steps: int) -> None:
-    assert stage_length(LightConfig(length=length), total) == steps
+    assert stage_length(light_of(length=length), total) == steps
 
 
 @pytest.mark.parametrize(("total", "steps"), [(1000, 50), (200, 32), (60, 18), (4, 2)])
 def test_a_short_run_has_its_least_steps(total: int, steps: int) -> None:
     """Five hundredths of the run, 32 steps at least, three tenths of the run at most."""
-    assert stage_length(LightConfig(length=0.05, least_steps=32), total) == steps
+    assert stage_length(light_of(length=0.05, least_steps=32), total) == steps
 
 
 def test_a_length_relative_to_the_run_needs_the_run() -> None:
@@ -314,14 +314,14 @@ def test_a_length_relative_to_the_run_needs_the_run() -> None:
 def test_a_stage_longer_than_the_run(tmp_path: Path) -> None:
     with pytest.raises(LightPeftError, match="estimation of 50 steps is longer than the run of 10"):
         started(student(), total_steps=10, length=50)
-    pruner = EarlyPruner(student(), LightConfig(length=50))
+    pruner = EarlyPruner(student(), light_of(length=50))
     with pytest.raises(LightPeftError, match="estimation of 50 steps is longer than the run of 40"):
         trainer(pruner.model, tmp_path, pruner.callback()).train()
 
 
 @pytest.mark.parametrize(("length", "steps"), [(7, 7), (0.25, 10)])
 def test_a_trainer_stops_when_the_stage_is_done(tmp_path: Path, length: Any, steps: int) -> None:
-    pruner = EarlyPruner(student(), LightConfig(length=length))
+    pruner = EarlyPruner(student(), light_of(length=length))
     run = trainer(pruner.model, tmp_path, pruner.callback())
     run.train()
     assert run.state.global_step == pruner.estimator.steps == steps
@@ -340,7 +340,7 @@ def test_weights_are_measured_once_however_often_there_is_a_record(
         return weight_squares(model, block)
 
     monkeypatch.setattr(estimation, "weight_squares", counted)
-    pruner = EarlyPruner(student(), LightConfig(length=10))
+    pruner = EarlyPruner(student(), light_of(length=10))
     trainer(pruner.model, tmp_path, pruner.callback()).train()
     first, again = pruner.record(), pruner.record()
     assert measured == [block.attention for block in first.blocks]
@@ -373,7 +373,7 @@ def test_a_stage_goes_on_until_something_is_learned(
 ) -> None:
     """By halves of its length, of which the last ones are what is scored; a tenth of the loss goes in each of them."""
     monkeypatch.setattr(Estimator, "learned", property(lambda self: 0.1 * len(self._windows)))
-    config = LightConfig(**light)
+    config = light_of(**light)
     estimator, row = Estimator(student(), config), next(chunks(inputs(), 1))
     estimator.start(40)
     while not estimator.finished:
@@ -395,16 +395,16 @@ def few_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_longer_stage_is_one_of_that_length(tmp_path: Path) -> None:
     records, lengths = [], ({"length": 0.1, "least_learned": 0.5, "max_fraction": 0.2}, {"length": 8})
     for number, light in enumerate(lengths):
-        pruner = EarlyPruner(student(), LightConfig(**light))
+        pruner = EarlyPruner(student(), light_of(**light))
         trainer(pruner.model, tmp_path / str(number), pruner.callback()).train()
         records.append(pruner.record())
     assert_close(*records)
     assert [record.meta["steps"] for record in records] == [8, 8]
-    assert make_plan(records[0], LightConfig()) == make_plan(records[1], LightConfig())
+    assert make_plan(records[0], light_of()) == make_plan(records[1], light_of())
 
 
 def test_a_model_that_gives_no_classes_has_its_length(tmp_path: Path) -> None:
-    pruner = EarlyPruner(student("llama-gqa"), LightConfig(length=0.1, least_learned=0.5))
+    pruner = EarlyPruner(student("llama-gqa"), light_of(length=0.1, least_learned=0.5))
     trainer(pruner.model, tmp_path, pruner.callback()).train()
     meta = pruner.record().meta
     assert (meta["steps"], meta["learned"]) == (4, None)
@@ -421,7 +421,7 @@ def test_steps_after_the_end_do_nothing() -> None:
 
 
 def test_steps_out_of_place() -> None:
-    estimator = Estimator(student(), LightConfig(length=2))
+    estimator = Estimator(student(), light_of(length=2))
     with pytest.raises(LightPeftError, match="has not started"):
         estimator.step()
     with pytest.raises(LightPeftError, match="has not run a single step"):
@@ -448,7 +448,7 @@ def test_a_resumed_stage_gives_the_record_of_an_uninterrupted_one(
     tmp_path: Path, config: dict[str, Any], stop: int
 ) -> None:
     def pruner() -> EarlyPruner:
-        return EarlyPruner(student(lora_dropout=0.1), LightConfig(**config))
+        return EarlyPruner(student(lora_dropout=0.1), light_of(**config))
 
     settings = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": stop}
     whole = pruner()
@@ -497,7 +497,7 @@ def test_blocks_that_the_loss_does_not_reach() -> None:
 
 
 def test_a_budget_that_takes_nothing_needs_no_step() -> None:
-    nothing = LightConfig(heads=0, neurons=0, experts=0, modules=0, ranks=0, depth=0.5)
+    nothing = light_of(heads=0, neurons=0, experts=0, modules=0, ranks=0, depth=0.5)
     assert stage_length(nothing, 100) == 0
     model = student("llama-gqa")
     pruner = EarlyPruner(model, nothing)
@@ -508,7 +508,7 @@ def test_a_budget_that_takes_nothing_needs_no_step() -> None:
     plan = make_plan(record, nothing)
     assert [len(block.heads) for block in plan.blocks] == [spec.heads for spec in record.blocks]
     assert len(plan.sites) == len(record.sites)
-    for budget in (LightConfig(blocks=0.2), LightConfig(blocks="auto", ranks=0, modules=0)):
+    for budget in (light_of(blocks=0.2), light_of(blocks="auto", ranks=0, modules=0)):
         with pytest.raises(LightPeftError, match="of no step, since nothing was to go"):
             record.check_scored(budget)
     light = pruner.prune()
@@ -518,6 +518,6 @@ def test_a_budget_that_takes_nothing_needs_no_step() -> None:
 @pytest.mark.parametrize("part", ["heads", "neurons", "experts", "modules", "ranks"])
 def test_any_part_that_goes_has_to_be_chosen(part: str) -> None:
     nothing: dict[str, Any] = {"heads": 0, "neurons": 0, "experts": 0, "modules": 0, "ranks": 0}
-    assert LightConfig(**{**nothing, part: 0.1}).chooses
+    assert light_of(**{**nothing, part: 0.1}).chooses
     base = part in ("heads", "neurons", "experts")
-    assert LightConfig(**{**nothing, part: 0.1}, blocks=0.0).chooses is not base, "blocks take their place"
+    assert light_of(**{**nothing, part: 0.1}, blocks=0.0).chooses is not base, "blocks take their place"

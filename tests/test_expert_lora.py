@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
 from test_checkpoint import logits
@@ -18,7 +19,7 @@ from torch import Tensor
 from training import inputs, student
 from workbench import Workbench, lightpeft
 
-from lightpeft import EarlyPruner, LightConfig, LightSwitch, full_width, load_light, load_merged
+from lightpeft import EarlyPruner, LightSwitch, full_width, load_light, load_merged
 from lightpeft.adapters.full_width import save_full_width
 from lightpeft.adapters.merging import save_merged
 from lightpeft.compat.transformers import gated
@@ -37,7 +38,7 @@ from lightpeft.prune.surgery import apply_plan
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 BUDGETS: dict[str, dict[str, Any]] = {
     "whole modules": PARTS,
-    "some modules and ranks": {**PARTS, "modules": 0.25, "ranks": 0.5, "ranks_scope": "layerwise"},
+    "some modules and ranks": {**PARTS, "modules": 0.25, "ranks": 0.5},
     "by parameters": {**PARTS, "blocks": 0.4, "ranks": 1 / 3},
 }
 
@@ -246,7 +247,7 @@ def test_rank_scores_are_of_a_rank_of_all_experts() -> None:
 
 def test_estimation_scores_modules_on_experts() -> None:
     model, data = student("qwen3_moe", target_parameters=BOTH), inputs("qwen3_moe")
-    estimator = Estimator(model, LightConfig(length=2, least_examples=0, ratio_every=1))
+    estimator = Estimator(model, light_of(length=2))
     estimator.start(None)
     for _ in range(2):
         model(**data).loss.backward()
@@ -352,7 +353,7 @@ def test_modules_that_peft_makes_of_the_names_of_before() -> None:
 
 def test_a_run(tmp_path: Path) -> None:
     bench = Workbench(tmp_path, "mixtral", "causal-lm")
-    changes = {"light.experts": 0.25, "light.least_examples": 0, "light.modules": 0.0, "lora.dropout": 0.0}
+    changes = {"light.remove.experts": 0.25, "light.modules.remove": 0.0, "lora.dropout": 0.0}
     config = bench.yaml("run", peft={"type": "lora", "target_parameters": BOTH}, **changes)
     assert lightpeft("run", "--config", config) == 0
     light = load_light(tmp_path / "run" / "adapter")
@@ -365,7 +366,7 @@ def test_a_run(tmp_path: Path) -> None:
 
 def test_a_run_with_lora_on_experts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path, "mixtral", "causal-lm")
-    changes = {"light.experts": 0.25, "light.least_examples": 0, "light.modules": 0.0, "lora.dropout": 0.0}
+    changes = {"light.remove.experts": 0.25, "light.modules.remove": 0.0, "lora.dropout": 0.0}
     alone = {"type": "lora", "target_modules": [], "target_parameters": BOTH}
     assert lightpeft("run", "--config", bench.yaml("run", peft=alone, **changes)) == 0
     light = load_light(tmp_path / "run" / "adapter")
@@ -405,7 +406,11 @@ def test_all_linear_layers_but_the_router(name: str, tmp_path: Path, caplog: pyt
 
 def test_a_run_on_all_linear_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path, "mixtral", "causal-lm")
-    changes = {"light.experts": 0.25, "lora.dropout": 0.0, "peft": {"type": "lora", "target_modules": "all-linear"}}
+    changes = {
+        "light.remove.experts": 0.25,
+        "lora.dropout": 0.0,
+        "peft": {"type": "lora", "target_modules": "all-linear"},
+    }
     file = bench.yaml("run", **changes)
     for verb in ("check", "run"):
         assert lightpeft(verb, "--config", file) == 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from test_bad_input import stamps
 from test_checkpoint import light_over, logits
 from tiny import (
@@ -28,12 +29,11 @@ from training import inputs, student
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft
 
-from lightpeft import EarlyPruner, LightConfig, load_light, load_merged
+from lightpeft import EarlyPruner, load_light, load_merged
 from lightpeft.adapters.merging import save_merged
 from lightpeft.app.exports.gguf.exporting import save_gguf
 from lightpeft.app.exports.graphs.exporting import save_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
-from lightpeft.config import Budget
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
@@ -53,7 +53,7 @@ LAYOUTS = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")
 """Gate and up behind one another, an expert that all tokens pass, gate and up in turns with biases, and routers that
 choose among groups of experts, by scores with a correction."""
 PARTS: dict[str, Any] = {"heads": 0.5, "experts": 0.25, "neurons": 1 / 3, "modules": 0.0, "ranks": 0.0}
-EVEN: dict[str, Any] = {**PARTS, "neurons_scope": "layerwise"}
+EVEN: dict[str, Any] = {**PARTS, "scope": "layerwise"}
 
 
 def layers_of(model: PreTrainedModel) -> dict[int, ExpertLayer]:
@@ -267,7 +267,7 @@ def test_frequencies_are_parts_of_the_real_tokens() -> None:
                 {index: functional.one_hot(out[2][real], 4).sum((0, 1)) / real.sum()}
             )
         )
-    estimator = Estimator(model, LightConfig(length=2, least_examples=0))
+    estimator = Estimator(model, light_of(length=2))
     estimator.start(None)
     model(**data).loss.backward()
     estimator.step()
@@ -276,7 +276,7 @@ def test_frequencies_are_parts_of_the_real_tokens() -> None:
     for index, scores in enumerate(record.of_blocks("experts", "frequency")):
         torch.testing.assert_close(scores, seen[index])
         assert float(scores.sum()) == pytest.approx(2.0), "every token goes to two experts"
-    plan = make_plan(record, Budget(experts=0.5, expert_criterion="frequency"))
+    plan = make_plan(record, light_of(experts=0.5, expert_criterion="frequency"))
     for index, block in enumerate(plan.blocks):
         assert set(block.experts) == set(seen[index].sort(descending=True, stable=True).indices[:2].tolist())
 
@@ -362,7 +362,7 @@ def test_weight_norms_of_experts(name: str) -> None:
 def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> None:
     model = with_lora(make(name))
     record = random_record(model)
-    budget = Budget(blocks=blocks, head_criterion="fisher", neuron_criterion="fisher", modules=0)
+    budget = light_of(blocks=blocks, criterion="fisher", modules=0)
     if blocks == 0.97:
         assert "cannot be reached" in refusal(lambda: make_plan(record, budget))
         return
@@ -373,7 +373,7 @@ def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> No
         of_first = sum(expert < spec.experts // spec.expert_groups for expert in kept.experts)
         assert of_first * spec.expert_groups == len(kept.experts), "equally many of every group"
     assert "leave expert_criterion out" in refusal(
-        lambda: make_plan(record, Budget(blocks=0.5, expert_criterion="frequency"))
+        lambda: make_plan(record, light_of(blocks=0.5, expert_criterion="frequency"))
     )
 
 
@@ -394,7 +394,7 @@ def test_a_budget_that_leaves_too_few_experts() -> None:
     says = "experts 0.75 would leave 1 of 4 experts, and each token is routed to 2; set light.experts to 0.5 or less"
     model = with_lora(make("mixtral"))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    assert refusal(lambda: EarlyPruner(model, LightConfig(experts=0.75))) == says
+    assert refusal(lambda: EarlyPruner(model, light_of(experts=0.75))) == says
     assert all(p.equal(before[name]) for name, p in model.named_parameters())
     assert refusal(lambda: plan_for(model, experts=0.75)) == says
     assert plan_for(model, experts=0.5).blocks[0].experts
@@ -491,7 +491,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 @pytest.mark.parametrize(("family", "stay"), [("mixtral", 3), ("deepseek_v3", 6)])
 def test_a_run_of_a_mixture(family: str, stay: int, bench: Workbench, tmp_path: Path) -> None:
     bench = bench if family == "mixtral" else Workbench(tmp_path, family, "causal-lm")
-    changes = {"light.experts": 0.25, "light.expert_criterion": "frequency", "light.least_examples": 0}
+    changes = {
+        "light.remove.experts": 0.25,
+        "light.expert_criterion": "frequency",
+    }
     assert lightpeft("run", "--config", bench.yaml("run", **changes)) == 0
     folder = bench.folder / "run"
     plan = PrunePlan.load(folder / "plan.json")
@@ -514,7 +517,7 @@ def test_a_cut_that_leaves_too_few_experts_is_refused_and_nothing_is_lost(
 ) -> None:
     earlier = stamps(bench.folder)
     config = bench.folder / "few.yaml"
-    config.write_text(bench.yaml("few", **{"light.experts": 0.75}).read_text())
+    config.write_text(bench.yaml("few", **{"light.remove.experts": 0.75}).read_text())
     before = stamps(bench.folder)
     capsys.readouterr()
     assert lightpeft("run", "--config", config) == 2

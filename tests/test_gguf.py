@@ -68,8 +68,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer_of(SPLITS["smollm"](), chat_template="{{ messages[0].content }}")
 
 
-EVEN = {"heads": 0.5, "neurons": 0.5, "neurons_scope": "layerwise"}
-UNEVEN: dict[str, Any] = {"heads_scope": "global"}
+EVEN = {"heads": 0.5, "neurons": 0.5, "scope": "layerwise"}
+UNEVEN: dict[str, Any] = {"scope": "global"}
 
 
 def light(name: str = "llama-gqa", budget: dict[str, Any] = UNEVEN, **changes: Any) -> LightModel:
@@ -175,7 +175,7 @@ def test_neurons_alone_leave_a_family_its_own_architecture(
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    model = light(budget={"heads": 0.0, "neurons": 1 / 3, "neurons_scope": "layerwise", "multiple_of": 32})
+    model = light(budget={"heads": 0.0, "neurons": 1 / 3, "scope": "layerwise", "multiple_of": 32})
     written = save_gguf(model, tmp_path, tokenizer, dtype=dtype)
     assert set(written.matrices) == {dtype}
     assert written.agreement is not None and written.agreement.difference < (0.2 if dtype == "q8_0" else 2 * CLOSE)

@@ -35,10 +35,9 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 
 LOST = "another process of this training has ended"
 SETTINGS: dict[str, Any] = {
-    "light.length": 6,
-    "light.least_examples": 0,
-    "light.heads": 0.5,
-    "light.dropout": 0.0,
+    "light.estimate.length": 6,
+    "light.remove.heads": 0.5,
+    "light.rates.dropout": 0.0,
     "lora.dropout": 0.0,
     "training.learning_rate": 3e-3,
     "training.epochs": 2,
@@ -133,7 +132,7 @@ def test_a_launched_run_that_lost_a_process_in_training(
     by_one = copied(bench, engine, f"{engine}-by-one")
     assert lightpeft("run", "--config", by_one) == 0
     assert_same_end(bench.folder / f"{engine}-by-one", undisturbed)
-    done = in_other_process(*launch, "-m", "lightpeft", "run", "--config", config)
+    done = in_other_process(*launch, worker, 10**9, "run", "--config", config)  # nobody is lost
     assert done.returncode == 0, done.stderr[-12000:]
     assert_same_end(bench.folder / engine, undisturbed)
 
@@ -174,7 +173,7 @@ KILLS: dict[str, Callable[[], None]] = {
 
 @pytest.mark.parametrize(("method", "kill"), [("light", "training"), ("light", "at-the-cut"), ("plain", "training")])
 def test_another_number_of_processes(bench: Workbench, method: str, kill: str) -> None:
-    settings = {**SETTINGS, "method": method, "light.module_blocks": 0.5}  # with a cache of the lower block's outputs
+    settings = {**SETTINGS, "method": method, "light.modules.blocks": 0.5}  # with a cache of the lower block's outputs
     undisturbed, name = f"{method}-alone", f"{method}-{kill}"
     if not (bench.folder / undisturbed).exists():
         pipeline.run(bench.config(undisturbed, **settings))

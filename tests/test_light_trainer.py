@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from lights import but, light_of, preset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import make, refusal, with_lora
@@ -27,7 +28,7 @@ from transformers import (
 )
 from workbench import Workbench, labelled
 
-from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light, preset_light
+from lightpeft import EarlyPruner, LightTrainer, light_trainer, load_light
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
@@ -38,18 +39,16 @@ from lightpeft.training.arguments import training_arguments
 
 BUDGET: dict[str, Any] = {
     "length": 0.25,
-    "least_steps": 2,
-    "least_examples": 0,
     "heads": 0.25,
     "neurons": 0.5,
     "modules": 0.5,
     "module_blocks": 0.5,
     "ranks": 0.5,
     "dropout": 0.0,
-    "learning_rate_scale": 2.0,
-    "estimation_learning_rate_scale": 1.0,
+    "scale": 2.0,
+    "estimation_scale": 1.0,
 }
-LIGHT = LightConfig(**BUDGET)
+LIGHT = light_of(**BUDGET)
 PASSED = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 SLOWLY = {"prefix_cache": None, "fast_steps": False}
 STEPS = {"estimation": 6, "run": 24}
@@ -189,7 +188,7 @@ def test_one_training_with_the_cut_as_an_event(builds: Builds) -> None:
 
 def test_where_all_stays_nothing_is_estimated(builds: Builds) -> None:
     """One schedule over all steps, as plain PEFT has it; a resumed training is the same."""
-    light = replace(LIGHT, heads=0.0, neurons=0.0, experts=0.0, modules=0.0, ranks=0.0)
+    light = but(LIGHT, heads=0.0, neurons=0.0, experts=0.0, modules=0.0, ranks=0.0)
     settings: dict[str, Any] = {"light": light, "warmup_steps": 0, "save_strategy": "steps", "save_steps": 4}
     seen = Events()
     trainer = builds.trainer(callbacks=[seen], **settings)
@@ -228,7 +227,7 @@ def test_modules_are_where_they_may_stay(builds: Builds) -> None:
         names = [name for name, _ in model.named_modules() if name.endswith("lora_A") and ".layer." in name]
         assert names and all(".layer.1." in name for name in names)
     given = get_peft_model(builds.base(), lora(target_modules="all-linear"))
-    model = builds.trainer(model=given, light=LightConfig(**BUDGET)).model
+    model = builds.trainer(model=given, light=light_of(**BUDGET)).model
     names = [name for name, _ in model.named_modules() if name.endswith("lora_A") and ".layer." in name]
     assert names and all(".layer.1." in name for name in names)
 
@@ -244,19 +243,19 @@ def test_a_peft_model_trains_as_a_dense_one_with_its_config(builds: Builds) -> N
 
 
 def test_what_a_model_can_do_chooses_a_preset_where_none_is_given(builds: Builds) -> None:
-    assert builds.trainer(light=None).light_config == preset_light("default")
-    assert EarlyPruner(with_lora(make("llama-gqa"))).config == preset_light("writer")
-    assert EarlyPruner(with_lora(make("t5"))).config == preset_light("writer")
+    assert builds.trainer(light=None).light_config == preset("default")
+    assert EarlyPruner(with_lora(make("llama-gqa"))).config == preset("writer")
+    assert EarlyPruner(with_lora(make("t5"))).config == preset("writer")
     scorer = LlamaForSequenceClassification(make("llama-gqa").config)
-    assert EarlyPruner(get_peft_model(scorer, lora())).config == preset_light("default")
+    assert EarlyPruner(get_peft_model(scorer, lora())).config == preset("default")
 
 
 def test_what_cuts_a_model_that_writes_says_so(
     builds: Builds, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A trainer, and a loop of one's own; not where a whole model is kept, too, nor of one that classifies."""
-    said, few = "a model that writes loses far more by a cut", LightConfig(**BUDGET)
-    for light, told in ((few, True), (replace(few, keep="both"), False), (preset_light("writer"), False)):
+    said, few = "a model that writes loses far more by a cut", light_of(**BUDGET)
+    for light, told in ((few, True), (replace(few, keep="both"), False), (preset("writer"), False)):
         caplog.clear()
         pruner = EarlyPruner(with_lora(make("llama-gqa")), light)
         pruner.start(100)
@@ -274,13 +273,13 @@ def test_what_cuts_a_model_that_writes_says_so(
 
 def test_a_presets_name(builds: Builds) -> None:
     trainer = builds.trainer(light="fast")
-    assert trainer.light_config == preset_light("fast")
+    assert trainer.light_config == preset("fast")
     assert 'preset "quick" is unknown' in refusal(lambda: builds.trainer(light="quick"))
 
 
 def test_the_writer_preset_leaves_an_ordinary_adapter(builds: Builds, bench: Workbench, tmp_path: Path) -> None:
     """Nothing is cut, so that PEFT reads it; what `keep` asks beyond that is left to the caller, who is told."""
-    light = preset_light("writer", least_examples=0)
+    light = preset("writer")
     trainer = builds.trainer(light=light, peft_config=lora(target_modules="all-linear"), num_train_epochs=5)
     trainer.train()
     assert trainer.light_plan.removed_parameters == 0
@@ -292,7 +291,7 @@ def test_the_writer_preset_leaves_an_ordinary_adapter(builds: Builds, bench: Wor
 
 
 def test_what_is_left_to_the_caller_is_said(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
-    builds.trainer(light=LightConfig(**BUDGET, keep="both"))
+    builds.trainer(light=light_of(**BUDGET, keep="both"))
     assert "after training, lightpeft.full_width(trainer.model) is that" in caplog.text
 
 
@@ -436,7 +435,7 @@ def test_a_cut_by_scores_that_know_nothing_says_so(
 ) -> None:
     """After an estimation that went on for as long as it might."""
     monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
-    trainer = builds.trainer(light=replace(LIGHT, least_learned=0.9, max_fraction=0.5), learning_rate=1e-9)
+    trainer = builds.trainer(light=but(LIGHT, least_learned=0.9, max_fraction=0.5), learning_rate=1e-9)
     trainer.train()
     assert trainer.light_report["estimation_steps"] == 12
     assert "the model had hardly learned the task when it was cut (a loss " in caplog.text
@@ -499,9 +498,9 @@ def test_refused_before_training(builds: Builds) -> None:
     assert "PEFT cannot put its modules on the model" in refusal(lambda: builds.trainer(peft_config=nowhere))
     both = get_peft_model(builds.base(), lora())
     assert "without peft_config=" in refusal(lambda: builds.trainer(model=both, peft_config=lora()))
-    short = LightConfig(**{**BUDGET, "length": 24})
+    short = light_of(**{**BUDGET, "length": 24})
     assert "leaves none of the run's 24" in refusal(lambda: builds.trainer(light=short))
-    few = LightConfig(**{**BUDGET, "least_examples": 256})
+    few = light_of(**{**BUDGET, "least_examples": 256})
     said = refusal(lambda: builds.trainer(light=few))
     assert "estimation scores 32 examples, and from fewer than 256" in said
     assert "train for longer (num_train_epochs)" in said
@@ -512,14 +511,14 @@ def test_refused_before_training(builds: Builds) -> None:
 
 def test_a_bare_pruner_has_the_default_preset(caplog: pytest.LogCaptureFixture) -> None:
     pruner = EarlyPruner(with_lora(make("bert")))
-    assert pruner.config == preset_light("default") == EarlyPruner(with_lora(make("bert")), "default").config
+    assert pruner.config == preset("default") == EarlyPruner(with_lora(make("bert")), "default").config
     pruner.start(100)
     said = " ".join(caplog.text.split())
     assert "multiply plain PEFT's learning rate by 2" in said and "accelerated(model, dropout=0)" in said
     caplog.clear()
-    EarlyPruner(with_lora(make("bert")), LightConfig()).start(100)
+    EarlyPruner(with_lora(make("bert")), light_of()).start(100)
     assert not caplog.text
-    assert list(EarlyPruner(with_lora(make("bert")), LightConfig(keep="both")).advice()) == [
+    assert list(EarlyPruner(with_lora(make("bert")), light_of(keep="both")).advice()) == [
         "call lightpeft.full_width(light) in the end, for keep: both"
     ]
 

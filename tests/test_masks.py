@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lights import light_of
 from peft import PeftModel
 from tiny import LAYOUTS, MODELS, inputs_for, make, with_lora
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 from training import estimate, inputs, student
 
 from lightpeft.compat.torch import is_watched
-from lightpeft.config import LightConfig
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import fused_lora
@@ -214,7 +214,7 @@ def test_base_weights_get_no_gradient() -> None:
 
 
 def start(**config: float) -> Estimator:
-    estimator = Estimator(student(), LightConfig(length=20, mask_learning_rate=0.01, **config))
+    estimator = Estimator(student(), light_of(length=20, mask_learning_rate=0.01, **config))
     estimator.start(total_steps=None)
     return estimator
 

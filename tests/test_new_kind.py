@@ -133,7 +133,7 @@ def bench(registered: None, tmp_path_factory: pytest.TempPathFactory) -> Workben
 def settings(bench: Workbench, **more: Any) -> dict[str, Any]:
     files = {f"data.{name}": str(bench.folder / f"{name}.jsonl") for name in ("train", "test")}
     columns = {"data.text": "words", "data.label": "tag"}
-    return {"data.task": "tagging", **files, **columns, "light.least_examples": 0, "training.epochs": 6, **more}
+    return {"data.task": "tagging", **files, **columns, "training.epochs": 6, **more}
 
 
 def test_a_light_run_evaluates_predicts_and_exports(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lights import light_of, preset
 from peft import IA3Config, LoraConfig, get_peft_model
 from test_pipeline import comparable
 from tiny import make
@@ -17,7 +18,7 @@ from workbench import Workbench, lightpeft, read, stamps
 from lightpeft import load_light
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import load_grid
-from lightpeft.config import LightConfig, RunConfig, load_config, preset_light, run_config_from_dict
+from lightpeft.config import RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
 from lightpeft.peft_kinds.kinds import projections
@@ -101,10 +102,10 @@ def test_export(done: Path, bench: Workbench, tmp_path: Path, capsys: pytest.Cap
 
 def test_another_budget_takes_the_estimation(done: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     peft, name = KINDS[done.name], f"{done.name}-more"
-    other = bench.yaml(f"{name}-other", **{"peft": "lora", "light.heads": 0.5})
+    other = bench.yaml(f"{name}-other", **{"peft": "lora", "light.remove.heads": 0.5})
     assert lightpeft("run", "--config", other, "--estimation", done) == 2
     assert re.search(r"was made with other settings \(.*\bpeft\b", capsys.readouterr().err)
-    again = bench.yaml(name, **{"peft": peft, "light.heads": 0.5})
+    again = bench.yaml(name, **{"peft": peft, "light.remove.heads": 0.5})
     assert lightpeft("run", "--config", again, "--estimation", done) == 0
 
 
@@ -148,7 +149,7 @@ def test_ia3_by_habit_and_where_somebody_says(llama: Workbench) -> None:
 
 def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
     for kind in ("lora", "ia3", "bottleneck"):
-        settings = {"peft": kind, "light.module_blocks": 0.5, "light.modules": 0.0}
+        settings = {"peft": kind, "light.modules.blocks": 0.5, "light.modules.remove": 0.0}
         work = pipeline.prepare(llama.config(f"upper-{kind}", **settings))
         blocks = {site.block for site in pipeline.estimate(work).sites}
         assert blocks == {1}, kind
@@ -156,7 +157,7 @@ def test_modules_stay_in_the_allowed_blocks(llama: Workbench) -> None:
 
 def test_lora_keeps_off_names_that_peft_takes_for_experts() -> None:
     """The FFNs that are called so would get nothing, and the experts of all blocks LoRA."""
-    light = LightConfig(module_blocks=0.5)
+    light = light_of(module_blocks=0.5)
     for name, dense in (("deepseek_v3", {}), ("qwen3_moe", {"mlp_only_layers": [2]})):
         model = make(name, **dense)
         specs, config = block_specs(model), placed(LoraConfig(), model, light)
@@ -249,8 +250,8 @@ def test_presets_of_kinds() -> None:
     for name in ("default", "fast"):
         for peft in ({"type": "bottleneck", "size": 4}, {"type": "Bottleneck"}):
             light = run_config_from_dict({"preset": name, "peft": peft}).light
-            assert light == preset_light(name, peft) == preset_light(name, "bottleneck")
-        assert preset_light(name, "ia3") == preset_light(name, {"use_dora": True}) == preset_light(name)
+            assert light == preset(name, peft) == preset(name, "bottleneck")
+        assert preset(name, "ia3") == preset(name, {"use_dora": True}) == preset(name)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import peft.tuners.lora.dora
 import pytest
 import torch
+from lights import light_of
 from peft import EvaConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import (
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from training import StopAt, trainer
 from transformers import PreTrainedModel
 
-from lightpeft import EarlyPruner, LightConfig, LightPeftError, load_light
+from lightpeft import EarlyPruner, LightPeftError, load_light
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import Site, check_peft, find_sites, read_config
@@ -221,7 +222,7 @@ def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
 @all_cases
 def test_estimation_pruning_and_training_on(name: str, variant: str, tmp_path: Path) -> None:
     model = without_dropout(adapted(name, variant)).train()
-    pruner = EarlyPruner(model, LightConfig(length=4, heads=0.5, neurons=0.5, modules=0.4, ranks=0.5))
+    pruner = EarlyPruner(model, light_of(length=4, heads=0.5, neurons=0.5, modules=0.4, ranks=0.5))
     optimizer = torch.optim.AdamW(trainables(model).values(), lr=1e-2)
     pruner.start()
     while not pruner.finished:
@@ -431,7 +432,7 @@ def test_a_removed_module_leaves_the_bias_of_the_base(name: str) -> None:
 
 
 def test_the_biases_are_known_after_a_resumed_stage(tmp_path: Path) -> None:
-    config = LightConfig(length=6, heads=0.5, modules=0.5)
+    config = light_of(length=6, heads=0.5, modules=0.5)
     first = adapted("bert", "lora-only")
     settings = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
     trainer(first, tmp_path, EarlyPruner(first, config).callback(), StopAt(3), **settings).train()

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lights import light_of
 from peft import PeftModel
 from tiny import batch, inputs_for, make, with_lora
 from training import inputs, student, trainer
 from transformers import BertModel
 
-from lightpeft import Budget, EarlyPruner, LightConfig, LightModel, LightPeftError, load_light
+from lightpeft import EarlyPruner, LightModel, LightPeftError, load_light
 from lightpeft.compat.torch import is_watched
 from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans.records import PrunePlan
@@ -21,7 +22,7 @@ HALF = {"heads": 0.5, "neurons": 0.5, "modules": 0.5, "ranks": 0.5}
 
 def stage(model: PeftModel, total_steps: int = 4, **config: float | str | bool) -> EarlyPruner:
     """The loop of `EarlyPruner`'s docstring."""
-    pruner = EarlyPruner(model, LightConfig(**{"length": 4, **HALF, **config}))
+    pruner = EarlyPruner(model, light_of(**{"length": 4, **HALF, **config}))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     pruner.start(total_steps)
     while not pruner.finished:
@@ -49,7 +50,7 @@ def losses(model: PeftModel, steps: int = 8) -> list[float]:
 def test_a_bare_trainer(tmp_path: Path, family: str) -> None:
     model = student(family)
     dense = sum(p.numel() for p in model.parameters())
-    pruner = EarlyPruner(model, LightConfig(length=0.1, **HALF))
+    pruner = EarlyPruner(model, light_of(length=0.1, **HALF))
     run = trainer(model, tmp_path, pruner.callback())
     run.train()
     assert run.state.global_step == 4
@@ -112,7 +113,7 @@ def test_what_estimation_learned_stays() -> None:
 
 def test_a_plan_from_another_budget() -> None:
     pruner = stage(student())
-    plan = pruner.plan(Budget(heads=0.25, neurons=0.0, modules=0.0, ranks=0.0))
+    plan = pruner.plan(light_of(heads=0.25, neurons=0.0, modules=0.0, ranks=0.0))
     assert plan != pruner.plan()
     light = pruner.prune(plan)
     assert light.light_plan is plan
@@ -124,7 +125,7 @@ def test_a_plan_that_was_written_down() -> None:
     plan = stage(student()).plan()
     again = PrunePlan.from_dict(plan.to_dict())
     model = student()
-    assert EarlyPruner(model, LightConfig()).prune(again).light_plan == plan
+    assert EarlyPruner(model, light_of()).prune(again).light_plan == plan
 
 
 def test_a_plan_is_a_table() -> None:
@@ -147,7 +148,7 @@ def test_pruning_before_any_step() -> None:
 
 def test_pruning_in_the_middle_takes_what_there_is() -> None:
     model = student()
-    pruner = EarlyPruner(model, LightConfig(length=10, **HALF))
+    pruner = EarlyPruner(model, light_of(length=10, **HALF))
     pruner.start()
     for _ in range(3):
         model(**inputs(rows=4)).loss.backward()

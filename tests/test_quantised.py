@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lights import light_of
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import batch, inputs_for, make, masked, plan_for, random_record, refusal, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
-from lightpeft import EarlyPruner, LightConfig
+from lightpeft import EarlyPruner
 from lightpeft.adapters.light_adapter import load_light
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
@@ -344,8 +345,8 @@ def logits(model: Any, train: bool = False) -> Tensor:
 def test_a_probe_of_a_budget_leaves_the_model_alone(folder: Path, kind: str) -> None:
     """Its copy shares what is quantised, and is cut."""
     model = with_lora(load(folder, kind))
-    criteria: dict[str, Any] = {"head_criterion": "fisher", "neuron_criterion": "fisher"}
-    light = LightConfig(blocks=0.4, multiple_of=64, ranks=0.0, modules=0.0, **criteria)
+    criteria: dict[str, Any] = {"criterion": "fisher"}
+    light = light_of(blocks=0.4, multiple_of=64, ranks=0.0, modules=0.0, **criteria)
     plan = make_plan(random_record(model), light)
     batches = [inputs_for(model, labels=True, seed=seed) for seed in range(4)]
     probe = Probe(light, train=batches[:2], rows=[], held=batches[2:], rate=1e-2)
@@ -385,7 +386,7 @@ def test_masked_and_pruned_models(folder: Path, kind: str, neurons: float) -> No
 )
 def test_trains_saves_and_loads(folder: Path, tmp_path: Path, kind: str, budget: dict[str, Any]) -> None:
     if "min_heads" in budget:
-        budget = {**budget, "heads_scope": "global"}
+        budget = {**budget, "scope": "global"}
     model = with_lora(load(folder, kind), lora_dropout=0.0)
     plan = plan_for(model, **budget)
     apply_plan(model, plan)
@@ -411,7 +412,7 @@ def test_heads_and_neurons_of_any_width_in_4_bits(tmp_path: Path, kind: str, bud
     """Heads of 16 channels, of which a block has four, in a width of 160: nothing is a multiple of 64."""
     make("llama-gqa", hidden_size=160, intermediate_size=224, head_dim=16).save_pretrained(tmp_path / "base")
     model = with_lora(load(tmp_path / "base", kind), trained=False, lora_dropout=0.0)
-    pruner = EarlyPruner(model, LightConfig(length=3, modules=0.3, **budget))
+    pruner = EarlyPruner(model, light_of(length=3, modules=0.3, **budget))
     pruner.start()
     while not pruner.finished:
         model.train()(**batch(), labels=batch()["input_ids"]).loss.backward()
@@ -466,9 +467,9 @@ def test_widths_that_groups_cannot_have_are_refused_before_estimation(
     config = torchao_config(granularity=package.PerGroup(32))
     model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32))
     if advice is None:
-        EarlyPruner(model, LightConfig(**budget))
+        EarlyPruner(model, light_of(**budget))
     else:
-        said = refusal(lambda: EarlyPruner(model, LightConfig(**budget)))
+        said = refusal(lambda: EarlyPruner(model, light_of(**budget)))
         assert said.startswith("model.layers.0.") and f"{GROUPS_OF_32}{advice}" in said
 
 

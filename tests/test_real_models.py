@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from lights import light_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from lightpeft import Budget, load_config, load_light, make_plan
+from lightpeft import load_config, load_light, make_plan
 from lightpeft.app.evaluation.predicting import predict
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.runs import pipeline
@@ -110,7 +111,7 @@ def test_the_readme_and_the_shell_give_the_same(
 def test_smollm2_masked_and_pruned_agree(smollm2: Path, head_unit: str) -> None:
     model = tiny.with_lora(AutoModelForCausalLM.from_pretrained(smollm2))
     record = tiny.random_record(model)
-    plan = make_plan(record, Budget(heads=1 / 3, neurons=1 / 3, head_unit=head_unit))
+    plan = make_plan(record, light_of(heads=1 / 3, neurons=1 / 3, head_unit=head_unit))
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     with torch.no_grad():

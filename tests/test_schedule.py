@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lights import light_of
 from training import estimate, student
 from workbench import Workbench, lightpeft
 
 from lightpeft import LightPeftError
 from lightpeft.app.runs import pipeline, workspace
-from lightpeft.config import LightConfig, TrainingConfig, load_config
+from lightpeft.config import TrainingConfig, load_config
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted
 from lightpeft.training.schedule import (
@@ -131,7 +132,7 @@ def test_stages_of_small_batches_are_longer(examples: int, rows: int, processes:
 
 @pytest.mark.parametrize(("batch_size", "least"), [(32, 32), (8, 63), (4, 127)])
 def test_least_steps_of_a_run(batch_size: int, least: int) -> None:
-    light = LightConfig(least_steps=32, least_examples=256)
+    light = light_of(least_steps=32, least_examples=256)
     pace = Pace(rows=4096, batch_size=batch_size)
     assert fitted(light, pace, pace.steps(3)) == replace(light, least_steps=least)
     assert fitted(light, None, 500) == light, "rows that are not counted"
@@ -206,4 +207,4 @@ def test_the_second_half_is_scored(length: int) -> None:
 
 def test_least_examples_are_no_negative_number() -> None:
     with pytest.raises(LightPeftError, match="least_examples is -1; it cannot be negative"):
-        LightConfig(least_examples=-1)
+        light_of(least_examples=-1)

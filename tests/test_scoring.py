@@ -8,9 +8,9 @@ from typing import get_args
 
 import pytest
 import torch
+from lights import light_of
 from tiny import batch, make, relative_difference, with_lora
 
-from lightpeft.config import LightConfig
 from lightpeft.config.light import ModuleCriterion, RankCriterion, UnitCriterion
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
@@ -171,7 +171,7 @@ NO_DROPOUT = {
 @pytest.mark.parametrize("name", ["bert", "llama-gqa", "opt"])
 def test_magnitude_of_the_record(name: str) -> None:
     model = with_lora(make(name))
-    pruner = EarlyPruner(model, LightConfig(length=2))
+    pruner = EarlyPruner(model, light_of(length=2))
     pruner.start()
     model.train()
     for seed in (0, 1):

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from lights import light_of
 from peft import PeftModel
 from tiny import VOCABULARY, batch, make, with_lora
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
-from lightpeft import EarlyPruner, LightConfig, load_light
+from lightpeft import EarlyPruner, load_light
 from lightpeft.adapters.full_width import save_full_width
 from lightpeft.config import ModelConfig
 from lightpeft.prune.light_model import LightModel
@@ -60,7 +61,7 @@ def sft(model: PeftModel, folder: Path, *callbacks: TrainerCallback, **settings:
 def test_estimate_prune_and_train_on(tmp_path: Path, checkpointing: bool) -> None:
     make("llama-gqa", eos_token_id=1).save_pretrained(tmp_path / "base")
     model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora_dropout=0.05)
-    pruner = EarlyPruner(model, LightConfig(length=0.2, heads=0.5, neurons=0.5, modules=0.5))
+    pruner = EarlyPruner(model, light_of(length=0.2, heads=0.5, neurons=0.5, modules=0.5))
     estimation = sft(model, tmp_path / "run", pruner.callback(), gradient_checkpointing=checkpointing)
     estimation.train()
     record = pruner.record()
@@ -85,7 +86,7 @@ def test_it_trains_on_what_was_learned_at_full_width(tmp_path: Path) -> None:
     """An export is PEFT's own folder, and goes on over the whole base as any other does."""
     make("llama-gqa", eos_token_id=1).save_pretrained(tmp_path / "base")
     model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    pruner = EarlyPruner(model, LightConfig(length=2, heads=0.5, neurons=0.5))
+    pruner = EarlyPruner(model, light_of(length=2, heads=0.5, neurons=0.5))
     sft(model, tmp_path / "run", pruner.callback()).train()
     light = pruner.prune()
     training = sft(light, tmp_path / "run")

@@ -221,6 +221,6 @@ def test_a_word_is_found(browser: Any, address: str) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
     browser.get(f"{address}/docs/start.html")
     browser.find_element("css selector", ".md-search__button").click()
-    webdriver.ActionChains(browser).pause(0.5).send_keys("neurons_scope").perform()
+    webdriver.ActionChains(browser).pause(0.5).send_keys("scope").perform()
     found = support.WebDriverWait(browser, 20).until(lambda window: window.execute_script(FOUND))
     assert any(link.startswith(f"{address}/docs/api/config.html") for link in found), found

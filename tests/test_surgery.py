@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lights import light_of
 from peft import PeftModel
 from tiny import (
     ALL,
@@ -30,7 +31,6 @@ from tiny import (
 )
 from torch import nn
 
-from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
 from lightpeft.models.linears import dense_weight
 from lightpeft.models.unwrap import base_layer, transformers_model
@@ -59,8 +59,8 @@ budgets = st.fixed_dictionaries(
         "neurons": ratios,
         "modules": ratios,
         "ranks": ratios,
-        "heads_scope": st.sampled_from(["layerwise", "global"]),
-        "neurons_scope": st.sampled_from(["layerwise", "global"]),
+        "scope": st.sampled_from(["layerwise", "global"]),
+        "scope": st.sampled_from(["layerwise", "global"]),
         "min_heads": st.integers(0, 1),
         "min_neurons": st.integers(0, 1),
         "multiple_of": st.sampled_from([1, 8]),
@@ -79,7 +79,7 @@ def dense() -> dict[str, tuple[PeftModel, Any]]:
 @given(name=st.sampled_from(LAYOUTS), budget=budgets)
 def test_the_plan_tells_exactly_what_goes(dense: dict[str, Any], name: str, budget: dict[str, Any]) -> None:
     model, record = dense[name]
-    plan = make_plan(record, Budget(**budget))
+    plan = make_plan(record, light_of(**budget))
     pruned = copy.deepcopy(model)
     apply_plan(pruned, plan)
     before, after = count_parameters(model), count_parameters(pruned)

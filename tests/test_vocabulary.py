@@ -17,6 +17,7 @@ import transformers as hf
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from lights import light_of
 from safetensors.torch import load_file, save_file
 from test_checkpoint import light_over
 from test_gguf import tokenizer_of_pieces
@@ -39,7 +40,6 @@ from workbench import (
 
 from lightpeft import (
     EarlyPruner,
-    LightConfig,
     LightSwitch,
     LightTrainer,
     cut_vocabulary,
@@ -620,10 +620,10 @@ def test_at_full_width_it_is_over_the_base_with_all_tokens(base: Path, tmp_path:
 
 def test_a_live_model_that_is_to_be_cut_and_is_not(base: Path, tmp_path: Path) -> None:
     model = with_lora(family("llama-tied"))
-    reason = refusal(lambda: EarlyPruner(model, LightConfig(vocabulary="task")))
+    reason = refusal(lambda: EarlyPruner(model, light_of(vocabulary="task")))
     assert "tokenizer = cut_vocabulary(model, tokenizer, encoded rows)" in reason
     args = hf.TrainingArguments(str(tmp_path / "out"), report_to="none")
-    reason = refusal(lambda: LightTrainer(model, args, train_dataset=[], light=LightConfig(vocabulary="task")))
+    reason = refusal(lambda: LightTrainer(model, args, train_dataset=[], light=light_of(vocabulary="task")))
     assert "cut_vocabulary" in reason
 
 
@@ -635,7 +635,7 @@ def test_a_live_model_is_cut_by_hand(base: Path, tmp_path: Path) -> None:
     args = hf.TrainingArguments(
         str(tmp_path / "out"), per_device_train_batch_size=1, max_steps=8, save_steps=2, report_to="none"
     )
-    light = LightConfig(vocabulary="task", length=4, least_examples=0)
+    light = light_of(vocabulary="task", length=4)
     trainer = LightTrainer(
         with_lora(model, trained=False), args, train_dataset=rows, processing_class=small, light=light
     )
@@ -673,7 +673,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 
 def test_a_whole_run(bench: Workbench) -> None:
-    result = pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    result = pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
     folder = bench.folder / "run"
     said = result["vocabulary"]
     assert 0 < said["tokens"] < said["of"] == len(wordpiece())
@@ -694,7 +694,7 @@ def test_a_whole_run(bench: Workbench) -> None:
 
 def test_training_is_that_of_a_run_with_all_tokens(bench: Workbench) -> None:
     """The rows to train on have the same tokens, and these the same embeddings: to the last bit."""
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
     kept = pipeline.run(bench.config("kept"))
     of_task, of_all = (bench.folder / name / "adapter" for name in ("run", "kept"))
     tensors = [load_file(folder / "adapter_model.safetensors") for folder in (of_task, of_all)]
@@ -706,7 +706,7 @@ def test_training_is_that_of_a_run_with_all_tokens(bench: Workbench) -> None:
 
 
 def test_tasks_of_fewer_tokens_over_one_base(bench: Workbench) -> None:
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
     pipeline.run(bench.config("kept"))
     switch = LightSwitch({name: bench.folder / name for name in ("run", "kept")})
     for name in switch.names:
@@ -720,7 +720,7 @@ def test_tasks_of_fewer_tokens_over_one_base(bench: Workbench) -> None:
 def test_its_result_is_asked_with_its_own_tokenizer(
     bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    result = pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
     for place in ("run", "run/adapter"):
         code = lightpeft(
             "evaluate", bench.folder / place, "--data.test", bench.test, "--json", tmp_path / "report.json"
@@ -746,7 +746,7 @@ def test_exported_for_peft_it_answers_training_rows_with_the_base_s_tokens(
     bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is to the last bit what a run with all tokens gives away."""
-    for name, changes in (("run", {"light.vocabulary": "task"}), ("kept", {})):
+    for name, changes in (("run", {"light.remove.vocabulary": "task"}), ("kept", {})):
         pipeline.run(bench.config(name, **changes))
         assert lightpeft("export", bench.folder / name, tmp_path / name, "--form", "peft") == 0
         assert ("the base's own tokenizer" in " ".join(capsys.readouterr().out.split())) == (name == "run")
@@ -756,8 +756,8 @@ def test_exported_for_peft_it_answers_training_rows_with_the_base_s_tokens(
 
 
 def test_a_killed_run_comes_to_the_same_end(bench: Workbench) -> None:
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
-    config = bench.yaml("killed", **{"light.vocabulary": "task"})
+    pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
+    config = bench.yaml("killed", **{"light.remove.vocabulary": "task"})
     for step in (4, 14):
         code, _ = in_child(at_step(step, signalling(9)), "run", "--config", config)
         assert code == -9
@@ -767,8 +767,8 @@ def test_a_killed_run_comes_to_the_same_end(bench: Workbench) -> None:
 
 
 def test_stage_by_stage(bench: Workbench) -> None:
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
-    config = bench.yaml("stages", **{"light.vocabulary": "task"})
+    pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
+    config = bench.yaml("stages", **{"light.remove.vocabulary": "task"})
     for verb in ("estimate", "plan", "prune", "train"):
         arguments = ["--config", config] if verb == "estimate" else ["--run", bench.folder / "stages"]
         assert lightpeft(verb, *arguments) == 0, verb
@@ -777,20 +777,20 @@ def test_stage_by_stage(bench: Workbench) -> None:
 
 
 def test_another_vocabulary_is_another_estimation(bench: Workbench) -> None:
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
     reason = refusal(lambda: pipeline.run(bench.config("taken"), estimation=bench.folder / "run"))
     assert "other settings (light.vocabulary)" in reason
-    again = pipeline.run(bench.config("same", **{"light.vocabulary": "task"}), estimation=bench.folder / "run")
+    again = pipeline.run(bench.config("same", **{"light.remove.vocabulary": "task"}), estimation=bench.folder / "run")
     assert again["vocabulary"] == read(bench.folder / "run" / "metrics.json")["vocabulary"]
 
 
 def test_plain_runs_have_all_tokens(bench: Workbench) -> None:
-    result = pipeline.run(bench.config("plain", method="plain", **{"light.vocabulary": "task"}))
+    result = pipeline.run(bench.config("plain", method="plain", **{"light.remove.vocabulary": "task"}))
     assert "vocabulary" not in result
 
 
 def test_depth_and_bottleneck_besides(bench: Workbench) -> None:
-    changes = {"light.vocabulary": "task", "light.depth": 0.5, "peft": "bottleneck"}
+    changes = {"light.remove.vocabulary": "task", "light.remove.depth": 0.5, "peft": "bottleneck"}
     result = pipeline.run(bench.config("depth", **changes))
     loaded = load_light(bench.folder / "depth" / "adapter", low_memory=True)
     assert count_parameters(loaded).base == result["parameters"]["base"]
@@ -802,7 +802,7 @@ def test_a_decoder_that_answers_by_likelihood(tmp_path: Path) -> None:
     tokenizer = of_bytes()
     tokenizer.model_max_length = 40
     bench.base = save_base(tmp_path / "bytes", "llama", tokenizer=tokenizer)
-    changes = {"light.vocabulary": "task", "data.answer": "likelihood"}
+    changes = {"light.remove.vocabulary": "task", "data.answer": "likelihood"}
     result = pipeline.run(bench.config("run", **changes))
     assert result["vocabulary"]["tokens"] < result["vocabulary"]["of"]
     small, whole = light_tokenizer(bench.folder / "run" / "adapter"), tokenizer
@@ -815,7 +815,7 @@ def test_a_decoder_that_writes(tmp_path: Path) -> None:
     tokenizer = of_bytes()
     tokenizer.model_max_length = 40
     bench.base = save_base(tmp_path / "bytes", "llama", tokenizer=tokenizer)
-    result = pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
+    result = pipeline.run(bench.config("run", **{"light.remove.vocabulary": "task"}))
     assert result["vocabulary"]["coverage"]["identical"] > 0.5
     found = find_model(bench.folder / "run")
     assert found.tokenizer().eos_token_id is not None
@@ -824,8 +824,8 @@ def test_a_decoder_that_writes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"light.vocabulary": "tasks"}, "vocabulary"),
-        ({"light.vocabulary": "task", "light.keep": "full"}, "set vocabulary: keep or keep: light"),
+        ({"light.remove.vocabulary": "tasks"}, "vocabulary"),
+        ({"light.remove.vocabulary": "task", "light.after.keep": "full"}, "set vocabulary: keep or keep: light"),
     ],
 )
 def test_bad_settings(
@@ -838,7 +838,7 @@ def test_bad_settings(
 
 def test_words_without_parts_end_a_run_before_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path)  # whose tokenizer is of words
-    assert lightpeft("run", "--config", bench.yaml("words", **{"light.vocabulary": "task"})) == 2
+    assert lightpeft("run", "--config", bench.yaml("words", **{"light.remove.vocabulary": "task"})) == 2
     assert "of kind WordLevel" in capsys.readouterr().err and not (tmp_path / "words").exists()
 
 

@@ -55,7 +55,7 @@ from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 
-FEW: dict[str, Any] = {"light.least_examples": 0}
+FEW: dict[str, Any] = {}
 """Runs this short estimate on few examples."""
 
 
@@ -213,7 +213,7 @@ class TestDoubtsOfRun:
         milestones = {name: {"accuracy": 0.8, "loss": loss} for name, loss in losses.items()}
         (line,) = doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)
         assert line.startswith("the cut of PEFT modules raised the loss on 100 test rows from 0.5000 to 0.7000")
-        assert "light.modules" in line and "light.blocks" not in line
+        assert "light.modules.remove" in line and "light.remove.blocks" not in line
 
     def test_texts_have_no_loss(self) -> None:
         milestones = {name: {"f1": 0.5} for name in MILESTONES}
@@ -351,10 +351,10 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     (line,) = [line for line in before_training.splitlines() if "hardly learned" in line]
     assert line.startswith("warning: the model had hardly learned the task when it was cut (a loss ")
     assert line.removeprefix("warning: ") in read(bench.folder / "blind" / "metrics.json")["warnings"]
-    assert lightpeft("run", "--config", bench.yaml("uncut", **FEW, **slow, **{"light.blocks": 0.0})) == 0
+    assert lightpeft("run", "--config", bench.yaml("uncut", **FEW, **slow, **{"light.remove.blocks": 0.0})) == 0
     told = capsys.readouterr().err
     assert "hardly learned" not in told and "to learn more" not in told
-    longer = {"light.length": 0.25, "light.least_learned": 0.9, "light.max_fraction": 0.5}
+    longer = {"light.estimate.length": 0.25, "light.least_learned": 0.9, "light.max_fraction": 0.5}
     assert lightpeft("run", "--config", bench.yaml("longer", **FEW, **longer)) == 0
     assert "estimation took 12 steps instead of 6, to learn more of the task\n" in capsys.readouterr().err
     told = read(bench.folder / "longer" / "metrics.json")["estimation"]
@@ -369,10 +369,15 @@ def test_what_a_cut_means_for_a_model_that_writes_is_said(
     """Without a preset nothing goes; what is cut all the same, and not to be served whole, loses much."""
     loses = "a model that writes loses far more by a cut than one that classifies; preset: writer cuts nothing"
     keeps = "nothing of the base goes (preset: writer): a model that writes uses all of itself"
-    whole = {"light.heads": 0.0, "light.modules": 0.0, "light.ranks": 0.0, "light.blocks": 0.0}
+    whole = {
+        "light.remove.heads": 0.0,
+        "light.modules.remove": 0.0,
+        "light.modules.remove_ranks": 0.0,
+        "light.remove.blocks": 0.0,
+    }
     for name, changes, said in (
-        ("small", {"light.blocks": 0.5}, loses),
-        ("small_and_whole", {"light.blocks": 0.5, "light.keep": "both"}, None),
+        ("small", {"light.remove.blocks": 0.5}, loses),
+        ("small_and_whole", {"light.remove.blocks": 0.5, "light.after.keep": "both"}, None),
         ("whole", whole, keeps),
     ):
         assert lightpeft("run", "--config", llama.yaml(name, **FEW, **changes)) == 0
@@ -411,7 +416,12 @@ def test_where_nothing_of_the_blocks_goes_no_word_says_so(
 ) -> None:
     """Log, tables, report, card and export, where modules alone go and where nothing does."""
     name = f"whole_{stay}"
-    changes = {"light.heads": 0.0, "light.neurons": 0.0, "light.ranks": 0.0, "light.modules": 0.5}
+    changes = {
+        "light.remove.heads": 0.0,
+        "light.remove.neurons": 0.0,
+        "light.modules.remove_ranks": 0.0,
+        "light.modules.remove": 0.5,
+    }
     real = stages.make_plan
 
     def plan(record: EstimationRecord, light: LightConfig) -> PrunePlan:
@@ -444,7 +454,7 @@ def test_blocks_that_estimation_did_without_are_gone(
         look(self, name, model)
 
     monkeypatch.setattr(Watcher, "look", count)
-    changes = {"light.depth": 0.5, "model.name": str(llama.base)}
+    changes = {"light.remove.depth": 0.5, "model.name": str(llama.base)}
     pipeline.run(bench.config("shallow", **FEW, **changes))
     assert blocks == {"after_estimation": 1, "after_the_cut": 1}
     assert list(milestones(bench.folder / "shallow"))[1:] == ["after_estimation", "after_the_cut", "in_the_end"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import importlib.util
 import json
@@ -45,7 +46,7 @@ from transformers import (
 from lightpeft.app import cli
 from lightpeft.app.runs import pipeline, workers
 from lightpeft.app.runs.reproduce import Cell
-from lightpeft.config import RunConfig, run_config_from_dict
+from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
 from lightpeft.training.trainer import RunTrainer
@@ -203,6 +204,10 @@ def write_rows(path: Path, rows: Rows) -> Path:
 # -- runs --------------------------------------------------------------------------------------------------------
 
 
+def _inside(settings: dict[str, Any], section: str) -> dict[str, Any]:
+    return {section: settings}
+
+
 class Workbench:
     """One base with training and test data in a folder, and settings of short runs over them."""
 
@@ -215,7 +220,7 @@ class Workbench:
         self.task = task
 
     def settings(self, name: str = "run", **changes: Any) -> dict[str, Any]:
-        """Nested settings of a run of 24 steps, 6 of them estimation; `changes` as {"light.heads": 0.5}."""
+        """Nested settings of a run of 24 steps, 6 of them estimation; `changes` as {"light.remove.heads": 0.5}."""
         data = {"task": self.task, "train": str(self.train), "test": str(self.test), "max_length": 32}
         if self.task == "causal-lm":
             data |= {"prompt": "prompt", "completion": "completion"}
@@ -224,20 +229,19 @@ class Workbench:
             "model": {"name": str(self.base)},
             "data": data,
             "light": {
-                "length": 0.25,
-                "least_steps": 2,
-                "learning_rate_scale": 1.0,
-                "multiple_of": 1,
-                "heads": 0.25,
-                "module_blocks": 1.0,
-                "modules": 0.75,
-                "ranks": 0.5,
+                "remove": {"heads": 0.25, "neurons": 1 / 3, "experts": 1 / 3, "multiple_of": 1},
+                "estimate": {"length": 0.25},
+                "modules": {"blocks": 1.0, "remove": 0.75, "remove_ranks": 0.5},
+                "rates": {"scale": 1.0},
             },
             "lora": {"r": 4, "alpha": 8},
             "training": {"epochs": 3, "batch_size": 8, "learning_rate": 3e-2, "save_steps": 4, "logging_steps": 4},
         }
         for path, value in changes.items():
             *sections, key = path.split(".")
+            if sections[:1] == ["light"]:
+                settings = overlaid(settings, functools.reduce(_inside, reversed(sections), {key: value}))
+                continue
             place = settings
             for section in sections:
                 place = place.setdefault(section, {})

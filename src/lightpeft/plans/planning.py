@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightpeft.config import LightConfig, derived
 from lightpeft.config.light import Scope
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_parameters
 from lightpeft.plans.selection import Layer, Order, going, keep, keep_part, part_of, total, weakest_first, without
 from lightpeft.plans.structure import EXPERT_SLOTS, MASKED, BlockSpec, MaskedUnit, SiteSpec
@@ -40,8 +40,8 @@ def make_plan(record: EstimationRecord, light: LightConfig, order: Order | None 
 
     Args:
         light: what is unset in it is what it is for LoRA on a model that classifies.
-        order: in which heads, neurons and experts go instead; how many, and the floors, are still those of `light`. It is
-            asked for the layers that compete, and for a layer alone where its width is rounded.
+        order: in which heads, neurons and experts go instead; how many is still what `light` says. It is asked
+            for the layers that compete, and for a layer alone where its width is rounded.
 
     Raises:
         LightPeftError: scores that are not finite, a missing criterion, an amount that cannot go, or an `order` that
@@ -53,7 +53,8 @@ def make_plan(record: EstimationRecord, light: LightConfig, order: Order | None 
     if light.remove.depth == "auto":
         light = _with_found_depth(light, record)
     too_deep = light.blocks_left(len(specs)) < len(record.blocks)
-    require(not too_deep, f"depth {light.remove.depth} leaves out blocks that the estimation had; estimate with this depth")
+    gone = f"depth {light.remove.depth} leaves out blocks that the estimation had"
+    require(not too_deep, f"{gone}; estimate with this depth")
     blocks = _Blocks(record, light, order or weakest_first).stay()
     emptied = not any(block.heads or block.neurons or block.experts for block in blocks)
     require(not emptied, "the budget would empty the model: no head and no neuron would stay; lower the amounts")

@@ -8,6 +8,7 @@ own, and an L1 term that is added to their gradient directly, so a loop needs on
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares
 from lightpeft.prune.learning import LossObserver, learned_of
-from lightpeft.prune.length import ENOUGH_LEARNED, Stage, check_examples, stage_of
+from lightpeft.prune.length import ENOUGH_LEARNED, Stage, check_examples, few_examples, stage_of
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.training.schedule import scored_steps
 
+_log = logging.getLogger(__name__)
 MASK_PENALTY = 1e-4
 """Weight of the L1 penalty on the masks (the paper's lambda)."""
 RATIO_EVERY = 16
@@ -177,7 +179,10 @@ class Estimator:
         if not self._windows or self._windows[-1].end < self.steps:
             self._close_window()
         record = self._record()
-        check_examples(self.config, record.meta["scored_examples"])
+        examples = record.meta["scored_examples"]
+        check_examples(self.config, examples)
+        if (line := few_examples(self.config, examples)) is not None:
+            _log.warning("%s", line)
         self._check_reached(record)
         return record
 

@@ -16,8 +16,8 @@ gives a row one of several classes; it goes on for it."""
 MOST_PART = 0.3
 """Part of the run at which it stops at the latest; only `LEAST_EXAMPLES` may take more."""
 LEAST_EXAMPLES = 256
-"""Examples, repeated ones included, that the stage's second half scores at least; from fewer no plan is made
-(docs/quality.md#how-many-examples-a-plan-takes). A stage whose length is auto or a part of the run is longer for it."""
+"""Examples, repeated ones included, that the stage's second half scores at least: a stage whose length is auto or a part
+of the run is longer for it, and from fewer no plan is made. A number of steps is taken at its word."""
 MOST_OF_SHORT = 0.5
 """Part of a run that estimation may take to score these, over `MOST_PART`: a short run is better cut in its middle than
 not at all."""
@@ -33,9 +33,7 @@ class Stage:
     """Steps that it may go on to where it has taught too little."""
 
 
-def fitted(
-    light: LightConfig, pace: Pace | None, steps: int, last: int = 0, longer: str = "training.epochs"
-) -> Stage:
+def fitted(light: LightConfig, pace: Pace | None, steps: int, last: int = 0, longer: str = "training.epochs") -> Stage:
     """The stage of a run of so many steps, long enough to be trusted.
 
     Args:
@@ -101,7 +99,7 @@ def stage_of(light: LightConfig, total_steps: int | None, enough: int = 2) -> St
 
 
 def check_examples(light: LightConfig, examples: int, longer: str = "training.epochs") -> None:
-    """Refuse scores of next to nothing: a plan of those is little better than chance, if it chooses anything.
+    """Refuse scores of next to nothing, unless somebody asked for just so many steps.
 
     Args:
         longer: the setting that makes training longer, as the caller knows it.
@@ -109,11 +107,19 @@ def check_examples(light: LightConfig, examples: int, longer: str = "training.ep
     Raises:
         LightPeftError: fewer than `LEAST_EXAMPLES`.
     """
-    require(
-        examples >= LEAST_EXAMPLES or not light.chooses,
-        f"estimation scores {examples} examples, and from fewer than {LEAST_EXAMPLES} no plan is to be trusted; raise "
-        f"light.estimate.length, or train for longer ({longer})",
-    )
+    line = few_examples(light, examples)
+    asked = isinstance(light.estimate.length, int)
+    require(line is None or asked, f"{line}; raise light.estimate.length, or train for longer ({longer})")
+
+
+def few_examples(light: LightConfig, examples: int) -> str | None:
+    """What to say of a plan from so many examples, which is little better than chance if they are few; None: nothing.
+
+    On movie reviews plans from 128 or fewer cost 2 to 6 points (docs/quality.md#how-many-examples-a-plan-takes).
+    """
+    if examples >= LEAST_EXAMPLES or not light.chooses:
+        return None
+    return f"estimation scores {examples} examples, and from fewer than {LEAST_EXAMPLES} no plan is to be trusted"
 
 
 def _part(fraction: float, total_steps: int) -> int:

@@ -33,7 +33,7 @@ class BudgetMixin:
     _peft_model: PeftModel
 
     def find_light_budget(self, record: EstimationRecord, steps: int) -> FoundBudget:
-        """The largest part of the blocks that may go within `light.remove.tolerance`, for the model as estimation left it.
+        """The largest part of the blocks that may go within the tolerance, for the model as estimation left it.
 
         Args:
             steps: of the whole run.

@@ -12,11 +12,10 @@ from peft import PeftConfig
 from transformers import Trainer
 
 from lightpeft.compat.peft import peft_model_made_by
-from lightpeft.config import LightConfig
+from lightpeft.config import Light
 from lightpeft.errors import require
-from lightpeft.recipe.depth import with_depth
-from lightpeft.recipe.pruner import light_settings
 from lightpeft.recipe.refusals import refuse_parts
+from lightpeft.recipe.settling import settings_of_trainer
 from lightpeft.recipe.wrapping import with_peft
 
 
@@ -34,9 +33,7 @@ class NamedModel:
         peft_config: what the trainer is to be given.
     """
 
-    def __init__(
-        self, name: object, peft_config: PeftConfig, light: str | LightConfig | None, options: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, name: object, peft_config: PeftConfig, light: Light, options: Mapping[str, Any]) -> None:
         self.name, self.light, self.options = name, light, options
         self.peft_config = copy.deepcopy(peft_config)  # TRL's trainers add to it
 
@@ -58,7 +55,6 @@ class NamedModel:
 
     def _peft_model(self, model: Any, config: PeftConfig, **options: Any) -> Any:
         refuse_parts(model)
-        if isinstance(self.light, LightConfig):
-            self.light = with_depth(self.light, model, self.options)
-        self.light = light_settings(self.light, config, model)
-        return with_peft(model, config, self.light, **options)
+        settings = settings_of_trainer(self.light, config, model, self.options)
+        self.light = settings
+        return with_peft(model, config, settings, **options)

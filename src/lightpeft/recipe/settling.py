@@ -18,8 +18,8 @@ from lightpeft.peft_kinds.kinds import kind_of
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.budgets import fixed_budget
 from lightpeft.prune.length import able
-from lightpeft.recipe.depth import with_depth
 from lightpeft.prune.light_model import LightModel
+from lightpeft.recipe.depth import with_depth
 from lightpeft.training.schedule import pace_of, steps_of
 
 _log = logging.getLogger(__name__)
@@ -68,8 +68,8 @@ def settings_of_loop(light: Light, peft: PeftConfig, model: nn.Module) -> LightC
     if given.remove.says_how_much or not settings.is_auto:
         return settings
     blocks = fixed_budget(gives_classes(model))
-    instead = "LightTrainer finds out how much may; light=0.4 cuts 40%"
-    _log.info("%.0f%% of the blocks go, a fixed budget, since a loop of your own has no search: %s", 100 * blocks, instead)
+    why = "a fixed budget, since a loop of your own cannot search for one; light=0.4 cuts 40%"
+    _log.info("%.0f%% of the blocks go: %s", 100 * blocks, why)
     return settings.removing(blocks)
 
 

@@ -10,7 +10,6 @@ import functools
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,8 +19,7 @@ from transformers import Trainer, TrainerControl, TrainerState, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from lightpeft.compat.accelerate import as_it_is
-from lightpeft.config import LightConfig, cut_of_writer
-from lightpeft.peft_kinds.sites import own_adapter
+from lightpeft.config import Light, LightConfig, cut_of_writer
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report
@@ -34,12 +32,12 @@ from lightpeft.recipe.arguments import taken, with_dense_reference
 from lightpeft.recipe.budget import BudgetMixin
 from lightpeft.recipe.checkpoints import CheckpointsMixin
 from lightpeft.recipe.course import Course, tell_cut
-from lightpeft.recipe.depth import with_depth
 from lightpeft.recipe.naming import NamedModel
 from lightpeft.recipe.optimizing import OptimizingMixin
 from lightpeft.recipe.parallel import agreed
-from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
+from lightpeft.recipe.pruner import EarlyPruner, cut
 from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
+from lightpeft.recipe.settling import can_write, peft_config_of, settings_of_trainer
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.prefix import PrefixCache, PrefixMixin
@@ -58,8 +56,9 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     It takes all arguments of the trainer. What it finds is there after training.
 
     Args:
-        light: a preset's name, or a `LightConfig`; None: `writer` for a model that can write texts, `default` for all
-            others.
+        light: part of the blocks to remove, such as 0.4, "auto", a preset's name, or settings (`LightConfig`, or a
+            mapping of its fields); None: of a model that writes its answers nothing goes, and of others what is
+            measured to cost no more than one point of accuracy or, where answers are no classes, 0.05 nats.
         peft_config: PEFT modules for a dense model; without `target_modules` they sit on all projections of the blocks
             in which `light` lets modules stay. A model that is a PeftModel needs none.
         fast_steps: fused LoRA layers, a language model's head for labelled tokens alone, fewer steps back through
@@ -69,7 +68,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     Attributes:
         light_plan: which units of the dense base are left; None where training ended before the cut.
         light_record: the scores behind it; None where training went on from behind the cut.
-        light_budget: what `light.blocks: auto` found, and what that is expected to cost; None otherwise.
+        light_budget: what `light: auto` found, and what that is expected to cost; None otherwise.
         light_report: steps and seconds of estimation, and parameters before and after the cut.
 
     Raises:
@@ -87,7 +86,7 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         self,
         model: Any = None,
         *args: Any,
-        light: str | LightConfig | None = None,
+        light: Light = None,
         peft_config: PeftConfig | None = None,
         fast_steps: bool = True,
         prefix_cache: PrefixCache | None = PrefixCache(),  # noqa: B008 (frozen)
@@ -103,20 +102,18 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
             light = named.light
         else:
             refuse_parts(model)
-            if isinstance(light, LightConfig):
-                light = with_depth(light, model, options)
             if peft_config is not None:
-                model = with_peft(model, peft_config, light_settings(light, peft_config, model))
+                light = settings_of_trainer(light, peft_config, model, options)
+                model = with_peft(model, peft_config, light)
             super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
         self._peft_model = inner_peft_model(self._trainer.model)
-        self.light_config = light_settings(
-            light, self._peft_model.peft_config[own_adapter(self._peft_model)], self._peft_model
-        )
+        peft = peft_config_of(self._peft_model)
+        self.light_config = settings_of_trainer(light, peft, self._peft_model, options)
         check_light(self)
         self._trainer.args = copy.copy(self._trainer.args)  # the user's own stay as they are
         if self._trainer.args.fp16:
             train_in_float32(self._trainer.model)
-        if self.light_config.keep != "light":
+        if self.light_config.after.keep != "light":
             self._note_full_width()
         self.light_plain_rate = self._trainer.args.learning_rate
         self._light_contexts = ExitStack()
@@ -167,9 +164,8 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         assert self._light_pruner is not None
         if can_write(self._peft_model) and (line := cut_of_writer(self.light_config)) is not None:
             self._warn(line)
-        settings = fitted(self.light_config, pace_of(self._trainer), state.max_steps, longer=self.light_longer)
-        self._light_pruner.config = self._light_pruner.estimator.config = settings
-        self._light_pruner.estimator.start(state.max_steps)
+        stage = fitted(self.light_config, pace_of(self._trainer), state.max_steps, longer=self.light_longer)
+        self._light_pruner.estimator.start(state.max_steps, stage)
         if self._light_checkpoint is not None:
             self._light_pruner.estimator.load_state(self._light_checkpoint)
         self._light_started = time.perf_counter()
@@ -217,11 +213,11 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
         """What stays, decided once, when estimation is over; None ends training without a cut. To be overridden."""
         light = self.light_config
-        if light.blocks == "auto":
+        if light.is_auto:
             self.light_budget = self.find_light_budget(record, self._trainer.state.max_steps)
             self._light_seconds["budget"] = self.light_budget.seconds
             _log.log(logging.INFO if self.light_budget.blocks else logging.WARNING, "%s", self.light_budget.summary())
-            light = replace(light, blocks=agreed(self.light_budget.blocks))
+            light = light.removing(agreed(self.light_budget.blocks))
         return make_plan(record, light)
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
@@ -271,11 +267,11 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         _log.warning("%s", line)
 
     def _note_full_width(self) -> None:
-        """Say what of `light.keep` is left to the caller: the base is no longer there when training ends."""
+        """Say what of `light.after.keep` is left to the caller: the base is no longer there when training ends."""
         _log.warning(
-            "light.keep is %s: after training, lightpeft.full_width(trainer.model) is that; "
+            "light.after.keep is %s: after training, lightpeft.full_width(trainer.model) is that; "
             "steps at full width (full_width_steps) are any trainer's on what it gives",
-            self.light_config.keep,
+            self.light_config.after.keep,
         )
 
 

@@ -106,7 +106,8 @@ def leave_modules(model: PeftModel, light: LightConfig) -> None:
     sites = find_sites(model, blocks)
     gone = [site for site in sites if (site.spec.block or 0) < lowest]
     require(
-        len(gone) < len(sites), "no PEFT module sits in the blocks that light.modules.blocks allows; raise it, or place others"
+        len(gone) < len(sites),
+        "no PEFT module sits in the blocks that light.modules.blocks allows; raise it, or place others",
     )
     if gone:
         check_removable(model, gone)

@@ -7,17 +7,16 @@ import dataclasses
 import inspect
 import textwrap
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
 
 from lightpeft.app.cli.options import Option
-from lightpeft.config import PRESETS, RunConfig, overlaid, run_config_from_dict, usual_preset
+from lightpeft.config import LightConfig, RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml
 from lightpeft.console import streams
 from lightpeft.errors import require
@@ -34,8 +33,7 @@ USUAL = (
     "--data.text",
     "--data.label",
     "--output",
-    "--preset",
-    "--light.blocks",
+    "--light",
     "--training.epochs",
 )
 """The settings that people need, in the order of `--help`; `--help-all` shows the others."""
@@ -47,7 +45,7 @@ def run_config(given: dict[str, Any]) -> RunConfig:
 
 
 def run_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """The same as far as they are given, nested, before presets and defaults."""
+    """The same as far as they are given, nested, before defaults."""
     from lightpeft.app.folders.run_folder import stored_settings
 
     above = dict(given)
@@ -90,11 +88,8 @@ def sections(
         without: settings to leave out.
         short: setting -> a second name of its option.
     """
-    fields = [each for each in dataclasses.fields(RunConfig) if each.name not in without]
-    inner = [each for each in fields if dataclasses.is_dataclass(_hint(RunConfig, each.name))]
-    own = [_option(RunConfig, each) for each in fields if each not in inner]
-    whole = [_section(each.name, _hint(RunConfig, each.name), short or {}) for each in inner]
-    return [Section(_title(RunConfig), [*own, *_keys(own, arguments)]), *whole]
+    first, *inner = _sections("", RunConfig(), short or {}, without)
+    return [Section(first.title, [*first.options, *_keys(first.options, arguments)]), *inner]
 
 
 def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
@@ -104,28 +99,33 @@ def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
     return [Option(name, "", type=Any) for name in written if name.startswith(mappings)]
 
 
-def _section(name: str, cls: Any, short: Mapping[str, str]) -> Section:
-    whole = Option(f"--{name}", "All of this section, as YAML or in a YAML file.", type=cls)
-    return Section(_title(cls), [whole, *(_option(cls, each, f"{name}.", short) for each in dataclasses.fields(cls))])
+def _sections(name: str, usual: Any, short: Mapping[str, str], without: Collection[str] = ()) -> Iterator[Section]:
+    """The options of a section, and of those that are in it.
+
+    Args:
+        name: dotted; empty: the run itself.
+        usual: the section where nobody says anything.
+    """
+    cls = type(usual)
+    fields = [each for each in dataclasses.fields(cls) if each.name not in without]
+    inner = [each.name for each in fields if dataclasses.is_dataclass(_hint(cls, each.name))]
+    prefix = f"{name}." if name else ""
+    own = [_option(usual, each.name, prefix, short) for each in fields if each.name not in inner]
+    yield Section(_title(cls), [*([Option(f"--{name}", _whole(cls), type=cls)] if name else []), *own])
+    for each in inner:
+        yield from _sections(f"{prefix}{each}", getattr(usual, each), short)
 
 
-def _option(
-    cls: Any, field: dataclasses.Field[Any], prefix: str = "", short: Mapping[str, str] = MappingProxyType({})
-) -> Option:
-    name = f"{prefix}{field.name}"
+def _whole(cls: Any) -> str:
+    section = "all of this section, as YAML or in a YAML file."
+    amount = "Part of the blocks to remove such as 0.4, auto, a preset's name, or"
+    return f"{amount} {section}" if cls is LightConfig else f"A{section[1:]}"
+
+
+def _option(usual: Any, field: str, prefix: str, short: Mapping[str, str]) -> Option:
+    name, cls = f"{prefix}{field}", type(usual)
     names = f"--{name} {short.get(name, '')}".strip()
-    return Option(names, _documented(cls)[field.name], _hint(cls, field.name), _default(field, name))
-
-
-def _default(field: dataclasses.Field[Any], name: str) -> Any:
-    """What holds if nobody says anything, which for `light` is the preset's to say."""
-    if name == "preset":  # which its task has a say in
-        return None
-    section, _, key = name.rpartition(".")
-    preset = PRESETS[usual_preset(written=False, measured=True)] if section == "light" else {}
-    factory = field.default_factory
-    default = field.default if factory is dataclasses.MISSING else factory()
-    return preset.get(key, default)
+    return Option(names, _documented(cls)[field], _hint(cls, field), getattr(usual, field))
 
 
 def _title(cls: Any) -> str:

@@ -139,10 +139,10 @@ def course(watcher: Watcher, earlier: Iterable[Mapping[str, Any]]) -> dict[str, 
 # -- what is said of it --------------------------------------------------------------------------------------------
 
 REMEDY = "train longer (training.epochs) or at another learning rate, such as three times this one, or on more rows"
-MILDER = "train at a lower learning rate, or cut less (light.blocks)"
+MILDER = "train at a lower learning rate, or cut less (light: 0.2)"
 _RAISERS = {
-    "after_the_cut": ("the cut", "cut less (light.blocks, or preset: fast)"),
-    "after_cutting_modules": ("the cut of PEFT modules", "keep more of them (light.modules, light.ranks)"),
+    "after_the_cut": ("the cut", "cut less (light: 0.2)"),
+    "after_cutting_modules": ("the cut of PEFT modules", "keep more of them and of their ranks (light.modules)"),
 }
 """Milestone -> what went before it, and what makes it cost less."""
 

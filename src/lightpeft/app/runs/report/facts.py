@@ -113,7 +113,7 @@ class Probed:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoBudget:
-    """What `light.blocks: auto` found, as metrics.json has it under `budget`."""
+    """What `light: auto` found, as metrics.json has it under `budget`."""
 
     blocks: float
     tolerance: float
@@ -238,7 +238,7 @@ _YEAR_9999 = 253_370_764_800
 def _stages(run: RunFolder, report: Report | None, plan: PrunePlan | None) -> Iterable[Stage]:
     way, logged = run.config.way, run.finished_stages()
     light = run.config.light
-    before, after = ["depth"] if light.depth == "auto" else [], ["budget"] if light.blocks == "auto" else []
+    before, after = ["depth"] if light.remove.depth == "auto" else [], ["budget"] if light.is_auto else []
     names = [*before, "estimate", *after, "prune", "train"] if way.prunes else ["train"]
     for name in [*names, *(["widen"] if run.keeps_full else []), "evaluate"]:
         told: dict[str, Any] = logged.get(name, {})

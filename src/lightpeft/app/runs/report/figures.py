@@ -399,7 +399,7 @@ def auto_budget(budget: AutoBudget, measured: float | None, width: float = NARRO
     heights += [] if measured is None else [measured]
     across = Scale(0, max(100 * max([budget.blocks, *(p.blocks for p in budget.probed)]) * 1.08, 10.0), 44, width - 12)
     upwards = Scale.around(heights, figure.height - 34, 26, zero=True)
-    _grid(figure, upwards, across, "light.blocks, %", width)
+    _grid(figure, upwards, across, "part of the blocks that goes, %", width)
     figure.line((44, upwards(budget.tolerance)), (width - 12, upwards(budget.tolerance)), "mark")
     figure.text((48, upwards(budget.tolerance) - 5), f"tolerance {budget.tolerance:.3g} {unit}", "small halo")
     for point in budget.probed:

@@ -102,7 +102,7 @@ def metrics(run: RunFacts) -> list[tuple[str, float, tuple[float, float] | None]
 
 
 def found_budget(budget: AutoBudget) -> str:
-    """What `light.blocks: auto` found, in two sentences."""
+    """What `light: auto` found, in two sentences."""
 
     def said(nats: float) -> str:
         return cost_in_words(nats, budget.points_a_nat)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lightpeft.app.folders.run_folder import Report as RunReport
 from lightpeft.app.folders.run_folder import differences
 from lightpeft.app.runs.reproduce.documents import read_results, write_results
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid
 from lightpeft.app.runs.reproduce.summary import Report, Results, results_of
-from lightpeft.config import LightConfig, run_config_from_dict
+from lightpeft.config import run_config_from_dict
 from lightpeft.errors import LightPeftError, require
 
 FILE = "results.json"
@@ -65,7 +64,7 @@ def _placed(report: Report, cell: Cell, where: str) -> Report:
     """
     try:
         RunReport.of(dict(report))
-        config = run_config_from_dict(_without_gone(dict(report.get("config", {}))))
+        config = run_config_from_dict(dict(report.get("config", {})))
     except LightPeftError as error:
         raise LightPeftError(f"{where}: cell {cell.name} is not to be read by this version: {error}") from error
     own, rows = cell.config, config.training.batch_size
@@ -74,11 +73,3 @@ def _placed(report: Report, cell: Cell, where: str) -> Report:
     other = differences(config, own)
     require(not other, f"{where}: cell {cell.name} was run with another {', '.join(other)} than the grid has")
     return {**report, "config": {**report["config"], "output": cell.config.output}}
-
-
-def _without_gone(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run without those of `light` that lightpeft had when it ran, and has no more."""
-    light, known = config.get("light"), {each.name for each in dataclasses.fields(LightConfig)}
-    if not isinstance(light, dict):
-        return config
-    return {**config, "light": {name: value for name, value in light.items() if name in known}}
