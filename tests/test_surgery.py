@@ -38,7 +38,8 @@ from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import count_parameters
-from lightpeft.prune.surgery import DroppedAttention, apply_plan
+from lightpeft.prune.adapting import DroppedAttention
+from lightpeft.prune.surgery import apply_plan
 
 BUDGETS: dict[str, dict[str, Any]] = {"usual": {}, "dropped": DROPPED, "balanced": {"head_unit": "balanced"}}
 all_models = crossed(ALL, BUDGETS)
