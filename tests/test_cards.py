@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import light_over
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from test_bottleneck import adapted
-from test_checkpoint import light_over
+from peft_models import adapted
 from tiny import ALL, DROPPED, make, plan_for, with_lora
 from transformers import AutoModelForSequenceClassification
 from workbench import Workbench, lightpeft, read

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_bottleneck import adapted
-from tiny import ALL, GENERATORS, inputs_for, make, plan_for, refusal, relative_difference, with_lora
+from adapters import A_THIRD, logits, shallow
+from peft_models import adapted
+from tiny import ALL, GENERATORS, inputs_for, make, refusal, relative_difference, with_lora
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from workbench import Workbench, lightpeft, read
+from transformers import AutoModelForCausalLM
+from workbench import Workbench, read
 
-from lightpeft import EarlyPruner, LightConfig, load_light, load_merged, save_merged
+from lightpeft import EarlyPruner, LightConfig, load_light, save_merged
 from lightpeft.config import Budget
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
@@ -24,26 +25,10 @@ from lightpeft.prune.depth import leave_out
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.runs import pipeline
-from lightpeft.saved.light_adapter import LightModel, as_light
 
 TWO_STACKS = [name for name in ALL if name.startswith(("t5", "mt5", "bart", "mbart", "whisper"))]
 ONE_STACK = [name for name in ALL if name not in (*TWO_STACKS, "esm")]
 every_family = pytest.mark.parametrize("name", ONE_STACK)
-A_THIRD = 1 / 3
-"""One block of the three that tiny models have."""
-
-
-def shallow(base: PreTrainedModel, **budget: Any) -> LightModel:
-    """A light model of two blocks with fewer heads and neurons."""
-    model = with_lora(base)
-    plan = plan_for(model, depth=A_THIRD, **budget)
-    apply_plan(model, plan)
-    return as_light(model.eval(), plan)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(**inputs_for(model)).logits
 
 
 @torch.no_grad()
@@ -138,15 +123,6 @@ def test_a_base_that_is_read_piece_by_piece(name: str, tmp_path: Path) -> None:
     assert count_parameters(loaded).base == count_parameters(light).base
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "gemma3", "qwen3", "gpt2", "phi3", "modernbert"])
-def test_merged_without_a_base(name: str, tmp_path: Path) -> None:
-    light = shallow(make(name))
-    save_merged(light, tmp_path)
-    loaded = load_merged(tmp_path)
-    assert relative_difference(logits(loaded), logits(light)) < 3e-5
-    assert loaded.light_plan == light.light_plan
-
-
 def test_a_model_of_equal_layers_is_one_for_transformers_alone(tmp_path: Path) -> None:
     light = shallow(make("llama-gqa"), heads=0.0, neurons=0.5, neurons_scope="layerwise")
     assert save_merged(light, tmp_path)
@@ -233,9 +209,3 @@ def test_a_whole_run(bench: Workbench, peft: str) -> None:
     assert read(folder / "metrics.json")["config"]["light"]["depth"] == 0.5
     light = load_light(folder / "adapter")
     assert len(blocks_of(light)) == 1
-
-
-def test_another_depth_needs_another_estimation(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lightpeft("estimate", "--config", bench.yaml("dense")) == 0
-    assert lightpeft("plan", "--run", bench.folder / "dense", "--light.depth", "0.5") == 2
-    assert "depth" in capsys.readouterr().err

@@ -304,13 +304,6 @@ def test_what_cannot_be_pruned(build: Callable[[], PreTrainedModel], says: str) 
     assert all(value.equal(before[key]) for key, value in peft_model.state_dict().items())
 
 
-@pytest.mark.parametrize("model_type", REFUSED)
-def test_refused_families_say_why(model_type: str) -> None:
-    assert refusal(lambda: family_of(model_type)) == (
-        f'model family "{model_type}" cannot be pruned: {REFUSED[model_type]}'
-    )
-
-
 def test_families_that_are_not_listed() -> None:
     text = refusal(lambda: family_of("nothing"))
     assert text.startswith('model family "nothing" is not ') and "docs/families.md" in text
@@ -495,23 +488,6 @@ def test_disabled_modules() -> None:
     with model.disable_adapter():
         assert_refused(model, "the PEFT modules are disabled; call model.enable_adapter_layers() first")
     check_peft(model)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"init_lora_weights": "gaussian"},
-        {"init_lora_weights": "orthogonal"},
-        {"lora_bias": True},
-        {"bias": "lora_only"},
-        {"trainable_token_indices": [1]},
-    ],
-)
-def test_supported_lora(changes: dict[str, Any]) -> None:
-    check_peft(bert_with(lora(**changes)))
 
 
 def test_lora_only_outside_the_blocks() -> None:

@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from test_bottleneck import adapted
-from test_checkpoint import light_over
+from adapters import light_over
+from peft_models import adapted
 from tiny import (
     DECODERS,
     DROPPED,
@@ -148,11 +148,6 @@ def test_data_types(form: str, dtype: str, tmp_path: Path) -> None:
     written = sum(file.stat().st_size for file in tmp_path.iterdir() if file.suffix in (".data", ".bin"))
     in_32_bits = 4 * sum(parameter.numel() for parameter in whole(light).parameters())
     assert written < {"f16": 0.55, "int8": 0.4}[dtype] * in_32_bits
-
-
-def test_a_base_in_half_precision_is_computed_in_32_bits(tmp_path: Path) -> None:
-    light = light_over(make("bert", **SHALLOW).to(torch.bfloat16), **UNEVEN)
-    assert export_model(light, tmp_path, "onnx").agreement.difference < CLOSE  # type: ignore[union-attr]
 
 
 def test_a_real_model(minilm: Path, tmp_path: Path) -> None:

@@ -14,9 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_pipeline import comparable
 from transformers import Trainer, TrainerCallback
-from workbench import Disturb, Workbench, at_step, before, checksums, in_child, lightpeft, read, signalling, stamps
+from workbench import (
+    Disturb,
+    Workbench,
+    at_step,
+    before,
+    checksums,
+    comparable,
+    in_child,
+    lightpeft,
+    read,
+    signalling,
+    stamps,
+)
 
 from lightpeft.config import load_config
 from lightpeft.files import seal
@@ -93,14 +104,6 @@ def test_killed_run_goes_on_to_the_same_end(bench: Workbench, undisturbed: dict[
     assert not {"checkpoints"} & left
 
 
-def test_checkpoint_that_is_not_complete_is_skipped(bench: Workbench) -> None:
-    file = bench.yaml("torn", **SETTINGS)
-    assert run_disturbed(file, before(Trainer, "_save_optimizer_and_scheduler", KILL, 3)) == -signal.SIGKILL
-    checkpoints = bench.folder / "torn" / "checkpoints" / "train"
-    assert (checkpoints / "checkpoint-9").is_dir()
-    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-6"
-
-
 def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
     file = bench.yaml("resumed", **SETTINGS)
     assert run_disturbed(file, at_step(18, KILL)) == -signal.SIGKILL
@@ -115,21 +118,6 @@ def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
     pipeline.run(load_config(file), callbacks=[Watch()])
     assert steps == list(range(15, 24))
     assert {name: stamps(bench.folder / "resumed" / name) for name in kept} == before
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"training.by_length": False}, {"light.ratio_every": 3}],
-)
-def test_resuming_is_exact_with_other_settings(bench: Workbench, changes: dict[str, Any]) -> None:
-    name = "-".join(changes).replace(".", "_")
-    settings = {**SETTINGS, **changes, "light.max_fraction": 0.4}
-    assert lightpeft("run", "--config", bench.yaml(f"{name}_whole", **settings)) == 0
-    file = bench.yaml(name, **settings)
-    for disturb in (at_step(5, KILL), at_step(21, KILL)):
-        assert run_disturbed(file, disturb) == -signal.SIGKILL
-    assert lightpeft("run", "--config", file) == 0
-    assert comparable(bench.folder / name) == comparable(bench.folder / f"{name}_whole")
 
 
 @pytest.mark.parametrize("method", ["plain", "full"])

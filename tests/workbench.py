@@ -475,3 +475,13 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = read(path)
     change(content)
     write_json(path, content)
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    """What two equal runs share: plan, weights, quality and sizes; not times and places."""
+    metrics = read(folder / "metrics.json")
+    return {
+        "plan": read(folder / "plan.json"),
+        "weights": checksums(folder / "adapter")["adapter_model.safetensors"],
+        **{name: metrics[name] for name in ("metrics", "parameters")},
+    }
