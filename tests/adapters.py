@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import LightModel, as_light
 
 
 def light_over(base: PreTrainedModel, metrics: dict[str, Any] | None = None, **budget: Any) -> LightModel:

@@ -23,8 +23,8 @@ from workbench import (
     write_rows,
 )
 
+from lightpeft.app.runs import pipeline
 from lightpeft.plans.records import PrunePlan
-from lightpeft.runs import pipeline
 
 Refused = Callable[..., str]
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from workbench import Workbench, read
 
 from lightpeft import EarlyPruner, LightConfig, load_light, save_merged
+from lightpeft.app.runs import pipeline
 from lightpeft.config import Budget
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
@@ -24,7 +25,6 @@ from lightpeft.profiling import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
 
 TWO_STACKS = [name for name in ALL if name.startswith(("t5", "mt5", "bart", "mbart", "whisper"))]
 ONE_STACK = [name for name in ALL if name not in (*TWO_STACKS, "esm")]

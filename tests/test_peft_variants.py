@@ -40,9 +40,9 @@ from lightpeft.peft_kinds.sites.dora import DoraSite
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.importance import ModuleObserver
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import as_light
 
 TOLERANCE = 1e-5
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from training import blocks_of, collate, encoded, upper
 from workbench import Workbench, comparable, read
 
+from lightpeft.app.runs import pipeline
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.runs import pipeline
 from lightpeft.training.prefix import (
     STATES,
     FrozenPrefix,

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 from lightpeft import load_config, load_light
+from lightpeft.app.evaluation.predicting import predict
+from lightpeft.app.evaluation.scores import scores_of
+from lightpeft.app.runs import pipeline
 from lightpeft.config import run_config_from_dict
-from lightpeft.evaluation.predicting import predict
-from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import PrunePlan
-from lightpeft.runs import pipeline
 
 README = Path(__file__).parents[1] / "README.md"
 CONFIG = Path(__file__).parents[1] / "configs" / "movie_reviews" / "minilm_default.yaml"

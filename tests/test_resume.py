@@ -29,13 +29,13 @@ from workbench import (
     stamps,
 )
 
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline, stages, trainers
 from lightpeft.config import load_config
 from lightpeft.files import seal
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.estimation import Estimator
-from lightpeft.runs import pipeline, stages, trainers
-from lightpeft.saved.light_adapter import LightModel
-from lightpeft.saved.run_folder import RunFolder
+from lightpeft.prune.light_model import LightModel
 from lightpeft.training.checkpoints import last_checkpoint
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from workbench import Workbench, comparable, lightpeft, stamps
 
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.reuse import estimation_settings
 from lightpeft.files import holding
-from lightpeft.runs import pipeline
-from lightpeft.runs.reuse import estimation_settings
 
 OTHER = {"light.heads": 0.5, "light.ranks": 0.75}
 """Another budget than that of the workbench."""

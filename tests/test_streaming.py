@@ -21,11 +21,11 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from lightpeft import load_light
+from lightpeft.adapters.streaming import Stream
 from lightpeft.models.tensors import Reading
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.layout import kept_channels
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.streaming import Stream
 
 SHARDS: dict[str, Any] = {"max_shard_size": "20KB"}
 

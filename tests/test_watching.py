@@ -16,9 +16,7 @@ from torch import nn
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import load_light
-from lightpeft.config import DataConfig
-from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.milestones import (
+from lightpeft.app.evaluation.milestones import (
     MILESTONES,
     MOST_ROWS,
     MOST_WRITTEN,
@@ -31,13 +29,11 @@ from lightpeft.evaluation.milestones import (
     notices,
     sample,
 )
-from lightpeft.evaluation.reports import evaluate_model
-from lightpeft.evaluation.statistics import bootstrap_intervals
-from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord
-from lightpeft.runs import pipeline
-from lightpeft.saved.results import open_peft
-from lightpeft.tasks import (
+from lightpeft.app.evaluation.reports import evaluate_model
+from lightpeft.app.evaluation.statistics import bootstrap_intervals
+from lightpeft.app.folders.results import open_peft
+from lightpeft.app.runs import pipeline
+from lightpeft.app.tasks import (
     CausalLMTask,
     ClassificationTask,
     GenerationTask,
@@ -47,7 +43,11 @@ from lightpeft.tasks import (
     Respondent,
     Task,
 )
-from lightpeft.tasks.answers import Answers
+from lightpeft.app.tasks.answers import Answers
+from lightpeft.config import DataConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.records import EstimationRecord
 
 FEW: dict[str, Any] = {"light.least_examples": 0}
 """Runs this short estimate on few examples."""
@@ -278,7 +278,7 @@ def test_every_number_is_that_of_the_model_then(bench: Workbench) -> None:
 
 
 def test_a_sample_of_many_rows(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightpeft.evaluation.milestones.MOST_ROWS", 10)
+    monkeypatch.setattr("lightpeft.app.evaluation.milestones.MOST_ROWS", 10)
     pipeline.run(bench.config("few", **FEW))
     report = read(bench.folder / "few" / "metrics.json")
     assert report["milestones"]["examples"] == 10
