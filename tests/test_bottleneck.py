@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft_models import adapted, layers, train_by_hand
 from safetensors.torch import load_file
-from tiny import MODELS, batch, inputs_for, make, relative_difference
+from tiny import MODELS, batch, every_family, inputs_for, make, relative_difference
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -82,7 +82,7 @@ def delta_of(model: PeftModel, scaling: float) -> Delta:
     return delta
 
 
-@pytest.mark.parametrize("family", MODELS)
+@every_family(MODELS, "family")
 def test_every_family_has_the_places(family: str) -> None:
     """Hooks on an untouched base compute the same; a fresh adapter changes no bit; every adapter gets a gradient."""
     base = make(family)

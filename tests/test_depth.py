@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapters import A_THIRD, logits, shallow
 from peft_models import adapted
-from tiny import ALL, GENERATORS, inputs_for, make, refusal, relative_difference, with_lora
+from tiny import ALL, GENERATORS, every_family, inputs_for, make, refusal, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from workbench import Workbench, read
@@ -28,7 +28,6 @@ from lightpeft.prune.surgery import apply_plan
 
 TWO_STACKS = [name for name in ALL if name.startswith(("t5", "mt5", "bart", "mbart", "whisper"))]
 ONE_STACK = [name for name in ALL if name not in (*TWO_STACKS, "esm")]
-every_family = pytest.mark.parametrize("name", ONE_STACK)
 
 
 @torch.no_grad()
@@ -48,7 +47,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 # The model
 
 
-@every_family
+@every_family(ONE_STACK)
 def test_it_is_a_model_that_was_made_with_fewer_blocks(name: str) -> None:
     dense = make(name)
     model = copy.deepcopy(dense)
@@ -60,7 +59,7 @@ def test_it_is_a_model_that_was_made_with_fewer_blocks(name: str) -> None:
     assert logits(again).equal(logits(model))
 
 
-@pytest.mark.parametrize("name", [name for name in GENERATORS if name in ONE_STACK])
+@every_family([name for name in GENERATORS if name in ONE_STACK])
 def test_generate_counts_on_the_blocks_that_are_there(name: str) -> None:
     light = shallow(make(name))
     inputs = inputs_for(light, "left", generate=True)
@@ -101,7 +100,7 @@ def test_something_else_has_a_size_by_the_number_of_blocks() -> None:
 # Plans and what is saved
 
 
-@every_family
+@every_family(ONE_STACK)
 def test_the_plan_tells_what_goes_and_the_adapter_brings_it_back(name: str, tmp_path: Path) -> None:
     dense = count_parameters(with_lora(make(name))).base
     light = shallow(make(name))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from lanes import telling
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import (
     IMAGES,
@@ -147,7 +148,7 @@ def values(model: Any, padding: str = "right") -> torch.Tensor:
 # What is found
 
 
-@pytest.mark.parametrize("name", FOUND)
+@telling("name", FOUND, {"gptj", "gpt_bigcode-mqa", "mpt", "beit", "hubert", "pegasus"})
 def test_unlisted_families_are_found(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = make(name)
     assert model.config.model_type not in FAMILIES
@@ -173,7 +174,7 @@ def test_a_dimension_as_long_as_there_are_heads_is_not_yet_one_of_heads() -> Non
     assert probe.per_head_arguments("attention.attn", "attention.attn.o", 9) == {"position_bias": 1}
 
 
-@pytest.mark.parametrize("name", LISTED)
+@telling("name", LISTED, {"bert", "falcon", "phi3", "olmo2", "whisper"})
 def test_what_is_found_of_listed_families_is_what_is_listed(name: str) -> None:
     expected = block_specs(make(name))
     model = unlist(name)
@@ -236,8 +237,10 @@ def _with_names_swapped(module: nn.Module, first: str, second: str) -> Any:
 # Parity, as of listed families
 
 
-@pytest.mark.parametrize(
-    "name", ["gptj", "gpt_bigcode-mqa", "persimmon", "mpt", "olmo3", "glm", "roformer", "deit", "hubert", "pegasus"]
+@telling(
+    "name",
+    ["gptj", "gpt_bigcode-mqa", "persimmon", "mpt", "olmo3", "glm", "roformer", "deit", "hubert", "pegasus"],
+    {"gptj", "pegasus"},
 )
 def test_from_estimation_to_a_loaded_light_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = dict(FAMILIES)

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import yaml
 from damage import damage, rewrite
+from lanes import FULL
 from workbench import (
-    FULL,
     NOTICE,
     Disturb,
     Workbench,

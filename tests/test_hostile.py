@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 import torch
 from damage import damage, rewrite
+from lanes import FULL
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import refusal
 from transformers import AutoModelForSequenceClassification
-from workbench import FULL, Workbench, checksums, edit, lightpeft
+from workbench import Workbench, checksums, edit, lightpeft
 
 from lightpeft import load_light, load_merged
 from lightpeft.app.evaluation.reports import evaluate_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import LAYOUTS, MODELS, inputs_for, make, with_lora
+from tiny import LAYOUTS, MODELS, every_family, inputs_for, make, with_lora
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +31,7 @@ def masks_on(model: PeftModel) -> UnitMasks:
     return masks
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_family(MODELS)
 def test_masks_of_one_change_nothing(name: str) -> None:
     model = with_lora(make(name))
     before = model(**inputs_for(model)).logits

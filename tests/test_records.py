@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import DROPPED, MODELS, make, plan_for, random_record, with_lora
+from tiny import DROPPED, MODELS, every_family, make, plan_for, random_record, with_lora
 from workbench import edit
 
 from lightpeft.errors import LightPeftError
@@ -51,7 +51,7 @@ def test_ranges_are_compact(indices: tuple[int, ...], text: str) -> None:
 # Plans
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_family(MODELS)
 def test_plan_round_trip(name: str, tmp_path: Path) -> None:
     plan = plan_for(with_lora(make(name)), **DROPPED)
     plan.save(tmp_path / "new" / "plan.json")

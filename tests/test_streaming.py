@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import assert_same, edit_weights, logits, save_light, saved, tensors
-from tiny import DROPPED, LAYOUTS, MODELS, make, refusal
+from tiny import DROPPED, LAYOUTS, MODELS, every_family, make, refusal
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
@@ -41,7 +41,7 @@ def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Any:
 # The same model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_family(MODELS)
 def test_bit_equal(name: str, tmp_path: Path) -> None:
     dropped = name in LAYOUTS
     saved(tmp_path, name, DROPPED if dropped else {}, **(SHARDS if dropped else {}))

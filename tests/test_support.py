@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 from collections import defaultdict
 from dataclasses import replace
@@ -12,12 +11,15 @@ from typing import Any
 import pytest
 import support
 import torch
+from lanes import thorough
 from peft import PeftModel
 from support import CELLS, CHECKS, DOCUMENT, GREEDY, KINDS, NOT_APPLICABLE, TABLES, TOLERANCE, YES, logits, pair
 from tiny import (
     DROPPED,
+    IN_MAKE_TEST,
     LAYOUTS,
     MODELS,
+    every_family,
     inputs_for,
     make,
     plan_for,
@@ -37,22 +39,23 @@ from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import ConfigView, SelectedChannels, SharedBiases, apply_plan
 
 COMPILED = {"llama-gqa": "bottleneck"}
-"""Compiling takes seconds: in an ordinary run one model; all with COMPILE=all in the environment."""
+"""Compiling takes seconds: `make test` compiles one model."""
 
-every_model = pytest.mark.parametrize("name", MODELS)
+every_model = every_family(MODELS)
 
 
 def quick(check: str, kind: str, name: str) -> bool:
-    return check != "compile" or os.environ.get("COMPILE") == "all" or COMPILED.get(name) == kind
+    """Whether `make test` checks a cell."""
+    return COMPILED.get(name) == kind if check == "compile" else name in IN_MAKE_TEST
 
 
 def runs() -> list[Any]:
-    """All cells that an ordinary run checks."""
+    """All cells."""
     return [
-        pytest.param(name, kind, check, id=f"{name}-{kind}-{check}")
+        pytest.param(name, kind, check, id=f"{name}-{kind}-{check}", marks=() if quick(check, kind, name) else thorough)
         for name in MODELS
         for check, kind in CELLS
-        if support.applies(check, name) and quick(check, kind, name)
+        if support.applies(check, name)
     ]
 
 
@@ -99,12 +102,6 @@ def test_the_document_describes_the_registry(name: str) -> None:
 # Training
 
 
-every_kind_of_checkpointing = pytest.mark.parametrize(
-    ("name", "reentrant"), [*((name, False) for name in MODELS), *((name, True) for name in LAYOUTS)]
-)
-"""The default with every model, and PyTorch's older kind with one of each layout."""
-
-
 def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     model.zero_grad()
     model(**inputs).logits.square().mean().backward()
@@ -128,7 +125,8 @@ def assert_close(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert float((values[name] - gradient).abs().max()) <= 1e-4 * float(gradient.abs().max()) + 1e-8, name
 
 
-@every_kind_of_checkpointing
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_model
 def test_gradient_checkpointing_after_pruning(name: str, reentrant: bool) -> None:
     model = with_lora(make(name))
     apply_plan(model, plan_for(model, **DROPPED))

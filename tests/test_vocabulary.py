@@ -18,6 +18,7 @@ from adapters import light_over
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from lanes import telling
 from pieces import tokenizer_of_pieces
 from safetensors.torch import load_file, save_file
 from tiny import ALL, maker, plan_for, refusal, relative_difference, with_lora
@@ -336,7 +337,8 @@ FAMILIES: dict[str, tuple[str, Any]] = {
     "mbart": ("unigram", ALL["mbart"]),
 }
 """Tokenizer of a family, and its models."""
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = telling("name", FAMILIES, {"bert", "roberta", "llama-tied", "llama-pieces", "xlm-roberta", "t5", "bart"})
+"""Those of each kind of tokenizer in `make test`."""
 
 
 def family(name: str, **changes: Any) -> PreTrainedModel:

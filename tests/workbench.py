@@ -64,9 +64,6 @@ POSITIONS = 40
 ENGINES = Path(__file__).parents[1] / "configs" / "engines"
 """What ships for `accelerate launch`."""
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
-FULL = bool(os.environ.get("LIGHTPEFT_FAULTS"))
-"""Whether all faults are tried (make test-faults), and not a sample."""
-only_with_all_faults = pytest.mark.skipif(not FULL, reason="one of many faults: make test-faults")
 CONFIGS = [path for path in sorted(ENGINES.parent.rglob("*.yaml")) if path.parent != ENGINES]
 GRIDS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 """What ships for `lightpeft reproduce`."""
