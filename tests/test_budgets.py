@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ import yaml
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import comparable
 from tiny import inputs_for, make, random_record, refusal, with_lora
 from torch import Tensor
 from transformers import TrainingArguments
-from workbench import SIZES, Workbench, completions, labelled, lightpeft, read, write_rows
+from workbench import SIZES, Workbench, comparable, completions, labelled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
 from lightpeft.app.folders.run_folder import RunFolder, to_yaml
@@ -28,10 +27,9 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.report import page
 from lightpeft.app.runs.report.facts import read_run
 from lightpeft.app.runs.trainers import LightRun
-from lightpeft.app.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
+from lightpeft.app.tasks import Answers, ClassificationTask, points_a_nat
 from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.config import Tolerance, preset_light
-from lightpeft.console.bars import showing
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans import budgets
 from lightpeft.plans.budgets import SHORT, BudgetSearch, cost_in_words, tolerance_in_words
@@ -335,11 +333,6 @@ def test_answers_that_are_all_the_same_are_worth_something() -> None:
     assert found == pytest.approx(points_a_nat(answers([[30, 0], [20, 0]]), task_of("accuracy")))
 
 
-def test_which_answers_are_classes() -> None:
-    assert answers_are_classes(task_of("accuracy")) and answers_are_classes(task_of("f1"))
-    assert not answers_are_classes(task_of("multirc"))
-
-
 # -- probes --------------------------------------------------------------------------------------------------------
 
 
@@ -421,22 +414,6 @@ def test_costs_are_told_in_the_unit_of_the_tolerance(
 ) -> None:
     assert cost_in_words(nats, worth) == cost
     assert tolerance_in_words(nats, worth) == tolerance
-
-
-def test_a_search_shows_how_far_it_has_come(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    shown: list[tuple[int, str]] = []
-
-    def watched(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
-        shown.append((total, description))
-        yield from items
-
-    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
-    with showing(watched), caplog.at_level("INFO", logger="lightpeft"):
-        trainer.train()
-    copies = [line for line in caplog.messages if line.startswith("light.blocks: auto, copy ")]
-    assert copies[0] == "light.blocks: auto, copy 1 of 4 at most: nothing cut, 8 steps"
-    assert len(copies) > 1 and all("of the blocks cut" in line for line in copies[1:])
-    assert shown.count((8, "a copy trains")) == len(copies)
 
 
 def test_a_trainer_finds_its_budget(tmp_path: Path) -> None:
@@ -608,17 +585,6 @@ def test_another_tolerance_is_another_search(bench: Workbench) -> None:
     assert read(bench.folder / "again" / "budget.json")["blocks"] == 0
 
 
-def test_depth_and_budget(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path, "llama", "causal-lm")
-    write_rows(bench.train, completions(600))
-    config = bench.config("run", **AUTO, **{"training.epochs": 0.5, "light.depth": 0.5, "light.tolerance": "5 nats"})
-    pipeline.run(config)
-    plan, found = PrunePlan.load(tmp_path / "run" / "plan.json"), read(tmp_path / "run" / "budget.json")
-    assert len(plan.left_out) == 1 and found["points_a_nat"] is None
-    assert found["blocks"] == 0 or found["blocks"] > 0.5
-    assert plan.removed_of_blocks >= 0.5
-
-
 def test_stage_by_stage_depth_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "num_hidden_layers", 4)
     bench = Workbench(tmp_path, "llama", "causal-lm")
@@ -629,26 +595,6 @@ def test_stage_by_stage_depth_is_cut_once(tmp_path: Path, monkeypatch: pytest.Mo
         assert lightpeft(verb, "--config", bench.yaml("staged", **changes)) == 0
     plans = [PrunePlan.load(tmp_path / name / "plan.json") for name in ("whole", "staged")]
     assert plans[0] == plans[1] and len(plans[0].left_out) == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"light.tolerance": "-1 points"}, "light.tolerance"),
-        ({"light.tolerance": "nan nats"}, "light.tolerance"),
-        ({"light.tolerance": "much"}, "for example"),
-        ({"light.search_fraction": 0.0}, "search_fraction is 0"),
-        ({"light.search_fraction": float("nan")}, "search_fraction"),
-    ],
-)
-def test_bad_input_in_one_line(
-    bench: Workbench, changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = bench.yaml("bad", **{**AUTO, **changes})
-    assert lightpeft("run", "--config", file) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
-    assert not (bench.folder / "bad").exists()
 
 
 def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,17 +142,6 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert "give head_criterion and neuron_criterion the same value" in capsys.readouterr().err
 
 
-def test_ranks_stay_whatever_the_budget_says_of_them(tmp_path: Path) -> None:
-    config = Workbench(tmp_path).yaml("run", **{f"light.{kind}_criterion": "fisher" for kind in ("head", "neuron")})
-    assert lightpeft("estimate", "--config", config) == 0
-    losses = []
-    for part in ("0.0", "0.5"):
-        words = ["--rows", "24", "--light.ranks", part, "--light.modules", part]
-        assert lightpeft("plan", "--run", tmp_path / "run", "--curve", *words) == 0
-        losses.append([point["loss"] for point in read(tmp_path / "run" / "curve.json")["points"]])
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

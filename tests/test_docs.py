@@ -17,6 +17,7 @@ import workbench
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
+from documents import BLOCK, blocks
 from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
@@ -30,7 +31,6 @@ from lightpeft.recipe import probes
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS.remove(ROOT / "docs/start.md")  # test_start.py runs it, in processes and a clone of its own
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
 OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama", "vllm"}
 """Programs of the development set-up and of servers, whose commands are not run here."""
@@ -117,10 +117,6 @@ def smaller(grid: Path) -> None:
 
 def renamed(path: Path, rows: workbench.Rows, **columns: str) -> None:
     workbench.write_rows(path, [{new: row[old] for new, old in columns.items()} for row in rows])
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return [code for kind, code in BLOCK.findall(path.read_text(encoding="utf-8")) if kind == language]
 
 
 def commands(code: str) -> list[list[str]]:
