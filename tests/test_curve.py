@@ -15,9 +15,9 @@ from tiny import inputs_for, make, plan_for, random_record, refusal, with_lora
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import Budget, apply_plan
+from lightpeft.budget.curve import PARTS, loss_curve, nested_plans
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import Spread
-from lightpeft.prune.curve import PARTS, loss_curve, nested_plans
 from lightpeft.runs import pipeline
 from lightpeft.runs.curve import StepTimes
 

@@ -22,8 +22,8 @@ from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
 from lightpeft import EarlyPruner, LightConfig, cli
+from lightpeft.budget import room
 from lightpeft.config import light
-from lightpeft.recipe import probes
 from lightpeft.runs.reproduce import running
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +48,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(running, "run_cell", workbench.in_this_process)
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
-        patch.setattr(probes, "LEAST_HELD", 16)
+        patch.setattr(room, "LEAST_HELD", 16)
         patch.setattr(light, "SEARCH_FRACTION", 100.0)  # of trainings that are hardly longer than a probe
         workbench.save_base(folder / "demo/cache/minilm", "bert", tokenizer=workbench.tokenizer_of_word_pieces())
         workbench.save_base(folder / "demo/cache/smollm2", "llama", tokenizer=word_pieces())

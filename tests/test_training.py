@@ -21,11 +21,12 @@ from lightpeft.errors import LightPeftError
 from lightpeft.files import append_line, check_sealed, seal
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.runs import pipeline
+from lightpeft.runs.trainers import RunTrainer
 from lightpeft.training.arguments import training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint, StopOnSignal
 from lightpeft.training.checkpoints import last_checkpoint
+from lightpeft.training.fitting import Interrupted, fit
 from lightpeft.training.schedule import Pace
-from lightpeft.training.trainer import Interrupted, RunTrainer, fit
 
 
 @pytest.fixture(scope="module")

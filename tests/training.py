@@ -20,7 +20,7 @@ from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.live import device_of, moved
 from lightpeft.prune.estimation import Estimator
 from lightpeft.recipe.trainer import LightTrainer
-from lightpeft.training.trainer import RunTrainer
+from lightpeft.runs.trainers import RunTrainer
 
 
 def student(name: str = "bert", **changes: Any) -> PeftModel:

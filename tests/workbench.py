@@ -48,7 +48,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
 from lightpeft.runs import pipeline, workers
 from lightpeft.runs.reproduce import Cell
-from lightpeft.training.trainer import RunTrainer
+from lightpeft.runs.trainers import RunTrainer
 
 NEUTRAL = tuple(f"word{index}" for index in range(20))
 GOOD = tuple(f"good{index}" for index in range(6))

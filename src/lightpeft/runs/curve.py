@@ -9,12 +9,12 @@ from typing import Any
 
 from peft import PeftModel
 
+from lightpeft.budget.curve import PARTS, gone_before, loss_curve, nested_plans
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import Spread, alternate, hardware, measure_training, ratio
-from lightpeft.prune.curve import PARTS, gone_before, loss_curve, nested_plans
 from lightpeft.prune.surgery import cut_copy
 from lightpeft.runs.bench import accelerating, adamw, sample_batches
 from lightpeft.runs.stages import estimated_model

@@ -53,7 +53,7 @@ from lightpeft.saved.opening import open_result
 from lightpeft.saved.results import Model, open_peft, save_full, save_result
 from lightpeft.saved.run_folder import RunFolder, read_report
 from lightpeft.tasks import Outcome, task_facts
-from lightpeft.training.trainer import fit
+from lightpeft.training.fitting import fit
 
 __all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train", "widen"]
 
@@ -223,7 +223,7 @@ def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[Tra
         trainer.settle()
         checkpoint = run.last_checkpoint("train")
         if checkpoint is None or read_cut(checkpoint) is None:
-            checkpoint = trainer.checkpoint_at_cut(begun, work.steps)
+            checkpoint = trainer.checkpoint_at_cut(begun)
         fit(trainer, checkpoint)
         _finish(work, trainer, begun=begun)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from lightpeft.budget.found import FoundBudget
 from lightpeft.config import READ_BY_PLANS, LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.evaluation.milestones import moment_behind
@@ -16,7 +17,6 @@ from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import MemoryMethod
-from lightpeft.prune.budgeting import FoundBudget
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.learning import untaught
 from lightpeft.recipe.pruner import cut

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from lightpeft.budget.found import SHORT
+from lightpeft.budget.room import SearchRoom, why_unmeasured
 from lightpeft.config import LightConfig
 from lightpeft.machine import processes, sharding_launched
-from lightpeft.plans.budgets import SHORT
-from lightpeft.recipe.probes import SearchRoom, why_unmeasured
 from lightpeft.runs.workspace import Workspace
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import RunConfig
-from lightpeft.plans.budgets import cost_in_words, tolerance_in_words
 from lightpeft.runs.report.facts import STAGES, AutoBudget, RunFacts, number
 from lightpeft.runs.report.words import count, duration, interval, metric_name, quality, share, size, times
 
