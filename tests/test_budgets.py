@@ -23,6 +23,13 @@ from transformers import TrainingArguments
 from workbench import SIZES, Workbench, completions, labelled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
+from lightpeft.app.folders.run_folder import RunFolder, to_yaml
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.report import page
+from lightpeft.app.runs.report.facts import read_run
+from lightpeft.app.runs.trainers import LightRun
+from lightpeft.app.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
+from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.budget import finding
 from lightpeft.budget import search as searching
 from lightpeft.budget.finding import find_budget
@@ -39,13 +46,6 @@ from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import losses_of
 from lightpeft.prune.learning import LEAST_LEARNED
 from lightpeft.prune.surgery import cut_copy
-from lightpeft.runs import pipeline
-from lightpeft.runs.report import page
-from lightpeft.runs.report.facts import read_run
-from lightpeft.runs.trainers import LightRun
-from lightpeft.saved.run_folder import RunFolder, to_yaml
-from lightpeft.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
-from lightpeft.tasks.metrics import METRICS
 from lightpeft.training.rows import rows_of_steps
 
 FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}

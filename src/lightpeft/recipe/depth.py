@@ -14,9 +14,9 @@ from transformers import Trainer, TrainingArguments
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
+from lightpeft.prune.light_model import LightModel
 from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import agreed
-from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.arguments import half_precision
 from lightpeft.training.rows import batches_of
 

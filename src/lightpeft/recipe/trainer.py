@@ -31,6 +31,7 @@ from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.learning import untaught
 from lightpeft.prune.length import fitted
+from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.arguments import taken, with_dense_reference
 from lightpeft.recipe.checkpoints import LightCheckpoints
 from lightpeft.recipe.course import Course, tell_cut
@@ -41,7 +42,6 @@ from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
 from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.schedule import LightSchedule
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
-from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.fitting import train_in_float32
 from lightpeft.training.prefix import PrefixCache
