@@ -166,13 +166,16 @@ class LightTraining(Training):
             self._warn(f"{ended}: the model is the dense one still")
 
     def _begin_light(self, state: TrainerState, control: TrainerControl) -> None:
-        """Training begins, or goes on from a checkpoint: with estimation, or behind the cut.
+        """Training begins, or goes on from a checkpoint: with estimation, or behind the cut."""
+        if self.light_plan is None:
+            self._begin_estimation(state, control)
+        else:
+            self._begin_fine_tuning(state.max_steps)
 
-        Where nothing is to go there is nothing to estimate: the model is a light one at once.
-        """
-        if self.light_plan is not None:
-            self._begin_light_fine_tuning(state.max_steps)
-            return
+    # -- 1. estimation: masks and PEFT modules train together ----------------------------------------------------
+
+    def _begin_estimation(self, state: TrainerState, control: TrainerControl) -> None:
+        """Put masks on the model. Where nothing is to go there is nothing to estimate: it is a light one at once."""
         assert self._light_pruner is not None
         if can_write(self._peft_model) and (line := cut_of_writer(self.light_config)) is not None:
             self._warn(line)
@@ -186,8 +189,6 @@ class LightTraining(Training):
             self._cut(state, control)
         else:
             self._light_contexts.enter_context(self._light_acceleration())
-
-    # -- 1. estimation: masks and PEFT modules train together ----------------------------------------------------
 
     def make_light_estimator(self, model: PeftModel, light: LightConfig) -> Estimator:
         """What estimates. To be overridden."""
@@ -221,7 +222,7 @@ class LightTraining(Training):
         self._schedule.renew(state.max_steps)
         set_seed(self.args.seed + 1)  # so that what follows does not depend on how it came here
         self._note_cut(before, parameter_report(light))
-        self._begin_light_fine_tuning(state.max_steps)
+        self._begin_fine_tuning(state.max_steps)
 
     def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
         """What stays, decided once, when estimation is over; None ends training without a cut. To be overridden."""
@@ -269,7 +270,7 @@ class LightTraining(Training):
 
     # -- 3. fine-tuning of what is left --------------------------------------------------------------------------
 
-    def _begin_light_fine_tuning(self, max_steps: int) -> None:
+    def _begin_fine_tuning(self, max_steps: int) -> None:
         """Training of the cut model begins, or goes on from a checkpoint."""
         self._prefix.open(max_steps - self._estimation_steps)
         self._light_contexts.enter_context(self._light_acceleration())

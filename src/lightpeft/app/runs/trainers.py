@@ -161,11 +161,10 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
         """A checkpoint from which training goes on behind the cut, as if nothing had happened since."""
         return self._checkpoints.at_cut(estimation_steps, self.work.steps)
 
-    def _begin_light(self, state: TrainerState, control: TrainerControl) -> None:
-        if self.light_plan is None:
-            self._show("estimate")
-            self.meter = Meter(self.work, self._peft_model, state.global_step, resumed=state.global_step > 0)
-        super()._begin_light(state, control)
+    def _begin_estimation(self, state: TrainerState, control: TrainerControl) -> None:
+        self._show("estimate")
+        self.meter = Meter(self.work, self._peft_model, state.global_step, resumed=state.global_step > 0)
+        super()._begin_estimation(state, control)
 
     def _warn(self, line: str) -> None:
         """The stages say it, each in its place."""
@@ -210,10 +209,10 @@ class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
         """Cut, and leave the light adapter before fine-tuning in the run folder."""
         return leave_pruned(self.work, self._peft_model, plan)
 
-    def _begin_light_fine_tuning(self, max_steps: int) -> None:
+    def _begin_fine_tuning(self, max_steps: int) -> None:
         self._show("train")
         started, step = time.perf_counter(), self.state.global_step
-        super()._begin_light_fine_tuning(max_steps)
+        super()._begin_fine_tuning(max_steps)
         caching = time.perf_counter() - started
         self.meter = Meter(self.work, self._peft_model, step, step > self._estimation_steps, caching)
 
