@@ -5,27 +5,36 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
+from peft import PeftModel
+from torch import nn
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lightpeft.files import replacing_folder
+from lightpeft.errors import require
+from lightpeft.files import read_json, read_tensors, replacing_folder, understandable, write_json, write_tensors
 from lightpeft.models.sharding import is_sharded
+from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.light_model import as_light
+from lightpeft.prune.surgery import apply_plan
 from lightpeft.recipe.host import LightHost
-from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
+from lightpeft.saving.adapter_files import DESCRIPTION, read_description
 from lightpeft.training.resuming import Checkpoints
 from lightpeft.training.schedule import pace_of
-from lightpeft.training.sharding import Sharding
 from lightpeft.training.step_rows import write_step
+
+_CUT = "lightpeft_cut.json"
+"""What says that a checkpoint lies behind the cut."""
+_OUTSIDE = "lightpeft_outside.safetensors"
+"""What trains beside the PeftModel, in models that have it inside."""
 
 
 class LightCheckpoints(Checkpoints):
     """Checkpoints of a model that is cut on the way."""
 
     _trainer: LightHost
-
-    def __init__(self, trainer: LightHost, sharding: Sharding) -> None:
-        super().__init__(trainer, sharding)
 
     def save(self, folder: Path, write: bool) -> None:
         """Put what a resumed run needs beside what the trainer has written into a checkpoint."""
@@ -34,11 +43,11 @@ class LightCheckpoints(Checkpoints):
             assert trainer._light_pruner is not None
             trainer._light_pruner.estimator.save_state(folder, write=write)
         elif write:
-            write_cut(folder, {**trainer.light_report, "estimation_steps": trainer._estimation_steps})
+            write_json(folder / _CUT, {**trainer.light_report, "estimation_steps": trainer._estimation_steps})
         if write:
             write_step(folder, trainer.args)
         if write and self._inside:
-            save_outside(trainer.model, trainer._peft_model, folder)
+            _save_outside(trainer.model, trainer._peft_model, folder)
 
     def at_cut(self, estimation_steps: int, max_steps: int) -> Path:
         """Write a checkpoint of a light model from which training goes on behind the cut, and nothing happened since.
@@ -60,7 +69,7 @@ class LightCheckpoints(Checkpoints):
         if trainer.is_world_process_zero():
             with replacing_folder(folder, last=TRAINER_STATE_NAME) as temporary:
                 trainer._peft_model.save_pretrained(temporary)
-                write_cut(temporary, {"estimation_steps": estimation_steps})
+                write_json(temporary / _CUT, {"estimation_steps": estimation_steps})
                 write_step(temporary, trainer.args)
                 state.save_to_json(str(temporary / TRAINER_STATE_NAME))
         trainer.accelerator.wait_for_everyone()
@@ -76,9 +85,9 @@ class LightCheckpoints(Checkpoints):
             trainer.light_report, trainer._estimation_steps = report, int(report["estimation_steps"])
             if trainer._light_pruner is not None and trainer.light_plan is None:
                 dense = trainer._light_pruner.estimator.fingerprint
-                trainer.light_plan = cut_as_saved(trainer._peft_model, dense, Path(folder))
+                trainer.light_plan = _cut_as_saved(trainer._peft_model, dense, Path(folder))
         if self._inside:
-            load_inside(trainer.model, trainer._peft_model, Path(folder))
+            _load_inside(trainer.model, trainer._peft_model, Path(folder))
         else:
             super().load_weights(folder, usual)
 
@@ -93,7 +102,7 @@ class LightCheckpoints(Checkpoints):
         """Load the best model, wherever the PeftModel is."""
         if self._inside:
             best = Path(self._trainer.state.best_model_checkpoint)
-            load_inside(self._trainer.model, self._trainer._peft_model, best)
+            _load_inside(self._trainer.model, self._trainer._peft_model, best)
         else:
             super().load_best(usual)
 
@@ -101,3 +110,51 @@ class LightCheckpoints(Checkpoints):
     def _inside(self) -> bool:
         """Whether the PeftModel is a part of the trainer's model, which then saves and loads in its own way."""
         return self._trainer._peft_model is not self._trainer.model
+
+
+def read_cut(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of the cut; None in one from before it."""
+    if not (folder / _CUT).is_file():
+        return None
+    report = read_json(folder / _CUT)
+    with understandable(folder / _CUT):
+        int(report["estimation_steps"])
+    return report
+
+
+def _cut_as_saved(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan:
+    """Cut a dense model with this fingerprint, in place, to the plan of a checkpoint, without loading its weights."""
+    place = _adapter_folder(folder)
+    with understandable(place / DESCRIPTION):
+        plan = PrunePlan.from_dict(read_description(place)["plan"])
+    require(plan.fingerprint == fingerprint, f"{folder} was made from another base; give the one that it was made from")
+    apply_plan(model, plan)
+    as_light(model, plan)
+    return plan
+
+
+def _save_outside(model: nn.Module, inside: PeftModel, folder: Path) -> None:
+    """Write what trains of a model beside the PeftModel inside it; nothing where nothing does."""
+    trained = {name: p.detach() for name, p in _outside(model, inside).items()}
+    if trained:
+        write_tensors(folder / _OUTSIDE, trained)
+
+
+def _load_inside(model: nn.Module, inside: PeftModel, folder: Path) -> None:
+    """Load the adapter of a checkpoint into the PeftModel inside a model, and what trains beside it."""
+    inside.load_adapter(str(_adapter_folder(folder)), str(inside.active_adapter), is_trainable=True)
+    saved = read_tensors(folder / _OUTSIDE) if (folder / _OUTSIDE).is_file() else {}
+    with torch.no_grad():
+        for name, parameter in _outside(model, inside).items():
+            require(name in saved, f"{folder} has no weights for {name}")
+            parameter.copy_(saved[name])
+
+
+def _outside(model: nn.Module, inside: PeftModel) -> dict[str, nn.Parameter]:
+    own = {id(p) for p in inside.parameters()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """Where in a checkpoint the adapter is: models that have it inside save it in a folder of their own."""
+    return next((file.parent for file in sorted(folder.rglob("adapter_config.json"))), folder)

@@ -279,12 +279,9 @@ class LightTraining(Training):
 
     def _light_acceleration(self) -> Any:
         """What makes the steps of both parts faster, with the base's dropout that goes with it."""
-        loss_alone = self._reads_loss_alone()
+        # nobody reads a language model's logits in training: `Trainer` does not, a loss of one's own may
+        loss_alone = self.has_plain_loss() and self.compute_loss_func is None and self.label_smoother is None
         return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_alone=loss_alone)
-
-    def _reads_loss_alone(self) -> bool:
-        """Whether nobody reads a language model's logits in training: `Trainer` does not, a loss of one's own may."""
-        return self.has_plain_loss() and self.compute_loss_func is None and self.label_smoother is None
 
     # -- what is said on the way ---------------------------------------------------------------------------------
 

@@ -52,8 +52,8 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, folder_bytes, hardware
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.light_model import LightModel
+from lightpeft.recipe.checkpoints import read_cut
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.recipe.resuming import read_cut
 from lightpeft.training.fitting import fit
 
 __all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train", "widen"]
