@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lightpeft import EarlyPruner, LightConfig
 from lightpeft.adapters.light_adapter import load_light
-from lightpeft.budget.probes import Probe
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import (
