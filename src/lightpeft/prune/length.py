@@ -16,8 +16,8 @@ gives a row one of several classes; it goes on for it."""
 MOST_PART = 0.3
 """Part of the run at which it stops at the latest; only `LEAST_EXAMPLES` may take more."""
 LEAST_EXAMPLES = 256
-"""Examples, repeated ones included, that the stage's second half scores at least: a stage whose length is auto or a part
-of the run is longer for it, and from fewer no plan is made. A number of steps is taken at its word."""
+"""Examples, repeated ones included, that the stage's second half scores at least: a stage whose length is auto or a
+part of the run is longer for it, and from fewer no plan is made. A number of steps is taken at its word."""
 MOST_OF_SHORT = 0.5
 """Part of a run that estimation may take to score these, over `MOST_PART`: a short run is better cut in its middle than
 not at all."""

@@ -12,11 +12,11 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 
+from lightpeft.budget.found import fixed_budget
 from lightpeft.config import Light, LightConfig, derived, light_config
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import kind_of
 from lightpeft.peft_kinds.sites import own_adapter
-from lightpeft.plans.budgets import fixed_budget
 from lightpeft.prune.length import able
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.depth import with_depth

@@ -14,7 +14,6 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Wanted
 from lightpeft.app.folders.opening import open_base
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs.depth import with_found_depth
 from lightpeft.app.tasks import (
     Collator,
     Coverage,
@@ -31,7 +30,7 @@ from lightpeft.app.tasks import (
 from lightpeft.config import WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer, tolerance_of
 from lightpeft.console.bars import showing, silent
 from lightpeft.errors import require
-from lightpeft.files import understandable
+from lightpeft.files import read_json, understandable
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
@@ -248,6 +247,19 @@ class Workspace:
         step = f"steps of {pace.batch_size * pace.accumulation} rows, as the run began"
         parts = f"{of_process.batch_size} rows at once, {of_process.gradient_accumulation} time(s) a step"
         self.run.announce(stage, f"training goes on with {step}: each process takes {parts}")
+
+
+def with_found_depth(config: RunConfig, run: RunFolder) -> RunConfig:
+    """The settings of a run with the depth that was found.
+
+    Raises:
+        LightPeftError: the file is damaged.
+    """
+    if config.light.remove.depth != "auto":
+        return config
+    found = read_json(run.depth)
+    with understandable(run.depth):
+        return replace(config, light=config.light.with_depth(float(found["depth"])))
 
 
 def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False) -> Workspace:

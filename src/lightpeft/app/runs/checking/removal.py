@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lightpeft.app.runs.workspace import Workspace
+from lightpeft.budget.found import SHORT, fixed_budget
+from lightpeft.budget.room import SEARCH_FRACTION, SearchRoom, why_unmeasured
 from lightpeft.config import LightConfig
 from lightpeft.machine import processes, sharding_launched
-from lightpeft.plans.budgets import SHORT, fixed_budget
-from lightpeft.recipe.probes import SEARCH_FRACTION, SearchRoom, why_unmeasured
 
 
 def why_fixed(work: Workspace) -> str | None:

@@ -31,12 +31,6 @@ from statistics import NormalDist
 import numpy as np
 from torch import Tensor
 
-SHORT = 0.4
-"""Of the blocks, what goes of a classifier whose run is too short for a search, as measured on files of 300 to 1,000
-rows (docs/quality.md)."""
-LEAST_NATS = 1.0
-"""That an error more adds to the loss at least: next to chance, where the entropy is flat, a nat would be worth any
-number of points."""
 STEP, MOST = 0.05, 0.6
 """Budgets are multiples of the first, and no more than the second is found: 80% cost classifiers that had learned their
 task three points or more, and a probe, made when a model has hardly begun to, does not always see that."""
@@ -55,23 +49,6 @@ _PROBES, _WITH_WITNESS = 3, 2
 what is found (docs/quality.md)."""
 
 
-def cost_in_words(nats: float, points_a_nat: float | None) -> str:
-    """A rise of the loss in the unit of the tolerance, for people.
-
-    Args:
-        points_a_nat: of the task's metric that a nat is worth; None: the tolerance is in nats.
-    """
-    value, unit = (nats, "nat") if points_a_nat is None else (nats * points_a_nat, "point")
-    shown = f"{float(f'{value:.2g}'):g}"
-    return f"{shown} {unit}{'s' * (shown != '1')}"
-
-
-def tolerance_in_words(nats: float, points_a_nat: float | None) -> str:
-    """A tolerance, for people; one in points also as the rise of the loss that it stands for."""
-    loss = "" if points_a_nat is None else f" ({cost_in_words(nats, None)})"
-    return f"{cost_in_words(nats, points_a_nat)}{loss}"
-
-
 def elsewhere(blocks: float) -> tuple[float, float]:
     """Points of its metric that a classifier which can learn its task loses by a cut, in the end, against nothing cut.
 
@@ -83,33 +60,6 @@ def elsewhere(blocks: float) -> tuple[float, float]:
     """
     mean = 20 * blocks**4
     return mean, mean / 2 + 0.2
-
-
-def fixed_budget(classes: bool, gone: float = 0.0) -> float:
-    """Part of the blocks that goes where nobody says how much, and a search is not possible.
-
-    Nothing goes of models that give no classes, since what a fixed budget costs was measured of classifiers alone.
-
-    Args:
-        classes: whether the model gives a row one of several classes, and has learned something.
-        gone: part of the blocks that is gone before.
-    """
-    return max(SHORT, gone) if classes else 0.0
-
-
-def nats_of_error(error: float, classes: int) -> float:
-    """By how much the loss of a classifier rises with its error, for small rises.
-
-    Of one that knows how sure it is and errs with probability e among C classes, the cross-entropy rises with e by
-    ln((1 - e) (C - 1) / e): the derivative of its entropy, if every row is alike.
-    """
-    return max(LEAST_NATS, math.log((1 - error) * (classes - 1) / error) if error < 1 else 0.0)
-
-
-def accuracy_a_nat(right: int, total: int, classes: int) -> float:
-    """Points of accuracy that a nat of the loss is worth to a classifier that answers so many rows right."""
-    error = max((total - right) / total, 0.5 / total)
-    return 100 / nats_of_error(error, classes)
 
 
 @dataclass(frozen=True)
