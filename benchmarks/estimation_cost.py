@@ -31,7 +31,7 @@ def same_sites(work: Workspace) -> Made:
 
 def subjects_of(config: RunConfig) -> subjects.Subjects:
     """What is measured."""
-    everywhere = subjects.with_settings(config, {"light.module_blocks": 1.0})
+    everywhere = subjects.with_settings(config, {"light.modules.blocks": 1.0})
     return {
         PLAIN: (Build(same_sites, accelerating), everywhere),
         EVERY_STEP: ("estimation", subjects.with_settings(everywhere, {"light.ratio_every": 1})),

@@ -25,8 +25,7 @@ from publishing import markdown_table, report
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 
-from lightpeft.config import Budget, LightConfig
-from lightpeft.config.light import ExpertCriterion
+from lightpeft.config import Criterion, light_config
 from lightpeft.models.families import block_specs
 from lightpeft.plans.planning import check_experts, make_plan
 from lightpeft.plans.records import EstimationRecord
@@ -54,9 +53,8 @@ SHAPE: dict[str, Any] = {
 ROWS = 32
 """Of a step."""
 HELD_OUT = 256
-CUTS: dict[str, ExpertCriterion] = {
+CUTS: dict[str, Criterion] = {
     "fisher": "fisher",
-    "frequency": "frequency",
     "fisher of the other task": "fisher",
     "random": "random",
 }
@@ -82,7 +80,7 @@ def found(given: argparse.Namespace) -> dict[str, Any]:
     """What is written: every cut of every seed, and their means over seeds and tasks."""
     block, *_ = block_specs(MixtralForCausalLM(MixtralConfig(**SHAPE)))
     for part in given.experts:
-        check_experts(block, Budget(experts=part))
+        check_experts(block, light_config({"remove": {"experts": part}}))
     cells = [cell for seed in given.seeds for cell in of_seed(seed, given)]
     keys = list(dict.fromkeys((cell["experts"], cell["cut"]) for cell in cells))
     results = [
@@ -132,13 +130,13 @@ def of_seed(seed: int, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for cut, criterion in CUTS.items():
                 record = records[other if "other" in cut else task]
                 tries = range(RANDOM if cut == "random" else 1)
-                budget = Budget(
-                    heads=0,
-                    neurons=0,
-                    experts=part,
-                    modules=0,
-                    ranks=0,
-                    expert_criterion=criterion,
+                budget = light_config(
+                    {
+                        "preset": "paper",
+                        "remove": {"heads": 0, "neurons": 0, "experts": part},
+                        "estimate": {"criterion": criterion},
+                        "modules": {"remove": 0, "remove_ranks": 0},
+                    }
                 )
                 plans = [make_plan(shuffled(record, 100 * seed + each), budget) for each in tries]
                 made = [measured(base, task, plan, seed, given) for plan in plans]
@@ -158,7 +156,9 @@ def shuffled(record: EstimationRecord, seed: int) -> EstimationRecord:
 def estimated(base: nn.Module, task: str, steps: int, seed: int) -> EstimationRecord:
     """Scores of the experts on one task, LoRA on attention training beside the masks."""
     model = with_lora(base, seed)
-    estimator = Estimator(model, LightConfig(length=steps))
+    estimator = Estimator(
+        model, light_config({"preset": "paper", "estimate": {"length": steps, "mask_learning_rate": 2e-2}})
+    )
     estimator.start(None)
     train(model, steps, 1000 + seed, (task,), 1e-3, estimator=estimator)
     estimator.stop()

@@ -261,7 +261,6 @@ def settings(cell: Cell, model: str, data: Path, folder: Path) -> dict[str, Any]
     rate = "full_learning_rate" if cell.method == "full" and cell.learning_rate != "auto" else "learning_rate"
     return {
         "output": str(folder),
-        "preset": "default",
         "method": cell.method,
         "seed": cell.seed,
         "model": {"name": model},
@@ -274,8 +273,8 @@ def settings(cell: Cell, model: str, data: Path, folder: Path) -> dict[str, Any]
 def light_settings(cell: Cell) -> dict[str, Any]:
     """Estimation and budget of a cell; what it is to measure must not be refused."""
     if cell.ratio is not None:
-        return {"heads": cell.ratio, "neurons": cell.ratio}
-    return {"least_examples": 0, **({"length": cell.estimation} if cell.estimation else {})}
+        return {"remove": {"heads": cell.ratio, "neurons": cell.ratio}}
+    return {"remove": {"blocks": 0.6}, **({"estimate": {"length": cell.estimation}} if cell.estimation else {})}
 
 
 def first_rows(data: Path, cell: Cell) -> Path:

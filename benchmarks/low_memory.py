@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from lightpeft.adapters.light_adapter import load_light
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs.workers import Worker
-from lightpeft.config import LightConfig
+from lightpeft.config import Estimate, LightConfig, Modules, Rates, Remove
 from lightpeft.errors import require
 from lightpeft.profiling import PeakMemory, measure_training
 from lightpeft.recipe.pruner import EarlyPruner
@@ -42,15 +42,10 @@ STEPS = 2
 def budget(part: float) -> LightConfig:
     """This part of the heads and of the neurons of every layer, by chance, which takes no training."""
     return LightConfig(
-        heads=part,
-        neurons=part,
-        neurons_scope="layerwise",
-        modules=0.0,
-        ranks=0.0,
-        head_criterion="random",
-        neuron_criterion="random",
-        length=2,
-        least_examples=0,
+        remove=Remove(blocks=part, scope="layerwise", multiple_of=1),
+        estimate=Estimate(length=2, criterion="random"),
+        modules=Modules(blocks=1.0, remove=0.0, remove_ranks=0.0),
+        rates=Rates(scale=1.0, dropout="keep"),
     )
 
 

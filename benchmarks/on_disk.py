@@ -40,7 +40,6 @@ from transformers import (
 
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs.workers import Worker
-from lightpeft.config import LightConfig
 from lightpeft.errors import require
 from lightpeft.models.on_disk import weights_on_disk
 from lightpeft.plans.records import PrunePlan
@@ -202,7 +201,7 @@ class Process:
             log_level="error",
             dataloader_pin_memory=False,
         )
-        light = LightConfig(blocks=case.blocks, length=case.estimation, least_examples=0)
+        light = {"preset": "paper", "remove": {"blocks": case.blocks}, "estimate": {"length": case.estimation}}
         lora = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
         return _InStages(
             model,

@@ -23,7 +23,7 @@ from synthetic import FAMILIES, Case, Synthetic
 
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs.workers import Worker
-from lightpeft.config import preset_light
+from lightpeft.config import changed, derived, light_config
 from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_option(parser)
     given = parser.parse_args(arguments)
     quiet()
-    light = preset_light("default", length=2)
+    light = changed(derived(light_config(0.6)), {"estimate": {"length": 2}})
     shapes = [shape_of(family, size) for family in given.families for size in given.sizes]
     cases = [measure(Case(shape, given.batch, given.length, 1, light), given.rounds) for shape in shapes]
     results = {"cases": cases, "hardware": hardware(), "command": command("products", arguments)}

@@ -79,11 +79,10 @@ def needs(shape: Mapping[str, int], tokenizer: Path, rows: int, blocks: float) -
         data.write_text((line + "\n") * max(256, 4 * rows), encoding="utf-8")
         columns = {"prompt": "prompt", "completion": "completion", "max_length": PROMPT + COMPLETION}
         settings: dict[str, Any] = {
-            "preset": "writer",
             "output": str(folder / "run"),
             "model": {"name": str(folder / "base"), "dtype": "bfloat16"},
             "data": {"task": "causal-lm", "train": str(data), **columns},
-            "light": {"blocks": blocks, "least_examples": 64},
+            "light": {"remove": {"blocks": blocks}},
             "training": {"batch_size": rows, "gradient_checkpointing": True, "epochs": 100},
         }
         stages = check(pipeline.prepare(run_config_from_dict(settings)), int(HELD)).stages

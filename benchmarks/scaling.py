@@ -27,7 +27,7 @@ from rich.console import Console
 from synthetic import FAMILIES, Case, Shape, measure
 
 from lightpeft.app.cli.command import quiet
-from lightpeft.config import preset_light
+from lightpeft.config import changed, derived, light_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, write_json
 from lightpeft.profiling import hardware
@@ -95,8 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=8, help="rows a batch")
     parser.add_argument("--rounds", type=int, default=3, help="alternations of plain and light")
     parser.add_argument("--steps", type=int, default=3, help="batches a round")
-    parser.add_argument("--preset", default="default", help="lightpeft preset that sets the budget")
-    parser.add_argument("--blocks", type=float, help="part of the blocks to cut, in place of the preset's")
+    parser.add_argument("--blocks", type=float, default=0.6, help="part of the blocks to cut")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 weights and autocast")
     parser.add_argument("--out", type=Path, default=Path("runs/scaling"))
     add_option(parser)
@@ -116,8 +115,7 @@ def _cases(given: argparse.Namespace) -> list[Case]:
     pairs = dict.fromkeys(
         [(size, given.length) for size in given.sizes] + [(given.at, length) for length in given.lengths]
     )
-    part = {} if given.blocks is None else {"blocks": given.blocks}
-    light = preset_light(given.preset, length=2, **part)
+    light = changed(derived(light_config(given.blocks)), {"estimate": {"length": 2}})
     return [
         Case(shape_of(family, size), given.batch, length, given.steps, light, bf16=given.bf16)
         for family in given.families

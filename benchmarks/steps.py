@@ -30,9 +30,13 @@ LIGHT = BUILDS["light"]
 AS_IT_IS = "as it is"
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "LoRA and attention as PEFT and PyTorch have them": {"training.fast_steps": False},
-    "with the base's dropout": {"light.dropout": None},
+    "with the base's dropout": {"light.rates.dropout": "keep"},
     "padded to the longest row alone": {"training.pad_to_multiple_of": 1},
-    "without all three": {"training.fast_steps": False, "light.dropout": None, "training.pad_to_multiple_of": 1},
+    "without all three": {
+        "training.fast_steps": False,
+        "light.rates.dropout": "keep",
+        "training.pad_to_multiple_of": 1,
+    },
     "without prefix cache": {"training.prefix_cache": "off"},
     "in float32": {"training.bf16": False},
 }
@@ -72,7 +76,7 @@ def subjects_of(config: RunConfig) -> subjects.Subjects:
     folder = Path("runs") / "steps" / Path(config.output).name
     run = subjects.pruned(config, folder / AS_IT_IS)
     found = {name: ("light", changed(run, settings, folder / name)) for name, settings in SETTINGS.items()}
-    unrounded = subjects.with_settings(config, {"light.multiple_of": 1})
+    unrounded = subjects.with_settings(config, {"light.remove.multiple_of": 1})
     return {
         AS_IT_IS: ("light", run),
         **found,

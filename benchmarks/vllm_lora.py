@@ -58,7 +58,7 @@ def measure(folders: Sequence[Path], rows: int) -> dict[str, Any]:
     """Texts of both, run by run."""
     runs = [RunFolder.at(folder) for folder in folders]
     for run in runs:
-        require(run.keeps_full, f"{run.path} keeps no adapter at full width; set light.keep to full or both")
+        require(run.keeps_full, f"{run.path} keeps no adapter at full width; set light.after.keep to full or both")
     works = [pipeline.prepare(run.config) for run in runs]
     bases = {str(work.config.model.name) for work in works}
     require(len(bases) == 1, f"one engine serves one base, and the runs have {', '.join(sorted(bases))}")

@@ -71,7 +71,7 @@ from lightpeft.adapters.merging import load_merged
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.bench import accelerating
 from lightpeft.app.runs.reproduce import Results, Row, read_results, reproduce
-from lightpeft.config import PRESETS, RunConfig, load_config, run_config_from_dict
+from lightpeft.config import RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
 from lightpeft.models.batches import IGNORED
@@ -100,7 +100,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 @pytest.fixture(scope="module")
 def config(bench: Workbench) -> Path:
     """Eight steps, two of them estimation."""
-    return bench.yaml("tiny", **{"training.epochs": 1, "preset": "paper"})
+    return bench.yaml("tiny", **{"training.epochs": 1, "light.preset": "paper"})
 
 
 def compare(config: Path, out: Path, *more: object) -> int:
@@ -213,7 +213,7 @@ def test_peers_of_a_grid(bench: Workbench, tmp_path: Path, capsys: pytest.Captur
     settings = bench.settings(**{"training.epochs": 1})
     axes = {"models": {"tiny": {"model": settings["model"]}}, "tasks": {"words": {"data": settings["data"]}}}
     shared = {name: settings[name] for name in ("lora", "training") if name in settings}
-    methods = {"lora": None, "half": {"from": "light-lora", "preset": "default", "light": {"blocks": 0.5}}}
+    methods = {"lora": None, "half": {"from": "light-lora", "light": 0.5}}
     grid = tmp_path / "grid.yaml"
     grid.write_text(yaml.safe_dump({"run": shared, **axes, "methods": methods, "seeds": [0]}, sort_keys=False))
     published = reproduce(grid, tmp_path / "grid", launch=in_this_process)
@@ -242,7 +242,7 @@ def test_peers_of_a_grid(bench: Workbench, tmp_path: Path, capsys: pytest.Captur
 
 def test_every_method_has_a_result(results: dict[str, Any], compared: Path) -> None:
     assert set(results["methods"]) == set(METHODS)
-    assert {f"light_{preset}" for preset in PRESETS} <= {*METHODS, "light_auto"} == set(peer_methods.PEERS)
+    assert {f"light_{name}" for name in peer_methods.LIGHT} <= {*METHODS, "light_auto"} == set(peer_methods.PEERS)
     assert results["failures"] == {}
     for name, method in results["methods"].items():
         assert 0 <= method["quality"]["mean"] <= 1
@@ -403,15 +403,15 @@ def configs_of(config: Path, out: Path, *more: str) -> dict[str, RunConfig]:
     return {cell.method: cell.config for cell in peers.grid_of(options, peers.goal_of_config(options)).cells(out)}
 
 
-def test_presets_take_the_files_own_section_only_for_its_preset(config: Path, tmp_path: Path) -> None:
+def test_one_light_run_alone_takes_the_files_own_section(config: Path, tmp_path: Path) -> None:
     configs = configs_of(config, tmp_path)
-    own, other = configs["light_paper"], configs["light_default"]
+    own, other = configs["light_default"], configs["light_paper"]
     assert own.light == load_config(config).light
-    assert (own.light.length, other.light.length) == (0.25, run_config_from_dict({}).light.length)
+    assert (own.light.estimate.length, other.light.estimate.length) == (0.25, 0.1)
     assert (own.data, own.training, own.model) == (other.data, other.training, other.model)
-    given = configs_of(config, tmp_path, "--light-config", f"default={config}")
-    assert given["light_default"].light == own.light
-    assert given["light_paper"] == own
+    given = configs_of(config, tmp_path, "--light-config", f"paper={config}")
+    assert given["light_paper"].light == own.light
+    assert given["light_default"] == own
 
 
 @pytest.mark.parametrize(("quality", "seconds"), [(0.5, 1.0), (0.6, 2.0), (0.75, 2.0), (0.9, None)])
@@ -747,7 +747,7 @@ def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", family)
     monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"training.epochs": 1, "preset": "paper"})
+    config = bench.yaml("tiny", **{"training.epochs": 1, "light.preset": "paper"})
     assert inference.main([str(config), "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
     results = read(tmp_path / "out.json")
     for size in ("1", "32"):
@@ -806,7 +806,7 @@ def test_vllm_lora(
     assert vllm_lora.main([*runs, "--rows", "3"]) == 0
     assert "| 0 of 3 |" in capsys.readouterr().out
     assert vllm_lora.main([str(tmp_path / "light")]) == 2
-    assert "set light.keep to full or both" in capsys.readouterr().err
+    assert "set light.after.keep to full or both" in capsys.readouterr().err
 
 
 # -- gguf_speed.py -----------------------------------------------------------------------------------------------------
@@ -921,7 +921,7 @@ def test_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
     monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"preset": "fast", "light.after.keep": "full"})
+    config = bench.yaml("tiny", **{"light.after.keep": "full"})
     assert writers.main([str(config), "--rounds", "2", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
     results = read(tmp_path / "out.json")
     weights = list(results["weights_bytes"].values())
@@ -937,7 +937,7 @@ def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recomputing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
     monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"preset": "writer"})
+    config = bench.yaml("tiny", **{"light.remove.head_unit": "balanced"})
     assert recomputing.main([str(config), "--rounds", "1", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
     assert list(read(tmp_path / "out.json")["values"]) == [recomputing.AS_IT_IS, recomputing.KEPT]
     assert f"| {recomputing.KEPT} |" in capsys.readouterr().out
@@ -962,7 +962,7 @@ def test_recomputing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
     monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"preset": "writer"})
+    config = bench.yaml("tiny", **{"light.remove.head_unit": "balanced"})
     assert head.main([str(config), "--rounds", "1", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
     assert list(read(tmp_path / "out.json")["values"]) == [head.AS_IT_IS, head.AT_ONCE, head.OF_ALL]
     assert f"| {head.AT_ONCE} |" in capsys.readouterr().out
@@ -1261,7 +1261,7 @@ def test_experts_cut_for_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (task, cut) for task in experts.TASKS for cut in ("none", *experts.CUTS)
     }
     assert "random weights" in found["model"] and "benchmarks/experts.py --seeds 0" in found["command"]
-    assert "| 50% | frequency |" in capsys.readouterr().out
+    assert "| 50% | random |" in capsys.readouterr().out
     out.unlink()
     assert experts.main([*FEW, "--experts", "0.9", "--out", str(out)]) == 2
     error = capsys.readouterr().err

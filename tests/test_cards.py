@@ -24,7 +24,7 @@ from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.cards import EXPORTS, licence_of, pipeline_tag
 
-UNIFORM: dict[str, Any] = {"scope": "layerwise", "scope": "layerwise"}
+UNIFORM: dict[str, Any] = {"scope": "layerwise"}
 
 
 def card_in(folder: Path) -> tuple[ModelCard, Any]:

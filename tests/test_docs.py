@@ -27,7 +27,6 @@ from lightpeft import EarlyPruner
 from lightpeft.app import cli
 from lightpeft.app.runs.reproduce import running
 from lightpeft.budget import room
-from lightpeft.config import light
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +42,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "configs", folder / "configs")
     for file in (folder / "configs").rglob("*.yaml"):
-        file.write_text(file.read_text().replace("least_examples: 128", "least_examples: 0"))
+        file.write_text(re.sub(r"length: \d+\b(?!\.)", "length: 0.25", file.read_text()))  # of fewer rows
     for grid in workbench.GRIDS:
         smaller(folder / grid.relative_to(ROOT))
     with pytest.MonkeyPatch.context() as patch, workbench.forked():
@@ -51,7 +50,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
         patch.setattr(room, "LEAST_HELD", 16)
-        patch.setattr(light, "SEARCH_FRACTION", 100.0)  # of trainings that are hardly longer than a probe
+        patch.setattr(room, "SEARCH_FRACTION", 100.0)  # of trainings that are hardly longer than a probe
         workbench.save_base(folder / "demo/cache/minilm", "bert", tokenizer=workbench.tokenizer_of_word_pieces())
         workbench.save_base(folder / "demo/cache/smollm2", "llama", tokenizer=word_pieces())
         rows = workbench.labelled(160)

@@ -170,26 +170,27 @@ def test_base_weights_get_no_gradient() -> None:
     assert not any(p.requires_grad for name, p in model.named_parameters() if "base_layer" in name)
 
 
-def start(**config: float) -> Estimator:
-    estimator = Estimator(student(), light_of(length=20, mask_learning_rate=0.01, **config))
+def start() -> Estimator:
+    estimator = Estimator(student(), light_of(length=20, mask_learning_rate=0.01))
     estimator.start(total_steps=None)
     return estimator
 
 
 def test_the_l1_term_pulls_negative_masks_up() -> None:
-    estimator = start(lambda_heads=1e-4, lambda_neurons=1e-4)
+    estimator = start()
     with torch.no_grad():
         estimator.masks.values.fill_(-0.5)
     estimator.step()
     torch.testing.assert_close(estimator.masks.values, torch.full_like(estimator.masks.values, -0.49))
 
 
-def test_masks_follow_the_task_gradient_plus_l1() -> None:
+def test_masks_follow_the_task_gradient_plus_l1(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step equals one step of Adam on the sum of both gradients."""
-    estimator = start(lambda_heads=1e-2, lambda_neurons=2e-2)
+    monkeypatch.setattr("lightpeft.prune.estimation.MASK_PENALTY", 1e-2)
+    estimator = start()
     estimator.model(**inputs()).loss.backward()
     heads = [leaf.grad + 1e-2 for leaf in estimator.masks.heads]
-    neurons = [leaf.grad + 2e-2 for leaf in estimator.masks.neurons]
+    neurons = [leaf.grad + 1e-2 for leaf in estimator.masks.neurons]
     reference = torch.ones_like(estimator.masks.values)
     reference.grad = torch.cat([*heads, *neurons])
     torch.optim.Adam([reference], lr=0.01).step()

@@ -59,7 +59,6 @@ budgets = st.fixed_dictionaries(
         "modules": ratios,
         "ranks": ratios,
         "scope": st.sampled_from(["layerwise", "global"]),
-        "scope": st.sampled_from(["layerwise", "global"]),
         "min_heads": st.integers(0, 1),
         "min_neurons": st.integers(0, 1),
         "multiple_of": st.sampled_from([1, 8]),

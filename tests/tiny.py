@@ -25,6 +25,7 @@ from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.plans import planning
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan
+from lightpeft.plans.selection import Order
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.profiling.live import device_of
 from lightpeft.prune.estimation import Estimator
@@ -329,12 +330,14 @@ def plan_for(model: PeftModel, seed: int = 3, **budget: Any) -> PrunePlan:
     return plan_of(record, **{**USUAL, **budget})
 
 
-def plan_of(record: EstimationRecord, min_heads: int = 1, min_neurons: int = 1, **light: Any) -> PrunePlan:
+def plan_of(
+    record: EstimationRecord, order: Order | None = None, min_heads: int = 1, min_neurons: int = 1, **light: Any
+) -> PrunePlan:
     """A plan; a floor of 0 lets a layer lose the sub-layer, as plans may say that are made by hand."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "LEAST_HEADS", min_heads)
         patch.setattr(planning, "LEAST_NEURONS", min_neurons)
-        return make_plan(record, light_of(**light))
+        return make_plan(record, light_of(**light), order)
 
 
 def masked(model: PeftModel, plan: PrunePlan) -> PeftModel:

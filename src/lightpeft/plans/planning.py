@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from lightpeft.config import LightConfig, derived
+from lightpeft.config import Light, LightConfig, derived, light_config
 from lightpeft.config.light import Scope
 from lightpeft.errors import require
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_parameters
@@ -31,7 +31,7 @@ LEAST_RANKS = 1
 """Ranks that stay in every PEFT module that stays."""
 
 
-def make_plan(record: EstimationRecord, light: LightConfig, order: Order | None = None) -> PrunePlan:
+def make_plan(record: EstimationRecord, light: Light, order: Order | None = None) -> PrunePlan:
     """Decide which units stay.
 
     Counts are exact: of n units, `round(share * n)` go (layerwise: of each layer's n), lowest score first, and among
@@ -39,7 +39,8 @@ def make_plan(record: EstimationRecord, light: LightConfig, order: Order | None 
     experts take no other widths.
 
     Args:
-        light: what is unset in it is what it is for LoRA on a model that classifies.
+        light: part of the blocks to remove, or settings; what is unset in them is what it is for LoRA on a model that
+            classifies.
         order: in which heads, neurons and experts go instead; how many is still what `light` says. It is asked
             for the layers that compete, and for a layer alone where its width is rounded.
 
@@ -47,7 +48,7 @@ def make_plan(record: EstimationRecord, light: LightConfig, order: Order | None 
         LightPeftError: scores that are not finite, a missing criterion, an amount that cannot go, or an `order` that
             is not one of the units.
     """
-    light = derived(light)
+    light = derived(light_config(light))
     record.check_scored(light)
     specs = (*record.blocks, *record.left_out)
     if light.remove.depth == "auto":
