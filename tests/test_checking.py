@@ -257,16 +257,18 @@ def test_steps_at_full_width_are_a_stage(tmp_path: Path) -> None:
     assert found.time_of_plain is not None and found.time_of_plain > 0
 
 
-def test_an_estimation_may_take_longer(tmp_path: Path) -> None:
+def test_an_estimation_may_take_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of classes: whether a model that writes has learned anything is not known."""
-    settings: dict[str, Any] = {"light.remove.blocks": 0.5, "light.least_learned": 0.05, "light.max_fraction": 0.5}
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_STEPS", 6)
+    monkeypatch.setattr("lightpeft.prune.length.MOST_PART", 0.5)
+    settings: dict[str, Any] = {"light.remove.blocks": 0.5, "light.estimate.length": "auto"}
     classes = checked(Workbench(tmp_path), **settings)
     assert (classes.stages["estimate"].steps, classes.longest_estimation) == (6, 12)
-    told = "estimation takes 6 steps, and up to 12 where they teach too little (light.least_learned)"
+    told = "estimation takes 6 steps, and up to 12 where they teach too little (light.estimate.length: auto)"
     assert told in list(classes.summary())
     writer = checked(Workbench(tmp_path / "writer", "llama", "causal-lm"), **settings)
     assert writer.longest_estimation == writer.stages["estimate"].steps
-    assert not any("least_learned" in line for line in writer.summary())
+    assert not any("teach too little" in line for line in writer.summary())
     assert checked(Workbench(tmp_path / "plain"), method="plain").longest_estimation == 0
 
 

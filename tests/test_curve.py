@@ -48,12 +48,14 @@ def test_what_goes_at_one_budget_goes_at_the_next(seed: int, name: str, balanced
         assert kept(later) <= kept(earlier)
 
 
-def test_budgets_that_the_floors_forbid_are_left_out() -> None:
+def test_budgets_that_the_floors_forbid_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     record = random_record(with_lora(make("llama-gqa")))
-    plans = dict(nested_plans(record, but(BUDGET, min_neurons=24), PARTS))
+    monkeypatch.setattr("lightpeft.plans.planning.LEAST_NEURONS", 24)
+    plans = dict(nested_plans(record, BUDGET, PARTS))
     assert plans and max(plans) < max(PARTS)
+    monkeypatch.setattr("lightpeft.plans.planning.LEAST_NEURONS", 48)
     assert "no budget can be tried: blocks 0.9 cannot be reached" in refusal(
-        lambda: dict(nested_plans(record, but(BUDGET, min_neurons=48), [0.9]))
+        lambda: dict(nested_plans(record, BUDGET, [0.9]))
     )
 
 
@@ -124,7 +126,10 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert (tmp_path / "run" / "curve.png").read_bytes()[1:4] == b"PNG"
     assert not (tmp_path / "run" / "plan.json").exists(), "nothing is decided"
     settings = (tmp_path / "run" / "config.yaml").read_bytes()
-    assert lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "24", "--light.min_neurons", "4") == 0
+    assert (
+        lightpeft("plan", "--run", tmp_path / "run", "--curve", "--rows", "24", "--light.remove.head_unit", "balanced")
+        == 0
+    )
     assert (tmp_path / "run" / "config.yaml").read_bytes() == settings, "nor is the run another one"
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert lightpeft("plan", "--run", tmp_path / "run", "--curve") == 0
@@ -136,10 +141,6 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert lightpeft("plan", "--run", tmp_path / "run", "--rows", "30") == 2
     assert "--rows are those of --curve" in capsys.readouterr().err
     assert lightpeft("plan", "--config", bench.yaml("masks"), "--curve") == 2
-    criteria = {**fisher, "light.neuron_criterion": "mask"}
-    assert lightpeft("estimate", "--config", bench.yaml("mixed", **criteria)) == 0
-    assert lightpeft("plan", "--config", bench.yaml("mixed", **criteria), "--curve") == 2
-    assert "give head_criterion and neuron_criterion the same value" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

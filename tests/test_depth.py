@@ -85,7 +85,7 @@ def test_one_stack_reads_the_other(name: str) -> None:
     model = with_lora(make(name))
     before = len(list(model.modules()))
     reason = refusal(lambda: EarlyPruner(model, light_of(depth=A_THIRD)))
-    assert "models with one stack" in reason and "set light.depth to 0" in reason
+    assert "models with one stack" in reason and "set light.remove.depth to 0" in reason
     assert len(list(model.modules())) == before
 
 

@@ -39,7 +39,6 @@ from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.profiling.flops import count_flops
-from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.routing import ClosedRouter
 from lightpeft.prune.surgery import apply_plan
@@ -210,7 +209,7 @@ def test_a_router_that_leaves_experts_out_is_the_one_without_their_rows(name: st
 def test_a_plan_and_a_mask_of_zero_differ_where_a_router_chose_what_goes() -> None:
     """A mask of 0 takes an expert's output away; a cut lets the router choose another. Only the latter is the cut."""
     model = with_lora(make("mixtral"))
-    plan = plan_for(model, **PARTS, expert_criterion="random")
+    plan = plan_for(model, **PARTS, criterion="random")
     data = inputs_for(model)
     reference = masked(model, plan)
     masks = UnitMasks(plan.specs)
@@ -221,30 +220,6 @@ def test_a_plan_and_a_mask_of_zero_differ_where_a_router_chose_what_goes() -> No
     apply_plan(model, plan)
     assert relative_difference(model(**data).logits, reference(**data).logits) < 1e-5
     assert relative_difference(model(**data).logits, only_zero(**data).logits) > 1e-2
-
-
-def test_frequencies_are_parts_of_the_real_tokens() -> None:
-    model, data = student("mixtral"), inputs("mixtral")
-    seen: dict[int, Tensor] = {}
-    real = data["attention_mask"].flatten().bool()
-    for index, layer in layers_of(transformers_model(model)).items():
-        layer.router.register_forward_hook(
-            lambda module, args, out, index=index: seen.update(
-                {index: functional.one_hot(out[2][real], 4).sum((0, 1)) / real.sum()}
-            )
-        )
-    estimator = Estimator(model, light_of(length=2))
-    estimator.start(None)
-    model(**data).loss.backward()
-    estimator.step()
-    estimator.stop()
-    record = estimator.record()
-    for index, scores in enumerate(record.of_blocks("experts", "frequency")):
-        torch.testing.assert_close(scores, seen[index])
-        assert float(scores.sum()) == pytest.approx(2.0), "every token goes to two experts"
-    plan = make_plan(record, light_of(experts=0.5, expert_criterion="frequency"))
-    for index, block in enumerate(plan.blocks):
-        assert set(block.experts) == set(seen[index].sort(descending=True, stable=True).indices[:2].tolist())
 
 
 def balance(logits: list[Tensor], experts: int) -> Tensor:
@@ -338,14 +313,11 @@ def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> No
         assert len(kept.experts) >= spec.needed_experts and kept.expert_width % 8 == 0
         of_first = sum(expert < spec.experts // spec.expert_groups for expert in kept.experts)
         assert of_first * spec.expert_groups == len(kept.experts), "equally many of every group"
-    assert "leave expert_criterion out" in refusal(
-        lambda: make_plan(record, light_of(blocks=0.5, expert_criterion="frequency"))
-    )
 
 
-def test_a_target_counts_experts() -> None:
-    plan = plan_for(with_lora(make("mixtral")), target=0.4)
-    assert 0.4 <= plan.removed_ratio < 0.55
+def test_a_part_of_the_blocks_counts_experts() -> None:
+    plan = plan_for(with_lora(make("mixtral")), blocks=0.4)
+    assert 0.4 <= plan.removed_of_blocks < 0.55
     model = make("mixtral")
     before = sum(p.numel() for p in model.parameters())
     apply_plan(model, plan_without_sites(plan))
@@ -452,7 +424,6 @@ def test_a_run_of_a_mixture(family: str, stay: int, bench: Workbench, tmp_path: 
     bench = bench if family == "mixtral" else Workbench(tmp_path, family, "causal-lm")
     changes = {
         "light.remove.experts": 0.25,
-        "light.expert_criterion": "frequency",
     }
     assert lightpeft("run", "--config", bench.yaml("run", **changes)) == 0
     folder = bench.folder / "run"

@@ -257,7 +257,10 @@ def test_other_tokenizers_are_refused(tokenizer: dict[str, Any], reason: str) ->
         (lambda: light("llama-classifier"), "has another head"),
         (lambda: light(hidden_act="gelu"), "with silu; those of this model have gelu"),
         (lambda: light(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "type dynamic"),
-        (lambda: light_by(without(0, **WITHOUT_ATTENTION)), "light.min_heads: 1"),
+        (
+            lambda: light_by(without(0, **WITHOUT_ATTENTION)),
+            "which llama.cpp needs there",
+        ),
         (lambda: light_by(without(1, **WITHOUT_ATTENTION), "llama-bias"), "block 1 is a bias alone"),
     ],
 )

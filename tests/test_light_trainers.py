@@ -228,8 +228,8 @@ def test_a_name_is_loaded_as_its_trainer_does(named: str, tmp_path: Path) -> Non
     assert {p.dtype for p in again.model.parameters()} == {torch.float32}
     for (name, one), (_, two) in zip(again.model.named_parameters(), other.model.named_parameters(), strict=True):
         assert one.equal(two), name
-    assert of_trl("sft", named, tmp_path / "out", but(LIGHT, depth="auto")).light_config.depth == 0
-    assert of_trl("sft", named, tmp_path / "out", None).light_config == preset("writer")
+    assert of_trl("sft", named, tmp_path / "out", but(LIGHT, depth="auto")).light_config.remove.depth == 0
+    assert of_trl("sft", named, tmp_path / "out", None).light_config == preset("accurate", writes=True)
 
 
 def test_a_name_that_nobody_loads(named: str, base: PreTrainedModel, tmp_path: Path) -> None:

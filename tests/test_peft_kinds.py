@@ -236,11 +236,11 @@ def test_one_form(given: Any, expected: Any) -> None:
 
 
 def test_presets_of_kinds() -> None:
-    for name in ("default", "fast"):
+    for name in ("accurate", "fast"):
         for peft in ({"type": "bottleneck", "size": 4}, {"type": "Bottleneck"}):
-            light = run_config_from_dict({"preset": name, "peft": peft}).light
-            assert light == preset(name, peft) == preset(name, "bottleneck")
-        assert preset(name, "ia3") == preset(name, {"use_dora": True}) == preset(name)
+            light = run_config_from_dict({"light": name, "peft": peft}).light
+            assert light == preset(name, "bottleneck") != preset(name)
+        assert preset(name, "ia3") == run_config_from_dict({"light": name, "peft": {"use_dora": True}}).light
 
 
 @pytest.mark.parametrize(

@@ -353,7 +353,7 @@ def test_another_budget_replans_until_pruned(bench: Workbench, capsys: pytest.Ca
     before = stamps(folder)
     capsys.readouterr()
     assert lightpeft("plan", "--run", folder, "--light.remove.heads", "0.25") == 2
-    assert "differs in light.heads" in capsys.readouterr().err
+    assert "differs in light.remove.heads" in capsys.readouterr().err
     assert lightpeft("plan", "--run", folder) == 0
     assert stamps(folder) == before
 

@@ -388,7 +388,7 @@ GROUPS_OF_32 = "are no multiple of the 32 weights that share a scale; set light.
         ({"heads": 0.0, "neurons": 0.5, "multiple_of": 64}, None),
         (
             {"blocks": 0.5, "multiple_of": 32},
-            "heads to 0, with light.neurons in place of light.blocks and light",
+            "heads to 0, with light.remove.neurons in place of light.remove.blocks",
         ),
         ({"heads": 0.0, "neurons": 0.0}, None),
     ],

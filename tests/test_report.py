@@ -242,7 +242,7 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
         assert f"{100 * (point.removed_of_blocks or 0):.0f}% gone: {point.rise:+.3f}" in found.text
     assert f"training samples/s: {run.speeds.rows[0].ratio:.2f}" in found.text
     assert f"lightpeft run --config {bench.folder}/light/config.yaml --output {bench.folder}/light_again" in found.text
-    assert "head_criterion: fisher" in found.text and "torch" in found.text
+    assert "criterion: fisher" in found.text and "torch" in found.text
 
 
 def test_warnings_stand_above_all_else(light: Path) -> None:
@@ -371,11 +371,12 @@ class TestAutoBudget:
         assert "the tolerance is 5 points (0.1 nats)" in text and "against nothing cut, points" in text
         assert "256 rows that were set aside, by probes of 9 steps" in text and "measured in the end" not in text
 
-    def test_of_a_real_run(self, tmp_path: Path) -> None:
+    def test_of_a_real_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("lightpeft.budget.room.SEARCH_FRACTION", 100.0)
         bench = Workbench(tmp_path)
         write_rows(bench.train, labelled(600, seed=1))
         fisher = {"light.estimate.criterion": "fisher"}
-        auto = {"light.remove.blocks": "auto", "light.search_fraction": 100.0}
+        auto = {"light.remove.blocks": "auto"}
         pipeline.run(bench.config("run", **fisher, **auto, **{"training.epochs": 0.5}))
         found = read_run(tmp_path / "run")
         seconds = {stage.name: stage.seconds or 0.0 for stage in found.stages}

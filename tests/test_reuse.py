@@ -127,10 +127,10 @@ def test_a_run_that_has_another_estimation(bench: Workbench, refused: Refused) -
 
 def test_what_an_estimation_depends_on(bench: Workbench) -> None:
     same = estimation_settings(bench.config("a"))
-    later = {**OTHER, "light.after.keep": "both", "light.min_heads": 0}
+    later = {**OTHER, "light.after.keep": "both", "light.remove.scope": "global"}
     assert estimation_settings(bench.config("b", **later)) == same
     assert estimation_settings(bench.config("b", **{"model.trust_remote_code": True})) == same
-    assert estimation_settings(bench.config("b", **{"light.lambda_heads": 0.5})) != same
+    assert estimation_settings(bench.config("b", **{"light.estimate.mask_learning_rate": 0.5})) != same
 
 
 # -- beginning anew ----------------------------------------------------------------------------------------------

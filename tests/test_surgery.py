@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lights import light_of
 from peft import PeftModel
 from tiny import (
     ALL,
@@ -23,6 +22,7 @@ from tiny import (
     kept_channels,
     make,
     plan_for,
+    plan_of,
     random_record,
     relative_difference,
     select,
@@ -34,7 +34,6 @@ from lightpeft.errors import LightPeftError
 from lightpeft.models.linears import dense_weight
 from lightpeft.models.unwrap import base_layer, transformers_model
 from lightpeft.peft_kinds.sites import find_sites
-from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import count_parameters
 from lightpeft.prune.surgery import apply_plan
@@ -77,7 +76,7 @@ def dense() -> dict[str, tuple[PeftModel, Any]]:
 @given(name=st.sampled_from(LAYOUTS), budget=budgets)
 def test_the_plan_tells_exactly_what_goes(dense: dict[str, Any], name: str, budget: dict[str, Any]) -> None:
     model, record = dense[name]
-    plan = make_plan(record, light_of(**budget))
+    plan = plan_of(record, **budget)
     pruned = copy.deepcopy(model)
     apply_plan(pruned, plan)
     before, after = count_parameters(model), count_parameters(pruned)

@@ -174,7 +174,7 @@ class TestDoubtsOfRun:
         before, after = classes(80, 20), classes(60, 40)
         (line,) = doubts_of_run(watcher(untouched_base=before, in_the_end=after), {})
         assert line.startswith("accuracy 0.6000 on 100 test rows is worse than the untouched base's 0.8000 (p = ")
-        assert line.endswith("; train at a lower learning rate, or cut less (light.blocks)")
+        assert line.endswith("; train at a lower learning rate, or cut less (light: 0.2)")
         assert list(doubts_of_run(watcher(untouched_base=after, in_the_end=before), {})) == []
         assert list(doubts_of_run(watcher(untouched_base=before, in_the_end=classes(78, 22)), {})) == []  # by chance
 
@@ -334,7 +334,10 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     assert lightpeft("run", "--config", bench.yaml("uncut", **FEW, **slow, **{"light.remove.blocks": 0.0})) == 0
     told = capsys.readouterr().err
     assert "hardly learned" not in told and "to learn more" not in told
-    longer = {"light.estimate.length": 0.25, "light.least_learned": 0.9, "light.max_fraction": 0.5}
+    monkeypatch.setattr("lightpeft.prune.estimation.ENOUGH_LEARNED", 0.9)
+    monkeypatch.setattr("lightpeft.prune.length.LEAST_STEPS", 6)
+    monkeypatch.setattr("lightpeft.prune.length.MOST_PART", 0.5)
+    longer = {"light.estimate.length": "auto"}
     assert lightpeft("run", "--config", bench.yaml("longer", **FEW, **longer)) == 0
     assert "estimation took 12 steps instead of 6, to learn more of the task\n" in capsys.readouterr().err
     told = read(bench.folder / "longer" / "metrics.json")["estimation"]
@@ -347,8 +350,8 @@ def test_what_a_cut_means_for_a_model_that_writes_is_said(
     llama: Workbench, bench: Workbench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without a preset nothing goes; what is cut all the same, and not to be served whole, loses much."""
-    loses = "a model that writes loses far more by a cut than one that classifies; preset: writer cuts nothing"
-    keeps = "nothing of the base goes (preset: writer): a model that writes uses all of itself"
+    loses = "a model that writes loses far more by a cut than one that classifies; light: 0 cuts nothing"
+    keeps = "nothing of the base goes: a model that writes uses all of itself"
     whole = {
         "light.remove.heads": 0.0,
         "light.modules.remove": 0.0,
