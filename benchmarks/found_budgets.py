@@ -27,7 +27,7 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.runs.reproduce import Results, Row, read_results
 from lightpeft.runs.reproduce.grid import cell_name
-from lightpeft.runs.reproduce.summary import Report
+from lightpeft.runs.reproduce.results import Report
 
 DENSE, AUTO = "nothing cut", "auto"
 STEP = 0.05

@@ -20,6 +20,7 @@ from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
 from lightpeft.runs import pipeline
 from lightpeft.runs.bench import Build, Subject
+from lightpeft.runs.reproduce.saving import factored
 from lightpeft.runs.workers import Worker
 
 Subjects = Mapping[str, tuple[str | Build, RunConfig]]
@@ -52,13 +53,15 @@ def measure(subjects: Subjects, rounds: int, steps: int) -> dict[str, Any]:
         workers = {name: stack.enter_context(Worker(Subject, *what, steps)) for name, what in subjects.items()}
         memory = {name: worker.measure("fixed")["peak_memory_bytes"] for name, worker in workers.items()}
         values = alternate({name: partial(worker.measure, "training") for name, worker in workers.items()}, rounds)
+    settings, own = factored({name: asdict(config) for name, (_, config) in subjects.items()})
     return {
         "samples_per_second": {name: asdict(summarize(of)) for name, of in values.items()},
         "time_ratio": {name: asdict(ratio(values[first], of)) for name, of in values.items()},
         "memory_bytes": memory,
         "values": values,
         "hardware": hardware(),
-        "configs": {name: asdict(config) for name, (_, config) in subjects.items()},
+        "settings": settings,
+        "configs": own,
     }
 
 

@@ -1,13 +1,11 @@
 """Grids of runs over models, tasks, methods and seeds, and the tables of them: `lightpeft reproduce`."""
 
-from lightpeft.runs.reproduce.arms import ARMS, Arm
-from lightpeft.runs.reproduce.calls import Call
-from lightpeft.runs.reproduce.documents import csv_table, read_results, write_results
+from lightpeft.runs.reproduce.arms import ARMS, Arm, Call
 from lightpeft.runs.reproduce.grid import Cell, Grid, load_grid, selected
-from lightpeft.runs.reproduce.joining import joined
 from lightpeft.runs.reproduce.over_tasks import Summary, over_tasks
+from lightpeft.runs.reproduce.results import Results, Row, summarize
 from lightpeft.runs.reproduce.running import check_cell, reproduce
-from lightpeft.runs.reproduce.summary import Results, Row, summarize
+from lightpeft.runs.reproduce.saving import csv_table, joined, read_results, write_results
 from lightpeft.runs.reproduce.tables import markdown_table, rich_table
 
 __all__ = [

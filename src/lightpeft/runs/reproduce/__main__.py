@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightpeft.errors import LightPeftError
 from lightpeft.models.loading import quiet_libraries
-from lightpeft.runs.reproduce.calls import Call
+from lightpeft.runs.reproduce.arms import Call
 from lightpeft.saved.run_folder import stored_config
 
 

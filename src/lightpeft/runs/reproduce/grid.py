@@ -14,8 +14,7 @@ from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml, shown, unknown_key
 from lightpeft.errors import LightPeftError, require
 from lightpeft.peft_kinds.kinds import check_peft_settings
-from lightpeft.runs.reproduce.arms import ARMS, Arm, Settings
-from lightpeft.runs.reproduce.calls import Call
+from lightpeft.runs.reproduce.arms import ARMS, Arm, Call, Settings
 from lightpeft.saved.run_folder import RunFolder
 from lightpeft.tasks import find_entry
 
