@@ -48,6 +48,9 @@ from workbench import (
     tokenizer_of_bytes,
 )
 
+from lightpeft.adapters.merging import load_merged
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.config import PRESETS, RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
@@ -56,9 +59,6 @@ from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
-from lightpeft.runs.reproduce import Results, Row, read_results
-from lightpeft.saved.merging import load_merged
 
 ROOT = Path(__file__).parents[1]
 PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
