@@ -11,7 +11,6 @@ import copy
 import gc
 import logging
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -698,21 +697,6 @@ def test_adapters_in_a_module() -> None:
         model.add_adapter("two", LoraConfig(target_modules=["query"]))
         layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
         assert sorted(of_peft.adapters_in(layer)) == ["one", "two"]
-
-
-def test_ranks_of_parameters_are_taken_and_not_warned_of() -> None:
-    name = "model.layers.0.mlp.experts.down_proj"
-    config = LoraConfig(r=4, target_modules=[], target_parameters=[name], rank_pattern={name: 2})
-    with needed_for("loading LoRA on experts without a wrong warning"), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        get_peft_model(make("mixtral"), config)
-        assert any("did not match any targeted module" in str(each.message) for each in caught)
-        caught.clear()
-        with of_peft.ranks_of_parameters(config):
-            model = get_peft_model(make("mixtral"), config)
-        assert not [each for each in caught if issubclass(each.category, RuntimeWarning)]
-        (layer,) = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-        assert layer.r == {"default": 2}
 
 
 def test_names_that_lora_takes_for_experts() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import ParamWrapper
 from test_bad_input import stamps
 from test_checkpoint import light_over, logits
 from tiny import (
@@ -37,11 +39,13 @@ from lightpeft.config import Budget
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import MASKED, BlockSpec
 from lightpeft.profiling.flops import count_flops
 from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.routing import ClosedRouter
 from lightpeft.prune.surgery import apply_plan
@@ -528,3 +532,54 @@ def test_a_cut_that_leaves_too_few_experts_is_refused_and_nothing_is_lost(
 def test_units_have_one_order() -> None:
     """Masks, plans and specs name the same units."""
     assert {*MASKED} <= {*vars(block_specs(make("mixtral"))[0])} and {*MASKED} <= {*BlockPlan((), (), ()).__dict__}
+
+
+# No LoRA on experts and routers
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_all_linear_layers_but_experts_and_routers(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What people write: PEFT then takes routers and parameters of experts for linear layers."""
+    base = make(name)
+    parts = [part for spec in block_specs(base) if spec.experts for part in spec.expert_modules.values()]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert all(isinstance(base.get_submodule(part), ParamWrapper) for part in parts)
+    EarlyPruner(model)
+    assert f"no LoRA on {len(parts)} routed experts and routers ({parts[0]}): " in caplog.text
+    assert not any(isinstance(base.get_submodule(part), ParamWrapper) for part in parts)
+    assert model.peft_config["default"].target_parameters is None
+    with torch.no_grad():
+        for site in find_sites(model, block_specs(base)):
+            site.up.normal_()
+    plan = plan_for(model.eval(), **PARTS)
+    apply_plan(model, plan)
+    light = as_light(model, plan)
+    light.save_pretrained(tmp_path)
+    assert logits(load_light(tmp_path, make(name))).equal(logits(light))
+
+
+def test_a_run_on_all_linear_layers(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path, "mixtral", "causal-lm")
+    changes = {"light.experts": 0.25, "lora.dropout": 0.0, "peft": {"type": "lora", "target_modules": "all-linear"}}
+    file = bench.yaml("run", **changes)
+    for verb in ("check", "run"):
+        assert lightpeft(verb, "--config", file) == 0
+    assert load_light(tmp_path / "run" / "adapter").light_plan.sites
+
+
+def test_lora_on_experts_that_somebody_named_or_trained_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    text = refusal(lambda: EarlyPruner(get_peft_model(make("mixtral"), named)))
+    assert text.startswith("LoRA on the parameter experts.down_proj cannot be pruned; leave target_parameters out")
+    model = get_peft_model(make("mixtral"), LoraConfig(r=2, target_modules="all-linear"))
+    router = transformers_model(model).get_submodule("model.layers.0.mlp.gate")
+    with torch.no_grad():
+        router.lora_B["default"].weight.fill_(1.0)
+    assert refusal(lambda: EarlyPruner(model)).startswith("LoRA on the parameter down_proj cannot be pruned")
+    bench = Workbench(tmp_path, "mixtral", "causal-lm")
+    parameters = {"type": "lora", "target_parameters": ["experts.down_proj"]}
+    capsys.readouterr()
+    assert lightpeft("run", "--config", bench.yaml("run", **{"peft": parameters, "lora.dropout": 0.0})) == 2
+    assert capsys.readouterr().err.count("\n") == 1

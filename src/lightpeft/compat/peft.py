@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -98,15 +97,3 @@ def adapters_in(layer: BaseTunerLayer) -> list[str]:
 def forget_norms(magnitude: Any) -> None:
     """Have DoRA's module take the norms of its weights anew: they were changed under it."""
     magnitude._cache_clear()
-
-
-@contextmanager
-def ranks_of_parameters(config: PeftConfig) -> Iterator[None]:
-    """Inside it, PEFT makes modules without a warning that ranks (`rank_pattern`) of parameters are ignored.
-
-    They are not: it looks for the names among modules alone when it warns, and among parameters when it takes them.
-    """
-    with warnings.catch_warnings():
-        if getattr(config, "target_parameters", None):
-            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        yield

@@ -169,7 +169,7 @@ class _Lora(PeftKind):
         require(
             not others,
             f"lora.slots has {', '.join(others)}, which PEFT takes for the routed experts of {place.model_type}; "
-            "leave these slots out, and name parameters of experts in peft.target_parameters",
+            "leave these slots out",
         )
         return {**result, "target_modules": stay} if len(stay) < len(targets) else result
 

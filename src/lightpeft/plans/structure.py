@@ -23,11 +23,6 @@ MASKED: tuple[MaskedUnit, ...] = get_args(MaskedUnit)
 OUTPUT_SLOTS = ("o", "ffn_out")
 """Projections that are cut along their inputs; all others are cut along their outputs."""
 
-EXPERT_SLOTS = {"experts_gate_in": "gate_up_proj", "experts_out": "down_proj"}
-"""What PEFT can sit on in routed experts, in the order it is used: slot -> 3-D parameter of their module."""
-SITE_SLOTS = (*SLOTS, *EXPERT_SLOTS)
-"""All slots that a PEFT module may sit in."""
-
 
 def role_named(name: str) -> Role | None:
     """The role of that name; None: there is none."""

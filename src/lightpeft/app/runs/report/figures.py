@@ -10,7 +10,7 @@ from lightpeft.app.runs.report.facts import AutoBudget, Curve, Losses
 from lightpeft.app.runs.report.svg import Drawing, Point, Scale, tick_text
 from lightpeft.app.runs.report.words import count, interval, is_part, metric_name, quality
 from lightpeft.plans.records import BlockPlan, PrunePlan
-from lightpeft.plans.structure import SITE_SLOTS, BlockSpec
+from lightpeft.plans.structure import SLOTS, BlockSpec
 
 NARROW = 326.0
 """Pixels that the smallest screens have room for."""
@@ -143,7 +143,7 @@ def _widths(
 def modules(plan: PrunePlan) -> Drawing:
     """Every PEFT module, a column for each place in a block: how many of its ranks stay."""
     dense = {(site.block, site.slot): site.rank for site in plan.dense_sites}
-    slots = [slot for slot in SITE_SLOTS if any(slot == of for _, of in dense)]
+    slots = [slot for slot in SLOTS if any(slot == of for _, of in dense)]
     rows = _Layers(plan, right=0)
     figure = rows.drawing(f"PEFT modules that stay, with their ranks: {len(plan.sites)} of {len(plan.dense_sites)}")
     pitch = min(58.0, rows.inner / max(len(slots), 1))
