@@ -23,6 +23,9 @@ MASKED: tuple[MaskedUnit, ...] = get_args(MaskedUnit)
 OUTPUT_SLOTS = ("o", "ffn_out")
 """Projections that are cut along their inputs; all others are cut along their outputs."""
 
+FFN_SLOTS = ("ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
+"""Projections of the FFN, whose units are neurons; those of all others are heads."""
+
 
 def role_named(name: str) -> Role | None:
     """The role of that name; None: there is none."""

@@ -11,12 +11,12 @@ from typing import Any
 
 from lightpeft.app.folders.run_folder import Report, RunFolder, is_run, read_report
 from lightpeft.app.runs.report.speeds import Speeds, read_speeds
+from lightpeft.budget.found import FoundBudget
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
 from lightpeft.files import read_json, understandable
 from lightpeft.plans.records import PrunePlan, block_parameters
-from lightpeft.prune.budgeting import FoundBudget
 
 STAGES = {
     "depth": "The depth",

@@ -12,10 +12,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from lightpeft.app.runs.report.drawing import BLANK, BLUE, GREEN, ORANGE, PAPER, QUIET, RULE, STYLED, Drawing
 from lightpeft.app.runs.report.facts import Losses
 from lightpeft.app.runs.report.words import count, interval, is_part, metric_name, quality
+from lightpeft.budget.found import FoundBudget
 from lightpeft.errors import require
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import SLOTS, BlockSpec
-from lightpeft.prune.budgeting import FoundBudget
 
 NARROW = 326.0
 """Pixels that the smallest screens have room for."""
