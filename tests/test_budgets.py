@@ -29,19 +29,22 @@ from lightpeft.app.runs.report.facts import read_run
 from lightpeft.app.runs.trainers import LightRun
 from lightpeft.app.tasks import Answers, ClassificationTask, points_a_nat
 from lightpeft.app.tasks.metrics import METRICS
+from lightpeft.budget import finding
+from lightpeft.budget import search as searching
+from lightpeft.budget.finding import find_budget
+from lightpeft.budget.found import SHORT, FoundBudget
+from lightpeft.budget.probes import Probe
+from lightpeft.budget.room import PARTS, SearchRoom, sizes_of, why_unmeasured
+from lightpeft.budget.search import BudgetSearch
+from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import Tolerance, preset_light
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.plans import budgets
-from lightpeft.plans.budgets import SHORT, BudgetSearch, cost_in_words, tolerance_in_words
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import losses_of
-from lightpeft.prune import budgeting
-from lightpeft.prune.budgeting import PARTS, FoundBudget, find_budget
 from lightpeft.prune.learning import LEAST_LEARNED
-from lightpeft.prune.probing import Probe
 from lightpeft.prune.surgery import cut_copy
-from lightpeft.recipe.probes import SearchRoom, sizes_of, why_unmeasured
+from lightpeft.training.rows import rows_of_steps
 
 FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
 AUTO = {**FISHER, "light.blocks": "auto", "light.search_fraction": 100.0}
@@ -465,7 +468,7 @@ def test_a_model_no_better_than_frequencies_keeps_everything(monkeypatch: pytest
     probe, record = probe_of(model), random_record(model)
     dense = float(losses_of(model, probe.held, None).mean())
     for times, learned in ((1.01, 0.0099), (2.0, 0.5)):
-        monkeypatch.setattr(budgeting, "chance_of", lambda *_, chance=dense * times: chance)
+        monkeypatch.setattr(finding, "chance_of", lambda *_, chance=dense * times: chance)
         found = find_budget(model, record, LIGHT, probe, HALF)
         assert found.learned == pytest.approx(learned, abs=1e-3)
         assert ("hardly better than an answer by the frequencies" in found.summary()) == (learned < 0.05)
@@ -476,7 +479,7 @@ def test_the_loss_of_an_answer_by_frequencies() -> None:
     model = with_lora(make("bert"))
 
     def chance(*labels: Any) -> float | None:
-        return budgeting.chance_of(model, [{"labels": torch.tensor(of)} for of in labels])
+        return finding.chance_of(model, [{"labels": torch.tensor(of)} for of in labels])
 
     assert chance([0, 1], [0, 1]) == pytest.approx(math.log(2))
     assert chance([1, 1, 1]) == 0.0
@@ -484,7 +487,7 @@ def test_the_loss_of_an_answer_by_frequencies() -> None:
     assert chance([0.5, 1.5]) is None, "numbers"
     assert chance([[0, 1], [1, -100]]) is None, "tokens"
     spans = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])}
-    assert budgeting.chance_of(model, [spans]) is None, "places"
+    assert finding.chance_of(model, [spans]) is None, "places"
     model.get_base_model().config.num_labels = 1
     assert chance([0, 1]) is None, "one output"
 
@@ -498,7 +501,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
     made = Workbench(tmp_path_factory.mktemp("budgets"))
     write_rows(made.train, labelled(600, seed=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budgeting, "LEAST_LEARNED", -math.inf)
+        patch.setattr("lightpeft.budget.found.LEAST_LEARNED", -math.inf)
         yield made
 
 
@@ -533,7 +536,7 @@ def test_what_others_lost_counts_where_the_tolerance_is_in_points(
     bench: Workbench, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert read(whole / "budget.json")["blocks"] > 0
-    monkeypatch.setattr(budgets, "elsewhere", lambda blocks: (1e3, 1.0))
+    monkeypatch.setattr(searching, "elsewhere", lambda blocks: (1e3, 1.0))
     for tolerance, cut in (("30 points", False), ("2 nats", True)):
         pipeline.run(short(bench, f"others_{cut}", **{"light.tolerance": tolerance}))
         assert bool(read(bench.folder / f"others_{cut}" / "budget.json")["blocks"]) is cut
@@ -558,7 +561,7 @@ def test_rows_aside_are_not_those_of_estimation(bench: Workbench, monkeypatch: p
     assert len({tuple(ids) for ids in work.train_rows["input_ids"]}) > 590 and not aside & of_probes
     steps = read(bench.folder / "aside" / "estimation" / "estimation.json")["meta"]["steps"]
     trainer = LightRun(work, add_peft(work.dense_model(), config))
-    estimated = trainer.rows_of_steps(steps)
+    estimated = rows_of_steps(trainer, steps)
     assert estimated is not None and len(estimated) == 8 * steps and not estimated & set(probe.rows)
 
 
@@ -706,7 +709,7 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
     found = trainer.light_budget
     assert found is not None and found.probed
     copies = 1 + len(found.probed)
-    _, cost = sizes_of(SearchRoom.of(trainer), LIGHT, 60)
+    _, cost = sizes_of(SearchRoom.of(trainer, trainer.light_tolerance()), LIGHT, 60)
     assert rows["trained"] == copies * cost.trained
     whole = cost.held if unit == "points" else cost.few
     assert rows["forward"] == copies * cost.held + whole + cost.few * len(PARTS)
@@ -725,7 +728,7 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether somebody asked for a search or not; of a model that counts as one that has learned something."""
-    monkeypatch.setattr(budgeting, "LEAST_LEARNED", -math.inf)
+    monkeypatch.setattr("lightpeft.budget.found.LEAST_LEARNED", -math.inf)
     bench = Workbench(tmp_path)
     write_rows(bench.train, labelled(600, seed=1))
     settings = {**bench.settings(**{"training.epochs": 1}), "light": {"length": 40, "least_examples": 0}}
@@ -754,7 +757,9 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
 def test_a_fixed_budget_is_for_who_has_learned(
     learned: float | None, blocks: float, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budgeting, "LEAST_LEARNED", LEAST_LEARNED)  # which the runs of this module do not ask for
+    monkeypatch.setattr(
+        "lightpeft.budget.found.LEAST_LEARNED", LEAST_LEARNED
+    )  # which the runs of this module do not ask for
     found = FoundBudget.fixed("few", learned)
     assert found.blocks == blocks and found.summary().startswith(why) and json.dumps(found.facts())
     assert FoundBudget.fixed("few", 0.3, gone=0.5).blocks == 0.5

@@ -16,8 +16,8 @@ from workbench import Workbench, lightpeft, read
 
 from lightpeft import Budget, apply_plan
 from lightpeft.app.runs import pipeline
+from lightpeft.budget.curve import PARTS, loss_curve, nested_plans
 from lightpeft.plans.records import PrunePlan
-from lightpeft.prune.curve import PARTS, loss_curve, nested_plans
 
 BUDGET = Budget(head_criterion="fisher", neuron_criterion="fisher", modules=0.0, ranks=0.0)
 

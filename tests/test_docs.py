@@ -25,8 +25,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from lightpeft import EarlyPruner, LightConfig
 from lightpeft.app import cli
 from lightpeft.app.runs.reproduce import running
+from lightpeft.budget import room
 from lightpeft.config import light
-from lightpeft.recipe import probes
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,7 +49,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(running, "run_cell", workbench.in_this_process)
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
-        patch.setattr(probes, "LEAST_HELD", 16)
+        patch.setattr(room, "LEAST_HELD", 16)
         patch.setattr(light, "SEARCH_FRACTION", 100.0)  # of trainings that are hardly longer than a probe
         workbench.save_base(folder / "demo/cache/minilm", "bert", tokenizer=workbench.tokenizer_of_word_pieces())
         workbench.save_base(folder / "demo/cache/smollm2", "llama", tokenizer=word_pieces())

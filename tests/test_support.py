@@ -35,8 +35,9 @@ from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.models.families.encoders import ENCODERS
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.prune.adapting import ConfigView, SelectedChannels, SharedBiases
 from lightpeft.prune.masks import UnitMasks
-from lightpeft.prune.surgery import ConfigView, SelectedChannels, SharedBiases, apply_plan
+from lightpeft.prune.surgery import apply_plan
 
 COMPILED = {"llama-gqa": "bottleneck"}
 """Compiling takes seconds: `make test` compiles one model."""

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from workbench import Workbench
 
 from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.files import check_sealed, seal
@@ -24,8 +25,8 @@ from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.training.arguments import training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint, StopOnSignal
 from lightpeft.training.checkpoints import last_checkpoint
+from lightpeft.training.fitting import Interrupted, fit
 from lightpeft.training.schedule import Pace
-from lightpeft.training.trainer import Interrupted, RunTrainer, fit
 
 
 @pytest.fixture(scope="module")

@@ -45,10 +45,10 @@ from transformers import (
 from lightpeft.app import cli
 from lightpeft.app.runs import pipeline, workers
 from lightpeft.app.runs.reproduce import Cell
+from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.config import RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
-from lightpeft.training.trainer import RunTrainer
 
 NEUTRAL = tuple(f"word{index}" for index in range(20))
 GOOD = tuple(f"good{index}" for index in range(6))
