@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -32,7 +31,6 @@ from trl_settings import SETTINGS, WORDS, logits, tokenizer
 
 from lightpeft import BottleneckConfig, LightConfig, LightTrainer, light_trainer, load_light, preset_light
 from lightpeft.prune.light_model import LightModel
-from lightpeft.recipe import wrapping
 
 trl = pytest.importorskip("trl")
 
@@ -230,34 +228,6 @@ def test_a_name_is_loaded_as_its_trainer_does(named: str, tmp_path: Path) -> Non
         assert one.equal(two), name
     assert of_trl("sft", named, tmp_path / "out", replace(LIGHT, depth="auto")).light_config.depth == 0
     assert of_trl("sft", named, tmp_path / "out", None).light_config == preset_light("writer")
-
-
-def test_a_name_that_nobody_loads(named: str, base: PreTrainedModel, tmp_path: Path) -> None:
-    settings = {name: value for name, value in ARGUMENTS.items() if name != "bf16"}
-    args = TrainingArguments(str(tmp_path / "out"), **settings)
-    lora = LoraConfig(task_type="CAUSAL_LM")
-    said = refusal(lambda: LightTrainer(named, args, train_dataset=Dataset.from_list(PAIRS), peft_config=lora))
-    assert "Trainer loads no model by its name; give it loaded" in said
-    nowhere = LoraConfig(task_type="CAUSAL_LM", target_modules=["nowhere"])
-    said = refusal(lambda: of_trl("sft", named, tmp_path / "out", peft_config=nowhere))
-    assert "PEFT cannot put its modules on the model" in said
-    assert peft.get_peft_model is trl.trainer.sft_trainer.get_peft_model is wrapping.get_peft_model
-
-
-def test_dpo_with_positional_arguments(base: PreTrainedModel, tmp_path: Path) -> None:
-    """They are the ones they would be by name: the reference is asked before training here, too."""
-    by_name = dpo(base, tmp_path / "out")
-    positional = light_trainer(trl.DPOTrainer)(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
-        None,
-        trl.DPOConfig(str(tmp_path / "out"), **ARGUMENTS),
-        train_dataset=by_name.train_dataset.select_columns(["prompt", "chosen", "rejected"]),
-        processing_class=tokenizer(),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.0),
-        light=LIGHT,
-    )
-    assert positional.args.precompute_ref_log_probs
-    assert positional.train_dataset["ref_chosen_logps"][:] == by_name.train_dataset["ref_chosen_logps"][:]
 
 
 def test_dpo_with_a_reference_of_its_own(base: PreTrainedModel, tmp_path: Path) -> None:
