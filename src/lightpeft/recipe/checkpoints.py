@@ -8,8 +8,8 @@ from typing import Any
 
 from peft import PeftModel
 from transformers import set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
+from lightpeft.compat.transformers import TRAINER_STATE_NAME
 from lightpeft.files import replacing_folder
 from lightpeft.models.sharding import is_sharded
 from lightpeft.plans.records import PrunePlan

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from lightpeft.compat.transformers import used_columns
 from lightpeft.config import LightConfig
 from lightpeft.profiling.live import Batch
 from lightpeft.prune.budgeting import PARTS
@@ -92,7 +93,7 @@ class SearchRoom:
             rows_a_step=rows_a_step(args),
             processes=args.world_size,
             points=trainer.light_tolerance().unit == "points",
-            engine="FSDP" if trainer._shards else "DeepSpeed" if trainer._in_deepspeed else None,
+            engine="FSDP" if trainer._shards else None,
             told=trainer.light_rows_told,
         )
 
@@ -212,7 +213,7 @@ def batches_of(rows: Any, trainer: Any, numbers: Sequence[int], size: int) -> li
     lengths = rows["length"][:] if isinstance(rows, Dataset) and "length" in rows.column_names else None
     order = list(numbers) if lengths is None else sorted(numbers, key=lengths.__getitem__)
     if isinstance(rows, Dataset):
-        rows = trainer._remove_unused_columns(rows, description="training")
+        rows = used_columns(trainer, rows)
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     batches = [trainer.data_collator([rows[number] for number in part]) for part in parts]
     mixed = torch.randperm(len(batches), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -35,8 +36,8 @@ def check_light(training: LightTraining) -> None:
     require(found is None, f"{found} cannot follow a model that is cut on the way; train without it{hint}")
     alone = "weights on disk are for training in one process; load the model without weights_on_disk"
     require(args.world_size == 1 or not has_weights_on_disk(trainer.model), alone)
-    if training._shards or training._in_deepspeed:
-        _check_sharded(training, "FSDP" if training._shards else "DeepSpeed")
+    if training._shards:
+        _check_sharded(training)
     if training.light_config.blocks == "auto" and training.light_plan is None:
         training.light_tolerance()
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
@@ -58,6 +59,16 @@ def check_length(training: LightTraining) -> None:
         fitted(training.light_config, pace_of(training), steps, longer=training.light_longer)
 
 
+def refuse_name(model: object) -> None:
+    """Refuse a model that is given by its name: PEFT modules go on it before a trainer sees it.
+
+    Raises:
+        LightPeftError: saying how to load it.
+    """
+    by_name = f"give the model loaded, by from_pretrained of its class in transformers, in place of {model!r}"
+    require(not isinstance(model, (str, os.PathLike)), by_name)
+
+
 def refuse_parts(model: object) -> None:
     """Refuse a model that each process has loaded a part of, or that has no weights.
 
@@ -68,14 +79,13 @@ def refuse_parts(model: object) -> None:
         check_stored(model)
     require(
         not isinstance(model, nn.Module) or not is_sharded(model),
-        "the model lies in parts already, and a family is found in whole layers; load it before you make "
-        "TrainingArguments(deepspeed=...), or with zero3_init_flag: false",
+        "the model lies in parts already, and a family is found in whole layers; give it as it was loaded",
     )
 
 
-def _check_sharded(training: LightTraining, engine: str) -> None:
+def _check_sharded(training: LightTraining) -> None:
     light, trainer = training.light_config, cast(Any, training)
-    kept = f"light.keep: {light.keep} needs the whole base in every process, which {engine} spares"
+    kept = f"light.keep: {light.keep} needs the whole base in every process, which FSDP spares"
     require(light.keep == "light", f"{kept}; set it to light")
     quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
-    require(not quantised, f"a base in 4 or 8 bits cannot be cut where {engine} shards it; give it unquantised")
+    require(not quantised, "a base in 4 or 8 bits cannot be cut where FSDP shards it; give it unquantised")

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from peft import PeftConfig, PeftModel
-from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from lightpeft.compat.accelerate import as_it_is
+from lightpeft.compat.transformers import check_resuming
 from lightpeft.config import LightConfig, cut_of_writer
 from lightpeft.peft_kinds.sites import own_adapter
 from lightpeft.plans.planning import make_plan
@@ -34,14 +33,14 @@ from lightpeft.recipe.budget import BudgetMixin
 from lightpeft.recipe.checkpoints import CheckpointsMixin
 from lightpeft.recipe.course import Course, tell_cut
 from lightpeft.recipe.depth import with_depth
-from lightpeft.recipe.naming import NamedModel
 from lightpeft.recipe.optimizing import OptimizingMixin
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
-from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
+from lightpeft.recipe.refusals import check_length, check_light, refuse_name, refuse_parts
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
+from lightpeft.training.checkpoints import newest_checkpoint
 from lightpeft.training.prefix import PrefixCache, PrefixMixin
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.sharding import ShardingMixin
@@ -95,19 +94,13 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
     ) -> None:
         args, options = taken(super().__init__, args, options)
         self.fast_steps, self.prefix_cache, self.light_report = fast_steps, prefix_cache, {}
-        if peft_config is not None and not isinstance(model, nn.Module):  # a name, from which TRL's trainers load
-            named = NamedModel(model, peft_config, light, options)
-            options["peft_config"] = named.peft_config
-            with named.loaded_by(type(self)):
-                super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
-            light = named.light
-        else:
-            refuse_parts(model)
-            if isinstance(light, LightConfig):
-                light = with_depth(light, model, options)
-            if peft_config is not None:
-                model = with_peft(model, peft_config, light_settings(light, peft_config, model))
-            super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
+        refuse_name(model)
+        refuse_parts(model)
+        if isinstance(light, LightConfig):
+            light = with_depth(light, model, options)
+        if peft_config is not None:
+            model = with_peft(model, peft_config, light_settings(light, peft_config, model))
+        super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
         self._peft_model = inner_peft_model(self._trainer.model)
         self.light_config = light_settings(
             light, self._peft_model.peft_config[own_adapter(self._peft_model)], self._peft_model
@@ -135,18 +128,18 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
         """Estimate, cut and fine-tune; `resume_from_checkpoint` may lie on either side of the cut."""
-        newest = get_last_checkpoint(self._trainer.args.output_dir) if resume_from_checkpoint is True else None
+        newest = newest_checkpoint(Path(self._trainer.args.output_dir)) if resume_from_checkpoint is True else None
         self._light_checkpoint = newest if resume_from_checkpoint is True else resume_from_checkpoint or None
         if self._light_checkpoint is None:
             self._estimation_steps = 0  # a light model that trains once more does so for the whole of it
         else:
+            check_resuming()
             check_step(Path(self._light_checkpoint), self._trainer.args)
         try:
             with meeting_others():
                 self._foresee_prefix(self._peft_model)
                 self._before_sharding(self._light_checkpoint)
                 result = super().train(self._light_checkpoint, *args, **options)
-                self._behind_sharding()
             if self._light_pruner is not None and self.light_record is None and self.light_plan is None:
                 ended = f"training ended at step {self._trainer.state.global_step}, inside estimation"
                 self._warn(f"{ended}: the model is the dense one still")
@@ -193,7 +186,6 @@ class LightTraining(CheckpointsMixin, OptimizingMixin, BudgetMixin, PrefixMixin,
         self._estimation_steps = state.global_step
         self._light_pruner.estimator.stop()
         self._leave_light()
-        self._behind_sharding()
         self.light_record = self._light_pruner.record()
         self.light_record.meta["rows_a_step"] = rows_a_step(self._trainer.args)
         plan = self.make_light_plan(self.light_record)

@@ -21,8 +21,8 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import nn
 from transformers import set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lightpeft.compat.transformers import LengthGroupedSampler
 from lightpeft.config import RunConfig
 from lightpeft.console.bars import showing, silent
 from lightpeft.console.progress import StepProgress, duration

@@ -13,9 +13,8 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations import TensorBoardCallback
 
-from lightpeft.compat.deepspeed import load_whole
+from lightpeft.compat.missing import needed_for
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError
 from lightpeft.evaluation.scores import scores_of
@@ -85,7 +84,6 @@ class InRun:
     def settle(self) -> None:
         """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
         trainer: Any = self
-        load_whole()  # what the run loads beside the model that trains
         trainer.args.output_dir = str(self.work.run.checkpoints(self.stage))
         self.work.announce_processes(self.stage)
         if _wants_tensorboard(self.work.config.trainer):
@@ -241,9 +239,7 @@ class DenseRun(InRun, ResumingMixin, PrefixMixin, ShardingMixin, RunTrainer):
         self._foresee_prefix(self.model)
         self._before_sharding(resume_from_checkpoint)
         try:
-            result = super().train(resume_from_checkpoint, *args, **options)
-            self._behind_sharding()
-            return result
+            return super().train(resume_from_checkpoint, *args, **options)
         finally:
             self._close_prefix()
 
@@ -333,4 +329,6 @@ def _tensorboard(folder: Path) -> TrainerCallback:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise LightPeftError("trainer.report_to: tensorboard is not installed; pip install tensorboard") from error
+    with needed_for("trainer.report_to"):
+        from transformers.integrations import TensorBoardCallback
     return TensorBoardCallback(SummaryWriter(str(folder)))

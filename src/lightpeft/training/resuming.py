@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
 
+from lightpeft.compat.transformers import TRAINER_STATE_NAME
 from lightpeft.config.validation import shown
 from lightpeft.errors import require
 from lightpeft.files.foreign import parsing

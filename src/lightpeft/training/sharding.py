@@ -1,12 +1,12 @@
-"""Any trainer of a PeftModel under FSDP2 or DeepSpeed, with checkpoints of one process, from which any number goes on.
+"""Any trainer of a PeftModel under FSDP2, with checkpoints of one process, from which any number goes on.
 
 FSDP2 shards what is frozen, nearly all; what trains is whole everywhere, small as masks and scores are, and its
-gradients are averaged as under DDP. DeepSpeed shards what trains, too, and its optimizer.
+gradients are averaged as under DDP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,34 +16,23 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from lightpeft.compat.accelerate import fsdp_on_cpus
-from lightpeft.compat.deepspeed import gathered, hold_whole
-from lightpeft.compat.deepspeed_states import WholeStates
 from lightpeft.errors import require
-from lightpeft.machine import autocasting, sharding_launched
+from lightpeft.machine import autocasting, deepspeed_launched, sharding_launched
 from lightpeft.models.families import block_lists
 from lightpeft.models.patching import instead
 from lightpeft.models.sharding import is_sharded, reshard
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.training.arguments import half_precision
+from lightpeft.training.arguments import NO_DEEPSPEED, half_precision
 
 
 class ShardingMixin:
-    """Mixin of `Trainer` classes. `train` is to call `_before_sharding` first, and `_behind_sharding` in the end."""
-
-    _optimized: Sequence[Sequence[nn.Parameter]] = ()
-    """Parameters of the optimizer that DeepSpeed took, by its groups."""
+    """Mixin of `Trainer` classes. `train` is to call `_before_sharding` first."""
 
     @property
     def _shards(self) -> bool:
         """Whether FSDP shards the model while it trains."""
         trainer: Any = self
         return getattr(trainer.accelerator.state, "fsdp_plugin", None) is not None
-
-    @property
-    def _in_deepspeed(self) -> bool:
-        trainer: Any = self
-        return getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None
 
     def _before_sharding(self, checkpoint: str | None) -> None:
         """Get the model ready to be sharded where training begins; every process still has all of it.
@@ -55,12 +44,10 @@ class ShardingMixin:
             LightPeftError: nothing is frozen, or a layer has both weights that train and frozen ones.
         """
         trainer: Any = self
-        if not (self._shards or self._in_deepspeed) or is_sharded(trainer.model):
+        if not self._shards or is_sharded(trainer.model):
             return
         if checkpoint is not None:
             self._load_from_checkpoint(checkpoint)
-        if self._in_deepspeed:
-            return
         trains, plugin = list(_trains(trainer.model)), trainer.accelerator.state.fsdp_plugin
         plugin.ignored_modules = trains
         if plugin.transformer_cls_names_to_wrap is None:  # else embeddings of some, which accelerate shards apart
@@ -68,11 +55,6 @@ class ShardingMixin:
         for parameter in (p for module in trains for p in _own(module)):
             parameter.data = parameter.data.to(trainer.args.device)
             dist.broadcast(parameter.data, 0)
-
-    def _behind_sharding(self) -> None:
-        """Training has ended, or stands still: let every process have whole what trains, to be saved by one."""
-        trainer: Any = self
-        hold_whole(trainer.model)
 
     @contextmanager
     def _answering(self) -> Iterator[None]:
@@ -91,19 +73,19 @@ class ShardingMixin:
     # -- what Trainer calls --------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """The trainer's own; it shards on CPUs, too, if it is asked to.
+        """The trainer's own.
 
         Raises:
-            LightPeftError: FSDP is asked for in a way in which it cannot be had here.
+            LightPeftError: FSDP is asked for in a way in which it cannot be had here, or DeepSpeed.
         """
         trainer: Any = self
-        asked = bool(trainer.args.fsdp) or sharding_launched("FSDP")
-        with fsdp_on_cpus() if asked else nullcontext():
-            super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        require(not trainer.args.deepspeed and not deepspeed_launched(), NO_DEEPSPEED)
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
         if self._shards:
             _check_plugin(trainer.accelerator.state.fsdp_plugin)
-        if self._in_deepspeed:
-            check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
+        else:
+            asked = bool(trainer.args.fsdp) or sharding_launched()
+            require(not asked, "accelerate shards over accelerators alone, and not over CPUs; train without fsdp here")
 
     def autocast_smart_context_manager(self, *args: Any, **options: Any) -> Any:
         """The trainer's own, and under FSDP autocast: half precision is for what it shards, and what trains is not."""
@@ -113,21 +95,6 @@ class ShardingMixin:
             return autocasting(trainer.args.device, half)
         return super().autocast_smart_context_manager(*args, **options)  # type: ignore[misc]
 
-    def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """The trainer's own."""
-        optimizer = super().create_optimizer(*args, **options)  # type: ignore[misc]
-        if self._in_deepspeed:  # which puts others in their place
-            self._optimized = [list(group["params"]) for group in optimizer.param_groups]
-        return optimizer
-
-    def _prepare_for_training(self, steps: int, batches: Any, checkpoint: str | None) -> Any:
-        if not self._in_deepspeed:
-            return super()._prepare_for_training(steps, batches, checkpoint)  # type: ignore[misc]
-        prepared = super()._prepare_for_training(steps, batches, None)  # type: ignore[misc]
-        if checkpoint is not None:
-            self._load_optimizer_and_scheduler(checkpoint)
-        return prepared
-
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """One backward pass; gradients are averaged behind the last one of a step."""
         loss = super().training_step(*args, **options)  # type: ignore[misc]
@@ -136,19 +103,13 @@ class ShardingMixin:
             _average_gradients(trainer.model)
         return loss
 
-    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """The trainer's own."""
-        found: dict[str, float] = super().evaluate(*args, **options)  # type: ignore[misc]
-        self._behind_sharding()
-        return found
-
     def save_model(self, *args: Any, **options: Any) -> None:
         """The trainer's own; of a sharded model the adapter, once."""
         with self._as_one_process():
             super().save_model(*args, **options)  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._as_one_process(), self._whole_states():
+        with self._as_one_process():
             super()._save_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
@@ -159,43 +120,23 @@ class ShardingMixin:
             super()._load_from_checkpoint(*args, **options)  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._as_one_process(), self._whole_states():
+        with self._as_one_process():
             super()._load_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
-        with self._as_one_process(changed=True):
+        with self._as_one_process():
             super()._load_best_model()  # type: ignore[misc]
 
     @contextmanager
-    def _as_one_process(self, *, changed: bool = False) -> Iterator[None]:
-        """Inside the block the trainer saves and loads as without FSDP or DeepSpeed, and what trains is whole.
-
-        Args:
-            changed: the block changes what trains.
-        """
+    def _as_one_process(self) -> Iterator[None]:
+        """Inside the block the trainer saves and loads as without FSDP."""
         trainer: Any = self
         reshard(trainer.model)
-        flags = ("is_fsdp_enabled", "is_deepspeed_enabled")
-        enabled = {flag: getattr(trainer, flag) for flag in flags}
-        vars(trainer).update(dict.fromkeys(flags, False))
-        try:
-            with gathered([p for p in trainer.model.parameters() if p.requires_grad], changed=changed):
-                yield
-        finally:
-            vars(trainer).update(enabled)
-
-    @contextmanager
-    def _whole_states(self) -> Iterator[None]:
-        """Inside the block the trainer's optimizer and scheduler save and load their states as without DeepSpeed."""
-        trainer: Any = self
-        own = trainer.optimizer, trainer.lr_scheduler
-        if self._in_deepspeed:
-            trainer.optimizer = WholeStates(trainer.optimizer, self._optimized)
-            trainer.lr_scheduler = trainer.optimizer.of_schedule(trainer.lr_scheduler)
+        enabled, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
         try:
             yield
         finally:
-            trainer.optimizer, trainer.lr_scheduler = own
+            trainer.is_fsdp_enabled = enabled
 
 
 def _check_plugin(plugin: Any) -> None:
@@ -209,27 +150,6 @@ def _check_plugin(plugin: Any) -> None:
     )
     again = "fsdp_activation_checkpointing wraps the blocks, which have to stay as they are"
     require(not plugin.activation_checkpointing, f"{again}; set gradient_checkpointing instead")
-
-
-def check_deepspeed(plugin: Any) -> None:
-    """Refuse what of DeepSpeed does not go with a model that is cut on the way, or was not tried.
-
-    Args:
-        plugin: accelerate's, of the training.
-
-    Raises:
-        LightPeftError: saying what to set instead.
-    """
-    config = plugin.deepspeed_config
-    zero, where = config.get("zero_optimization", {}), "of DeepSpeed's configuration"
-    require(plugin.zero_stage in (2, 3), f"zero_stage {plugin.zero_stage} {where} was not tried; set it to 2 or 3")
-    for name in ("optimizer", "scheduler"):
-        require(name not in config, f"{name} {where} is the trainer's to make; leave it out")
-    for name in ("offload_optimizer", "offload_param"):
-        unused = zero.get(name, {}).get("device", "none") in ("none", None)
-        require(unused, f"{name} {where} was not tried; leave it out")
-    half = config.get("fp16", {}).get("enabled", False) is True
-    require(not half, "DeepSpeed's fp16 scales the loss where estimation does not see it; train in bf16")
 
 
 def _trains(model: nn.Module) -> Iterator[nn.Module]:

@@ -14,11 +14,10 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from lightpeft.compat.torch import Noted
+from lightpeft.compat.transformers import LengthGroupedSampler
 from lightpeft.errors import LightPeftError, one_line
 from lightpeft.training.callbacks import ProgressBar, StopOnSignal
 from lightpeft.training.step_rows import rows_a_step
@@ -58,7 +57,8 @@ class Repeatable:
         processes. A loss that has not read the number is such a mean.
         """
         trainer: Any = self
-        count, told = options.get("num_items_in_batch"), trainer.loss_is_scaled_for_ga is not None
+        told = getattr(trainer, "loss_is_scaled_for_ga", None) is not None  # transformers asks from 5.19 on
+        count = options.get("num_items_in_batch")
         if args or options.get("return_outputs") or count is None or told:  # evaluation, or nothing to find out
             return super().compute_loss(model, inputs, *args, **options)  # type: ignore[misc]
         items = Noted.of(count)

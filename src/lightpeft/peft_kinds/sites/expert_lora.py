@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
+from lightpeft.compat.peft import ParamWrapper
 from lightpeft.errors import require
 from lightpeft.models.experts import ExpertLayer, ExpertRows, gather, watch
 from lightpeft.peft_kinds.sites.base import Report, Tensors
