@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from accelerate import Accelerator, DistributedType, PartialState
 
 
-@contextmanager
-def fsdp_on_cpus() -> Iterator[None]:
-    """Inside the block accelerate makes an `Accelerator` that shards over CPUs, too, where it is asked for FSDP.
+def shard_on_cpus() -> None:
+    """From here on accelerate makes an `Accelerator` that shards over CPUs, too, where it is asked for FSDP.
 
-    It knows FSDP of accelerators alone, and would train by DDP without a word.
+    It knows FSDP of accelerators alone, and would train by DDP without a word. For processes of their own.
     """
     usual = Accelerator.__init__
 
@@ -27,6 +23,4 @@ def fsdp_on_cpus() -> Iterator[None]:
         if on_cpus and state["distributed_type"] is DistributedType.MULTI_GPU:
             state["distributed_type"] = DistributedType.MULTI_CPU
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Accelerator, "__init__", init)
-        yield
+    Accelerator.__init__ = init

@@ -9,11 +9,11 @@ import os
 import signal
 import sys
 
-from fsdp_on_cpus import fsdp_on_cpus
+from fsdp_on_cpus import shard_on_cpus
 from workbench import at_step, lightpeft, signalling
 
 if __name__ == "__main__":
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         at_step(int(sys.argv[1]), signalling(signal.SIGKILL))()
-    with fsdp_on_cpus():
-        sys.exit(lightpeft(*sys.argv[2:]))
+    shard_on_cpus()
+    sys.exit(lightpeft(*sys.argv[2:]))

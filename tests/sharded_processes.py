@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fsdp_on_cpus import fsdp_on_cpus
+from fsdp_on_cpus import shard_on_cpus
 from sharded_trainings import MODELS, found, training
 from tiny import make
 from torch.distributed.tensor import DTensor
@@ -74,6 +74,6 @@ def _held(parameter: Any) -> int:
 
 
 if __name__ == "__main__":
-    with fsdp_on_cpus():
-        trainings(Path(sys.argv[1]))
+    shard_on_cpus()
+    trainings(Path(sys.argv[1]))
     dist.destroy_process_group()

@@ -137,8 +137,9 @@ def test_what_cannot_be_shared_is_refused_in_one_line(results: Path, setting: st
     assert setting in line and "\n" not in line
 
 
-def test_cpus_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_cpus_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes would train by DDP without a word: accelerate shards over accelerators alone."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # which arguments change for the rest of the process
     with pytest.raises(LightPeftError, match="accelerate shards over accelerators alone, and not over CPUs"):
         training("bert-lora", tmp_path, **FSDP)
 
