@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapters import CLOSE, light_over, logits
 from peft import PeftModel, get_peft_model
-from test_checkpoint import light_over, logits
-from test_exporting import CLOSE
 from tiny import DROPPED, make, refusal, relative_difference
 from transformers import (
     AutoConfig,
@@ -32,8 +31,8 @@ from transformers.utils import logging
 from workbench import save_base
 
 from lightpeft import LightModel, load_light, load_merged, save_merged
-from lightpeft.saved.auto_classes import _TABLES
-from lightpeft.saved.whole_config import LIGHT_TYPE
+from lightpeft.adapters.auto_classes import _TABLES
+from lightpeft.saving.whole_config import LIGHT_TYPE
 
 TEXT = "word1 good2 word3"
 

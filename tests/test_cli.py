@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,13 +14,14 @@ import pytest
 import yaml
 from workbench import RUNS, Workbench, lightpeft
 
-from lightpeft import __version__, cli
-from lightpeft.cli.hints import ELSEWHERE
-from lightpeft.cli.settings import USUAL
-from lightpeft.cli.verbs import VERBS
+from lightpeft import __version__
+from lightpeft.app import cli
+from lightpeft.app.cli.hints import ELSEWHERE
+from lightpeft.app.cli.settings import USUAL
+from lightpeft.app.cli.verbs import VERBS
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
 from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_config
-from lightpeft.runs import pipeline
-from lightpeft.saved.run_folder import RunFolder
 
 NAMES = [
     "run",
@@ -155,7 +155,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     code = (
-        "import sys; from lightpeft.cli import main\n"
+        "import sys; from lightpeft.app.cli import main\n"
         "try: main(['run', '--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit(len({'torch', 'transformers', 'peft', 'datasets'} & sys.modules.keys()))"
@@ -169,7 +169,7 @@ def completions(line: str, folder: Path) -> list[str]:
     """What a shell offers behind a line, as argcomplete's script asks for it, without waiting for torch."""
     out = folder / "offered"
     code = (
-        "import sys, os; from lightpeft.cli import main\n"
+        "import sys, os; from lightpeft.app.cli import main\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn'}\n"
         "end = os._exit\n"
         "os._exit = lambda code: end(code or len(heavy & sys.modules.keys()))\n"
@@ -205,18 +205,6 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 # -- settings ----------------------------------------------------------------------------------------------------
-
-
-def test_print_config_shows_defaults_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = printed(capsys, "run")
-    assert plain["light"]["head_criterion"] == "fisher"
-    assert (plain["preset"], plain["light"]["blocks"]) == (None, "auto")
-    assert plain["light"]["multiple_of"] == 8
-    assert plain["training"]["batch_size"] == TrainingConfig().batch_size
-    paper = printed(capsys, "run", "--preset", "paper")
-    assert paper["light"]["head_criterion"] == "mask"
-    assert paper["light"]["mask_learning_rate"] == 3e-4
-    assert paper["light"]["multiple_of"] == 1
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -299,10 +287,6 @@ def test_shipped_configs_are_valid(capsys: pytest.CaptureFixture[str], path: Pat
     assert given["data"]["train"] or given["data"]["path"]
 
 
-def test_there_are_shipped_configs() -> None:
-    assert "minilm_default" in {path.stem for path in RUNS}
-
-
 def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     given = printed(capsys, "evaluate", "--run", bench.folder / "run")
     expected = dataclasses.asdict(bench.config("run"))
@@ -351,15 +335,6 @@ def test_inspect_shows_the_plan_of_an_unfinished_run(bench: Workbench, capsys: p
     planned = shown(capsys, "inspect", folder)
     assert planned.count("3/4") == estimated.count("3/4") > 0
     assert planned.splitlines()[-1] == estimated.splitlines()[-1]
-
-
-def test_inspect_shows_an_estimation_alone(
-    bench: Workbench, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    alone = shutil.copytree(bench.folder / "run" / "estimation", tmp_path / "scores")
-    text = shown(capsys, "inspect", alone)
-    assert "scored_steps" in text
-    assert "budget" not in text
 
 
 def test_inspect_shows_what_plain_runs_measured(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
-from test_checkpoint import logits
+from steps import losses, stage
 from test_experts import EVEN, FAMILIES, LAYOUTS, PARTS, first_experts
-from test_pruner import losses, stage
 from tiny import inputs_for, make, masked, plan_for, refusal, relative_difference, with_lora, without_dropout
 from torch import Tensor
 from training import inputs, student
 from workbench import Workbench, lightpeft
 
 from lightpeft import EarlyPruner, LightConfig, LightSwitch, full_width, load_light, load_merged
+from lightpeft.adapters.full_width import save_full_width
+from lightpeft.adapters.merging import save_merged
 from lightpeft.compat.transformers import gated
 from lightpeft.config import ModelConfig
 from lightpeft.models.families import block_specs
@@ -28,11 +30,9 @@ from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import EXPERT_SLOTS
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.importance import ModuleObserver, RankObserver
+from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.full_width import save_full_width
-from lightpeft.saved.light_adapter import LightModel, as_light
-from lightpeft.saved.merging import save_merged
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 BUDGETS: dict[str, dict[str, Any]] = {

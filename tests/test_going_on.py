@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import thorough
 from workbench import (
     ENGINES,
     Workbench,
@@ -19,15 +20,14 @@ from workbench import (
     in_children,
     in_other_process,
     lightpeft,
-    only_with_all_faults,
     read,
     signalling,
 )
 
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline, trainers
 from lightpeft.config import TrainingConfig
 from lightpeft.plans.records import PrunePlan
-from lightpeft.runs import pipeline, trainers
-from lightpeft.saved.run_folder import RunFolder
 from lightpeft.training.step_rows import shared
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
@@ -109,7 +109,7 @@ def copied(bench: Workbench, name: str, new: str) -> Path:
     return bench.yaml(new, **SETTINGS, **OF_TWO)
 
 
-@only_with_all_faults
+@thorough
 @pytest.mark.parametrize("model", ["real", "bench"])
 def test_a_launched_run_that_lost_a_process_in_training(request: pytest.FixtureRequest, model: str) -> None:
     """MiniLM, and a Llama whose heads share keys and values."""

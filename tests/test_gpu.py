@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_acceleration
 import torch
 from peft import PeftModel
+from quantised import CONFIGS, SIZES, densified
+from steps import gradients
 from support import logits
-from test_quantised import CONFIGS, SIZES, densified
 from tiny import DROPPED, LAYOUTS, USUAL, inputs_for, make, masked, plan_for, relative_difference, with_lora
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,16 +25,16 @@ from transformers import AutoModelForCausalLM
 from workbench import Workbench
 
 from lightpeft import load_light, run
+from lightpeft.app.evaluation.batching import free_memory
 from lightpeft.config import LightConfig
-from lightpeft.evaluation.batching import free_memory
 from lightpeft.machine import autocasting, has_bf16
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, measure_inference, measure_training
 from lightpeft.profiling.live import moved, trainable
 from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import as_light
 from lightpeft.training.acceleration import accelerated
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -287,9 +287,9 @@ def test_faster_steps_are_those_of_peft(name: str, dtype: torch.dtype, device: s
     """The same loss, and gradients as near those of float32 as PEFT's are."""
     model = with_lora(make(name)).to(device)
     inputs = given(model, device, labels=True)
-    exact = test_acceleration.gradients(model, inputs)
+    exact = gradients(model, inputs)
     with autocasting(torch.device(device), None if dtype is torch.float32 else dtype), accelerated(model):
-        found = test_acceleration.gradients(model, inputs)
+        found = gradients(model, inputs)
     assert_steps_near(found, exact, dtype, f"{name}, faster steps")
 
 
@@ -407,7 +407,7 @@ def test_compiled(name: str, device: str) -> None:
     inputs = given(pruned, device, labels=True)
     torch.compiler.reset()
     compiled = torch.compile(pruned, backend="inductor" if device == "cuda" else "aot_eager")
-    plain, found = (test_acceleration.gradients(each, inputs) for each in (pruned, Named(pruned, compiled)))
+    plain, found = (gradients(each, inputs) for each in (pruned, Named(pruned, compiled)))
     torch.compiler.reset()
     assert_steps_near(found, plain, torch.float32, f"{name}, compiled")
 

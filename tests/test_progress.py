@@ -11,9 +11,9 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from workbench import NOTICE, Workbench
 
+from lightpeft.app.runs import pipeline
 from lightpeft.console import bars
 from lightpeft.console.progress import EVERY, Pulse, StepProgress, duration, exact_duration, in_bytes
-from lightpeft.runs import pipeline
 from lightpeft.training.callbacks import ProgressBar
 
 
@@ -69,15 +69,6 @@ def test_progress_tells_rate_and_remaining_time(
         "[3/6] a: accuracy 0.5000; 10 min, 6 cells/h, time left: 30 min",
         "[4/6] b: accuracy 0.5000; 20 min, 4 cells/h, time left: 30 min",
     ]
-
-
-def test_quick_steps_have_a_readable_rate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = iter([0.0, 0.0, 3.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    progress = StepProgress(total=2, done=0, unit="measurements")
-    progress.begin("a")
-    progress.end("a", "1")
-    assert "1,200 measurements/h" in capsys.readouterr().err
 
 
 # -- without a terminal --------------------------------------------------------------------------------------------

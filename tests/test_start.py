@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import workbench
-from test_docs import blocks
+from documents import blocks
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = blocks(ROOT / "docs" / "start.md", "")[0].splitlines()
@@ -51,7 +51,7 @@ def test_from_a_clone_to_a_served_model(tmp_path: Path, monkeypatch: pytest.Monk
     assert labels[0] in ("negative", "positive") and all(0.5 <= answer["p"] <= 1 for answer in answers)
     assert labels[1:] == ["positive", "negative"], "it has learned which words are good"
     assert "an empty question gives 400" in done.stdout
-    assert (tmp_path / "lightpeft/runs/movies/plan.json").is_file()
+    assert (tmp_path / "lightpeft/app/runs/movies/plan.json").is_file()
 
 
 def environment() -> dict[str, str]:

@@ -46,6 +46,8 @@ except ImportError as _error:
 
 TRAINER_STATE_NAME = "trainer_state.json"
 """What a trainer calls the file that says how far it has come."""
+SCALER_NAME = "scaler.pt"
+"""And that of the gradient scaler."""
 
 
 def class_names(table: str, feature: str) -> Mapping[str, Any]:
@@ -290,11 +292,9 @@ def _no_common_shape() -> None:
 
 _RESUMING = (
     "_get_train_sampler",
-    "_load_callback_state",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_load_rng_state",
-    "_load_scaler",
 )
 """Methods of `Trainer` that lightpeft extends so that a training goes on as if nothing had been."""
 

@@ -7,13 +7,13 @@ gradients are averaged as under DDP.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lightpeft.errors import require
@@ -23,18 +23,47 @@ from lightpeft.models.patching import instead
 from lightpeft.models.sharding import is_sharded, reshard
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.training.arguments import NO_DEEPSPEED, half_precision
+from lightpeft.training.host import Host
 
 
-class ShardingMixin:
-    """Mixin of `Trainer` classes. `train` is to call `_before_sharding` first."""
+class Sharding:
+    """The engine that shards a trainer's model, if there is one, and what it asks of training and of checkpoints."""
+
+    def __init__(self, trainer: Host) -> None:
+        self._trainer = trainer
 
     @property
-    def _shards(self) -> bool:
+    def fsdp(self) -> bool:
         """Whether FSDP shards the model while it trains."""
-        trainer: Any = self
-        return getattr(trainer.accelerator.state, "fsdp_plugin", None) is not None
+        return getattr(self._trainer.accelerator.state, "fsdp_plugin", None) is not None
 
-    def _before_sharding(self, checkpoint: str | None) -> None:
+    @property
+    def engine(self) -> str | None:
+        """Its name."""
+        return "FSDP" if self.fsdp else None
+
+    @property
+    def _half(self) -> torch.dtype | None:
+        """The half precision that FSDP shards in."""
+        return half_precision(self._trainer.args) if self.fsdp else None
+
+    @contextmanager
+    def being_made(self) -> Iterator[None]:
+        """Inside the block the trainer's accelerator is made.
+
+        Raises:
+            LightPeftError: an engine is asked for that cannot be had here, or in such a way.
+        """
+        args = self._trainer.args
+        require(not args.deepspeed and not deepspeed_launched(), NO_DEEPSPEED)
+        yield
+        if self.fsdp:
+            _check_plugin(self._trainer.accelerator.state.fsdp_plugin)
+        else:
+            asked = bool(args.fsdp) or sharding_launched()
+            require(not asked, "accelerate shards over accelerators alone, and not over CPUs; train without fsdp here")
+
+    def before(self, checkpoint: str | None) -> None:
         """Get the model ready to be sharded where training begins; every process still has all of it.
 
         Args:
@@ -43,11 +72,11 @@ class ShardingMixin:
         Raises:
             LightPeftError: nothing is frozen, or a layer has both weights that train and frozen ones.
         """
-        trainer: Any = self
-        if not self._shards or is_sharded(trainer.model):
+        trainer = self._trainer
+        if self.engine is None or is_sharded(trainer.model):
             return
         if checkpoint is not None:
-            self._load_from_checkpoint(checkpoint)
+            trainer._load_from_checkpoint(checkpoint)
         trains, plugin = list(_trains(trainer.model)), trainer.accelerator.state.fsdp_plugin
         plugin.ignored_modules = trains
         if plugin.transformer_cls_names_to_wrap is None:  # else embeddings of some, which accelerate shards apart
@@ -57,80 +86,33 @@ class ShardingMixin:
             dist.broadcast(parameter.data, 0)
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def answering(self) -> Iterator[None]:
         """Inside the block the model, called by itself, computes in the precision in which it is sharded."""
-        trainer: Any = self
-        model, half = trainer.model, half_precision(trainer.args) if self._shards else None
-        usual = model.forward
+        trainer = self._trainer
+        usual = trainer.model.forward
 
         def forward(*args: Any, **options: Any) -> Any:
-            with self.autocast_smart_context_manager():
+            with trainer.autocast_smart_context_manager():
                 return usual(*args, **options)
 
-        with nullcontext() if half is None else instead(model, forward):
+        with nullcontext() if self._half is None else instead(trainer.model, forward):
             yield
 
-    # -- what Trainer calls --------------------------------------------------------------------------------------
+    # -- what the trainer's methods hand on ----------------------------------------------------------------------
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """The trainer's own.
+    def autocast(self) -> AbstractContextManager[Any] | None:
+        """Under FSDP, autocast: half precision is for what it shards, and what trains is not; None: the trainer's."""
+        return None if self._half is None else autocasting(self._trainer.args.device, self._half)
 
-        Raises:
-            LightPeftError: FSDP is asked for in a way in which it cannot be had here, or DeepSpeed.
-        """
-        trainer: Any = self
-        require(not trainer.args.deepspeed and not deepspeed_launched(), NO_DEEPSPEED)
-        super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if self._shards:
-            _check_plugin(trainer.accelerator.state.fsdp_plugin)
-        else:
-            asked = bool(trainer.args.fsdp) or sharding_launched()
-            require(not asked, "accelerate shards over accelerators alone, and not over CPUs; train without fsdp here")
-
-    def autocast_smart_context_manager(self, *args: Any, **options: Any) -> Any:
-        """The trainer's own, and under FSDP autocast: half precision is for what it shards, and what trains is not."""
-        trainer: Any = self
-        half = half_precision(trainer.args) if self._shards else None
-        if half is not None:
-            return autocasting(trainer.args.device, half)
-        return super().autocast_smart_context_manager(*args, **options)  # type: ignore[misc]
-
-    def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """One backward pass; gradients are averaged behind the last one of a step."""
-        loss = super().training_step(*args, **options)  # type: ignore[misc]
-        trainer: Any = self
-        if self._shards and trainer.accelerator.sync_gradients:
-            _average_gradients(trainer.model)
-        return loss
-
-    def save_model(self, *args: Any, **options: Any) -> None:
-        """The trainer's own; of a sharded model the adapter, once."""
-        with self._as_one_process():
-            super().save_model(*args, **options)  # type: ignore[misc]
-
-    def _save_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._as_one_process():
-            super()._save_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
-
-    def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
-        trainer: Any = self
-        if is_sharded(trainer.model):  # it was done in `_before_sharding`
-            return
-        with self._as_one_process():
-            super()._load_from_checkpoint(*args, **options)  # type: ignore[misc]
-
-    def _load_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._as_one_process():
-            super()._load_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
-
-    def _load_best_model(self) -> None:
-        with self._as_one_process():
-            super()._load_best_model()  # type: ignore[misc]
+    def average(self) -> None:
+        """Behind the last backward pass of a step, let gradients of what FSDP does not shard be those of all."""
+        if self.fsdp and self._trainer.accelerator.sync_gradients:
+            _average_gradients(self._trainer.model)
 
     @contextmanager
-    def _as_one_process(self) -> Iterator[None]:
-        """Inside the block the trainer saves and loads as without FSDP."""
-        trainer: Any = self
+    def as_one_process(self) -> Iterator[None]:
+        """Inside the block the trainer saves and loads as without an engine."""
+        trainer = self._trainer
         reshard(trainer.model)
         enabled, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
         try:

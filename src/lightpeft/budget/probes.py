@@ -1,0 +1,155 @@
+"""Probes: what training wins back of a cut, seen on copies of the model that train for a few steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+from lightpeft.budget.cost import SearchCost
+from lightpeft.budget.room import SearchRoom, sizes_of
+from lightpeft.config import LightConfig
+from lightpeft.console.bars import progress
+from lightpeft.machine import autocasting, random_apart
+from lightpeft.models.patching import in_mode
+from lightpeft.plans.records import PrunePlan
+from lightpeft.profiling.live import Batch, device_of, loss_of, losses_of, moved, trainable
+from lightpeft.prune.surgery import cut_copy
+from lightpeft.training.acceleration import light_steps
+from lightpeft.training.arguments import half_precision
+from lightpeft.training.host import Host
+from lightpeft.training.rows import batches_of
+from lightpeft.training.step_rows import rows_a_step
+
+_WARMUP = 0.1
+"""Part of a probe's steps."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How copies train, and what they are measured on."""
+
+    light: LightConfig
+    train: Sequence[Batch]
+    """Batches with labels."""
+    rows: Sequence[int]
+    """Numbers of rows that it does not train on."""
+    held: Sequence[Batch]
+    """Batches of these; small ones, whose differences say how sure a difference is."""
+    rate: float
+    """Peak learning rate: it rises over a few steps, and falls to 0 on a line."""
+    accumulation: int = 1
+    """Batches a step."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    """0: gradients are not clipped."""
+    autocast: torch.dtype | None = None
+    """Half precision of training and measuring."""
+    fast: bool = True
+    """Whether the steps are the faster ones."""
+    few: int | None = None
+    """How many of the held batches tell how much the loss rises by a cut; None: all."""
+    cost: SearchCost | None = None
+    """What a search takes that asks it; None: whatever it takes."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return len(self.train) // self.accumulation
+
+    def losses(self, model: PeftModel, plan: PrunePlan | None) -> Tensor:
+        """Losses of the held batches when a copy has been cut and has trained: [batches], float64.
+
+        PEFT modules keep all of their ranks. The model, and random numbers, stay as they are.
+
+        Args:
+            plan: None: nothing is cut.
+
+        Raises:
+            LightPeftError: the copy gives no loss, or its losses are not finite.
+        """
+        with random_apart(device_of(model)):
+            torch.manual_seed(self.light.seed)
+            shadow = cut_copy(model, plan)
+            self._train(shadow)
+            return losses_of(shadow, self.held, self.autocast)
+
+    def _train(self, model: PeftModel) -> None:
+        device, parameters = device_of(model), trainable(model)
+        optimizer = torch.optim.AdamW(parameters, lr=self.rate, weight_decay=self.weight_decay)
+        schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(_WARMUP * self.steps), self.steps)
+        scaler = torch.amp.GradScaler(device.type, enabled=self.autocast is torch.float16)
+        acceleration = light_steps(model, self.light, fast=self.fast, loss_alone=True)
+        with in_mode(model, training=True), acceleration:
+            steps = progress(self.train, len(self.train), "a copy trains")
+            for number, batch in enumerate(steps, start=1):
+                with autocasting(device, self.autocast):
+                    loss = loss_of(model, moved(batch, device)) / self.accumulation
+                scaler.scale(loss).backward()
+                if number % self.accumulation:
+                    continue
+                if self.max_grad_norm:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                optimizer.zero_grad()
+
+
+def make_probe(
+    trainer: Host,
+    room: SearchRoom,
+    light: LightConfig,
+    steps: int,
+    seen: Collection[int] | None,
+    rate: float,
+    *,
+    fast: bool,
+    gone: float = 0.0,
+) -> Probe:
+    """Probes that train as a trainer does, but by AdamW.
+
+    Args:
+        steps: of the whole run.
+        seen: numbers of rows that estimation has gone through; None: not known. Rows are set aside from the others, if
+            there are enough of them.
+        rate: of plain PEFT: copies keep all ranks, and `learning_rate_scale` is for few.
+        fast: whether the steps are the faster ones.
+        gone: part of the blocks that is gone before.
+    """
+    args, rows = trainer.args, trainer.train_dataset
+    size = args.train_batch_size * args.world_size
+    sizes, cost = sizes_of(room, light, steps, gone)
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    unseen = [number for number in drawn if number not in seen] if seen is not None else drawn
+    aside = (unseen if len(unseen) >= sizes.aside else drawn)[: sizes.aside]
+    apart = set(aside)
+    rest = [number for number in drawn if number not in apart]
+    batches = partial(batches_of, rows, trainer)
+    return Probe(
+        light=light,
+        train=[*batches(_around(rest, sizes.steps * rows_a_step(args)), size)],
+        accumulation=args.gradient_accumulation_steps,
+        rows=aside,
+        held=batches(aside, sizes.in_batch),
+        rate=rate,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        autocast=half_precision(args),
+        fast=fast,
+        few=sizes.few,
+        cost=cost,
+    )
+
+
+def _around(numbers: Sequence[int], count: int) -> list[int]:
+    """So many of them, from the beginning again where they end."""
+    return list(islice(cycle(numbers), count))
