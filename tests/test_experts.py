@@ -10,7 +10,6 @@ import pytest
 import torch
 from adapters import light_over, logits
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import ParamWrapper
 from tiny import (
     inputs_for,
     make,
@@ -33,6 +32,7 @@ from lightpeft.adapters.merging import save_merged
 from lightpeft.app.exports.gguf.exporting import save_gguf
 from lightpeft.app.exports.graphs.exporting import save_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
+from lightpeft.compat.peft import ParamWrapper
 from lightpeft.config import Budget
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import block_specs
