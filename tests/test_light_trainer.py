@@ -29,7 +29,7 @@ from transformers import (
 )
 from workbench import Workbench, labelled
 
-from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light
+from lightpeft import EarlyPruner, LightTrainer, light_trainer, load_light
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
@@ -242,7 +242,7 @@ def test_one_default_everywhere(builds: Builds, caplog: pytest.LogCaptureFixture
         assert EarlyPruner(get_peft_model(tagger, lora(task_type="TOKEN_CLS"))).config == other
 
 
-@pytest.mark.parametrize("light", [0.4, {"remove": {"blocks": 0.4}}, LightConfig(remove=Remove(blocks=0.4))])
+@pytest.mark.parametrize("light", [0.4, {"remove": {"blocks": 0.4}}, light_of(remove=Remove(blocks=0.4))])
 def test_a_number_is_a_budget(builds: Builds, light: Any) -> None:
     assert builds.trainer(light=light).light_config == preset("fast", blocks=0.4)
     assert EarlyPruner(get_peft_model(builds.base(), lora()), light).config == preset("fast", blocks=0.4)
@@ -342,19 +342,6 @@ def test_an_optimizer_of_ones_own(builds: Builds) -> None:
     rates = [logs["learning_rate"] for logs in seen.logs if "learning_rate" in logs]
     assert max(rates) == pytest.approx(1.0) and own[1]["lr"] == 0.5
     assert type(trainer.optimizer.optimizer) is torch.optim.SGD
-
-
-def test_a_light_model_trains_once_more(builds: Builds) -> None:
-    trainer = builds.trainer()
-    trainer.train()
-    plan, before = trainer.light_plan, weights(trainer.model)
-    seen = Events()
-    trainer.add_callback(seen)
-    trainer.train()
-    assert trainer.light_plan is plan and seen.steps == list(range(1, 25))
-    rates = [logs["learning_rate"] for logs in seen.logs if "learning_rate" in logs]
-    assert rates[-1] < rates[-8] < rates[8] and min(rates[3:-1]) > 0
-    assert any(not value.equal(before[name]) for name, value in weights(trainer.model).items())
 
 
 # -- the same as a run ---------------------------------------------------------------------------------------------

@@ -176,14 +176,6 @@ def start() -> Estimator:
     return estimator
 
 
-def test_the_l1_term_pulls_negative_masks_up() -> None:
-    estimator = start()
-    with torch.no_grad():
-        estimator.masks.values.fill_(-0.5)
-    estimator.step()
-    torch.testing.assert_close(estimator.masks.values, torch.full_like(estimator.masks.values, -0.49))
-
-
 def test_masks_follow_the_task_gradient_plus_l1(monkeypatch: pytest.MonkeyPatch) -> None:
     """One step equals one step of Adam on the sum of both gradients."""
     monkeypatch.setattr("lightpeft.prune.estimation.MASK_PENALTY", 1e-2)

@@ -11,7 +11,6 @@ from typing import Any
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lightpeft.compat.deepspeed import out_of_zero3
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Light, LightConfig, changed, cut_of_writer
 from lightpeft.errors import require
@@ -19,7 +18,7 @@ from lightpeft.models.families import block_specs
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import vocabulary_of
-from lightpeft.peft_kinds.sites import check_peft, leave_routers
+from lightpeft.peft_kinds.sites import check_peft, leave_experts
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
@@ -75,7 +74,7 @@ class EarlyPruner:
         ensure_family(model)
         prepare_quantised(model)
         if isinstance(model, PeftModel):
-            leave_routers(model, block_specs(transformers_model(model)))
+            leave_experts(model, block_specs(transformers_model(model)))
         check_peft(model)
         self.config = settings_of_loop(light, peft_config_of(model), model)
         check_amount(model, self.config)
@@ -169,7 +168,7 @@ def cut(model: PeftModel, plan: PrunePlan) -> LightModel:
     Raises:
         LightPeftError: the plan does not fit.
     """
-    with out_of_fsdp(model), out_of_zero3(model):
+    with out_of_fsdp(model):
         apply_plan(model, plan)
         return as_light(model, plan)
 
