@@ -293,11 +293,11 @@ class LightConfig:
 
     def removing(self, blocks: float | Literal["auto"]) -> LightConfig:
         """The same, where this part of the blocks goes."""
-        return replace(self, remove=replace(self.remove, blocks=blocks, **dict.fromkeys(SHARES)))
+        return replace(self, remove=replace(self.remove, blocks=blocks, heads=None, neurons=None, experts=None))
 
     def with_shares(self, part: float) -> LightConfig:
         """The same, where this part of the heads, of the neurons and of the experts goes, and none competes."""
-        return replace(self, remove=replace(self.remove, blocks=None, **dict.fromkeys(SHARES, part)))
+        return replace(self, remove=replace(self.remove, blocks=None, heads=part, neurons=part, experts=part))
 
     def with_depth(self, depth: float) -> LightConfig:
         """The same with this depth."""

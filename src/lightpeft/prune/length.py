@@ -90,7 +90,7 @@ def stage_of(light: LightConfig, total_steps: int | None, enough: int = 2) -> St
     if total_steps is None:
         raise LightPeftError(f"light.estimate.length {length} needs the number of steps of the whole run")
     auto = not isinstance(length, float)
-    part, least = (PART, LEAST_STEPS) if auto else (length, 2)
+    part, least = (length, 2) if isinstance(length, float) else (PART, LEAST_STEPS)
     most = _part(max(MOST_PART, enough / total_steps if enough <= MOST_OF_SHORT * total_steps else 0.0), total_steps)
     steps = max(_part(part, total_steps), min(max(least, enough), most))
     require(steps <= total_steps, f"estimation of {steps} steps is longer than the run of {total_steps}; train longer")

@@ -243,7 +243,7 @@ class LightTraining(Training):
         Raises:
             LightPeftError: it is of points, and the model gives no classes by a loss that is known.
         """
-        classes = self._reads_loss_alone() and gives_classes(self._peft_model, self.train_dataset)
+        classes = self._has_models_loss() and gives_classes(self._peft_model, self.train_dataset)
         asked = tolerance_of(self.light_config, classes)
         what = f'light.remove.tolerance is "{asked}", and the trainer knows of no classes'
         require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
@@ -257,7 +257,7 @@ class LightTraining(Training):
             right: the classes that these have, [rows].
         """
         known = max(2, 1 + int(torch.cat([classes, right]).max()))
-        return points_a_nat(right.numpy(), classes.numpy(), known)
+        return points_a_nat(right.cpu().numpy(), classes.cpu().numpy(), known)
 
     def prune_light_model(self, plan: PrunePlan) -> LightModel:
         """Cut the model down to the plan, in place. To be overridden."""
@@ -274,9 +274,12 @@ class LightTraining(Training):
 
     def _light_acceleration(self) -> Any:
         """What makes the steps of both parts faster, with the base's dropout that goes with it."""
-        # nobody reads a language model's logits in training: `Trainer` does not, a loss of one's own may
-        loss_alone = self.has_plain_loss() and self.compute_loss_func is None and self.label_smoother is None
-        return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_alone=loss_alone)
+        alone = self._has_models_loss()
+        return light_steps(self._peft_model, self.light_config, fast=self.fast_steps, loss_alone=alone)
+
+    def _has_models_loss(self) -> bool:
+        """Whether the loss is what the model makes of its labels, and nobody reads logits: one's own loss may."""
+        return self.has_plain_loss() and self.compute_loss_func is None and self.label_smoother is None
 
     # -- what is said on the way ---------------------------------------------------------------------------------
 

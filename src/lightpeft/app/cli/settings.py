@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -123,7 +123,7 @@ def _whole(cls: Any) -> str:
 
 
 def _option(usual: Any, field: str, prefix: str, short: Mapping[str, str]) -> Option:
-    name, cls = f"{prefix}{field}", type(usual)
+    name, cls = f"{prefix}{field}", cast(Any, type(usual))
     names = f"--{name} {short.get(name, '')}".strip()
     return Option(names, _documented(cls)[field], _hint(cls, field), getattr(usual, field))
 
