@@ -6,9 +6,11 @@ import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
-from peft import PeftConfig
+import peft
+from peft import PeftConfig, PeftModel
 
 from lightpeft.compat.missing import missing, needed_for
 
@@ -67,6 +69,7 @@ __all__ = [
     "adapters_in",
     "fitting_key",
     "forget_norms",
+    "let_hooks_see",
     "names_of_experts",
     "ranks_of_parameters",
     "register_prefix",
@@ -87,6 +90,21 @@ def forget_norms(magnitude: Any) -> None:
     forget = getattr(magnitude, "_cache_clear", None)
     if forget is not None:
         forget()
+
+
+_PAST_HOOKS = tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21)
+"""Whether PEFT calls the method `forward` of the model that it adapts, and not the model with its hooks."""
+
+
+def let_hooks_see(model: PeftModel) -> None:
+    """Let PEFT call the model inside a PeftModel with its hooks, as it does from 0.21 on."""
+    tuner = model.base_model
+    if _PAST_HOOKS and isinstance(tuner, BaseTuner):
+        vars(tuner)["forward"] = MethodType(_with_hooks, tuner)
+
+
+def _with_hooks(tuner: Any, *args: Any, **options: Any) -> Any:
+    return tuner.model(*args, **options)
 
 
 # Tables
