@@ -12,6 +12,7 @@ import gguf
 import pytest
 import workbench
 from adapters import light_over
+from lanes import telling
 from pieces import TEXTS, tokenizer_of_pieces
 from tiny import make, plan_for, refusal, with_lora
 from tokenizers import Regex, pre_tokenizers
@@ -104,8 +105,10 @@ def fields(file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("budget", [UNEVEN, EVEN], ids=["uneven", "even"])
-@pytest.mark.parametrize(
-    "name", ["llama-mha", "llama-gqa", "llama-bias", "llama-head-dim", "llama-tied", "mistral", "qwen2", "qwen3"]
+@telling(
+    "name",
+    ["llama-mha", "llama-gqa", "llama-bias", "llama-head-dim", "llama-tied", "mistral", "qwen2", "qwen3"],
+    {"llama-gqa", "qwen2", "qwen3"},
 )
 def test_llama_cpp_computes_the_same(
     name: str, budget: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -170,7 +173,7 @@ def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
 # -- vocabulary --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SPLITS)
+@telling("name", SPLITS, {"smollm", "qwen2"})
 def test_texts_are_split_as_the_tokenizer_splits_them(name: str, tmp_path: Path) -> None:
     written = save_gguf(light(), tmp_path, tokenizer_of(SPLITS[name]()))
     assert written.agreement is not None, "it has compared tokens"

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from damage import damage, rewrite
-from lanes import FULL
+from lanes import FULL, telling
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import refusal
@@ -38,7 +38,7 @@ SECONDS, WAITING = 12, 120
 """CPU time that one command may take, most of it for reading data; and time on the clock, as tests run side by side."""
 MIB = 512
 """What the memory of this process may grow by, with what libraries allocate for the first time."""
-MUTATIONS = 400 if FULL else 40
+MUTATIONS = 400 if FULL else 15
 LABELS = ("negative", "positive")
 
 Edit = Callable[[dict[str, Any]], Any]
@@ -224,7 +224,9 @@ DEMANDS: dict[str, Edit] = {
 """What the line about it says -> how the base's description is changed."""
 
 
-@pytest.mark.parametrize("what", DEMANDS)
+@telling(
+    "what", DEMANDS, {"base.config.weights_only", "base.config.trust_remote_code", "base.code", "base.architecture"}
+)
 def test_a_base_is_described_and_not_configured(
     what: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -454,7 +456,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("bomb", [pipe, device, large, nested, digits])
-@pytest.mark.parametrize("name", PLACES)
+@telling("name", PLACES, {"base/config.json", "light/lightpeft.json", "merged/merged.json", "peft/adapter_config.json"})
 def test_files_that_never_end(
     name: str, bomb: Callable[[Path], None], place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
 ) -> None:

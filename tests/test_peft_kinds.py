@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lanes import thorough
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import make
 from workbench import Workbench, comparable, lightpeft, read
@@ -42,7 +43,10 @@ KINDS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=() if kind in {"dora", "adapters"} else thorough) for kind in KINDS],
+)
 def done(request: pytest.FixtureRequest, bench: Workbench) -> Path:
     """The folder of a finished run of a kind."""
     assert lightpeft("run", "--config", bench.yaml(request.param, peft=KINDS[request.param])) == 0
