@@ -18,7 +18,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightpeft.errors import require
 from lightpeft.files import check_file, file_checksum, read_json, replacing_folder, understandable, write_json
-from lightpeft.files.foreign import check_folder
 from lightpeft.models import repositories
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, model_card, of_whole, read_by, read_by_transformers
@@ -46,12 +45,10 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     """
     for name in (MERGED, CONFIG):  # transformers would go on without its config
         require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
-    check_folder(Path(folder))
     description = read_json(Path(folder) / MERGED)
     with understandable(Path(folder) / MERGED):
-        checksums = dict(description["checksums"] if description["schema_version"] > 1 else {})  # version 1 had none
+        checksums = dict(description["checksums"])
     check_parts(description, Path(folder) / MERGED)
-    checksums.pop(CARD, None)  # of earlier versions; people edit it
     for name, checksum in checksums.items():
         check_file(Path(folder), name, checksum)
     return description

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.reproduce.calls import check_call, note_call
@@ -49,7 +48,8 @@ def reproduce(
         launch: how a cell is run.
 
     Raises:
-        LightPeftError: the grid has a fault, or `out` holds the cells of another grid; nothing was run.
+        LightPeftError: the grid has a fault, or `out` holds the cells of another grid or is in use by
+            one; nothing was run.
         KeyboardInterrupt: stopped; a cell under way left a checkpoint.
     """
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
@@ -57,9 +57,7 @@ def reproduce(
     devices = _checked(devices)
     cells = [spread(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
-    # cells inherit the lock: one that outlives its grid, because that was killed, is waited for before it is run again
-    busy = f"{out} is in use by another grid or one of its cells; waiting for it to end"
-    with holding(out, wait=lambda: _say(busy), inherited=True):
+    with holding(out):
         for cell in cells:
             check_cell(cell)
         suite = _Suite(out, grid, cells, devices, launch or run_cell)
@@ -205,10 +203,3 @@ def _reason(code: int, log: Path) -> str:
     own = [line.partition(": ")[2] for line in lines if line.startswith("lightpeft: ")]
     killed = [f"killed by {signal.Signals(-code).name}"] if code < 0 else []
     return f"{(killed or own or lines or [f'exit code {code}'])[-1]} (see {log})"
-
-
-# -- progress ------------------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
