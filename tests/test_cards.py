@@ -16,13 +16,12 @@ from transformers import AutoModelForSequenceClassification
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import LightModel, load_light, run, save_merged
-from lightpeft.app.exports.exporting import EXPORTS as FORMS
 from lightpeft.app.tasks import ENTRIES
 from lightpeft.models.hub import is_name
 from lightpeft.plans.picture import WIDTH, bar, picture
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saving.cards import EXPORTS, licence_of, pipeline_tag
+from lightpeft.saving.cards import licence_of, pipeline_tag
 
 UNIFORM: dict[str, Any] = {"heads_scope": "layerwise", "neurons_scope": "layerwise"}
 
@@ -113,13 +112,10 @@ def test_what_a_card_says_to_do_works(bench: Workbench, monkeypatch: pytest.Monk
     names: dict[str, Any] = {}
     exec(code.replace("this folder", str(adapter)), names)
     assert isinstance(names["model"], LightModel)
-    commands = re.findall(r'^lightpeft export "this folder" (\w+) --form (\w+)', card.text, re.MULTILINE)
-    forms = ("merged", "peft", "onnx", "openvino")
-    assert commands == [(form, form) for form in forms], "a classifier is no file for llama.cpp"
     assert lightpeft("predict", adapter, bench.test, "--output", "labels.csv") == 0
     assert 'lightpeft predict "this folder" rows.csv' in card.text
-    for folder, form in commands[:2]:  # of the others, test_graphs.py
-        assert lightpeft("export", adapter, folder, "--form", form) == 0
+    assert 'lightpeft export "this folder" out --form merged' in card.text
+    assert lightpeft("export", adapter, "merged", "--form", "merged") == 0
     merged, _ = card_in(bench.folder / "merged")
     (code,) = re.findall(r"^```python\n(.*?)^```$", merged.text, re.MULTILINE | re.DOTALL)
     exec(code.replace("this folder", str(bench.folder / "merged")), names)
@@ -135,7 +131,7 @@ def test_a_base_on_the_hub(tmp_path: Path) -> None:
     assert (data.base_model, data.base_model_relation, data.license) == ("someone/base", "adapter", None)
     assert data.pipeline_tag == "text-generation" and data.model_name == "base-light"
     assert [each.metric_type for each in data.eval_results] == ["perplexity"]
-    assert "--form gguf" in card.text and "`base=`" not in card.text and "lightpeft predict" not in card.text
+    assert "`base=`" not in card.text and "lightpeft predict" not in card.text
     save_merged(light, tmp_path / "merged")
     _, data = card_in(tmp_path / "merged")
     assert (data.base_model, data.base_model_relation, data.library_name) == ("someone/base", "finetune", "lightpeft")
@@ -178,17 +174,12 @@ def test_cards_where_nothing_is_removed_say_so(tmp_path: Path) -> None:
     assert "# Pruned model" in card.text and "pruning" in data.tags
 
 
-def test_bottleneck_adapters_are_not_merged(tmp_path: Path) -> None:
+def test_the_kind_of_peft_is_a_tag(tmp_path: Path) -> None:
     model = adapted(make("bert"))
     plan = plan_for(model)
     apply_plan(model, plan)
     as_light(model, plan).save_pretrained(tmp_path)
-    card, data = card_in(tmp_path)
-    assert "--form peft" in card.text and "--form merged" not in card.text and "bottleneck" in data.tags
-
-
-def test_every_form_of_export_is_on_cards() -> None:
-    assert EXPORTS.keys() == FORMS.keys()
+    assert "bottleneck" in card_in(tmp_path)[1].tags
 
 
 @every_family(ALL)

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -251,16 +250,6 @@ def test_weights_of_before_go(owner: LocalHub, home: Path) -> None:
     assert owner.files("me/merged").keys() == expected
     push_to_hub(home / "light", "me/merged")
     assert owner.files("me/merged").keys() == expected | LIGHT_FILES, "an adapter leaves what is there"
-
-
-def test_the_licence_of_a_base_on_the_hub(owner: LocalHub, home: Path, tmp_path: Path) -> None:
-    base = shutil.copytree(home / "base", tmp_path / "licensed")
-    (base / "README.md").write_text("---\nlicense: mit\n---\n")
-    owner.add("someone/base", base)
-    light = light_over(classifier(Path("someone/base")))
-    light.push_to_hub("me/light")
-    data: Any = ModelCard(owner.files("me/light")["README.md"].decode()).data
-    assert (data.license, data.base_model, data.base_model_relation) == ("mit", "someone/base", "adapter")
 
 
 def test_what_is_not_sent(hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,6 @@ from lightpeft import (
     light_tokenizer,
     load_light,
     load_merged,
-    save_gguf,
     save_merged,
 )
 from lightpeft.app.folders.opening import find_model
@@ -547,12 +546,6 @@ def test_merged_it_needs_no_base(given: bool, base: Path, tmp_path: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert relative_difference(outputs(loaded, tokenizer), outputs(light, small)) < 3e-5
     assert loaded.config.vocab_size == len(small) == len(loaded.get_input_embeddings().weight)
-
-
-def test_llama_cpp_takes_it(base: Path, tmp_path: Path) -> None:
-    light, small = light_over_fewer(base)
-    written = save_gguf(light, tmp_path / "served", small)
-    assert written.agreement is not None and written.agreement.same
 
 
 def test_at_full_width_it_is_over_the_base_with_all_tokens(base: Path, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, errors
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import reason_of
 from lightpeft.models.repositories import Token
-from lightpeft.saving.cards import CARD, THIS_FOLDER, licence_of
+from lightpeft.saving.cards import CARD, THIS_FOLDER
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 """Files of a whole model's weights."""
@@ -45,7 +45,7 @@ def upload(
     """Send the files of a model's folder to a repository, which is made if it is not there.
 
     A whole model takes the place of one that is there, whose weights might be read instead. The card is told the
-    repository's name and, where it does not know it, the licence of its base.
+    repository's name.
 
     Args:
         name: of the repository, as owner/name.
@@ -71,7 +71,7 @@ def upload(
         done = api.create_commit(
             repository,
             [
-                *(CommitOperationAdd(path.name, _content(path, repository, api)) for path in files),
+                *(CommitOperationAdd(path.name, _content(path, repository)) for path in files),
                 *map(CommitOperationDelete, stale),
             ],
             commit_message=message,
@@ -88,15 +88,11 @@ def _stale(files: set[str], there: Iterable[str]) -> list[str]:
     return sorted(file for file in there if whole and file not in files and _WEIGHTS.fullmatch(file))
 
 
-def _content(file: Path, repository: str, api: HfApi) -> Path | bytes:
+def _content(file: Path, repository: str) -> Path | bytes:
     """What is sent of a file: itself or, of a card, what it says there."""
     if file.name != CARD:
         return file
-    card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    data: Any = card.data
-    if data.license is None and isinstance(data.base_model, str):
-        data.license = licence_of(data.base_model, api)
-    return str(card).replace(f'"{THIS_FOLDER}"', f'"{repository}"').encode()
+    return file.read_text(encoding="utf-8").replace(f'"{THIS_FOLDER}"', f'"{repository}"').encode()
 
 
 def _refusal(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,24 +11,8 @@ from lightpeft.errors import require
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lightpeft.app.exports.agreement import Agreement
     from lightpeft.app.folders.forms import LightAdapter
     from lightpeft.prune.light_model import LightModel
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written."""
-
-    reader: str
-    """Loads it, for people."""
-    facts: tuple[str, ...] = ()
-    """What is to be said of it, for people."""
-    agreement: Agreement | None = None
-    """With what the reader computes from it; None: nobody looked."""
-
-    def __str__(self) -> str:
-        return f"{self.reader} ({'; '.join(self.facts)})" if self.facts else self.reader
 
 
 class Export(ABC):
@@ -48,13 +31,16 @@ class Export(ABC):
     """That its weights can be written in, if not as they are."""
 
     @abstractmethod
-    def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> Exported:
+    def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> str:
         """Write it, whole or not at all.
 
         Args:
             folder: new or empty.
             overwrite: it may also hold the same form, which goes with all that is in it.
             dtype: of weights, one of `dtypes`; None: as they are.
+
+        Returns:
+            What loads it, for people.
 
         Raises:
             LightPeftError: the adapter has no such form, a file of it is damaged, or the folder cannot be written.
@@ -64,7 +50,7 @@ class Export(ABC):
 class WholeExport(Export):
     """A form of the whole model, for which a live one will do."""
 
-    def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> Exported:
+    def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> str:
         """As `write_model`."""
         return self.write_model(adapter.load(), adapter.tokenizer(), folder, overwrite, dtype)
 
@@ -76,7 +62,7 @@ class WholeExport(Export):
         folder: Path,
         overwrite: bool,
         dtype: str | None = None,
-    ) -> Exported:
+    ) -> str:
         """Write a live model, which stays as it is; what else is said as for `write`."""
 
 
@@ -91,14 +77,12 @@ class Merged(WholeExport):
     )
     limits = "no bottleneck adapters, no quantised bases"
 
-    def write_model(
-        self, model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: Any = None
-    ) -> Exported:
+    def write_model(self, model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: Any = None) -> str:
         """As `save_merged`."""
         from lightpeft.adapters.merging import save_merged
 
         native = save_merged(model, folder, tokenizer, overwrite=overwrite)
-        return Exported("transformers" if native else "lightpeft.load_merged")
+        return "transformers" if native else "lightpeft.load_merged"
 
 
 class FullWidth(Export):
@@ -109,7 +93,7 @@ class FullWidth(Export):
     readers = "PEFT and what is built on it, such as TRL; LoRA also servers, such as vLLM"
     limits = "bottleneck adapters need lightpeft imported; DoRA and trained biases read the base"
 
-    def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> Exported:
+    def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> str:
         """As `save_full_width`; of a run that trained it there for its last steps, what it left."""
         from lightpeft.adapters.full_width import copy_full_width, save_full_width
         from lightpeft.app.folders.run_folder import RunFolder
@@ -119,8 +103,8 @@ class FullWidth(Export):
         else:
             save_full_width(adapter.folder, adapter.model, folder, overwrite=overwrite)
         if adapter.vocabulary is None:
-            return Exported("PEFT")
-        return Exported(f"PEFT, with all {adapter.vocabulary.size:,} tokens of the base and the base's own tokenizer,")
+            return "PEFT"
+        return f"PEFT, with all {adapter.vocabulary.size:,} tokens of the base and the base's own tokenizer,"
 
 
 class Gguf(WholeExport):
@@ -137,17 +121,14 @@ class Gguf(WholeExport):
     )
     dtypes = ("f32", "f16", "bf16", "q8_0")
 
-    def write_model(
-        self, model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: Any = None
-    ) -> Exported:
+    def write_model(self, model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: Any = None) -> str:
         """As `save_gguf`."""
         from lightpeft.app.exports.gguf.exporting import save_gguf
 
         require(tokenizer is not None, "a GGUF file has the tokenizer in it, and there is none")
         written = save_gguf(model, folder, tokenizer, dtype=dtype or "auto", overwrite=overwrite)
         matrices = ", ".join(f"{count} in {kind}" for kind, count in written.matrices.items())
-        compared = _compared(written.agreement, "llama-cpp-py-sync")
-        return Exported("llama.cpp", (f"matrices: {matrices}", compared), written.agreement)
+        return f"llama.cpp (matrices: {matrices})"
 
 
 class Graph(WholeExport):
@@ -159,16 +140,14 @@ class Graph(WholeExport):
         "f32 unless it is said otherwise, whatever the base's weights are"
     )
 
-    def write_model(
-        self, model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: Any = None
-    ) -> Exported:
+    def write_model(self, model: LightModel, tokenizer: Any, folder: Path, overwrite: bool, dtype: Any = None) -> str:
         """As `save_graph`."""
         from lightpeft.app.exports.graphs.exporting import save_graph
         from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 
         runtime, kind = RUNTIMES[self.name], dtype or "f32"
-        agreement = save_graph(model, folder, tokenizer, runtime, dtype=kind, overwrite=overwrite)
-        return Exported(runtime.title, (kind, _compared(agreement, runtime.tool)), agreement)
+        save_graph(model, folder, tokenizer, runtime, dtype=kind, overwrite=overwrite)
+        return f"{runtime.title} ({kind})"
 
 
 class Onnx(Graph):
@@ -189,9 +168,7 @@ class OpenVino(Graph):
     dtypes = ("f32", "f16", "int8")
 
 
-def export(
-    adapter: LightAdapter, form: str, folder: Path, *, overwrite: bool = False, dtype: str | None = None
-) -> Exported:
+def export(adapter: LightAdapter, form: str, folder: Path, *, overwrite: bool = False, dtype: str | None = None) -> str:
     """Write one of `EXPORTS`; arguments, what it gives and errors as of `Export.write`.
 
     Raises:
@@ -208,7 +185,7 @@ def export_model(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
-) -> Exported:
+) -> str:
     """Write a live light model in one of the forms of `lightpeft export`, but for `peft` (of which see `full_width`).
 
     Args:
@@ -236,14 +213,6 @@ def _checked(form: str, dtype: str | None) -> Export:
     fits = dtype is None or form in taking
     require(fits, f"weights are written in {dtype} in the form {' or '.join(taking) or 'of nobody'}, not in {form}")
     return EXPORTS[form]
-
-
-def _compared(agreement: Agreement | None, package: str) -> str:
-    """How near a reader is, or why nobody knows."""
-    if agreement is None:
-        return f"not compared, for want of {package}"
-    near = agreement.difference < 1e-4
-    return f"compared: logits differ by {'less than 0.01%' if near else format(agreement.difference, '.2%')}"
 
 
 EXPORTS: dict[str, Export] = {form.name: form for form in (Merged(), FullWidth(), Gguf(), Onnx(), OpenVino())}
