@@ -131,11 +131,6 @@ def test_misnamed_options(capsys: pytest.CaptureFixture[str], arguments: tuple[s
     assert line.count("\n") == 1
 
 
-def test_places_may_stand_behind_options() -> None:
-    given = VERBS["predict"].parser().words(["model", "--bf16", "--output", "out.csv", "rows.csv"])
-    assert given == {"model": "model", "input": "rows.csv", "--bf16": True, "--output": "out.csv"}
-
-
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["--version"])
@@ -256,13 +251,6 @@ def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixtur
 # -- results -----------------------------------------------------------------------------------------------------
 
 
-def test_stages_say_where_their_results_are(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = bench.folder / "run"
-    for verb, result in (("estimate", "estimation"), ("prune", "pruned"), ("train", "adapter")):
-        assert f"{folder}/{result}\n" in shown(capsys, verb, "--run", folder)
-    assert "accuracy" in shown(capsys, "evaluate", "--run", folder)
-
-
 def test_inspect_shows_a_plan_layer_by_layer(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     folder = bench.folder / "run"
     plan = shown(capsys, "inspect", folder / "plan.json")
@@ -294,13 +282,6 @@ def test_inspect_shows_the_plan_of_an_unfinished_run(bench: Workbench, capsys: p
     planned = shown(capsys, "inspect", folder)
     assert planned.count("3/4") == estimated.count("3/4") > 0
     assert planned.splitlines()[-1] == estimated.splitlines()[-1]
-
-
-def test_inspect_shows_what_plain_runs_measured(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.run(bench.config("plain", method="plain", **{"training.epochs": 1}))
-    text = shown(capsys, "inspect", bench.folder / "plain")
-    assert "accuracy" in text
-    assert "method plain" in text
 
 
 def test_inspect_of_a_run_that_has_just_begun(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

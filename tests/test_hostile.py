@@ -30,7 +30,6 @@ from lightpeft.errors import LightPeftError
 from lightpeft.files import file_checksum
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import CLASSIFICATION
-from lightpeft.saving.whole_config import OWN
 
 MUTATIONS = 400 if FULL else 40
 LABELS = ("negative", "positive")
@@ -390,15 +389,6 @@ def test_kernels_by_their_name_on_the_hub(
     assert all("code from the hub" in line for line in lines.values()), lines
 
 
-def test_kernels_in_a_hidden_config(place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    """The family's own settings of a merged model are one level deeper, and taken no more on trust there."""
-    rewritten(place / "merged" / "config.json", lambda data: data[OWN].update(use_kernels=True))
-    sealed(place / "merged")
-    lines = refused(place, bench, "all", "merged", capsys=capsys)
-    assert len(lines) == 3 and all("code from the hub" in line for line in lines.values()), lines
-    assert "code from the hub" in refusal(lambda: AutoModelForSequenceClassification.from_pretrained(place / "merged"))
-
-
 # -- whatever else anybody writes into them ----------------------------------------------------------------------------
 
 
@@ -432,9 +422,3 @@ def test_damage_is_one_line(model: str, place: Path, bench: Workbench) -> None:
         damage(folder, random.Random(seed))
         lines += opened(lambda: MODELS[model](place)) is not None
     assert lines
-
-
-def test_nothing_is_said_of_weights_that_the_adapter_brings(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load_light(place / "light")
-    written = capfd.readouterr()
-    assert "classifier" not in written.out + written.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from torch import nn
 
 from lightpeft.errors import require
@@ -56,6 +58,16 @@ def check_length(trainer: LightHost) -> None:
         fitted(trainer.light_config, pace_of(trainer), steps, longer=trainer.light_longer)
 
 
+def refuse_name(model: object) -> None:
+    """Refuse a model that is given by its name: PEFT modules go on it before a trainer sees it.
+
+    Raises:
+        LightPeftError: saying how to load it.
+    """
+    by_name = f"give the model loaded, by from_pretrained of its class in transformers, in place of {model!r}"
+    require(not isinstance(model, (str, os.PathLike)), by_name)
+
+
 def refuse_parts(model: object) -> None:
     """Refuse a model that each process has loaded a part of, or that has no weights.
 
@@ -66,8 +78,7 @@ def refuse_parts(model: object) -> None:
         check_stored(model)
     require(
         not isinstance(model, nn.Module) or not is_sharded(model),
-        "the model lies in parts already, and a family is found in whole layers; load it before you make "
-        "TrainingArguments(deepspeed=...), or with zero3_init_flag: false",
+        "the model lies in parts already, and a family is found in whole layers; give it as it was loaded",
     )
 
 

@@ -11,7 +11,6 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from lightpeft.compat.peft import ranks_of_parameters
 from lightpeft.compat.transformers import apart_from_other_threads
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
@@ -56,7 +55,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, config: PeftConfig, is_tra
     Raises:
         LightPeftError: it does not fit; the model is then of no more use.
     """
-    with parsing(f"{folder} does not fit its base"), ranks_of_parameters(config):
+    with parsing(f"{folder} does not fit its base"):
         return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable, config=config)
 
 
@@ -108,7 +107,7 @@ def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Sh
     config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
     config.inference_mode = True
     skeleton.name_or_path = ""  # PEFT would compare it, and take fewer tokens than there for trained embeddings
-    with parsing(f"{folder} does not fit its base"), ranks_of_parameters(config), torch.device("meta"):
+    with parsing(f"{folder} does not fit its base"), torch.device("meta"):
         tensors = get_peft_model_state_dict(get_peft_model(skeleton, config))
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 

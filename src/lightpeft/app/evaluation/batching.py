@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+from lightpeft.compat.accelerate import clear_device_cache, should_reduce_batch_size
 
 T = TypeVar("T")
 
