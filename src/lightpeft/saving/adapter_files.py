@@ -16,7 +16,7 @@ from lightpeft.models.vocabulary import Vocabulary
 from lightpeft.peft_kinds.sites import hide_config
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, model_card, read_by
-from lightpeft.saving.description import BaseFacts, base_facts, check_parts
+from lightpeft.saving.description import BaseFacts, base_facts
 from lightpeft.saving.peft_adapter import read_adapter
 from lightpeft.saving.tokens import VOCABULARY_FILE, read_vocabulary, write_vocabulary
 
@@ -102,7 +102,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     description = read_json(folder / DESCRIPTION)
     with understandable(folder / DESCRIPTION):
         expected = dict(description["checksums"])
-    check_parts(description, folder / DESCRIPTION)
+    base_facts(description, folder / DESCRIPTION)
     others = sorted(expected.keys() - set(FILES))
     instead = "which this version of lightpeft cannot read; install the one that it was saved with"
     require(not others, f"{folder} has {', '.join(others)}, {instead}")

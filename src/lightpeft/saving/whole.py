@@ -21,7 +21,7 @@ from lightpeft.files import check_file, file_checksum, read_json, replacing_fold
 from lightpeft.models import repositories
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, model_card, of_whole, read_by, read_by_transformers
-from lightpeft.saving.description import check_parts, per_layer_config
+from lightpeft.saving.description import base_facts, per_layer_config
 from lightpeft.saving.uploading import send
 from lightpeft.saving.whole_config import CONFIG, hide_config
 
@@ -48,7 +48,7 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     description = read_json(Path(folder) / MERGED)
     with understandable(Path(folder) / MERGED):
         checksums = dict(description["checksums"])
-    check_parts(description, Path(folder) / MERGED)
+    base_facts(description, Path(folder) / MERGED)
     for name, checksum in checksums.items():
         check_file(Path(folder), name, checksum)
     return description
