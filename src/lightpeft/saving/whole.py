@@ -125,7 +125,7 @@ def push_whole(
     commit_message: str | None = None,
     **options: Any,
 ) -> str:
-    """Send a merged light model to the hub; options are of `save_whole`, all else as of `uploading.upload`."""
+    """Send a merged light model to the hub; options are of `save_whole`, all else as of `uploading.send`."""
 
     def write(folder: Path) -> None:
         save_whole(model, facts, folder, **options)

@@ -100,5 +100,4 @@ def quiet() -> None:
 
     quiet_libraries()
     screen.quiet = not processes().is_main_process
-    if screen.quiet:
-        bars.choose(bars.silent)
+    bars.quiet = screen.quiet

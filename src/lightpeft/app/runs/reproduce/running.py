@@ -88,15 +88,15 @@ class _Suite:
 
     def run(self, chosen: Sequence[Cell]) -> Results:
         todo = [cell for cell in chosen if not cell.run.has("evaluate")]
-        with StepProgress(len(chosen), len(chosen) - len(todo), "cells") as progress:
+        progress = StepProgress(len(chosen), len(chosen) - len(todo), "cells")
+        results = self._write()
+        for cell in todo:
+            progress.begin()
+            failure = self._run(cell)
+            if failure is not None:
+                self.failures[cell.name] = failure
             results = self._write()
-            for cell in todo:
-                progress.begin(cell.name)
-                failure = self._run(cell)
-                if failure is not None:
-                    self.failures[cell.name] = failure
-                results = self._write()
-                progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
+            progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
         return results
 
     def _run(self, cell: Cell) -> str | None:
