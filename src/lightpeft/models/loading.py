@@ -27,7 +27,7 @@ from lightpeft.compat.transformers import forget_renaming, has_adapter
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import shown
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files.foreign import check_config, check_folder, check_weights, parsing
+from lightpeft.files.foreign import check_config, check_weights, parsing
 from lightpeft.machine import processes
 from lightpeft.models import hub
 from lightpeft.models.families import check_not_refused
@@ -260,7 +260,7 @@ def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, An
         How any `from_pretrained` of transformers is to be called for it.
 
     Raises:
-        LightPeftError: the folder is not there, or holds what no model has: see `foreign`.
+        LightPeftError: the folder is not there, or asks for code from the hub.
         Exception: what transformers raises for a configuration that is missing or damaged.
     """
     require(config.name, "model.name is empty; give a hub name or a local folder")
@@ -268,8 +268,6 @@ def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, An
     looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
     require(folder.is_dir() or not looks_local, f"model folder {config.name} does not exist")
     hub.look_for(config.name)
-    if folder.is_dir():
-        check_folder(folder)
     place = {"revision": config.revision or "main"}
     if config.gguf_file is None:
         settings, _ = PretrainedConfig.get_config_dict(config.name, **place)
