@@ -465,13 +465,6 @@ def test_the_default_type_of_one_thread() -> None:
         assert torch.ones(1).dtype == torch.float32 and seen == [torch.float32]
 
 
-def test_convolutions() -> None:
-    with needed_for("telling a mixture of experts from a convolution in families that are not listed"):
-        for convolution in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.ConvTranspose3d(1, 1, 1)):
-            assert of_torch.is_convolution(convolution)
-        assert not of_torch.is_convolution(nn.Linear(1, 1))
-
-
 # transformers
 
 

@@ -130,11 +130,6 @@ def with_own_parameters(module: nn.Module) -> nn.Module:
     return twin
 
 
-def is_convolution(module: nn.Module) -> bool:
-    """Whether the module is a convolution, transposed ones among them, over whatever number of dimensions."""
-    return isinstance(module, nn.modules.conv._ConvNd)
-
-
 def set_unseen(module: nn.Module, name: str, parameter: Any) -> None:
     """Set a parameter that the module has already; hooks on the registration of parameters are not called."""
     module._parameters[name] = parameter
