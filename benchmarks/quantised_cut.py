@@ -24,7 +24,6 @@ from publishing import command
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow, quantize_
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from lightpeft.app.cli.command import quiet
@@ -57,22 +56,10 @@ def eight_bits(linear: nn.Linear) -> nn.Module:
     return layer.to("cpu")
 
 
-def torchao(granularity: Any) -> Callable[[nn.Linear], nn.Module]:
-    """What makes a linear layer one of torchao's 8 bits, with a scale for so many weights."""
-
-    def quantise(linear: nn.Linear) -> nn.Module:
-        quantize_(linear, Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False))
-        return linear
-
-    return quantise
-
-
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "bitsandbytes NF4": lambda linear: four_bits(linear, quant_type="nf4", compress_statistics=False),
     "bitsandbytes NF4, double quantisation": lambda linear: four_bits(linear, quant_type="nf4"),
     "bitsandbytes int8": eight_bits,
-    "torchao int8 by row": torchao(PerRow()),
-    "torchao int8, groups of 32": torchao(PerGroup(32)),
 }
 
 

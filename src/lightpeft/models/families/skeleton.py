@@ -109,7 +109,7 @@ def _randomise(parameter: nn.Parameter, generator: torch.Generator) -> None:
 
 
 def random_inputs(model: PreTrainedModel, rows: int = 3, length: int = 9, padding: str = "right") -> dict[str, Tensor]:
-    """Random token ids (padded rows but the first), images or raw sound, whatever the model takes; the same at every call.
+    """Random token ids (padded rows but the first), images or raw sound, the same at every call.
 
     Raises:
         LightPeftError: the model takes something else.
