@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lightpeft import EarlyPruner, LightConfig
 from lightpeft.adapters.light_adapter import load_light
-from lightpeft.models.families import block_specs
 from lightpeft.models.linears import (
     dense_weight,
     features,
@@ -210,16 +209,6 @@ def test_a_layer_without_features(kind: str) -> None:
     assert without_outputs(x).shape == (2, 3, 0)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_stored_numbers_outlast_a_pass(kind: str) -> None:
-    layer = KINDS[kind](plain())
-    before = stored_weight(layer).clone()
-    with torch.no_grad():
-        layer.eval()(torch.randn(2, COLUMNS))
-        layer.train()(torch.randn(2, COLUMNS))
-    assert stored_weight(layer).equal(before)
-
-
 # Widths
 
 
@@ -283,13 +272,6 @@ def logits(model: Any, train: bool = False) -> Tensor:
 
 
 @all_configs
-def test_specs_count_weights_not_bytes(folder: Path, kind: str) -> None:
-    model = load(folder, kind)
-    assert block_specs(model) == block_specs(make("llama-gqa", **SIZES))
-    assert sum(logical_numel(p) for p in model.parameters()) == make("llama-gqa", **SIZES).num_parameters()
-
-
-@all_configs
 @pytest.mark.parametrize(
     "budget", [BUDGET, BUDGET | {"min_heads": 0, "min_neurons": 0, "heads": 0.6}, BUDGET | {"depth": 1 / 3}]
 )
@@ -337,15 +319,6 @@ def test_heads_and_neurons_of_any_width_in_4_bits(tmp_path: Path, kind: str, bud
     assert logits(load_light(tmp_path / "light", base=load(tmp_path / "base", kind))).equal(expected)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
-def test_evaluation_leaves_the_base_as_loaded(folder: Path, kind: str) -> None:
-    model = load(folder, kind)
-    layer = model.model.layers[0].mlp.down_proj
-    before, trained = dense_weight(layer).clone(), logits(model, train=True)
-    assert logits(model).equal(trained)
-    assert dense_weight(layer).equal(before)
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_new_heads_are_ordinary_layers(tmp_path: Path, kind: str) -> None:
     encoder = make("bert", hidden_size=64, intermediate_size=128).base_model
@@ -362,12 +335,6 @@ def test_new_heads_are_ordinary_layers(tmp_path: Path, kind: str) -> None:
 
 
 # Refusals
-
-
-def test_unquantised_int8_layers_are_not_known() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    assert not is_linear(bnb.nn.Linear8bitLt(8, 8))
-    assert not is_linear(bnb.nn.Linear4bit(8, 8))
 
 
 def test_bitsandbytes_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
+from lightpeft.compat.transformers import ACT2FN
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families.skeleton import random_inputs, run
 from lightpeft.models.families.spec import Family, Stack
