@@ -93,7 +93,7 @@ def test_variants_of_peft(name: str, variant: str, budget: dict[str, Any]) -> No
     check(light_of(trained(name, variant), **budget), name)
 
 
-@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
 @both_budgets
 def test_bottleneck_adapters(placement: str, budget: dict[str, Any]) -> None:
     check(light_of(adapted(make("bert"), placement=placement), **budget), "bert")
@@ -188,7 +188,7 @@ def test_the_base_is_not_read(saved: Path) -> None:
     assert (saved / "wide" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("variant", ["dora", "lora-only", "lora-bias", "ia3", "tokens"])
+@pytest.mark.parametrize("variant", ["dora", "lora-bias", "ia3", "tokens"])
 def test_other_kinds_in_files(tmp_path: Path, variant: str) -> None:
     """Those that take weights of the base read them."""
     make("gpt2").save_pretrained(tmp_path / "base")

@@ -18,7 +18,7 @@ from lightpeft.models.families import Family, block_specs, family_of
 from lightpeft.models.linears import features, is_linear, slice_linear, sliced
 from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
-from lightpeft.peft_kinds.sites import Site, check_removable, drop_reference, find_sites, refresh_config, remove_site
+from lightpeft.peft_kinds.sites import Site, drop_reference, find_sites, refresh_config, remove_site
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts, width
 from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit
@@ -134,12 +134,11 @@ def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
 
 
 def _checked_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
-    """The PEFT modules in blocks that stay; refuses those that do not fit, or cannot go, before anything is cut."""
+    """The PEFT modules in blocks that stay; refuses those that do not fit, before anything is cut."""
     sites = find_sites(model, [spec for spec, _ in plan.parts])
     dense = {site.spec.name: site.spec.rank for site in sites}
     planned = {site.name: site.rank for site in plan.dense_sites}
     require(dense == planned, "the plan is for other PEFT modules than this model has")
-    check_removable(model, [site for site in sites if site.spec.name not in plan.sites])
     return sites
 
 

@@ -107,7 +107,7 @@ class FullWidth(Export):
     name = "peft"
     what = "a plain PEFT adapter over the whole base"
     readers = "PEFT and what is built on it, such as TRL; LoRA also servers, such as vLLM"
-    limits = "bottleneck adapters need lightpeft imported; DoRA and trained biases read the base"
+    limits = "bottleneck adapters need lightpeft imported; DoRA reads the base"
 
     def write(self, adapter: LightAdapter, folder: Path, overwrite: bool, dtype: str | None = None) -> Exported:
         """As `save_full_width`; of a run that trained it there for its last steps, what it left."""
