@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from damage import damage
-from lanes import FULL
+from lanes import FULL, telling
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import refusal

@@ -39,8 +39,8 @@ _QUANTISED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
 }
-CUTTABLE = ("bitsandbytes", "torchao")
-"""Quantisation methods, as transformers names them, whose weights can be cut."""
+CUTTABLE = "bitsandbytes"
+"""The quantisation method, as transformers names it, whose weights can be cut."""
 
 
 def quiet_libraries() -> None:
@@ -202,15 +202,15 @@ def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> Non
         return
     method = quantisation_method(quantised if isinstance(quantised, dict) else quantised.to_dict())
     require(
-        method in CUTTABLE,
+        method == CUTTABLE,
         f"model {config.name} is quantised ({method}), which cannot be cut; give the base in float32, bfloat16 or "
-        f"float16, or quantised by {' or '.join(CUTTABLE)}",
+        f"float16, or quantised by {CUTTABLE}",
     )
     require(config.quantise is None, f"model {config.name} is quantised already ({method}); leave model.quantise unset")
 
 
 def quantisation_method(settings: Mapping[str, Any]) -> str:
-    """The method, as `CUTTABLE` has it, in a quantisation's settings."""
+    """The method, as transformers names it, in a quantisation's settings."""
     return str(settings.get("quant_method", "unknown method")).rpartition(".")[2].lower()
 
 
