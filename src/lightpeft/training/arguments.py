@@ -51,10 +51,22 @@ _OWN = (
     "resume_from_checkpoint",
 )
 """Fields that are the run folder's business."""
-NO_DEEPSPEED = (
-    "DeepSpeed's engine cannot follow a model that is cut on the way; share weights by FSDP2 "
-    "(configs/engines/fsdp2.yaml), or fine-tune a light adapter by a trainer of another kind"
-)
+
+
+def refuse_deepspeed(asked: Any) -> None:
+    """Refuse the one engine that nothing is done for.
+
+    Args:
+        asked: a trainer's setting `deepspeed`.
+
+    Raises:
+        LightPeftError: it is asked for, or this process was started for it.
+    """
+    require(
+        not asked and not deepspeed_launched(),
+        "DeepSpeed's engine cannot follow a model that is cut on the way; share weights by FSDP2 "
+        "(configs/engines/fsdp2.yaml), or fine-tune a light adapter by a trainer of another kind",
+    )
 
 
 def training_arguments(
@@ -73,7 +85,7 @@ def training_arguments(
             transformers does not take.
     """
     check_given(given or {})
-    require(not (given or {}).get("deepspeed") and not deepspeed_launched(), NO_DEEPSPEED)
+    refuse_deepspeed((given or {}).get("deepspeed"))
     autocast = autocast_dtype(config)
     fields: dict[str, Any] = {
         "output_dir": str(folder),
