@@ -10,15 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import inputs_for, make, plan_for, random_record, refusal, with_lora
+from tiny import inputs_for, make, random_record, refusal, with_lora
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import Budget, apply_plan
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.curve import StepTimes
 from lightpeft.budget.curve import PARTS, loss_curve, nested_plans
 from lightpeft.plans.records import PrunePlan
-from lightpeft.profiling import Spread
 
 BUDGET = Budget(head_criterion="fisher", neuron_criterion="fisher", modules=0.0, ranks=0.0)
 
@@ -89,19 +87,7 @@ def mean_loss(model: Any, batches: list[dict[str, Any]]) -> float:
     return sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
 
 
-def test_one_batch_says_nothing_of_its_spread() -> None:
-    model = with_lora(make("bert"))
-    plan = plan_for(model)
-    assert "two batches" in refusal(lambda: loss_curve(model, {0.3: plan}, [inputs_for(model, labels=True)]))
-
-
 # -- times -------------------------------------------------------------------------------------------------------------
-
-
-def test_times_between_those_that_were_measured() -> None:
-    times = StepTimes({0.4: Spread(0.8, 0.8, 0.8, 3), 0.8: Spread(0.4, 0.4, 0.4, 3)}, {0.4: 0.4, 0.8: 0.8})
-    places = {0.0: 1.0, 0.2: 0.9, 0.4: 0.8, 0.6: 0.6, 0.8: 0.4}
-    assert {place: times(place) for place in places} == pytest.approx(places)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

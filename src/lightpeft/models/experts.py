@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightpeft.compat.deepspeed import logical_shape
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.sharding import placed_like, whole
 from lightpeft.models.unwrap import base_layer
@@ -59,18 +58,18 @@ class ExpertLayer:
         plain = {"gate_up_proj", "down_proj"} <= own.keys() and all(p.is_floating_point() for p in own.values())
         kept = "lightpeft cuts experts that are single 3-D parameters in floating point"
         require(plain and not others, f"{where} is a {type(self.experts).__name__} with other parameters: {kept}")
-        rows = all(logical_shape(tensor)[0] == self.count for _, tensor in self._of_router())
+        rows = all(tensor.shape[0] == self.count for _, tensor in self._of_router())
         require(rows, f"the router of {where} has parameters that are no rows of experts")
 
     @property
     def count(self) -> int:
         """Experts."""
-        return logical_shape(self.experts.down_proj)[0]
+        return int(self.experts.down_proj.shape[0])
 
     @property
     def width(self) -> int:
         """Intermediate channels of each."""
-        return logical_shape(self.experts.down_proj)[self._dim("down_proj") or 0]
+        return int(self.experts.down_proj.shape[self._dim("down_proj") or 0])
 
     @property
     def per_token(self) -> int:

@@ -9,8 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from peft import PeftConfig, TaskType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, TaskType
 
 from lightpeft.compat.peft import names_of_experts
 from lightpeft.config import LightConfig, RunConfig

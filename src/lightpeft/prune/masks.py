@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
-from transformers.activations import ACT2FN
 
 from lightpeft.compat.torch import storage_of
-from lightpeft.compat.transformers import recomputes
+from lightpeft.compat.transformers import ACT2FN, recomputes
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import adapter_in_use

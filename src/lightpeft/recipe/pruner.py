@@ -12,7 +12,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lightpeft.compat.deepspeed import out_of_zero3
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Budget, LightConfig, cut_of_writer, preset_light, usual_preset
 from lightpeft.errors import require
@@ -188,7 +187,7 @@ def cut(model: PeftModel, plan: PrunePlan) -> LightModel:
     Raises:
         LightPeftError: the plan does not fit.
     """
-    with out_of_fsdp(model), out_of_zero3(model):
+    with out_of_fsdp(model):
         apply_plan(model, plan)
         return as_light(model, plan)
 

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig, PeftType
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightpeft.compat.peft import BaseTunerLayer
 from lightpeft.plans.layout import cut_dim, kept_channels, width
 from lightpeft.plans.records import BlockPlan
 from lightpeft.plans.structure import BlockSpec, SiteSpec

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftType
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightpeft.compat.peft import LoraLayer
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import slice_linear
 from lightpeft.peft_kinds.sites.base import LinearSite, Report, Site, Tensors, observe_pair, spread

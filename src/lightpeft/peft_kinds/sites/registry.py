@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.lora import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lightpeft.compat.peft import adapters_in
+from lightpeft.compat.peft import BaseTunerLayer, ParamWrapper, adapters_in
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
