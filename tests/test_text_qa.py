@@ -167,9 +167,6 @@ def test_one_example_with_several_columns(
     assert "has only the columns question" in capsys.readouterr().err
 
 
-# -- other heads -------------------------------------------------------------------------------------------------
-
-
 # -- a decoder's question answering head -------------------------------------------------------------------------
 
 
