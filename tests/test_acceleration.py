@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from steps import LINEAR, applied, count_layers, gradients, mix, two_adapters, watch
-from tiny import ALL, LAYOUTS, inputs_for, make, relative_difference, with_lora
+from tiny import LAYOUTS, every_family, inputs_for, make, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from workbench import Workbench
@@ -133,7 +133,7 @@ class TestFusedLora:
 
 
 class TestBaseDropout:
-    @pytest.mark.parametrize("name", sorted(ALL))
+    @every_family()
     def test_without_dropout_training_computes_what_inference_does(self, name: str) -> None:
         model = make(name)
         inputs = inputs_for(model)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lanes import thorough
 from tiny import without_dropout
 from workbench import Workbench, forked, lightpeft, read, stamps
 
@@ -268,6 +269,7 @@ def test_measurements_that_are_stopped(
         assert written.out == ""
 
 
+@thorough
 def test_processes_that_measure_say_nothing(bench: Workbench, report: dict[str, Any]) -> None:
     """No process tells of what libraries lack when they are imported."""
     place = bench.folder / "quiet.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from workbench import RUNS, Workbench, lightpeft
+from workbench import Workbench, lightpeft
 
 from lightpeft import __version__
 from lightpeft.app import cli
@@ -232,13 +232,6 @@ def test_sections_and_mappings_as_a_whole(capsys: pytest.CaptureFixture[str], tm
     assert (given["tasks"]["mine"]["kind"], given["tasks"]["mine"]["hub"]) == ("chat", "a/b")
     assert lightpeft("run", "--light", "{haeds: 0.5}", "--print_config") == 2
     assert "unknown key light.haeds; did you mean light.heads?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_shipped_configs_are_valid(capsys: pytest.CaptureFixture[str], path: Path) -> None:
-    given = printed(capsys, "run", "--config", path)
-    assert given["model"]["name"]
-    assert given["data"]["train"] or given["data"]["path"]
 
 
 def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -87,9 +87,6 @@ def mean_loss(model: Any, batches: list[dict[str, Any]]) -> float:
     return sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
 
 
-# -- times -------------------------------------------------------------------------------------------------------------
-
-
 # -- the command -------------------------------------------------------------------------------------------------------
 
 

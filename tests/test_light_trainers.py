@@ -388,18 +388,6 @@ def test_sentence_transformers(embedder: Any, tmp_path: Path) -> None:
     assert torch.tensor(embedder.encode(sentences)).allclose(torch.tensor(found), atol=1e-6)
 
 
-@telling("step", [4, 12], [12])
-def test_sentence_transformers_go_on_from_a_checkpoint(embedder: Any, tmp_path: Path, step: int) -> None:
-    again = copy.deepcopy(embedder)
-    whole = contrastive(embedder, tmp_path / "out", save_strategy="steps", save_steps=4)
-    whole.train()
-    rest = contrastive(again, tmp_path / "out", save_strategy="steps", save_steps=4)
-    rest.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
-    assert rest.light_plan == whole.light_plan
-    for (name, one), (_, other) in zip(embedder.named_parameters(), again.named_parameters(), strict=True):
-        assert one.equal(other), name
-
-
 def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_path: Path) -> None:
     rows = [{"prompt": prompt} for prompt, *_ in rows_of()]
 

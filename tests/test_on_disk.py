@@ -109,13 +109,13 @@ def test_estimation_and_the_cut_are_the_same(name: str, wrap: Callable[..., Any]
     assert_same(estimated(wrap(usual)), estimated(wrap(on_disk)))
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-bias", "bert", "gpt2"])
+@telling("name", ["llama-gqa", "llama-bias", "bert", "gpt2"], {"llama-gqa", "gpt2"})
 def test_faster_steps(name: str, tmp_path: Path) -> None:
     usual, on_disk = both(tmp_path, name)
     assert_same(estimated(with_lora(usual), fast=True), estimated(with_lora(on_disk), fast=True))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@telling("reentrant", [True, False], {False})
 def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
     """Activations are then kept at the borders of blocks alone, and a block's are computed again: with its dropout."""
     models = [with_lora(model, lora_dropout=0.3) for model in both(tmp_path, "llama-gqa")]
@@ -134,7 +134,7 @@ def gradients(model: Any, autocast: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "gpt2"])
+@telling("name", ["bert", "llama-gqa", "gpt2"], {"llama-gqa"})
 def test_data_types(name: str, dtype: torch.dtype, autocast: bool, tmp_path: Path) -> None:
     """The files are in float32: a weight is converted when it is read. (PEFT rounds LoRA's start as weights are.)"""
     usual, on_disk = (with_lora(model) for model in both(tmp_path, name, dtype=dtype))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lanes import thorough
 from workbench import Workbench, lightpeft, read
 
 from lightpeft.app.runs import pipeline
@@ -42,6 +43,7 @@ def test_tensorboard_from_the_shell(bench: Workbench) -> None:
     assert found["train/light/base_parameters_after"] == [(6, report["base"])]
 
 
+@thorough
 def test_trackio_from_python(bench: Workbench, tmp_path: Path) -> None:
     """In a process of its own: it keeps threads and a data base."""
     pytest.importorskip("trackio")
