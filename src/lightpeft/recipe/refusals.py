@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from torch import nn
 
 from lightpeft.errors import require
@@ -56,16 +54,6 @@ def check_length(trainer: LightHost) -> None:
     steps = steps_of(trainer)
     if trainer.light_plan is None and steps is not None:
         fitted(trainer.light_config, pace_of(trainer), steps, longer=trainer.light_longer)
-
-
-def refuse_name(model: object) -> None:
-    """Refuse a model that is given by its name: PEFT modules go on it before a trainer sees it.
-
-    Raises:
-        LightPeftError: saying how to load it.
-    """
-    by_name = f"give the model loaded, by from_pretrained of its class in transformers, in place of {model!r}"
-    require(not isinstance(model, (str, os.PathLike)), by_name)
 
 
 def refuse_parts(model: object) -> None:

@@ -36,9 +36,10 @@ from lightpeft.recipe.arguments import taken, with_dense_reference
 from lightpeft.recipe.checkpoints import LightCheckpoints
 from lightpeft.recipe.course import Course, tell_cut
 from lightpeft.recipe.depth import with_depth
+from lightpeft.recipe.naming import with_loaded_model
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
-from lightpeft.recipe.refusals import check_length, check_light, refuse_name, refuse_parts
+from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.schedule import LightSchedule
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.training.acceleration import light_steps
@@ -98,7 +99,7 @@ class LightTraining(Training):
     ) -> None:
         args, options = taken(super().__init__, args, options)
         self.fast_steps, self.light_report = fast_steps, {}
-        refuse_name(model)
+        model, options = with_loaded_model(model, type(self), options)
         refuse_parts(model)
         if isinstance(light, LightConfig):
             light = with_depth(light, model, options)
