@@ -112,13 +112,8 @@ class Help(Action):
 class Parser(ArgumentParser):
     """argparse's parser, with what is wrong as an exception."""
 
-    def __init__(self, rows: str | None = None, **options: Any) -> None:
-        """
-        Args:
-            rows: option that a file of rows is likely meant for.
-        """
+    def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.rows = rows
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print below the usage."""
@@ -132,7 +127,7 @@ class Parser(ArgumentParser):
         """
         given, unknown = self.parse_known_intermixed_args(list(arguments))
         if unknown:
-            raise LightPeftError(unknown_option(unknown, self.known, self.rows))
+            raise LightPeftError(unknown_option(unknown, self.known))
         return vars(given)
 
     @property

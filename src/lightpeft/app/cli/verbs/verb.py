@@ -29,8 +29,6 @@ class Verb:
     """Settings of a run that it does not take."""
     short: Mapping[str, str] = field(default_factory=dict)
     """Setting of a run -> a second name of its option."""
-    rows: str = "--data.train"
-    """On runs: what takes the file of rows that somebody gives without an option."""
 
     def call(self, arguments: Sequence[str], begin: Callable[[], None]) -> None:
         """Do what a command line says.
@@ -74,8 +72,7 @@ class Verb:
     def _empty(self) -> Parser:
         places = [f"[{option.names}]" for option in self.options if option.is_place]
         usage = " ".join(["%(prog)s", *places, "[options]"]) if self.on_runs else None  # there are a hundred of them
-        rows = self.rows if self.on_runs else None
-        return Parser(rows, prog=f"lightpeft {self.name}", usage=usage, description=self.help, add_help=False)
+        return Parser(prog=f"lightpeft {self.name}", usage=usage, description=self.help, add_help=False)
 
     def _declare(self, parser: ArgumentParser, run: Sequence[Section]) -> None:
         for option in (*(SOURCES if run else ()), *self.options):
