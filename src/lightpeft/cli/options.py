@@ -55,6 +55,12 @@ class Option:
         return any(typing.get_origin(part) is dict for part in _options(self.type))
 
     @property
+    def type_of_keys(self) -> Any:
+        """What these may be, where it is text; Any: whatever YAML reads."""
+        mappings = [part for part in _options(self.type) if typing.get_origin(part) is dict]
+        return str if all(typing.get_args(part)[1] is str for part in mappings) else Any
+
+    @property
     def is_place(self) -> bool:
         """Whether it is told by its place."""
         return not self.names.startswith("-")

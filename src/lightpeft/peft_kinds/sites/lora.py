@@ -62,7 +62,7 @@ class Lora(Site):
         )
         require(
             not (parameters and config.lora_dropout),
-            "LoRA on the parameters of experts has no dropout in PEFT; set lora_dropout (lora.dropout) to 0",
+            "LoRA on the parameters of experts has no dropout in PEFT; set lora_dropout to 0",
         )
 
     @classmethod

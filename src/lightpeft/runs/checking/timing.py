@@ -13,7 +13,7 @@ from peft import PeftModel
 from lightpeft.models.loading import load_model_config
 from lightpeft.profiling import OptimizerFactory, measure_training
 from lightpeft.runs.bench import accelerating, adamw, estimating, sample_batches
-from lightpeft.runs.checking.models import cut_evenly, device, shapes_of, step_options, stored_states, with_peft
+from lightpeft.runs.checking.models import cut_evenly, device, shapes_of, stored_states, with_peft
 from lightpeft.runs.workspace import Workspace
 from lightpeft.training.prefix import STATES, FrozenPrefix
 
@@ -74,4 +74,4 @@ def _light_step(work: Workspace, blocks: int) -> float:
 
 
 def _timed(work: Workspace, model: PeftModel, batches: Any, optimizer: OptimizerFactory) -> float:
-    return median(measure_training(model, batches, optimizer, warmup=1, **step_options(work)))
+    return median(measure_training(model, batches, optimizer, warmup=1, **work.step_options))
