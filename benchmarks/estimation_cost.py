@@ -14,10 +14,10 @@ import sys
 
 import subjects
 
+from lightpeft.app.runs.bench import Build, Made, accelerating, adamw
+from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import RunConfig
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.runs.bench import Build, Made, accelerating, adamw
-from lightpeft.runs.pipeline import Workspace
 
 PLAIN, EVERY_STEP = "PEFT in every block", "with masks and importances, ratios in every step"
 SAMPLED, AS_IT_IS = "with masks and importances", "estimation as the config has it"

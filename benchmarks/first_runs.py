@@ -27,15 +27,15 @@ from typing import Any
 import publishing
 from rich.console import Console
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.evaluation.reports import evaluate_model
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.reproduce.grid import slug
 from lightpeft.config import run_config_from_dict
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.reports import evaluate_model
 from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling import hardware
-from lightpeft.runs import pipeline
-from lightpeft.runs.reproduce.grid import slug
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "demo"))

@@ -23,11 +23,11 @@ import plots
 import publishing
 from rich.console import Console
 
+from lightpeft.app.runs.reproduce import Results, Row, read_results
+from lightpeft.app.runs.reproduce.grid import cell_name
+from lightpeft.app.runs.reproduce.summary import Report
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
-from lightpeft.runs.reproduce import Results, Row, read_results
-from lightpeft.runs.reproduce.grid import cell_name
-from lightpeft.runs.reproduce.summary import Report
 
 DENSE, AUTO = "nothing cut", "auto"
 STEP = 0.05

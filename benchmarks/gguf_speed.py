@@ -24,17 +24,17 @@ import torch
 from publishing import markdown_table, report, spread_text
 from transformers import PreTrainedModel
 
+from lightpeft.adapters.merging import merged_copy
+from lightpeft.app.exports.gguf.writing import write_gguf
+from lightpeft.app.folders.opening import open_result
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
 from lightpeft.compat.llama_cpp import LlamaCpp, is_there
 from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.profiling import ratio
-from lightpeft.runs import pipeline
-from lightpeft.saved.gguf.writing import write_gguf
-from lightpeft.saved.light_adapter import LightModel
-from lightpeft.saved.merging import merged_copy
-from lightpeft.saved.opening import open_result
-from lightpeft.saved.run_folder import RunFolder
+from lightpeft.prune.light_model import LightModel
 
 TYPES = ("f32", "bf16", "q8_0")
 

@@ -23,13 +23,13 @@ from rich.console import Console
 from subjects import with_settings
 from synthetic import SUBJECTS, Case, Shape, measure
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig, load_config, preset_light
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.profiling import hardware
-from lightpeft.runs import pipeline
-from lightpeft.runs.workers import Worker
 
 SHAPES = {
     shape.name: shape

@@ -20,11 +20,11 @@ from peer_methods import LORA, PEERS
 from publishing import say
 from rich.console import Console
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs.reproduce import Arm, Call, Grid, joined, load_grid, markdown_table, read_results, reproduce
+from lightpeft.app.runs.reproduce.running import Launch
 from lightpeft.config import overlaid
 from lightpeft.errors import LightPeftError, require
-from lightpeft.runs.reproduce import Arm, Call, Grid, joined, load_grid, markdown_table, read_results, reproduce
-from lightpeft.runs.reproduce.running import Launch
 
 PRUNED = [name for name, peer in PEERS.items() if peer.kind == "pruned"]
 

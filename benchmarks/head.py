@@ -18,9 +18,9 @@ from unittest.mock import patch
 import subjects
 from torch import nn
 
+from lightpeft.app.runs.bench import BUILDS, accelerating
+from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import RunConfig
-from lightpeft.runs.bench import BUILDS, accelerating
-from lightpeft.runs.pipeline import Workspace
 from lightpeft.training import acceleration, logits
 
 AS_IT_IS, AT_ONCE, OF_ALL = "as it is", "logits of labelled tokens at once", "logits of all tokens"

@@ -19,10 +19,10 @@ from typing import Any
 import subjects
 from publishing import markdown_table, spread_text
 
+from lightpeft.app.runs.bench import Subject
+from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
 from lightpeft.profiling import alternate, hardware, ratio, summarize
-from lightpeft.runs.bench import Subject
-from lightpeft.runs.workers import Worker
 
 BATCHES = (1, 32)
 """Rows at a time."""

@@ -25,13 +25,13 @@ from synthetic import Case, random_batches, random_model, with_lora
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightpeft.cli.command import quiet
+from lightpeft.adapters.light_adapter import load_light
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs.workers import Worker
 from lightpeft.config import LightConfig
 from lightpeft.errors import require
 from lightpeft.profiling import PeakMemory, measure_training
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.runs.workers import Worker
-from lightpeft.saved.light_adapter import load_light
 from lightpeft.training.acceleration import accelerated
 
 PLAIN, WHOLE, STREAMED = "dense, plain LoRA", "light, base read whole", "light, read into the cut layers"

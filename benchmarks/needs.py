@@ -17,12 +17,12 @@ from typing import Any
 
 from publishing import markdown_table, report
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.bench import bench
+from lightpeft.app.runs.checking import check
 from lightpeft.config import load_config
 from lightpeft.profiling.rehearsal import Holding
-from lightpeft.runs import pipeline
-from lightpeft.runs.bench import bench
-from lightpeft.runs.checking import check
 
 SUBJECTS = {"plain": "plain", "estimate": "estimation", "train": "light"}
 """Stage of a check -> subject of a bench."""

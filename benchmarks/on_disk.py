@@ -38,15 +38,15 @@ from transformers import (
     set_seed,
 )
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs.workers import Worker
 from lightpeft.config import LightConfig
 from lightpeft.errors import require
 from lightpeft.models.on_disk import weights_on_disk
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import PeakMemory
+from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.trainer import LightTrainer
-from lightpeft.runs.workers import Worker
-from lightpeft.saved.light_adapter import LightModel
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {

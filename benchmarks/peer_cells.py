@@ -15,12 +15,12 @@ from peer_pruning import Goal, goal_of
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
+from lightpeft.app.evaluation.scores import scores_of, values_of
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
-from lightpeft.evaluation.scores import scores_of, values_of
 from lightpeft.files import write_json
-from lightpeft.runs import pipeline
-from lightpeft.runs.pipeline import Workspace
 
 CURVE = "curve.json"
 """In the run's folder: what was seen of the test rows in training, if that was asked for."""

@@ -22,6 +22,11 @@ from peer_pruning import (
 )
 from torch import nn
 
+from lightpeft.app.runs.bench import Build, Made, adamw
+from lightpeft.app.runs.pipeline import Workspace
+from lightpeft.app.runs.reproduce import Arm, Call
+from lightpeft.app.runs.reproduce.arms import Settings
+from lightpeft.app.tasks import task_facts
 from lightpeft.config import PRESETS, overlaid
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
@@ -31,13 +36,8 @@ from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import SLOTS
 from lightpeft.prune.depth import leave_out
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs.bench import Build, Made, adamw
-from lightpeft.runs.pipeline import Workspace
-from lightpeft.runs.reproduce import Arm, Call
-from lightpeft.runs.reproduce.arms import Settings
-from lightpeft.saved.light_adapter import as_light
-from lightpeft.tasks import task_facts
 from lightpeft.training.acceleration import accelerated
 
 Kind = Literal["plain", "pruned", "light"]

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lightpeft.app.runs.bench import sample_batches
+from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import Budget
 from lightpeft.errors import require
 from lightpeft.models.arguments import change_arguments
@@ -36,8 +38,6 @@ from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, bloc
 from lightpeft.plans.structure import BlockSpec, SiteSpec
 from lightpeft.profiling import count_parameters
 from lightpeft.prune.fingerprint import fingerprint
-from lightpeft.runs.bench import sample_batches
-from lightpeft.runs.pipeline import Workspace
 
 CALIBRATION_BATCHES = 10
 """Training batches that the criteria of other libraries may look at; the number in their own examples."""

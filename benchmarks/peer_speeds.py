@@ -13,11 +13,11 @@ from peer_methods import BASELINE, PEERS
 from peer_pruning import Goal
 from publishing import say
 
+from lightpeft.app.runs.bench import Subject
+from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
 from lightpeft.files import read_json, write_json
 from lightpeft.profiling import alternate, ratio, summarize
-from lightpeft.runs.bench import Subject
-from lightpeft.runs.workers import Worker
 
 INFERENCE_BATCHES = (1, 32)
 """Rows a batch in the measurement of inference."""

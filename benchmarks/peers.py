@@ -30,16 +30,16 @@ from publishing import say
 from rich.console import Console
 from transformers import set_seed
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.folders.run_folder import read_report
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.reproduce import Cell, Grid, check_cell, reproduce
+from lightpeft.app.runs.reproduce.running import Launch
 from lightpeft.config import load_config, overlaid
 from lightpeft.config.methods import METHODS
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.profiling import hardware
-from lightpeft.runs import pipeline
-from lightpeft.runs.reproduce import Cell, Grid, check_cell, reproduce
-from lightpeft.runs.reproduce.running import Launch
-from lightpeft.saved.run_folder import read_report
 
 POINT = 0.01
 """One point of accuracy."""

@@ -21,11 +21,11 @@ from rich.console import Console
 from scaling import SIZES, shape_of
 from synthetic import FAMILIES, Case, Synthetic
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs.workers import Worker
 from lightpeft.config import preset_light
 from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
-from lightpeft.runs.workers import Worker
 
 PARTS = {"products": "products", "else": "all else"}
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow, quantize_
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
 from lightpeft.files import write_json
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import dense_weight, prepare_quantised

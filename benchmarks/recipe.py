@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from transformers import set_seed
 
 from lightpeft import LightTrainer, load_config
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs import pipeline
 from lightpeft.config import RunConfig
 from lightpeft.profiling import hardware, ratio, summarize
-from lightpeft.runs import pipeline
 from lightpeft.training.arguments import training_arguments
 
 WEIGHTS = "adapter_model.safetensors"

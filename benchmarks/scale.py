@@ -26,11 +26,11 @@ from typing import Any
 from publishing import markdown_table, report
 from transformers import LlamaConfig
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.checking import check
 from lightpeft.config import run_config_from_dict
 from lightpeft.profiling.rehearsal import Holding
-from lightpeft.runs import pipeline
-from lightpeft.runs.checking import check
 
 SHAPES: dict[str, dict[str, int]] = {
     "Llama 8B": {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 14336},

@@ -26,7 +26,7 @@ from publishing import add_option, beside, command, markdown_table, publish, say
 from rich.console import Console
 from synthetic import FAMILIES, Case, Shape, measure
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
 from lightpeft.config import preset_light
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, write_json

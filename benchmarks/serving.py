@@ -23,19 +23,19 @@ from publishing import markdown_table, report, spread_text
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightpeft.adapters.merging import merged_copy
+from lightpeft.app.exports.graphs.exporting import write_graph
+from lightpeft.app.exports.graphs.runtimes import RUNTIMES, Runtime
+from lightpeft.app.exports.graphs.tracing import reads, traceable
+from lightpeft.app.folders.opening import open_result
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.workspace import Workspace
 from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.profiling import alternate, folder_bytes, ratio, summarize
 from lightpeft.profiling.surroundings import version_of
-from lightpeft.runs import pipeline
-from lightpeft.runs.workspace import Workspace
-from lightpeft.saved.graphs.exporting import write_graph
-from lightpeft.saved.graphs.runtimes import RUNTIMES, Runtime
-from lightpeft.saved.graphs.tracing import reads, traceable
-from lightpeft.saved.light_adapter import LightModel
-from lightpeft.saved.merging import merged_copy
-from lightpeft.saved.opening import open_result
-from lightpeft.saved.run_folder import RunFolder
+from lightpeft.prune.light_model import LightModel
 
 Inputs = dict[str, Tensor]
 Answer = Callable[[Inputs], Tensor]

@@ -27,13 +27,13 @@ import first_runs
 import publishing
 from rich.console import Console
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.evaluation.reports import evaluate_model
+from lightpeft.app.runs import pipeline
 from lightpeft.config import run_config_from_dict
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.reports import evaluate_model
 from lightpeft.files import read_json, write_json
 from lightpeft.profiling import hardware
-from lightpeft.runs import pipeline
 from lightpeft.training.schedule import auto_epochs
 
 TASKS = ("movies", "amazon", "nyt", "tweets", "eight", "sst2")

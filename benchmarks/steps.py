@@ -18,13 +18,13 @@ from typing import Any
 import subjects
 import torch
 
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.bench import BUILDS, Made
+from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import RunConfig
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.runs import pipeline
-from lightpeft.runs.bench import BUILDS, Made
-from lightpeft.runs.pipeline import Workspace
-from lightpeft.saved.run_folder import RunFolder
 
 LIGHT = BUILDS["light"]
 AS_IT_IS = "as it is"

@@ -13,14 +13,14 @@ from typing import Any
 from publishing import add_option, command, markdown_table, publish, say
 from rich.console import Console
 
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.bench import Build, Subject
+from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
 from lightpeft.profiling import alternate, hardware, ratio, summarize
-from lightpeft.runs import pipeline
-from lightpeft.runs.bench import Build, Subject
-from lightpeft.runs.workers import Worker
 
 Subjects = Mapping[str, tuple[str | Build, RunConfig]]
 """By name: what to measure, as `lightpeft.bench.Subject` takes it, and its run."""

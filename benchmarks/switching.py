@@ -32,10 +32,10 @@ from synthetic import with_lora
 from transformers import AutoModelForCausalLM, set_seed
 
 from lightpeft import LightSwitch, load_light
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.runs.workers import Worker
 from lightpeft.errors import require
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.runs.workers import Worker
 
 TOKENS = 32
 DTYPES = ("float32", "bfloat16")

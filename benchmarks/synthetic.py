@@ -25,6 +25,7 @@ from transformers import (
     set_seed,
 )
 
+from lightpeft.app.runs.workers import Worker
 from lightpeft.config import LightConfig
 from lightpeft.machine import autocasting
 from lightpeft.models.families import block_specs
@@ -39,7 +40,6 @@ from lightpeft.profiling import (
     summarize,
 )
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.runs.workers import Worker
 from lightpeft.training.acceleration import accelerated
 
 FAMILIES = ("roberta", "llama")

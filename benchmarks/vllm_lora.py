@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from publishing import markdown_table, report
 
+from lightpeft.app.evaluation.generating import generate_texts
+from lightpeft.app.folders.results import open_peft
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
 from lightpeft.errors import require
-from lightpeft.evaluation.generating import generate_texts
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.profiling import versions
-from lightpeft.runs import pipeline
-from lightpeft.saved.results import open_peft
-from lightpeft.saved.run_folder import RunFolder
 
 TOKENS = 16
 """Written a text at most."""

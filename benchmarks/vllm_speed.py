@@ -27,14 +27,14 @@ from gguf_speed import continued
 from publishing import markdown_table, report, spread_text
 from vllm_engine import PYTHON, Refused, Vllm, Written
 
+from lightpeft.adapters.merging import load_merged, save_merged
+from lightpeft.app.folders.opening import open_result
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.profiling import alternate, folder_bytes, ratio
-from lightpeft.runs import pipeline
-from lightpeft.saved.light_adapter import LightModel
-from lightpeft.saved.merging import load_merged, save_merged
-from lightpeft.saved.opening import open_result
-from lightpeft.saved.run_folder import RunFolder
+from lightpeft.prune.light_model import LightModel
 
 Ask = Callable[[Sequence[list[int]]], Written]
 WAYS = ("all at once", "one after another")

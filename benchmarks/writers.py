@@ -19,14 +19,14 @@ from typing import Any
 import subjects
 from publishing import markdown_table, spread_text
 
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.bench import Subject
+from lightpeft.app.runs.reuse import find_estimation, take_estimation
+from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.structure import SLOTS
 from lightpeft.profiling import alternate, hardware, ratio, summarize
-from lightpeft.runs import pipeline
-from lightpeft.runs.bench import Subject
-from lightpeft.runs.reuse import find_estimation, take_estimation
-from lightpeft.runs.workers import Worker
 
 PLAIN, EVERYWHERE, ESTIMATION, WHOLE = "plain LoRA on q and v", "on all projections", "estimation", "no cut"
 CUTS = (0.2, 0.4, 0.6, 0.75)

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightpeft.cli.command import quiet
-from lightpeft.cli.tables import comparison_table, plan_table
+from lightpeft.app.cli.command import quiet
+from lightpeft.app.cli.tables import comparison_table, plan_table
+from lightpeft.app.runs.bench import bench
+from lightpeft.app.runs.pipeline import run
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.plans.records import PrunePlan
-from lightpeft.runs.bench import bench
-from lightpeft.runs.pipeline import run
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "movie_reviews" / "minilm_default.yaml"

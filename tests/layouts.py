@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from lightpeft.tasks import ENTRIES, Task
+from lightpeft.app.tasks import ENTRIES, Task
 
 WORDS = tuple(f"word{index}" for index in range(12))
 TELLING = ("red", "green", "blue", "black", "white")

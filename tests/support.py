@@ -37,14 +37,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lightpeft import load_light
+from lightpeft.app.exports.exporting import EXPORTS
 from lightpeft.models.families import FAMILIES, REFUSED, Family, block_specs
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
 from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.exporting import EXPORTS
-from lightpeft.saved.light_adapter import as_light
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "families.md"
 BUDGETS = {"usual": USUAL, "dropped": DROPPED}

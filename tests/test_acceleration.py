@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from workbench import Workbench
 
+from lightpeft.app.runs import pipeline
 from lightpeft.models.families import block_specs
 from lightpeft.peft_kinds.sites import find_sites, fused, fused_lora
 from lightpeft.profiling import count_flops
 from lightpeft.prune.importance import ModuleObserver
-from lightpeft.runs import pipeline
 from lightpeft.training.acceleration import base_dropout
 from lightpeft.training.prefix import FrozenPrefix
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
-from lightpeft.evaluation.aggregates import (
+from lightpeft.app.evaluation.aggregates import (
     Statistic,
     estimate,
     interquartile_mean,

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from workbench import Workbench
 
-from lightpeft.runs import pipeline
+from lightpeft.app.runs import pipeline
 from lightpeft.training import attention
 from lightpeft.training.acceleration import accelerated
 from lightpeft.training.attention import LONGEST, attention_by_products

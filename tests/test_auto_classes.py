@@ -32,8 +32,8 @@ from transformers.utils import logging
 from workbench import save_base
 
 from lightpeft import LightModel, load_light, load_merged, save_merged
-from lightpeft.saved.auto_classes import _TABLES
-from lightpeft.saved.whole_config import LIGHT_TYPE
+from lightpeft.adapters.auto_classes import _TABLES
+from lightpeft.saving.whole_config import LIGHT_TYPE
 
 TEXT = "word1 good2 word3"
 

@@ -32,11 +32,11 @@ from workbench import (
     write_rows,
 )
 
+from lightpeft.app.runs import pipeline, stages
 from lightpeft.files import file_checksum
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.estimation import Estimator
-from lightpeft.runs import pipeline, stages
-from lightpeft.saved.light_adapter import LightModel
+from lightpeft.prune.light_model import LightModel
 
 Refused = Callable[..., str]
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightpeft.evaluation import batching
-from lightpeft.evaluation.batching import MOST_ROWS, fitting_batch_size, free_memory, in_batches
+from lightpeft.app.evaluation import batching
+from lightpeft.app.evaluation.batching import MOST_ROWS, fitting_batch_size, free_memory, in_batches
 
 MIB = 2**20
 FULL = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."

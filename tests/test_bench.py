@@ -18,15 +18,15 @@ import torch
 from tiny import without_dropout
 from workbench import Workbench, forked, lightpeft, read, stamps
 
-from lightpeft.cli.tables import bench_table
+from lightpeft.app.cli.tables import bench_table
+from lightpeft.app.folders.results import open_peft
+from lightpeft.app.runs import bench as benching
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.bench import Subject, sample_batches, sample_rows
+from lightpeft.app.runs.report.speeds import speed_rows
+from lightpeft.app.runs.workers import Worker
 from lightpeft.errors import LightPeftError
 from lightpeft.profiling import WARMUP, count_flops
-from lightpeft.runs import bench as benching
-from lightpeft.runs import pipeline
-from lightpeft.runs.bench import Subject, sample_batches, sample_rows
-from lightpeft.runs.report.speeds import speed_rows
-from lightpeft.runs.workers import Worker
-from lightpeft.saved.results import open_peft
 
 ROUNDS, STEPS = 2, 2
 UPPER = {"light.module_blocks": 0.5, "light.modules": 0.5}

@@ -67,6 +67,10 @@ from workbench import (
     tokenizer_of_bytes,
 )
 
+from lightpeft.adapters.merging import load_merged
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.bench import accelerating
+from lightpeft.app.runs.reproduce import Results, Row, read_results, reproduce
 from lightpeft.config import PRESETS, RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
@@ -76,10 +80,6 @@ from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
-from lightpeft.runs.bench import accelerating
-from lightpeft.runs.reproduce import Results, Row, read_results, reproduce
-from lightpeft.saved.merging import load_merged
 from lightpeft.training import acceleration
 
 ROOT = Path(__file__).parents[1]

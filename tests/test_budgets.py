@@ -23,6 +23,13 @@ from transformers import TrainingArguments
 from workbench import SIZES, Workbench, completions, labelled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
+from lightpeft.app.folders.run_folder import RunFolder, to_yaml
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.report import page
+from lightpeft.app.runs.report.facts import read_run
+from lightpeft.app.runs.trainers import LightRun
+from lightpeft.app.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
+from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.config import Tolerance, preset_light
 from lightpeft.console.bars import showing
 from lightpeft.peft_kinds.placing import add_peft
@@ -37,13 +44,6 @@ from lightpeft.prune.learning import LEAST_LEARNED
 from lightpeft.prune.probing import Probe
 from lightpeft.prune.surgery import cut_copy
 from lightpeft.recipe.probes import SearchRoom, sizes_of, why_unmeasured
-from lightpeft.runs import pipeline
-from lightpeft.runs.report import page
-from lightpeft.runs.report.facts import read_run
-from lightpeft.runs.trainers import LightRun
-from lightpeft.saved.run_folder import RunFolder, to_yaml
-from lightpeft.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
-from lightpeft.tasks.metrics import METRICS
 
 FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
 AUTO = {**FISHER, "light.blocks": "auto", "light.search_fraction": 100.0}

@@ -16,13 +16,13 @@ from transformers import AutoModelForSequenceClassification
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import LightModel, load_light, run, save_merged
+from lightpeft.app.exports.exporting import EXPORTS as FORMS
+from lightpeft.app.tasks import ENTRIES
 from lightpeft.models.hub import is_name
 from lightpeft.plans.picture import WIDTH, bar, picture
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.cards import EXPORTS, licence_of, pipeline_tag
-from lightpeft.saved.exporting import EXPORTS as FORMS
-from lightpeft.saved.light_adapter import as_light
-from lightpeft.tasks import ENTRIES
+from lightpeft.saving.cards import EXPORTS, licence_of, pipeline_tag
 
 UNIFORM: dict[str, Any] = {"heads_scope": "layerwise", "neurons_scope": "layerwise"}
 

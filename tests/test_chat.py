@@ -8,9 +8,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lightpeft.app.tasks.kinds import chat as chats
+from lightpeft.app.tasks.kinds.chat import check_chat, check_template, encode_chat, encode_prompt
 from lightpeft.errors import LightPeftError
-from lightpeft.tasks.kinds import chat as chats
-from lightpeft.tasks.kinds.chat import check_chat, check_template, encode_chat, encode_prompt
 
 WORDS = ("system", "user", "assistant", "hello", "there", "bye", "now", "one", "two", "be", "kind")
 SYSTEM = "{% if messages[0].role != 'system' %}<|start|> system be kind <|end|>{% endif %}"

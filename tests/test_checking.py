@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from workbench import Workbench, lightpeft
 
-from lightpeft import cli
+from lightpeft.app import cli
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.bench import estimating
+from lightpeft.app.runs.checking import Check, check
+from lightpeft.app.runs.checking.models import cut_evenly, shapes_of
+from lightpeft.app.runs.checking.timing import at_depth
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.profiling import count_flops, count_parameters, measure_training
 from lightpeft.profiling.rehearsal import Holding, rehearse_inference, rehearse_training, rehearsing
-from lightpeft.runs import pipeline
-from lightpeft.runs.bench import estimating
-from lightpeft.runs.checking import Check, check
-from lightpeft.runs.checking.models import cut_evenly, shapes_of
-from lightpeft.runs.checking.timing import at_depth
 from lightpeft.training.acceleration import light_steps
 
 

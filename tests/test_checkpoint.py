@@ -42,12 +42,12 @@ from lightpeft.errors import LightPeftError
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import find_sites, read_config
 from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved import adapter_files
-from lightpeft.saved.adapter_files import read_description
-from lightpeft.saved.description import per_layer_config
-from lightpeft.saved.light_adapter import as_light
-from lightpeft.saved.tokens import VOCABULARY_FILE
+from lightpeft.saving import adapter_files
+from lightpeft.saving.adapter_files import read_description
+from lightpeft.saving.description import per_layer_config
+from lightpeft.saving.tokens import VOCABULARY_FILE
 
 CASES = [*LAYOUTS, *VARIANTS]
 """Of other families test_support.py saves and loads a model."""

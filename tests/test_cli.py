@@ -15,13 +15,14 @@ import pytest
 import yaml
 from workbench import RUNS, Workbench, lightpeft
 
-from lightpeft import __version__, cli
-from lightpeft.cli.hints import ELSEWHERE
-from lightpeft.cli.settings import USUAL
-from lightpeft.cli.verbs import VERBS
+from lightpeft import __version__
+from lightpeft.app import cli
+from lightpeft.app.cli.hints import ELSEWHERE
+from lightpeft.app.cli.settings import USUAL
+from lightpeft.app.cli.verbs import VERBS
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
 from lightpeft.config import PRESETS, Budget, RunConfig, TrainingConfig, load_config
-from lightpeft.runs import pipeline
-from lightpeft.saved.run_folder import RunFolder
 
 NAMES = [
     "run",
@@ -155,7 +156,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_does_not_wait_for_torch() -> None:
     code = (
-        "import sys; from lightpeft.cli import main\n"
+        "import sys; from lightpeft.app.cli import main\n"
         "try: main(['run', '--help'])\n"
         "except SystemExit: pass\n"
         "sys.exit(len({'torch', 'transformers', 'peft', 'datasets'} & sys.modules.keys()))"
@@ -169,7 +170,7 @@ def completions(line: str, folder: Path) -> list[str]:
     """What a shell offers behind a line, as argcomplete's script asks for it, without waiting for torch."""
     out = folder / "offered"
     code = (
-        "import sys, os; from lightpeft.cli import main\n"
+        "import sys, os; from lightpeft.app.cli import main\n"
         "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn'}\n"
         "end = os._exit\n"
         "os._exit = lambda code: end(code or len(heavy & sys.modules.keys()))\n"

@@ -10,6 +10,9 @@ import pytest
 import yaml
 from workbench import RUNS
 
+from lightpeft.app.tasks.entries.registry import ENTRIES
+from lightpeft.app.tasks.kinds.completions import CompletionTask
+from lightpeft.app.tasks.kinds.registry import KINDS
 from lightpeft.config import (
     PRESETS,
     WRITTEN,
@@ -26,9 +29,6 @@ from lightpeft.config import (
 )
 from lightpeft.config.validation import from_dict, unknown_key
 from lightpeft.errors import LightPeftError
-from lightpeft.tasks.entries.registry import ENTRIES
-from lightpeft.tasks.kinds.completions import CompletionTask
-from lightpeft.tasks.kinds.registry import KINDS
 
 
 def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:

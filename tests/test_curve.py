@@ -15,11 +15,11 @@ from tiny import inputs_for, make, plan_for, random_record, refusal, with_lora
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import Budget, apply_plan
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.curve import StepTimes
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import Spread
 from lightpeft.prune.curve import PARTS, loss_curve, nested_plans
-from lightpeft.runs import pipeline
-from lightpeft.runs.curve import StepTimes
 
 BUDGET = Budget(head_criterion="fisher", neuron_criterion="fisher", modules=0.0, ranks=0.0)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from workbench import ENGINES, in_other_process, needs_deepspeed
 
 from lightpeft import load_light
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import as_light
 
 WORKER = Path(__file__).with_name("deepspeed_processes.py")
 ZERO3 = ENGINES / "zero3.yaml"

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import EarlyPruner, LightConfig, load_light, load_merged, save_merged
+from lightpeft.app.runs import pipeline
 from lightpeft.config import Budget
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
@@ -22,9 +23,8 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
-from lightpeft.saved.light_adapter import LightModel, as_light
 
 TWO_STACKS = [name for name in ALL if name.startswith(("t5", "mt5", "bart", "mbart", "whisper"))]
 ONE_STACK = [name for name in ALL if name not in (*TWO_STACKS, "esm")]

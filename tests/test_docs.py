@@ -21,10 +21,11 @@ from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 
-from lightpeft import EarlyPruner, LightConfig, cli
+from lightpeft import EarlyPruner, LightConfig
+from lightpeft.app import cli
+from lightpeft.app.runs.reproduce import running
 from lightpeft.config import light
 from lightpeft.recipe import probes
-from lightpeft.runs.reproduce import running
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

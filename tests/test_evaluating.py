@@ -28,17 +28,17 @@ from transformers import (
 from workbench import Workbench, labelled, lightpeft, read, write_rows
 
 from lightpeft import load_light
+from lightpeft.app.evaluation.predicting import predict
+from lightpeft.app.evaluation.reports import class_order, evaluate_harness, evaluate_model, renumbered
+from lightpeft.app.folders.opening import find_model
+from lightpeft.app.runs import pipeline
+from lightpeft.app.tasks import find_entry, run_settings, task_class, task_facts
+from lightpeft.app.tasks.answers import Answers
 from lightpeft.config import ModelConfig, run_config_from_dict
-from lightpeft.evaluation.predicting import predict
-from lightpeft.evaluation.reports import class_order, evaluate_harness, evaluate_model, renumbered
 from lightpeft.models.loading import load_model
 from lightpeft.models.task_heads import CLASSIFICATION
-from lightpeft.runs import pipeline
-from lightpeft.saved.merging import MERGED
-from lightpeft.saved.opening import find_model
-from lightpeft.saved.whole_config import OWN
-from lightpeft.tasks import find_entry, run_settings, task_class, task_facts
-from lightpeft.tasks.answers import Answers
+from lightpeft.saving.whole import MERGED
+from lightpeft.saving.whole_config import OWN
 
 METHODS = ("light", "plain", "full")
 

@@ -23,13 +23,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lightpeft.app.evaluation.respondent import BatchedModel
+from lightpeft.app.evaluation.scores import evaluate
+from lightpeft.app.tasks import CausalLMTask, ClassificationTask
+from lightpeft.app.tasks.respondent import finite_logits
 from lightpeft.config import DataConfig
 from lightpeft.console.bars import showing
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.respondent import BatchedModel
-from lightpeft.evaluation.scores import evaluate
-from lightpeft.tasks import CausalLMTask, ClassificationTask
-from lightpeft.tasks.respondent import finite_logits
 
 T = TypeVar("T")
 VOCABULARY = 20

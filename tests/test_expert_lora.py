@@ -19,6 +19,8 @@ from training import inputs, student
 from workbench import Workbench, lightpeft
 
 from lightpeft import EarlyPruner, LightConfig, LightSwitch, full_width, load_light, load_merged
+from lightpeft.adapters.full_width import save_full_width
+from lightpeft.adapters.merging import save_merged
 from lightpeft.compat.transformers import gated
 from lightpeft.config import ModelConfig
 from lightpeft.models.families import block_specs
@@ -28,11 +30,9 @@ from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import EXPERT_SLOTS
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.importance import ModuleObserver, RankObserver
+from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.full_width import save_full_width
-from lightpeft.saved.light_adapter import LightModel, as_light
-from lightpeft.saved.merging import save_merged
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 BUDGETS: dict[str, dict[str, Any]] = {

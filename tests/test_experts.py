@@ -29,6 +29,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from workbench import Workbench, lightpeft
 
 from lightpeft import EarlyPruner, LightConfig, load_light, load_merged
+from lightpeft.adapters.merging import save_merged
+from lightpeft.app.exports.gguf.exporting import save_gguf
+from lightpeft.app.exports.graphs.exporting import save_graph
+from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 from lightpeft.config import Budget
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import block_specs
@@ -41,10 +45,7 @@ from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.routing import ClosedRouter
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.gguf.exporting import save_gguf
-from lightpeft.saved.graphs.exporting import save_graph
-from lightpeft.saved.graphs.runtimes import RUNTIMES
-from lightpeft.saved.merging import MERGED, save_merged
+from lightpeft.saving.whole import MERGED
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss")
 FAMILIES += ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite")

@@ -28,14 +28,14 @@ from transformers import (
 from workbench import checksums, edit, read, save_base
 
 from lightpeft import load_merged, save_merged
-from lightpeft.cli.verbs.export import EXPORT
+from lightpeft.app.cli.verbs.export import EXPORT
+from lightpeft.app.exports.exporting import EXPORTS
 from lightpeft.compat.transformers import attention_of
 from lightpeft.files import file_checksum
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.exporting import EXPORTS
-from lightpeft.saved.light_adapter import LightModel, as_light
-from lightpeft.saved.merging import MERGED, native_config, read_merged
+from lightpeft.saving.whole import MERGED, native_config, read_merged
 
 CLOSE = 3e-5
 """Merging adds LoRA's weights to the base's, which rounds."""

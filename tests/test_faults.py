@@ -35,8 +35,8 @@ from workbench import (
     signalling,
 )
 
+from lightpeft.app.runs import pipeline
 from lightpeft.files import read_json
-from lightpeft.runs import pipeline
 
 KILLED_AT_OPERATIONS, KILLED_AT_TIMES, KILLED_EXPORTS = (120, 60, 20) if FULL else (5, 2, 3)
 MUTATIONS = 2000 if FULL else 100

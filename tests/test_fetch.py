@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from lightpeft.tasks import ENTRIES, convert
+from lightpeft.app.tasks import ENTRIES, convert
 
 
 def loaded(script: str) -> ModuleType:

@@ -14,10 +14,10 @@ from tiny import relative_difference
 from workbench import Workbench
 
 from lightpeft import load_light, machine
+from lightpeft.app.runs import pipeline
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.machine import autocast_dtype, autocasting
-from lightpeft.runs import pipeline
 
 
 class Scalers:

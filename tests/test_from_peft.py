@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers import TrainingArguments as Arguments
 
 from lightpeft import LightModel, load_light
+from lightpeft.app.folders.opening import find_model
 from lightpeft.files import file_checksum
 from lightpeft.models.families import block_specs
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
 from lightpeft.peft_kinds.sites import LIGHT_TYPE, read_config
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import as_light
-from lightpeft.saved.opening import find_model
 
 NOTHING: dict[str, Any] = {"heads": 0.0, "neurons": 0.0, "modules": 0.5, "ranks": 0.5}
 """Modules and ranks go, and nothing of the base."""

@@ -23,17 +23,17 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from workbench import Workbench, checksums, edit, lightpeft, signalling
 
 from lightpeft import EarlyPruner, LightConfig, full_width, load_light
+from lightpeft.adapters.full_width import save_full_width
+from lightpeft.app.folders.opening import find_model
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.trainers import LightRun, WideRun
 from lightpeft.config import ModelConfig
 from lightpeft.files import file_checksum
 from lightpeft.peft_kinds.sites import own_adapter
+from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
-from lightpeft.runs.trainers import LightRun, WideRun
-from lightpeft.saved.full_width import save_full_width
-from lightpeft.saved.light_adapter import LightModel, as_light
-from lightpeft.saved.opening import find_model
-from lightpeft.saved.run_folder import RunFolder
 
 CLOSE = 1e-5
 both_budgets = pytest.mark.parametrize("budget", [USUAL, DROPPED], ids=["usual", "dropped"])

@@ -11,8 +11,8 @@ from tiny import DROPPED, VOCABULARY, make, plan_for, with_lora
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightpeft.evaluation import generating
-from lightpeft.evaluation.generating import generate_texts
+from lightpeft.app.evaluation import generating
+from lightpeft.app.evaluation.generating import generate_texts
 from lightpeft.prune.surgery import apply_plan
 
 END, LINE = 2, 5

@@ -20,15 +20,15 @@ from transformers import PreTrainedTokenizerFast
 from workbench import Workbench, checksums, lightpeft, save_base, tokenizer_of_bytes
 
 from lightpeft import LightModel, save_gguf
+from lightpeft.app.exports.exporting import EXPORTS
+from lightpeft.app.exports.gguf import architectures, checking, vocabulary
+from lightpeft.app.exports.gguf.vocabulary import splitting
+from lightpeft.app.exports.gguf.writing import GgufType
+from lightpeft.app.runs import pipeline
 from lightpeft.compat import llama_cpp
 from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
-from lightpeft.saved.exporting import EXPORTS
-from lightpeft.saved.gguf import architectures, checking, vocabulary
-from lightpeft.saved.gguf.vocabulary import splitting
-from lightpeft.saved.gguf.writing import GgufType
-from lightpeft.saved.light_adapter import as_light
 
 CLOSE = 0.02
 """llama.cpp keeps keys and values in 16 bits."""

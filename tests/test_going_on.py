@@ -25,10 +25,10 @@ from workbench import (
     signalling,
 )
 
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline, trainers
 from lightpeft.config import TrainingConfig
 from lightpeft.plans.records import PrunePlan
-from lightpeft.runs import pipeline, trainers
-from lightpeft.saved.run_folder import RunFolder
 from lightpeft.training.step_rows import shared
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")

@@ -25,16 +25,16 @@ from transformers import AutoModelForCausalLM
 from workbench import Workbench
 
 from lightpeft import load_light, run
+from lightpeft.app.evaluation.batching import free_memory
 from lightpeft.config import LightConfig
-from lightpeft.evaluation.batching import free_memory
 from lightpeft.machine import autocasting, has_bf16
 from lightpeft.models.linears import prepare_quantised
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, measure_inference, measure_training
 from lightpeft.profiling.live import moved, trainable
 from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import as_light
 from lightpeft.training.acceleration import accelerated
 
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

@@ -32,14 +32,14 @@ from transformers.exporters import ExportedModel
 from workbench import Workbench, checksums, lightpeft
 
 from lightpeft import LightModel, export_model
-from lightpeft.cli.verbs.export import EXPORT
+from lightpeft.adapters.merging import merged_copy
+from lightpeft.app.cli.verbs.export import EXPORT
+from lightpeft.app.exports.exporting import DTYPES, EXPORTS
+from lightpeft.app.exports.graphs import checking, runtimes, tracing
+from lightpeft.app.exports.graphs.runtimes import RUNTIMES
+from lightpeft.app.runs import pipeline
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
-from lightpeft.saved.exporting import DTYPES, EXPORTS
-from lightpeft.saved.graphs import checking, runtimes, tracing
-from lightpeft.saved.graphs.runtimes import RUNTIMES
-from lightpeft.saved.light_adapter import as_light
-from lightpeft.saved.merging import merged_copy
 
 CLOSE = 1e-4
 """Two programs add up the same numbers in other orders."""

@@ -16,8 +16,8 @@ from peft import PeftModel
 from tiny import make, masked, plan_for, refusal, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from lightpeft.evaluation.harness import MEANS, HarnessScores, run_harness
-from lightpeft.evaluation.statistics import compare
+from lightpeft.app.evaluation.harness import MEANS, HarnessScores, run_harness
+from lightpeft.app.evaluation.statistics import compare
 from lightpeft.prune.surgery import apply_plan
 
 OPTIONS = [["good0 good1", "bad0", "bad3 bad4 bad5"], ["word1", "good4 bad2 word3 good1"], ["bad1", "good5", "word9"]]

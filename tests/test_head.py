@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq
 from workbench import tokenizer_of_bytes
 
-from lightpeft.evaluation import respondent as asking
-from lightpeft.evaluation.respondent import BatchedModel
+from lightpeft.app.evaluation import respondent as asking
+from lightpeft.app.evaluation.respondent import BatchedModel
+from lightpeft.app.tasks.respondent import token_sums
+from lightpeft.app.tasks.tokens import Collator
 from lightpeft.models.batches import IGNORED
 from lightpeft.models.head import head_apart, lone_head
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.tasks.respondent import token_sums
-from lightpeft.tasks.tokens import Collator
 
 FOLLOWED = ("gemma2", "granite")
 """A cap or a scale comes behind their head."""

@@ -25,14 +25,14 @@ from transformers import AutoModelForSequenceClassification
 from workbench import FULL, Workbench, checksums, edit, lightpeft
 
 from lightpeft import load_light, load_merged
+from lightpeft.app.evaluation.reports import evaluate_model
+from lightpeft.app.runs import pipeline
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.reports import evaluate_model
 from lightpeft.files import file_checksum
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import CLASSIFICATION
-from lightpeft.runs import pipeline
-from lightpeft.saved.whole_config import OWN
+from lightpeft.saving.whole_config import OWN
 
 SECONDS, WAITING = 12, 120
 """CPU time that one command may take, most of it for reading data; and time on the clock, as tests run side by side."""

@@ -121,11 +121,11 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 _LOADING = """
 import json, time
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.models.loading import load_model_config, load_tokenizer
-from lightpeft.tasks.rows.reading import read_hub
+from lightpeft.app.tasks.rows.reading import read_hub
 
 def line(load, *arguments):
     try:
@@ -155,13 +155,13 @@ def test_a_light_adapter_names_the_commit_of_its_base(tmp_path: Path, monkeypatc
 _SAVING = """
 import json, sys
 from tiny import plan_for, with_lora
-from lightpeft.cli.command import quiet
+from lightpeft.app.cli.command import quiet
 from lightpeft.config import ModelConfig, light
 from lightpeft.models.loading import load_model
 from lightpeft.models.task_heads import CLASSIFICATION
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.adapter_files import read_description
-from lightpeft.saved.light_adapter import as_light, load_light
+from lightpeft.saving.adapter_files import read_description
+from lightpeft.adapters.light_adapter import as_light, load_light
 
 def revision(folder):
     return read_description(folder)["base"]["revision"]

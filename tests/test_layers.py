@@ -32,23 +32,28 @@ def uses_torch_nn(tree: ast.AST) -> bool:
     return False
 
 
-def layers() -> list[list[str]]:
-    """The layers of pyproject.toml, lowest first, without the entry point."""
+def layers() -> list[list[list[str]]]:
+    """The layers of pyproject.toml, lowest first, without the entry point: of the package, and of `app`."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (contract,) = [each for each in settings["tool"]["importlinter"]["contracts"] if each["type"] == "layers"]
-    named = [re.findall(r"lightpeft\.(\w+)", line) for line in reversed(contract["layers"])]
-    return [line for line in named if line != ["__main__"]]
+    contracts = [each for each in settings["tool"]["importlinter"]["contracts"] if each["type"] == "layers"]
+    named = [
+        [re.findall(r"lightpeft(?:\.app)?\.(\w+)", line) for line in reversed(each["layers"])] for each in contracts
+    ]
+    return [[line for line in contract if line != ["__main__"]] for contract in named]
 
 
 def test_every_module_has_a_layer() -> None:
-    there = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    assert there - {"__init__", "__main__"} == {name for line in layers() for name in line}
+    for folder, contract in zip((SOURCE, SOURCE / "app"), layers(), strict=True):
+        there = {path.stem for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+        assert there - {"__init__", "__main__"} == {name for line in contract for name in line}
 
 
 def test_the_design_page_shows_these_layers() -> None:
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| `([^|]+)` \|", page.partition("## Layers")[2].partition("## ")[0], re.MULTILINE)
-    assert [re.findall(r"\w+", line) for line in reversed(shown)] == layers()
+    section = page.partition("## Layers")[2].partition("## ")[0]
+    tables = [re.findall(r"^\| `([^|]+)` \|", table, re.MULTILINE) for table in section.split("| folder")[1:]]
+    method, app = ([re.findall(r"\w+", line) for line in reversed(table)] for table in tables)
+    assert [[*method, ["app"]], sorted(app)] == [layers()[0], sorted([name] for line in layers()[1] for name in line)]
 
 
 def test_plans_never_see_modules() -> None:

@@ -28,12 +28,12 @@ from transformers import (
 from workbench import Workbench, labelled
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light, preset_light
-from lightpeft.evaluation.scores import scores_of
+from lightpeft.app.evaluation.scores import scores_of
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.sizes import parameter_report
-from lightpeft.runs import pipeline
-from lightpeft.saved.light_adapter import LightModel
-from lightpeft.saved.run_folder import RunFolder
+from lightpeft.prune.light_model import LightModel
 from lightpeft.training.arguments import training_arguments
 
 BUDGET: dict[str, Any] = {

@@ -36,8 +36,8 @@ from transformers import (
 )
 
 from lightpeft import BottleneckConfig, LightConfig, LightTrainer, light_trainer, load_light, preset_light
+from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe import wrapping
-from lightpeft.saved.light_adapter import LightModel
 
 trl = pytest.importorskip("trl")
 

@@ -23,13 +23,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightpeft.config import DataConfig, TaskEntry
-from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.respondent import BatchedModel
-from lightpeft.evaluation.scores import evaluate
-from lightpeft.models.batches import IGNORED
-from lightpeft.prune.importance import RealTokens
-from lightpeft.tasks import (
+from lightpeft.app.evaluation.respondent import BatchedModel
+from lightpeft.app.evaluation.scores import evaluate
+from lightpeft.app.tasks import (
     ClassificationByLikelihood,
     ClassificationTask,
     LikelihoodTask,
@@ -37,7 +33,11 @@ from lightpeft.tasks import (
     MultipleChoiceTask,
     share_at_limit,
 )
-from lightpeft.tasks.kinds.likelihood import ACCURACIES, encode_pairs, option_sequences
+from lightpeft.app.tasks.kinds.likelihood import ACCURACIES, encode_pairs, option_sequences
+from lightpeft.config import DataConfig, TaskEntry
+from lightpeft.errors import LightPeftError
+from lightpeft.models.batches import IGNORED
+from lightpeft.prune.importance import RealTokens
 from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(12)), "Answer", "Question", ":", "yes", "no", "é"]
@@ -217,7 +217,7 @@ class TestEncoding:
     def test_chunks_of_rows_keep_their_own_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
         task, tokenizer = questions(), word_tokenizer()
         whole = cut_to(task, 32).encode(task.train, tokenizer)
-        monkeypatch.setattr("lightpeft.tasks.tokens.ENCODE_ROWS", 3)
+        monkeypatch.setattr("lightpeft.app.tasks.tokens.ENCODE_ROWS", 3)
         assert cut_to(task, 32).encode(task.train, tokenizer).to_list() == whole.to_list()
 
     def test_tokens_are_those_of_running_text(self) -> None:

@@ -16,10 +16,10 @@ from rich.console import Console
 from workbench import Workbench
 
 from lightpeft import machine
+from lightpeft.app.runs import pipeline
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.machine import autocast_dtype, has_bf16, processes
-from lightpeft.runs import pipeline
 
 
 @pytest.fixture

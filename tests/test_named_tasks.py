@@ -25,9 +25,7 @@ from transformers import (
     T5Config,
 )
 
-from lightpeft.config import DataConfig, TaskEntry, load_config, run_config_from_dict
-from lightpeft.errors import LightPeftError
-from lightpeft.tasks import (
+from lightpeft.app.tasks import (
     ENTRIES,
     KINDS,
     METRICS,
@@ -41,10 +39,12 @@ from lightpeft.tasks import (
     task_class,
     task_facts,
 )
-from lightpeft.tasks.entries.registry import CONVERTERS, check_entry
-from lightpeft.tasks.kinds.classification import label_names
-from lightpeft.tasks.kinds.registry import BY_LIKELIHOOD
-from lightpeft.tasks.rows.reading import HUB_NAME
+from lightpeft.app.tasks.entries.registry import CONVERTERS, check_entry
+from lightpeft.app.tasks.kinds.classification import label_names
+from lightpeft.app.tasks.kinds.registry import BY_LIKELIHOOD
+from lightpeft.app.tasks.rows.reading import HUB_NAME
+from lightpeft.config import DataConfig, TaskEntry, load_config, run_config_from_dict
+from lightpeft.errors import LightPeftError
 
 
 def error_of(call: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

@@ -17,16 +17,16 @@ from torch import Tensor
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification, PreTrainedTokenizerBase
 from workbench import BAD, GOOD, NEUTRAL, Workbench, lightpeft, read
 
+from lightpeft.app.evaluation.reports import evaluate_model
+from lightpeft.app.tasks import Columns, Outcome, Respondent, Task, load_task, run_settings, task_facts
+from lightpeft.app.tasks.answers import answers_of, require_finite
+from lightpeft.app.tasks.kinds.registry import KINDS
+from lightpeft.app.tasks.rows.columns import check_strings, values
+from lightpeft.app.tasks.tokens import Collator, in_chunks
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.errors import require
-from lightpeft.evaluation.reports import evaluate_model
 from lightpeft.models.batches import IGNORED
 from lightpeft.models.task_heads import TaskHead
-from lightpeft.tasks import Columns, Outcome, Respondent, Task, load_task, run_settings, task_facts
-from lightpeft.tasks.answers import answers_of, require_finite
-from lightpeft.tasks.kinds.registry import KINDS
-from lightpeft.tasks.rows.columns import check_strings, values
-from lightpeft.tasks.tokens import Collator, in_chunks
 
 # -- the kind's module -------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from tiny import refusal
 from workbench import NEUTRAL, NOTICE, SPECIAL, Workbench, labelled, lightpeft, save_base, write_rows
 
+from lightpeft.app.evaluation.respondent import BatchedModel
+from lightpeft.app.tasks import load_task
+from lightpeft.app.tasks.answers import require_finite
 from lightpeft.config import DataConfig, ModelConfig, TaskEntry
-from lightpeft.evaluation.respondent import BatchedModel
 from lightpeft.models.loading import load_model, load_tokenizer
-from lightpeft.tasks import load_task
-from lightpeft.tasks.answers import require_finite
 
 POISON = NEUTRAL[7]
 """A word whose embedding is NaN, so that only rows which have it overflow, as rare rows do in half precision."""

@@ -29,6 +29,9 @@ from transformers.core_model_loading import Chunk, WeightConverter
 from workbench import Workbench
 
 from lightpeft import EarlyPruner, LightConfig, LightModel, LightTrainer, load_light, run, weights_on_disk
+from lightpeft.adapters import light_adapter
+from lightpeft.app.folders.opening import find_light
+from lightpeft.app.runs import bench as benching
 from lightpeft.config import ModelConfig
 from lightpeft.models import loading
 from lightpeft.models.linears import dense_weight, is_on_disk
@@ -37,9 +40,6 @@ from lightpeft.models.task_heads import CAUSAL_LM
 from lightpeft.models.unwrap import base_layer
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling import PeakMemory
-from lightpeft.runs import bench as benching
-from lightpeft.saved import light_adapter
-from lightpeft.saved.opening import find_light
 from lightpeft.training.acceleration import accelerated
 
 SHARDS: dict[str, Any] = {"max_shard_size": "20KB"}

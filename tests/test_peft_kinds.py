@@ -15,14 +15,14 @@ from tiny import make
 from workbench import Workbench, lightpeft, read, stamps
 
 from lightpeft import load_light
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.reproduce import load_grid
 from lightpeft.config import LightConfig, RunConfig, load_config, preset_light, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
 from lightpeft.peft_kinds.kinds import projections
 from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.recipe.wrapping import placed
-from lightpeft.runs import pipeline
-from lightpeft.runs.reproduce import load_grid
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,9 @@ from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import SLOTS
 from lightpeft.prune.importance import ModuleObserver
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import as_light
 
 TOLERANCE = 1e-5
 MODELS = ("bert", "llama-gqa", "gpt2", "t5")

@@ -10,18 +10,19 @@ import torch
 from safetensors.torch import load_file
 from workbench import Workbench, checksums, lightpeft, read, stamps
 
+from lightpeft.adapters.light_adapter import load_light
+from lightpeft.app.evaluation.predicting import predict
+from lightpeft.app.folders import opening
+from lightpeft.app.folders.opening import open_result
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline
 from lightpeft.config import ModelConfig, load_config
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.predicting import predict
 from lightpeft.models.loading import load_model, load_tokenizer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import count_parameters
-from lightpeft.runs import pipeline
-from lightpeft.saved import opening
-from lightpeft.saved.light_adapter import LightModel, load_light
-from lightpeft.saved.opening import open_result
-from lightpeft.saved.run_folder import RunFolder
+from lightpeft.prune.light_model import LightModel
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 KINDS = [("bert", "classification"), ("llama", "classification"), ("llama", "causal-lm")]

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from workbench import Workbench, labelled, lightpeft, read, write_rows
 
 from lightpeft import load_light
-from lightpeft.evaluation.predicting import predict
-from lightpeft.evaluation.reports import evaluate_model
-from lightpeft.runs import pipeline
+from lightpeft.app.evaluation.predicting import predict
+from lightpeft.app.evaluation.reports import evaluate_model
+from lightpeft.app.runs import pipeline
 
 LABELS = ["negative", "positive"]
 METHODS = ("light", "plain", "full")

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import pytest
 from datasets import Dataset
 
+from lightpeft.app.evaluation.prediction_files import check_predictions_path, read_inputs, write_predictions
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.prediction_files import check_predictions_path, read_inputs, write_predictions
 
 
 class TestInputs:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from training import blocks_of, collate, encoded, upper
 from workbench import Workbench, at_step, in_child, lightpeft, read, signalling
 
+from lightpeft.app.runs import pipeline
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.runs import pipeline
 from lightpeft.training.prefix import (
     STATES,
     FrozenPrefix,

@@ -11,9 +11,9 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from workbench import NOTICE, Workbench
 
+from lightpeft.app.runs import pipeline
 from lightpeft.console import bars
 from lightpeft.console.progress import EVERY, Pulse, StepProgress, duration, exact_duration, in_bytes
-from lightpeft.runs import pipeline
 from lightpeft.training.callbacks import ProgressBar
 
 

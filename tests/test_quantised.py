@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
 from lightpeft import EarlyPruner, LightConfig
+from lightpeft.adapters.light_adapter import load_light
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
 from lightpeft.models.linears import (
@@ -31,9 +32,9 @@ from lightpeft.models.linears import (
     stored_weight,
 )
 from lightpeft.plans.planning import make_plan
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.probing import Probe
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import as_light, load_light
 
 ROWS, COLUMNS = 64, 256
 BLOCK = 64

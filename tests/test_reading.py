@@ -17,12 +17,12 @@ from transformers import TrainerCallback, TrainingArguments
 from workbench import Workbench, forked, lightpeft, read
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer, find_depth
+from lightpeft.app.runs import depth, pipeline
 from lightpeft.files import read_tensors
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.reading import RIDGES, FoundDepth, enough, place_of_head, read_out, states_by_block
 from lightpeft.recipe import depth as trainers_depth
-from lightpeft.runs import depth, pipeline
-from lightpeft.saved.peft_adapter import WEIGHTS
+from lightpeft.saving.peft_adapter import WEIGHTS
 from lightpeft.training.arguments import training_arguments
 
 

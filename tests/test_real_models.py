@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from lightpeft import Budget, load_config, load_light, make_plan
+from lightpeft.app.evaluation.predicting import predict
+from lightpeft.app.evaluation.scores import scores_of
+from lightpeft.app.runs import pipeline
 from lightpeft.config import run_config_from_dict
-from lightpeft.evaluation.predicting import predict
-from lightpeft.evaluation.scores import scores_of
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
 
 README = Path(__file__).parents[1] / "README.md"
 CONFIG = Path(__file__).parents[1] / "configs" / "movie_reviews" / "minilm_default.yaml"

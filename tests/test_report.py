@@ -13,16 +13,16 @@ import pytest
 from workbench import Workbench, checksums, edit, forked, labelled, lightpeft, read, write_rows
 
 from lightpeft import Budget
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import curve, pipeline
+from lightpeft.app.runs.bench import bench as measure
+from lightpeft.app.runs.report import figures, page, telling, words, write_report
+from lightpeft.app.runs.report.facts import MOST_POINTS, read_run
+from lightpeft.app.runs.report.svg import Drawing, Scale, tick_text
 from lightpeft.errors import LightPeftError
 from lightpeft.files import append_line
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.runs import curve, pipeline
-from lightpeft.runs.bench import bench as measure
-from lightpeft.runs.report import figures, page, telling, words, write_report
-from lightpeft.runs.report.facts import MOST_POINTS, read_run
-from lightpeft.runs.report.svg import Drawing, Scale, tick_text
-from lightpeft.saved.run_folder import RunFolder
 
 WIDTHS = (390, 1280)
 """Pixels of a phone and of a laptop."""

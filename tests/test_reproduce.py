@@ -39,13 +39,10 @@ from workbench import (
     stamps,
 )
 
-from lightpeft import cli
-from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
-from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.aggregates import Estimate
-from lightpeft.files import read_json, write_json
-from lightpeft.plans.records import PrunePlan
-from lightpeft.runs.reproduce import (
+from lightpeft.app import cli
+from lightpeft.app.evaluation.aggregates import Estimate
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs.reproduce import (
     ARMS,
     Arm,
     Call,
@@ -67,8 +64,11 @@ from lightpeft.runs.reproduce import (
     tables,
     write_results,
 )
-from lightpeft.runs.reproduce.summary import MEASURES, Spread, p_value
-from lightpeft.saved.run_folder import RunFolder
+from lightpeft.app.runs.reproduce.summary import MEASURES, Spread, p_value
+from lightpeft.config import PRESETS, RunConfig, run_config_from_dict
+from lightpeft.errors import LightPeftError
+from lightpeft.files import read_json, write_json
+from lightpeft.plans.records import PrunePlan
 
 
 @pytest.fixture(scope="module")
@@ -527,7 +527,7 @@ def test_a_folder_that_cannot_be_written(bench: Workbench, tmp_path: Path, capsy
 
 STUDY = """
 from lightpeft.errors import LightPeftError
-from lightpeft.runs import pipeline
+from lightpeft.app.runs import pipeline
 
 def without_warmup(config, note):
     if note == "bad":
@@ -596,7 +596,7 @@ def test_what_a_function_estimates_is_its_own(bench: Workbench, tmp_path: Path) 
     """It may estimate in another way, so nobody takes it, and it takes none."""
     grid = load_grid(grid_file(tmp_path / "grid.yaml", bench, methods=["light-lora"]))
     settings = grid.arms["light-lora"].settings
-    grid = replace(grid, arms={"own": Arm(settings, call=Call("lightpeft.runs.pipeline:run")), **grid.arms})
+    grid = replace(grid, arms={"own": Arm(settings, call=Call("lightpeft.app.runs.pipeline:run")), **grid.arms})
     grid = replace(grid, arms={**grid.arms, "another": grid.arms["own"]}, baseline="own")
     assert reproduce(grid, tmp_path / "out", launch=in_this_process).failures == {}
     for method in grid.arms:

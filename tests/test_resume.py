@@ -18,13 +18,13 @@ from test_pipeline import comparable
 from transformers import Trainer, TrainerCallback
 from workbench import Disturb, Workbench, at_step, before, checksums, in_child, lightpeft, read, signalling, stamps
 
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs import pipeline, stages, trainers
 from lightpeft.config import load_config
 from lightpeft.files import seal
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.estimation import Estimator
-from lightpeft.runs import pipeline, stages, trainers
-from lightpeft.saved.light_adapter import LightModel
-from lightpeft.saved.run_folder import RunFolder
+from lightpeft.prune.light_model import LightModel
 from lightpeft.training.checkpoints import last_checkpoint
 
 

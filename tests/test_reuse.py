@@ -13,9 +13,9 @@ import pytest
 from test_pipeline import comparable
 from workbench import Workbench, lightpeft, read, stamps
 
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.reuse import estimation_settings
 from lightpeft.files import holding
-from lightpeft.runs import pipeline
-from lightpeft.runs.reuse import estimation_settings
 
 OTHER = {"light.heads": 0.5, "light.ranks": 0.75}
 """Another budget than that of the workbench."""

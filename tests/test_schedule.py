@@ -15,10 +15,10 @@ from training import estimate, student
 from workbench import Workbench, lightpeft
 
 from lightpeft import LightPeftError
+from lightpeft.app.runs import pipeline, workspace
 from lightpeft.config import LightConfig, TrainingConfig, load_config
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted
-from lightpeft.runs import pipeline, workspace
 from lightpeft.training.schedule import (
     LEAST_EPOCHS,
     LEAST_RATE,

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from lightpeft import EarlyPruner, LightConfig, load_light
+from lightpeft.adapters.full_width import save_full_width
 from lightpeft.config import ModelConfig
-from lightpeft.saved.full_width import save_full_width
-from lightpeft.saved.light_adapter import LightModel
+from lightpeft.prune.light_model import LightModel
 
 trl = pytest.importorskip("trl")
 

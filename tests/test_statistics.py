@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap, pearsonr
 
+from lightpeft.app.evaluation.statistics import Comparison, bootstrap_intervals, compare
+from lightpeft.app.tasks.answers import Answers, ClassMetric, MeanMetric
+from lightpeft.app.tasks.metrics import METRICS
 from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.statistics import Comparison, bootstrap_intervals, compare
-from lightpeft.tasks.answers import Answers, ClassMetric, MeanMetric
-from lightpeft.tasks.metrics import METRICS
 
 
 def right(answers: Answers) -> dict[str, np.ndarray]:

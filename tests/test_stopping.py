@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from workbench import Workbench, at_step, in_child, labelled, lightpeft, read, signalling, write_rows
 
-from lightpeft.runs import pipeline
-from lightpeft.runs.checking import check
-from lightpeft.runs.stopping import PATIENCE, loss_aside
-from lightpeft.saved.opening import open_result
+from lightpeft.app.folders.opening import open_result
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.checking import check
+from lightpeft.app.runs.stopping import PATIENCE, loss_aside
 from lightpeft.training.schedule import FEWEST_HELD, LEAST_EPOCHS, rows_held
 
 AUTO: dict[str, Any] = {"training.epochs": "auto", "training.batch_size": 16, "training.learning_rate": 3e-3}

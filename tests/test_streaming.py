@@ -22,12 +22,12 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from lightpeft import LightModel, load_light
+from lightpeft.adapters.streaming import Stream
 from lightpeft.models.tensors import Reading
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.layout import kept_channels
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.light_adapter import as_light
-from lightpeft.saved.streaming import Stream
 
 SHARDS: dict[str, Any] = {"max_shard_size": "20KB"}
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 import pytest
 from workbench import Workbench, labelled, lightpeft, write_rows
 
-from lightpeft.cli import command
-from lightpeft.runs import pipeline
+from lightpeft.app.cli import command
+from lightpeft.app.runs import pipeline
 
 LABELS = {"negative": "übel", "positive": "schön"}
 TEXT = "good0 good1 good2 wörter"

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightpeft import LightModel, LightSwitch, load_light, save_merged
+from lightpeft.app.folders import forms, switching
+from lightpeft.app.runs import pipeline
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import check_peft
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.runs import pipeline
-from lightpeft.saved import forms, switching
-from lightpeft.saved.light_adapter import as_light
 
 SEEDS = {"first": 3, "second": 4, "third": 5, "fourth": 6}
 

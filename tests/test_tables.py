@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tiny import make, plan_for, with_lora
 
-from lightpeft.cli.tables import (
+from lightpeft.app.cli.tables import (
     comparison_table,
     facts_table,
     metrics_table,

@@ -11,12 +11,19 @@ from layouts import LAYOUTS, TELLING, WORDS, write_task
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from lightpeft.adapters.light_adapter import load_light
+from lightpeft.app.evaluation.scores import evaluate
+from lightpeft.app.runs import pipeline
+from lightpeft.app.tasks import (
+    ENTRIES,
+    MultipleChoiceByLikelihood,
+    MultipleChoiceTask,
+    RegressionTask,
+    Task,
+    restore_task,
+)
+from lightpeft.app.tasks.kinds.registry import BY_LIKELIHOOD
 from lightpeft.config import RunConfig, run_config_from_dict
-from lightpeft.evaluation.scores import evaluate
-from lightpeft.runs import pipeline
-from lightpeft.saved.light_adapter import load_light
-from lightpeft.tasks import ENTRIES, MultipleChoiceByLikelihood, MultipleChoiceTask, RegressionTask, Task, restore_task
-from lightpeft.tasks.kinds.registry import BY_LIKELIHOOD
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 PROMPT_WORDS = ("Question", "Answer", "True", "False", "Neither", "yes", "no", "negative", "positive", "because", "it")

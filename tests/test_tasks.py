@@ -15,19 +15,13 @@ from layouts import cut_to
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, RobertaConfig
 
+from lightpeft.app.tasks import KINDS, CausalLMTask, ClassificationTask, check_max_length, load_task
+from lightpeft.app.tasks.rows.reading import is_local, read_rows
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.console.bars import bar
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import max_positions
-from lightpeft.tasks import (
-    KINDS,
-    CausalLMTask,
-    ClassificationTask,
-    check_max_length,
-    ensure_pad_token,
-    load_task,
-)
-from lightpeft.tasks.rows.reading import is_local, read_rows
+from lightpeft.models.tokenizers import ensure_pad_token
 
 TEXTS = ['plain, with "quotes"', "two\nlines\tand a tab", "NA", "1984", "déjà vu 电影"]
 WORDS = ["<pad>", "<s>", "</s>", "a", "b", "c", "d", "e", "f", "g", "h"]
@@ -282,7 +276,7 @@ class TestClassification:
         assert tokenizer.decode(encoded[1]["input_ids"]).endswith("bad [SEP]")
 
     def test_encode_without_labels_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lightpeft.tasks.tokens.ENCODE_ROWS", 3)
+        monkeypatch.setattr("lightpeft.app.tasks.tokens.ENCODE_ROWS", 3)
         tokenizer, texts = word_tokenizer(), WORDS[3:]
         rows = Dataset.from_dict({"text": texts})
         encoded = ClassificationTask(DataConfig(), rows, rows, []).encode_inputs(rows, tokenizer)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lightpeft.evaluation.statistics import bootstrap_intervals
-from lightpeft.tasks.answers import Answers
-from lightpeft.tasks.text_metrics import best, by_answerability, exact, normalised, text_match, token_f1
+from lightpeft.app.evaluation.statistics import bootstrap_intervals
+from lightpeft.app.tasks.answers import Answers
+from lightpeft.app.tasks.text_metrics import best, by_answerability, exact, normalised, text_match, token_f1
 
 
 @pytest.mark.parametrize(

@@ -28,13 +28,9 @@ from transformers import (
 from workbench import BAD, GOOD, Workbench, lightpeft, read
 
 from lightpeft import load_light
-from lightpeft.config import DataConfig, LikelihoodRule, ModelConfig, TaskEntry
-from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.predicting import answer_rows
-from lightpeft.models import task_heads
-from lightpeft.models.loading import load_model, load_tokenizer
-from lightpeft.runs import pipeline
-from lightpeft.tasks import (
+from lightpeft.app.evaluation.predicting import answer_rows
+from lightpeft.app.runs import pipeline
+from lightpeft.app.tasks import (
     Answers,
     MultipleChoiceByLikelihood,
     MultipleChoiceTask,
@@ -45,9 +41,13 @@ from lightpeft.tasks import (
     restore_task,
     task_facts,
 )
-from lightpeft.tasks.kinds.span import answer_places
-from lightpeft.tasks.kinds.windows import answer_text, best_of_windows, best_span, make_windows
-from lightpeft.tasks.text_metrics import text_match
+from lightpeft.app.tasks.kinds.span import answer_places
+from lightpeft.app.tasks.kinds.windows import answer_text, best_of_windows, best_span, make_windows
+from lightpeft.app.tasks.text_metrics import text_match
+from lightpeft.config import DataConfig, LikelihoodRule, ModelConfig, TaskEntry
+from lightpeft.errors import LightPeftError
+from lightpeft.models import task_heads
+from lightpeft.models.loading import load_model, load_tokenizer
 
 
 class Bench(Workbench):

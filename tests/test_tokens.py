@@ -12,11 +12,12 @@ from tiny import refusal
 from transformers import AutoModel, BertConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase, T5Config
 from workbench import SPECIAL, Workbench, lightpeft
 
+from lightpeft.app.evaluation.predicting import predict
+from lightpeft.app.runs import pipeline
+from lightpeft.app.tasks import check_tokens
 from lightpeft.config import ModelConfig
-from lightpeft.evaluation.predicting import predict
 from lightpeft.models.loading import load_tokenizer
-from lightpeft.runs import pipeline
-from lightpeft.tasks import check_tokens, check_vocabulary
+from lightpeft.models.tokenizers import check_vocabulary
 
 EMBEDDINGS = 36
 """Of the tiny bases."""

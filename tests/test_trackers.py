@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from workbench import Workbench, lightpeft, read
 
+from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.workspace import prepare
 from lightpeft.plans.records import PrunePlan
-from lightpeft.runs import pipeline
-from lightpeft.runs.workspace import prepare
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_trackio_from_python(bench: Workbench, tmp_path: Path) -> None:
     code = (
         "import json, sys\n"
         "from lightpeft.config import run_config_from_dict\n"
-        "from lightpeft.runs import pipeline\n"
+        "from lightpeft.app.runs import pipeline\n"
         "pipeline.run(run_config_from_dict(json.loads(sys.argv[1])))\n"
     )
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}

@@ -16,11 +16,11 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from workbench import Workbench, labelled
 
+from lightpeft.app.runs import pipeline
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.files import append_line, check_sealed, seal
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.runs import pipeline
 from lightpeft.training.arguments import training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint, StopOnSignal
 from lightpeft.training.checkpoints import last_checkpoint

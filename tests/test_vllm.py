@@ -24,9 +24,9 @@ from workbench import edit, read
 
 from lightpeft import LightModel, cut_vocabulary, load_merged, save_merged
 from lightpeft.plans.records import BlockPlan
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved import merging, whole_config
-from lightpeft.saved.light_adapter import as_light
+from lightpeft.saving import whole, whole_config
 
 SIZES: dict[str, Any] = {"vocab_size": 320, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
 """vLLM computes attention on CPUs for heads of 32 channels or more."""
@@ -185,7 +185,7 @@ def test_a_real_model(vllm: Vllm, smollm2: Path, tmp_path: Path) -> None:
 def test_names_are_those_of_lightpeft() -> None:
     """The plug-in depends on nothing of lightpeft, and knows its files by these."""
     assert (configs.LIGHT_TYPE, configs.OWN) == (whole_config.LIGHT_TYPE, whole_config.OWN)
-    assert configs.MERGED == merging.MERGED
+    assert configs.MERGED == whole.MERGED
 
 
 def read_config(folder: Path) -> Any:

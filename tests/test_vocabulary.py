@@ -50,6 +50,9 @@ from lightpeft import (
     save_gguf,
     save_merged,
 )
+from lightpeft.app.folders.opening import find_model
+from lightpeft.app.runs import pipeline
+from lightpeft.app.tasks import coverage
 from lightpeft.files import file_checksum
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import (
@@ -63,12 +66,9 @@ from lightpeft.models.vocabulary import (
     vocabulary_of,
 )
 from lightpeft.profiling import count_parameters
-from lightpeft.runs import pipeline
-from lightpeft.saved.adapter_files import DESCRIPTION
-from lightpeft.saved.light_adapter import LightModel
-from lightpeft.saved.opening import find_model
-from lightpeft.saved.tokens import VOCABULARY_FILE
-from lightpeft.tasks import coverage
+from lightpeft.prune.light_model import LightModel
+from lightpeft.saving.adapter_files import DESCRIPTION
+from lightpeft.saving.tokens import VOCABULARY_FILE
 
 WORDS = [
     "good",

@@ -19,9 +19,7 @@ from torch import nn
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import load_light
-from lightpeft.config import DataConfig, LightConfig
-from lightpeft.errors import LightPeftError
-from lightpeft.evaluation.milestones import (
+from lightpeft.app.evaluation.milestones import (
     MILESTONES,
     MOST_ROWS,
     MOST_WRITTEN,
@@ -34,16 +32,13 @@ from lightpeft.evaluation.milestones import (
     notices,
     sample,
 )
-from lightpeft.evaluation.reports import evaluate_harness, evaluate_model
-from lightpeft.evaluation.statistics import bootstrap_intervals
-from lightpeft.models.families import block_lists
-from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.runs import pipeline, stages
-from lightpeft.runs.report.facts import read_run
-from lightpeft.runs.report.page import page
-from lightpeft.saved.results import open_peft
-from lightpeft.tasks import (
+from lightpeft.app.evaluation.reports import evaluate_harness, evaluate_model
+from lightpeft.app.evaluation.statistics import bootstrap_intervals
+from lightpeft.app.folders.results import open_peft
+from lightpeft.app.runs import pipeline, stages
+from lightpeft.app.runs.report.facts import read_run
+from lightpeft.app.runs.report.page import page
+from lightpeft.app.tasks import (
     CausalLMTask,
     ClassificationTask,
     GenerationTask,
@@ -53,7 +48,12 @@ from lightpeft.tasks import (
     Respondent,
     Task,
 )
-from lightpeft.tasks.answers import Answers
+from lightpeft.app.tasks.answers import Answers
+from lightpeft.config import DataConfig, LightConfig
+from lightpeft.errors import LightPeftError
+from lightpeft.models.families import block_lists
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.plans.records import EstimationRecord, PrunePlan
 
 FEW: dict[str, Any] = {"light.least_examples": 0}
 """Runs this short estimate on few examples."""
@@ -288,7 +288,7 @@ def test_every_number_is_that_of_the_model_then(bench: Workbench) -> None:
 
 
 def test_a_sample_of_many_rows(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightpeft.evaluation.milestones.MOST_ROWS", 10)
+    monkeypatch.setattr("lightpeft.app.evaluation.milestones.MOST_ROWS", 10)
     pipeline.run(bench.config("few", **FEW))
     report = read(bench.folder / "few" / "metrics.json")
     assert report["milestones"]["examples"] == 10

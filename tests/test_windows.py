@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lightpeft.errors import LightPeftError
-from lightpeft.tasks.kinds.windows import (
+from lightpeft.app.tasks.kinds.windows import (
     Span,
     Window,
     answer_text,
@@ -23,6 +22,7 @@ from lightpeft.tasks.kinds.windows import (
     label_spans,
     make_windows,
 )
+from lightpeft.errors import LightPeftError
 
 WORDS = ("where", "who", "stone", "river", "mountain", "Łódź", "電影", "naïve", "42", "!")
 

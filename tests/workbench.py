@@ -42,12 +42,12 @@ from transformers import (
     TrainerCallback,
 )
 
-from lightpeft import cli
+from lightpeft.app import cli
+from lightpeft.app.runs import pipeline, workers
+from lightpeft.app.runs.reproduce import Cell
 from lightpeft.config import RunConfig, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
-from lightpeft.runs import pipeline, workers
-from lightpeft.runs.reproduce import Cell
 from lightpeft.training.trainer import RunTrainer
 
 NEUTRAL = tuple(f"word{index}" for index in range(20))

@@ -6,6 +6,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightpeft.adapters.full_width import full_width
+    from lightpeft.adapters.light_adapter import light_tokenizer, load_light
+    from lightpeft.adapters.merging import load_merged, save_merged
+    from lightpeft.adapters.sharing import push_to_hub
+    from lightpeft.app.exports.exporting import export_model
+    from lightpeft.app.exports.gguf.exporting import save_gguf
+    from lightpeft.app.folders.switching import LightSwitch
+    from lightpeft.app.runs.pipeline import run
     from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
     from lightpeft.errors import LightPeftError
     from lightpeft.models.on_disk import weights_on_disk
@@ -15,18 +23,11 @@ if TYPE_CHECKING:
     from lightpeft.plans.planning import make_plan
     from lightpeft.plans.records import EstimationRecord, PrunePlan
     from lightpeft.prune.discovery import ensure_family
+    from lightpeft.prune.light_model import LightModel
     from lightpeft.prune.reading import find_depth
     from lightpeft.prune.surgery import apply_plan
     from lightpeft.recipe.pruner import EarlyPruner
     from lightpeft.recipe.trainer import LightTrainer, light_trainer
-    from lightpeft.runs.pipeline import run
-    from lightpeft.saved.exporting import export_model
-    from lightpeft.saved.full_width import full_width
-    from lightpeft.saved.gguf.exporting import save_gguf
-    from lightpeft.saved.light_adapter import LightModel, light_tokenizer, load_light
-    from lightpeft.saved.merging import load_merged, save_merged
-    from lightpeft.saved.sharing import push_to_hub
-    from lightpeft.saved.switching import LightSwitch
     from lightpeft.training.acceleration import accelerated
 
 __version__ = "0.1.0"
@@ -37,9 +38,9 @@ _HOMES = {
     "EstimationRecord": "plans.records",
     "BottleneckConfig": "peft_kinds.bottleneck",
     "LightConfig": "config",
-    "LightModel": "saved.light_adapter",
+    "LightModel": "prune.light_model",
     "LightPeftError": "errors",
-    "LightSwitch": "saved.switching",
+    "LightSwitch": "app.folders.switching",
     "LightTrainer": "recipe.trainer",
     "PrunePlan": "plans.records",
     "RunConfig": "config",
@@ -47,21 +48,21 @@ _HOMES = {
     "apply_plan": "prune.surgery",
     "cut_vocabulary": "models.vocabulary",
     "ensure_family": "prune.discovery",
-    "export_model": "saved.exporting",
+    "export_model": "app.exports.exporting",
     "find_depth": "prune.reading",
-    "full_width": "saved.full_width",
+    "full_width": "adapters.full_width",
     "fused_answers": "peft_kinds.sites",
-    "light_tokenizer": "saved.light_adapter",
+    "light_tokenizer": "adapters.light_adapter",
     "light_trainer": "recipe.trainer",
     "load_config": "config",
-    "load_light": "saved.light_adapter",
-    "load_merged": "saved.merging",
+    "load_light": "adapters.light_adapter",
+    "load_merged": "adapters.merging",
     "make_plan": "plans.planning",
     "preset_light": "config",
-    "push_to_hub": "saved.sharing",
-    "run": "runs.pipeline",
-    "save_gguf": "saved.gguf.exporting",
-    "save_merged": "saved.merging",
+    "push_to_hub": "adapters.sharing",
+    "run": "app.runs.pipeline",
+    "save_gguf": "app.exports.gguf.exporting",
+    "save_merged": "adapters.merging",
     "weights_on_disk": "models.on_disk",
 }
 """Public name -> module. Resolved on first use, so that `lightpeft --help` does not wait for torch."""

@@ -1,6 +1,6 @@
 """`python -m lightpeft` is the `lightpeft` command."""
 
-from lightpeft.cli import main
+from lightpeft.app.cli import main
 
 if __name__ == "__main__":
     main()

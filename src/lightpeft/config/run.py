@@ -65,8 +65,7 @@ class ModelConfig:
 class TaskEntry:
     """One task, declared: where its rows are, how a row becomes text, how it is answered and measured.
 
-    The tasks that ship with lightpeft are entries in `lightpeft.tasks`; those of a user are below `tasks` in the run's
-    YAML.
+    The tasks that ship are entries in `lightpeft.app.tasks`; those of a user are below `tasks` in the run's YAML.
     """
 
     name: str = ""

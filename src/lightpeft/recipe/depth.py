@@ -14,10 +14,10 @@ from transformers import Trainer, TrainingArguments
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
+from lightpeft.prune.light_model import LightModel
 from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.probes import batches_of
-from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.arguments import half_precision
 
 _log = logging.getLogger(__name__)

@@ -28,9 +28,9 @@ from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.fingerprint import check_stored
 from lightpeft.prune.learning import untaught
+from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan, check_budget
 from lightpeft.recipe.wrapping import leave_modules
-from lightpeft.saved.light_adapter import LightModel, as_light
 
 _log = logging.getLogger(__name__)
 

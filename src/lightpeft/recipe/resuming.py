@@ -12,9 +12,9 @@ from torch import nn
 from lightpeft.errors import require
 from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
 from lightpeft.plans.records import PrunePlan
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.saved.adapter_files import DESCRIPTION, read_description
-from lightpeft.saved.light_adapter import as_light
+from lightpeft.saving.adapter_files import DESCRIPTION, read_description
 
 _CUT = "lightpeft_cut.json"
 """What says that a checkpoint lies behind the cut."""

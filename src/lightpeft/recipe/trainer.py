@@ -29,6 +29,7 @@ from lightpeft.prune.budgeting import FoundBudget
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.learning import untaught
 from lightpeft.prune.length import fitted
+from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.arguments import taken, with_dense_reference
 from lightpeft.recipe.budget import BudgetMixin
 from lightpeft.recipe.checkpoints import CheckpointsMixin
@@ -40,7 +41,6 @@ from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
 from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
-from lightpeft.saved.light_adapter import LightModel
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.prefix import PrefixCache, PrefixMixin
 from lightpeft.training.schedule import pace_of

@@ -1,0 +1,1 @@
+"""Light adapters and merged models: loaded over a base, shared, switched, widened again."""

@@ -1,0 +1,85 @@
+"""transformers' auto classes, and with them its pipelines, on merged light models of unequal widths.
+
+They are told of the type in such a model's config.json by transformers' own way for models of others, `register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from lightpeft.errors import LightPeftError, require
+from lightpeft.machine import accelerator
+from lightpeft.saving.whole_config import LIGHT_TYPE, OWN
+
+_TABLES = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+}
+"""Auto class -> transformers' table of the classes that it gives."""
+_TAKEN = {"dtype": "dtype", "attn_implementation": "attention", "revision": "revision", "token": "token"}
+"""Option of `from_pretrained` -> what `load_merged` calls it."""
+_WITHOUT_EFFECT = {"adapter_kwargs", "code_revision", "trust_remote_code", "local_files_only", "low_cpu_mem_usage"}
+_WITHOUT_EFFECT |= {"use_safetensors", "weights_only", "_from_auto"}
+"""Options about code, adapters and pickled weights, which such a model has none of, and those that hold anyway."""
+
+
+class LightConfig(PretrainedConfig):
+    """What transformers reads of such a folder; the model itself has the configuration of its family."""
+
+    model_type = LIGHT_TYPE
+
+
+_AS_SAVED = LightConfig().to_diff_dict().keys() | {OWN, "name_or_path"}
+"""Keys of such a configuration that nobody has changed."""
+
+
+def register(load: Callable[..., PreTrainedModel]) -> None:
+    """Let `AutoModelFor...from_pretrained(folder)` be `load(folder)`."""
+    AutoConfig.register(LIGHT_TYPE, LightConfig)
+    for name, table in _TABLES.items():
+        getattr(transformers, name).register(LightConfig, _reader(name, getattr(modeling_auto, table), load))
+
+
+def _reader(auto: str, table: Mapping[str, Any], load: Callable[..., PreTrainedModel]) -> type:
+    """What takes a model class's place for one auto class."""
+    gives = {name for names in table.values() for name in ((names,) if isinstance(names, str) else names)}
+
+    class Reader:
+        config_class = LightConfig
+
+        @classmethod
+        def from_pretrained(cls, folder: Any, *, config: Any = None, **options: Any) -> PreTrainedModel:
+            changed = {} if config is None else config.to_diff_dict().keys() - _AS_SAVED
+            model = load(folder, **_options({**dict.fromkeys(changed, True), **options}, str(folder)))
+            kind = type(model).__name__
+            require(kind in gives, f"{folder} is a {kind}, which {auto} does not give; load it with load_merged")
+            return model
+
+    return Reader
+
+
+def _options(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
+    """Options of `from_pretrained` as `load_merged` takes them."""
+    options = {_TAKEN[name]: value for name, value in given.items() if name in _TAKEN and value is not None}
+    rest = {name for name, value in given.items() if value and name not in {*_TAKEN, *_WITHOUT_EFFECT, "device_map"}}
+    refused = f"{folder} is a merged light model, which cannot be loaded with"
+    require(not rest, f"{refused} {', '.join(sorted(rest))}; leave that out")
+    where = given.get("device_map")
+    if isinstance(where, Mapping):
+        if set(where) != {""}:
+            raise LightPeftError(f"{refused} parts on several devices; give device_map one device")
+        where = where[""]
+    return {**options, **({} if where is None else {"device": accelerator() if where == "auto" else where})}

@@ -1,0 +1,94 @@
+"""What is in a plan, an estimation, a light model or a run, however far it has come: tables for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lightpeft.app.cli.tables import facts_table, metrics_table, plan_table
+from lightpeft.app.folders.forms import Found, LightAdapter
+from lightpeft.app.folders.opening import find_folder, find_saved
+from lightpeft.app.folders.run_folder import RunFolder, is_run, read_report
+from lightpeft.errors import LightPeftError, require
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+
+_RECORD = "estimation.json"
+_OF_META = ("steps", "scored_steps", "scored_examples")
+"""What is shown of how an estimation was made."""
+
+
+def inspect(name: str | Path) -> list[Table]:
+    """Tables of what is in a file or folder.
+
+    Args:
+        name: a plan.json; the folder of a light adapter, a merged light model, an estimation or a run; or the name of
+            such an adapter or model on the hub.
+
+    Raises:
+        LightPeftError: it is none of that, or is damaged, or there is nothing to show yet.
+    """
+    path = Path(name)
+    if not path.exists():
+        found = find_saved(name)
+        if found is None:
+            raise LightPeftError(f"{name} does not exist; give a plan.json, or a folder that lightpeft wrote")
+        return _model(found)
+    if path.is_file():
+        return [plan_table(PrunePlan.load(path))]
+    if is_run(path):
+        return _run(RunFolder.at(path))
+    if (path / _RECORD).is_file():
+        return _estimation(path)
+    return _model(find_folder(path))
+
+
+def _run(run: RunFolder) -> list[Table]:
+    """What the last stage left that there is something to show of."""
+    light = run.config.way.prunes
+    if light and run.has("train"):
+        return _model(find_folder(run.adapter))
+    if light and run.has("plan"):
+        return [plan_table(PrunePlan.load(run.plan))]
+    if light and run.has("estimate"):
+        return _estimation(run.estimation)
+    if run.has("evaluate"):
+        report, title = read_report(run.metrics), f"run {run.path}: method {run.config.method}"
+        return [metrics_table(report["metrics"], report.get("intervals", {}), title)]
+    begun = f"{run.path} is a run without a result to show yet"
+    raise LightPeftError(f"{begun}; go on with it: lightpeft run --run {run.path}")
+
+
+def _model(found: Found) -> list[Table]:
+    """Of a light model: the base, what was measured, and the plan; the base itself need not be there."""
+    description = found.description
+    instead = "give a light adapter, a merged light model, a plan.json or a run"
+    require(description, f"{found.name} is a {found.kind}, which has no plan to show; {instead}")
+    base = {name: description["base"][name] for name in ("id", "revision", "architecture", "dtype")}
+    facts = facts_table({**base, **_tokens(found), **description["metrics"]}, f"{found.kind} {found.name}")
+    return [facts, plan_table(PrunePlan.from_dict(description["plan"]))]
+
+
+def _tokens(found: Found) -> dict[str, str]:
+    """How many tokens it has, where these are not all of its base."""
+    vocabulary = found.vocabulary if isinstance(found, LightAdapter) else None
+    return {} if vocabulary is None else {"tokens": f"{len(vocabulary):,} of {vocabulary.size:,}"}
+
+
+def _estimation(folder: Path) -> list[Table]:
+    """How the scores were obtained, and the plan that its run would make of them."""
+    record = EstimationRecord.load(folder)
+    found: dict[str, Any] = {name: record.meta[name] for name in _OF_META if name in record.meta}
+    found |= {
+        "blocks": len(record.blocks),
+        "PEFT modules": len(record.sites),
+        "base parameters": record.base_parameters,
+    }
+    facts = facts_table(found, f"estimation {folder}")
+    if not is_run(folder.parent):
+        return [facts]
+    plan = plan_table(make_plan(record, RunFolder.at(folder.parent).config.light))
+    plan.title, plan.title_justify = "the plan that the run's budget makes of it", "left"
+    return [facts, plan]

@@ -1,0 +1,218 @@
+"""Plans, light adapters and measurements as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from lightpeft.app.runs.checking import Check
+from lightpeft.app.runs.report.speeds import speed_rows
+from lightpeft.app.runs.report.words import rounds
+from lightpeft.config import peft_type
+from lightpeft.peft_kinds.kinds import kind_named
+from lightpeft.plans.records import PrunePlan
+from lightpeft.plans.structure import SITE_SLOTS
+
+
+def plan_table(plan: PrunePlan) -> Table:
+    """One row a layer: what stays of heads, neurons and PEFT modules; and the ranks of these, a column a place."""
+    ranks = [plan.module_ranks(spec) for spec in plan.specs]
+    slots = [slot for slot in SITE_SLOTS if any(slot in of for of in ranks)]
+    told = [["-" if of.get(slot) == 0 else str(of.get(slot, "")) for slot in slots] for of in ranks]
+    note = "\nbelow the names of projections: ranks of the PEFT modules there; -: the module goes" if slots else ""
+    table = Table(
+        caption=f"{plan.summary()}{note}", caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
+    rows = [{name: value for name, value in row.items() if name != "module:ranks"} for row in plan.rows()]
+    for name in (*rows[0], *slots):
+        title = name.replace("kv heads", "kv\nheads").replace(" of each", "\nof each").replace("_", "\n")
+        table.add_column(title, justify="right", no_wrap=True)
+    for row, of in zip(rows, told, strict=True):
+        table.add_row(*row.values(), *of)
+    return table
+
+
+def facts_table(facts: Mapping[str, Any], title: str) -> Table:
+    """Names and values, one a row."""
+    table = Table(title=escape(title), show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(escape(name), escape(shown(value)))
+    return table
+
+
+def metrics_table(
+    metrics: Mapping[str, float],
+    intervals: Mapping[str, Sequence[float] | None],
+    title: str,
+    constant: Mapping[str, float] | None = None,
+) -> Table:
+    """One metric a row, with its 95% interval where there is one; beside what a constant answer gets, where given."""
+    table = _numbers_table(title, "", "value", "95% interval", *(["constant answer"] if constant else []))
+    for name, value in metrics.items():
+        beside = [shown(constant[name]) if name in constant else ""] if constant else []
+        table.add_row(escape(name), shown(value), _range(intervals.get(name)), *beside)
+    return table
+
+
+def milestones_table(milestones: Mapping[str, Any]) -> Table:
+    """The course of a run on a sample of test rows: one moment a row, with the main metric and the loss.
+
+    Args:
+        milestones: what metrics.json has under that name.
+    """
+    metrics: Mapping[str, Mapping[str, float]] = milestones["metrics"]
+    columns = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    table = _numbers_table(f"the course of the run, on {milestones['examples']:,} test rows", "", *columns)
+    for moment, values in metrics.items():
+        numbers = [shown(values[name]) if name in values else "" for name in columns]
+        table.add_row(escape(moment.replace("_", " ")), *numbers)
+    return table
+
+
+def paired_table(comparison: Mapping[str, Mapping[str, Any]], first: str, second: str) -> Table:
+    """Two models on the same examples: one metric a row, the difference with its interval, and the test's p value."""
+    title = f"on the same examples\nA: {first}\nB: {second}"
+    table = _numbers_table(title, "", "A", "B", "B - A", "95% interval", "p", "test")
+    table.box, table.pad_edge, table.padding = None, False, (0, 1, 0, 0)  # lines would not fit 80 characters
+    for name, entry in comparison.items():
+        values = [shown(entry[key]) for key in ("first", "second")]
+        p_value = "" if entry["p_value"] is None else f"{entry['p_value']:.3g}"
+        table.add_row(
+            escape(name), *values, f"{entry['difference']:+.4f}", _range(entry["interval"]), p_value, entry["test"]
+        )
+    return table
+
+
+def per_class_table(classes: Mapping[str, Mapping[str, float]]) -> Table:
+    """Precision, recall and F1 of every class, and how many examples it has."""
+    table = _numbers_table("by class", "", "precision", "recall", "F1", "examples")
+    for name, entry in classes.items():
+        values = [f"{entry[key]:.4f}" for key in ("precision", "recall", "f1-score")]
+        table.add_row(escape(name), *values, f"{entry['support']:,.0f}")
+    return table
+
+
+def curve_table(found: Mapping[str, Any]) -> Table:
+    """What budgets cost and save, one a row: what `lightpeft plan --curve` measures."""
+    title = f"before training goes on, on {found['rows']:,} training rows: loss {found['loss']:.3f} with nothing cut"
+    table = _numbers_table(title, "light.blocks", "goes of all", "loss", "rise", "± (95%)", "time of a step")
+    for point in found["points"]:
+        measured = "" if f"{point['blocks']:g}" in found["step_times"] else "about "
+        table.add_row(
+            f"{point['blocks']:g}",
+            f"{point['removed_of_base']:.0%}",
+            f"{point['loss']:.3f}",
+            f"{point['rise']:+.3f}",
+            f"{point['interval'][1] - point['rise']:.3f}",
+            f"{measured}{point['step_time']:.2f}",
+        )
+    return table
+
+
+def _numbers_table(title: str, first: str, *others: str) -> Table:
+    """An empty table: a column of names, and columns of numbers."""
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column(escape(first), no_wrap=True)
+    for name in others:
+        table.add_column(escape(name), justify="right", no_wrap=name != "test")
+    return table
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+
+
+def bench_table(report: Mapping[str, Any]) -> Table:
+    """Plain PEFT, light, and their ratio, with the quartiles of the ratio."""
+    kind = plain_name(report["config"])
+    over = rounds(report["rounds"], report.get("of_rounds"))
+    table = Table(title=f"{kind} beside light (medians over {over})", title_justify="left")
+    for name in ("", kind, "light", "light / plain", "quartiles"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in speed_rows(report):
+        spread = " - ".join(f"{end:.2f}" for end in row.get("quartiles", ()))
+        table.add_row(row["name"], row["plain"], row["light"], f"{row['ratio']:.2f}", spread)
+    if "estimation_throughput" in report["ratios"]:
+        slowdown = report["ratios"]["estimation_throughput"]["median"]
+        steps = report["end_to_end"]["estimation_steps"]
+        table.caption = (
+            f"estimation, part of the whole run, trains {slowdown:.2f} times as fast as {kind}, for {steps} steps"
+        )
+        table.caption_justify = "left"
+    return table
+
+
+def needs_table(found: Check) -> Table:
+    """What each stage of a run needs, one a row, with plain PEFT first; memory in MiB."""
+    measured = found.time_of_plain is not None
+    title = f"what a run needs, MiB; batches of {found.rows} rows of at most {found.tokens} tokens"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("stage")
+    for name in ("steps", "weights", "trained", "activa-\ntions", "kernels,\ngaps", "in all", "GFLOPs\na step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if measured:
+        table.add_column("time", justify="right")
+    for name, need in found.stages.items():
+        held = need.holding
+        parts = (held.weights, held.trained, held.activations, held.overhead, held.total)
+        row = [name, str(need.steps), *(f"{part / 2**20:,.0f}" for part in parts), f"{held.flops / 1e9:,.0f}"]
+        table.add_row(*row, *([_seconds(need.seconds)] if measured else []))
+    return table
+
+
+def _seconds(seconds: float | None) -> str:
+    """In the unit that suits it; nothing for None."""
+    if seconds is None:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: Mapping[str, Any]) -> Table:
+    """The whole comparison of two finished runs: quality, size and speed.
+
+    Args:
+        plain: metrics.json of a run with method plain.
+        light: metrics.json of a run with method light.
+        bench: bench.json.
+    """
+    kind = plain_name(plain["config"])
+    table = Table(title=f"{kind} beside lightpeft", title_justify="left")
+    for name in ("", kind, "lightpeft"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name in ("accuracy", "f1", "loss"):
+        if name in plain["metrics"]:
+            table.add_row(name, f"{plain['metrics'][name]:.4f}", f"{light['metrics'][name]:.4f}")
+    sizes = [report["parameters"] for report in (plain, light)]
+    table.add_row("base parameters", *(f"{size['base']:,}" for size in sizes))
+    table.add_row("base parameters removed", *(f"{size['base_removed_ratio']:.1%}" for size in sizes))
+    table.add_row("trainable PEFT parameters", *(f"{size['peft']:,}" for size in sizes))
+    table.add_row("trainable head parameters", *(f"{size['head']:,}" for size in sizes))
+    subjects = [bench["subjects"][name] for name in ("plain", "light")]
+    for key in ("training", "inference"):
+        values = [subject[f"{key}_samples_per_second"]["median"] for subject in subjects]
+        ratio = bench["ratios"][f"{key}_throughput"]["median"]
+        table.add_row(f"{key} samples/s", f"{values[0]:.0f}", f"{values[1]:.0f} ({ratio:.2f}x)")
+    table.add_row("peak training memory, MiB", *(f"{s['peak_memory_bytes'] / 2**20:.0f}" for s in subjects))
+    for key, name in (("weights_bytes", "weights served, MiB"), ("peak_memory_bytes", "peak inference memory, MiB")):
+        table.add_row(name, *(f"{subject['inference'][key] / 2**20:.0f}" for subject in subjects))
+    table.add_row("saved adapter, KiB", *(f"{report['adapter_bytes'] / 1024:.0f}" for report in (plain, light)))
+    times = [sum(report["seconds"].values()) for report in (plain, light)]
+    table.add_row("training time, s (estimation included)", *(f"{value:.0f}" for value in times))
+    return table
+
+
+def plain_name(config: Mapping[str, Any]) -> str:
+    """What people call the usual way of a run's PEFT kind."""
+    return f"plain {kind_named(peft_type(config['peft'])).title}"
+
+
+def shown(value: Any) -> str:
+    """A value as people read it: floats short, large counts with separators."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1 else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

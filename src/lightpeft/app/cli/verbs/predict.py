@@ -1,0 +1,55 @@
+"""`lightpeft predict`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightpeft.app.cli.options import Option
+from lightpeft.app.cli.screen import screen
+from lightpeft.app.cli.verbs.verb import Verb
+from lightpeft.errors import require
+
+BASE = Option("--base", "Name or folder of the base, if it moved since the adapter was saved.")
+SWITCH_OPTIONS = (
+    Option("--trust_remote_code", "Run Python code that comes with the base.", flag=True),
+    Option("--allow_pickle", "Read pickled weights of the base (.bin).", flag=True),
+)
+"""What lets somebody else's code in, of verbs on results."""
+
+
+def _predict(model: str, input: str | None = None, no_bf16: bool = False, **options: Any) -> None:
+    from lightpeft.app.evaluation.predicting import predict
+
+    require(not (no_bf16 and "bf16" in options), "--bf16 and --no_bf16 exclude each other; give one of them")
+    options |= {"bf16": False} if no_bf16 else {}
+    predict(model, input, **options, announce=lambda line: screen.warn([line]))
+
+
+PREDICT = Verb(
+    "predict",
+    "Answer text lines, the rows of a table or one row: labels, options, spans or texts.",
+    _predict,
+    options=(
+        Option("model", "Folder of a light adapter, a merged light model or a finished run, or a name on the hub."),
+        Option(
+            "input",
+            "Text lines (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or - for stdin: text lines or, where a "
+            "row needs several columns, JSON lines.",
+            count="?",
+        ),
+        Option("--example", "One row instead of a file: its text, or a JSON object if it needs several columns."),
+        Option("--output", "Where predictions go, .csv or .jsonl (default: stdout, as CSV)."),
+        BASE,
+        Option("--batch_size", "Rows a forward pass (default: as many as fit into memory).", type=int),
+        Option(
+            "--answer_tokens",
+            "Tokens of an answer at most, where it is a text (default: as in training).",
+            type=int,
+        ),
+        Option("--text --data.columns.text", "Column with the text (default: as in training)."),
+        Option("--text_pair --data.columns.text_pair", "Column with the second text (default: as in training)."),
+        Option("--bf16", "Compute in bfloat16 (default: as the run evaluated).", flag=True),
+        Option("--no_bf16", "Compute in the precision of the weights.", flag=True),
+        *SWITCH_OPTIONS,
+    ),
+)

@@ -1,0 +1,29 @@
+"""`lightpeft report`."""
+
+from __future__ import annotations
+
+from lightpeft.app.cli.options import Option
+from lightpeft.app.cli.screen import screen
+from lightpeft.app.cli.verbs.verb import Verb
+
+
+def _report(runs: list[str], output: str | None = None) -> None:
+    from lightpeft.app.runs.report import write_report
+
+    screen.say(f"the report is in {write_report(runs, output)}")
+
+
+REPORT = Verb(
+    "report",
+    "Write one HTML page about a run, or about several beside one another, finished or not.",
+    _report,
+    options=(
+        Option(
+            "runs",
+            "Folders of runs; the first of method plain, or else the first, is the reference.",
+            list[str],
+            count="+",
+        ),
+        Option("--output", "The page (default: report.html in the first folder)."),
+    ),
+)

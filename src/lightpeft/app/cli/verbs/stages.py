@@ -1,0 +1,130 @@
+"""`lightpeft run` and its stages, each of which can be run alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightpeft.app.cli.options import Option
+from lightpeft.app.cli.screen import screen
+from lightpeft.app.cli.settings import run_config
+from lightpeft.app.cli.verbs.verb import Verb
+from lightpeft.errors import require
+
+if TYPE_CHECKING:
+    from lightpeft.config import RunConfig
+
+_ESTIMATION = Option(
+    "--estimation", "Folder of another run, of the same settings but for the budget: take its estimation.", rare=True
+)
+
+
+def _run(given: dict[str, Any], **options: Any) -> None:
+    from lightpeft.app.runs import pipeline
+
+    show_metrics(pipeline.run(run_config(given), **options))
+
+
+def show_metrics(report: dict[str, Any]) -> None:
+    """What a run's metrics.json says, as tables."""
+    from lightpeft.app.cli.tables import facts_table, metrics_table, milestones_table
+
+    screen.print(metrics_table(report["metrics"], report.get("intervals", {}), f"method {report['method']}"))
+    if "full_width" in report:
+        screen.print(metrics_table(**report["full_width"], title="the same at full width, over the whole base"))
+    if "milestones" in report:  # older runs have none
+        screen.print(milestones_table(report["milestones"]))
+    screen.print(facts_table(report["parameters"], "parameters"))
+    screen.warn(report.get("warnings", []))
+
+
+def _estimate(given: dict[str, Any]) -> None:
+    from lightpeft.app.runs import pipeline
+
+    config = run_config(given)
+    record = pipeline.estimate(pipeline.prepare(config))
+    screen.say(f"{record.meta['steps']} steps; scores are in {config.output}/estimation")
+
+
+def _plan(given: dict[str, Any], estimation: str | None = None, curve: bool = False, rows: int | None = None) -> None:
+    from lightpeft.app.cli.tables import plan_table
+    from lightpeft.app.folders.run_folder import RunFolder
+    from lightpeft.app.runs import pipeline
+    from lightpeft.app.runs.reuse import find_estimation, take_estimation
+
+    require(curve or rows is None, "--rows are those of --curve; give both, or leave --rows out")
+    config = run_config(given)
+    run = RunFolder.open(config, replan=True)
+    if estimation is not None:
+        take_estimation(run, find_estimation(config, Path(estimation)))
+    if curve:
+        _show_curve(config, rows)
+    else:
+        measured = config.light.blocks == "auto" and not run.has("prune")
+        screen.print(plan_table(pipeline.plan(pipeline.prepare(config, replan=True) if measured else run)))
+
+
+def _show_curve(config: RunConfig, rows: int | None) -> None:
+    from lightpeft.app.cli.tables import curve_table
+    from lightpeft.app.runs import curve, pipeline
+
+    work = pipeline.prepare(config, replan=True)
+    found = curve.curve(work, rows=curve.ROWS if rows is None else rows)
+    screen.print(curve_table(found))
+    drawn = work.run.curve.with_suffix(".png").exists()
+    plot = f"{work.run.curve.with_suffix('.png')} shows it" if drawn else "no plot: pip install matplotlib"
+    screen.say(f"all numbers are in {work.run.curve}; {plot}")
+
+
+def _prune(given: dict[str, Any]) -> None:
+    from lightpeft.app.runs import pipeline
+    from lightpeft.plans.records import PrunePlan
+
+    work = pipeline.prepare(run_config(given))
+    pipeline.prune(work)
+    cut = PrunePlan.load(work.run.plan).cuts_blocks
+    what = "the pruned model" if cut else "nothing of the blocks was removed; the light model"
+    screen.say(f"{what} is in {work.config.output}/pruned")
+
+
+def _train(given: dict[str, Any]) -> None:
+    from lightpeft.app.runs import pipeline
+
+    config = run_config(given)
+    pipeline.train(pipeline.prepare(config))
+    screen.say(f"the trained adapter is in {config.output}/adapter")
+
+
+RUN = Verb(
+    "run",
+    "All stages that are not done yet: estimate, plan, prune, train, evaluate.",
+    _run,
+    options=(
+        _ESTIMATION,
+        Option("--overwrite", "Remove the run of another config from the output folder first.", flag=True, rare=True),
+    ),
+    on_runs=True,
+)
+ESTIMATE = Verb(
+    "estimate",
+    "Train masks and PEFT modules for the first steps and record every unit's importance.",
+    _estimate,
+    on_runs=True,
+)
+PLAN = Verb(
+    "plan",
+    "Decide from the record and the budget which units stay, and show the plan.",
+    _plan,
+    options=(
+        _ESTIMATION,
+        Option(
+            "--curve",
+            "Decide nothing: measure what budgets from 10% to 80% of the blocks would cost and save, and show that.",
+            flag=True,
+        ),
+        Option("--rows", "Training rows that the losses of --curve are measured on (usual: 256).", type=int),
+    ),
+    on_runs=True,
+)
+PRUNE = Verb("prune", "Cut base and PEFT modules down to the plan.", _prune, on_runs=True)
+TRAIN = Verb("train", "Fine-tune the small model.", _train, on_runs=True)

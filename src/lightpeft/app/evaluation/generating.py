@@ -1,0 +1,114 @@
+"""Texts that a causal language model writes behind prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightpeft.app.evaluation.batching import fitting_batch_size, in_batches
+from lightpeft.app.tasks.answers import require_finite
+from lightpeft.console import bars
+from lightpeft.machine import autocasting
+from lightpeft.models.sharding import without_graph
+
+LINE_END = "\n"
+
+
+def generate_texts(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    one_line: bool = False,
+    batch_size: int | None = None,
+    autocast: torch.dtype | None = None,
+) -> list[str]:
+    """What the model says is most probable at every token (greedy search), up to its end token.
+
+    Args:
+        model: in evaluation mode.
+        prompts: tokens of each prompt, at least one.
+        tokenizer: with a padding token.
+        max_new_tokens: tokens of a text at most.
+        one_line: end a text where its first line ends, too.
+        batch_size: prompts at once; None: as many as fit into memory.
+        autocast: half precision to compute in; None: that of the weights.
+
+    Returns:
+        One text a prompt, without special tokens and surrounding space.
+
+    Raises:
+        LightPeftError: a token was picked of logits that are NaN or infinite.
+    """
+    config = _greedy(model, tokenizer, max_new_tokens, one_line)
+    device = next(model.parameters()).device
+
+    def compute(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        ids = {"input_ids": [list(prompts[row]) for row in rows]}
+        # whatever side the tokenizer pads on, a prompt must end where the text begins
+        batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(device)
+        seen = _Finite()
+        with without_graph(model), autocasting(device, autocast):
+            written = model.generate(**batch, generation_config=config, logits_processor=[seen])
+        return written[:, batch["input_ids"].shape[1] :].cpu(), seen.finite.cpu()
+
+    longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    size = batch_size or fitting_batch_size(model, longest_first, compute)
+    batches = in_batches(longest_first, compute, size)
+    texts, finite = [""] * len(prompts), [True] * len(prompts)
+    for rows, (written, numbers) in bars.progress(batches, math.ceil(len(prompts) / size), "Generating"):
+        for row, ids, number in zip(rows, written, numbers, strict=True):
+            texts[row], finite[row] = _text(ids, tokenizer, one_line), bool(number)
+    require_finite(finite)
+    return texts
+
+
+class _Finite(LogitsProcessor):
+    """Sees whether tokens are picked of numbers; the largest logit tells, and others may be minus infinity."""
+
+    def __init__(self) -> None:
+        self.finite = torch.tensor(True)
+        """Bool [rows]."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.finite = self.finite.to(scores.device) & scores.amax(-1).isfinite()
+        return scores
+
+
+def _greedy(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, one_line: bool
+) -> GenerationConfig:
+    """Greedy search, whatever the checkpoint's own settings are; they add their end tokens only."""
+    ends = model.generation_config.eos_token_id
+    stops = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    if one_line:
+        stops |= line_ends(tokenizer)
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def line_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens with a line end in them; in every tokenizer a line end is in a single token."""
+    tokens = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    return {token for token, text in enumerate(tokens) if LINE_END in text}
+
+
+def _text(ids: Tensor, tokenizer: PreTrainedTokenizerBase, one_line: bool) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return (text.partition(LINE_END)[0] if one_line else text).strip()

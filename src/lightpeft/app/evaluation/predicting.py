@@ -1,0 +1,170 @@
+"""Answers for new rows from a model that was saved with its task: light adapter, merged light model, or run."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lightpeft.app.evaluation.prediction_files import check_predictions_path, read_inputs, write_predictions
+from lightpeft.app.evaluation.respondent import BatchedModel
+from lightpeft.app.folders.forms import Found, Wanted
+from lightpeft.app.folders.opening import find_model
+from lightpeft.app.tasks import Columns, Task, convert, doubt_of_tokens, input_columns, restore_task
+from lightpeft.console.streams import standard_input, standard_output
+from lightpeft.errors import require
+from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
+from lightpeft.models.unwrap import transformers_model
+
+Announce = Callable[[str], object]
+"""Shows a line to whoever asked."""
+
+
+def predict(
+    model: str | Path,
+    source: str | Path | None = None,
+    output: str | Path | None = None,
+    base: str | Path | None = None,
+    *,
+    example: str | None = None,
+    text: str | None = None,
+    text_pair: str | None = None,
+    answer_tokens: int | None = None,
+    batch_size: int | None = None,
+    bf16: bool | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    announce: Announce = warnings.warn,
+) -> None:
+    """Answer the rows of a file, or one row, and write them with the answers.
+
+    Args:
+        model: folder of a light adapter, of a merged light model, or of a finished run.
+        source: text lines (.txt), a table (.csv, .tsv, .json, .jsonl, .parquet), or "-" for standard input, which holds
+            text lines where a row needs one text alone, and JSON lines where it needs more.
+        output: .csv or .jsonl file; None: CSV on standard output.
+        base: name or folder of the base, if it is not where it was.
+        example: one row instead of `source`: its text, or a JSON object.
+        text: column with the text (of tasks that classify); None: as in training.
+        text_pair: column with the second text; None: as in training.
+        answer_tokens: tokens of an answer at most, where it is a text; None: as in training.
+        batch_size: rows a forward pass; None: as many as fit into memory.
+        bf16: compute in bfloat16 or, if False, in the precision of the weights; None: as the run evaluated.
+        trust_remote_code: run Python code that comes with the base, if it needs any.
+        allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
+        announce: takes a line about input that the model can hardly read.
+
+    Raises:
+        LightPeftError: bad input, or a model that does not say what its task is.
+    """
+    require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
+    require((source is None) != (example is None), "give a file to predict on (- for standard input), or an example")
+    if output is None:
+        standard_output()
+    else:
+        check_predictions_path(Path(output))
+    switches = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    found = find_model(model, None if base is None else str(base), switches)
+    task = _task(found, {"text": text, "text_pair": text_pair}, answer_tokens)
+    rows, what = _read(task, source, example)
+    canonical = convert(rows, task.entry, what, answered=False)
+    task.check_inputs(canonical, task.entry, what)
+    opened = found.open(Wanted.of(task))
+    columns = answer_rows(
+        opened,
+        found.tokenizer(),
+        task,
+        canonical,
+        batch_size=batch_size,
+        autocast=_precision(found, bf16),
+        padding=found.padding(task.config.max_length),
+        announce=announce,
+    )
+    write_predictions(None if output is None else Path(output), rows, columns)
+
+
+def answer_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Dataset,
+    *,
+    batch_size: int | None = None,
+    autocast: torch.dtype | None = None,
+    padding: int | None = None,
+    announce: Announce = warnings.warn,
+) -> Columns:
+    """What a live model answers.
+
+    Args:
+        tokenizer: its tokenizer.
+        task: says how it answers.
+        rows: in the columns of the task's kind; answers are not needed.
+        batch_size: rows a forward pass; None: as many as fit into memory.
+        autocast: half precision to compute in; None: that of the weights.
+        padding: batches are padded to a multiple of so many tokens; None: to their longest row.
+        announce: takes a line about rows that are mostly unknown tokens.
+
+    Returns:
+        Columns `label` and `p_<label>` of classes, `value` of regression, `answer` and `probability` of options,
+        `answer` and `margin` (how much better it scores than no answer) of spans, and `answer` of written texts.
+
+    Raises:
+        LightPeftError: tokenizer and model do not fit, or the model's answers are NaN or infinite.
+    """
+    config = transformers_model(model).config
+    check_vocabulary(tokenizer, config)
+    ensure_pad_token(tokenizer, config)
+    encoded = task.encode_inputs(rows, tokenizer)
+    doubt = doubt_of_tokens(encoded, tokenizer, config, "the input")
+    if doubt is not None:
+        announce(doubt)
+    return task.predict(BatchedModel(model, task.collator(tokenizer, padding), batch_size, autocast), encoded, rows)
+
+
+def _task(found: Found, columns: dict[str, str | None], answer_tokens: int | None) -> Task:
+    """The task that a model was trained for, with some settings changed."""
+    require(
+        found.facts,
+        f"{found.name} is a {found.kind} that does not say what task it was trained for; give a light adapter, a "
+        "merged light model or a run",
+    )
+    task = restore_task(found.facts)
+    given = {name: column for name, column in columns.items() if column is not None}
+    allowed = (*task.columns, *task.optional)
+    for name in given:
+        require(name in allowed, f"{name} is no column of task {task.config.task}; leave it out")
+    task.entry = replace(task.entry, columns={**task.entry.columns, **given})
+    if answer_tokens is not None:
+        task.config = replace(task.config, answer_tokens=answer_tokens)
+    return task
+
+
+def _precision(found: Found, bf16: bool | None) -> torch.dtype | None:
+    """The half precision to compute in: what was asked for or, if nothing was, what the model's run evaluated in."""
+    if bf16 is None:
+        return found.precision
+    return torch.bfloat16 if bf16 else None
+
+
+def _read(task: Task, source: str | Path | None, example: str | None) -> tuple[Dataset, str]:
+    """The rows as they are, and what they are called in error lines."""
+    columns = input_columns(task)
+    column = columns[0] if len(columns) == 1 else None
+    opened: Path | TextIO
+    if example is not None:
+        opened, what = io.StringIO(example.replace("\n", " ") if column else example), "the example"
+    elif str(source) == "-":
+        opened, what = standard_input(), "standard input"
+    else:
+        opened, what = Path(str(source)), "input"
+    rows = read_inputs(opened, column, what)
+    return (rows if column is None else task.from_texts(rows, column)), what

@@ -1,0 +1,376 @@
+"""Measuring any model on data: metrics with intervals, by class, beside another model, and every single answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from sklearn.metrics import classification_report
+
+from lightpeft.app.evaluation.harness import MEANS, HarnessScores, run_harness
+from lightpeft.app.evaluation.milestones import constant_score, doubts
+from lightpeft.app.evaluation.prediction_files import check_predictions_path, write_predictions
+from lightpeft.app.evaluation.respondent import BatchedModel
+from lightpeft.app.evaluation.scores import prefixed, scores_of
+from lightpeft.app.evaluation.statistics import LEVEL, RESAMPLES, Comparison, compare
+from lightpeft.app.folders.forms import Found, Wanted
+from lightpeft.app.folders.opening import find_model
+from lightpeft.app.tasks import (
+    Answers,
+    Outcome,
+    Task,
+    check_max_length,
+    check_tokens,
+    load_task,
+    load_test,
+    run_settings,
+    task_class,
+)
+from lightpeft.app.tasks.answers import MeanMetric, Metric
+from lightpeft.config import RunConfig, overlaid, run_config_from_dict
+from lightpeft.errors import require
+from lightpeft.files import write_json
+from lightpeft.machine import autocast_dtype
+from lightpeft.models.families import max_positions
+from lightpeft.models.task_heads import CAUSAL_LM, is_decoder
+from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.profiling.sizes import parameter_report
+
+UNNAMED = re.compile(r"LABEL_\d+")
+"""What transformers calls a class without a name."""
+TOKEN_SUMS = ("loss", "right", "tokens")
+"""What language modelling answers of a text: cross-entropy in nats, tokens predicted right, tokens."""
+SHOWN_LABELS = 5
+"""Labels that an error line lists at most."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model with what it answered."""
+
+    found: Found
+    task: Task
+    """The task with the classes in the model's order."""
+    outcomes: dict[str, Outcome]
+    """By prefix of the metrics: "" for the test rows, others for further splits."""
+    parameters: dict[str, Any]
+
+    def answers(self, prefix: str = "") -> Answers:
+        """What it answered on a split."""
+        return self.outcomes[prefix].answers
+
+
+def evaluate_model(
+    name: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    base: str | None = None,
+    other: str | None = None,
+    per_class: bool = False,
+    predictions: str | Path | None = None,
+    json: str | Path | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure a model on the rows of a task, alone or beside another one.
+
+    Args:
+        name: a run, a light adapter, a merged light model, a PEFT adapter or a transformers model (see
+            `opening.find_model`).
+        settings: of `RunConfig`, nested; those of `data` go over what the model was trained with, those of `model` say
+            how it is loaded.
+        base: where the base of an adapter is, if not where the adapter says.
+        other: a second model, which answers the same rows.
+        per_class: precision, recall and F1 of every class as well.
+        predictions: .csv or .jsonl file for one row an example.
+        json: file for the report.
+        batch_size: rows a forward pass; None: as many as fit.
+        seed: of the bootstrap.
+
+    Returns:
+        The report: task, examples, constant_answer (the main metric of always giving one answer), model (name, kind,
+        metrics, intervals, warnings, parameters), and with `other` the same of it as other, and comparison; with
+        `per_class`, classes.
+
+    Raises:
+        LightPeftError: bad input, or a model that does not fit the data.
+    """
+    _check_batch_size(batch_size)
+    if predictions is not None:
+        check_predictions_path(Path(predictions))
+    given = dict(settings or {})
+    found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
+    config = _config(found[0], given)
+    task = _with_rows(found[0], config)
+    said = given.get("data") or {}
+    tasks = [_for_model(each, task, said) for each in found]  # all are found good before any of them is loaded
+    require(not per_class or task.labels, f"per_class needs classes, which {task.config.task} has not; leave it out")
+    autocast = autocast_dtype(config.training)
+    measured = [_measure(each, of, batch_size, autocast) for each, of in zip(found, tasks, strict=True)]
+    report = _report(measured, per_class, seed)
+    if predictions is not None:
+        write_predictions(Path(predictions), task.test, _predictions(measured[0]))
+    if json is not None:
+        write_json(json, report)
+    return report
+
+
+def _check_batch_size(size: int | None) -> None:
+    require(size is None or size >= 1, f"batch_size is {size}; it must be at least 1")
+
+
+# -- the rows, and the task as each model answers it ---------------------------------------------------------------
+
+
+def _config(found: Found, given: dict[str, Any]) -> RunConfig:
+    """What was trained with, as far as the model says, with what is given on top."""
+    if found.run is not None:
+        return run_config_from_dict(overlaid(asdict(found.run), given))
+    return run_config_from_dict(overlaid(run_settings(found.facts), given))
+
+
+def _with_rows(found: Found, config: RunConfig) -> Task:
+    """The task with the rows to measure on: those that the run held out, or those that are given."""
+    if found.run is not None:
+        return load_task(config.data, found.config, config.tasks)
+    return load_test(config.data, found.config, config.tasks)
+
+
+def _for_model(found: Found, task: Task, said: Mapping[str, Any]) -> Task:
+    """The same rows as a model answers them: by its head or by likelihood, and with its classes in its order.
+
+    Args:
+        said: settings of `data` that the user gave, which hold for every model.
+    """
+    own_ways = {
+        name: found.facts[name] for name in ("answer", "max_length") if name in found.facts and name not in said
+    }
+    config = replace(task.config, **own_ways)
+    kind = task_class(task.entry.kind, config.answer, found.config)
+    labels = task.labels
+    if found.class_names is not None and kind.head.outputs == "classes":
+        labels = class_order(found.class_names, labels, found.name)
+    own = kind(config, task.train, task.test, labels, task.entry, task.more_tests)
+    found.check(Wanted.of(own))
+    return own
+
+
+def class_order(classes: Sequence[str], labels: Sequence[str], name: str) -> list[str]:
+    """The data's labels in the order of a model's classes.
+
+    Names are compared without regard to case. Classes without names of their own (LABEL_0, ...), and labels that are
+    numbers from 0 on, are taken as they come.
+
+    Args:
+        classes: what the model calls its classes.
+        labels: what the data call them.
+        name: of the model, for the error line.
+
+    Raises:
+        LightPeftError: they are not the same.
+    """
+    spelled = {label.casefold(): label for label in labels}
+    if spelled.keys() <= {name.casefold() for name in classes}:
+        return [spelled.get(name.casefold(), name) for name in classes]
+    numbers = [str(number) for number in range(len(classes))]
+    if set(labels) <= set(numbers):
+        return numbers
+    unnamed = all(UNNAMED.fullmatch(name) for name in classes) and len(classes) == len(labels)
+    require(
+        unnamed,
+        f"{name} tells {len(classes)} classes apart ({_listed(classes)}), the data have {len(labels)} labels "
+        f"({_listed(labels)}); give rows with the model's labels, or the model that was trained on these",
+    )
+    return list(labels)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN_LABELS]) + (", ..." if len(names) > SHOWN_LABELS else "")
+
+
+# -- measuring -----------------------------------------------------------------------------------------------------
+
+
+def _measure(found: Found, task: Task, batch_size: int | None, autocast: torch.dtype | None) -> Measured:
+    tokenizer = found.tokenizer()
+    check_vocabulary(tokenizer, found.config)
+    check_max_length(task.config.max_length, max_positions(found.config), tokenizer)
+    encoded = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in _splits(task)}
+    for rows in encoded.values():
+        check_tokens(rows, tokenizer, found.config, "the test rows")
+    model = found.open(Wanted.of(task))
+    ensure_pad_token(tokenizer, transformers_model(model).config)
+    collator = task.collator(tokenizer, found.padding(task.config.max_length))
+    respondent = BatchedModel(model, collator, batch_size, autocast)
+    outcomes = {prefix: task.answer(respondent, rows) for prefix, rows in encoded.items()}
+    return Measured(found, task, outcomes, parameter_report(model))
+
+
+def _splits(task: Task) -> Iterator[tuple[str, Dataset]]:
+    yield "", task.test
+    yield from task.more_tests.items()
+
+
+def _report(measured: Sequence[Measured], per_class: bool, seed: int) -> dict[str, Any]:
+    first = measured[0]
+    report = {
+        "task": first.task.config.task,
+        "examples": len(first.answers()),
+        "constant_answer": constant_score(first.answers(), first.task),
+        "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "seed": seed},
+        "model": _of_model(first, seed),
+    }
+    if per_class:
+        report["classes"] = by_class(first.answers(), first.task.labels)
+    if len(measured) == 2:
+        report["other"] = _of_model(measured[1], seed)
+        report["comparison"] = _comparison(first, measured[1], seed)
+    return report
+
+
+def _of_model(measured: Measured, seed: int) -> dict[str, Any]:
+    scores = scores_of(measured.outcomes, measured.task, seed)
+    interval = scores.intervals.get(measured.task.main_metric)
+    return {
+        "name": measured.found.name,
+        "kind": measured.found.kind,
+        **asdict(scores),
+        "warnings": list(doubts(measured.answers(), measured.task, interval)),
+        "parameters": measured.parameters,
+    }
+
+
+def _comparison(first: Measured, second: Measured, seed: int) -> dict[str, Any]:
+    order = list(dict.fromkeys([*first.task.labels, *second.task.labels]))
+    result: dict[str, Any] = {}
+    for prefix in first.outcomes:
+        one, other = (renumbered(each.answers(prefix), each.task.labels, order) for each in (first, second))
+        metrics: list[Metric] = [*first.task.measures, _shared(one, other)]
+        result |= prefixed(prefix, _entries(compare(one, other, *metrics, seed=seed)))
+    return result
+
+
+def _shared(one: Answers, other: Answers) -> MeanMetric:
+    """Means of the numbers that both models give beside their answers; a head and likelihood have none in common."""
+    names = [name for name in one.scores if name in other.scores]
+    return MeanMetric(lambda answers: {name: answers.scores[name] for name in names})
+
+
+def _entries(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(entry) for name, entry in comparisons.items()}
+
+
+def renumbered(answers: Answers, labels: Sequence[str], order: Sequence[str]) -> Answers:
+    """Answers whose class numbers count `labels`, with numbers that count `order`, which has all of them."""
+    if list(labels) == list(order):
+        return answers
+    numbers = [list(order).index(name) for name in labels]
+    probabilities = None
+    if answers.probabilities is not None:
+        probabilities = np.zeros((len(answers), len(order)), dtype=answers.probabilities.dtype)
+        probabilities[:, numbers] = answers.probabilities
+    return replace(
+        answers,
+        predictions=[numbers[number] for number in answers.predictions],
+        references=[numbers[number] for number in answers.references],
+        probabilities=probabilities,
+    )
+
+
+def by_class(answers: Answers, labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    """scikit-learn's report: precision, recall, f1-score and support of every class, and their means."""
+    report = classification_report(
+        answers.references,
+        answers.predictions,
+        labels=range(len(labels)),
+        target_names=list(labels),
+        output_dict=True,
+        zero_division=0,
+    )
+    return {name: entry for name, entry in report.items() if isinstance(entry, dict)}
+
+
+# -- every single answer -------------------------------------------------------------------------------------------
+
+
+def _predictions(measured: Measured) -> dict[str, list[Any]]:
+    """Reference, prediction and the classes' probabilities, one value an example."""
+    task, answers = measured.task, measured.answers()
+    sides = {"reference": answers.references, "prediction": answers.predictions}
+    columns = {
+        name: [readable(value, task.labels, row) for value, row in zip(values, task.test, strict=True)]
+        for name, values in sides.items()
+    }
+    if answers.probabilities is not None:
+        of_classes = zip(task.labels, answers.probabilities.T, strict=True)
+        columns |= {f"p_{name}": [round(float(p), 6) for p in column] for name, column in of_classes}
+    return columns
+
+
+def readable(answer: Any, labels: Sequence[str], row: Mapping[str, Any]) -> Any:
+    """An answer as people read it: a class by name, an option as its text, sums by name, anything else as it is."""
+    if isinstance(answer, tuple):
+        return dict(zip(TOKEN_SUMS, answer, strict=True))
+    if not isinstance(answer, int):
+        return answer
+    names = row.get("options") or labels
+    return names[answer] if names else answer
+
+
+# -- the harness ---------------------------------------------------------------------------------------------------
+
+
+def evaluate_harness(
+    name: str | Path,
+    tasks: Sequence[str],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    base: str | None = None,
+    other: str | None = None,
+    json: str | Path | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure a language model on tasks of lm-evaluation-harness, alone or beside another one.
+
+    Args:
+        tasks: names in the harness; `options` are those of `harness.run_harness`. All others as for `evaluate_model`.
+
+    Returns:
+        The report: model (name, kind, tasks: metrics, intervals, examples, num_fewshot), with `other` the same of it
+        as other, and comparison by task.
+    """
+    _check_batch_size(batch_size)
+    given = dict(settings or {})
+    found = [find_model(each, base, given.get("model")) for each in (name, other) if each is not None]
+    wanted = Wanted("the harness's tasks", CAUSAL_LM)
+    for each in found:
+        each.check(wanted)
+        refusal = f"the harness's tasks need a causal language model; {each.name} ({each.config.model_type}) is none"
+        require(is_decoder(each.config), refusal)
+    scores = [_in_harness(each, wanted, tasks, batch_size=batch_size, seed=seed, **options) for each in found]
+    report: dict[str, Any] = {
+        role: {"name": each.name, "kind": each.kind, "tasks": {task: entry.to_dict() for task, entry in of.items()}}
+        for role, each, of in zip(("model", "other"), found, scores, strict=False)
+    }
+    if len(scores) == 2:
+        report["comparison"] = {
+            task: _entries(compare(entry.answers, scores[1][task].answers, MEANS, seed=seed))
+            for task, entry in scores[0].items()
+            if len(entry.answers)
+        }
+    if json is not None:
+        write_json(json, report)
+    return report
+
+
+def _in_harness(found: Found, wanted: Wanted, tasks: Sequence[str], **options: Any) -> dict[str, HarnessScores]:
+    return run_harness(found.open(wanted), found.tokenizer(), tasks, **options)

@@ -1,0 +1,248 @@
+"""How sure a measured number is: bootstrap intervals of metrics, and paired tests of two models on the same examples.
+
+Everything is computed from `Answers`; no model is run. All draws come from one seed, so that every metric and both
+models of a comparison see the same resamples.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import binomtest
+
+from lightpeft.app.tasks.answers import Answers, ClassMetric, MeanMetric, Metric, class_count
+from lightpeft.errors import require
+
+RESAMPLES = 1000
+"""Resamples of a bootstrap."""
+LEVEL = 0.95
+"""Confidence of an interval."""
+
+Interval = tuple[float, float]
+"""Lower and upper end."""
+Test = Literal["McNemar", "paired bootstrap"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric of two models on the same examples."""
+
+    first: float
+    """Of the first model, on all examples."""
+    second: float
+    """Of the second model, on all examples."""
+    difference: float
+    """`second - first`."""
+    interval: Interval | None
+    """Percentile bootstrap interval of the difference; None where there is none (see `bootstrap_intervals`)."""
+    p_value: float | None
+    """Two-sided, of no difference between the models."""
+    test: Test
+    """What the p value comes from."""
+
+
+def bootstrap_intervals(
+    answers: Answers, *metrics: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> dict[str, Interval | None]:
+    """Percentile bootstrap confidence intervals of metrics (Efron and Tibshirani 1993, chapter 13).
+
+    Examples are drawn with replacement; where `answers.groups` is set, whole groups are, because the examples of one
+    are not independent.
+
+    Args:
+        answers: of one model.
+        metrics: computed of every resample; a `MeanMetric` or a `ClassMetric` is a fast one.
+        resamples: how many.
+        level: confidence, in (0, 1).
+        seed: of the draws.
+
+    Returns:
+        Name of every value that `metrics` give -> its interval; None if there are not two examples (groups) to draw
+        from, or the value is undefined (not finite) in more than half of the resamples. The others count if fewer are.
+
+    Raises:
+        LightPeftError: `resamples` or `level` is out of range.
+    """
+    _check(resamples, level)
+    values = (_resampled([answers], metric, resamples, seed)[0] for metric in metrics)
+    return {name: percentile_interval(of_name, level) for of_metric in values for name, of_name in of_metric.items()}
+
+
+def compare(
+    first: Answers, second: Answers, *metrics: Metric, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> dict[str, Comparison]:
+    """Test whether two models differ in metrics, on the examples that both answered.
+
+    Where every example is right or wrong for itself (a `MeanMetric` of zeros and ones without groups) the p value is
+    that of McNemar's test in its exact form: of the examples that one model alone has right, either has half by chance
+    (McNemar 1947). Elsewhere it is that of the paired bootstrap: twice the part of the resampled differences that lies
+    on the other side of zero, the observed sample counted in (Davison and Hinkley 1997, section 4.4). The interval is
+    a percentile interval of the resampled differences either way.
+
+    Args:
+        first: answers of one model.
+        second: answers of the other, to the same examples in the same order.
+
+    Returns:
+        Name of every value that `metrics` give -> its comparison.
+
+    Raises:
+        LightPeftError: the answers are not to the same examples, or `resamples` or `level` is out of range.
+    """
+    _check(resamples, level)
+    same = len(first) == len(second) and all(map(_equal, first.references, second.references))
+    require(same, "two models can only be compared on the same examples: the references differ")
+    comparisons: dict[str, Comparison] = {}
+    for metric in metrics:
+        comparisons |= _compared(first, second, metric, _resampled([first, second], metric, resamples, seed), level)
+    return comparisons
+
+
+def _compared(
+    first: Answers, second: Answers, metric: Metric, values: list[dict[str, np.ndarray]], level: float
+) -> dict[str, Comparison]:
+    """The comparisons of one metric, whose values in the resamples are given for both models."""
+    before, after, exact = metric(first), metric(second), _mcnemar(first, second, metric)
+    comparisons = {}
+    for name in before:
+        differences = values[1][name] - values[0][name]
+        test: Test = "McNemar" if name in exact else "paired bootstrap"
+        comparisons[name] = Comparison(
+            before[name],
+            after[name],
+            after[name] - before[name],
+            percentile_interval(differences, level),
+            exact[name] if name in exact else _bootstrap_p(differences),
+            test,
+        )
+    return comparisons
+
+
+def _check(resamples: int, level: float) -> None:
+    require(resamples >= 1, f"resamples is {resamples}; it must be at least 1")
+    require(0 < level < 1, f"level is {level:g}; a confidence lies in (0, 1), for example 0.95")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(np.array_equal(one, other))
+
+
+# -- resampling --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One resample."""
+
+    indices: np.ndarray
+    """Examples, int64; some come twice, others not at all."""
+    groups: np.ndarray | None
+    """Group of each, where there are groups: one that is drawn twice is two."""
+
+
+def _draws(answers: Answers, count: int, seed: int) -> Iterator[_Draw]:
+    generator = np.random.default_rng(seed)
+    if answers.groups is None:
+        for _ in range(count):
+            yield _Draw(generator.integers(0, len(answers), len(answers)), None)
+        return
+    members = _members(answers.groups)
+    sizes = np.array([len(indices) for indices in members])
+    numbers = np.arange(len(members))
+    for _ in range(count):
+        drawn = generator.integers(0, len(members), len(members))
+        yield _Draw(np.concatenate([members[group] for group in drawn]), np.repeat(numbers, sizes[drawn]))
+
+
+def _members(groups: Sequence[Any]) -> list[np.ndarray]:
+    """Indices of the examples of every group, in the order of its first example."""
+    found: dict[Any, list[int]] = {}
+    for index, group in enumerate(groups):
+        found.setdefault(group, []).append(index)
+    return [np.array(indices) for indices in found.values()]
+
+
+def _resampled(models: list[Answers], metric: Metric, count: int, seed: int) -> list[dict[str, np.ndarray]]:
+    """Of every model: name -> values in the resamples, float64 [count]; NaN in all where nothing can be drawn."""
+    units = len(models[0]) if models[0].groups is None else len(set(models[0].groups))
+    if units < 2:
+        return [dict.fromkeys(metric(answers), np.full(count, np.nan)) for answers in models]
+    statistics = [_statistic(answers, metric) for answers in models]
+    values: list[list[dict[str, float]]] = [[] for _ in models]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a resample may well have one class only, which metrics warn of
+        for draw in _draws(models[0], count, seed):
+            for collected, statistic in zip(values, statistics, strict=True):
+                collected.append(statistic(draw))
+    names = list(metric(models[0]))  # some resample may lack the examples that a value is of
+    return [
+        {name: np.array([value.get(name, np.nan) for value in collected]) for name in names} for collected in values
+    ]
+
+
+def _statistic(answers: Answers, metric: Metric) -> Callable[[_Draw], dict[str, float]]:
+    """The metric as a function of a draw."""
+    if isinstance(metric, MeanMetric):
+        scores = metric.scores(answers)
+        return lambda draw: {name: values[draw.indices].mean() for name, values in scores.items()}
+    if isinstance(metric, ClassMetric):
+        return _of_counts(answers, metric)
+    arrays = replace(answers, predictions=_array(answers.predictions), references=_array(answers.references))
+    return lambda draw: metric(replace(arrays.take(draw.indices), groups=draw.groups))  # type: ignore[arg-type]
+
+
+def _of_counts(answers: Answers, metric: ClassMetric) -> Callable[[_Draw], dict[str, float]]:
+    """The same by the confusion matrix of a draw."""
+    classes = class_count(answers)
+    cells = np.asarray(answers.references) * classes + np.asarray(answers.predictions)
+
+    def of(draw: _Draw) -> dict[str, float]:
+        counts = np.bincount(cells[draw.indices], minlength=classes**2)
+        return metric.of_counts(counts.reshape(classes, classes))
+
+    return of
+
+
+def _array(values: Sequence[Any]) -> Sequence[Any]:
+    """Numbers, and tuples of numbers, as an array, which is fast to take from; anything else as it is."""
+    flat = [number for value in values for number in (value if isinstance(value, tuple) else (value,))]
+    return np.asarray(values) if all(isinstance(number, Real) for number in flat) else values  # type: ignore[return-value]
+
+
+# -- tests -------------------------------------------------------------------------------------------------------
+
+
+def percentile_interval(values: np.ndarray, level: float) -> Interval | None:
+    """The middle part `level` of resampled values, float [resamples]; None if not more than half of them are finite."""
+    defined = values[np.isfinite(values)]
+    if 2 * len(defined) <= len(values):
+        return None
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _mcnemar(first: Answers, second: Answers, metric: Metric) -> dict[str, float]:
+    """p values of the exact test, for the values that it applies to."""
+    if not isinstance(metric, MeanMetric) or first.groups is not None:
+        return {}
+    before, after = metric.scores(first), metric.scores(second)
+    binary = [name for name in before if np.isin([before[name], after[name]], (0, 1)).all()]
+    return {name: _discordant(before[name] > after[name], after[name] > before[name]) for name in binary}
+
+
+def _discordant(first_only: np.ndarray, second_only: np.ndarray) -> float:
+    one, other = int(first_only.sum()), int(second_only.sum())
+    return float(binomtest(one, one + other).pvalue) if one + other else 1.0
+
+
+def _bootstrap_p(differences: np.ndarray) -> float | None:
+    defined = differences[np.isfinite(differences)]
+    if 2 * len(defined) <= len(differences):
+        return None
+    beyond = min((defined <= 0).sum(), (defined >= 0).sum())
+    return float(min(1.0, 2 * (beyond + 1) / (len(defined) + 1)))

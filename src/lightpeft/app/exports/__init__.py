@@ -1,0 +1,1 @@
+"""Other programs' formats: GGUF, ONNX and OpenVINO."""

@@ -1,0 +1,78 @@
+"""The weights that the stages of a run leave: written whole and sealed, and checked before a later stage takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightpeft.adapters.light_adapter import load_light
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.files import CHECKSUMS, check_sealed, replacing_folder, seal, write_json
+from lightpeft.prune.light_model import LightModel
+from lightpeft.saving.adapter_files import DESCRIPTION
+from lightpeft.saving.peft_adapter import load_adapter, read_adapter
+from lightpeft.saving.whole import WHOLE_WEIGHTS
+
+Model: TypeAlias = PeftModel | PreTrainedModel
+"""What is trained and measured: a model with PEFT or, with method full, the model itself."""
+
+
+def save_peft(model: PeftModel, folder: Path) -> None:
+    """Write a light adapter, or an adapter as PEFT writes it: whole or not at all."""
+    if isinstance(model, LightModel):
+        model.save_pretrained(folder)
+        return
+    with replacing_folder(folder, last=CHECKSUMS) as temporary:
+        model.save_pretrained(str(temporary))
+        seal(temporary)
+
+
+def open_peft(folder: Path, base: PreTrainedModel, *, is_trainable: bool = False) -> PeftModel:
+    """What `save_peft` wrote, over its live base, which is changed in place.
+
+    Args:
+        is_trainable: to train on; else the weights are frozen and the model is in eval mode.
+
+    Raises:
+        LightPeftError: a file is missing or altered, or the adapter does not fit.
+    """
+    if (folder / DESCRIPTION).is_file():
+        return load_light(folder, base, is_trainable=is_trainable)
+    check_sealed(folder)
+    return load_adapter(base, folder, read_adapter(folder), is_trainable)
+
+
+def save_dense(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a whole transformers model with its tokenizer: whole or not at all."""
+    with replacing_folder(folder, last=CHECKSUMS, obsolete=WHOLE_WEIGHTS) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        seal(temporary)
+
+
+def save_full(run: RunFolder, model: PeftModel, task: Mapping[str, Any]) -> None:
+    """Write what a light run has learned, over the whole base.
+
+    Args:
+        task: its facts, as PEFT's files do not say them.
+    """
+    write_json(run.task, {"task": task})
+    save_peft(model, run.full)
+
+
+def save_result(run: RunFolder, model: Model, tokenizer: PreTrainedTokenizerBase, task: Mapping[str, Any]) -> None:
+    """Write what training made: an adapter or, with method full, a whole transformers model with its tokenizer.
+
+    Args:
+        task: its facts (`tasks.task_facts`). A light adapter says them itself, for all others the run folder does.
+    """
+    if not isinstance(model, LightModel):
+        write_json(run.task, {"task": task})
+    if isinstance(model, PeftModel):
+        save_peft(model, run.adapter)
+    else:
+        save_dense(model, tokenizer, run.model)

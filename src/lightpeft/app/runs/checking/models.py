@@ -1,0 +1,151 @@
+"""Models of a run's shapes without its weights: with PEFT modules, and cut as if every layer lost the same part.
+
+Which units a cut takes is not known before estimation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lightpeft.app.runs.workspace import Workspace
+from lightpeft.config import LightConfig, RunConfig
+from lightpeft.errors import require
+from lightpeft.machine import accelerator, autocast_dtype, autocasting
+from lightpeft.models.families import block_specs
+from lightpeft.models.loading import load_model_config, untrained_model
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.vocabulary import cut_model
+from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.plans.structure import MASKED, BlockSpec
+from lightpeft.profiling import count_parameters
+from lightpeft.profiling.rehearsal import Shapes
+from lightpeft.prune.depth import leave_out
+from lightpeft.prune.discovery import ensure_family
+from lightpeft.prune.length import stage_length
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.training.prefix import FrozenPrefix, store_bytes
+
+_TILT = 0.2
+"""By how much the last block's neurons are worth more than the first's, where a budget lets all compete."""
+
+
+def check_in_memory(work: Workspace) -> None:
+    """Refuse a run whose weights are not in memory as its configuration says, or all train.
+
+    Raises:
+        LightPeftError: saying what to leave unset.
+    """
+    model, own = work.config.model, load_model_config(work.config.model)
+    stored = getattr(own, "quantization_config", None) is not None and model.gguf_file is None
+    quantised = f"check knows weights in floating point alone, and those of {model.name} are in few bits"
+    require(model.quantization is None and not stored, quantised)
+    require(
+        not model.low_memory, "check knows weights in memory alone; leave model.low_memory off to see what they take"
+    )
+    require(
+        work.config.way.has_peft, "check is of PEFT, and method full trains every weight; use method light or plain"
+    )
+
+
+def with_peft(
+    work: Workspace, config: RunConfig, *, on: str | torch.device = "meta", blocks: int | None = None
+) -> PeftModel:
+    """The run's model with PEFT modules, its weights at random.
+
+    Args:
+        on: device.
+        blocks: how many it has; None: as many as it says.
+    """
+    loaded = untrained_model(config.model, work.task.head, work.task.labels, device=on, blocks=blocks)
+    ensure_family(loaded.model)
+    if work.vocabulary is not None:
+        cut_model(loaded.model, work.vocabulary)
+    with torch.device(on):
+        model = add_peft(loaded, config)
+    if config.training.gradient_checkpointing:
+        model.enable_input_require_grads()
+        # the other kind holds about as much, but its stand-ins refer to one another, and outlive what they stand for
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    return model
+
+
+def cut_evenly(model: PeftModel, light: LightConfig) -> None:
+    """Cut a model of which nothing is known: all units are worth about the same.
+
+    Where neurons of all blocks compete, each block keeps another number of them, as behind a real estimation: shapes
+    that occur once cost memory.
+    """
+    dense = block_specs(transformers_model(model))
+    stay = light.blocks_left(len(dense))
+    blocks, left_out = dense[:stay], dense[stay:]
+    base = count_parameters(model).base
+    if left_out:
+        leave_out(model, stay)
+    sites = [site.spec for site in find_sites(model, blocks)]
+    drawn = torch.Generator().manual_seed(0)
+
+    def scores(count: int) -> Tensor:
+        return torch.rand(count, generator=drawn)
+
+    found = {f"{kind}/random/{block.index}": scores(getattr(block, kind)) for kind in MASKED for block in blocks}
+    for place, block in enumerate(blocks):
+        for kind in ("neurons", "expert_neurons"):
+            found[f"{kind}/random/{block.index}"] += _TILT * place / len(blocks)
+    found |= {f"ranks/random/{index}": scores(site.rank) for index, site in enumerate(sites)}
+    found["modules/random"] = scores(len(sites))
+    record = EstimationRecord(blocks, sites, found, base, fingerprint="", left_out=left_out)
+    apply_plan(model, make_plan(record, even(light, blocks)))
+
+
+def even(light: LightConfig, blocks: Sequence[BlockSpec]) -> LightConfig:
+    """A budget of the same part of heads, neurons and experts, in place of the one that scores would spread.
+
+    As many experts stay as routers need.
+    """
+    units = ("head", "neuron", "expert", "module", "rank")
+    criteria: dict[str, Any] = {f"{unit}_criterion": "random" for unit in units}
+    part = light.target if light.blocks is None else 0.0 if light.blocks == "auto" else light.blocks
+    if part is None:
+        return replace(light, **criteria)
+    spare = [1 - block.needed_experts / block.experts for block in blocks if block.experts]
+    shares = replace(light.with_shares(part), experts=min([part, *spare]))
+    return replace(shares, **criteria, heads_scope="layerwise", neurons_scope="global")
+
+
+def stored_states(work: Workspace, prefix: FrozenPrefix, shapes: Shapes) -> Tensor | None:
+    """What frozen blocks give for a batch; None: there are none, or a run would not keep it."""
+    settings = work.prefix_cache
+    steps = work.steps - stage_length(work.config.light, work.steps) - work.last_steps
+    seen = steps * work.pace.batch_size * work.pace.accumulation
+    if settings is None or not prefix or seen <= work.pace.rows:
+        return None
+    batch = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in shapes.items() if name != "labels"}
+    with autocasting(device(), autocast_dtype(work.config.training)):
+        states = prefix.compute(batch)
+    states = states.to(settings.stored_dtype(states.dtype))
+    return states if store_bytes_of(work, states) <= settings.limit else None
+
+
+def store_bytes_of(work: Workspace, states: Tensor) -> int:
+    """Of the states of all training rows."""
+    return store_bytes(work.train_rows["length"][:], states.shape[-1], states.dtype)
+
+
+def shapes_of(batch: Mapping[str, Any]) -> Shapes:
+    """Of the tensors in a batch."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    return {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+
+
+def device() -> torch.device:
+    """What training uses."""
+    return accelerator() or torch.device("cpu")

@@ -1,0 +1,62 @@
+"""What of the base a run is going to remove, and why: said before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lightpeft.app.runs.workspace import Workspace
+from lightpeft.config import LightConfig
+from lightpeft.machine import processes, sharding_launched
+from lightpeft.plans.budgets import SHORT
+from lightpeft.recipe.probes import SearchRoom, why_unmeasured
+
+
+def why_fixed(work: Workspace) -> str | None:
+    """Why a run that is told no budget cannot search for one; None: it can, or is told."""
+    light = work.config.light
+    if light.blocks != "auto":
+        return None
+    pace = work.pace
+    room = SearchRoom(
+        rows=pace.rows,
+        batch_size=work.training_of_process.batch_size,
+        rows_a_step=pace.batch_size * pace.accumulation,
+        processes=processes().num_processes,
+        points=work.tolerance.unit == "points",
+        engine="FSDP or DeepSpeed" if sharding_launched() else None,
+        told=work.rows_told,
+    )
+    return why_unmeasured(room, light, work.steps, 0.0 if light.depth == "auto" else light.depth)
+
+
+def expected_light(work: Workspace) -> LightConfig:
+    """The settings of a run, with the budget that it will have where that is known before."""
+    light = work.config.light
+    if why_fixed(work) is None:
+        return light
+    return replace(light, blocks=SHORT if work.tolerance.unit == "points" else 0.0)
+
+
+def expected_removal(work: Workspace) -> Iterator[str]:
+    """What a light run will remove and why, and where it will stop, a line each."""
+    light = work.config.light
+    fixed = why_fixed(work)
+    if work.unable is not None:
+        yield f"removes nothing: {work.unable}"
+    elif fixed is not None and work.tolerance.unit == "points":
+        yield f"removes {SHORT:.0%} of the blocks, or nothing if estimation teaches nothing: {fixed}"
+    elif fixed is not None:
+        yield f"removes nothing of the blocks: {fixed}, and what a fixed budget costs is known of classifiers alone"
+    elif light.blocks == "auto":
+        most = f"in at most {light.search_fraction:.0%} of the time of plain PEFT's run"
+        yield f"searches for the part of the blocks that {work.tolerance} bears, when estimation is over, {most}"
+    elif light.blocks is not None:
+        yield f"removes {light.blocks:.0%} of the blocks (light.blocks)"
+    elif light.target is not None:
+        yield f"removes {light.target:.0%} of the base (light.target)"
+    else:
+        units = f"{light.heads:.0%} of the heads and {light.neurons:.0%} of the neurons"
+        yield f"removes {units} (light.heads, light.neurons)"
+    if work.held_rows is not None and work.stops_early:
+        yield f"stops before its {work.steps} steps are over if the loss on {len(work.held_rows)} rows aside turns"

@@ -1,0 +1,97 @@
+"""The stages of a run in rehearsal: its own model, PEFT modules, masks, cut and steps, on tensors without storage."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+from peft import PeftModel
+
+from lightpeft.app.evaluation.respondent import AT_ONCE
+from lightpeft.app.runs.bench import accelerating, adamw, estimating
+from lightpeft.app.runs.checking.models import (
+    cut_evenly,
+    device,
+    shapes_of,
+    store_bytes_of,
+    stored_states,
+    with_peft,
+)
+from lightpeft.app.runs.workspace import Workspace
+from lightpeft.app.tasks.tokens import PADDED_TO
+from lightpeft.compat.stand_ins import StorageWatch
+from lightpeft.machine import autocast_dtype
+from lightpeft.models.head import head_apart, lone_head
+from lightpeft.profiling import OptimizerFactory
+from lightpeft.profiling.rehearsal import Holding, Shapes, rehearse_inference, rehearse_training, rehearsing
+from lightpeft.training.prefix import STATES, FrozenPrefix
+
+
+class Rehearsal:
+    """The stages of a run on its longest batch, without storage."""
+
+    def __init__(self, work: Workspace) -> None:
+        self.work = work
+        self.shapes, self._labelled = longest_batch(work)
+        self._options = {"lengths": lengths_of(work), **work.step_options}
+
+    def plain(self) -> Holding:
+        """Steps of plain PEFT."""
+        model = with_peft(self.work, replace(self.work.config, method="plain"))
+        with rehearsing(model, device(), self._labelled) as watch:
+            return self._steps(model, watch, adamw(self.work), nullcontext())
+
+    def estimation(self) -> Holding:
+        """Steps of estimation."""
+        model = with_peft(self.work, self.work.config)
+        with rehearsing(model, device(), self._labelled) as watch:
+            return self._steps(model, watch, estimating(self.work, model), accelerating(self.work, model))
+
+    def full_width(self) -> Holding:
+        """Steps of the whole model with what the small one has learned (`light.full_width_steps`)."""
+        model = with_peft(self.work, self.work.config)
+        with rehearsing(model, device(), self._labelled) as watch:
+            return self._steps(model, watch, adamw(self.work), accelerating(self.work, model))
+
+    def _steps(self, model: PeftModel, watch: StorageWatch, optimizer: OptimizerFactory, around: Any) -> Holding:
+        return rehearse_training(model, watch, self.shapes, optimizer, around, **self._options)
+
+    def light(self) -> tuple[Holding, Holding, int]:
+        """Steps of the small model, its evaluation, and the bytes of its prefix cache."""
+        work, model = self.work, with_peft(self.work, self.work.config)
+        cut_evenly(model, work.config.light)
+        prefix = FrozenPrefix(model)
+        with rehearsing(model, device(), self._labelled) as watch:
+            with prefix.attached():
+                states = stored_states(work, prefix, self.shapes)
+                size = 0 if states is None else store_bytes_of(work, states)
+                stored = {} if states is None else {STATES: (tuple(states.shape), states.dtype)}
+                around, shapes = accelerating(work, model), {**self.shapes, **stored}
+                training = rehearse_training(model, watch, shapes, adamw(work), around, **self._options)
+            rows = min(work.config.training.eval_batch_size, len(work.test_rows))
+            given = {name: ((rows, *shape[1:]), dtype) for name, (shape, dtype) in self.shapes.items()}
+            autocast = autocast_dtype(work.config.training)
+            head = lone_head(model)
+            with head_apart(head):
+                evaluation = rehearse_inference(model, watch, given, autocast)
+            if head is not None:
+                logits = 4 * math.prod(given["input_ids"][0]) * head.out_features
+                evaluation = replace(evaluation, activations=evaluation.activations + min(logits, AT_ONCE))
+            return training, evaluation, size
+
+
+def lengths_of(work: Workspace) -> int:
+    """How many lengths the training batches of a run have."""
+    return len({-(-length // PADDED_TO) for length in work.train_rows["length"][:]})
+
+
+def longest_batch(work: Workspace) -> tuple[Shapes, float]:
+    """Shapes of a batch of the longest training rows, and the part of its tokens that have a label."""
+    lengths = work.train_rows["length"][:]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    batch = work.collator(work.train_rows.select(order[: work.config.training.batch_size]).to_list())
+    labels = batch["labels"]
+    share = float((labels != -100).double().mean()) if labels.dim() > 1 else 1.0
+    return shapes_of(batch), share

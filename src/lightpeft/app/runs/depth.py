@@ -1,0 +1,65 @@
+"""`light.depth: auto`: how many blocks a run leaves out, found before its estimation."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.config import RunConfig
+from lightpeft.files import read_json, understandable, write_json
+from lightpeft.machine import autocast_dtype
+from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
+from lightpeft.recipe.parallel import agreed
+
+if TYPE_CHECKING:
+    from lightpeft.app.runs.workspace import Workspace
+
+
+def settle_depth(work: Workspace) -> None:
+    """Give the run a number for its depth: where that is auto it is found, and left in the folder.
+
+    Raises:
+        LightPeftError: the rows do not tell, or the file is damaged.
+    """
+    if work.config.light.depth == "auto":
+        with work.run.held():
+            _leave_depth(work)
+        work.config = with_found_depth(work.config, work.run)
+
+
+def with_found_depth(config: RunConfig, run: RunFolder) -> RunConfig:
+    """The settings of a run with the depth that was found.
+
+    Raises:
+        LightPeftError: the file is damaged.
+    """
+    if config.light.depth != "auto":
+        return config
+    found = read_json(run.depth)
+    with understandable(run.depth):
+        return replace(config, light=replace(config.light, depth=float(found["depth"])))
+
+
+def found_depth(run: RunFolder) -> dict[str, Any] | None:
+    """What `light.depth: auto` found; None: nothing yet.
+
+    Raises:
+        LightPeftError: the file is damaged.
+    """
+    return read_json(run.depth) if run.has("depth") else None
+
+
+def _leave_depth(work: Workspace) -> None:
+    started, facts = time.perf_counter(), _found(work)
+    work.run.announce("depth", f"light.depth: auto leaves out {facts['depth']:.0%} of the blocks: {facts['reason']}")
+    work.run.finish_stage("depth", time.perf_counter() - started, lambda: write_json(work.run.depth, facts))
+
+
+def _found(work: Workspace) -> dict[str, Any]:
+    model = work.dense_model(to_train=True).model
+    if not is_classifying_decoder(model):
+        return {"depth": 0.0, "reason": ONLY_THESE}
+    found = agreed(find_depth(model, work.drawn_batches(ROWS), autocast_dtype(work.config.training)))
+    return {**found.facts(), "depth": found.within(work.config.light.blocks), "reason": found.summary()}

@@ -1,0 +1,407 @@
+"""The story of a run: estimate -> plan -> prune -> fine-tune (-> widen) -> evaluate.
+
+A run does what is not done yet, in one training where it can: the live model goes from stage to stage. Each stage
+leaves its result in the run folder on the way, so a run that was stopped anywhere goes on where it was, and a stage can
+be run alone; both come to the same end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback, set_seed
+
+from lightpeft.adapters.full_width import load_full_width
+from lightpeft.adapters.light_adapter import load_light, save_metrics
+from lightpeft.app.evaluation.milestones import Watcher, notices
+from lightpeft.app.evaluation.scores import Scores, scores_of
+from lightpeft.app.folders.forms import to_device
+from lightpeft.app.folders.opening import open_result
+from lightpeft.app.folders.results import Model, open_peft, save_full, save_result
+from lightpeft.app.folders.run_folder import RunFolder, read_report
+from lightpeft.app.runs.depth import found_depth, settle_depth
+from lightpeft.app.runs.reuse import find_estimation, take_estimation
+from lightpeft.app.runs.stages import (
+    LEARNING,
+    StageCost,
+    estimated_model,
+    found_budget,
+    leave_estimation,
+    leave_plan,
+    leave_pruned,
+)
+from lightpeft.app.runs.stopping import stopped, stopped_line
+from lightpeft.app.runs.trainers import DenseRun, LightRun, WideRun
+from lightpeft.app.runs.workspace import Workspace, prepare
+from lightpeft.app.tasks import Outcome, task_facts
+from lightpeft.config import SWITCHES, RunConfig
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import write_json
+from lightpeft.machine import sharding_launched
+from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.vocabulary import cut_parameters
+from lightpeft.peft_kinds.placing import add_peft
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.profiling import PeakMemory, folder_bytes, hardware
+from lightpeft.profiling.sizes import parameter_report
+from lightpeft.prune.light_model import LightModel
+from lightpeft.recipe.pruner import EarlyPruner
+from lightpeft.recipe.resuming import read_cut
+from lightpeft.training.trainer import fit
+
+__all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train", "widen"]
+
+
+def run(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    estimation: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Run all stages that are not done yet and return the metrics.
+
+    Args:
+        overwrite: where the output folder holds the run of another config, remove that and begin anew.
+        estimation: folder of another run, whose estimation is taken instead of one of this run's own.
+        callbacks: of the trainer.
+
+    Raises:
+        LightPeftError: bad input, or an output folder that holds something else.
+        Interrupted: a signal stopped the run; the same call goes on from there.
+    """
+    work = prepare(config, overwrite=overwrite)
+    donor = None if estimation is None else find_estimation(config, Path(estimation))
+    if overwrite:
+        work.run.start_anew()
+    if donor is not None:
+        take_estimation(work.run, donor)
+    if config.way.prunes and not work.run.has("estimate"):
+        _train_light(work, callbacks)
+    elif config.way.prunes:
+        plan(work)
+    train(work, callbacks, prune(work) if config.way.prunes else None)
+    return evaluate(work)
+
+
+def estimate(work: Workspace) -> EstimationRecord:
+    """Train masks and PEFT modules together for the first steps of the run, and record every unit's importance.
+
+    Blocks that `light.depth` leaves out are gone before that. Where the budget takes nothing away, nothing trains.
+    """
+    if not work.run.has("estimate") and work.config.light.chooses:
+        _train_light(work, stop_at_cut=True)
+    elif not work.run.has("estimate"):
+        _leave_unscored(work)
+    return EstimationRecord.load(work.run.estimation)
+
+
+def _train_light(work: Workspace, callbacks: Sequence[TrainerCallback] = (), stop_at_cut: bool = False) -> None:
+    """Estimate, cut and fine-tune in one training, from a checkpoint before the cut if there is one."""
+    run = work.run
+    settle_depth(work)
+    set_seed(work.config.seed)
+    trainer = LightRun(work, _with_peft(work), stop_at_cut=stop_at_cut, callbacks=callbacks)
+    with run.held():
+        trainer.settle()
+        work.announce_settings()
+        fit(trainer, run.last_checkpoint("train"))
+        ended = f"a callback ended training at step {trainer.state.global_step}"
+        require(run.has("estimate"), f"{ended}, inside estimation; let it go on until the cut")
+        if not stop_at_cut:
+            _finish(work, trainer, begun=trainer.light_report["estimation_steps"])
+
+
+def _leave_unscored(work: Workspace) -> None:
+    """The end of an estimation that has no steps: PEFT modules as they are made, and a record without scores."""
+    settle_depth(work)
+    set_seed(work.config.seed)
+    started, model = time.perf_counter(), _with_peft(work)
+    with PeakMemory(model) as memory:
+        pruner = EarlyPruner(model, work.config.light)
+        pruner.start(work.steps)
+        record = pruner.record()
+        pruner.estimator.stop()
+    with work.run.held():
+        seconds = time.perf_counter() - started
+        leave_estimation(work, model, record, StageCost(seconds, 0.0, memory.bytes, memory.method, 0))
+
+
+def _with_peft(work: Workspace) -> PeftModel:
+    return add_peft(work.dense_model(to_train=True), work.config)
+
+
+def plan(work: Workspace | RunFolder) -> PrunePlan:
+    """Decide from the record and the budget which units stay.
+
+    Args:
+        work: the run; a folder alone, without data and model, will do where its budget is a number.
+    """
+    run = work if isinstance(work, RunFolder) else work.run
+    run.need("estimate", "plan")
+    with nullcontext() if run.has("prune") else run.held():  # what is pruned already stays as it is
+        if run.config.light.blocks == "auto" and isinstance(work, Workspace) and found_budget(run) is None:
+            _find_budget(work)
+        return leave_plan(run)
+
+
+def _find_budget(work: Workspace) -> None:
+    """What the trainer does between estimation and plan, for an estimation that is over."""
+    record = EstimationRecord.load(work.run.estimation)
+    set_seed(work.config.seed)
+    light = replace(work.config.light, depth=0.0)  # those blocks are gone
+    work = replace(work, config=replace(work.config, light=light))
+    LightRun(work, estimated_model(work, record)).leave_light_budget(record)
+
+
+def prune(work: Workspace) -> LightModel | None:
+    """Cut the model that estimation left, by the plan; returns it live, or None if it was done before."""
+    run = work.run
+    if run.has("prune"):
+        return None
+    run.need("plan", "prune")
+    chosen = PrunePlan.load(run.plan)
+    set_seed(work.config.seed)
+    model = estimated_model(work, chosen)
+    with run.held():
+        return leave_pruned(work, model, chosen)
+
+
+def train(work: Workspace, callbacks: Sequence[TrainerCallback] = (), model: Model | None = None) -> None:
+    """Fine-tune the small model with the small PEFT (light), the dense one with plain PEFT, or all of the dense one.
+
+    What the small model has learned is then put over the whole base, if the run keeps it so.
+
+    Args:
+        callbacks: of the trainer.
+        model: as `prune` has just left it or, of other methods, what trains instead of what they would make; None: it
+            is loaded or made.
+    """
+    way = work.config.way
+    if not work.run.has("train"):
+        set_seed(work.config.seed)
+        if way.prunes:
+            work.run.need("prune", "train")
+            _train_behind_the_cut(work, model or _pruned_model(work), callbacks)
+        else:
+            _train_dense(work, model or (_with_peft(work) if way.has_peft else _full_model(work)), callbacks)
+    del model  # before the whole base is there
+    widen(work, callbacks)
+
+
+def _train_dense(work: Workspace, model: Model, callbacks: Sequence[TrainerCallback]) -> None:
+    trainer = DenseRun(work, model, callbacks)
+    with work.run.held():
+        trainer.settle()
+        work.announce_settings()
+        fit(trainer, work.run.last_checkpoint("train"))
+        _finish(work, trainer)
+
+
+def _pruned_model(work: Workspace) -> LightModel:
+    """What `prune` left, to train on: read straight into the cut layers, so that memory never holds the dense model."""
+    model = work.config.model
+    switches = {name: getattr(model, name) for name in SWITCHES}
+    try:
+        attention = model.attn_implementation
+        light = load_light(work.run.pruned, is_trainable=True, low_memory=True, attention=attention, **switches)
+        return light if sharding_launched() else to_device(light)
+    except LightPeftError:  # a base in few bits or in a file of another kind, which is read whole; or damage, as below
+        return load_light(work.run.pruned, work.dense_model().model, is_trainable=True)
+
+
+def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[TrainerCallback]) -> None:
+    """Go on where the cut was, or at a checkpoint behind it."""
+    run, begun = work.run, EstimationRecord.load(work.run.estimation).meta["steps"]
+    trainer = LightRun(work, light, callbacks=callbacks)
+    with run.held():
+        trainer.settle()
+        checkpoint = run.last_checkpoint("train")
+        if checkpoint is None or read_cut(checkpoint) is None:
+            checkpoint = trainer.checkpoint_at_cut(begun, work.steps)
+        fit(trainer, checkpoint)
+        _finish(work, trainer, begun=begun)
+
+
+def widen(work: Workspace, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """Put what the small model has learned over the whole base, and train it there for the last steps of the run.
+
+    Nothing is done where the run does not keep that (`light.keep`), or has it.
+    """
+    run = work.run
+    if not run.keeps_full or run.has("widen"):
+        return
+    run.need("train", "widen")
+    set_seed(work.config.seed)
+    started, watcher = time.perf_counter(), work.watcher()
+    model = load_full_width(run.adapter, work.dense_model().model, is_trainable=True)
+    watcher.look("at_full_width", model)
+
+    def save() -> None:
+        save_full(run, model, task_facts(work.task))
+
+    if work.last_steps:
+        trainer = WideRun(work, model, callbacks)
+        with run.held():
+            trainer.settle()
+            fit(trainer, run.last_checkpoint(trainer.stage))
+            _finish(work, trainer, save, **watcher.facts())
+        return
+    with run.held():
+        run.finish_stage("widen", time.perf_counter() - started - watcher.seconds, save, **watcher.facts())
+
+
+def _finish(
+    work: Workspace,
+    trainer: LightRun | DenseRun,
+    save: Callable[[], None] | None = None,
+    begun: int = 0,
+    **facts: Any,
+) -> None:
+    """Leave the result of training in the run folder.
+
+    Args:
+        save: writes it; None: as it is for the run's method.
+        begun: step of the run that training began behind.
+        facts: for the log.
+    """
+    run, model, step = work.run, trainer.model, trainer.state.global_step
+    assert trainer.meter is not None
+    cost = trainer.meter.stop(step)
+    require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")
+
+    told = stopped(trainer, work) if trainer.stage == "train" else {}
+    if told:
+        run.announce("train", stopped_line(told["stopped"]))
+
+    def save_trained() -> None:
+        save_result(run, model, work.tokenizer, task_facts(work.task))
+
+    run.finish_stage(trainer.stage, **asdict(cost), save=save or save_trained, steps=step - begun, **facts, **told)
+
+
+def _full_model(work: Workspace) -> PreTrainedModel:
+    """The dense model, all of whose weights train."""
+    on_disk = "method full trains every weight, which model.low_memory leaves on disk; switch that off"
+    require(not work.config.model.low_memory, on_disk)
+    model = work.dense_model().model
+    quantised = getattr(model, "is_quantized", False)
+    require(
+        not quantised, "method full trains every weight, which cannot be done in 4 or 8 bits; give the base unquantised"
+    )
+    return model
+
+
+def evaluate(work: Workspace) -> dict[str, Any]:
+    """Measure the result on the test rows; the numbers go to metrics.json and into the light adapter."""
+    run = work.run
+    if run.has("evaluate"):
+        return read_report(run.metrics)
+    run.need(run.last_training, "evaluate")
+    started = time.perf_counter()
+    watcher = work.watcher()
+    model = open_result(run, work.task, _asked_base(work, watcher))
+    outcomes = measure(work, model)
+    scores = scores_of(outcomes, work.task)
+    if watcher.examples == len(work.task.test):
+        watcher.outcomes["in_the_end"] = outcomes[""]
+    else:
+        watcher.look("in_the_end", model)
+    earlier = [entry for stage, entry in run.finished_stages().items() if stage != "evaluate"]
+    noticed = notices(watcher, earlier, outcomes[""].answers, scores.intervals)
+    besides = _beside_light(work) if isinstance(model, LightModel) and run.keeps_full else {}
+
+    def save() -> None:
+        if isinstance(model, LightModel):
+            model.light_metrics, model.light_intervals = dict(scores.metrics), dict(scores.intervals)
+            save_metrics(model, run.adapter)
+        write_json(run.metrics, {**report(work, model, scores), **besides, **noticed})
+
+    seconds = time.perf_counter() - started - watcher.seconds
+    with run.held():
+        run.finish_stage("evaluate", seconds, save, warnings=noticed["warnings"])
+    return read_report(run.metrics)
+
+
+def _beside_light(work: Workspace) -> dict[str, Any]:
+    """Quality of what a run keeps at full width, where it keeps both."""
+    model = open_peft(work.run.full, work.dense_model().model)
+    scores = scores_of(measure(work, model), work.task)
+    return {"full_width": {"metrics": scores.metrics, "intervals": scores.intervals}}
+
+
+def _asked_base(work: Workspace, watcher: Watcher) -> PreTrainedModel | None:
+    """The untouched base, which has answered before a result is built on it; None where the result needs none."""
+    base = work.dense_model()
+    if not base.new_modules:  # else its head is random, and so are its answers
+        watcher.look("untouched_base", base.model)
+    return base.model if work.config.way.has_peft else None
+
+
+def measure(work: Workspace, model: Model) -> dict[str, Outcome]:
+    """What the model does on the test rows (prefix ""), and on those of further splits by their prefix."""
+    asked, splits = work.asking(model), {"": work.test_rows, **work.more_test_rows}
+    return {prefix: work.task.answer(asked, rows) for prefix, rows in splits.items()}
+
+
+def report(work: Workspace, model: Model, scores: Scores) -> dict[str, Any]:
+    """What metrics.json holds: quality, parameters, times, and all that is needed to repeat the run."""
+    run, config = work.run, work.config
+    return {
+        "method": config.method,
+        "metrics": scores.metrics,
+        "intervals": scores.intervals,
+        "main_metric": work.task.main_metric,
+        "parameters": parameter_report(model),
+        **_vocabulary_report(work, model),
+        "seconds": run.stage_seconds(),
+        "training": dict(_training_costs(run)),
+        **_estimation_report(run),
+        **_stopped_report(run),
+        **({"depth": depth} if (depth := found_depth(run)) is not None else {}),
+        **({"budget": budget} if (budget := found_budget(run)) is not None else {}),
+        "adapter_bytes": folder_bytes(run.result),
+        "seed": config.seed,
+        "hardware": hardware(),
+        "config": asdict(config),
+    }
+
+
+def _estimation_report(run: RunFolder) -> dict[str, Any]:
+    """How long estimation took and what it taught, as far as the log knows: older runs noted less."""
+    entry = run.finished_stages().get("estimate", {})
+    return {"estimation": {name: entry[name] for name in LEARNING}} if entry.keys() >= set(LEARNING) else {}
+
+
+def _stopped_report(run: RunFolder) -> dict[str, Any]:
+    """Where training stopped and which step was kept, if it did not run to its end."""
+    entry = run.finished_stages().get("train", {})
+    return {"stopped": entry["stopped"]} if "stopped" in entry else {}
+
+
+def _vocabulary_report(work: Workspace, model: Model) -> dict[str, Any]:
+    """Where a run keeps some tokens alone: how many, what went with the others, and how the test rows fare."""
+    if work.vocabulary is None or work.coverage is None:
+        return {}
+    counts = {"tokens": len(work.vocabulary), "of": work.vocabulary.size}
+    lost = {"removed_parameters": cut_parameters(transformers_model(model))}
+    return {"vocabulary": {**counts, **lost, "coverage": asdict(work.coverage)}}
+
+
+def _training_costs(run: RunFolder) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Stage by stage what training took, as far as the log knows: older runs noted seconds alone."""
+    names = [field.name for field in fields(StageCost)]
+    for stage, entry in run.finished_stages().items():
+        if entry.keys() >= set(names):
+            yield stage, {name: entry[name] for name in names}
+
+
+def _finite(model: Model) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,361 @@
+"""What the folder of a run tells, however far the run has come: plain data, read and checked once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightpeft.app.folders.run_folder import Report, RunFolder, is_run, read_report
+from lightpeft.app.runs.report.speeds import Speeds, read_speeds
+from lightpeft.config import RunConfig
+from lightpeft.config.validation import from_dict
+from lightpeft.errors import require
+from lightpeft.files import read_json, understandable
+from lightpeft.plans.records import PrunePlan, block_parameters
+
+STAGES = {
+    "depth": "The depth",
+    "estimate": "Estimation",
+    "budget": "The budget",
+    "prune": "The cut",
+    "train": "Fine-tuning",
+    "widen": "At full width",
+    "evaluate": "Evaluation",
+}
+"""Stage of a run, as the log calls it -> how people do."""
+TRAINED = ("estimate", "train", "widen")
+"""Stages that take optimizer steps, in their order."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run."""
+
+    name: str
+    title: str
+    done: bool
+    seconds: float | None = None
+    """Wall-clock time; None: not known, or not done."""
+    samples_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    peak_memory_method: str = ""
+    steps: int | None = None
+    """Optimizer steps."""
+    resumed_at: int = 0
+    """Step at which its last part began, which alone is timed; 0: all of it."""
+    taken_from: str | None = None
+    """Another run, whose result was taken."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The training losses of one stage."""
+
+    stage: str
+    title: str
+    points: list[tuple[float, float]]
+    """(step of the whole run, loss), ascending."""
+    each: int = 1
+    """Lines of the log that a point is the mean of."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters before and after the cut."""
+
+    rows: Sequence[tuple[str, float | None, float | None]]
+    """(what, before, after); None: not known, or nothing of the kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """One budget of curve.json."""
+
+    blocks: float
+    rise: float
+    interval: tuple[float, float]
+    removed_of_blocks: float | None = None
+    step_time: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What budgets cost and save, as curve.json has it."""
+
+    rows: int
+    loss: float
+    points: list[CurvePoint]
+    gone_before: float = 0.0
+    step_times: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What the budget that was found is expected to cost, in nats."""
+
+    left: float
+    upper: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """A budget that was probed: rises of the loss right after the cut, and after a few steps of training."""
+
+    blocks: float
+    before: float
+    after: float
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoBudget:
+    """What `light.blocks: auto` found, as metrics.json has it under `budget`."""
+
+    blocks: float
+    tolerance: float
+    confidence: float
+    rows: int
+    steps: int
+    seconds: float
+    of_plain: float | None = None
+    unmeasured: str | None = None
+    expected: Expected | None = None
+    probed: list[Probed] = field(default_factory=list)
+    points_a_nat: float | None = None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run."""
+
+    folder: Path
+    config: RunConfig
+    stages: list[Stage]
+    losses: list[Losses]
+    cut: int | None
+    """Step at which estimation ended and the model was cut, if anything was."""
+    broken_losses: int
+    """Lines of the log whose loss is NaN or infinite."""
+    reached: int
+    """Optimizer steps that the run has taken, as far as the log knows."""
+    plan: PrunePlan | None
+    report: Report | None
+    """What metrics.json says."""
+    sizes: Sizes
+    curve: Curve | None
+    budget: AutoBudget | None
+    speeds: Speeds | None
+    """What bench.json says."""
+    notes: list[str]
+    """What the run said on its way."""
+    ended: float | None
+    """When the log was last written to, in seconds since the epoch."""
+
+    @property
+    def name(self) -> str:
+        """What tells the run from others on the page."""
+        return str(self.folder if self.folder.name else self.folder.resolve())
+
+    @property
+    def missing(self) -> list[Stage]:
+        """Stages that are still to come."""
+        return [stage for stage in self.stages if not stage.done]
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Seconds of all stages but evaluation; None where one is not known."""
+        seconds = [stage.seconds for stage in self.stages if stage.name != "evaluate"]
+        known = [each for each in seconds if each is not None]
+        return sum(known) if known and len(known) == len(seconds) else None
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The largest peak of the stages that train."""
+        return max((stage.peak_memory_bytes for stage in self.stages if stage.peak_memory_bytes), default=None)
+
+    @property
+    def main_metric(self) -> str | None:
+        """The metric that the task is about; older runs have not said so, and their first one counts."""
+        if self.report is None:
+            return None
+        return self.report.main_metric or next(iter(self.report.metrics), None)
+
+
+def read_run(folder: Path) -> RunFacts:
+    """All that is known of a run.
+
+    Raises:
+        LightPeftError: the folder is none of a run, or a file in it is not as it was written.
+    """
+    require(is_run(folder), f"{folder} is not the folder of a run: it has no config.yaml; give what `run` wrote to")
+    run = RunFolder.at(folder)
+    entries = list(run.log_entries())
+    raw = read_report(run.metrics) if run.has("evaluate") else None
+    report = None if raw is None else Report.of(raw)
+    plan = PrunePlan.load(run.plan) if run.config.way.prunes and run.has("plan") else None
+    stages = list(_stages(run, report, plan))
+    losses, broken = _losses(entries, stages)
+    return RunFacts(
+        folder=folder,
+        config=run.config,
+        stages=stages,
+        losses=losses,
+        cut=_cut(stages, entries),
+        broken_losses=broken,
+        reached=_reached(stages, losses),
+        plan=plan,
+        report=report,
+        sizes=_sizes(entries, plan, report),
+        curve=_curve(run.curve) if run.curve.is_file() else None,
+        budget=_budget(raw, run.metrics) if raw is not None else None,
+        speeds=read_speeds(bench) if (bench := run.path / "bench.json").is_file() else None,
+        notes=[entry["note"] for entry in entries if isinstance(entry.get("note"), str)],
+        ended=_ended(entries),
+    )
+
+
+_LARGEST = 2.0**63
+
+
+def number(value: Any) -> float | None:
+    """A number of a size that can mean something; None of anything else: what is in a log has no checksum."""
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
+    return value if fits else None
+
+
+def _ended(entries: Iterable[Mapping[str, Any]]) -> float | None:
+    times = [time for entry in entries if (time := number(entry.get("time"))) is not None]
+    return max((time for time in times if 0 < time < _YEAR_9999), default=None)
+
+
+_YEAR_9999 = 253_370_764_800
+
+
+def _stages(run: RunFolder, report: Report | None, plan: PrunePlan | None) -> Iterable[Stage]:
+    way, logged = run.config.way, run.finished_stages()
+    light = run.config.light
+    before, after = ["depth"] if light.depth == "auto" else [], ["budget"] if light.blocks == "auto" else []
+    names = [*before, "estimate", *after, "prune", "train"] if way.prunes else ["train"]
+    for name in [*names, *(["widen"] if run.keeps_full else []), "evaluate"]:
+        told: dict[str, Any] = logged.get(name, {})
+        if report is not None:
+            told = {**told, "seconds": report.seconds.get(name, told.get("seconds")), **report.training.get(name, {})}
+        method, source = told.get("peak_memory_method"), told.get("taken_from")
+        yield Stage(
+            name=name,
+            title=_title(name, plan) if way.prunes or name != "train" else "Training",
+            done=run.has(name),
+            seconds=number(told.get("seconds")),
+            samples_per_second=number(told.get("samples_per_second")),
+            peak_memory_bytes=_whole(told.get("peak_memory_bytes")),
+            peak_memory_method=method if isinstance(method, str) else "",
+            steps=_whole(told.get("steps")),
+            resumed_at=_whole(told.get("resumed_at")) or 0,
+            taken_from=source if isinstance(source, str) else None,
+        )
+
+
+def _title(name: str, plan: PrunePlan | None) -> str:
+    if name != "prune" or plan is None or plan.cuts_blocks:
+        return STAGES[name]
+    return "Cutting modules" if plan.cuts_modules else "Nothing to cut"
+
+
+def _whole(value: Any) -> int | None:
+    found = number(value)
+    return None if found is None else int(found)
+
+
+def _cut(stages: Sequence[Stage], entries: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step of the cut, as the estimation says or, in older logs, its last line."""
+    estimation = next((stage for stage in stages if stage.name == "estimate" and stage.done), None)
+    if estimation is None:
+        return None
+    logged = (_whole(entry.get("step")) for entry in entries if entry.get("stage") == "estimate")
+    return estimation.steps or max((step for step in logged if step is not None), default=None)
+
+
+def _reached(stages: Sequence[Stage], losses: Sequence[Losses]) -> int:
+    logged = max((int(line.points[-1][0]) for line in losses), default=0)
+    return max(logged, sum(stage.steps or 0 for stage in stages if stage.done))
+
+
+MOST_POINTS = 400
+"""Points of a line at most; of a longer log each is the mean of some lines."""
+
+
+def _losses(entries: Sequence[Mapping[str, Any]], stages: Sequence[Stage]) -> tuple[list[Losses], int]:
+    """Losses by stage, and how many are no number. What a resumed run logged twice counts once, as it was last."""
+    found: dict[str, dict[float, float]] = {stage: {} for stage in TRAINED}
+    broken = 0
+    for entry in entries:
+        stage, step, loss = entry.get("stage"), number(entry.get("step")), number(entry.get("loss"))
+        if not isinstance(stage, str) or stage not in found or step is None or "loss" not in entry:
+            continue
+        if loss is None:
+            broken += 1
+        else:
+            found[stage][step] = loss
+    titles = {stage.name: stage.title for stage in stages}
+    before = sum(stage.steps or 0 for stage in stages if stage.name in ("estimate", "train"))
+    lines = []
+    for name, losses in found.items():
+        start = before if name == "widen" else 0  # whose steps are counted anew
+        points = sorted((start + step, loss) for step, loss in losses.items())
+        each = math.ceil(len(points) / MOST_POINTS)
+        if points:
+            lines.append(Losses(name, titles.get(name, STAGES[name]), _means(points, each), each))
+    return lines, broken
+
+
+def _means(points: Sequence[tuple[float, float]], each: int) -> list[tuple[float, float]]:
+    chunks = [points[start : start + each] for start in range(0, len(points), each)]
+    return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
+
+
+def _sizes(entries: Sequence[Mapping[str, Any]], plan: PrunePlan | None, report: Report | None) -> Sizes:
+    """Before: as the cut told the log. After: measured on the result, or else what the plan says."""
+    told = {name: value for entry in entries for name, value in entry.items() if name.startswith("light/")}
+    after = report.parameters if report is not None else {}
+    rows: list[tuple[str, float | None, float | None]] = []
+    if plan is not None:
+        blocks = sum(map(block_parameters, plan.specs))
+        base = after.get("base", plan.base_parameters - plan.removed_parameters)
+        rows.append(("the base", after.get("base_dense", plan.base_parameters), base))
+        rows.append(("its blocks", blocks, blocks - plan.removed_parameters))
+    elif "base_dense" in after:
+        rows.append(("the base", after["base_dense"], after.get("base")))
+    trained = after.get("trained", number(told.get("light/trained_parameters_after")))
+    before = number(told.get("light/trained_parameters_before"))
+    if trained is not None or before is not None:
+        rows.append(("what is trained", before if plan is not None else trained, trained))
+    return Sizes(rows)
+
+
+def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a mapping are fields of a dataclass: newer files may say more."""
+    names = {each.name for each in dataclasses.fields(cls)}
+    return {name: value for name, value in data.items() if name in names}
+
+
+def _curve(path: Path) -> Curve:
+    data = read_json(path)
+    with understandable(path):
+        points = [_known(CurvePoint, point) for point in data["points"]]
+        return from_dict(Curve, {**_known(Curve, data), "points": points})
+
+
+def _budget(report: Mapping[str, Any], path: Path) -> AutoBudget | None:
+    told = report.get("budget")
+    if not isinstance(told, dict):
+        return None
+    with understandable(path):
+        kept = _known(AutoBudget, told)
+        if isinstance(kept.get("expected"), dict):
+            kept["expected"] = _known(Expected, kept["expected"])
+        kept["probed"] = [_known(Probed, point) for point in kept.get("probed", [])]
+        return from_dict(AutoBudget, kept, "budget.")

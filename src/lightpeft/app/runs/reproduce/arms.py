@@ -1,0 +1,70 @@
+"""The arms of a grid, which its file calls methods: full fine-tuning, PEFT, Light-PEFT, the paper's ablations of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightpeft.app.runs.reproduce.calls import Call
+from lightpeft.config import RunConfig
+
+Settings = Mapping[str, Any]
+"""Nested settings of a `RunConfig`."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of fine-tuning, as it is compared with others."""
+
+    settings: Settings
+    """What it sets of a `RunConfig`; all the rest is the grid's."""
+    equal_shares: bool = False
+    """Its scores of heads and of neurons do not compare: where the preset lets them compete (`light.blocks`), that part
+    of the heads, of the neurons and of the experts goes instead."""
+    call: Call | None = None
+    """What runs its cells in place of `lightpeft run`. Python alone can say so, and no file."""
+
+    def config(self, config: RunConfig) -> RunConfig:
+        """The run's config with the arm's settings in it, as it really runs."""
+        light = config.light
+        part = light.known_blocks if self.equal_shares else None
+        if part is None:
+            return config
+        return replace(config, light=light.with_shares(part))
+
+
+def _light(equal_shares: bool = False, **settings: Any) -> Arm:
+    return Arm({"method": "light", "peft": "lora", "light": settings}, equal_shares)
+
+
+def _criterion(name: str, equal_shares: bool = False) -> Arm:
+    return _light(equal_shares, head_criterion=name, neuron_criterion=name)
+
+
+_NOTHING: dict[str, Any] = dict.fromkeys(("heads", "neurons", "experts"), 0.0)
+"""Goes of the blocks."""
+
+ARMS: dict[str, Arm] = {
+    "full": Arm({"method": "full", "training": {"learning_rate": "auto"}}),
+    "lora": Arm({"method": "plain", "peft": "lora"}),
+    "adapter": Arm({"method": "plain", "peft": "bottleneck"}),
+    "light-lora": _light(),
+    "light-adapter": Arm({"method": "light", "peft": "bottleneck"}),
+    # one of the two prunings, and each half of the second
+    "foundation-only": _light(module_blocks=1.0, modules=0.0, ranks=0.0),
+    "peft-only": _light(**_NOTHING),
+    "modules-only": _light(**_NOTHING, ranks=0.0),
+    "ranks-only": _light(**_NOTHING, module_blocks=1.0, modules=0.0),
+    # what ranks the units; random scores also rank modules and ranks
+    "random": _light(True, **{f"{unit}_criterion": "random" for unit in ("head", "neuron", "module", "rank")}),
+    "mask": _criterion("mask", equal_shares=True),
+    "taylor": _criterion("taylor"),
+    "fisher": _criterion("fisher"),
+    "magnitude": _criterion("magnitude"),
+    # how long estimation takes, of the whole run
+    "length-0.05": _light(length=0.05),
+    "length-0.1": _light(length=0.1),
+    "length-0.2": _light(length=0.2),
+}
+"""Name -> arm. The ablations are of light-lora; a variant of the grid's own may put them on adapters."""

@@ -1,0 +1,204 @@
+"""What a grid is: the cells that a YAML file spans, one run for every model, task, method and seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs.reproduce.arms import ARMS, Arm, Settings
+from lightpeft.app.runs.reproduce.calls import Call
+from lightpeft.app.tasks import find_entry
+from lightpeft.config import RunConfig, overlaid, run_config_from_dict
+from lightpeft.config.validation import load_yaml, shown, unknown_key
+from lightpeft.errors import LightPeftError, require
+from lightpeft.peft_kinds.kinds import check_peft_settings
+
+AXES = ("model", "task", "method", "seed")
+"""What a cell is told apart by."""
+FROM = "from"
+"""Key of a variant that names the known method it starts from."""
+START = "light-lora"
+"""What a variant starts from if it does not say."""
+_ROWS_OF_A_FILE = ("models", "tasks", "methods")
+_OF_THE_GRID = ("output", "seed")
+"""Settings that differ from cell to cell and are the grid's to make."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid."""
+
+    model: str
+    task: str
+    method: str
+    seed: int
+    config: RunConfig
+    """Its `output` is the cell's own folder."""
+    call: Call | None = None
+    """What runs it in place of `lightpeft run`."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in messages and tables."""
+        return cell_name(self.model, self.task, self.method, self.seed)
+
+    @property
+    def run(self) -> RunFolder:
+        """Its run, as far as it has come."""
+        return RunFolder(Path(self.config.output), self.config)
+
+
+def cell_name(model: str, task: str, method: str, seed: int) -> str:
+    """What the cell of these is called."""
+    return f"{model}/{task}/{method}/{seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Models, tasks, methods and seeds, each with the settings that it brings."""
+
+    name: str
+    """The file it was read from, or that it is about."""
+    models: Mapping[str, Settings]
+    tasks: Mapping[str, Settings]
+    arms: Mapping[str, Arm]
+    """By the name of the method."""
+    seeds: Sequence[int]
+    baseline: str
+    """The method that all others are compared with."""
+    command: str
+    """The command line that runs it, for who reads its results."""
+    run: Settings = dataclasses.field(default_factory=dict)
+    """Settings that all cells share, below those of model, task and method."""
+
+    def folder(self, out: str | Path | None = None) -> Path:
+        """Where its cells and tables are: in `out`, or in runs/<folder of the file>/<its name>."""
+        return Path(out) if out is not None else Path("runs") / Path(self.name).parent.name / Path(self.name).stem
+
+    def cells(self, out: Path) -> list[Cell]:
+        """All cells, seed by seed, so that what is there of an unfinished grid can be compared.
+
+        Raises:
+            LightPeftError: settings that are not known or not possible, or a task that does not exist.
+        """
+        return [
+            Cell(model, task, method, seed, self._config(out, model, task, method, seed), arm.call)
+            for seed in self.seeds
+            for model in self.models
+            for task in self.tasks
+            for method, arm in self.arms.items()
+        ]
+
+    def _config(self, out: Path, model: str, task: str, method: str, seed: int) -> RunConfig:
+        data: dict[str, Any] = {"light": {"seed": seed}}  # so that random pruning is another one with every seed
+        for settings in (self.run, self.models[model], self.tasks[task], self.arms[method].settings):
+            data = overlaid(data, dict(settings))
+        folder = out.joinpath("cells", *(slug(str(part)) for part in (model, task, method, seed)))
+        try:
+            # what is compared is compared at one size, unless somebody says otherwise
+            config = run_config_from_dict({**data, "seed": seed, "output": str(folder)}, measured=False)
+            find_entry(config.data, config.tasks)
+            check_peft_settings(config)
+        except LightPeftError as error:
+            raise LightPeftError(f"{self.name}: cell {cell_name(model, task, method, seed)}: {error}") from error
+        return self.arms[method].config(config)
+
+
+def slug(name: str) -> str:
+    """A name as a part of a path."""
+    return re.sub(r"[^\w.=-]+", "_", name).strip("_") or "_"
+
+
+def load_grid(path: str | Path) -> Grid:
+    """Read a grid from a YAML file.
+
+    Raises:
+        LightPeftError: the file is missing or not YAML, a key is unknown, or an axis is empty or names something twice.
+    """
+    path, data = Path(path), load_yaml(path)
+    known = [*_ROWS_OF_A_FILE, "seeds", "run", "baseline"]
+    for key in data:
+        if key not in known:
+            raise LightPeftError(f"{path}: {unknown_key(str(key), known)}")
+    models, tasks, methods = (_named(path, key, data.get(key)) for key in _ROWS_OF_A_FILE)
+    baseline = data.get("baseline", next(iter(methods)))
+    among = isinstance(baseline, str) and baseline in methods
+    require(among, f"{path}: baseline {shown(baseline)} is none of its methods: {', '.join(methods)}")
+    return Grid(
+        name=str(path),
+        # a bare name is that of a model on the hub or in a folder, and of a known task
+        models={name: {"model": {"name": name}} | given for name, given in models.items()},
+        tasks={name: {"data": {"task": name}} | given for name, given in tasks.items()},
+        arms={name: _arm(path, name, given) for name, given in methods.items()},
+        seeds=_seeds(path, data.get("seeds")),
+        baseline=baseline,
+        command=shlex.join(["lightpeft", "reproduce", str(path)]),
+        run=_settings(path, "run", data.get("run")),
+    )
+
+
+def _named(path: Path, axis: str, given: Any) -> dict[str, dict[str, Any]]:
+    """The entries of an axis, which are a list of names or a mapping from names to settings."""
+    if isinstance(given, list):
+        names = [str(name) for name in given]
+        require(len(set(names)) == len(names), f"{path}: {axis} names something twice")
+        given = dict.fromkeys(names)
+    require(isinstance(given, dict) and given, f"{path}: {axis} must name at least one, as a list or a mapping")
+    slugs = [slug(str(name)) for name in given]
+    twice = next((name for name in slugs if slugs.count(name) > 1), None)
+    require(twice is None, f"{path}: {axis} has two names whose folder would be {twice}; rename one")
+    return {str(name): _settings(path, f"{axis}.{name}", settings) for name, settings in given.items()}
+
+
+def _settings(path: Path, where: str, given: Any) -> dict[str, Any]:
+    require(
+        given is None or isinstance(given, dict), f"{path}: {where} must be a mapping of settings, not {shown(given)}"
+    )
+    settings = {key: value for key, value in (given or {}).items() if value is not None}
+    taken = [key for key in _OF_THE_GRID if key in settings]
+    require(not taken, f"{path}: {where} sets {', '.join(taken)}, which every cell has of its own; take it out")
+    return settings
+
+
+def _seeds(path: Path, given: Any) -> list[int]:
+    whole = isinstance(given, list) and given and all(type(seed) is int for seed in given)
+    require(whole, f"{path}: seeds must be a list of whole numbers, not {shown(given)}")
+    require(len(set(given)) == len(given), f"{path}: seeds names {max(given, key=given.count)} twice")
+    return list(given)
+
+
+def _arm(path: Path, name: str, settings: dict[str, Any]) -> Arm:
+    """A known method, or a variant: a known one with other settings on top."""
+    if name not in ARMS and not settings:
+        raise LightPeftError(f"{path}: {unknown_key(name, list(ARMS)).replace('key', 'method', 1)}")
+    start = settings.pop(FROM, name if name in ARMS else START)
+    known = isinstance(start, str) and start in ARMS
+    require(known, f"{path}: methods.{name} is from {shown(start)}, which is no known method; give one's name")
+    base = ARMS[start]
+    return replace(base, settings=overlaid(dict(base.settings), settings))
+
+
+def selected(cells: Sequence[Cell], only: Sequence[str]) -> list[Cell]:
+    """The cells that all given axes allow.
+
+    Args:
+        only: conditions such as "method=lora"; several of one axis are alternatives.
+
+    Raises:
+        LightPeftError: a condition that no cell can meet.
+    """
+    wanted: dict[str, set[str]] = {}
+    for condition in only:
+        axis, equals, value = condition.partition("=")
+        require(bool(equals) and axis in AXES, f'--only {condition}: give one of {", ".join(AXES)} as in "method=lora"')
+        values = {str(getattr(cell, axis)): None for cell in cells}
+        if value not in values:
+            raise LightPeftError(f"--only {condition}: {unknown_key(value, list(values)).replace('key', axis, 1)}")
+        wanted.setdefault(axis, set()).add(value)
+    return [cell for cell in cells if all(str(getattr(cell, axis)) in some for axis, some in wanted.items())]

@@ -1,0 +1,214 @@
+"""Run the cells of a grid one after another, each in processes of its own, so that what kills one leaves the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs.reproduce.calls import check_call, note_call
+from lightpeft.app.runs.reproduce.documents import write_results
+from lightpeft.app.runs.reproduce.estimations import take_estimation
+from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected
+from lightpeft.app.runs.reproduce.summary import Results, main_value, summarize
+from lightpeft.console.progress import StepProgress
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import holding
+from lightpeft.machine import accelerator
+
+Launch = Callable[[Cell, int, Path], str | None]
+"""Runs a cell on so many devices, with its output in a file; returns why it failed, or None."""
+
+
+def reproduce(
+    grid: Grid | str | Path,
+    out: str | Path | None = None,
+    only: Sequence[str] = (),
+    devices: int | None = None,
+    launch: Launch | None = None,
+) -> Results:
+    """Run the cells of a grid that are not done yet, and write the table of all that are after each of them.
+
+    A cell that fails is reported, and the others go on; the next call tries it again. Calls that are killed go on where
+    they were, inside a cell too.
+
+    Args:
+        grid: a grid, or its YAML file; paths in it are relative to the current folder.
+        out: folder of the cells and the tables; None: runs/<folder of the file>/<its name>.
+        only: run a part of the grid, as in "method=lora"; the table still has all that is done.
+        devices: accelerators that a cell is spread over; None: all that are there. Without any, processes on the CPU.
+        launch: how a cell is run.
+
+    Raises:
+        LightPeftError: the grid has a fault, or `out` holds the cells of another grid; nothing was run.
+        KeyboardInterrupt: stopped; a cell under way left a checkpoint.
+    """
+    grid = grid if isinstance(grid, Grid) else load_grid(grid)
+    out = grid.folder(out)
+    devices = _checked(devices)
+    cells = [spread(cell, devices) for cell in grid.cells(out)]
+    chosen = selected(cells, only)
+    # cells inherit the lock: one that outlives its grid, because that was killed, is waited for before it is run again
+    busy = f"{out} is in use by another grid or one of its cells; waiting for it to end"
+    with holding(out, wait=lambda: _say(busy), inherited=True):
+        for cell in cells:
+            check_cell(cell)
+        suite = _Suite(out, grid, cells, devices, launch or run_cell)
+        return suite.run(chosen)
+
+
+def check_cell(cell: Cell) -> None:
+    """Require that a cell's folder, if it is there, is that of this cell.
+
+    Raises:
+        LightPeftError: it holds something else, or what was run with other settings or by another call.
+    """
+    RunFolder.open(cell.config)
+    check_call(cell.run, cell.call)
+
+
+@dataclass
+class _Suite:
+    """The cells of one grid, on disk."""
+
+    out: Path
+    grid: Grid
+    cells: Sequence[Cell]
+    devices: int
+    launch: Launch
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def run(self, chosen: Sequence[Cell]) -> Results:
+        todo = [cell for cell in chosen if not cell.run.has("evaluate")]
+        with StepProgress(len(chosen), len(chosen) - len(todo), "cells") as progress:
+            results = self._write()
+            for cell in todo:
+                progress.begin(cell.name)
+                failure = self._run(cell)
+                if failure is not None:
+                    self.failures[cell.name] = failure
+                results = self._write()
+                progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
+        return results
+
+    def _run(self, cell: Cell) -> str | None:
+        """Run a cell; returns why it failed, or None."""
+        log = self.out / "logs" / ("-".join(cell.run.path.relative_to(self.out / "cells").parts) + ".txt")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            take_estimation(cell, self.cells)
+            cell.run.begin()
+            note_call(cell.run, cell.call)
+        except LightPeftError as error:
+            return str(error)
+        failure = self.launch(cell, self.devices, log)
+        if failure is None and not cell.run.has("evaluate"):
+            return f"it ended without a result; see {log}"
+        return failure
+
+    def _write(self) -> Results:
+        results = summarize(self.grid, self.cells, self.failures)
+        write_results(self.out, results)
+        return results
+
+
+# -- one cell ------------------------------------------------------------------------------------------------------
+
+
+def _checked(devices: int | None) -> int:
+    """How many devices a cell is spread over: those of this machine, unless fewer are asked for; processes on a CPU."""
+    there = torch.accelerator.device_count() if accelerator() else 0
+    if devices is None:
+        return max(there, 1)
+    require(devices >= 1, f"--devices is {devices}; it starts at 1")
+    require(devices <= there or not there, f"--devices is {devices}, but this machine has {there}")
+    return devices
+
+
+def spread(cell: Cell, devices: int) -> Cell:
+    """The cell with its batch divided among devices: a step sees as many rows, whatever the machine."""
+    training = cell.config.training
+    require(
+        training.batch_size % devices == 0,
+        f"{cell.name}: training.batch_size {training.batch_size} cannot be divided among {devices} devices; change it, "
+        "or give --devices",
+    )
+    share = replace(training, batch_size=training.batch_size // devices)
+    return replace(cell, config=replace(cell.config, training=share))
+
+
+def command(cell: Cell, devices: int) -> list[str]:
+    """The command that runs a cell: through `accelerate launch` where there are several devices."""
+    folder, call = str(cell.run.path), cell.call
+    run = ["lightpeft", "run", "--run", folder]
+    if call is not None:
+        run = ["lightpeft.app.runs.reproduce", folder, call.function, json.dumps(call.arguments)]
+    if devices == 1:
+        return [sys.executable, "-m", *run]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    # a port that is free, and nothing from a config file of the user's: the cell's own config says it all;
+    # --multi_gpu is what starts several processes, on a CPU too: without it one would see a share of the rows
+    options = ["--multi_gpu", "--num_machines", "1", "--num_processes", str(devices), "--main_process_port", "0"]
+    return [*launcher, *options, "--mixed_precision", "no", "--dynamo_backend", "no", "--module", *run]
+
+
+def run_cell(cell: Cell, devices: int, log: Path) -> str | None:
+    """Run a cell in a process of its own, whose output is appended to a file.
+
+    Returns:
+        Why it failed, or None.
+
+    Raises:
+        KeyboardInterrupt: this process was asked to stop; the cell has written a checkpoint.
+    """
+    with log.open("ab") as output:
+        # in a session of its own: Ctrl-C reaches the cell once, through `_wait`, and ends its step before it stops
+        process = subprocess.Popen(
+            command(cell, devices),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)} if cell.call else None,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            close_fds=False,  # the lock of the folder goes with the cell
+        )
+        code = _wait(process)
+    return None if code == 0 else _reason(code, log)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code of a cell; asked to stop meanwhile, the cell is asked too, a second time at once."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        while process.poll() is None:
+            process.terminate()
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                continue
+        raise
+
+
+def _reason(code: int, log: Path) -> str:
+    """Why a cell ended with a code other than 0: its own last word where there is one."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    own = [line.partition(": ")[2] for line in lines if line.startswith("lightpeft: ")]
+    killed = [f"killed by {signal.Signals(-code).name}"] if code < 0 else []
+    return f"{(killed or own or lines or [f'exit code {code}'])[-1]} (see {log})"
+
+
+# -- progress ------------------------------------------------------------------------------------------------------
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,62 @@
+"""Where the training of a run ends before its last step: where the loss on training rows that were set aside turns.
+
+`Trainer` does it: it evaluates at the end of each epoch, keeps the best checkpoint, and stops. (Prechelt 1998, "Early
+stopping - but when?")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from lightpeft.app.runs.workspace import Workspace
+from lightpeft.profiling.live import losses_of
+from lightpeft.recipe.parallel import agreed
+
+PATIENCE = 3
+"""Epochs without a lower loss after which training stops."""
+
+
+def stopping_arguments(work: Workspace) -> dict[str, Any]:
+    """Fields of `TrainingArguments` by which training stops early; none where it runs to its end."""
+    if not work.stops_early:
+        return {}
+    epoch = work.pace.steps_an_epoch
+    return {
+        "eval_strategy": "steps",
+        "eval_steps": epoch,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+        "restore_callback_states_from_checkpoint": True,
+    }
+
+
+def stopping_callbacks(work: Workspace) -> list[TrainerCallback]:
+    """What stops training early; none where it runs to its end."""
+    return [EarlyStoppingCallback(PATIENCE)] if work.stops_early else []
+
+
+def loss_aside(work: Workspace, model: nn.Module, autocast: torch.dtype | None) -> float:
+    """The mean loss of the rows that were set aside."""
+    batches = work.held_batches()
+    sizes = torch.tensor([len(batch["input_ids"]) for batch in batches], dtype=torch.float64)
+    return agreed(float((losses_of(model, batches, autocast) * sizes).sum() / sizes.sum()))
+
+
+def stopped(trainer: Any, work: Workspace) -> dict[str, Any]:
+    """What is told of a training that kept an earlier model than its last; nothing of any other."""
+    best, last = trainer.state.best_global_step, trainer.state.global_step
+    if work.held_rows is None or not work.stops_early or not best or best == last:
+        return {}
+    rows, loss = len(work.held_rows), trainer.state.best_metric
+    return {"stopped": {"step": last, "of": work.steps, "kept": best, "loss": loss, "rows_aside": rows}}
+
+
+def stopped_line(told: dict[str, Any]) -> str:
+    """The same in a line."""
+    aside = f"the loss on {told['rows_aside']} training rows that were set aside was lowest"
+    ended = f"training stopped at step {told['step']} of {told['of']}"
+    return f"{ended}: {aside} at step {told['kept']} ({told['loss']:.3f}), and that model is kept"

@@ -1,0 +1,336 @@
+"""The trainers of a run: those that anybody can use, with the run's folder, log and measures around them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback
+
+from lightpeft.app.evaluation.scores import scores_of
+from lightpeft.app.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
+from lightpeft.app.runs.stopping import loss_aside, stopping_arguments, stopping_callbacks
+from lightpeft.app.runs.workspace import Workspace
+from lightpeft.app.tasks import Answers, points_a_nat
+from lightpeft.compat.deepspeed import load_whole
+from lightpeft.config import Tolerance
+from lightpeft.errors import LightPeftError
+from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.profiling import PeakMemory, throughput
+from lightpeft.prune.light_model import LightModel
+from lightpeft.recipe.trainer import light_trainer
+from lightpeft.training.acceleration import light_steps
+from lightpeft.training.arguments import half_precision, training_arguments
+from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
+from lightpeft.training.prefix import PrefixMixin
+from lightpeft.training.resuming import ResumingMixin
+from lightpeft.training.sharding import ShardingMixin
+from lightpeft.training.step_rows import check_step, write_step
+from lightpeft.training.trainer import RunTrainer, train_in_float32
+
+TENSORBOARD = "tensorboard"
+
+
+class Meter:
+    """Measures a part of training."""
+
+    def __init__(self, work: Workspace, model: nn.Module, step: int, resumed: bool, before: float = 0.0) -> None:
+        """
+        Args:
+            step: of the run, at which the part begins.
+            resumed: whether an earlier process has begun the part.
+            before: seconds that went by before, and count.
+        """
+        self._work, self._begun, self._resumed, self._before = work, step, resumed, before
+        self._stack = ExitStack()
+        self._memory = self._stack.enter_context(PeakMemory(model))
+        self._started = time.perf_counter()
+
+    def stop(self, step: int) -> StageCost:
+        """What the part took, which ends at a step of the run."""
+        seconds = time.perf_counter() - self._started
+        self._stack.close()
+        rows_a_step = self._work.pace.rows / self._work.pace.steps_an_epoch
+        speed = throughput(rows_a_step * (step - self._begun), seconds)
+        begun = self._begun if self._resumed else 0
+        return StageCost(self._before + seconds, speed, self._memory.bytes, self._memory.method, begun)
+
+
+class InRun:
+    """Mixin of `Trainer` classes: a trainer of a run."""
+
+    work: Workspace
+    stage = "train"
+    """Under which name checkpoints are kept."""
+    meter: Meter | None = None
+
+    @property
+    def _prefix_folder(self) -> Path:
+        return self.work.run.checkpoints("prefix")
+
+    def _remove_prefix_file(self) -> None:
+        """It goes with the checkpoints, when the result is there."""
+
+    def _announce(self, line: str) -> None:
+        self.work.run.announce(self.stage, line)
+
+    def settle(self) -> None:
+        """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
+        trainer: Any = self
+        load_whole()  # what the run loads beside the model that trains
+        trainer.args.output_dir = str(self.work.run.checkpoints(self.stage))
+        self.work.announce_processes(self.stage)
+        if _wants_tensorboard(self.work.config.trainer):
+            trainer.add_callback(_tensorboard(self.work.run.path / TENSORBOARD))
+        trainer.add_callback(SealCheckpoint())  # last: all that others write is in the checkpoint then
+
+    def _show(self, stage: str) -> None:
+        """Let bar and log say which stage it is."""
+        trainer: Any = self
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, (LogLines, ProgressBar)):
+                callback.begin(stage, trainer.state.global_step)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
+        """The loss on the rows that say where training stops or, where it runs to its end, the run's own metrics on its
+        test rows, instead of what a trainer can see of a batch."""
+        trainer: Any = self
+        if self.work.stops_early:  # their loss says where to stop; the test rows say nothing until the end
+            found = {f"{metric_key_prefix}_loss": loss_aside(self.work, trainer.model, half_precision(trainer.args))}
+        else:
+            found = self._measured(metric_key_prefix)
+        trainer.log(found)
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, found)
+        return found
+
+    def _measured(self, prefix: str) -> dict[str, float]:
+        trainer: Any = self
+        answers = {"": self.work.task.answer(self.work.asking(trainer.model), self.work.test_rows)}
+        metrics = scores_of(answers, self.work.task).metrics
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+
+
+class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
+    """Light-PEFT in a run folder: what estimation and the cut find goes there on the way."""
+
+    light_longer = "training.epochs"
+
+    def __init__(
+        self,
+        work: Workspace,
+        model: PeftModel,
+        *,
+        stop_at_cut: bool = False,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        """
+        Args:
+            model: with PEFT modules on the dense base or, to go on behind the cut, the light model.
+            stop_at_cut: end when estimation is over, with a dense model.
+            callbacks: called before those of the run.
+        """
+        self.work, self.stop_at_cut = work, stop_at_cut
+        training = work.config.training
+        options = {"light": work.config.light, "fast_steps": training.fast_steps, "prefix_cache": work.prefix_cache}
+        super().__init__(model, **_options(work, [*callbacks, _EndsAt(self, work.steps - work.last_steps)]), **options)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
+        """Behind the cut, over the steps before those at full width."""
+        last = self.work.last_steps if self.light_plan is not None else 0
+        return super().create_scheduler(num_training_steps - last, *args, **options)
+
+    def _begin_light(self, state: TrainerState, control: TrainerControl) -> None:
+        if self.light_plan is None:
+            self._show("estimate")
+            self.meter = Meter(self.work, self._peft_model, state.global_step, resumed=state.global_step > 0)
+        super()._begin_light(state, control)
+
+    def _warn(self, line: str) -> None:
+        """The stages say it, each in its place."""
+
+    def _note_full_width(self) -> None:
+        """The run does it itself."""
+
+    def make_light_plan(self, record: EstimationRecord) -> PrunePlan | None:
+        """Leave the record in the run folder, and take the plan that the folder then has."""
+        assert self.meter is not None
+        leave_estimation(self.work, self._peft_model, record, self.meter.stop(self.state.global_step))
+        if self.stop_at_cut:
+            return None
+        if self.light_config.blocks == "auto":
+            self.leave_light_budget(record)
+        return leave_plan(self.work.run)
+
+    @property
+    def light_rows_told(self) -> str:
+        """The rows of the user's file, where a part of them is held out."""
+        return self.work.rows_told
+
+    def leave_light_budget(self, record: EstimationRecord) -> None:
+        """Find a budget for the model as estimation left it, and leave it in the run folder."""
+        self.light_budget = self.find_light_budget(record, self.work.steps)
+        leave_budget(self.work.run, self.light_budget)
+        self.announce_light_budget(self.light_budget.summary())
+
+    def announce_light_budget(self, line: str) -> None:
+        """On stderr and in the log."""
+        self.work.run.announce("budget", line)
+
+    def light_tolerance(self) -> Tolerance:
+        """Points where answers are classes, if nothing else is asked for."""
+        return self.work.tolerance
+
+    def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float:
+        """By what the task's metric makes of these answers."""
+        return points_a_nat(Answers(classes.tolist(), right.tolist()), self.work.task)
+
+    def prune_light_model(self, plan: PrunePlan) -> LightModel:
+        """Cut, and leave the light adapter before fine-tuning in the run folder."""
+        return leave_pruned(self.work, self._peft_model, plan)
+
+    def _begin_light_fine_tuning(self, max_steps: int) -> None:
+        self._show("train")
+        started, step = time.perf_counter(), self.state.global_step
+        super()._begin_light_fine_tuning(max_steps)
+        caching = time.perf_counter() - started
+        self.meter = Meter(self.work, self._peft_model, step, step > self._estimation_steps, caching)
+
+
+class DenseRun(InRun, ResumingMixin, PrefixMixin, ShardingMixin, RunTrainer):
+    """Plain PEFT, or every weight, in a run folder, as both train by habit; frozen blocks run without a graph."""
+
+    def __init__(
+        self,
+        work: Workspace,
+        model: nn.Module,
+        callbacks: Sequence[TrainerCallback] = (),
+        steps: int | None = None,
+        rate: float | None = None,
+    ) -> None:
+        """
+        Args:
+            callbacks: called before those of the run.
+            steps, rate: optimizer steps, and peak learning rate; None: those of the run.
+        """
+        self.work, self.prefix_cache = work, work.prefix_cache
+        super().__init__(model, **_options(work, callbacks, steps, rate))
+        if self.args.fp16:
+            train_in_float32(model)
+        self.add_callback(_Course(self))
+
+    def begin(self, state: TrainerState) -> None:
+        """Training begins, or goes on from a checkpoint."""
+        self._show(self.stage)
+        started = time.perf_counter()
+        self._open_prefix(self.model, state.max_steps)
+        caching = time.perf_counter() - started
+        self.meter = Meter(self.work, self.model, state.global_step, state.global_step > 0, caching)
+
+    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **options: Any) -> Any:
+        """Train, and leave the model as it was but for its weights."""
+        if resume_from_checkpoint is not None:
+            check_step(Path(resume_from_checkpoint), self.args)
+        self._foresee_prefix(self.model)
+        self._before_sharding(resume_from_checkpoint)
+        try:
+            result = super().train(resume_from_checkpoint, *args, **options)
+            self._behind_sharding()
+            return result
+        finally:
+            self._close_prefix()
+
+
+class WideRun(DenseRun):
+    """The last steps of a light run, over the whole base, as fast as the others."""
+
+    stage = "widen"
+
+    def __init__(self, work: Workspace, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
+        super().__init__(work, model, callbacks, work.last_steps, work.rate * work.config.light.full_width_rate)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train with the faster steps, if the run takes them."""
+        config = self.work.config
+        with light_steps(self.model, config.light, fast=config.training.fast_steps, loss_alone=True):
+            return super().train(*args, **options)
+
+
+class _EndsAt(TrainerCallback):
+    """Ends the training of the light model where the steps at full width begin."""
+
+    def __init__(self, trainer: LightRun, step: int) -> None:
+        self.trainer, self.step = trainer, step
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.trainer.light_plan is not None and state.global_step >= self.step:
+            control.should_training_stop = True
+
+
+class _Course(TrainerCallback):
+    """Calls a dense run where its trainer is at the right place."""
+
+    def __init__(self, trainer: DenseRun) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin(state)
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_step(Path(args.output_dir) / f"checkpoint-{state.global_step}", args)
+
+
+def _options(
+    work: Workspace, callbacks: Sequence[TrainerCallback], steps: int | None = None, rate: float | None = None
+) -> dict[str, Any]:
+    """What all trainers of a run are made with; arguments as for `DenseRun`."""
+    steps, rate = work.steps if steps is None else steps, work.rate if rate is None else rate
+    config = work.config
+    training = replace(work.training_of_process, learning_rate=rate)
+    given = dict(config.trainer)
+    if _wants_tensorboard(given):
+        given["report_to"] = [name for name in _names(given) if name != TENSORBOARD]
+    # a trainer makes its folder at once, and a run nothing before all is found good: see `InRun.settle`
+    stops = steps == work.steps
+    if stops and work.stops_early:
+        training = replace(training, save_steps=work.pace.steps_an_epoch)
+        given |= stopping_arguments(work)
+    arguments = training_arguments(training, Path(tempfile.gettempdir()), steps, config.seed, given)
+    return {
+        "args": arguments,
+        "train_dataset": work.train_rows,
+        "eval_dataset": work.test_rows,
+        "data_collator": work.collator,
+        "callbacks": [
+            *callbacks,
+            *(stopping_callbacks(work) if stops else ()),
+            ProgressBar(steps),
+            LogLines(work.run.log),
+        ],
+    }
+
+
+def _names(given: Mapping[str, Any]) -> list[str]:
+    named = given.get("report_to") or []
+    return [named] if isinstance(named, str) else list(named)
+
+
+def _wants_tensorboard(given: Mapping[str, Any]) -> bool:
+    return TENSORBOARD in _names(given)
+
+
+def _tensorboard(folder: Path) -> TrainerCallback:
+    """TensorBoard's callback, whose files stay in the run folder when the checkpoints go."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise LightPeftError("trainer.report_to: tensorboard is not installed; pip install tensorboard") from error
+    return TensorBoardCallback(SummaryWriter(str(folder)))

@@ -1,0 +1,366 @@
+"""A run with its data at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lightpeft.app.evaluation.milestones import Watcher, sample
+from lightpeft.app.evaluation.respondent import BatchedModel
+from lightpeft.app.folders.forms import Wanted
+from lightpeft.app.folders.opening import open_base
+from lightpeft.app.folders.run_folder import RunFolder
+from lightpeft.app.runs.depth import with_found_depth
+from lightpeft.app.tasks import (
+    Collator,
+    Coverage,
+    Task,
+    answers_are_classes,
+    check_max_length,
+    check_tokens,
+    coverage,
+    load_task,
+    padding_within,
+    share_at_limit,
+    task_tokens,
+)
+from lightpeft.config import NOTHING_REMOVED, WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer
+from lightpeft.console.bars import showing, silent
+from lightpeft.errors import LightPeftError, require
+from lightpeft.files import understandable
+from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
+from lightpeft.models.families import max_positions
+from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
+from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
+from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, cut_tokenizer, kept_tokens
+from lightpeft.peft_kinds.kinds import check_peft_settings
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.prune.length import fitted
+from lightpeft.recipe.budget import USUAL_NATS
+from lightpeft.training.arguments import USUAL, check_given
+from lightpeft.training.prefix import PrefixCache
+from lightpeft.training.schedule import Pace, rows_held, settled
+from lightpeft.training.step_rows import rows_a_step_before, shared
+
+STOPPING = frozenset({"eval_strategy", "load_best_model_at_end", "metric_for_best_model"})
+"""Fields of `TrainingArguments` by which somebody says himself what training is stopped by, or kept of it."""
+USUAL_POINTS = "1 point"
+"""`light.tolerance: auto` where answers are classes."""
+NOTABLE_CUTS = 0.05
+"""Part of the training rows that may be cut without a word."""
+
+
+@dataclass
+class Workspace:
+    """A run with its data at hand."""
+
+    run: RunFolder
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: Dataset
+    test_rows: Dataset
+    more_test_rows: dict[str, Dataset]
+    """Rows of further splits to evaluate on, by the prefix of their metrics."""
+    positions: int | None
+    """Tokens that the model's position table has room for; None: any number."""
+    config: RunConfig
+    """The run's settings, with numbers for what is auto in `training`, and for a depth that was found."""
+    vocabulary: Vocabulary | None = None
+    """Tokens that the base has alone, and `tokenizer` knows; None: all."""
+    coverage: Coverage | None = None
+    """How the test rows fare with these."""
+    begun_by: int | None = None
+    """How many processes the run was begun by, whose steps it goes on with; None: those that there are."""
+    unable: str | None = None
+    """Why the run, which was told nothing about what to remove, has no room for an estimation; None: it has."""
+    held_rows: Dataset | None = None
+    """Training rows set aside, not in `train_rows`: where the loss on them turns, training stops. None: it runs to its
+    end."""
+
+    @property
+    def collator(self) -> Collator:
+        """Rows to padded batches."""
+        return self.task.collator(self.tokenizer, padding_within(self.config.data.max_length, self.positions))
+
+    @property
+    def pace(self) -> Pace:
+        """How fast the run goes through its rows."""
+        return Pace.of(len(self.train_rows), self.config.training, self.begun_by or processes().num_processes)
+
+    @property
+    def training_of_process(self) -> TrainingConfig:
+        """The settings of training, of which each process takes its part: a step has the rows that it had before."""
+        pace, there = self.pace, processes().num_processes
+        return shared(self.config.training, pace.batch_size * pace.accumulation, there)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run, estimation included."""
+        return self.pace.steps(float(self.config.training.epochs))
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """`light.tolerance`, or the usual one: of points where answers are classes.
+
+        Raises:
+            LightPeftError: it is of points, and answers are no classes.
+        """
+        given, classes = self.config.light.tolerance, answers_are_classes(self.task)
+        asked = Tolerance.read((USUAL_POINTS if classes else USUAL_NATS) if given == "auto" else given)
+        what = f'light.tolerance is "{asked}", and {self.task.main_metric} is no metric of classes'
+        require(classes or asked.unit == "nats", f"{what}; give nats of the loss")
+        return asked
+
+    @property
+    def rows_told(self) -> str:
+        """How many of the user's rows train, and what the others are for."""
+        data, train, test = self.config.data, len(self.task.train), len(self.task.test)
+        held = 0 if self.held_rows is None else len(self.held_rows)
+        split = data.train is not None and data.test is None and data.limit_train is None and data.limit_test is None
+        apart = [f"{test} are held out for evaluation"] if split else []
+        apart += [f"{held} to tell when to stop"] if held else []
+        besides = f" ({', '.join(apart)})" if apart else ""
+        return f"{len(self.train_rows)} of {train + test if split else train}{besides}"
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether the loss on rows that are set aside stops training: not where an engine shards the model, of which
+        `Trainer` keeps the best in a form of its own. The rows are set aside there, too, so that a run may go on
+        without the engine."""
+        return self.held_rows is not None and not sharding_launched()
+
+    def held_batches(self) -> list[dict[str, Tensor]]:
+        """Batches of the rows set aside, each of similar length."""
+        assert self.held_rows is not None
+        size, lengths = self.config.training.eval_batch_size, self.held_rows["length"][:]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        starts = range(0, len(order), size)
+        return [self.collator(self.held_rows.select(order[start : start + size]).to_list()) for start in starts]
+
+    @property
+    def last_steps(self) -> int:
+        """How many of these train at full width."""
+        return self.config.light.last_steps(self.steps) if self.run.keeps_full else 0
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate of the run's method, before a preset scales it."""
+        return float(self.config.training.learning_rate)
+
+    @property
+    def prefix_cache(self) -> PrefixCache | None:
+        """How the outputs of frozen blocks are kept; None: not at all."""
+        place = self.config.training.prefix_cache
+        return None if place == "off" else PrefixCache(place)
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """How steps are made, as `measure_training` takes it."""
+        clipped = self.config.trainer.get("max_grad_norm", USUAL["max_grad_norm"])
+        return {"autocast": autocast_dtype(self.config.training), "max_grad_norm": clipped}
+
+    def dense_model(self, to_train: bool = False) -> LoadedModel:
+        """The untouched foundation model with the task's head, on the device that training uses.
+
+        Where the run keeps the tokens of its task alone, it has no others.
+
+        Args:
+            to_train: where training shards it, it stays in host memory until then.
+        """
+        waits = to_train and sharding_launched()
+        return open_base(self.config.model, Wanted.of(self.task), self.tokenizer, self.vocabulary, waits)
+
+    def asking(self, model: nn.Module) -> BatchedModel:
+        """How test rows are fed to a model."""
+        training = self.config.training
+        return BatchedModel(model, self.collator, training.eval_batch_size, autocast_dtype(training))
+
+    def drawn_batches(self, rows: int, size: int | None = None) -> list[dict[str, Tensor]]:
+        """Batches of so many training rows, drawn by the run's seed: each of rows of similar length.
+
+        Args:
+            size: rows a batch; None: as many as are asked at once.
+        """
+        size = size or self.config.training.eval_batch_size
+        generator = torch.Generator().manual_seed(self.config.seed)
+        drawn = torch.randperm(len(self.train_rows), generator=generator)[:rows].tolist()
+        lengths = self.train_rows["length"][:]
+        order = sorted(drawn, key=lengths.__getitem__)
+        starts = range(0, len(order), size)
+        return [self.collator(self.train_rows.select(order[start : start + size]).to_list()) for start in starts]
+
+    def watcher(self) -> Watcher:
+        """What looks at the model between stages, on a few test rows."""
+        chosen = sample(self.task)
+        with showing(silent):
+            rows = self.task.encode_test(chosen, self.tokenizer)
+        return Watcher(self.task, rows, len(chosen), self.asking)
+
+    def announce_settings(self) -> None:
+        """Say, where training begins, which settings cost more than a user may know of."""
+        stage = "estimate" if self.config.way.prunes else "train"
+        asked, training = self.run.config.training, self.config.training
+        if self.unable is not None:
+            self.run.announce(stage, f"nothing of the base goes: {self.unable}")
+        if "auto" in (asked.epochs, asked.learning_rate):
+            scale = self.config.light.learning_rate_scale if self.config.way.prunes else 1.0
+            length = f"{self.steps} steps (epochs: {training.epochs:g})"
+            self.run.announce(stage, f"training takes {length} at a learning rate of {self.rate * scale:.2g}")
+        if self.held_rows is not None and self.stops_early:
+            held = f"{len(self.held_rows)} of the training rows are set aside"
+            self.run.announce(stage, f"{held}: training stops early where the loss on them turns")
+        light, writes = self.config.light, self.config.way.prunes and self.task.entry.kind in WRITTEN
+        if writes and not light.cuts_blocks:
+            preset = self.config.preset or "writer"
+            nothing = f"nothing of the base goes (preset: {preset}): a model that writes uses all of itself"
+            self.run.announce(stage, f"{nothing}; light.blocks cuts it all the same")
+        elif writes and (line := cut_of_writer(light)) is not None:
+            self.run.announce(stage, line)
+        limit = self.config.data.max_length
+        share = share_at_limit(self.train_rows, limit) if self.task.cuts else 0.0
+        if share >= NOTABLE_CUTS:
+            self.run.announce(stage, f"{share:.0%} of the training rows are cut to data.max_length: {limit} tokens")
+        if self.vocabulary is not None and self.coverage is not None:
+            tokens = f"{len(self.vocabulary):,} of {self.vocabulary.size:,} tokens stay (light.vocabulary: task)"
+            more = f"{self.coverage.after / self.coverage.before - 1:+.1%} tokens a row"
+            as_before = f"{self.coverage.identical:.0%} are tokenised as before"
+            self.run.announce(stage, f"{tokens}; the test rows take {more}, and {as_before}")
+        if autocast_dtype(training) is torch.bfloat16 and not has_bf16():
+            slow = "training.precision: bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
+            self.run.announce(stage, slow)
+
+    def announce_processes(self, stage: str) -> None:
+        """Say, where training goes on with another number of processes than it began with, how they share its steps."""
+        if self.begun_by in (None, processes().num_processes):
+            return
+        of_process, pace = self.training_of_process, self.pace
+        step = f"steps of {pace.batch_size * pace.accumulation} rows, as the run began"
+        parts = f"{of_process.batch_size} rows at once, {of_process.gradient_accumulation} time(s) a step"
+        self.run.announce(stage, f"training goes on with {step}: each process takes {parts}")
+
+
+def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False) -> Workspace:
+    """Read and check the data, the tokenizer and the run folder; nothing is written yet.
+
+    Args:
+        overwrite: the output folder may hold the run of another config.
+        replan: it may hold one of another budget, as long as nothing was pruned by that one.
+
+    Raises:
+        LightPeftError: bad input.
+    """
+    check_precision(config.training)
+    check_given(config.trainer)
+    check_peft_settings(config)
+    model_config = load_model_config(config.model)
+    task = load_task(config.data, model_config, config.tasks)
+    if config.training.gradient_checkpointing:
+        able = supports_checkpointing(config.model, task.head, task.labels, to_prune=config.way.prunes)
+        cannot = f"{config.model.name} ({model_config.model_type}) has no gradient checkpointing in transformers"
+        require(able, f"training.gradient_checkpointing: {cannot}; leave it off")
+    tokenizer = load_tokenizer(config.model)
+    positions = max_positions(model_config)
+    check_max_length(config.data.max_length, positions, tokenizer)
+    check_vocabulary(tokenizer, model_config)
+    ensure_pad_token(tokenizer, model_config)
+    vocabulary, whole = _vocabulary(config, task, tokenizer, model_config), tokenizer
+    if vocabulary is not None:
+        tokenizer, model_config = cut_tokenizer(tokenizer, vocabulary), cut_config(model_config, vocabulary)
+    train_rows = task.encode(task.train, tokenizer)
+    test_rows = task.encode_test(task.test, tokenizer)
+    more = {prefix: task.encode_test(rows, tokenizer) for prefix, rows in task.more_tests.items()}
+    for what, rows in {"the training rows": train_rows, "the test rows": test_rows, **more}.items():
+        check_tokens(rows, tokenizer, model_config, what)
+    width = getattr(model_config.get_text_config(), "hidden_size", None)
+    train_rows, held_rows = _set_aside(config, train_rows, width)
+    config, unable = _able(config, train_rows, width)
+    run = RunFolder.open(config, replan=replan, overwrite=overwrite)
+    begun_by = _begun_by(run)
+    steps_of = begun_by or processes().num_processes
+    training: TrainingConfig = settled(config.training, len(train_rows), width, steps_of, has_peft=config.way.has_peft)
+    config = replace(config, training=training)
+    if run.has("depth") and run.goes_on:
+        config = with_found_depth(config, run)
+    work = Workspace(
+        run,
+        task,
+        tokenizer,
+        train_rows,
+        test_rows,
+        more,
+        positions,
+        config,
+        vocabulary,
+        begun_by=begun_by,
+        unable=unable,
+        held_rows=held_rows,
+    )
+    if vocabulary is not None:
+        with showing(silent):
+            work.coverage = coverage(task.encode_test(task.test, whole), test_rows, vocabulary.kept)
+    if not run.has(run.last_training):
+        _ = work.training_of_process  # whether these processes can share what is left
+    if config.way.prunes and (overwrite or not run.has("estimate")):
+        # whether estimation leaves steps to train with, and sees enough
+        fitted(config.light, work.pace, work.steps, work.last_steps)
+    return work
+
+
+def _set_aside(config: RunConfig, rows: Dataset, width: int | None) -> tuple[Dataset, Dataset | None]:
+    """The rows to train on, and those that tell when to stop, drawn by the seed; None: training runs to its end.
+
+    So it does where somebody says how long it is, or has it evaluated otherwise.
+    """
+    if config.training.epochs != "auto" or config.trainer.keys() & STOPPING:
+        return rows, None
+    count = rows_held(len(rows), float(settled(config.training, len(rows), width).epochs))
+    if not count:
+        return rows, None
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return rows.select(sorted(drawn[count:])), rows.select(sorted(drawn[:count]))
+
+
+def _able(config: RunConfig, rows: Dataset, width: int | None) -> tuple[RunConfig, str | None]:
+    """The settings of a run that is long enough to estimate with them; of one that is not, and was told nothing about
+    what to remove, settings that remove nothing, and why."""
+    if not config.way.prunes or config.preset is not None or config.light.blocks != "auto":
+        return config, None
+    training = settled(config.training, len(rows), width)
+    pace = Pace.of(len(rows), training)
+    try:
+        fitted(config.light, pace, pace.steps(float(training.epochs)))
+    except LightPeftError as error:
+        return replace(config, light=replace(config.light, **NOTHING_REMOVED)), str(error)
+    return config, None
+
+
+def _begun_by(run: RunFolder) -> int | None:
+    """How many processes the training that is in a run's folder was begun by; None: nothing there tells.
+
+    Raises:
+        LightPeftError: the estimation there is damaged.
+    """
+    if not run.goes_on:
+        return None
+    rows = rows_a_step_before(run.checkpoints("train"))
+    if rows is None and run.config.way.prunes and run.has("estimate"):
+        noted = EstimationRecord.load(run.estimation).meta.get("rows_a_step")
+        with understandable(run.estimation):
+            rows = None if noted is None else int(noted)
+    of_process = run.config.training.batch_size * run.config.training.gradient_accumulation
+    return None if rows is None else max(1, rows // of_process)
+
+
+def _vocabulary(
+    config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
+) -> Vocabulary | None:
+    """The tokens that the run keeps; None: all."""
+    if not config.way.prunes or config.light.vocabulary == "keep":
+        return None
+    needed = task_tokens(task, tokenizer) | config_tokens(model_config)
+    return Vocabulary(kept_tokens(tokenizer, needed), model_config.get_text_config().vocab_size)

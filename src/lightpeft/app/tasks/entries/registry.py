@@ -1,0 +1,94 @@
+"""All tasks by name, and which one a run means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lightpeft.app.tasks.entries import choice_qa, glue, superglue, text_qa
+from lightpeft.app.tasks.entries.converting import Convert, template_columns
+from lightpeft.app.tasks.kinds.registry import KINDS
+from lightpeft.app.tasks.metrics import METRICS
+from lightpeft.app.tasks.rows.columns import is_template
+from lightpeft.config import DataConfig, TaskEntry
+from lightpeft.errors import LightPeftError, nearest, require
+
+_MODULES = (glue, superglue, choice_qa, text_qa)
+ENTRIES: dict[str, TaskEntry] = {
+    name: replace(entry, name=name) for module in _MODULES for name, entry in module.ENTRIES.items()
+}
+"""Name of a task -> its entry."""
+CONVERTERS: dict[str, Convert] = {
+    name: convert for module in _MODULES for name, convert in getattr(module, "CONVERTERS", {}).items()
+}
+"""Name in `TaskEntry.convert` -> the function."""
+
+
+def find_entry(config: DataConfig, own: Mapping[str, TaskEntry] | None = None) -> TaskEntry:
+    """The entry that `data.task` names: a kind with the columns of `config`, one of `own`, or one that ships.
+
+    Raises:
+        LightPeftError: there is no such task, one of `own` is not well declared, or columns are given for a task that
+            has its own.
+    """
+    own = own or {}
+    name = config.task
+    _check_own(own)
+    if name in KINDS:
+        _check_columns(name, config.columns, "data")
+        return TaskEntry(kind=name, test="test", columns=KINDS[name].sources(config.columns))
+    known = {**ENTRIES, **own}
+    if name not in known:
+        meant = nearest(name, [*KINDS, *known])
+        hint = f'; did you mean "{meant}"?' if meant else ""
+        raise LightPeftError(f'data.task is "{name}", which is neither a kind ({", ".join(KINDS)}) nor a task{hint}')
+    require(not config.columns, f"data.columns is for kinds; task {name} has its own columns")
+    entry = replace(known[name], name=name)
+    check_entry(entry)
+    return entry
+
+
+def _check_own(own: Mapping[str, TaskEntry]) -> None:
+    """Raise `LightPeftError` if a user's task has a name that is taken, or a kind that there is not."""
+    for name, entry in own.items():
+        free = name not in KINDS and name not in ENTRIES
+        require(free, f"tasks.{name}: there is a task of that name already; choose another one")
+        _check_known(entry.kind, KINDS, f"tasks.{name}.kind")
+
+
+def converter(entry: TaskEntry) -> Convert | None:
+    """The function that an entry names; None: it has columns."""
+    return None if entry.convert is None else CONVERTERS[entry.convert]
+
+
+def check_entry(entry: TaskEntry) -> None:
+    """Raise `LightPeftError` unless an entry says all that its kind needs, in names that exist."""
+    where = f"tasks.{entry.name}"
+    _check_known(entry.kind, KINDS, f"{where}.kind")
+    kind = KINDS[entry.kind]
+    for metric in entry.metrics:
+        _check_known(metric, METRICS, f"{where}.metrics")
+    if entry.convert is not None:
+        _check_known(entry.convert, CONVERTERS, f"{where}.convert")
+    _check_columns(entry.kind, entry.columns, where)
+    columns = tuple(kind.sources(entry.columns)) if entry.columns else (*kind.columns, *kind.optional)
+    for column in template_columns(entry.prompt or ""):
+        _check_known(column, columns, f"{where}.prompt")
+
+
+def _check_columns(kind: str, named: Mapping[str, str], where: str) -> None:
+    """Raise `LightPeftError` unless a kind has the columns that are named, and what they come from can be read."""
+    columns = (*KINDS[kind].columns, *KINDS[kind].optional)
+    for column, source in named.items():
+        there = f"rows of kind {kind} have {', '.join(columns)}"
+        require(column in columns, f'{where}.columns names "{column}", which does not exist; {there}')
+        if is_template(source):
+            template_columns(source)
+
+
+def _check_known(name: str, known: Mapping[str, object] | tuple[str, ...], where: str) -> None:
+    if name in known:
+        return
+    meant = nearest(name, known)
+    hint = f"did you mean {meant}?" if meant else f"choose of {', '.join(known)}"
+    raise LightPeftError(f'{where} has "{name}", which does not exist; {hint}')

@@ -1,0 +1,252 @@
+"""Answering by likelihood: a causal language model scores every option behind the prompt (as lm-evaluation-harness).
+
+Training raises the probability of the right option; nothing but the language-modelling head is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from scipy.special import softmax
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from lightpeft.app.tasks.answers import Columns, Metric, Outcome, require_finite
+from lightpeft.app.tasks.kinds.completions import completion_columns, fit, without_end
+from lightpeft.app.tasks.kinds.options import OptionsTask, chosen_answers, nested
+from lightpeft.app.tasks.metrics import accuracy, renamed
+from lightpeft.app.tasks.respondent import Respondent, token_sums
+from lightpeft.app.tasks.tokens import Collator, in_chunks
+from lightpeft.config import LikelihoodRule
+from lightpeft.errors import require
+from lightpeft.models.batches import IGNORED
+from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
+
+UNCONDITIONAL = "Answer:"
+"""The prompt without a question, which says how probable an option is anyway (Brown et al. 2020, section 2.4)."""
+ACCURACIES: dict[LikelihoodRule, str] = {
+    "sum": "accuracy",
+    "token": "accuracy_token",
+    "byte": "accuracy_norm",
+    "unconditional": "accuracy_unconditional",
+}
+"""Rule that picks an option -> what the accuracy of its picks is called."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One row as a causal language model reads it."""
+
+    prompts: list[str]
+    """One an option; the same for all unless the option stands inside the text."""
+    completions: list[str]
+    """What is scored behind each prompt."""
+
+
+class LikelihoodTask(OptionsTask):
+    """How a causal language model scores the options of a kind, whose class comes behind this one among the bases."""
+
+    head: ClassVar[TaskHead] = CAUSAL_LM
+
+    def encode(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """Prompt and right option, of at most `data.max_length` tokens; labels are -100 on the prompt.
+
+        No end token is learned: what is trained is what is scored. A row that is too long loses the beginning of its
+        prompt (the start token stays).
+        """
+        right = self.right_options(rows)
+
+        def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
+            scored = list(self.scored(chunk))
+            chosen = right[start : start + len(scored)]
+            prompts = [row.prompts[index] for row, index in zip(scored, chosen, strict=True)]
+            completions = [row.completions[index] for row, index in zip(scored, chosen, strict=True)]
+            return completion_columns(encode_pairs(prompts, completions, tokenizer, self.config.max_length))
+
+        return in_chunks(rows, encode)
+
+    def encode_test(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """As `encode_inputs`, with `labels` as the numbers of the right options."""
+        encoded = self.encode_inputs(rows, tokenizer)
+        return self.carry(rows, encoded.add_column("labels", self.right_options(rows)))
+
+    def encode_inputs(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+        """A row's options as lists: input_ids, start (of the option in them), the same unconditional_, and bytes."""
+        most = self.config.max_length
+
+        def encode(chunk: dict[str, list[Any]], _: int) -> dict[str, list[Any]]:
+            scored = list(self.scored(chunk))
+            counts = [len(row.completions) for row in scored]
+            prompts = [prompt for row in scored for prompt in row.prompts]
+            completions = [completion for row in scored for completion in row.completions]
+            asked = encode_pairs(prompts, completions, tokenizer, most)
+            plain = encode_pairs([UNCONDITIONAL] * len(prompts), completions, tokenizer, most)
+            sizes = [len(completion.strip().encode()) for completion in completions]
+            return {
+                "input_ids": nested([prompt + completion for prompt, completion in asked], counts),
+                "start": nested([len(prompt) for prompt, _ in asked], counts),
+                "unconditional_ids": nested([prompt + completion for prompt, completion in plain], counts),
+                "unconditional_start": nested([len(prompt) for prompt, _ in plain], counts),
+                "bytes": nested(sizes, counts),
+            }
+
+        return in_chunks(rows, encode, length=lambda options: sum(map(len, options)))
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, multiple_of: int | None = None) -> Collator:
+        """Batches of sequences, padded to their longest (or the next multiple); labels of padding are -100.
+
+        Padding is on the right, whichever side the tokenizer pads: no token sees what follows it, so scores are those
+        of a sequence alone, also of models that count positions from the first column (GPT-2).
+        """
+        right = copy.copy(tokenizer)
+        right.padding_side = "right"
+        return Collator(DataCollatorForSeq2Seq(right, pad_to_multiple_of=multiple_of, label_pad_token_id=IGNORED))
+
+    def answer(self, respondent: Respondent, encoded: Dataset) -> Outcome:
+        """The option that `data.likelihood` picks, and beside it whether each rule picks a right one."""
+        labels, found = encoded["labels"][:], likelihoods(respondent, encoded)
+        picked = {
+            rule: chosen_answers(encoded, [int(of_row.argmax(-1)) for of_row in scores])
+            for rule, scores in found.scores.items()
+        }
+        right = [numbers[label] for numbers, label in zip(found.sequences, labels, strict=True)]
+        accuracies = {name: accuracy.scores(picked[rule])["accuracy"] for rule, name in ACCURACIES.items()}
+        answers = replace(picked[self.config.likelihood], scores=accuracies)
+        if self.labels:
+            probabilities = softmax(np.stack(found.scores[self.config.likelihood]), axis=-1)
+            answers = replace(answers, probabilities=probabilities.astype(np.float32))
+        return Outcome(answers, {"loss": float(found.losses[right].sum()) / float(found.tokens[right].sum())})
+
+    def predict(self, respondent: Respondent, encoded: Dataset, rows: Dataset) -> Columns:
+        """As the kind writes probabilities."""
+        scores = likelihoods(respondent, encoded).scores[self.config.likelihood]
+        return self.picked([softmax(of_row) for of_row in scores], rows)
+
+    def scored(self, columns: dict[str, list[Any]]) -> Iterator[Scored]:
+        """Prompts and options of rows, given as columns."""
+        names = list(columns)
+        for values in zip(*columns.values(), strict=True):
+            row = dict(zip(names, values, strict=True))
+            prompt = row.get("prompt") or self.prompt(row).format_map(row)
+            options, ending = self.options(row), row.get("ending")
+            if ending:
+                yield Scored([f"{prompt} {option}" for option in options], [f" {ending}"] * len(options))
+            else:
+                yield Scored([prompt] * len(options), [f" {option}" for option in options])
+
+    @property
+    def main_metric(self) -> str:
+        """The main value; an accuracy goes by the rule that picks the options."""
+        return self._names.get(super().main_metric, super().main_metric)
+
+    @property
+    def measures(self) -> tuple[Metric, ...]:
+        """What is measured of the answers that `data.likelihood` picks."""
+        return tuple(renamed(measure, self._names) for measure in super().measures)
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return {"accuracy": ACCURACIES[self.config.likelihood]}
+
+
+def encode_pairs(
+    prompts: list[str], completions: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens of prompts and of what follows, tokenised together and cut apart where the prompt alone ends.
+
+    So a completion gets the tokens that it has in running text, also where a tokenizer treats the beginning of a text
+    in a way of its own. Together they are cut to `max_length` from the left of the prompt.
+    """
+    alone = [without_end(ids, tokenizer) for ids in tokenizer(prompts)["input_ids"]]
+    together = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    whole = [without_end(ids, tokenizer) for ids in tokenizer(together)["input_ids"]]
+    pairs = []
+    for text, prompt, ids in zip(together, alone, whole, strict=True):
+        require(0 < len(prompt) < len(ids), f"no token of the answer is left to score in {text[-60:]!r}")
+        pairs.append(fit(ids[: len(prompt)], ids[len(prompt) :], max_length, tokenizer.bos_token_id))
+    return pairs
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences that score the options of encoded rows; equal ones are there once."""
+
+    rows: Dataset
+    """input_ids, attention_mask, labels (-100 on the prompt) and length."""
+    asked: list[list[int]]
+    """Sequence of every row's every option behind its prompt."""
+    unconditional: list[list[int]]
+    """The same behind the prompt without a question."""
+
+
+def option_sequences(encoded: Dataset) -> Sequences:
+    """What is to be scored of rows that `LikelihoodTask.encode_test` gave."""
+    numbers: dict[tuple[int, tuple[int, ...]], int] = {}
+
+    def place(ids: str, starts: str) -> list[list[int]]:
+        return [
+            [numbers.setdefault((start, tuple(tokens)), len(numbers)) for tokens, start in zip(*options, strict=True)]
+            for options in zip(encoded[ids], encoded[starts], strict=True)
+        ]
+
+    asked, unconditional = place("input_ids", "start"), place("unconditional_ids", "unconditional_start")
+    rows = Dataset.from_dict(
+        {
+            **completion_columns((list(ids[:start]), list(ids[start:])) for start, ids in numbers),
+            "length": [len(ids) for _, ids in numbers],
+        }
+    )
+    return Sequences(rows, asked, unconditional)
+
+
+def option_scores(
+    sequences: Sequences, log_p: np.ndarray, tokens: np.ndarray, sizes: list[list[int]]
+) -> dict[LikelihoodRule, list[np.ndarray]]:
+    """Every rule's scores of every row's options; the highest is the answer.
+
+    Args:
+        log_p: [sequences], sums of log-probabilities of the scored tokens.
+        tokens: [sequences], their numbers.
+        sizes: bytes of every row's options.
+    """
+    sums = [log_p[numbers] for numbers in sequences.asked]
+    return {
+        "sum": sums,
+        "token": [log_p[numbers] / tokens[numbers] for numbers in sequences.asked],
+        "byte": [of_row / np.asarray(size) for of_row, size in zip(sums, sizes, strict=True)],
+        "unconditional": [
+            of_row - log_p[numbers] for of_row, numbers in zip(sums, sequences.unconditional, strict=True)
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """How probable a model finds the options of rows."""
+
+    scores: dict[LikelihoodRule, list[np.ndarray]]
+    """Every rule's scores of every row's options."""
+    sequences: list[list[int]]
+    """Number of the sequence of every row's every option."""
+    losses: np.ndarray
+    """Cross-entropy of each sequence's scored tokens, in nats."""
+    tokens: np.ndarray
+    """Their number."""
+
+
+def likelihoods(respondent: Respondent, encoded: Dataset) -> Likelihoods:
+    """Scores of every row's options, of what `LikelihoodTask.encode_test` or `encode_inputs` returned.
+
+    Raises:
+        LightPeftError: there is no row, or a probability is no number.
+    """
+    sequences = option_sequences(encoded)
+    losses, _, tokens = token_sums(respondent, sequences.rows).T
+    asked = zip(sequences.asked, sequences.unconditional, strict=True)
+    require_finite([bool(np.isfinite(losses[[*options, *plain]]).all()) for options, plain in asked])
+    scores = option_scores(sequences, -losses, tokens, encoded["bytes"][:])
+    return Likelihoods(scores, sequences.asked, losses, tokens)

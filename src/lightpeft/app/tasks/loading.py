@@ -1,0 +1,147 @@
+"""From settings to a task with its rows, and from what an adapter says of its task back to the task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from datasets import Dataset
+from transformers import PretrainedConfig
+
+from lightpeft.app.tasks.entries.converting import convert_rows, source_columns
+from lightpeft.app.tasks.entries.registry import ENTRIES, check_entry, converter, find_entry
+from lightpeft.app.tasks.kinds.base import Task
+from lightpeft.app.tasks.kinds.likelihood import LikelihoodTask
+from lightpeft.app.tasks.kinds.registry import KINDS, task_class
+from lightpeft.app.tasks.rows.sources import Split, read_splits, read_tests
+from lightpeft.app.tasks.rows.splitting import limited, split_rows
+from lightpeft.config import DataConfig, TaskEntry
+from lightpeft.config.validation import from_dict
+
+READING = ("max_length", "null_threshold", "answer_tokens")
+"""Settings of `data` that decide how rows are read and answered."""
+
+
+def load_task(
+    config: DataConfig, model: PretrainedConfig | None = None, own: Mapping[str, TaskEntry] | None = None
+) -> Task:
+    """Read, convert, check and split the rows that `config` names.
+
+    Args:
+        model: configuration of the foundation model, which decides how it answers; None: one that has every head.
+        own: tasks of the user by name.
+
+    Raises:
+        LightPeftError: a source cannot be read, its rows don't fit the task, or the model cannot answer it.
+    """
+    entry = find_entry(config, own)
+    kind = task_class(entry.kind, config.answer, model)
+    splits = read_splits(entry, config)
+    assert splits.train is not None
+    train = _ready(splits.train, entry, kind)
+    test = _ready(splits.test, entry, kind) if splits.test is not None else None
+    labels = kind.label_set(train, entry)
+    train, test = split_rows(train, test, config)
+    more = {
+        prefix: limited(_ready(split, entry, kind), config.limit_test) for prefix, split in splits.more_tests.items()
+    }
+    for rows in (test, *more.values()):
+        kind.check_split(train, rows, labels, entry)
+    return kind(config, train, test, labels, entry, more)
+
+
+def load_test(
+    config: DataConfig, model: PretrainedConfig | None = None, own: Mapping[str, TaskEntry] | None = None
+) -> Task:
+    """Read, convert and check the rows to evaluate on; `train` is empty, and the labels are those of these rows.
+
+    Where the rows have to be held out from training rows, it is what `load_task` gives. Arguments and errors as there.
+    """
+    entry = find_entry(config, own)
+    kind = task_class(entry.kind, config.answer, model)
+    splits = read_tests(entry, config)
+    if splits is None:
+        return load_task(config, model, own)
+    assert splits.test is not None
+    test, *others = (
+        limited(_ready(split, entry, kind), config.limit_test) for split in (splits.test, *splits.more_tests.values())
+    )
+    more = dict(zip(splits.more_tests, others, strict=True))
+    return kind(config, test.select([]), test, kind.label_set(test, entry), entry, more)
+
+
+def _ready(split: Split, entry: TaskEntry, kind: type[Task]) -> Dataset:
+    """Rows as they were read, in the columns of the kind and found good."""
+    rows = convert(split.rows, entry, split.what)
+    kind.check(rows, entry, split.what)
+    return rows
+
+
+def convert(rows: Dataset, entry: TaskEntry, what: str, answered: bool = True) -> Dataset:
+    """Rows of the data in the columns of the entry's kind; `answered` off: rows to predict on, without answers.
+
+    Raises:
+        LightPeftError: a column is missing, or a row does not fit; `what` names the rows.
+    """
+    return convert_rows(rows, entry, what, converter(entry), answered)
+
+
+def input_columns(task: Task) -> list[str]:
+    """Columns of the data that a row to predict on needs; none where a function of the entry reads the row."""
+    entry, kind = task.entry, KINDS[task.entry.kind]
+    if entry.convert is not None:
+        return []
+    sources = kind.sources(entry.columns) if entry.columns else {column: column for column in kind.columns}
+    needed = [source for column, source in sources.items() if column not in kind.targets]
+    return list(dict.fromkeys(name for source in needed for name in source_columns(source)))
+
+
+def task_facts(task: Task) -> dict[str, Any]:
+    """What an adapter says of its task, as plain data, so that predicting and evaluating need nothing else."""
+    return {
+        "entry": asdict(task.entry),
+        "answer": "likelihood" if isinstance(task, LikelihoodTask) else "head",
+        "likelihood": task.config.likelihood,
+        "labels": task.labels,
+        **{name: getattr(task.config, name) for name in READING},
+    }
+
+
+def run_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a `RunConfig`, nested, that name the task that `task_facts` told of; empty where there are no facts.
+
+    Where its rows are is not among them.
+    """
+    if not facts:
+        return {}
+    entry = _entry(facts)
+    said = {name: facts[name] for name in ("answer", "likelihood", *READING) if name in facts}
+    if not entry.name:
+        return {"data": {"task": entry.kind, "columns": entry.columns, **said}}
+    own = {} if entry.name in ENTRIES else {entry.name: {**facts["entry"], "name": ""}}
+    return {"data": {"task": entry.name, **said}, "tasks": own}
+
+
+def restore_task(facts: Mapping[str, Any]) -> Task:
+    """The task that `task_facts` told of, without rows.
+
+    Raises:
+        LightPeftError: these are no such facts.
+    """
+    entry = _entry(facts)
+    config = DataConfig(
+        task=entry.name or entry.kind,
+        answer=facts["answer"],
+        likelihood=facts["likelihood"],
+        **{name: facts[name] for name in READING if name in facts},
+    )
+    none = Dataset.from_dict({})
+    return task_class(entry.kind, config.answer, None)(config, none, none, list(facts["labels"]), entry)
+
+
+def _entry(facts: Mapping[str, Any]) -> TaskEntry:
+    """The entry of a task, found good."""
+    entry = from_dict(TaskEntry, facts["entry"], "task.entry.")
+    check_entry(entry)
+    return entry

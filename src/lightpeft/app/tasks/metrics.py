@@ -1,0 +1,167 @@
+"""What is measured of answers: functions of `Answers`, by name in one registry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from lightpeft.app.tasks.answers import Answers, ClassMetric, MeanMetric, Metric, class_count
+from lightpeft.app.tasks.text_metrics import by_answerability, text_match
+
+
+@dataclass(frozen=True)
+class NamedMetric:
+    """A function of answers and the names of the values it gives, the main one first."""
+
+    values: tuple[str, ...]
+    compute: Metric
+
+    def __call__(self, answers: Answers) -> dict[str, float]:
+        """The values by name."""
+        return self.compute(answers)
+
+
+def _right(answers: Answers) -> dict[str, np.ndarray]:
+    pairs = zip(answers.predictions, answers.references, strict=True)
+    several = (list, tuple)
+    right = [p in r if isinstance(r, several) else p == r for p, r in pairs]
+    return {"accuracy": np.asarray(right, float)}
+
+
+accuracy = MeanMetric(_right)
+"""Part of the answers that are right; where several are, one of them will do."""
+
+
+def _f1(answers: Answers) -> dict[str, float]:
+    average = "binary" if class_count(answers) == 2 else "macro"
+    return {"f1": float(f1_score(answers.references, answers.predictions, average=average, zero_division=0))}
+
+
+def _f1_of_counts(counts: np.ndarray) -> dict[str, float]:
+    by_class, _ = _f1_by_class(counts)
+    return {"f1": float(by_class[1])} if len(counts) == 2 else {"f1": _macro(counts)}
+
+
+f1 = ClassMetric(_f1, _f1_of_counts)
+"""F1 of the second class where there are two, else the mean over classes (macro)."""
+
+
+def _f1_macro(answers: Answers) -> dict[str, float]:
+    return {"f1_macro": float(f1_score(answers.references, answers.predictions, average="macro", zero_division=0))}
+
+
+f1_macro = ClassMetric(_f1_macro, lambda counts: {"f1_macro": _macro(counts)})
+"""Mean of all classes' F1, as SuperGLUE measures CB."""
+
+
+def _macro(counts: np.ndarray) -> float:
+    """Mean F1 of the classes that are right or answered somewhere."""
+    by_class, there = _f1_by_class(counts)
+    return float(by_class[there].mean())
+
+
+def _f1_by_class(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every class's F1, 0 where it is undefined, and whether the class is there at all."""
+    total = counts.sum(0) + counts.sum(1)
+    return 2 * np.diag(counts) / np.maximum(total, 1), total > 0
+
+
+def _matthews(answers: Answers) -> dict[str, float]:
+    return {"matthews": float(matthews_corrcoef(answers.references, answers.predictions))}
+
+
+def _matthews_of_counts(counts: np.ndarray) -> dict[str, float]:
+    """Gorodkin 2004, equation 8."""
+    right, answered, total = counts.sum(1, dtype=float), counts.sum(0, dtype=float), float(counts.sum())
+    spread = (total**2 - answered @ answered) * (total**2 - right @ right)
+    return {"matthews": float((np.trace(counts) * total - right @ answered) / math.sqrt(spread)) if spread else 0.0}
+
+
+matthews = ClassMetric(_matthews, _matthews_of_counts)
+"""Matthews' correlation coefficient, in [-1, 1]; 0 where all answers are the same."""
+
+
+def pearson(answers: Answers) -> dict[str, float]:
+    """Pearson's correlation; 0 where it is not defined because one side is constant."""
+    return {"pearson": _correlation(pearsonr, answers)}
+
+
+def spearman(answers: Answers) -> dict[str, float]:
+    """Spearman's rank correlation; 0 where it is not defined because one side is constant."""
+    return {"spearman": _correlation(spearmanr, answers)}
+
+
+def _squared(answers: Answers) -> dict[str, np.ndarray]:
+    difference = np.asarray(answers.predictions, float) - np.asarray(answers.references, float)
+    return {"mse": difference**2}
+
+
+squared_error = MeanMetric(_squared)
+"""Mean squared error."""
+
+
+def multirc(answers: Answers) -> dict[str, float]:
+    """MultiRC's metrics (Khashabi et al. 2018): F1 over all answer options, and questions with all of them right."""
+    predictions, references = np.asarray(answers.predictions), np.asarray(answers.references)
+    counts = np.bincount(2 * references + predictions, minlength=4).reshape(2, 2)
+    groups = np.arange(len(answers)) if answers.groups is None else np.unique(answers.groups, return_inverse=True)[1]
+    wrong = np.bincount(groups, weights=predictions != references)
+    return {"f1a": _f1_of_counts(counts)["f1"], "exact_match": float(np.mean(wrong == 0))}
+
+
+def language_modelling(answers: Answers) -> dict[str, float]:
+    """Of predictions (sum of the tokens' cross-entropy in nats, tokens predicted right, tokens), one an example."""
+    loss, right, tokens = np.sum(np.asarray(answers.predictions, float), axis=0)
+    mean = loss / tokens
+    return {
+        "perplexity": math.exp(min(mean, 700.0)),
+        "loss": float(mean),
+        "accuracy": float(right / tokens),
+    }
+
+
+METRICS: dict[str, NamedMetric] = {
+    "accuracy": NamedMetric(("accuracy",), accuracy),
+    "f1": NamedMetric(("f1",), f1),
+    "f1_macro": NamedMetric(("f1_macro",), f1_macro),
+    "matthews": NamedMetric(("matthews",), matthews),
+    "pearson": NamedMetric(("pearson",), pearson),
+    "spearman": NamedMetric(("spearman",), spearman),
+    "mse": NamedMetric(("mse",), squared_error),
+    "multirc": NamedMetric(("f1a", "exact_match"), multirc),
+    "record": NamedMetric(("f1", "exact_match"), text_match),
+    "text_match": NamedMetric(("f1", "exact_match"), text_match),
+    "answerability": NamedMetric(
+        ("has_answer_f1", "has_answer_exact_match", "no_answer_f1", "no_answer_exact_match"), by_answerability
+    ),
+    "language_modelling": NamedMetric(("perplexity", "loss", "accuracy"), language_modelling),
+}
+"""Name of a metric, as a task's entry gives it -> the metric."""
+
+
+def renamed(metric: Metric, names: Mapping[str, str]) -> Metric:
+    """The metric with some of its values under other names; it stays of its kind."""
+
+    def rename(values: dict[str, Any]) -> dict[str, Any]:
+        return {names.get(name, name): value for name, value in values.items()}
+
+    if isinstance(metric, MeanMetric):
+        scores = metric.scores
+        return MeanMetric(lambda answers: rename(scores(answers)))
+    if isinstance(metric, ClassMetric):
+        of_counts = metric.of_counts
+        return ClassMetric(lambda answers: rename(metric(answers)), lambda counts: rename(of_counts(counts)))
+    return lambda answers: rename(metric(answers))
+
+
+def _correlation(measure: Callable[..., Any], answers: Answers) -> float:
+    predictions, references = np.asarray(answers.predictions, float), np.asarray(answers.references, float)
+    if len(predictions) < 2 or np.ptp(predictions) == 0 or np.ptp(references) == 0:
+        return 0.0
+    return float(measure(predictions, references).statistic)

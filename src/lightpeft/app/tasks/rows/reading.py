@@ -1,0 +1,285 @@
+"""Where rows come from: one local file or one hub data set, as a `datasets.Dataset` in memory."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import datasets
+import pyarrow  # type: ignore[import-untyped,unused-ignore]
+import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
+from datasets import Dataset
+from datasets.table import InMemoryTable
+
+from lightpeft.app.tasks.rows.columns import place
+from lightpeft.errors import LightPeftError, one_line, require
+from lightpeft.files.foreign import parsing
+from lightpeft.models import hub
+
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.\[\]%:+-]+))?")
+FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w{0,7}")
+LONGEST_FIELD = 2**30
+"""Characters one CSV field may have; the csv module's own limit (131,072) is less than a long document."""
+
+
+def read_rows(source: str, what: str) -> Dataset:
+    """Read a local file (by suffix) or a hub data set, all of it, into memory; nothing is written beside the file.
+
+    Args:
+        source: a path ending in one of `READERS`' suffixes, or a hub name as `[owner/]name[/config][:split]`
+            (`/config` needs the owner; the split defaults to train, or to test where `what` is "data.test").
+        what: the setting that names the source, for error lines ("data.train").
+
+    Returns:
+        At least one row. CSV and TSV values are strings; the other formats keep their types.
+
+    Raises:
+        LightPeftError: not there, empty, malformed, of unknown kind, or no hub was reached.
+    """
+    require(source, f"{what} is not set; give a {_suffixes()} file or the name of a hub data set")
+    path = Path(source).expanduser()
+    return read_file(path, what) if is_local(source) else read_hub(source, what)
+
+
+def is_local(source: str) -> bool:
+    """Whether `source` means a file (there or not) rather than a hub data set."""
+    path = Path(source).expanduser()
+    looks_like_file = path.is_absolute() or source.startswith((".", "~")) or FILE_SUFFIX.fullmatch(path.suffix)
+    return path.exists() or bool(looks_like_file) or HUB_NAME.fullmatch(source) is None
+
+
+def read_file(path: Path, what: str) -> Dataset:
+    """`read_rows` of a local file."""
+    require(path.exists(), f"{what}: file {path} does not exist")
+    kind = "a folder" if path.is_dir() else "no regular file"
+    require(path.is_file(), f"{what}: {path} is {kind}; name one {_suffixes()} file")
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise LightPeftError(f'{what}: {path} ends in "{path.suffix}"; it must be a {_suffixes()} file')
+    require(path.stat().st_size > 0, f"{what}: {path} is empty")
+    try:
+        rows = reader(path)
+    except UnicodeDecodeError as error:
+        raise LightPeftError(f"{what}: {path} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
+    except OSError as error:
+        raise LightPeftError(f"{what}: {path} cannot be read: {error.strerror or one_line(error)}") from error
+    except (_MalformedError, LightPeftError) as error:
+        raise LightPeftError(f"{what}: {error}") from error
+    require(rows.num_rows > 0, f"{what}: {path} has no rows")
+    return rows
+
+
+def with_suffix(path: Path) -> Path | None:
+    """The file that is `path` with one of the known suffixes; None if there is none."""
+    return next((file for suffix in READERS if (file := path.with_name(path.name + suffix)).is_file()), None)
+
+
+def suffixes() -> list[str]:
+    """Suffixes of files that can be read."""
+    return list(READERS)
+
+
+class HubNotReachedError(LightPeftError):
+    """There is no network, or the hub is down."""
+
+
+class _MalformedError(Exception):
+    """The content is not what the suffix says; the message names file and line."""
+
+
+def _read_csv(path: Path) -> Dataset:
+    return _delimited(path, delimiter=",", quoting=csv.QUOTE_MINIMAL)
+
+
+def _read_tsv(path: Path) -> Dataset:
+    try:
+        return _delimited(path, delimiter="\t", quoting=csv.QUOTE_MINIMAL)
+    except _MalformedError:
+        # Corpora are often tab separated without any quoting, so that a stray quote character is just text.
+        return _delimited(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _delimited(path: Path, delimiter: str, quoting: Any) -> Dataset:
+    csv.field_size_limit(LONGEST_FIELD)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        try:
+            header = next(reader, [])
+            _check_header(header, path)
+            rows = []
+            for row in reader:
+                if row and len(row) != len(header):
+                    raise _MalformedError(
+                        f"{path} line {reader.line_num} has {len(row)} fields, its header {len(header)}"
+                    )
+                rows.append(row)
+        except csv.Error as error:
+            raise _MalformedError(f"{path} line {reader.line_num}: {error}") from error
+    rows = [row for row in rows if row]
+    return _from_columns({name: [row[i] for row in rows] for i, name in enumerate(header)}, path)
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise _MalformedError(f'{path} line 1 names column "{twice[0]}" twice; the first line holds the column names')
+
+
+def read_json_text(text: str, what: str) -> Dataset:
+    """The rows of a list of objects, or of one object a line; `what` names them.
+
+    Raises:
+        LightPeftError: malformed or empty.
+    """
+    try:
+        rows = _json_rows(io.StringIO(text), what)
+    except _MalformedError as error:
+        raise LightPeftError(str(error)) from error
+    require(rows.num_rows > 0, f"{what} has no rows")
+    return rows
+
+
+def _read_json(path: Path) -> Dataset:
+    with path.open(encoding="utf-8-sig") as file:
+        return _json_rows(file, path)
+
+
+def _json_rows(file: TextIO, path: Path | str) -> Dataset:
+    """A list of objects, or one object a line, whichever the file holds."""
+    is_list = file.read(1024).lstrip().startswith("[")
+    file.seek(0)
+    if is_list:
+        rows = _json_value(file.read(), path, 1)
+        places = [f"entry {i}" for i in range(1, len(rows) + 1)]
+    else:
+        numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+        rows = [_json_value(line.strip(), path, number) for number, line in numbered]
+        places = [f"line {number}" for number, _ in numbered]
+    for where, row in zip(places, rows, strict=True):
+        if not isinstance(row, dict):
+            raise _MalformedError(
+                f"{path} {where} is not an object; a file holds a list of objects or one object a line"
+            )
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return _from_columns({name: [row.get(name) for row in rows] for name in names}, path)
+
+
+def _json_value(text: str, path: Path | str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise _MalformedError(
+            f"{path} line {line} is not JSON (list of objects, or one object a line): {error.msg}"
+        ) from error
+    except RecursionError as error:
+        raise _MalformedError(f"{path} line {first_line} is nested too deep to be read") from error
+    except ValueError as error:  # more digits than Python reads
+        raise _MalformedError(f"{path} line {first_line} has {_TOO_LONG}") from error
+
+
+def _read_parquet(path: Path) -> Dataset:
+    with parsing(f"{path} is not a readable Parquet file"):  # what `datasets` says of its own metadata there as well
+        table = pyarrow.parquet.read_table(path)
+        table.validate(full=True)  # texts that are no UTF-8 would be found by who reads them
+        return Dataset(InMemoryTable(table))
+
+
+def _from_columns(columns: dict[str, list[Any]], path: Path | str) -> Dataset:
+    arrays = {}
+    for name, values in columns.items():
+        if not _is_whole(name):
+            raise _MalformedError(f"{path}: a column is called {name!a}, with {_HALF}")
+        try:
+            arrays[name] = pyarrow.array(values)
+        except (pyarrow.ArrowException, OverflowError, UnicodeEncodeError) as error:
+            _check_each(name, values, path)
+            raise _MalformedError(f'{path}: column "{name}" mixes types: {one_line(error)}') from error
+    try:
+        return Dataset(InMemoryTable(pyarrow.table(arrays)))
+    except (pyarrow.ArrowException, RecursionError) as error:
+        raise _MalformedError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _check_each(name: str, values: list[Any], path: Path | str) -> None:
+    """Refuse the first value of a column that a table has no room for, whatever the others are."""
+    for number, value in enumerate(values, 1):
+        try:
+            pyarrow.array([value])
+        except OverflowError as error:
+            raise _MalformedError(f"{place(str(path), number, name)}: there is {_TOO_LONG}") from error
+        except UnicodeEncodeError as error:
+            raise _MalformedError(f"{place(str(path), number, name)}: there is {_HALF}") from error
+        except pyarrow.ArrowException:
+            continue
+
+
+_TOO_LONG = "a whole number of more than 64 bits, which no table has room for; write it as text"
+_HALF = "half a character (a lone surrogate), which no text has; take it out"
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+READERS: dict[str, Callable[[Path], Dataset]] = {
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
+    ".parquet": _read_parquet,
+}
+"""File suffix -> reader."""
+
+
+def read_hub(source: str, what: str) -> Dataset:
+    """`read_rows` of a hub data set.
+
+    Raises:
+        HubNotReachedError: there is no network.
+        LightPeftError: the data set cannot be loaded, or has no rows.
+    """
+    match = HUB_NAME.fullmatch(source)
+    require(match, f'{what}: "{source}" is neither a file nor a hub name as owner/name[/config][:split]')
+    assert match is not None
+    split = match["split"] or ("test" if what == "data.test" else "train")
+    hub.look_for(source)
+    try:
+        with _quiet():
+            rows = datasets.load_dataset(match["name"], match["config"], split=split)
+    except ConnectionError as error:
+        raise HubNotReachedError(
+            f'{what}: there is no file "{source}", and the hub was not reached for a data set of that name; '
+            f"give a local {_suffixes()} file instead"
+        ) from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise LightPeftError(f'{what}: hub data set "{source}" cannot be loaded: {one_line(error)}') from error
+    require(rows.num_rows > 0, f"{what}: hub data set {source} has no rows")
+    return rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of `datasets` meanwhile."""
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
+
+
+def _suffixes() -> str:
+    *first, last = READERS
+    return f"{', '.join(first)} or {last}"
