@@ -211,6 +211,6 @@ class TestModels:
     [("light", {}, True), ("light", {"training.fast_steps": False}, False), ("plain", {}, False)],
 )
 def test_light_runs_take_it(tmp_path: Path, taken: list[int], method: str, changes: dict[str, Any], fast: bool) -> None:
-    length = {"training.epochs": 1, "training.bf16": True}
+    length = {"training.epochs": 1, "training.precision": "bf16"}
     pipeline.run(Workbench(tmp_path).config("run", method=method, **length, **changes))
     assert bool(taken) == fast

@@ -109,7 +109,10 @@ MISNAMED = {
     ("run", "--per-device-train-batch-size", "8"): "did you mean --training.batch_size?",
     ("run", "--batch_size", "8"): "did you mean --training.batch_size?",
     ("predict", "run", "-b", "8"): "did you mean --batch_size?",
-    ("run", "--rank=4"): "did you mean --lora.r?",
+    ("run", "--rank=4"): "did you mean --peft.r?",
+    ("run", "--text", "review"): "did you mean --data.columns.text?",
+    ("run", "--data.label", "stars"): "did you mean --data.columns.label?",
+    ("run", "--weight_decay", "0.1"): "did you mean --trainer.weight_decay?",
     ("run", "--model", "bert"): "--model takes a YAML file, and bert is none; did you mean --model.name?",
     ("run", "--training=5"): "did you mean --training.epochs?",
     ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train?",
@@ -139,7 +142,8 @@ def test_options_by_names_of_other_tools(capsys: pytest.CaptureFixture[str], arg
 
 def test_every_name_of_other_tools_leads_to_an_option() -> None:
     known = {option for verb in VERBS.values() for option in verb.parser().known}
-    assert {f"--{option}" for option in ELSEWHERE.values()} <= known
+    mappings = ("--data.columns.", "--peft.", "--trainer.")  # whose keys are the user's
+    assert {name for name in map("--{}".format, ELSEWHERE.values()) if not name.startswith(mappings)} <= known
 
 
 def test_places_may_stand_behind_options() -> None:
@@ -192,7 +196,7 @@ def test_a_shell_completes_verbs_options_values_and_files(tmp_path: Path) -> Non
     assert completions("lightpeft run --light.blo", tmp_path) == ["--light.blocks"]
     assert completions("lightpeft run --help", tmp_path) == ["--help", "--help-all"]
     assert completions("lightpeft run --preset wr", tmp_path) == ["writer"]
-    assert completions("lightpeft run --training.bf16=t", tmp_path) == ["--training.bf16=true"]
+    assert completions("lightpeft run --training.precision=b", tmp_path) == ["--training.precision=bf16"]
     assert completions("lightpeft export --form o", tmp_path) == ["onnx", "openvino"]
     assert completions("lightpeft run --data.train ro", tmp_path) == ["rows.csv"]
 
@@ -221,15 +225,16 @@ def test_print_config_shows_defaults_and_preset(capsys: pytest.CaptureFixture[st
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--lora.slots", '["q", "v"]')
-    text = shown(capsys, "run", *options, "--data.text_pair", "other", "--print_config")
+    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--peft.slots", '["q", "v"]')
+    text = shown(capsys, "run", *options, "--data.columns.text_pair", "other", "--print_config")
     file = tmp_path / "printed.yaml"
     file.write_text(text, encoding="utf-8")
     assert printed(capsys, "run", "--config", file) == yaml.safe_load(text)
     config = load_config(file)
     assert config.light.heads == 0.5
     assert config.light.length == 0.2
-    assert config.lora.slots == ["q", "v"]
+    assert config.peft == {"type": "lora", "slots": ["q", "v"]}
+    assert config.data.columns == {"text_pair": "other"}
     assert config.light.head_criterion == "mask"
     assert dataclasses.asdict(config) == yaml.safe_load(text)
 
@@ -256,38 +261,42 @@ def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -
     options = {
         "light.length": "50",
         "light.target": "0.4",
-        "training.bf16": "true",
+        "training.fast_steps": "false",
+        "training.precision": "bf16",
         "training.learning_rate": "1e-4",
         "model.revision": "main",
         "data.limit_train": "100",
-        "lora.target_modules": '["query", "value"]',
+        "peft.target_modules": '["query", "value"]',
     }
     given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
     assert given["light"]["length"] == 50
     assert given["light"]["target"] == 0.4
-    assert given["training"]["bf16"] is True
+    assert (given["training"]["fast_steps"], given["training"]["precision"]) == (False, "bf16")
     assert given["training"]["learning_rate"] == 1e-4
     assert given["model"]["revision"] == "main"
     assert given["data"]["limit_train"] == 100
-    assert given["lora"]["target_modules"] == ["query", "value"]
+    assert given["peft"]["target_modules"] == ["query", "value"]
 
 
 def test_text_is_text_whatever_it_looks_like(capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"output": "7", "model.revision": "1e5", "data.text": "yes", "data.label": "null", "data.train": "a: b"}
+    columns = {"data.columns.text": "yes", "data.columns.label": "null"}
+    options = {"output": "7", "model.revision": "1e5", **columns, "data.train": "a: b"}
     given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
     assert (given["output"], given["model"]["revision"]) == ("7", "1e5")
-    assert [given["data"][name] for name in ("text", "label", "train")] == ["yes", "null", "a: b"]
+    assert (given["data"]["columns"], given["data"]["train"]) == ({"text": "yes", "label": "null"}, "a: b")
     assert printed(capsys, "run", "--model.revision", "null")["model"]["revision"] is None
     assert printed(capsys, "run", "--training.prefix_cache", "off")["training"]["prefix_cache"] == "off"
 
 
 def test_sections_and_mappings_as_a_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    file = tmp_path / "lora.yaml"
-    file.write_text("r: 4\nalpha: 2\n", encoding="utf-8")
-    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.multiple_of", "2", "--lora", file]
+    file = tmp_path / "training.yaml"
+    file.write_text("batch_size: 4\nwarmup: 0.5\n", encoding="utf-8")
+    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.multiple_of", "2", "--training", file]
+    options += ["--data.columns", "{text: review}", "--data.columns.label", "stars"]
     given = printed(capsys, "run", *options, "--tasks.mine.kind", "chat", "--tasks.mine.hub", "a/b")
     assert (given["light"]["heads"], given["light"]["multiple_of"]) == (0.5, 2)
-    assert (given["lora"]["r"], given["lora"]["alpha"]) == (4, 2)
+    assert (given["training"]["batch_size"], given["training"]["warmup"]) == (4, 0.5)
+    assert given["data"]["columns"] == {"text": "review", "label": "stars"}
     assert (given["tasks"]["mine"]["kind"], given["tasks"]["mine"]["hub"]) == ("chat", "a/b")
     assert lightpeft("run", "--light", "{haeds: 0.5}", "--print_config") == 2
     assert "unknown key light.haeds; did you mean light.heads?" in capsys.readouterr().err

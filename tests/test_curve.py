@@ -157,7 +157,7 @@ def test_ranks_stay_whatever_the_budget_says_of_them(tmp_path: Path) -> None:
     ("family", "changes"),
     [
         ("llama", {"light.depth": 0.5, "light.blocks": 0.6}),
-        ("llama", {"lora.slots": ["q", "v"]}),
+        ("llama", {"peft.slots": ["q", "v"]}),
         ("bert", {"peft": {"type": "bottleneck", "size": 8}}),
     ],
     ids=["depth", "few modules", "bottleneck"],

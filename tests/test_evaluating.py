@@ -209,9 +209,9 @@ def test_a_task_of_one_s_own(bench: Workbench, tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     "data",
     [
-        {"task": "classification", "text": "a", "text_pair": "b", "label": "c"},
-        {"task": "multiple-choice", "text": "q", "options": "o", "label": "n", "likelihood": "byte"},
-        {"task": "causal-lm", "prompt": "p", "completion": "c"},
+        {"task": "classification", "columns": {"text": "a", "text_pair": "b", "label": "c"}},
+        {"task": "multiple-choice", "columns": {"context": "q", "options": "o", "answer": "n"}, "likelihood": "byte"},
+        {"task": "causal-lm", "columns": {"prompt": "p", "completion": "c"}},
         {"task": "sst2", "answer": "likelihood"},
         {"task": "stsb"},
     ],
@@ -373,7 +373,7 @@ def choice(folder: Path, **data: Any) -> dict[str, Any]:
     """Settings of multiple choice by likelihood on `QUESTIONS`."""
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
-    named = {"task": "multiple-choice", "text": "context", "label": "answer", "test": str(file), "max_length": 32}
+    named = {"task": "multiple-choice", "test": str(file), "max_length": 32}
     return {"data": {**named, **data}}
 
 

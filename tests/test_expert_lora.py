@@ -352,7 +352,7 @@ def test_modules_that_peft_makes_of_the_names_of_before() -> None:
 
 def test_a_run(tmp_path: Path) -> None:
     bench = Workbench(tmp_path, "mixtral", "causal-lm")
-    changes = {"light.experts": 0.25, "light.least_examples": 0, "light.modules": 0.0, "lora.dropout": 0.0}
+    changes = {"light.experts": 0.25, "light.least_examples": 0, "light.modules": 0.0, "peft.lora_dropout": 0.0}
     config = bench.yaml("run", peft={"type": "lora", "target_parameters": BOTH}, **changes)
     assert lightpeft("run", "--config", config) == 0
     light = load_light(tmp_path / "run" / "adapter")
@@ -365,7 +365,7 @@ def test_a_run(tmp_path: Path) -> None:
 
 def test_a_run_with_lora_on_experts_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path, "mixtral", "causal-lm")
-    changes = {"light.experts": 0.25, "light.least_examples": 0, "light.modules": 0.0, "lora.dropout": 0.0}
+    changes = {"light.experts": 0.25, "light.least_examples": 0, "light.modules": 0.0, "peft.lora_dropout": 0.0}
     alone = {"type": "lora", "target_modules": [], "target_parameters": BOTH}
     assert lightpeft("run", "--config", bench.yaml("run", peft=alone, **changes)) == 0
     light = load_light(tmp_path / "run" / "adapter")
@@ -405,8 +405,8 @@ def test_all_linear_layers_but_the_router(name: str, tmp_path: Path, caplog: pyt
 
 def test_a_run_on_all_linear_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path, "mixtral", "causal-lm")
-    changes = {"light.experts": 0.25, "lora.dropout": 0.0, "peft": {"type": "lora", "target_modules": "all-linear"}}
-    file = bench.yaml("run", **changes)
+    peft = {"type": "lora", "target_modules": "all-linear", "lora_dropout": 0.0}
+    file = bench.yaml("run", peft=peft, **{"light.experts": 0.25})
     for verb in ("check", "run"):
         assert lightpeft(verb, "--config", file) == 0
     assert "adapter_model.safetensors" in {path.name for path in (tmp_path / "run" / "adapter").iterdir()}
@@ -432,7 +432,7 @@ def test_what_is_refused_is_refused_in_a_line(tmp_path: Path, capsys: pytest.Cap
     config = bench.yaml("run", peft={"type": "lora", "target_parameters": BOTH})
     capsys.readouterr()
     assert lightpeft("run", "--config", config) == 2
-    assert "no dropout in PEFT; set lora_dropout (lora.dropout) to 0" in capsys.readouterr().err
+    assert "no dropout in PEFT; set lora_dropout to 0" in capsys.readouterr().err
 
 
 def test_a_switch_whose_models_several_threads_may_ask(tmp_path: Path) -> None:

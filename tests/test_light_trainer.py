@@ -327,7 +327,7 @@ def test_shell_and_trainers_give_the_same_to_the_last_bit(tmp_path: Path, kind: 
     """The shell, `LightTrainer` with a PEFT configuration, and `light_trainer(Trainer)` with a PeftModel."""
     bench = Workbench(tmp_path, *kind)
     light = {f"light.{name}": value for name, value in BUDGET.items()}
-    config = bench.config("shell", **light, **{"lora.dropout": 0.05})
+    config = bench.config("shell", **light, **{"peft.lora_dropout": 0.05})
     report = pipeline.run(config)
     plan = PrunePlan.load(tmp_path / "shell" / "plan.json")
     work = pipeline.prepare(config)
@@ -527,7 +527,7 @@ def test_a_bare_pruner_has_the_default_preset(caplog: pytest.LogCaptureFixture) 
 def test_the_cut_does_not_depend_on_what_training_computes_in(tmp_path: Path) -> None:
     """Under autocast, too, stages one by one give what one training gives."""
     bench = Workbench(tmp_path)
-    settings = {"training.bf16": True}
+    settings = {"training.precision": "bf16"}
     pipeline.run(bench.config("whole", **settings))
     work = pipeline.prepare(bench.config("parts", **settings))
     pipeline.estimate(work)

@@ -199,7 +199,8 @@ class TestEntries:
         assert 'did you mean "my_task"?' in error_of(find_entry, DataConfig(task="my-task"), own)
 
     def test_columns_are_for_kinds(self) -> None:
-        assert "data.text is for kinds; task rte" in error_of(find_entry, DataConfig(task="rte", text="sentence1"))
+        config = DataConfig(task="rte", columns={"text": "sentence1"})
+        assert "data.columns is for kinds; task rte" in error_of(find_entry, config)
 
 
 def test_the_table_in_the_documents_is_what_is_there() -> None:
@@ -422,8 +423,10 @@ class TestOwnTasks:
     @pytest.mark.parametrize(
         ("fields", "says"),
         [
-            ({"columns": {"text": "a"}}, "tasks.mine.columns lacks label; rows of kind classification need them"),
-            ({"columns": {"text": "a", "lable": "n"}}, 'tasks.mine.columns has "lable", which does not exist; did you'),
+            (
+                {"columns": {"text": "a", "lable": "n"}},
+                'tasks.mine.columns names "lable", which does not exist; rows of kind classification have text, label',
+            ),
             ({"columns": {"text": "{a", "label": "n"}}, '"{a" is no template'),
             ({"columns": {"text": "{a:>99999999999}", "label": "n"}}, "braces hold the name of a column and nothing"),
             ({"prompt": "{text!r:>{text}}"}, "braces hold the name of a column and nothing"),

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import yaml
 from peft import IA3Config, LoraConfig, get_peft_model
-from test_pipeline import comparable
 from tiny import make
 from workbench import Workbench, lightpeft, read, stamps
 
@@ -40,7 +39,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
 
 KINDS: dict[str, Any] = {
     "dora": {"type": "lora", "use_dora": True, "r": 4, "lora_alpha": 8},
-    "rslora": {"type": "lora", "use_rslora": True, "init_lora_weights": "gaussian"},
+    "rslora": {"type": "lora", "r": 4, "lora_alpha": 8, "use_rslora": True, "init_lora_weights": "gaussian"},
     "ia3": "ia3",
     "adapters": {"type": "bottleneck", "size": 8},
 }
@@ -108,24 +107,6 @@ def test_another_budget_takes_the_estimation(done: Path, bench: Workbench, capsy
     assert lightpeft("run", "--config", again, "--estimation", done) == 0
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ({"peft": "lora"}, {"peft": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05}, "lora.r": 2}),
-        (
-            {"peft": "bottleneck", "bottleneck.size": 6},
-            {"peft": {"type": "bottleneck", "size": 6, "placement": "houlsby"}},
-        ),
-    ],
-    ids=["lora", "bottleneck"],
-)
-def test_a_section_is_another_way_to_say_it(bench: Workbench, one: dict[str, Any], other: dict[str, Any]) -> None:
-    kind = next(iter(one.values()))
-    for name, settings in ((f"{kind}-section", one), (f"{kind}-mapping", other)):
-        pipeline.run(bench.config(name, **settings))
-    assert comparable(bench.folder / f"{kind}-section") == comparable(bench.folder / f"{kind}-mapping")
-
-
 # -- where modules go --------------------------------------------------------------------------------------------
 
 
@@ -169,8 +150,8 @@ def test_lora_keeps_off_names_that_peft_takes_for_experts() -> None:
 
 def test_slots_that_peft_takes_for_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path, "deepseek_v3", "causal-lm")
-    assert lightpeft("run", "--config", bench.yaml("run", **{"lora.slots": ["q", "ffn_in"]})) == 2
-    said = "lora.slots has up_proj, which PEFT takes for the routed experts of deepseek_v3; leave these slots out"
+    assert lightpeft("run", "--config", bench.yaml("run", **{"peft.slots": ["q", "ffn_in"]})) == 2
+    said = "peft.slots has up_proj, which PEFT takes for the routed experts of deepseek_v3; leave these slots out"
     assert said in capsys.readouterr().err
 
 
@@ -192,7 +173,13 @@ REFUSED: list[tuple[Any, str]] = [
     ({"use_doar": True}, "unknown key peft.use_doar; did you mean peft.use_dora?"),
     ({"type": "ia3", "r": 4}, "unknown key peft.r; known keys: peft.target_modules"),
     ({"r": "four"}, "peft.r is 'four'; it must be a whole number"),
-    ({"r": 0}, "peft: "),
+    ({"r": 0}, "peft.r is 0; it must be at least 1"),
+    ({"lora_alpha": 0}, "peft.lora_alpha is 0; it must be positive"),
+    ({"lora_dropout": 1.0}, "peft.lora_dropout is 1.0; it lies in [0, 1)"),
+    ({"slots": "q"}, "peft.slots is 'q'; it must be a list"),
+    ({"slots": ["query"]}, "peft.slots has query; slots are q, k, v"),
+    ({"type": "bottleneck", "slots": ["q"]}, "peft.slots is for modules on projections"),
+    ({"type": "bottleneck", "size": 0}, "peft.size is 0; it must be at least 1"),
     ({"r": 10_000_000}, "peft.r is 10000000; it can be at most 65,536"),
     ({"use_dora": "maybe"}, "peft.use_dora is 'maybe'; it must be true or false"),
     ({"bias": "some"}, "peft.bias is 'some'; it must be one of none, all, lora_only"),
@@ -237,6 +224,10 @@ def test_targets_that_match_nothing(bench: Workbench, capsys: pytest.CaptureFixt
         ({}, "lora"),
         ({"use_dora": True}, {"type": "lora", "use_dora": True}),
         ({"size": 4, "type": "BOTTLENECK"}, {"type": "bottleneck", "size": 4}),
+        ({"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}, "lora"),
+        ({"r": 16, "lora_alpha": 16}, {"type": "lora", "r": 16}),
+        ({"type": "bottleneck", "size": 64, "placement": "houlsby"}, "bottleneck"),
+        ({"type": "ia3", "r": 8}, {"type": "ia3", "r": 8}),
     ],
 )
 def test_one_form(given: Any, expected: Any) -> None:

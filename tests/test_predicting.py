@@ -101,7 +101,7 @@ def test_another_text_column(bench: Workbench, expected: np.ndarray, tmp_path: P
     check(table((tmp_path / "out.csv").read_text(encoding="utf-8")), expected)
 
 
-@pytest.mark.parametrize("option", ["--text", "--data.text"])
+@pytest.mark.parametrize("option", ["--data.columns.text"])
 def test_columns_are_called_the_same_in_predict_and_evaluate(
     bench: Workbench, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +118,7 @@ def test_columns_are_called_the_same_in_predict_and_evaluate(
 def test_errors_name_the_example(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     assert lightpeft("predict", bench.folder / "run", "--example", " \n ") == 2
     assert "the example has no text" in capsys.readouterr().err
-    assert lightpeft("predict", bench.folder / "run", "--example", "word1", "--data.text", "other") == 0
+    assert lightpeft("predict", bench.folder / "run", "--example", "word1", "--data.columns.text", "other") == 0
 
 
 def test_accuracy_is_the_one_that_was_measured(bench: Workbench, tmp_path: Path) -> None:
@@ -151,8 +151,9 @@ def halves(bench: Workbench) -> Workbench:
     """A run of each method, in bfloat16, whose training data are gone."""
     train = shutil.copy(bench.train, bench.folder / "gone.csv")
     for method in METHODS:
-        settings = {"method": method, "data.train": str(train), "training.bf16": True}
-        pipeline.run(bench.config(f"half-{method}", **settings, **{"training.full_learning_rate": 3e-3}))
+        settings = {"method": method, "data.train": str(train), "training.precision": "bf16"}
+        rate = {"training.learning_rate": 3e-3} if method == "full" else {}
+        pipeline.run(bench.config(f"half-{method}", **settings, **rate))
     Path(train).rename(bench.folder / "elsewhere.csv")
     return bench
 
@@ -221,7 +222,7 @@ def test_pairs(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
     pairs = [{**row, "second": other["text"]} for row, other in zip(labelled(40), labelled(40, seed=3), strict=True)]
     train = write_rows(tmp_path / "pairs.csv", pairs)
-    changes = {"data.train": str(train), "data.test": None, "data.text_pair": "second"}
+    changes = {"data.train": str(train), "data.test": None, "data.columns.text_pair": "second"}
     pipeline.run(bench.config("pairs", **changes))
     source = write_rows(tmp_path / "new.jsonl", [{"text": row["text"], "second": row["second"]} for row in pairs[:6]])
     predict(tmp_path / "pairs", source, output=tmp_path / "out.csv")

@@ -119,7 +119,7 @@ def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"training.by_length": False}, {"light.ratio_every": 3}],
+    [{"trainer.train_sampling_strategy": "random"}, {"light.ratio_every": 3}],
 )
 def test_resuming_is_exact_with_other_settings(bench: Workbench, changes: dict[str, Any]) -> None:
     name = "-".join(changes).replace(".", "_")
@@ -134,7 +134,7 @@ def test_resuming_is_exact_with_other_settings(bench: Workbench, changes: dict[s
 
 @pytest.mark.parametrize("method", ["plain", "full"])
 def test_plain_lora_and_full_fine_tuning_go_on_too(bench: Workbench, method: str) -> None:
-    settings = {**SETTINGS, "training.full_learning_rate": 1e-3}
+    settings = {**SETTINGS, "training.learning_rate": 1e-3}
     whole = bench.yaml(f"{method}_whole", method=method, **settings)
     assert lightpeft("run", "--config", whole) == 0
     file = bench.yaml(f"{method}_killed", method=method, **settings)

@@ -162,7 +162,9 @@ class Within:
         if self.below is not None:
             start = f"[{self.least:g}" if self.above is None else f"({self.above:g}"
             return f"lies in {start}, {self.below:,})"
-        return f"must be at least {self.least:g}" if self.above is None else f"must be above {self.above:g}"
+        if self.above is not None:
+            return f"must be above {self.above:g}" if self.above else "must be positive"
+        return f"must be at least {self.least:g}"
 
 
 def check_values(config: Any, section: str = "") -> None:

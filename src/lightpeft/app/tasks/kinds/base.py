@@ -61,7 +61,7 @@ class Task(ABC):
     def sources(cls, named: Mapping[str, str]) -> dict[str, str]:
         """Column of the kind -> where it comes from in the data, a column or a template: its own name, unless `named`
         says another."""
-        return {**{column: column for column in cls.columns}, **named}
+        return {**named, **{column: column for column in cls.columns if column not in named}}
 
     @classmethod
     def from_texts(cls, rows: Dataset, column: str) -> Dataset:
