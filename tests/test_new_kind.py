@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -167,9 +168,8 @@ def test_rows_that_lack_a_class_count_the_model_s_classes(bench: Workbench) -> N
 
 def test_its_rows_are_checked_and_its_columns_named(bench: Workbench) -> None:
     bad = write_jsonl(bench.folder / "bad.jsonl", [{"w": ["word0"], "place": 3, "tag": "good"}] * 4)
-    line = refusal(
-        lambda: load_task(DataConfig(task="tagging", train=str(bad), columns={"text": "words", "label": "tag"}))
-    )
+    named = DataConfig(task="tagging", train=str(bad), columns={"text": "words", "label": "tag"})
+    line = refusal(lambda: load_task(named))
     assert 'data.columns.text is "words", but' in line and "has only the columns w, place, tag" in line
     line = refusal(lambda: load_task(replace(named, columns={"text": "w", "label": "tag"})))
     assert 'row 1 (the header not counted), column "place": there is no word 3 among 1' in line

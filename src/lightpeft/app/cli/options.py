@@ -217,8 +217,13 @@ def _described(option: Option) -> str:
         return option.help
     facts = [] if option.type is str or _choices(option.type) else [f"type: {type_name(option.type)}"]
     if option.default not in (None, "") or NoneType in _options(option.type):
-        facts.append(f"default: {yaml.safe_dump(option.default, default_flow_style=True).splitlines()[0]}")
+        facts.append(f"default: {shown_default(option)}")
     return f"{option.help} ({', '.join(facts)})" if facts else option.help
+
+
+def shown_default(option: Option) -> str:
+    """What holds without an option, as YAML has it."""
+    return str(yaml.safe_dump(option.default, default_flow_style=True, allow_unicode=True).splitlines()[0])
 
 
 def type_name(wanted: Any) -> str:

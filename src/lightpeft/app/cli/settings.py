@@ -88,7 +88,7 @@ def sections(arguments: Sequence[str] = (), without: Collection[str] = ()) -> li
     fields = [each for each in dataclasses.fields(RunConfig) if each.name not in without]
     inner = [each for each in fields if dataclasses.is_dataclass(_hint(RunConfig, each.name))]
     own = [_option(RunConfig, each) for each in fields if each not in inner]
-    whole = [_section(each.name, _hint(RunConfig, each.name), arguments) for each in inner]
+    whole = [section(each.name, _hint(RunConfig, each.name), arguments) for each in inner]
     return [Section(_title(RunConfig), [*own, *_keys(own, arguments)]), *whole]
 
 
@@ -104,7 +104,8 @@ def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
     ]
 
 
-def _section(name: str, cls: Any, arguments: Sequence[str]) -> Section:
+def section(name: str, cls: Any, arguments: Sequence[str] = ()) -> Section:
+    """Options for all fields of a class: first one for the whole, below a name, then one a field."""
     whole = Option(f"--{name}", "All of this section, as YAML or in a YAML file.", type=cls)
     own = [_option(cls, each, f"{name}.") for each in dataclasses.fields(cls)]
     return Section(_title(cls), [whole, *own, *_keys(own, arguments)])
