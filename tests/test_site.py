@@ -24,7 +24,8 @@ from lightpeft.errors import LightPeftError
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "docs"))
 
-from make_settings import PAGE, page  # noqa: E402
+from make_settings import PAGE as SETTINGS  # noqa: E402
+from make_settings import page as page_of_settings  # noqa: E402
 from make_site import collect, entries, links, stage  # noqa: E402
 
 PROJECT = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]
@@ -53,7 +54,7 @@ def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
 
 
 def test_the_page_of_settings_is_what_the_classes_say() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "make docs writes it"
+    assert SETTINGS.read_text(encoding="utf-8") == page_of_settings(), "make docs writes it"
 
 
 def test_every_page_has_a_place_on_the_site() -> None:
