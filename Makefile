@@ -10,13 +10,14 @@ WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test coverage test-faults test-vllm test-deepspeed test-gpu test-lowest test-newest fetch docs lint format clean
+.PHONY: help demo test test-all coverage test-faults test-vllm test-deepspeed test-gpu test-lowest test-newest fetch docs lint format clean
 
 help:
 	@echo "make demo         set up .venv, fetch a real model and data, run the main job and compare it with plain LoRA"
 	@echo "make test         set up .venv with the dev extra, fetch the same model and data, run lint, types and tests"
+	@echo "make test-all     lint, types and all tests: every family, every fault, and what takes long"
 	@echo "make coverage     the same tests with every line counted, which takes longer; fails where they reach less than 95%"
-	@echo "make test-faults  hundreds of kills and thousands of damaged files, of which make test tries a sample"
+	@echo "make test-faults  the part of test-all that is hundreds of kills and thousands of damaged files, of which make test tries a sample"
 	@echo "make test-vllm    set up .venv-vllm with vLLM for CPUs and the plug-in, and compare what it writes with transformers"
 	@echo "make test-deepspeed  set up .venv-deepspeed with DeepSpeed, and hold light runs in it against one process"
 	@echo "make test-gpu     what a CUDA device may do otherwise than a CPU, then a small benchmark; says so where there is none"
@@ -37,6 +38,9 @@ ALL_TESTS = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 test: lint fetch
 	$(ALL_TESTS) --durations=30
 
+test-all: lint fetch
+	LIGHTPEFT_TESTS=all $(ALL_TESTS)
+
 coverage: fetch
 	$(ALL_TESTS) --cov --cov-report=term
 
@@ -44,7 +48,7 @@ fetch: $(VENV)/.installed-dev
 	$(BIN)/python demo/fetch.py --decoder
 
 test-faults: fetch
-	LIGHTPEFT_FAULTS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	LIGHTPEFT_TESTS=all HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 		$(BIN)/python -m pytest -n $(WORKERS) -rP tests/test_faults.py tests/test_hostile.py tests/test_going_on.py
 
 test-vllm: fetch $(VLLM)/.installed
@@ -52,7 +56,7 @@ test-vllm: fetch $(VLLM)/.installed
 		$(BIN)/python -m pytest tests/test_vllm.py
 
 test-deepspeed: fetch $(DEEPSPEED)/.installed
-	LIGHTPEFT_FAULTS=1 DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest \
+	LIGHTPEFT_TESTS=all DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest \
 		tests/test_compat.py tests/test_deepspeed.py tests/test_sharded.py tests/test_going_on.py
 
 test-gpu: fetch

@@ -21,6 +21,7 @@ import hypothesis
 import jinja2
 import pytest
 import torch
+from lanes import FULL
 from transformers import set_seed
 
 from lightpeft.config import light
@@ -37,8 +38,12 @@ LONG += ("hostile", "gpu", "task_entries", "start", "discovery", "on_disk", "exp
 """Test files that take longest, the longest first."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files begin first, so that processes that take a file at a time end together."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files begin first, so that processes that take a file at a time end together. `make test` is a part."""
+    if not FULL and "thorough" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     rank = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

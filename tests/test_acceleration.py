@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import PeftModel
+from steps import LINEAR, applied, count_layers, gradients, mix, two_adapters, watch
 from tiny import ALL, LAYOUTS, inputs_for, make, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -23,18 +23,6 @@ from lightpeft.prune.importance import ModuleObserver
 from lightpeft.training.acceleration import base_dropout
 from lightpeft.training.prefix import FrozenPrefix
 
-LINEAR = [name for name in LAYOUTS if name not in ("gpt2", "falcon")]
-"""Layouts whose projections are plain `nn.Linear`; those of GPT-2 (`Conv1D`) and Falcon are left to PEFT."""
-
-
-def gradients(model: nn.Module, inputs: dict[str, Tensor], seed: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss, and the gradient of every trained parameter, with the same random numbers each time."""
-    torch.manual_seed(seed)
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
 
 def assert_same(one: Any, other: Any, tolerance: float) -> None:
     assert relative_difference(one[0], other[0]) < tolerance
@@ -42,19 +30,6 @@ def assert_same(one: Any, other: Any, tolerance: float) -> None:
     largest = max(gradient.norm() for gradient in one[1].values())
     for name, gradient in one[1].items():
         assert (gradient - other[1][name]).norm() <= tolerance * largest, name
-
-
-def applied(monkeypatch: pytest.MonkeyPatch, function: Any, what: Callable[[Tensor], Any]) -> list[Any]:
-    """What can be said of the first tensor of each call of a function of the autograd graph, from now on."""
-    seen: list[Any] = []
-    apply = function.apply
-
-    def counted(x: Tensor, *rest: Any) -> Tensor:
-        seen.append(what(x))
-        return apply(x, *rest)
-
-    monkeypatch.setattr(function, "apply", counted)
-    return seen
 
 
 @pytest.fixture
@@ -122,18 +97,6 @@ class TestFusedLora:
         assert relative_difference(expected[0], without[0]) > 1e-3
 
     @pytest.mark.parametrize("reentrant", [True, False])
-    def test_gradient_checkpointing(self, reentrant: bool, calls: list[torch.dtype]) -> None:
-        model = with_lora(make("llama-gqa")).train()
-        inputs = inputs_for(model, labels=True)
-        expected = gradients(model, inputs)
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        with fused_lora(model):
-            found = gradients(model, inputs)
-        assert len(calls) == 2 * count_layers(model)
-        assert_same(expected, found, 1e-4)
-
-    @pytest.mark.parametrize("reentrant", [True, False])
     def test_modules_that_are_watched_in_some_steps(self, reentrant: bool, calls: list[torch.dtype]) -> None:
         """Checkpointing computes each pass twice, and has to in the same way, watched or not."""
         model = with_lora(make("llama-gqa")).train()
@@ -196,31 +159,6 @@ class TestFusedLora:
             assert model.state_dict().keys() == state.keys()
         after = {name: dict(vars(module)) for name, module in model.named_modules()}
         assert all(before[name].keys() == after[name].keys() for name in before)
-
-
-def count_layers(model: PeftModel) -> int:
-    return sum(isinstance(layer, LoraLayer) for layer in model.modules())
-
-
-def watch(model: PeftModel, part: str) -> None:
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            watched = layer.get_base_layer() if part == "base_layer" else getattr(layer, part)["default"]
-            watched.register_forward_hook(lambda *_: None)
-
-
-def two_adapters(model: PeftModel) -> None:
-    model.add_adapter("other", LoraConfig(r=2, target_modules=model.peft_config["default"].target_modules))
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.set_adapter(["default", "other"])
-
-
-def mix(model: PeftModel) -> None:
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            layer.lora_A.double()
-            layer.lora_B.double()
 
 
 class TestBaseDropout:

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapters import CLOSE, light_over, logits
 from peft import PeftModel, get_peft_model
-from test_checkpoint import light_over, logits
-from test_exporting import CLOSE
 from tiny import DROPPED, make, refusal, relative_difference
 from transformers import (
     AutoConfig,

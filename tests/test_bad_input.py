@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,29 +13,18 @@ import pyarrow  # type: ignore[import-untyped,unused-ignore]
 import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_pipeline import comparable
-from transformers import Trainer
 from workbench import (
     Rows,
     Workbench,
-    at_step,
-    before,
-    edit,
-    in_child,
     labelled,
     lightpeft,
     read,
-    save_base,
     stamps,
     write_rows,
 )
 
-from lightpeft.app.runs import pipeline, stages
-from lightpeft.files import file_checksum
-from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.prune.estimation import Estimator
-from lightpeft.prune.light_model import LightModel
+from lightpeft.app.runs import pipeline
+from lightpeft.plans.records import PrunePlan
 
 Refused = Callable[..., str]
 
@@ -130,14 +118,6 @@ def _plain(value: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError:
         return value
-
-
-def test_bad_config_files(bench: Workbench, refused: Refused) -> None:
-    file = bench.folder / "odd.yaml"
-    assert "does not exist" in refused("run", "--config", bench.folder / "none.yaml")
-    for content, says in [("light: [1", "is not YAML"), ("- light", "must hold a mapping"), ("light: 3", "mapping")]:
-        file.write_text(content, encoding="utf-8")
-        assert says in refused("run", "--config", file)
 
 
 def test_config_and_run_exclude_each_other(bench: Workbench, adapter: Path, refused: Refused) -> None:
@@ -246,18 +226,6 @@ def test_a_checkpoint_of_another_architecture(bench: Workbench, refused: Refused
     assert "the checkpoint has no weights for distilbert.transformer.layer.0.attention.q_lin" in line
 
 
-def test_family_without_a_position_limit_is_refused_in_time(bench: Workbench, refused: Refused) -> None:
-    """A config that does not say how many positions there are is not reason to begin."""
-    line = run_with(bench, refused, **{"model.name": str(base_with(bench, model_type="bloom"))})
-    assert 'model family "bloom" cannot be pruned' in line
-
-
-def test_quantised_model(bench: Workbench, refused: Refused) -> None:
-    quantised = base_with(bench, quantization_config={"quant_method": "gptq", "bits": 4})
-    line = run_with(bench, refused, **{"model.name": str(quantised)})
-    assert "is quantised (gptq), which cannot be cut" in line and "bitsandbytes or torchao" in line
-
-
 def test_targets_that_match_nothing(bench: Workbench, refused: Refused) -> None:
     line = run_with(bench, refused, **{"peft.target_modules": ["q_proj"]})
     assert "match nothing in bert" in line
@@ -273,27 +241,6 @@ def test_targets_that_match_nothing(bench: Workbench, refused: Refused) -> None:
 def rows_with(bench: Workbench, refused: Refused, rows: Rows, **changes: Any) -> str:
     file = write_rows(bench.folder / "odd.csv", rows)
     return run_with(bench, refused, **{"data.train": str(file), **changes})
-
-
-def test_bad_data(bench: Workbench, refused: Refused) -> None:
-    assert "does not exist" in run_with(bench, refused, **{"data.train": str(bench.folder / "none.csv")})
-    assert "does not exist" in run_with(bench, refused, **{"data.test": str(bench.folder / "none.csv")})
-    assert "data.train is not set" in run_with(bench, refused, **{"data.train": ""})
-    empty = bench.folder / "empty.csv"
-    empty.touch()
-    assert "is empty" in run_with(bench, refused, **{"data.train": str(empty)})
-    empty.write_text("text,label\n", encoding="utf-8")
-    assert "has no rows" in run_with(bench, refused, **{"data.train": str(empty)})
-    assert 'did you mean "text"?' in run_with(bench, refused, **{"data.columns.text": "txt"})
-    assert "only the columns text, label" in run_with(bench, refused, **{"data.columns.label": "class"})
-
-    rows = labelled(20)
-    one = [{**row, "label": "positive"} for row in rows]
-    assert 'the one label "positive"' in rows_with(bench, refused, one)
-    assert 'that no training row has: "negative"' in rows_with(
-        bench, refused, [{**row, "label": row["label"].replace("negative", "other")} for row in rows]
-    )
-    assert "row 3" in rows_with(bench, refused, [*rows[:2], {"text": " ", "label": "positive"}, *rows[2:]])
 
 
 DIGITS, MORE = "1" * 30, "1" * 6000
@@ -398,15 +345,6 @@ def test_settings_of_a_tokenizer_that_are_none(bench: Workbench, refused: Refuse
         assert f"the tokenizer of model {base} says {key} is" in run_with(bench, refused, **{"model.name": str(base)})
 
 
-def test_sequences_longer_than_the_model_allows(bench: Workbench, refused: Refused) -> None:
-    assert "at most 40 tokens" in run_with(bench, refused, **{"data.max_length": 41})
-
-
-def test_estimation_as_long_as_the_run_or_longer(bench: Workbench, refused: Refused) -> None:
-    assert "longer than the run of 24" in run_with(bench, refused, **{"light.length": 25})
-    assert "leaves none of the run's 24" in run_with(bench, refused, **{"light.length": 24})
-
-
 # -- run folders -------------------------------------------------------------------------------------------------
 
 
@@ -423,13 +361,6 @@ def test_output_that_is_the_run_of_another_config(bench: Workbench, adapter: Pat
     line = refused("run", "--config", bench.yaml("good", seed=5, **{"light.heads": 0.5}))
     assert "it differs in seed, light.heads" in line
     assert "give another output" in line
-
-
-def test_output_that_cannot_be_made(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.yaml("nowhere", output=str(bench.train / "below"))
-    capsys.readouterr()
-    assert lightpeft("run", "--config", file) == 2
-    assert "cannot write to output" in capsys.readouterr().err
 
 
 def test_budget_that_empties_the_model(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -466,15 +397,6 @@ def test_divergence_in_estimation(bench: Workbench, capsys: pytest.CaptureFixtur
     assert not (bench.folder / "diverged" / "estimation").exists()
 
 
-def test_divergence_between_log_lines_is_found_all_the_same(
-    bench: Workbench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = bench.yaml("diverged_late", **{"training.learning_rate": 1e30, "trainer.logging_steps": 100})
-    assert lightpeft("estimate", "--config", file) == 2
-    assert "NaN or infinite" in capsys.readouterr().err
-    assert not (bench.folder / "diverged_late" / "estimation").exists()
-
-
 def test_divergence_in_training(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     file = bench.yaml("diverged_lora", method="plain", **{"training.learning_rate": 1e30})
     assert lightpeft("run", "--config", file) == 2
@@ -491,38 +413,6 @@ def test_out_of_memory(bench: Workbench, capsys: pytest.CaptureFixture[str], mon
     assert "lower training.batch_size" in capsys.readouterr().err
 
 
-def no_more_room() -> None:
-    """From now on no file of this process can grow beyond some bytes: to a writer, that is a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
-
-
-FULL_DISK = {
-    "checkpoint-of-estimation": before(Trainer, "_save_checkpoint", no_more_room),
-    "optimizer-in-a-checkpoint": before(Trainer, "_save_optimizer_and_scheduler", no_more_room),
-    "state-of-estimation": before(Estimator, "save_state", no_more_room),
-    "adapter-of-estimation": before(stages, "save_peft", no_more_room),
-    "scores": before(EstimationRecord, "save", no_more_room),
-    "plan": before(PrunePlan, "save", no_more_room),
-    "pruned-adapter": before(LightModel, "save_pretrained", no_more_room),
-    "log": at_step(7, no_more_room),
-    "trained-adapter": before(pipeline, "save_result", no_more_room),
-    "metrics": before(pipeline, "write_json", no_more_room),
-}
-
-
-def test_full_disk_leaves_nothing_half_written(bench: Workbench, adapter: Path) -> None:
-    """One run, for which there is no more room in one place after the other, and enough in the end."""
-    file, folder = bench.yaml("full", **{"training.save_steps": 3}), bench.folder / "full"
-    for place, disturb in FULL_DISK.items():
-        code, errors = in_child(disturb, "run", "--config", file)
-        assert code == 2, place
-        assert errors.startswith("lightpeft: cannot write ") and errors.count("\n") == 1, place
-        assert "File too large" in errors or "is the disk full?" in errors, place
-        assert not [name for name in stamps(folder) if name.startswith(".") or "/." in name], place
-    assert lightpeft("run", "--config", file) == 0
-    assert comparable(folder) == comparable(adapter.parent)
-
-
 # -- light adapters ----------------------------------------------------------------------------------------------
 
 
@@ -532,51 +422,6 @@ def copied(bench: Workbench, adapter: Path) -> Path:
     folder = bench.folder / "copied"
     shutil.rmtree(folder, ignore_errors=True)
     return Path(shutil.copytree(adapter, folder))
-
-
-def test_adapter_on_another_base(bench: Workbench, adapter: Path, refused: Refused) -> None:
-    other = save_base(bench.folder / "another", seed=7)
-    line = refused("predict", adapter, bench.test, "--base", other, "--output", bench.folder / "out.csv")
-    assert "belongs to another base" in line
-    other = save_base(bench.folder / "another_family", "llama")
-    assert "belongs to another base" in refused("predict", adapter, bench.test, "--base", other)
-    assert "another place of it: --base" in refused("predict", adapter, bench.test, "--base", bench.folder / "nowhere")
-
-
-def test_adapter_with_a_flipped_byte(bench: Workbench, copied: Path, refused: Refused) -> None:
-    for name in ("adapter_model.safetensors", "adapter_config.json", "lightpeft.json"):
-        content = bytearray((copied / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        intact = (copied / name).read_bytes()
-        (copied / name).write_bytes(content)
-        line = refused("predict", copied, bench.test)
-        assert "was altered or damaged" in line or "cannot be read" in line
-        assert name in line
-        (copied / name).write_bytes(intact)
-
-
-def test_adapter_that_lacks_something(bench: Workbench, copied: Path, refused: Refused) -> None:
-    file = copied / "adapter_model.safetensors"
-    tensors = load_file(file)
-    gone = sorted(name for name in tensors if "lora_B" in name)[0]
-    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file)
-    edit(copied / "lightpeft.json", lambda d: d["checksums"].update({file.name: file_checksum(file)}))
-    line = refused("predict", copied, bench.test)
-    assert "lacks tensors" in line
-    assert gone in line
-    file.unlink()
-    assert "adapter_model.safetensors is missing" in refused("predict", copied, bench.test)
-    (copied / "lightpeft.json").unlink()
-    assert "but not the plan of that: lightpeft.json is missing" in refused("predict", copied, bench.test)
-
-
-def test_adapter_of_a_future_version(bench: Workbench, copied: Path, refused: Refused) -> None:
-    description = read(copied / "lightpeft.json")
-    (copied / "lightpeft.json").write_text(json.dumps({**description, "schema_version": 99}), encoding="utf-8")
-    for command in (("predict", copied, bench.test), ("inspect", copied)):
-        line = refused(*command)
-        assert "schema version 99" in line
-        assert "upgrade lightpeft" in line
 
 
 # -- predictions -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from lightpeft.app.runs.bench import Subject, sample_batches, sample_rows
 from lightpeft.app.runs.report.speeds import speed_rows
 from lightpeft.app.runs.workers import Worker
 from lightpeft.errors import LightPeftError
-from lightpeft.profiling import WARMUP, count_flops
+from lightpeft.profiling import count_flops
 
 ROUNDS, STEPS = 2, 2
 UPPER = {"light.module_blocks": 0.5, "light.modules": 0.5}
@@ -209,12 +209,6 @@ def test_subjects_are_what_they_say(bench: Workbench, report: dict[str, Any]) ->
     assert sizes["light"] < sizes["plain"] == sizes["estimation"]
 
 
-def test_measuring_gives_no_advice_on_loops(bench: Workbench, caplog: pytest.LogCaptureFixture) -> None:
-    settings = {"light.learning_rate_scale": 2.0, "light.dropout": 0.0}
-    Subject("estimation", bench.config("advice", **settings), STEPS)
-    assert "your loop" not in caplog.text
-
-
 # -- failures ----------------------------------------------------------------------------------------------------
 
 
@@ -309,17 +303,6 @@ def test_measurements_that_are_stopped(
         assert written.out == ""
 
 
-@pytest.mark.usefixtures("forking")
-def test_a_round_takes_what_its_steps_take(bench: Workbench, report: dict[str, Any]) -> None:
-    """Of batches of any length, and of those that warm up."""
-    subject = Subject("plain", bench.config("run", **UPPER), 4)
-    tokens = [batch["input_ids"].numel() for batch in subject.batches]
-    subject._note(subject.batches[:2], [1.0, 2.0])
-    subject._note(subject.batches, [0.5] * 4)
-    whole = 3.0 * sum(tokens) / sum(tokens[:2]) + 2.0
-    assert subject.round_seconds() == pytest.approx(whole * (4 + WARMUP) / 4)
-
-
 def test_processes_that_measure_say_nothing(bench: Workbench, report: dict[str, Any]) -> None:
     """No process tells of what libraries lack when they are imported."""
     place = bench.folder / "quiet.json"
@@ -344,15 +327,6 @@ def test_counts_start_at_one(bench: Workbench, capsys: pytest.CaptureFixture[str
         assert lightpeft("bench", "--config", bench.yaml("never"), option, 0) == 2
         assert "start at 1" in capsys.readouterr().err
     assert not (bench.folder / "never").exists()
-
-
-def test_result_goes_where_it_is_wanted(
-    bench: Workbench, report: dict[str, Any], forking: None, tmp_path: Path
-) -> None:
-    place = tmp_path / "below" / "result.json"
-    options = ("--rounds", 1, "--steps", 1, "--json", place)
-    assert lightpeft("bench", "--run", bench.folder / "run", *options) == 0
-    assert read(place)["rounds"] == 1
 
 
 def test_light_trains_on_the_states_of_its_prefix(bench: Workbench, report: dict[str, Any]) -> None:

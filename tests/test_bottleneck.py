@@ -13,24 +13,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
+from peft_models import adapted, layers, train_by_hand
 from safetensors.torch import load_file
-from tiny import MODELS, batch, inputs_for, make, relative_difference, task_type
+from tiny import MODELS, batch, every_family, inputs_for, make, relative_difference
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
 from lightpeft.compat.torch import is_watched
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
-from lightpeft.models.linears import slice_linear
 from lightpeft.peft_kinds.bottleneck import (
     Bottleneck,
     BottleneckConfig,
-    BottleneckLayer,
     BottleneckModel,
     placed_modules,
 )
@@ -53,33 +50,6 @@ READS = {
     "llama-gqa": "model.layers.{}.mlp.gate_proj",
     "opt": "model.decoder.layers.{}.fc1",
 }
-TOKENS = {"input_ids": batch()["input_ids"]}
-
-
-def adapted(base: PreTrainedModel, trained: bool = True, adapter_name: str = "default", **settings: Any) -> PeftModel:
-    """The base with adapters of width 5; `trained` gives their weights values other than at the start."""
-    settings = {"size": 5, "task_type": task_type(base), **settings}
-    if not settings.keys() & {"placement", "target_modules", "parallel_inputs"}:
-        settings["placement"] = "houlsby"
-    model = get_peft_model(base, BottleneckConfig(**settings), adapter_name)
-    if trained:
-        train_by_hand(model)
-    return model.eval()
-
-
-def train_by_hand(model: nn.Module, seed: int = 5) -> None:
-    """Random values for all adapter weights and learned scalings."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in layers(model).values():
-            for parameter in layer.bottleneck_adapters.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-
-
-def layers(model: nn.Module) -> dict[str, BottleneckLayer]:
-    """The adapted layers by their name in the transformers model."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return {name: module for name, module in inner.named_modules() if isinstance(module, BottleneckLayer)}
 
 
 def output(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> Tensor:
@@ -112,86 +82,17 @@ def delta_of(model: PeftModel, scaling: float) -> Delta:
     return delta
 
 
-def by_hand(base: PreTrainedModel, family: str, parallel: bool, delta: Delta) -> None:
-    """Write the adapters into the blocks' own forward passes."""
-    blocks = {"bert": lambda: base.bert.encoder.layer, "opt": lambda: base.model.decoder.layers}
-    for index, block in enumerate(blocks.get(family, lambda: base.model.layers)()):
-        attention, ffn = ATTENTION_OUT[family].format(index), FFN_OUT[family].format(index)
-        {"bert": _bert, "opt": _opt, "llama-gqa": _llama}[family](block, attention, ffn, parallel, delta)
-
-
-def _serial(linear: nn.Linear, name: str, delta: Delta) -> None:
-    def forward(x: Tensor) -> Tensor:
-        y = F.linear(x, linear.weight, linear.bias)
-        return y + delta(name, y)
-
-    linear.forward = forward
-
-
-def _bert(block: nn.Module, attention: str, ffn: str, parallel: bool, delta: Delta) -> None:
-    _serial(block.attention.output.dense, attention, delta)
-    out = block.output
-
-    def forward(hidden: Tensor, ffn_input: Tensor) -> Tensor:
-        y = out.dense(hidden)
-        y = y + delta(ffn, ffn_input if parallel else y)
-        return out.LayerNorm(out.dropout(y) + ffn_input)
-
-    out.forward = forward
-
-
-def _llama(block: nn.Module, attention: str, ffn: str, parallel: bool, delta: Delta) -> None:
-    _serial(block.self_attn.o_proj, attention, delta)
-    mlp = block.mlp
-
-    def forward(x: Tensor) -> Tensor:
-        y = mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
-        return y + delta(ffn, x if parallel else y)
-
-    mlp.forward = forward
-
-
-def _opt(block: nn.Module, attention: str, ffn: str, parallel: bool, delta: Delta) -> None:
-    _serial(block.self_attn.out_proj, attention, delta)
-    norm, fc2, seen = block.final_layer_norm, block.fc2, []
-
-    def normalised(x: Tensor) -> Tensor:
-        seen.append(F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-        return seen[-1]
-
-    def forward(x: Tensor) -> Tensor:
-        y = F.linear(x, fc2.weight, fc2.bias)
-        return y + delta(ffn, seen.pop() if parallel else y)
-
-    norm.forward, fc2.forward = normalised, forward
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_values_are_those_written_by_hand(family: str, placement: str) -> None:
-    model = adapted(make(family), placement=placement, scaling=0.7)
-    expected = {FFN_OUT[family].format(index) for index in range(3)}
-    if placement == "houlsby":
-        expected |= {ATTENTION_OUT[family].format(index) for index in range(3)}
-    assert set(layers(model)) == expected
-
-    reference = make(family)
-    by_hand(reference, family, placement == "parallel", delta_of(model, scaling=0.7))
-    assert relative_difference(output(model), output(reference)) < 1e-5
-    assert relative_difference(output(model), output(make(family))) > 1e-2
-
-
-@pytest.mark.parametrize("family", MODELS)
+@every_family(MODELS, "family")
 def test_every_family_has_the_places(family: str) -> None:
     """Hooks on an untouched base compute the same; a fresh adapter changes no bit; every adapter gets a gradient."""
     base = make(family)
     inputs = inputs_for(base)
     all_routed = not any(spec.neurons for spec in block_specs(base))
     for placement in ("houlsby",) if all_routed else PLACEMENTS:
-        model = adapted(make(family), trained=False, placement=placement)
+        model = adapted(make(family), trained=False, placement=placement, scaling=0.7)
         assert output(model, inputs).equal(output(base, inputs))
         train_by_hand(model)
-        delta, reference = delta_of(model, scaling=1.0), copy.deepcopy(base)
+        delta, reference = delta_of(model, scaling=0.7), copy.deepcopy(base)
         hook_adapters(reference, placement, delta)
         assert relative_difference(output(model, inputs), output(reference, inputs)) < 1e-5
         model(**inputs).logits.sum().backward()
@@ -235,15 +136,6 @@ def test_dropout_is_on_what_the_branch_reads() -> None:
     assert seen[1].equal(x)
 
 
-@pytest.mark.parametrize(("init", "deviation", "bound"), [("bert", 0.02, 1.0), ("houlsby", 0.0088, 0.02)])
-def test_random_starts(init: str, deviation: float, bound: float) -> None:
-    branch = Bottleneck(128, 96, 64, BottleneckConfig(placement="houlsby", init=init))
-    for weight in (branch.down.weight, branch.up.weight):
-        assert weight.std().item() == pytest.approx(deviation, rel=0.05)
-        assert weight.abs().max() <= bound
-    assert not branch.down.bias.any() and not branch.up.bias.any()
-
-
 def test_start_again() -> None:
     branch = Bottleneck(16, 16, 4, BottleneckConfig(placement="houlsby", scaling="learned"))
     assert branch.down.weight.any() and not branch.up.weight.any() and branch.scaling.item() == 1.0
@@ -253,21 +145,6 @@ def test_start_again() -> None:
     branch.reset_parameters()
     assert branch.down.weight.abs().max() <= 0.25  # Kaiming's bound for 16 inputs
     assert not branch.up.weight.any() and not branch.down.bias.any() and branch.scaling.item() == 1.0
-
-
-def test_a_hook_on_the_branch_sees_what_it_reads_and_what_it_adds() -> None:
-    model = adapted(make("llama-gqa"), placement="parallel", scaling=0.5)
-    name, layer = next(iter(layers(model).items()))
-    seen: dict[str, Tensor] = {}
-    layer.bottleneck_adapters["default"].register_forward_hook(
-        lambda module, args, out: seen.update(read=args[0], added=out)
-    )
-    layer.base_layer.register_forward_hook(lambda module, args, out: seen.update(base=out))
-    layer.register_forward_hook(lambda module, args, out: seen.update(result=out))
-    output(model)
-    assert seen["read"].shape == seen["base"].shape == (3, 9, 32)
-    torch.testing.assert_close(seen["added"], delta_of(model, scaling=0.5)(name, seen["read"]))
-    assert seen["result"].equal(seen["base"] + seen["added"])
 
 
 # --- PEFT's calls ---------------------------------------------------------------------------------------------------
@@ -354,50 +231,6 @@ def test_two_adapters_of_one_model(tmp_path: Path) -> None:
     )
 
 
-def test_deleting_the_active_adapter_turns_to_the_other() -> None:
-    base = make("bert")
-    model = adapted(base, adapter_name="first", placement="parallel", task_type=None)
-    model.add_adapter("second", BottleneckConfig(size=3, placement="houlsby"))
-    with pytest.warns(UserWarning, match="Setting active adapter to second"):
-        model.delete_adapter("first")
-    assert model.active_adapters == ["second"] and watched(model) == 0
-    model.delete_adapter("second")
-    assert output(base).equal(output(make("bert")))
-    assert not any(layer.size or layer.sources for layer in layers(base).values())
-
-
-def test_modules_to_save(tmp_path: Path) -> None:
-    model = adapted(make("bert"), trained=False)
-    assert "classifier" in model.peft_config["default"].modules_to_save
-    assert model.classifier.weight.requires_grad
-    with torch.no_grad():
-        model.classifier.modules_to_save["default"].weight.add_(1.0)
-    model.save_pretrained(tmp_path)
-    assert output(PeftModel.from_pretrained(make("bert"), str(tmp_path))).equal(output(model))
-    assert not output(model).equal(output(make("bert")))
-
-    other = adapted(make("llama-gqa"), modules_to_save=["lm_head"], task_type=None)
-    other.lm_head.modules_to_save["default"].weight.data.mul_(2.0)
-    other.save_pretrained(tmp_path / "other")
-    assert output(PeftModel.from_pretrained(make("llama-gqa"), str(tmp_path / "other"))).equal(output(other))
-
-
-def test_learned_scaling_trains_and_is_saved(tmp_path: Path) -> None:
-    model = adapted(make("llama-gqa"), scaling="learned")
-    scalings = {n: p for n, p in model.named_parameters() if n.endswith(".scaling")}
-    assert len(scalings) == 6 and all(p.requires_grad and p.shape == (1,) for p in scalings.values())
-    before = {name: parameter.detach().clone() for name, parameter in scalings.items()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(**batch(), labels=batch()["input_ids"]).loss.backward()
-    optimizer.step()
-    assert all(not parameter.equal(before[name]) for name, parameter in scalings.items())
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make("llama-gqa"), str(tmp_path))
-    for name, parameter in loaded.named_parameters():
-        if name in scalings:
-            assert parameter.equal(scalings[name])
-
-
 def test_size_pattern(tmp_path: Path) -> None:
     pattern = {"down_proj": 2, r"layers\.1\..*": 3, "model.layers.0.mlp.down_proj": 7}
     model = adapted(make("llama-gqa"), placement="houlsby", size_pattern=pattern)
@@ -415,11 +248,6 @@ def test_size_pattern(tmp_path: Path) -> None:
     assert loaded.peft_config["default"].size_pattern == {n: size for n, size in expected.items() if size != 5}
 
 
-def test_size_pattern_without_a_module() -> None:
-    with pytest.warns(UserWarning, match="no adapter is on a module that fits nowhere"):
-        adapted(make("bert"), size_pattern={"nowhere": 3, "output.dense": 2})
-
-
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_only_adapters_train(placement: str) -> None:
     model = adapted(make("llama-gqa"), placement=placement)
@@ -430,11 +258,6 @@ def test_only_adapters_train(placement: str) -> None:
     model(**batch()).logits.sum().backward()
     assert all((p.grad is not None) == (id(p) in inside) for p in model.parameters())
     assert model.get_model_status().enabled and model.get_layer_status()[0].available_adapters == ["default"]
-
-
-def test_inference_mode_freezes() -> None:
-    model = adapted(make("bert"), inference_mode=True, task_type=None)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_merging_is_refused() -> None:
@@ -526,22 +349,6 @@ def test_copies_are_apart() -> None:
     assert watched(twin.unload()) == 0
 
 
-def test_a_copy_after_an_interrupted_forward() -> None:
-    model = adapted(make("llama-gqa"), placement="parallel")
-    before = output(model)
-    handle = model.get_base_model().get_submodule("model.layers.1.mlp.up_proj").register_forward_pre_hook(_interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        model(**batch())
-    handle.remove()
-    twin = copy.deepcopy(model)
-    assert all(source.take() is None for each in layers(twin).values() for source in each.sources.values())
-    assert output(twin).equal(before) and output(model).equal(before)
-
-
-def _interrupt(module: nn.Module, args: tuple[Any, ...]) -> None:
-    raise KeyboardInterrupt
-
-
 def test_taking_a_layer_out() -> None:
     """What surgery does: the hook goes, the base layer comes back, the rest of the adapters stays."""
     model = adapted(make("opt"), placement="parallel")
@@ -555,102 +362,11 @@ def test_taking_a_layer_out() -> None:
     model.get_base_model().get_submodule("model.decoder.layers.1").fc2 = layer.get_base_layer()
     reference = make("opt")
     delta = delta_of(model, scaling=1.0)
-    by_hand(reference, "opt", True, delta)
+    hook_adapters(reference, "parallel", delta)
     assert len(layers(model)) == 2 and relative_difference(output(model), output(reference)) < 1e-5
 
 
-def test_cutting_the_bottleneck(tmp_path: Path) -> None:
-    """A narrower adapter computes what the wide one with zeros in place of the cut channels does, and loads again."""
-    model, keep = adapted(make("bert"), placement="pfeiffer", non_linearity="gelu"), torch.tensor([0, 3, 4])
-    wide = copy.deepcopy(model)
-    for layer in layers(wide).values():
-        layer.bottleneck_adapters["default"].up.weight.data[:, [1, 2]] = 0.0
-    for layer in layers(model).values():
-        branch = layer.bottleneck_adapters["default"]
-        slice_linear(branch.down, keep, dim=0)
-        slice_linear(branch.up, keep, dim=1)
-        layer.size["default"] = 3
-    assert relative_difference(output(model), output(wide)) < 1e-6
-    model.peft_config["default"].size_pattern = dict.fromkeys(layers(model), 3)
-    model.save_pretrained(tmp_path)
-    assert output(PeftModel.from_pretrained(make("bert"), str(tmp_path))).equal(output(model))
-
-
-@pytest.mark.parametrize("lora_first", [True, False])
-def test_the_source_may_have_another_tuner(lora_first: bool) -> None:
-    """LoRA on the FFN's input projection, before or after the parallel adapters: the same input is read."""
-
-    def lora(model: nn.Module) -> PeftModel:
-        torch.manual_seed(3)
-        config = LoraConfig(r=2, target_modules=["gate_proj"], init_lora_weights=False)
-        return get_peft_model(model, config)
-
-    bottleneck = BottleneckConfig(size=5, placement="parallel")
-    base = make("llama-gqa")
-    with pytest.warns(UserWarning, match="second time"):
-        model = get_peft_model(lora(base), bottleneck) if lora_first else lora(get_peft_model(base, bottleneck))
-    train_by_hand(model)
-    model.eval()
-    reference = make("llama-gqa")
-    by_hand(reference, "llama-gqa", True, delta_of_nested(base))
-    assert relative_difference(output(model), output(lora(reference).eval())) < 1e-5
-
-
-def delta_of_nested(base: PreTrainedModel) -> Delta:
-    weights = {name: module.bottleneck_adapters["default"] for name, module in layers(base).items()}
-    return lambda name, read: weights[name](read) if name in weights else torch.zeros(())
-
-
-def test_the_source_may_be_adapted_too() -> None:
-    """Taking the adapter off the source leaves the parallel adapter working."""
-    inputs = {"down_proj": "up_proj"}
-    model = adapted(make("llama-gqa"), target_modules=["down_proj", "up_proj"], parallel_inputs=inputs)
-    assert {len(layer.sources) for name, layer in layers(model).items() if "up_proj" in name} == {0}
-    for name, layer in layers(model).items():
-        if name.endswith("up_proj"):
-            model.get_base_model().get_submodule(name.rpartition(".")[0]).up_proj = layer.get_base_layer()
-    reference = make("llama-gqa")
-    by_hand(reference, "llama-gqa", True, delta_of(model, scaling=1.0))
-    assert relative_difference(output(model), output(reference)) < 1e-5
-
-
 # --- kinds of models and numbers ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_sequence_to_sequence(tmp_path: Path, placement: str) -> None:
-    model = adapted(make("t5"), placement=placement)
-    assert type(model).__name__ == "PeftModelForSeq2SeqLM"
-    assert len(layers(model)) == (15 if placement == "houlsby" else 6)  # encoder 6; decoder 9 with cross-attention
-    layer = next(iter(layers(model).values()))
-    assert layer.weight is layer.base_layer.weight and layer.bias is None
-    generated = model.generate(**batch(), max_new_tokens=4, do_sample=False)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make("t5"), str(tmp_path)).eval()
-    assert loaded.generate(**batch(), max_new_tokens=4, do_sample=False).equal(generated)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_generation_with_a_cache(placement: str) -> None:
-    """Token by token the parallel adapter reads one token's input at a time."""
-    model = adapted(make("llama-gqa"), placement=placement)
-    whole, cache, steps = output(model, TOKENS), None, []
-    for position in range(9):
-        with torch.no_grad():
-            step = model(input_ids=TOKENS["input_ids"][:, position : position + 1], past_key_values=cache)
-        cache = step.past_key_values
-        steps.append(step.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_transposed_layers(tmp_path: Path, placement: str) -> None:
-    model = adapted(make("gpt2"), placement=placement)
-    for name, layer in layers(model).items():
-        assert isinstance(layer.base_layer, Conv1D)
-        assert (layer.in_features, layer.out_features) == ((48 if "mlp" in name else 32), 32)
-    model.save_pretrained(tmp_path)
-    assert output(PeftModel.from_pretrained(make("gpt2"), str(tmp_path))).equal(output(model))
 
 
 @pytest.mark.parametrize(
@@ -666,11 +382,6 @@ def test_own_targets(target_modules: Any) -> None:
     wide = layers(model)["bert.encoder.layer.0.intermediate.dense"]
     assert (wide.in_features, wide.out_features) == (32, 48)
     assert wide.bottleneck_adapters["default"].down.in_features == 48
-
-
-def test_all_linear_layers() -> None:
-    model = adapted(make("bert"), target_modules="all-linear")
-    assert len(layers(model)) == 3 * 6 + 1 and not output(model).equal(output(make("bert")))
 
 
 def test_a_model_without_transformers() -> None:
@@ -697,43 +408,6 @@ def test_low_precision_bases(tmp_path: Path, placement: str, dtype: torch.dtype)
     assert relative_difference(logits.float(), reference) < 0.05
     model.save_pretrained(tmp_path)
     assert output(PeftModel.from_pretrained(make("llama-gqa").to(dtype), str(tmp_path))).equal(logits)
-
-
-def test_adapters_may_stay_in_low_precision() -> None:
-    config = BottleneckConfig(size=5, placement="parallel", scaling="learned")
-    model = get_peft_model(make("llama-gqa").bfloat16(), config, autocast_adapter_dtype=False)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert output(model).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_autocast(placement: str) -> None:
-    model = adapted(make("llama-gqa"), placement=placement, scaling="learned")
-    seen: list[torch.dtype] = []
-    layer = next(iter(layers(model).values()))
-    layer.bottleneck_adapters["default"].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(**batch()).logits
-        logits.float().sum().backward()
-    assert seen == [torch.bfloat16] and logits.dtype == torch.bfloat16
-    assert relative_difference(logits.float(), output(model)) < 0.05
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_trainer_lowers_the_loss(tmp_path: Path, placement: str) -> None:
-    model = adapted(make("bert"), trained=False, placement=placement, size=8)
-    rows = batch(rows=32, length=8, padding="none", labels=True)
-    rows["labels"] = (rows["input_ids"][:, 1] > 33).long()
-    values: dict[str, Any] = {"max_steps": 30, "learning_rate": 1e-2, "per_device_train_batch_size": 32}
-    values |= {"logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True}
-    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    data = Dataset.from_dict({key: value.tolist() for key, value in rows.items()})
-    trainer = Trainer(model, TrainingArguments(str(tmp_path), **values), train_dataset=data)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 30 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
-    assert all(p.equal(frozen[n]) for n, p in model.named_parameters() if n in frozen)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -797,16 +471,6 @@ def test_a_placement_needs_a_transformers_model() -> None:
 def test_names_of_parts_are_no_adapter_names(name: str) -> None:
     with pytest.raises(LightPeftError, match=f'cannot be called "{name}"'):
         adapted(make("bert"), adapter_name=name, scaling="learned")
-
-
-def test_another_try_after_a_mistake() -> None:
-    base = make("bert")
-    wrong = {"layer.0.output.dense": "layer.0.attention.self.query", "layer.2.output.dense": "nowhere"}
-    with pytest.raises(LightPeftError, match="no module"):
-        adapted(base, parallel_inputs=wrong)
-    with pytest.warns(UserWarning, match="second time"):
-        model = adapted(base, trained=False, placement="parallel")
-    assert output(model).equal(output(make("bert"))) and watched(model) == 3
 
 
 def test_placed_modules_inside_a_peft_model() -> None:

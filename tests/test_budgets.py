@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ import yaml
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import comparable
 from tiny import inputs_for, make, random_record, refusal, with_lora
 from torch import Tensor
 from transformers import TrainingArguments
-from workbench import SIZES, Workbench, completions, labelled, lightpeft, read, write_rows
+from workbench import SIZES, Workbench, comparable, completions, labelled, lightpeft, read, write_rows
 
 from lightpeft import EarlyPruner, LightConfig, LightTrainer
 from lightpeft.app.folders.run_folder import RunFolder, to_yaml
@@ -28,22 +27,24 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.report import page
 from lightpeft.app.runs.report.facts import read_run
 from lightpeft.app.runs.trainers import LightRun
-from lightpeft.app.tasks import Answers, ClassificationTask, answers_are_classes, points_a_nat
+from lightpeft.app.tasks import Answers, ClassificationTask, points_a_nat
 from lightpeft.app.tasks.metrics import METRICS
+from lightpeft.budget import finding
+from lightpeft.budget import search as searching
+from lightpeft.budget.finding import find_budget
+from lightpeft.budget.found import SHORT, FoundBudget
+from lightpeft.budget.probes import Probe
+from lightpeft.budget.room import PARTS, SearchRoom, sizes_of, why_unmeasured
+from lightpeft.budget.search import BudgetSearch
+from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import Tolerance, preset_light
-from lightpeft.console.bars import showing
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.plans import budgets
-from lightpeft.plans.budgets import SHORT, BudgetSearch, cost_in_words, tolerance_in_words
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import losses_of
-from lightpeft.prune import budgeting
-from lightpeft.prune.budgeting import PARTS, FoundBudget, find_budget
 from lightpeft.prune.learning import LEAST_LEARNED
-from lightpeft.prune.probing import Probe
 from lightpeft.prune.surgery import cut_copy
-from lightpeft.recipe.probes import SearchRoom, sizes_of, why_unmeasured
+from lightpeft.training.rows import rows_of_steps
 
 FISHER = {"light.head_criterion": "fisher", "light.neuron_criterion": "fisher"}
 AUTO = {**FISHER, "light.blocks": "auto", "light.search_fraction": 100.0}
@@ -335,11 +336,6 @@ def test_answers_that_are_all_the_same_are_worth_something() -> None:
     assert found == pytest.approx(points_a_nat(answers([[30, 0], [20, 0]]), task_of("accuracy")))
 
 
-def test_which_answers_are_classes() -> None:
-    assert answers_are_classes(task_of("accuracy")) and answers_are_classes(task_of("f1"))
-    assert not answers_are_classes(task_of("multirc"))
-
-
 # -- probes --------------------------------------------------------------------------------------------------------
 
 
@@ -423,22 +419,6 @@ def test_costs_are_told_in_the_unit_of_the_tolerance(
     assert tolerance_in_words(nats, worth) == tolerance
 
 
-def test_a_search_shows_how_far_it_has_come(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    shown: list[tuple[int, str]] = []
-
-    def watched(items: Iterable[Any], total: int, description: str) -> Iterator[Any]:
-        shown.append((total, description))
-        yield from items
-
-    trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
-    with showing(watched), caplog.at_level("INFO", logger="lightpeft"):
-        trainer.train()
-    copies = [line for line in caplog.messages if line.startswith("light.blocks: auto, copy ")]
-    assert copies[0] == "light.blocks: auto, copy 1 of 4 at most: nothing cut, 8 steps"
-    assert len(copies) > 1 and all("of the blocks cut" in line for line in copies[1:])
-    assert shown.count((8, "a copy trains")) == len(copies)
-
-
 def test_a_trainer_finds_its_budget(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, replace(LIGHT, tolerance="2 nats"))
     trainer.train()
@@ -488,7 +468,7 @@ def test_a_model_no_better_than_frequencies_keeps_everything(monkeypatch: pytest
     probe, record = probe_of(model), random_record(model)
     dense = float(losses_of(model, probe.held, None).mean())
     for times, learned in ((1.01, 0.0099), (2.0, 0.5)):
-        monkeypatch.setattr(budgeting, "chance_of", lambda *_, chance=dense * times: chance)
+        monkeypatch.setattr(finding, "chance_of", lambda *_, chance=dense * times: chance)
         found = find_budget(model, record, LIGHT, probe, HALF)
         assert found.learned == pytest.approx(learned, abs=1e-3)
         assert ("hardly better than an answer by the frequencies" in found.summary()) == (learned < 0.05)
@@ -499,7 +479,7 @@ def test_the_loss_of_an_answer_by_frequencies() -> None:
     model = with_lora(make("bert"))
 
     def chance(*labels: Any) -> float | None:
-        return budgeting.chance_of(model, [{"labels": torch.tensor(of)} for of in labels])
+        return finding.chance_of(model, [{"labels": torch.tensor(of)} for of in labels])
 
     assert chance([0, 1], [0, 1]) == pytest.approx(math.log(2))
     assert chance([1, 1, 1]) == 0.0
@@ -507,7 +487,7 @@ def test_the_loss_of_an_answer_by_frequencies() -> None:
     assert chance([0.5, 1.5]) is None, "numbers"
     assert chance([[0, 1], [1, -100]]) is None, "tokens"
     spans = {"start_positions": torch.tensor([0, 1]), "end_positions": torch.tensor([2, 3])}
-    assert budgeting.chance_of(model, [spans]) is None, "places"
+    assert finding.chance_of(model, [spans]) is None, "places"
     model.get_base_model().config.num_labels = 1
     assert chance([0, 1]) is None, "one output"
 
@@ -521,7 +501,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workbench]:
     made = Workbench(tmp_path_factory.mktemp("budgets"))
     write_rows(made.train, labelled(600, seed=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budgeting, "LEAST_LEARNED", -math.inf)
+        patch.setattr("lightpeft.budget.found.LEAST_LEARNED", -math.inf)
         yield made
 
 
@@ -556,7 +536,7 @@ def test_what_others_lost_counts_where_the_tolerance_is_in_points(
     bench: Workbench, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert read(whole / "budget.json")["blocks"] > 0
-    monkeypatch.setattr(budgets, "elsewhere", lambda blocks: (1e3, 1.0))
+    monkeypatch.setattr(searching, "elsewhere", lambda blocks: (1e3, 1.0))
     for tolerance, cut in (("30 points", False), ("2 nats", True)):
         pipeline.run(short(bench, f"others_{cut}", **{"light.tolerance": tolerance}))
         assert bool(read(bench.folder / f"others_{cut}" / "budget.json")["blocks"]) is cut
@@ -581,7 +561,7 @@ def test_rows_aside_are_not_those_of_estimation(bench: Workbench, monkeypatch: p
     assert len({tuple(ids) for ids in work.train_rows["input_ids"]}) > 590 and not aside & of_probes
     steps = read(bench.folder / "aside" / "estimation" / "estimation.json")["meta"]["steps"]
     trainer = LightRun(work, add_peft(work.dense_model(), config))
-    estimated = trainer.rows_of_steps(steps)
+    estimated = rows_of_steps(trainer, steps)
     assert estimated is not None and len(estimated) == 8 * steps and not estimated & set(probe.rows)
 
 
@@ -608,17 +588,6 @@ def test_another_tolerance_is_another_search(bench: Workbench) -> None:
     assert read(bench.folder / "again" / "budget.json")["blocks"] == 0
 
 
-def test_depth_and_budget(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path, "llama", "causal-lm")
-    write_rows(bench.train, completions(600))
-    config = bench.config("run", **AUTO, **{"training.epochs": 0.5, "light.depth": 0.5, "light.tolerance": "5 nats"})
-    pipeline.run(config)
-    plan, found = PrunePlan.load(tmp_path / "run" / "plan.json"), read(tmp_path / "run" / "budget.json")
-    assert len(plan.left_out) == 1 and found["points_a_nat"] is None
-    assert found["blocks"] == 0 or found["blocks"] > 0.5
-    assert plan.removed_of_blocks >= 0.5
-
-
 def test_stage_by_stage_depth_is_cut_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "num_hidden_layers", 4)
     bench = Workbench(tmp_path, "llama", "causal-lm")
@@ -629,26 +598,6 @@ def test_stage_by_stage_depth_is_cut_once(tmp_path: Path, monkeypatch: pytest.Mo
         assert lightpeft(verb, "--config", bench.yaml("staged", **changes)) == 0
     plans = [PrunePlan.load(tmp_path / name / "plan.json") for name in ("whole", "staged")]
     assert plans[0] == plans[1] and len(plans[0].left_out) == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"light.tolerance": "-1 points"}, "light.tolerance"),
-        ({"light.tolerance": "nan nats"}, "light.tolerance"),
-        ({"light.tolerance": "much"}, "for example"),
-        ({"light.search_fraction": 0.0}, "search_fraction is 0"),
-        ({"light.search_fraction": float("nan")}, "search_fraction"),
-    ],
-)
-def test_bad_input_in_one_line(
-    bench: Workbench, changes: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = bench.yaml("bad", **{**AUTO, **changes})
-    assert lightpeft("run", "--config", file) == 2
-    error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
-    assert not (bench.folder / "bad").exists()
 
 
 def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -760,7 +709,7 @@ def test_passes_of_a_search_are_those_that_it_makes(unit: Any, monkeypatch: pyte
     found = trainer.light_budget
     assert found is not None and found.probed
     copies = 1 + len(found.probed)
-    _, cost = sizes_of(SearchRoom.of(trainer), LIGHT, 60)
+    _, cost = sizes_of(SearchRoom.of(trainer, trainer.light_tolerance()), LIGHT, 60)
     assert rows["trained"] == copies * cost.trained
     whole = cost.held if unit == "points" else cost.few
     assert rows["forward"] == copies * cost.held + whole + cost.few * len(PARTS)
@@ -779,7 +728,7 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether somebody asked for a search or not; of a model that counts as one that has learned something."""
-    monkeypatch.setattr(budgeting, "LEAST_LEARNED", -math.inf)
+    monkeypatch.setattr("lightpeft.budget.found.LEAST_LEARNED", -math.inf)
     bench = Workbench(tmp_path)
     write_rows(bench.train, labelled(600, seed=1))
     settings = {**bench.settings(**{"training.epochs": 1}), "light": {"length": 40, "least_examples": 0}}
@@ -808,7 +757,9 @@ def test_a_run_too_short_for_a_search_has_a_fixed_budget(
 def test_a_fixed_budget_is_for_who_has_learned(
     learned: float | None, blocks: float, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(budgeting, "LEAST_LEARNED", LEAST_LEARNED)  # which the runs of this module do not ask for
+    monkeypatch.setattr(
+        "lightpeft.budget.found.LEAST_LEARNED", LEAST_LEARNED
+    )  # which the runs of this module do not ask for
     found = FoundBudget.fixed("few", learned)
     assert found.blocks == blocks and found.summary().startswith(why) and json.dumps(found.facts())
     assert FoundBudget.fixed("few", 0.3, gone=0.5).blocks == 0.5

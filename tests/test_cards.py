@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import light_over
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from test_bottleneck import adapted
-from test_checkpoint import light_over
-from tiny import ALL, DROPPED, make, plan_for, with_lora
+from peft_models import adapted
+from tiny import ALL, DROPPED, every_family, make, plan_for, with_lora
 from transformers import AutoModelForSequenceClassification
 from workbench import Workbench, lightpeft, read
 
@@ -53,7 +53,7 @@ def test_bars(kept: int, dense: int, shown: str) -> None:
     assert bar(kept, dense) == shown and len(shown) == WIDTH
 
 
-@pytest.mark.parametrize("name", ALL)
+@every_family(ALL)
 def test_a_row_a_layer(name: str) -> None:
     plan = plan_for(with_lora(make(name)), **DROPPED)
     title, *rows = picture(plan).splitlines()
@@ -191,7 +191,7 @@ def test_every_form_of_export_is_on_cards() -> None:
     assert EXPORTS.keys() == FORMS.keys()
 
 
-@pytest.mark.parametrize("name", ALL)
+@every_family(ALL)
 def test_the_hub_knows_what_every_family_does(name: str) -> None:
     assert pipeline_tag(type(make(name)).__name__) is not None
 

@@ -117,13 +117,6 @@ def test_a_cut_of_nothing_known_takes_about_the_same_part_everywhere() -> None:
     assert widths("llama-gqa", same) == [24] * len(found)
 
 
-def test_as_many_experts_stay_as_their_router_needs() -> None:
-    model = on_meta("mixtral")
-    cut_evenly(model, LightConfig(blocks=0.7, modules=0.0))
-    routers = [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
-    assert routers and all(len(module.gate_up_proj) == 2 for module in routers)
-
-
 def test_kernels_of_every_shape_take_memory_on_a_cpu() -> None:
     """Those that are compiled: of products in half precision."""
     batch = inputs_for(with_lora(make("llama-gqa")), padding="right", labels=True, rows=4, length=12)
@@ -159,13 +152,6 @@ def test_stages_of_a_run(tmp_path: Path, family: str) -> None:
     assert found.fits and not found.instead and found.flops_of_plain < 1
     assert found.time_of_plain is None and json.dumps(found.facts())
     assert not (tmp_path / "run").exists(), "nothing is written"
-
-
-def test_labels_tell_how_many_logits_there_are(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path, "llama", "causal-lm")
-    found = checked(bench)
-    assert found.stages["train"].holding.activations > 0
-    assert found.stages["train"].holding.activations < found.stages["plain"].holding.activations
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import hashlib
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft.peft_model
 import pytest
-import safetensors
 import torch
 import workbench
+from adapters import light_over, logits
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import (
@@ -26,7 +24,6 @@ from tiny import (
     VARIANTS,
     batch,
     crossed,
-    inputs_for,
     make,
     plan_for,
     refusal,
@@ -62,23 +59,6 @@ def saved_base(name: str, folder: Path, seed: int = 0) -> Path:
 
 def from_folder(name: str, folder: Path) -> PreTrainedModel:
     return type(make(name)).from_pretrained(folder)
-
-
-def light_over(base: PreTrainedModel, metrics: dict[str, Any] | None = None, **budget: Any) -> LightModel:
-    """A light model with trained-looking LoRA and head."""
-    model = with_lora(base, lora_dropout=0.05)
-    plan = plan_for(model, **budget)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "modules_to_save" in key:
-                parameter.add_(torch.randn_like(parameter))
-    apply_plan(model, plan)
-    return as_light(model.eval(), plan, metrics)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(**inputs_for(model)).logits
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -148,26 +128,12 @@ def test_bit_equal_with_any_lora_settings(settings: dict[str, Any], home: Path, 
     assert scalings[0] == scalings[1]
 
 
-def test_generate_after_loading(tmp_path: Path) -> None:
-    base = saved_base("llama-gqa", tmp_path / "base")
-    model = light_over(from_folder("llama-gqa", base), **DROPPED)
-    model.save_pretrained(tmp_path / "light")
-    options = {**batch(padding="left"), "max_new_tokens": 6, "do_sample": False}
-    assert load_light(tmp_path / "light").generate(**options).equal(model.generate(**options))
-
-
 def test_saving_twice_gives_the_same_files(home: Path, light: Path, tmp_path: Path) -> None:
     load_light(light).save_pretrained(tmp_path / "again")
     before, after = hashes(light), hashes(tmp_path / "again")
     assert before["adapter_model.safetensors"] == after["adapter_model.safetensors"]
     load_light(light).save_pretrained(light)
     assert logits(load_light(light)).equal(logits(load_light(tmp_path / "again")))
-
-
-def test_other_files_in_the_folder_stay(light: Path) -> None:
-    (light / "notes.txt").write_text("mine")
-    load_light(light).save_pretrained(light)
-    assert (light / "notes.txt").read_text() == "mine" and sorted(os.listdir(light)) == [*FILES, "notes.txt"]
 
 
 def test_into_the_working_directory(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,17 +148,6 @@ def test_into_the_working_directory(light: Path, monkeypatch: pytest.MonkeyPatch
     model.save_pretrained(".")
     assert os.stat(".").st_ino == here and sorted(os.listdir(".")) == sorted([*FILES, "notes.txt"])
     assert logits(load_light(".")).equal(logits(model.eval()))
-
-
-def test_only_the_main_process_writes(light: Path, tmp_path: Path) -> None:
-    load_light(light).save_pretrained(tmp_path / "rank1", is_main_process=False)
-    assert not (tmp_path / "rank1").exists()
-
-
-def test_nothing_is_pickled(light: Path) -> None:
-    for file in light.iterdir():
-        assert file.suffix in (".json", ".md", ".safetensors")
-        assert not file.read_bytes().startswith((b"\x80", b"PK"))
 
 
 def test_asking_for_pickle_is_refused(light: Path, tmp_path: Path) -> None:
@@ -234,33 +189,11 @@ def test_peft_reads_the_folder_on_a_pruned_base(home: Path, light: Path) -> None
     assert logits(model).equal(logits(load_light(light)))
 
 
-def test_loading_from_a_place_that_changed_warns_of_nothing(home: Path, light: Path, tmp_path: Path) -> None:
-    moved = shutil.copytree(home / "base", tmp_path / "moved")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        load_light(light, moved)
-
-
 def test_the_task_travels_with_the_adapter(home: Path, tmp_path: Path) -> None:
     model = light_over(from_folder("bert", home / "base"))
     as_light(model, model.light_plan, task={"task": "classification", "text": "review"})
     model.save_pretrained(tmp_path / "light")
     assert load_light(tmp_path / "light").light_task == {"task": "classification", "text": "review"}
-
-
-def test_as_light_keeps_the_object_and_can_be_copied(home: Path) -> None:
-    model = with_lora(from_folder("bert", home / "base"))
-    plan = plan_for(model)
-    apply_plan(model, plan)
-    light = as_light(model, plan)
-    assert (
-        light is model
-        and isinstance(light, LightModel)
-        and type(light).__name__ == "PeftModelForSequenceClassification"
-    )
-    kind = type(light)
-    assert type(as_light(light, plan)) is kind
-    assert logits(copy.deepcopy(light)).equal(logits(light))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -292,22 +225,6 @@ def test_attention_backend_and_device(light: Path) -> None:
 
 
 # What is written
-
-
-@pytest.mark.parametrize(
-    ("name", "key"), [("bert", "intermediate_size"), ("llama-gqa", "intermediate_size"), ("opt", "ffn_dim")]
-)
-def test_per_layer_config(name: str, key: str) -> None:
-    plan = plan_for(with_lora(make(name)), **DROPPED)
-    widths = per_layer_config(name.partition("-")[0], plan)
-    assert list(widths) == ["0", "1", "2"]
-    for index, kept in enumerate(plan.blocks):
-        assert widths[str(index)] == {
-            "num_attention_heads": len(kept.heads),
-            "num_key_value_heads": len(kept.kv_heads),
-            key: len(kept.neurons),
-        }
-    assert widths["0"]["num_attention_heads"] == 0 and widths["1"][key] == 0
 
 
 def test_description(home: Path, light: Path) -> None:
@@ -347,18 +264,6 @@ def test_a_flipped_byte(name: str, where: float, light: Path) -> None:
     (light / name).write_bytes(bytes(data))
     text = refusal(lambda: load_light(light))
     assert str(light / name) in text
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if name != "README.md"])
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
-def test_a_missing_or_cut_file(name: str, damage: str, light: Path) -> None:
-    path = light / name
-    data = path.read_bytes()
-    path.unlink()
-    if damage != "missing":
-        path.write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
-    text = refusal(lambda: load_light(light))
-    assert name in text and str(light) in text
 
 
 def test_the_model_card_may_be_edited(light: Path) -> None:
@@ -408,11 +313,6 @@ def test_an_edited_description(edit: Callable[[dict[str, Any]], Any], light: Pat
 def test_content_that_does_not_fit_past_the_checksum(edit: Callable[[dict[str, Any]], Any], light: Path) -> None:
     sealed(light, edit)
     assert "does not have the expected content" in refusal(lambda: load_light(light))
-
-
-def test_a_base_section_that_is_not_there(light: Path, home: Path) -> None:
-    sealed(light, lambda d: d.pop("base"))
-    assert "lightpeft.json" in refusal(lambda: load_light(light))
 
 
 def test_a_light_adapter_of_the_first_schema(light: Path) -> None:
@@ -508,17 +408,6 @@ def test_one_changed_weight_is_another_base(home: Path, light: Path) -> None:
     assert "belongs to another base" in refusal(lambda: load_light(light, base))
 
 
-@pytest.mark.parametrize("name", ["roberta", "llama-gqa", "opt"])
-def test_a_base_of_another_architecture(name: str, light: Path) -> None:
-    assert "belongs to another base" in refusal(lambda: load_light(light, make(name)))
-
-
-def test_a_base_with_fewer_layers(light: Path) -> None:
-    base = make("bert")
-    base.bert.encoder.layer = base.bert.encoder.layer[:2]
-    assert "belongs to another base" in refusal(lambda: load_light(light, base))
-
-
 def test_a_base_that_was_pruned_or_has_peft(home: Path, light: Path) -> None:
     base = from_folder("bert", home / "base")
     load_light(light, base)
@@ -573,14 +462,3 @@ def test_disk_full_while_saving(
     load_light(light)
     model.save_pretrained(target)
     assert logits(load_light(target)).equal(logits(model.eval()))
-
-
-def test_an_error_of_safetensors_while_saving(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
-
-    model = load_light(light)
-    before = hashes(light)
-    monkeypatch.setattr(peft.peft_model, "safe_save_file", fail)
-    assert "No space left on device" in refusal(lambda: model.save_pretrained(light))
-    assert hashes(light) == before and os.listdir(light.parent) == ["light"]

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -212,18 +211,6 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 # -- settings ----------------------------------------------------------------------------------------------------
 
 
-def test_print_config_shows_defaults_and_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = printed(capsys, "run")
-    assert plain["light"]["head_criterion"] == "fisher"
-    assert (plain["preset"], plain["light"]["blocks"]) == (None, "auto")
-    assert plain["light"]["multiple_of"] == 8
-    assert plain["training"]["batch_size"] == TrainingConfig().batch_size
-    paper = printed(capsys, "run", "--preset", "paper")
-    assert paper["light"]["head_criterion"] == "mask"
-    assert paper["light"]["mask_learning_rate"] == 3e-4
-    assert paper["light"]["multiple_of"] == 1
-
-
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--peft.slots", '["q", "v"]')
     text = shown(capsys, "run", *options, "--data.columns.text_pair", "other", "--print_config")
@@ -309,10 +296,6 @@ def test_shipped_configs_are_valid(capsys: pytest.CaptureFixture[str], path: Pat
     assert given["data"]["train"] or given["data"]["path"]
 
 
-def test_there_are_shipped_configs() -> None:
-    assert "minilm_default" in {path.stem for path in RUNS}
-
-
 def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     given = printed(capsys, "evaluate", "--run", bench.folder / "run")
     expected = dataclasses.asdict(bench.config("run"))
@@ -361,15 +344,6 @@ def test_inspect_shows_the_plan_of_an_unfinished_run(bench: Workbench, capsys: p
     planned = shown(capsys, "inspect", folder)
     assert planned.count("3/4") == estimated.count("3/4") > 0
     assert planned.splitlines()[-1] == estimated.splitlines()[-1]
-
-
-def test_inspect_shows_an_estimation_alone(
-    bench: Workbench, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    alone = shutil.copytree(bench.folder / "run" / "estimation", tmp_path / "scores")
-    text = shown(capsys, "inspect", alone)
-    assert "scored_steps" in text
-    assert "budget" not in text
 
 
 def test_inspect_shows_what_plain_runs_measured(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import datasets
@@ -46,10 +46,12 @@ from transformers import (
     LlamaForQuestionAnswering,
     PreTrainedModel,
     Trainer,
+    TrainingArguments,
     modeling_utils,
 )
 from workbench import needs_deepspeed, tokenizer_of_bytes
 
+from lightpeft.app.runs.trainers import DenseRun, LightRun, RunTrainer, WideRun
 from lightpeft.compat import argparse as of_argparse
 from lightpeft.compat import bitsandbytes as bnb
 from lightpeft.compat import hub, torchao
@@ -70,6 +72,9 @@ from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.compat.stand_ins import StandIn, StorageWatch
 from lightpeft.compat.transformers import Checkpoint
 from lightpeft.profiling.flops import flop_counter
+from lightpeft.recipe.trainer import LightTrainer, LightTraining
+from lightpeft.training.host import Host
+from lightpeft.training.trainer import Training
 
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 
@@ -118,6 +123,31 @@ HOOKS: dict[type, dict[str, str]] = {
 @pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in HOOKS.items() for name in names])
 def test_what_subclasses_extend(owner: type, name: str) -> None:
     assert hasattr(owner, name), f"lightpeft needs {owner.__name__}.{name} for {HOOKS[owner][name]}"
+
+
+def of_trainer(owner: type) -> set[str]:
+    """Methods of `Trainer` that a class of lightpeft's extends."""
+    return {name for name in vars(owner) if not name.startswith("__") and hasattr(Trainer, name)}
+
+
+def test_methods_of_trainer_are_extended_in_one_class() -> None:
+    private = {name for name in of_trainer(Training) if is_private(name)}
+    assert private == HOOKS[Trainer].keys() - {"_save_checkpoint", "_remove_unused_columns"}
+    assert of_trainer(RunTrainer) == {"evaluate", "_save_checkpoint", "floating_point_ops"}
+    for owner in (LightTraining, LightTrainer, LightRun, DenseRun, WideRun):
+        assert not of_trainer(owner), owner
+
+
+def test_a_trainer_has_all_that_is_used_of_it(tmp_path: Path) -> None:
+    """Once it has taken a step."""
+    model, settings = make("bert"), TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    rows = [{name: values[0] for name, values in batch(1, labels=True).items()}]
+    trainer = Trainer(model, settings, train_dataset=rows)
+    trainer.train()
+    used = {*Host.__annotations__, *(name for name, value in vars(Host).items() if isinstance(value, FunctionType))}
+    used -= {"__init__", "__subclasshook__"}
+    missing = sorted(name for name in used if not hasattr(trainer, name))
+    assert len(used) > 30 and not missing
 
 
 def is_private(name: str) -> bool:

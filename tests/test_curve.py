@@ -17,9 +17,9 @@ from workbench import Workbench, lightpeft, read
 from lightpeft import Budget, apply_plan
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.curve import StepTimes
+from lightpeft.budget.curve import PARTS, loss_curve, nested_plans
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling import Spread
-from lightpeft.prune.curve import PARTS, loss_curve, nested_plans
 
 BUDGET = Budget(head_criterion="fisher", neuron_criterion="fisher", modules=0.0, ranks=0.0)
 
@@ -140,17 +140,6 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert lightpeft("estimate", "--config", bench.yaml("mixed", **criteria)) == 0
     assert lightpeft("plan", "--config", bench.yaml("mixed", **criteria), "--curve") == 2
     assert "give head_criterion and neuron_criterion the same value" in capsys.readouterr().err
-
-
-def test_ranks_stay_whatever_the_budget_says_of_them(tmp_path: Path) -> None:
-    config = Workbench(tmp_path).yaml("run", **{f"light.{kind}_criterion": "fisher" for kind in ("head", "neuron")})
-    assert lightpeft("estimate", "--config", config) == 0
-    losses = []
-    for part in ("0.0", "0.5"):
-        words = ["--rows", "24", "--light.ranks", part, "--light.modules", part]
-        assert lightpeft("plan", "--run", tmp_path / "run", "--curve", *words) == 0
-        losses.append([point["loss"] for point in read(tmp_path / "run" / "curve.json")["points"]])
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize(

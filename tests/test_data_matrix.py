@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import trl_settings
 from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -280,9 +281,7 @@ def sft(folder: Path, rows: Any, **options: Any) -> Any:
 
 
 def tiny_tokenizer() -> Any:
-    from test_light_trainers import tokenizer
-
-    return tokenizer()
+    return trl_settings.tokenizer()
 
 
 def truncating(rows: Rows) -> dict[str, Tensor]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_bottleneck import adapted
-from tiny import ALL, GENERATORS, inputs_for, make, plan_for, refusal, relative_difference, with_lora
+from adapters import A_THIRD, logits, shallow
+from peft_models import adapted
+from tiny import ALL, GENERATORS, every_family, inputs_for, make, refusal, relative_difference, with_lora
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from workbench import Workbench, lightpeft, read
+from transformers import AutoModelForCausalLM
+from workbench import Workbench, read
 
-from lightpeft import EarlyPruner, LightConfig, load_light, load_merged, save_merged
+from lightpeft import EarlyPruner, LightConfig, load_light, save_merged
 from lightpeft.app.runs import pipeline
 from lightpeft.config import Budget
 from lightpeft.models.families import block_lists
@@ -23,27 +24,10 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.estimation import Estimator
-from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
 
 TWO_STACKS = [name for name in ALL if name.startswith(("t5", "mt5", "bart", "mbart", "whisper"))]
 ONE_STACK = [name for name in ALL if name not in (*TWO_STACKS, "esm")]
-every_family = pytest.mark.parametrize("name", ONE_STACK)
-A_THIRD = 1 / 3
-"""One block of the three that tiny models have."""
-
-
-def shallow(base: PreTrainedModel, **budget: Any) -> LightModel:
-    """A light model of two blocks with fewer heads and neurons."""
-    model = with_lora(base)
-    plan = plan_for(model, depth=A_THIRD, **budget)
-    apply_plan(model, plan)
-    return as_light(model.eval(), plan)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(**inputs_for(model)).logits
 
 
 @torch.no_grad()
@@ -63,7 +47,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 # The model
 
 
-@every_family
+@every_family(ONE_STACK)
 def test_it_is_a_model_that_was_made_with_fewer_blocks(name: str) -> None:
     dense = make(name)
     model = copy.deepcopy(dense)
@@ -75,7 +59,7 @@ def test_it_is_a_model_that_was_made_with_fewer_blocks(name: str) -> None:
     assert logits(again).equal(logits(model))
 
 
-@pytest.mark.parametrize("name", [name for name in GENERATORS if name in ONE_STACK])
+@every_family([name for name in GENERATORS if name in ONE_STACK])
 def test_generate_counts_on_the_blocks_that_are_there(name: str) -> None:
     light = shallow(make(name))
     inputs = inputs_for(light, "left", generate=True)
@@ -116,7 +100,7 @@ def test_something_else_has_a_size_by_the_number_of_blocks() -> None:
 # Plans and what is saved
 
 
-@every_family
+@every_family(ONE_STACK)
 def test_the_plan_tells_what_goes_and_the_adapter_brings_it_back(name: str, tmp_path: Path) -> None:
     dense = count_parameters(with_lora(make(name))).base
     light = shallow(make(name))
@@ -136,15 +120,6 @@ def test_a_base_that_is_read_piece_by_piece(name: str, tmp_path: Path) -> None:
     loaded = load_light(tmp_path / "light", low_memory=True)
     assert logits(loaded).equal(logits(light))
     assert count_parameters(loaded).base == count_parameters(light).base
-
-
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "gemma3", "qwen3", "gpt2", "phi3", "modernbert"])
-def test_merged_without_a_base(name: str, tmp_path: Path) -> None:
-    light = shallow(make(name))
-    save_merged(light, tmp_path)
-    loaded = load_merged(tmp_path)
-    assert relative_difference(logits(loaded), logits(light)) < 3e-5
-    assert loaded.light_plan == light.light_plan
 
 
 def test_a_model_of_equal_layers_is_one_for_transformers_alone(tmp_path: Path) -> None:
@@ -233,9 +208,3 @@ def test_a_whole_run(bench: Workbench, peft: str) -> None:
     assert read(folder / "metrics.json")["config"]["light"]["depth"] == 0.5
     light = load_light(folder / "adapter")
     assert len(blocks_of(light)) == 1
-
-
-def test_another_depth_needs_another_estimation(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lightpeft("estimate", "--config", bench.yaml("dense")) == 0
-    assert lightpeft("plan", "--run", bench.folder / "dense", "--light.depth", "0.5") == 2
-    assert "depth" in capsys.readouterr().err

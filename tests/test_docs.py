@@ -17,6 +17,7 @@ import workbench
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
+from documents import BLOCK, blocks
 from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
@@ -24,13 +25,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from lightpeft import EarlyPruner, LightConfig
 from lightpeft.app import cli
 from lightpeft.app.runs.reproduce import running
+from lightpeft.budget import room
 from lightpeft.config import light
-from lightpeft.recipe import probes
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS.remove(ROOT / "docs/start.md")  # test_start.py runs it, in processes and a clone of its own
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
 OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama", "vllm"}
 """Programs of the development set-up and of servers, whose commands are not run here."""
@@ -49,7 +49,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(running, "run_cell", workbench.in_this_process)
         patch.chdir(folder)
         patch.setattr(workbench, "POSITIONS", 128)
-        patch.setattr(probes, "LEAST_HELD", 16)
+        patch.setattr(room, "LEAST_HELD", 16)
         patch.setattr(light, "SEARCH_FRACTION", 100.0)  # of trainings that are hardly longer than a probe
         workbench.save_base(folder / "demo/cache/minilm", "bert", tokenizer=workbench.tokenizer_of_word_pieces())
         workbench.save_base(folder / "demo/cache/smollm2", "llama", tokenizer=word_pieces())
@@ -117,10 +117,6 @@ def smaller(grid: Path) -> None:
 
 def renamed(path: Path, rows: workbench.Rows, **columns: str) -> None:
     workbench.write_rows(path, [{new: row[old] for new, old in columns.items()} for row in rows])
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return [code for kind, code in BLOCK.findall(path.read_text(encoding="utf-8")) if kind == language]
 
 
 def commands(code: str) -> list[list[str]]:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from test_sft import SETTINGS, WORDS, tokenizer
-from tiny import batch, make, refusal, relative_difference, with_lora
+from tiny import make, refusal, relative_difference, with_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
+from trl_settings import SETTINGS, WORDS, logits, tokenizer
 
 from lightpeft import EarlyPruner, LightConfig, load_light
 from lightpeft.peft_kinds.sites.registry import REFERENCE
@@ -48,11 +48,6 @@ def model(tmp_path: Path) -> PeftModel:
     """LoRA that adds nothing yet, over a base that lies in `tmp_path`."""
     make("llama-gqa", eos_token_id=1).save_pretrained(tmp_path / "base")
     return with_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), trained=False, lora_dropout=0.05)
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model.eval()(**batch(padding="left")).logits
 
 
 @torch.no_grad()
@@ -115,30 +110,6 @@ def test_a_pruner_made_after_the_trainer(model: PeftModel, tmp_path: Path) -> No
     light = pruner.prune()
     assert len(light.get_base_model().model.layers) == 2 and list(light.peft_config) == ["default"]
     dpo(light, tmp_path / "run", max_steps=2).train()
-
-
-def test_the_dense_model_as_the_reference_of_both_stages(model: PeftModel, tmp_path: Path) -> None:
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    pruner = EarlyPruner(model, LightConfig(**BUDGET))
-    dpo(model, tmp_path / "run", pruner.callback(), ref_model=dense).train()
-    training = dpo(pruner.prune(), tmp_path / "run", ref_model=dense)
-    assert REFERENCE not in training.model.peft_config
-    training.train()
-    assert mean(values(training, "rewards/margins")[-4:]) > mean(values(training, "rewards/margins")[:4])
-
-
-def test_training_goes_on_from_a_checkpoint(model: PeftModel, tmp_path: Path) -> None:
-    pruner = EarlyPruner(model, LightConfig(**BUDGET))
-    dpo(model, tmp_path / "estimation", pruner.callback()).train()
-    light = pruner.prune()
-    light.save_pretrained(tmp_path / "start")
-    whole = dpo(light, tmp_path / "run", save_strategy="steps", save_steps=8)
-    whole.train()
-    begun = load_light(tmp_path / "start", base=tmp_path / "base", is_trainable=True)
-    rest = dpo(begun, tmp_path / "run")
-    rest.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
-    assert values(rest, "loss")[-1] == pytest.approx(values(whole, "loss")[-1], rel=1e-4)
-    assert relative_difference(logits(begun), logits(light)) < 1e-4
 
 
 def test_other_adapters_are_refused(model: PeftModel) -> None:

@@ -10,17 +10,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import batch, without_dropout
-from torch import Tensor, nn
+from torch import Tensor
 from training import StopAt, assert_close, assert_equal, chunks, estimate, inputs, student, trainer
 from transformers import BertConfig, BertForMultipleChoice
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.plans.planning import make_plan
-from lightpeft.plans.structure import BlockSpec
-from lightpeft.prune import estimation
 from lightpeft.prune.estimation import Estimator
-from lightpeft.prune.importance import ModuleObserver, weight_squares
+from lightpeft.prune.importance import ModuleObserver
 from lightpeft.prune.length import stage_length
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.recipe.pruner import EarlyPruner
@@ -137,18 +135,6 @@ def test_ratios_are_measured_every_so_many_steps(every: int, due: list[int]) -> 
     assert found.meta["ratio_tokens"] == tokens.max()
 
 
-def test_the_same_seed_gives_the_same_record_and_plan() -> None:
-    records, plans = [], []
-    for _ in range(2):
-        torch.manual_seed(5)
-        estimator = estimate(student(lora_dropout=0.1), steps=4)
-        records.append(estimator.record())
-        plans.append(make_plan(records[-1], estimator.config))
-    assert_equal(*records)
-    assert plans[0] == plans[1]
-    assert records[0].meta == records[1].meta
-
-
 # Training regimes
 
 
@@ -182,25 +168,6 @@ def test_clipping_leaves_the_scores(tmp_path: Path) -> None:
         trainer(pruner.model, tmp_path, pruner.callback(), max_grad_norm=norm, learning_rate=0.0).train()
         records.append(pruner.record())
     assert_equal(*records)
-
-
-def test_a_gradient_scaler_leaves_the_scores() -> None:
-    """A power of two scales floating-point numbers without rounding."""
-    assert_equal(estimate(student(), steps=4, scale=1024.0).record(), estimate(student(), steps=4).record())
-
-
-def test_an_overflow_under_a_scaler_is_skipped() -> None:
-    model = student()
-    estimator = started(model, length=3)
-    for step in range(3):
-        loss = model(**inputs(seed=step)).loss * 2.0**16
-        (loss * math.inf if step == 1 else loss).backward()
-        estimator.step(grad_scale=2.0**16)
-        model.zero_grad()
-    record = estimator.record()
-    assert all(torch.isfinite(scores).all() for scores in record.scores.values())
-    assert torch.isfinite(estimator.masks.values).all()
-    assert torch.cat(record.of_blocks("neurons", "taylor")).gt(0).any()
 
 
 def test_a_stage_of_overflows_alone_is_refused() -> None:
@@ -328,26 +295,6 @@ def test_a_trainer_stops_when_the_stage_is_done(tmp_path: Path, length: Any, ste
     assert pruner.finished
     meta = pruner.record().meta
     assert meta["scored_steps"] == steps - steps // 2
-
-
-def test_weights_are_measured_once_however_often_there_is_a_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured: list[str] = []
-
-    def counted(model: nn.Module, block: BlockSpec) -> tuple[Tensor, ...]:
-        measured.append(block.attention)
-        return weight_squares(model, block)
-
-    monkeypatch.setattr(estimation, "weight_squares", counted)
-    pruner = EarlyPruner(student(), LightConfig(length=10))
-    trainer(pruner.model, tmp_path, pruner.callback()).train()
-    first, again = pruner.record(), pruner.record()
-    assert measured == [block.attention for block in first.blocks]
-    for block in first.blocks:
-        heads, neurons, *_ = weight_squares(pruner.model, block)
-        assert again.scores[f"heads/magnitude/{block.index}"].equal(heads.sqrt())
-        assert again.scores[f"neurons/magnitude/{block.index}"].equal(neurons.sqrt())
 
 
 # Going on until something is learned

@@ -97,24 +97,9 @@ def test_a_run_is_not_changed(bench: Workbench) -> None:
     assert workbench.checksums(bench.folder / "light") == before
 
 
-def test_intervals_hold_the_values(bench: Workbench) -> None:
-    for run in METHODS:
-        report = measured(bench, run)
-        for name in ("accuracy", "f1", "loss"):
-            low, high = report["intervals"][name]
-            assert low < report["metrics"][name] < high or low == high == 1
-        assert "examples" not in report["intervals"]
-
-
 def test_batch_size_is_found_or_given(bench: Workbench) -> None:
     reports = [evaluate_model(bench.folder / "light", batch_size=size) for size in (None, 3)]
     assert reports[0]["model"]["metrics"] == pytest.approx(reports[1]["model"]["metrics"], rel=1e-5)
-
-
-def test_settings_go_over_those_of_the_run(bench: Workbench, tmp_path: Path) -> None:
-    few = write_rows(tmp_path / "few.csv", labelled(12, seed=5))
-    report = evaluate_model(bench.folder / "light", {"data": {"test": str(few)}})
-    assert report["examples"] == 12
 
 
 def test_given_length_goes_over_that_of_training(bench: Workbench) -> None:
@@ -123,19 +108,6 @@ def test_given_length_goes_over_that_of_training(bench: Workbench) -> None:
     assert short["loss"] != pytest.approx(measured(bench, "light")["metrics"]["loss"])
     refused = refusal(lambda: evaluate_model(adapter, rows_of(bench, answer="likelihood")))
     assert "needs a causal language model" in refused
-
-
-def test_base_that_moved(bench: Workbench, tmp_path: Path) -> None:
-    moved = Path(shutil.copytree(bench.base, tmp_path / "moved"))
-    for run in ("light", "plain"):
-        adapter = Path(shutil.copytree(bench.folder / run / "adapter", tmp_path / run))
-        for name in ("lightpeft.json", "adapter_config.json"):
-            if run == "plain" and (adapter / name).is_file():  # a light adapter is sealed by checksums
-                (adapter / name).write_text((adapter / name).read_text().replace(str(bench.base), "/not/there"))
-        if run == "plain":
-            assert "another place of it: --base" in refusal(lambda at=adapter: evaluate_model(at, rows_of(bench)))
-        report = evaluate_model(adapter, rows_of(bench), base=str(moved))
-        assert report["model"]["metrics"] == pytest.approx(measured(bench, run)["metrics"])
 
 
 def test_a_family_that_cannot_be_pruned_can_be_measured(bench: Workbench, tmp_path: Path) -> None:
@@ -278,18 +250,6 @@ def test_a_model_that_counts_its_classes_otherwise(bench: Workbench, tmp_path: P
     assert report["comparison"]["accuracy"]["difference"] == 0
     assert report["comparison"]["accuracy"]["p_value"] == 1
     assert report["other"]["metrics"]["accuracy"] == pytest.approx(report["model"]["metrics"]["accuracy"])
-
-
-def test_a_model_that_knows_more_classes(bench: Workbench, tmp_path: Path) -> None:
-    """What it puts into a class of its own is wrong, and it can be compared all the same."""
-    names = {0: "unsure", 1: "positive", 2: "negative"}
-    config = BertConfig.from_pretrained(bench.base, id2label=names, label2id={v: k for k, v in names.items()})
-    BertForSequenceClassification(config).save_pretrained(tmp_path)
-    for file in bench.base.glob("*token*"):
-        shutil.copy(file, tmp_path)
-    report = evaluate_model(bench.folder / "plain", other=str(tmp_path), per_class=True)
-    assert report["comparison"]["accuracy"]["second"] == pytest.approx(report["other"]["metrics"]["accuracy"])
-    assert list(report["classes"])[:2] == ["negative", "positive"]
 
 
 # -- two models --------------------------------------------------------------------------------------------------
@@ -456,14 +416,6 @@ def test_language_modelling(llama: Path, adapter: Path, tmp_path: Path) -> None:
     assert report["comparison"]["loss"]["second"] == pytest.approx(report["other"]["metrics"]["loss"])
 
 
-def test_by_likelihood_beside_a_head(bench: Workbench, llama: Path) -> None:
-    """A causal language model that scores label words, on the rows of a classifier."""
-    llm = evaluate_model(llama, rows_of(bench, answer="likelihood"))["model"]
-    assert {"accuracy", "accuracy_norm"} <= llm["intervals"].keys()
-    report = evaluate_model(bench.folder / "plain", {"data": {"max_length": 32}}, other=str(bench.folder / "full"))
-    assert {"accuracy", "f1", "loss"} == report["comparison"].keys()
-
-
 # -- refusals ----------------------------------------------------------------------------------------------------
 
 
@@ -498,12 +450,6 @@ def test_refusals(bench: Workbench, llama: Path, tmp_path: Path) -> None:
         text = refusal(lambda m=model, s=settings, o=options: evaluate_model(m, s, **o))
         assert expected in text, text
     assert not list(tmp_path.glob("p.*"))
-
-
-def test_an_adapter_with_other_sizes(bench: Workbench, tmp_path: Path) -> None:
-    three = write_rows(tmp_path / "three.csv", [{"text": "word1", "label": name} for name in "xyz"])
-    text = refusal(lambda: evaluate_model(bench.folder / "plain" / "adapter", rows_of(bench, test=str(three))))
-    assert "does not fit classification with 3 labels" in text
 
 
 def test_a_pruned_model_that_was_merged(bench: Workbench, tmp_path: Path) -> None:
@@ -543,16 +489,6 @@ def test_an_export(bench: Workbench, tmp_path: Path, source: str, capsys: pytest
     merged, light = (list(csv.DictReader((tmp_path / f"{name}.csv").open())) for name in ("merged", "light"))
     assert [row["label"] for row in merged] == [row["label"] for row in light]
     assert len(merged) == 40
-
-
-def test_an_export_beside_its_run(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lightpeft("export", bench.folder / "light", tmp_path / "merged") == 0
-    report = evaluate_model(tmp_path / "merged", rows_of(bench), other=str(bench.folder / "light"))
-    assert report["comparison"]["accuracy"]["difference"] == 0 and report["comparison"]["accuracy"]["p_value"] == 1
-    capsys.readouterr()
-    assert lightpeft("inspect", tmp_path / "merged") == 0
-    shown = capsys.readouterr().out
-    assert "merged light model" in shown and "heads" in shown
 
 
 def test_what_cannot_be_exported(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

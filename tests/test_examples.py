@@ -164,18 +164,6 @@ def test_embed(run: Run, home: Path) -> None:
     assert isinstance(light, LightModel) and light.light_plan.removed_parameters > 0
 
 
-def test_embed_pairs_that_were_made(run: Run, home: Path) -> None:
-    """A text and its label in words; and plain LoRA beside light training."""
-    run("make_pairs", "--data", "named", "--together", "--output", "out/intents")
-    first = lines(home / "out/intents/train.jsonl")[0]
-    rows = [
-        {"text": row["text"], "meaning": row["label"].replace("_", " ")} for row in lines(home / "named/train.jsonl")
-    ]
-    assert first in rows
-    printed = run("embed", *on("encoder", "out/intents", epochs=8, output="out/alike"), "--plain")
-    assert number(printed, r", ([\d.]+)% after") > number(printed, r": ([\d.]+)% before")
-
-
 def test_export_gguf(run: Run, home: Path) -> None:
     pytest.importorskip("llama_cpp_py_sync")
     chat(run, home)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import ParamWrapper
-from test_checkpoint import logits
+from steps import losses, stage
 from test_experts import EVEN, FAMILIES, LAYOUTS, PARTS, first_experts
-from test_pruner import losses, stage
 from tiny import inputs_for, make, masked, plan_for, refusal, relative_difference, with_lora, without_dropout
 from torch import Tensor
 from training import inputs, student

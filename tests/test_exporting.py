@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +11,12 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from adapters import CLOSE, light_over, logits
+from peft_models import adapted
 from safetensors.torch import load_file, save_file
-from test_bottleneck import adapted
-from test_checkpoint import light_over, logits
-from tiny import ALL, DROPPED, batch, crossed, inputs_for, make, plan_for, refusal, relative_difference, with_lora
+from tiny import ALL, DROPPED, crossed, inputs_for, make, plan_for, refusal, relative_difference, with_lora
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -36,9 +34,6 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.whole import MERGED, native_config, read_merged
-
-CLOSE = 3e-5
-"""Merging adds LoRA's weights to the base's, which rounds."""
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +81,6 @@ def test_generate(name: str, tmp_path: Path) -> None:
     assert load_merged(tmp_path).generate(**options).equal(light.generate(**options))
 
 
-def test_every_loading_gives_the_same(merged: Path) -> None:
-    assert logits(load_merged(merged)).equal(logits(load_merged(merged)))
-
-
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     save_merged(light_over(make("llama-tied")), tmp_path)
     loaded = load_merged(tmp_path)
@@ -103,16 +94,6 @@ def test_position_biases_that_a_stack_shares_stay_one_table(tmp_path: Path) -> N
     blocks = load_merged(tmp_path).encoder.block
     attentions = [block.layer[0].SelfAttention for block in blocks[1:]]
     assert len({id(attention.relative_attention_bias.table) for attention in attentions}) == 1
-
-
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}])
-def test_variants_of_lora(settings: dict[str, Any], tmp_path: Path) -> None:
-    model = with_lora(make("bert"), **settings)
-    plan = plan_for(model)
-    apply_plan(model, plan)
-    light = as_light(model.eval(), plan)
-    save_merged(light, tmp_path)
-    assert relative_difference(logits(load_merged(tmp_path)), logits(light)) < CLOSE
 
 
 def test_data_type_attention_and_device(merged: Path) -> None:
@@ -161,27 +142,6 @@ def test_where_there_is_no_tokenizer_a_line_says_so(
     assert line.startswith(f"no tokenizer is written into {tmp_path / 'merged'}: ") and "\n" not in line
     assert not list((tmp_path / "merged").glob("tokenizer*"))
     load_merged(tmp_path / "merged")
-
-
-def test_of_a_bfloat16_base(tmp_path: Path) -> None:
-    light = light_over(make("llama-gqa").bfloat16())
-    save_merged(light, tmp_path)
-    loaded = load_merged(tmp_path)
-    assert loaded.dtype == torch.bfloat16
-    assert relative_difference(logits(loaded).float(), logits(light).float()) < 0.2
-
-
-def test_training_goes_on_as_with_any_model(merged: Path) -> None:
-    model = load_merged(merged).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(20):
-        loss = model(**batch(labels=True)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
 
 
 def test_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,15 +197,6 @@ def test_layers_of_equal_width_are_a_checkpoint_like_any_other(
         (tmp_path / MERGED).unlink()
         loaded = type(make(name)).from_pretrained(tmp_path)
         assert relative_difference(logits(loaded), logits(light)) < CLOSE
-
-
-def test_generate_from_a_checkpoint_like_any_other(tmp_path: Path) -> None:
-    light = light_over(make("llama-gqa"), **EVEN)
-    save_merged(light, tmp_path)
-    options: dict[str, Any] = {**batch(padding="left"), "max_new_tokens": 6, "do_sample": False}
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.generate(**options).equal(light.generate(**options))
-    assert loaded.config.num_attention_heads == 2 and loaded.config.intermediate_size == 24
 
 
 def test_no_config_says_which_entries_of_an_argument_are_those_of_the_kept_heads() -> None:
@@ -324,11 +275,6 @@ def test_what_is_in_the_folder(merged: Path) -> None:
     assert set(description["checksums"]) == {"config.json", "model.safetensors"}, "people edit the card"
 
 
-def test_an_edited_card_of_an_earlier_version(merged: Path) -> None:
-    edit(merged / MERGED, lambda description: description["checksums"].update({"README.md": "0"}))
-    assert load_merged(merged).light_plan
-
-
 # Refusals
 
 
@@ -381,15 +327,6 @@ def test_what_is_no_merged_model(tmp_path: Path) -> None:
     assert "is no merged light model" in refusal(lambda: load_merged(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_file_that_is_missing_or_cut(name: str, merged: Path) -> None:
-    data = (merged / name).read_bytes()
-    (merged / name).write_bytes(data[: len(data) // 2])
-    assert str(merged) in refusal(lambda: load_merged(merged))
-    (merged / name).unlink()
-    assert str(merged) in refusal(lambda: load_merged(merged))
-
-
 def altered(merged: Path, change: Any) -> str:
     """The refusal of a folder whose weights `change` has altered."""
     tensors: dict[str, Tensor] = load_file(merged / "model.safetensors")
@@ -429,9 +366,3 @@ def test_a_plan_of_another_model(merged: Path, tmp_path: Path) -> None:
     assert "was altered or damaged" in refusal(lambda: load_merged(merged))
     edit(merged / MERGED, lambda d: d.update(checksums=own))
     assert "the plan is for another model" in refusal(lambda: load_merged(merged))
-
-
-def test_a_newer_schema(merged: Path) -> None:
-    description = json.loads((merged / MERGED).read_text())
-    (merged / MERGED).write_text(json.dumps({**description, "schema_version": 99}))
-    assert "upgrade lightpeft" in refusal(lambda: load_merged(merged))

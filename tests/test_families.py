@@ -22,6 +22,7 @@ from tiny import (
     SIZES,
     batch,
     crossed,
+    every_family,
     make,
     masked,
     plan_for,
@@ -69,7 +70,7 @@ NEURONS |= {"qwen2_moe": {0: 40, 2: 40}, "dinov2": dict.fromkeys(range(3), 64)}
 """Of blocks whose FFN has other than 48."""
 
 
-@pytest.mark.parametrize("name", ALL)
+@every_family(ALL)
 def test_sizes(name: str) -> None:
     specs = block_specs(make(name))
     stacks = STACKS.get(name, (3,))
@@ -103,7 +104,7 @@ def parameters(model: nn.Module, blocks: Sequence[str]) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("name", ALL)
+@every_family(ALL)
 @pytest.mark.parametrize("kept", ["nothing", "some"])
 def test_costs_are_what_surgery_removes(name: str, kept: str) -> None:
     """In every block: whole sub-layers, with their norms of queries and keys, or some units of each kind."""
@@ -144,7 +145,7 @@ def block_paths(specs: Sequence[BlockSpec]) -> list[str]:
     return list(dict.fromkeys(block_path(spec) for spec in specs))
 
 
-@pytest.mark.parametrize("name", ALL)
+@every_family(ALL)
 def test_all_parameters_of_a_block_are_counted(name: str) -> None:
     """What pruning can reach and what it leaves; PEFT modules inside count for nothing."""
     model = make(name)
@@ -157,7 +158,7 @@ def test_all_parameters_of_a_block_are_counted(name: str) -> None:
         assert list(total.values()) == parameters(model, paths)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_family(MODELS)
 def test_every_linear_layer_of_a_block_is_a_projection(name: str) -> None:
     model = make(name)
     specs = block_specs(model)
@@ -173,7 +174,7 @@ def test_every_linear_layer_of_a_block_is_a_projection(name: str) -> None:
     assert len(named) == len(set(named))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_family(MODELS)
 def test_peft_does_not_change_the_specs(name: str) -> None:
     model = make(name)
     expected = block_specs(model)
@@ -189,7 +190,7 @@ def test_peft_does_not_change_the_specs(name: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "t5" not in name])
+@every_family([name for name in MODELS if "t5" not in name])
 def test_a_model_without_a_head(name: str) -> None:
     model = make(name)
     bare = model.base_model
@@ -302,13 +303,6 @@ def test_what_cannot_be_pruned(build: Callable[[], PreTrainedModel], says: str) 
     before = {key: value.clone() for key, value in peft_model.state_dict().items()}
     assert says in refusal(lambda: EarlyPruner(peft_model))
     assert all(value.equal(before[key]) for key, value in peft_model.state_dict().items())
-
-
-@pytest.mark.parametrize("model_type", REFUSED)
-def test_refused_families_say_why(model_type: str) -> None:
-    assert refusal(lambda: family_of(model_type)) == (
-        f'model family "{model_type}" cannot be pruned: {REFUSED[model_type]}'
-    )
 
 
 def test_families_that_are_not_listed() -> None:
@@ -495,23 +489,6 @@ def test_disabled_modules() -> None:
     with model.disable_adapter():
         assert_refused(model, "the PEFT modules are disabled; call model.enable_adapter_layers() first")
     check_peft(model)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"init_lora_weights": "gaussian"},
-        {"init_lora_weights": "orthogonal"},
-        {"lora_bias": True},
-        {"bias": "lora_only"},
-        {"trainable_token_indices": [1]},
-    ],
-)
-def test_supported_lora(changes: dict[str, Any]) -> None:
-    check_peft(bert_with(lora(**changes)))
 
 
 def test_lora_only_outside_the_blocks() -> None:

@@ -14,20 +14,21 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from test_pipeline import comparable
+from damage import damage, rewrite
+from lanes import FULL
 from workbench import (
-    FULL,
     NOTICE,
     Disturb,
     Workbench,
     at_file_operation,
     at_step,
+    comparable,
     edit,
     in_child,
     lightpeft,
@@ -36,7 +37,6 @@ from workbench import (
 )
 
 from lightpeft.app.runs import pipeline
-from lightpeft.files import read_json
 
 KILLED_AT_OPERATIONS, KILLED_AT_TIMES, KILLED_EXPORTS = (120, 60, 20) if FULL else (5, 2, 3)
 MUTATIONS = 2000 if FULL else 100
@@ -110,17 +110,6 @@ def test_killed_at_file_operations_and_at_any_time(bench: Workbench, finished: P
         assert comparable(folder) == expected
         assert leftovers(folder) == []
     assert killed >= KILLED_AT_OPERATIONS
-
-
-def test_killed_over_and_over_at_file_operations(bench: Workbench, finished: Path) -> None:
-    """Also what goes on from what a kill left is killed."""
-    file, draw = bench.yaml("unlucky", **SETTINGS), random.Random(1)
-    for _ in range(40 if FULL else 5):
-        in_child(at_file_operation(draw.randint(1, 60), KILL), "run", "--config", file)
-        check_parses(bench.folder / "unlucky")
-    assert in_child(lambda: None, "run", "--config", file)[0] == 0
-    assert comparable(bench.folder / "unlucky") == comparable(finished)
-    assert leftovers(bench.folder / "unlucky") == []
 
 
 def test_killed_while_the_metrics_are_noted(bench: Workbench, finished: Path) -> None:
@@ -234,85 +223,6 @@ def test_two_runs_that_begin_at_once(bench: Workbench, finished: Path) -> None:
 
 
 # -- damage ------------------------------------------------------------------------------------------------------
-
-Mutation = Callable[[bytes, random.Random], bytes]
-
-
-def _flip(data: bytes, draw: random.Random) -> bytes:
-    at = draw.randrange(len(data))
-    return data[:at] + bytes([data[at] ^ (1 << draw.randrange(8))]) + data[at + 1 :]
-
-
-def _piece(data: bytes, draw: random.Random) -> tuple[int, int]:
-    first, last = sorted(draw.randrange(len(data) + 1) for _ in range(2))
-    return first, last
-
-
-def _cut_out(data: bytes, draw: random.Random) -> bytes:
-    first, last = _piece(data, draw)
-    return data[:first] + data[last:]
-
-
-def _zeros(data: bytes, draw: random.Random) -> bytes:
-    first, last = _piece(data, draw)
-    return data[:first] + bytes(last - first) + data[last:]
-
-
-def _twice(data: bytes, draw: random.Random) -> bytes:
-    first, last = _piece(data, draw)
-    return data[:last] + data[first:]
-
-
-def _digit(data: bytes, draw: random.Random) -> bytes:
-    places = [at for at, letter in enumerate(data) if chr(letter).isdigit()]
-    at = draw.choice(places) if places else 0
-    return data[:at] + str(draw.randrange(10)).encode() + data[at + 1 :]
-
-
-MUTATING: dict[str, Mutation] = {
-    "flip": _flip,
-    "cut off": lambda data, draw: data[: draw.randrange(len(data))],
-    "cut out": _cut_out,
-    "zeros": _zeros,
-    "twice": _twice,
-    "digit": _digit,
-    "garbage": lambda data, draw: draw.randbytes(draw.randrange(200)),
-}
-
-
-def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths to all values in plain data."""
-    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
-    for key, value in entries:
-        yield (*path, key)
-        yield from leaves(value, (*path, key))
-
-
-ODD = [None, True, -1, 0, 5, 1.5, 1e308, 10**30, "", "x", "../..", "0-99999999999", [], [1], [[]], {}, {"a": 1}]
-
-
-def rewrite(data: dict[str, Any], draw: random.Random) -> None:
-    """Take a value out of plain data, or put an odd one in its place."""
-    *way, last = draw.choice(list(leaves(data)))
-    place: Any = data
-    for key in way:
-        place = place[key]
-    if draw.random() < 0.25:
-        del place[last]
-    else:
-        place[last] = draw.choice(ODD)
-
-
-def damage(folder: Path, draw: random.Random) -> str:
-    """Change one file below a folder at random; says what was done."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    path = draw.choice(files)
-    what = draw.choice([*MUTATING, "gone"])
-    if what == "gone":
-        path.unlink()
-    elif path.stat().st_size:
-        path.write_bytes(MUTATING[what](path.read_bytes(), draw))
-    return f"{what}: {path.relative_to(folder)}"
 
 
 @pytest.fixture(scope="module")
@@ -449,10 +359,3 @@ def test_what_a_file_says_against_itself(
     assert lightpeft(verb, *arguments[verb]) == 2
     written = capsys.readouterr().err
     assert says in written and written.count("\n") == 1
-
-
-def test_nothing_is_written_twice_by_a_finished_run(finished: Path) -> None:
-    """What `read_json` reads is what `write_json` wrote, in every file of a run."""
-    for path in finished.rglob("*.json"):
-        if path.name not in ("adapter_config.json",):
-            assert read_json(path)["schema_version"] == 2

@@ -267,16 +267,6 @@ def test_a_folder_is_replaced(there: bool, exchange: Any, tmp_path: Path, monkey
     assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "out"]
 
 
-@pytest.mark.parametrize("mounted", [False, True])
-def test_a_folder_is_replaced_with_all_that_is_in_it(
-    mounted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old_folder(tmp_path / "out")
-    monkeypatch.setattr(Path, "is_mount", lambda path: mounted)
-    write_new(tmp_path / "out", alone=True)
-    assert content_of(tmp_path / "out") == NEW and os.listdir(tmp_path) == ["out"]
-
-
 @pytest.mark.parametrize("exchange", [writing.exchange_at_once, slowly])
 def test_killed_at_every_file_operation(exchange: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The old folder or the new one is there, whole, and the next writer cleans up after the one that was killed."""
@@ -399,15 +389,6 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine" and os.listdir(tmp_path) == ["file"]
 
 
-def test_a_mount_point_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = old_folder(tmp_path / "out")
-    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
-    before = (tmp_path / "out").stat().st_ino
-    write_new(tmp_path / "out")
-    assert content_of(tmp_path / "out") == {**kept, **NEW}
-    assert (tmp_path / "out").stat().st_ino == before and os.listdir(tmp_path) == ["out"]
-
-
 def bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have Linux's list of mounts say that `out` is one, as a part of the same disk that is mounted there."""
     mounts = tmp_path / "mounts"
@@ -445,18 +426,6 @@ def test_who_stands_in_a_folder_does_not_lose_it(
     stays = {"sub/deep.txt": "mine"} if inside == "sub" else {}
     assert content_of(tmp_path / "out") == ({**stays, **NEW} if alone else {**kept, **NEW})
     assert os.listdir(tmp_path) == ["out"]
-
-
-def test_a_folder_beside_the_working_directory_changes_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    old_folder(tmp_path / "out")
-    (tmp_path / "outer").mkdir()
-    monkeypatch.chdir(tmp_path / "outer")
-    before = (tmp_path / "out").stat().st_ino
-    write_new(Path("../out"))
-    assert (tmp_path / "out").stat().st_ino != before
-    (tmp_path / "outer").rmdir()
-    write_new(tmp_path / "out")  # also where the working directory is gone
-    assert "cannot be found" in refused(lambda: write_new(Path("out")))
 
 
 @pytest.mark.parametrize("here", [False, True])
@@ -565,25 +534,6 @@ def test_a_folder_is_held_by_one_process(tmp_path: Path) -> None:
         assert len(refusals_elsewhere(folder)) == 2, "held by the outer block still"
     assert not refusals_elsewhere(folder)
     assert os.listdir(folder) == [".lock"]
-
-
-def test_those_who_only_look_are_in_nobody_s_way(tmp_path: Path) -> None:
-    with holding(tmp_path):
-        pass
-
-    def look() -> None:
-        for _ in range(3000):
-            check_free(tmp_path)
-
-    lookers = [FORK.Process(target=look) for _ in range(3)]
-    for process in lookers:
-        process.start()
-    for _ in range(50):
-        with holding(tmp_path):
-            pass
-    for process in lookers:
-        process.kill()
-        process.join()
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:

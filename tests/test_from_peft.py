@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import workbench
+from adapters import logits
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
-from test_checkpoint import logits
 from tiny import make, plan_for, refusal, relative_difference, task_type
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers import TrainingArguments as Arguments
 
 from lightpeft import LightModel, load_light
 from lightpeft.app.folders.opening import find_model
-from lightpeft.files import file_checksum
 from lightpeft.models.families import block_specs
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
 from lightpeft.peft_kinds.sites import LIGHT_TYPE, read_config
@@ -115,16 +113,6 @@ def test_a_folder_without_its_plan_is_no_adapter_of_peft(base: Path, tmp_path: P
     light_of(base).save_pretrained(tmp_path)
     (tmp_path / "lightpeft.json").unlink()
     assert "lightpeft.json is missing" in refusal(lambda: find_model(tmp_path))
-
-
-def test_a_light_adapter_from_before_loads(base: Path, tmp_path: Path) -> None:
-    """Its configuration is not hidden."""
-    light = light_of(base)
-    light.save_pretrained(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text())["peft_config"]))
-    workbench.edit(tmp_path / "lightpeft.json", lambda d: d["checksums"].update({file.name: file_checksum(file)}))
-    assert logits(load_light(tmp_path)).equal(logits(light))
 
 
 @pytest.mark.parametrize(

@@ -12,17 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import light_over, logits, shallow
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft_models import CASES, adapted, shifted, trained
 from safetensors.torch import load_file, save_file
-from test_bottleneck import adapted
-from test_checkpoint import light_over, logits
-from test_depth import shallow
-from test_peft_variants import CASES, shifted, trained
 from tiny import ALL, DROPPED, USUAL, crossed, make, plan_for, refusal, relative_difference, with_lora
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from workbench import Workbench, checksums, edit, lightpeft, signalling
 
-from lightpeft import EarlyPruner, LightConfig, full_width, load_light
+from lightpeft import LightConfig, full_width, load_light
 from lightpeft.adapters.full_width import save_full_width
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.folders.run_folder import RunFolder
@@ -368,20 +366,6 @@ def test_settings_that_cannot_be(changes: dict[str, Any], line: str) -> None:
     assert line in refusal(lambda: LightConfig(**changes))
 
 
-def test_a_run_that_is_not_there_yet_names_the_command_that_makes_it(bench: Workbench) -> None:
-    config = bench.config("unfinished", **{"light.keep": "full"})
-    pipeline.estimate(pipeline.prepare(config))
-    line = refusal(lambda: pipeline.evaluate(pipeline.prepare(config)))
-    assert "has no result of `lightpeft train` yet; run that before evaluate" in line
-
-
-def test_a_loop_is_told_what_is_left_to_it() -> None:
-    light = LightConfig(length=2, least_examples=0, keep="full")
-    assert "call lightpeft.full_width(light) in the end" in "; ".join(
-        EarlyPruner(with_lora(make("bert")), light).advice()
-    )
-
-
 def test_steps_that_are_not_there(bench: Workbench) -> None:
     config = bench.config("none", **{"light.keep": "full", "light.full_width_steps": 0.75})
     assert "estimation of 6 steps and 18 at full width leave none of the run's 24" in refusal(
@@ -402,21 +386,3 @@ def test_tensors_that_do_not_fit_are_one_line(saved: Path) -> None:
     other = ModelConfig(name=str(saved / "other"))
     assert "belongs to another base" in refusal(lambda: save_full_width(saved / "light", other, saved / "wide"))
     assert not (saved / "wide").exists()
-
-
-def test_a_folder_that_is_in_use_is_refused(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (saved / "other").mkdir()
-    (saved / "other" / "file").write_text("here", encoding="utf-8")
-    assert lightpeft("export", saved / "light", saved / "other", "--form", "peft", "--overwrite") == 2
-    assert "is not empty; give a new folder" in capsys.readouterr().err
-    assert lightpeft("export", saved / "light", saved / "wide", "--form", "peft") == 0
-    before = checksums(saved / "wide")
-    assert lightpeft("export", saved / "light", saved / "wide", "--form", "peft") == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert lightpeft("export", saved / "light", saved / "wide", "--form", "peft", "--overwrite") == 0
-    assert checksums(saved / "wide") == before
-    light = checksums(saved / "light")
-    assert lightpeft("export", saved / "light", saved / "light", "--form", "peft", "--overwrite") == 2
-    assert "is not empty; give a new folder" in capsys.readouterr().err and checksums(saved / "light") == light
-    assert lightpeft("export", saved / "wide", saved / "again", "--form", "peft") == 2
-    assert "is a PEFT adapter; give a light adapter" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +12,12 @@ import gguf
 import pytest
 import torch
 import workbench
-from test_checkpoint import light_over
+from adapters import light_over
+from pieces import TEXTS, tokenizer_of_pieces
 from tiny import make, plan_for, refusal, with_lora
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from workbench import Workbench, checksums, lightpeft, save_base, tokenizer_of_bytes
+from workbench import Workbench, lightpeft, save_base, tokenizer_of_bytes
 
 from lightpeft import LightModel, save_gguf
 from lightpeft.app.exports.exporting import EXPORTS
@@ -32,11 +32,6 @@ from lightpeft.prune.surgery import apply_plan
 
 CLOSE = 0.02
 """llama.cpp keeps keys and values in 16 bits."""
-TEXTS = [
-    "Tracy bought 12,345 apples at 9.99 each.",
-    "Größe, naïve café; 東京と大阪 🙂",
-    "Why didn't she ask?\n\nShe'll tell.",
-]
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
 WORDS += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -183,12 +178,6 @@ def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
     assert set(ragged.matrices) == {"q8_0", "f16"}
 
 
-def test_other_data_types_are_refused(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    other: Any = "q4_k"
-    assert "choose one of auto, f32" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer, dtype=other))
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_are_written_as_they_are(
     dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -205,24 +194,6 @@ def test_texts_are_split_as_the_tokenizer_splits_them(name: str, tmp_path: Path)
     written = save_gguf(light(), tmp_path, tokenizer_of(SPLITS[name]()))
     assert written.agreement is not None, "it has compared tokens"
     assert fields(written.path)["tokenizer.ggml.pre"] == name
-
-
-def tokenizer_of_pieces(normalizer: Any = None, **options: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer as Llama 2 has it: pieces, and bytes for what is in none of them."""
-    learned = Tokenizer(models.BPE())
-    learned.pre_tokenizer = pre_tokenizers.Metaspace()
-    learned.train_from_iterator(TEXTS[:1] * 3 + ["she bought ten apples"] * 5, trainers.BpeTrainer(vocab_size=60))
-    facts = json.loads(learned.to_str())
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *facts["model"]["vocab"]]
-    facts["model"] |= {"vocab": {name: at for at, name in enumerate(names)}, "byte_fallback": True, "fuse_unk": True}
-    facts["model"]["unk_token"] = "<unk>"
-    tokenizer = Tokenizer.from_str(json.dumps({**facts, "pre_tokenizer": None}))
-    spaces = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    tokenizer.normalizer = normalizer or normalizers.Sequence(spaces)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, **options)
 
 
 def test_pieces(tmp_path: Path) -> None:
@@ -271,19 +242,6 @@ def test_texts_that_begin_with_a_token(tmp_path: Path) -> None:
 )
 def test_other_tokenizers_are_refused(tokenizer: dict[str, Any], reason: str) -> None:
     assert reason in refusal(lambda: splitting(tokenizer))
-
-
-def test_a_split_without_a_name_is_refused(tmp_path: Path) -> None:
-    other = tokenizer_of(split_by(r"\s+"))
-    assert "no name known here" in refusal(lambda: save_gguf(light(), tmp_path / "out", other))
-    digits = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False), bytewise()])
-    assert "no name known here" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer_of(digits)))
-    spaced = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    assert "no name known here" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer_of(spaced)))
-    lower = tokenizer_of(SPLITS["gpt-2"]())
-    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
-    assert "changes texts (Lowercase)" in refusal(lambda: save_gguf(light(), tmp_path / "out", lower))
-    assert not (tmp_path / "out").exists()
 
 
 # -- what llama.cpp cannot hold ----------------------------------------------------------------------------------------
@@ -348,16 +306,6 @@ def test_a_missing_library_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert 'pip install "lightpeft[gguf]"' in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer))
-
-
-def test_a_file_is_replaced_when_asked(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    model = light()
-    save_gguf(model, tmp_path, tokenizer)
-    before = checksums(tmp_path)
-    refusal(lambda: save_gguf(model, tmp_path, tokenizer))
-    assert checksums(tmp_path) == before
-    save_gguf(model, tmp_path, tokenizer, dtype="f16", overwrite=True)
-    assert checksums(tmp_path) != before
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import thorough
 from workbench import (
     ENGINES,
     Workbench,
@@ -20,7 +21,6 @@ from workbench import (
     in_other_process,
     lightpeft,
     needs_deepspeed,
-    only_with_all_faults,
     read,
     signalling,
 )
@@ -110,7 +110,7 @@ def copied(bench: Workbench, name: str, new: str) -> Path:
     return bench.yaml(new, **SETTINGS, **OF_TWO)
 
 
-@only_with_all_faults
+@thorough
 @pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 @pytest.mark.parametrize("model", ["real", "bench"])
 def test_a_launched_run_that_lost_a_process_in_training(

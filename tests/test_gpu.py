@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_acceleration
 import torch
 from peft import PeftModel
+from quantised import CONFIGS, SIZES, densified
+from steps import gradients
 from support import logits
-from test_quantised import CONFIGS, SIZES, densified
 from tiny import DROPPED, LAYOUTS, USUAL, inputs_for, make, masked, plan_for, relative_difference, with_lora
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -287,9 +287,9 @@ def test_faster_steps_are_those_of_peft(name: str, dtype: torch.dtype, device: s
     """The same loss, and gradients as near those of float32 as PEFT's are."""
     model = with_lora(make(name)).to(device)
     inputs = given(model, device, labels=True)
-    exact = test_acceleration.gradients(model, inputs)
+    exact = gradients(model, inputs)
     with autocasting(torch.device(device), None if dtype is torch.float32 else dtype), accelerated(model):
-        found = test_acceleration.gradients(model, inputs)
+        found = gradients(model, inputs)
     assert_steps_near(found, exact, dtype, f"{name}, faster steps")
 
 
@@ -407,7 +407,7 @@ def test_compiled(name: str, device: str) -> None:
     inputs = given(pruned, device, labels=True)
     torch.compiler.reset()
     compiled = torch.compile(pruned, backend="inductor" if device == "cuda" else "aot_eager")
-    plain, found = (test_acceleration.gradients(each, inputs) for each in (pruned, Named(pruned, compiled)))
+    plain, found = (gradients(each, inputs) for each in (pruned, Named(pruned, compiled)))
     torch.compiler.reset()
     assert_steps_near(found, plain, torch.float32, f"{name}, compiled")
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from test_bottleneck import adapted
-from test_checkpoint import light_over
+from adapters import light_over
+from lanes import thorough
+from peft_models import adapted
 from tiny import (
     DECODERS,
     DROPPED,
@@ -45,20 +45,18 @@ CLOSE = 1e-4
 """Two programs add up the same numbers in other orders."""
 IMAGES = {"vit", "dinov2"}
 TEXTS = [name for name in (*ENCODERS, *DECODERS) if name not in IMAGES]
-ALL = os.environ.get("GRAPHS") == "all"
-QUICK = {"bert": ("openvino",), "mpnet": ("onnx",), "modernbert": ("onnx",)}
-QUICK |= {"llama-gqa": ("onnx",), "falcon": ("openvino",)}
-"""Tracing takes seconds: in an ordinary run these; every family with GRAPHS=all in the environment."""
+QUICK = {("bert", "onnx"), ("llama-gqa", "openvino")}
+"""Tracing takes seconds: `make test` traces these."""
 NARROW = {"modernbert": {"local_attention": 4}}
 """What makes windows of attention shorter than the texts."""
 SHALLOW = {"num_hidden_layers": 2}
 UNEVEN: dict[str, Any] = {"heads_scope": "global"}
 
 
-def cases() -> list[Any]:
-    """Family and form."""
-    chosen = dict.fromkeys(TEXTS, tuple(RUNTIMES)) if ALL else QUICK
-    return [(name, form) for name, forms in chosen.items() for form in forms]
+def cases(names: Iterable[str], chosen: set[tuple[str, str]]) -> list[Any]:
+    """Name and form, of which `make test` takes those that are chosen."""
+    both = itertools.product(names, RUNTIMES)
+    return [pytest.param(*case, marks=() if case in chosen else thorough) for case in both]
 
 
 def whole(light: LightModel) -> PreTrainedModel:
@@ -93,7 +91,7 @@ def greedy(folder: Path, form: str, inputs: dict[str, Tensor], count: int) -> Te
 # -- what is computed --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "form"), cases())
+@pytest.mark.parametrize(("name", "form"), cases(TEXTS, QUICK))
 def test_a_runtime_computes_the_same(name: str, form: str, tmp_path: Path) -> None:
     """Uneven layers, some without attention or FFN, in batches of other sizes than the traced one, padded or not."""
     light = light_over(make(name, **NARROW.get(name, {})), **DROPPED)
@@ -122,10 +120,7 @@ HEADS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-QUICK_HEADS = [("span", "onnx"), ("options", "openvino"), ("decoder", "onnx")]
-
-
-@pytest.mark.parametrize(("head", "form"), itertools.product(HEADS, RUNTIMES) if ALL else QUICK_HEADS)
+@pytest.mark.parametrize(("head", "form"), cases(HEADS, {("options", "onnx")}))
 def test_heads(head: str, form: str, tmp_path: Path) -> None:
     light = light_over(HEADS[head](), **UNEVEN)
     written = export_model(light, tmp_path, form)
@@ -139,7 +134,10 @@ def test_heads(head: str, form: str, tmp_path: Path) -> None:
     assert not any("cache" in name for name in session(tmp_path, form).run(inputs))
 
 
-@pytest.mark.parametrize(("form", "dtype"), [("onnx", "int8"), ("openvino", "int8"), ("openvino", "f16")])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [("onnx", "int8"), *(pytest.param("openvino", name, marks=thorough) for name in ("int8", "f16"))],
+)
 def test_data_types(form: str, dtype: str, tmp_path: Path) -> None:
     sizes = {**SHALLOW, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 500}
     light = light_over(make("bert", **sizes), **UNEVEN)
@@ -150,11 +148,7 @@ def test_data_types(form: str, dtype: str, tmp_path: Path) -> None:
     assert written < {"f16": 0.55, "int8": 0.4}[dtype] * in_32_bits
 
 
-def test_a_base_in_half_precision_is_computed_in_32_bits(tmp_path: Path) -> None:
-    light = light_over(make("bert", **SHALLOW).to(torch.bfloat16), **UNEVEN)
-    assert export_model(light, tmp_path, "onnx").agreement.difference < CLOSE  # type: ignore[union-attr]
-
-
+@thorough
 def test_a_real_model(minilm: Path, tmp_path: Path) -> None:
     """MiniLM with a real tokenizer: texts in, labels out."""
     base = AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=2)
@@ -164,7 +158,7 @@ def test_a_real_model(minilm: Path, tmp_path: Path) -> None:
     texts = [("a moving film", "and a long one, with a twist"), ("dull", "never again")]
     inputs = dict(tokenizer(*map(list, zip(*texts, strict=True)), padding=True, return_tensors="pt"))
     assert "token_type_ids" in inputs
-    for form in RUNTIMES if ALL else ("onnx",):
+    for form in RUNTIMES:
         export_model(light, tmp_path / form, form, tokenizer)
         assert difference(model, tmp_path / form, form, inputs) < CLOSE
         of_one = {**inputs, "token_type_ids": torch.zeros_like(inputs["token_type_ids"])}
@@ -176,7 +170,8 @@ def test_a_real_model(minilm: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "task", "form"), [("bert", "classification", "onnx"), ("llama", "causal-lm", "openvino")]
+    ("family", "task", "form"),
+    [("bert", "classification", "onnx"), pytest.param("llama", "causal-lm", "openvino", marks=thorough)],
 )
 def test_export(family: str, task: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench = Workbench(tmp_path, family, task)

@@ -17,7 +17,6 @@ from tiny import make, masked, plan_for, refusal, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lightpeft.app.evaluation.harness import MEANS, HarnessScores, run_harness
-from lightpeft.app.evaluation.statistics import compare
 from lightpeft.prune.surgery import apply_plan
 
 OPTIONS = [["good0 good1", "bad0", "bad3 bad4 bad5"], ["word1", "good4 bad2 word3 good1"], ["bad1", "good5", "word9"]]
@@ -169,23 +168,6 @@ def test_intervals(scores: dict[str, HarnessScores]) -> None:
     assert group.metrics == {"acc": pytest.approx(scores["tiny_choice"].metrics["acc"])}
     low, high = group.intervals["acc"] or (1, 0)
     assert (low + high) / 2 == pytest.approx(group.metrics["acc"])
-
-
-def test_pruned_model_is_measured_as_what_it_computes(
-    pruned: tuple[PeftModel, PeftModel],
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Path,
-    scores: dict[str, HarnessScores],
-) -> None:
-    names = ["tiny_choice", "tiny_text", "tiny_perplexity"]
-    light, reference = (run_harness(m, tokenizer, names, include_path=tasks, batch_size=4) for m in pruned)
-    for name in names:
-        assert light[name].answers == reference[name].answers
-        assert light[name].metrics == pytest.approx(reference[name].metrics)
-    assert light["tiny_perplexity"].metrics != pytest.approx(scores["tiny_perplexity"].metrics)
-    comparison = compare(scores["tiny_choice"].answers, light["tiny_choice"].answers, MEANS)["acc"]
-    assert comparison.test == "McNemar"
-    assert comparison.difference == pytest.approx(light["tiny_choice"].metrics["acc"] - comparison.first)
 
 
 def test_limit_and_solved_examples(model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Path) -> None:

@@ -159,15 +159,6 @@ def test_half_precision_in_which_small_gradients_vanish_goes_the_usual_way() -> 
         assert model(**data).logits.shape[-1] == 0
 
 
-def test_no_label_at_all_is_the_usual_loss() -> None:
-    """Which is no number: transformers divides by the labels."""
-    model = student("llama-gqa")
-    data = answers(model)
-    data["labels"][:] = -100
-    with labelled_head(model):
-        assert model(**data).loss.isnan()
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_inside_a_trainer(tmp_path: Path, accumulation: int) -> None:
     """The loss is a mean over the tokens of the whole optimizer step, which `Trainer` counts."""

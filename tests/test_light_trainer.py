@@ -51,7 +51,6 @@ BUDGET: dict[str, Any] = {
 }
 LIGHT = LightConfig(**BUDGET)
 PASSED = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
-SLOWLY = {"prefix_cache": None, "fast_steps": False}
 STEPS = {"estimation": 6, "run": 24}
 
 
@@ -204,17 +203,6 @@ def test_where_all_stays_nothing_is_estimated(builds: Builds) -> None:
     assert_equal(weights(rest.model), weights(trainer.model))
 
 
-def test_what_is_saved_is_a_light_adapter(builds: Builds, bench: Workbench, tmp_path: Path) -> None:
-    trainer = builds.trainer()
-    trainer.train()
-    trainer.save_model(str(tmp_path / "adapter"))
-    light = load_light(tmp_path / "adapter")
-    assert light.light_plan == trainer.light_plan
-    batch = builds.tokenizer(["good1 word2 bad3"], return_tensors="pt")
-    with torch.no_grad():
-        assert light(**batch).logits.equal(trainer.model.eval()(**batch).logits)
-
-
 def test_the_users_arguments_and_config_stay_as_they_are(builds: Builds) -> None:
     args, config = arguments(builds.folder), lora()
     before = args.to_dict(), copy.deepcopy(config.to_dict())
@@ -231,16 +219,6 @@ def test_modules_are_where_they_may_stay(builds: Builds) -> None:
     model = builds.trainer(model=given, light=LightConfig(**BUDGET)).model
     names = [name for name, _ in model.named_modules() if name.endswith("lora_A") and ".layer." in name]
     assert names and all(".layer.1." in name for name in names)
-
-
-def test_a_peft_model_trains_as_a_dense_one_with_its_config(builds: Builds) -> None:
-    one = builds.trainer()
-    one.train()
-    names = sorted(one.light_record.sites[i].name for i in range(len(one.light_record.sites)))
-    other = builds.trainer(model=get_peft_model(builds.base(), lora(target_modules=names)))
-    other.train()
-    assert one.light_plan == other.light_plan
-    assert_equal(weights(one.model), weights(other.model))
 
 
 def test_what_a_model_can_do_chooses_a_preset_where_none_is_given(builds: Builds) -> None:
@@ -454,17 +432,6 @@ def test_a_callback_ends_the_training_of_a_run(bench: Workbench) -> None:
     assert steps == [18, 4]
 
 
-def test_the_prefix_is_computed_once_and_changes_nothing(builds: Builds) -> None:
-    plain = lora(lora_dropout=0.0)
-    trainers = [builds.trainer(peft_config=plain, **options) for options in ({}, SLOWLY)]
-    for trainer in trainers:
-        trainer.train()
-    assert trainers[0].light_plan == trainers[1].light_plan
-    assert not (builds.folder / "prefix").exists()
-    for name, value in weights(trainers[0].model).items():
-        assert torch.allclose(value, weights(trainers[1].model)[name], atol=1e-4), name
-
-
 def test_rows_that_change_have_no_prefix_cache(builds: Builds, caplog: pytest.LogCaptureFixture) -> None:
     trainer = builds.trainer()
     plain = trainer.data_collator
@@ -522,25 +489,3 @@ def test_a_bare_pruner_has_the_default_preset(caplog: pytest.LogCaptureFixture) 
     assert list(EarlyPruner(with_lora(make("bert")), LightConfig(keep="both")).advice()) == [
         "call lightpeft.full_width(light) in the end, for keep: both"
     ]
-
-
-def test_the_cut_does_not_depend_on_what_training_computes_in(tmp_path: Path) -> None:
-    """Under autocast, too, stages one by one give what one training gives."""
-    bench = Workbench(tmp_path)
-    settings = {"training.precision": "bf16"}
-    pipeline.run(bench.config("whole", **settings))
-    work = pipeline.prepare(bench.config("parts", **settings))
-    pipeline.estimate(work)
-    pipeline.plan(work.run)
-    pipeline.prune(work)
-    pipeline.train(work)
-    for folder in ("pruned", "adapter"):
-        whole, parts = (
-            load_file(tmp_path / name / folder / "adapter_model.safetensors") for name in ("whole", "parts")
-        )
-        assert_equal(whole, parts)
-    milestones = [
-        pipeline.RunFolder.open(bench.config(name, **settings)).finished_stages()["prune"]["milestones"]
-        for name in ("whole", "parts")
-    ]
-    assert milestones[0] == milestones[1]

@@ -15,17 +15,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import IA3Config, LoraConfig
-from test_dpo import logits
-from test_sft import SETTINGS, WORDS, tokenizer
-from tiny import VOCABULARY, make, refusal
+from tiny import make, refusal
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertForSequenceClassification,
-    BertForTokenClassification,
     DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
     LlamaForSequenceClassification,
     PreTrainedModel,
     Seq2SeqTrainer,
@@ -34,6 +28,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from trl_settings import SETTINGS, WORDS, logits, tokenizer
 
 from lightpeft import BottleneckConfig, LightConfig, LightTrainer, light_trainer, load_light, preset_light
 from lightpeft.prune.light_model import LightModel
@@ -275,22 +270,6 @@ def test_dpo_with_a_reference_of_its_own(base: PreTrainedModel, tmp_path: Path) 
     assert losses(trainer)[0] == pytest.approx(0.6931, abs=1e-3)
 
 
-def test_reward(tmp_path: Path) -> None:
-    set_seed(0)
-    config = BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
-                        intermediate_size=48, pad_token_id=0)  # fmt: skip
-    rows = [{"chosen": f"{prompt} {good}", "rejected": f"{prompt} {bad}"} for prompt, good, bad in rows_of()]
-    trainer = light_trainer(trl.RewardTrainer)(
-        model=BertForSequenceClassification(config),
-        args=trl.RewardConfig(str(tmp_path / "out"), **ARGUMENTS),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer(),
-        peft_config=LoraConfig(task_type="SEQ_CLS", r=4),
-        light=LIGHT,
-    )
-    check(trainer)
-
-
 # -- transformers --------------------------------------------------------------------------------------------------
 
 
@@ -314,26 +293,6 @@ def test_seq2seq_on_t5(tmp_path: Path) -> None:
     check(trainer)
     generated = trainer.predict(trainer.eval_dataset, max_new_tokens=4).predictions
     assert generated.shape[0] == 8
-
-
-def test_token_classification(tmp_path: Path) -> None:
-    set_seed(0)
-    config = BertConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_labels=2,
-                        intermediate_size=48, pad_token_id=0)  # fmt: skip
-    words = tokenizer()
-    rows = [
-        {**words(prompt), "labels": [token % 2 for token in words(prompt)["input_ids"]]} for prompt, *_ in rows_of()
-    ]
-    settings = {name: value for name, value in ARGUMENTS.items() if name != "bf16"}
-    trainer = LightTrainer(
-        model=BertForTokenClassification(config),
-        args=TrainingArguments(str(tmp_path / "out"), **settings),
-        train_dataset=Dataset.from_list(rows),
-        data_collator=DataCollatorForTokenClassification(words),
-        peft_config=LoraConfig(task_type="TOKEN_CLS", r=4),
-        light=LIGHT,
-    )
-    check(trainer)
 
 
 def test_image_classification(tmp_path: Path) -> None:
@@ -441,16 +400,6 @@ def test_sentence_transformers_go_on_from_a_checkpoint(embedder: Any, tmp_path: 
     assert rest.light_plan == whole.light_plan
     for (name, one), (_, other) in zip(embedder.named_parameters(), again.named_parameters(), strict=True):
         assert one.equal(other), name
-
-
-def test_the_best_of_a_sentence_transformer(embedder: Any, tmp_path: Path) -> None:
-    """Of a model that has the PeftModel inside, with what trains beside it."""
-    changes = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
-    changes |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
-    trainer = contrastive(embedder, tmp_path / "out", **changes)
-    trainer.train()
-    behind = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] > 5]
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(behind), abs=1e-5)
 
 
 def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_path: Path) -> None:

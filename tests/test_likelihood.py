@@ -214,12 +214,6 @@ class TestEncoding:
             assert len(learned["input_ids"]) <= 9 and learned["input_ids"][0] == 1  # cut behind the start token
             assert 2 not in learned["input_ids"]
 
-    def test_chunks_of_rows_keep_their_own_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        task, tokenizer = questions(), word_tokenizer()
-        whole = cut_to(task, 32).encode(task.train, tokenizer)
-        monkeypatch.setattr("lightpeft.app.tasks.tokens.ENCODE_ROWS", 3)
-        assert cut_to(task, 32).encode(task.train, tokenizer).to_list() == whole.to_list()
-
     def test_tokens_are_those_of_running_text(self) -> None:
         """A tokenizer that puts a mark before every text must not put one before the option."""
         backend = Tokenizer(models.WordLevel({"<unk>": 0, "▁a": 1, "▁b": 2, "▁": 3, "</s>": 4}, unk_token="<unk>"))

@@ -198,10 +198,6 @@ class TestEntries:
         own = {"my_task": TaskEntry()}
         assert 'did you mean "my_task"?' in error_of(find_entry, DataConfig(task="my-task"), own)
 
-    def test_columns_are_for_kinds(self) -> None:
-        config = DataConfig(task="rte", columns={"text": "sentence1"})
-        assert "data.columns is for kinds; task rte" in error_of(find_entry, config)
-
 
 def test_the_table_in_the_documents_is_what_is_there() -> None:
     text = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
@@ -226,10 +222,6 @@ class TestSources:
         assert (len(task.train), len(task.test)) == (18, 15)
         assert task.labels == ["entailment", "not_entailment"]
         assert task.train.column_names == ["text", "text_pair", "label"]
-
-    def test_files_beside_each_other(self, tmp_path: Path) -> None:
-        task = self.load(write_task(tmp_path, "rte") / "rte")
-        assert (len(task.train), len(task.test)) == (18, 15)
 
     def test_shards_as_they_lie_on_the_hub(self, tmp_path: Path) -> None:
         (tmp_path / "data").mkdir()
@@ -460,12 +452,6 @@ class TestOwnTasks:
         entry = self.entry(path=str(tmp_path), test=None)
         line = error_of(load_task, DataConfig(task="mine"), None, {"mine": entry})
         assert 'row 3 (the header not counted), column "b": there is no value' in line
-
-    def test_labels_by_name(self, tmp_path: Path) -> None:
-        write_rows(tmp_path / "train.jsonl", list(self.ROWS))
-        entry = self.entry(columns={"text": "a", "text_pair": "b", "label": "c"}, path=str(tmp_path), test=None)
-        task = load_task(DataConfig(task="mine"), None, {"mine": entry})
-        assert sorted(set(task.train["label"])) == ["no", "yes"]
 
     def test_numbers_that_are_names_are_no_places(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "train.jsonl", [{"text": f"t{i}", "label": 1 + i % 3} for i in range(12)])

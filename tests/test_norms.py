@@ -8,8 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as some
-from test_acceleration import applied, gradients
-from test_recomputing import Watched
+from steps import Watched, applied, gradients
 from tiny import LAYOUTS, inputs_for, make, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import IA3Config, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support import with_bottleneck
-from tiny import LAYOUTS, inputs_for, make, refusal, task_type, with_lora, without_dropout
+from tiny import LAYOUTS, inputs_for, make, refusal, task_type, with_lora
 from torch import Tensor, nn
 from transformers import (
     BertModel,
@@ -28,7 +28,7 @@ from transformers import (
 from transformers.core_model_loading import Chunk, WeightConverter
 from workbench import Workbench
 
-from lightpeft import EarlyPruner, LightConfig, LightModel, LightTrainer, load_light, run, weights_on_disk
+from lightpeft import EarlyPruner, LightConfig, LightModel, LightTrainer, run, weights_on_disk
 from lightpeft.adapters import light_adapter
 from lightpeft.app.folders.opening import find_light
 from lightpeft.app.runs import bench as benching
@@ -288,45 +288,6 @@ def test_runs(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(weights[0]) == len(weights[1]) >= 3
     for one, other in zip(*weights, strict=True):
         assert one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
-
-
-def test_plain_peft(bench: Workbench) -> None:
-    found = []
-    for low_memory in (False, True):
-        name = f"plain-{low_memory}"
-        found.append(run(bench.config(name, method="plain", **{"model.low_memory": low_memory}))["metrics"])
-    assert found[0] == found[1]
-
-
-def test_a_trainer(tmp_path: Path) -> None:
-    usual, on_disk = both(tmp_path / "base", "llama-gqa")
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 67, (32, 9), generator=generator)]
-    trained = []
-    for model in (usual, on_disk):
-        without_dropout(model)
-        set_seed(0)
-        args = TrainingArguments(
-            str(tmp_path / "out"),
-            max_steps=8,
-            per_device_train_batch_size=4,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        light = LightConfig(length=4, heads=0.5, neurons=0.5, least_examples=0)
-        trainer = LightTrainer(
-            model, args, light=light, peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"), train_dataset=rows
-        )
-        trainer.train()
-        assert trainer.light_plan is not None and not has_weights_on_disk(trainer.model)
-        trained.append(trainer.model)
-    one, other = (model.state_dict() for model in trained)
-    assert one.keys() == other.keys() and all(tensor.equal(other[name]) for name, tensor in one.items())
-    trained[1].save_pretrained(tmp_path / "light")
-    again = load_light(tmp_path / "light", tmp_path / "base", low_memory=True)
-    inputs = inputs_for(again)
-    assert again(**inputs).logits.equal(trained[1].eval()(**inputs).logits)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

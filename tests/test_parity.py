@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import thorough
 from peft import PeftModel
 from tiny import (
     ALL,
     DROPPED,
     GENERATORS,
     GROUPED,
+    IN_MAKE_TEST,
     LAYOUTS,
     MODELS,
     USUAL,
@@ -48,8 +50,9 @@ BUDGETS = {"usual": USUAL, "dropped": DROPPED}
 all_models = crossed(ALL, BUDGETS)
 UNITS = [(name, "group") for name in VARIANTS] + [(name, "balanced") for name in GROUPED]
 """What the table of docs/families.md does not hold, which test_support.py checks: settings, and other head units."""
+UNITS_IN_MAKE_TEST = {*IN_MAKE_TEST, "llama-tied", "llama-head-dim", "falcon-mqa"}
 UNITS_AND_BUDGETS = [
-    pytest.param(name, unit, budget, id=f"{name}-{unit}-{key}")
+    pytest.param(name, unit, budget, id=f"{name}-{unit}-{key}", marks=() if name in UNITS_IN_MAKE_TEST else thorough)
     for key, budget in BUDGETS.items()
     for name, unit in UNITS
     if budget is DROPPED or name in LAYOUTS

@@ -15,9 +15,7 @@ from workbench import Workbench, lightpeft, read, stamps
 
 from lightpeft import load_light
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.reproduce import load_grid
 from lightpeft.config import LightConfig, RunConfig, load_config, preset_light, run_config_from_dict
-from lightpeft.errors import LightPeftError
 from lightpeft.models.families import block_specs
 from lightpeft.peft_kinds.kinds import projections
 from lightpeft.peft_kinds.sites import find_sites
@@ -204,14 +202,6 @@ def test_refused_before_anything_is_read(
     assert says in line and line.count("\n") == 1
 
 
-def test_targets_that_match_nothing(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    for given in (["q_proj"], "nothing.*"):
-        file = bench.yaml("bad", peft={"type": "ia3", "target_modules": given, "feedforward_modules": []})
-        assert lightpeft("run", "--config", file) == 2
-        line = capsys.readouterr().err
-        assert "bert" in line and line.count("\n") == 1
-
-
 # -- settings ----------------------------------------------------------------------------------------------------
 
 
@@ -267,20 +257,3 @@ def test_from_the_shell(
     assert yaml.safe_load(text)["peft"] == expected
     path.write_text(text, encoding="utf-8")
     assert load_config(path).peft == expected
-
-
-def test_grids(tmp_path: Path) -> None:
-    grid = {
-        "models": ["m"],
-        "tasks": {"own": {"data": {"task": "classification", "train": "rows.csv"}}},
-        "methods": {"lora": None, "dora": {"from": "light-lora", "peft": {"use_dora": True}}, "ia3": {"peft": "ia3"}},
-        "seeds": [0],
-    }
-    file = tmp_path / "grid.yaml"
-    file.write_text(yaml.safe_dump(grid), encoding="utf-8")
-    found = {cell.method: cell.config.peft for cell in load_grid(file).cells(tmp_path)}
-    assert found == {"lora": "lora", "dora": {"type": "lora", "use_dora": True}, "ia3": "ia3"}
-    grid["methods"]["dora"] = {"peft": {"use_doar": True}}
-    file.write_text(yaml.safe_dump(grid), encoding="utf-8")
-    with pytest.raises(LightPeftError, match="cell m/own/dora/0: unknown key peft.use_doar; did you mean"):
-        load_grid(file).cells(tmp_path)

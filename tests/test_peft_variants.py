@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peft.tuners.lora.dora
 import pytest
 import torch
-from peft import EvaConfig, IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import EvaConfig, IA3Config, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft_models import (
+    BASES,
+    CASES,
+    lora,
+    projection_names,
+    shifted,
+    trained,
+    with_variant,
+)
 from tiny import (
     DROPPED,
     USUAL,
@@ -20,101 +28,27 @@ from tiny import (
     make,
     plan_for,
     relative_difference,
-    task_type,
     without_dropout,
 )
 from torch import Tensor, nn
-from training import StopAt, trainer
-from transformers import PreTrainedModel
 
 from lightpeft import EarlyPruner, LightConfig, LightPeftError, load_light
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import Site, check_peft, find_sites, read_config
+from lightpeft.peft_kinds.sites import Site, find_sites, read_config
 from lightpeft.peft_kinds.sites.dora import DoraSite
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.plans.records import PrunePlan
-from lightpeft.plans.structure import SLOTS
 from lightpeft.prune.importance import ModuleObserver
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan
 
 TOLERANCE = 1e-5
-MODELS = ("bert", "llama-gqa", "gpt2", "t5")
-INPUTS = ("o", "ffn_in", "ffn_out")
-"""Slots whose IA3 modules are told to act on inputs: of layers cut along their inputs, and along their outputs."""
 
 
-def names(base: PreTrainedModel, slots: tuple[str, ...] = SLOTS) -> list[str]:
-    return [name for block in block_specs(base) for slot, name in block.projections.items() if slot in slots]
-
-
-def lora(base: PreTrainedModel, **settings: Any) -> LoraConfig:
-    values = {"r": 6, "lora_alpha": 16, "target_modules": names(base), "task_type": task_type(base), **settings}
-    return LoraConfig(**values)
-
-
-def patterns(base: PreTrainedModel) -> LoraConfig:
-    some = names(base)[::3]
-    return lora(base, use_rslora=True, rank_pattern=dict.fromkeys(some, 3), alpha_pattern=dict.fromkeys(some, 5))
-
-
-def ia3(base: PreTrainedModel, slots: tuple[str, ...] = SLOTS, inputs: tuple[str, ...] = INPUTS) -> IA3Config:
-    feedforward = names(base, tuple(slot for slot in inputs if slot in slots))
-    return IA3Config(target_modules=names(base, slots), feedforward_modules=feedforward, task_type=task_type(base))
-
-
-VARIANTS: dict[str, Callable[[PreTrainedModel], PeftConfig]] = {
-    "rslora": lambda base: lora(base, use_rslora=True),
-    "patterns": patterns,
-    "orthogonal": lambda base: lora(base, init_lora_weights="orthogonal"),
-    "all-linear": lambda base: lora(base, target_modules="all-linear"),
-    "tokens": lambda base: lora(base, trainable_token_indices=[3, 5]),
-    "lora-only": lambda base: lora(base, bias="lora_only"),
-    "lora-bias": lambda base: lora(base, lora_bias=True),
-    "dora": lambda base: lora(base, use_dora=True),
-    "dora-bias": lambda base: lora(base, use_dora=True, use_rslora=True, bias="lora_only"),
-    "ia3": ia3,
-    "ia3-paper": lambda base: ia3(base, ("k", "v", "qkv", "ffn_out"), ("ffn_out",)),
-}
-EVERYWHERE = ("rslora", "lora-only", "dora", "ia3")
-CASES = [(name, variant) for name in MODELS for variant in EVERYWHERE] + [
-    ("llama-gqa", "patterns"),
-    ("bert", "lora-bias"),
-    ("gpt2", "lora-bias"),
-    ("bert", "orthogonal"),
-    ("bert", "all-linear"),
-    ("t5", "all-linear"),
-    ("gpt2", "tokens"),
-    ("gpt2", "dora-bias"),
-    ("bert", "ia3-paper"),
-    ("t5", "ia3-paper"),
-]
 all_cases = pytest.mark.parametrize(("name", "variant"), CASES, ids=map("-".join, CASES))
 all_budgets = pytest.mark.parametrize("budget", [USUAL, DROPPED], ids=["usual", "dropped"])
-
-
-def adapted(name: str, variant: str) -> PeftModel:
-    base = make(name)
-    return get_peft_model(base, VARIANTS[variant](base)).eval()
-
-
-def trained(name: str, variant: str) -> PeftModel:
-    """As it is after training that a pruner was made before."""
-    model = adapted(name, variant)
-    check_peft(model)
-    return shifted(model)
-
-
-def shifted(model: PeftModel, seed: int = 4) -> PeftModel:
-    """Every trainable parameter moved."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def sites_of(model: PeftModel) -> dict[str, Site]:
@@ -220,7 +154,7 @@ def trainables(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @all_cases
 def test_estimation_pruning_and_training_on(name: str, variant: str, tmp_path: Path) -> None:
-    model = without_dropout(adapted(name, variant)).train()
+    model = without_dropout(with_variant(name, variant)).train()
     pruner = EarlyPruner(model, LightConfig(length=4, heads=0.5, neurons=0.5, modules=0.4, ranks=0.5))
     optimizer = torch.optim.AdamW(trainables(model).values(), lr=1e-2)
     pruner.start()
@@ -298,7 +232,7 @@ def test_observing_dora_with_dropout(dropout: float) -> None:
     assert torch.isfinite(ratios).all() and ratios.gt(0).all() and ratios.lt(10).all()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", BASES)
 def test_dora_magnitudes(name: str) -> None:
     model = trained(name, "dora")
     plan = plan_for(model, ranks=0)
@@ -343,20 +277,10 @@ def test_ia3_has_no_ranks_to_prune() -> None:
         assert site.factors.shape == shape and site.factors.requires_grad
 
 
-@pytest.mark.parametrize("name", ["phi3", "falcon", "gpt_neox", "olmo2"])
-@pytest.mark.parametrize("variant", ["dora", "ia3", "lora-only"])
-def test_other_layouts(name: str, variant: str) -> None:
-    model = trained(name, variant)
-    plan = plan_for(model)
-    expected = reference(model, plan, name)
-    apply_plan(model, plan)
-    assert difference(model, expected) < TOLERANCE
-
-
 def test_eva(tmp_path: Path) -> None:
     """EVA spreads ranks over the modules before training; here one module gets none and one gets five."""
     base = make("bert")
-    first, second, third, *_ = names(base, ("q", "v"))
+    first, second, third, *_ = projection_names(base, ("q", "v"))
     starts = {name: torch.randn(rank, 32) for name, rank in ((first, 0), (second, 5), (third, 2))}
     with pytest.warns(UserWarning):
         model = get_peft_model(base, lora(base, r=4, init_lora_weights="eva", eva_config=EvaConfig()))
@@ -394,7 +318,7 @@ def test_modules_outside_the_blocks_are_left_alone(
 ) -> None:
     base = make(name)
     model = shifted(get_peft_model(base, lora(base, use_dora=dora, **settings)).eval())
-    inside = tuple(f"base_model.model.{name}." for name in names(base))
+    inside = tuple(f"base_model.model.{name}." for name in projection_names(base))
     outside = {key: value for key, value in state(model).items() if not key.startswith(inside)}
     assert any("lora_" in key or "modules_to_save" in key for key in outside)
     plan = plan_for(model)
@@ -430,31 +354,8 @@ def test_a_removed_module_leaves_the_bias_of_the_base(name: str) -> None:
         assert not bias.equal(base.get_submodule(module_name).bias)
 
 
-def test_the_biases_are_known_after_a_resumed_stage(tmp_path: Path) -> None:
-    config = LightConfig(length=6, heads=0.5, modules=0.5)
-    first = adapted("bert", "lora-only")
-    settings = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
-    trainer(first, tmp_path, EarlyPruner(first, config).callback(), StopAt(3), **settings).train()
-    model, checkpoint = adapted("bert", "lora-only"), tmp_path / "checkpoint-3"
-    pruner = EarlyPruner(model, config)
-    trainer(model, tmp_path, pruner.callback(resume_from=checkpoint), **settings).train(
-        resume_from_checkpoint=str(checkpoint)
-    )
-    light = pruner.prune().eval()
-    plan = light.light_plan
-    kept, base = find_sites(light, plan.specs), make("bert")
-    assert any(site.spec.slot == "o" for site in kept)
-    for site in kept:
-        if site.spec.slot == "o":
-            assert not site.base.bias.equal(base.get_submodule(site.spec.name).bias)
-    for module_name in {site.name for site in plan.dense_sites if site.slot == "o"} - set(plan.sites):
-        assert light.get_base_model().get_submodule(module_name).bias.equal(base.get_submodule(module_name).bias)
-    light.save_pretrained(tmp_path / "light")
-    assert logits(load_light(tmp_path / "light", make("bert"))).equal(logits(light))
-
-
 def test_biases_that_were_trained_before_the_pruner_was_made() -> None:
-    model = shifted(adapted("bert", "lora-only"))
+    model = shifted(with_variant("bert", "lora-only"))
     before = state(model)
     with pytest.raises(LightPeftError, match='LoRA bias="lora_only": .* make the pruner before training') as error:
         EarlyPruner(model)
@@ -463,8 +364,8 @@ def test_biases_that_were_trained_before_the_pruner_was_made() -> None:
 
 
 def test_a_plan_for_biases_that_are_not_known() -> None:
-    plan = plan_for(adapted("bert", "lora-only"), modules=0.5)
-    model = shifted(adapted("bert", "lora-only"))
+    plan = plan_for(with_variant("bert", "lora-only"), modules=0.5)
+    model = shifted(with_variant("bert", "lora-only"))
     before = state(model)
     with pytest.raises(
         LightPeftError, match='LoRA bias="lora_only" has trained the bias of bert.* is not known'
@@ -472,14 +373,6 @@ def test_a_plan_for_biases_that_are_not_known() -> None:
         apply_plan(model, plan)
     assert "\n" not in str(error.value)
     assert unchanged(model, before)
-    everything = plan_for(adapted("bert", "lora-only"), modules=0)
+    everything = plan_for(with_variant("bert", "lora-only"), modules=0)
     apply_plan(model, everything)
     assert set(live(model, everything)) == set(everything.sites)
-
-
-def test_layers_without_a_bias_need_none() -> None:
-    model = shifted(adapted("llama-gqa", "lora-only"))
-    EarlyPruner(model)
-    plan = plan_for(model)
-    apply_plan(model, plan)
-    assert set(live(model, plan)) == set(plan.sites)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from strategies import half_up, ratios, scopes
 from torch import Tensor
 
 from lightpeft.config import Budget
@@ -68,8 +68,6 @@ records = st.builds(
     ties=st.sampled_from([0, 1, 3]),
     left_out=st.sampled_from([0, 0, 1, 2]),
 )
-ratios = st.one_of(st.sampled_from([0.0, 1 / 3, 0.5, 0.75, 0.999]), st.floats(0, 0.999))
-scopes = st.sampled_from(["layerwise", "global"])
 budgets = st.fixed_dictionaries(
     {
         "heads": ratios,
@@ -99,10 +97,6 @@ def plan_or_skip(record: EstimationRecord, budget: dict[str, Any]) -> PrunePlan:
         assert "lower" in str(error)
         assume(False)
         raise
-
-
-def half_up(value: float) -> int:
-    return math.floor(value + 0.5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

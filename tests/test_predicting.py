@@ -95,12 +95,6 @@ def test_tables_in_and_out(bench: Workbench, expected: np.ndarray, tmp_path: Pat
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-def test_another_text_column(bench: Workbench, expected: np.ndarray, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "rows.csv", [{"sentence": text} for text in TEXTS])
-    predict(bench.folder / "run", source, output=tmp_path / "out.csv", text="sentence")
-    check(table((tmp_path / "out.csv").read_text(encoding="utf-8")), expected)
-
-
 @pytest.mark.parametrize("option", ["--data.columns.text"])
 def test_columns_are_called_the_same_in_predict_and_evaluate(
     bench: Workbench, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
@@ -119,14 +113,6 @@ def test_errors_name_the_example(bench: Workbench, capsys: pytest.CaptureFixture
     assert lightpeft("predict", bench.folder / "run", "--example", " \n ") == 2
     assert "the example has no text" in capsys.readouterr().err
     assert lightpeft("predict", bench.folder / "run", "--example", "word1", "--data.columns.text", "other") == 0
-
-
-def test_accuracy_is_the_one_that_was_measured(bench: Workbench, tmp_path: Path) -> None:
-    predict(bench.folder / "run", bench.test, output=tmp_path / "out.csv")
-    rows = table((tmp_path / "out.csv").read_text(encoding="utf-8"))
-    right = [row["label"] == row["input_label"] for row in rows]
-    measured = read(bench.folder / "run" / "metrics.json")["metrics"]["accuracy"]
-    assert sum(right) / len(right) == pytest.approx(measured)
 
 
 def test_base_that_moved(
@@ -197,15 +183,6 @@ def test_a_run_that_says_nothing_of_its_task(halves: Workbench, tmp_path: Path) 
     (run / "task.json").write_text("{}", encoding="utf-8")
     assert "task.json" in refusal(lambda: predict(run, halves.test, output=tmp_path / "out.csv"))
     assert not (tmp_path / "out.csv").exists()
-
-
-def test_bfloat16_is_close(bench: Workbench, expected: np.ndarray, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "rows.csv", [{"text": text} for text in TEXTS])
-    predict(bench.folder / "run", source, output=tmp_path / "out.jsonl", bf16=True)
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
-    values = np.array([[row[f"p_{label}"] for label in LABELS] for row in rows])
-    assert np.abs(values - expected).max() < 0.1
-    assert not np.allclose(values, expected, atol=1e-6)
 
 
 def test_long_texts_are_cut_as_in_training(bench: Workbench, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from test_pipeline import comparable
 from torch import Tensor, nn
 from training import blocks_of, collate, encoded, upper
-from workbench import Workbench, at_step, in_child, lightpeft, read, signalling
+from workbench import Workbench, comparable, read
 
 from lightpeft.app.runs import pipeline
 from lightpeft.models.unwrap import transformers_model
@@ -151,12 +149,6 @@ def test_what_is_frozen() -> None:
     sequence = tiny.with_lora(tiny.make("t5"))
     sequence.requires_grad_(False)
     assert not FrozenPrefix(sequence)  # its blocks hand on position biases
-
-
-def test_attaching_nothing() -> None:
-    model = upper(lowest=0)
-    with FrozenPrefix(model).attached():
-        assert not any("forward" in vars(block) for block in blocks_of(model))
 
 
 # The store
@@ -323,19 +315,3 @@ def test_a_run_is_the_same_from_file_and_memory(tmp_path: Path, kind: tuple[str,
     if kind[0] == "llama":  # without dropout, so that nothing but float noise can differ
         loss = [read(folder / "metrics.json")["metrics"]["loss"] for folder in (file, off)]
         assert loss[0] == pytest.approx(loss[1], rel=1e-3)
-
-
-def test_without_a_second_pass_nothing_is_stored(bench: Workbench) -> None:
-    pipeline.run(bench.config("short", **UPPER, **{"training.epochs": 1}))
-    assert notes(bench.folder / "short") == []
-
-
-def test_a_killed_run_finds_the_states_of_before(bench: Workbench) -> None:
-    pipeline.run(bench.config("whole", **UPPER))
-    file = bench.yaml("killed", **UPPER)
-    assert in_child(at_step(13, signalling(signal.SIGKILL)), "run", "--config", file)[0] == -signal.SIGKILL
-    assert (bench.folder / "killed/checkpoints/prefix/states.bin").is_file()
-    assert lightpeft("run", "--config", file) == 0
-    assert comparable(bench.folder / "killed") == comparable(bench.folder / "whole")
-    assert "interrupted" in notes(bench.folder / "killed")[-1]
-    assert not (bench.folder / "killed/checkpoints").exists()

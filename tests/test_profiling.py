@@ -116,23 +116,6 @@ def test_lora_and_head_beside_the_base() -> None:
     assert count.total == bert_by_hand() + lora
 
 
-def test_adapters_that_do_not_train_still_count() -> None:
-    model = bert_lora()
-    trained = count_parameters(model)
-    model.requires_grad_(False)
-    count = count_parameters(model)
-    assert (count.base, count.peft, count.head) == (trained.base, trained.peft, trained.head)
-    assert count.trainable == 0
-
-
-def test_unfrozen_base_weights_are_trainable_but_base() -> None:
-    model = bert_lora()
-    before = count_parameters(model)
-    model.get_input_embeddings().weight.requires_grad_(True)
-    after = count_parameters(model)
-    assert (after.base, after.trainable) == (before.base, before.trainable + VOCABULARY * HIDDEN)
-
-
 def test_tied_weights_count_once() -> None:
     untied, tied = count_parameters(llama()), count_parameters(llama(tied=True))
     assert untied.base - tied.base == VOCABULARY * HIDDEN
@@ -151,11 +134,6 @@ def test_sliced_layer_and_smaller_rank_are_seen() -> None:
     after = count_parameters(model)
     assert before.base - after.base == 5 * (2 * HIDDEN + 1)
     assert before.peft - after.peft == 2 * HIDDEN * (RANK - 1) + 2 * HIDDEN * RANK
-
-
-def test_merged_model_has_the_parameters_of_its_base() -> None:
-    count = count_parameters(bert_lora().merge_and_unload())
-    assert (count.base, count.peft, count.head) == (bert_by_hand(), 0, 0)
 
 
 # FLOPs
@@ -300,27 +278,6 @@ def test_peak_memory_samples_where_the_kernel_refuses(monkeypatch: pytest.Monkey
     assert not missing.exists()
 
 
-def test_peak_memory_samples_where_the_reset_has_no_effect(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fake = tmp_path / "clear_refs"
-    fake.touch()
-    monkeypatch.setattr(profiling.memory, "_CLEAR_REFS", fake)
-    monkeypatch.setattr(profiling.memory, "_high_water", lambda: 2**50)
-    with PeakMemory(nn.Linear(2, 2)) as memory:
-        pass
-    assert fake.read_bytes() == b"5"
-    assert memory.method == "sampling"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_peak_memory_on_cuda() -> None:
-    model = nn.Linear(1024, 1024).cuda()
-    with PeakMemory(model) as memory:
-        torch.ones(200 * MEGABYTE // 4, device="cuda")
-    assert memory.method == "cuda"
-    assert memory.bytes >= 204 * MEGABYTE
-    assert memory.before >= 4 * MEGABYTE
-
-
 # Time
 
 
@@ -364,15 +321,6 @@ def test_inference_leaves_weights_and_mode_and_skips_the_loss() -> None:
     assert seen == [False] * 3
     assert model.training
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
-
-
-def test_bf16_runs_under_autocast() -> None:
-    dtypes: list[torch.dtype] = []
-    model = bert()
-    model.classifier.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
-    measure_inference(model, [bert_batch()], warmup=0, autocast=torch.bfloat16)
-    measure_inference(model, [bert_batch()], warmup=0)
-    assert dtypes == [torch.bfloat16, torch.float32]
 
 
 def test_steps_on_cuda_are_timed_by_events(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,15 +71,6 @@ def test_progress_tells_rate_and_remaining_time(
     ]
 
 
-def test_quick_steps_have_a_readable_rate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock = iter([0.0, 0.0, 3.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    progress = StepProgress(total=2, done=0, unit="measurements")
-    progress.begin("a")
-    progress.end("a", "1")
-    assert "1,200 measurements/h" in capsys.readouterr().err
-
-
 # -- without a terminal --------------------------------------------------------------------------------------------
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from peft import PeftModel
-from tiny import batch, inputs_for, make, with_lora
+from steps import HALF, losses, stage
+from tiny import batch, make, with_lora
 from training import inputs, student, trainer
 from transformers import BertModel
 
@@ -15,34 +14,6 @@ from lightpeft import Budget, EarlyPruner, LightConfig, LightModel, LightPeftErr
 from lightpeft.compat.torch import is_watched
 from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans.records import PrunePlan
-
-HALF = {"heads": 0.5, "neurons": 0.5, "modules": 0.5, "ranks": 0.5}
-
-
-def stage(model: PeftModel, total_steps: int = 4, **config: float | str | bool) -> EarlyPruner:
-    """The loop of `EarlyPruner`'s docstring."""
-    pruner = EarlyPruner(model, LightConfig(**{"length": 4, **HALF, **config}))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    pruner.start(total_steps)
-    while not pruner.finished:
-        model(**inputs_for(model, labels=True, rows=4)).loss.backward()
-        pruner.step()
-        optimizer.step()
-        optimizer.zero_grad()
-    return pruner
-
-
-def losses(model: PeftModel, steps: int = 8) -> list[float]:
-    """Train on with a new optimizer."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    values = []
-    for _ in range(steps):
-        loss = model(**inputs_for(model, labels=True, rows=4)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        values.append(loss.item())
-    return values
 
 
 @pytest.mark.parametrize("family", ["bert", "llama-gqa", "opt"])

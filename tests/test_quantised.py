@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import batch, inputs_for, make, masked, plan_for, random_record, refusal, relative_difference, with_lora
+from quantised import CONFIGS, SIZES, densified, torchao_config
+from tiny import batch, make, plan_for, refusal, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
@@ -31,9 +30,7 @@ from lightpeft.models.linears import (
     slice_linear,
     stored_weight,
 )
-from lightpeft.plans.planning import make_plan
 from lightpeft.prune.light_model import as_light
-from lightpeft.prune.probing import Probe
 from lightpeft.prune.surgery import apply_plan
 
 ROWS, COLUMNS = 64, 256
@@ -297,24 +294,7 @@ def test_widths_of_other_kinds() -> None:
 # Whole models
 
 
-def bnb_config(**settings: Any) -> Any:
-    pytest.importorskip("bitsandbytes")
-    return transformers.BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **settings)
-
-
-def torchao_config(**settings: Any) -> Any:
-    package = pytest.importorskip("torchao.quantization")
-    return transformers.TorchAoConfig(package.Int8WeightOnlyConfig(set_inductor_config=False, **settings))
-
-
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "nf4": lambda: bnb_config(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "nf4-double": lambda: bnb_config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
-    "int8": lambda: bnb_config(load_in_8bit=True),
-    "torchao-int8": torchao_config,
-}
 all_configs = pytest.mark.parametrize("kind", CONFIGS)
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
 BUDGET = {"heads": 0.5, "neurons": 0.5, "modules": 0.3, "multiple_of": 64}
 NARROW: list[dict[str, Any]] = [{"heads": 0.5, "neurons": 0.5}, {"blocks": 0.5, "head_unit": "balanced"}]
 """Budgets that leave widths which are no multiples of a block of 64."""
@@ -341,42 +321,10 @@ def logits(model: Any, train: bool = False) -> Tensor:
 
 
 @all_configs
-def test_a_probe_of_a_budget_leaves_the_model_alone(folder: Path, kind: str) -> None:
-    """Its copy shares what is quantised, and is cut."""
-    model = with_lora(load(folder, kind))
-    criteria: dict[str, Any] = {"head_criterion": "fisher", "neuron_criterion": "fisher"}
-    light = LightConfig(blocks=0.4, multiple_of=64, ranks=0.0, modules=0.0, **criteria)
-    plan = make_plan(random_record(model), light)
-    batches = [inputs_for(model, labels=True, seed=seed) for seed in range(4)]
-    probe = Probe(light, train=batches[:2], rows=[], held=batches[2:], rate=1e-2)
-    before = logits(model)
-    assert not probe.losses(model, plan).equal(probe.losses(model, None))
-    assert logits(model).equal(before)
-
-
-@all_configs
 def test_specs_count_weights_not_bytes(folder: Path, kind: str) -> None:
     model = load(folder, kind)
     assert block_specs(model) == block_specs(make("llama-gqa", **SIZES))
     assert sum(logical_numel(p) for p in model.parameters()) == make("llama-gqa", **SIZES).num_parameters()
-
-
-@all_configs
-@pytest.mark.parametrize("neurons", [0.0, 0.5])
-def test_masked_and_pruned_models(folder: Path, kind: str, neurons: float) -> None:
-    pruned = with_lora(load(folder, kind))
-    plan = plan_for(pruned, **{**BUDGET, "neurons": neurons})
-    reference = masked(pruned, plan)
-    apply_plan(pruned, plan)
-    # in training mode bitsandbytes does not round activations to 8 bits, where a last bit may decide
-    difference = relative_difference(logits(pruned, train=True), logits(reference, train=True))
-    if kind in EXACT or (kind == "nf4" and not neurons):  # heads of 64 channels are whole blocks
-        assert difference < 1e-5
-        return
-    whole = masked(with_lora(make("llama-gqa", **SIZES)), plan)
-    assert difference < relative_difference(logits(reference, train=True), logits(whole)), (
-        "more than quantisation itself costs"
-    )
 
 
 @all_configs
@@ -427,17 +375,6 @@ def test_heads_and_neurons_of_any_width_in_4_bits(tmp_path: Path, kind: str, bud
     assert logits(load_light(tmp_path / "light", base=load(tmp_path / "base", kind))).equal(expected)
 
 
-def densified(model: Any) -> Any:
-    """A copy whose quantised layers are ordinary ones with the same weights."""
-    copied = copy.deepcopy(model)
-    for name, module in list(copied.named_modules()):
-        if type(module) is not nn.Linear and not isinstance(module, BaseTunerLayer) and is_linear(module):
-            linear = nn.Linear(*reversed(features(module)), bias=module.bias is not None)
-            linear.weight, linear.bias = nn.Parameter(dense_weight(module)), module.bias
-            copied.set_submodule(name, linear.requires_grad_(False))
-    return copied
-
-
 GROUPS_OF_32 = "are no multiple of the 32 weights that share a scale; set light."
 
 
@@ -470,17 +407,6 @@ def test_widths_that_groups_cannot_have_are_refused_before_estimation(
     else:
         said = refusal(lambda: EarlyPruner(model, LightConfig(**budget)))
         assert said.startswith("model.layers.0.") and f"{GROUPS_OF_32}{advice}" in said
-
-
-@all_configs
-def test_another_base_in_the_same_bits_is_refused(folder: Path, tmp_path: Path, kind: str) -> None:
-    model = with_lora(load(folder, kind))
-    plan = plan_for(model, **BUDGET)
-    apply_plan(model, plan)
-    as_light(model, plan).save_pretrained(tmp_path / "light")
-    make("llama-gqa", seed=1, **SIZES).save_pretrained(tmp_path / "other")
-    with pytest.raises(LightPeftError, match="another base"):
-        load_light(tmp_path / "light", base=load(tmp_path / "other", kind))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double"])

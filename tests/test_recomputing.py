@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_acceleration import gradients
+from steps import Watched, gradients
 from tiny import LAYOUTS, inputs_for, make, with_lora
 from torch import Tensor, nn
 from training import inputs, student
@@ -52,22 +51,6 @@ def test_scores_are_the_same_to_the_last_bit(name: str) -> None:
             estimator.step()
         found.append(estimator.record().scores)
     assert all(found[0][key].equal(found[1][key]) for key in found[0])
-
-
-class Watched:
-    """Which of the outputs of some modules are in memory still."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self._refs: list[weakref.ref[Tensor]] = []
-        self._handles = [module.register_forward_hook(self._see) for module in modules]
-
-    def _see(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self._refs.append(weakref.ref(output))
-
-    def alive(self) -> int:
-        for handle in self._handles:
-            handle.remove()
-        return sum(ref() is not None for ref in self._refs)
 
 
 @pytest.mark.parametrize(("name", "slot"), [("bert", "intermediate_act_fn"), ("llama-gqa", "act_fn")])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import errno
 import json
 import os
 import tracemalloc
@@ -11,20 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import DROPPED, MODELS, make, plan_for, random_record, with_lora
+from tiny import DROPPED, MODELS, every_family, make, plan_for, random_record, with_lora
 from workbench import edit
 
 from lightpeft.errors import LightPeftError
-from lightpeft.files import file_checksum, read_json, write_json
+from lightpeft.files import file_checksum
 from lightpeft.plans.records import EstimationRecord, PrunePlan, from_ranges, to_ranges
-
-
-def full_disk(*args: Any, **kwargs: Any) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
@@ -59,7 +51,7 @@ def test_ranges_are_compact(indices: tuple[int, ...], text: str) -> None:
 # Plans
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_family(MODELS)
 def test_plan_round_trip(name: str, tmp_path: Path) -> None:
     plan = plan_for(with_lora(make(name)), **DROPPED)
     plan.save(tmp_path / "new" / "plan.json")
@@ -67,23 +59,6 @@ def test_plan_round_trip(name: str, tmp_path: Path) -> None:
     text = json.dumps(plan.to_dict())
     assert PrunePlan.from_dict(json.loads(text)) == plan
     assert os.listdir(tmp_path / "new") == ["plan.json"]
-
-
-@pytest.mark.parametrize("name", ["bert", "t5"])
-def test_files_of_earlier_versions_have_roles_in_labels_alone(name: str, tmp_path: Path) -> None:
-    model = with_lora(make(name))
-    plan, record = plan_for(copy.deepcopy(model)), random_record(model)
-    assert {spec.role for spec in plan.specs} == ({"encoder", "decoder", "cross"} if name == "t5" else {None})
-    facts = plan.to_dict()
-    assert PrunePlan.from_dict(facts | {"specs": without_roles(facts["specs"])}) == plan
-    record.save(tmp_path)
-    data = read_json(tmp_path / "estimation.json")
-    write_json(tmp_path / "estimation.json", data | {"blocks": without_roles(data["blocks"])})
-    assert EstimationRecord.load(tmp_path).blocks == record.blocks
-
-
-def without_roles(blocks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in block.items() if key != "role"} for block in blocks]
 
 
 def test_plan_as_a_table() -> None:
@@ -218,19 +193,3 @@ def test_writing_where_nothing_can_be_written(record: EstimationRecord, tmp_path
             record.save(folder)
         assert f"cannot write {folder}" in message(error)
     assert (tmp_path / "file").read_text() == "mine" and os.listdir(tmp_path) == ["file"]
-
-
-def test_disk_full_while_saving_a_record(
-    record: EstimationRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "estimation"
-    record.save(folder)
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    record_of_zeros = EstimationRecord(
-        record.blocks, record.sites, {key: torch.zeros_like(v) for key, v in record.scores.items()}, 1, "f"
-    )
-    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
-    with pytest.raises(LightPeftError, match="No space left on device"):
-        record_of_zeros.save(folder)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    assert os.listdir(tmp_path) == ["estimation"]

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_pipeline import comparable
-from workbench import Workbench, lightpeft, read, stamps
+from workbench import Workbench, comparable, lightpeft, stamps
 
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reuse import estimation_settings
@@ -66,12 +65,6 @@ def test_a_run_with_a_taken_estimation_is_the_same_run(bench: Workbench) -> None
     before = stamps(bench.folder)
     assert lightpeft(*arguments) == 0, "the same command has nothing left to do"
     assert stamps(bench.folder) == before
-
-
-def test_a_plan_from_a_taken_estimation(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.yaml("planned", **OTHER)
-    assert lightpeft("plan", "--config", file, "--estimation", bench.folder / "donor") == 0
-    assert read(bench.folder / "planned" / "plan.json") == read(bench.folder / "alone" / "plan.json")
 
 
 def test_scores_of_nothing_serve_no_budget(bench: Workbench, refused: Refused) -> None:
@@ -156,13 +149,6 @@ def test_overwriting_the_run_of_another_config(bench: Workbench, refused: Refuse
     before = stamps(bench.folder)
     assert lightpeft("run", "--config", file, "--overwrite") == 0, "the run of the same config goes on"
     assert stamps(bench.folder) == before
-
-
-def test_overwriting_with_a_taken_estimation(bench: Workbench) -> None:
-    shutil.copytree(bench.folder / "donor", bench.folder / "both")
-    file = bench.yaml("both", **OTHER)
-    assert lightpeft("run", "--config", file, "--overwrite", "--estimation", bench.folder / "donor") == 0
-    check_same(bench.folder / "both", bench.folder / "alone")
 
 
 def test_what_is_not_overwritten(bench: Workbench, refused: Refused) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_planning import half_up, ratios, scopes
+from strategies import half_up, ratios, scopes
 from torch import Tensor
 
 from lightpeft.config.light import Scope

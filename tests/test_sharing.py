@@ -10,13 +10,13 @@ from typing import Any
 
 import datasets
 import pytest
+from adapters import light_over, logits
 from huggingface_hub import ModelCard, constants
 from local_hub import LocalHub, local_hub
 from peft import PeftModel
-from test_checkpoint import light_over, logits
 from tiny import DROPPED, make, refusal
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
-from workbench import Workbench, edit, lightpeft
+from workbench import Workbench, lightpeft
 
 from lightpeft import LightModel, full_width, load_light, load_merged, push_to_hub, run, save_merged
 from lightpeft.app.folders.opening import find_model
@@ -161,21 +161,6 @@ def test_without_a_network(hub: LocalHub, home: Path, tmp_path: Path, monkeypatc
     assert len(hub.asked) == asked
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda files: files.pop("adapter_model.safetensors"), "adapter_model.safetensors is missing"),
-        (lambda files: files.update({"adapter_model.safetensors": b"x"}), "was altered or damaged"),
-        (lambda files: files.update({"lightpeft.json": b"{"}), "cannot be read"),
-    ],
-    ids=["missing", "altered", "no JSON"],
-)
-def test_what_is_checked_in_a_folder_is_checked_here(change: Any, said: str, hub: LocalHub, home: Path) -> None:
-    repository = hub.add("me/light", home / "light")
-    change(repository.commits[repository.branches["main"]])
-    assert said in refusal(lambda: load_light("me/light"))
-
-
 def test_pickled_weights_stay_where_they_are(hub: LocalHub, home: Path, tmp_path: Path) -> None:
     """Not even downloaded, unless allowed."""
     full_width(load_light(home / "light")).save_pretrained(tmp_path / "wide")
@@ -246,13 +231,6 @@ def test_there_and_back(owner: LocalHub, home: Path) -> None:
     assert 'load_light("me/light")' in card.text and "this folder" not in card.text
 
 
-def test_a_branch(owner: LocalHub, home: Path) -> None:
-    push_to_hub(home / "light", "me/light")
-    load_light(home / "other").push_to_hub("me/light", revision="narrow")
-    assert load_light("me/light").light_plan == load_light(home / "light").light_plan
-    assert load_light("me/light@narrow").light_plan == load_light(home / "other").light_plan
-
-
 def test_merged_models_go_with_their_card(owner: LocalHub, home: Path) -> None:
     model = load_merged(home / "merged")
     model.push_to_hub("me/merged")
@@ -306,21 +284,3 @@ def test_peft_s_own_ways_to_load_name_load_light(home: Path) -> None:
             kind.from_pretrained(classifier(home / "base"), str(home / "light"))
     with pytest.raises(KeyError, match="load_light"):
         PeftModel.from_pretrained(classifier(home / "base"), str(home / "light"))
-
-
-def test_edits_of_the_record_are_found(home: Path, tmp_path: Path) -> None:
-    light = shutil.copytree(home / "light", tmp_path / "light")
-    edit(light / "lightpeft.json", lambda description: description.update(intervals={"accuracy": [0.6, 0.9]}))
-    assert load_light(light).light_intervals == {"accuracy": [0.6, 0.9]}
-    for changes in (
-        {"intervals": 3},
-        {"intervals": {"accuracy": [1]}},
-        {"intervals": {"accuracy": "high"}},
-        {"intervals": {}, "peft_type": 5},
-        {"peft_type": "LORA", "task": {"labels": 5}},
-    ):
-        edit(light / "lightpeft.json", lambda description, changes=changes: description.update(changes))
-        assert "lightpeft.json" in refusal(lambda: load_light(light))
-    edit(light / "lightpeft.json", lambda description: description.update(task={"entry": {"hub": 5}}))
-    load_light(light).save_pretrained(light)
-    assert "| task |" not in (light / "README.md").read_text()

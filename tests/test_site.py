@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from test_docs import blocks
+from documents import blocks
 
 import lightpeft
 from lightpeft.errors import LightPeftError

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import workbench
-from test_docs import blocks
+from documents import blocks
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = blocks(ROOT / "docs" / "start.md", "")[0].splitlines()

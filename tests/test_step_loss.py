@@ -20,7 +20,7 @@ from training import trained_weights
 from transformers import BertConfig, BertForTokenClassification, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from lightpeft import LightConfig, LightTrainer, light_trainer
-from lightpeft.training.trainer import RunTrainer
+from lightpeft.app.runs.trainers import RunTrainer
 
 Loss = Callable[..., Tensor]
 ROWS, LENGTH, BATCH, STEPS = 32, 6, 8, 2

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import DROPPED, LAYOUTS, MODELS, inputs_for, make, plan_for, refusal, with_lora
-from torch import Tensor, nn
+from adapters import assert_same, edit_weights, logits, save_light, saved, tensors
+from tiny import DROPPED, LAYOUTS, MODELS, every_family, make, refusal
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,58 +20,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import BitsAndBytesConfig, PreTrainedModel, conversion_mapping, set_seed
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from lightpeft import LightModel, load_light
+from lightpeft import load_light
 from lightpeft.adapters.streaming import Stream
 from lightpeft.models.tensors import Reading
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.layout import kept_channels
-from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 
 SHARDS: dict[str, Any] = {"max_shard_size": "20KB"}
-
-
-def save_light(base: PreTrainedModel, folder: Path, **budget: Any) -> LightModel:
-    """A light adapter with trained-looking weights over a base that was loaded from disk."""
-    model = with_lora(base)
-    plan = plan_for(model, **budget)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter.normal_()
-    apply_plan(model, plan)
-    light = as_light(model.eval(), plan)
-    light.save_pretrained(folder)
-    return light
-
-
-def saved(home: Path, name: str, budget: dict[str, Any] | None = None, **sharding: Any) -> LightModel:
-    """The base `name` in home/base and a light adapter over it in home/light."""
-    model = make(name)
-    model.save_pretrained(home / "base", **sharding)
-    return save_light(type(model).from_pretrained(home / "base"), home / "light", **(budget or {}))
-
-
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, also those that no checkpoint has (rotary frequencies, kept channels)."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(**inputs_for(model)).logits
-
-
-def assert_same(streamed: LightModel, expected: LightModel) -> None:
-    ours, theirs = tensors(streamed), tensors(expected)
-    assert list(ours) == list(theirs)
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype and ours[name].requires_grad == tensor.requires_grad, name
-        assert ours[name].equal(tensor), name
-    modules = [[type(module).__name__ for module in model.modules()] for model in (streamed, expected)]
-    assert modules[0] == modules[1] and streamed.training == expected.training
-    assert type(transformers_model(streamed)) is type(transformers_model(expected))
-    assert logits(streamed).equal(logits(expected))
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +41,7 @@ def nothing_stays_behind(monkeypatch: pytest.MonkeyPatch) -> Any:
 # The same model
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_family(MODELS)
 def test_bit_equal(name: str, tmp_path: Path) -> None:
     dropped = name in LAYOUTS
     saved(tmp_path, name, DROPPED if dropped else {}, **(SHARDS if dropped else {}))
@@ -127,11 +82,6 @@ def test_a_base_without_its_head(name: str, tmp_path: Path) -> None:
         loaded.append(load_light(tmp_path / "light", low_memory=low_memory))
     assert logits(loaded[0]).shape[-1] == 3
     assert_same(*loaded)
-
-
-def edit_weights(base: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """Write the weights of a base folder anew."""
-    save_file(edit(load_file(base / "model.safetensors")), base / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_old_names_of_weights(tmp_path: Path) -> None:
@@ -275,16 +225,6 @@ def test_a_model_in_memory_is_refused(tmp_path: Path) -> None:
     base = type(make("bert")).from_pretrained(tmp_path / "base")
     assert "base= is a model in memory: load without low_memory" in refused(tmp_path / "light", base)
     assert load_light(tmp_path / "light", base).light_plan
-
-
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path, "bert")
-    file = tmp_path / "base" / "model.safetensors"
-    torch.save(load_file(file), tmp_path / "base" / "pytorch_model.bin")
-    file.unlink()
-    assert "has its weights pickled (pytorch_model.bin)" in refused(tmp_path / "light")
-    text = refusal(lambda: load_light(tmp_path / "light", low_memory=True, allow_pickle=True))
-    assert "safetensors files, which the base does not have" in text and "without low_memory" in text
 
 
 def test_quantised_bases_and_gguf_files_are_refused(tmp_path: Path) -> None:

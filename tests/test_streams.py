@@ -137,11 +137,6 @@ def test_a_run_needs_no_output(bench: Workbench, shell: Shell) -> None:
     assert len({text[text.index('"metrics"') : text.index('"intervals"')] for text in metrics}) == 1
 
 
-def test_a_table_that_cannot_be_shown(bench: Workbench, shell: Shell) -> None:
-    assert shell.run("evaluate", "--run", bench.folder / "run", stdout=FULL) == 2
-    assert "standard output cannot be written: No space left on device" in shell.line()
-
-
 # -- standard error ----------------------------------------------------------------------------------------------
 
 
@@ -168,11 +163,6 @@ def test_tables_on_an_ascii_screen(bench: Workbench, shell: Shell) -> None:
     assert shell.run(*arguments, encoding="ascii") == 0
     assert shell.text("stderr") == ""
     assert r"sch\xf6n" in shell.text("stdout")
-
-
-def test_error_lines_on_an_ascii_screen(shell: Shell) -> None:
-    assert shell.run("inspect", "schön", encoding="ascii") == 2
-    assert r"sch\xf6n does not exist" in shell.line()
 
 
 def test_closed_standard_input(bench: Workbench, shell: Shell) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 from collections import defaultdict
 from dataclasses import replace
@@ -12,15 +11,17 @@ from typing import Any
 import pytest
 import support
 import torch
+from lanes import thorough
 from peft import PeftModel
 from support import CELLS, CHECKS, DOCUMENT, GREEDY, KINDS, NOT_APPLICABLE, TABLES, TOLERANCE, YES, logits, pair
 from tiny import (
     DROPPED,
+    IN_MAKE_TEST,
     LAYOUTS,
     MODELS,
+    every_family,
     inputs_for,
     make,
-    masked,
     plan_for,
     relative_difference,
     with_lora,
@@ -34,26 +35,28 @@ from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.models.families.encoders import ENCODERS
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.prune.adapting import ConfigView, SelectedChannels, SharedBiases
 from lightpeft.prune.masks import UnitMasks
-from lightpeft.prune.surgery import ConfigView, SelectedChannels, SharedBiases, apply_plan
+from lightpeft.prune.surgery import apply_plan
 
 COMPILED = {"llama-gqa": "bottleneck"}
-"""Compiling takes seconds: in an ordinary run one model; all with COMPILE=all in the environment."""
+"""Compiling takes seconds: `make test` compiles one model."""
 
-every_model = pytest.mark.parametrize("name", MODELS)
+every_model = every_family(MODELS)
 
 
 def quick(check: str, kind: str, name: str) -> bool:
-    return check != "compile" or os.environ.get("COMPILE") == "all" or COMPILED.get(name) == kind
+    """Whether `make test` checks a cell."""
+    return COMPILED.get(name) == kind if check == "compile" else name in IN_MAKE_TEST
 
 
 def runs() -> list[Any]:
-    """All cells that an ordinary run checks."""
+    """All cells."""
     return [
-        pytest.param(name, kind, check, id=f"{name}-{kind}-{check}")
+        pytest.param(name, kind, check, id=f"{name}-{kind}-{check}", marks=() if quick(check, kind, name) else thorough)
         for name in MODELS
         for check, kind in CELLS
-        if support.applies(check, name) and quick(check, kind, name)
+        if support.applies(check, name)
     ]
 
 
@@ -97,32 +100,7 @@ def test_the_document_describes_the_registry(name: str) -> None:
     )
 
 
-def test_a_cell_says_no_where_a_check_fails(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fails(name: str, kind: str) -> None:
-        assert name != "llama-mqa", "too different"
-
-    monkeypatch.setitem(CHECKS, "parity", fails)
-    assert support.result("parity", "lora", ["llama-mha", "llama-gqa"]) == YES
-    assert support.result("parity", "lora", ["llama-mha", "llama-mqa"]) == support.NO
-    assert support.result("generate", "lora", ["bert"]) == NOT_APPLICABLE
-    assert "too different" in capsys.readouterr().err
-
-
-def test_a_table_is_put_between_its_markers() -> None:
-    text = "a\n<!-- x -->\nold\n<!-- end of x -->\nb old\n"
-    assert support.section(text, "x") == "old"
-    assert support.with_section(text, "x", "| new |\n| old |") == text.replace("\nold\n", "\n| new |\n| old |\n", 1)
-
-
 # Training
-
-
-every_kind_of_checkpointing = pytest.mark.parametrize(
-    ("name", "reentrant"), [*((name, False) for name in MODELS), *((name, True) for name in LAYOUTS)]
-)
-"""The default with every model, and PyTorch's older kind with one of each layout."""
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +126,8 @@ def assert_close(values: dict[str, Tensor], expected: dict[str, Tensor]) -> None
         assert float((values[name] - gradient).abs().max()) <= 1e-4 * float(gradient.abs().max()) + 1e-8, name
 
 
-@every_kind_of_checkpointing
+@pytest.mark.parametrize("reentrant", [False, True])
+@every_model
 def test_gradient_checkpointing_after_pruning(name: str, reentrant: bool) -> None:
     model = with_lora(make(name))
     apply_plan(model, plan_for(model, **DROPPED))
@@ -156,33 +135,6 @@ def test_gradient_checkpointing_after_pruning(name: str, reentrant: bool) -> Non
     expected = gradients(without_dropout(model.train()), inputs)
     checkpointing(model, inputs, reentrant)
     assert_close(gradients(model, inputs), expected)
-
-
-@every_kind_of_checkpointing
-def test_gradient_checkpointing_during_estimation(name: str, reentrant: bool) -> None:
-    model = with_lora(make(name))
-    inputs = inputs_for(model)
-    masks = UnitMasks(plan_for(model).specs)
-    masks.attach(model)
-    generator = torch.Generator().manual_seed(3)
-    masks.values.copy_(1 + 0.1 * torch.randn(masks.values.shape, generator=generator))
-    expected, expected_masks = gradients(without_dropout(model.train()), inputs), masks.take_gradients().mean
-    checkpointing(model, inputs, reentrant)
-    assert_close(gradients(model, inputs), expected)
-    assert expected_masks.any() and relative_difference(masks.take_gradients().mean, expected_masks) < 1e-4
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_float16(name: str) -> None:
-    model = with_lora(make(name).half())
-    plan = plan_for(model, **DROPPED)
-    reference = masked(model, plan)
-    apply_plan(model, plan)
-    assert {p.dtype for n, p in model.named_parameters() if "base_layer" in n} == {torch.float16}
-    inputs = {key: value.half() if value.is_floating_point() else value for key, value in inputs_for(model).items()}
-    values, expected = (logits(m, inputs).float() for m in (model, reference))
-    assert torch.isfinite(expected).all()
-    assert relative_difference(values, expected) < 0.02
 
 
 # One block that is cut among others that are not
@@ -362,12 +314,3 @@ def test_numbers_of_cross_attention_heads_go_with_the_heads() -> None:
         model.generation_config.alignment_heads = [[0, 3], [1, 2]]
         apply_plan(model, plan_for(model, **budget))
         assert hasattr(model.get_base_model().generation_config, "alignment_heads") == stay
-
-
-def test_flex_attention() -> None:
-    """Its masks are the same for all heads, and it repeats keys where the heads are no power of two."""
-    model = with_lora(make("llama-gqa", attn_implementation="flex_attention"))
-    plan = plan_for(model, **DROPPED)
-    apply_plan(model, plan)
-    expected, inputs = pair("llama-gqa", "lora", "dropped")[0], inputs_for(model)
-    assert relative_difference(logits(model, inputs), logits(expected, inputs)) < TOLERANCE

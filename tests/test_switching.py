@@ -17,11 +17,10 @@ import pytest
 import torch
 import transformers
 import workbench
+from adapters import assert_same, edit_weights, logits, save_light, saved, tensors
 from peft import PeftConfig, PeftModel, get_peft_model
-from test_bottleneck import adapted as with_bottleneck
-from test_peft_variants import VARIANTS, lora, shifted
-from test_streaming import assert_same, edit_weights, logits, save_light, saved, tensors
-from tiny import DROPPED, LAYOUTS, USUAL, inputs_for, make, plan_for, refusal, with_lora
+from peft_models import VARIANTS, adapted, lora, shifted
+from tiny import DROPPED, LAYOUTS, USUAL, make, plan_for, refusal, with_lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -84,7 +83,7 @@ KINDS: dict[str, tuple[str, Callable[[PreTrainedModel], PeftModel]]] = {
     for kind in kinds
 } | {
     "own-head": ("bert", lambda base: get_peft_model(base, with_own_head(base))),
-    "bottleneck": ("bert", lambda base: with_bottleneck(base, placement="houlsby")),
+    "bottleneck": ("bert", lambda base: adapted(base, placement="houlsby")),
 }
 
 
@@ -109,22 +108,6 @@ def test_kinds_of_peft(kind: str, tmp_path: Path) -> None:
     for task in places:
         assert_same(switch[task], load_light(places[task]))
     assert shared_names(*models[:2])
-
-
-def test_depth(tmp_path: Path) -> None:
-    model = make("llama-gqa")
-    model.save_pretrained(tmp_path / "base")
-
-    def base() -> PreTrainedModel:
-        return type(model).from_pretrained(tmp_path / "base")
-
-    places = {name: tmp_path / name for name in ("shallow", "deep")}
-    save_light(base(), places["shallow"], depth=0.34)
-    save_light(base(), places["deep"])
-    switch = LightSwitch(places)
-    for name in (*places, *places):
-        assert_same(switch[name], load_light(places[name]))
-    assert len(transformers_model(switch["shallow"]).model.layers) == 2
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", torch.bfloat16])
@@ -329,19 +312,6 @@ def test_loading_changes_nothing_that_others_compute_by(tmp_path: Path, monkeypa
     assert logits(LightSwitch(places, dtype="bfloat16")["first"]).equal(expected)
 
 
-def test_several_threads_write_with_one_model(tmp_path: Path) -> None:
-    places = over_one_base(tmp_path, "llama-gqa", count=2)
-    switch = LightSwitch(places)
-    settings: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-
-    def write(number: int) -> Tensor:
-        model = switch[list(places)[number % 2]]
-        return model.generate(**inputs_for(model, "left", generate=True), **settings)
-
-    expected = [write(number) for number in range(2)]
-    assert all(text.equal(expected[number % 2]) for number, text in enumerate(together(6, write)))
-
-
 def test_a_load_that_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = over_one_base(tmp_path)
     switch = LightSwitch(places, most=2)
@@ -353,18 +323,6 @@ def test_a_load_that_fails_leaves_the_others_alone(tmp_path: Path, monkeypatch: 
     assert switch.kept == ("first", "second") and switch["first"] is first and switch["second"] is second
     weights.write_bytes(whole)
     assert logits(switch["third"]).equal(logits(load_light(places["third"])))
-
-
-def test_a_task_that_is_removed_while_its_model_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    switch = LightSwitch(over_one_base(tmp_path, count=1))
-
-    def load(*args: Any, original: Any = switching.load_sharing, **kwargs: Any) -> LightModel:
-        switch.remove("first")
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(switching, "load_sharing", load)
-    assert switch["first"] is not None, "who asked for it gets it"
-    assert switch.kept == () and "first" not in switch
 
 
 # What is refused

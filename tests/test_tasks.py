@@ -15,10 +15,9 @@ from layouts import cut_to
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, RobertaConfig
 
-from lightpeft.app.tasks import KINDS, CausalLMTask, ClassificationTask, check_max_length, load_task
+from lightpeft.app.tasks import CausalLMTask, ClassificationTask, check_max_length, load_task
 from lightpeft.app.tasks.rows.reading import is_local, read_rows
 from lightpeft.config import DataConfig, TaskEntry
-from lightpeft.console.bars import bar
 from lightpeft.errors import LightPeftError
 from lightpeft.models.families import max_positions
 from lightpeft.models.tokenizers import ensure_pad_token
@@ -393,21 +392,3 @@ class TestModelLimits:
         backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
         assert "no padding token" in error_of(ensure_pad_token, tokenizer, LlamaConfig(pad_token_id=None))
-
-
-def test_every_task_kind_has_an_entry() -> None:
-    assert {kind: task.head.name for kind, task in KINDS.items()} == {
-        "classification": "classification",
-        "regression": "regression",
-        "multiple-choice": "multiple-choice",
-        "span": "span",
-        "generation": "causal-lm",
-        "chat": "causal-lm",
-        "causal-lm": "causal-lm",
-    }
-
-
-def test_bar_gives_every_item_and_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(bar(iter("abc"), 3, "Counting")) == ["a", "b", "c"]
-    captured = capsys.readouterr()
-    assert "Counting" not in captured.out + captured.err

@@ -32,8 +32,6 @@ from lightpeft.app.evaluation.predicting import answer_rows
 from lightpeft.app.runs import pipeline
 from lightpeft.app.tasks import (
     Answers,
-    MultipleChoiceByLikelihood,
-    MultipleChoiceTask,
     RegressionTask,
     SpanTask,
     Task,
@@ -44,7 +42,7 @@ from lightpeft.app.tasks import (
 from lightpeft.app.tasks.kinds.span import answer_places
 from lightpeft.app.tasks.kinds.windows import answer_text, best_of_windows, best_span, make_windows
 from lightpeft.app.tasks.text_metrics import text_match
-from lightpeft.config import DataConfig, LikelihoodRule, ModelConfig, TaskEntry
+from lightpeft.config import DataConfig, ModelConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.models import task_heads
 from lightpeft.models.loading import load_model, load_tokenizer
@@ -221,53 +219,6 @@ def answered(base: Path, task: Task, rows: Rows, **options: Any) -> dict[str, An
     config = ModelConfig(name=str(base))
     model, tokenizer = load_model(config, task.head, task.labels).model.eval(), load_tokenizer(config)
     return {"model": model, **answer_rows(model, tokenizer, task, Dataset.from_list(rows), **options)}
-
-
-@pytest.fixture(scope="module")
-def choices() -> Rows:
-    return [
-        {"context": row["question"], "options": [f"{word} word0", word, "good5"][: 2 + n % 2]}
-        for n, (row, word) in enumerate(zip(web_questions(7), GOOD + BAD, strict=False))
-    ]
-
-
-@pytest.mark.parametrize("rule", ["sum", "token"])
-def test_options_by_likelihood(squad_v2_run: Bench, choices: Rows, rule: LikelihoodRule) -> None:
-    config = DataConfig(task="multiple-choice", max_length=36, likelihood=rule)
-    entry = TaskEntry(kind="multiple-choice", prompt="{context}")
-    rows = Dataset.from_list(choices)
-    task = MultipleChoiceByLikelihood(config, rows, rows, [], entry)
-    result = answered(squad_v2_run.base, task, choices, batch_size=4)
-    tokenizer = load_tokenizer(ModelConfig(name=str(squad_v2_run.base)))
-    for number, row in enumerate(choices):
-        scores = []
-        for option in row["options"]:
-            prompt, whole = (
-                tokenizer(text, return_tensors="pt") for text in (row["context"], f"{row['context']} {option}")
-            )
-            with torch.no_grad():
-                log_p = result["model"](**whole).logits[0].log_softmax(-1)
-            targets = whole["input_ids"][0, prompt["input_ids"].shape[1] :]
-            of_option = log_p[prompt["input_ids"].shape[1] - 1 : -1].gather(1, targets[:, None])
-            scores.append(of_option.sum() if rule == "sum" else of_option.mean())
-        probabilities = torch.stack(scores).softmax(0)
-        assert result["answer"][number] == row["options"][int(probabilities.argmax())]
-        assert result["probability"][number] == pytest.approx(probabilities.max().item(), abs=1e-4)
-
-
-def test_options_by_head(squad_run: Bench, choices: Rows) -> None:
-    rows = Dataset.from_list(choices)
-    task = MultipleChoiceTask(DataConfig(task="multiple-choice", max_length=36), rows, rows, [])
-    result = answered(squad_run.base, task, choices)
-    tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
-    for number, row in enumerate(choices):
-        pairs = tokenizer([row["context"]] * len(row["options"]), row["options"], padding=True, return_tensors="pt")
-        pairs["token_type_ids"] = pairs["input_ids"].eq(3).cumsum(1).sub(pairs["input_ids"].eq(3).long()).clamp(0, 1)
-        inputs = {name: pairs[name][None] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            probabilities = result["model"](**inputs).logits[0].softmax(0)
-        assert result["answer"][number] == row["options"][int(probabilities.argmax())]
-        assert result["probability"][number] == pytest.approx(probabilities.max().item(), abs=1e-4)
 
 
 def test_numbers(squad_run: Bench) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
-from workbench import Workbench, labelled
+from workbench import Workbench
 
 from lightpeft.app.runs import pipeline
+from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.files import append_line, check_sealed, seal
@@ -24,8 +25,8 @@ from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.training.arguments import training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint, StopOnSignal
 from lightpeft.training.checkpoints import last_checkpoint
+from lightpeft.training.fitting import Interrupted, fit
 from lightpeft.training.schedule import Pace
-from lightpeft.training.trainer import Interrupted, RunTrainer, fit
 
 AT_RANDOM = {"train_sampling_strategy": "random"}
 
@@ -124,13 +125,6 @@ def test_batches_by_length_are_of_similar_length(work: pipeline.Workspace, tmp_p
         assert sum(len(batch["labels"]) for batch in batches) == len(work.train_rows)
     spreads = [int(lengths.max() - lengths.min()) for lengths in (b["attention_mask"].sum(1) for b in grouped)]
     assert sorted(spreads)[len(spreads) // 2] <= 3
-
-
-def test_lengths_are_read_once(work: pipeline.Workspace, tmp_path: Path) -> None:
-    """Not from the data set's column item by item, in every epoch."""
-    sampler: Any = trainer_for(work, tmp_path)._get_train_sampler()
-    assert type(sampler.sampler.lengths) is list
-    assert sampler.sampler.lengths == work.train_rows["length"][:]
 
 
 def test_padding_is_dynamic(work: pipeline.Workspace, tmp_path: Path) -> None:
@@ -272,23 +266,6 @@ class EndAt(TrainerCallback):
         control.should_training_stop = state.global_step == self.step
 
 
-def test_resumed_training_is_the_same_training(work: pipeline.Workspace, tmp_path: Path) -> None:
-    def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
-
-    whole = trainer_for(work, tmp_path / "whole", epochs=2)
-    fit(whole, None)
-    broken = trainer_for(work, tmp_path / "broken", epochs=2)
-    broken.add_callback(Signal(10))
-    with pytest.raises(Interrupted):
-        fit(broken, None)
-    resumed = trainer_for(work, tmp_path / "broken", epochs=2)
-    fit(resumed, last_checkpoint(tmp_path / "broken" / "checkpoints"))
-    assert resumed.state.global_step == whole.state.global_step == 16
-    expected = weights(whole)
-    assert all(weight.equal(expected[name]) for name, weight in weights(resumed).items())
-
-
 def test_signals_in_another_thread_are_left_alone() -> None:
     import threading
 
@@ -315,7 +292,3 @@ def test_error_leaves_the_terminal_in_order(
     with pytest.raises(LightPeftError, match="bad"):
         fit(trainer, None)
     assert stopped
-
-
-def test_rows_of_the_workbench_differ_in_length() -> None:
-    assert len({len(row["text"].split()) for row in labelled(64)}) > 5

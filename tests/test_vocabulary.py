@@ -14,25 +14,23 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from adapters import light_over
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from lanes import telling
+from pieces import tokenizer_of_pieces
 from safetensors.torch import load_file, save_file
-from test_checkpoint import light_over
-from test_gguf import tokenizer_of_pieces
 from tiny import ALL, maker, plan_for, refusal, relative_difference, with_lora
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from workbench import (
     Workbench,
-    at_step,
     edit,
-    in_child,
     lightpeft,
     read,
     save_base,
-    signalling,
     tokenizer_of_bytes,
     write_rows,
 )
@@ -40,7 +38,6 @@ from workbench import (
 from lightpeft import (
     EarlyPruner,
     LightConfig,
-    LightSwitch,
     LightTrainer,
     cut_vocabulary,
     full_width,
@@ -54,7 +51,6 @@ from lightpeft.app.folders.opening import find_model
 from lightpeft.app.runs import pipeline
 from lightpeft.app.tasks import coverage
 from lightpeft.files import file_checksum
-from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import (
     Vocabulary,
     config_tokens,
@@ -62,7 +58,6 @@ from lightpeft.models.vocabulary import (
     cut_parameters,
     cut_tokenizer,
     kept_tokens,
-    rows_by_token,
     vocabulary_of,
 )
 from lightpeft.profiling import count_parameters
@@ -220,14 +215,6 @@ def test_fewer_tokens_and_the_same_ids_for_what_needs_them(name: str) -> None:
 
 
 @every_tokenizer
-def test_the_tokenizer_that_was_given_stays_as_it_was(name: str) -> None:
-    whole = tokenizer_of(name)
-    before = whole.backend_tokenizer.to_str()
-    smaller.__wrapped__(name)
-    assert whole.backend_tokenizer.to_str() == before
-
-
-@every_tokenizer
 @given(text=st.text(max_size=40))
 def test_any_text_is_tokenised_without_an_unknown_where_there_was_none(name: str, text: str) -> None:
     whole, (small, _) = tokenizer_of(name), smaller(name)
@@ -235,13 +222,6 @@ def test_any_text_is_tokenised_without_an_unknown_where_there_was_none(name: str
     assert all(0 <= token < len(small) for token in ids)
     (unknown,) = {small.unk_token_id}
     assert unknown not in ids or whole.unk_token_id in ids_of(whole, [text])[0]
-
-
-@given(text=st.text(max_size=40))
-def test_bytes_lose_nothing(text: str) -> None:
-    small, _ = smaller("bytes")
-    ids = small(text, add_special_tokens=False)["input_ids"]
-    assert small.decode(ids, clean_up_tokenization_spaces=False) == text
 
 
 @every_tokenizer
@@ -272,20 +252,6 @@ def test_merges_lead_to_every_token_that_stays() -> None:
             assert [part.value for part in parts[0]] == [part.value for part in parts[1]], token
 
 
-def test_a_word_with_a_character_that_stands_nowhere_alone() -> None:
-    """Its tokens stay, as nothing else could take their place."""
-    vocabulary = ["[PAD]", "[UNK]", "a", "b", "##a", "##b", "ab", "##ab", "☃a", "b☃", "aab"]
-    tokenizer = Tokenizer(models.WordPiece({token: at for at, token in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    whole = _wrapped(tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-    kept = kept_tokens(whole, [])
-    assert [vocabulary[token] for token in kept] == [v for v in vocabulary if v not in ("ab", "##ab", "aab")]
-    pieces = [("<unk>", 0.0), ("a", -3.0), ("b", -4.0), ("ab", -1.0), ("☃a", -2.0), ("bb", -9.0), ("aa", -2.0)]
-    whole = _wrapped(Tokenizer(models.Unigram(pieces, 0, False)), unk_token="<unk>")
-    names = [pieces[token][0] for token in kept_tokens(whole, [])]
-    assert names == ["<unk>", "a", "b", "☃a", "bb"], "and the least probable one, by which unknown ones are scored"
-
-
 def test_every_bit_counts() -> None:
     for size in (1, 7, 8, 9, 300):
         draw = random.Random(size)
@@ -308,11 +274,6 @@ def test_words_without_parts_are_refused() -> None:
     reason = refusal(lambda: kept_tokens(words, [1]))
     assert "of kind WordLevel, and those that can are BPE, WordPiece and Unigram" in reason
     assert "leave light.vocabulary at keep" in reason
-
-
-def test_marks_of_word_ends_are_refused() -> None:
-    marked = _wrapped(Tokenizer(models.BPE({"a</w>": 0, "a": 1}, [], end_of_word_suffix="</w>")))
-    assert "marks parts of words (</w>)" in refusal(lambda: kept_tokens(marked, [0]))
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
@@ -376,7 +337,8 @@ FAMILIES: dict[str, tuple[str, Any]] = {
     "mbart": ("unigram", ALL["mbart"]),
 }
 """Tokenizer of a family, and its models."""
-every_family = pytest.mark.parametrize("name", FAMILIES)
+every_family = telling("name", FAMILIES, {"bert", "roberta", "llama-tied", "llama-pieces", "xlm-roberta", "t5", "bart"})
+"""Those of each kind of tokenizer in `make test`."""
 
 
 def family(name: str, **changes: Any) -> PreTrainedModel:
@@ -478,16 +440,6 @@ def test_where_all_tokens_are_needed_nothing_goes() -> None:
     small = cut_vocabulary(model, whole, [range(len(whole))])
     assert outputs(model, small).equal(before) and cut_parameters(model) == 0
     assert len(small) == len(vocabulary_of(model) or ()) == len(whole)
-
-
-def test_rows_are_seen_and_not_looked_up() -> None:
-    places = rows_by_token(family("bart"), smaller("ending-around")[1])
-    assert places["final_logits_bias"] == 1 and places["lm_head.weight"] == 0
-    places = rows_by_token(family("bert-masked"), smaller("wordpiece")[1])
-    assert {name for name in places if name.endswith("bias")} == {
-        "cls.predictions.bias",
-        "cls.predictions.decoder.bias",
-    }
 
 
 # -- light models ------------------------------------------------------------------------------------------------------
@@ -705,18 +657,6 @@ def test_training_is_that_of_a_run_with_all_tokens(bench: Workbench) -> None:
     assert plans[0]["blocks"] == plans[1]["blocks"] and plans[0]["fingerprint"] != plans[1]["fingerprint"]
 
 
-def test_tasks_of_fewer_tokens_over_one_base(bench: Workbench) -> None:
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
-    pipeline.run(bench.config("kept"))
-    switch = LightSwitch({name: bench.folder / name for name in ("run", "kept")})
-    for name in switch.names:
-        inputs = {"input_ids": torch.arange(4, 24).view(2, 10)}
-        with torch.no_grad():
-            assert switch[name](**inputs).logits.equal(load_light(bench.folder / name / "adapter")(**inputs).logits)
-    sizes = [transformers_model(switch[name]).get_input_embeddings().weight.shape[0] for name in ("run", "kept")]
-    assert sizes[0] < sizes[1] == len(wordpiece())
-
-
 def test_its_result_is_asked_with_its_own_tokenizer(
     bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -742,58 +682,9 @@ def test_its_result_is_asked_with_its_own_tokenizer(
     assert lightpeft("inspect", bench.folder / "run") == 0 and f"{kept} of {size}" in capsys.readouterr().out
 
 
-def test_exported_for_peft_it_answers_training_rows_with_the_base_s_tokens(
-    bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It is to the last bit what a run with all tokens gives away."""
-    for name, changes in (("run", {"light.vocabulary": "task"}), ("kept", {})):
-        pipeline.run(bench.config(name, **changes))
-        assert lightpeft("export", bench.folder / name, tmp_path / name, "--form", "peft") == 0
-        assert ("the base's own tokenizer" in " ".join(capsys.readouterr().out.split())) == (name == "run")
-    tensors = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("run", "kept")]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert all(tensors[0][name].equal(tensors[1][name]) for name in tensors[0])
-
-
-def test_a_killed_run_comes_to_the_same_end(bench: Workbench) -> None:
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
-    config = bench.yaml("killed", **{"light.vocabulary": "task"})
-    for step in (4, 14):
-        code, _ = in_child(at_step(step, signalling(9)), "run", "--config", config)
-        assert code == -9
-    assert lightpeft("run", "--config", config) == 0
-    tensors = [load_file(bench.folder / name / "adapter" / "adapter_model.safetensors") for name in ("run", "killed")]
-    assert all(tensors[0][name].equal(tensors[1][name]) for name in tensors[0])
-
-
-def test_stage_by_stage(bench: Workbench) -> None:
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
-    config = bench.yaml("stages", **{"light.vocabulary": "task"})
-    for verb in ("estimate", "plan", "prune", "train"):
-        arguments = ["--config", config] if verb == "estimate" else ["--run", bench.folder / "stages"]
-        assert lightpeft(verb, *arguments) == 0, verb
-    tensors = [load_file(bench.folder / name / "adapter" / "adapter_model.safetensors") for name in ("run", "stages")]
-    assert all(tensors[0][name].equal(tensors[1][name]) for name in tensors[0])
-
-
-def test_another_vocabulary_is_another_estimation(bench: Workbench) -> None:
-    pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
-    reason = refusal(lambda: pipeline.run(bench.config("taken"), estimation=bench.folder / "run"))
-    assert "other settings (light.vocabulary)" in reason
-    again = pipeline.run(bench.config("same", **{"light.vocabulary": "task"}), estimation=bench.folder / "run")
-    assert again["vocabulary"] == read(bench.folder / "run" / "metrics.json")["vocabulary"]
-
-
 def test_plain_runs_have_all_tokens(bench: Workbench) -> None:
     result = pipeline.run(bench.config("plain", method="plain", **{"light.vocabulary": "task"}))
     assert "vocabulary" not in result
-
-
-def test_depth_and_bottleneck_besides(bench: Workbench) -> None:
-    changes = {"light.vocabulary": "task", "light.depth": 0.5, "peft": "bottleneck"}
-    result = pipeline.run(bench.config("depth", **changes))
-    loaded = load_light(bench.folder / "depth" / "adapter", low_memory=True)
-    assert count_parameters(loaded).base == result["parameters"]["base"]
 
 
 def test_a_decoder_that_answers_by_likelihood(tmp_path: Path) -> None:
@@ -810,17 +701,6 @@ def test_a_decoder_that_answers_by_likelihood(tmp_path: Path) -> None:
     assert [small.tokenize(word) for word in words] == [whole.tokenize(word) for word in words]
 
 
-def test_a_decoder_that_writes(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path, "llama", task="causal-lm")
-    tokenizer = of_bytes()
-    tokenizer.model_max_length = 40
-    bench.base = save_base(tmp_path / "bytes", "llama", tokenizer=tokenizer)
-    result = pipeline.run(bench.config("run", **{"light.vocabulary": "task"}))
-    assert result["vocabulary"]["coverage"]["identical"] > 0.5
-    found = find_model(bench.folder / "run")
-    assert found.tokenizer().eos_token_id is not None
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -834,12 +714,6 @@ def test_bad_settings(
     assert lightpeft("run", "--config", bench.yaml("bad", **changes)) == 2
     errors = capsys.readouterr().err
     assert reason in " ".join(errors.split()) and not (bench.folder / "bad").exists()
-
-
-def test_words_without_parts_end_a_run_before_it_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = Workbench(tmp_path)  # whose tokenizer is of words
-    assert lightpeft("run", "--config", bench.yaml("words", **{"light.vocabulary": "task"})) == 2
-    assert "of kind WordLevel" in capsys.readouterr().err and not (tmp_path / "words").exists()
 
 
 # -- real ones ---------------------------------------------------------------------------------------------------------

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny import refusal
 from torch import nn
 from workbench import Workbench, lightpeft, read
 
@@ -32,12 +29,10 @@ from lightpeft.app.evaluation.milestones import (
     notices,
     sample,
 )
-from lightpeft.app.evaluation.reports import evaluate_harness, evaluate_model
+from lightpeft.app.evaluation.reports import evaluate_model
 from lightpeft.app.evaluation.statistics import bootstrap_intervals
 from lightpeft.app.folders.results import open_peft
-from lightpeft.app.runs import pipeline, stages
-from lightpeft.app.runs.report.facts import read_run
-from lightpeft.app.runs.report.page import page
+from lightpeft.app.runs import pipeline
 from lightpeft.app.tasks import (
     CausalLMTask,
     ClassificationTask,
@@ -49,11 +44,10 @@ from lightpeft.app.tasks import (
     Task,
 )
 from lightpeft.app.tasks.answers import Answers
-from lightpeft.config import DataConfig, LightConfig
+from lightpeft.config import DataConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.plans.records import EstimationRecord, PrunePlan
+from lightpeft.plans.records import EstimationRecord
 
 FEW: dict[str, Any] = {"light.least_examples": 0}
 """Runs this short estimate on few examples."""
@@ -230,10 +224,6 @@ class TestCourse:
         assert list(found) == ["constant_answer", "after_estimation", "after_the_cut", "in_the_end"]
         assert found["in_the_end"] == {"accuracy": 0.75} and found["constant_answer"] == {"accuracy": 0.5}
 
-    @pytest.mark.parametrize("entry", [{}, {"milestones": None}, {"milestones": 5}, {"milestones": {"unknown": {}}}])
-    def test_older_and_other_logs(self, entry: dict[str, Any]) -> None:
-        assert list(course(watcher(in_the_end=classes(3, 1)), [entry])) == ["constant_answer", "in_the_end"]
-
     @pytest.mark.parametrize("entry", [{}, {"warnings": 5}, {"warnings": None}, {"warnings": ["of the cut"]}])
     def test_warnings_of_earlier_stages(self, entry: dict[str, Any]) -> None:
         answers = classes(80, 20)
@@ -312,16 +302,6 @@ def test_watching_changes_nothing(bench: Workbench, monkeypatch: pytest.MonkeyPa
     assert results[0][1] == results[1][1]
 
 
-def test_looking_is_no_part_of_a_stage(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def look(self: Watcher, name: str, model: nn.Module) -> None:
-        self.seconds += 1000
-
-    monkeypatch.setattr(Watcher, "look", look)
-    pipeline.run(bench.config("timed", **FEW))
-    seconds = read(bench.folder / "timed" / "metrics.json")["seconds"]
-    assert seconds["prune"] < -1900 and seconds["train"] > 0
-
-
 @pytest.mark.parametrize("method", ["light", "plain", "full"])
 def test_a_base_that_can_answer_is_asked(llama: Workbench, method: str) -> None:
     """The language-modelling head needs no training to answer."""
@@ -383,86 +363,6 @@ def test_what_a_cut_means_for_a_model_that_writes_is_said(
     assert loses not in err and keeps not in err
 
 
-@pytest.mark.parametrize(
-    ("stay", "moments", "outcome", "mark", "stage", "summary"),
-    [
-        (
-            0.5,
-            ["after_estimation", "after_cutting_modules"],
-            "Nothing of the blocks gone, 6 of 12 PEFT modules left",
-            "modules cut, step 6",
-            "Cutting modules",
-            "removes nothing of the blocks; keeps 6 of 12 PEFT modules and 24 of 48 ranks",
-        ),
-        (1.0, ["after_estimation"], "Nothing cut", "end of estimation, step 6", "Nothing to cut", "removes nothing"),
-    ],
-    ids=["modules", "nothing"],
-)
-def test_where_nothing_of_the_blocks_goes_no_word_says_so(
-    bench: Workbench,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    stay: float,
-    moments: list[str],
-    outcome: str,
-    mark: str,
-    stage: str,
-    summary: str,
-) -> None:
-    """Log, tables, report, card and export, where modules alone go and where nothing does."""
-    name = f"whole_{stay}"
-    changes = {"light.heads": 0.0, "light.neurons": 0.0, "light.ranks": 0.0, "light.modules": 0.5}
-    real = stages.make_plan
-
-    def plan(record: EstimationRecord, light: LightConfig) -> PrunePlan:
-        return real(record, replace(light, modules=1 - stay))
-
-    monkeypatch.setattr(stages, "make_plan", plan)
-    file, folder = bench.yaml(name, **FEW, **changes), bench.folder / name
-    for verb in ("estimate", "plan", "prune", "run", "inspect", "export"):
-        options = [folder, folder / "whole"][: 1 + (verb == "export")] if verb in ("inspect", "export") else []
-        assert lightpeft(verb, *(options or ["--config", file])) == 0
-    assert list(milestones(folder)) == ["constant_answer", *moments, "in_the_end"]
-    report = page([read_run(folder)])
-    assert outcome in report and mark in report and stage in report and f"The plan {summary}." in report
-    written = capsys.readouterr()
-    assert f"nothing of the blocks was removed; the light model is in {folder}/pruned" in written.out
-    assert f"{summary}; {folder / 'whole'} holds a whole model that needs no base" in written.out
-    cards = [(folder / of / "README.md").read_text() for of in ("adapter", "whole")]
-    for text in (written.out, written.err, report, (folder / "log.jsonl").read_text(), *cards):
-        said = re.sub(r"\bpruned/|/pruned\b|\"pruned\"", "", text)  # the folder
-        assert not re.search(r"pruned|after.the.cut|the cut,|The cut\b|raised by the cut", said), said
-
-
-def test_blocks_that_estimation_did_without_are_gone(
-    llama: Workbench, bench: Workbench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocks, look = {}, Watcher.look
-
-    def count(self: Watcher, name: str, model: nn.Module) -> None:
-        blocks[name] = len(block_lists(transformers_model(model))[0])
-        look(self, name, model)
-
-    monkeypatch.setattr(Watcher, "look", count)
-    changes = {"light.depth": 0.5, "model.name": str(llama.base)}
-    pipeline.run(bench.config("shallow", **FEW, **changes))
-    assert blocks == {"after_estimation": 1, "after_the_cut": 1}
-    assert list(milestones(bench.folder / "shallow"))[1:] == ["after_estimation", "after_the_cut", "in_the_end"]
-
-
-def test_a_run_that_an_older_version_pruned(bench: Workbench) -> None:
-    file = bench.yaml("older", **FEW)
-    for verb in ("estimate", "plan", "prune"):
-        assert lightpeft(verb, "--config", file) == 0
-    log = bench.folder / "older" / "log.jsonl"
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    assert "milestones" in entries[-1]
-    kept = [{name: value for name, value in e.items() if name not in ("milestones", "warnings")} for e in entries]
-    log.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    assert lightpeft("run", "--config", file) == 0
-    assert list(milestones(bench.folder / "older")) == ["constant_answer", "in_the_end"]
-
-
 def flat(model: nn.Module) -> None:
     """Answer the first class, whatever is asked."""
     head = transformers_model(model).classifier
@@ -499,16 +399,6 @@ def test_a_collapsed_run_says_so_whenever_it_is_shown(
     assert next(entry for entry in log if entry["stage"] == "evaluate")["warnings"] == warnings
 
 
-def test_what_an_earlier_evaluation_said_is_not_said_again(bench: Workbench) -> None:
-    settings = {"method": "plain", "training.learning_rate": 1e-9}
-    pipeline.run(bench.config("again", **settings))
-    metrics = bench.folder / "again" / "metrics.json"
-    warnings = read(metrics)["warnings"]
-    metrics.unlink()
-    pipeline.run(bench.config("again", **settings))
-    assert read(metrics)["warnings"] == warnings != []
-
-
 def test_evaluate_holds_any_model_against_a_constant_answer(
     bench: Workbench, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -524,8 +414,3 @@ def test_evaluate_holds_any_model_against_a_constant_answer(
     assert "test rows are answered" in line or "of always answering" in line
     assert written.err == f"warning: {bench.folder / 'untaught'}: {line}\n"
     assert "constant answer" in written.out and "0.5000" in written.out
-
-
-def test_the_harness_wants_a_language_model(bench: Workbench) -> None:
-    line = refusal(lambda: evaluate_harness(bench.base, ["questions"]))
-    assert "need a causal language model" in line and "(bert) is none" in line

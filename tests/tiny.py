@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from lanes import telling, thorough
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -159,6 +160,14 @@ ALL = MODELS | VARIANTS
 LAYOUTS = ["bert", "mpnet", "modernbert", "vit", "llama-gqa", "olmo2", "phi3", "gpt2", "gpt_neox", "falcon", "opt"]
 LAYOUTS += ["t5"]
 """One family of each kind of structure, for tests to which the rest would add nothing but time."""
+IN_MAKE_TEST = {*LAYOUTS, "mixtral", "deepseek_v3"}
+"""Those that `make test` takes of all families, with two mixtures of experts; `make test-all` takes all of them."""
+
+
+def every_family(names: Iterable[str] = ALL, argument: str = "name") -> pytest.MarkDecorator:
+    """Runs a test with the models of these names, of which `make test` takes one of each layout."""
+    return telling(argument, names, IN_MAKE_TEST)
+
 
 LATENT_HEADS = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
 """Those whose heads make keys and values of their own from one latent."""
@@ -186,10 +195,10 @@ def crossed(names: Iterable[str], budgets: dict[str, dict[str, Any]]) -> pytest.
     """Runs a test with every model under `DROPPED`, and with one of each layout under the other budgets.
 
     `DROPPED` cuts whole sub-layers and parts of them. What another budget asks of a layout it asks of all families that
-    have it, so more would repeat and not test.
+    have it, so more would repeat and not test. `make test` takes one of each layout.
     """
     cases = [
-        pytest.param(name, budget, id=f"{name}-{key}")
+        pytest.param(name, budget, id=f"{name}-{key}", marks=() if name in IN_MAKE_TEST else thorough)
         for key, budget in budgets.items()
         for name in names
         if budget is DROPPED or name in LAYOUTS

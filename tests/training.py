@@ -13,6 +13,7 @@ from tiny import VOCABULARY, batch, inputs_for, make, with_lora, without_dropout
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.config import LightConfig
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
@@ -20,7 +21,6 @@ from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.live import device_of, moved
 from lightpeft.prune.estimation import Estimator
 from lightpeft.recipe.trainer import LightTrainer
-from lightpeft.training.trainer import RunTrainer
 
 
 def student(name: str = "bert", **changes: Any) -> PeftModel:

@@ -45,11 +45,11 @@ from transformers import (
 from lightpeft.app import cli
 from lightpeft.app.runs import pipeline, workers
 from lightpeft.app.runs.reproduce import Cell
+from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.config import RunConfig, run_config_from_dict
 from lightpeft.config.peft import peft_over
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
-from lightpeft.training.trainer import RunTrainer
 
 NEUTRAL = tuple(f"word{index}" for index in range(20))
 GOOD = tuple(f"good{index}" for index in range(6))
@@ -65,9 +65,6 @@ POSITIONS = 40
 ENGINES = Path(__file__).parents[1] / "configs" / "engines"
 """What ships for `accelerate launch`."""
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
-FULL = bool(os.environ.get("LIGHTPEFT_FAULTS"))
-"""Whether all faults are tried (make test-faults), and not a sample."""
-only_with_all_faults = pytest.mark.skipif(not FULL, reason="one of many faults: make test-faults")
 CONFIGS = [path for path in sorted(ENGINES.parent.rglob("*.yaml")) if path.parent != ENGINES]
 GRIDS = [path for path in CONFIGS if "methods" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 """What ships for `lightpeft reproduce`."""
@@ -478,3 +475,13 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     content = read(path)
     change(content)
     write_json(path, content)
+
+
+def comparable(folder: Path) -> dict[str, Any]:
+    """What two equal runs share: plan, weights, quality and sizes; not times and places."""
+    metrics = read(folder / "metrics.json")
+    return {
+        "plan": read(folder / "plan.json"),
+        "weights": checksums(folder / "adapter")["adapter_model.safetensors"],
+        **{name: metrics[name] for name in ("metrics", "parameters")},
+    }

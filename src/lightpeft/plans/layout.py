@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightpeft.plans.records import BlockPlan
-from lightpeft.plans.structure import KEY_VALUE_SLOTS, OUTPUT_SLOTS, BlockSpec
+from lightpeft.plans.structure import FFN_SLOTS, KEY_VALUE_SLOTS, OUTPUT_SLOTS, BlockSpec
 
 Kind = Literal["heads", "kv_heads", "neurons"]
 Segment = tuple[Kind, int]
@@ -42,7 +42,7 @@ def segments(spec: BlockSpec, slot: str) -> list[Segment]:
 
 def segment_size(spec: BlockSpec, slot: str) -> int:
     """Channels a segment: those of one head in this projection, or 1 for neurons."""
-    return 1 if slot.startswith("ffn") else spec.head_sizes.get(slot, spec.head_dim)
+    return 1 if slot in FFN_SLOTS else spec.head_sizes.get(slot, spec.head_dim)
 
 
 def width(spec: BlockSpec, slot: str) -> int:
@@ -73,7 +73,7 @@ def kept_experts(spec: BlockSpec, kept: BlockPlan) -> tuple[Tensor, Tensor]:
 
 def keeps_all(spec: BlockSpec, kept: BlockPlan, slot: str) -> bool:
     """Whether the plan takes nothing from a projection."""
-    if slot.startswith("ffn"):
+    if slot in FFN_SLOTS:
         return len(kept.neurons) == spec.neurons
     if slot in KEY_VALUE_SLOTS:
         return len(kept.kv_heads) == spec.kv_heads

@@ -23,6 +23,9 @@ MASKED: tuple[MaskedUnit, ...] = get_args(MaskedUnit)
 OUTPUT_SLOTS = ("o", "ffn_out")
 """Projections that are cut along their inputs; all others are cut along their outputs."""
 
+FFN_SLOTS = ("ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
+"""Projections of the FFN, whose units are neurons; those of all others are heads."""
+
 EXPERT_SLOTS = {"experts_gate_in": "gate_up_proj", "experts_out": "down_proj"}
 """What PEFT can sit on in routed experts, in the order it is used: slot -> 3-D parameter of their module."""
 SITE_SLOTS = (*SLOTS, *EXPERT_SLOTS)

@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import nn
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from lightpeft.files import replacing_folder
+from lightpeft.errors import require
+from lightpeft.files import read_json, read_tensors, replacing_folder, understandable, write_json, write_tensors
 from lightpeft.models.sharding import is_sharded
 from lightpeft.plans.records import PrunePlan
-from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.recipe.resuming import cut_as_saved, load_inside, read_cut, save_outside, write_cut
-from lightpeft.training.resuming import ResumingMixin
+from lightpeft.prune.light_model import as_light
+from lightpeft.prune.surgery import apply_plan
+from lightpeft.recipe.host import LightHost
+from lightpeft.saving.adapter_files import DESCRIPTION, read_description
+from lightpeft.training.resuming import Checkpoints
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import write_step
 
+_CUT = "lightpeft_cut.json"
+"""What says that a checkpoint lies behind the cut."""
+_OUTSIDE = "lightpeft_outside.safetensors"
+"""What trains beside the PeftModel, in models that have it inside."""
 
-class CheckpointsMixin(ResumingMixin):
-    """Mixin of `LightTraining`: checkpoints of a model that is cut on the way."""
 
-    light_plan: PrunePlan | None
-    light_report: dict[str, Any]
-    _peft_model: PeftModel
-    _light_pruner: EarlyPruner | None
-    _estimation_steps: int
-    _trainer: Any
+class LightCheckpoints(Checkpoints):
+    """Checkpoints of a model that is cut on the way."""
 
-    def _save_course(self, folder: Path, write: bool) -> None:
+    _trainer: LightHost
+
+    def save(self, folder: Path, write: bool) -> None:
         """Put what a resumed run needs beside what the trainer has written into a checkpoint."""
-        if self.light_plan is None:
-            assert self._light_pruner is not None
-            self._light_pruner.estimator.save_state(folder, write=write)
+        trainer = self._trainer
+        if trainer.light_plan is None:
+            assert trainer._light_pruner is not None
+            trainer._light_pruner.estimator.save_state(folder, write=write)
         elif write:
-            write_cut(folder, {**self.light_report, "estimation_steps": self._estimation_steps})
+            write_json(folder / _CUT, {**trainer.light_report, "estimation_steps": trainer._estimation_steps})
         if write:
-            write_step(folder, self._trainer.args)
-        if write and self._holds_peft_model:
-            save_outside(self._trainer.model, self._peft_model, folder)
+            write_step(folder, trainer.args)
+        if write and self._inside:
+            _save_outside(trainer.model, trainer._peft_model, folder)
 
-    def checkpoint_at_cut(self, estimation_steps: int, max_steps: int) -> Path:
+    def at_cut(self, estimation_steps: int, max_steps: int) -> Path:
         """Write a checkpoint of a light model from which training goes on behind the cut, and nothing happened since.
 
         Args:
@@ -61,39 +68,93 @@ class CheckpointsMixin(ResumingMixin):
         state.compute_steps(trainer.args, max_steps)
         if trainer.is_world_process_zero():
             with replacing_folder(folder, last=TRAINER_STATE_NAME) as temporary:
-                self._peft_model.save_pretrained(temporary)
-                write_cut(temporary, {"estimation_steps": estimation_steps})
+                trainer._peft_model.save_pretrained(temporary)
+                write_json(temporary / _CUT, {"estimation_steps": estimation_steps})
                 write_step(temporary, trainer.args)
                 state.save_to_json(str(temporary / TRAINER_STATE_NAME))
         trainer.accelerator.wait_for_everyone()
         return folder
 
-    def _load_from_checkpoint(self, folder: str, *args: Any, **options: Any) -> None:
-        if is_sharded(self._trainer.model):  # `train` did it before
+    def load_weights(self, folder: str, usual: Callable[[], None]) -> None:
+        """Cut the model as the checkpoint's is, and load its weights."""
+        trainer = self._trainer
+        if is_sharded(trainer.model):
             return
         report = read_cut(Path(folder))
         if report is not None:
-            self.light_report, self._estimation_steps = report, int(report["estimation_steps"])
-            if self._light_pruner is not None and self.light_plan is None:
-                self.light_plan = cut_as_saved(self._peft_model, self._light_pruner.estimator.fingerprint, Path(folder))
-        if self._holds_peft_model:
-            load_inside(self._trainer.model, self._peft_model, Path(folder))
+            trainer.light_report, trainer._estimation_steps = report, int(report["estimation_steps"])
+            if trainer._light_pruner is not None and trainer.light_plan is None:
+                dense = trainer._light_pruner.estimator.fingerprint
+                trainer.light_plan = _cut_as_saved(trainer._peft_model, dense, Path(folder))
+        if self._inside:
+            _load_inside(trainer.model, trainer._peft_model, Path(folder))
         else:
-            super()._load_from_checkpoint(folder, *args, **options)
+            super().load_weights(folder, usual)
 
-    def _load_best_model(self) -> None:
-        if self._holds_peft_model:
-            load_inside(self._trainer.model, self._peft_model, Path(self._trainer.state.best_model_checkpoint))
-        else:
-            super()._load_best_model()  # type: ignore[misc]
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
+    def load_random_state(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
+        """Load random numbers; right behind the cut there are none to load, and nobody has drawn any."""
+        super().load_random_state(checkpoint, usual)
         unknown = checkpoint is not None and not any(Path(checkpoint).glob("rng_state*"))
-        if unknown and self._trainer.state.global_step == self._estimation_steps:  # nobody has drawn a number since
+        if unknown and self._trainer.state.global_step == self._trainer._estimation_steps:
             set_seed(self._trainer.args.seed + 1)
 
+    def load_best(self, usual: Callable[[], None]) -> None:
+        """Load the best model, wherever the PeftModel is."""
+        if self._inside:
+            best = Path(self._trainer.state.best_model_checkpoint)
+            _load_inside(self._trainer.model, self._trainer._peft_model, best)
+        else:
+            super().load_best(usual)
+
     @property
-    def _holds_peft_model(self) -> bool:
+    def _inside(self) -> bool:
         """Whether the PeftModel is a part of the trainer's model, which then saves and loads in its own way."""
-        return self._peft_model is not self._trainer.model
+        return self._trainer._peft_model is not self._trainer.model
+
+
+def read_cut(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of the cut; None in one from before it."""
+    if not (folder / _CUT).is_file():
+        return None
+    report = read_json(folder / _CUT)
+    with understandable(folder / _CUT):
+        int(report["estimation_steps"])
+    return report
+
+
+def _cut_as_saved(model: PeftModel, fingerprint: str, folder: Path) -> PrunePlan:
+    """Cut a dense model with this fingerprint, in place, to the plan of a checkpoint, without loading its weights."""
+    place = _adapter_folder(folder)
+    with understandable(place / DESCRIPTION):
+        plan = PrunePlan.from_dict(read_description(place)["plan"])
+    require(plan.fingerprint == fingerprint, f"{folder} was made from another base; give the one that it was made from")
+    apply_plan(model, plan)
+    as_light(model, plan)
+    return plan
+
+
+def _save_outside(model: nn.Module, inside: PeftModel, folder: Path) -> None:
+    """Write what trains of a model beside the PeftModel inside it; nothing where nothing does."""
+    trained = {name: p.detach() for name, p in _outside(model, inside).items()}
+    if trained:
+        write_tensors(folder / _OUTSIDE, trained)
+
+
+def _load_inside(model: nn.Module, inside: PeftModel, folder: Path) -> None:
+    """Load the adapter of a checkpoint into the PeftModel inside a model, and what trains beside it."""
+    inside.load_adapter(str(_adapter_folder(folder)), str(inside.active_adapter), is_trainable=True)
+    saved = read_tensors(folder / _OUTSIDE) if (folder / _OUTSIDE).is_file() else {}
+    with torch.no_grad():
+        for name, parameter in _outside(model, inside).items():
+            require(name in saved, f"{folder} has no weights for {name}")
+            parameter.copy_(saved[name])
+
+
+def _outside(model: nn.Module, inside: PeftModel) -> dict[str, nn.Parameter]:
+    own = {id(p) for p in inside.parameters()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in own}
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """Where in a checkpoint the adapter is: models that have it inside save it in a folder of their own."""
+    return next((file.parent for file in sorted(folder.rglob("adapter_config.json"))), folder)

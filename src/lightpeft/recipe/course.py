@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from lightpeft.recipe.checkpoints import LightCheckpoints
+from lightpeft.recipe.host import LightHost
 from lightpeft.recipe.pruner import EstimationCallback
-
-if TYPE_CHECKING:
-    from lightpeft.recipe.trainer import LightTraining
+from lightpeft.training.host import Host
+from lightpeft.training.prefix import TrainerPrefix
+from lightpeft.training.sharding import Sharding
 
 
 class Course(EstimationCallback):
     """Calls the recipe where the trainer is at the right place."""
 
-    def __init__(self, training: LightTraining) -> None:
-        self.training = training
+    def __init__(
+        self, training: LightHost, checkpoints: LightCheckpoints, prefix: TrainerPrefix, sharding: Sharding
+    ) -> None:
+        self.training, self.checkpoints, self.prefix, self.sharding = training, checkpoints, prefix, sharding
 
     @property
     def _estimating(self) -> bool:
@@ -39,6 +43,7 @@ class Course(EstimationCallback):
             self.training._cut(state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.sharding.behind()
         if self._estimating and control.should_training_stop:
             control.should_training_stop = False  # early stopping may stop the training of the light model alone
 
@@ -47,14 +52,13 @@ class Course(EstimationCallback):
             super().on_log(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.training._save_course(
-            Path(args.output_dir) / f"checkpoint-{state.global_step}", write=state.is_world_process_zero
-        )
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.checkpoints.save(folder, write=state.is_world_process_zero)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.training._remove_prefix_file()
+        self.prefix.remove_file()
 
     @property
     def estimator(self) -> Any:  # type: ignore[override]
@@ -63,7 +67,7 @@ class Course(EstimationCallback):
         return pruner.estimator
 
 
-def tell_cut(trainer: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
+def tell_cut(trainer: Host, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Report the cut to whoever watches a trainer, and let what was best before it count no more.
 
     Args:

@@ -17,8 +17,8 @@ from lightpeft.errors import LightPeftError
 from lightpeft.prune.light_model import LightModel
 from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import agreed
-from lightpeft.recipe.probes import batches_of
 from lightpeft.training.arguments import half_precision
+from lightpeft.training.rows import batches_of
 
 _log = logging.getLogger(__name__)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
+
+from lightpeft.training.host import Host
 
 T = TypeVar("T")
 
@@ -17,7 +19,7 @@ def agreed(value: T) -> T:
     return values[0]
 
 
-def rewrap(trainer: Any) -> None:
+def rewrap(trainer: Host) -> None:
     """Let a trainer's wrapper for several processes, if there is one, know the parameters that the model has now.
 
     The training loop holds the wrapper itself, so it has to stay the same object.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
-
 from torch import nn
 
 from lightpeft.errors import require
@@ -11,19 +9,19 @@ from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.sharding import is_sharded
 from lightpeft.prune.fingerprint import check_stored
 from lightpeft.prune.length import fitted
+from lightpeft.recipe.host import LightHost
 from lightpeft.training.schedule import pace_of, steps_of
 
-if TYPE_CHECKING:
-    from lightpeft.recipe.trainer import LightTraining
 
-
-def check_light(training: LightTraining) -> None:
+def check_light(trainer: LightHost, engine: str | None) -> None:
     """Refuse what cannot work with a model that is cut on the way.
+
+    Args:
+        engine: what shards the model, if anything does.
 
     Raises:
         LightPeftError: saying what does.
     """
-    trainer: Any = training
     args = trainer.args
     engines = {
         "torch.compile": args.torch_compile,
@@ -35,27 +33,27 @@ def check_light(training: LightTraining) -> None:
     require(found is None, f"{found} cannot follow a model that is cut on the way; train without it{hint}")
     alone = "weights on disk are for training in one process; load the model without weights_on_disk"
     require(args.world_size == 1 or not has_weights_on_disk(trainer.model), alone)
-    if training._shards or training._in_deepspeed:
-        _check_sharded(training, "FSDP" if training._shards else "DeepSpeed")
-    if training.light_config.blocks == "auto" and training.light_plan is None:
-        training.light_tolerance()
+    if engine is not None:
+        _check_sharded(trainer, engine)
+    if trainer.light_config.blocks == "auto" and trainer.light_plan is None:
+        trainer.light_tolerance()
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
     require(
         not reference or not getattr(args, "beta", 0),
-        f"{type(training).__name__} would take the cut model as its own reference; give the dense one as ref_model=, "
+        f"{type(trainer).__name__} would take the cut model as its own reference; give the dense one as ref_model=, "
         "or set beta to 0",
     )
 
 
-def check_length(training: LightTraining) -> None:
+def check_length(trainer: LightHost) -> None:
     """Refuse a training that is too short for its estimation, as far as its length is known before it begins.
 
     Raises:
         LightPeftError: saying what to lengthen.
     """
-    steps = steps_of(training)
-    if training.light_plan is None and steps is not None:
-        fitted(training.light_config, pace_of(training), steps, longer=training.light_longer)
+    steps = steps_of(trainer)
+    if trainer.light_plan is None and steps is not None:
+        fitted(trainer.light_config, pace_of(trainer), steps, longer=trainer.light_longer)
 
 
 def refuse_parts(model: object) -> None:
@@ -73,8 +71,8 @@ def refuse_parts(model: object) -> None:
     )
 
 
-def _check_sharded(training: LightTraining, engine: str) -> None:
-    light, trainer = training.light_config, cast(Any, training)
+def _check_sharded(trainer: LightHost, engine: str) -> None:
+    light = trainer.light_config
     kept = f"light.keep: {light.keep} needs the whole base in every process, which {engine} spares"
     require(light.keep == "light", f"{kept}; set it to light")
     quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())

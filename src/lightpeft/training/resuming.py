@@ -3,51 +3,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
 from lightpeft.config.validation import shown
 from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
-from lightpeft.training.trainer import meeting_others
+from lightpeft.models.sharding import is_sharded
+from lightpeft.training.fitting import meeting_others
+from lightpeft.training.host import Host
+from lightpeft.training.sharding import Sharding
+from lightpeft.training.step_rows import check_step
 
 _INSTEAD = "go on from an older one: remove this checkpoint, or name another"
 
 
-class ResumingMixin:
-    """Mixin of trainers: what of a checkpoint cannot be read, by whichever library, is said in one line."""
+class Checkpoints:
+    """A trainer's checkpoints: those of one process, whatever trains; what cannot be read of them is one line."""
 
-    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **options: Any) -> Any:
-        """As the trainer's own; nothing of a checkpoint is believed before its state has been looked at."""
-        if resume_from_checkpoint is not None:
-            check_state(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **options)  # type: ignore[misc]
+    def __init__(self, trainer: Host, sharding: Sharding) -> None:
+        self._trainer, self._sharding = trainer, sharding
 
-    def _load_from_checkpoint(self, folder: str, *args: Any, **options: Any) -> None:
-        with _readable(folder, "weights"):
-            super()._load_from_checkpoint(folder, *args, **options)  # type: ignore[misc]
+    def to_resume(self, asked: str | bool | None) -> str | None:
+        """The checkpoint to go on from; nothing of it is believed before its state has been looked at.
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint, "state of optimizer and scheduler"):
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        Args:
+            asked: its folder; True: the newest one.
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with _readable(checkpoint, "state of the gradient scaler"):
-            super()._load_scaler(checkpoint)  # type: ignore[misc]
+        Raises:
+            LightPeftError: it is damaged, or of steps of another size.
+        """
+        checkpoint = get_last_checkpoint(self._trainer.args.output_dir) if asked is True else asked or None
+        if checkpoint is not None:
+            check_state(Path(checkpoint))
+            check_step(Path(checkpoint), self._trainer.args)
+        return checkpoint
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def load_weights(self, folder: str, usual: Callable[[], None]) -> None:
+        """Load weights as the trainer does, where `Sharding.before` has not."""
+        if not is_sharded(self._trainer.model):
+            with _readable(folder, "weights"), self._sharding.as_one_process():
+                usual()
+
+    def load_states(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
+        """Load optimizer and scheduler as the trainer does."""
+        with _readable(checkpoint, "state of optimizer and scheduler"), self._sharding.whole_states():
+            usual(checkpoint)
+
+    def load_random_state(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
+        """Load random numbers as the trainer does."""
         with _readable(checkpoint, "random numbers"):
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+            usual(checkpoint)
 
-    def _load_callback_state(self) -> None:
-        with _readable("the checkpoint", "state of callbacks"):
-            super()._load_callback_state()  # type: ignore[misc]
+    def load_best(self, usual: Callable[[], None]) -> None:
+        """Load the best model as the trainer does."""
+        with self._sharding.as_one_process(changed=True):
+            usual()
 
 
 @contextmanager
@@ -79,6 +98,10 @@ def check_state(checkpoint: Path) -> None:
     require(reached, f"{file} is damaged: it is of step {shown(step)}, of {shown(steps)}; {_INSTEAD}")
     tables = all(isinstance(entry, dict) for entry in state.log_history)
     require(tables, f"{file} is damaged: an entry of log_history is no table; {_INSTEAD}")
+    scaler = checkpoint / SCALER_NAME
+    if scaler.is_file():
+        with parsing(f"{checkpoint} is damaged: its state of the gradient scaler cannot be read", _INSTEAD):
+            torch.amp.GradScaler("cpu").load_state_dict(torch.load(scaler, weights_only=True))
 
 
 _OPTIONAL: dict[str, Any] = {

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 from lightpeft.config import TrainingConfig
+from lightpeft.training.host import Host
 
 LEAST_STEPS = 200
 """Optimizer steps that a run takes under `epochs: auto`, also where rows are few: below, PEFT has hardly moved."""
@@ -67,7 +67,18 @@ class Pace:
         return next(lengths, steps)
 
 
-def pace_of(trainer: Any) -> Pace | None:
+class Schedule:
+    """Rate and steps of a trainer's optimizer: those that the trainer was given."""
+
+    def set_rate(self) -> None:
+        """Give the trainer the learning rate of what it trains."""
+
+    def steps(self, of_run: int) -> int:
+        """Steps of the scheduler that is made, in a run of so many."""
+        return of_run
+
+
+def pace_of(trainer: Host) -> Pace | None:
     """How fast a trainer goes through its rows; None where these are not counted."""
     args = trainer.args
     try:
@@ -77,7 +88,7 @@ def pace_of(trainer: Any) -> Pace | None:
     return Pace(rows, args.train_batch_size * args.world_size, args.gradient_accumulation_steps)
 
 
-def steps_of(trainer: Any) -> int | None:
+def steps_of(trainer: Host) -> int | None:
     """Optimizer steps of a trainer's whole run; None where neither these nor its rows are counted."""
     if trainer.args.max_steps > 0:
         return int(trainer.args.max_steps)

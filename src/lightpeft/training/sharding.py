@@ -6,14 +6,14 @@ gradients are averaged as under DDP. DeepSpeed shards what trains, too, and its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lightpeft.compat.accelerate import fsdp_on_cpus
@@ -26,26 +26,54 @@ from lightpeft.models.patching import instead
 from lightpeft.models.sharding import is_sharded, reshard
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.training.arguments import half_precision
+from lightpeft.training.host import Host
 
 
-class ShardingMixin:
-    """Mixin of `Trainer` classes. `train` is to call `_before_sharding` first, and `_behind_sharding` in the end."""
+class Sharding:
+    """The engine that shards a trainer's model, if there is one, and what it asks of training and of checkpoints."""
 
-    _optimized: Sequence[Sequence[nn.Parameter]] = ()
-    """Parameters of the optimizer that DeepSpeed took, by its groups."""
+    def __init__(self, trainer: Host) -> None:
+        self._trainer = trainer
+        self._groups: Sequence[Sequence[nn.Parameter]] = ()
+        """Parameters of the optimizer that DeepSpeed took, by its groups."""
 
     @property
-    def _shards(self) -> bool:
+    def fsdp(self) -> bool:
         """Whether FSDP shards the model while it trains."""
-        trainer: Any = self
-        return getattr(trainer.accelerator.state, "fsdp_plugin", None) is not None
+        return getattr(self._trainer.accelerator.state, "fsdp_plugin", None) is not None
 
     @property
-    def _in_deepspeed(self) -> bool:
-        trainer: Any = self
-        return getattr(trainer.accelerator.state, "deepspeed_plugin", None) is not None
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed trains the model."""
+        return getattr(self._trainer.accelerator.state, "deepspeed_plugin", None) is not None
 
-    def _before_sharding(self, checkpoint: str | None) -> None:
+    @property
+    def engine(self) -> str | None:
+        """Its name."""
+        return "FSDP" if self.fsdp else "DeepSpeed" if self.deepspeed else None
+
+    @property
+    def _half(self) -> torch.dtype | None:
+        """The half precision that FSDP shards in."""
+        return half_precision(self._trainer.args) if self.fsdp else None
+
+    @contextmanager
+    def being_made(self) -> Iterator[None]:
+        """Inside the block the trainer's accelerator is made; FSDP shards on CPUs, too, if it is asked to.
+
+        Raises:
+            LightPeftError: an engine is asked for in a way in which it cannot be had here.
+        """
+        asked = bool(self._trainer.args.fsdp) or sharding_launched("FSDP")
+        with fsdp_on_cpus() if asked else nullcontext():
+            yield
+        state = self._trainer.accelerator.state
+        if self.fsdp:
+            _check_plugin(state.fsdp_plugin)
+        if self.deepspeed:
+            check_deepspeed(state.deepspeed_plugin)
+
+    def before(self, checkpoint: str | None) -> None:
         """Get the model ready to be sharded where training begins; every process still has all of it.
 
         Args:
@@ -54,12 +82,12 @@ class ShardingMixin:
         Raises:
             LightPeftError: nothing is frozen, or a layer has both weights that train and frozen ones.
         """
-        trainer: Any = self
-        if not (self._shards or self._in_deepspeed) or is_sharded(trainer.model):
+        trainer = self._trainer
+        if self.engine is None or is_sharded(trainer.model):
             return
         if checkpoint is not None:
-            self._load_from_checkpoint(checkpoint)
-        if self._in_deepspeed:
+            trainer._load_from_checkpoint(checkpoint)
+        if self.deepspeed:
             return
         trains, plugin = list(_trains(trainer.model)), trainer.accelerator.state.fsdp_plugin
         plugin.ignored_modules = trains
@@ -69,111 +97,57 @@ class ShardingMixin:
             parameter.data = parameter.data.to(trainer.args.device)
             dist.broadcast(parameter.data, 0)
 
-    def _behind_sharding(self) -> None:
+    def behind(self) -> None:
         """Training has ended, or stands still: let every process have whole what trains, to be saved by one."""
-        trainer: Any = self
-        hold_whole(trainer.model)
+        hold_whole(self._trainer.model)
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def answering(self) -> Iterator[None]:
         """Inside the block the model, called by itself, computes in the precision in which it is sharded."""
-        trainer: Any = self
-        model, half = trainer.model, half_precision(trainer.args) if self._shards else None
-        usual = model.forward
+        trainer = self._trainer
+        usual = trainer.model.forward
 
         def forward(*args: Any, **options: Any) -> Any:
-            with self.autocast_smart_context_manager():
+            with trainer.autocast_smart_context_manager():
                 return usual(*args, **options)
 
-        with nullcontext() if half is None else instead(model, forward):
+        with nullcontext() if self._half is None else instead(trainer.model, forward):
             yield
 
-    # -- what Trainer calls --------------------------------------------------------------------------------------
+    # -- what the trainer's methods hand on ----------------------------------------------------------------------
 
-    def create_accelerator_and_postprocess(self) -> None:
-        """The trainer's own; it shards on CPUs, too, if it is asked to.
-
-        Raises:
-            LightPeftError: FSDP is asked for in a way in which it cannot be had here.
-        """
-        trainer: Any = self
-        asked = bool(trainer.args.fsdp) or sharding_launched("FSDP")
-        with fsdp_on_cpus() if asked else nullcontext():
-            super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        if self._shards:
-            _check_plugin(trainer.accelerator.state.fsdp_plugin)
-        if self._in_deepspeed:
-            check_deepspeed(trainer.accelerator.state.deepspeed_plugin)
-
-    def autocast_smart_context_manager(self, *args: Any, **options: Any) -> Any:
-        """The trainer's own, and under FSDP autocast: half precision is for what it shards, and what trains is not."""
-        trainer: Any = self
-        half = half_precision(trainer.args) if self._shards else None
-        if half is not None:
-            return autocasting(trainer.args.device, half)
-        return super().autocast_smart_context_manager(*args, **options)  # type: ignore[misc]
-
-    def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """The trainer's own."""
-        optimizer = super().create_optimizer(*args, **options)  # type: ignore[misc]
-        if self._in_deepspeed:  # which puts others in their place
-            self._optimized = [list(group["params"]) for group in optimizer.param_groups]
-        return optimizer
-
-    def _prepare_for_training(self, steps: int, batches: Any, checkpoint: str | None) -> Any:
-        if not self._in_deepspeed:
-            return super()._prepare_for_training(steps, batches, checkpoint)  # type: ignore[misc]
-        prepared = super()._prepare_for_training(steps, batches, None)  # type: ignore[misc]
+    def prepare(self, usual: Callable[..., Any], steps: int, batches: Any, checkpoint: str | None) -> Any:
+        """Prepare model and optimizer as the trainer does; under DeepSpeed, without looking for a checkpoint of its."""
+        if not self.deepspeed:
+            return usual(steps, batches, checkpoint)
+        prepared = usual(steps, batches, None)
         if checkpoint is not None:
-            self._load_optimizer_and_scheduler(checkpoint)
+            self._trainer._load_optimizer_and_scheduler(checkpoint)
         return prepared
 
-    def training_step(self, *args: Any, **options: Any) -> Tensor:
-        """One backward pass; gradients are averaged behind the last one of a step."""
-        loss = super().training_step(*args, **options)  # type: ignore[misc]
-        trainer: Any = self
-        if self._shards and trainer.accelerator.sync_gradients:
-            _average_gradients(trainer.model)
-        return loss
+    def noted(self, optimizer: Any) -> Any:
+        """The optimizer, whose parameters are noted before DeepSpeed puts others in their place."""
+        if self.deepspeed:
+            self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        return optimizer
 
-    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """The trainer's own."""
-        found: dict[str, float] = super().evaluate(*args, **options)  # type: ignore[misc]
-        self._behind_sharding()
-        return found
+    def autocast(self) -> AbstractContextManager[Any] | None:
+        """Under FSDP, autocast: half precision is for what it shards, and what trains is not; None: the trainer's."""
+        return None if self._half is None else autocasting(self._trainer.args.device, self._half)
 
-    def save_model(self, *args: Any, **options: Any) -> None:
-        """The trainer's own; of a sharded model the adapter, once."""
-        with self._as_one_process():
-            super().save_model(*args, **options)  # type: ignore[misc]
-
-    def _save_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._as_one_process(), self._whole_states():
-            super()._save_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
-
-    def _load_from_checkpoint(self, *args: Any, **options: Any) -> None:
-        trainer: Any = self
-        if is_sharded(trainer.model):  # it was done in `_before_sharding`
-            return
-        with self._as_one_process():
-            super()._load_from_checkpoint(*args, **options)  # type: ignore[misc]
-
-    def _load_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
-        with self._as_one_process(), self._whole_states():
-            super()._load_optimizer_and_scheduler(*args, **options)  # type: ignore[misc]
-
-    def _load_best_model(self) -> None:
-        with self._as_one_process(changed=True):
-            super()._load_best_model()  # type: ignore[misc]
+    def average(self) -> None:
+        """Behind the last backward pass of a step, let gradients of what FSDP does not shard be those of all."""
+        if self.fsdp and self._trainer.accelerator.sync_gradients:
+            _average_gradients(self._trainer.model)
 
     @contextmanager
-    def _as_one_process(self, *, changed: bool = False) -> Iterator[None]:
-        """Inside the block the trainer saves and loads as without FSDP or DeepSpeed, and what trains is whole.
+    def as_one_process(self, *, changed: bool = False) -> Iterator[None]:
+        """Inside the block the trainer saves and loads as without an engine, and what trains is whole.
 
         Args:
             changed: the block changes what trains.
         """
-        trainer: Any = self
+        trainer = self._trainer
         reshard(trainer.model)
         flags = ("is_fsdp_enabled", "is_deepspeed_enabled")
         enabled = {flag: getattr(trainer, flag) for flag in flags}
@@ -185,15 +159,16 @@ class ShardingMixin:
             vars(trainer).update(enabled)
 
     @contextmanager
-    def _whole_states(self) -> Iterator[None]:
-        """Inside the block the trainer's optimizer and scheduler save and load their states as without DeepSpeed."""
-        trainer: Any = self
+    def whole_states(self) -> Iterator[None]:
+        """As `as_one_process`, and optimizer and scheduler save and load their states as without DeepSpeed."""
+        trainer = self._trainer
         own = trainer.optimizer, trainer.lr_scheduler
-        if self._in_deepspeed:
-            trainer.optimizer = WholeStates(trainer.optimizer, self._optimized)
+        if self.deepspeed:
+            trainer.optimizer = WholeStates(trainer.optimizer, self._groups)
             trainer.lr_scheduler = trainer.optimizer.of_schedule(trainer.lr_scheduler)
         try:
-            yield
+            with self.as_one_process():
+                yield
         finally:
             trainer.optimizer, trainer.lr_scheduler = own
 

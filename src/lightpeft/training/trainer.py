@@ -1,177 +1,156 @@
-"""`transformers.Trainer` as a run uses it: batches that depend on seed and epoch alone, one-line errors, signals."""
+# mypy: disable-error-code="safe-super"
+"""The one class that extends methods of `transformers.Trainer`, and of whatever trainer is built on it."""
 
 from __future__ import annotations
 
-import itertools
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
-import torch
-from datasets import Dataset
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from lightpeft.compat.torch import Noted
-from lightpeft.errors import LightPeftError, one_line
-from lightpeft.training.callbacks import ProgressBar, StopOnSignal
-from lightpeft.training.step_rows import rows_a_step
+from lightpeft.training.fitting import meeting_others
+from lightpeft.training.prefix import TrainerPrefix
+from lightpeft.training.resuming import Checkpoints
+from lightpeft.training.rows import repeatable
+from lightpeft.training.schedule import Schedule
+from lightpeft.training.sharding import Sharding
+from lightpeft.training.step_loss import step_loss
+
+if TYPE_CHECKING:
+    from lightpeft.training.host import Host as _Below
+else:
+    _Below = object  # at run time the trainer's class stands behind this one
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop; what was done so far is on disk and the same command goes on from it."""
+class Training(_Below):
+    """Mixin of `Trainer` classes: repeatable batches, sharded models, checkpoints of one process, a frozen prefix.
 
+    Methods of `Trainer` are extended here and nowhere else in lightpeft, in the order in which a training comes to
+    them. Each hands on to one of the trainer's parts, and its first line says why it has to be. `LightTraining` puts
+    parts of its own in the place of some; what it does around a training is `_training`.
+    """
 
-class Repeatable:
-    """Mixin of trainers: a resumed run sees the batches that it would have seen, on any number of processes."""
+    # -- the parts -----------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Batches by length depend on seed and epoch alone, and are the same rows on any number of processes."""
-        sampler = super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        if isinstance(sampler, LengthGroupedSampler):
-            trainer: Any = self
-            sampler.batch_size *= trainer.args.world_size
-            sampler.lengths = list(sampler.lengths)  # a data set's column makes a new data set for every item read
-            return _EpochOrder(sampler, trainer.args.seed, lambda: int(trainer.state.epoch or 0))
-        return sampler
+    @cached_property
+    def _sharding(self) -> Sharding:
+        """FSDP2 and DeepSpeed."""
+        return Sharding(self)
 
-    def rows_of_steps(self, steps: int) -> set[int] | None:
-        """Numbers of the training rows that the first steps of a run go through; None where these are not known."""
-        trainer: Any = self
-        order = self._get_train_sampler(trainer.train_dataset)
-        if not isinstance(order, _EpochOrder):
-            return None
-        return set(itertools.islice(order.of_epoch(0), steps * rows_a_step(trainer.args)))
+    @cached_property
+    def _checkpoints(self) -> Checkpoints:
+        """What is written to checkpoints, and read from them."""
+        return Checkpoints(self, self._sharding)
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        """Learning rate and steps of the optimizer."""
+        return Schedule()
+
+    @cached_property
+    def _prefix(self) -> TrainerPrefix:
+        """The frozen lower blocks."""
+        return TrainerPrefix(self, self._sharding)
+
+    # -- a trainer is made ---------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """accelerate shards on CPUs only if it is asked for while it is made."""
+        with self._sharding.being_made():
+            super().create_accelerator_and_postprocess()
+
+    # -- training begins -----------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> Any:
+        """Something has to be done before the first step, also where none is taken, and behind the last one."""
+        checkpoint = self._checkpoints.to_resume(resume_from_checkpoint)
+        with self._training(checkpoint):
+            return super().train(checkpoint, *args, **options)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        """`Trainer` draws batches by length from random numbers that a resumed run does not have."""
+        return repeatable(super()._get_train_sampler(train_dataset), self)
+
+    def _prepare_for_training(self, steps: int, batches: Any, checkpoint: str | None) -> Any:
+        """DeepSpeed reads no checkpoint of one process."""
+        return self._sharding.prepare(super()._prepare_for_training, steps, batches, checkpoint)
+
+    def create_optimizer(self, *args: Any, **options: Any) -> Any:
+        """All ranks and the few that stay have learning rates of their own, and DeepSpeed takes parameters away."""
+        self._schedule.set_rate()
+        return self._sharding.noted(super().create_optimizer(*args, **options))
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
+        """Behind the cut a schedule is over the steps that are left."""
+        return super().create_scheduler(self._schedule.steps(num_training_steps), *args, **options)
+
+    def _load_from_checkpoint(self, folder: str, *args: Any, **options: Any) -> None:
+        """Weights of a checkpoint fit the model only once it is cut as they are, and before it is sharded."""
+        self._checkpoints.load_weights(folder, partial(super()._load_from_checkpoint, folder, *args, **options))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Their states are those of one process."""
+        self._checkpoints.load_states(checkpoint, super()._load_optimizer_and_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Right behind the cut there is none, and other numbers of processes have others."""
+        self._checkpoints.load_random_state(checkpoint, super()._load_rng_state)
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """FSDP averages gradients of what it shards alone, and they are clipped before a callback could."""
+        loss = super().training_step(*args, **options)
+        self._sharding.average()
+        return loss
+
+    def autocast_smart_context_manager(self, *args: Any, **options: Any) -> Any:
+        """FSDP computes what it shards in half precision, and what trains is not."""
+        return self._sharding.autocast() or super().autocast_smart_context_manager(*args, **options)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
-        """The trainer's own; in training, a loss that is a mean over a batch counts as one of those of its step.
-
-        transformers takes every forward with **kwargs, and every `compute_loss_func`, for one that divides by
-        `num_items_in_batch`, and adds up what they give. Many do not: most models' losses for classes, numbers, several
-        labels and tags, and functions that return a mean. Their gradients would grow with accumulation steps and
-        processes. A loss that has not read the number is such a mean.
-        """
-        trainer: Any = self
-        count, told = options.get("num_items_in_batch"), trainer.loss_is_scaled_for_ga is not None
-        if args or options.get("return_outputs") or count is None or told:  # evaluation, or nothing to find out
-            return super().compute_loss(model, inputs, *args, **options)  # type: ignore[misc]
-        items = Noted.of(count)
-        loss = super().compute_loss(model, inputs, **{**options, "num_items_in_batch": items})  # type: ignore[misc]
-        if items.read:
-            return loss
-        if self.has_plain_loss() and trainer.args.average_tokens_across_devices:  # it was multiplied by these
-            loss = loss / (trainer.accelerator.num_processes // trainer.get_tp_size())
-        return loss / trainer.current_gradient_accumulation_steps
+        """`Trainer` adds up the means of a step's parts where a loss does not read how many labels these have."""
+        usual = partial(super().compute_loss, model, inputs, *args)
+        return usual(**options) if args else step_loss(usual, self, options, plain=self.has_plain_loss())
 
     def has_plain_loss(self) -> bool:
         """Whether the loss is computed by `Trainer`'s own method."""
-        return super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[misc]
+        return super().compute_loss.__func__ is Trainer.compute_loss  # type: ignore[attr-defined]
 
+    # -- a checkpoint, and the end -------------------------------------------------------------------------------
 
-class _EpochOrder(Sampler):
-    """The order of a `LengthGroupedSampler`, drawn from a seed of its own in each epoch."""
+    def save_model(self, *args: Any, **options: Any) -> None:
+        """Of a sharded model the adapter is written, once."""
+        with self._sharding.as_one_process():
+            super().save_model(*args, **options)
 
-    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
-        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+    def _save_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
+        """Their states are those of one process."""
+        with self._sharding.whole_states():
+            super()._save_optimizer_and_scheduler(*args, **options)
 
-    def __len__(self) -> int:
-        return len(self.sampler)
+    def _load_best_model(self) -> None:
+        """`Trainer` loads no best model that has the PeftModel inside, nor one that DeepSpeed shares."""
+        self._checkpoints.load_best(super()._load_best_model)
 
-    def __iter__(self) -> Iterator[int]:
-        return self.of_epoch(self.epoch())
+    # -- around all of it ----------------------------------------------------------------------------------------
 
-    def of_epoch(self, epoch: int) -> Iterator[int]:
-        """Row numbers in the order of an epoch."""
-        self.sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
-        return iter(self.sampler)
+    @contextmanager
+    def _training(self, checkpoint: str | None) -> Iterator[None]:
+        """Inside the block the trainer trains.
 
-
-class RunTrainer(Repeatable, Trainer):
-    """The trainer of a run, with the run's own bar and log."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        for unwanted in (PrinterCallback, ProgressCallback):
-            self.remove_callback(unwanted)
-
-    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        Args:
+            checkpoint: that it goes on from.
+        """
         try:
             with meeting_others():
-                super()._save_checkpoint(*args, **options)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what `torch.save` raises on a full disk, in many words
-            reason = one_line(error, 200)
-            line = f"cannot write below {self.args.output_dir}; is the disk full? ({reason})"
-            raise LightPeftError(line) from error
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: the trainer would go through all parameters at every step, for a number that nobody reads."""
-        return 0
-
-
-def train_in_float32(model: nn.Module) -> None:
-    """Weights that train become float32: PEFT makes its own so, but no head, and a gradient scaler takes no others."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-
-
-def fit(trainer: Trainer, resume_from: Path | None) -> None:
-    """Train.
-
-    Raises:
-        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written at the end of the step under way.
-        LightPeftError: the device ran out of memory, or the disk is full.
-    """
-    stop = StopOnSignal()
-    trainer.add_callback(stop)
-    with stop.listening(), _readable_errors(trainer.args.output_dir), meeting_others():
-        bars = [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressBar)]
-        try:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-            for bar in bars if not stop.requested else ():
-                bar.end_at(trainer.state.global_step)
+                self._prefix.foresee()
+                self._sharding.before(checkpoint)
+                yield
+                self._sharding.behind()
         finally:
-            for bar in bars:
-                bar.progress.stop()
-    if stop.requested:
-        raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
-
-
-@contextmanager
-def meeting_others() -> Iterator[None]:
-    """Turn the loss of another process, which this one finds where it waits for it, into one line.
-
-    Raises:
-        LightPeftError: another process of the training is gone.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        told = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if not told or not torch.distributed.is_initialized():
-            raise
-        if hasattr(signal, "pthread_sigmask"):  # launchers end the others by SIGTERM: first the line is to be told
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        raise LightPeftError(
-            "another process of this training has ended, and what is left cannot go on without it; "
-            "start all again: training goes on from the last checkpoint"
-        ) from error
-
-
-@contextmanager
-def _readable_errors(checkpoints: str) -> Iterator[None]:
-    """Turn running out of memory or disk into one line."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise LightPeftError("out of memory; lower training.batch_size and raise gradient_accumulation") from error
-    except (OSError, SafetensorError) as error:
-        raise LightPeftError(f"cannot write below {checkpoints}: {one_line(error)}") from error
+            self._prefix.close()

@@ -13,12 +13,12 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.bench import accelerating, adamw, sample_batches
 from lightpeft.app.runs.stages import estimated_model
 from lightpeft.app.runs.workspace import Workspace
+from lightpeft.budget.curve import PARTS, gone_before, loss_curve, nested_plans
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import Spread, alternate, hardware, measure_training, ratio
-from lightpeft.prune.curve import PARTS, gone_before, loss_curve, nested_plans
 from lightpeft.prune.surgery import cut_copy
 
 ROWS = 256

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.config import RunConfig
-from lightpeft.files import read_json, understandable, write_json
+from lightpeft.app.runs.workspace import Workspace, with_found_depth
+from lightpeft.files import read_json, write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.prune.reading import ONLY_THESE, ROWS, find_depth, is_classifying_decoder
 from lightpeft.recipe.parallel import agreed
-
-if TYPE_CHECKING:
-    from lightpeft.app.runs.workspace import Workspace
 
 
 def settle_depth(work: Workspace) -> None:
@@ -27,19 +23,6 @@ def settle_depth(work: Workspace) -> None:
         with work.run.held():
             _leave_depth(work)
         work.config = with_found_depth(work.config, work.run)
-
-
-def with_found_depth(config: RunConfig, run: RunFolder) -> RunConfig:
-    """The settings of a run with the depth that was found.
-
-    Raises:
-        LightPeftError: the file is damaged.
-    """
-    if config.light.depth != "auto":
-        return config
-    found = read_json(run.depth)
-    with understandable(run.depth):
-        return replace(config, light=replace(config.light, depth=float(found["depth"])))
 
 
 def found_depth(run: RunFolder) -> dict[str, Any] | None:

@@ -52,9 +52,9 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, folder_bytes, hardware
 from lightpeft.profiling.sizes import parameter_report
 from lightpeft.prune.light_model import LightModel
+from lightpeft.recipe.checkpoints import read_cut
 from lightpeft.recipe.pruner import EarlyPruner
-from lightpeft.recipe.resuming import read_cut
-from lightpeft.training.trainer import fit
+from lightpeft.training.fitting import fit
 
 __all__ = ["Workspace", "estimate", "evaluate", "plan", "prepare", "prune", "run", "train", "widen"]
 
@@ -225,7 +225,7 @@ def _train_behind_the_cut(work: Workspace, light: Model, callbacks: Sequence[Tra
         trainer.settle()
         checkpoint = run.last_checkpoint("train")
         if checkpoint is None or read_cut(checkpoint) is None:
-            checkpoint = trainer.checkpoint_at_cut(begun, work.steps)
+            checkpoint = trainer.checkpoint_at_cut(begun)
         fit(trainer, checkpoint)
         _finish(work, trainer, begun=begun)
 

@@ -13,6 +13,7 @@ from lightpeft.app.folders.results import open_peft, save_peft
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks import task_facts
+from lightpeft.budget.found import FoundBudget
 from lightpeft.config import READ_BY_PLANS, LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, understandable, write_json
@@ -20,7 +21,6 @@ from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import MemoryMethod
-from lightpeft.prune.budgeting import FoundBudget
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.learning import untaught
 from lightpeft.prune.light_model import LightModel

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
@@ -22,7 +24,7 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks import Answers, points_a_nat
 from lightpeft.compat.deepspeed import load_whole
 from lightpeft.config import Tolerance
-from lightpeft.errors import LightPeftError
+from lightpeft.errors import LightPeftError, one_line
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import PeakMemory, throughput
 from lightpeft.prune.light_model import LightModel
@@ -30,11 +32,9 @@ from lightpeft.recipe.trainer import light_trainer
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import half_precision, training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint
-from lightpeft.training.prefix import PrefixMixin
-from lightpeft.training.resuming import ResumingMixin
-from lightpeft.training.sharding import ShardingMixin
-from lightpeft.training.step_rows import check_step, write_step
-from lightpeft.training.trainer import RunTrainer, train_in_float32
+from lightpeft.training.fitting import meeting_others, train_in_float32
+from lightpeft.training.step_rows import write_step
+from lightpeft.training.trainer import Training
 
 TENSORBOARD = "tensorboard"
 
@@ -64,61 +64,74 @@ class Meter:
         return StageCost(self._before + seconds, speed, self._memory.bytes, self._memory.method, begun)
 
 
-class InRun:
-    """Mixin of `Trainer` classes: a trainer of a run."""
+class RunTrainer(Training, Trainer):
+    """A trainer of a run: its metrics, and its bar and log. (It computes no FLOPs, which nobody reads.)"""
 
     work: Workspace
     stage = "train"
     """Under which name checkpoints are kept."""
     meter: Meter | None = None
 
-    @property
-    def _prefix_folder(self) -> Path:
-        return self.work.run.checkpoints("prefix")
-
-    def _remove_prefix_file(self) -> None:
-        """It goes with the checkpoints, when the result is there."""
-
-    def _announce(self, line: str) -> None:
-        self.work.run.announce(self.stage, line)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for unwanted in (PrinterCallback, ProgressCallback):
+            self.remove_callback(unwanted)
 
     def settle(self) -> None:
         """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
-        trainer: Any = self
         load_whole()  # what the run loads beside the model that trains
-        trainer.args.output_dir = str(self.work.run.checkpoints(self.stage))
+        self.args.output_dir = str(self.work.run.checkpoints(self.stage))
         self.work.announce_processes(self.stage)
         if _wants_tensorboard(self.work.config.trainer):
-            trainer.add_callback(_tensorboard(self.work.run.path / TENSORBOARD))
-        trainer.add_callback(SealCheckpoint())  # last: all that others write is in the checkpoint then
+            self.add_callback(_tensorboard(self.work.run.path / TENSORBOARD))
+        self.add_callback(SealCheckpoint())  # last: all that others write is in the checkpoint then
+
+    def _keep_prefix(self) -> None:
+        """Let states of a frozen prefix lie in the run folder; they go with the checkpoints, at the end."""
+        self._prefix.cache, self._prefix.folder = self.work.prefix_cache, self.work.run.checkpoints("prefix")
+        self._prefix.announce = lambda line: self.work.run.announce(self.stage, line)
 
     def _show(self, stage: str) -> None:
         """Let bar and log say which stage it is."""
-        trainer: Any = self
-        for callback in trainer.callback_handler.callbacks:
+        for callback in self.callback_handler.callbacks:
             if isinstance(callback, (LogLines, ProgressBar)):
-                callback.begin(stage, trainer.state.global_step)
+                callback.begin(stage, self.state.global_step)
+
+    # -- methods of `Trainer`, beside those that `Training` extends ------------------------------------------------
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> dict[str, float]:
-        """The loss on the rows that say where training stops or, where it runs to its end, the run's own metrics on its
-        test rows, instead of what a trainer can see of a batch."""
-        trainer: Any = self
-        if self.work.stops_early:  # their loss says where to stop; the test rows say nothing until the end
-            found = {f"{metric_key_prefix}_loss": loss_aside(self.work, trainer.model, half_precision(trainer.args))}
-        else:
-            found = self._measured(metric_key_prefix)
-        trainer.log(found)
-        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, found)
+        """`Trainer` sees batches, and the run's metrics are of whole answers; or the loss says where training stops."""
+        found = self._measured(metric_key_prefix)
+        self.log(found)
+        told = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self.control: TrainerControl = told
         return found
 
     def _measured(self, prefix: str) -> dict[str, float]:
-        trainer: Any = self
-        answers = {"": self.work.task.answer(self.work.asking(trainer.model), self.work.test_rows)}
-        metrics = scores_of(answers, self.work.task).metrics
-        return {f"{prefix}_{name}": value for name, value in metrics.items()}
+        work = self.work
+        if work.stops_early:  # the loss of rows set aside says where to stop; test rows say nothing until the end
+            return {f"{prefix}_loss": loss_aside(work, self.model, half_precision(self.args))}
+        answers = {"": work.task.answer(work.asking(self.model), work.test_rows)}
+        return {f"{prefix}_{name}": value for name, value in scores_of(answers, work.task).metrics.items()}
+
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        """What `torch.save` raises on a full disk, in many words, is a `RuntimeError` like any other elsewhere."""
+        try:
+            with meeting_others():
+                super()._save_checkpoint(*args, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = one_line(error, 200)
+            line = f"cannot write below {self.args.output_dir}; is the disk full? ({reason})"
+            raise LightPeftError(line) from error
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """`Trainer` goes through all parameters at every step, for a number that nobody reads."""
+        return 0
 
 
-class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
+class LightRun(light_trainer(RunTrainer)):  # type: ignore[misc]
     """Light-PEFT in a run folder: what estimation and the cut find goes there on the way."""
 
     light_longer = "training.epochs"
@@ -139,19 +152,19 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         """
         self.work, self.stop_at_cut = work, stop_at_cut
         training = work.config.training
-        options = {"light": work.config.light, "fast_steps": training.fast_steps, "prefix_cache": work.prefix_cache}
+        options = {"light": work.config.light, "fast_steps": training.fast_steps}
         super().__init__(model, **_options(work, [*callbacks, _EndsAt(self, work.steps - work.last_steps)]), **options)
+        self._keep_prefix()
+        self._schedule.last_steps = work.last_steps
 
-    def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
-        """Behind the cut, over the steps before those at full width."""
-        last = self.work.last_steps if self.light_plan is not None else 0
-        return super().create_scheduler(num_training_steps - last, *args, **options)
+    def checkpoint_at_cut(self, estimation_steps: int) -> Path:
+        """A checkpoint from which training goes on behind the cut, as if nothing had happened since."""
+        return self._checkpoints.at_cut(estimation_steps, self.work.steps)
 
-    def _begin_light(self, state: TrainerState, control: TrainerControl) -> None:
-        if self.light_plan is None:
-            self._show("estimate")
-            self.meter = Meter(self.work, self._peft_model, state.global_step, resumed=state.global_step > 0)
-        super()._begin_light(state, control)
+    def _begin_estimation(self, state: TrainerState, control: TrainerControl) -> None:
+        self._show("estimate")
+        self.meter = Meter(self.work, self._peft_model, state.global_step, resumed=state.global_step > 0)
+        super()._begin_estimation(state, control)
 
     def _warn(self, line: str) -> None:
         """The stages say it, each in its place."""
@@ -196,15 +209,15 @@ class LightRun(InRun, light_trainer(RunTrainer)):  # type: ignore[misc]
         """Cut, and leave the light adapter before fine-tuning in the run folder."""
         return leave_pruned(self.work, self._peft_model, plan)
 
-    def _begin_light_fine_tuning(self, max_steps: int) -> None:
+    def _begin_fine_tuning(self, max_steps: int) -> None:
         self._show("train")
         started, step = time.perf_counter(), self.state.global_step
-        super()._begin_light_fine_tuning(max_steps)
+        super()._begin_fine_tuning(max_steps)
         caching = time.perf_counter() - started
         self.meter = Meter(self.work, self._peft_model, step, step > self._estimation_steps, caching)
 
 
-class DenseRun(InRun, ResumingMixin, PrefixMixin, ShardingMixin, RunTrainer):
+class DenseRun(RunTrainer):
     """Plain PEFT, or every weight, in a run folder, as both train by habit; frozen blocks run without a graph."""
 
     def __init__(
@@ -220,8 +233,9 @@ class DenseRun(InRun, ResumingMixin, PrefixMixin, ShardingMixin, RunTrainer):
             callbacks: called before those of the run.
             steps, rate: optimizer steps, and peak learning rate; None: those of the run.
         """
-        self.work, self.prefix_cache = work, work.prefix_cache
+        self.work = work
         super().__init__(model, **_options(work, callbacks, steps, rate))
+        self._keep_prefix()
         if self.args.fp16:
             train_in_float32(model)
         self.add_callback(_Course(self))
@@ -230,22 +244,9 @@ class DenseRun(InRun, ResumingMixin, PrefixMixin, ShardingMixin, RunTrainer):
         """Training begins, or goes on from a checkpoint."""
         self._show(self.stage)
         started = time.perf_counter()
-        self._open_prefix(self.model, state.max_steps)
+        self._prefix.open(state.max_steps)
         caching = time.perf_counter() - started
         self.meter = Meter(self.work, self.model, state.global_step, state.global_step > 0, caching)
-
-    def train(self, resume_from_checkpoint: str | None = None, *args: Any, **options: Any) -> Any:
-        """Train, and leave the model as it was but for its weights."""
-        if resume_from_checkpoint is not None:
-            check_step(Path(resume_from_checkpoint), self.args)
-        self._foresee_prefix(self.model)
-        self._before_sharding(resume_from_checkpoint)
-        try:
-            result = super().train(resume_from_checkpoint, *args, **options)
-            self._behind_sharding()
-            return result
-        finally:
-            self._close_prefix()
 
 
 class WideRun(DenseRun):
@@ -256,11 +257,13 @@ class WideRun(DenseRun):
     def __init__(self, work: Workspace, model: nn.Module, callbacks: Sequence[TrainerCallback] = ()) -> None:
         super().__init__(work, model, callbacks, work.last_steps, work.rate * work.config.light.full_width_rate)
 
-    def train(self, *args: Any, **options: Any) -> Any:
-        """Train with the faster steps, if the run takes them."""
+    @contextmanager
+    def _training(self, checkpoint: str | None) -> Iterator[None]:
+        """With the faster steps, if the run takes them."""
         config = self.work.config
-        with light_steps(self.model, config.light, fast=config.training.fast_steps, loss_alone=True):
-            return super().train(*args, **options)
+        steps = light_steps(self.model, config.light, fast=config.training.fast_steps, loss_alone=True)
+        with steps, super()._training(checkpoint):
+            yield
 
 
 class _EndsAt(TrainerCallback):
@@ -298,7 +301,7 @@ def _options(
     given = dict(config.trainer)
     if _wants_tensorboard(given):
         given["report_to"] = [name for name in _names(given) if name != TENSORBOARD]
-    # a trainer makes its folder at once, and a run nothing before all is found good: see `InRun.settle`
+    # a trainer makes its folder at once, and a run nothing before all is found good: see `RunTrainer.settle`
     stops = steps == work.steps
     if stops and work.stops_early:
         training = replace(training, save_steps=work.pace.steps_an_epoch)

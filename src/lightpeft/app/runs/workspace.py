@@ -15,7 +15,6 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Wanted
 from lightpeft.app.folders.opening import open_base
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs.depth import with_found_depth
 from lightpeft.app.tasks import (
     Collator,
     Coverage,
@@ -29,10 +28,11 @@ from lightpeft.app.tasks import (
     share_at_limit,
     task_tokens,
 )
+from lightpeft.budget.tolerance import USUAL_NATS
 from lightpeft.config import NOTHING_REMOVED, WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer
 from lightpeft.console.bars import showing, silent
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import understandable
+from lightpeft.files import read_json, understandable
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
@@ -41,7 +41,6 @@ from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, c
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted
-from lightpeft.recipe.budget import USUAL_NATS
 from lightpeft.training.arguments import USUAL, check_given
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import Pace, rows_held, settled
@@ -242,6 +241,19 @@ class Workspace:
         step = f"steps of {pace.batch_size * pace.accumulation} rows, as the run began"
         parts = f"{of_process.batch_size} rows at once, {of_process.gradient_accumulation} time(s) a step"
         self.run.announce(stage, f"training goes on with {step}: each process takes {parts}")
+
+
+def with_found_depth(config: RunConfig, run: RunFolder) -> RunConfig:
+    """The settings of a run with the depth that was found.
+
+    Raises:
+        LightPeftError: the file is damaged.
+    """
+    if config.light.depth != "auto":
+        return config
+    found = read_json(run.depth)
+    with understandable(run.depth):
+        return replace(config, light=replace(config.light, depth=float(found["depth"])))
 
 
 def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False) -> Workspace:

@@ -43,7 +43,7 @@ _T5_CROSS = replace(
     role="cross",
     position_bias=None,
 )
-T5 = Family("t5", (_T5_ENCODER, _T5_DECODER, _T5_CROSS))
+T5 = Family("t5", (_T5_ENCODER, _T5_DECODER, _T5_CROSS), own_bias="has_relative_attention_bias")
 MT5 = replace(T5, model_type="mt5")
 
 
@@ -74,6 +74,6 @@ _BART_CROSS = replace(
 )
 BART = Family("bart", (_BART_ENCODER, _BART_DECODER, _BART_CROSS))
 MBART = replace(BART, model_type="mbart")
-WHISPER = replace(BART, model_type="whisper")
+WHISPER = replace(BART, model_type="whisper", head_settings=("alignment_heads",))  # for timestamps of tokens
 
 ENCODER_DECODERS = (T5, MT5, BART, MBART, WHISPER)

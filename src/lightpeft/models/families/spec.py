@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightpeft.plans.structure import SLOTS, Role
+from lightpeft.plans.structure import FFN_SLOTS, SLOTS, Role
 
 _QUANTITIES = {"heads", "kv_heads", "heads_per_kv", "width"}
 _ATTENTION = ({"q", "k", "v", "o"}, {"q", "kv", "o"}, {"qkv", "o"})
@@ -105,13 +105,21 @@ class Family:
     """One stack for encoders and decoders; encoder, decoder and cross-attention for encoder-decoders."""
     positions_after_padding: bool = False
     """Whether position numbers start after the padding index, so that the position table has unused entries."""
+    own_bias: str | None = None
+    """Attribute of attention that makes it look up position biases itself; those of `Stack.position_bias` alone."""
+    head_settings: tuple[str, ...] = ()
+    """Generation settings that number cross-attention heads of the dense model."""
     needs: dict[str, Any] = field(default_factory=dict)
     """Config values without which models of this family cannot be pruned."""
 
     def __post_init__(self) -> None:
+        if self.own_bias is None and any(stack.position_bias for stack in self.stacks):
+            raise ValueError(
+                f"family {self.model_type}: blocks share position biases; own_bias says how one has its own"
+            )
         for stack in self.stacks:
             for table in stack.tables:
-                attention = {slot for slot in table if not slot.startswith("ffn")}
+                attention = set(table) - set(FFN_SLOTS)
                 if attention not in _ATTENTION or set(table) - attention not in _FFN:
                     raise ValueError(
                         f"family {self.model_type}: {sorted(table)} are not the projections of a block; give q, k, v "

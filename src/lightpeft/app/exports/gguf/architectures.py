@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from lightpeft.errors import require
 from lightpeft.plans.records import BlockPlan, PrunePlan
-from lightpeft.plans.structure import BlockSpec
+from lightpeft.plans.structure import FFN_SLOTS, BlockSpec
 
 _NOTHING = 32
 """Neurons of zeros that stand for an FFN without neurons: without one llama.cpp drops what attention adds."""
@@ -177,7 +177,7 @@ def _of_projection(
     slot: str,
 ) -> Iterator[tuple[str, Tensor]]:
     """What is written of a weight or a bias of a block's projection: nothing, where attention is gone."""
-    if slot.startswith("ffn"):
+    if slot in FFN_SLOTS:
         yield name, tensor if kept.neurons else _nothing(tensor, slot)
     elif not kept.heads:
         return

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lightpeft.app.runs.workspace import Workspace
+from lightpeft.budget.found import SHORT
+from lightpeft.budget.room import SearchRoom, why_unmeasured
 from lightpeft.config import LightConfig
 from lightpeft.machine import processes, sharding_launched
-from lightpeft.plans.budgets import SHORT
-from lightpeft.recipe.probes import SearchRoom, why_unmeasured
 
 
 def why_fixed(work: Workspace) -> str | None:

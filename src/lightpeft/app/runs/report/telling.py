@@ -10,8 +10,8 @@ from typing import Any
 
 from lightpeft.app.runs.report.facts import STAGES, AutoBudget, RunFacts, number
 from lightpeft.app.runs.report.words import count, duration, interval, metric_name, quality, share, size, times
+from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import RunConfig
-from lightpeft.plans.budgets import cost_in_words, tolerance_in_words
 
 Form = Callable[[float], str]
 """How a number is said."""

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, islice
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
+from lightpeft.budget.cost import SearchCost
+from lightpeft.budget.room import SearchRoom, sizes_of
 from lightpeft.config import LightConfig
 from lightpeft.console.bars import progress
 from lightpeft.machine import autocasting, random_apart
 from lightpeft.models.patching import in_mode
 from lightpeft.plans.records import PrunePlan
 from lightpeft.profiling.live import Batch, device_of, loss_of, losses_of, moved, trainable
-from lightpeft.prune.search_cost import SearchCost
 from lightpeft.prune.surgery import cut_copy
 from lightpeft.training.acceleration import light_steps
+from lightpeft.training.arguments import half_precision
+from lightpeft.training.host import Host
+from lightpeft.training.rows import batches_of
+from lightpeft.training.step_rows import rows_a_step
 
 _WARMUP = 0.1
 """Part of a probe's steps."""
@@ -95,3 +102,54 @@ class Probe:
                 scaler.update()
                 schedule.step()
                 optimizer.zero_grad()
+
+
+def make_probe(
+    trainer: Host,
+    room: SearchRoom,
+    light: LightConfig,
+    steps: int,
+    seen: Collection[int] | None,
+    rate: float,
+    *,
+    fast: bool,
+    gone: float = 0.0,
+) -> Probe:
+    """Probes that train as a trainer does, but by AdamW.
+
+    Args:
+        steps: of the whole run.
+        seen: numbers of rows that estimation has gone through; None: not known. Rows are set aside from the others, if
+            there are enough of them.
+        rate: of plain PEFT: copies keep all ranks, and `learning_rate_scale` is for few.
+        fast: whether the steps are the faster ones.
+        gone: part of the blocks that is gone before.
+    """
+    args, rows = trainer.args, trainer.train_dataset
+    size = args.train_batch_size * args.world_size
+    sizes, cost = sizes_of(room, light, steps, gone)
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    unseen = [number for number in drawn if number not in seen] if seen is not None else drawn
+    aside = (unseen if len(unseen) >= sizes.aside else drawn)[: sizes.aside]
+    apart = set(aside)
+    rest = [number for number in drawn if number not in apart]
+    batches = partial(batches_of, rows, trainer)
+    return Probe(
+        light=light,
+        train=[*batches(_around(rest, sizes.steps * rows_a_step(args)), size)],
+        accumulation=args.gradient_accumulation_steps,
+        rows=aside,
+        held=batches(aside, sizes.in_batch),
+        rate=rate,
+        weight_decay=args.weight_decay,
+        max_grad_norm=args.max_grad_norm,
+        autocast=half_precision(args),
+        fast=fast,
+        few=sizes.few,
+        cost=cost,
+    )
+
+
+def _around(numbers: Sequence[int], count: int) -> list[int]:
+    """So many of them, from the beginning again where they end."""
+    return list(islice(cycle(numbers), count))

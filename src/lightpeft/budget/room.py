@@ -1,26 +1,19 @@
-"""The probes of a trainer: how many steps, on which of its rows, and which rows are set aside to measure on."""
+"""Whether a run has room for a search, and how large that may be: how much it trains on, and looks at."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import cycle, islice
-from typing import Any
 
-import torch
-from datasets import Dataset
-
-from lightpeft.config import LightConfig
-from lightpeft.profiling.live import Batch
-from lightpeft.prune.budgeting import PARTS
-from lightpeft.prune.probing import Probe
-from lightpeft.prune.search_cost import SearchCost
-from lightpeft.training.arguments import half_precision
+from lightpeft.budget.cost import SearchCost
+from lightpeft.config import LightConfig, Tolerance
+from lightpeft.training.host import Host
 from lightpeft.training.schedule import pace_of
 from lightpeft.training.step_rows import rows_a_step
 
+PARTS = (0.2, 0.4, 0.6)
+"""Of the blocks that are there, what is cut to see the rise of the loss before anything trains; between them it lies on
+a line. No more than the last is found of a model that has all of its blocks (`budget.search.MOST`)."""
 PART = 0.04
 """Part of a run's steps that a probe takes."""
 LEAST_STEPS, MOST_STEPS = 8, 64
@@ -83,17 +76,17 @@ class SearchRoom:
     """How many of the caller's rows train; empty: `rows` do."""
 
     @classmethod
-    def of(cls, trainer: Any) -> SearchRoom:
-        """That of a `LightTraining`."""
+    def of(cls, trainer: Host, tolerance: Tolerance, engine: str | None = None, told: str = "") -> SearchRoom:
+        """That of a trainer."""
         pace, args = pace_of(trainer), trainer.args
         return cls(
             rows=None if pace is None else pace.rows,
             batch_size=args.train_batch_size,
             rows_a_step=rows_a_step(args),
             processes=args.world_size,
-            points=trainer.light_tolerance().unit == "points",
-            engine="FSDP" if trainer._shards else "DeepSpeed" if trainer._in_deepspeed else None,
-            told=trainer.light_rows_told,
+            points=tolerance.unit == "points",
+            engine=engine,
+            told=told,
         )
 
     def aside(self, seen: float) -> int:
@@ -131,51 +124,6 @@ def sizes_of(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0
     return next((found for found in sizes if found[1].usual <= light.search_fraction), sizes[-1])
 
 
-def make_probe(
-    trainer: Any,
-    light: LightConfig,
-    steps: int,
-    seen: Collection[int] | None,
-    fast: bool,
-    gone: float = 0.0,
-    length: int | None = None,
-) -> Probe:
-    """Probes that train as a trainer does, but by AdamW, at its rate.
-
-    Args:
-        steps: of the whole run.
-        seen: numbers of rows that estimation has gone through; None: not known. Rows are set aside from the others, if
-            there are enough of them.
-        fast: whether the steps are the faster ones.
-        gone: part of the blocks that is gone before.
-        length: steps of a probe; None: by those of the run.
-    """
-    args, rows = trainer.args, trainer.train_dataset
-    size = args.train_batch_size * args.world_size
-    sizes, cost = sizes_of(SearchRoom.of(trainer), light, steps, gone)
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    unseen = [number for number in drawn if number not in seen] if seen is not None else drawn
-    aside = (unseen if len(unseen) >= sizes.aside else drawn)[: sizes.aside]
-    apart = set(aside)
-    rest = [number for number in drawn if number not in apart]
-    taken = sizes.steps if length is None else length
-    batches = partial(batches_of, rows, trainer)
-    return Probe(
-        light=light,
-        train=[*batches(_around(rest, taken * rows_a_step(args)), size)],
-        accumulation=args.gradient_accumulation_steps,
-        rows=aside,
-        held=batches(aside, sizes.in_batch),
-        rate=trainer.light_plain_rate,  # copies keep all ranks, and `learning_rate_scale` is for few
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
-        autocast=half_precision(args),
-        fast=fast,
-        few=sizes.few,
-        cost=cost,
-    )
-
-
 def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float = 0.0) -> str | None:
     """Why probes cannot measure a budget here; None: they can.
 
@@ -195,25 +143,3 @@ def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float
         return None
     takes = f"a search for a budget would take {100 * cost.least:.3g}% of the time of plain PEFT's run of {steps} steps"
     return f"{takes}, and light.search_fraction allows {100 * cost.most:.3g}%"
-
-
-def _around(numbers: Sequence[int], count: int) -> list[int]:
-    """So many of them, from the beginning again where they end."""
-    return list(islice(cycle(numbers), count))
-
-
-def batches_of(rows: Any, trainer: Any, numbers: Sequence[int], size: int) -> list[Batch]:
-    """Batches of rows of similar length, in an order that has nothing to do with it, as a trainer feeds them.
-
-    Args:
-        numbers: of the rows.
-        size: rows a batch.
-    """
-    lengths = rows["length"][:] if isinstance(rows, Dataset) and "length" in rows.column_names else None
-    order = list(numbers) if lengths is None else sorted(numbers, key=lengths.__getitem__)
-    if isinstance(rows, Dataset):
-        rows = trainer._remove_unused_columns(rows, description="training")
-    parts = [order[start : start + size] for start in range(0, len(order), size)]
-    batches = [trainer.data_collator([rows[number] for number in part]) for part in parts]
-    mixed = torch.randperm(len(batches), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()
-    return [batches[index] for index in mixed]

@@ -31,9 +31,6 @@ from statistics import NormalDist
 import numpy as np
 from torch import Tensor
 
-SHORT = 0.4
-"""Of the blocks, what goes of a classifier whose run is too short for a search, as measured on files of 300 to 1,000
-rows (docs/quality.md)."""
 STEP, MOST = 0.05, 0.6
 """Budgets are multiples of the first, and no more than the second is found: 80% cost classifiers that had learned their
 task three points or more, and a probe, made when a model has hardly begun to, does not always see that."""
@@ -50,23 +47,6 @@ _LEAST_LEFT = 0.1
 _PROBES, _WITH_WITNESS = 3, 2
 """Budgets that are probed at most: without a second witness, and with it, beside whom a third probe hardly ever changes
 what is found (docs/quality.md)."""
-
-
-def cost_in_words(nats: float, points_a_nat: float | None) -> str:
-    """A rise of the loss in the unit of the tolerance, for people.
-
-    Args:
-        points_a_nat: of the task's metric that a nat is worth; None: the tolerance is in nats.
-    """
-    value, unit = (nats, "nat") if points_a_nat is None else (nats * points_a_nat, "point")
-    shown = f"{float(f'{value:.2g}'):g}"
-    return f"{shown} {unit}{'s' * (shown != '1')}"
-
-
-def tolerance_in_words(nats: float, points_a_nat: float | None) -> str:
-    """A tolerance, for people; one in points also as the rise of the loss that it stands for."""
-    loss = "" if points_a_nat is None else f" ({cost_in_words(nats, None)})"
-    return f"{cost_in_words(nats, points_a_nat)}{loss}"
 
 
 def elsewhere(blocks: float) -> tuple[float, float]:

@@ -1,0 +1,1 @@
+"""The largest budget that a tolerance bears: `light.blocks: auto`, found when estimation is over."""

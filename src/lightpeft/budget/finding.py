@@ -1,0 +1,113 @@
+"""`light.blocks: auto`: the budget of a model whose estimation is over.
+
+`budget.search` is the search, `budget.probes` what it asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lightpeft.budget.curve import gone_before, loss_curve, nested_plans
+from lightpeft.budget.found import FoundBudget, has_learned
+from lightpeft.budget.probes import Probe
+from lightpeft.budget.room import PARTS
+from lightpeft.budget.search import BudgetSearch
+from lightpeft.config import LightConfig, Tolerance
+from lightpeft.plans.planning import make_plan
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.profiling.live import Batch, losses_and_classes_of, losses_of
+from lightpeft.prune.learning import classes_of, loss_by_frequencies, one_of_several
+
+Worth = Callable[[Tensor, Tensor], float]
+"""The classes that a model gives some rows, and those that are right, both [rows] -> points of the task's metric that a
+nat of its loss is worth."""
+
+
+def find_budget(
+    model: PeftModel,
+    record: EstimationRecord,
+    light: LightConfig,
+    probe: Probe,
+    tolerance: Tolerance,
+    worth: Worth | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> FoundBudget:
+    """Measure, and find the largest budget within the tolerance.
+
+    Args:
+        model: as estimation left it; it stays so. Beside it there is one copy at a time, of what a cut leaves.
+        tolerance: what a budget may cost.
+        worth: of a tolerance in points.
+        announce: told of each copy before it trains.
+
+    Raises:
+        LightPeftError: the model gives no loss, or no budget can be tried at all.
+    """
+    # a cut of ranks throws away what they have learned, which hides all else
+    light = replace(light, ranks=0.0, modules=0.0)
+    gone = gone_before(record)
+    parts = [round(gone + part * (1 - gone), 3) for part in PARTS]
+    plans = dict(nested_plans(record, replace(light, blocks=None), parts))
+    few = probe.held[: probe.few]
+    losses, points_a_nat = _whole(model, few if worth is None else probe.held, probe.autocast, worth)
+    _, curve = loss_curve(model, plans, few, probe.autocast, losses[: len(few)])
+    nats = tolerance.amount / (points_a_nat or 1.0)
+    search = BudgetSearch({each.blocks: each.rise for each in curve}, nats, gone, points_a_nat)
+
+    def after_steps(blocks: float | None) -> Tensor:
+        """Losses when a copy has been cut and has trained."""
+        copy = len(search.probed) + (1 if blocks is None else 2)
+        said = f"{blocks:.0%} of the blocks cut" if blocks else "nothing cut"
+        announce(f"light.blocks: auto, copy {copy} of {1 + search.most} at most: {said}, {probe.steps} steps")
+        return probe.losses(model, None if blocks is None else make_plan(record, replace(light, blocks=blocks)))
+
+    chance = chance_of(model, probe.held[: len(losses)])
+    learned = None if chance is None else 1 - float(losses.mean()) / max(chance, 1e-6)
+    # a classifier's loss tells whether it has learned something; of others, whether a cut raises theirs
+    taught = curve[-1].interval[0] > 0 if learned is None else has_learned(learned)
+    found = 0.0
+    if taught:
+        whole = after_steps(None)
+        allows = None if probe.cost is None else probe.cost.allows
+        found = search.run(lambda blocks: after_steps(blocks) - whole, allows)
+    return FoundBudget(
+        blocks=found,
+        tolerance=nats,
+        expected=search.expected(found) if found else None,
+        before={each.blocks: each.rise for each in curve},
+        probed=search.probed,
+        rows=len(probe.rows),
+        steps=probe.steps,
+        learned=learned,
+        points_a_nat=points_a_nat,
+        of_plain=None if probe.cost is None else probe.cost.of_plain([each.blocks for each in search.probed]),
+    )
+
+
+def _whole(
+    model: PeftModel, batches: Sequence[Batch], autocast: torch.dtype | None, worth: Worth | None
+) -> tuple[Tensor, float | None]:
+    """The losses of batches with nothing cut, [batches], and by the same pass what a nat is worth in points."""
+    if worth is None:
+        return losses_of(model, batches, autocast), None
+    losses, classes = losses_and_classes_of(model, batches, autocast)
+    return losses, worth(classes, torch.cat([batch["labels"] for batch in batches]))
+
+
+def chance_of(model: PeftModel, batches: Sequence[Batch]) -> float | None:
+    """The loss, in nats, of an answer that gives every class the part of these rows that it has.
+
+    Returns:
+        None where the model does not give a row one of several classes.
+    """
+    if not classes_of(model) or not all("labels" in batch for batch in batches):  # a span has two ends
+        return None
+    labels = [batch["labels"] for batch in batches]
+    if not all(one_of_several(of) for of in labels):
+        return None
+    return loss_by_frequencies(torch.cat(labels).bincount())

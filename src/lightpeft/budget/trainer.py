@@ -1,0 +1,56 @@
+"""The budget of a model that a trainer trains: found where there is room for a search, a fixed one elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Protocol
+
+from peft import PeftModel
+from torch import Tensor
+
+from lightpeft.budget.curve import gone_before
+from lightpeft.budget.finding import find_budget
+from lightpeft.budget.found import FoundBudget
+from lightpeft.budget.probes import make_probe
+from lightpeft.budget.room import SearchRoom, why_unmeasured
+from lightpeft.config import LightConfig, Tolerance
+from lightpeft.plans.records import EstimationRecord
+from lightpeft.training.host import Host
+from lightpeft.training.rows import rows_of_steps
+
+
+class SearchHost(Host, Protocol):
+    """A trainer that can be searched a budget for."""
+
+    light_config: LightConfig
+    light_plain_rate: float
+    """Learning rate of plain PEFT: what the trainer was given."""
+    light_rows_told: str
+    """The training rows as the caller counts them, for lines about their number; empty: as they train."""
+    fast_steps: bool
+    _peft_model: PeftModel
+
+    def light_tolerance(self) -> Tolerance: ...
+    def light_points_a_nat(self, classes: Tensor, right: Tensor) -> float: ...
+    def announce_light_budget(self, line: str) -> None: ...
+
+
+def budget_in(trainer: SearchHost, record: EstimationRecord, steps: int, engine: str | None) -> FoundBudget:
+    """The largest part of the blocks that may go within `light.tolerance`, for the model as estimation left it.
+
+    Args:
+        steps: of the whole run.
+        engine: what shards the model, if anything does.
+    """
+    started, light, asked = time.perf_counter(), trainer.light_config, trainer.light_tolerance()
+    gone = gone_before(record)
+    room = SearchRoom.of(trainer, asked, engine, trainer.light_rows_told)
+    reason = why_unmeasured(room, light, steps, gone)
+    if reason is not None:
+        return FoundBudget.fixed(reason, record.meta.get("learned"), gone)
+    seen, rate = rows_of_steps(trainer, record.meta["steps"]), trainer.light_plain_rate
+    probe = make_probe(trainer, room, light, steps, seen, rate, fast=trainer.fast_steps, gone=gone)
+    worth = trainer.light_points_a_nat if asked.unit == "points" else None
+    found = find_budget(trainer._peft_model, record, light, probe, asked, worth, trainer.announce_light_budget)
+    return replace(found, seconds=time.perf_counter() - started)

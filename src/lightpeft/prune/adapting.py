@@ -1,0 +1,231 @@
+"""The rest of a model that counts on all heads and experts of the dense one, made right after a cut.
+
+Head counts that attention reads, arguments with one entry a head, position biases that blocks share, attention without
+heads, the loss that balances experts, and generation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import Cache
+
+from lightpeft.compat.transformers import grow_static_cache
+from lightpeft.errors import LightPeftError
+from lightpeft.models.arguments import change_arguments
+from lightpeft.models.families import Family
+from lightpeft.plans.records import BlockPlan, PrunePlan
+from lightpeft.plans.structure import BlockSpec
+
+
+def replace_module(inner: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module where one is, by its name below `inner`."""
+    parent, _, child = name.rpartition(".")
+    setattr(inner.get_submodule(parent), child, module)
+
+
+# What reads head counts or has one entry a head
+
+
+def set_head_attribute(attention: nn.Module, attribute: str, value: int) -> None:
+    """Set a head count; one that attention reads from the shared config is set in a view of the config."""
+    if attribute.startswith("config."):
+        vars(attention)["config"] = ConfigView(attention.config, {attribute.removeprefix("config."): value})
+    else:
+        setattr(attention, attribute, value)
+
+
+class ConfigView:
+    """A config with values of one module's own; all others are read from the shared config when they are asked for."""
+
+    def __init__(self, shared: Any, own: dict[str, Any]) -> None:
+        self.__dict__.update(own)
+        self.__dict__["shared"] = shared
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "shared" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.shared, name)
+
+
+class KeptEntries:
+    """What stays of one dimension of a tensor. Follows it to its device; no buffer, so in no state dict."""
+
+    def __init__(self, index: Tensor, dim: int = -1) -> None:
+        self.index, self.dim = index, dim
+
+    def of(self, states: Tensor) -> Tensor:
+        """[..., all, ...] -> [..., those that stay, ...]."""
+        index = self.index.to(states.device)
+        self.index = index
+        return states.index_select(self.dim, index)
+
+
+class SelectedChannels(nn.Module):
+    """A norm over all heads of the dense model, then the channels of the heads that stay."""
+
+    def __init__(self, norm: nn.Module, index: Tensor) -> None:
+        super().__init__()
+        self.norm = norm
+        self.kept = KeptEntries(index)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., heads * head_dim] -> [..., kept heads * head_dim]."""
+        return self.kept.of(self.norm(states))
+
+
+def unshared_tables(inner: nn.Module, plan: PrunePlan) -> dict[str | None, nn.Module | None]:
+    """Position tables of the stacks whose blocks can no longer share what has one entry a head: one lost heads.
+
+    Returns:
+        Name of the table -> table; None -> None for stacks that share other arguments and have no table.
+    """
+    names = {spec.position_bias for spec, kept in plan.parts if spec.shared_arguments and len(kept.heads) < spec.heads}
+    return {name: inner.get_submodule(name) if name else None for name in names}
+
+
+def stop_sharing(attention: Any, spec: BlockSpec, kept: BlockPlan, table: Any, family: Family) -> None:
+    """Let a block make what it took over from the block before, and look up the biases of its own heads."""
+    change_arguments(attention, dict.fromkeys(spec.shared_arguments, _nothing))
+    if spec.position_bias and family.own_bias:
+        setattr(attention, family.own_bias, True)
+        heads = KeptEntries(torch.tensor(kept.heads))
+        if spec.position_bias.startswith(f"{spec.attention}."):
+            table.register_forward_hook(_KeepOutput(heads))
+        else:
+            setattr(attention, spec.position_bias.rpartition(".")[2], SharedBiases(table, heads))
+
+
+class SharedBiases(nn.Module):
+    """A block's own columns of the table of relative position biases that another block of the stack holds."""
+
+    table: nn.Embedding
+
+    def __init__(self, table: nn.Embedding, heads: KeptEntries) -> None:
+        super().__init__()
+        vars(self)["table"] = table  # no part of this module, so that it is counted, saved and moved once
+        self.heads = heads
+
+    @property
+    def weight(self) -> Tensor:
+        """[buckets, kept heads]."""
+        return self.heads.of(self.table.weight)
+
+    def forward(self, buckets: Tensor) -> Tensor:
+        """[queries, keys] -> [queries, keys, kept heads]."""
+        return functional.embedding(buckets, self.weight)
+
+
+class _KeepOutput:
+    """Forward hook that keeps a part of what a module gives."""
+
+    def __init__(self, kept: KeptEntries) -> None:
+        self.kept = kept
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return self.kept.of(output)
+
+
+def _nothing(of_dense_heads: Any) -> None:
+    """What attention takes in place of an argument with one entry a dense head, so that it makes its own."""
+
+
+# Attention without heads
+
+
+def drop_attention(inner: nn.Module, spec: BlockSpec, attention: nn.Module) -> None:
+    """Replace attention without heads by a module that only adds the bias of the output projection."""
+    output_name = spec.projections["o"]
+    inside = output_name.startswith(f"{spec.attention}.")
+    child = output_name[len(spec.attention) + 1 :] if inside else None
+    stub = DroppedAttention(attention, child, spec.attention_outputs)
+    table = (spec.position_bias or "").removeprefix(f"{spec.attention}.")
+    if spec.position_bias and table != spec.position_bias:  # it belongs to the whole stack, and plans do not count it
+        stub.add_module(table, attention.get_submodule(table))
+    replace_module(inner, spec.attention, stub)
+
+
+class DroppedAttention(nn.Module):
+    """Attention that lost all heads: no projection, no scores; what stays is the output projection's bias.
+
+    The KV cache still counts the tokens of this layer (one channel of zeros a token), because lengths and positions
+    are read from the cache of whichever layer comes first. Cross-attention counts nothing.
+    """
+
+    def __init__(self, attention: nn.Module, output: str | None, outputs: int = 2) -> None:
+        super().__init__()
+        self.layer_idx = getattr(attention, "layer_idx", getattr(attention, "layer_id", None))
+        self.output_name = output
+        self.outputs = outputs
+        if output is not None:
+            self.add_module(output, attention.get_submodule(output))
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        """[batch, length, width] -> ([batch, length, width of what follows], None, ...)."""
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is not None and kwargs.get("key_value_states") is None:
+            counted = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            getattr(cache, "self_attention_cache", cache).update(counted, counted, self.layer_idx)
+        nothing = hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
+        if self.output_name is None:
+            return nothing, *self._none()
+        return self.get_submodule(self.output_name)(nothing), *self._none()
+
+    def _none(self) -> tuple[None, ...]:
+        return (None,) * (self.outputs - 1)
+
+
+# The loss that balances experts
+
+
+def adapt_balance(inner: Any, plan: PrunePlan) -> None:
+    """Keep transformers' load-balancing loss right, which adds up the routers' probabilities over layers and multiplies
+    by the number of experts: as many as any layer keeps, and a logit of -inf for those that another has fewer."""
+    counts = {spec.index: len(kept.experts) for spec, kept in plan.parts if spec.experts}
+    if not counts:
+        return
+    most = max(counts.values())
+    if hasattr(inner, "num_experts"):
+        inner.num_experts = most
+    for spec, _ in plan.parts:
+        missing = most - counts.get(spec.index, most)
+        if missing:
+            router = inner.get_submodule(spec.expert_modules["router"])
+            router.register_forward_hook(_PaddedLogits(missing), prepend=True)  # before transformers notes them
+
+
+class _PaddedLogits:
+    """Forward hook of a router: logits of -inf behind its own, for experts that other layers have."""
+
+    def __init__(self, missing: int) -> None:
+        self.missing = missing
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        logits, *rest = output
+        return functional.pad(logits, (0, self.missing), value=float("-inf")), *rest
+
+
+# Generation that would read head counts from the shared config
+
+
+def adapt_generation(inner: Any, plan: PrunePlan, family: Family) -> None:
+    """Keep `generate` and its kin from counting on the heads of the dense model."""
+    cut = [(spec, kept) for spec, kept in plan.parts if len(kept.heads) < spec.heads]
+    if cut:
+        grow_static_cache(inner)
+    if any(0 < len(kept.kv_heads) < spec.kv_heads for spec, kept in cut):
+        inner.init_continuous_batching = _no_continuous_batching
+    settings = getattr(inner, "generation_config", None)
+    if settings is not None and any(spec.role == "cross" for spec, _ in cut):
+        for name in family.head_settings:
+            vars(settings).pop(name, None)
+
+
+def _no_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    raise LightPeftError(
+        "continuous batching caches equally many KV heads in every layer, which a model with pruned KV heads does not "
+        "have; use generate()"
+    )

@@ -1,0 +1,24 @@
+"""A trainer that prunes, as its parts see it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from transformers import TrainerControl, TrainerState
+
+from lightpeft.budget.trainer import SearchHost
+from lightpeft.plans.records import PrunePlan
+from lightpeft.recipe.pruner import EarlyPruner
+
+
+class LightHost(SearchHost, Protocol):
+    """A `LightTraining`: what `Course`, `LightCheckpoints`, `LightSchedule` and refusals read, set and call of it."""
+
+    light_plan: PrunePlan | None
+    light_report: dict[str, Any]
+    light_longer: str
+    _light_pruner: EarlyPruner | None
+    _estimation_steps: int
+
+    def _begin_light(self, state: TrainerState, control: TrainerControl) -> None: ...
+    def _cut(self, state: TrainerState, control: TrainerControl) -> None: ...

@@ -1,0 +1,68 @@
+"""Which rows the steps of a trainer take, in which order, and batches of rows as it feeds them to a model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from lightpeft.profiling.live import Batch
+from lightpeft.training.host import Host
+from lightpeft.training.step_rows import rows_a_step
+
+
+class EpochOrder(Sampler):
+    """The order of a `LengthGroupedSampler`, drawn from a seed of its own in each epoch."""
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int, epoch: Callable[[], int]) -> None:
+        self.sampler, self.seed, self.epoch = sampler, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        return self.of_epoch(self.epoch())
+
+    def of_epoch(self, epoch: int) -> Iterator[int]:
+        """Row numbers in the order of an epoch."""
+        self.sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
+        return iter(self.sampler)
+
+
+def repeatable(sampler: Sampler | None, trainer: Host) -> Sampler | None:
+    """A trainer's sampler, whose batches by length depend on seed and epoch alone, on any number of processes."""
+    if not isinstance(sampler, LengthGroupedSampler):
+        return sampler
+    sampler.batch_size *= trainer.args.world_size
+    sampler.lengths = list(sampler.lengths)  # a data set's column makes a new data set for every item read
+    return EpochOrder(sampler, trainer.args.seed, lambda: int(trainer.state.epoch or 0))
+
+
+def rows_of_steps(trainer: Host, steps: int) -> set[int] | None:
+    """Numbers of the training rows that the first steps of a run go through; None where these are not known."""
+    order = trainer._get_train_sampler(trainer.train_dataset)
+    if not isinstance(order, EpochOrder):
+        return None
+    return set(itertools.islice(order.of_epoch(0), steps * rows_a_step(trainer.args)))
+
+
+def batches_of(rows: Any, trainer: Host, numbers: Sequence[int], size: int) -> list[Batch]:
+    """Batches of rows of similar length, in an order that has nothing to do with it, as a trainer feeds them.
+
+    Args:
+        numbers: of the rows.
+        size: rows a batch.
+    """
+    lengths = rows["length"][:] if isinstance(rows, Dataset) and "length" in rows.column_names else None
+    order = list(numbers) if lengths is None else sorted(numbers, key=lengths.__getitem__)
+    if isinstance(rows, Dataset):
+        rows = trainer._remove_unused_columns(rows, description="training")
+    parts = [order[start : start + size] for start in range(0, len(order), size)]
+    batches = [trainer.data_collator([rows[number] for number in part]) for part in parts]
+    mixed = torch.randperm(len(batches), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()
+    return [batches[index] for index in mixed]

@@ -1,0 +1,34 @@
+"""The loss of a training step: a mean over the step, however many parts it comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightpeft.compat.torch import Noted
+from lightpeft.training.host import Host
+
+
+def step_loss(usual: Callable[..., Any], trainer: Host, options: dict[str, Any], *, plain: bool) -> Any:
+    """A trainer's loss; in training, one that is a mean over a batch counts as one of those of its step.
+
+    transformers takes every forward with **kwargs, and every `compute_loss_func`, for one that divides by
+    `num_items_in_batch`, and adds up what they give. Many do not: most models' losses for classes, numbers, several
+    labels and tags, and functions that return a mean. Their gradients would grow with accumulation steps and
+    processes. A loss that has not read the number is such a mean.
+
+    Args:
+        usual: the trainer's own, of the options.
+        options: what it is called with by name.
+        plain: whether it is `Trainer`'s own method.
+    """
+    count, told = options.get("num_items_in_batch"), trainer.loss_is_scaled_for_ga is not None
+    if options.get("return_outputs") or count is None or told:  # evaluation, or nothing to find out
+        return usual(**options)
+    items = Noted.of(count)
+    loss = usual(**{**options, "num_items_in_batch": items})
+    if items.read:
+        return loss
+    if plain and trainer.args.average_tokens_across_devices:  # it was multiplied by these
+        loss = loss / (trainer.accelerator.num_processes // trainer.get_tp_size())
+    return loss / trainer.current_gradient_accumulation_steps

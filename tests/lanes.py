@@ -1,0 +1,24 @@
+"""What `make test` runs, and what it leaves to `make test-all`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import pytest
+
+FULL = os.environ.get("LIGHTPEFT_TESTS") == "all"
+"""Whether all tests run (make test-all), and not one case of each."""
+thorough = pytest.mark.thorough
+"""Of a test that repeats what another one tells, or takes long for what it tells: `make test` leaves it out."""
+
+
+def telling(argument: str, cases: Iterable[Any], chosen: Collection[Any]) -> pytest.MarkDecorator:
+    """A test with all cases, of which `make test` runs those that are chosen."""
+    marked = [pytest.param(case, marks=() if case in chosen else thorough, id=_name(case)) for case in cases]
+    return pytest.mark.parametrize(argument, marked)
+
+
+def _name(case: Any) -> str | None:
+    return case if isinstance(case, str) else None
