@@ -41,7 +41,7 @@ def shortest(peft: Peft) -> Peft:
     """
     kind, settings = peft_type(peft), peft_settings(peft)
     require(isinstance(kind, str), f"peft.type is {kind!r}; it must be text, such as {USUAL}")
-    defaults = DEFAULTS.get(kind, {})
+    defaults = {SLOTS_KEY: None, "target_modules": None, **DEFAULTS.get(kind, {})}
     said = {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
     return {TYPE: kind, **said} if said else kind
 
