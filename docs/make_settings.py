@@ -7,6 +7,7 @@ with what would be written.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,5 +45,13 @@ def _table(part: Section) -> Iterator[str]:
     yield ""
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """Write the page, or with --check say whether it is as it would be written: 0, or 1."""
+    if "--check" in arguments:
+        return int(PAGE.read_text(encoding="utf-8") != page())
     PAGE.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

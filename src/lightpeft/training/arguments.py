@@ -17,18 +17,22 @@ from lightpeft.config.validation import Within, checked, unknown_key
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.machine import accelerator, autocast_dtype, sharding_launched
 
+_AS_THEY_ARE = {
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "warmup_steps": "warmup",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "save_steps": "save_steps",
+}
+"""Field of `TrainingArguments` -> the setting of `training` that is its value."""
 _ALIASES = {
+    **{name: f"training.{setting}" for name, setting in _AS_THEY_ARE.items()},
     "num_train_epochs": "training.epochs",
     "max_steps": "training.epochs",
-    "per_device_train_batch_size": "training.batch_size",
-    "per_device_eval_batch_size": "training.eval_batch_size",
-    "gradient_accumulation_steps": "training.gradient_accumulation",
     "learning_rate": "training.learning_rate",
-    "warmup_steps": "training.warmup",
     "bf16": "training.precision",
     "fp16": "training.precision",
-    "gradient_checkpointing": "training.gradient_checkpointing",
-    "save_steps": "training.save_steps",
     "seed": "seed",
     "data_seed": "seed",
 }
@@ -91,21 +95,16 @@ def training_arguments(
     autocast = autocast_dtype(config)
     fields: dict[str, Any] = {
         **USUAL,
+        **{name: getattr(config, setting) for name, setting in _AS_THEY_ARE.items()},
         "output_dir": str(folder),
         "max_steps": steps,
-        "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.eval_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation,
         "learning_rate": float(config.learning_rate),
-        "warmup_steps": config.warmup,
         "bf16": autocast is torch.bfloat16,
         "fp16": autocast is torch.float16,
         "use_cpu": accelerator() is None,
-        "gradient_checkpointing": config.gradient_checkpointing,
         "length_column_name": "length",
         "remove_unused_columns": False,
         "save_strategy": "steps",
-        "save_steps": config.save_steps,
         "logging_strategy": "steps",
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
