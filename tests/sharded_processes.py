@@ -1,4 +1,4 @@
-"""What `test_sharded.py` runs in two processes that share weights (over gloo): FSDP2, or DeepSpeed by its launcher."""
+"""What `test_sharded.py` runs in two processes that share weights (over gloo) by FSDP2."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
+from fsdp_on_cpus import shard_on_cpus
 from sharded_trainings import MODELS, found, training
 from tiny import make
 from torch.distributed.tensor import DTensor
 from training import StopAt
-from transformers import AutoModelForSequenceClassification
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from lightpeft.compat.deepspeed import in_zero3, logical_shape
 from lightpeft.errors import LightPeftError
-from lightpeft.machine import sharding_launched
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.recipe.trainer import LightTrainer
 
 
 def trainings(folder: Path) -> None:
@@ -42,17 +37,11 @@ def trainings(folder: Path) -> None:
     torch.save(found(undisturbed), place / "half.pt")
     torch.save(found(resumed(folder / "half", 8, bf16=True)), place / "half-resumed.pt")
     refused = {}
-    for setting, changes in (REFUSED_OF_FSDP | REFUSED if not sharding_launched("DEEPSPEED") else REFUSED).items():
+    for setting, changes in REFUSED.items():
         try:
             training("bert-lora", folder / "refused", processes=2, **changes)
         except LightPeftError as error:
             refused[setting] = str(error)
-    if is_deepspeed_zero3_enabled():  # by the arguments from before, which are there still
-        model = AutoModelForSequenceClassification.from_pretrained(place / "base")
-        try:
-            LightTrainer(model, undisturbed.args, peft_config=LoraConfig())
-        except LightPeftError as error:
-            refused["parts"] = str(error)
     (place / "refused.json").write_text(json.dumps(refused))
 
 
@@ -66,12 +55,10 @@ def resumed(folder: Path, step: int, **settings: Any) -> Any:
     return again
 
 
-REFUSED_OF_FSDP: dict[str, dict[str, Any]] = {
+REFUSED: dict[str, dict[str, Any]] = {
     "cpu_offload": {"fsdp_config": {"cpu_offload": True}},
     "cpu_ram_efficient_loading": {"fsdp_config": {"cpu_ram_efficient_loading": True}},
     "activation_checkpointing": {"fsdp_config": {"activation_checkpointing": True}},
-}
-REFUSED: dict[str, dict[str, Any]] = {
     "keep": {"light": {"keep": "full"}},
 }
 
@@ -79,15 +66,14 @@ REFUSED: dict[str, dict[str, Any]] = {
 def sharded(model: torch.nn.Module) -> dict[str, Any]:
     """How many numbers the base has, and how many of them this process holds."""
     base = [p for p in transformers_model(model).parameters() if not p.requires_grad]
-    return {"numbers": sum(logical_shape(p).numel() for p in base), "held": sum(_held(p) for p in base)}
+    return {"numbers": sum(p.numel() for p in base), "held": sum(_held(p) for p in base)}
 
 
 def _held(parameter: Any) -> int:
-    if isinstance(parameter, DTensor):
-        return parameter.to_local().numel()
-    return (parameter.ds_tensor if in_zero3(parameter) else parameter).numel()
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
 if __name__ == "__main__":
+    shard_on_cpus()
     trainings(Path(sys.argv[1]))
     dist.destroy_process_group()

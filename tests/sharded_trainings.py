@@ -14,7 +14,6 @@ from training import dataset, trained_weights
 from transformers import TrainingArguments
 
 from lightpeft.config import LightConfig
-from lightpeft.machine import sharding_launched
 from lightpeft.recipe.trainer import LightTrainer
 
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}}
@@ -49,7 +48,7 @@ def training(name: str, folder: Path, processes: int = 1, light: dict[str, Any] 
         "use_cpu": True,
         "disable_tqdm": True,
         **({"ddp_backend": "gloo"} if processes > 1 else {}),
-        **(FSDP if processes > 1 and not sharding_launched("DEEPSPEED") else {}),
+        **(FSDP if processes > 1 else {}),
         **settings,
     }
     budget = {"length": 4, "least_examples": 0, "heads": 0.5, "neurons": 0.5, "modules": 0.5, "dropout": 0.0}

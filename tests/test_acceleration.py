@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,6 @@ from lightpeft.peft_kinds.sites import find_sites, fused, fused_lora
 from lightpeft.profiling import count_flops
 from lightpeft.prune.importance import ModuleObserver
 from lightpeft.training.acceleration import base_dropout
-from lightpeft.training.prefix import FrozenPrefix
 
 
 def assert_same(one: Any, other: Any, tolerance: float) -> None:
@@ -57,13 +55,6 @@ class TestFusedLora:
         with fused_lora(model):
             assert count_flops(model, inputs) == expected
         assert calls
-
-    @pytest.mark.parametrize("name", ["gpt2", "falcon"])
-    def test_another_layer_is_left_to_peft(self, name: str, calls: list[torch.dtype]) -> None:
-        model = with_lora(make(name))
-        with fused_lora(model):
-            gradients(model, inputs_for(model, labels=True))
-        assert not calls
 
     def test_bf16_autocast_rounds_as_peft_does(self, calls: list[torch.dtype]) -> None:
         model = with_lora(make("llama-gqa"))
@@ -114,16 +105,6 @@ class TestFusedLora:
         observer.detach()
         assert counts == [0, 2 * count_layers(model), 2 * count_layers(model)]
 
-    def test_upper_blocks_alone_above_a_frozen_prefix(self) -> None:
-        base = make("bert")
-        targets = [f"bert.encoder.layer.2.attention.self.{slot}" for slot in ("query", "key", "value")]
-        model = with_lora(base, trained=False, target_modules=targets)
-        inputs = inputs_for(model, labels=True)
-        expected = gradients(model, inputs)
-        with FrozenPrefix(model).attached(), fused_lora(model):
-            found = gradients(model, inputs)
-        assert_same(expected, found, 1e-4)
-
     @pytest.mark.parametrize(
         ("change", "settings"),
         [
@@ -150,15 +131,6 @@ class TestFusedLora:
             found = model(**inputs).logits
         assert not calls
         assert found.equal(expected)
-
-    def test_the_model_is_afterwards_as_before(self) -> None:
-        model = with_lora(make("bert"))
-        before = {name: dict(vars(module)) for name, module in model.named_modules()}
-        state = copy.deepcopy(model.state_dict())
-        with fused_lora(model):
-            assert model.state_dict().keys() == state.keys()
-        after = {name: dict(vars(module)) for name, module in model.named_modules()}
-        assert all(before[name].keys() == after[name].keys() for name in before)
 
 
 class TestBaseDropout:

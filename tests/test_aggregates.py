@@ -43,16 +43,6 @@ def test_by_hand() -> None:
     assert probability_of_improvement(strata) == pytest.approx((0.5 + 1 + 0.75) / 3)
 
 
-@every_statistic
-@given(strata=grids(), seed=st.integers(0, 9))
-def test_resamples_are_computed_as_one_by_one(statistic: Statistic, strata: list[np.ndarray], seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    drawn = [task[draw.integers(0, len(task), (3, len(task)))] for task in strata]
-    together = statistic(drawn)
-    assert together.shape == (3,)
-    assert list(together) == pytest.approx([float(statistic([task[row] for task in drawn])) for row in range(3)])
-
-
 # -- what must hold ----------------------------------------------------------------------------------------------------
 
 
@@ -119,12 +109,6 @@ def test_tasks_are_not_resampled(statistic: Statistic, tasks: list[tuple[float, 
     """However far apart tasks are, seeds that agree within each give one value, and that is no certainty."""
     found = estimate(statistic, [np.full(seeds, value) for value, seeds in tasks], resamples=50)
     assert found.interval is None
-
-
-def test_all_seeds_better_is_no_certainty_of_being_better() -> None:
-    strata = [np.array([1.0, 2.0, 3.0]), np.array([4.0, 0.5, 1.0])]
-    assert estimate(probability_of_improvement, strata).interval is None
-    assert estimate(mean_difference, strata).interval is not None
 
 
 @every_location

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -73,34 +72,18 @@ def test_unknown_keys_name_the_nearest(bench: Workbench, refused: Refused) -> No
 
 VALUES = {
     "light.heads": (["1.5", "1", "-0.1"], "[0, 1)"),
-    "light.neurons": (["half"], "must be a number"),
     "light.length": (["0", "1", "1.0", "-0.5", "soon"], "length"),
     "light.heads_scope": (["local"], "layerwise, global"),
-    "light.min_ranks": (["0"], "at least 1"),
     "method": (["lite"], "light, plain"),
-    "preset": (["fats"], "default"),
     "model.dtype": (["int8"], "float32"),
     "training.epochs": (["0", "-1", "many", "1e300", "1e999"], "training.epochs"),
-    "training.batch_size": (["0", "2.5", "1180591620717411303424", "2000000"], "training.batch_size"),
     "training.learning_rate": (["0", "nan", "1e999"], "training.learning_rate"),
     "peft.r": (["0", "10000000"], "peft.r is"),
-    "data.test_fraction": (["1"], "(0, 1)"),
-    "data.max_length": (["1", "4611686018427387904"], "data.max_length is"),
-    "data.columns": (['{"prompt": "text"}', '{"txt": "text"}'], "rows of kind classification have text, label"),
-    # what would overflow somewhere below, or ask for more memory than there is
-    "seed": (["18446744073709551616", "4294967296", "-1"], "seed is"),
-    "training.gradient_accumulation": (["1180591620717411303424", "2000000"], "training.gradient_accumulation is"),
-    "training.eval_batch_size": (["1180591620717411303424", "2000000"], "training.eval_batch_size is"),
-    "training.warmup": (["1e999"], "training.warmup is"),
-    "data.answer_tokens": (["4611686018427387904", "0"], "data.answer_tokens is"),
-    "data.limit_train": (["0", "-1"], "data.limit_train is"),
-    "data.limit_test": (["0", "1180591620717411303424"], "data.limit_test is"),
-    "peft.lora_alpha": (["0", "1" + "0" * 400], "peft.lora_alpha is"),
     "peft": (['{"type": "bottleneck", "size": 0}', '{"type": "bottleneck", "size": 10000000}'], "peft.size is"),
+    "data.columns": (['{"prompt": "text"}', '{"txt": "text"}'], "rows of kind classification have text, label"),
     "trainer.max_grad_norm": (["-1", "nan", "soft"], "trainer.max_grad_norm is"),
-    "light.mask_learning_rate": (["1e999", "0"], "mask_learning_rate is"),
-    "light.lambda_heads": (["1e308", "1e999"], "lambda_heads is"),
-    "light.seed": (["18446744073709551616"], "light.seed is"),
+    "seed": (["18446744073709551616", "4294967296", "-1"], "seed is"),
+    "data.max_length": (["4611686018427387904", "1"], "data.max_length is"),
 }
 
 
@@ -120,11 +103,6 @@ def _plain(value: str) -> Any:
         return value
 
 
-def test_config_and_run_exclude_each_other(bench: Workbench, adapter: Path, refused: Refused) -> None:
-    assert "not both" in refused("run", "--config", bench.yaml("plain"), "--run", adapter.parent)
-    assert "is not a run folder" in refused("run", "--run", bench.base)
-
-
 def test_bad_commands(bench: Workbench, refused: Refused) -> None:
     assert "did you mean run?" in refused("rnu")
     assert "model.name is empty" in refused("run")
@@ -142,36 +120,19 @@ COMMANDS: dict[str, str] = {
     "run --config {settings} --output {settings}/below": "Not a directory",
     "run --config {settings} --data.train {long}.csv": "File name too long",
     "run --config {settings} --model.name {long}": "cannot be loaded",
-    "run --config {settings} --model.name ./{long}": "",
-    "run --config {long}.yaml": "File name too long",
     "run --config {folder}": "cannot be read: Is a directory",
     "run --config {settings} --output {circle}": "its links lead in a circle; give another path",
-    "run --config {settings} --output {circle}/below": "its links lead in a circle; give another path",
-    "run --config {settings} --overwrite --output {circle}": "its links lead in a circle; give another path",
-    "check --config {settings} --output {circle}": "its links lead in a circle; give another path",
     "run --config {settings} --estimation {circle}": "is not a run folder",
     "export {adapter} {circle}": "its links lead in a circle; give another path",
-    "export {adapter} {circle} --form peft": "its links lead in a circle; give another path",
     "predict {adapter} {test} --output {circle}/below.csv": "File exists; nothing was changed",
-    "run --run {long}": "File name too long",
-    "predict {adapter} {long}.txt": "File name too long",
-    "predict {adapter} {long}": "File name too long",
     "predict {adapter} /dev/zero": "is no regular file",
     "predict {adapter} {test} --output {long}.csv": "File name too long",
     "predict {adapter} {test} --output {table}": "is a folder; give another name",
     "predict {adapter} {test} --answer_tokens 1180591620717411303424": "answer_tokens is",
     "predict {adapter} --example \udcff": "the example is not UTF-8 text",
-    "predict {long} {test}": "File name too long",
     "evaluate {adapter} --data.test {test} --json {table}": "Is a directory",
-    "evaluate {adapter} --data.test {test} --predictions {table}": "is a folder; give another name",
-    "export {adapter} {long}": "File name too long",
-    "export {adapter} {settings}": "",
-    "inspect {long}": "File name too long",
-    "inspect /dev/zero": "",
-    "reproduce {long}": "File name too long",
     "reproduce {folder}": "cannot be read: Is a directory",
     "bench --config {settings} --rounds 1180591620717411303424": "--rounds is 1180591620717411303424; it must be",
-    "bench --config {settings} --rounds 1000000000": "can be at most 10,000",
     "bench --config {settings} --json {table}": "is a folder; give a file",
 }
 """Command -> what its one line says."""
@@ -219,20 +180,6 @@ def base_with(bench: Workbench, **config: Any) -> Path:
 def test_unsupported_family(bench: Workbench, refused: Refused) -> None:
     line = run_with(bench, refused, **{"model.name": str(base_with(bench, model_type="albert"))})
     assert 'model family "albert" cannot be pruned: its layers share one set of weights' in line
-
-
-def test_a_checkpoint_of_another_architecture(bench: Workbench, refused: Refused) -> None:
-    line = run_with(bench, refused, **{"model.name": str(base_with(bench, model_type="distilbert"))})
-    assert "the checkpoint has no weights for distilbert.transformer.layer.0.attention.q_lin" in line
-
-
-def test_targets_that_match_nothing(bench: Workbench, refused: Refused) -> None:
-    line = run_with(bench, refused, **{"peft.target_modules": ["q_proj"]})
-    assert "match nothing in bert" in line
-    assert "query" in line
-    line = run_with(bench, refused, **{"peft.target_modules": ["pooler.dense"]})
-    assert "no PEFT module sits on a prunable projection" in line
-    assert "slots are q, k, v" in run_with(bench, refused, **{"peft.slots": ["query"]})
 
 
 # -- data --------------------------------------------------------------------------------------------------------
@@ -357,12 +304,6 @@ def test_output_that_is_not_a_run(bench: Workbench, refused: Refused) -> None:
     assert "is not a run" in run_with(bench, refused, output=str(other))
 
 
-def test_output_that_is_the_run_of_another_config(bench: Workbench, adapter: Path, refused: Refused) -> None:
-    line = refused("run", "--config", bench.yaml("good", seed=5, **{"light.heads": 0.5}))
-    assert "it differs in seed, light.heads" in line
-    assert "give another output" in line
-
-
 def test_budget_that_empties_the_model(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     """What can be kept is kept: the estimation stays, and `plan` with a smaller budget goes on from it."""
     budget = {"light.heads": 0.99, "light.neurons": 0.999, "light.min_heads": 0, "light.min_neurons": 0}
@@ -395,13 +336,6 @@ def test_divergence_in_estimation(bench: Workbench, capsys: pytest.CaptureFixtur
     assert "NaN or infinite" in error
     assert "lower the learning rate" in error
     assert not (bench.folder / "diverged" / "estimation").exists()
-
-
-def test_divergence_in_training(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.yaml("diverged_lora", method="plain", **{"training.learning_rate": 1e30})
-    assert lightpeft("run", "--config", file) == 2
-    assert "training diverged" in capsys.readouterr().err
-    assert not (bench.folder / "diverged_lora" / "adapter").exists()
 
 
 def test_out_of_memory(bench: Workbench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,19 +377,6 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     assert "is not UTF-8" in refused("predict", adapter, odd)
 
 
-def test_bad_examples(bench: Workbench, adapter: Path, refused: Refused) -> None:
-    assert "give a file to predict on (- for standard input), or an example" in refused("predict", adapter)
-    assert "or an example" in refused("predict", adapter, bench.test, "--example", "word0")
-    assert "every line is blank" in refused("predict", adapter, "--example", " ")
-    assert 'data.columns.text_pair is "other"' in refused("predict", adapter, bench.test, "--text_pair", "other")
-
-
-def test_plain_lora_run_has_no_light_adapter(bench: Workbench, refused: Refused) -> None:
-    pipeline.run(bench.config("plain_lora", method="plain", **{"training.epochs": 1}))
-    adapter = bench.folder / "plain_lora" / "adapter"
-    assert "does not say what task it was trained for" in refused("predict", adapter, bench.test)
-
-
 def test_inspection_of_something_else(bench: Workbench, adapter: Path, copied: Path, refused: Refused) -> None:
     assert "does not exist" in refused("inspect", bench.folder / "none")
     assert "is a model, which has no plan to show; give a light adapter" in refused("inspect", bench.base)
@@ -464,8 +385,7 @@ def test_inspection_of_something_else(bench: Workbench, adapter: Path, copied: P
     assert "does not have the expected content" in refused("inspect", adapter.parent / "metrics.json")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="is for where DeepSpeed is not")
-def test_deepspeed_that_is_not_installed(
+def test_deepspeed_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Workbench(tmp_path, "llama", "causal-lm")
@@ -474,6 +394,6 @@ def test_deepspeed_that_is_not_installed(
     for asked in (["--trainer.deepspeed", "zero2.json"], []):
         assert lightpeft("run", "--config", config, *asked) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("lightpeft: DeepSpeed is asked for and not installed; pip install deepspeed")
+        assert line.startswith("lightpeft: DeepSpeed's engine cannot follow a model that is cut on the way")
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert not (bench.folder / "deepspeed").exists()

@@ -13,14 +13,13 @@ import torch
 from tiny import inputs_for, make, with_lora
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from workbench import Workbench, lightpeft
+from workbench import Workbench
 
 from lightpeft.app import cli
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.bench import estimating
 from lightpeft.app.runs.checking import Check, check
 from lightpeft.app.runs.checking.models import cut_evenly, shapes_of
-from lightpeft.app.runs.checking.timing import at_depth
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig
 from lightpeft.errors import LightPeftError
@@ -172,14 +171,6 @@ def test_settings_of_runs(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert (list(found.stages) == ["plain"]) == ("method" in settings)
 
 
-def test_checkpointing_and_half_precision_count(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path)
-    usual = checked(bench).stages["plain"].holding
-    assert checked(bench, **{"model.dtype": "bfloat16"}).stages["plain"].holding.weights < 0.6 * usual.weights
-    saved = checked(bench, **{"training.gradient_checkpointing": True}).stages["plain"].holding
-    assert saved.flops > usual.flops, "what is dropped is computed again"
-
-
 def test_what_does_not_fit(tmp_path: Path) -> None:
     """Settings on top of one another, each smaller than the one before, until it fits."""
     work = pipeline.prepare(Workbench(tmp_path).config("run", **{"training.batch_size": 8}))
@@ -190,21 +181,6 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     sizes = list(found.instead.values())
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= found.available < sizes[0]
     assert "training.gradient_checkpointing: true" in found.instead
-
-
-def test_a_model_without_gradient_checkpointing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is not told to, and nothing begins where it is asked to."""
-    bench = Workbench(tmp_path, "mpnet")
-    work = pipeline.prepare(bench.config("run"))
-    whole = check(work)
-    found = check(work, whole.available - whole.left + 1)
-    assert found.instead and not any("checkpointing" in name for name in found.instead)
-    capsys.readouterr()
-    asked = ("--method", "plain", "--training.gradient_checkpointing", "true")
-    assert lightpeft("run", "--config", bench.yaml("run"), *asked) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("base (mpnet) has no gradient checkpointing in transformers; leave it off")
-    assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_that_does_not_fit(tmp_path: Path) -> None:
@@ -283,8 +259,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as refused:
         cli.main(["check", "--config", str(config), "--memory", "-1"])
     assert refused.value.code == 2 and "--memory is -1" in capsys.readouterr().err
-
-
-def test_deep_models_are_timed_by_a_few_blocks() -> None:
-    assert at_depth(lambda blocks: 1.0 + 0.5 * blocks, 32) == pytest.approx(17.0)
-    assert at_depth(lambda blocks: 1.0 + 0.5 * blocks, 4) == pytest.approx(3.0)

@@ -16,7 +16,6 @@ from workbench import RUNS, Workbench, lightpeft
 
 from lightpeft import __version__
 from lightpeft.app import cli
-from lightpeft.app.cli.hints import ELSEWHERE
 from lightpeft.app.cli.settings import USUAL
 from lightpeft.app.cli.verbs import VERBS
 from lightpeft.app.folders.run_folder import RunFolder
@@ -137,17 +136,6 @@ def test_options_by_names_of_other_tools(capsys: pytest.CaptureFixture[str], arg
     line = capsys.readouterr().err
     assert MISNAMED[arguments] in line
     assert line.count("\n") == 1
-
-
-def test_every_name_of_other_tools_leads_to_an_option() -> None:
-    known = {option for verb in VERBS.values() for option in verb.parser().known}
-    mappings = ("--data.columns.", "--peft.", "--trainer.")  # whose keys are the user's
-    assert {name for name in map("--{}".format, ELSEWHERE.values()) if not name.startswith(mappings)} <= known
-
-
-def test_places_may_stand_behind_options() -> None:
-    given = VERBS["predict"].parser().words(["model", "--bf16", "--output", "out.csv", "rows.csv"])
-    assert given == {"model": "model", "input": "rows.csv", "--bf16": True, "--output": "out.csv"}
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,13 +294,6 @@ def test_settings_of_a_run_folder(bench: Workbench, capsys: pytest.CaptureFixtur
 # -- results -----------------------------------------------------------------------------------------------------
 
 
-def test_stages_say_where_their_results_are(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = bench.folder / "run"
-    for verb, result in (("estimate", "estimation"), ("prune", "pruned"), ("train", "adapter")):
-        assert f"{folder}/{result}\n" in shown(capsys, verb, "--run", folder)
-    assert "accuracy" in shown(capsys, "evaluate", "--run", folder)
-
-
 def test_inspect_shows_a_plan_layer_by_layer(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     folder = bench.folder / "run"
     plan = shown(capsys, "inspect", folder / "plan.json")
@@ -344,13 +325,6 @@ def test_inspect_shows_the_plan_of_an_unfinished_run(bench: Workbench, capsys: p
     planned = shown(capsys, "inspect", folder)
     assert planned.count("3/4") == estimated.count("3/4") > 0
     assert planned.splitlines()[-1] == estimated.splitlines()[-1]
-
-
-def test_inspect_shows_what_plain_runs_measured(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    pipeline.run(bench.config("plain", method="plain", **{"training.epochs": 1}))
-    text = shown(capsys, "inspect", bench.folder / "plain")
-    assert "accuracy" in text
-    assert "method plain" in text
 
 
 def test_inspect_of_a_run_that_has_just_begun(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import argparse
 import ast
-import copy
 import gc
 import logging
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType, SimpleNamespace
+from types import FunctionType
 from typing import Any
 
 import datasets
@@ -24,11 +22,10 @@ import huggingface_hub
 import peft.tuners.lora.dora
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from huggingface_hub import constants
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
-from peft.tuners.lora import LoraModel
+from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from safetensors.torch import load_file
 from tiny import batch, make, with_lora
@@ -49,7 +46,7 @@ from transformers import (
     TrainingArguments,
     modeling_utils,
 )
-from workbench import needs_deepspeed, tokenizer_of_bytes
+from workbench import tokenizer_of_bytes
 
 from lightpeft.app.runs.trainers import DenseRun, LightRun, RunTrainer, WideRun
 from lightpeft.compat import argparse as of_argparse
@@ -58,16 +55,7 @@ from lightpeft.compat import hub, torchao
 from lightpeft.compat import peft as of_peft
 from lightpeft.compat import torch as of_torch
 from lightpeft.compat import transformers as of_transformers
-from lightpeft.compat.accelerate import as_it_is, forget_optimizers, fsdp_on_cpus
-from lightpeft.compat.deepspeed import (
-    _forget_engine,
-    gathered,
-    hold_whole,
-    in_zero3,
-    logical_shape,
-    out_of_zero3,
-)
-from lightpeft.compat.deepspeed_states import WholeStates
+from lightpeft.compat.accelerate import as_it_is, forget_optimizers
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.compat.stand_ins import StandIn, StorageWatch
 from lightpeft.compat.transformers import Checkpoint
@@ -98,8 +86,7 @@ HOOKS: dict[type, dict[str, str]] = {
         "_load_from_checkpoint": "going on from a checkpoint behind the cut",
         "_load_best_model": "the best model, of trainers that have the PeftModel inside",
         "_load_rng_state": "going on right behind the cut",
-        "_save_optimizer_and_scheduler": "checkpoints of one process, of models that FSDP or DeepSpeed shards",
-        "_prepare_for_training": "going on in DeepSpeed from a checkpoint of one process",
+        "_save_optimizer_and_scheduler": "checkpoints of one process, of models that FSDP shards",
         "_load_optimizer_and_scheduler": "going on from these",
     },
     BaseTuner: {
@@ -265,21 +252,6 @@ def one_of_one(tmp_path: Path, no_accelerator: None) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_of_one")
-def test_cpus_shard_where_accelerate_is_asked_to() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    with needed_for("FSDP2 on CPUs"), pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "LOCAL_RANK"):
-            patch.setenv(name, "0")
-        patch.setenv("WORLD_SIZE", "1")
-        patch.setenv("ACCELERATE_USE_FSDP", "true")
-        patch.setenv("FSDP_VERSION", "2")
-        PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-        with fsdp_on_cpus():
-            accelerator = Accelerator(cpu=True)
-        assert accelerator.is_fsdp2
-
-
-@pytest.mark.usefixtures("one_of_one")
 def test_a_model_leaves_fsdp_and_comes_back() -> None:
     """With other parameters, tied ones still tied, and nothing of the old shards left."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
@@ -299,58 +271,6 @@ def test_a_model_leaves_fsdp_and_comes_back() -> None:
         assert isinstance(model, FSDPModule) and model[0].weight is model[2].weight
         assert isinstance(model[2].weight, DTensor) and not isinstance(model[0].bias, DTensor)
         assert not model(x).equal(expected)
-
-
-# DeepSpeed
-
-
-@needs_deepspeed
-@pytest.mark.usefixtures("one_of_one")
-def test_a_model_leaves_zero3_and_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With other parameters, tied ones still tied, what trains whole, and states as one process has them."""
-    import deepspeed
-
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 3)).requires_grad_(False)
-    model[2].weight = model[0].weight
-    head = model[3].requires_grad_(True)
-    x, expected = torch.randn(2, 4), model(torch.ones(2, 4))
-    config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "train_batch_size": 2}
-    with needed_for("the cut of a model that ZeRO-3 shards"):
-        optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
-        allowed = {**config, "zero_allow_untested_optimizer": True}
-        engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=allowed)
-        assert in_zero3(head.weight) and logical_shape(head.weight) == (3, 4) and not head.weight.numel()
-        with gathered([head.weight]):
-            assert head.weight.shape == (3, 4)
-        with torch.no_grad():
-            torch.testing.assert_close(model(torch.ones(2, 4)), expected)
-        with out_of_zero3(model):
-            assert isinstance(model[0].weight, DTensor) and not isinstance(head.weight, DTensor)
-            model[0].bias = nn.Parameter(torch.zeros(4), requires_grad=False)
-        assert in_zero3(model[0].bias) and model[0].weight is model[2].weight
-        assert head.weight.shape == (3, 4), "whole"
-        with torch.no_grad():
-            assert not model(torch.ones(2, 4)).equal(expected)
-        hold_whole(model)
-        assert head.weight.shape == (3, 4)
-    with needed_for("checkpoints of one process, of models in DeepSpeed"):
-        engine.destroy()
-        _forget_engine(model)
-        assert type(model._parameters) is dict and not any("bwd_fn" in name for name in vars(model))
-        optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
-        engine, zero, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=allowed)
-        engine.backward(engine(x).square().sum())
-        engine.step()
-        states = WholeStates(SimpleNamespace(optimizer=zero), [list(head.parameters())])
-        saved = copy.deepcopy(states.state_dict())
-        assert saved["state"][0]["exp_avg"].shape == (3, 4) and saved["state"][0]["exp_avg"].any()
-        saved["state"][0]["exp_avg"] += 1
-        states.load_state_dict(saved)
-        again = WholeStates(SimpleNamespace(optimizer=zero), [list(head.parameters())]).state_dict()
-        assert again["state"][0]["exp_avg"].equal(saved["state"][0]["exp_avg"])
-        assert again["param_groups"] == saved["param_groups"]
-        engine.destroy()
 
 
 # PyTorch
@@ -689,32 +609,6 @@ def test_chats_as_text() -> None:
 # PEFT
 
 
-def test_the_enum_of_methods() -> None:
-    with needed_for("bottleneck adapters as a PEFT method"):
-        member = of_peft.method_named("BOTTLENECK")
-        assert member is of_peft.method_named("BOTTLENECK") is PeftType("BOTTLENECK") is PeftType["BOTTLENECK"]
-        assert list(PeftType).count(member) == 1 and member in PeftType and "BOTTLENECK" in PeftType.__members__
-
-
-def test_the_table_of_methods() -> None:
-    with needed_for("the line that another package has registered a method BOTTLENECK"):
-        assert of_peft.tuner_of(PeftType.LORA) is LoraModel
-
-
-def test_peft_models_made_by_others() -> None:
-    """Who imported the name gets it back, whatever happens."""
-    import trl.trainer.sft_trainer as importer
-
-    ours, other = (LoraConfig(target_modules=["query"]) for _ in range(2))
-    kept = peft.get_peft_model
-    with needed_for("PEFT modules in the right places of a model that TRL loads by name"):
-        with pytest.raises(KeyError), of_peft.peft_model_made_by(lambda *_, **options: options, ours) as made:
-            assert importer.get_peft_model("model", ours, adapter_name="one") == {"adapter_name": "one"}
-            assert isinstance(peft.get_peft_model(make("bert"), other), PeftModel) and made == [{"adapter_name": "one"}]
-            raise KeyError
-        assert importer.get_peft_model is peft.get_peft_model is kept
-
-
 def test_keys_of_patterns() -> None:
     with needed_for("size_pattern of bottleneck adapters, which is read as PEFT reads rank_pattern"):
         name = "bert.encoder.layer.11.output.dense"
@@ -728,21 +622,6 @@ def test_adapters_in_a_module() -> None:
         model.add_adapter("two", LoraConfig(target_modules=["query"]))
         layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
         assert sorted(of_peft.adapters_in(layer)) == ["one", "two"]
-
-
-def test_ranks_of_parameters_are_taken_and_not_warned_of() -> None:
-    name = "model.layers.0.mlp.experts.down_proj"
-    config = LoraConfig(r=4, target_modules=[], target_parameters=[name], rank_pattern={name: 2})
-    with needed_for("loading LoRA on experts without a wrong warning"), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        get_peft_model(make("mixtral"), config)
-        assert any("did not match any targeted module" in str(each.message) for each in caught)
-        caught.clear()
-        with of_peft.ranks_of_parameters(config):
-            model = get_peft_model(make("mixtral"), config)
-        assert not [each for each in caught if issubclass(each.category, RuntimeWarning)]
-        (layer,) = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
-        assert layer.r == {"default": 2}
 
 
 def test_names_that_lora_takes_for_experts() -> None:

@@ -14,14 +14,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from tiny import make, plan_for, with_lora
 from torch import Tensor
-from workbench import ENGINES, in_other_process, needs_deepspeed
+from workbench import in_other_process, needs_deepspeed
 
 from lightpeft import load_light
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 
 WORKER = Path(__file__).with_name("deepspeed_processes.py")
-ZERO3 = ENGINES / "zero3.yaml"
+ZERO3 = Path(__file__).with_name("zero3.yaml")
 
 
 @pytest.fixture(scope="module", params=["bert", "llama-gqa"])

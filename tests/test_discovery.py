@@ -192,14 +192,6 @@ def test_t5_is_more_than_can_be_found() -> None:
     assert "does not run" in refusal(unlist("t5"))
 
 
-def test_positions_after_padding_are_seen() -> None:
-    for name in ("roberta", "bert"):
-        listed = family_of(name)
-        ensure_family(unlist(name))
-        assert family_of(name) is not listed
-        assert family_of(name).positions_after_padding == listed.positions_after_padding
-
-
 def test_order_and_names_do_not_tell_the_parts() -> None:
     """q, k, v, gate and in are told apart by what they do: here k and v, gate and in have each other's names."""
     small = skeleton(make("llama-gqa"))
@@ -262,13 +254,6 @@ def test_from_estimation_to_a_loaded_light_model(name: str, tmp_path: Path, monk
     again = load_light(tmp_path, make(name))
     assert family_of(make(name).config.model_type)
     assert values(again).equal(values(light))
-
-
-def test_the_pruner_discovers_the_family_of_a_peft_model() -> None:
-    model = with_lora(found("gptj"))
-    del FAMILIES["gptj"]
-    EarlyPruner(model)
-    assert block_specs(model.get_base_model())[0].projections["q"] == "transformer.h.0.attn.q_proj"
 
 
 # What is refused
@@ -343,19 +328,10 @@ def test_a_model_without_weights_is_refused(name: str, tmp_path: Path) -> None:
             make_light()
 
 
-def test_a_class_of_anyone_s_own_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "discover_family", lambda model: {}["something"])
-    assert "GPTJForCausalLM is not what its kin are: KeyError 'something'" in refusal(DECODERS["gptj"]())
-
-
 def test_modules_that_change_while_they_run_are_refused() -> None:
     """BigBird puts other attention modules in place when it meets a short text."""
     config = BigBirdConfig(**TEXT, attention_type="block_sparse")
     assert "replaces modules of its own while it runs" in refusal(BigBirdForSequenceClassification(config))
-
-
-def test_what_is_no_transformers_model_is_left_to_others() -> None:
-    ensure_family(nn.Linear(2, 2))
 
 
 # The check
@@ -428,13 +404,6 @@ def test_generated_tokens_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 # When it is made
 
 
-def test_listed_families_are_never_discovered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(discovery, "discover_family", lambda model: pytest.fail("discovered"))
-    for name in ("bert", "llama-gqa", "t5"):
-        ensure_family(make(name))
-        EarlyPruner(with_lora(make(name)))
-
-
 def test_a_family_of_your_own_takes_the_place_of_a_discovered_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = found("gptj")
     own = replace(family_of("gptj"))
@@ -482,11 +451,6 @@ def test_a_skeleton_is_small_and_random_and_of_the_same_shape() -> None:
     assert dense.config.num_hidden_layers == 3 and dense.config.vocab_size == 5000
     again = skeleton(dense)
     assert all(a.equal(b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
-
-
-def test_encoder_decoders_lose_layers_on_both_sides() -> None:
-    config = skeleton(encoder_decoder("Bart", encoder_layers=5, decoder_layers=3)()).config
-    assert (config.encoder_layers, config.decoder_layers) == (2, 2)
 
 
 def test_discovery_needs_no_weights() -> None:

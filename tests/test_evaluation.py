@@ -11,7 +11,6 @@ import pytest
 import torch
 from datasets import Dataset
 from layouts import cut_to
-from peft import LoraConfig, TaskType, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -19,7 +18,6 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -132,17 +130,6 @@ class TestClassification:
             }
         )
 
-    @pytest.mark.parametrize("side", ["right", "left"])
-    def test_decoder_with_padding_on_either_side(self, tokenizer: PreTrainedTokenizerFast, side: str) -> None:
-        torch.manual_seed(0)
-        model = LlamaForSequenceClassification(llama_config(num_labels=2))
-        tokenizer.padding_side = side
-        task = classification()
-        encoded = cut_to(task, 16).encode(task.test, tokenizer)
-        expected = one_by_one(model, encoded)
-        logits = finite_logits(BatchedModel(model, task.collator(tokenizer), 4), encoded)
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-
     def test_training_mode_comes_back_module_by_module(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task, model = classification(), bert()
         encoded = cut_to(task, 16).encode(task.test, tokenizer)
@@ -154,26 +141,6 @@ class TestClassification:
         with pytest.raises(RuntimeError):
             evaluate(model, encoded, task, lambda rows: _fail(), 4)  # type: ignore[arg-type]
         assert [module.training for module in model.modules()] == before
-
-    def test_peft_model_and_bf16(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        task, base = classification(), bert()
-        encoded = cut_to(task, 16).encode(task.test, tokenizer)
-        expected = one_by_one(base, encoded)
-        config = LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["query", "value"])
-        model = get_peft_model(base, config)
-        collator = task.collator(tokenizer)
-        logits = finite_logits(BatchedModel(model, collator, 4), encoded)
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)  # a fresh LoRA adds nothing
-        half = finite_logits(BatchedModel(model, collator, 4, autocast=torch.bfloat16), encoded)
-        assert half.dtype == torch.float32
-        assert not torch.equal(half, logits)
-        torch.testing.assert_close(half, logits, rtol=0.1, atol=0.3)
-
-    def test_no_rows(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        task = classification()
-        empty = encoded_rows([0]).select([])
-        with pytest.raises(LightPeftError, match="no rows"):
-            evaluate(bert(), empty, task, task.collator(tokenizer), 4)
 
 
 class FixedLogits(nn.Module):

@@ -23,12 +23,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from workbench import checksums, edit, read, save_base
+from workbench import edit, read, save_base
 
 from lightpeft import load_merged, save_merged
 from lightpeft.app.cli.verbs.export import EXPORT
 from lightpeft.app.exports.exporting import EXPORTS
-from lightpeft.compat.transformers import attention_of
 from lightpeft.files import file_checksum
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.prune.light_model import LightModel, as_light
@@ -81,12 +80,6 @@ def test_generate(name: str, tmp_path: Path) -> None:
     assert load_merged(tmp_path).generate(**options).equal(light.generate(**options))
 
 
-def test_tied_weights_stay_tied(tmp_path: Path) -> None:
-    save_merged(light_over(make("llama-tied")), tmp_path)
-    loaded = load_merged(tmp_path)
-    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
-
-
 def test_position_biases_that_a_stack_shares_stay_one_table(tmp_path: Path) -> None:
     save_merged(light_over(make("t5"), **DROPPED), tmp_path)
     names = [name for name in load_file(tmp_path / "model.safetensors") if "relative_attention_bias" in name]
@@ -94,12 +87,6 @@ def test_position_biases_that_a_stack_shares_stay_one_table(tmp_path: Path) -> N
     blocks = load_merged(tmp_path).encoder.block
     attentions = [block.layer[0].SelfAttention for block in blocks[1:]]
     assert len({id(attention.relative_attention_bias.table) for attention in attentions}) == 1
-
-
-def test_data_type_attention_and_device(merged: Path) -> None:
-    loaded = load_merged(merged, dtype="bfloat16", attention="eager", device="cpu")
-    assert loaded.dtype == torch.bfloat16 and attention_of(loaded.config) == "eager"
-    assert relative_difference(logits(loaded).float(), logits(load_merged(merged))) < 0.2
 
 
 def light_over_files(folder: Path, **budget: Any) -> LightModel:
@@ -256,13 +243,6 @@ def test_a_trainer_saves_checkpoints_of_it(tmp_path: Path) -> None:
     assert not logits(load_merged(tmp_path / "checkpoint-1")).equal(logits(model))
 
 
-def test_a_quantised_one_is_not_saved(tmp_path: Path) -> None:
-    whole = light_over(make("bert")).merge_and_unload()
-    whole.config.quantization_config = SimpleNamespace()
-    assert "keep the light adapter" in refusal(lambda: whole.save_pretrained(tmp_path / "out"))
-    assert not list(tmp_path.iterdir())
-
-
 # What is written
 
 
@@ -276,12 +256,6 @@ def test_what_is_in_the_folder(merged: Path) -> None:
 
 
 # Refusals
-
-
-def test_a_folder_with_something_in_it(merged: Path) -> None:
-    before = checksums(merged)
-    assert "is not empty" in refusal(lambda: save_merged(light_over(make("bert")), merged))
-    assert checksums(merged) == before
 
 
 def test_overwriting_leaves_nothing_of_what_was_there(merged: Path, tmp_path: Path) -> None:
@@ -340,23 +314,9 @@ def altered(merged: Path, change: Any) -> str:
     return refusal(lambda: load_merged(merged))
 
 
-def test_weights_of_another_plan(merged: Path) -> None:
-    name = "bert.encoder.layer.0.attention.self.query.weight"
-
-    def narrower(tensors: dict[str, Tensor]) -> None:
-        tensors[name] = tensors[name][:-1].contiguous()
-
-    assert "cannot be loaded" in altered(merged, narrower)
-
-
 @pytest.mark.parametrize("change", [lambda t: t.pop("classifier.weight"), lambda t: t.update(stray=torch.zeros(1))])
 def test_weights_that_are_missing_or_too_many(change: Any, merged: Path) -> None:
     assert "are not those of its plan" in altered(merged, change)
-
-
-def test_a_plan_that_was_edited(merged: Path) -> None:
-    edit(merged / MERGED, lambda d: d["plan"].update(blocks=d["plan"]["blocks"][:-1]))
-    assert "does not have the expected content" in refusal(lambda: load_merged(merged))
 
 
 def test_a_plan_of_another_model(merged: Path, tmp_path: Path) -> None:

@@ -146,18 +146,6 @@ SIZES = [100, 3_000, 10_000, 24_000, *([700, 6_000, 16_000, 40_000] if FULL else
 """Bytes that a file may have on a full disk."""
 
 
-@pytest.mark.parametrize(("form", "file"), [("merged", "merged.json"), ("peft", "adapter_config.json")])
-def test_an_export_into_the_working_directory(
-    form: str, file: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`cd out; lightpeft export ../run .`: the shell sees what was written, also over what was there."""
-    monkeypatch.chdir(tmp_path)
-    here = Path.cwd().stat().st_ino
-    for options in ((), ("--overwrite",)):
-        assert lightpeft("export", finished, ".", "--form", form, *options) == 0
-        assert Path().stat().st_ino == here and Path(file).is_file()
-
-
 @pytest.mark.parametrize("size", SIZES)
 def test_a_disk_that_fills_up(bench: Workbench, finished: Path, size: int) -> None:
     """In the middle of whatever file is the first that is larger: one line, and the same command goes on with room."""

@@ -27,7 +27,6 @@ from lightpeft.files import (
     InUseError,
     check_free,
     check_sealed,
-    check_vacant,
     clean,
     holding,
     read_json,
@@ -163,11 +162,6 @@ def test_yaml_that_cannot_be_used(text: str, says: str, tmp_path: Path) -> None:
     assert says in line and str(path) in line
 
 
-def test_yaml_may_have_aliases(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("one: &one {r: 8}\ntwo: {<<: *one, alpha: 16}\n")
-    assert load_yaml(tmp_path / "a.yaml") == {"one": {"r": 8}, "two": {"r": 8, "alpha": 16}}
-
-
 def test_a_sealed_folder(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     for name in ("a", "below/b"):
@@ -297,23 +291,6 @@ def test_killed_at_every_file_operation(exchange: Any, tmp_path: Path, monkeypat
     assert number > 10 and seen == {True, False}
 
 
-def test_killed_at_every_operation_on_one_file(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    write_json(path, {"x": "old"})
-    for number in range(1, 20):
-
-        def act(number: int = number) -> None:
-            at_file_operation(number, signalling(signal.SIGKILL))()
-            write_json(path, {"x": "new"})
-
-        code = in_fork(act)
-        assert read_json(path)["x"] in ("old", "new")
-        if code == 0:
-            break
-    assert code == 0 and number > 2
-    assert os.listdir(tmp_path) == ["plan.json"]
-
-
 def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     with replacing_folder(tmp_path / "out", "a") as temporary, replacing(tmp_path / "rows.csv"):
         assert in_fork(lambda: clean(tmp_path)) == 0
@@ -356,11 +333,6 @@ def test_a_full_disk_changes_nothing(fails: str, tmp_path: Path, monkeypatch: py
         assert read_json(tmp_path / "a.json")["x"] == "old"
 
 
-def test_values_that_json_does_not_have(tmp_path: Path) -> None:
-    assert "NaN or infinite" in refused(lambda: write_json(tmp_path / "a.json", {"x": float("nan")}))
-    assert os.listdir(tmp_path) == []
-
-
 def test_half_a_character(tmp_path: Path) -> None:
     def write() -> None:
         with replacing(tmp_path / "a.csv") as file:
@@ -378,15 +350,6 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
         file.write("half")
         raise KeyError("x")
     assert os.listdir(tmp_path) == []
-
-
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    for place in (tmp_path / "file" / "below", tmp_path / ("x" * 300)):
-        assert f"cannot write {place}" in refused(lambda place=place: write_json(place, {}))
-        assert f"cannot write {place}" in refused(lambda place=place: write_new(place))
-    assert f"cannot write {tmp_path / 'file'}" in refused(lambda: write_new(tmp_path / "file"))
-    assert (tmp_path / "file").read_text() == "mine" and os.listdir(tmp_path) == ["file"]
 
 
 def bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,18 +391,6 @@ def test_who_stands_in_a_folder_does_not_lose_it(
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("here", [False, True])
-def test_what_an_earlier_result_had_besides_goes(here: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = old_folder(tmp_path / "out")
-    for name in ("part-1.bin", "part-2.bin", "other.bin", "README.markdown"):
-        (tmp_path / "out" / name).write_text(name)
-    if here:
-        monkeypatch.chdir(tmp_path / "out")
-    write_new(tmp_path / "out", obsolete=("part-*.bin", "a.txt"))
-    others = {"other.bin": "other.bin", "README.markdown": "README.markdown"}
-    assert content_of(tmp_path / "out") == {**kept, **NEW, **others}
-
-
 def test_killed_at_every_file_operation_in_a_folder_that_stays(tmp_path: Path) -> None:
     """Old and new files are never there together, and the file that says that all are there comes last."""
     kept = old_folder(tmp_path / "out")
@@ -479,14 +430,6 @@ def test_a_disk_that_fails_halfway_in_a_folder_that_stays(tmp_path: Path, monkey
     assert "it is incomplete now; write it again" in refused(lambda: write_new(Path()))
     assert not (tmp_path / "out" / "b.txt").exists()
     assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
-
-
-def test_what_a_killed_process_left_is_not_in_the_way(tmp_path: Path) -> None:
-    folder = tmp_path / "out"
-    (folder / ".out.abcdefgh.tmp").mkdir(parents=True)
-    check_vacant(folder, replaceable=False, overwrite=False)
-    (folder / "README.markdown").touch()
-    assert "is not empty" in refused(lambda: check_vacant(folder, replaceable=False, overwrite=False))
 
 
 def test_links_in_a_circle(tmp_path: Path) -> None:
@@ -563,13 +506,6 @@ def test_waiting_for_a_folder(tmp_path: Path) -> None:
     with holding(tmp_path, wait=lambda: (told.append(1), go.set())):
         assert told == [1]
     process.join()
-
-
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
-    (tmp_path / "victim").write_text("mine")
-    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
-    assert "cannot write to output" in refused(holding(tmp_path).__enter__)
-    assert (tmp_path / "victim").read_text() == "mine"
 
 
 def test_a_full_disk_is_no_reason_not_to_hold(tmp_path: Path) -> None:

@@ -10,18 +10,17 @@ from typing import Any, get_args
 
 import gguf
 import pytest
-import torch
 import workbench
 from adapters import light_over
 from pieces import TEXTS, tokenizer_of_pieces
 from tiny import make, plan_for, refusal, with_lora
-from tokenizers import Regex, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from workbench import Workbench, lightpeft, save_base, tokenizer_of_bytes
 
 from lightpeft import LightModel, save_gguf
 from lightpeft.app.exports.exporting import EXPORTS
-from lightpeft.app.exports.gguf import architectures, checking, vocabulary
+from lightpeft.app.exports.gguf import architectures, checking
 from lightpeft.app.exports.gguf.vocabulary import splitting
 from lightpeft.app.exports.gguf.writing import GgufType
 from lightpeft.app.runs import pipeline
@@ -158,16 +157,6 @@ def test_blocks_that_are_left_out_and_sublayers_that_are_gone(
         assert written.agreement is not None and written.agreement.difference < CLOSE, name
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_neurons_alone_leave_a_family_its_own_architecture(
-    name: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    model = light("llama-gqa" if name == "llama" else name, {**EVEN, "heads": 0.0})
-    written = save_gguf(model, tmp_path, tokenizer)
-    assert written.agreement is not None and written.agreement.difference < CLOSE
-    assert fields(written.path)["general.architecture"] == name
-
-
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     model = light(budget={"heads": 0.0, "neurons": 1 / 3, "neurons_scope": "layerwise", "multiple_of": 32})
@@ -176,14 +165,6 @@ def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
     assert written.agreement is not None and written.agreement.difference < (0.2 if dtype == "q8_0" else 2 * CLOSE)
     ragged = save_gguf(light(), tmp_path, tokenizer, dtype="q8_0", overwrite=True)
     assert set(ragged.matrices) == {"q8_0", "f16"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_are_written_as_they_are(
-    dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    written = save_gguf(light().to(dtype), tmp_path, tokenizer)
-    assert list(written.matrices) == [{torch.float16: "f16", torch.bfloat16: "bf16"}[dtype]]
 
 
 # -- vocabulary --------------------------------------------------------------------------------------------------------
@@ -206,12 +187,6 @@ def test_pieces(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
 
 
-def test_pieces_of_changed_texts_are_refused(tmp_path: Path) -> None:
-    lower = tokenizer_of_pieces(normalizers.Sequence([normalizers.Lowercase(), normalizers.Prepend("\u2581")]))
-    assert "changes texts (Lowercase)" in refusal(lambda: save_gguf(light(vocab_size=400), tmp_path / "out", lower))
-    assert not (tmp_path / "out").exists()
-
-
 def test_what_a_file_says_of_its_tokens(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     found = fields(save_gguf(light(), tmp_path, tokenizer).path)
     assert found["general.name"] == "llama, pruned"
@@ -221,14 +196,6 @@ def test_what_a_file_says_of_its_tokens(tokenizer: PreTrainedTokenizerFast, tmp_
     tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
     assert len(tokens) == len(types) == 320 and tokens[:5] == tokenizer.convert_ids_to_tokens(range(5))
     assert types[:5] == [3, 3, 3, 3, 1] and set(types[len(tokenizer) :]) == {5}
-
-
-def test_texts_that_begin_with_a_token(tmp_path: Path) -> None:
-    beginning = tokenizer_of(SPLITS["llama-bpe"]())
-    begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
-    beginning.backend_tokenizer.post_processor = begin
-    written = save_gguf(light(), tmp_path, beginning)
-    assert written.agreement is not None and fields(written.path)["tokenizer.ggml.add_bos_token"] is True
 
 
 @pytest.mark.parametrize(
@@ -277,14 +244,6 @@ def test_weights_in_another_order_are_noticed(
     monkeypatch.setattr(architectures, "neighbouring", lambda tensor, head_dim: tensor)
     assert "computes something else" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer))
     assert not (tmp_path / "out").exists()
-
-
-def test_other_tokens_are_noticed(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    right = vocabulary._tokens
-    monkeypatch.setattr(vocabulary, "_tokens", lambda *of: tuple(each[:4] + each[:3:-1] for each in right(*of)))
-    assert "other tokens" in refusal(lambda: save_gguf(light(), tmp_path / "out", tokenizer))
 
 
 def test_a_file_that_llama_cpp_does_not_take(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -306,22 +306,3 @@ def test_a_file_that_a_runtime_does_not_take(form: str, tmp_path: Path) -> None:
     (tmp_path / RUNTIMES[form].file).write_text("nothing of the kind")
     line = refusal(lambda: checking.compare(make("bert"), None, RUNTIMES[form], tmp_path, "f32"))
     assert line.startswith(f"{RUNTIMES[form].title} does not take the file")
-
-
-def test_without_the_runtime_nobody_looks(
-    written: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, folder = written
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert checking.compare(model, None, RUNTIMES["onnx"], folder, "f32") is None
-
-
-def test_what_cannot_be_traced_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("no such\noperator")
-
-    light = light_over(make("bert", **SHALLOW))
-    monkeypatch.setattr("transformers.exporters.OnnxExporter.export", broken)
-    line = refusal(lambda: export_model(light, tmp_path / "out", "onnx"))
-    assert "cannot be traced for ONNX Runtime" in line and "no such operator" in line
-    assert not (tmp_path / "out").exists()

@@ -33,7 +33,6 @@ from lightpeft.errors import LightPeftError
 from lightpeft.files import file_checksum
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import CLASSIFICATION
-from lightpeft.saving.whole_config import OWN
 
 SECONDS, WAITING = 12, 120
 """CPU time that one command may take, most of it for reading data; and time on the clock, as tests run side by side."""
@@ -506,18 +505,6 @@ def test_what_a_config_may_not_ask_for(
     assert all(says in line for line in lines.values()), lines
 
 
-@pytest.mark.parametrize(("says", "setting"), [(says, next(iter(settings))) for says, settings in ASKED.items()])
-def test_what_a_hidden_config_may_not_ask_for(
-    says: str, setting: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The family's own settings of a merged model are one level deeper, and taken no more on trust there."""
-    rewritten(place / "merged" / "config.json", lambda data: data[OWN].update({setting: ASKED[says][setting]}))
-    sealed(place / "merged")
-    lines = refused(place, bench, "all", "merged", capsys=capsys)
-    assert len(lines) == 3 and all(says in line for line in lines.values()), lines
-    assert says in refusal(lambda: AutoModelForSequenceClassification.from_pretrained(place / "merged"))
-
-
 # -- whatever else anybody writes into them ----------------------------------------------------------------------------
 
 
@@ -576,9 +563,3 @@ def test_odd_values_are_one_line(model: str, place: Path, bench: Workbench) -> N
         with bounded():
             lines += opened(lambda: MODELS[model](place)) is not None
     assert lines
-
-
-def test_nothing_is_said_of_weights_that_the_adapter_brings(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    load_light(place / "light")
-    written = capfd.readouterr()
-    assert "classifier" not in written.out + written.err

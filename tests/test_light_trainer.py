@@ -284,19 +284,6 @@ def test_an_optimizer_of_ones_own(builds: Builds) -> None:
     assert type(trainer.optimizer.optimizer) is torch.optim.SGD
 
 
-def test_a_light_model_trains_once_more(builds: Builds) -> None:
-    trainer = builds.trainer()
-    trainer.train()
-    plan, before = trainer.light_plan, weights(trainer.model)
-    seen = Events()
-    trainer.add_callback(seen)
-    trainer.train()
-    assert trainer.light_plan is plan and seen.steps == list(range(1, 25))
-    rates = [logs["learning_rate"] for logs in seen.logs if "learning_rate" in logs]
-    assert rates[-1] < rates[-8] < rates[8] and min(rates[3:-1]) > 0
-    assert any(not value.equal(before[name]) for name, value in weights(trainer.model).items())
-
-
 # -- the same as a run ---------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -32,7 +31,6 @@ from trl_settings import SETTINGS, WORDS, logits, tokenizer
 
 from lightpeft import BottleneckConfig, LightConfig, LightTrainer, light_trainer, load_light, preset_light
 from lightpeft.prune.light_model import LightModel
-from lightpeft.recipe import wrapping
 
 trl = pytest.importorskip("trl")
 
@@ -237,11 +235,10 @@ def test_a_name_that_nobody_loads(named: str, base: PreTrainedModel, tmp_path: P
     args = TrainingArguments(str(tmp_path / "out"), **settings)
     lora = LoraConfig(task_type="CAUSAL_LM")
     said = refusal(lambda: LightTrainer(named, args, train_dataset=Dataset.from_list(PAIRS), peft_config=lora))
-    assert "Trainer loads no model by its name; give it loaded" in said
+    assert "LightTrainer loads no model by its name; give it loaded" in said
     nowhere = LoraConfig(task_type="CAUSAL_LM", target_modules=["nowhere"])
     said = refusal(lambda: of_trl("sft", named, tmp_path / "out", peft_config=nowhere))
     assert "PEFT cannot put its modules on the model" in said
-    assert peft.get_peft_model is trl.trainer.sft_trainer.get_peft_model is wrapping.get_peft_model
 
 
 def test_dpo_with_positional_arguments(base: PreTrainedModel, tmp_path: Path) -> None:

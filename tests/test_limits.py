@@ -45,11 +45,6 @@ def test_what_catches_every_exception_is_stopped_too() -> None:
                 pytest.fail("it was caught")
 
 
-def test_waiting_takes_no_time() -> None:
-    with limited("waiting", 0.05):
-        time.sleep(0.2)
-
-
 def test_what_other_threads_compute_does_not_count() -> None:
     stop = threading.Event()
 
@@ -79,23 +74,3 @@ def test_memory() -> None:
         bytearray(80 * 2**20)
     with pytest.raises(MemoryError), limited("growing", 5):
         bytearray(2**60)
-
-
-def test_one_bound_within_another() -> None:
-    with pytest.raises(LightPeftError, match="outer"), limited("outer", 0.5):
-        with pytest.raises(LightPeftError, match="inner"), limited("inner", 0.1):
-            match()
-        match()
-
-
-def test_other_threads_go_on_without_a_bound_in_time() -> None:
-    done = []
-
-    def work() -> None:
-        with limited("matching", 0.001, 2**30):
-            done.append(sum(range(10**6)))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert done

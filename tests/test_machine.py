@@ -48,13 +48,6 @@ def test_cpus_without_bfloat16(cpu: Any) -> None:
     assert autocast_dtype(TrainingConfig(precision="bf16")) is torch.bfloat16  # what a user asks for is done
 
 
-def test_gpus(cpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu(avx512_bf16=True)
-    monkeypatch.setattr(machine, "accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert not has_bf16()  # the CPU's does not count there
-
-
 @pytest.mark.parametrize("native", [True, False])
 def test_a_run_says_where_bfloat16_is_slow(cpu: Any, tmp_path: Path, native: bool) -> None:
     cpu(avx512_bf16=native)
@@ -116,7 +109,3 @@ def test_waiting_for_others_is_told(
     monkeypatch.setattr(machine, "PartialState", lambda **options: told.wait(10))
     assert processes() is True  # it said so before it had to wait for long
     assert "waiting for the others to start" in capsys.readouterr().err
-
-
-def test_nothing_is_told_of_a_process_alone(alone: None) -> None:
-    assert processes().num_processes == 1

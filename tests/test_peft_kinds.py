@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import yaml
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import make
-from workbench import Workbench, lightpeft, read, stamps
+from workbench import Workbench, lightpeft, read
 
 from lightpeft import load_light
 from lightpeft.app.runs import pipeline
@@ -62,13 +61,6 @@ def test_a_run_has_the_peft_that_was_asked_for(done: Path) -> None:
     assert 0 < len(config.target_modules) < 12, "most modules went"
 
 
-def test_a_run_goes_on_with_its_own_settings(done: Path, bench: Workbench) -> None:
-    assert load_config(done / "config.yaml") == bench.config(done.name, peft=KINDS[done.name])
-    before = stamps(done)
-    assert lightpeft("run", "--run", done) == 0
-    assert stamps(done) == before
-
-
 def test_another_peft_is_another_run(done: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     for other in ("lora", {"type": "lora", "lora_bias": True}):
         assert lightpeft("run", "--config", bench.yaml("other", peft=other, output=str(done))) == 2
@@ -94,15 +86,6 @@ def test_export(done: Path, bench: Workbench, tmp_path: Path, capsys: pytest.Cap
     assert lightpeft("evaluate", merged, "--data.test", bench.test, "--json", tmp_path / "report.json") == 0
     measured = read(done / "metrics.json")["metrics"]["loss"]
     assert read(tmp_path / "report.json")["model"]["metrics"]["loss"] == pytest.approx(measured, rel=1e-3)
-
-
-def test_another_budget_takes_the_estimation(done: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    peft, name = KINDS[done.name], f"{done.name}-more"
-    other = bench.yaml(f"{name}-other", **{"peft": "lora", "light.heads": 0.5})
-    assert lightpeft("run", "--config", other, "--estimation", done) == 2
-    assert re.search(r"was made with other settings \(.*\bpeft\b", capsys.readouterr().err)
-    again = bench.yaml(name, **{"peft": peft, "light.heads": 0.5})
-    assert lightpeft("run", "--config", again, "--estimation", done) == 0
 
 
 # -- where modules go --------------------------------------------------------------------------------------------
@@ -144,20 +127,6 @@ def test_lora_keeps_off_names_that_peft_takes_for_experts() -> None:
         assert {site.spec.name for site in find_sites(get_peft_model(model, config), specs)} == {*attention}
         ia3 = placed(IA3Config(feedforward_modules=None), model, light)
         assert any(target.endswith("down_proj") for target in ia3.target_modules)
-
-
-def test_slots_that_peft_takes_for_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = Workbench(tmp_path, "deepseek_v3", "causal-lm")
-    assert lightpeft("run", "--config", bench.yaml("run", **{"peft.slots": ["q", "ffn_in"]})) == 2
-    said = "peft.slots has up_proj, which PEFT takes for the routed experts of deepseek_v3; leave these slots out"
-    assert said in capsys.readouterr().err
-
-
-def test_more_modules_to_save(llama: Workbench) -> None:
-    peft = {"type": "lora", "modules_to_save": ["norm"]}
-    pipeline.run(llama.config("saved", peft=peft, method="plain", **{"training.epochs": 1}))
-    saved = read(llama.folder / "saved" / "adapter" / "adapter_config.json")["modules_to_save"]
-    assert {"norm", "score"} <= set(saved)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------

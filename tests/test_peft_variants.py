@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import peft.tuners.lora.dora
 import pytest
 import torch
 from peft import EvaConfig, IA3Config, PeftModel, get_peft_model, initialize_lora_eva_weights
@@ -224,14 +223,6 @@ def test_module_importance_against_the_definition(name: str, variant: str) -> No
         torch.testing.assert_close(ratio, (change.norm(dim=1) / base.norm(dim=1)).mean(), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_observing_dora_with_dropout(dropout: float) -> None:
-    base = make("bert")
-    model = shifted(get_peft_model(base, lora(base, use_dora=True, lora_dropout=dropout)))
-    ratios, _ = observed(model)
-    assert torch.isfinite(ratios).all() and ratios.gt(0).all() and ratios.lt(10).all()
-
-
 @pytest.mark.parametrize("name", BASES)
 def test_dora_magnitudes(name: str) -> None:
     model = trained(name, "dora")
@@ -253,17 +244,6 @@ def test_dora_magnitudes(name: str) -> None:
         torch.testing.assert_close(site.magnitude.weight, expected)
         compared.add(columns is None)
     assert compared == {True, False}
-
-
-def test_dora_with_cached_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft.tuners.lora.dora, "ENABLE_DORA_CACHING", True)
-    model = trained("bert", "dora")
-    plan = plan_for(model)
-    expected = reference(model, plan, "bert")
-    logits(model)
-    assert all(site.magnitude._dora_cache for site in sites_of(model).values() if isinstance(site, DoraSite))
-    apply_plan(model, plan)
-    assert difference(model, expected) < TOLERANCE
 
 
 def test_ia3_has_no_ranks_to_prune() -> None:

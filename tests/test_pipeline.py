@@ -181,12 +181,6 @@ def test_full_fine_tuning_leaves_a_model(benches: dict[tuple[str, str], Workbenc
     assert tokenizer.get_vocab() == work.tokenizer.get_vocab()
 
 
-def test_full_fine_tuning_of_a_quantised_base_is_refused(bench: Workbench) -> None:
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises(LightPeftError, match="method full trains every weight"):
-        pipeline.run(bench.config("full_int8", method="full", **{"model.quantization": "int8"}))
-
-
 def test_settings_that_a_method_has_no_use_for_may_change(bench: Workbench) -> None:
     RunFolder.open(bench.config("unused_settings", method="full")).begin()
     RunFolder.open(bench.config("unused_settings", method="full", **{"peft.r": 2, "light.heads": 0.1}))
@@ -316,13 +310,6 @@ def test_same_seed_same_run(bench: Workbench, finished: Path) -> None:
     assert all(scores[0][key].equal(scores[1][key]) for key in scores[0])
 
 
-def test_other_seed_other_run(bench: Workbench, finished: Path) -> None:
-    pipeline.run(bench.config("seeded", seed=1))
-    other = comparable(bench.folder / "seeded")
-    assert other["plan"]["sites"] != comparable(finished)["plan"]["sites"]
-    assert other["metrics"]["loss"] != comparable(finished)["metrics"]["loss"]
-
-
 def test_finished_run_is_left_alone(bench: Workbench, finished: Path) -> None:
     before = stamps(finished)
     assert pipeline.run(bench.config("finished")) == read(finished / "metrics.json")
@@ -358,12 +345,6 @@ def test_another_budget_replans_until_pruned(bench: Workbench, capsys: pytest.Ca
     assert stamps(folder) == before
 
 
-def test_plan_refuses_what_was_pruned_otherwise(bench: Workbench, finished: Path) -> None:
-    """Also from Python, where a folder is opened without its config being compared."""
-    with pytest.raises(LightPeftError, match="pruned by another plan"):
-        pipeline.plan(RunFolder(finished, bench.config("finished", **{"light.heads": 0.5})))
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -380,21 +361,6 @@ def test_training_options(bench: Workbench, finished: Path, changes: dict[str, A
     assert steps_of(bench.folder / name) == 24
     assert 0.2 < result["metrics"]["loss"] < 1.2
     assert result["parameters"]["base"] == read(finished / "metrics.json")["parameters"]["base"]
-
-
-def test_log_lines_tell_stage_step_and_loss(finished: Path) -> None:
-    lines = logged(finished)
-    done = [entry["stage"] for entry in lines if entry.get("done")]
-    assert done[:3] == ["estimate", "prune", "train"]
-    losses = {stage: [e["step"] for e in lines if e["stage"] == stage and "loss" in e] for stage in done[::2]}
-    assert losses == {"estimate": [4], "train": [8, 12, 16, 20, 24]}, "steps are those of the run"
-    assert all(entry["learning_rate"] <= 3e-2 for entry in lines if "loss" in entry)
-
-
-def test_half_written_log_line_is_skipped(bench: Workbench, tmp_path: Path) -> None:
-    run = RunFolder(tmp_path, bench.config("unused"))
-    run.log.write_text('{"stage": "train", "seconds": 1.5, "done": true}\n{"stage": "tr', encoding="utf-8")
-    assert run.stage_seconds() == {"train": 1.5}
 
 
 def test_pytorch_with_cuda_on_a_machine_without(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

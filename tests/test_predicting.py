@@ -109,12 +109,6 @@ def test_columns_are_called_the_same_in_predict_and_evaluate(
     assert read(tmp_path / "out.json")["model"]["metrics"]["accuracy"] == pytest.approx(right)
 
 
-def test_errors_name_the_example(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lightpeft("predict", bench.folder / "run", "--example", " \n ") == 2
-    assert "the example has no text" in capsys.readouterr().err
-    assert lightpeft("predict", bench.folder / "run", "--example", "word1", "--data.columns.text", "other") == 0
-
-
 def test_base_that_moved(
     bench: Workbench, expected: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,16 +177,6 @@ def test_a_run_that_says_nothing_of_its_task(halves: Workbench, tmp_path: Path) 
     (run / "task.json").write_text("{}", encoding="utf-8")
     assert "task.json" in refusal(lambda: predict(run, halves.test, output=tmp_path / "out.csv"))
     assert not (tmp_path / "out.csv").exists()
-
-
-def test_long_texts_are_cut_as_in_training(bench: Workbench, tmp_path: Path) -> None:
-    text = " ".join([TEXTS[0]] * 20)
-    source = write_rows(tmp_path / "rows.csv", [{"text": text}])
-    predict(bench.folder / "run", source, output=tmp_path / "out.csv")
-    row = table((tmp_path / "out.csv").read_text(encoding="utf-8"))[0]
-    cut = " ".join(text.split()[:30])  # and two special tokens: max_length 32
-    expected = direct(bench.folder / "run" / "adapter", bench.base, [(cut,)])
-    assert float(row["p_positive"]) == pytest.approx(float(expected[0, 1]), abs=2e-6)
 
 
 def test_pairs(tmp_path: Path) -> None:

@@ -13,13 +13,8 @@ from workbench import NOTICE, Workbench
 
 from lightpeft.app.runs import pipeline
 from lightpeft.console import bars
-from lightpeft.console.progress import EVERY, Pulse, StepProgress, duration, exact_duration, in_bytes
+from lightpeft.console.progress import EVERY, Pulse, StepProgress, exact_duration
 from lightpeft.training.callbacks import ProgressBar
-
-
-@pytest.mark.parametrize(("seconds", "shown"), [(42.4, "42 s"), (720.0, "12 min"), (12_600.0, "3.5 h")])
-def test_durations(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -38,21 +33,6 @@ def test_durations(seconds: float, shown: str) -> None:
 )
 def test_durations_of_what_is_over(seconds: float, shown: str) -> None:
     assert exact_duration(seconds) == shown
-
-
-@pytest.mark.parametrize(
-    ("count", "shown"),
-    [
-        (0, "0 B"),
-        (1023, "1,023 B"),
-        (1536, "1.5 KiB"),
-        (88.4 * 1024, "88 KiB"),
-        (1024**2 - 1, "1.0 MiB"),
-        (2**52, "4,096 TiB"),
-    ],
-)
-def test_sizes(count: float, shown: str) -> None:
-    assert in_bytes(count) == shown
 
 
 def test_progress_tells_rate_and_remaining_time(
@@ -106,16 +86,6 @@ def test_what_is_soon_over_says_nothing(clock: SimpleNamespace, capsys: pytest.C
     assert capsys.readouterr().err == "Tokenizing: 5 of 10, 0.167 per second, time left: 30 s\n"
 
 
-def test_nothing_is_said_of_a_rate_before_there_is_one(
-    clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pulse = Pulse("train", 10, "step", done=5)
-    clock.now += EVERY
-    pulse.beat(5)
-    pulse.beat(4)
-    assert capsys.readouterr().err == ""
-
-
 def test_lines_instead_of_a_bar(clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for item in bars.progress("abcd", 4, "Predicting"):
@@ -127,13 +97,6 @@ def test_lines_instead_of_a_bar(clock: SimpleNamespace, capsys: pytest.CaptureFi
         "Predicting: 2 of 4, 0.025 per second, time left: 80 s",
         "Predicting: 3 of 4, 0.025 per second, time left: 40 s",
     ]
-
-
-def test_long_loops_may_be_silent(clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    with bars.showing(bars.silent):
-        for _ in bars.progress("abcd", 4, "Predicting"):
-            clock.now += 40.0
-    assert capsys.readouterr().err == ""
 
 
 def trained(bar: ProgressBar, state: TrainerState, clock: SimpleNamespace, steps: int, seconds: float) -> None:

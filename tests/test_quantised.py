@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from lightpeft import EarlyPruner, LightConfig
 from lightpeft.adapters.light_adapter import load_light
 from lightpeft.errors import LightPeftError
-from lightpeft.models.families import block_specs
 from lightpeft.models.linears import (
     dense_weight,
     fault,
@@ -239,16 +238,6 @@ def test_a_layer_without_features(kind: str) -> None:
     assert without_outputs(x).shape == (2, 3, 0)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "torchao-int8"])
-def test_stored_numbers_outlast_a_pass(kind: str) -> None:
-    layer = KINDS[kind](plain())
-    before = stored_weight(layer).clone()
-    with torch.no_grad():
-        layer.eval()(torch.randn(2, COLUMNS))
-        layer.train()(torch.randn(2, COLUMNS))
-    assert stored_weight(layer).equal(before)
-
-
 # Widths
 
 
@@ -318,13 +307,6 @@ def load(folder: Path, kind: str, auto: Any = AutoModelForCausalLM) -> Any:
 def logits(model: Any, train: bool = False) -> Tensor:
     inputs = batch()
     return model.train(train)(**inputs).logits[inputs["attention_mask"] > 0]
-
-
-@all_configs
-def test_specs_count_weights_not_bytes(folder: Path, kind: str) -> None:
-    model = load(folder, kind)
-    assert block_specs(model) == block_specs(make("llama-gqa", **SIZES))
-    assert sum(logical_numel(p) for p in model.parameters()) == make("llama-gqa", **SIZES).num_parameters()
 
 
 @all_configs
@@ -409,15 +391,6 @@ def test_widths_that_groups_cannot_have_are_refused_before_estimation(
         assert said.startswith("model.layers.0.") and f"{GROUPS_OF_32}{advice}" in said
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
-def test_evaluation_leaves_the_base_as_loaded(folder: Path, kind: str) -> None:
-    model = load(folder, kind)
-    layer = model.model.layers[0].mlp.down_proj
-    before, trained = dense_weight(layer).clone(), logits(model, train=True)
-    assert logits(model).equal(trained)
-    assert dense_weight(layer).equal(before)
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_new_heads_are_ordinary_layers(tmp_path: Path, kind: str) -> None:
     encoder = make("bert", hidden_size=64, intermediate_size=128).base_model
@@ -444,12 +417,6 @@ def test_kinds_that_are_not_known(name: str) -> None:
         with pytest.raises(LightPeftError, match=r"^a torch\.nn\..*Linear with a torchao.*Tensor weight .*$") as caught:
             call(layer)
         assert "\n" not in str(caught.value)
-
-
-def test_unquantised_int8_layers_are_not_known() -> None:
-    bnb = pytest.importorskip("bitsandbytes")
-    assert not is_linear(bnb.nn.Linear8bitLt(8, 8))
-    assert not is_linear(bnb.nn.Linear4bit(8, 8))
 
 
 def test_neither_package_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

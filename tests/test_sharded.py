@@ -1,44 +1,31 @@
-"""Two processes that share a model's weights (FSDP2, ZeRO-2, ZeRO-3) must end where one does that has them all."""
+"""Two processes that share a model's weights (FSDP2) must end where one does that has them all."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from sharded_processes import REFUSED, REFUSED_OF_FSDP
-from sharded_trainings import LONG, MODELS, found, training
-from workbench import in_other_process, needs_deepspeed
+from sharded_processes import REFUSED
+from sharded_trainings import FSDP, LONG, MODELS, found, training
+from workbench import in_other_process
 
 from lightpeft import load_light
 from lightpeft.errors import LightPeftError
-from lightpeft.training.sharding import check_deepspeed
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 
-ZERO = {"zero2": 2, "zero3": 3}
-"""DeepSpeed's stages."""
 WORKER = Path(__file__).with_name("sharded_processes.py")
 SIDES = ["before", "behind"]
 
 
-@pytest.fixture(scope="module", params=["fsdp2", *(pytest.param(name, marks=needs_deepspeed) for name in ZERO)])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with what both processes found, in an engine."""
-    folder = tmp_path_factory.mktemp(request.param)
-    launcher: tuple[object, ...] = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    if request.param in ZERO:
-        # unless it is told so, ZeRO-3 lets every process have small parameters whole, and here all are
-        zero = {"stage": ZERO[request.param], "stage3_param_persistence_threshold": 0}
-        sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-        settings = {"zero_optimization": zero, **dict.fromkeys(sizes, "auto")}
-        (folder / "zero.json").write_text(json.dumps(settings))
-        options = ("--num_processes", 2, "--use_deepspeed", "--deepspeed_config_file", folder / "zero.json")
-        launcher = ("accelerate.commands.launch", *options, "--zero3_init_flag", "false")
-    done = in_other_process(*launcher, WORKER, folder)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what both processes found."""
+    folder = tmp_path_factory.mktemp("fsdp2")
+    done = in_other_process("torch.distributed.run", "--standalone", "--nproc_per_node=2", WORKER, folder)
     assert done.returncode == 0, done.stderr[-12000:]
     return folder
 
@@ -95,10 +82,9 @@ def test_both_processes_agree_to_the_last_bit(results: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_process_holds_a_part_of_the_cut_base(results: Path, name: str) -> None:
-    part = 1 if "zero2" in results.name else 0.55
     for rank in (0, 1):
         of_process = of_rank(results, rank, name)
-        assert of_process["held"] <= part * of_process["numbers"]
+        assert of_process["held"] <= 0.55 * of_process["numbers"]
         assert of_process["held"] >= 0.45 * of_process["numbers"]
 
 
@@ -145,40 +131,26 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(results: Path, tmp_p
 # -- what cannot work ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", [*REFUSED_OF_FSDP, *REFUSED])
+@pytest.mark.parametrize("setting", REFUSED)
 def test_what_cannot_be_shared_is_refused_in_one_line(results: Path, setting: str) -> None:
-    if setting in REFUSED_OF_FSDP and "fsdp2" not in results.name:
-        pytest.skip("a setting of FSDP")
     line = json.loads((results / "rank0" / "refused.json").read_text())[setting]
     assert setting in line and "\n" not in line
 
 
-def test_a_model_that_was_loaded_in_parts_is_refused_in_one_line(results: Path) -> None:
-    refused = json.loads((results / "rank0" / "refused.json").read_text())
-    assert ("parts" in refused) == ("zero3" in results.name)
-    assert "load it before you make TrainingArguments" in refused.get(
-        "parts", "load it before you make TrainingArguments"
-    )
+def test_cpus_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes would train by DDP without a word: accelerate shards over accelerators alone."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # which arguments change for the rest of the process
+    with pytest.raises(LightPeftError, match="accelerate shards over accelerators alone, and not over CPUs"):
+        training("bert-lora", tmp_path, **FSDP)
 
 
-@pytest.mark.parametrize(
-    ("stage", "config", "line"),
-    [
-        (1, {}, "zero_stage 1 of DeepSpeed's configuration was not tried; set it to 2 or 3"),
-        (3, {"optimizer": {"type": "AdamW"}}, "optimizer of DeepSpeed's configuration is the trainer's to make"),
-        (3, {"scheduler": {"type": "WarmupLR"}}, "scheduler of DeepSpeed's configuration is the trainer's to make"),
-        (3, {"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param .* was not tried"),
-        (2, {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "offload_optimizer .* was not tried"),
-        (2, {"fp16": {"enabled": True}}, "fp16 scales the loss where estimation does not see it; train in bf16"),
-    ],
-)
-def test_what_was_not_tried_in_deepspeed_is_refused_in_one_line(stage: int, config: dict[str, Any], line: str) -> None:
-    with pytest.raises(LightPeftError, match=line):
-        check_deepspeed(SimpleNamespace(zero_stage=stage, deepspeed_config=config))
-
-
-def test_usual_settings_of_deepspeed_are_taken() -> None:
-    zero = {"stage": 3, "offload_param": {"device": "none"}, "offload_optimizer": {"device": "none"}}
-    check_deepspeed(
-        SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": zero, "fp16": {"enabled": "auto"}})
-    )
+@pytest.mark.parametrize("launched", [False, True])
+def test_deepspeed_is_refused_in_one_line(launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer whose arguments were made elsewhere: those with `deepspeed` need it installed."""
+    trainer = training("bert-lora", tmp_path)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    else:
+        trainer.args.deepspeed = "zero3.json"
+    with pytest.raises(LightPeftError, match="DeepSpeed's engine cannot follow a model that is cut on the way"):
+        trainer.create_accelerator_and_postprocess()

@@ -211,21 +211,3 @@ def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
             assert all(loaded.startswith(address) for loaded in browser.execute_script(LOADED))
             assert (sum(browser.execute_script(PAPER)) > 3 * 128) == (scheme == "light")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-
-
-FOUND = """
-const inner = [...document.querySelectorAll("*")].filter(each => each.shadowRoot);
-return inner.flatMap(each => [...each.shadowRoot.querySelectorAll("a")].map(link => link.href));
-"""
-
-
-def test_a_word_is_found(browser: Any, address: str) -> None:
-    support = pytest.importorskip("selenium.webdriver.support.ui")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    window = {"width": WIDTHS[-1], "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
-    browser.get(f"{address}/docs/start.html")
-    browser.find_element("css selector", ".md-search__button").click()
-    webdriver.ActionChains(browser).pause(0.5).send_keys("neurons_scope").perform()
-    found = support.WebDriverWait(browser, 20).until(lambda window: window.execute_script(FOUND))
-    assert any(link.startswith(f"{address}/docs/api/config.html") for link in found), found

@@ -306,11 +306,3 @@ def test_continuous_batching_is_refused_where_kv_heads_went() -> None:
             pruned.generate_batch([[5, 6, 7]], generation_config=settings)
     _, same_kv_heads, _ = pair("llama-mqa", "lora", "usual")
     assert "init_continuous_batching" not in vars(transformers_model(same_kv_heads))
-
-
-def test_numbers_of_cross_attention_heads_go_with_the_heads() -> None:
-    for budget, stay in (({}, False), ({"heads": 0.0}, True)):
-        model = with_lora(make("whisper"))
-        model.generation_config.alignment_heads = [[0, 3], [1, 2]]
-        apply_plan(model, plan_for(model, **budget))
-        assert hasattr(model.get_base_model().generation_config, "alignment_heads") == stay

@@ -16,17 +16,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-import workbench
-from adapters import assert_same, edit_weights, logits, save_light, saved, tensors
+from adapters import assert_same, edit_weights, logits, save_light, tensors
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft_models import VARIANTS, adapted, lora, shifted
-from tiny import DROPPED, LAYOUTS, USUAL, make, plan_for, refusal, with_lora
+from tiny import DROPPED, LAYOUTS, USUAL, make, plan_for, refusal
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightpeft import LightModel, LightSwitch, load_light, save_merged
-from lightpeft.app.folders import forms, switching
-from lightpeft.app.runs import pipeline
+from lightpeft.app.folders import switching
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import check_peft
 from lightpeft.prune.light_model import as_light
@@ -131,13 +129,6 @@ def test_one_tensor_for_all_tasks_in_any_type(dtype: Any, tmp_path: Path) -> Non
     )
 
 
-def test_matrices_that_lose_nothing_are_shared(tmp_path: Path) -> None:
-    places = over_one_base(tmp_path, "llama-gqa", count=2, heads=0.0)
-    switch = LightSwitch(places)
-    common = shared_names(switch["first"], switch["second"])
-    assert sum("self_attn" in name for name in common) == 12 and not any("mlp" in name for name in common)
-
-
 def test_heads_of_several_sorts_share_the_base(tmp_path: Path) -> None:
     """The base has no head; two and three labels, and tokens, are three tasks. The head is in each adapter."""
     make("bert").base_model.save_pretrained(tmp_path / "base")
@@ -160,16 +151,6 @@ def test_heads_of_several_sorts_share_the_base(tmp_path: Path) -> None:
     for other in ("three", "tokens"):
         common = shared_names(models["two"], models[other])
         assert any("word_embeddings" in name for name in common) and not any("classifier" in name for name in common)
-
-
-def test_a_run_is_a_task(tmp_path: Path) -> None:
-    bench = workbench.Workbench(tmp_path)
-    pipeline.run(bench.config(**{"training.epochs": 1}))
-    switch = LightSwitch({"run": tmp_path / "run", "adapter": tmp_path / "run/adapter"})
-    inputs = {"input_ids": torch.arange(4, 24).view(2, 10)}
-    with torch.no_grad():
-        expected = load_light(tmp_path / "run/adapter")(**inputs).logits
-        assert switch["run"](**inputs).logits.equal(expected) and switch["adapter"](**inputs).logits.equal(expected)
 
 
 # Which models are kept
@@ -235,16 +216,6 @@ def test_tasks_come_and_go(tmp_path: Path) -> None:
     switch.remove("first")
     switch.add("first", places["third"])
     assert switch.names == ("second", "first") and logits(switch["first"]).equal(logits(load_light(places["third"])))
-
-
-def test_an_adapter_that_is_written_anew_is_read_anew(tmp_path: Path) -> None:
-    places = over_one_base(tmp_path, count=2)
-    switch = LightSwitch(places, most=1)
-    before = logits(switch["first"])
-    switch["second"]
-    save_light(type(make("bert")).from_pretrained(tmp_path / "base"), places["first"], seed=9, neurons=0.6)
-    after = logits(switch["first"])
-    assert after.equal(logits(load_light(places["first"]))) and not after.equal(before)
 
 
 # Threads
@@ -386,38 +357,6 @@ def test_a_base_that_changes_is_refused(tmp_path: Path) -> None:
         "what was shared is not taken for what is there"
     )
     assert logits(first).equal(expected)
-
-
-def test_a_base_in_another_place(tmp_path: Path) -> None:
-    places = over_one_base(tmp_path, count=2)
-    expected = [logits(load_light(folder)) for folder in places.values()]
-    (tmp_path / "base").rename(tmp_path / "moved")
-    assert "needs its base" in refusal(lambda: LightSwitch(places))
-    switch = LightSwitch(places, base=tmp_path / "moved")
-    assert [logits(switch[task]).equal(before) for task, before in zip(places, expected, strict=True)] == [True, True]
-
-
-def test_what_is_no_light_adapter_is_refused(tmp_path: Path) -> None:
-    light = saved(tmp_path, "bert")
-    save_merged(light, tmp_path / "merged")
-    with_lora(make("bert")).save_pretrained(tmp_path / "plain")
-    assert "is a merged light model; give a light adapter" in refusal(lambda: LightSwitch({"a": tmp_path / "merged"}))
-    assert "is a model; give a light adapter" in refusal(lambda: LightSwitch({"a": tmp_path / "base"}))
-    assert refusal(lambda: LightSwitch({"a": tmp_path / "plain"}, base=tmp_path / "base")).endswith("or the run of one")
-
-
-def test_bases_that_cannot_be_shared_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    light = saved(tmp_path, "bert")
-    config: Any = transformers_model(light).config
-    config.quantization_config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    light.save_pretrained(tmp_path / "light")
-    alone = "which tasks cannot share; load it alone: load_light"
-    assert f"is quantised, {alone}" in refusal(lambda: LightSwitch({"a": tmp_path / "light"}))
-    del config.quantization_config
-    transformers_model(light).light_gguf_file = "model.gguf"
-    light.save_pretrained(tmp_path / "light")
-    monkeypatch.setattr(forms, "load_model_config", lambda model: config)  # there is no such file
-    assert f"is a GGUF file, {alone}" in refusal(lambda: LightSwitch({"a": tmp_path / "light"}))
 
 
 def test_settings_that_make_no_sense(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,12 +11,10 @@ from tiny import make, plan_for, with_lora
 
 from lightpeft.app.cli.tables import (
     comparison_table,
-    facts_table,
     metrics_table,
     paired_table,
     per_class_table,
     plan_table,
-    shown,
 )
 from lightpeft.plans.records import BlockPlan
 from lightpeft.plans.structure import SLOTS
@@ -65,32 +62,6 @@ def test_plans_of_large_decoders_fit_80_columns() -> None:
     lines = text(plan_table(wide), width=80).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[2].split() == ["0", "64/64", "64/64", "14336/14336", "0%", "7/7", *["16"] * 7]
-
-
-def test_facts_are_shown_as_they_are() -> None:
-    facts = {"id": "models/[v2]/base", "accuracy": 0.5, "base": 22_713_216, "examples": 40.0, "flag": True}
-    shown_facts = text(facts_table(facts, "adapter runs/[a]/adapter"))
-    assert "models/[v2]/base" in shown_facts
-    assert "runs/[a]/adapter" in shown_facts
-    assert "22,713,216" in shown_facts
-    assert "0.5000" in shown_facts
-    assert "True" in shown_facts
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (0.123456, "0.1235"),
-        (40.0, "40"),
-        (0.0, "0.0000"),
-        (1.0, "1"),
-        (1234567, "1,234,567"),
-        (True, "True"),
-        ("a", "a"),
-    ],
-)
-def test_values_for_people(value: Any, expected: str) -> None:
-    assert shown(value) == expected
 
 
 def test_comparison_shows_both_runs() -> None:

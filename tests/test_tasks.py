@@ -76,25 +76,12 @@ class TestReading:
         rows = read_rows(str(path), "data.train")
         assert rows.to_list() == [{"text": "a", "note": None}, {"text": "b", "note": 1}]
 
-    def test_tsv_without_quoting(self, tmp_path: Path) -> None:
-        path = tmp_path / "rows.tsv"
-        path.write_text('text\tlabel\n"Yes", he said\t1\n"open quote\t0\n', encoding="utf-8")
-        assert read_rows(str(path), "data.train")["text"][:] == ['"Yes", he said', '"open quote']
-
     def test_csv_with_byte_order_mark_blank_lines_and_a_long_field(self, tmp_path: Path) -> None:
         path = tmp_path / "rows.csv"
         path.write_text(f"text,label\r\n{'x' * 200_000},1\r\n\r\nb,0\r\n", encoding="utf-8-sig")
         rows = read_rows(str(path), "data.train")
         assert rows.column_names == ["text", "label"]
         assert [len(text) for text in rows["text"]] == [200_000, 1]
-
-    def test_parquet_categories_and_class_names(self, tmp_path: Path) -> None:
-        path = tmp_path / "rows.parquet"
-        pd.DataFrame({"text": ["a", "b"], "label": pd.Categorical(["no", "yes"])}).to_parquet(path)
-        assert read_rows(str(path), "data.train").to_list() == [
-            {"text": "a", "label": "no"},
-            {"text": "b", "label": "yes"},
-        ]
 
     @pytest.mark.parametrize(
         ("name", "content", "expected"),
@@ -167,13 +154,6 @@ class TestHub:
         line = error_of(read_rows, "org/set", "data.train")
         assert '"org/set"' in line and "hub was not reached" in line and "local" in line
         assert datasets.are_progress_bars_disabled() == before
-
-    def test_unknown_split(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def load(*args: Any, **kwargs: Any) -> Dataset:
-            raise ValueError('Unknown split "tset".\nShould be one of [...]')
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        assert 'Unknown split "tset". Should' in error_of(read_rows, "org/set:tset", "data.train")
 
 
 def labelled(tmp_path: Path, labels: list[Any], name: str = "train.jsonl", texts: list[Any] | None = None) -> str:
@@ -272,20 +252,6 @@ class TestClassification:
         assert encoded["length"][:] == [6, 10]
         assert tokenizer.decode(encoded[1]["input_ids"]).endswith("bad [SEP]")
 
-    def test_encode_without_labels_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("lightpeft.app.tasks.tokens.ENCODE_ROWS", 3)
-        tokenizer, texts = word_tokenizer(), WORDS[3:]
-        rows = Dataset.from_dict({"text": texts})
-        encoded = ClassificationTask(DataConfig(), rows, rows, []).encode_inputs(rows, tokenizer)
-        assert encoded["input_ids"][:] == tokenizer(texts)["input_ids"]
-
-    def test_encode_names_unknown_labels(self, tmp_path: Path) -> None:
-        source = labelled(tmp_path, [0, 1])
-        task = load_task(DataConfig(train=source, test=source))
-        rows = Dataset.from_dict({"text": ["a"], "label": [5]})
-        line = error_of(cut_to(task, 8).encode, rows, word_tokenizer())
-        assert "labels that training has not: 5" in line
-
 
 class TestCausalLM:
     def completions(self, tmp_path: Path, *pairs: tuple[str, str]) -> CausalLMTask:
@@ -358,12 +324,6 @@ class TestCausalLM:
         assert 'data.columns.text is "text"' in error_of(load_task, config)
         assert "name both" in error_of(load_task, replace(config, columns={"prompt": "p"}))
 
-    def test_completion_without_tokens(self, tmp_path: Path) -> None:
-        tokenizer = word_tokenizer()
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("!")
-        task = self.completions(tmp_path, ("a", "a"), ("a", "!"))
-        assert "row 2 has no token to learn from" in error_of(cut_to(task, 8).encode, task.train, tokenizer)
-
 
 class TestModelLimits:
     def test_positions(self) -> None:
@@ -387,8 +347,3 @@ class TestModelLimits:
         assert tokenizer.pad_token_id == len(WORDS)
         ensure_pad_token(tokenizer, config)
         assert tokenizer.pad_token == "</s>" and config.pad_token_id == 2
-
-    def test_nothing_to_pad_with(self) -> None:
-        backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-        assert "no padding token" in error_of(ensure_pad_token, tokenizer, LlamaConfig(pad_token_id=None))

@@ -32,14 +32,12 @@ from lightpeft.app.evaluation.predicting import answer_rows
 from lightpeft.app.runs import pipeline
 from lightpeft.app.tasks import (
     Answers,
-    RegressionTask,
     SpanTask,
     Task,
     load_task,
     restore_task,
     task_facts,
 )
-from lightpeft.app.tasks.kinds.span import answer_places
 from lightpeft.app.tasks.kinds.windows import answer_text, best_of_windows, best_span, make_windows
 from lightpeft.app.tasks.text_metrics import text_match
 from lightpeft.config import DataConfig, ModelConfig
@@ -221,17 +219,6 @@ def answered(base: Path, task: Task, rows: Rows, **options: Any) -> dict[str, An
     return {"model": model, **answer_rows(model, tokenizer, task, Dataset.from_list(rows), **options)}
 
 
-def test_numbers(squad_run: Bench) -> None:
-    texts = [{"text": row["question"]} for row in web_questions(5)]
-    rows = Dataset.from_list(texts)
-    task = RegressionTask(DataConfig(task="regression", max_length=36), rows, rows, [])
-    result = answered(squad_run.base, task, texts)
-    tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
-    with torch.no_grad():
-        expected = [result["model"](**tokenizer(row["text"], return_tensors="pt")).logits.item() for row in texts]
-    assert result["value"] == pytest.approx(expected, abs=1e-4)
-
-
 # -- a decoder's question answering head -------------------------------------------------------------------------
 
 
@@ -345,32 +332,11 @@ def test_malformed_rows_are_named(tmp_path: Path, task: str, change: dict[str, A
         loaded(tmp_path, [good, good | change], task=task)
 
 
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [([3], r"\[3\] is not a list of texts, or"), (["good1"], '"good1" is not in the context'), (True, "is not a list")],
-)
-def test_answers_of_another_form(value: Any, message: str) -> None:
-    with pytest.raises(LightPeftError, match=f"row 1: .*{message}"):
-        answer_places(value, "word1 good0", "row 1")
-
-
 def test_questions_without_an_answer_need_a_threshold(tmp_path: Path, squad_run: Bench) -> None:
     task = loaded(tmp_path, [SPAN | {"answers": ["good0"]}, SPAN | {"answers": []}], task="span")
     tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
     with pytest.raises(LightPeftError, match="row 2 .*the question has no answer; set data.null_threshold"):
         cut_to(task, 36).encode(task.train, tokenizer)
-
-
-def test_chats_that_cannot_be_learned(tmp_path: Path, squad_run: Bench) -> None:
-    task = loaded(tmp_path, chats(2), task="chat")
-    tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
-    with pytest.raises(LightPeftError, match="the tokenizer has no chat template"):
-        cut_to(task, 36).encode(task.train, tokenizer)
-    tokenizer.chat_template = CHAT_TEMPLATE
-    with pytest.raises(
-        LightPeftError, match="row 1: the assistant's first token is number 10, and data.max_length is 4"
-    ):
-        cut_to(task, 4).encode(task.train, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -384,8 +350,3 @@ def test_chats_that_cannot_be_learned(tmp_path: Path, squad_run: Bench) -> None:
 def test_models_that_cannot_answer(task: str, model: PretrainedConfig, message: str) -> None:
     with pytest.raises(LightPeftError, match=message):
         load_task(DataConfig(task=task), model)
-
-
-def test_named_tasks_have_their_own_columns() -> None:
-    with pytest.raises(LightPeftError, match="data.columns is for kinds; task squad has its own columns"):
-        load_task(DataConfig(task="squad", columns={"question": "other"}))

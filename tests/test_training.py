@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, set_seed
 from workbench import Workbench
 
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.files import append_line, check_sealed, seal
+from lightpeft.files import check_sealed, seal
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.training.arguments import training_arguments
 from lightpeft.training.callbacks import LogLines, ProgressBar, SealCheckpoint, StopOnSignal
@@ -96,14 +96,6 @@ def test_total_steps_are_those_of_the_trainer(
     assert by_epochs.epoch == by_steps.epoch >= epochs
 
 
-def test_total_steps_of_several_processes() -> None:
-    config = TrainingConfig(batch_size=8, epochs=2)
-    assert Pace.of(64, config, processes=2).steps(2) == 8
-    assert Pace.of(65, config, processes=2).steps(2) == 10
-    assert Pace.of(1, config).steps(2) == 2
-    assert Pace.of(1, config).steps(0.01) == 1
-
-
 # -- batches -----------------------------------------------------------------------------------------------------
 
 
@@ -125,15 +117,6 @@ def test_batches_by_length_are_of_similar_length(work: pipeline.Workspace, tmp_p
         assert sum(len(batch["labels"]) for batch in batches) == len(work.train_rows)
     spreads = [int(lengths.max() - lengths.min()) for lengths in (b["attention_mask"].sum(1) for b in grouped)]
     assert sorted(spreads)[len(spreads) // 2] <= 3
-
-
-def test_padding_is_dynamic(work: pipeline.Workspace, tmp_path: Path) -> None:
-    for given in ({}, AT_RANDOM):
-        batches = batches_of(trainer_for(work, tmp_path, given=given))
-        assert len({batch["input_ids"].shape[1] for batch in batches}) > 1
-        for batch in batches:
-            assert int(batch["attention_mask"].sum(1).max()) == batch["input_ids"].shape[1]
-            assert "length" not in batch
 
 
 @pytest.mark.parametrize("given", [{}, AT_RANDOM], ids=["by_length", "random"])
@@ -169,21 +152,6 @@ def test_log_lines(work: pipeline.Workspace, tmp_path: Path) -> None:
         assert entry["grad_norm"] > 0
         assert 0 <= entry["learning_rate"] <= 1e-2
     assert logged[0]["time"] < logged[1]["time"]
-
-
-def test_only_losses_of_the_main_process_are_logged(tmp_path: Path) -> None:
-    callback, arguments = LogLines(tmp_path / "log.jsonl"), TrainingArguments(str(tmp_path), use_cpu=True)
-    state = TrainerState(is_world_process_zero=True, global_step=7)
-    callback.on_log(arguments, state, TrainerControl(), logs={"train_runtime": 3.0})
-    callback.on_log(arguments, TrainerState(is_world_process_zero=False), TrainerControl(), logs={"loss": 1.0})
-    assert not (tmp_path / "log.jsonl").exists()
-    callback.on_log(arguments, state, TrainerControl(), logs={"loss": 1.0})
-    assert [(entry["step"], entry["loss"]) for entry in lines(tmp_path / "log.jsonl")] == [(7, 1.0)]
-
-
-def test_log_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(LightPeftError, match="cannot write .*log.jsonl"):
-        append_line(tmp_path / "nowhere" / "log.jsonl", {"loss": 1.0})
 
 
 # -- checkpoints and signals -------------------------------------------------------------------------------------

@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from workbench import Workbench, lightpeft, read
 
-from lightpeft import load_light
 from lightpeft.app.evaluation.milestones import (
-    MILESTONES,
     MOST_ROWS,
     MOST_WRITTEN,
     Watcher,
@@ -37,15 +35,12 @@ from lightpeft.app.tasks import (
     CausalLMTask,
     ClassificationTask,
     GenerationTask,
-    MultipleChoiceTask,
     Outcome,
     RegressionTask,
-    Respondent,
     Task,
 )
 from lightpeft.app.tasks.answers import Answers
 from lightpeft.config import DataConfig
-from lightpeft.errors import LightPeftError
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
 
@@ -154,11 +149,6 @@ class TestDoubts:
         (line,) = told(Answers([value + 50 for value in right], right), task)
         assert " is worse than the 133.2500 of always answering the mean, 19.5; " in line
 
-    def test_options_have_no_names(self) -> None:
-        task = task_of(MultipleChoiceTask)
-        (line,) = told(Answers([0, 1, 2] * 10, [1, 2, 1] * 10), task)
-        assert "always answering option 2; " in line
-
     def test_language_modelling_and_single_rows_tell_nothing(self) -> None:
         assert told(Answers([(1.0, 2.0, 3.0)] * 3, [None] * 3), task_of(CausalLMTask)) == []
         assert told(classes(0, 1), CLASSES) == []
@@ -209,10 +199,6 @@ class TestDoubtsOfRun:
         assert line.startswith("the cut of PEFT modules raised the loss on 100 test rows from 0.5000 to 0.7000")
         assert "light.modules" in line and "light.blocks" not in line
 
-    def test_texts_have_no_loss(self) -> None:
-        milestones = {name: {"f1": 0.5} for name in MILESTONES}
-        assert list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)) == []
-
 
 class TestCourse:
     def test_of_all_stages_in_order(self) -> None:
@@ -229,17 +215,6 @@ class TestCourse:
         answers = classes(80, 20)
         found = notices(watcher(in_the_end=answers), [entry], answers, bootstrap_intervals(answers, *CLASSES.measures))
         assert found["warnings"] == (["of the cut"] if entry.get("warnings") == ["of the cut"] else [])
-
-    def test_what_cannot_be_measured_is_a_warning(self) -> None:
-        def ask(model: nn.Module) -> Respondent:
-            raise LightPeftError("the model's answers to 1 of 9 rows are NaN or infinite (row 2)")
-
-        watching = Watcher(CLASSES, Dataset.from_dict({}), 9, ask)
-        watching.look("after_the_cut", nn.Identity())
-        answers = classes(80, 20)
-        found = notices(watching, [], answers, bootstrap_intervals(answers, *CLASSES.measures))
-        assert found["milestones"] == {"examples": 9, "metrics": {}}
-        assert found["warnings"] == ["after the cut: the model's answers to 1 of 9 rows are NaN or infinite (row 2)"]
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -277,19 +252,6 @@ def test_every_number_is_that_of_the_model_then(bench: Workbench) -> None:
     assert found["after_estimation"]["loss"] == pytest.approx(before.scores["loss"].mean())
 
 
-def test_a_sample_of_many_rows(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightpeft.app.evaluation.milestones.MOST_ROWS", 10)
-    pipeline.run(bench.config("few", **FEW))
-    report = read(bench.folder / "few" / "metrics.json")
-    assert report["milestones"]["examples"] == 10
-    work = pipeline.prepare(bench.config("few", **FEW))
-    chosen = work.test_rows.select(sorted(torch.randperm(40, generator=torch.Generator().manual_seed(0))[:10].tolist()))
-    respondent = work.asking(load_light(bench.folder / "few" / "adapter", bench.base))
-    losses = work.task.answer(respondent, chosen).answers.scores["loss"]
-    assert report["milestones"]["metrics"]["in_the_end"]["loss"] == pytest.approx(losses.mean())
-    assert report["metrics"]["examples"] == 40
-
-
 def test_watching_changes_nothing(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for name in ("watched", "unwatched"):
@@ -313,12 +275,6 @@ def test_a_base_that_can_answer_is_asked(llama: Workbench, method: str) -> None:
     base = evaluate_model(llama.base, {"data": {**data, "max_length": 32}})["model"]["metrics"]
     assert found["untouched_base"] == pytest.approx({name: base[name] for name in ("perplexity", "loss")})
     assert found["in_the_end"]["loss"] < found["untouched_base"]["loss"]
-
-
-@pytest.mark.parametrize("method", ["plain", "full"])
-def test_other_methods_have_fewer_moments(bench: Workbench, method: str) -> None:
-    pipeline.run(bench.config(method, method=method))
-    assert list(milestones(bench.folder / method)) == ["constant_answer", "in_the_end"]
 
 
 def test_a_cut_by_scores_that_know_nothing_says_so_at_once(

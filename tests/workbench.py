@@ -25,6 +25,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from fsdp_on_cpus import shard_on_cpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
@@ -414,6 +415,7 @@ def _member(rank: int, count: int, port: int, engine: str, disturb: Callable[[in
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         environment = {**place, "RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_FSDP": bool(sharding), **sharding}
         os.environ.update({name.upper(): str(value) for name, value in environment.items()})
+        shard_on_cpus()
     disturb(rank)
 
 

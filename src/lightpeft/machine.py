@@ -49,14 +49,14 @@ def processes() -> PartialState:
         waiting.cancel()
 
 
-def sharding_launched(*engines: str) -> bool:
-    """Whether `accelerate launch` has started this process as one of several that share a model's weights.
+def sharding_launched() -> bool:
+    """Whether `accelerate launch` has started this process as one of several that share a model's weights (FSDP)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
-    Args:
-        engines: by which they may do so, FSDP or DEEPSPEED; none given: either.
-    """
-    asked = engines or ("FSDP", "DEEPSPEED")
-    return any(os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" for engine in asked)
+
+def deepspeed_launched() -> bool:
+    """Whether `accelerate launch` has started this process for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def _state() -> PartialState:

@@ -10,8 +10,8 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
+from lightpeft.compat.transformers import class_names
 from lightpeft.errors import LightPeftError, require
 from lightpeft.machine import accelerator
 from lightpeft.saving.whole_config import LIGHT_TYPE, OWN
@@ -50,12 +50,11 @@ def register(load: Callable[..., PreTrainedModel]) -> None:
     """Let `AutoModelFor...from_pretrained(folder)` be `load(folder)`."""
     AutoConfig.register(LIGHT_TYPE, LightConfig)
     for name, table in _TABLES.items():
-        getattr(transformers, name).register(LightConfig, _reader(name, getattr(modeling_auto, table), load))
+        getattr(transformers, name).register(LightConfig, _reader(name, table, load))
 
 
-def _reader(auto: str, table: Mapping[str, Any], load: Callable[..., PreTrainedModel]) -> type:
+def _reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type:
     """What takes a model class's place for one auto class."""
-    gives = {name for names in table.values() for name in ((names,) if isinstance(names, str) else names)}
 
     class Reader:
         config_class = LightConfig
@@ -65,6 +64,8 @@ def _reader(auto: str, table: Mapping[str, Any], load: Callable[..., PreTrainedM
             changed = {} if config is None else config.to_diff_dict().keys() - _AS_SAVED
             model = load(folder, **_options({**dict.fromkeys(changed, True), **options}, str(folder)))
             kind = type(model).__name__
+            named = class_names(table, "A merged model in transformers' auto classes").values()
+            gives = {name for names in named for name in ((names,) if isinstance(names, str) else names)}
             require(kind in gives, f"{folder} is a {kind}, which {auto} does not give; load it with load_merged")
             return model
 

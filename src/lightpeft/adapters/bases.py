@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 import transformers
 from transformers import PreTrainedModel
-from transformers.quantizers import AutoQuantizationConfig
 
 from lightpeft.adapters.streaming import Stream
+from lightpeft.compat.missing import needed_for
 from lightpeft.compat.transformers import apart_from_other_threads
 from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
@@ -61,6 +61,8 @@ def load_base(
     failed, instead = f"base {model.name} cannot be loaded", "give another place: base=..."
     with parsing(failed, instead), quietly(), apart_from_other_threads():
         if saved.quantisation:
+            with needed_for("A base in 4 or 8 bits"):
+                from transformers.quantizers import AutoQuantizationConfig
             options["quantization_config"] = AutoQuantizationConfig.from_dict(saved.quantisation)
         loaded, info = architecture.from_pretrained(
             model.name,

@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from lightpeft.adapters.bases import architecture_of, load_base
 from lightpeft.adapters.right_base import check_base, check_brought, check_structure
-from lightpeft.compat.peft import ranks_of_parameters
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
@@ -32,7 +31,7 @@ from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.loading import load_model_config
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
-from lightpeft.peft_kinds.sites import Site, find_sites, module_name, own_adapter, simplify_config, widens_alone
+from lightpeft.peft_kinds.sites import Site, find_sites, own_adapter, simplify_config, widens_alone
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description, vocabulary_in
@@ -183,12 +182,11 @@ def _widen(
     config = copy.deepcopy(config)
     simplify_config(config)
     config.inference_mode = False  # as in training, whatever the file says
-    with ranks_of_parameters(config):
-        model = cast(PeftModel, get_peft_model(dense, config))
+    model = cast(PeftModel, get_peft_model(dense, config))
     wide, unfit = dict(tensors), "what the light model has learned does not fit its base"
     with parsing(unfit):
         for site in find_sites(model, plan.specs):
-            wide |= _widened(site, f"{_PREFIX}{module_name(model, site)}.", plan, tensors)
+            wide |= _widened(site, f"{_PREFIX}{site.spec.name}.", plan, tensors)
     wide = {name: tensor.contiguous() for name, tensor in wide.items()}
     expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model).items()}
     astray = sorted(name for name in expected.keys() | wide.keys() if expected.get(name) != _shape(wide.get(name)))

@@ -1,4 +1,4 @@
-"""accelerate: what it keeps of a training that it has prepared, and FSDP where it knows none."""
+"""accelerate: what it keeps of a training that it has prepared."""
 
 from __future__ import annotations
 
@@ -6,13 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate import DistributedType, PartialState
 from torch import nn
+
+from lightpeft.compat.missing import missing, unavailable
+
+try:
+    from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+except ImportError as _error:
+    clear_device_cache = missing("Smaller batches where memory is short", _error)
+    should_reduce_batch_size = missing("Smaller batches where memory is short", _error)
+
+__all__ = ["as_it_is", "clear_device_cache", "forget_optimizers", "prepared", "should_reduce_batch_size"]
 
 
 def forget_optimizers(accelerator: Any) -> None:
     """Let accelerate know of no optimizer: under float16 it would unscale the gradients of parameters that are gone."""
-    accelerator._optimizers.clear()
+    known = getattr(accelerator, "_optimizers", None)
+    if known is not None:
+        known.clear()
+    elif accelerator.scaler is not None:
+        raise unavailable("Training in float16", "accelerate has no Accelerator._optimizers")
 
 
 def prepared(accelerator: Any, model: nn.Module, optimizer: Any) -> Any:
@@ -29,20 +42,3 @@ def as_it_is(model: nn.Module) -> Iterator[None]:
     finally:
         if prepared is not None:
             vars(model)["forward"] = prepared
-
-
-@contextmanager
-def fsdp_on_cpus() -> Iterator[None]:
-    """Inside the block accelerate makes an `Accelerator` that shards over CPUs, too, where it is asked for FSDP.
-
-    It knows FSDP of accelerators alone, and would train by DDP without a word; FSDP2 itself runs over gloo.
-    """
-    state = PartialState._shared_state
-    on_cpus = state.get("distributed_type") is DistributedType.MULTI_CPU
-    if on_cpus:  # what it takes for the sign that FSDP will do
-        state["distributed_type"] = DistributedType.MULTI_GPU
-    try:
-        yield
-    finally:
-        if on_cpus and state["distributed_type"] is DistributedType.MULTI_GPU:
-            state["distributed_type"] = DistributedType.MULTI_CPU

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.distributed import _composable_state
-from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from lightpeft.compat.missing import needed_for
 from lightpeft.compat.torch import set_unseen
 
 
@@ -25,9 +24,10 @@ def out_of_fsdp(model: nn.Module) -> Iterator[None]:
     unit, so that never more than one unit is whole; what was replicated (`ignored_params`) stays so. FSDP2 has no way
     back of its own: what it puts on a module is taken off here. Other models are left alone.
     """
-    units = list(_units(model))
-    for unit in units:
-        unit.release()
+    with needed_for("The cut of a model that FSDP2 shards"):
+        units = list(_units(model))
+        for unit in units:
+            unit.release()
     gc.collect()  # its groups refer to one another, and hold the shards
     yield
     there = set(model.modules())
@@ -44,6 +44,9 @@ class _Unit:
 
     def release(self) -> None:
         """Take off the modules what `fully_shard` put on them."""
+        from torch.distributed import _composable_state
+        from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
         state = _fsdp_state(self.modules[0])
         handles = {state._pre_forward_hook_handle, state._post_forward_hook_handle}
         for group in _groups(state):
@@ -53,8 +56,8 @@ class _Unit:
         for handle in handles:
             handle.remove()
         for module in self.modules:
-            kind: Any = type(module)
-            module.__class__ = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]  # in PyTorch 2.9 always that
+            # FSDP2 makes a class of a module's own and `FSDPModule`
+            module.__class__ = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
             _composable_state._module_state_mapping.pop(module)
             for key in (STATE_KEY, REGISTRY_KEY):
                 vars(module).pop(key, None)

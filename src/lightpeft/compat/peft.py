@@ -1,76 +1,120 @@
-"""PEFT: its table of methods, and what its modules know of adapters beside what they tell."""
+"""PEFT: classes that its modules are of, its tables, and what it does with names of modules."""
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Collection
 from typing import Any
 
-import peft
-from peft import PeftConfig, PeftModel, PeftType
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
-from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+from lightpeft.compat.missing import missing, needed_for
+
+# Classes of modules
 
 
-def method_named(name: str) -> PeftType:
-    """The member `name` of PEFT's enum of methods, added to it where it has none.
+def _is_module_of_peft(module: Any) -> bool:
+    return hasattr(module, "get_base_layer") and hasattr(module, "active_adapters")
 
-    PEFT registers methods of others, but only under a name that its enum has, and an enum takes no members once its
-    class exists. So this writes what the enum's own machinery would have written for one more line of its class body.
+
+def _has_lora(module: Any) -> bool:
+    return _is_module_of_peft(module) and hasattr(module, "lora_A")
+
+
+def _is_trained_whole(module: Any) -> bool:
+    return hasattr(module, "modules_to_save") and hasattr(module, "original_module")
+
+
+try:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+except ImportError as _error:
+    BaseTunerLayer = missing("This PEFT kind", _error, _is_module_of_peft)
+try:
+    from peft.tuners.tuners_utils import BaseTuner
+except ImportError as _error:
+    BaseTuner = missing("PEFT by bottleneck adapters", _error)
+try:
+    from peft.tuners.lora import LoraLayer
+except ImportError as _error:
+    LoraLayer = missing("This LoRA", _error, _has_lora)
+try:
+    from peft.tuners.lora import Linear as LoraLinear
+except ImportError as _error:
+    LoraLinear = missing("LoRA computed in one step", _error)
+try:
+    from peft.tuners.lora import ParamWrapper
+except ImportError as _error:
+    ParamWrapper = missing("LoRA on routed experts", _error)
+try:
+    from peft.tuners.ia3 import IA3Layer
+except ImportError as _error:
+    IA3Layer = missing("PEFT by IA3", _error)
+try:
+    from peft.utils import ModulesToSaveWrapper
+except ImportError as _error:
+    ModulesToSaveWrapper = missing("A head that PEFT trains", _error, _is_trained_whole)
+
+__all__ = [
+    "BaseTuner",
+    "BaseTunerLayer",
+    "IA3Layer",
+    "LoraLayer",
+    "LoraLinear",
+    "ModulesToSaveWrapper",
+    "ParamWrapper",
+    "adapters_in",
+    "fitting_key",
+    "forget_norms",
+    "names_of_experts",
+    "register_prefix",
+]
+
+
+def adapters_in(layer: Any) -> list[str]:
+    """Names of all adapters that a module holds, active or not."""
+    held = (getattr(layer, name, None) for name in layer.adapter_layer_names)
+    return sorted({key for each in held if hasattr(each, "keys") for key in each})
+
+
+def forget_norms(magnitude: Any) -> None:
+    """Have DoRA's module take the norms of its weights anew: they were changed under it.
+
+    PEFT keeps them from 0.19 on.
     """
-    if name not in PeftType.__members__:
-        member = str.__new__(PeftType, name)
-        member._name_ = member._value_ = name
-        member.__objclass__ = PeftType
-        member._sort_order_ = len(PeftType.__members__)
-        type.__setattr__(PeftType, name, member)
-        PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
-        # Python 3.13 answers `value in PeftType` from a list of its own
-        getattr(PeftType, "_hashable_values_", []).append(name)
-    return PeftType[name]
+    forget = getattr(magnitude, "_cache_clear", None)
+    if forget is not None:
+        forget()
 
 
-@contextmanager
-def peft_model_made_by(make: Callable[..., PeftModel], config: PeftConfig) -> Iterator[list[PeftModel]]:
-    """Inside the block, whoever asks `get_peft_model` for a PeftModel with this configuration gets one of `make`.
+# Tables
 
-    A trainer that loads its model by name puts the modules on right away; PEFT has no place in between.
 
-    Args:
-        make: called as `get_peft_model` is.
+def register_prefix(method: str, prefix: str) -> None:
+    """Let PEFT know how names of a method's weights begin.
 
-    Yields:
-        What it has made.
+    Raises:
+        LightPeftError: it has no table of these.
     """
-    made: list[PeftModel] = []
-    plain = peft.get_peft_model
+    with needed_for("PEFT by bottleneck adapters"):
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    def asked(model: Any, peft_config: PeftConfig, *args: Any, **options: Any) -> Any:
-        if peft_config is not config:
-            return plain(model, peft_config, *args, **options)
-        made.append(make(model, peft_config, *args, **options))
-        return made[-1]
+        PEFT_TYPE_TO_PREFIX_MAPPING[method] = prefix
 
-    others = [each for name, each in sys.modules.items() if name.partition(".")[0] != __name__.partition(".")[0]]
-    importers = [vars(each) for each in others if getattr(each, "__dict__", {}).get(plain.__name__) is plain]
+
+def names_of_experts(model_type: str) -> frozenset[str]:
+    """Last parts of target modules' names that LoRA takes for parameters of routed experts in models of this type.
+
+    They were those of experts when each was a module. LoRA on linear layers that are still called so, of shared experts
+    and of layers without experts, is therefore not to be had. PEFT before 0.19 takes none.
+    """
     try:
-        for names in importers:
-            names[plain.__name__] = asked
-        yield made
-    finally:
-        for names in importers:
-            names[plain.__name__] = plain
+        from peft.utils import transformers_weight_conversion as conversion
+
+        pattern = conversion._MODEL_TO_CONVERSION_PATTERN.get(model_type, "")
+        return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
+    except (ImportError, AttributeError):
+        return frozenset()
 
 
-def tuner_of(method: PeftType) -> type[Any] | None:
-    """The class that puts a method's modules into a model; None: nobody has registered one."""
-    return PEFT_TYPE_TO_TUNER_MAPPING.get(method)
+# Names of modules
 
 
 def fitting_key(keys: Collection[str], name: str) -> str:
@@ -78,35 +122,4 @@ def fitting_key(keys: Collection[str], name: str) -> str:
 
     As in `LoraConfig.rank_pattern`.
     """
-    return get_pattern_key(keys, name)
-
-
-def names_of_experts(model_type: str) -> frozenset[str]:
-    """Last parts of target modules' names that LoRA takes for parameters of routed experts in models of this type.
-
-    They were those of experts when each was a module. LoRA on linear layers that are still called so, of shared experts
-    and of layers without experts, is therefore not to be had.
-    """
-    return frozenset(_MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model_type, ""), ()))
-
-
-def adapters_in(layer: BaseTunerLayer) -> list[str]:
-    """Names of all adapters that a module holds, active or not."""
-    return layer._all_available_adapter_names()
-
-
-def forget_norms(magnitude: Any) -> None:
-    """Have DoRA's module take the norms of its weights anew: they were changed under it."""
-    magnitude._cache_clear()
-
-
-@contextmanager
-def ranks_of_parameters(config: PeftConfig) -> Iterator[None]:
-    """Inside it, PEFT makes modules without a warning that ranks (`rank_pattern`) of parameters are ignored.
-
-    They are not: it looks for the names among modules alone when it warns, and among parameters when it takes them.
-    """
-    with warnings.catch_warnings():
-        if getattr(config, "target_parameters", None):
-            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        yield
+    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), name)

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 
-from lightpeft.compat.torch import GROUPED_PRODUCT, storage_of
+from lightpeft.compat.missing import missing, needed_for
+from lightpeft.compat.torch import grouped_product, leaves_of, storage_of
 
-StandIn = FakeTensor
+try:
+    from torch._subclasses.fake_tensor import FakeTensor as StandIn
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+except ImportError as _error:
+    StandIn = missing("A forecast of memory and speed", _error)
+    TorchDispatchMode = missing("A forecast of memory and speed", _error)
 """A tensor that knows its shape, type and device, and holds no values: what is computed with it gives others such."""
 
 
@@ -42,7 +46,10 @@ class StorageWatch(TorchDispatchMode):
         self._formulas = formulas or {}
         self._share = share
         self._sizes: dict[int, int] = {}
-        self._stand_ins = FakeTensorMode(allow_non_fake_inputs=True)
+        with needed_for("A forecast of memory and speed"):
+            self._stand_ins = FakeTensorMode(allow_non_fake_inputs=True)
+            self._one_value = torch.ops.aten._local_scalar_dense.default
+            self._grouped_product = grouped_product().default
 
     def __enter__(self) -> StorageWatch:
         self._stand_ins.__enter__()
@@ -57,14 +64,14 @@ class StorageWatch(TorchDispatchMode):
         aten = torch.ops.aten
         if func is aten.equal.default:
             return True
-        if func is aten._local_scalar_dense.default:
+        if func is self._one_value:
             dtype = args[0].dtype
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
         if func is aten.nonzero.default:
             return self.counted(self._places(args[0]))
         if func is aten.bincount.default:
             return self._even_counts(*args, **(kwargs or {}))
-        if func is GROUPED_PRODUCT.default:  # its own stand-in takes no float32, which is computed all the same
+        if func is self._grouped_product:  # its own stand-in takes no float32, which is computed all the same
             result = self.counted(_grouped(*args[:3]))
             self._weigh(func.overloadpacket, result, args, kwargs or {})
             return result
@@ -72,7 +79,7 @@ class StorageWatch(TorchDispatchMode):
             args = (args[0], [part for index in args[1] for part in self._as_numbers(index)])
         result = func(*args, **(kwargs or {}))
         self._weigh(func.overloadpacket, result, args, kwargs or {})
-        for tensor in tree_leaves(result):
+        for tensor in leaves_of(result):
             if isinstance(tensor, Tensor):
                 self.counted(tensor)
         return result
@@ -81,7 +88,7 @@ class StorageWatch(TorchDispatchMode):
         """Count what is computed."""
         if operator in self._formulas:
             self.flops += self._formulas[operator](*args, **kwargs, out_val=result)
-            given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            given = [each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor)]
             self.calls.add((operator, *((each.shape, each.stride(), each.dtype) for each in given)))
 
     def counted(self, tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,18 +13,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-CPU_ATTENTION: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_ATTENTION_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-"""What `scaled_dot_product_attention` is on a CPU."""
-GROUPED_PRODUCT: Any = torch.ops.aten._grouped_mm
-"""What `torch.nn.functional.grouped_mm` is."""
+from lightpeft.compat.missing import needed_for
 
 
-def changes_of(tensor: Tensor) -> int | None:
-    """How often a tensor has been changed in place; None of one that does not count, because no graph can hold it."""
-    return None if tensor.is_inference() else tensor._version
+def attention_of_cpus() -> tuple[Any, Any]:
+    """What `scaled_dot_product_attention` is on a CPU, forward and backward."""
+    with needed_for("Counting what attention computes on a CPU"):
+        aten = torch.ops.aten
+        return (
+            aten._scaled_dot_product_flash_attention_for_cpu,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        )
+
+
+def grouped_product() -> Any:
+    """What `torch.nn.functional.grouped_mm` is."""
+    with needed_for("Counting what routed experts compute"):
+        return torch.ops.aten._grouped_mm
+
+
+def leaves_of(tree: Any) -> Iterator[Any]:
+    """All that is in lists, tuples and mappings, and in those that are in these."""
+    if isinstance(tree, Mapping):
+        tree = list(tree.values())
+    if isinstance(tree, (list, tuple)):
+        for each in tree:
+            yield from leaves_of(each)
+    else:
+        yield tree
+
+
+def changes_of(tensor: Tensor) -> object:
+    """How often a tensor has been changed in place; None of one that does not count, because no graph can hold it.
+
+    Where PyTorch does not tell, no answer is equal to another one.
+    """
+    return None if tensor.is_inference() else getattr(tensor, "_version", object())
 
 
 _DEEPEST = 3
@@ -45,7 +70,7 @@ def maker_of(tensor: Tensor) -> partial[Tensor] | None:
     and those that were handed the tensor precede.
     """
     node = tensor.grad_fn
-    if node is None or tensor._base is not None:
+    if node is None or getattr(tensor, "_base", tensor) is not None:
         return None
     if node.name() != _CONVERTED:
         return partial(_made, node) if _is_made(node, _DEEPEST) else None
@@ -57,9 +82,12 @@ def _is_made(node: Any, depth: int) -> bool:
     """Whether the graph keeps all that a node's result is made of, or makes that in turn."""
     if node is None or depth == 0:
         return False
-    if node.name() in _ACTIVATIONS or _own_way(node) is not None:
+    if _own_way(node) is not None:
         return True
-    if node.name() != _PRODUCT:
+    keeps = hasattr(type(node), "_saved_self")
+    if node.name() in _ACTIVATIONS:
+        return keeps and (node.name() != "GeluBackward0" or hasattr(type(node), "_saved_approximate"))
+    if node.name() != _PRODUCT or not keeps or not hasattr(type(node), "_saved_other"):
         return False
     factors = [factor for factor, _ in node.next_functions]
     return None not in factors or any(_is_made(factor, depth - 1) for factor in factors)
@@ -91,7 +119,10 @@ def softmax_backward(gradient: Tensor, result: Tensor) -> Tensor:
         gradient: that of `result`, of its shape and type.
         result: what the softmax gave.
     """
-    given: Tensor = torch._softmax_backward_data(gradient, result, -1, result.dtype)
+    kernel = getattr(torch, "_softmax_backward_data", None)
+    if kernel is None:
+        return result * (gradient - (gradient * result).sum(-1, keepdim=True))
+    given: Tensor = kernel(gradient, result, -1, result.dtype)
     return given
 
 
@@ -114,30 +145,44 @@ def layer_norm_backward(
 
 def storage_of(tensor: Tensor) -> int:
     """What the storage of a tensor is known by as long as it lives, one without memory included."""
-    return int(tensor.untyped_storage()._cdata)
+    storage = tensor.untyped_storage()
+    return int(getattr(storage, "_cdata", 0) or storage.data_ptr() or id(tensor))
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks see, or may change, what the module computes."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    """Whether hooks see, or may change, what the module computes; where PyTorch does not tell, they may."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, True) for name in names)
 
 
 def with_own_parameters(module: nn.Module) -> nn.Module:
     """A copy of the module that holds the same parameters, until its own are set; all else is shared."""
     twin = copy.copy(module)
-    twin.__dict__["_parameters"] = dict(module._parameters)
+    with needed_for(_TABLES):
+        twin.__dict__["_parameters"] = dict(module._parameters)
     return twin
 
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether the module is a convolution, transposed ones among them, over whatever number of dimensions."""
-    return isinstance(module, nn.modules.conv._ConvNd)
+    return isinstance(module, _CONVOLUTIONS)
+
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_TABLES = "Weights that come and go (low_memory, weights_on_disk, FSDP2, forecasts of memory)"
 
 
 def set_unseen(module: nn.Module, name: str, parameter: Any) -> None:
     """Set a parameter that the module has already; hooks on the registration of parameters are not called."""
-    module._parameters[name] = parameter
+    with needed_for(_TABLES):
+        module._parameters[name] = parameter
 
 
 class _DefaultDtype(TorchFunctionMode):
@@ -155,7 +200,7 @@ class _DefaultDtype(TorchFunctionMode):
         if not isinstance(result, Tensor) or result.dtype != torch.get_default_dtype():
             return result
         said = kwargs.get("dtype") is not None or func in self._SAYS_TYPE
-        given = (each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+        given = (each for each in leaves_of((args, kwargs)) if isinstance(each, Tensor))
         if said or any(each.is_floating_point() for each in given):
             return result
         return result.to(self._asked[-1])
@@ -192,6 +237,7 @@ class Noted(Tensor):
     be asked is not to be read, and what was converted notes for both.
     """
 
+    _plain: Tensor
     _readers: list[str]
 
     @classmethod
@@ -202,7 +248,7 @@ class Noted(Tensor):
     @classmethod
     def _noting(cls, tensor: Tensor, readers: list[str]) -> Noted:
         noted = tensor.as_subclass(cls)
-        noted._readers = readers
+        noted._plain, noted._readers = tensor, readers
         return noted
 
     @property
@@ -213,12 +259,19 @@ class Noted(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function, of which it is an argument."""
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-            name = func.__name__
-            if name in _CONVERTED_BY and isinstance(args[0], cls):
-                return cls._noting(result, args[0]._readers)
-        for each in tree_leaves((args, kwargs)):
+        result, name = func(*_with_plain(args), **_with_plain(kwargs or {})), func.__name__
+        if name in _CONVERTED_BY and isinstance(args[0], cls):
+            return cls._noting(result, args[0]._readers)
+        for each in leaves_of((args, kwargs)):
             if isinstance(each, cls) and name not in _ASKED:
                 each._readers.append(name)
         return result
+
+
+def _with_plain(tree: Any) -> Any:
+    """The tree, with plain tensors in place of those that note."""
+    if isinstance(tree, Noted):
+        return tree._plain
+    if isinstance(tree, dict):
+        return {key: _with_plain(each) for key, each in tree.items()}
+    return type(tree)(_with_plain(each) for each in tree) if type(tree) in (list, tuple) else tree

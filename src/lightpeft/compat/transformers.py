@@ -9,18 +9,71 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, modeling_utils
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.utils.chat_template_utils import render_jinja_template
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from lightpeft.compat.missing import missing, needed_for, unavailable
 from lightpeft.compat.torch import default_dtype
+
+# Names that transformers does not have at its top
+
+try:
+    from transformers.activations import ACT2FN
+except ImportError:
+    ACT2FN = {"gelu": nn.GELU(), "relu": nn.ReLU(), "silu": nn.SiLU(), "tanh": nn.Tanh()}
+try:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+except ImportError as _error:
+    ForCausalLMLoss = missing("The loss of labelled tokens alone", _error)
+try:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+except ImportError:
+    LlamaRMSNorm = None
+try:
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+except ImportError as _error:
+    LengthGroupedSampler = missing("Batches of rows that are equally long", _error)
+try:
+    from transformers.utils.chat_template_utils import render_jinja_template
+except ImportError as _error:
+    render_jinja_template = missing("A chat as text", _error)
+
+TRAINER_STATE_NAME = "trainer_state.json"
+"""What a trainer calls the file that says how far it has come."""
+SCALER_NAME = "scaler.pt"
+"""And that of the gradient scaler."""
+
+
+def class_names(table: str, feature: str) -> Mapping[str, Any]:
+    """Model type -> name of the class, or names, that an auto class of transformers gives.
+
+    Args:
+        table: its name in `transformers.models.auto.modeling_auto`.
+        feature: needs it; at the beginning of a sentence.
+    """
+    with needed_for(feature):
+        from transformers.models.auto import modeling_auto
+    found: Mapping[str, Any] | None = getattr(modeling_auto, table, None)
+    if found is None:
+        raise unavailable(feature, f"transformers.models.auto.modeling_auto has no {table}")
+    return found
+
+
+def hub_tasks() -> Mapping[str, Mapping[str, Any]]:
+    """The hub's name of a task -> names of the classes that answer it, by model type; empty where nobody knows."""
+    try:
+        from transformers.modelcard import TASK_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+    except ImportError:
+        return {}
+    return {**TASK_MAPPING, "multiple-choice": MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES}
+
 
 # Reading weights
 
@@ -61,9 +114,12 @@ def with_reader(
         read: takes the model on the meta device and what there is to read; returns what `Checkpoint.load` returns.
     """
 
+    with needed_for(_IN_PARTS):
+        usual = architecture._load_pretrained_model
+
     def load(model: PreTrainedModel, *options: Any) -> Any:
         model.__class__ = architecture
-        return read(model, _checkpoint(architecture._load_pretrained_model, *options))
+        return read(model, _checkpoint(usual, *options))
 
     # transformers looks up settings by these names, and treats classes of other packages as code of the user's own
     names = {"__module__": architecture.__module__, "__qualname__": architecture.__qualname__}
@@ -78,8 +134,9 @@ def reading(read: Callable[[PreTrainedModel, Checkpoint], Any]) -> Iterator[None
     Args:
         read: as for `with_reader`.
     """
+    with needed_for(_IN_PARTS):
+        usual = PreTrainedModel._load_pretrained_model
     own, thread = vars(PreTrainedModel)["_load_pretrained_model"], threading.get_ident()
-    usual = PreTrainedModel._load_pretrained_model
 
     def load(model: PreTrainedModel, *options: Any) -> Any:
         if threading.get_ident() != thread:
@@ -91,6 +148,9 @@ def reading(read: Callable[[PreTrainedModel, Checkpoint], Any]) -> Iterator[None
         yield
     finally:
         PreTrainedModel._load_pretrained_model = own
+
+
+_IN_PARTS = "Reading a model tensor by tensor (low_memory, weights_on_disk, load_merged)"
 
 
 def _checkpoint(
@@ -121,13 +181,22 @@ def apart_from_other_threads() -> Iterator[None]:
 
     While it builds a model it sets PyTorch's default data type, which is that of all threads, to the model's, and
     replaces functions of its own. So one thread at a time is in such a block, and the default type stays what it is.
+
+    Raises:
+        LightPeftError: this is not the main thread, and transformers has no place for that.
     """
+    from transformers import modeling_utils
 
     def of_this_thread(dtype: torch.dtype, model_class_name: str | None = None) -> AbstractContextManager[None]:
         return default_dtype(dtype)
 
     with _BUILDING:
-        before = modeling_utils.local_torch_dtype
+        before = getattr(modeling_utils, "local_torch_dtype", None)
+        if before is None:
+            if threading.current_thread() is not threading.main_thread():
+                raise unavailable("Loading a model in a thread", "transformers.modeling_utils.local_torch_dtype")
+            yield
+            return
         modeling_utils.local_torch_dtype = of_this_thread
         try:
             yield
@@ -148,6 +217,10 @@ def forget_renaming(model: PreTrainedModel, mapping: Mapping[str, str]) -> None:
 
 def has_adapter(name: str, revision: str) -> bool:
     """Whether a model on the hub or in a folder has a PEFT adapter beside it, which transformers would put into it."""
+    try:
+        from transformers.utils.peft_utils import find_adapter_config_file
+    except ImportError:
+        return (Path(name) / "adapter_config.json").exists()
     return find_adapter_config_file(name, revision=revision) is not None
 
 
@@ -170,6 +243,8 @@ _CODE = ("co_code", "co_names", "co_consts")
 
 def is_rms_norm(module: Any) -> bool:
     """Whether a module computes what Llama's RMS norm does, whose code transformers copies into most decoders."""
+    if LlamaRMSNorm is None:
+        return False
     own, ideal = getattr(type(module).forward, "__code__", None), LlamaRMSNorm.forward.__code__
     same = own is not None and all(getattr(own, name) == getattr(ideal, name) for name in _CODE)
     return same and "forward" not in vars(module)
@@ -188,14 +263,12 @@ def has_causal_loss(model: PreTrainedModel) -> bool:
 @contextmanager
 def loss_instead(model: PreTrainedModel, loss: Callable[..., Tensor]) -> Iterator[None]:
     """Inside the block the model has another loss function."""
-    own = vars(model).get("_loss_function")
+    own = model.loss_function
     model.loss_function = loss
     try:
         yield
     finally:
-        del model._loss_function
-        if own is not None:
-            model.loss_function = own
+        model.loss_function = own
 
 
 def recomputes(model: nn.Module) -> bool:
@@ -215,12 +288,42 @@ def _no_common_shape() -> None:
     """Takes the place of transformers' own, whose None means this."""
 
 
+# Trainers
+
+_RESUMING = (
+    "_get_train_sampler",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_load_rng_state",
+)
+"""Methods of `Trainer` that lightpeft extends so that a training goes on as if nothing had been."""
+
+
+def check_resuming() -> None:
+    """Refuse to go on from a checkpoint where `Trainer` no longer does that by the methods that are extended here.
+
+    Raises:
+        LightPeftError: naming what it lacks.
+    """
+    lacking = [name for name in _RESUMING if not hasattr(Trainer, name)]
+    if lacking:
+        raise unavailable("Going on from a checkpoint", f"transformers has no Trainer.{lacking[0]}")
+
+
+def used_columns(trainer: Any, rows: Dataset) -> Any:
+    """The training rows as a trainer's collator gets them."""
+    without_others = getattr(trainer, "_remove_unused_columns", None)
+    if without_others is None:
+        return trainer.get_train_dataloader().dataset
+    return without_others(rows, description="training")
+
+
 # Tokenizers
 
 
 def with_backend(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> PreTrainedTokenizerBase:
     """A copy of a fast tokenizer around another `tokenizers.Tokenizer`, with the same special tokens and settings."""
-    copied = copy.deepcopy(tokenizer, {id(tokenizer._tokenizer): backend})
+    copied = copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): backend})
     copied.init_kwargs.pop("added_tokens_decoder", None)  # by the ids of the other one
     copied.vocab_file = None  # which has the tokens of the other one
     return copied
@@ -249,5 +352,6 @@ def gated(experts: Any, gate_up: Tensor) -> Tensor:
 
     Every class of experts that transformers can run in several ways has this step as a method of its own.
     """
-    hidden: Tensor = experts._apply_gate(gate_up)
+    with needed_for("Cutting hidden channels of experts"):
+        hidden: Tensor = experts._apply_gate(gate_up)
     return hidden

@@ -47,8 +47,11 @@ def check_vacant(folder: Path, *, replaceable: bool, overwrite: bool) -> None:
     require(empty or (overwrite and replaceable), f"{folder} is not empty; give {instead}")
 
 
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, data: Mapping[str, Any], depth: int | None = None) -> None:
     """Write `data` with the schema version and a checksum of it all; it takes the place of `path` when it is complete.
+
+    Args:
+        depth: levels that have a line for each entry; None: all.
 
     Raises:
         LightPeftError: it cannot be written, or has a number that is NaN or infinite.
@@ -59,7 +62,20 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise LightPeftError(f"cannot write {path}: a number in it is NaN or infinite; nothing was changed") from error
     content.pop(CHECKSUM, None)
-    write_text(path, json.dumps({**content, CHECKSUM: content_checksum(content)}, indent=1) + "\n")
+    whole = {**content, CHECKSUM: content_checksum(content)}
+    write_text(path, (json.dumps(whole, indent=1) if depth is None else _in_lines(whole, depth)) + "\n")
+
+
+def _in_lines(content: Any, depth: int) -> str:
+    if not depth or not content or not isinstance(content, dict | list):
+        return json.dumps(content)
+    if isinstance(content, list):
+        return "[\n" + ",\n".join(_in_lines(value, depth - 1) for value in content) + "\n]"
+    return (
+        "{\n"
+        + ",\n".join(f"{json.dumps(name)}: {_in_lines(value, depth - 1)}" for name, value in content.items())
+        + "\n}"
+    )
 
 
 def write_text(path: str | Path, text: str, *, new: bool = False) -> None:

@@ -8,16 +8,13 @@ channel by channel in turns.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lightpeft.compat.deepspeed import logical_shape
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.sharding import placed_like, whole
 from lightpeft.models.unwrap import base_layer
@@ -61,18 +58,18 @@ class ExpertLayer:
         plain = {"gate_up_proj", "down_proj"} <= own.keys() and all(p.is_floating_point() for p in own.values())
         kept = "lightpeft cuts experts that are single 3-D parameters in floating point"
         require(plain and not others, f"{where} is a {type(self.experts).__name__} with other parameters: {kept}")
-        rows = all(logical_shape(tensor)[0] == self.count for _, tensor in self._of_router())
+        rows = all(tensor.shape[0] == self.count for _, tensor in self._of_router())
         require(rows, f"the router of {where} has parameters that are no rows of experts")
 
     @property
     def count(self) -> int:
         """Experts."""
-        return logical_shape(self.experts.down_proj)[0]
+        return int(self.experts.down_proj.shape[0])
 
     @property
     def width(self) -> int:
         """Intermediate channels of each."""
-        return logical_shape(self.experts.down_proj)[self._dim("down_proj") or 0]
+        return int(self.experts.down_proj.shape[self._dim("down_proj") or 0])
 
     @property
     def per_token(self) -> int:
@@ -165,7 +162,6 @@ class ExpertLayer:
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         own = dict(self.experts.named_parameters(recurse=False))
-        # PEFT puts those that it adapts behind the others at every forward pass
         yield from ((name, own[name]) for name in _CHANNELS if name in own)
 
     def _of_router(self) -> Iterator[tuple[str, Tensor]]:
@@ -205,39 +201,3 @@ def gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
     sizes = list(weights.shape)
     sizes[dim] = index.shape[1]
     return weights.gather(dim, index.view(shape).expand(sizes))
-
-
-@dataclass(frozen=True)
-class ExpertRows:
-    """What the matrices of one parameter make of what they are given: rows, sorted by expert."""
-
-    states: Tensor
-    """[rows, in]."""
-    product: Tensor
-    """[rows, out], of the parameter as it is, PEFT on it included."""
-    counts: list[int]
-    """How many rows each expert has."""
-    order: Tensor
-    """Where each row is when tokens come one after the other, each with all of its experts: [rows]."""
-    per_token: int
-
-    def of_tokens(self, rows: Tensor) -> Tensor:
-        """[rows, width] -> [tokens, experts of each * width]."""
-        return rows[self.order.argsort()].view(len(rows) // self.per_token, -1)
-
-
-_WATCHERS = "light_watchers"
-
-
-def watch(experts: nn.Module, name: str, watcher: Callable[[ExpertRows], None]) -> RemovableHandle:
-    """Have what a parameter of experts computes shown, in passes in which the experts run one after the other."""
-    watchers = vars(experts).setdefault(_WATCHERS, {}).setdefault(name, OrderedDict())
-    handle = RemovableHandle(watchers)
-    watchers[handle.id] = watcher
-    return handle
-
-
-def show(experts: nn.Module, name: str, rows: ExpertRows) -> None:
-    """Show whoever watches a parameter of experts what it computes."""
-    for watcher in vars(experts).get(_WATCHERS, {}).get(name, {}).values():
-        watcher(rows)

@@ -1,4 +1,4 @@
-"""Parameters that processes share (FSDP2, ZeRO-3): each holds a part, and all have to ask for the whole at once."""
+"""Parameters that processes share (FSDP2): each holds a part, and all have to ask for the whole at once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lightpeft.compat.deepspeed import hold_whole, in_zero3, whole_of_zero3
-
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or ZeRO-3 shards a model, or a part of it."""
-    by_fsdp = any(isinstance(module, FSDPModule) for module in model.modules())
-    return by_fsdp or any(in_zero3(parameter) for parameter in model.parameters())
+    """Whether FSDP2 shards a model, or a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def reshard(model: nn.Module) -> None:
@@ -31,23 +28,17 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def without_graph(model: nn.Module) -> Iterator[None]:
-    """Inside the block a model answers without a graph: in inference mode, unless it is sharded.
-
-    Behind it what trains is whole in every process, and what is frozen a part in each, as before.
-    """
+    """Inside the block a model answers without a graph: in inference mode, unless it is sharded."""
     sharded = is_sharded(model)
     # the memory that FSDP2 gathers weights in is used in training, too, which takes no tensors of inference mode
     with torch.no_grad() if sharded else torch.inference_mode():
         yield
     if sharded:
         reshard(model)
-        hold_whole(model)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The values, or what all processes hold of them, put together; where it is sharded, all have to call this."""
-    if in_zero3(tensor):
-        return whole_of_zero3(tensor)
     values = tensor.detach()
     return values.full_tensor() if isinstance(values, DTensor) else values
 

@@ -8,18 +8,15 @@ from typing import Any, Literal
 
 from peft import TaskType
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     AutoModelForCausalLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     PretrainedConfig,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
-    MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 )
 
 
@@ -66,7 +63,7 @@ def is_decoder(config: PretrainedConfig) -> bool:
     transformers has families that read both ways as language models as well; of those, models that were made to look
     back only say so in their config.
     """
-    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         return False
     own_code = getattr(config, "auto_map", None) or {}
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
@@ -78,14 +75,14 @@ MULTIPLE_CHOICE = TaskHead(
     "multiple-choice",
     AutoModelForMultipleChoice,
     None,
-    fits=lambda config: config.model_type in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
+    fits=lambda config: type(config) in MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
     lacking="has no multiple-choice head",
 )
 SPAN = TaskHead(
     "span",
     AutoModelForQuestionAnswering,
     TaskType.QUESTION_ANS,
-    fits=lambda config: config.model_type in MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    fits=lambda config: type(config) in MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     lacking="has no question answering head",
     architectures=MODEL_FOR_QUESTION_ANSWERING_MAPPING,
 )

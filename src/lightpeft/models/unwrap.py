@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+
+from lightpeft.compat.peft import BaseTunerLayer
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:

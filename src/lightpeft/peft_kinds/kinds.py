@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, TaskType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, TaskType
 
 from lightpeft.compat.peft import names_of_experts
 from lightpeft.config import LightConfig, RunConfig
@@ -166,7 +165,7 @@ class _Lora(PeftKind):
         require(
             not others,
             f"peft.{SLOTS_KEY} has {', '.join(others)}, which PEFT takes for the routed experts of {place.model_type}; "
-            "leave these slots out, and name parameters of experts in peft.target_parameters",
+            "leave these slots out",
         )
         return {**result, "target_modules": stay} if len(stay) < len(targets) else result
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightpeft.compat.torch import CPU_ATTENTION, CPU_ATTENTION_BACKWARD, GROUPED_PRODUCT
+from lightpeft.compat.torch import attention_of_cpus, grouped_product
 from lightpeft.compat.transformers import attention_of
 from lightpeft.machine import random_apart
 from lightpeft.models.batches import without_labels
@@ -81,11 +81,12 @@ def flop_counter() -> FlopCounterMode:
     def grouped(left: torch.Size, right: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * left[0] * left[1] * right[-1]
 
+    forward, backward = attention_of_cpus()
     known = {
         torch.ops.aten.addmm_: addmm_,
-        GROUPED_PRODUCT: grouped,
-        CPU_ATTENTION: attention,
-        CPU_ATTENTION_BACKWARD: attention_backward,
+        grouped_product(): grouped,
+        forward: attention,
+        backward: attention_backward,
     }
     return FlopCounterMode(display=False, custom_mapping=known)
 

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from lightpeft.compat.deepspeed import logical_shape
+from lightpeft.compat.peft import BaseTunerLayer, ModulesToSaveWrapper
 from lightpeft.errors import require
 from lightpeft.models.linears import logical_numel
 from lightpeft.models.unwrap import transformers_model
@@ -47,7 +45,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         base=sum(size for key, size in sizes.items() if key not in head | peft),
         peft=sum(sizes[key] for key in peft),
         head=sum(sizes[key] for key in head),
-        trainable=sum(logical_shape(p).numel() for p in model.parameters() if p.requires_grad),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
-from transformers.activations import ACT2FN
 
 from lightpeft.compat.torch import storage_of
-from lightpeft.compat.transformers import recomputes
+from lightpeft.compat.transformers import ACT2FN, recomputes
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites import adapter_in_use
@@ -195,7 +194,7 @@ class _Scaler:
     The backward pass needs that input twice: unscaled for the gradient of the mask, and scaled for that of a LoRA
     module. Neither is kept: they are computed again from what other operations save anyway. Of attention that is its
     output; of the FFN what its activation function takes, provided that the first call of each mode (training,
-    evaluation) has shown that this gives the same bits. `benchmarks/estimation_cost.py` measures what that saves.
+    evaluation) has shown that this gives the same bits. benchmarks/README.md says what that saves.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from lightpeft.compat.transformers import class_names
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
 from lightpeft.models.families import block_lists
@@ -70,7 +70,7 @@ class FoundDepth:
 def is_classifying_decoder(model: nn.Module) -> bool:
     """Whether it is known what the upper blocks of a model do for its task: of a decoder that classifies."""
     inner = transformers_model(model)
-    classifiers = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
+    classifiers = class_names("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES", "A depth that is measured").values()
     named = isinstance(inner, PreTrainedModel) and type(inner).__name__ in classifiers
     return named and _is_decoder(inner) and classes_of(inner) > 0
 

@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
+from lightpeft.compat.transformers import TRAINER_STATE_NAME
 from lightpeft.errors import require
 from lightpeft.files import read_json, read_tensors, replacing_folder, understandable, write_json, write_tensors
 from lightpeft.models.sharding import is_sharded

@@ -12,16 +12,13 @@ from lightpeft.recipe.host import LightHost
 from lightpeft.recipe.pruner import EstimationCallback
 from lightpeft.training.host import Host
 from lightpeft.training.prefix import TrainerPrefix
-from lightpeft.training.sharding import Sharding
 
 
 class Course(EstimationCallback):
     """Calls the recipe where the trainer is at the right place."""
 
-    def __init__(
-        self, training: LightHost, checkpoints: LightCheckpoints, prefix: TrainerPrefix, sharding: Sharding
-    ) -> None:
-        self.training, self.checkpoints, self.prefix, self.sharding = training, checkpoints, prefix, sharding
+    def __init__(self, training: LightHost, checkpoints: LightCheckpoints, prefix: TrainerPrefix) -> None:
+        self.training, self.checkpoints, self.prefix = training, checkpoints, prefix
 
     @property
     def _estimating(self) -> bool:
@@ -43,7 +40,6 @@ class Course(EstimationCallback):
             self.training._cut(state, control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.sharding.behind()
         if self._estimating and control.should_training_stop:
             control.should_training_stop = False  # early stopping may stop the training of the light model alone
 

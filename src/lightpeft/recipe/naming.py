@@ -1,64 +1,47 @@
-"""A model that is given by its name: the trainer loads it, and the recipe says where its PEFT modules sit."""
+"""A model that is given to one of TRL's trainers by its name, loaded as that trainer would load it."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import os
 from typing import Any
 
-from peft import PeftConfig
-from transformers import Trainer
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
-from lightpeft.compat.peft import peft_model_made_by
-from lightpeft.config import LightConfig
 from lightpeft.errors import require
-from lightpeft.recipe.depth import with_depth
-from lightpeft.recipe.pruner import light_settings
-from lightpeft.recipe.refusals import refuse_parts
-from lightpeft.recipe.wrapping import with_peft
 
 
-class NamedModel:
-    """A model to be loaded by its name, as TRL's trainers do, which put PEFT modules on it at once.
+def with_loaded_model(model: Any, trainer: type, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model itself, and a trainer's arguments with it; both as they are if the model is loaded already.
+
+    PEFT modules go on the model before the trainer sees it, so that the name cannot be left to the trainer. TRL's
+    trainers load by `args.model_init_kwargs`, in float32 unless these say otherwise, with the class that the checkpoint
+    names; reward models get a head with one output.
 
     Args:
-        name: what the trainer is given.
-        peft_config: stays as it is.
-        light: as in `LightTraining`.
-        options: what the trainer is made with beside it.
+        model: the model, or its name on the hub or its folder.
+        trainer: the class that will train it.
+        options: arguments of the trainer, by name.
 
-    Attributes:
-        light: the settings for the model, once it is loaded.
-        peft_config: what the trainer is to be given.
+    Raises:
+        LightPeftError: the trainer is not one that takes a name.
     """
-
-    def __init__(
-        self, name: object, peft_config: PeftConfig, light: str | LightConfig | None, options: Mapping[str, Any]
-    ) -> None:
-        self.name, self.light, self.options = name, light, options
-        self.peft_config = copy.deepcopy(peft_config)  # TRL's trainers add to it
-
-    @contextmanager
-    def loaded_by(self, trainer_class: type) -> Iterator[None]:
-        """Inside the block a trainer is made, and puts the modules where the recipe wants them.
-
-        Raises:
-            LightPeftError: it loads no model, or puts modules on it in another way than by `get_peft_model`.
-        """
-        bases = [base for base in trainer_class.__mro__ if issubclass(base, Trainer) and "__init__" in vars(base)]
-        loads = any("peft_config" in inspect.signature(vars(base)["__init__"]).parameters for base in bases)
-        require(loads, f"{bases[0].__name__} loads no model by its name; give it loaded, in place of {self.name!r}")
-        with peft_model_made_by(self._peft_model, self.peft_config) as made:
-            yield
-        require(
-            len(made) == 1, f"{bases[0].__name__} puts PEFT modules on {self.name!r} in its own way; give it loaded"
-        )
-
-    def _peft_model(self, model: Any, config: PeftConfig, **options: Any) -> Any:
-        refuse_parts(model)
-        if isinstance(self.light, LightConfig):
-            self.light = with_depth(self.light, model, self.options)
-        self.light = light_settings(self.light, config, model)
-        return with_peft(model, config, self.light, **options)
+    if not isinstance(model, (str, os.PathLike)):
+        return model, options
+    args = options.get("args")
+    by_name = (
+        f"{trainer.__name__} loads no model by its name; give it loaded, by from_pretrained, in place of {model!r}"
+    )
+    require(hasattr(args, "model_init_kwargs"), by_name)
+    args = copy.copy(args)
+    settings = {"dtype": "float32", **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = None  # TRL warns of settings for a model that is there
+    set_seed(args.seed)
+    architecture: Any
+    if any(kind.__name__ == "RewardTrainer" for kind in trainer.__mro__):
+        architecture, settings = AutoModelForSequenceClassification, {"num_labels": 1, **settings}
+    else:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=settings.get("trust_remote_code", False))
+        architecture = getattr(transformers, (config.architectures or [""])[0], AutoModelForCausalLM)
+    return architecture.from_pretrained(model, **settings), {**options, "args": args}

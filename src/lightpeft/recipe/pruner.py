@@ -12,7 +12,6 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lightpeft.compat.deepspeed import out_of_zero3
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Budget, LightConfig, cut_of_writer, preset_light, usual_preset
 from lightpeft.errors import require
@@ -21,7 +20,7 @@ from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import vocabulary_of
 from lightpeft.peft_kinds.kinds import kind_of
-from lightpeft.peft_kinds.sites import check_peft, leave_routers, own_adapter
+from lightpeft.peft_kinds.sites import check_peft, leave_experts, own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
@@ -74,7 +73,7 @@ class EarlyPruner:
         ensure_family(model)
         prepare_quantised(model)
         if isinstance(model, PeftModel):
-            leave_routers(model, block_specs(transformers_model(model)))
+            leave_experts(model, block_specs(transformers_model(model)))
         check_peft(model)
         self.config = light_settings(light, model.peft_config[own_adapter(model)], model)
         check_budget(model, self.config)
@@ -188,7 +187,7 @@ def cut(model: PeftModel, plan: PrunePlan) -> LightModel:
     Raises:
         LightPeftError: the plan does not fit.
     """
-    with out_of_fsdp(model), out_of_zero3(model):
+    with out_of_fsdp(model):
         apply_plan(model, plan)
         return as_light(model, plan)
 

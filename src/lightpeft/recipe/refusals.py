@@ -66,8 +66,7 @@ def refuse_parts(model: object) -> None:
         check_stored(model)
     require(
         not isinstance(model, nn.Module) or not is_sharded(model),
-        "the model lies in parts already, and a family is found in whole layers; load it before you make "
-        "TrainingArguments(deepspeed=...), or with zero3_init_flag: false",
+        "the model lies in parts already, and a family is found in whole layers; give it as it was loaded",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lightpeft.compat.accelerate import forget_optimizers, prepared
-from lightpeft.compat.deepspeed import has_engine, renew_engine
 from lightpeft.recipe.host import LightHost
 from lightpeft.recipe.parallel import rewrap
 from lightpeft.training.schedule import Schedule
@@ -43,8 +42,7 @@ class LightSchedule(Schedule):
         forget_optimizers(trainer.accelerator)
         trainer.optimizer = trainer.lr_scheduler = None
         trainer.create_optimizer()
-        renewed = renew_engine if has_engine(trainer.accelerator) else prepared
-        trainer.optimizer = renewed(trainer.accelerator, trainer.model, trainer.optimizer)
+        trainer.optimizer = prepared(trainer.accelerator, trainer.model, trainer.optimizer)
         trainer.create_scheduler(num_training_steps=max_steps)
         for name in ("optimizer", "lr_scheduler"):
             setattr(trainer.callback_handler, name, getattr(trainer, name))

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, TypeVar, cast
 
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from lightpeft.budget.found import FoundBudget
@@ -36,7 +36,7 @@ from lightpeft.recipe.arguments import taken, with_dense_reference
 from lightpeft.recipe.checkpoints import LightCheckpoints
 from lightpeft.recipe.course import Course, tell_cut
 from lightpeft.recipe.depth import with_depth
-from lightpeft.recipe.naming import NamedModel
+from lightpeft.recipe.naming import with_loaded_model
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
 from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
@@ -99,19 +99,13 @@ class LightTraining(Training):
     ) -> None:
         args, options = taken(super().__init__, args, options)
         self.fast_steps, self.light_report = fast_steps, {}
-        if peft_config is not None and not isinstance(model, nn.Module):  # a name, from which TRL's trainers load
-            named = NamedModel(model, peft_config, light, options)
-            options["peft_config"] = named.peft_config
-            with named.loaded_by(type(self)):
-                super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
-            light = named.light
-        else:
-            refuse_parts(model)
-            if isinstance(light, LightConfig):
-                light = with_depth(light, model, options)
-            if peft_config is not None:
-                model = with_peft(model, peft_config, light_settings(light, peft_config, model))
-            super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
+        model, options = with_loaded_model(model, type(self), options)
+        refuse_parts(model)
+        if isinstance(light, LightConfig):
+            light = with_depth(light, model, options)
+        if peft_config is not None:
+            model = with_peft(model, peft_config, light_settings(light, peft_config, model))
+        super().__init__(model, *args, **with_dense_reference(options))  # type: ignore[call-arg]
         self._peft_model = inner_peft_model(self.model)
         self.light_config = light_settings(
             light, self._peft_model.peft_config[own_adapter(self._peft_model)], self._peft_model
@@ -134,7 +128,7 @@ class LightTraining(Training):
             self._light_pruner = EarlyPruner(self._peft_model, self.light_config, self.make_light_estimator)
         check_length(self)
         self._schedule.set_rate()
-        self.add_callback(Course(self, self._checkpoints, self._prefix, self._sharding))
+        self.add_callback(Course(self, self._checkpoints, self._prefix))
 
     @cached_property
     def _checkpoints(self) -> LightCheckpoints:
@@ -203,7 +197,6 @@ class LightTraining(Training):
         self._estimation_steps = state.global_step
         self._light_pruner.estimator.stop()
         self._light_contexts.close()
-        self._sharding.behind()
         self.light_record = self._light_pruner.record()
         self.light_record.meta["rows_a_step"] = rows_a_step(self.args)
         plan = self.make_light_plan(self.light_record)

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import huggingface_hub
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from transformers.modelcard import TASK_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
+from lightpeft.compat.transformers import hub_tasks
 from lightpeft.config import TaskEntry
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError
@@ -27,8 +26,6 @@ _LIMIT = 2**20
 """Bytes that a card of a base may have."""
 _COUNTS = ("loss", "examples")
 """What is measured and says nothing about quality to somebody who does not know the rows."""
-_TASKS: dict[str, Mapping[str, Any]] = {**TASK_MAPPING, "multiple-choice": MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES}
-"""The hub's name of a task -> transformers' table of the classes that answer it."""
 EXPORTS: dict[str, str] = {
     "merged": "a whole model that needs no base",
     "peft": "a plain PEFT adapter over the whole base, for which nobody needs lightpeft",
@@ -120,7 +117,7 @@ def _metadata(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm, licence
 
 def pipeline_tag(architecture: str) -> str | None:
     """The hub's name of what a class of transformers answers; None: it has none."""
-    return next((task for task, names in _TASKS.items() if architecture in _classes(names)), None)
+    return next((task for task, names in hub_tasks().items() if architecture in _classes(names)), None)
 
 
 def _classes(names: Mapping[str, Any]) -> Iterator[str]:

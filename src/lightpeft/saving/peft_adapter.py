@@ -13,7 +13,6 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from lightpeft.compat.peft import ranks_of_parameters
 from lightpeft.compat.transformers import apart_from_other_threads
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import check_folder, parsing
@@ -95,7 +94,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, config: PeftConfig, is_tra
     Raises:
         LightPeftError: it does not fit; the model is then of no more use.
     """
-    with parsing(f"{folder} does not fit its base"), ranks_of_parameters(config):
+    with parsing(f"{folder} does not fit its base"):
         return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable, config=config)
 
 
@@ -151,7 +150,6 @@ def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Sh
     with (
         limited(f"{folder}: finding the modules of the adapter", seconds),
         parsing(f"{folder} does not fit its base"),
-        ranks_of_parameters(config),
         torch.device("meta"),
     ):
         tensors = get_peft_model_state_dict(get_peft_model(skeleton, config))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_reporting_integration_callbacks
 
+from lightpeft.compat.missing import needed_for
 from lightpeft.config import TrainingConfig
 from lightpeft.config.validation import Within, checked, unknown_key
 from lightpeft.errors import LightPeftError, one_line, require
-from lightpeft.machine import accelerator, autocast_dtype, sharding_launched
+from lightpeft.machine import accelerator, autocast_dtype, deepspeed_launched
 
 _AS_THEY_ARE = {
     "per_device_train_batch_size": "batch_size",
@@ -68,6 +67,10 @@ _OWN = (
     "resume_from_checkpoint",
 )
 """Fields that are the run folder's business."""
+NO_DEEPSPEED = (
+    "DeepSpeed's engine cannot follow a model that is cut on the way; share weights by FSDP2 "
+    "(configs/engines/fsdp2.yaml), or fine-tune a light adapter by a trainer of another kind"
+)
 
 
 def training_arguments(
@@ -86,12 +89,7 @@ def training_arguments(
             transformers does not take.
     """
     check_given(given or {})
-    in_deepspeed = (given or {}).get("deepspeed") or sharding_launched("DEEPSPEED")
-    require(
-        not in_deepspeed or importlib.util.find_spec("deepspeed") is not None,
-        "DeepSpeed is asked for and not installed; pip install deepspeed, or share weights by FSDP2 "
-        "(configs/engines/fsdp2.yaml)",
-    )
+    require(not (given or {}).get("deepspeed") and not deepspeed_launched(), NO_DEEPSPEED)
     autocast = autocast_dtype(config)
     fields: dict[str, Any] = {
         **USUAL,
@@ -113,7 +111,10 @@ def training_arguments(
     }
     try:
         arguments = TrainingArguments(**{**fields, **(given or {})})
-        get_reporting_integration_callbacks(arguments.report_to)  # which knows and imports them
+        if arguments.report_to:
+            with needed_for("trainer.report_to"):
+                from transformers.integrations import get_reporting_integration_callbacks
+            get_reporting_integration_callbacks(arguments.report_to)  # which knows and imports them
         return arguments
     except (TypeError, ValueError, KeyError, ImportError) as error:
         raise LightPeftError(f"trainer: {one_line(error, 300)}") from error

@@ -10,6 +10,12 @@ from lightpeft.errors import LightPeftError
 from lightpeft.files import CHECKSUMS, check_sealed
 
 
+def newest_checkpoint(folder: Path) -> str | None:
+    """The checkpoint of the most steps, as any trainer writes them; None without any."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
+    return str(max(found, key=step_of)) if found else None
+
+
 def last_checkpoint(folder: Path, announce: Callable[[str], None] = lambda line: None) -> Path | None:
     """The newest checkpoint that is as it was written; None without any.
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from transformers import TrainerState
-from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
+from lightpeft.compat.transformers import SCALER_NAME, TRAINER_STATE_NAME, check_resuming
 from lightpeft.config.validation import shown
 from lightpeft.errors import require
 from lightpeft.files.foreign import parsing
 from lightpeft.models.sharding import is_sharded
+from lightpeft.training.checkpoints import newest_checkpoint
 from lightpeft.training.fitting import meeting_others
 from lightpeft.training.host import Host
 from lightpeft.training.sharding import Sharding
@@ -41,8 +41,10 @@ class Checkpoints:
         Raises:
             LightPeftError: it is damaged, or of steps of another size.
         """
-        checkpoint = get_last_checkpoint(self._trainer.args.output_dir) if asked is True else asked or None
+        folder = Path(self._trainer.args.output_dir)
+        checkpoint = newest_checkpoint(folder) if asked is True else asked or None
         if checkpoint is not None:
+            check_resuming()
             check_state(Path(checkpoint))
             check_step(Path(checkpoint), self._trainer.args)
         return checkpoint
@@ -55,7 +57,7 @@ class Checkpoints:
 
     def load_states(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
         """Load optimizer and scheduler as the trainer does."""
-        with _readable(checkpoint, "state of optimizer and scheduler"), self._sharding.whole_states():
+        with _readable(checkpoint, "state of optimizer and scheduler"), self._sharding.as_one_process():
             usual(checkpoint)
 
     def load_random_state(self, checkpoint: str | None, usual: Callable[[str | None], None]) -> None:
@@ -65,7 +67,7 @@ class Checkpoints:
 
     def load_best(self, usual: Callable[[], None]) -> None:
         """Load the best model as the trainer does."""
-        with self._sharding.as_one_process(changed=True):
+        with self._sharding.as_one_process():
             usual()
 
 
@@ -98,6 +100,9 @@ def check_state(checkpoint: Path) -> None:
     require(reached, f"{file} is damaged: it is of step {shown(step)}, of {shown(steps)}; {_INSTEAD}")
     tables = all(isinstance(entry, dict) for entry in state.log_history)
     require(tables, f"{file} is damaged: an entry of log_history is no table; {_INSTEAD}")
+    callbacks = [each if isinstance(each, list) else [each] for each in state.stateful_callbacks.values()]
+    tables = all(isinstance(entry, dict) for each in callbacks for entry in each)
+    require(tables, f"{file} is damaged: the state of a callback is no table; {_INSTEAD}")
     scaler = checkpoint / SCALER_NAME
     if scaler.is_file():
         with parsing(f"{checkpoint} is damaged: its state of the gradient scaler cannot be read", _INSTEAD):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from lightpeft.compat.transformers import LengthGroupedSampler, used_columns
 from lightpeft.profiling.live import Batch
 from lightpeft.training.host import Host
 from lightpeft.training.step_rows import rows_a_step
@@ -61,7 +61,7 @@ def batches_of(rows: Any, trainer: Host, numbers: Sequence[int], size: int) -> l
     lengths = rows["length"][:] if isinstance(rows, Dataset) and "length" in rows.column_names else None
     order = list(numbers) if lengths is None else sorted(numbers, key=lengths.__getitem__)
     if isinstance(rows, Dataset):
-        rows = trainer._remove_unused_columns(rows, description="training")
+        rows = used_columns(trainer, rows)
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     batches = [trainer.data_collator([rows[number] for number in part]) for part in parts]
     mixed = torch.randperm(len(batches), generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()

@@ -1,12 +1,12 @@
-"""Any trainer of a PeftModel under FSDP2 or DeepSpeed, with checkpoints of one process, from which any number goes on.
+"""Any trainer of a PeftModel under FSDP2, with checkpoints of one process, from which any number goes on.
 
 FSDP2 shards what is frozen, nearly all; what trains is whole everywhere, small as masks and scores are, and its
-gradients are averaged as under DDP. DeepSpeed shards what trains, too, and its optimizer.
+gradients are averaged as under DDP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,16 +16,13 @@ from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from lightpeft.compat.accelerate import fsdp_on_cpus
-from lightpeft.compat.deepspeed import gathered, hold_whole
-from lightpeft.compat.deepspeed_states import WholeStates
 from lightpeft.errors import require
-from lightpeft.machine import autocasting, sharding_launched
+from lightpeft.machine import autocasting, deepspeed_launched, sharding_launched
 from lightpeft.models.families import block_lists
 from lightpeft.models.patching import instead
 from lightpeft.models.sharding import is_sharded, reshard
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.training.arguments import half_precision
+from lightpeft.training.arguments import NO_DEEPSPEED, half_precision
 from lightpeft.training.host import Host
 
 
@@ -34,8 +31,6 @@ class Sharding:
 
     def __init__(self, trainer: Host) -> None:
         self._trainer = trainer
-        self._groups: Sequence[Sequence[nn.Parameter]] = ()
-        """Parameters of the optimizer that DeepSpeed took, by its groups."""
 
     @property
     def fsdp(self) -> bool:
@@ -43,14 +38,9 @@ class Sharding:
         return getattr(self._trainer.accelerator.state, "fsdp_plugin", None) is not None
 
     @property
-    def deepspeed(self) -> bool:
-        """Whether DeepSpeed trains the model."""
-        return getattr(self._trainer.accelerator.state, "deepspeed_plugin", None) is not None
-
-    @property
     def engine(self) -> str | None:
         """Its name."""
-        return "FSDP" if self.fsdp else "DeepSpeed" if self.deepspeed else None
+        return "FSDP" if self.fsdp else None
 
     @property
     def _half(self) -> torch.dtype | None:
@@ -59,19 +49,19 @@ class Sharding:
 
     @contextmanager
     def being_made(self) -> Iterator[None]:
-        """Inside the block the trainer's accelerator is made; FSDP shards on CPUs, too, if it is asked to.
+        """Inside the block the trainer's accelerator is made.
 
         Raises:
-            LightPeftError: an engine is asked for in a way in which it cannot be had here.
+            LightPeftError: an engine is asked for that cannot be had here, or in such a way.
         """
-        asked = bool(self._trainer.args.fsdp) or sharding_launched("FSDP")
-        with fsdp_on_cpus() if asked else nullcontext():
-            yield
-        state = self._trainer.accelerator.state
+        args = self._trainer.args
+        require(not args.deepspeed and not deepspeed_launched(), NO_DEEPSPEED)
+        yield
         if self.fsdp:
-            _check_plugin(state.fsdp_plugin)
-        if self.deepspeed:
-            check_deepspeed(state.deepspeed_plugin)
+            _check_plugin(self._trainer.accelerator.state.fsdp_plugin)
+        else:
+            asked = bool(args.fsdp) or sharding_launched()
+            require(not asked, "accelerate shards over accelerators alone, and not over CPUs; train without fsdp here")
 
     def before(self, checkpoint: str | None) -> None:
         """Get the model ready to be sharded where training begins; every process still has all of it.
@@ -87,8 +77,6 @@ class Sharding:
             return
         if checkpoint is not None:
             trainer._load_from_checkpoint(checkpoint)
-        if self.deepspeed:
-            return
         trains, plugin = list(_trains(trainer.model)), trainer.accelerator.state.fsdp_plugin
         plugin.ignored_modules = trains
         if plugin.transformer_cls_names_to_wrap is None:  # else embeddings of some, which accelerate shards apart
@@ -96,10 +84,6 @@ class Sharding:
         for parameter in (p for module in trains for p in _own(module)):
             parameter.data = parameter.data.to(trainer.args.device)
             dist.broadcast(parameter.data, 0)
-
-    def behind(self) -> None:
-        """Training has ended, or stands still: let every process have whole what trains, to be saved by one."""
-        hold_whole(self._trainer.model)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -116,21 +100,6 @@ class Sharding:
 
     # -- what the trainer's methods hand on ----------------------------------------------------------------------
 
-    def prepare(self, usual: Callable[..., Any], steps: int, batches: Any, checkpoint: str | None) -> Any:
-        """Prepare model and optimizer as the trainer does; under DeepSpeed, without looking for a checkpoint of its."""
-        if not self.deepspeed:
-            return usual(steps, batches, checkpoint)
-        prepared = usual(steps, batches, None)
-        if checkpoint is not None:
-            self._trainer._load_optimizer_and_scheduler(checkpoint)
-        return prepared
-
-    def noted(self, optimizer: Any) -> Any:
-        """The optimizer, whose parameters are noted before DeepSpeed puts others in their place."""
-        if self.deepspeed:
-            self._groups = [list(group["params"]) for group in optimizer.param_groups]
-        return optimizer
-
     def autocast(self) -> AbstractContextManager[Any] | None:
         """Under FSDP, autocast: half precision is for what it shards, and what trains is not; None: the trainer's."""
         return None if self._half is None else autocasting(self._trainer.args.device, self._half)
@@ -141,36 +110,15 @@ class Sharding:
             _average_gradients(self._trainer.model)
 
     @contextmanager
-    def as_one_process(self, *, changed: bool = False) -> Iterator[None]:
-        """Inside the block the trainer saves and loads as without an engine, and what trains is whole.
-
-        Args:
-            changed: the block changes what trains.
-        """
+    def as_one_process(self) -> Iterator[None]:
+        """Inside the block the trainer saves and loads as without an engine."""
         trainer = self._trainer
         reshard(trainer.model)
-        flags = ("is_fsdp_enabled", "is_deepspeed_enabled")
-        enabled = {flag: getattr(trainer, flag) for flag in flags}
-        vars(trainer).update(dict.fromkeys(flags, False))
+        enabled, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False
         try:
-            with gathered([p for p in trainer.model.parameters() if p.requires_grad], changed=changed):
-                yield
+            yield
         finally:
-            vars(trainer).update(enabled)
-
-    @contextmanager
-    def whole_states(self) -> Iterator[None]:
-        """As `as_one_process`, and optimizer and scheduler save and load their states as without DeepSpeed."""
-        trainer = self._trainer
-        own = trainer.optimizer, trainer.lr_scheduler
-        if self.deepspeed:
-            trainer.optimizer = WholeStates(trainer.optimizer, self._groups)
-            trainer.lr_scheduler = trainer.optimizer.of_schedule(trainer.lr_scheduler)
-        try:
-            with self.as_one_process():
-                yield
-        finally:
-            trainer.optimizer, trainer.lr_scheduler = own
+            trainer.is_fsdp_enabled = enabled
 
 
 def _check_plugin(plugin: Any) -> None:
@@ -184,27 +132,6 @@ def _check_plugin(plugin: Any) -> None:
     )
     again = "fsdp_activation_checkpointing wraps the blocks, which have to stay as they are"
     require(not plugin.activation_checkpointing, f"{again}; set gradient_checkpointing instead")
-
-
-def check_deepspeed(plugin: Any) -> None:
-    """Refuse what of DeepSpeed does not go with a model that is cut on the way, or was not tried.
-
-    Args:
-        plugin: accelerate's, of the training.
-
-    Raises:
-        LightPeftError: saying what to set instead.
-    """
-    config = plugin.deepspeed_config
-    zero, where = config.get("zero_optimization", {}), "of DeepSpeed's configuration"
-    require(plugin.zero_stage in (2, 3), f"zero_stage {plugin.zero_stage} {where} was not tried; set it to 2 or 3")
-    for name in ("optimizer", "scheduler"):
-        require(name not in config, f"{name} {where} is the trainer's to make; leave it out")
-    for name in ("offload_optimizer", "offload_param"):
-        unused = zero.get(name, {}).get("device", "none") in ("none", None)
-        require(unused, f"{name} {where} was not tried; leave it out")
-    half = config.get("fp16", {}).get("enabled", False) is True
-    require(not half, "DeepSpeed's fp16 scales the loss where estimation does not see it; train in bf16")
 
 
 def _trains(model: nn.Module) -> Iterator[nn.Module]:

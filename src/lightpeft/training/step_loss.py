@@ -22,7 +22,8 @@ def step_loss(usual: Callable[..., Any], trainer: Host, options: dict[str, Any],
         options: what it is called with by name.
         plain: whether it is `Trainer`'s own method.
     """
-    count, told = options.get("num_items_in_batch"), trainer.loss_is_scaled_for_ga is not None
+    told = getattr(trainer, "loss_is_scaled_for_ga", None) is not None  # transformers asks from 5.19 on
+    count = options.get("num_items_in_batch")
     if options.get("return_outputs") or count is None or told:  # evaluation, or nothing to find out
         return usual(**options)
     items = Noted.of(count)

@@ -38,7 +38,7 @@ class Training(_Below):
 
     @cached_property
     def _sharding(self) -> Sharding:
-        """FSDP2 and DeepSpeed."""
+        """FSDP2."""
         return Sharding(self)
 
     @cached_property
@@ -59,7 +59,7 @@ class Training(_Below):
     # -- a trainer is made ---------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """accelerate shards on CPUs only if it is asked for while it is made."""
+        """What is asked for in vain is refused while it is made."""
         with self._sharding.being_made():
             super().create_accelerator_and_postprocess()
 
@@ -75,14 +75,10 @@ class Training(_Below):
         """`Trainer` draws batches by length from random numbers that a resumed run does not have."""
         return repeatable(super()._get_train_sampler(train_dataset), self)
 
-    def _prepare_for_training(self, steps: int, batches: Any, checkpoint: str | None) -> Any:
-        """DeepSpeed reads no checkpoint of one process."""
-        return self._sharding.prepare(super()._prepare_for_training, steps, batches, checkpoint)
-
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """All ranks and the few that stay have learning rates of their own, and DeepSpeed takes parameters away."""
+        """All ranks and the few that stay have learning rates of their own."""
         self._schedule.set_rate()
-        return self._sharding.noted(super().create_optimizer(*args, **options))
+        return super().create_optimizer(*args, **options)
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **options: Any) -> Any:
         """Behind the cut a schedule is over the steps that are left."""
@@ -130,11 +126,11 @@ class Training(_Below):
 
     def _save_optimizer_and_scheduler(self, *args: Any, **options: Any) -> None:
         """Their states are those of one process."""
-        with self._sharding.whole_states():
+        with self._sharding.as_one_process():
             super()._save_optimizer_and_scheduler(*args, **options)
 
     def _load_best_model(self) -> None:
-        """`Trainer` loads no best model that has the PeftModel inside, nor one that DeepSpeed shares."""
+        """`Trainer` loads no best model that has the PeftModel inside."""
         self._checkpoints.load_best(super()._load_best_model)
 
     # -- around all of it ----------------------------------------------------------------------------------------
@@ -151,6 +147,5 @@ class Training(_Below):
                 self._prefix.foresee()
                 self._sharding.before(checkpoint)
                 yield
-                self._sharding.behind()
         finally:
             self._prefix.close()

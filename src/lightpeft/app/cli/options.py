@@ -25,7 +25,7 @@ class Option:
     """One option of a verb, or one argument that is told by its place."""
 
     names: str
-    """As they are written, with spaces between them: "--text --data.text", or "model" for a place."""
+    """As they are written, with spaces between them: "--text --data.columns.text", or "model" for a place."""
     help: str
     """What it is; empty: it is not shown."""
     type: Any = str

@@ -14,13 +14,13 @@ from lightpeft.app.runs.report.words import rounds
 from lightpeft.config import peft_type
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.plans.records import PrunePlan
-from lightpeft.plans.structure import SITE_SLOTS
+from lightpeft.plans.structure import SLOTS
 
 
 def plan_table(plan: PrunePlan) -> Table:
     """One row a layer: what stays of heads, neurons and PEFT modules; and the ranks of these, a column a place."""
     ranks = [plan.module_ranks(spec) for spec in plan.specs]
-    slots = [slot for slot in SITE_SLOTS if any(slot in of for of in ranks)]
+    slots = [slot for slot in SLOTS if any(slot in of for of in ranks)]
     told = [["-" if of.get(slot) == 0 else str(of.get(slot, "")) for slot in slots] for of in ranks]
     note = "\nbelow the names of projections: ranks of the PEFT modules there; -: the module goes" if slots else ""
     table = Table(

@@ -8,9 +8,9 @@ from typing import TypeVar
 
 import psutil
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
+from lightpeft.compat.accelerate import clear_device_cache, should_reduce_batch_size
 from lightpeft.profiling import PeakMemory
 
 T = TypeVar("T")

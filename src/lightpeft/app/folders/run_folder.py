@@ -47,7 +47,6 @@ _RESULTS = (
     "budget.json",
     "depth.json",
     "curve.json",
-    "curve.png",
     "estimation",
     "checkpoints",
     "log.jsonl",

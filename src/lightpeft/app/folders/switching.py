@@ -17,11 +17,9 @@ from lightpeft.app.folders.forms import LightAdapter
 from lightpeft.app.folders.opening import find_light
 from lightpeft.errors import LightPeftError, nearest, require
 from lightpeft.models.tensors import SharedTensors
-from lightpeft.peft_kinds.sites import for_one_thread
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving.adapter_files import DESCRIPTION
 from lightpeft.saving.description import BaseFacts, base_facts
-from lightpeft.saving.peft_adapter import read_adapter
 
 
 class LightSwitch:
@@ -94,17 +92,13 @@ class LightSwitch:
 
         Raises:
             LightPeftError: there is a task of this name; the folder holds something else than a light adapter; or its
-                base is another one than that of the tasks here, or quantised, or a GGUF file; or several threads could
-                not compute with its model at a time.
+                base is another one than that of the tasks here, or quantised, or a GGUF file.
         """
         found = find_light(folder, self._base, self._settings)
         saved = _base_of(found)
         kind = "quantised" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
         alone = f"the base of {found.name} is {kind}, which tasks cannot share; load it alone: load_light"
         require(kind is None, alone)
-        one = f"{found.name} has LoRA on the parameters of experts, which PEFT adds to them for as long as a pass lasts"
-        several = not for_one_thread(read_adapter(found.folder, explicit=True))
-        require(several, f"{one}, so that threads cannot ask one model at a time; load it alone: load_light")
         with self._tables:
             require(name not in self._tasks, f"the switch has a task {name} already; remove it, or give another name")
             for other in self._tasks.values():

@@ -21,13 +21,13 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import nn
 from transformers import set_seed
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from lightpeft.app.folders.results import open_peft
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.report.words import rounds as rounds_in_words
 from lightpeft.app.runs.workers import Worker
 from lightpeft.app.runs.workspace import Workspace, prepare
+from lightpeft.compat.transformers import LengthGroupedSampler
 from lightpeft.config import RunConfig
 from lightpeft.console.bars import showing, silent
 from lightpeft.console.progress import StepProgress, duration

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.runs.stages import StageCost, leave_budget, leave_estimation, leave_plan, leave_pruned
 from lightpeft.app.runs.stopping import loss_aside, stopping_arguments, stopping_callbacks
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.app.tasks import Answers, points_a_nat
-from lightpeft.compat.deepspeed import load_whole
+from lightpeft.compat.missing import needed_for
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, one_line
 from lightpeft.plans.records import EstimationRecord, PrunePlan
@@ -79,7 +77,6 @@ class RunTrainer(Training, Trainer):
 
     def settle(self) -> None:
         """Take the run folder, which is there and held, as the place for checkpoints and what trackers write."""
-        load_whole()  # what the run loads beside the model that trains
         self.args.output_dir = str(self.work.run.checkpoints(self.stage))
         self.work.announce_processes(self.stage)
         if _wants_tensorboard(self.work.config.trainer):
@@ -336,4 +333,6 @@ def _tensorboard(folder: Path) -> TrainerCallback:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise LightPeftError("trainer.report_to: tensorboard is not installed; pip install tensorboard") from error
+    with needed_for("trainer.report_to"):
+        from transformers.integrations import TensorBoardCallback
     return TensorBoardCallback(SummaryWriter(str(folder)))

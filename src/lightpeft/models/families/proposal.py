@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from lightpeft.compat.torch import is_convolution
+from lightpeft.compat.transformers import ACT2FN
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families.probing import Probe, block_slots, run
 from lightpeft.models.families.skeleton import random_inputs

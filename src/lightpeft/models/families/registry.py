@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 
+from lightpeft.compat.transformers import ACT2FN
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families.decoders import DECODERS

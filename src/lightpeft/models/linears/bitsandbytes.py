@@ -21,7 +21,6 @@ from lightpeft.compat.bitsandbytes import (
     row_scales,
     set_row_quantised,
 )
-from lightpeft.compat.deepspeed import logical_shape
 from lightpeft.models.linears.kinds import QuantisedKind
 
 
@@ -85,7 +84,7 @@ def prepare_quantised(model: nn.Module) -> None:
 def logical_numel(parameter: Tensor) -> int:
     """Weights that a parameter stands for; packed 4-bit weights are several an element."""
     state = quant_state(parameter)
-    return logical_shape(parameter).numel() if state is None else math.prod(state.shape)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def _never_quantised(layer: Any) -> bool:

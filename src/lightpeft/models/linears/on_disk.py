@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from lightpeft.compat.torch import set_unseen
 from lightpeft.errors import LightPeftError

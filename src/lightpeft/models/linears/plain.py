@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.models.linears.kinds import DenseKind, sliced

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
-from transformers.activations import ACT2FN
 
+from lightpeft.compat.peft import register_prefix
+from lightpeft.compat.transformers import ACT2FN
 from lightpeft.errors import require
-from lightpeft.peft_kinds.bottleneck.registration import bottleneck_type
+from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK, PREFIX
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 """Places that are found from the model family; see `BottleneckConfig.placement`."""
@@ -68,7 +69,8 @@ class BottleneckConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = bottleneck_type()
+        self.peft_type = BOTTLENECK
+        register_prefix(BOTTLENECK, PREFIX)
         self.size_pattern = self.size_pattern or {}
         self.parallel_inputs = self.parallel_inputs or {}
         if self.target_modules is None and self.parallel_inputs:

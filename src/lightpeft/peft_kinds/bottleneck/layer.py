@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
+from lightpeft.compat.peft import BaseTunerLayer
+from lightpeft.compat.transformers import ACT2FN
 from lightpeft.errors import LightPeftError, require
 from lightpeft.peft_kinds.bottleneck.config import LEARNED, BottleneckConfig
 

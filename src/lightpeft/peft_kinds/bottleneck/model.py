@@ -6,16 +6,16 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightpeft.compat.peft import fitting_key
+from lightpeft.compat.peft import BaseTuner, fitting_key
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig
 from lightpeft.peft_kinds.bottleneck.layer import NO_MERGE, BottleneckLayer
+from lightpeft.peft_kinds.bottleneck.registration import PREFIX
 
 _READS_FFN_INPUT = ("ffn_gate_in", "ffn_gate", "ffn_in")
 """Slots that read what the FFN reads; a block's first one is the source of a parallel adapter."""
@@ -27,7 +27,7 @@ class BottleneckModel(BaseTuner):
     Houlsby et al. 2019 (serial adapters), Pfeiffer et al. 2021 (after the FFN alone), He et al. 2022 (parallel).
     """
 
-    prefix = "bottleneck_"
+    prefix = PREFIX
     tuner_layer_cls = BottleneckLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's name; placements take its place)
 

@@ -1,21 +1,24 @@
-"""Makes PEFT know the bottleneck method."""
+"""Makes PEFT know the bottleneck method, by entries in its tables."""
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Any
 
-from peft import PeftType
-from peft.utils import register_peft_method
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from lightpeft.compat.peft import method_named, tuner_of
 from lightpeft.errors import require
 
-NAME = "BOTTLENECK"
+
+class BottleneckType(str, Enum):  # noqa: UP042 (as PEFT's own)
+    """The type of PEFT beside those of `PeftType`, which takes no more; PEFT's tables are asked by its text."""
+
+    BOTTLENECK = "BOTTLENECK"
 
 
-def bottleneck_type() -> PeftType:
-    """The member `PeftType.BOTTLENECK`, added to the enum by the first call."""
-    return method_named(NAME)
+BOTTLENECK = BottleneckType.BOTTLENECK
+PREFIX = "bottleneck_"
+"""How names of its weights begin."""
 
 
 def register(config_cls: type[Any], model_cls: type[Any]) -> None:
@@ -24,10 +27,12 @@ def register(config_cls: type[Any], model_cls: type[Any]) -> None:
     Raises:
         LightPeftError: PEFT has another method of this name.
     """
-    present = tuner_of(bottleneck_type())
-    if present is None:
-        register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
+    tuners: dict[Any, Any] = PEFT_TYPE_TO_TUNER_MAPPING
+    configs: dict[Any, Any] = PEFT_TYPE_TO_CONFIG_MAPPING
+    present = tuners.setdefault(BOTTLENECK, model_cls)
+    other = getattr(present, "__module__", present)
     require(
-        present in (None, model_cls),
-        f"PEFT already has a method {NAME} ({getattr(present, '__module__', present)}); only one of them can be used",
+        present is model_cls,
+        f"PEFT already has a method {BOTTLENECK.value} ({other}); only one of them can be used",
     )
+    configs[BOTTLENECK] = config_cls

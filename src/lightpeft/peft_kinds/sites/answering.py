@@ -13,9 +13,9 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from lightpeft.compat.peft import LoraLinear
 from lightpeft.compat.torch import changes_of
 from lightpeft.machine import computed_in
 from lightpeft.models.patching import instead

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from lightpeft.errors import require
 from lightpeft.models.linears import slice_linear
 from lightpeft.peft_kinds.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer
-from lightpeft.peft_kinds.bottleneck.registration import bottleneck_type
+from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK
 from lightpeft.peft_kinds.sites.base import LinearSite, Report, Tensors
 from lightpeft.plans.structure import OUTPUT_SLOTS
 
@@ -21,7 +21,7 @@ from lightpeft.plans.structure import OUTPUT_SLOTS
 class BottleneckSite(LinearSite):
     """`y + scaling * up(f(down(y)))` for the frozen layer's output y, or from what another module reads."""
 
-    peft_type = bottleneck_type()
+    peft_type: ClassVar[Any] = BOTTLENECK
     layer_type = BottleneckLayer
 
     def __post_init__(self) -> None:

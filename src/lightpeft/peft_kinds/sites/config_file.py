@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
-from peft.utils import CONFIG_NAME
 
 from lightpeft.errors import require
 from lightpeft.files import parse_json, read_text, understandable, write_text
 
 LIGHT_TYPE = "LIGHT_PEFT: this adapter belongs to a pruned base; load it with lightpeft.load_light(folder)"
+CONFIG_NAME = "adapter_config.json"
+"""PEFT's own name."""
 _OWN = "peft_config"
 """Key of what PEFT wrote."""
 

@@ -11,10 +11,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightpeft.compat.peft import LoraLinear
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.compat.torch import changes_of, is_watched
 from lightpeft.machine import computed_in

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import IA3Config, PeftType
-from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightpeft.compat.peft import IA3Layer
 from lightpeft.models.linears import sliced
 from lightpeft.peft_kinds.sites.base import LinearSite, Report, Tensors, spread
 

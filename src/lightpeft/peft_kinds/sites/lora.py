@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftType
-from peft.tuners.lora import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightpeft.compat.peft import LoraLayer
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import slice_linear
 from lightpeft.peft_kinds.sites.base import LinearSite, Report, Site, Tensors, observe_pair, spread
-from lightpeft.plans.structure import EXPERT_SLOTS
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 """LoRA initialisations that write to the base weights."""
@@ -36,10 +34,11 @@ DOWN, UP, BIAS, UP_BIAS = "lora_A.weight", "lora_B.weight", "base_layer.bias", "
 """What PEFT's files call A, B, and the biases that `bias="lora_only"` and `lora_bias=True` train."""
 
 
-class Lora(Site):
-    """LoRA, wherever its A and B lie."""
+class LoraSite(LinearSite):
+    """`base(x) + scaling * B A x`."""
 
     peft_type = PeftType.LORA
+    layer_type = LoraLayer
 
     @classmethod
     def check(cls, config: LoraConfig) -> None:
@@ -54,15 +53,10 @@ class Lora(Site):
         for name in _UNSUPPORTED:
             require(not getattr(config, name, None), f"LoRA with {name} cannot be pruned; use LoRA, rsLoRA or DoRA")
         parameters = sorted(config.target_parameters or ())
-        others = [name for name in parameters if name.rpartition(".")[2] not in EXPERT_SLOTS.values()]
         require(
-            not others,
-            f"LoRA on the parameter {', '.join(others[:1])} cannot be pruned; target_parameters may name "
-            f"{' and '.join(EXPERT_SLOTS.values())} of routed experts, and target_modules linear layers",
-        )
-        require(
-            not (parameters and config.lora_dropout),
-            "LoRA on the parameters of experts has no dropout in PEFT; set lora_dropout to 0",
+            not parameters,
+            f"LoRA on the parameter {', '.join(parameters[:1])} cannot be pruned; leave target_parameters out, and "
+            "name linear layers in target_modules",
         )
 
     @classmethod
@@ -71,9 +65,7 @@ class Lora(Site):
 
     @classmethod
     def refresh(cls, config: LoraConfig, layers: dict[str, LoraLayer], adapter: str) -> None:
-        on_experts = {name for name, layer in layers.items() if isinstance(layer, ParamWrapper)}
-        config.target_modules = sorted(layers.keys() - on_experts)
-        config.target_parameters = sorted(on_experts) or None
+        config.target_modules, config.target_parameters = sorted(layers), None
         config.layers_to_transform = config.layers_pattern = None
         if config.init_lora_weights == "orthogonal":  # asks for even ranks when the modules are made to be loaded
             config.init_lora_weights = True
@@ -87,8 +79,7 @@ class Lora(Site):
     @classmethod
     def simplify(cls, config: LoraConfig) -> None:
         """One rank for all modules if they have one scaling: servers of LoRA read no patterns."""
-        names = (*config.target_modules, *(config.target_parameters or ()))
-        ranks = {name: config.rank_pattern.get(name, config.r) for name in names}
+        ranks = {name: config.rank_pattern.get(name, config.r) for name in config.target_modules}
         alphas = {name: config.alpha_pattern.get(name, config.lora_alpha) for name in ranks}
         scalings = {alphas[name] / _divisor(rank, config.use_rslora) for name, rank in ranks.items()}
         if len(scalings) == 1:
@@ -100,11 +91,6 @@ class Lora(Site):
     def needs_base(cls, config: LoraConfig) -> bool:
         """For the biases that train with it."""
         return bool(config.bias != "none")
-
-    @classmethod
-    def for_one_thread(cls, config: LoraConfig) -> bool:
-        """On parameters of experts: PEFT adds to these for as long as the pass lasts."""
-        return bool(config.target_parameters)
 
     @classmethod
     def remember_base(cls, config: LoraConfig, layers: Sequence[LoraLayer], adapter: str) -> None:
@@ -146,21 +132,12 @@ class Lora(Site):
 
     def keep_ranks(self, index: Tensor) -> None:
         """Keep these ranks; alpha shrinks with the rank, so that the scaling stays to the last bit."""
-        self._slice_ranks(index)
+        slice_linear(self.layer.lora_A[self.adapter], index, dim=0)
+        slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
         rank = len(index)
         self.layer.r[self.adapter] = rank
         divisor = _divisor(rank, self.layer.use_rslora[self.adapter])
         self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
-
-    @abstractmethod
-    def _slice_ranks(self, index: Tensor) -> None:
-        """Keep these ranks of A and B."""
-
-
-class LoraSite(Lora, LinearSite):
-    """`base(x) + scaling * B A x`."""
-
-    layer_type = LoraLayer
 
     def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """The low-rank output against the frozen layer's output (Light-PEFT, module importance)."""
@@ -175,10 +152,6 @@ class LoraSite(Lora, LinearSite):
                 self.layer.light_original_bias = original.index_select(0, index.to(original.device))
         else:
             self.layer.in_features = len(index)
-
-    def _slice_ranks(self, index: Tensor) -> None:
-        slice_linear(self.layer.lora_A[self.adapter], index, dim=0)
-        slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
 
     def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """Rows of B and of its bias, columns of A and further ranks are zero where the cut module had none."""

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Dataset
 from torch import nn
 
+from lightpeft.compat.transformers import used_columns
 from lightpeft.machine import processes
 from lightpeft.models.sharding import is_sharded
 from lightpeft.training.arguments import half_precision
@@ -121,5 +122,5 @@ class TrainerPrefix:
         """The training rows as the collator gets them."""
         rows = self._trainer.train_dataset
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
-            return self._trainer._remove_unused_columns(rows, description="training")
+            return used_columns(self._trainer, rows)
         return rows

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
 
+from lightpeft.compat.transformers import class_names
 from lightpeft.errors import require
 from lightpeft.models.families import family_of
 from lightpeft.models.linears import features, is_linear
@@ -62,8 +62,8 @@ def example(
     Args:
         left: pad on the left, as to write behind.
     """
-    names = type(model).__name__
-    options = (_OPTIONS,) if names in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values() else ()
+    classes = class_names("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES", "A graph of a model").values()
+    options = (_OPTIONS,) if type(model).__name__ in classes else ()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (rows, *options, length), generator=generator)
     mask = torch.ones_like(ids)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightpeft.app.folders.run_folder import to_yaml
 from lightpeft.app.runs.report import figures, telling
+from lightpeft.app.runs.report.drawing import BLUE, QUIET, Drawing
 from lightpeft.app.runs.report.facts import RunFacts, Stage, read_run
-from lightpeft.app.runs.report.svg import Drawing
 from lightpeft.app.runs.report.words import FILTERS, duration, size
 from lightpeft.errors import require
 from lightpeft.files import read_text, understandable, write_text
@@ -106,9 +106,8 @@ def _view(run: RunFacts, number: int, runs: Sequence[RunFacts]) -> dict[str, Any
         "hardware": telling.hardware(run),
         "metrics": telling.metrics(run),
         "figures": _figures(run, measured[0] if measured else None),
-        "found_budget": telling.found_budget(run.budget) if run.budget is not None else None,
+        "found_budget": run.budget.summary() if run.budget is not None else None,
         "measured_rise": measured,
-        "share_bar": figures.share_bar,
     }
 
 
@@ -122,7 +121,7 @@ class Figures:
     expert_neurons: Drawing | None = None
     modules: Drawing | None = None
     losses: Both | None = None
-    course: Sequence[Drawing] = ()
+    course: Mapping[str, Drawing] = field(default_factory=dict)
     seconds: Drawing | None = None
     memory: Drawing | None = None
     speeds: Drawing | None = None
@@ -147,7 +146,7 @@ def _figures(run: RunFacts, measured: float | None) -> Figures:
         moments = run.report.milestones.metrics
         names = dict.fromkeys(name for values in moments.values() for name in values)
         told = [name for name in names if sum(name in values for values in moments.values()) > 1]
-        found["course"] = [figures.course(moments, name) for name in told]
+        found["course"] = {name: figures.course(moments, name) for name in told}
     found["seconds"] = _by_stage([(stage, stage.seconds) for stage in run.stages], "Time by stage", duration)
     found["memory"] = _by_stage(
         [(stage, stage.peak_memory_bytes) for stage in run.stages], "Peak memory by stage", size
@@ -155,7 +154,7 @@ def _figures(run: RunFacts, measured: float | None) -> Figures:
     if run.speeds is not None:
         found["speeds"] = figures.ratios([(row.name, row.ratio, row.quartiles) for row in run.speeds.rows])
     chosen = plan.removed_of_blocks if plan is not None else None
-    if curve is not None and curve.points:
+    if curve is not None and curve["points"]:
         found["rises"], found["step_times"] = figures.rises(curve, chosen), figures.step_times(curve, chosen)
     if run.budget is not None and run.budget.unmeasured is None:
         found["budget"] = figures.auto_budget(run.budget, measured)
@@ -167,7 +166,7 @@ def _by_stage(
 ) -> Drawing | None:
     """A bar a stage, of those whose value is known."""
     rows = [
-        (stage.title, [(figures.colour(stage.name), value)], words(value))
+        (stage.title, [(figures.COLOURS.get(stage.name, QUIET), value)], words(value))
         for stage, value in values
         if value is not None
     ]
@@ -180,7 +179,7 @@ def _beside(runs: Sequence[RunFacts]) -> dict[str, Any]:
     metric = next((run.main_metric for run in (runs[reference], *runs) if run.main_metric), None)
     timed = [run for run in runs if run.training_seconds is not None]
     times = [(run.name, _parts(run), duration(run.training_seconds or 0)) for run in timed]
-    memory = [(run.name, [("blue", peak)], size(peak)) for run in runs if (peak := run.peak_memory_bytes)]
+    memory = [(run.name, [(BLUE, peak)], size(peak)) for run in runs if (peak := run.peak_memory_bytes)]
     return {
         "reference": reference,
         "names": [run.name for run in runs],
@@ -206,4 +205,4 @@ def _qualities(runs: Sequence[RunFacts], metric: str, reference: RunFacts) -> Dr
 def _parts(run: RunFacts) -> list[tuple[str, float]]:
     """The seconds of its stages but evaluation, each with its colour."""
     stages = [(stage.name, stage.seconds) for stage in run.stages if stage.name != "evaluate"]
-    return [(figures.colour(name), seconds) for name, seconds in stages if seconds is not None]
+    return [(figures.COLOURS.get(name, QUIET), seconds) for name, seconds in stages if seconds is not None]

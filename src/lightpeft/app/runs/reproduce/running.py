@@ -7,19 +7,20 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs.reproduce.calls import check_call, note_call
-from lightpeft.app.runs.reproduce.documents import write_results
-from lightpeft.app.runs.reproduce.estimations import take_estimation
+from lightpeft.app.runs.reproduce.arms import check_call, note_call
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected
-from lightpeft.app.runs.reproduce.summary import Results, main_value, summarize
+from lightpeft.app.runs.reproduce.results import Results, main_value, summarize
+from lightpeft.app.runs.reproduce.saving import write_results
+from lightpeft.app.runs.reuse import copy_estimation, estimation_settings
 from lightpeft.console.progress import StepProgress
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import holding
@@ -205,6 +206,35 @@ def _reason(code: int, log: Path) -> str:
     own = [line.partition(": ")[2] for line in lines if line.startswith("lightpeft: ")]
     killed = [f"killed by {signal.Signals(-code).name}"] if code < 0 else []
     return f"{(killed or own or lines or [f'exit code {code}'])[-1]} (see {log})"
+
+
+# -- estimations that cells share ---------------------------------------------------------------------------------
+
+
+def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
+    """Give a cell the estimation of another one that has the same; its time and memory count for both.
+
+    Returns:
+        The name of the other cell; None where the cell has an estimation, needs none, or nobody has it. What a call of
+        their own estimates is not known, so cells with one neither take nor give.
+
+    Raises:
+        LightPeftError: it cannot be copied.
+    """
+    if not cell.config.way.prunes or cell.call is not None or cell.run.has("estimate"):
+        return None
+    wanted = _asked(cell)
+    for other in others:
+        done = other.run.has("estimate") and "estimate" in other.run.finished_stages()
+        if done and other.call is None and _asked(other) == wanted:
+            copy_estimation(other.run, cell.run, other.name)
+            return other.name
+    return None
+
+
+def _asked(cell: Cell) -> tuple[bool, dict[str, Any]]:
+    """What of a cell's settings its estimation depends on; where nothing is to go, none is made."""
+    return cell.config.light.chooses, estimation_settings(cell.config)
 
 
 # -- progress ------------------------------------------------------------------------------------------------------

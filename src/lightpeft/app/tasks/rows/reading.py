@@ -15,7 +15,6 @@ import datasets
 import pyarrow  # type: ignore[import-untyped,unused-ignore]
 import pyarrow.parquet  # type: ignore[import-untyped,unused-ignore]
 from datasets import Dataset
-from datasets.table import InMemoryTable
 
 from lightpeft.app.tasks.rows.columns import place
 from lightpeft.errors import LightPeftError, one_line, require
@@ -188,7 +187,7 @@ def _read_parquet(path: Path) -> Dataset:
     with parsing(f"{path} is not a readable Parquet file"):  # what `datasets` says of its own metadata there as well
         table = pyarrow.parquet.read_table(path)
         table.validate(full=True)  # texts that are no UTF-8 would be found by who reads them
-        return Dataset(InMemoryTable(table))
+        return Dataset(table)
 
 
 def _from_columns(columns: dict[str, list[Any]], path: Path | str) -> Dataset:
@@ -202,7 +201,7 @@ def _from_columns(columns: dict[str, list[Any]], path: Path | str) -> Dataset:
             _check_each(name, values, path)
             raise _MalformedError(f'{path}: column "{name}" mixes types: {one_line(error)}') from error
     try:
-        return Dataset(InMemoryTable(pyarrow.table(arrays)))
+        return Dataset(pyarrow.table(arrays))
     except (pyarrow.ArrowException, RecursionError) as error:
         raise _MalformedError(f"{path} cannot be read: {one_line(error)}") from error
 

@@ -1,0 +1,57 @@
+"""The main path works without any private name of a library; what needs one says so in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from missing_names import SOURCE, private_names
+
+WORKER = Path(__file__).with_name("missing_names.py")
+NAMES = private_names()
+
+
+def outcomes(folder: Path, groups: list[list[str]], *, resuming: bool = False) -> list[str]:
+    """What becomes of the main path, or of going on from a checkpoint, without each group of names."""
+    asked = json.dumps({"groups": groups, "resuming": resuming})
+    path = os.pathsep.join([str(WORKER.parent), str(SOURCE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    words = [sys.executable, str(WORKER), str(folder)]
+    done = subprocess.run(words, input=asked, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_what_counts_as_private() -> None:
+    """Of what the source imports and reads, found and not written down: a few of each sort."""
+    assert len(NAMES) > 60
+    assert {"._optimizers", "._load_rng_state", "._fsdp_param_group"} <= set(NAMES), "attributes, and what is extended"
+    assert {"torch._subclasses.fake_tensor:FakeTensor", "peft.tuners.tuners_utils:BaseTunerLayer"} <= set(NAMES)
+    assert not [name for name in NAMES if name.startswith(("transformers:", "peft:", "torch.distributed.fsdp:"))]
+
+
+def test_the_main_path_needs_none_of_them(tmp_path: Path) -> None:
+    """Estimate, cut, train, save and load BERT and Llama with LoRA, as ever and without all private names at once."""
+    assert outcomes(tmp_path, [[], NAMES]) == ["", ""]
+
+
+@pytest.mark.thorough
+def test_the_main_path_needs_no_single_one(tmp_path: Path) -> None:
+    """Where one is there and another one is not, too."""
+    found = outcomes(tmp_path, [[name] for name in NAMES])
+    assert dict(zip(NAMES, found, strict=True)) == dict.fromkeys(NAMES, "")
+
+
+def test_going_on_needs_some(tmp_path: Path) -> None:
+    """And refuses in a line that names feature, versions and what is not there."""
+    needed = ["._get_train_sampler", "._load_from_checkpoint", "._load_optimizer_and_scheduler", "._load_rng_state"]
+    undisturbed, *without = outcomes(tmp_path, [[], *([name] for name in needed)], resuming=True)
+    assert undisturbed == ""
+    for name, said in zip(needed, without, strict=True):
+        assert said.startswith("LightPeftError: Going on from a checkpoint works with transformers 5.5 to"), name
+        assert f"transformers has no Trainer{name}" in said and "\n" not in said
