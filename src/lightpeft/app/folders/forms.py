@@ -253,7 +253,7 @@ class MergedModel(Found):
 
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> PreTrainedModel:
         """Straight into the cut layers."""
-        return load_merged(self.model.name, dtype=self.model.dtype, attention=self.model.attn_implementation)
+        return load_merged(self.model.name, dtype=self.model.dtype, attn_implementation=self.model.attn_implementation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +323,7 @@ class LightAdapter(_Adapter):
             self.folder,
             self.model.name if base is None else base,
             dtype=self.model.dtype,
-            attention=self.model.attn_implementation,
+            attn_implementation=self.model.attn_implementation,
             trust_remote_code=self.model.trust_remote_code,
             allow_pickle=self.model.allow_pickle,
             low_memory=self.model.low_memory and base is None,

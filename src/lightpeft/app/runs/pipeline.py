@@ -210,8 +210,8 @@ def _pruned_model(work: Workspace) -> LightModel:
     model = work.config.model
     switches = {name: getattr(model, name) for name in SWITCHES}
     try:
-        attention = model.attn_implementation
-        light = load_light(work.run.pruned, is_trainable=True, low_memory=True, attention=attention, **switches)
+        as_asked = {"attn_implementation": model.attn_implementation, **switches}
+        light = load_light(work.run.pruned, is_trainable=True, low_memory=True, **as_asked)
         return light if sharding_launched() else to_device(light)
     except LightPeftError:  # a base in few bits or in a file of another kind, which is read whole; or damage, as below
         return load_light(work.run.pruned, work.dense_model().model, is_trainable=True)
