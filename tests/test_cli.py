@@ -104,6 +104,11 @@ MISNAMED = {
     ("run", "--learning-rate", "3e-4"): "unknown option --learning-rate; did you mean --training.learning_rate?",
     ("run", "--epochs=3"): "did you mean --training.epochs?",
     ("run", "--batch_size", "8"): "did you mean --training.batch_size?",
+    ("predict", "run", "-b", "8"): "did you mean --batch_size?",
+    ("run", "--rank=4"): "did you mean --peft.r?",
+    ("run", "--text", "review"): "did you mean --data.columns.text?",
+    ("run", "--data.label", "stars"): "did you mean --data.columns.label?",
+    ("run", "--weight_decay", "0.1"): "did you mean --trainer.weight_decay?",
     ("run", "--model", "bert"): "--model takes a YAML file, and bert is none; did you mean --model.name?",
     ("run", "--training=5"): "did you mean --training.epochs?",
     ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train?",
@@ -158,15 +163,16 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--lora.slots", '["q", "v"]')
-    text = shown(capsys, "run", *options, "--data.text_pair", "other", "--print_config")
+    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--peft.slots", '["q", "v"]')
+    text = shown(capsys, "run", *options, "--data.columns.text_pair", "other", "--print_config")
     file = tmp_path / "printed.yaml"
     file.write_text(text, encoding="utf-8")
     assert printed(capsys, "run", "--config", file) == yaml.safe_load(text)
     config = load_config(file)
     assert config.light.heads == 0.5
     assert config.light.length == 0.2
-    assert config.lora.slots == ["q", "v"]
+    assert config.peft == {"type": "lora", "slots": ["q", "v"]}
+    assert config.data.columns == {"text_pair": "other"}
     assert config.light.head_criterion == "mask"
     assert dataclasses.asdict(config) == yaml.safe_load(text)
 
@@ -193,38 +199,42 @@ def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -
     options = {
         "light.length": "50",
         "light.target": "0.4",
-        "training.bf16": "true",
+        "training.fast_steps": "false",
+        "training.precision": "bf16",
         "training.learning_rate": "1e-4",
         "model.revision": "main",
         "data.limit_train": "100",
-        "lora.target_modules": '["query", "value"]',
+        "peft.target_modules": '["query", "value"]',
     }
     given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
     assert given["light"]["length"] == 50
     assert given["light"]["target"] == 0.4
-    assert given["training"]["bf16"] is True
+    assert (given["training"]["fast_steps"], given["training"]["precision"]) == (False, "bf16")
     assert given["training"]["learning_rate"] == 1e-4
     assert given["model"]["revision"] == "main"
     assert given["data"]["limit_train"] == 100
-    assert given["lora"]["target_modules"] == ["query", "value"]
+    assert given["peft"]["target_modules"] == ["query", "value"]
 
 
 def test_text_is_text_whatever_it_looks_like(capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"output": "7", "model.revision": "1e5", "data.text": "yes", "data.label": "null", "data.train": "a: b"}
+    columns = {"data.columns.text": "yes", "data.columns.label": "null"}
+    options = {"output": "7", "model.revision": "1e5", **columns, "data.train": "a: b"}
     given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
     assert (given["output"], given["model"]["revision"]) == ("7", "1e5")
-    assert [given["data"][name] for name in ("text", "label", "train")] == ["yes", "null", "a: b"]
+    assert (given["data"]["columns"], given["data"]["train"]) == ({"text": "yes", "label": "null"}, "a: b")
     assert printed(capsys, "run", "--model.revision", "null")["model"]["revision"] is None
     assert printed(capsys, "run", "--training.prefix_cache", "off")["training"]["prefix_cache"] == "off"
 
 
 def test_sections_and_mappings_as_a_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    file = tmp_path / "lora.yaml"
-    file.write_text("r: 4\nalpha: 2\n", encoding="utf-8")
-    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.multiple_of", "2", "--lora", file]
+    file = tmp_path / "training.yaml"
+    file.write_text("batch_size: 4\nwarmup: 0.5\n", encoding="utf-8")
+    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.multiple_of", "2", "--training", file]
+    options += ["--data.columns", "{text: review}", "--data.columns.label", "stars"]
     given = printed(capsys, "run", *options, "--tasks.mine.kind", "chat", "--tasks.mine.hub", "a/b")
     assert (given["light"]["heads"], given["light"]["multiple_of"]) == (0.5, 2)
-    assert (given["lora"]["r"], given["lora"]["alpha"]) == (4, 2)
+    assert (given["training"]["batch_size"], given["training"]["warmup"]) == (4, 0.5)
+    assert given["data"]["columns"] == {"text": "review", "label": "stars"}
     assert (given["tasks"]["mine"]["kind"], given["tasks"]["mine"]["hub"]) == ("chat", "a/b")
     assert lightpeft("run", "--light", "{haeds: 0.5}", "--print_config") == 2
     assert "unknown key light.haeds; did you mean light.heads?" in capsys.readouterr().err
