@@ -25,7 +25,7 @@ from rich.console import Console
 
 from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.app.runs.reproduce.grid import cell_name
-from lightpeft.app.runs.reproduce.summary import Report
+from lightpeft.app.runs.reproduce.results import Report
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 

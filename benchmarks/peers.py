@@ -35,8 +35,8 @@ from lightpeft.app.folders.run_folder import read_report
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.reproduce import Cell, Grid, check_cell, reproduce
 from lightpeft.app.runs.reproduce.running import Launch
+from lightpeft.app.runs.reproduce.saving import factored
 from lightpeft.config import load_config, overlaid
-from lightpeft.config.methods import METHODS
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import file_checksum, read_json, write_json
 from lightpeft.profiling import hardware
@@ -199,8 +199,7 @@ def _own(options: Options, name: str) -> dict[str, Any]:
     """What of the options concerns one method."""
     settings = own_settings(options.config, name, options.light_files.get(name))
     rate = options.learning_rates.get(name)
-    rates = dict.fromkeys(("learning_rate", "full_learning_rate"), rate)
-    return settings if rate is None else overlaid(settings, {"training": rates})
+    return settings if rate is None else overlaid(settings, {"training": {"learning_rate": rate}})
 
 
 def finished(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -223,6 +222,9 @@ def summary(
 ) -> dict[str, Any]:
     """Everything that was found, over seeds, and every cell."""
     cells = {name: {cell.seed: numbers(cell, goal) for cell in of_peer} for name, of_peer in found.items()}
+    settings, own = factored(
+        {cell.name: read_report(cell.run.metrics)["config"] for of in found.values() for cell in of}
+    )
     return {
         "config": str(options.config),
         "metric": next((cell["metric"] for of_peer in cells.values() for cell in of_peer.values()), None),
@@ -238,7 +240,11 @@ def summary(
         "failures": {**failures, **speeds.failures},
         "seeds": list(options.seeds),
         "goal": asdict(goal),
-        "cells": {name: list(of_peer.values()) for name, of_peer in cells.items()},
+        "settings": settings,
+        "cells": {
+            name: [{**cells[name][cell.seed], "settings": own[cell.name]} for cell in of_peer]
+            for name, of_peer in found.items()
+        },
         "hardware": hardware(),
         "command": options.command,
         "logs": {f"{name}/{cell.seed}": file_checksum(cell.run.log) for name in found for cell in found[name]},
@@ -271,7 +277,6 @@ def numbers(cell: Cell, goal: Goal) -> dict[str, Any]:
         "curve": [[total - curve["lasted"] + second, quality] for second, quality in curve["points"]],
         "adapter_bytes": report["adapter_bytes"],
         "settings": report["config"],
-        "hardware": report["hardware"],
     }
 
 
@@ -292,7 +297,7 @@ def over_seeds(cells: Mapping[int, dict[str, Any]], baseline: Mapping[int, dict[
         "seconds_before_training": spread([c["seconds"]["total"] - c["seconds"]["train"] for c in cells.values()]),
         "seconds_to_quality": {**spread(times), "reached": len(times), "of": len(reached)} if watched else None,
         "adapter_bytes": statistics.mean(cell["adapter_bytes"] for cell in cells.values()),
-        "learning_rate": first["settings"]["training"][METHODS[first["settings"]["method"]].rate],
+        "learning_rate": first["settings"]["training"]["learning_rate"],
         "seeds": list(cells),
     }
 
@@ -311,7 +316,7 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 
 def write(results: dict[str, Any], out: Path) -> None:
     """The results as JSON, Markdown and plots."""
-    write_json(out / "peers.results.json", results)
+    write_json(out / "peers.results.json", results, publishing.LINES)
     (out / "peers.md").write_text(peer_tables.markdown(results) + "\n", encoding="utf-8")
     plots.save(peer_tables.plot(results), out / "peers")
 

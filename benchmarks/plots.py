@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 STYLES: dict[str, dict[str, str]] = {
@@ -170,84 +169,8 @@ def _nearest(box: Bbox, home: Any) -> tuple[float, float]:
 LINES: dict[str, dict[str, Any]] = {
     "plain": {"color": "#0072B2", "marker": "o"},
     "light": {"color": "#D55E00", "marker": "D"},
-    "ideal": {"color": "#555555", "linestyle": "--", "marker": ""},
 }
 """Series -> how its line looks."""
-
-
-@dataclass(frozen=True)
-class LinePanel:
-    """One plot of curves over a logarithmic axis."""
-
-    title: str
-    x_label: str
-    y_label: str
-    series: Mapping[str, Sequence[tuple[float, float, float, float]]]
-    """Name -> points (x, y, low, high)."""
-    names: Mapping[str, str]
-    """Name of a series -> what to write at its end."""
-    x_text: Callable[[float], str]
-    """How a value on the x axis is written."""
-
-
-def curves(rows: Sequence[Sequence[LinePanel]], title: str) -> Figure:
-    """Panels of curves in a grid, both axes logarithmic, every curve with its name at its right end."""
-    figure = Figure(figsize=(4.6 * max(map(len, rows)), 3.6 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=10)
-    grid: Any = figure.subplots(len(rows), max(map(len, rows)), squeeze=False)
-    places = [(axes, panel) for line, row in zip(grid, rows, strict=True) for axes, panel in zip_longest(line, row)]
-    for axes, panel in places:
-        if panel is None:
-            axes.set_axis_off()
-        else:
-            _draw_curves(axes, panel)
-    figure.canvas.draw()
-    for axes, panel in places:
-        if panel is not None:
-            _name_curves(axes, panel)
-    return figure
-
-
-def _draw_curves(axes: Axes, panel: LinePanel) -> None:
-    axes.set(xscale="log", yscale="log", xlabel=panel.x_label, ylabel=panel.y_label)
-    axes.set_title(panel.title, fontsize=10)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    ticks = sorted({x for series in panel.series.values() for x, *_ in series})
-    axes.set_xticks(ticks, [panel.x_text(tick) for tick in ticks], minor=False)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=8, which="both")
-    for name, series in panel.series.items():
-        xs, ys, lows, highs = zip(*series, strict=True)
-        axes.plot(xs, ys, linewidth=1.4, markersize=5, **LINES[name])
-        axes.fill_between(xs, lows, highs, color=LINES[name]["color"], alpha=0.15, linewidth=0)
-    axes.margins(0.08, 0.12)
-    if ticks:  # room for the names
-        axes.set_xlim(right=ticks[-1] * max(ticks[-1] / ticks[0], 2) ** 0.45)
-
-
-def _name_curves(axes: Axes, panel: LinePanel) -> None:
-    """Names at the right ends, moved apart where they would overlap."""
-    ends = sorted((axes.transData.transform(series[-1][:2])[1], name) for name, series in panel.series.items())
-    scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
-    heights: list[float] = []
-    for height, _ in ends:
-        heights.append(max(height, heights[-1] + 10 * scale) if heights else height)
-    for (height, name), shown in zip(ends, heights, strict=True):
-        x, y, *_ = panel.series[name][-1]
-        axes.annotate(
-            panel.names[name],
-            (x, y),
-            xytext=(6, (shown - height) / scale),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=LINES[name]["color"],
-        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from lightpeft.files import write_json
 from lightpeft.profiling import hardware
 
 README = Path(__file__).with_name("README.md")
+LINES = 3
+"""Depth of a file of numbers in lines."""
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
@@ -86,7 +88,7 @@ def publish(place: str, text: str, numbers: str, results: dict[str, Any]) -> Non
     before, found, rest = content.partition(start)
     _, closed, after = rest.partition(end)
     require(found and closed, f"{README} has no place for these results; add the lines {start} and {end}")
-    write_json(beside(numbers), results)
+    write_json(beside(numbers), results, LINES)
     temporary = beside(f".{README.name}.tmp")
     temporary.write_text(f"{before}{start}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
     temporary.replace(README)

@@ -5,8 +5,10 @@
 
 `budgets` fixes 20, 40 and 60% of the blocks (preset `default`, all epochs run), in bfloat16. `first` gives the command
 of README a file of so many rows, of which it holds out a fifth, and says nothing about what to remove or how long to
-train. Both are measured on 600 rows that no run has seen. Data: those of `first_runs.py`; `--data` is a folder with
-sst2, cola, rte and banking77 in the hub's columns. A cell that is done is not run again.
+train. Both are measured on 600 rows that no run has seen. Data: ratings of reviews, tweets and editorials by people,
+from the package that `demo/fetch.py` takes the movie reviews from, as two classes; `eight` is which of the four sources
+a text is from, and whether it is rated positive or negative. `--data` is a folder with sst2, cola, rte and banking77 in
+the hub's columns. A cell that is done is not run again.
 """
 
 from __future__ import annotations
@@ -14,16 +16,18 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import json
+import random
 import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import first_runs
 import publishing
 from rich.console import Console
 
@@ -36,6 +40,21 @@ from lightpeft.files import read_json, write_json
 from lightpeft.profiling import hardware
 from lightpeft.training.schedule import auto_epochs
 
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "demo"))
+import fetch  # noqa: E402
+
+SOURCES = {
+    "movies": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "nyt": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+"""Data set -> the file of ratings that it is made of."""
+GLUE = {"sst2": ("sentence",), "cola": ("sentence",), "rte": ("sentence1", "sentence2")}
+"""Task -> its columns of text."""
+OF_EACH_SOURCE, TEST_ROWS = 3000, 600
+Row = dict[str, Any]
 TASKS = ("movies", "amazon", "nyt", "tweets", "eight", "sst2")
 """What the fixed budget was chosen on."""
 FIRST = ("movies", "sst2", "banking77")
@@ -82,14 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what is not done, and write; 0 if all went well, 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", choices=QUESTIONS)
-    parser.add_argument("--model", default=str(first_runs.ROOT / "demo" / "cache" / "minilm"))
+    parser.add_argument("--model", default=str(ROOT / "demo" / "cache" / "minilm"))
     parser.add_argument("--data", type=Path, help="folder with sst2, cola, rte and banking77")
     parser.add_argument("--out", type=Path, default=Path("runs") / "short_runs")
     publishing.add_option(parser)
     given = parser.parse_args(arguments)
     quiet()
     try:
-        first_runs.make_data(given.out / "data", given.data)
+        make_data(given.out / "data", given.data)
         if given.data is not None:
             intents(given.out / "data", given.data)
         there = [cell for cell in QUESTIONS[given.question]() if data_file(given.out, cell.data, "test").is_file()]
@@ -105,6 +124,69 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def make_data(folder: Path, source: Path | None) -> None:
+    """Write <data>.train.csv and <data>.test.csv of every data set that is not there yet."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "eight.test.csv").is_file():
+        rated = dict(ratings())
+        for name, rows in rated.items():
+            write_parts(folder, name, fetch.split(rows, "text"))
+        write_parts(folder, "eight", fetch.split(eight(rated), "text"))
+    for task, columns in GLUE.items() if source else ():
+        if not (folder / f"{task}.test.csv").is_file():
+            files = {"train": "train", "test": "validation"}
+            parts = {
+                part: glue_rows(Path(source or "") / task / f"{file}.jsonl", columns) for part, file in files.items()
+            }
+            write_parts(folder, task, parts)
+
+
+def ratings() -> Iterator[tuple[str, list[Row]]]:
+    """Each source's texts with the sign of their mean rating, without the near-neutral."""
+    with tempfile.TemporaryDirectory() as temporary:
+        package = fetch.download(fetch.VADER, Path(temporary) / "download")
+        inner = Path(temporary) / "ratings.tar.gz"
+        fetch.extract(package, fetch.VADER.key_file, inner)
+        fetch.check_digest(inner, fetch.VADER.key_sha256)
+        for name, file in SOURCES.items():
+            text = Path(temporary) / f"{name}.txt"
+            fetch.extract(inner, f"hutto_ICWSM_2014/{file}_GroundTruth.txt", text)
+            yield name, list(rated_rows(text))
+
+
+def rated_rows(path: Path) -> Iterator[Row]:
+    """Rows of one file of ratings."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as lines:
+        for _, rating, text in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE):
+            if abs(float(rating)) >= 0.25:
+                yield {"text": text, "label": "positive" if float(rating) > 0 else "negative"}
+
+
+def eight(rated: dict[str, list[Row]]) -> list[Row]:
+    """The task with eight classes, about equally many rows of each source."""
+    chosen = []
+    for source, rows in rated.items():
+        random.Random(1).shuffle(rows)
+        chosen += [{"text": row["text"], "label": f"{source} {row['label']}"} for row in rows[:OF_EACH_SOURCE]]
+    return chosen
+
+
+def glue_rows(path: Path, columns: Sequence[str]) -> list[Row]:
+    """Rows of a task in the hub's columns."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{name: row[name] for name in (*columns, "label")} for row in rows]
+
+
+def write_parts(folder: Path, name: str, parts: dict[str, list[Row]]) -> None:
+    """Both parts in random order; of the test rows so many as tell three points apart."""
+    for part, rows in parts.items():
+        random.Random(0).shuffle(rows)
+        write_rows(folder / f"{name}.{part}.csv", rows[:TEST_ROWS] if part == "test" else rows)
+
+
 def data_file(out: Path, data: str, part: str) -> Path:
     """Rows of a data set."""
     return out / "data" / f"{data}.{part}.csv"
@@ -113,15 +195,13 @@ def data_file(out: Path, data: str, part: str) -> Path:
 def intents(folder: Path, source: Path) -> None:
     """banking77 in the form of the others, all intents in turn, so that a file of a few hundred rows has each."""
     if not (folder / "banking77.test.csv").is_file():
-        parts = {
-            part: first_runs.glue_rows(source / "banking77" / f"{part}.jsonl", ("text",)) for part in ("train", "test")
-        }
-        first_runs.write_parts(folder, "banking77", parts)
+        parts = {part: glue_rows(source / "banking77" / f"{part}.jsonl", ("text",)) for part in ("train", "test")}
+        write_parts(folder, "banking77", parts)
         train = folder / "banking77.train.csv"
         write_rows(train, in_turn(read_rows(train)))
 
 
-def in_turn(rows: list[first_runs.Row]) -> list[first_runs.Row]:
+def in_turn(rows: list[Row]) -> list[Row]:
     """The first row of each label, then the second of each, and so on."""
     seen: Counter[str] = Counter()
     places = []
@@ -129,6 +209,16 @@ def in_turn(rows: list[first_runs.Row]) -> list[first_runs.Row]:
         places.append(seen[row["label"]])
         seen[row["label"]] += 1
     return [row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0])]
+
+
+def majority(path: Path) -> float:
+    """Accuracy of always giving the most frequent label."""
+    with path.open(encoding="utf-8", newline="") as file:
+        counts = Counter(row["label"] for row in csv.DictReader(file))
+    return counts.most_common(1)[0][1] / counts.total()
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
 
 
 def report(cell: Cell, model: str, out: Path) -> dict[str, Any]:
@@ -152,13 +242,13 @@ def run(cell: Cell, model: str, out: Path) -> dict[str, Any]:
     seconds = time.process_time() - started
     measured = found["metrics"]
     if cell.question == "first":
-        test = {"data": {"test": str(data_file(out, cell.data, "test")), **columns_of(cell.data)}}
+        test = {"data": {"test": str(data_file(out, cell.data, "test")), "columns": columns_of(cell.data)}}
         measured = evaluate_model(work.run.result, test, batch_size=64)["model"]["metrics"]
     return {
         **asdict(cell),
         "accuracy": measured["accuracy"],
         "loss": measured["loss"],
-        "majority": first_runs.majority(data_file(out, cell.data, "test")),
+        "majority": majority(data_file(out, cell.data, "test")),
         "cpu_seconds": seconds,
         "steps": work.steps,
         "stopped": found.get("stopped"),
@@ -169,7 +259,7 @@ def run(cell: Cell, model: str, out: Path) -> dict[str, Any]:
 
 def columns_of(data: str) -> dict[str, str]:
     """Where the texts of a data set are."""
-    return dict(zip(("text", "text_pair"), first_runs.GLUE.get(data, ("text",)), strict=False))
+    return dict(zip(("text", "text_pair"), GLUE.get(data, ("text",)), strict=False))
 
 
 def settings(cell: Cell, model: str, out: Path, folder: Path) -> dict[str, Any]:
@@ -178,13 +268,13 @@ def settings(cell: Cell, model: str, out: Path, folder: Path) -> dict[str, Any]:
     train = data_file(out, cell.data, "train")
     common = {"output": str(folder), "method": cell.method, "seed": cell.seed, "model": {"name": model}}
     if cell.question == "first":
-        return {**common, "data": {"train": str(own_file(train, cell.rows)), **columns}}
+        return {**common, "data": {"train": str(own_file(train, cell.rows)), "columns": columns}}
     files = {"train": str(train), "test": str(data_file(out, cell.data, "test")), "limit_train": cell.rows}
     return {
         **common,
         "preset": "default",
-        "data": {**files, **columns},
-        "training": {"bf16": True, "epochs": epochs_of(cell.rows)},
+        "data": {**files, "columns": columns},
+        "training": {"precision": "bf16", "epochs": epochs_of(cell.rows)},
         "light": {} if cell.blocks is None else {"blocks": cell.blocks},
     }
 
@@ -201,13 +291,13 @@ def own_file(train: Path, rows: int) -> Path:
     return file
 
 
-def read_rows(file: Path) -> list[first_runs.Row]:
+def read_rows(file: Path) -> list[Row]:
     """Rows of a CSV file."""
     with file.open(encoding="utf-8", newline="") as lines:
         return list(csv.DictReader(lines))
 
 
-def write_rows(file: Path, rows: list[first_runs.Row]) -> None:
+def write_rows(file: Path, rows: list[Row]) -> None:
     """The same the other way round."""
     with file.open("w", encoding="utf-8", newline="") as lines:
         writer = csv.DictWriter(lines, list(rows[0]))

@@ -16,6 +16,7 @@ from rich.console import Console
 from lightpeft.app.cli.command import quiet
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.bench import Build, Subject
+from lightpeft.app.runs.reproduce.saving import factored
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError
@@ -52,13 +53,15 @@ def measure(subjects: Subjects, rounds: int, steps: int) -> dict[str, Any]:
         workers = {name: stack.enter_context(Worker(Subject, *what, steps)) for name, what in subjects.items()}
         memory = {name: worker.measure("fixed")["peak_memory_bytes"] for name, worker in workers.items()}
         values = alternate({name: partial(worker.measure, "training") for name, worker in workers.items()}, rounds)
+    settings, own = factored({name: asdict(config) for name, (_, config) in subjects.items()})
     return {
         "samples_per_second": {name: asdict(summarize(of)) for name, of in values.items()},
         "time_ratio": {name: asdict(ratio(values[first], of)) for name, of in values.items()},
         "memory_bytes": memory,
         "values": values,
         "hardware": hardware(),
-        "configs": {name: asdict(config) for name, (_, config) in subjects.items()},
+        "settings": settings,
+        "configs": own,
     }
 
 

@@ -29,7 +29,7 @@ from lightpeft.config import light
 from lightpeft.models.families.registry import FAMILIES
 
 # How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile("any machine", deadline=None, max_examples=100 if FULL else 25)
 hypothesis.settings.load_profile("any machine")
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,7 @@ from tiny import LAYOUTS, inputs_for, make, with_lora
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from workbench import Workbench
 
-from lightpeft.app.runs import pipeline
 from lightpeft.training import attention
 from lightpeft.training.acceleration import accelerated
 from lightpeft.training.attention import LONGEST, attention_by_products
@@ -104,26 +101,6 @@ class TestGradients:
         assert taken == [9]
         assert all((mine - ideal).norm() < 0.01 * ideal.norm() for mine, ideal in zip(found, exact, strict=True))
 
-    def test_a_mask_that_changes_in_place_is_read_again(self) -> None:
-        states = [torch.randn(1, 1, 4, 8).to(BFLOAT16) for _ in range(3)]
-        mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
-        with attention.ByProducts():
-            before = both(states, BFLOAT16, attn_mask=mask)
-            after = both(states, BFLOAT16, attn_mask=mask.tril_())
-        expected = both(states, BFLOAT16, is_causal=True)
-        assert not before[3].equal(after[3])
-        assert (after[3] - expected[3]).norm() < 0.02 * expected[3].norm()
-
-    def test_under_autocast_both_ways(self) -> None:
-        """States in float32 are converted, as PyTorch does; nobody has to leave the context for the way back."""
-        torch.manual_seed(0)
-        states = [torch.randn(2, 2, 9, 8) for _ in range(3)]
-        with torch.autocast("cpu", BFLOAT16):
-            own = both(states, torch.float32)
-            with attention.ByProducts():
-                found = both(states, torch.float32)
-        assert all((mine - theirs).norm() < 0.01 * theirs.norm() for mine, theirs in zip(found, own, strict=True))
-
 
 class TestModels:
     """Where a model in training takes it."""
@@ -204,13 +181,3 @@ class TestModels:
         with accelerated(model), torch.autocast("cpu", BFLOAT16):
             model(pixel_values=torch.ones(2, 3, 16, 16)).logits.float().sum().backward()
         assert taken
-
-
-@pytest.mark.parametrize(
-    ("method", "changes", "fast"),
-    [("light", {}, True), ("light", {"training.fast_steps": False}, False), ("plain", {}, False)],
-)
-def test_light_runs_take_it(tmp_path: Path, taken: list[int], method: str, changes: dict[str, Any], fast: bool) -> None:
-    length = {"training.epochs": 1, "training.bf16": True}
-    pipeline.run(Workbench(tmp_path).config("run", method=method, **length, **changes))
-    assert bool(taken) == fast

@@ -13,26 +13,21 @@ import pytest
 import torch
 import transformers
 from adapters import CLOSE, light_over, logits
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from tiny import DROPPED, make, refusal, relative_difference
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
-    TextStreamer,
     pipeline,
 )
-from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from workbench import save_base
 
 from lightpeft import LightModel, load_light, load_merged, save_merged
-from lightpeft.adapters.auto_classes import _TABLES
-from lightpeft.saving.whole_config import LIGHT_TYPE
 
 TEXT = "word1 good2 word3"
 
@@ -111,13 +106,6 @@ def test_a_pipeline_that_writes(form: str, writer: Made, caplog: pytest.LogCaptu
     assert pipe.device == pipe.model.device
 
 
-@pytest.mark.parametrize("form", ["light", "merged"])
-def test_a_streamer(form: str, writer: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    model, tokens = getattr(writer, form)(), writer.tokenizer(TEXT, return_tensors="pt", return_token_type_ids=False)
-    written = model.generate(**tokens, streamer=TextStreamer(writer.tokenizer), max_new_tokens=5, do_sample=False)
-    assert capsys.readouterr().out.strip() == writer.tokenizer.decode(written[0]).strip()
-
-
 # -- auto classes ------------------------------------------------------------------------------------------------
 
 
@@ -159,18 +147,6 @@ def test_options_of_auto_classes(classifier: Made) -> None:
         )
 
 
-def test_the_tokenizer_beside_it(classifier: Made, caplog: pytest.LogCaptureFixture) -> None:
-    with heard(caplog):
-        tokenizer = AutoTokenizer.from_pretrained(classifier.folder / "merged")
-    assert tokenizer(TEXT) == classifier.tokenizer(TEXT) and not caplog.records
-    assert AutoConfig.from_pretrained(classifier.folder / "merged").model_type == LIGHT_TYPE
-
-
-def test_every_table_is_there() -> None:
-    for auto, table in _TABLES.items():
-        assert hasattr(transformers, auto) and getattr(modeling_auto, table)
-
-
 @pytest.mark.parametrize("way", ["AutoModelForSequenceClassification", "pipeline"])
 def test_without_lightpeft_there_is_one_line(way: str, classifier: Made) -> None:
     call = f"transformers.{way}.from_pretrained(sys.argv[1])"
@@ -180,10 +156,3 @@ def test_without_lightpeft_there_is_one_line(way: str, classifier: Made) -> None
     command = [sys.executable, "-c", program, str(classifier.folder / "merged")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "load it with lightpeft.load_merged(folder)" in done.stdout.splitlines()[0]
-
-
-def test_a_light_model_keeps_the_name_of_its_class() -> None:
-    """By which pipelines know what they can take."""
-    light = light_over(make("bert"))
-    plain = get_peft_model(make("bert"), light.peft_config["default"])
-    assert type(light).__name__ == type(plain).__name__ and type(light) is not type(plain)

@@ -71,47 +71,24 @@ def test_unknown_keys_name_the_nearest(bench: Workbench, refused: Refused) -> No
 
 
 VALUES = {
-    "light.heads": (["1.5", "1", "-0.1"], "[0, 1)"),
-    "light.neurons": (["half"], "must be a number"),
-    "light.length": (["0", "1", "1.0", "-0.5", "soon"], "length"),
-    "light.heads_scope": (["local"], "layerwise, global"),
-    "light.min_ranks": (["0"], "at least 1"),
-    "method": (["lite"], "light, plain"),
-    "preset": (["fats"], "default"),
-    "model.dtype": (["int8"], "float32"),
-    "training.epochs": (["0", "-1", "many", "1e300", "1e999"], "training.epochs"),
-    "training.batch_size": (["0", "2.5", "1180591620717411303424", "2000000"], "training.batch_size"),
-    "training.learning_rate": (["0", "nan", "1e999"], "training.learning_rate"),
-    "lora.r": (["0", "10000000"], "lora.r"),
-    "data.test_fraction": (["1"], "(0, 1)"),
-    "data.max_length": (["1", "4611686018427387904"], "data.max_length is"),
-    "data.prompt": (["text"], "data.completion"),
-    # what would overflow somewhere below, or ask for more memory than there is
-    "seed": (["18446744073709551616", "4294967296", "-1"], "seed is"),
-    "training.gradient_accumulation": (["1180591620717411303424", "2000000"], "training.gradient_accumulation is"),
-    "training.eval_batch_size": (["1180591620717411303424", "2000000"], "training.eval_batch_size is"),
-    "training.full_learning_rate": (["1e999", "0"], "training.full_learning_rate is"),
-    "training.warmup": (["1e999"], "training.warmup is"),
-    "data.split_seed": (["18446744073709551616", "4294967296", "-1"], "data.split_seed is"),
-    "data.stride": (["4611686018427387904", "-1"], "data.stride is"),
-    "data.answer_tokens": (["4611686018427387904", "0"], "data.answer_tokens is"),
-    "data.limit_train": (["0", "-1"], "data.limit_train is"),
-    "data.limit_test": (["0", "1180591620717411303424"], "data.limit_test is"),
-    "lora.alpha": (["0", "1" + "0" * 400], "lora.alpha is"),
-    "bottleneck.size": (["0", "10000000"], "bottleneck.size is"),
-    "light.mask_learning_rate": (["1e999", "0"], "mask_learning_rate is"),
-    "light.lambda_heads": (["1e308", "1e999"], "lambda_heads is"),
-    "light.seed": (["18446744073709551616"], "light.seed is"),
+    "light.heads": ("1.5", "[0, 1)"),
+    "method": ("lite", "light, plain"),
+    "training.epochs": ("1e999", "training.epochs"),
+    "peft.r": ("10000000", "peft.r is"),
+    "peft": ('{"type": "bottleneck", "size": 0}', "peft.size is"),
+    "data.columns": ('{"txt": "text"}', "rows of kind classification have text, label"),
+    "trainer.max_grad_norm": ("soft", "trainer.max_grad_norm is"),
+    "seed": ("18446744073709551616", "seed is"),
 }
+"""Setting -> a bad value, and what its line says; tests/test_config.py has the others."""
 
 
 @pytest.mark.parametrize("key", VALUES)
 def test_bad_values(bench: Workbench, refused: Refused, key: str) -> None:
-    values, says = VALUES[key]
-    for value in values:
-        line = refused("run", "--config", bench.yaml("plain"), f"--{key}", value)
-        assert says in line
-        assert line == refused("run", "--config", bench.yaml("value", **{key: _plain(value)}))
+    value, says = VALUES[key]
+    line = refused("run", "--config", bench.yaml("plain"), f"--{key}", value)
+    assert says in line
+    assert line == refused("run", "--config", bench.yaml("value", **{key: _plain(value)}))
 
 
 def _plain(value: str) -> Any:
@@ -119,11 +96,6 @@ def _plain(value: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError:
         return value
-
-
-def test_config_and_run_exclude_each_other(bench: Workbench, adapter: Path, refused: Refused) -> None:
-    assert "not both" in refused("run", "--config", bench.yaml("plain"), "--run", adapter.parent)
-    assert "is not a run folder" in refused("run", "--run", bench.base)
 
 
 def test_bad_commands(bench: Workbench, refused: Refused) -> None:
@@ -143,36 +115,19 @@ COMMANDS: dict[str, str] = {
     "run --config {settings} --output {settings}/below": "Not a directory",
     "run --config {settings} --data.train {long}.csv": "File name too long",
     "run --config {settings} --model.name {long}": "cannot be loaded",
-    "run --config {settings} --model.name ./{long}": "",
-    "run --config {long}.yaml": "File name too long",
     "run --config {folder}": "cannot be read: Is a directory",
     "run --config {settings} --output {circle}": "its links lead in a circle; give another path",
-    "run --config {settings} --output {circle}/below": "its links lead in a circle; give another path",
-    "run --config {settings} --overwrite --output {circle}": "its links lead in a circle; give another path",
-    "check --config {settings} --output {circle}": "its links lead in a circle; give another path",
     "run --config {settings} --estimation {circle}": "is not a run folder",
     "export {adapter} {circle}": "its links lead in a circle; give another path",
-    "export {adapter} {circle} --form peft": "its links lead in a circle; give another path",
     "predict {adapter} {test} --output {circle}/below.csv": "File exists; nothing was changed",
-    "run --run {long}": "File name too long",
-    "predict {adapter} {long}.txt": "File name too long",
-    "predict {adapter} {long}": "File name too long",
     "predict {adapter} /dev/zero": "is no regular file",
     "predict {adapter} {test} --output {long}.csv": "File name too long",
     "predict {adapter} {test} --output {table}": "is a folder; give another name",
     "predict {adapter} {test} --answer_tokens 1180591620717411303424": "answer_tokens is",
     "predict {adapter} --example \udcff": "the example is not UTF-8 text",
-    "predict {long} {test}": "File name too long",
     "evaluate {adapter} --data.test {test} --json {table}": "Is a directory",
-    "evaluate {adapter} --data.test {test} --predictions {table}": "is a folder; give another name",
-    "export {adapter} {long}": "File name too long",
-    "export {adapter} {settings}": "",
-    "inspect {long}": "File name too long",
-    "inspect /dev/zero": "",
-    "reproduce {long}": "File name too long",
     "reproduce {folder}": "cannot be read: Is a directory",
     "bench --config {settings} --rounds 1180591620717411303424": "--rounds is 1180591620717411303424; it must be",
-    "bench --config {settings} --rounds 1000000000": "can be at most 10,000",
     "bench --config {settings} --json {table}": "is a folder; give a file",
 }
 """Command -> what its one line says."""
@@ -222,20 +177,6 @@ def test_unsupported_family(bench: Workbench, refused: Refused) -> None:
     assert 'model family "albert" cannot be pruned: its layers share one set of weights' in line
 
 
-def test_a_checkpoint_of_another_architecture(bench: Workbench, refused: Refused) -> None:
-    line = run_with(bench, refused, **{"model.name": str(base_with(bench, model_type="distilbert"))})
-    assert "the checkpoint has no weights for distilbert.transformer.layer.0.attention.q_lin" in line
-
-
-def test_targets_that_match_nothing(bench: Workbench, refused: Refused) -> None:
-    line = run_with(bench, refused, **{"lora.target_modules": ["q_proj"]})
-    assert "match nothing in bert" in line
-    assert "query" in line
-    line = run_with(bench, refused, **{"lora.target_modules": ["pooler.dense"]})
-    assert "no PEFT module sits on a prunable projection" in line
-    assert "slots are q, k, v" in run_with(bench, refused, **{"lora.slots": ["query"]})
-
-
 # -- data --------------------------------------------------------------------------------------------------------
 
 
@@ -248,26 +189,16 @@ DIGITS, MORE = "1" * 30, "1" * 6000
 DEEP = 100_000
 ODD_ROWS: dict[str, tuple[str, str, str]] = {
     "30 digits": ("jsonl", f'{{"text": "word1", "label": {DIGITS}}}', 'row 3 (the header not counted), column "label"'),
-    "30 digits in a list": ("json", f'[{{"text": "word1", "label": {DIGITS}}}]', "more than 64 bits"),
     "30 digits as a text": ("jsonl", f'{{"text": {DIGITS}, "label": "positive"}}', 'column "text": there is a whole'),
-    "6,000 digits": (
-        "jsonl",
-        f'{{"text": "word1", "label": {MORE}}}',
-        "line 3 has a whole number of more than 64 bits",
-    ),
-    "6,000 digits in a list": ("json", f'[{{"text": "word1", "label": {MORE}}}]', "line 1 has a whole number"),
     "6,000 digits in a table": ("csv", f"word1,{MORE}", 'row 3 (the header not counted), column "label"'),
     "half a character": (
         "jsonl",
         '{"text": "\\ud800", "label": "positive"}',
         'column "text": there is half a character',
     ),
-    "half a label": ("json", '[{"text": "word1", "label": "\\ud800"}]', 'column "label": there is half a character'),
     "half a column's name": ("jsonl", '{"\\ud800": 1}', r"a column is called '\ud800', with half a character"),
     "half a character deep inside": ("jsonl", '{"x": {"y": ["\\ud800"]}}', 'column "x": there is half a character'),
-    "open brackets": ("json", "[" * DEEP, "line 1 is nested too deep"),
     "brackets": ("jsonl", f'{{"text": {"[" * DEEP}{"]" * DEEP}}}', "line 3 is nested too deep"),
-    "open braces": ("jsonl", '{"a":' * DEEP, "line 3 is nested too deep"),
     "too deep for a table": ("jsonl", f'{{"x": {"[" * 500}{"]" * 500}}}', "cannot be read: Recursion level"),
 }
 """Name -> suffix, what comes behind two good rows (JSON lists: in their place), and a part of the line."""
@@ -309,16 +240,9 @@ def not_utf8() -> pyarrow.Array:
 UNKNOWN = {"info": {"features": {"text": {"_type": "Nonsense"}, "label": {"_type": "Value", "dtype": "string"}}}}
 PARQUETS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown feature": ({"metadata": json.dumps(UNKNOWN)}, "Feature type 'Nonsense' not found"),
-    "an unknown data type": (
-        {"metadata": json.dumps(UNKNOWN).replace("Nonsense", "Value").replace('"string"', '"odd"')},
-        "is not a readable Parquet file",
-    ),
-    "no features": ({"metadata": '{"info": {"features": [1]}}'}, "is not a readable Parquet file"),
-    "no JSON": ({"metadata": "{"}, "is not a readable Parquet file"),
     "deep JSON": ({"metadata": "[" * DEEP}, "is not a readable Parquet file"),
     "half a character": ({"label": not_utf8()}, "Invalid UTF8 sequence"),
     "64 bits without a sign": ({"label": pyarrow.array([2**64 - 1] * 20, pyarrow.uint64())}, "too large to be read"),
-    "a long duration": ({"label": pyarrow.array([2**62] * 20, pyarrow.duration("s"))}, "too large to be read"),
 }
 
 
@@ -331,8 +255,8 @@ def test_parquet_that_says_what_nobody_knows(bench: Workbench, refused: Refused,
 
 
 TOKENIZERS: dict[str, list[Any]] = {
-    "model_max_length": ["x", "512", -1, 0, True, [1], {"a": 1}],
-    "model_input_names": ["x", ["zz"], [1]],
+    "model_max_length": ["512", -1, True],
+    "model_input_names": ["x", [1]],
 }
 
 
@@ -356,12 +280,6 @@ def test_output_that_is_not_a_run(bench: Workbench, refused: Refused) -> None:
     other.mkdir()
     (other / "config.yaml").write_text("optimizer: adam\n", encoding="utf-8")
     assert "is not a run" in run_with(bench, refused, output=str(other))
-
-
-def test_output_that_is_the_run_of_another_config(bench: Workbench, adapter: Path, refused: Refused) -> None:
-    line = refused("run", "--config", bench.yaml("good", seed=5, **{"light.heads": 0.5}))
-    assert "it differs in seed, light.heads" in line
-    assert "give another output" in line
 
 
 def test_budget_that_empties_the_model(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,20 +307,13 @@ def read_budget(folder: Path) -> float | None:
 
 
 def test_divergence_in_estimation(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.yaml("diverged", **{"training.learning_rate": 1e30, "training.logging_steps": 1})
+    file = bench.yaml("diverged", **{"training.learning_rate": 1e30, "trainer.logging_steps": 1})
     assert lightpeft("run", "--config", file) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "NaN or infinite" in error
     assert "lower the learning rate" in error
     assert not (bench.folder / "diverged" / "estimation").exists()
-
-
-def test_divergence_in_training(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.yaml("diverged_lora", method="plain", **{"training.learning_rate": 1e30})
-    assert lightpeft("run", "--config", file) == 2
-    assert "training diverged" in capsys.readouterr().err
-    assert not (bench.folder / "diverged_lora" / "adapter").exists()
 
 
 def test_out_of_memory(bench: Workbench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +345,7 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     assert "that does not say what task it was trained for" in refused("predict", bench.base, bench.test)
     assert "does not exist" in refused("predict", adapter, bench.folder / "none.csv")
     assert "cannot be read" in refused("predict", adapter, bench.folder / "none.txt")
-    assert 'data.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
+    assert 'data.columns.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
     assert "it must be at least 1" in refused("predict", adapter, bench.test, "--batch_size", "0")
     blank = bench.folder / "blank.txt"
     blank.write_text("\n \n", encoding="utf-8")
@@ -442,19 +353,6 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     odd = bench.folder / "binary.txt"
     odd.write_bytes(b"\xff\xfe\x00")
     assert "is not UTF-8" in refused("predict", adapter, odd)
-
-
-def test_bad_examples(bench: Workbench, adapter: Path, refused: Refused) -> None:
-    assert "give a file to predict on (- for standard input), or an example" in refused("predict", adapter)
-    assert "or an example" in refused("predict", adapter, bench.test, "--example", "word0")
-    assert "every line is blank" in refused("predict", adapter, "--example", " ")
-    assert 'data.text_pair is "other"' in refused("predict", adapter, bench.test, "--text_pair", "other")
-
-
-def test_plain_lora_run_has_no_light_adapter(bench: Workbench, refused: Refused) -> None:
-    pipeline.run(bench.config("plain_lora", method="plain", **{"training.epochs": 1}))
-    adapter = bench.folder / "plain_lora" / "adapter"
-    assert "does not say what task it was trained for" in refused("predict", adapter, bench.test)
 
 
 def test_inspection_of_something_else(bench: Workbench, adapter: Path, copied: Path, refused: Refused) -> None:

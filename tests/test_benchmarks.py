@@ -6,59 +6,40 @@ import copy
 import re
 import shlex
 import shutil
-import sys
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import attention
-import estimation_cost
-import experts
 import found_budgets
 import gguf_speed
 import gpu
-import grid_peers
-import head
 import inference
-import low_memory
 import needs
-import on_disk
 import peer_cells
 import peer_methods
 import peer_pruning
 import peers
 import plots
-import products
 import publishing
 import pytest
-import recipe
-import recomputing
-import scale
-import scaling
 import serving
 import steps
-import switching
 import synthetic
 import torch
 import vllm_engine
-import vllm_lora
 import vllm_speed
 import workbench
 import writers
-import yaml
 from matplotlib.text import Text
-from peft import PeftModel
 from tiny import make, relative_difference
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 from workbench import (
     Workbench,
     checksums,
-    edit,
     forked,
     in_this_process,
     read,
@@ -69,18 +50,15 @@ from workbench import (
 
 from lightpeft.adapters.merging import load_merged
 from lightpeft.app.runs import pipeline
-from lightpeft.app.runs.bench import accelerating
-from lightpeft.app.runs.reproduce import Results, Row, read_results, reproduce
+from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.config import PRESETS, RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
-from lightpeft.models.batches import IGNORED
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.prune.surgery import apply_plan
-from lightpeft.training import acceleration
 
 ROOT = Path(__file__).parents[1]
 PRUNED = ("random", "magnitude", "tp_magnitude", "tp_taylor", "slimformers")
@@ -203,38 +181,6 @@ def test_costs_of_a_tolerance_in_nats_are_those_of_the_loss(tmp_path: Path) -> N
         (0.0, None, pytest.approx(0.01)),
     ]
     assert pair.oracle == pytest.approx(0.2)
-
-
-# -- grid_peers.py -----------------------------------------------------------------------------------------------------
-
-
-def test_peers_of_a_grid(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both remove what the grid's own method does, and are compared with the grid's published baseline."""
-    settings = bench.settings(**{"training.epochs": 1})
-    axes = {"models": {"tiny": {"model": settings["model"]}}, "tasks": {"words": {"data": settings["data"]}}}
-    shared = {name: settings[name] for name in ("lora", "training") if name in settings}
-    methods = {"lora": None, "half": {"from": "light-lora", "preset": "default", "light": {"blocks": 0.5}}}
-    grid = tmp_path / "grid.yaml"
-    grid.write_text(yaml.safe_dump({"run": shared, **axes, "methods": methods, "seeds": [0]}, sort_keys=False))
-    published = reproduce(grid, tmp_path / "grid", launch=in_this_process)
-    shutil.copy(tmp_path / "grid/results.json", tmp_path / "grid.results.json")
-
-    words = [str(grid), "--peers", "tp_taylor", "random", "--as", "half", "--out", str(tmp_path / "out")]
-    assert grid_peers.main(words, launch=in_this_process) == 0
-    results = read_results(tmp_path / "out/results.json")
-    labels = [peer_methods.PEERS[name].label for name in ("tp_taylor", "random")]
-    lora, *others = results.rows
-    assert [row.method for row in others] == labels
-    assert lora.quality == published.rows[0].quality
-    assert all(row.difference == [row.quality[0] - lora.quality[0]] for row in others)
-    half = published.rows[1].measures["removed"]
-    for row in others:
-        removed = row.measures["removed"]
-        assert half and removed and removed.mean == pytest.approx(half.mean, abs=0.03)
-    shown = capsys.readouterr().out
-    assert all(label in shown for label in labels)
-    assert grid_peers.main([str(grid), "--as", "third"]) == 2
-    assert "has no method third; it has lora, half" in capsys.readouterr().err
 
 
 # -- peers.py ----------------------------------------------------------------------------------------------------------
@@ -646,7 +592,7 @@ def test_readme_has_a_place_for_every_script(
     compared: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readme = readme_with(publishing.README.read_text() + place("peers tiny"), tmp_path, monkeypatch)
-    for name in ("peers minilm_default", "scaling", "gpu"):
+    for name in ("peers minilm_default", "steps minilm_default", "gpu"):
         publishing.publish(name, f"table of {name}", "tiny.peers.results.json", {})
         assert f"table of {name}" in readme.read_text()
     assert compare(config, compared, "--seeds", 0, "--methods", "lora", "depth", "--write-readme", "--curve", 2) == 0
@@ -680,37 +626,30 @@ def test_published_results_say_how_to_make_them_again(path: Path) -> None:
         peers.options_of(peers.parser().parse_args(words[program + 2 :]), "")
 
 
-# -- estimation_cost.py, steps.py, inference.py ------------------------------------------------------------------------
+# -- steps.py, inference.py ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "rounds"), [(estimation_cost, 2), (steps, 1)])
 def test_subjects_of_a_run(
-    script: Any,
-    rounds: int,
-    config: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = script.__name__
-    readme, out = readme_with(place(f"{name} tiny"), tmp_path, monkeypatch), tmp_path / "out.json"
+    readme, out = readme_with(place("steps tiny"), tmp_path, monkeypatch), tmp_path / "out.json"
     monkeypatch.chdir(tmp_path)
-    words = (str(config), "--rounds", str(rounds), "--steps", "1", "--out", str(out), "--write-readme")
-    assert script.main(list(words)) == 0
+    words = (str(config), "--rounds", "1", "--steps", "1", "--out", str(out), "--write-readme")
+    assert steps.main(list(words)) == 0
     results = read(out)
-    assert read(tmp_path / f"tiny.{name}.json") == results
+    assert read(tmp_path / "tiny.steps.json") == results
     first, *others = results["memory_bytes"]
     assert others
     for subject in (first, *others):
-        assert len(results["values"][subject]) == rounds
+        assert len(results["values"][subject]) == 1
         assert results["samples_per_second"][subject]["median"] > 0
         assert f"| {subject} |" in readme.read_text()
     assert results["time_ratio"][first]["median"] == 1
-    assert script.main([str(tmp_path / "missing.yaml")]) == 2
-    assert f"{name}: config file" in capsys.readouterr().err
+    assert steps.main([str(tmp_path / "missing.yaml")]) == 2
+    assert "steps: config file" in capsys.readouterr().err
 
 
-# -- needs.py, scale.py ------------------------------------------------------------------------------------------------
+# -- needs.py ------------------------------------------------------------------------------------------------
 
 
 def test_needs(
@@ -727,22 +666,6 @@ def test_needs(
     assert needs.main([str(tmp_path / "missing.yaml")]) == 2
 
 
-def test_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More GPUs hold less each, down to what all of them hold."""
-    monkeypatch.setattr(scale, "COMMON", scale.COMMON | {"vocab_size": 512})
-    base = save_base(tmp_path / "base", "llama", tokenizer=tokenizer_of_bytes())
-    out = tmp_path / "scale.json"
-    assert scale.main(["--tiny", "--rows", "2", "--tokenizer", str(base), "--out", str(out)]) == 0
-    (stages,) = read(out)["results"].values()
-    for holding in stages.values():
-        alone, *shared = holding["gpus"].values()
-        parts = ("weights", "trained", "activations", "overhead")
-        assert alone == sum(holding[part] for part in parts)
-        assert shared == sorted(shared, reverse=True)
-    assert stages["train"]["weights"] < stages["estimate"]["weights"]
-    assert scale.main(["--tiny", "--tokenizer", str(base), "--rows", "0"]) == 2
-
-
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Workbench(tmp_path / "bench", family)
@@ -757,56 +680,6 @@ def test_inference(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     caches = results["kv_cache_bytes_per_token"]
     assert (set(caches.values()) == {None}) == (family == "bert")
     assert family == "bert" or caches["light, merged"] < caches["plain, merged"] == caches["plain, unmerged"]
-
-
-# -- vllm_lora.py ------------------------------------------------------------------------------------------------------
-
-
-class Served:
-    """What stands in for vLLM's engine: PEFT over the base, request by request."""
-
-    def __init__(self, model: str, **options: Any) -> None:
-        assert options["enable_lora"] and options["dtype"] == "float32"
-        self.base, self.tokenizer = model, AutoTokenizer.from_pretrained(model)
-
-    def generate(self, prompts: list[Any], sampling: Any, lora_request: list[Any]) -> list[Any]:
-        return [self._one(*asked, sampling.max_tokens) for asked in zip(prompts, lora_request, strict=True)]
-
-    def _one(self, prompt: Any, adapter: Any, tokens: int) -> Any:
-        base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, adapter.path)
-        ids = torch.tensor([prompt["prompt_token_ids"]])
-        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens)
-        text = self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-        return SimpleNamespace(outputs=[SimpleNamespace(text=text)])
-
-
-@pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = ModuleType("vllm")
-    vars(engine).update(LLM=Served, SamplingParams=SimpleNamespace, TokensPrompt=dict, __version__="0")
-    requests = ModuleType("vllm.lora.request")
-    vars(requests).update(LoRARequest=lambda name, number, path: SimpleNamespace(path=path))
-    for name, module in (("vllm", engine), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", requests)):
-        monkeypatch.setitem(sys.modules, name, module)
-
-
-def test_vllm_lora(
-    vllm: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Workbench(tmp_path, "llama", "causal-lm")
-    for name, seed, keep in (("one", 0, "full"), ("other", 1, "both"), ("light", 0, "light")):
-        pipeline.run(bench.config(name, **{"light.keep": keep, "seed": seed}))
-    runs = [str(tmp_path / "one"), str(tmp_path / "other")]
-    assert vllm_lora.main([*runs, "--rows", "3", "--out", str(tmp_path / "out.json")]) == 0
-    results = read(tmp_path / "out.json")["results"]
-    assert list(results) == runs
-    assert [(each["same"], each["texts"]) for each in results.values()] == [(3, 3), (3, 3)]
-    monkeypatch.setattr(Served, "_one", lambda *_: SimpleNamespace(outputs=[SimpleNamespace(text="another")]))
-    assert vllm_lora.main([*runs, "--rows", "3"]) == 0
-    assert "| 0 of 3 |" in capsys.readouterr().out
-    assert vllm_lora.main([str(tmp_path / "light")]) == 2
-    assert "set light.keep to full or both" in capsys.readouterr().err
 
 
 # -- gguf_speed.py -----------------------------------------------------------------------------------------------------
@@ -931,249 +804,6 @@ def test_writers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(sum(share.values()) == pytest.approx(1) for share in results["shares"].values())
 
 
-# -- recomputing.py ----------------------------------------------------------------------------------------------------
-
-
-def test_recomputing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
-    monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"preset": "writer"})
-    assert recomputing.main([str(config), "--rounds", "1", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
-    assert list(read(tmp_path / "out.json")["values"]) == [recomputing.AS_IT_IS, recomputing.KEPT]
-    assert f"| {recomputing.KEPT} |" in capsys.readouterr().out
-    seen: list[nn.Module] = []
-
-    def recomputed(model: nn.Module) -> Any:
-        seen.append(model)
-        return nullcontext()
-
-    monkeypatch.setattr(acceleration, "recomputed_activations", recomputed)
-    work = pipeline.prepare(load_config(config))
-    model = pipeline._with_peft(work)
-    with recomputing.all_kept(work, model):
-        assert not seen
-    with accelerating(work, model):
-        assert seen == [model]
-
-
-# -- head.py -----------------------------------------------------------------------------------------------------------
-
-
-def test_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    bench = Workbench(tmp_path / "bench", "llama", "causal-lm")
-    monkeypatch.chdir(tmp_path)
-    config = bench.yaml("tiny", **{"preset": "writer"})
-    assert head.main([str(config), "--rounds", "1", "--steps", "1", "--out", str(tmp_path / "out.json")]) == 0
-    assert list(read(tmp_path / "out.json")["values"]) == [head.AS_IT_IS, head.AT_ONCE, head.OF_ALL]
-    assert f"| {head.AT_ONCE} |" in capsys.readouterr().out
-    work = pipeline.prepare(load_config(config))
-    model = pipeline._with_peft(work).train()
-    (batch,) = work.drawn_batches(2)
-    labelled, vocabulary = int((batch["labels"][:, 1:] != IGNORED).sum()), model.config.vocab_size
-    shapes = {head.at_once: (1, labelled, vocabulary), head.of_all: (*batch["labels"].shape, vocabulary)}
-    for around, shape in {accelerating: (1, labelled, 0), **shapes}.items():
-        with around(work, model):
-            assert model(**batch).logits.shape == shape
-
-
-# -- low_memory.py -----------------------------------------------------------------------------------------------------
-
-
-def test_low_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--size", "tiny", "--batch", "2", "--length", "8"]
-    assert low_memory.main([*sizes, "--out", str(tmp_path / "out.json")]) == 0
-    assert "| 60% cut: light, read into the cut layers |" in capsys.readouterr().out
-    weights = [each["weights_bytes"] for each in read(tmp_path / "out.json")["results"].values()]
-    _, less, streamed, least, _ = weights
-    assert less == streamed > least
-    assert low_memory.main(["--batch", "0"]) == 2
-
-
-# -- on_disk.py --------------------------------------------------------------------------------------------------------
-
-
-def test_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ways = [on_disk.ON_DISK, on_disk.IN_MEMORY]
-    sizes = ["--size", "tiny", "--batch", "2", "--length", "8", "--blocks", "0.6", "--ways", *ways]
-    assert on_disk.main([*sizes, "--out", str(tmp_path / "out.json")]) == 0
-    assert "| weights on disk, 60% cut |" in capsys.readouterr().out
-    results = read(tmp_path / "out.json")["results"]
-    one, other = results.values()
-    assert one["loss"] == other["loss"], "to the last bit"
-    assert one["weights_bytes"] == other["weights_bytes"]
-    assert tuple(one["stages"]) == on_disk.STAGES and all(each["seconds"] > 0 for each in one["stages"].values())
-    assert on_disk.main(["--batch", "0"]) == 2
-
-
-def test_the_base_of_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written in shards, and whole when it is read."""
-    monkeypatch.setattr(on_disk, "SHARD", 2**12)
-    case = on_disk.Case("tiny", blocks=0.6, batch=2, length=8, estimation=1, training=1)
-    parameters = on_disk.write_base(case, tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 5
-    model, info = LlamaForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
-    assert not any(info.values()) and model.num_parameters() == parameters and model.dtype == torch.bfloat16
-
-
-# -- switching.py ------------------------------------------------------------------------------------------------------
-
-
-def test_switching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, out = save_base(tmp_path / "base", "llama"), tmp_path / "out.json"
-    sizes = ["--tasks", "2", "--rounds", "2", "--dtypes", "float32"]
-    assert switching.main([str(base), *sizes, "--out", str(out)]) == 0
-    assert "| float32: LightSwitch |" in capsys.readouterr().out
-    found = read(out)["results"]["float32"]
-    assert set(found) == set(switching.WAYS) and list(found["switch"]["memory"]) == ["1", "2"]
-    for way in ("switch", "alone", "plain"):
-        medians = found[way]["median_seconds"]
-        assert 0 <= medians["kept"] < medians["first"], way
-    assert switching.main([str(base), "--tasks", "1"]) == 2
-    assert "--tasks and --rounds start at 2" in capsys.readouterr().err
-
-
-# -- recipe.py ---------------------------------------------------------------------------------------------------------
-
-
-def test_recipe_in_python_and_in_the_shell(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bench = Workbench(tmp_path / "bench")
-    config = bench.yaml("tiny", **{"training.epochs": 1, "light.least_examples": 0})
-    assert recipe.main([str(config), "--rounds", "1"]) == 0
-    assert "| python / shell |" in capsys.readouterr().out
-    monkeypatch.setattr(recipe, "set_seed", lambda seed: None)
-    assert recipe.main([str(config), "--rounds", "1"]) == 1
-    assert "trained other weights" in capsys.readouterr().err
-
-
-# -- attention.py ------------------------------------------------------------------------------------------------------
-
-
-def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = readme_with(place("attention"), tmp_path, monkeypatch)
-    monkeypatch.setattr(attention.attention, "LONGEST", attention.attention.LONGEST)  # the script lifts it
-    sizes = {"--shapes": "2x4", "--rounds": 2, "--out": tmp_path / "out.json"}
-    words = [str(word) for option in sizes.items() for word in option]
-    assert attention.main([*words, "--lengths", "4", "8", "--write-readme"]) == 0
-    results = read(tmp_path / "out.json")
-    assert read(tmp_path / "attention.json") == results
-    assert [case["length"] for case in results["cases"]] == [4, 8]
-    assert all(case["ratio"]["median"] > 0 and case["ratio"]["n"] == 2 for case in results["cases"])
-    assert "| 2 heads of 4, 32 rows of 4 tokens |" in readme.read_text()
-
-
-# -- products.py -------------------------------------------------------------------------------------------------------
-
-
-def test_products_and_all_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = readme_with(place("products"), tmp_path, monkeypatch)
-    words = ["--sizes", "tiny", "--length", "8", "--rounds", "2", "--out", str(tmp_path / "out.json"), "--write-readme"]
-    assert products.main(words) == 0
-    results = read(tmp_path / "out.json")
-    assert read(tmp_path / "products.json") == results
-    assert [case["case"]["shape"]["name"] for case in results["cases"]] == ["roberta tiny", "llama tiny"]
-    for case in results["cases"]:
-        assert case["ideal"] > 1
-        for part in ("products", "else"):
-            rounds = case["values"][part]
-            assert all(value > 0 for of in rounds.values() for value in of)
-            ratios = [a / b for a, b in zip(rounds["plain"], rounds["light"], strict=True)]
-            assert case["ratio"][part]["median"] == pytest.approx(sum(ratios) / 2)
-    assert "| llama tiny |" in readme.read_text()
-
-
-# -- scaling.py --------------------------------------------------------------------------------------------------------
-
-SCALING = ("--families", "llama", "--sizes", "tiny", "--at", "tiny", "--lengths", "8", "--length", "16", "--batch", "2")
-SCALING += ("--rounds", "1", "--steps", "1")
-
-
-@pytest.fixture(scope="module")
-def scaled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("scaling")
-    assert scaling.main([*SCALING, "--out", str(out)]) == 0
-    return out
-
-
-def test_scaling_measures_sizes_and_lengths(scaled: Path) -> None:
-    results = read(scaled / "scaling.results.json")
-    assert results["failures"] == {}
-    measured = {(r["case"]["shape"]["family"], r["case"]["length"]) for r in results["cases"]}
-    assert measured == {("llama", 8), ("llama", 16)}
-    for result in results["cases"]:
-        plain, light = result["subjects"]["plain"], result["subjects"]["light"]
-        assert 0 < light["removed_ratio"] < 0.5
-        assert light["base_parameters"] < plain["base_parameters"]
-        flops = [subject["flops"]["training"] for subject in (plain, light)]
-        assert result["ideal"]["training"] == pytest.approx(flops[0] / flops[1])
-        assert result["ideal"]["training"] > 1
-        seconds = [subject["training_seconds"]["median"] for subject in (plain, light)]
-        assert light["training_speedup"]["median"] == pytest.approx(seconds[0] / seconds[1])
-        assert plain["training_speedup"]["median"] == 1
-        assert min(subject["peak_memory_bytes"] for subject in (plain, light)) > 4 * light["base_parameters"]
-    assert all((scaled / f"scaling.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
-
-
-def test_scaling_goes_on_where_it_was(
-    scaled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = stamps(scaled / "cases")
-    monkeypatch.setattr(scaling, "measure", lambda *_: pytest.fail("it was measured already"))
-    assert scaling.main([*SCALING, "--out", str(scaled)]) == 0
-    assert stamps(scaled / "cases") == before
-    assert "llama tiny" in capsys.readouterr().out
-
-
-def test_published_cases_stay_unless_they_are_measured_again(
-    scaled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    readme = readme_with(place("scaling"), tmp_path, monkeypatch)
-    words = [*SCALING, "--out", str(scaled), "--write-readme"]
-    assert scaling.main(words) == 0
-    numbers = tmp_path / "scaling.results.json"
-    published = read(numbers)
-    cases = published["cases"]
-    assert [case["case"]["length"] for case in cases] == [8, 16] and all(case["hardware"]["cpu"] for case in cases)
-    other = copy.deepcopy(cases[0])
-    other["case"]["length"], other["case"]["shape"]["name"] = 4, "llama of another day"
-    edit(numbers, lambda data: data.update(cases=[other, {**cases[1], "hardware": "of another day"}]))
-    assert scaling.main(words) == 0
-    assert read(numbers)["cases"] == [other, *cases]
-    assert "| llama of another day | 4 |" in readme.read_text()
-
-
-def test_scaling_leaves_out_what_fails(
-    scaled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(*_: Any) -> Any:
-        raise LightPeftError("no memory")
-
-    monkeypatch.setattr(scaling, "measure", fail)
-    assert scaling.main([*SCALING, "--out", str(scaled), "--sizes", "tiny", "10M"]) == 1
-    assert "llama 10M, 16 tokens: no memory" in capsys.readouterr().err
-    assert set(read(scaled / "scaling.results.json")["failures"]) == {"llama 10M, 16 tokens"}
-
-
-def test_scaling_looks_at_memory_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(scaling.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20 // 16))
-    assert scaling.main([*SCALING, "--out", str(tmp_path)]) == 2
-    assert "no case could be measured" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("family", synthetic.FAMILIES)
-@pytest.mark.parametrize("size", [size for size in scaling.SIZES if size != "tiny"])
-def test_shapes_have_the_size_they_are_called_by(family: str, size: str) -> None:
-    shape = scaling.shape_of(family, size)
-    called = float(size[:-1]) * {"M": 1e6, "B": 1e9}[size[-1]]
-    blocks = shape.parameters - shape.hidden * shape.vocabulary
-    assert blocks == pytest.approx(called, rel=0.15)
-    assert shape.hidden % shape.heads == 0
-    assert shape.heads % shape.kv_heads == 0
-
-
 def test_shapes_count_their_parameters() -> None:
     for shape in (gpu.SHAPES["roberta-tiny"], gpu.SHAPES["llama-tiny"]):
         case = synthetic.Case(shape, 1, 8, 1, run_config_from_dict({}).light)
@@ -1238,35 +868,3 @@ def test_gpu_says_what_could_not_be_measured(config: Path, tmp_path: Path, capsy
     assert gpu.main([*words, "--quality", str(config), missing]) == 1
     results = read(tmp_path / "gpu.results.json")
     assert list(results["quality"]) == ["tiny"] and "does not exist" in results["failures"]["none"]
-
-
-# -- experts.py --------------------------------------------------------------------------------------------------------
-
-
-FEW = ["--seeds", "0", "--steps", "3", "--estimation-steps", "16", "--tuning-steps", "1"]
-
-
-def test_experts_cut_for_a_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every cut of both tasks, and their means; a part that leaves too few experts is one line."""
-    out = tmp_path / "out.json"
-    assert experts.main([*FEW, "--experts", "0.5", "--out", str(out)]) == 0
-    found = read(out)
-    assert [row["cut"] for row in found["results"]] == ["none", *experts.CUTS]
-    assert {(cell["task"], cell["cut"]) for cell in found["cells"]} == {
-        (task, cut) for task in experts.TASKS for cut in ("none", *experts.CUTS)
-    }
-    assert "random weights" in found["model"] and "benchmarks/experts.py --seeds 0" in found["command"]
-    assert "| 50% | frequency |" in capsys.readouterr().out
-    out.unlink()
-    assert experts.main([*FEW, "--experts", "0.9", "--out", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "each token is routed to 2" in error and not out.exists()
-
-
-@pytest.mark.parametrize("task", experts.TASKS)
-def test_rows_of_the_toy_tasks(task: str) -> None:
-    batch = experts.rows(task, 5, torch.Generator().manual_seed(0))
-    digits, answers = batch[:, 1 : 1 + experts.DIGITS] - experts.FIRST, batch[:, -experts.DIGITS :] - experts.FIRST
-    for row, answer in zip(digits.tolist(), answers.tolist(), strict=True):
-        assert answer == (sorted(row) if task == "sort" else [experts.CODE[digit] for digit in reversed(row)])
-    assert (experts.inputs(batch)["labels"] != -100).sum(1).tolist() == [experts.DIGITS] * 5

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling, thorough
 from tiny import inputs_for, make, with_lora
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from workbench import Workbench, lightpeft
+from workbench import Workbench
 
 from lightpeft.app import cli
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.bench import estimating
 from lightpeft.app.runs.checking import Check, check
 from lightpeft.app.runs.checking.models import cut_evenly, shapes_of
-from lightpeft.app.runs.checking.timing import at_depth
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig
 from lightpeft.errors import LightPeftError
@@ -79,7 +79,11 @@ def held(name: str, light: LightConfig | None, real: bool) -> Holding:
 
 
 @pytest.mark.parametrize("light", [None, LightConfig(dropout=0.0)], ids=["plain", "estimation"])
-@pytest.mark.parametrize("name", ["bert", "mpnet", "llama-gqa", "gpt2", "t5", "mixtral", "gpt_oss", "deepseek_v3"])
+@telling(
+    "name",
+    ["bert", "mpnet", "llama-gqa", "gpt2", "t5", "mixtral", "gpt_oss", "deepseek_v3"],
+    {"bert", "llama-gqa", "mixtral"},
+)
 def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig | None) -> None:
     rehearsed, real = held(name, light, real=False), held(name, light, real=True)
     state = 2 * count_parameters(with_lora(make(name))).trainable * 4
@@ -88,7 +92,7 @@ def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig 
     assert rehearsed.flops > 0
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "mixtral", "qwen2_moe"])
+@telling("name", ["bert", "llama-gqa", "mixtral", "qwen2_moe"], {"bert", "mixtral"})
 def test_a_rehearsal_counts_what_real_steps_compute(name: str) -> None:
     model = with_lora(make(name))
     batch = inputs_for(model, padding="right", labels=True, rows=4, length=12)
@@ -172,14 +176,6 @@ def test_settings_of_runs(tmp_path: Path, settings: dict[str, Any]) -> None:
     assert (list(found.stages) == ["plain"]) == ("method" in settings)
 
 
-def test_checkpointing_and_half_precision_count(tmp_path: Path) -> None:
-    bench = Workbench(tmp_path)
-    usual = checked(bench).stages["plain"].holding
-    assert checked(bench, **{"model.dtype": "bfloat16"}).stages["plain"].holding.weights < 0.6 * usual.weights
-    saved = checked(bench, **{"training.gradient_checkpointing": True}).stages["plain"].holding
-    assert saved.flops > usual.flops, "what is dropped is computed again"
-
-
 def test_what_does_not_fit(tmp_path: Path) -> None:
     """Settings on top of one another, each smaller than the one before, until it fits."""
     work = pipeline.prepare(Workbench(tmp_path).config("run", **{"training.batch_size": 8}))
@@ -192,21 +188,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     assert "training.gradient_checkpointing: true" in found.instead
 
 
-def test_a_model_without_gradient_checkpointing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is not told to, and nothing begins where it is asked to."""
-    bench = Workbench(tmp_path, "mpnet")
-    work = pipeline.prepare(bench.config("run"))
-    whole = check(work)
-    found = check(work, whole.available - whole.left + 1)
-    assert found.instead and not any("checkpointing" in name for name in found.instead)
-    capsys.readouterr()
-    asked = ("--method", "plain", "--training.gradient_checkpointing", "true")
-    assert lightpeft("run", "--config", bench.yaml("run"), *asked) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("base (mpnet) has no gradient checkpointing in transformers; leave it off")
-    assert not (tmp_path / "run").exists()
-
-
+@thorough
 def test_evaluation_that_does_not_fit(tmp_path: Path) -> None:
     """Where evaluation is the largest stage, it is what is made smaller; all is tried where nothing is enough."""
     settings = {"training.batch_size": 2, "training.eval_batch_size": 64}
@@ -233,7 +215,7 @@ def test_weights_that_do_not_fit_by_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"model.quantise": "nf4"}, "in few bits"),
+        ({"model.quantization": "nf4"}, "in few bits"),
         ({"model.low_memory": True}, "leave model.low_memory off"),
         ({"method": "full"}, "method full trains every weight"),
     ],
@@ -283,8 +265,3 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as refused:
         cli.main(["check", "--config", str(config), "--memory", "-1"])
     assert refused.value.code == 2 and "--memory is -1" in capsys.readouterr().err
-
-
-def test_deep_models_are_timed_by_a_few_blocks() -> None:
-    assert at_depth(lambda blocks: 1.0 + 0.5 * blocks, 32) == pytest.approx(17.0)
-    assert at_depth(lambda blocks: 1.0 + 0.5 * blocks, 4) == pytest.approx(3.0)

@@ -25,7 +25,6 @@ from tiny import (
     batch,
     crossed,
     make,
-    plan_for,
     refusal,
     relative_difference,
     with_lora,
@@ -34,12 +33,9 @@ from torch import Tensor
 from transformers import BertForMaskedLM, PreTrainedModel
 
 from lightpeft import LightModel, load_light
-from lightpeft.compat.transformers import attention_of
 from lightpeft.errors import LightPeftError
-from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import find_sites, read_config
+from lightpeft.peft_kinds.sites import read_config
 from lightpeft.plans.records import PrunePlan
-from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving import adapter_files
 from lightpeft.saving.adapter_files import read_description
@@ -103,39 +99,6 @@ def test_bit_equal_from_folder_memory_and_recorded_name(name: str, budget: dict[
     assert hashes(base) == before, "the base is never written to"
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"r": 6, "lora_alpha": 16},
-        {"r": 6, "lora_alpha": 16, "use_rslora": True},
-        {"r": 6, "lora_alpha": 7, "alpha_pattern": {"query": 5}, "rank_pattern": {"value": 3}},
-        {"target_modules": ["query", "pooler.dense"], "exclude_modules": ["layer.0.attention.self.query"]},
-        {"target_modules": ["query", "value"], "layers_to_transform": [1, 2]},
-        {"target_modules": r".*(query|intermediate\.dense)"},
-        {"lora_bias": True},
-        {"modules_to_save": ["classifier", "pooler"]},
-    ],
-)
-def test_bit_equal_with_any_lora_settings(settings: dict[str, Any], home: Path, tmp_path: Path) -> None:
-    model = with_lora(from_folder("bert", home / "base"), **settings)
-    plan = plan_for(model)
-    apply_plan(model, plan)
-    light = as_light(model, plan)
-    light.save_pretrained(tmp_path / "light")
-    loaded = load_light(tmp_path / "light")
-    assert logits(loaded).equal(logits(light))
-    scalings = [[site.scaling for site in find_sites(m, plan.specs)] for m in (light, loaded)]
-    assert scalings[0] == scalings[1]
-
-
-def test_saving_twice_gives_the_same_files(home: Path, light: Path, tmp_path: Path) -> None:
-    load_light(light).save_pretrained(tmp_path / "again")
-    before, after = hashes(light), hashes(tmp_path / "again")
-    assert before["adapter_model.safetensors"] == after["adapter_model.safetensors"]
-    load_light(light).save_pretrained(light)
-    assert logits(load_light(light)).equal(logits(load_light(tmp_path / "again")))
-
-
 def test_into_the_working_directory(light: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A shell or a notebook that works in the folder sees the new files; tokens of before are gone."""
     model = load_light(light, is_trainable=True)
@@ -175,25 +138,12 @@ def test_training_goes_on_after_loading(light: Path) -> None:
     assert logits(loaded).equal(after) and loaded.light_metrics == {"accuracy": 0.9}
 
 
-def test_merging_after_loading(light: Path) -> None:
-    model = load_light(light)
-    expected = logits(model)
-    assert relative_difference(logits(model.merge_and_unload()), expected) < 1e-5
-
-
 def test_peft_reads_the_folder_on_a_pruned_base(home: Path, light: Path) -> None:
     """Without lightpeft's loader: cut the base to the plan, then PEFT's own, with the configuration that it hides."""
     base = from_folder("bert", home / "base")
     apply_plan(base, PrunePlan.from_dict(json.loads((light / "lightpeft.json").read_text())["plan"]))
     model = PeftModel.from_pretrained(base, str(light), config=read_config(light)).eval()
     assert logits(model).equal(logits(load_light(light)))
-
-
-def test_the_task_travels_with_the_adapter(home: Path, tmp_path: Path) -> None:
-    model = light_over(from_folder("bert", home / "base"))
-    as_light(model, model.light_plan, task={"task": "classification", "text": "review"})
-    model.save_pretrained(tmp_path / "light")
-    assert load_light(tmp_path / "light").light_task == {"task": "classification", "text": "review"}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -207,21 +157,6 @@ def test_an_adapter_of_a_float32_base_loads_on_bfloat16(name: str, tmp_path: Pat
         assert frozen == {torch.bfloat16}
         # bfloat16 keeps eight bits, and three layers of large random weights add up what is lost
         assert relative_difference(logits(loaded).float(), logits(model)) < 0.2
-
-
-def test_an_adapter_of_a_bfloat16_base_is_bit_equal(tmp_path: Path) -> None:
-    saved_base("llama-gqa", tmp_path / "base")
-    base = type(make("llama-gqa")).from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
-    model = light_over(base)
-    model.save_pretrained(tmp_path / "light")
-    loaded = load_light(tmp_path / "light")
-    assert loaded.dtype == torch.bfloat16 and logits(loaded).equal(logits(model))
-
-
-def test_attention_backend_and_device(light: Path) -> None:
-    model = load_light(light, attention="eager", device="cpu")
-    assert attention_of(transformers_model(model).config) == "eager"
-    assert relative_difference(logits(model), logits(load_light(light))) < 1e-5
 
 
 # What is written
@@ -300,32 +235,6 @@ def test_an_edited_description(edit: Callable[[dict[str, Any]], Any], light: Pat
     assert refusal(lambda: load_light(light)) == f"{path} was altered or damaged"
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        lambda d: d.pop("plan"),
-        lambda d: d["plan"].pop("specs"),
-        lambda d: d["plan"]["blocks"].pop(),
-        lambda d: d["plan"]["blocks"][0].update(heads="0-9"),
-        lambda d: d.update(metrics=3),
-    ],
-)
-def test_content_that_does_not_fit_past_the_checksum(edit: Callable[[dict[str, Any]], Any], light: Path) -> None:
-    sealed(light, edit)
-    assert "does not have the expected content" in refusal(lambda: load_light(light))
-
-
-def test_a_light_adapter_of_the_first_schema(light: Path) -> None:
-    """It had its checksum among those of the files."""
-    expected, path = logits(load_light(light)), light / "lightpeft.json"
-    description = {**workbench.read(path), "schema_version": 1}
-    description["checksums"]["lightpeft.json"] = adapter_files._content_checksum(description)
-    path.write_text(json.dumps(description))
-    assert logits(load_light(light)).equal(expected)
-    path.write_text(json.dumps({**description, "metrics": {}}))
-    assert refusal(lambda: load_light(light)) == f"{path} was altered or damaged"
-
-
 def test_a_file_that_nothing_reads(light: Path) -> None:
     """What it holds may change the answers, so that the adapter is not loaded without it."""
     (light / "more.safetensors").write_bytes(b"")
@@ -399,13 +308,6 @@ def test_a_base_with_other_weights(home: Path, light: Path, tmp_path: Path) -> N
         assert f"{light} belongs to another base" in text and "pass the original base" in text
     assert base.bert.encoder.layer[0].intermediate.dense.weight.shape == (48, 32), "not cut"
     assert hashes(other) == before
-
-
-def test_one_changed_weight_is_another_base(home: Path, light: Path) -> None:
-    base = from_folder("bert", home / "base")
-    with torch.no_grad():
-        base.bert.encoder.layer[2].output.dense.weight.mul_(1.01)
-    assert "belongs to another base" in refusal(lambda: load_light(light, base))
 
 
 def test_a_base_that_was_pruned_or_has_peft(home: Path, light: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from adapters import A_THIRD, logits, shallow
-from peft_models import adapted
 from tiny import ALL, GENERATORS, every_family, inputs_for, make, refusal, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -24,7 +23,6 @@ from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.estimation import Estimator
-from lightpeft.prune.surgery import apply_plan
 
 TWO_STACKS = [name for name in ALL if name.startswith(("t5", "mt5", "bart", "mbart", "whisper"))]
 ONE_STACK = [name for name in ALL if name not in (*TWO_STACKS, "esm")]
@@ -69,18 +67,12 @@ def test_generate_counts_on_the_blocks_that_are_there(name: str) -> None:
     assert len(light(**inputs, use_cache=True).past_key_values) == 2
 
 
-def test_nothing_to_leave_out() -> None:
-    model = make("bert")
-    leave_out(model, 4)
-    assert len(blocks_of(model)) == 3 and model.config.num_hidden_layers == 3
-
-
 def test_at_least_one_block_stays() -> None:
     assert Budget(depth=0.99).blocks_left(3) == 1
     assert [Budget(depth=0.4).blocks_left(blocks) for blocks in (1, 5, 30)] == [1, 3, 18]
 
 
-@pytest.mark.parametrize("name", TWO_STACKS)
+@every_family(TWO_STACKS)
 def test_one_stack_reads_the_other(name: str) -> None:
     model = with_lora(make(name))
     before = len(list(model.modules()))
@@ -130,14 +122,6 @@ def test_a_model_of_equal_layers_is_one_for_transformers_alone(tmp_path: Path) -
     assert relative_difference(logits(alone), logits(light)) < 3e-5
 
 
-def test_the_table_shows_what_is_left_out() -> None:
-    plan = shallow(make("llama-gqa")).light_plan
-    assert "of the blocks'); 1 of 3 blocks whole; keeps" in plan.summary()
-    rows = plan.rows()
-    assert [row["removed"] == "100%" for row in rows] == [False, False, True]
-    assert (rows[2]["layer"], rows[2]["heads"], rows[2]["module:ranks"]) == ("2", "0/4", "-")
-
-
 def test_a_plan_that_keeps_a_module_above_is_refused() -> None:
     plan = shallow(make("bert")).light_plan
     data = plan.to_dict()
@@ -147,13 +131,6 @@ def test_a_plan_that_keeps_a_module_above_is_refused() -> None:
     reason = refusal(lambda: PrunePlan.from_dict(data))
     assert "in a block that it leaves out" in reason
     assert "other blocks than there were" in refusal(lambda: PrunePlan.from_dict({**plan.to_dict(), "blocks": []}))
-
-
-def test_a_plan_for_other_modules_takes_no_block_out() -> None:
-    plan = shallow(make("bert")).light_plan
-    model = with_lora(make("bert"), target_modules=["query", "value"])
-    assert "other PEFT modules" in refusal(lambda: apply_plan(model, plan))
-    assert len(blocks_of(model)) == 3 and model.config.num_hidden_layers == 3
 
 
 # Estimation
@@ -180,12 +157,6 @@ def test_estimation_is_on_what_is_left_and_modules_go_with_their_blocks(tmp_path
     light = pruner.prune()
     light.save_pretrained(tmp_path / "light")
     assert logits(load_light(tmp_path / "light", make("llama-classifier"))).equal(logits(light.eval()))
-
-
-def test_bottleneck_adapters_go_with_their_blocks() -> None:
-    model = adapted(make("bert"))
-    estimator = Estimator(model, LightConfig(length=2, depth=A_THIRD))
-    assert {site.spec.block for site in estimator.sites} == {0, 1} and len(blocks_of(model)) == 2
 
 
 # Runs

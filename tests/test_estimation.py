@@ -156,20 +156,6 @@ def test_gradient_accumulation_in_a_trainer(tmp_path: Path) -> None:
     assert_close(records[1], records[0])
 
 
-def test_clipping_leaves_the_scores(tmp_path: Path) -> None:
-    def clip(parameters: list[torch.nn.Parameter]) -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, 1e-6)
-
-    still = {"learning_rate": 0.0}
-    assert_equal(estimate(student(), before_step=clip, **still).record(), estimate(student(), **still).record())
-    records = []
-    for norm in (1e-6, 0.0):
-        pruner = EarlyPruner(student(), LightConfig(length=3))
-        trainer(pruner.model, tmp_path, pruner.callback(), max_grad_norm=norm, learning_rate=0.0).train()
-        records.append(pruner.record())
-    assert_equal(*records)
-
-
 def test_a_stage_of_overflows_alone_is_refused() -> None:
     model = student()
     estimator = started(model, length=2)
@@ -239,14 +225,6 @@ def assert_diverged(error: pytest.ExceptionInfo[LightPeftError]) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_divergence_stops_a_trainer(tmp_path: Path) -> None:
-    pruner = EarlyPruner(diverging(), LightConfig(length=20))
-    with pytest.raises(LightPeftError) as error:
-        trainer(pruner.model, tmp_path, pruner.callback(), logging_steps=2).train()
-    assert_diverged(error)
-    assert pruner.estimator.steps == 2
-
-
 @pytest.mark.parametrize("steps", [1, 2])
 def test_divergence_stops_a_loop(steps: int) -> None:
     model = diverging()
@@ -271,11 +249,6 @@ def test_stage_length(length: Any, total: int | None, steps: int) -> None:
 def test_a_short_run_has_its_least_steps(total: int, steps: int) -> None:
     """Five hundredths of the run, 32 steps at least, three tenths of the run at most."""
     assert stage_length(LightConfig(length=0.05, least_steps=32), total) == steps
-
-
-def test_a_length_relative_to_the_run_needs_the_run() -> None:
-    with pytest.raises(LightPeftError, match="needs the number of steps of the whole run"):
-        started(student(), length=0.1)
 
 
 def test_a_stage_longer_than_the_run(tmp_path: Path) -> None:
@@ -412,11 +385,6 @@ def test_a_resumed_stage_gives_the_record_of_an_uninterrupted_one(
     assert second.plan() == whole.plan()
 
 
-def test_resuming_from_what_is_no_estimation_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(LightPeftError, match="does not exist"):
-        started(student(), length=4).load_state(tmp_path)
-
-
 def test_resuming_with_another_model(tmp_path: Path) -> None:
     estimator = started(student(), length=4)
     estimator.model(**inputs()).loss.backward()
@@ -460,11 +428,3 @@ def test_a_budget_that_takes_nothing_needs_no_step() -> None:
             record.check_scored(budget)
     light = pruner.prune()
     assert light.light_plan == plan and not any(module._forward_pre_hooks for module in light.modules())
-
-
-@pytest.mark.parametrize("part", ["heads", "neurons", "experts", "modules", "ranks"])
-def test_any_part_that_goes_has_to_be_chosen(part: str) -> None:
-    nothing: dict[str, Any] = {"heads": 0, "neurons": 0, "experts": 0, "modules": 0, "ranks": 0}
-    assert LightConfig(**{**nothing, part: 0.1}).chooses
-    base = part in ("heads", "neurons", "experts")
-    assert LightConfig(**{**nothing, part: 0.1}, blocks=0.0).chooses is not base, "blocks take their place"

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import workbench
 import yaml
-from datasets import Dataset
 from scipy.stats import binomtest
 from sklearn.metrics import classification_report
 from tiny import refusal, with_lora
@@ -29,11 +28,9 @@ from workbench import Workbench, labelled, lightpeft, read, write_rows
 
 from lightpeft import load_light
 from lightpeft.app.evaluation.predicting import predict
-from lightpeft.app.evaluation.reports import class_order, evaluate_harness, evaluate_model, renumbered
+from lightpeft.app.evaluation.reports import class_order, evaluate_harness, evaluate_model
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.runs import pipeline
-from lightpeft.app.tasks import find_entry, run_settings, task_class, task_facts
-from lightpeft.app.tasks.answers import Answers
 from lightpeft.config import ModelConfig, run_config_from_dict
 from lightpeft.models.loading import load_model
 from lightpeft.models.task_heads import CLASSIFICATION
@@ -89,17 +86,6 @@ def test_every_kind_of_model_gets_the_numbers_of_its_run(bench: Workbench, folde
     assert report["model"]["metrics"] == pytest.approx(expected["metrics"])
     assert report["model"]["intervals"]["accuracy"] == pytest.approx(expected["intervals"]["accuracy"])
     assert report["model"]["parameters"] == expected["parameters"]
-
-
-def test_a_run_is_not_changed(bench: Workbench) -> None:
-    before = workbench.checksums(bench.folder / "light")
-    evaluate_model(bench.folder / "light", other=str(bench.folder / "plain"))
-    assert workbench.checksums(bench.folder / "light") == before
-
-
-def test_batch_size_is_found_or_given(bench: Workbench) -> None:
-    reports = [evaluate_model(bench.folder / "light", batch_size=size) for size in (None, 3)]
-    assert reports[0]["model"]["metrics"] == pytest.approx(reports[1]["model"]["metrics"], rel=1e-5)
 
 
 def test_given_length_goes_over_that_of_training(bench: Workbench) -> None:
@@ -178,29 +164,6 @@ def test_a_task_of_one_s_own(bench: Workbench, tmp_path: Path, capsys: pytest.Ca
     assert again["model"]["metrics"] == pytest.approx(run["metrics"])
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"task": "classification", "text": "a", "text_pair": "b", "label": "c"},
-        {"task": "multiple-choice", "text": "q", "options": "o", "label": "n", "likelihood": "byte"},
-        {"task": "causal-lm", "prompt": "p", "completion": "c"},
-        {"task": "sst2", "answer": "likelihood"},
-        {"task": "stsb"},
-    ],
-    ids=lambda data: data["task"],
-)
-def test_settings_of_what_an_adapter_says(data: dict[str, Any]) -> None:
-    config = run_config_from_dict({"data": {**data, "max_length": 40}})
-    entry, none = find_entry(config.data), Dataset.from_dict({})
-    task = task_class(entry.kind, config.data.answer, None)(config.data, none, none, ["x"], entry)
-    again = run_config_from_dict(run_settings(json.loads(json.dumps(task_facts(task)))))
-    assert find_entry(again.data, again.tasks) == entry
-    expected = "likelihood" if config.data.answer == "likelihood" else "head"
-    assert (again.data.answer, again.data.likelihood) == (expected, config.data.likelihood)
-    assert again.data.max_length == 40
-    assert run_settings({}) == {}
-
-
 # -- classes -----------------------------------------------------------------------------------------------------
 
 
@@ -226,15 +189,6 @@ def test_data_labels_in_the_order_of_the_model(classes: list[str], labels: list[
 def test_other_labels_are_refused(classes: list[str], labels: list[str]) -> None:
     text = refusal(lambda: class_order(classes, labels, "m"))
     assert all(name in text for name in (*classes, *labels))
-
-
-def test_renumbered_answers() -> None:
-    p = np.array([[0.7, 0.1, 0.2], [0.3, 0.6, 0.1]], dtype=np.float32)
-    found = renumbered(Answers([0, 1], [2, 1], [7, 8], p), ["a", "b", "c"], ["c", "a", "d", "b"])
-    assert (found.predictions, found.references, found.groups) == ([1, 3], [0, 3], [7, 8])
-    assert found.probabilities is not None
-    assert found.probabilities[:, [1, 3, 0]].tolist() == p.tolist()
-    assert not found.probabilities[:, 2].any()
 
 
 def test_a_model_that_counts_its_classes_otherwise(bench: Workbench, tmp_path: Path) -> None:
@@ -295,15 +249,6 @@ def test_predictions_and_report(bench: Workbench, tmp_path: Path, capsys: pytest
     assert f"{report['model']['metrics']['accuracy']:.4f}" in shown
 
 
-def test_options_of_a_task_beside_the_classes(llama: Path, tmp_path: Path) -> None:
-    """Multiple choice by likelihood: predictions are texts of options."""
-    evaluate_model(llama, choice(tmp_path), predictions=tmp_path / "p.jsonl")
-    for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        assert row["reference"] == row["options"][int(row["answer"])]
-        assert row["prediction"] in row["options"]
-
-
 def test_the_command_on_a_run(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With --run the stage is done first; what the options ask for comes after it."""
     shutil.copytree(bench.folder / "light", tmp_path / "run")
@@ -333,7 +278,7 @@ def choice(folder: Path, **data: Any) -> dict[str, Any]:
     """Settings of multiple choice by likelihood on `QUESTIONS`."""
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
-    named = {"task": "multiple-choice", "text": "context", "label": "answer", "test": str(file), "max_length": 32}
+    named = {"task": "multiple-choice", "test": str(file), "max_length": 32}
     return {"data": {**named, **data}}
 
 
@@ -384,23 +329,6 @@ def test_likelihoods_are_those_of_the_harness(llama: Path, adapter: Path, task_f
         assert normed["intervals"]["accuracy"] == pytest.approx(theirs["intervals"]["acc"])
         found |= {round(own[name], 6) for name in ("accuracy", "accuracy_norm")}
     assert len(found) > 2  # the rules and the models are told apart
-
-
-def test_the_command_with_the_harness(
-    llama: Path, adapter: Path, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("lm_eval.tasks")
-    options = ("--harness", "lm-eval", "--tasks", "questions", "--include_path", task_folder, "--limit", "9")
-    report = tmp_path / "report.json"
-    assert lightpeft("evaluate", llama, "--compare", adapter, *options, "--json", report) == 0
-    shown = capsys.readouterr().out
-    assert "acc_norm" in shown
-    assert "McNemar" in shown
-    written = read(report)
-    assert written["model"]["tasks"]["questions"]["examples"] == 9
-    assert written["other"]["kind"] == "PEFT adapter"
-    entry = written["comparison"]["questions"]["acc"]
-    assert entry["second"] == written["other"]["tasks"]["questions"]["metrics"]["acc"]
 
 
 def test_language_modelling(llama: Path, adapter: Path, tmp_path: Path) -> None:
@@ -489,21 +417,6 @@ def test_an_export(bench: Workbench, tmp_path: Path, source: str, capsys: pytest
     merged, light = (list(csv.DictReader((tmp_path / f"{name}.csv").open())) for name in ("merged", "light"))
     assert [row["label"] for row in merged] == [row["label"] for row in light]
     assert len(merged) == 40
-
-
-def test_what_cannot_be_exported(bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes.txt").write_text("mine")
-    for source, target, expected in [
-        (bench.folder / "plain", tmp_path / "out", "is a run (PEFT adapter); give a light adapter"),
-        (bench.base, tmp_path / "out", "is a model; give a light adapter"),
-        (tmp_path / "nothing", tmp_path / "out", "there is no folder"),
-        (bench.folder / "light", tmp_path / "full", "is not empty"),
-    ]:
-        assert lightpeft("export", source, target) == 2
-        written = capsys.readouterr()
-        assert expected in written.err and written.err.count("\n") == 1 and written.out == ""
-    assert not (tmp_path / "out").exists() and len(list((tmp_path / "full").iterdir())) == 1
 
 
 def only_tokenizer(folder: str, names: list[str]) -> list[str]:

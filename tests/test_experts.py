@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from adapters import light_over, logits
+from lanes import telling, thorough
+from peft import LoraConfig, get_peft_model
 from tiny import (
     inputs_for,
     make,
@@ -31,15 +33,17 @@ from lightpeft.adapters.merging import save_merged
 from lightpeft.app.exports.gguf.exporting import save_gguf
 from lightpeft.app.exports.graphs.exporting import save_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
+from lightpeft.compat.peft import ParamWrapper
 from lightpeft.config import Budget
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
+from lightpeft.peft_kinds.sites import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
-from lightpeft.profiling.flops import count_flops
 from lightpeft.prune.estimation import Estimator
+from lightpeft.prune.light_model import as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.routing import ClosedRouter
 from lightpeft.prune.surgery import apply_plan
@@ -152,20 +156,6 @@ def test_gradients_of_masks_are_those_of_plain_autograd(name: str) -> None:
 # Routers
 
 
-def test_a_cut_router_sends_tokens_to_the_best_experts_that_stay() -> None:
-    """By hand: probabilities over experts that stay alone, the two largest of them, made to add up to one."""
-    model = make("mixtral")
-    layer = layers_of(model)[1]
-    weight, states = layer.router.weight.clone(), torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
-    kept = torch.tensor([0, 2, 3])
-    layer.cut(kept, torch.arange(24).expand(3, 24))
-    _, shares, index = layer.router(states)
-    values, expected = (states @ weight[kept].T).softmax(-1).topk(2)
-    assert index.equal(expected)
-    torch.testing.assert_close(shares, values / values.sum(-1, keepdim=True))
-    assert index.max() == 2 and layer.router.num_experts == layer.experts.num_experts == layer.count == 3
-
-
 def test_a_cut_router_ranks_groups_by_what_stays() -> None:
     """By hand: of each group the two best scores with their corrections, and the two best experts of the best group."""
     model = make("deepseek_v3")
@@ -185,7 +175,7 @@ def test_a_cut_router_ranks_groups_by_what_stays() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@telling("name", FAMILIES, LAYOUTS)
 def test_a_router_that_leaves_experts_out_is_the_one_without_their_rows(name: str, dtype: torch.dtype) -> None:
     """Also where what corrects the choice speaks for the ones that are left out."""
     layer = layers_of(make(name).to(dtype))[2]
@@ -280,7 +270,7 @@ def first_experts(spec: BlockSpec, count: int) -> tuple[tuple[int, ...], tuple[i
 # What is cut
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@telling("name", FAMILIES, LAYOUTS)
 def test_kept_weights_are_bit_equal(name: str) -> None:
     """Against rows written out neuron by neuron."""
     dense = make(name)
@@ -343,19 +333,6 @@ def test_experts_compete_and_enough_of_them_stay(name: str, blocks: float) -> No
     )
 
 
-def test_a_target_counts_experts() -> None:
-    plan = plan_for(with_lora(make("mixtral")), target=0.4)
-    assert 0.4 <= plan.removed_ratio < 0.55
-    model = make("mixtral")
-    before = sum(p.numel() for p in model.parameters())
-    apply_plan(model, plan_without_sites(plan))
-    assert before - sum(p.numel() for p in model.parameters()) == plan.removed_parameters
-
-
-def plan_without_sites(plan: PrunePlan) -> PrunePlan:
-    return PrunePlan(plan.specs, plan.blocks, {}, (), plan.base_parameters, plan.fingerprint)
-
-
 def test_a_budget_that_leaves_too_few_experts() -> None:
     says = "experts 0.75 would leave 1 of 4 experts, and each token is routed to 2; set light.experts to 0.5 or less"
     model = with_lora(make("mixtral"))
@@ -400,20 +377,10 @@ def test_edited_plans(change: dict[str, str], says: str) -> None:
     assert says in refusal(lambda: PrunePlan.from_dict(data))
 
 
-def test_flops_do_not_depend_on_how_experts_run() -> None:
-    counts = []
-    for way in ("grouped_mm", "batched_mm"):
-        model = make("mixtral")
-        model.set_experts_implementation(way)
-        counts.append(count_flops(model, inputs_for(model, labels=True)))
-        assert model.get_experts_implementation()[""] == way
-    assert counts[0] == counts[1]
-
-
 # Saved
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@telling("name", FAMILIES, LAYOUTS)
 def test_merged_checkpoints(name: str, tmp_path: Path) -> None:
     """With equal layers transformers alone loads it where no norm runs over all heads; with unequal ones, lightpeft."""
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -447,7 +414,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp("experts"), "mixtral", "causal-lm")
 
 
-@pytest.mark.parametrize(("family", "stay"), [("mixtral", 3), ("deepseek_v3", 6)])
+@telling(("family", "stay"), [("mixtral", 3), ("deepseek_v3", 6)], [("deepseek_v3", 6)])
 def test_a_run_of_a_mixture(family: str, stay: int, bench: Workbench, tmp_path: Path) -> None:
     bench = bench if family == "mixtral" else Workbench(tmp_path, family, "causal-lm")
     changes = {"light.experts": 0.25, "light.expert_criterion": "frequency", "light.least_examples": 0}
@@ -466,3 +433,49 @@ def test_a_run_of_a_mixture(family: str, stay: int, bench: Workbench, tmp_path: 
     assert relative_difference(merged(**ids).logits, light(**ids).logits) < 1e-4
     assert lightpeft("predict", folder / "adapter", bench.test, "--output", bench.folder / "answers.csv") == 0
     assert len((bench.folder / "answers.csv").read_text().splitlines()) == 41
+
+
+# No LoRA on experts and routers
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_all_linear_layers_but_experts_and_routers(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What people write: PEFT then takes routers and parameters of experts for linear layers."""
+    base = make(name)
+    parts = [part for spec in block_specs(base) if spec.experts for part in spec.expert_modules.values()]
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert all(isinstance(base.get_submodule(part), ParamWrapper) for part in parts)
+    EarlyPruner(model)
+    assert f"no LoRA on {len(parts)} routed experts and routers ({parts[0]}): " in caplog.text
+    assert not any(isinstance(base.get_submodule(part), ParamWrapper) for part in parts)
+    assert model.peft_config["default"].target_parameters is None
+    with torch.no_grad():
+        for site in find_sites(model, block_specs(base)):
+            site.up.normal_()
+    plan = plan_for(model.eval(), **PARTS)
+    apply_plan(model, plan)
+    light = as_light(model, plan)
+    light.save_pretrained(tmp_path)
+    assert logits(load_light(tmp_path, make(name))).equal(logits(light))
+
+
+@thorough
+def test_a_run_on_all_linear_layers(tmp_path: Path) -> None:
+    bench = Workbench(tmp_path, "mixtral", "causal-lm")
+    peft = {"type": "lora", "target_modules": "all-linear", "lora_dropout": 0.0}
+    changes = {"light.experts": 0.25, "peft": peft}
+    file = bench.yaml("run", **changes)
+    for verb in ("check", "run"):
+        assert lightpeft(verb, "--config", file) == 0
+    assert load_light(tmp_path / "run" / "adapter").light_plan.sites
+
+
+def test_lora_on_experts_that_somebody_named_or_trained_is_refused() -> None:
+    named = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
+    text = refusal(lambda: EarlyPruner(get_peft_model(make("mixtral"), named)))
+    assert text.startswith("LoRA on the parameter experts.down_proj cannot be pruned; leave target_parameters out")
+    model = get_peft_model(make("mixtral"), LoraConfig(r=2, target_modules="all-linear"))
+    router = transformers_model(model).get_submodule("model.layers.0.mlp.gate")
+    with torch.no_grad():
+        router.lora_B["default"].weight.fill_(1.0)
+    assert refusal(lambda: EarlyPruner(model)).startswith("LoRA on the parameter down_proj cannot be pruned")

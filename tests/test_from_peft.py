@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers import TrainingArguments as Arguments
 
 from lightpeft import LightModel, load_light
-from lightpeft.app.folders.opening import find_model
 from lightpeft.models.families import block_specs
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
-from lightpeft.peft_kinds.sites import LIGHT_TYPE, read_config
+from lightpeft.peft_kinds.sites import read_config
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 
@@ -90,15 +88,6 @@ def test_every_other_loader_names_the_right_one(kind: str, budget: dict[str, Any
     assert logits(load_light(tmp_path / "light")).equal(logits(light))
 
 
-def test_programs_that_do_not_ask_for_the_type(base: Path, tmp_path: Path) -> None:
-    """vLLM, say, looks for these keys, and for nothing else."""
-    light_of(base).save_pretrained(tmp_path)
-    shown = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert shown["peft_type"] == LIGHT_TYPE and shown["base_model_name_or_path"] == str(base)
-    assert not shown.keys() & {"r", "lora_alpha", "target_modules"}
-    assert read_config(tmp_path).peft_type == "LORA"
-
-
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bottleneck"])
 def test_peft_loads_what_cuts_nothing_of_the_base(kind: str, base: Path, tmp_path: Path) -> None:
     light = light_of(base, kind, **NOTHING)
@@ -107,12 +96,6 @@ def test_peft_loads_what_cuts_nothing_of_the_base(kind: str, base: Path, tmp_pat
     stock = PeftModel.from_pretrained(dense, str(tmp_path / "light")).eval()
     assert relative_difference(logits(stock), logits(light)) == 0
     assert logits(load_light(tmp_path / "light")).equal(logits(light))
-
-
-def test_a_folder_without_its_plan_is_no_adapter_of_peft(base: Path, tmp_path: Path) -> None:
-    light_of(base).save_pretrained(tmp_path)
-    (tmp_path / "lightpeft.json").unlink()
-    assert "lightpeft.json is missing" in refusal(lambda: find_model(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -124,13 +107,6 @@ def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
 
 
 # What works as it does in PEFT
-
-
-def test_an_adapter_with_a_name_of_its_own(base: Path, tmp_path: Path) -> None:
-    light = light_of(base, adapter_name="reviews")
-    light.save_pretrained(tmp_path / "light")
-    assert (tmp_path / "light" / "adapter_model.safetensors").is_file() and not (tmp_path / "light/reviews").exists()
-    assert logits(load_light(tmp_path / "light")).equal(logits(light))
 
 
 def test_several_adapters_are_not_saved_as_one(base: Path, tmp_path: Path) -> None:

@@ -70,15 +70,6 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert datasets.config.HF_HUB_OFFLINE
 
 
-def test_nobody_is_asked_for_folders_or_offline(
-    answering: type[_Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hub.look_for(str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub.look_for("someone/something")
-    assert answering.asked == 0
-
-
 def cached(home: Path, name: str, *, seed: int = 0, tag: str = "main") -> str:
     """A model in the hub's cache; returns its commit."""
     folder = home / "hub" / f"models--{name.replace('/', '--')}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import DECODERS, ENCODER_DECODERS, inputs_for, make, relative_difference
+from tiny import DECODERS, ENCODER_DECODERS, every_family, inputs_for, make, relative_difference
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import student, trainer
@@ -77,14 +77,14 @@ def check_same(usual: Learned, found: Learned, *, bf16: bool) -> None:
     assert all((found[1][key] - usual[1][key]).norm() <= tolerance for key in usual[1])
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@every_family(DECODERS)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_losses_and_gradients_are_the_usual_ones(name: str, bf16: bool, few_at_once: None) -> None:
     model = student(name)
     check_inside(model, answers(model), bf16=bf16)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@every_family(DECODERS)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_who_watches_the_head_sees_logits_of_labelled_tokens(
     name: str, bf16: bool, widths: Callable[..., list[int]]
@@ -201,17 +201,6 @@ def test_other_models_are_left_alone(name: str) -> None:
             assert all(found[1][key].equal(gradient) for key, gradient in usual[1].items())
 
 
-def test_a_loss_of_ones_own_is_left_alone() -> None:
-    model = student("llama-gqa")
-    inner = transformers_model(model)
-    inner.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
-    data = answers(model)
-    usual = learned(model, data)[0]
-    with labelled_head(model):
-        assert all(learned(model, data)[0].equal(usual) for _ in range(2))
-    assert learned(model, data)[0].equal(usual)
-
-
 def test_a_model_that_computes_its_loss_itself_is_found_out(widths: Callable[..., list[int]]) -> None:
     model = student("llama-gqa")
     inner = transformers_model(model)
@@ -228,21 +217,6 @@ def test_a_model_that_computes_its_loss_itself_is_found_out(widths: Callable[...
     with labelled_head(model):
         assert all(learned(model, data)[0].equal(usual) for _ in range(2))
     assert seen == [48, 2, 48, 48]
-
-
-def test_the_trial_draws_no_random_numbers() -> None:
-    model = make("gpt2", resid_pdrop=0.5).train()
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    with labelled_head(model):
-        assert torch.rand(3).equal(expected)
-
-
-def test_who_reads_logits_gets_them_all() -> None:
-    model = student("llama-gqa")
-    with accelerated(model):
-        assert model(**answers(model)).logits.shape[:2] == (4, 12)
 
 
 def test_everything_is_put_back() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from lanes import telling
 from peft import IA3Config, LoraConfig
 from tiny import make, refusal
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -27,7 +30,7 @@ from transformers import (
 )
 from trl_settings import SETTINGS, WORDS, logits, tokenizer
 
-from lightpeft import BottleneckConfig, LightConfig, LightTrainer, light_trainer, load_light
+from lightpeft import BottleneckConfig, LightConfig, LightTrainer, light_trainer, load_light, preset_light
 from lightpeft.prune.light_model import LightModel
 
 trl = pytest.importorskip("trl")
@@ -190,10 +193,53 @@ def trained_sites(trainer: Any) -> set[tuple[str, int]]:
     return {(name.replace(".ref.", "."), p.numel()) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_a_model_given_by_name_is_refused_in_one_line(tmp_path: Path) -> None:
-    """TRL's trainers load it and put the modules on at once, in blocks in which the recipe may want none."""
-    said = refusal(lambda: of_trl("sft", "someone/model", tmp_path / "out"))
-    assert said.startswith("give the model loaded, by from_pretrained") and "in place of 'someone/model'" in said
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_model_given_by_name_is_the_loaded_one(kind: str, named: str, tmp_path: Path) -> None:
+    """Its modules sit where those of a loaded one do, in the blocks in which they may; then it trains and is cut."""
+    light = replace(LIGHT, module_blocks=2 / 3)
+    config = LoraConfig(task_type="SEQ_CLS" if kind == "reward" else "CAUSAL_LM", r=4)
+    before = copy.deepcopy(config.to_dict())
+    trainer = of_trl(kind, named, tmp_path / "out", light, peft_config=config)
+    assert config.to_dict() == before
+    found = {name.split(".layers.")[1] for name, _ in trained_sites(trainer) if ".layers." in name}
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+    projections += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    parts = itertools.product((1, 2), projections, "AB")
+    assert found == {f"{block}.{place}.lora_{part}.default.weight" for block, place, part in parts}
+    loads = LlamaForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    loaded = loads.from_pretrained(named, **({"num_labels": 1} if kind == "reward" else {}))
+    assert trained_sites(trainer) == trained_sites(of_trl(kind, loaded, tmp_path / "out", light))
+    trainer.train()
+    assert trainer.light_plan.removed_parameters > 0 and isinstance(trainer.model, LightModel)
+    trainer.save_model(str(tmp_path / "light"))
+    if kind != "reward":
+        assert logits(load_light(tmp_path / "light", base=named)).equal(logits(trainer.model))
+
+
+def test_a_name_is_loaded_as_its_trainer_does(named: str, tmp_path: Path) -> None:
+    """By what `model_init_kwargs` say, from the seed of the arguments, and with settings that need the model itself."""
+    trainer = of_trl("sft", named, tmp_path / "out", model_init_kwargs={"dtype": "bfloat16"})
+    weights = dict(trainer.model.named_parameters())
+    assert {p.dtype for name, p in weights.items() if "lora" not in name} == {torch.bfloat16}
+    again = of_trl("sft", named, tmp_path / "out")
+    torch.manual_seed(5)
+    other = of_trl("sft", named, tmp_path / "out")
+    assert {p.dtype for p in again.model.parameters()} == {torch.float32}
+    for (name, one), (_, two) in zip(again.model.named_parameters(), other.model.named_parameters(), strict=True):
+        assert one.equal(two), name
+    assert of_trl("sft", named, tmp_path / "out", replace(LIGHT, depth="auto")).light_config.depth == 0
+    assert of_trl("sft", named, tmp_path / "out", None).light_config == preset_light("writer")
+
+
+def test_a_name_that_nobody_loads(named: str, base: PreTrainedModel, tmp_path: Path) -> None:
+    settings = {name: value for name, value in ARGUMENTS.items() if name != "bf16"}
+    args = TrainingArguments(str(tmp_path / "out"), **settings)
+    lora = LoraConfig(task_type="CAUSAL_LM")
+    said = refusal(lambda: LightTrainer(named, args, train_dataset=Dataset.from_list(PAIRS), peft_config=lora))
+    assert "LightTrainer loads no model by its name; give it loaded" in said
+    nowhere = LoraConfig(task_type="CAUSAL_LM", target_modules=["nowhere"])
+    said = refusal(lambda: of_trl("sft", named, tmp_path / "out", peft_config=nowhere))
+    assert "PEFT cannot put its modules on the model" in said
 
 
 def test_dpo_with_positional_arguments(base: PreTrainedModel, tmp_path: Path) -> None:
@@ -342,18 +388,6 @@ def test_sentence_transformers(embedder: Any, tmp_path: Path) -> None:
     assert torch.tensor(embedder.encode(sentences)).allclose(torch.tensor(found), atol=1e-6)
 
 
-@pytest.mark.parametrize("step", [4, 12])
-def test_sentence_transformers_go_on_from_a_checkpoint(embedder: Any, tmp_path: Path, step: int) -> None:
-    again = copy.deepcopy(embedder)
-    whole = contrastive(embedder, tmp_path / "out", save_strategy="steps", save_steps=4)
-    whole.train()
-    rest = contrastive(again, tmp_path / "out", save_strategy="steps", save_steps=4)
-    rest.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
-    assert rest.light_plan == whole.light_plan
-    for (name, one), (_, other) in zip(embedder.named_parameters(), again.named_parameters(), strict=True):
-        assert one.equal(other), name
-
-
 def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_path: Path) -> None:
     rows = [{"prompt": prompt} for prompt, *_ in rows_of()]
 
@@ -371,7 +405,7 @@ def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_pat
     assert "would take the cut model as its own reference" in refusal(make_trainer)
 
 
-@pytest.mark.parametrize("kind", ["ia3", "bottleneck", "dora"])
+@telling("kind", ["ia3", "bottleneck", "dora"], {"bottleneck"})
 def test_other_kinds_of_peft(base: PreTrainedModel, tmp_path: Path, kind: str) -> None:
     """Placed by the recipe, in the upper blocks alone."""
     configs: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,12 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.evaluation.scores import evaluate
 from lightpeft.app.tasks import (
     ClassificationByLikelihood,
-    ClassificationTask,
     LikelihoodTask,
     MultipleChoiceByLikelihood,
     MultipleChoiceTask,
-    share_at_limit,
 )
-from lightpeft.app.tasks.kinds.likelihood import ACCURACIES, encode_pairs, option_sequences
+from lightpeft.app.tasks.kinds.likelihood import ACCURACIES, encode_pairs
 from lightpeft.config import DataConfig, TaskEntry
-from lightpeft.errors import LightPeftError
 from lightpeft.models.batches import IGNORED
 from lightpeft.prune.importance import RealTokens
 from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
@@ -182,15 +178,6 @@ class TestScores:
         metrics = evaluate(llama, encoded, task, task.collator(tokenizer), 4)
         assert metrics["accuracy"] == 0.5  # any of Ann and Bob will do; nobody says Eve
 
-    def test_equal_sequences_are_scored_once(self) -> None:
-        rows = Dataset.from_dict({"text": ["w0", "w1", "w0"], "label": ["a", "b", "a"]})
-        task = ClassificationByLikelihood(
-            DataConfig(), rows, rows, ["a", "b"], TaskEntry(labels=["a", "b"], words=["no", "yes"])
-        )
-        sequences = option_sequences(cut_to(task, 32).encode_test(rows, word_tokenizer()))
-        assert len(sequences.rows) == 2 * 2 + 2  # two texts and the prompt without one, with two words each
-        assert sequences.asked[0] == sequences.asked[2] and sequences.unconditional[0] == sequences.unconditional[1]
-
 
 class TestEncoding:
     def test_training_rows_are_the_prompt_and_the_right_option(self) -> None:
@@ -220,20 +207,6 @@ class TestEncoding:
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
         assert encode_pairs(["a"], [" b"], tokenizer, 8) == [([1], [2])]
-
-    def test_an_option_without_tokens(self) -> None:
-        tokenizer = word_tokenizer()
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("!")
-        with pytest.raises(LightPeftError, match="no token of the answer is left to score"):
-            encode_pairs(["a"], ["!"], tokenizer, 8)
-
-
-def test_rows_at_the_limit() -> None:
-    task, tokenizer = questions(), word_tokenizer()
-    assert share_at_limit(cut_to(task, 64).encode(task.train, tokenizer), 64) == 0.0
-    assert share_at_limit(cut_to(task, 10).encode(task.train, tokenizer), 10) == 0.5
-    options = MultipleChoiceTask(task.config, QUESTIONS, QUESTIONS, [], task.entry)
-    assert share_at_limit(cut_to(options, 8).encode(QUESTIONS, tokenizer), 8) == 0.75
 
 
 class TestMultipleChoiceHead:
@@ -295,13 +268,3 @@ class TestMultipleChoiceHead:
         ((shape, mask),) = seen
         assert mask is not None and mask.shape == shape[:2]
         assert torch.equal(mask, batch["attention_mask"].flatten(0, 1))
-
-
-def test_classification_and_likelihood_read_the_same_labels() -> None:
-    entry = TaskEntry(labels=["bad", "good"], words=["no", "yes"])
-    arguments = (DataConfig(), TEXTS, TEXTS, ["bad", "good"], entry)
-    by_head, by_words = ClassificationTask(*arguments), ClassificationByLikelihood(*arguments)
-    assert by_head.right_options(TEXTS) == by_words.right_options(TEXTS) == [0, 1, 1]
-    plain = ClassificationByLikelihood(DataConfig(), TEXTS, TEXTS, ["bad", "good"], replace(entry, words=[], labels=[]))
-    row = next(plain.scored(TEXTS[0:1]))
-    assert (row.prompts[0], row.completions) == ("w0 w1\nAnswer:", [" bad", " good"])

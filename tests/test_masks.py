@@ -176,14 +176,6 @@ def start(**config: float) -> Estimator:
     return estimator
 
 
-def test_the_l1_term_pulls_negative_masks_up() -> None:
-    estimator = start(lambda_heads=1e-4, lambda_neurons=1e-4)
-    with torch.no_grad():
-        estimator.masks.values.fill_(-0.5)
-    estimator.step()
-    torch.testing.assert_close(estimator.masks.values, torch.full_like(estimator.masks.values, -0.49))
-
-
 def test_masks_follow_the_task_gradient_plus_l1() -> None:
     """One step equals one step of Adam on the sum of both gradients."""
     estimator = start(lambda_heads=1e-2, lambda_neurons=2e-2)

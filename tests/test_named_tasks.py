@@ -15,13 +15,11 @@ import yaml
 from datasets import Dataset
 from layouts import LAYOUTS, rows_of, write_rows, write_task
 from transformers import (
-    BartConfig,
     BertConfig,
     EsmConfig,
-    GPT2Config,
+    GemmaConfig,
     LlamaConfig,
     PretrainedConfig,
-    RobertaConfig,
     T5Config,
 )
 
@@ -120,11 +118,6 @@ class TestConversions:
         assert row["text"] == "*Mark* told Pete many lies. *He* lied, he did."
         assert row["prompt"].startswith("Passage: Mark told Pete many lies. *He* lied")
         assert 'does the pronoun "*He*" refer to "*Mark*"?' in row["prompt"]
-
-    def test_wsc_marks_as_many_words_where_the_span_is_written_differently(self) -> None:
-        text, spans = "The  Trophy was big, and it fell", {"span2_index": 5, "span2_text": "it"}
-        row = converted("wsc", text=text, span1_index=0, span1_text="the trophy", label=0, **spans)
-        assert row["text"] == "*The  Trophy* was big, and *it* fell"
 
     def test_letters_and_numbers_of_options(self) -> None:
         choices = {"text": ["a", "b"], "label": ["1", "2"]}
@@ -261,23 +254,6 @@ class TestSources:
         (folder / "mnli" / "validation_mismatched.jsonl").unlink()
         assert self.load(folder, "mnli").more_tests == {}
 
-    def test_own_files_for_a_named_task(self, tmp_path: Path) -> None:
-        folder = write_task(tmp_path, "rte") / "rte"
-        train, test = str(folder / "train.jsonl"), str(folder / "validation.jsonl")
-        task = load_task(DataConfig(task="rte", train=train, test=test))
-        assert (len(task.train), len(task.test)) == (18, 15)
-        held_out = load_task(DataConfig(task="rte", train=train))
-        assert (len(held_out.train), len(held_out.test)) == (14, 4)
-        assert "data.test needs data.train" in error_of(load_task, DataConfig(task="rte", test=test))
-
-    def test_a_kind_takes_a_folder_and_holds_out_where_there_is_no_test(self, tmp_path: Path) -> None:
-        rows = [{"text": f"t{i}", "label": i % 2} for i in range(10)]
-        write_rows(tmp_path / "train.jsonl", rows)
-        task = load_task(DataConfig(path=str(tmp_path)))
-        assert (len(task.train), len(task.test)) == (8, 2)
-        write_rows(tmp_path / "test.jsonl", rows[:3])
-        assert len(load_task(DataConfig(path=str(tmp_path))).test) == 3
-
     def test_no_network(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def load(*args: Any, **kwargs: Any) -> Dataset:
             raise ConnectionError("no network")
@@ -287,18 +263,6 @@ class TestSources:
         for said in ("task rte", "nyu-mll/glue/rte", "FOLDER/rte/train{.csv", "FOLDER/rte/validation{.csv"):
             assert said in line
         assert "--data.path FOLDER" in line and "HF_DATASETS_OFFLINE=1" in line
-
-    def test_the_hubs_splits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked = []
-
-        def load(name: str, config: str | None, split: str) -> Dataset:
-            asked.append((name, config, split))
-            return Dataset.from_list(rows_of("mnli", 6))
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        load_task(DataConfig(task="mnli"))
-        splits = ["train", "validation_matched", "validation_mismatched"]
-        assert asked == [("nyu-mll/glue", "mnli", split) for split in splits]
 
 
 def spoilt(task: str, column: str, value: Any) -> list[dict[str, Any]]:
@@ -312,7 +276,6 @@ def spoilt(task: str, column: str, value: Any) -> list[dict[str, Any]]:
     ("task", "column", "value", "says"),
     [
         ("rte", "sentence1", " ", "the text is blank"),
-        ("rte", "sentence2", None, "there is no value"),
         (
             "rte",
             "label",
@@ -322,11 +285,8 @@ def spoilt(task: str, column: str, value: Any) -> list[dict[str, Any]]:
         ("rte", "label", 2, '2 is no label of "entailment", "not_entailment" (0, 1, ...)'),
         ("stsb", "label", None, "None is no number"),
         ("copa", "question", "why", "the row does not have the task's form (KeyError: 'why')"),
-        ("copa", "choice2", None, "there is no value"),
         ("record", "query", "no gap", "no @placeholder in it"),
         ("wic", "end2", 400, "characters"),
-        ("wsc", "span2_index", 99, "does not have the task's form"),
-        ("arc_easy", "choices", None, "there is no value"),
         ("arc_easy", "choices", {"text": ["a"], "label": ["A"]}, "is none of A"),
         ("hellaswag", "label", "", "there is no right option"),
         ("piqa", "label", 2, "2 is no right option's number; it lies from 0 to 1"),
@@ -415,8 +375,10 @@ class TestOwnTasks:
     @pytest.mark.parametrize(
         ("fields", "says"),
         [
-            ({"columns": {"text": "a"}}, "tasks.mine.columns lacks label; rows of kind classification need them"),
-            ({"columns": {"text": "a", "lable": "n"}}, 'tasks.mine.columns has "lable", which does not exist; did you'),
+            (
+                {"columns": {"text": "a", "lable": "n"}},
+                'tasks.mine.columns names "lable", which does not exist; rows of kind classification have text, label',
+            ),
             ({"columns": {"text": "{a", "label": "n"}}, '"{a" is no template'),
             ({"columns": {"text": "{a:>99999999999}", "label": "n"}}, "braces hold the name of a column and nothing"),
             ({"prompt": "{text!r:>{text}}"}, "braces hold the name of a column and nothing"),
@@ -433,12 +395,6 @@ class TestOwnTasks:
         assert says in error_of(find_entry, DataConfig(task="mine"), {"mine": entry})
         stored = {"entry": asdict(replace(entry, name="mine")), "answer": "head", "likelihood": "sum", "labels": []}
         assert says in error_of(restore_task, stored), "nor is it believed of a light adapter"
-
-    def test_contradictions(self) -> None:
-        assert "words are 1 for 2 labels" in error_of(self.entry, words=["yes"])
-        assert "columns and convert both say" in error_of(self.entry, convert="piqa")
-        taken = error_of(find_entry, DataConfig(task="rte"), {"rte": self.entry()})
-        assert "tasks.rte: there is a task of that name already" in taken
 
     def test_a_template_names_the_column_that_is_missing(self, tmp_path: Path) -> None:
         write_rows(tmp_path / "train.jsonl", list(self.ROWS))
@@ -463,32 +419,8 @@ class TestOwnTasks:
         hub = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
         assert label_names(hub, TaskEntry(labels=["1", "2"]), "rows") == ["1", "2"]  # the hub numbers from 0
 
-    def test_another_data_set_in_a_known_form(self, tmp_path: Path) -> None:
-        write_rows(tmp_path / "train.jsonl", rows_of("arc_easy", 8))
-        entry = TaskEntry(kind="multiple-choice", convert="lettered", path=str(tmp_path), test=None)
-        task = load_task(DataConfig(task="mine"), LlamaConfig(), {"mine": entry})
-        assert isinstance(task, LikelihoodTask) and len(task.train) == 6
-
 
 class TestWhoAnswers:
-    @pytest.mark.parametrize(
-        ("kind", "answer", "model", "classes"),
-        [
-            ("classification", "auto", LlamaConfig(), KINDS),
-            ("classification", "likelihood", GPT2Config(), BY_LIKELIHOOD),
-            ("multiple-choice", "auto", BertConfig(), KINDS),
-            ("multiple-choice", "auto", LlamaConfig(), BY_LIKELIHOOD),
-            ("multiple-choice", "auto", None, KINDS),
-            ("regression", "auto", LlamaConfig(), KINDS),
-            ("causal-lm", "head", LlamaConfig(), KINDS),
-            ("causal-lm", "head", BertConfig(is_decoder=True), KINDS),
-        ],
-    )
-    def test_by_kind_setting_and_model(
-        self, kind: str, answer: Any, model: PretrainedConfig | None, classes: dict[str, type[Task]]
-    ) -> None:
-        assert task_class(kind, answer, model) is classes[kind]
-
     @pytest.mark.parametrize(
         ("kind", "answer", "model", "says"),
         [
@@ -499,7 +431,6 @@ class TestWhoAnswers:
                 "llama has no multiple-choice head, which multiple-choice needs; set data.answer to likelihood",
             ),
             ("classification", "likelihood", BertConfig(), "bert is none: set it to head"),
-            ("classification", "likelihood", BartConfig(), "bart is none"),
             ("classification", "likelihood", T5Config(), "t5 is none"),
             (
                 "regression",
@@ -514,7 +445,7 @@ class TestWhoAnswers:
                 "esm has no multiple-choice head and is no causal language model, and multiple-choice",
             ),
             ("causal-lm", "auto", BertConfig(), "bert is no causal language model, which causal-lm needs"),
-            ("causal-lm", "auto", RobertaConfig(), "roberta is no causal language model, which causal-lm needs"),
+            ("span", "auto", GemmaConfig(), "gemma has no question answering head, which span needs"),
             ("generation", "auto", BertConfig(), "bert is no causal language model, which generation needs"),
             ("chat", "auto", T5Config(), "t5 is no causal language model, which chat needs"),
         ],

@@ -67,7 +67,7 @@ def stored(prefix: FrozenPrefix, batch: dict[str, Tensor]) -> Tensor:
     return store.padded(range(len(mask)), mask)
 
 
-@pytest.mark.parametrize("name", TEXT)
+@tiny.every_family(TEXT)
 def test_skipping_the_prefix_changes_nothing(name: str) -> None:
     side = "left" if name in tiny.DECODERS and name != "gpt2" else "right"  # GPT-2 counts padding as positions
     batch = inputs(upper(name), side)
@@ -126,18 +126,6 @@ def test_the_prefix_keeps_its_dropout_until_its_states_are_given() -> None:
         assert torch.equal(prefix.compute(batch), states)
         given = {**batch, STATES: states}
         assert torch.equal(model(**given).loss, model(**given).loss)
-
-
-def test_computing_leaves_every_module_in_its_own_mode() -> None:
-    model = upper()
-    model.train()
-    blocks_of(model)[0].eval()  # as users keep the dropout of a part off
-    modes = [module.training for module in model.modules()]
-    prefix = FrozenPrefix(model)
-    with prefix.attached():
-        prefix.compute(inputs(model))
-    assert [module.training for module in model.modules()] == modes
-    assert len(set(modes)) == 2
 
 
 def test_what_is_frozen() -> None:
@@ -221,12 +209,6 @@ def test_batches_bring_the_states_of_their_rows(tmp_path: Path, place: str) -> N
         gradients(model, {**batch, "input_ids": batch["input_ids"].flip(1)})  # other rows
         assert ran
     assert (tmp_path / "states.bin").exists() == (place == "file")
-
-
-def test_states_may_be_rounded(tmp_path: Path) -> None:
-    full, half = (Caching(tmp_path / dtype, dtype=dtype).store for dtype in ("auto", "bfloat16"))
-    assert 2 * half.bytes == full.bytes
-    assert torch.equal(half.read(3), full.read(3).bfloat16())
 
 
 def test_what_an_interrupted_run_left_is_taken_over(tmp_path: Path) -> None:

@@ -13,13 +13,8 @@ from workbench import NOTICE, Workbench
 
 from lightpeft.app.runs import pipeline
 from lightpeft.console import bars
-from lightpeft.console.progress import EVERY, Pulse, StepProgress, duration, exact_duration, in_bytes
+from lightpeft.console.progress import EVERY, Pulse, StepProgress, exact_duration
 from lightpeft.training.callbacks import ProgressBar
-
-
-@pytest.mark.parametrize(("seconds", "shown"), [(42.4, "42 s"), (720.0, "12 min"), (12_600.0, "3.5 h")])
-def test_durations(seconds: float, shown: str) -> None:
-    assert duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -40,21 +35,6 @@ def test_durations_of_what_is_over(seconds: float, shown: str) -> None:
     assert exact_duration(seconds) == shown
 
 
-@pytest.mark.parametrize(
-    ("count", "shown"),
-    [
-        (0, "0 B"),
-        (1023, "1,023 B"),
-        (1536, "1.5 KiB"),
-        (88.4 * 1024, "88 KiB"),
-        (1024**2 - 1, "1.0 MiB"),
-        (2**52, "4,096 TiB"),
-    ],
-)
-def test_sizes(count: float, shown: str) -> None:
-    assert in_bytes(count) == shown
-
-
 def test_progress_tells_rate_and_remaining_time(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,10 +42,11 @@ def test_progress_tells_rate_and_remaining_time(
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     progress = StepProgress(total=6, done=2, unit="cells")
     for name in ("a", "b"):
-        progress.begin(name)
+        progress.begin()
         progress.end(name, "accuracy 0.5000")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
+        "2 of 6 cells are done already",
         "[3/6] a: accuracy 0.5000; 10 min, 6 cells/h, time left: 30 min",
         "[4/6] b: accuracy 0.5000; 20 min, 4 cells/h, time left: 30 min",
     ]
@@ -106,16 +87,6 @@ def test_what_is_soon_over_says_nothing(clock: SimpleNamespace, capsys: pytest.C
     assert capsys.readouterr().err == "Tokenizing: 5 of 10, 0.167 per second, time left: 30 s\n"
 
 
-def test_nothing_is_said_of_a_rate_before_there_is_one(
-    clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pulse = Pulse("train", 10, "step", done=5)
-    clock.now += EVERY
-    pulse.beat(5)
-    pulse.beat(4)
-    assert capsys.readouterr().err == ""
-
-
 def test_lines_instead_of_a_bar(clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for item in bars.progress("abcd", 4, "Predicting"):
@@ -127,13 +98,6 @@ def test_lines_instead_of_a_bar(clock: SimpleNamespace, capsys: pytest.CaptureFi
         "Predicting: 2 of 4, 0.025 per second, time left: 80 s",
         "Predicting: 3 of 4, 0.025 per second, time left: 40 s",
     ]
-
-
-def test_long_loops_may_be_silent(clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    with bars.showing(bars.silent):
-        for _ in bars.progress("abcd", 4, "Predicting"):
-            clock.now += 40.0
-    assert capsys.readouterr().err == ""
 
 
 def trained(bar: ProgressBar, state: TrainerState, clock: SimpleNamespace, steps: int, seconds: float) -> None:

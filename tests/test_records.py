@@ -154,11 +154,6 @@ def test_edited_plans(damage: Any, tmp_path: Path) -> None:
     assert f"{path} does not have the expected content" in message(error)
 
 
-def test_missing_plan(tmp_path: Path) -> None:
-    with pytest.raises(LightPeftError, match=r"plan\.json does not exist"):
-        PrunePlan.load(tmp_path / "plan.json")
-
-
 BOMB = "0-99999999999"
 
 
@@ -184,12 +179,3 @@ def test_ranges_that_would_not_fit_into_memory(place: str, tmp_path: Path) -> No
     tracemalloc.stop()
     assert ("below" in message(error)) != (place == "specs")
     assert ("heads and neurons" in message(error)) == (place == "specs")
-
-
-def test_writing_where_nothing_can_be_written(record: EstimationRecord, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(LightPeftError) as error:
-            record.save(folder)
-        assert f"cannot write {folder}" in message(error)
-    assert (tmp_path / "file").read_text() == "mine" and os.listdir(tmp_path) == ["file"]

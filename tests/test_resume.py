@@ -95,7 +95,7 @@ def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
 
 @pytest.mark.parametrize("method", ["plain", "full"])
 def test_plain_lora_and_full_fine_tuning_go_on_too(bench: Workbench, method: str) -> None:
-    settings = {**SETTINGS, "training.full_learning_rate": 1e-3}
+    settings = {**SETTINGS, "training.learning_rate": 1e-3}
     whole = bench.yaml(f"{method}_whole", method=method, **settings)
     assert lightpeft("run", "--config", whole) == 0
     file = bench.yaml(f"{method}_killed", method=method, **settings)
@@ -157,6 +157,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "state, no number": ("trainer_state.json", saying(epoch=float("nan")), "epoch is nan"),
     "state, no rows": ("trainer_state.json", saying(train_batch_size="x"), "train_batch_size is 'x'"),
     "state, no log": ("trainer_state.json", saying(log_history=[5]), "an entry of log_history is no table"),
+    "state, no callback": ("trainer_state.json", saying(stateful_callbacks={"X": 5}), "a callback is no table"),
+    "scaler, garbage": ("scaler.pt", lambda path: path.write_bytes(b"x" * 99), "its state of the gradient scaler"),
     "state, more": ("trainer_state.json", saying(zz=1), "unexpected keyword argument"),
 }
 """Name -> file of a checkpoint, what happens to it, and a part of the line."""

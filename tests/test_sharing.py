@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -18,8 +17,7 @@ from tiny import DROPPED, make, refusal
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from workbench import Workbench, lightpeft
 
-from lightpeft import LightModel, full_width, load_light, load_merged, push_to_hub, run, save_merged
-from lightpeft.app.folders.opening import find_model
+from lightpeft import LightModel, load_light, load_merged, push_to_hub, run, save_merged
 from lightpeft.errors import LightPeftError
 from lightpeft.models import hub as reaching
 
@@ -145,32 +143,6 @@ def test_what_cannot_be_had(
         assert errors.count("\n") == 1 and "no such repository on the hub" in errors, errors
 
 
-def test_without_a_network(hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add("me/light", home / "light")
-    first = logits(load_light("me/light"))
-    asked = len(hub.asked)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert logits(load_light("me/light")).equal(first)
-    assert refusal(lambda: load_light("me/other")) == (
-        "there is no folder me/other here, and me/other is not in the hub's cache, and the hub was not reached"
-    )
-    (adapter,) = (tmp_path / "cache").rglob("snapshots/*/adapter_model.safetensors")
-    adapter.unlink()
-    said = refusal(lambda: load_light("me/light"))
-    assert said.startswith("me/light cannot be had from the hub: ") and "\n" not in said
-    assert len(hub.asked) == asked
-
-
-def test_pickled_weights_stay_where_they_are(hub: LocalHub, home: Path, tmp_path: Path) -> None:
-    """Not even downloaded, unless allowed."""
-    full_width(load_light(home / "light")).save_pretrained(tmp_path / "wide")
-    (tmp_path / "wide" / "adapter_model.safetensors").rename(tmp_path / "wide" / "adapter_model.bin")
-    hub.add("me/wide", tmp_path / "wide")
-    said = refusal(lambda: find_model("me/wide", base=str(home / "base")))
-    assert "adapter_model.safetensors is missing" in said
-    assert "adapter_model.bin" not in hub.downloads()
-
-
 # -- the command line --------------------------------------------------------------------------------------------
 
 
@@ -199,21 +171,6 @@ def test_verbs_take_names(hub: LocalHub, bench: Workbench, capsys: pytest.Captur
     rows = ("--data.test", bench.test, "--data.train", bench.train)
     assert lightpeft("evaluate", "me/adapter", *rows, "--compare", "me/merged@main") == 0
     assert "me/merged@main" in capsys.readouterr().out
-
-
-def test_a_peft_adapter_by_its_name(hub: LocalHub, bench: Workbench) -> None:
-    hub.add("me/wide", bench.folder / "peft")
-    found = find_model("me/wide")
-    assert (found.form, found.name) == ("PEFT adapter", "me/wide")
-    assert hub.downloads() == {"adapter_config.json", "adapter_model.safetensors"}
-
-
-def test_a_model_in_a_revision(hub: LocalHub, bench: Workbench) -> None:
-    """What has no form of lightpeft's is transformers' to load."""
-    hub.add("me/base", bench.base, branch="v1")
-    hub.repositories["me/base"].commit({"config.json": b"{}"}, "main")
-    found = find_model("me/base@v1")
-    assert found.form == "model" and found.config.model_type == "bert"
 
 
 # -- to the hub --------------------------------------------------------------------------------------------------
@@ -251,16 +208,6 @@ def test_weights_of_before_go(owner: LocalHub, home: Path) -> None:
     assert owner.files("me/merged").keys() == expected
     push_to_hub(home / "light", "me/merged")
     assert owner.files("me/merged").keys() == expected | LIGHT_FILES, "an adapter leaves what is there"
-
-
-def test_the_licence_of_a_base_on_the_hub(owner: LocalHub, home: Path, tmp_path: Path) -> None:
-    base = shutil.copytree(home / "base", tmp_path / "licensed")
-    (base / "README.md").write_text("---\nlicense: mit\n---\n")
-    owner.add("someone/base", base)
-    light = light_over(classifier(Path("someone/base")))
-    light.push_to_hub("me/light")
-    data: Any = ModelCard(owner.files("me/light")["README.md"].decode()).data
-    assert (data.license, data.base_model, data.base_model_relation) == ("mit", "someone/base", "adapter")
 
 
 def test_what_is_not_sent(hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import first_runs
 import pytest
 import short_runs
 import workbench
@@ -16,8 +15,8 @@ def test_cells_of_both_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """The command of README says nothing of budget and length; a fixed budget trains to its end."""
     monkeypatch.setattr(workbench, "POSITIONS", 128)
     base, out = workbench.save_base(tmp_path / "base"), tmp_path / "out"
-    rated = [(name, labelled(400, seed=number)) for number, name in enumerate(first_runs.SOURCES)]
-    monkeypatch.setattr(first_runs, "ratings", lambda: iter(rated))
+    rated = [(name, labelled(400, seed=number)) for number, name in enumerate(short_runs.SOURCES)]
+    monkeypatch.setattr(short_runs, "ratings", lambda: iter(rated))
     cells = {
         "budgets": [Cell("budgets", "movies", 64, "light", 0.4), Cell("budgets", "movies", 64, "plain")],
         "first": [Cell("first", "movies", 280, "light"), Cell("first", "banking77", 300, "light")],
@@ -39,3 +38,13 @@ def test_cells_of_both_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_cells_have_names_of_their_own(question: str) -> None:
     cells = [*short_runs.QUESTIONS[question]()]
     assert len({cell.name for cell in cells}) == len(cells)
+
+
+def test_near_neutral_ratings_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "rated.txt").write_text('1\t0.24\t"nothing\n2\t0.25\tfine\n3\t-3.9\tbad', encoding="utf-8")
+    assert [row["label"] for row in short_runs.rated_rows(tmp_path / "rated.txt")] == ["positive", "negative"]
+
+
+def test_the_task_with_eight_classes_has_rows_of_every_source() -> None:
+    rows = short_runs.eight({name: labelled(60, seed=number) for number, name in enumerate(short_runs.SOURCES)})
+    assert len(rows) == 4 * 60 and len({row["label"] for row in rows}) == 8

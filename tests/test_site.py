@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from documents import blocks
+from lanes import telling
 
 import lightpeft
 from lightpeft.errors import LightPeftError
@@ -49,6 +50,11 @@ def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), f"{page.name} links to {path}"
         assert not anchor or anchor in anchors(target), f"{page.name} links to {path}#{anchor}"
+
+
+def test_the_page_of_settings_is_what_the_classes_say() -> None:
+    """In a process of its own, since tests change some defaults."""
+    assert subprocess.run([sys.executable, ROOT / "docs" / "make_settings.py", "--check"]).returncode == 0, "make docs"
 
 
 def test_every_page_has_a_place_on_the_site() -> None:
@@ -192,7 +198,7 @@ WIDER = "return document.documentElement.scrollWidth - document.documentElement.
 PAPER = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@telling("scheme", ["light", "dark"], {"light"})
 def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
     """Nothing goes wrong, nothing is wider than a window, and colours are those that the reader's system asks for."""
     wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
@@ -206,21 +212,3 @@ def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
             assert all(loaded.startswith(address) for loaded in browser.execute_script(LOADED))
             assert (sum(browser.execute_script(PAPER)) > 3 * 128) == (scheme == "light")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-
-
-FOUND = """
-const inner = [...document.querySelectorAll("*")].filter(each => each.shadowRoot);
-return inner.flatMap(each => [...each.shadowRoot.querySelectorAll("a")].map(link => link.href));
-"""
-
-
-def test_a_word_is_found(browser: Any, address: str) -> None:
-    support = pytest.importorskip("selenium.webdriver.support.ui")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    window = {"width": WIDTHS[-1], "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", window)
-    browser.get(f"{address}/docs/start.html")
-    browser.find_element("css selector", ".md-search__button").click()
-    webdriver.ActionChains(browser).pause(0.5).send_keys("neurons_scope").perform()
-    found = support.WebDriverWait(browser, 20).until(lambda window: window.execute_script(FOUND))
-    assert any(link.startswith(f"{address}/docs/api/config.html") for link in found), found

@@ -49,14 +49,6 @@ def test_bit_equal(name: str, tmp_path: Path) -> None:
     assert_same(load_light(tmp_path / "light", low_memory=True), load_light(tmp_path / "light"))
 
 
-def test_in_another_dtype_to_train_on(tmp_path: Path) -> None:
-    saved(tmp_path, "llama-gqa", **SHARDS)
-    options: dict[str, Any] = {"dtype": "bfloat16", "is_trainable": True, "attention": "eager", "device": "cpu"}
-    loaded = load_light(tmp_path / "light", tmp_path / "base", low_memory=True, **options)
-    assert_same(loaded, load_light(tmp_path / "light", tmp_path / "base", **options))
-    assert transformers_model(loaded).dtype == torch.bfloat16 and any(p.requires_grad for p in loaded.parameters())
-
-
 def save_without_head(name: str, home: Path) -> None:
     """A base without a head in home/base, and in home/light an adapter over it that was trained with one."""
     model = make(name)
@@ -82,18 +74,6 @@ def test_a_base_without_its_head(name: str, tmp_path: Path) -> None:
         loaded.append(load_light(tmp_path / "light", low_memory=low_memory))
     assert logits(loaded[0]).shape[-1] == 3
     assert_same(*loaded)
-
-
-def test_old_names_of_weights(tmp_path: Path) -> None:
-    saved(tmp_path, "bert")
-    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
-
-    def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        ends = {name: next((new for new in old if name.endswith(new)), "") for name in weights}
-        return {name.removesuffix(end) + old.get(end, ""): weights[name] for name, end in ends.items()}
-
-    edit_weights(tmp_path / "base", rename)
-    assert_same(load_light(tmp_path / "light", low_memory=True), load_light(tmp_path / "light"))
 
 
 def test_weights_that_transformers_splits_while_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,13 +198,6 @@ def test_a_projection_without_weights(lost: str, tmp_path: Path, monkeypatch: py
     edit_weights(tmp_path / "base", lambda weights: {k: v for k, v in weights.items() if k != f"{name}.{lost}"})
     text = refused(tmp_path / "light")
     assert f"no weights of {name}" in text and "without low_memory" in text
-
-
-def test_a_model_in_memory_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, "bert")
-    base = type(make("bert")).from_pretrained(tmp_path / "base")
-    assert "base= is a model in memory: load without low_memory" in refused(tmp_path / "light", base)
-    assert load_light(tmp_path / "light", base).light_plan
 
 
 def test_quantised_bases_and_gguf_files_are_refused(tmp_path: Path) -> None:

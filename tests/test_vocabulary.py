@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from lanes import telling
 from pieces import tokenizer_of_pieces
 from safetensors.torch import load_file, save_file
-from tiny import ALL, maker, plan_for, refusal, relative_difference, with_lora
+from tiny import ALL, maker, refusal, relative_difference, with_lora
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -36,7 +36,6 @@ from workbench import (
 )
 
 from lightpeft import (
-    EarlyPruner,
     LightConfig,
     LightTrainer,
     cut_vocabulary,
@@ -44,7 +43,6 @@ from lightpeft import (
     light_tokenizer,
     load_light,
     load_merged,
-    save_gguf,
     save_merged,
 )
 from lightpeft.app.folders.opening import find_model
@@ -53,7 +51,6 @@ from lightpeft.app.tasks import coverage
 from lightpeft.files import file_checksum
 from lightpeft.models.vocabulary import (
     Vocabulary,
-    config_tokens,
     cut_model,
     cut_parameters,
     cut_tokenizer,
@@ -276,17 +273,6 @@ def test_words_without_parts_are_refused() -> None:
     assert "leave light.vocabulary at keep" in reason
 
 
-def test_a_slow_tokenizer_is_refused() -> None:
-    assert "is no fast tokenizer" in refusal(lambda: kept_tokens(hf.ByT5Tokenizer(), [5]))
-
-
-def test_another_tokenizer_is_refused() -> None:
-    _, vocabulary = smaller("bytes")
-    assert "is not the tokenizer whose tokens were chosen" in refusal(
-        lambda: cut_tokenizer(tokenizer_of("unigram"), vocabulary)
-    )
-
-
 def test_another_size_and_another_cut_are_refused() -> None:
     model, (_, vocabulary) = family("bert"), smaller("wordpiece")
     assert "chosen among 9,000".replace(",", "") in refusal(lambda: cut_model(model, Vocabulary((0, 1), 9000)))
@@ -305,36 +291,20 @@ def test_positions_that_are_counted_from_a_token_that_moves_are_refused() -> Non
     assert model.config.pad_token_id == 9 and len(model.get_input_embeddings().weight) == model.config.vocab_size
 
 
-def test_a_generation_config_about_tokens_is_refused() -> None:
-    model, (_, vocabulary) = family("llama"), smaller("bytes")
-    model.generation_config.bad_words_ids = [[5]]
-    assert "has bad_words_ids, which are about tokens" in refusal(lambda: cut_model(model, vocabulary))
-
-
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 FAMILIES: dict[str, tuple[str, Any]] = {
     "bert": ("wordpiece", ALL["bert"]),
     "bert-masked": ("wordpiece", maker("BertConfig", "BertForMaskedLM", SIZES)),
-    "electra": ("wordpiece", ALL["electra"]),
     "roberta": ("roberta", ALL["roberta"]),
-    "roberta-masked": ("roberta", maker("RobertaConfig", "RobertaForMaskedLM", SIZES)),
     "llama": ("bytes", ALL["llama-gqa"]),
     "llama-tied": ("ending", ALL["llama-tied"]),
-    "llama-classifier": ("ending", ALL["llama-classifier"]),
     "llama-pieces": ("pieces", ALL["llama-gqa"]),
-    "gemma3": ("pieces", ALL["gemma3"]),
     "gpt2": ("ending", ALL["gpt2"]),
-    "gpt_neox": ("bytes", ALL["gpt_neox"]),
-    "opt": ("bytes", ALL["opt"]),
-    "modernbert": ("ending", ALL["modernbert"]),
     "xlm-roberta": ("unigram", ALL["xlm-roberta"]),
-    "deberta-v2": ("unigram", ALL["deberta-v2"]),
     "t5": ("t5", ALL["t5"]),
-    "t5-untied": ("t5", ALL["t5-untied"]),
     "bart": ("ending-around", ALL["bart"]),
-    "mbart": ("unigram", ALL["mbart"]),
 }
 """Tokenizer of a family, and its models."""
 every_family = telling("name", FAMILIES, {"bert", "roberta", "llama-tied", "llama-pieces", "xlm-roberta", "t5", "bart"})
@@ -434,14 +404,6 @@ def test_generation_writes_and_ends_with_the_new_ids() -> None:
     assert written.max() < len(vocabulary)
 
 
-def test_where_all_tokens_are_needed_nothing_goes() -> None:
-    whole, model = tokenizer_of("bytes"), family("llama", vocab_size=len(tokenizer_of("bytes")))
-    before = outputs(model, whole)
-    small = cut_vocabulary(model, whole, [range(len(whole))])
-    assert outputs(model, small).equal(before) and cut_parameters(model) == 0
-    assert len(small) == len(vocabulary_of(model) or ()) == len(whole)
-
-
 # -- light models ------------------------------------------------------------------------------------------------------
 
 
@@ -476,28 +438,6 @@ def test_a_light_adapter_brings_them_back(base: Path, name: str, low_memory: boo
     assert not embeddings
     size = (tmp_path / "light" / VOCABULARY_FILE).stat().st_size
     assert size < 250 + light.light_plan.base_parameters / 8
-
-
-def test_saving_over_one_with_all_tokens(base: Path, tmp_path: Path) -> None:
-    light, _ = light_over_fewer(base)
-    light.save_pretrained(tmp_path / "light")
-    assert (tmp_path / "light" / VOCABULARY_FILE).is_file()
-    assert "is asked with a tokenizer of these" in (tmp_path / "light" / "README.md").read_text()
-    light_over(type(family("llama-tied")).from_pretrained(base)).save_pretrained(tmp_path / "light")
-    assert not (tmp_path / "light" / VOCABULARY_FILE).exists()
-    assert len(light_tokenizer(tmp_path / "light")) == len(tokenizer_of("ending"))
-
-
-def test_peft_alone_refuses_it(base: Path, tmp_path: Path) -> None:
-    """Also where no unit is cut: the base has other tokens."""
-    model = type(family("llama-tied")).from_pretrained(base)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    cut_vocabulary(model, tokenizer, ids_of(tokenizer, FEW))
-    light = light_over(model, heads=0.0, neurons=0.0, modules=0.0, ranks=0.0)
-    assert not light.light_plan.removed_parameters
-    light.save_pretrained(tmp_path / "light")
-    with pytest.raises((KeyError, ValueError)):
-        hf.AutoModelForCausalLM.from_pretrained(tmp_path / "light")
 
 
 def test_another_base_or_damage_is_refused(base: Path, tmp_path: Path) -> None:
@@ -549,12 +489,6 @@ def test_merged_it_needs_no_base(given: bool, base: Path, tmp_path: Path) -> Non
     assert loaded.config.vocab_size == len(small) == len(loaded.get_input_embeddings().weight)
 
 
-def test_llama_cpp_takes_it(base: Path, tmp_path: Path) -> None:
-    light, small = light_over_fewer(base)
-    written = save_gguf(light, tmp_path / "served", small)
-    assert written.agreement is not None and written.agreement.same
-
-
 def test_at_full_width_it_is_over_the_base_with_all_tokens(base: Path, tmp_path: Path) -> None:
     light, _ = light_over_fewer(base)
     light.save_pretrained(tmp_path / "light")
@@ -568,15 +502,6 @@ def test_at_full_width_it_is_over_the_base_with_all_tokens(base: Path, tmp_path:
 
 
 # -- live models -------------------------------------------------------------------------------------------------------
-
-
-def test_a_live_model_that_is_to_be_cut_and_is_not(base: Path, tmp_path: Path) -> None:
-    model = with_lora(family("llama-tied"))
-    reason = refusal(lambda: EarlyPruner(model, LightConfig(vocabulary="task")))
-    assert "tokenizer = cut_vocabulary(model, tokenizer, encoded rows)" in reason
-    args = hf.TrainingArguments(str(tmp_path / "out"), report_to="none")
-    reason = refusal(lambda: LightTrainer(model, args, train_dataset=[], light=LightConfig(vocabulary="task")))
-    assert "cut_vocabulary" in reason
 
 
 def test_a_live_model_is_cut_by_hand(base: Path, tmp_path: Path) -> None:
@@ -682,40 +607,6 @@ def test_its_result_is_asked_with_its_own_tokenizer(
     assert lightpeft("inspect", bench.folder / "run") == 0 and f"{kept} of {size}" in capsys.readouterr().out
 
 
-def test_plain_runs_have_all_tokens(bench: Workbench) -> None:
-    result = pipeline.run(bench.config("plain", method="plain", **{"light.vocabulary": "task"}))
-    assert "vocabulary" not in result
-
-
-def test_a_decoder_that_answers_by_likelihood(tmp_path: Path) -> None:
-    """Options are tokens of the task as well, right or wrong."""
-    bench = Workbench(tmp_path, "llama")
-    tokenizer = of_bytes()
-    tokenizer.model_max_length = 40
-    bench.base = save_base(tmp_path / "bytes", "llama", tokenizer=tokenizer)
-    changes = {"light.vocabulary": "task", "data.answer": "likelihood"}
-    result = pipeline.run(bench.config("run", **changes))
-    assert result["vocabulary"]["tokens"] < result["vocabulary"]["of"]
-    small, whole = light_tokenizer(bench.folder / "run" / "adapter"), tokenizer
-    words = " positive", " negative", "Answer:"
-    assert [small.tokenize(word) for word in words] == [whole.tokenize(word) for word in words]
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"light.vocabulary": "tasks"}, "vocabulary"),
-        ({"light.vocabulary": "task", "light.keep": "full"}, "set vocabulary: keep or keep: light"),
-    ],
-)
-def test_bad_settings(
-    bench: Workbench, changes: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert lightpeft("run", "--config", bench.yaml("bad", **changes)) == 2
-    errors = capsys.readouterr().err
-    assert reason in " ".join(errors.split()) and not (bench.folder / "bad").exists()
-
-
 # -- real ones ---------------------------------------------------------------------------------------------------------
 
 
@@ -741,16 +632,3 @@ def test_coverage_counts_rows_that_are_alike() -> None:
     small = Dataset.from_dict({"input_ids": [[0, 1], [0, 1, 1, 1], [1]]})
     found = coverage(whole, small, (5, 7))
     assert (found.before, found.after, found.identical) == (2.0, 7 / 3, 2 / 3)
-
-
-def test_tokens_that_a_config_names() -> None:
-    config = family("bart").config
-    names = ("pad", "bos", "eos", "decoder_start")
-    assert {getattr(config, f"{name}_token_id") for name in names} <= config_tokens(config)
-
-
-def test_plans_are_for_what_is_left(base: Path) -> None:
-    model = type(family("llama-tied")).from_pretrained(base)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    cut_vocabulary(model, tokenizer, ids_of(tokenizer, FEW))
-    assert plan_for(with_lora(model)).base_parameters == count_parameters(model).base

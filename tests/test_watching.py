@@ -15,9 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from workbench import Workbench, lightpeft, read
 
-from lightpeft import load_light
 from lightpeft.app.evaluation.milestones import (
-    MILESTONES,
     MOST_ROWS,
     MOST_WRITTEN,
     Watcher,
@@ -25,7 +23,6 @@ from lightpeft.app.evaluation.milestones import (
     constant_score,
     course,
     doubts,
-    doubts_of_run,
     notices,
     sample,
 )
@@ -37,15 +34,12 @@ from lightpeft.app.tasks import (
     CausalLMTask,
     ClassificationTask,
     GenerationTask,
-    MultipleChoiceTask,
     Outcome,
     RegressionTask,
-    Respondent,
     Task,
 )
 from lightpeft.app.tasks.answers import Answers
 from lightpeft.config import DataConfig
-from lightpeft.errors import LightPeftError
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
 
@@ -154,11 +148,6 @@ class TestDoubts:
         (line,) = told(Answers([value + 50 for value in right], right), task)
         assert " is worse than the 133.2500 of always answering the mean, 19.5; " in line
 
-    def test_options_have_no_names(self) -> None:
-        task = task_of(MultipleChoiceTask)
-        (line,) = told(Answers([0, 1, 2] * 10, [1, 2, 1] * 10), task)
-        assert "always answering option 2; " in line
-
     def test_language_modelling_and_single_rows_tell_nothing(self) -> None:
         assert told(Answers([(1.0, 2.0, 3.0)] * 3, [None] * 3), task_of(CausalLMTask)) == []
         assert told(classes(0, 1), CLASSES) == []
@@ -167,51 +156,6 @@ class TestDoubts:
 def watcher(**answers: Answers) -> Watcher:
     outcomes = {moment: Outcome(of_then) for moment, of_then in answers.items()}
     return Watcher(CLASSES, Dataset.from_dict({}), 100, lambda model: pytest.fail("asked"), outcomes)
-
-
-class TestDoubtsOfRun:
-    def test_worse_than_the_untouched_base(self) -> None:
-        before, after = classes(80, 20), classes(60, 40)
-        (line,) = doubts_of_run(watcher(untouched_base=before, in_the_end=after), {})
-        assert line.startswith("accuracy 0.6000 on 100 test rows is worse than the untouched base's 0.8000 (p = ")
-        assert line.endswith("; train at a lower learning rate, or cut less (light.blocks)")
-        assert list(doubts_of_run(watcher(untouched_base=after, in_the_end=before), {})) == []
-        assert list(doubts_of_run(watcher(untouched_base=before, in_the_end=classes(78, 22)), {})) == []  # by chance
-
-    @pytest.mark.parametrize(
-        ("losses", "accuracies", "said"),
-        [
-            ((0.5, 0.7, 0.6), (0.8, 0.7), True),
-            ((0.5, 0.7, 0.6), (0.8, 0.8), True),
-            ((0.5, 0.7, 0.6), (0.8, 0.9), False),  # surer of fewer mistakes
-            ((0.5, 0.7, 0.51), (0.8, 0.7), False),  # brought back
-            ((0.5, 0.51, 0.7), (0.8, 0.7), False),  # not by the cut
-        ],
-    )
-    def test_a_loss_that_the_cut_raised(
-        self, losses: tuple[float, ...], accuracies: tuple[float, float], said: bool
-    ) -> None:
-        before, after = accuracies
-        moments = zip(("after_estimation", "after_the_cut", "in_the_end"), losses, (before, after, after), strict=True)
-        milestones = {name: {"accuracy": accuracy, "loss": loss} for name, loss, accuracy in moments}
-        lines = list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones))
-        assert len(lines) == said
-        if said:
-            assert (
-                "the cut raised the loss on 100 test rows from 0.5000 to 0.7000, and training left it at 0.6000; "
-                in lines[0]
-            )
-
-    def test_a_loss_that_fewer_modules_raised(self) -> None:
-        losses = {"after_estimation": 0.5, "after_cutting_modules": 0.7, "in_the_end": 0.6}
-        milestones = {name: {"accuracy": 0.8, "loss": loss} for name, loss in losses.items()}
-        (line,) = doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)
-        assert line.startswith("the cut of PEFT modules raised the loss on 100 test rows from 0.5000 to 0.7000")
-        assert "light.modules" in line and "light.blocks" not in line
-
-    def test_texts_have_no_loss(self) -> None:
-        milestones = {name: {"f1": 0.5} for name in MILESTONES}
-        assert list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)) == []
 
 
 class TestCourse:
@@ -229,17 +173,6 @@ class TestCourse:
         answers = classes(80, 20)
         found = notices(watcher(in_the_end=answers), [entry], answers, bootstrap_intervals(answers, *CLASSES.measures))
         assert found["warnings"] == (["of the cut"] if entry.get("warnings") == ["of the cut"] else [])
-
-    def test_what_cannot_be_measured_is_a_warning(self) -> None:
-        def ask(model: nn.Module) -> Respondent:
-            raise LightPeftError("the model's answers to 1 of 9 rows are NaN or infinite (row 2)")
-
-        watching = Watcher(CLASSES, Dataset.from_dict({}), 9, ask)
-        watching.look("after_the_cut", nn.Identity())
-        answers = classes(80, 20)
-        found = notices(watching, [], answers, bootstrap_intervals(answers, *CLASSES.measures))
-        assert found["milestones"] == {"examples": 9, "metrics": {}}
-        assert found["warnings"] == ["after the cut: the model's answers to 1 of 9 rows are NaN or infinite (row 2)"]
 
 
 # -- runs ----------------------------------------------------------------------------------------------------------
@@ -277,19 +210,6 @@ def test_every_number_is_that_of_the_model_then(bench: Workbench) -> None:
     assert found["after_estimation"]["loss"] == pytest.approx(before.scores["loss"].mean())
 
 
-def test_a_sample_of_many_rows(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightpeft.app.evaluation.milestones.MOST_ROWS", 10)
-    pipeline.run(bench.config("few", **FEW))
-    report = read(bench.folder / "few" / "metrics.json")
-    assert report["milestones"]["examples"] == 10
-    work = pipeline.prepare(bench.config("few", **FEW))
-    chosen = work.test_rows.select(sorted(torch.randperm(40, generator=torch.Generator().manual_seed(0))[:10].tolist()))
-    respondent = work.asking(load_light(bench.folder / "few" / "adapter", bench.base))
-    losses = work.task.answer(respondent, chosen).answers.scores["loss"]
-    assert report["milestones"]["metrics"]["in_the_end"]["loss"] == pytest.approx(losses.mean())
-    assert report["metrics"]["examples"] == 40
-
-
 def test_watching_changes_nothing(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for name in ("watched", "unwatched"):
@@ -315,12 +235,6 @@ def test_a_base_that_can_answer_is_asked(llama: Workbench, method: str) -> None:
     assert found["in_the_end"]["loss"] < found["untouched_base"]["loss"]
 
 
-@pytest.mark.parametrize("method", ["plain", "full"])
-def test_other_methods_have_fewer_moments(bench: Workbench, method: str) -> None:
-    pipeline.run(bench.config(method, method=method))
-    assert list(milestones(bench.folder / method)) == ["constant_answer", "in_the_end"]
-
-
 def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     bench: Workbench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,26 +255,6 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     assert (told["steps"], told["planned_steps"]) == (12, 6)
     meta = EstimationRecord.load(bench.folder / "longer" / "estimation").meta
     assert told["learned"] == meta["learned"] is not None
-
-
-def test_what_a_cut_means_for_a_model_that_writes_is_said(
-    llama: Workbench, bench: Workbench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Without a preset nothing goes; what is cut all the same, and not to be served whole, loses much."""
-    loses = "a model that writes loses far more by a cut than one that classifies; preset: writer cuts nothing"
-    keeps = "nothing of the base goes (preset: writer): a model that writes uses all of itself"
-    whole = {"light.heads": 0.0, "light.modules": 0.0, "light.ranks": 0.0, "light.blocks": 0.0}
-    for name, changes, said in (
-        ("small", {"light.blocks": 0.5}, loses),
-        ("small_and_whole", {"light.blocks": 0.5, "light.keep": "both"}, None),
-        ("whole", whole, keeps),
-    ):
-        assert lightpeft("run", "--config", llama.yaml(name, **FEW, **changes)) == 0
-        err = capsys.readouterr().err
-        assert (said is None or said in err) and all(other == said or other not in err for other in (loses, keeps))
-    assert lightpeft("run", "--config", bench.yaml("classifies", **FEW)) == 0
-    err = capsys.readouterr().err
-    assert loses not in err and keeps not in err
 
 
 def flat(model: nn.Module) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from types import MethodType
 from typing import Any
 
 import peft
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 
 from lightpeft.compat.missing import missing, needed_for
 
@@ -71,7 +69,6 @@ __all__ = [
     "forget_norms",
     "let_hooks_see",
     "names_of_experts",
-    "ranks_of_parameters",
     "register_prefix",
 ]
 
@@ -146,15 +143,3 @@ def fitting_key(keys: Collection[str], name: str) -> str:
     As in `LoraConfig.rank_pattern`.
     """
     return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), name)
-
-
-@contextmanager
-def ranks_of_parameters(config: PeftConfig) -> Iterator[None]:
-    """Inside it, PEFT makes modules without a warning that ranks (`rank_pattern`) of parameters are ignored.
-
-    They are not: it looks for the names among modules alone when it warns, and among parameters when it takes them.
-    """
-    with warnings.catch_warnings():
-        if getattr(config, "target_parameters", None):
-            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match", RuntimeWarning)
-        yield

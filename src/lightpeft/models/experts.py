@@ -8,14 +8,12 @@ channel by channel in turns.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.sharding import placed_like, whole
@@ -164,7 +162,6 @@ class ExpertLayer:
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         own = dict(self.experts.named_parameters(recurse=False))
-        # PEFT puts those that it adapts behind the others at every forward pass
         yield from ((name, own[name]) for name in _CHANNELS if name in own)
 
     def _of_router(self) -> Iterator[tuple[str, Tensor]]:
@@ -204,39 +201,3 @@ def gather(weights: Tensor, index: Tensor, dim: int) -> Tensor:
     sizes = list(weights.shape)
     sizes[dim] = index.shape[1]
     return weights.gather(dim, index.view(shape).expand(sizes))
-
-
-@dataclass(frozen=True)
-class ExpertRows:
-    """What the matrices of one parameter make of what they are given: rows, sorted by expert."""
-
-    states: Tensor
-    """[rows, in]."""
-    product: Tensor
-    """[rows, out], of the parameter as it is, PEFT on it included."""
-    counts: list[int]
-    """How many rows each expert has."""
-    order: Tensor
-    """Where each row is when tokens come one after the other, each with all of its experts: [rows]."""
-    per_token: int
-
-    def of_tokens(self, rows: Tensor) -> Tensor:
-        """[rows, width] -> [tokens, experts of each * width]."""
-        return rows[self.order.argsort()].view(len(rows) // self.per_token, -1)
-
-
-_WATCHERS = "light_watchers"
-
-
-def watch(experts: nn.Module, name: str, watcher: Callable[[ExpertRows], None]) -> RemovableHandle:
-    """Have what a parameter of experts computes shown, in passes in which the experts run one after the other."""
-    watchers = vars(experts).setdefault(_WATCHERS, {}).setdefault(name, OrderedDict())
-    handle = RemovableHandle(watchers)
-    watchers[handle.id] = watcher
-    return handle
-
-
-def show(experts: nn.Module, name: str, rows: ExpertRows) -> None:
-    """Show whoever watches a parameter of experts what it computes."""
-    for watcher in vars(experts).get(_WATCHERS, {}).get(name, {}).values():
-        watcher(rows)

@@ -14,7 +14,7 @@ from lightpeft.files.foreign import parsing
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.kinds import Place, kind_named
-from lightpeft.peft_kinds.sites import leave_routers
+from lightpeft.peft_kinds.sites import leave_experts
 from lightpeft.plans.structure import BlockSpec
 
 
@@ -36,7 +36,7 @@ def add_peft(loaded: LoadedModel, config: RunConfig) -> PeftModel:
     with parsing(f"PEFT cannot put {kind.title} on {loaded.model.config.model_type}"):
         model = get_peft_model(loaded.model, made)
     if config.way.prunes:
-        leave_routers(model, blocks)
+        leave_experts(model, blocks)
     return model
 
 
@@ -49,7 +49,7 @@ def _place(blocks: Sequence[BlockSpec], config: RunConfig, model_type: str) -> P
 
 def _check_targets(model: PreTrainedModel, targets: Any, blocks: Sequence[BlockSpec]) -> None:
     """Refuse names of target modules of which none is there."""
-    if not targets or isinstance(targets, str):  # none: there may be parameters instead
+    if not targets or isinstance(targets, str):
         return
     ends = tuple(f".{name}" for name in targets)
     names = sorted({name.rpartition(".")[2] for name in blocks[0].projections.values()})

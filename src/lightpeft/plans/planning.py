@@ -19,7 +19,7 @@ from lightpeft.config.light import Scope
 from lightpeft.errors import LightPeftError, require
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters, removed_parameters
 from lightpeft.plans.selection import Layer, Order, going, keep, keep_part, part_of, total, weakest_first, without
-from lightpeft.plans.structure import EXPERT_SLOTS, FFN_SLOTS, MASKED, BlockSpec, MaskedUnit, SiteSpec
+from lightpeft.plans.structure import FFN_SLOTS, MASKED, BlockSpec, MaskedUnit, SiteSpec
 
 EXPERT_MULTIPLE = 8
 """Widths of experts are multiples of it: grouped matrix products take rows of multiples of 16 bytes."""
@@ -343,8 +343,6 @@ def _has_layer(site: SiteSpec, blocks: list[BlockPlan]) -> bool:
     if site.block is None or site.slot is None:
         return True
     block = blocks[site.block]
-    if site.slot in EXPERT_SLOTS:
-        return bool(block.experts)
     return bool(block.neurons if site.slot in FFN_SLOTS else block.heads)
 
 

@@ -26,11 +26,6 @@ OUTPUT_SLOTS = ("o", "ffn_out")
 FFN_SLOTS = ("ffn_in", "ffn_gate", "ffn_gate_in", "ffn_out")
 """Projections of the FFN, whose units are neurons; those of all others are heads."""
 
-EXPERT_SLOTS = {"experts_gate_in": "gate_up_proj", "experts_out": "down_proj"}
-"""What PEFT can sit on in routed experts, in the order it is used: slot -> 3-D parameter of their module."""
-SITE_SLOTS = (*SLOTS, *EXPERT_SLOTS)
-"""All slots that a PEFT module may sit in."""
-
 
 def role_named(name: str) -> Role | None:
     """The role of that name; None: there is none."""

@@ -393,7 +393,7 @@ def _matrices(site: Site) -> Facts:
     """A and B of a PEFT module; of a kind that has none, ranks are all alike."""
     if site.down is None or site.up is None:
         return {"down": torch.ones(site.spec.rank, 1), "up": torch.ones(1, site.spec.rank)}
-    return {"down": site.by_rank_down(whole(site.down)), "up": site.by_rank_up(whole(site.up))}
+    return {"down": whole(site.down), "up": whole(site.up)}
 
 
 def _processes() -> int:

@@ -153,18 +153,16 @@ class RankObserver:
         self._handles: list[RemovableHandle] = []
         self._terms: list[Tensor | None] = [None] * (2 * len(self.sites))
         for index, site in enumerate(self.sites):
-            self._watch(index, site.down, site.by_rank_down, dim=1)
-            self._watch(len(self.sites) + index, site.up, site.by_rank_up, dim=0)
+            self._watch(index, site.down, dim=1)
+            self._watch(len(self.sites) + index, site.up, dim=0)
 
-    def _watch(
-        self, position: int, parameter: nn.Parameter | None, by_rank: Callable[[Tensor], Tensor], dim: int
-    ) -> None:
+    def _watch(self, position: int, parameter: nn.Parameter | None, dim: int) -> None:
         if parameter is None:
             return
 
         @torch.no_grad()
         def hook(gradient: Tensor) -> None:
-            terms = scoring.rank_taylor_terms(by_rank(parameter.detach()), by_rank(gradient), dim)
+            terms = scoring.rank_taylor_terms(parameter.detach(), gradient, dim)
             before = self._terms[position]
             self._terms[position] = terms if before is None else before + terms
 

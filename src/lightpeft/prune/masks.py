@@ -194,7 +194,7 @@ class _Scaler:
     The backward pass needs that input twice: unscaled for the gradient of the mask, and scaled for that of a LoRA
     module. Neither is kept: they are computed again from what other operations save anyway. Of attention that is its
     output; of the FFN what its activation function takes, provided that the first call of each mode (training,
-    evaluation) has shown that this gives the same bits. `benchmarks/estimation_cost.py` measures what that saves.
+    evaluation) has shown that this gives the same bits. benchmarks/README.md says what that saves.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightpeft.compat.transformers import gated
 from lightpeft.errors import require
-from lightpeft.models.experts import ExpertLayer, ExpertRows, show
+from lightpeft.models.experts import ExpertLayer
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MaskedExperts:
         examples = self.examples(tokens)
         owners = _Owners(experts, rows * examples // tokens, examples)
         # how many rows each expert has is asked of the device once a layer, as transformers' own loop over experts does
-        routed = _Routed(experts, experts.bincount(minlength=self._layer.count).tolist(), order, index.shape[1])
+        routed = _Routed(experts, experts.bincount(minlength=self._layer.count).tolist())
         hidden = self._linear("gate_up_proj", states[rows], routed)
         hidden = _ScaledUnits.apply(gated(self._layer.experts, hidden), self._neurons, owners, self._neurons.values)
         output = self._linear("down_proj", hidden, routed)
@@ -84,19 +84,15 @@ class MaskedExperts:
         parts = states.to(weight.dtype).split(routed.counts)
         matrices = ((part, weight[expert]) for expert, part in enumerate(parts) if len(part))
         product = torch.cat([functional.linear(part, matrix.T if transposed else matrix) for part, matrix in matrices])
-        product = product if bias is None else product + bias[routed.experts]
-        show(self._layer.experts, name, ExpertRows(states, product, routed.counts, routed.order, routed.per_token))
-        return product
+        return product if bias is None else product + bias[routed.experts]
 
 
 @dataclass(frozen=True)
 class _Routed:
-    """Rows sorted by expert: which it is, how many rows each has, and where rows are token by token."""
+    """Rows sorted by expert: which it is, and how many rows each has."""
 
     experts: Tensor
     counts: list[int]
-    order: Tensor
-    per_token: int
 
 
 @dataclass(frozen=True)

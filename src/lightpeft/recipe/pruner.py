@@ -20,7 +20,7 @@ from lightpeft.models.linears import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary import vocabulary_of
 from lightpeft.peft_kinds.kinds import kind_of
-from lightpeft.peft_kinds.sites import check_peft, leave_routers, own_adapter
+from lightpeft.peft_kinds.sites import check_peft, leave_experts, own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family
@@ -73,7 +73,7 @@ class EarlyPruner:
         ensure_family(model)
         prepare_quantised(model)
         if isinstance(model, PeftModel):
-            leave_routers(model, block_specs(transformers_model(model)))
+            leave_experts(model, block_specs(transformers_model(model)))
         check_peft(model)
         self.config = light_settings(light, model.peft_config[own_adapter(model)], model)
         check_budget(model, self.config)

@@ -36,9 +36,10 @@ from lightpeft.recipe.arguments import taken, with_dense_reference
 from lightpeft.recipe.checkpoints import LightCheckpoints
 from lightpeft.recipe.course import Course, tell_cut
 from lightpeft.recipe.depth import with_depth
+from lightpeft.recipe.naming import with_loaded_model
 from lightpeft.recipe.parallel import agreed
 from lightpeft.recipe.pruner import EarlyPruner, can_write, cut, light_settings
-from lightpeft.recipe.refusals import check_length, check_light, refuse_name, refuse_parts
+from lightpeft.recipe.refusals import check_length, check_light, refuse_parts
 from lightpeft.recipe.schedule import LightSchedule
 from lightpeft.recipe.wrapping import inner_peft_model, with_peft
 from lightpeft.training.acceleration import light_steps
@@ -98,7 +99,7 @@ class LightTraining(Training):
     ) -> None:
         args, options = taken(super().__init__, args, options)
         self.fast_steps, self.light_report = fast_steps, {}
-        refuse_name(model)
+        model, options = with_loaded_model(model, type(self), options)
         refuse_parts(model)
         if isinstance(light, LightConfig):
             light = with_depth(light, model, options)
@@ -109,7 +110,7 @@ class LightTraining(Training):
         self.light_config = light_settings(
             light, self._peft_model.peft_config[own_adapter(self._peft_model)], self._peft_model
         )
-        check_light(self, self._sharding.engine)
+        check_light(self, sharded=self._sharding.fsdp)
         self.args: TrainingArguments = copy.copy(self.args)  # the user's own stay as they are
         if self.args.fp16:
             train_in_float32(self.model)
@@ -232,7 +233,7 @@ class LightTraining(Training):
         Args:
             steps: of the whole run.
         """
-        return budget_in(self, record, steps, self._sharding.engine)
+        return budget_in(self, record, steps, sharded=self._sharding.fsdp)
 
     def announce_light_budget(self, line: str) -> None:
         """Say how far the search has come, which may take minutes. To be overridden."""

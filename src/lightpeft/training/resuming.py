@@ -100,6 +100,9 @@ def check_state(checkpoint: Path) -> None:
     require(reached, f"{file} is damaged: it is of step {shown(step)}, of {shown(steps)}; {_INSTEAD}")
     tables = all(isinstance(entry, dict) for entry in state.log_history)
     require(tables, f"{file} is damaged: an entry of log_history is no table; {_INSTEAD}")
+    callbacks = [each if isinstance(each, list) else [each] for each in state.stateful_callbacks.values()]
+    tables = all(isinstance(entry, dict) for each in callbacks for entry in each)
+    require(tables, f"{file} is damaged: the state of a callback is no table; {_INSTEAD}")
     scaler = checkpoint / SCALER_NAME
     if scaler.is_file():
         with parsing(f"{checkpoint} is damaged: its state of the gradient scaler cannot be read", _INSTEAD):

@@ -14,13 +14,13 @@ from lightpeft.app.runs.report.words import rounds
 from lightpeft.config import peft_type
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.plans.records import PrunePlan
-from lightpeft.plans.structure import SITE_SLOTS
+from lightpeft.plans.structure import SLOTS
 
 
 def plan_table(plan: PrunePlan) -> Table:
     """One row a layer: what stays of heads, neurons and PEFT modules; and the ranks of these, a column a place."""
     ranks = [plan.module_ranks(spec) for spec in plan.specs]
-    slots = [slot for slot in SITE_SLOTS if any(slot in of for of in ranks)]
+    slots = [slot for slot in SLOTS if any(slot in of for of in ranks)]
     told = [["-" if of.get(slot) == 0 else str(of.get(slot, "")) for slot in slots] for of in ranks]
     note = "\nbelow the names of projections: ranks of the PEFT modules there; -: the module goes" if slots else ""
     table = Table(
@@ -170,40 +170,6 @@ def _seconds(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: Mapping[str, Any]) -> Table:
-    """The whole comparison of two finished runs: quality, size and speed.
-
-    Args:
-        plain: metrics.json of a run with method plain.
-        light: metrics.json of a run with method light.
-        bench: bench.json.
-    """
-    kind = plain_name(plain["config"])
-    table = Table(title=f"{kind} beside lightpeft", title_justify="left")
-    for name in ("", kind, "lightpeft"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name in ("accuracy", "f1", "loss"):
-        if name in plain["metrics"]:
-            table.add_row(name, f"{plain['metrics'][name]:.4f}", f"{light['metrics'][name]:.4f}")
-    sizes = [report["parameters"] for report in (plain, light)]
-    table.add_row("base parameters", *(f"{size['base']:,}" for size in sizes))
-    table.add_row("base parameters removed", *(f"{size['base_removed_ratio']:.1%}" for size in sizes))
-    table.add_row("trainable PEFT parameters", *(f"{size['peft']:,}" for size in sizes))
-    table.add_row("trainable head parameters", *(f"{size['head']:,}" for size in sizes))
-    subjects = [bench["subjects"][name] for name in ("plain", "light")]
-    for key in ("training", "inference"):
-        values = [subject[f"{key}_samples_per_second"]["median"] for subject in subjects]
-        ratio = bench["ratios"][f"{key}_throughput"]["median"]
-        table.add_row(f"{key} samples/s", f"{values[0]:.0f}", f"{values[1]:.0f} ({ratio:.2f}x)")
-    table.add_row("peak training memory, MiB", *(f"{s['peak_memory_bytes'] / 2**20:.0f}" for s in subjects))
-    for key, name in (("weights_bytes", "weights served, MiB"), ("peak_memory_bytes", "peak inference memory, MiB")):
-        table.add_row(name, *(f"{subject['inference'][key] / 2**20:.0f}" for subject in subjects))
-    table.add_row("saved adapter, KiB", *(f"{report['adapter_bytes'] / 1024:.0f}" for report in (plain, light)))
-    times = [sum(report["seconds"].values()) for report in (plain, light)]
-    table.add_row("training time, s (estimation included)", *(f"{value:.0f}" for value in times))
-    return table
 
 
 def plain_name(config: Mapping[str, Any]) -> str:

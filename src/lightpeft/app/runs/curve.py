@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -29,7 +28,7 @@ _ROUNDS = 3
 
 
 def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> dict[str, Any]:
-    """Measure the budgets of a run whose estimation is done, and leave `curve.json` in its folder, and a plot.
+    """Measure the budgets of a run whose estimation is done, and leave `curve.json` in its folder.
 
     Losses are those of training rows, drawn by the run's seed, of which estimation may have seen some. Time is that of
     a training step at two of the budgets, with the modules and ranks that they keep, beside a step with nothing cut, of
@@ -66,9 +65,6 @@ def curve(work: Workspace, parts: Sequence[float] = PARTS, rows: int = ROWS) -> 
     }
     with RunFolder.at(run.path).held():  # with its own budget, whatever else was asked about
         write_json(run.curve, found)
-        plot = run.curve.with_suffix(".png")
-        if not draw(found, plot):
-            plot.unlink(missing_ok=True)  # of another curve
     return found
 
 
@@ -97,13 +93,11 @@ def step_times(work: Workspace, model: PeftModel, plans: Mapping[float, PrunePla
     """Times of steps as a light run makes them, with LoRA as estimation had it; the model trains a little."""
     chosen = sorted({list(plans)[len(plans) // 2], list(plans)[-1]})
     batches = sample_batches(work, 1)
-    training = work.config.training
 
     def seconds(of: PeftModel) -> Callable[[], float]:
         def measure() -> float:
             with accelerating(work, of):
-                options = {"autocast": autocast_dtype(training), "max_grad_norm": training.max_grad_norm}
-                return sum(measure_training(of, batches, adamw(work), warmup=1, **options))  # type: ignore[arg-type]
+                return sum(measure_training(of, batches, adamw(work), warmup=1, **work.step_options))
 
         return measure
 
@@ -114,33 +108,3 @@ def step_times(work: Workspace, model: PeftModel, plans: Mapping[float, PrunePla
         measured[part] = ratio(rounds["cut"], rounds["dense"])
         del cut
     return StepTimes(measured, {part: plans[part].removed_of_blocks for part in chosen}, start)
-
-
-def draw(found: Mapping[str, Any], file: Path) -> bool:
-    """The curve as a picture; False where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    points = found["points"]
-    removed = [100 * part for part in (found["gone_before"], *(point["removed_of_blocks"] for point in points))]
-    rises = [0, *(point["rise"] for point in points)]
-    sides = [0, *(point["interval"][1] - point["rise"] for point in points)]
-    seconds = [1, *(point["step_time"] for point in points)]
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses = figure.subplots()
-    losses.axhline(0, color="0.6", linewidth=0.8)
-    losses.errorbar(removed, rises, yerr=sides, color="#0072B2", marker="o", capsize=3)
-    losses.set_xlabel("parameters of the blocks that go, %")
-    losses.set_ylabel("rise of the loss before training, nats", color="#00548A")
-    times = losses.twinx()
-    times.plot(removed, seconds, color="#D55E00", linestyle="--", marker="s")
-    times.set_ylim(0, 1.05)
-    times.set_ylabel("time of a training step, of that of the whole model", color="#A84A00")
-    losses.set_title(f"What each budget costs and saves ({found['rows']} training rows)", fontsize=10)
-    whole = file.with_name(f".{file.name}.tmp")
-    figure.savefig(whole, dpi=150, format="png")
-    whole.replace(file)
-    return True

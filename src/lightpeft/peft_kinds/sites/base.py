@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,27 +70,6 @@ class Site(ABC):
         """Whether `unfitted` takes weights of the base."""
         return False
 
-    @classmethod
-    def for_one_thread(cls, config: Any) -> bool:
-        """Whether a forward pass changes the frozen modules while it lasts."""
-        return False
-
-    @classmethod  # noqa: B027 (most kinds leave the base as it is)
-    def remember_base(cls, config: PeftConfig, layers: Sequence[Any], adapter: str) -> None:
-        """Note on the modules what training changes in the base, so that it can be put back; called before training.
-
-        Raises:
-            LightPeftError: training has begun.
-        """
-
-    @classmethod  # noqa: B027
-    def check_removable(cls, config: PeftConfig, sites: Sequence[Site]) -> None:
-        """Refuse to remove modules whose removal would leave a changed base behind.
-
-        Raises:
-            LightPeftError: naming the first one.
-        """
-
     # -- one module ----------------------------------------------------------------------------------------------
 
     @property
@@ -103,24 +82,9 @@ class Site(ABC):
     def up(self) -> nn.Parameter | None:
         """Weights out of the ranks, [out, rank]; None where there is nothing to rank."""
 
-    def by_rank_down(self, like_down: Tensor) -> Tensor:
-        """A tensor like `down`, such as its gradient, as [rank, what belongs to one]."""
-        return like_down
-
-    def by_rank_up(self, like_up: Tensor) -> Tensor:
-        """A tensor like `up` as [what belongs to one, rank]."""
-        return like_up
-
     @abstractmethod
     def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """Call `report` at every forward pass for which `counting()` holds."""
-
-    def check_fitted(self, spec: BlockSpec, kept: BlockPlan) -> None:  # noqa: B027
-        """Refuse what of a block the module cannot be cut to.
-
-        Raises:
-            LightPeftError: naming the module.
-        """
 
     @abstractmethod
     def fit(self, spec: BlockSpec, kept: BlockPlan) -> None:
@@ -143,18 +107,10 @@ class Site(ABC):
     def keep_ranks(self, index: Tensor) -> None:
         """Keep these ranks; the module computes as if the others were zero."""
 
-    def removed(self) -> None:  # noqa: B027
-        """Called before the frozen layer is put back in the module's place."""
-
     @property
     def base(self) -> nn.Module:
         """The frozen layer."""
         return self.layer.get_base_layer()
-
-    @property
-    def place(self) -> str:
-        """Name of the module that is adapted, relative to the transformers model; PEFT's are around it."""
-        return self.spec.name
 
     @property
     def device(self) -> torch.device:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +11,10 @@ from peft import LoraConfig, PeftType
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightpeft.compat.peft import LoraLayer, ParamWrapper
+from lightpeft.compat.peft import LoraLayer
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.linears import slice_linear
-from lightpeft.peft_kinds.sites.base import LinearSite, Report, Site, Tensors, observe_pair, spread
-from lightpeft.plans.structure import EXPERT_SLOTS
+from lightpeft.peft_kinds.sites.base import LinearSite, Report, Tensors, observe_pair, spread
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 """LoRA initialisations that write to the base weights."""
@@ -32,14 +30,15 @@ _UNSUPPORTED = (
 )
 """LoRA settings that change what a module computes or where it sits in a way the site view does not know."""
 
-DOWN, UP, BIAS, UP_BIAS = "lora_A.weight", "lora_B.weight", "base_layer.bias", "lora_B.bias"
-"""What PEFT's files call A, B, and the biases that `bias="lora_only"` and `lora_bias=True` train."""
+DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+"""What PEFT's files call A, B, and the bias that `lora_bias=True` trains."""
 
 
-class Lora(Site):
-    """LoRA, wherever its A and B lie."""
+class LoraSite(LinearSite):
+    """`base(x) + scaling * B A x`."""
 
     peft_type = PeftType.LORA
+    layer_type = LoraLayer
 
     @classmethod
     def check(cls, config: LoraConfig) -> None:
@@ -47,22 +46,16 @@ class Lora(Site):
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
             raise LightPeftError(f'init_lora_weights="{start}" changes the base weights; use True, "gaussian" or "eva"')
         require(
-            config.bias in ("none", "lora_only"),
-            f'LoRA bias="{config.bias}" also trains biases of the base where no LoRA module is, which tasks then no '
-            'longer share; use bias="none" or "lora_only"',
+            config.bias == "none",
+            f'LoRA bias="{config.bias}" trains biases of the base, which tasks then no longer share; use bias="none"',
         )
         for name in _UNSUPPORTED:
             require(not getattr(config, name, None), f"LoRA with {name} cannot be pruned; use LoRA, rsLoRA or DoRA")
         parameters = sorted(config.target_parameters or ())
-        others = [name for name in parameters if name.rpartition(".")[2] not in EXPERT_SLOTS.values()]
         require(
-            not others,
-            f"LoRA on the parameter {', '.join(others[:1])} cannot be pruned; target_parameters may name "
-            f"{' and '.join(EXPERT_SLOTS.values())} of routed experts, and target_modules linear layers",
-        )
-        require(
-            not (parameters and config.lora_dropout),
-            "LoRA on the parameters of experts has no dropout in PEFT; set lora_dropout (lora.dropout) to 0",
+            not parameters,
+            f"LoRA on the parameter {', '.join(parameters[:1])} cannot be pruned; leave target_parameters out, and "
+            "name linear layers in target_modules",
         )
 
     @classmethod
@@ -71,9 +64,7 @@ class Lora(Site):
 
     @classmethod
     def refresh(cls, config: LoraConfig, layers: dict[str, LoraLayer], adapter: str) -> None:
-        on_experts = {name for name, layer in layers.items() if isinstance(layer, ParamWrapper)}
-        config.target_modules = sorted(layers.keys() - on_experts)
-        config.target_parameters = sorted(on_experts) or None
+        config.target_modules, config.target_parameters = sorted(layers), None
         config.layers_to_transform = config.layers_pattern = None
         if config.init_lora_weights == "orthogonal":  # asks for even ranks when the modules are made to be loaded
             config.init_lora_weights = True
@@ -87,47 +78,13 @@ class Lora(Site):
     @classmethod
     def simplify(cls, config: LoraConfig) -> None:
         """One rank for all modules if they have one scaling: servers of LoRA read no patterns."""
-        names = (*config.target_modules, *(config.target_parameters or ()))
-        ranks = {name: config.rank_pattern.get(name, config.r) for name in names}
+        ranks = {name: config.rank_pattern.get(name, config.r) for name in config.target_modules}
         alphas = {name: config.alpha_pattern.get(name, config.lora_alpha) for name in ranks}
         scalings = {alphas[name] / _divisor(rank, config.use_rslora) for name, rank in ranks.items()}
         if len(scalings) == 1:
             config.r = max(ranks.values())
             config.lora_alpha = _exact_alpha(scalings.pop(), _divisor(config.r, config.use_rslora))
             config.rank_pattern, config.alpha_pattern = {}, {}
-
-    @classmethod
-    def needs_base(cls, config: LoraConfig) -> bool:
-        """For the biases that train with it."""
-        return bool(config.bias != "none")
-
-    @classmethod
-    def for_one_thread(cls, config: LoraConfig) -> bool:
-        """On parameters of experts: PEFT adds to these for as long as the pass lasts."""
-        return bool(config.target_parameters)
-
-    @classmethod
-    def remember_base(cls, config: LoraConfig, layers: Sequence[LoraLayer], adapter: str) -> None:
-        """Keep the biases that `bias="lora_only"` trains: PEFT saves them only beside a LoRA module."""
-        for layer in layers if config.bias != "none" else ():
-            bias = getattr(layer.get_base_layer(), "bias", None)
-            if bias is None or _original_bias(layer) is not None or adapter not in layer.lora_B:
-                continue
-            require(
-                not layer.lora_B[adapter].weight.any(),
-                f'LoRA bias="{config.bias}": where pruning removes a module, the bias of the base is put back; '
-                'make the pruner before training, on LoRA that starts at zero, or use bias="none"',
-            )
-            layer.light_original_bias = bias.detach().clone()
-
-    @classmethod
-    def check_removable(cls, config: LoraConfig, sites: Sequence[Site]) -> None:
-        for site in sites if config.bias != "none" else ():
-            require(
-                getattr(site.base, "bias", None) is None or _original_bias(site.layer) is not None,
-                f'LoRA bias="{config.bias}" has trained the bias of {site.spec.name}, where the plan removes LoRA, '
-                "and its value from before is not known; make the pruner before training",
-            )
 
     @property
     def down(self) -> nn.Parameter:
@@ -146,21 +103,12 @@ class Lora(Site):
 
     def keep_ranks(self, index: Tensor) -> None:
         """Keep these ranks; alpha shrinks with the rank, so that the scaling stays to the last bit."""
-        self._slice_ranks(index)
+        slice_linear(self.layer.lora_A[self.adapter], index, dim=0)
+        slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
         rank = len(index)
         self.layer.r[self.adapter] = rank
         divisor = _divisor(rank, self.layer.use_rslora[self.adapter])
         self.layer.lora_alpha[self.adapter] = _exact_alpha(self.scaling, divisor)
-
-    @abstractmethod
-    def _slice_ranks(self, index: Tensor) -> None:
-        """Keep these ranks of A and B."""
-
-
-class LoraSite(Lora, LinearSite):
-    """`base(x) + scaling * B A x`."""
-
-    layer_type = LoraLayer
 
     def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """The low-rank output against the frozen layer's output (Light-PEFT, module importance)."""
@@ -170,15 +118,8 @@ class LoraSite(Lora, LinearSite):
         slice_linear((self.layer.lora_B if dim == 0 else self.layer.lora_A)[self.adapter], index, dim)
         if dim == 0:
             self.layer.out_features = len(index)
-            original = _original_bias(self.layer)
-            if original is not None:
-                self.layer.light_original_bias = original.index_select(0, index.to(original.device))
         else:
             self.layer.in_features = len(index)
-
-    def _slice_ranks(self, index: Tensor) -> None:
-        slice_linear(self.layer.lora_A[self.adapter], index, dim=0)
-        slice_linear(self.layer.lora_B[self.adapter], index, dim=1)
 
     def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """Rows of B and of its bias, columns of A and further ranks are zero where the cut module had none."""
@@ -189,26 +130,7 @@ class LoraSite(Lora, LinearSite):
         wide[cut] = spread(wide[cut], index, dim, size)
         if UP_BIAS in learned and dim == 0:
             wide[UP_BIAS] = spread(wide[UP_BIAS], index, 0, size)
-        if BIAS in learned and dim == 0:
-            wide[BIAS] = self._of_base(self.base.bias).to(learned[BIAS].dtype).index_copy(0, index, learned[BIAS])
         return wide
-
-    def _of_base(self, weight: Any) -> Tensor:
-        """A weight of the dense layer, float32 on the CPU."""
-        require(not weight.is_meta, f"{self.spec.name} needs weights of the base; give it: base=")
-        return torch.as_tensor(weight.detach().float().cpu())
-
-    @torch.no_grad()
-    def removed(self) -> None:
-        """Leave the frozen layer as the base has it."""
-        original = _original_bias(self.layer)
-        if original is not None:
-            self.layer.get_base_layer().bias.copy_(original).requires_grad_(False)
-
-
-def _original_bias(layer: LoraLayer) -> Tensor | None:
-    """The bias that the frozen layer had before training, where training changes it."""
-    return getattr(layer, "light_original_bias", None)
 
 
 def _divisor(rank: int, rank_stabilised: bool) -> float:

@@ -17,7 +17,6 @@ from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.peft_kinds.sites.dora import DoraSite
-from lightpeft.peft_kinds.sites.expert_lora import expert_sites
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.peft_kinds.sites.lora import LoraSite
 from lightpeft.plans.structure import BlockSpec, SiteSpec
@@ -26,14 +25,12 @@ _log = logging.getLogger(__name__)
 
 KINDS: tuple[type[Site], ...] = (DoraSite, LoraSite, Ia3Site, BottleneckSite)
 """PEFT kinds that can be pruned; the first that matches a configuration is taken."""
-_INSIDE = ".base_layer"
-"""What PEFT adds to the name of a module that is inside one of its own."""
 REFERENCE = "ref"
 """What TRL's trainers call the frozen copy of an adapter that they add to a PeftModel, as their reference."""
 
 
 def check_peft(model: nn.Module) -> None:
-    """Refuse what cannot be pruned correctly, and note what pruning has to put back; call it before training.
+    """Refuse what cannot be pruned correctly; call it before training.
 
     Raises:
         LightPeftError: not a PeftModel, an unsupported PEFT type or variant, several adapters, merged or disabled ones.
@@ -42,14 +39,13 @@ def check_peft(model: nn.Module) -> None:
         raise LightPeftError(f"expected a PeftModel from peft.get_peft_model, got a {type(model).__name__}")
     nested = isinstance(model.get_base_model(), PeftModel)
     require(not nested, "there is a PeftModel inside the PeftModel; lightpeft prunes one adapter at a time")
-    name, layers = own_adapter(model), _tuner_layers(model)
-    kind, config = _kind(model), _config(model)
-    kind.check(config)
+    own_adapter(model)
+    layers = _tuner_layers(model)
+    check_config(_config(model))
     merged = any(layer.merged for layer in layers)
     require(not merged, "the PEFT weights are merged; call model.unmerge_adapter() first")
     disabled = any(layer.disable_adapters for layer in layers)
     require(not disabled, "the PEFT modules are disabled; call model.enable_adapter_layers() first")
-    kind.remember_base(config, [layer for layer in layers if isinstance(layer, kind.layer_type)], name)
 
 
 def own_adapter(model: PeftModel) -> str:
@@ -95,7 +91,7 @@ def _tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
 
 
 def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
-    """The PEFT modules on projections and routed experts of the blocks, in the order of blocks and slots.
+    """The PEFT modules on projections of the blocks, in the order of blocks and slots.
 
     PEFT modules elsewhere (on embeddings, a language-model head) are left alone and are not listed.
 
@@ -111,31 +107,37 @@ def find_sites(model: PeftModel, blocks: Sequence[BlockSpec]) -> list[Site]:
             rank = kind.rank_of(layer, adapter) if isinstance(layer, kind.layer_type) else 0
             if rank:
                 sites.append(kind(SiteSpec(name, rank, block.index, slot), layer, adapter))
-        if block.experts:
-            sites += expert_sites(modules.get(block.expert_modules["experts"]), block, adapter)
     known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in blocks[0].projections.values()))
     require(bool(sites), f"no PEFT module sits on a prunable projection; target_modules may name: {known}")
     return sites
 
 
-def leave_routers(model: PeftModel, blocks: Sequence[BlockSpec]) -> None:
-    """Take LoRA off the routers of experts where PEFT has put it by itself, as its "all-linear" does, and say so.
+def leave_experts(model: PeftModel, blocks: Sequence[BlockSpec]) -> None:
+    """Take LoRA off routed experts and their routers where PEFT has put it by itself, as its "all-linear" does, and say
+    so.
 
-    Where somebody named them, or LoRA there has been trained, it stays, for `check_peft` to refuse.
+    Where somebody named their parameters, or LoRA there has been trained, it stays, for `check_peft` to refuse.
     """
-    inner, named = transformers_model(model), getattr(_config(model), "target_parameters", None) or ()
-    routers = {}
-    for name in (block.expert_modules["router"] for block in blocks if block.experts):
-        router = inner.get_submodule(name)
-        if isinstance(router, ParamWrapper) and f"{name.rpartition('.')[2]}.{router.parameter_name}" in named:
-            routers[name] = router
-    if not routers or any(_is_trained(up.weight) for router in routers.values() for up in router.lora_B.values()):
+    inner, named = transformers_model(model), {*(getattr(_config(model), "target_parameters", None) or ())}
+    wrapped: dict[str, list[ParamWrapper]] = {}
+    by_peft: set[str] = set()
+    for block in (block for block in blocks if block.experts):
+        for part, name in block.expert_modules.items():
+            layer, last = inner.get_submodule(name), name.rpartition(".")[2]
+            while isinstance(layer, ParamWrapper):
+                wrapped.setdefault(name, []).append(layer)
+                by_peft.add(f"{last}.{layer.parameter_name}" if part == "router" else layer.parameter_name)
+                layer = layer.base_layer
+    layers = [layer for of_one in wrapped.values() for layer in of_one]
+    trained = any(_is_trained(up.weight) for layer in layers for up in layer.lora_B.values())
+    if not wrapped or trained or named - by_peft:
         return
-    for name, router in routers.items():
+    for name, of_one in wrapped.items():
         parent, _, child = name.rpartition(".")
-        setattr(inner.get_submodule(parent), child, router.base_layer)
+        setattr(inner.get_submodule(parent), child, of_one[-1].base_layer)
     refresh_config(model)
-    _log.warning("no LoRA on %d routers (%s): a router is cut with its experts", len(routers), next(iter(routers)))
+    what = "no LoRA on %d routed experts and routers (%s): lightpeft cuts them, and has none there"
+    _log.warning(what, len(wrapped), next(iter(wrapped)))
 
 
 def _is_trained(up: torch.Tensor) -> bool:
@@ -143,40 +145,17 @@ def _is_trained(up: torch.Tensor) -> bool:
     return not up.is_meta and bool(up.any())
 
 
-def check_removable(model: PeftModel, sites: Sequence[Site]) -> None:
-    """Refuse to remove modules whose removal would leave a changed base behind.
-
-    Raises:
-        LightPeftError: naming the first one.
-    """
-    _kind(model).check_removable(_config(model), sites)
-
-
 def remove_site(model: PeftModel, site: Site) -> None:
     """Put what is inside the PEFT module, the frozen layer, back where the module was."""
-    site.removed()
-    parent, _, child = module_name(model, site).rpartition(".")
+    parent, _, child = site.spec.name.rpartition(".")
     setattr(transformers_model(model).get_submodule(parent), child, site.layer.base_layer)
-
-
-def module_name(model: PeftModel, site: Site) -> str:
-    """Where PEFT's module is, relative to the transformers model: on experts one may be inside another."""
-    inner, name = transformers_model(model), site.place
-    while inner.get_submodule(name) is not site.layer:
-        name += _INSIDE
-    return name
-
-
-def _site_name(name: str, layer: BaseTunerLayer) -> str:
-    """What the site of a module of this name is called."""
-    return f"{name.replace(_INSIDE, '')}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
 def refresh_config(model: PeftModel) -> None:
     """Make the PEFT configuration say exactly which modules there are, with their sizes."""
     kind, adapter, config = _kind(model), model.active_adapter, _config(model)
     layers = {
-        _site_name(name, module): module
+        name: module
         for name, module in transformers_model(model).named_modules()
         if isinstance(module, kind.layer_type) and kind.rank_of(module, adapter)
     }
@@ -194,11 +173,6 @@ def simplify_config(config: PeftConfig) -> None:
 def widens_alone(config: PeftConfig) -> bool:
     """Whether an adapter of a cut model goes onto the dense one without a look at the base's weights."""
     return not _site_class(config).needs_base(config)
-
-
-def for_one_thread(config: PeftConfig) -> bool:
-    """Whether a model with such an adapter computes rightly for one thread at a time alone."""
-    return _site_class(config).for_one_thread(config)
 
 
 def _config(model: PeftModel) -> Any:

@@ -8,7 +8,7 @@ from lightpeft.app.cli.verbs.verb import Verb
 
 
 def _report(runs: list[str], output: str | None = None) -> None:
-    from lightpeft.app.runs.report import write_report
+    from lightpeft.app.runs.report.page import write_report
 
     screen.say(f"the report is in {write_report(runs, output)}")
 

@@ -71,9 +71,7 @@ def _show_curve(config: RunConfig, rows: int | None) -> None:
     work = pipeline.prepare(config, replan=True)
     found = curve.curve(work, rows=curve.ROWS if rows is None else rows)
     screen.print(curve_table(found))
-    drawn = work.run.curve.with_suffix(".png").exists()
-    plot = f"{work.run.curve.with_suffix('.png')} shows it" if drawn else "no plot: pip install matplotlib"
-    screen.say(f"all numbers are in {work.run.curve}; {plot}")
+    screen.say(f"all numbers are in {work.run.curve}; lightpeft report draws it")
 
 
 def _prune(given: dict[str, Any]) -> None:

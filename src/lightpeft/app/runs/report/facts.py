@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightpeft.app.folders.run_folder import Report, RunFolder, is_run, read_report
 from lightpeft.app.runs.report.speeds import Speeds, read_speeds
+from lightpeft.budget.found import FoundBudget
 from lightpeft.config import RunConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
@@ -27,6 +28,8 @@ STAGES = {
     "evaluate": "Evaluation",
 }
 """Stage of a run, as the log calls it -> how people do."""
+Size = tuple[str, float | None, float | None]
+"""(what, parameters before the cut, after it); None: not known, or nothing of the kind."""
 TRAINED = ("estimate", "train", "widen")
 """Stages that take optimizer steps, in their order."""
 
@@ -64,71 +67,6 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Parameters before and after the cut."""
-
-    rows: Sequence[tuple[str, float | None, float | None]]
-    """(what, before, after); None: not known, or nothing of the kind."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurvePoint:
-    """One budget of curve.json."""
-
-    blocks: float
-    rise: float
-    interval: tuple[float, float]
-    removed_of_blocks: float | None = None
-    step_time: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curve:
-    """What budgets cost and save, as curve.json has it."""
-
-    rows: int
-    loss: float
-    points: list[CurvePoint]
-    gone_before: float = 0.0
-    step_times: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expected:
-    """What the budget that was found is expected to cost, in nats."""
-
-    left: float
-    upper: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probed:
-    """A budget that was probed: rises of the loss right after the cut, and after a few steps of training."""
-
-    blocks: float
-    before: float
-    after: float
-    error: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoBudget:
-    """What `light.blocks: auto` found, as metrics.json has it under `budget`."""
-
-    blocks: float
-    tolerance: float
-    confidence: float
-    rows: int
-    steps: int
-    seconds: float
-    of_plain: float | None = None
-    unmeasured: str | None = None
-    expected: Expected | None = None
-    probed: list[Probed] = field(default_factory=list)
-    points_a_nat: float | None = None
-
-
-@dataclass(frozen=True)
 class RunFacts:
     """One run."""
 
@@ -145,9 +83,11 @@ class RunFacts:
     plan: PrunePlan | None
     report: Report | None
     """What metrics.json says."""
-    sizes: Sizes
-    curve: Curve | None
-    budget: AutoBudget | None
+    sizes: list[Size]
+    curve: dict[str, Any] | None
+    """What curve.json says."""
+    budget: FoundBudget | None
+    """What `light.blocks: auto` found."""
     speeds: Speeds | None
     """What bench.json says."""
     notes: list[str]
@@ -210,7 +150,7 @@ def read_run(folder: Path) -> RunFacts:
         plan=plan,
         report=report,
         sizes=_sizes(entries, plan, report),
-        curve=_curve(run.curve) if run.curve.is_file() else None,
+        curve=read_json(run.curve) if run.curve.is_file() else None,
         budget=_budget(raw, run.metrics) if raw is not None else None,
         speeds=read_speeds(bench) if (bench := run.path / "bench.json").is_file() else None,
         notes=[entry["note"] for entry in entries if isinstance(entry.get("note"), str)],
@@ -317,11 +257,11 @@ def _means(points: Sequence[tuple[float, float]], each: int) -> list[tuple[float
     return [(sum(x for x, _ in chunk) / len(chunk), sum(y for _, y in chunk) / len(chunk)) for chunk in chunks]
 
 
-def _sizes(entries: Sequence[Mapping[str, Any]], plan: PrunePlan | None, report: Report | None) -> Sizes:
+def _sizes(entries: Sequence[Mapping[str, Any]], plan: PrunePlan | None, report: Report | None) -> list[Size]:
     """Before: as the cut told the log. After: measured on the result, or else what the plan says."""
     told = {name: value for entry in entries for name, value in entry.items() if name.startswith("light/")}
     after = report.parameters if report is not None else {}
-    rows: list[tuple[str, float | None, float | None]] = []
+    rows: list[Size] = []
     if plan is not None:
         blocks = sum(map(block_parameters, plan.specs))
         base = after.get("base", plan.base_parameters - plan.removed_parameters)
@@ -333,29 +273,14 @@ def _sizes(entries: Sequence[Mapping[str, Any]], plan: PrunePlan | None, report:
     before = number(told.get("light/trained_parameters_before"))
     if trained is not None or before is not None:
         rows.append(("what is trained", before if plan is not None else trained, trained))
-    return Sizes(rows)
+    return rows
 
 
-def _known(cls: type, data: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a mapping are fields of a dataclass: newer files may say more."""
-    names = {each.name for each in dataclasses.fields(cls)}
-    return {name: value for name, value in data.items() if name in names}
-
-
-def _curve(path: Path) -> Curve:
-    data = read_json(path)
-    with understandable(path):
-        points = [_known(CurvePoint, point) for point in data["points"]]
-        return from_dict(Curve, {**_known(Curve, data), "points": points})
-
-
-def _budget(report: Mapping[str, Any], path: Path) -> AutoBudget | None:
+def _budget(report: Mapping[str, Any], path: Path) -> FoundBudget | None:
     told = report.get("budget")
     if not isinstance(told, dict):
         return None
     with understandable(path):
-        kept = _known(AutoBudget, told)
-        if isinstance(kept.get("expected"), dict):
-            kept["expected"] = _known(Expected, kept["expected"])
-        kept["probed"] = [_known(Probed, point) for point in kept.get("probed", [])]
-        return from_dict(AutoBudget, kept, "budget.")
+        names = {each.name for each in dataclasses.fields(FoundBudget)} - {"before"}
+        found = from_dict(FoundBudget, {"before": {}} | {name: told[name] for name in names if name in told}, "budget.")
+        return dataclasses.replace(found, before={point["blocks"]: point["rise"] for point in told.get("before", [])})

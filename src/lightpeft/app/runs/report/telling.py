@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightpeft.app.runs.report.facts import STAGES, AutoBudget, RunFacts, number
+from lightpeft.app.runs.report.facts import STAGES, RunFacts, number
 from lightpeft.app.runs.report.words import count, duration, interval, metric_name, quality, share, size, times
-from lightpeft.budget.tolerance import cost_in_words, tolerance_in_words
 from lightpeft.config import RunConfig
 
 Form = Callable[[float], str]
@@ -101,29 +100,10 @@ def metrics(run: RunFacts) -> list[tuple[str, float, tuple[float, float] | None]
     return [(name, value, found.intervals.get(name)) for name, value in named if name not in COUNTS] if found else []
 
 
-def found_budget(budget: AutoBudget) -> str:
-    """What `light.blocks: auto` found, in two sentences."""
-
-    def said(nats: float) -> str:
-        return cost_in_words(nats, budget.points_a_nat)
-
-    if budget.unmeasured is not None and budget.blocks:
-        return (
-            f"The run took the fixed budget for short runs, {share(budget.blocks)} of the blocks: {budget.unmeasured}."
-        )
-    if budget.unmeasured is not None:
-        return f"Nothing of the blocks goes: {budget.unmeasured}."
-    allowed = tolerance_in_words(budget.tolerance, budget.points_a_nat)
-    rows = f"on {budget.rows} rows that were set aside"
-    part = "" if budget.of_plain is None else f": {share(budget.of_plain)} of the passes that plain PEFT's run makes"
-    how = f"Measured {rows}, by probes of {budget.steps} steps, in {duration(budget.seconds)}{part}."
-    if not budget.probed:
-        return f"Estimation taught too little to tell what a cut costs: nothing of the blocks goes. {how}"
-    if budget.expected is None:
-        return f"No cut is within the tolerance of {allowed}: nothing of the blocks goes. {how}"
-    cost = f"which is expected to cost {said(budget.expected.left)}"
-    bound = f"at most {said(budget.expected.upper)} with a confidence of {budget.confidence:.0%}"
-    return f"The run chose {share(budget.blocks)} itself, {cost}, {bound}; the tolerance is {allowed}. {how}"
+def milestones(run: RunFacts) -> list[str]:
+    """Metrics that the moments on the run's way are told by."""
+    moments = [] if run.report is None else [*run.report.milestones.metrics.values()]
+    return list(dict.fromkeys(name for values in moments for name in values))
 
 
 def measured_rise(run: RunFacts, runs: Sequence[RunFacts]) -> tuple[float, str] | None:
@@ -221,7 +201,6 @@ def cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
             c.data.test or c.data.train,
             c.data.limit_test,
             c.data.test_fraction,
-            c.data.split_seed,
         )
         for c in (run.config for run in runs)
     }

@@ -1,4 +1,4 @@
-"""The process of a cell that a function runs: `python -m lightpeft.app.runs.reproduce FOLDER FUNCTION ARGUMENTS`.
+"""The process of a cell that a Python function runs: `python -m lightpeft.app.runs.reproduce FOLDER FUNCTION JSON`.
 
 The grid gives the function on the command line, because what lies in a folder says what to run to nobody.
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from lightpeft.app.folders.run_folder import stored_config
-from lightpeft.app.runs.reproduce.calls import Call
+from lightpeft.app.runs.reproduce.arms import Call
 from lightpeft.errors import LightPeftError
 from lightpeft.models.loading import quiet_libraries
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
+from pandas import DataFrame, isna
 
 from lightpeft.app.evaluation.aggregates import (
     Estimate,
@@ -17,7 +16,7 @@ from lightpeft.app.evaluation.aggregates import (
     probability_of_improvement,
 )
 from lightpeft.app.runs.reproduce.grid import cell_name
-from lightpeft.app.runs.reproduce.summary import MEASURES, Results, Row
+from lightpeft.app.runs.reproduce.results import MEASURES, Results, Row
 
 RATIOS = ("seconds", "samples_per_second")
 """Of `MEASURES`, those whose ratio to the baseline's is told."""
@@ -88,57 +87,49 @@ def over_tasks(results: Results) -> list[Summary]:
 
     It is made of what a results file holds, old ones included (`read_results`).
     """
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    summaries = []
+    for (model, method, unit), pairs in _pairs(results).groupby(["model", "method", "unit"], sort=False):
+        strata = [task.to_numpy() for _, task in pairs.groupby("task", sort=False)["gain"]]
+        if len(strata) > 1:
+            medians = {name: pairs[name].median() for name in RATIOS}
+            summary = Summary(
+                model,
+                method,
+                unit,
+                list(pairs["task"].unique()),
+                len(pairs),
+                estimate(mean_difference, strata),
+                estimate(interquartile_mean, strata) if len(pairs) >= 4 else None,
+                estimate(probability_of_improvement, strata),
+                {name: None if isna(value) else float(value) for name, value in medians.items()},
+            )
+            summaries.append(summary)
+    return summaries
+
+
+def _pairs(results: Results) -> DataFrame:
+    """What both a method and the baseline have of a task and a seed: by how much the method is better, and ratios."""
+    base = {
+        (row.model, row.task, seed): value
+        for row in results.rows
+        if row.method == results.baseline
+        for seed, value in zip(row.seeds, row.quality, strict=True)
+    }
+    pairs = []
     for row in results.rows:
         scale = scale_of(row.metric)
-        if row.method != results.baseline and scale is not None:
-            groups.setdefault((row.model, row.method, scale.unit), []).append(row)
-    base = {(row.model, row.task): row for row in results.rows if row.method == results.baseline}
-    summaries = (_summary(results, rows, base) for rows in groups.values())
-    return [summary for summary in summaries if summary is not None]
+        if row.method == results.baseline or scale is None:
+            continue
+        for seed, value in zip(row.seeds, row.quality, strict=True):
+            if (row.model, row.task, seed) in base:
+                gain = scale.gain(value, base[row.model, row.task, seed])
+                ratios = [_ratio(results, row, seed, name) for name in RATIOS]
+                pairs.append((row.model, row.task, row.method, scale.unit, gain, *ratios))
+    return DataFrame(pairs, columns=["model", "task", "method", "unit", "gain", *RATIOS])
 
 
-def _summary(results: Results, rows: list[Row], base: Mapping[tuple[str, str], Row]) -> Summary | None:
-    """The summary of one method's rows, which have one unit; None where fewer than two tasks have a pair."""
-    paired = {row.task: pairs for row in rows if (pairs := _pairs(row, base.get((row.model, row.task))))}
-    if len(paired) < 2:
-        return None
-    strata = [np.array([gain for _, gain in pairs]) for pairs in paired.values()]
-    count = sum(len(task) for task in strata)
-    cells = [(row, seed) for row in rows for seed, _ in paired.get(row.task, [])]
-    scale = scale_of(rows[0].metric)
-    assert scale is not None
-    return Summary(
-        rows[0].model,
-        rows[0].method,
-        scale.unit,
-        list(paired),
-        count,
-        estimate(mean_difference, strata),
-        estimate(interquartile_mean, strata) if count >= 4 else None,
-        estimate(probability_of_improvement, strata),
-        {name: _median(_ratios(results, cells, name)) for name in RATIOS},
-    )
-
-
-def _pairs(row: Row, base: Row | None) -> list[tuple[int, float]]:
-    """Seeds that a row and the baseline's have both, and by how much the row is better with each."""
-    scale = scale_of(row.metric)
-    if base is None or scale is None:
-        return []
-    others = dict(zip(base.seeds, base.quality, strict=True))
-    own = zip(row.seeds, row.quality, strict=True)
-    return [(seed, scale.gain(value, others[seed])) for seed, value in own if seed in others]
-
-
-def _ratios(results: Results, cells: Iterable[tuple[Row, int]], name: str) -> Iterator[float]:
-    for row, seed in cells:
-        names = (cell_name(row.model, row.task, method, seed) for method in (row.method, results.baseline))
-        own, base = (MEASURES[name](results.reports[cell]) if cell in results.reports else None for cell in names)
-        if own is not None and base:
-            yield own / base
-
-
-def _median(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return statistics.median(found) if found else None
+def _ratio(results: Results, row: Row, seed: int, name: str) -> float:
+    """A measure of one run by the baseline's; NaN where one of both has none."""
+    names = (cell_name(row.model, row.task, method, seed) for method in (row.method, results.baseline))
+    own, base = (MEASURES[name](results.reports[cell]) if cell in results.reports else None for cell in names)
+    return own / base if own is not None and base else math.nan

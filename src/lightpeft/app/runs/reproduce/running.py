@@ -7,19 +7,19 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 
 from lightpeft.app.folders.run_folder import RunFolder
-from lightpeft.app.runs.reproduce.calls import check_call, note_call
-from lightpeft.app.runs.reproduce.documents import write_results
-from lightpeft.app.runs.reproduce.estimations import take_estimation
+from lightpeft.app.runs.reproduce.arms import check_call, note_call
 from lightpeft.app.runs.reproduce.grid import Cell, Grid, load_grid, selected
-from lightpeft.app.runs.reproduce.summary import Results, main_value, summarize
+from lightpeft.app.runs.reproduce.results import Results, main_value, summarize
+from lightpeft.app.runs.reproduce.saving import write_results
+from lightpeft.app.runs.reuse import copy_estimation, estimation_settings
 from lightpeft.console.progress import StepProgress
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import holding
@@ -49,7 +49,8 @@ def reproduce(
         launch: how a cell is run.
 
     Raises:
-        LightPeftError: the grid has a fault, or `out` holds the cells of another grid; nothing was run.
+        LightPeftError: the grid has a fault, or `out` holds the cells of another grid or is in use by
+            one; nothing was run.
         KeyboardInterrupt: stopped; a cell under way left a checkpoint.
     """
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
@@ -57,9 +58,7 @@ def reproduce(
     devices = _checked(devices)
     cells = [spread(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
-    # cells inherit the lock: one that outlives its grid, because that was killed, is waited for before it is run again
-    busy = f"{out} is in use by another grid or one of its cells; waiting for it to end"
-    with holding(out, wait=lambda: _say(busy), inherited=True):
+    with holding(out):
         for cell in cells:
             check_cell(cell)
         suite = _Suite(out, grid, cells, devices, launch or run_cell)
@@ -89,15 +88,15 @@ class _Suite:
 
     def run(self, chosen: Sequence[Cell]) -> Results:
         todo = [cell for cell in chosen if not cell.run.has("evaluate")]
-        with StepProgress(len(chosen), len(chosen) - len(todo), "cells") as progress:
+        progress = StepProgress(len(chosen), len(chosen) - len(todo), "cells")
+        results = self._write()
+        for cell in todo:
+            progress.begin()
+            failure = self._run(cell)
+            if failure is not None:
+                self.failures[cell.name] = failure
             results = self._write()
-            for cell in todo:
-                progress.begin(cell.name)
-                failure = self._run(cell)
-                if failure is not None:
-                    self.failures[cell.name] = failure
-                results = self._write()
-                progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
+            progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
         return results
 
     def _run(self, cell: Cell) -> str | None:
@@ -207,8 +206,30 @@ def _reason(code: int, log: Path) -> str:
     return f"{(killed or own or lines or [f'exit code {code}'])[-1]} (see {log})"
 
 
-# -- progress ------------------------------------------------------------------------------------------------------
+# -- estimations that cells share ---------------------------------------------------------------------------------
 
 
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
+def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
+    """Give a cell the estimation of another one that has the same; its time and memory count for both.
+
+    Returns:
+        The name of the other cell; None where the cell has an estimation, needs none, or nobody has it. What a call of
+        their own estimates is not known, so cells with one neither take nor give.
+
+    Raises:
+        LightPeftError: it cannot be copied.
+    """
+    if not cell.config.way.prunes or cell.call is not None or cell.run.has("estimate"):
+        return None
+    wanted = _asked(cell)
+    for other in others:
+        done = other.run.has("estimate") and "estimate" in other.run.finished_stages()
+        if done and other.call is None and _asked(other) == wanted:
+            copy_estimation(other.run, cell.run, other.name)
+            return other.name
+    return None
+
+
+def _asked(cell: Cell) -> tuple[bool, dict[str, Any]]:
+    """What of a cell's settings its estimation depends on; where nothing is to go, none is made."""
+    return cell.config.light.chooses, estimation_settings(cell.config)

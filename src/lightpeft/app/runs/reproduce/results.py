@@ -1,4 +1,4 @@
-"""From the reports of finished cells to one row for each model, task and method: numbers, no text."""
+"""From the reports of finished cells to a record of each, and to one row for each model, task and method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightpeft.files import file_checksum
 Key = tuple[str, str, str]
 """Model, task and method."""
 Report = Mapping[str, Any]
-"""A run's metrics.json."""
+"""Of a run's metrics.json, what tables and comparisons read (`record`)."""
 
 
 def _training(report: Report, stage: str, what: str) -> float | None:
@@ -115,7 +115,7 @@ class Results:
 def summarize(grid: Grid, cells: Sequence[Cell], failures: Mapping[str, str] = MappingProxyType({})) -> Results:
     """One row for each model, task and method that has a finished cell."""
     finished = [cell for cell in cells if cell.run.has("evaluate")]
-    reports: dict[str, Report] = {cell.name: read_report(cell.run.metrics) for cell in finished}
+    reports: dict[str, Report] = {cell.name: record(read_report(cell.run.metrics)) for cell in finished}
     logs = {cell.name: file_checksum(cell.run.log) for cell in finished if cell.run.log.is_file()}
     return results_of(grid, cells, reports, logs, failures)
 
@@ -172,3 +172,29 @@ def main_value(report: Report) -> str:
     """The quality of one run, as progress lines have it."""
     metric = main_metric(report)
     return f"{metric} {report['metrics'][metric]:.4f}"
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+_OF_THE_RUN = ("schema_version", "milestones", "warnings")
+"""Of a report, what stays in the run's folder."""
+_OF_A_STAGE = ("samples_per_second", "peak_memory_bytes", "resumed_at")
+_OF_A_MACHINE = ("cpu", "gpu", "torch_threads", "torch", "transformers", "peft", "lightpeft")
+
+
+def record(report: Report) -> Report:
+    """What results keep of a run's report: its settings, metrics, sizes, seconds and speeds."""
+    kept = {name: value for name, value in report.items() if name not in _OF_THE_RUN}
+    if "training" in report:
+        kept["training"] = {stage: _some(cost, _OF_A_STAGE) for stage, cost in report["training"].items()}
+    for name, some in (("hardware", _OF_A_MACHINE), ("intervals", (report.get("main_metric"),))):
+        if name in report:
+            kept[name] = _some(report[name], some)
+    for name, without in (("config", "output"), ("budget", "settings")):
+        if name in report:
+            kept[name] = {key: value for key, value in report[name].items() if key != without}
+    return kept
+
+
+def _some(values: Mapping[str, Any], names: Sequence[Any]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}

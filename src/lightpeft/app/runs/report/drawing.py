@@ -1,0 +1,118 @@
+"""A figure of matplotlib as a part of a page: SVG with the page's colours and with hints, and without any names."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK, QUIET, RULE, BLANK = "#1c1e21", "#62676e", "#dcdcd7", "#e6e6e1"
+BLUE, ORANGE, GREEN, PAPER = "#0072b2", "#d55e00", "#009e73", "#fdfdfc"
+_NAMES = {INK: "ink", QUIET: "quiet", RULE: "rule", BLANK: "blank"}
+_NAMES |= {BLUE: "blue", ORANGE: "orange", GREEN: "green", PAPER: "paper"}
+"""Colour -> the variable of the page's style sheet that takes its place, which is another in the dark."""
+STYLED = rc_context(
+    {
+        "font.size": 12,
+        "text.color": INK,
+        "axes.edgecolor": RULE,
+        "axes.labelcolor": QUIET,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.formatter.useoffset": False,
+        "grid.color": RULE,
+        "lines.linewidth": 1.75,
+        "errorbar.capsize": 3,
+        "legend.frameon": False,
+        "xtick.labelcolor": QUIET,
+        "ytick.labelcolor": QUIET,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "lightpeft",
+    }
+)
+"""Decorates what draws."""
+
+
+class Drawing:
+    """One figure, in units of a pixel, with one pair of axes."""
+
+    def __init__(self, width: float, height: float, label: str, grid: str = "") -> None:
+        """
+        Args:
+            label: what it shows, for those who cannot see it.
+            grid: axes that have lines: "x", "y" or "both".
+        """
+        self.width, self.height, self.label = width, height, label
+        self._hints: dict[str, str] = {}
+        self.figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
+        self.figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)  # type: ignore[union-attr, call-arg]
+        FigureCanvasSVG(self.figure)
+        self.axes: Axes = self.figure.subplots()
+        if grid:
+            self.axes.grid(axis=grid)  # type: ignore[arg-type]
+        for side in self.axes.spines.values():
+            side.set_visible(False)
+
+    def hint(self, artist: Any, words: str) -> None:
+        """Say something where a pointer rests on a part of the figure."""
+        name = f"hint {len(self._hints)}"
+        artist.set_gid(name)
+        self._hints[name] = words
+
+    @STYLED
+    def __html__(self) -> str:
+        """As it stands in a page, for a template that escapes all else."""
+        file = io.StringIO()
+        self.figure.savefig(file, format="svg", transparent=True)
+        drawn = ElementTree.fromstring(file.getvalue())
+        for element in drawn.iter():
+            element.tag = element.tag.rpartition("}")[2]
+            element.attrib = {name.rpartition("}")[2]: _plain(value) for name, value in element.attrib.items()}
+        shapes = {each.attrib["id"]: each for each in drawn.iter() if "id" in each.attrib}
+        figure = shapes["figure_1"]
+        for parent in list(figure.iter()):
+            for place, child in enumerate(parent):
+                if child.tag == "use":
+                    parent[place] = _at_its_place(shapes[child.attrib["href"].removeprefix("#")], child)
+            if (words := self._hints.get(parent.attrib.get("id", ""))) is not None:
+                title = ElementTree.Element("title")
+                title.text = words
+                parent.insert(0, title)
+        for element in figure.iter():
+            for name in ("id", "clip-path"):
+                element.attrib.pop(name, None)
+        for parent in list(figure.iter()):
+            for child in [child for child in parent if child.tag == "defs"]:
+                parent.remove(child)
+        size = {"width": f"{self.width:g}", "height": f"{self.height:g}"}
+        said = {"viewBox": f"0 0 {self.width:g} {self.height:g}", "role": "img", "aria-label": self.label}
+        root = ElementTree.Element("svg", size | said)
+        root.append(figure)
+        return ElementTree.tostring(root, encoding="unicode")
+
+
+def _plain(value: str) -> str:
+    """An attribute in tenths of a pixel, with the page's colours and font."""
+    value = re.sub(r"\d+\.\d{2,}", lambda number: f"{float(number[0]):.1f}", value)
+    value = re.sub(
+        r"#[0-9a-f]{6}", lambda colour: f"var(--{_NAMES[colour[0]]})" if colour[0] in _NAMES else colour[0], value
+    )
+    return " ".join(value.split())
+
+
+def _at_its_place(shape: ElementTree.Element, use: ElementTree.Element) -> ElementTree.Element:
+    """A marker where it is used."""
+    drawn = copy.deepcopy(shape)
+    drawn.attrib["transform"] = f"translate({use.attrib['x']} {use.attrib['y']})"
+    drawn.attrib["style"] = use.attrib.get("style", drawn.attrib.get("style", ""))
+    return drawn
