@@ -264,7 +264,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 
 def test_nothing_of_a_folder_is_markup(bench: Workbench, tmp_path: Path) -> None:
-    settings = {"data.text": HOSTILE, "model.name": f"{tmp_path}/{HOSTILE}\"'&"}
+    settings = {"data.columns.text": HOSTILE, "model.name": f"{tmp_path}/{HOSTILE}\"'&"}
     folder = RunFolder.open(bench.config(f"hostile{HOSTILE.replace('/', '')}", **settings))
     folder.begin()
     append_line(folder.log, {"stage": "estimate", "note": HOSTILE})

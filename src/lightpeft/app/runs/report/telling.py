@@ -201,7 +201,6 @@ def cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
             c.data.test or c.data.train,
             c.data.limit_test,
             c.data.test_fraction,
-            c.data.split_seed,
         )
         for c in (run.config for run in runs)
     }
