@@ -38,7 +38,7 @@ from workbench import (
 from lightpeft.app.runs import pipeline
 
 KILLED_AT_OPERATIONS, KILLED_AT_TIMES, KILLED_EXPORTS = (120, 60, 20) if FULL else (5, 2, 3)
-MUTATIONS = 2000 if FULL else 100
+MUTATIONS = 2000 if FULL else 40
 SETTINGS: dict[str, Any] = {"light.length": 0.4, "training.save_steps": 3}
 KILL = signalling(signal.SIGKILL)
 
@@ -140,7 +140,7 @@ def test_a_killed_export_is_made_again_by_the_same_command(bench: Workbench, fin
         assert lightpeft("predict", out, "--example", "good1 word1") == 0
 
 
-SIZES = [100, 3_000, 10_000, 24_000, *([700, 6_000, 16_000, 40_000] if FULL else [])]
+SIZES = [3_000, 24_000, *([100, 700, 6_000, 10_000, 16_000, 40_000] if FULL else [])]
 """Bytes that a file may have on a full disk."""
 
 

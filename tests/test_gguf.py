@@ -13,6 +13,7 @@ import pytest
 import torch
 import workbench
 from adapters import light_over
+from lanes import telling
 from llama_cpp import LlamaCpp
 from pieces import TEXTS, tokenizer_of_pieces
 from tiny import make, plan_for, refusal, relative_difference, with_lora
@@ -120,8 +121,10 @@ def difference(written: GgufFile, model: LightModel, tokenizer: PreTrainedTokeni
 
 
 @pytest.mark.parametrize("budget", [UNEVEN, EVEN], ids=["uneven", "even"])
-@pytest.mark.parametrize(
-    "name", ["llama-mha", "llama-gqa", "llama-bias", "llama-head-dim", "llama-tied", "mistral", "qwen2", "qwen3"]
+@telling(
+    "name",
+    ["llama-mha", "llama-gqa", "llama-bias", "llama-head-dim", "llama-tied", "mistral", "qwen2", "qwen3"],
+    {"llama-gqa", "qwen2", "qwen3"},
 )
 def test_llama_cpp_computes_the_same(
     name: str, budget: dict[str, Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -187,7 +190,7 @@ def test_data_types(dtype: Any, tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
 # -- vocabulary --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SPLITS)
+@telling("name", SPLITS, {"smollm", "qwen2"})
 def test_texts_are_split_as_the_tokenizer_splits_them(name: str, tmp_path: Path) -> None:
     model, tokenizer = light(), tokenizer_of(SPLITS[name]())
     written = save_gguf(model, tmp_path, tokenizer)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from damage import damage
-from lanes import FULL
+from lanes import FULL, telling
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import refusal
@@ -193,7 +193,9 @@ DEMANDS: dict[str, Edit] = {
 """What the line about it says -> how the base's description is changed."""
 
 
-@pytest.mark.parametrize("what", DEMANDS)
+@telling(
+    "what", DEMANDS, {"base.config.weights_only", "base.config.trust_remote_code", "base.code", "base.architecture"}
+)
 def test_a_base_is_described_and_not_configured(
     what: str, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from adapters import assert_same, edit_weights, logits, save_light, tensors
+from lanes import telling
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft_models import VARIANTS, adapted, lora, shifted
 from tiny import DROPPED, LAYOUTS, USUAL, make, plan_for, refusal
@@ -56,7 +57,7 @@ def of_base(model: nn.Module) -> dict[str, Tensor]:
 # The same models
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@telling("name", LAYOUTS, {"bert", "llama-gqa", "gpt2", "falcon", "t5"})
 def test_each_model_is_what_load_light_gives(name: str, tmp_path: Path) -> None:
     places = over_one_base(tmp_path, name, count=2) | {"dropped": tmp_path / "dropped"}
     save_light(type(make(name)).from_pretrained(tmp_path / "base"), tmp_path / "dropped", **DROPPED)
@@ -77,7 +78,7 @@ def with_own_head(base: PreTrainedModel) -> PeftConfig:
 
 KINDS: dict[str, tuple[str, Callable[[PreTrainedModel], PeftModel]]] = {
     kind: (name, lambda base, kind=kind: get_peft_model(base, VARIANTS[kind](base)))  # type: ignore[misc]
-    for name, kinds in {"gpt2": ("dora-bias", "tokens"), "bert": ("lora-only", "ia3", "dora", "patterns")}.items()
+    for name, kinds in {"gpt2": ("dora-rslora", "tokens"), "bert": ("ia3", "dora", "patterns")}.items()
     for kind in kinds
 } | {
     "own-head": ("bert", lambda base: get_peft_model(base, with_own_head(base))),
@@ -85,9 +86,9 @@ KINDS: dict[str, tuple[str, Callable[[PreTrainedModel], PeftModel]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@telling("kind", KINDS, {"lora-only", "tokens", "own-head", "bottleneck"})
 def test_kinds_of_peft(kind: str, tmp_path: Path) -> None:
-    """What one adapter brings, trained biases or embeddings, is not to be seen in another's model."""
+    """What one adapter brings, such as embeddings, is not to be seen in another's model."""
     name, adapt = KINDS[kind]
     base = make(name)
     base.save_pretrained(tmp_path / "base")
@@ -240,7 +241,7 @@ def test_nothing_is_made_twice(loads: list[str], tmp_path: Path) -> None:
     assert sorted(loads) == sorted(places) and len({id(model) for model in models}) == 3
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "deberta-v2"])
+@telling("name", ["llama-tied", "deberta-v2"], {"llama-tied"})
 def test_threads_that_switch_at_random_get_the_right_answers(name: str, tmp_path: Path, loads: list[str]) -> None:
     """In half precision, where loading a model must not change what is computed meanwhile."""
     places = over_one_base(tmp_path, name, count=4)

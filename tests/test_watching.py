@@ -257,26 +257,6 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     assert told["learned"] == meta["learned"] is not None
 
 
-def test_what_a_cut_means_for_a_model_that_writes_is_said(
-    llama: Workbench, bench: Workbench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Without a preset nothing goes; what is cut all the same, and not to be served whole, loses much."""
-    loses = "a model that writes loses far more by a cut than one that classifies; preset: writer cuts nothing"
-    keeps = "nothing of the base goes (preset: writer): a model that writes uses all of itself"
-    whole = {"light.heads": 0.0, "light.modules": 0.0, "light.ranks": 0.0, "light.blocks": 0.0}
-    for name, changes, said in (
-        ("small", {"light.blocks": 0.5}, loses),
-        ("small_and_whole", {"light.blocks": 0.5, "light.keep": "both"}, None),
-        ("whole", whole, keeps),
-    ):
-        assert lightpeft("run", "--config", llama.yaml(name, **FEW, **changes)) == 0
-        err = capsys.readouterr().err
-        assert (said is None or said in err) and all(other == said or other not in err for other in (loses, keeps))
-    assert lightpeft("run", "--config", bench.yaml("classifies", **FEW)) == 0
-    err = capsys.readouterr().err
-    assert loses not in err and keeps not in err
-
-
 def flat(model: nn.Module) -> None:
     """Answer the first class, whatever is asked."""
     head = transformers_model(model).classifier

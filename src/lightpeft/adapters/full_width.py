@@ -83,7 +83,7 @@ def load_full_width(light: str | Path, base: PreTrainedModel, *, is_trainable: b
 def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a saved light adapter as PEFT's own folder over the dense base.
 
-    The base's weights are not read, unless the kind of PEFT takes them (DoRA, trained biases).
+    The base's weights are not read, unless the kind of PEFT takes them (DoRA).
 
     Args:
         light: folder of the light adapter.

@@ -79,7 +79,7 @@ class BaseFacts:
         require(plain, f"gguf_file is {self.gguf_file!r}; it must be the name of a file beside the base")
         if self.quantisation is not None:
             method = quantisation_method(self.quantisation)
-            require(method in CUTTABLE, f"quantisation is by {method}; light models know {' and '.join(CUTTABLE)}")
+            require(method == CUTTABLE, f"quantisation is by {method}; light models know {CUTTABLE}")
 
     def place(self, elsewhere: str | Path | None = None) -> ModelConfig:
         """Where the base is; one that was moved has no revision.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,15 +57,6 @@ def load_adapter(base: PreTrainedModel, folder: Path, config: PeftConfig, is_tra
     """
     with parsing(f"{folder} does not fit its base"):
         return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable, config=config)
-
-
-def brought_for_base(config: PeftConfig, folder: Path) -> Iterator[str]:
-    """Names that parameters of a base have, if it has them, which the adapter brings values for: trained biases."""
-    copied = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
-    for name in _found(folder):
-        own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if not any(module in f".{own}." for module in copied):  # of which PEFT trains a copy
-            yield own
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
