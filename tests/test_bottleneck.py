@@ -183,11 +183,11 @@ def test_two_adapters_of_one_model(tmp_path: Path) -> None:
 
 
 def test_size_pattern(tmp_path: Path) -> None:
-    pattern = {"down_proj": 2, r"layers\.1\..*": 3, "model.layers.0.mlp.down_proj": 7}
+    pattern = {"model.layers.1.self_attn.o_proj": 3, "model.layers.0.mlp.down_proj": 7}
     model = adapted(make("llama-gqa"), placement="houlsby", size_pattern=pattern)
     expected = {}
     for index in range(3):
-        expected[FFN_OUT["llama-gqa"].format(index)] = 7 if index == 0 else 2
+        expected[FFN_OUT["llama-gqa"].format(index)] = 7 if index == 0 else 5
         expected[ATTENTION_OUT["llama-gqa"].format(index)] = 3 if index == 1 else 5
     assert {name: layer.size["default"] for name, layer in layers(model).items()} == expected
     for layer in layers(model).values():
