@@ -19,7 +19,7 @@ from lightpeft.peft_kinds.bottleneck import (
     BottleneckConfig,
     BottleneckLayer,
 )
-from lightpeft.peft_kinds.sites import check_peft
+from lightpeft.peft_kinds.sites.registry import check_peft
 from lightpeft.plans.structure import SLOTS
 
 

@@ -40,7 +40,7 @@ from lightpeft import load_light
 from lightpeft.app.exports.exporting import EXPORTS
 from lightpeft.models.families import FAMILIES, REFUSED, Family, block_specs
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.light_model import as_light

@@ -20,7 +20,7 @@ from lightpeft.config import Budget
 from lightpeft.models.families import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import count_parameters
+from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.estimation import Estimator
 

@@ -47,7 +47,7 @@ from lightpeft.models.families import (
     family_of,
     registry,
 )
-from lightpeft.peft_kinds.sites import check_peft
+from lightpeft.peft_kinds.sites.registry import check_peft
 from lightpeft.plans.records import BlockPlan, block_parameters, removable_parameters, removed_in_block
 from lightpeft.plans.structure import SLOTS, BlockSpec
 from lightpeft.prune.surgery import apply_plan

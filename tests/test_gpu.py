@@ -29,10 +29,11 @@ from lightpeft import load_light, run
 from lightpeft.app.evaluation.batching import free_memory
 from lightpeft.config import LightConfig
 from lightpeft.machine import autocasting, has_bf16
-from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import PeakMemory, measure_inference, measure_training
 from lightpeft.profiling.live import moved, trainable
+from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.speed import measure_inference, measure_training
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan

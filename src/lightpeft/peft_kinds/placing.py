@@ -14,7 +14,7 @@ from lightpeft.files.foreign import parsing
 from lightpeft.models.families import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.kinds import Place, kind_named
-from lightpeft.peft_kinds.sites import leave_experts
+from lightpeft.peft_kinds.sites.registry import leave_experts
 from lightpeft.plans.structure import BlockSpec
 
 

@@ -15,10 +15,12 @@ from lightpeft.machine import random_apart
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import Family, block_specs, family_of
-from lightpeft.models.linears import slice_linear, sliced
+from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.registry import slice_linear
 from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_linear, transformers_model
-from lightpeft.peft_kinds.sites import Site, drop_reference, find_sites, refresh_config, remove_site
+from lightpeft.peft_kinds.sites.base import Site
+from lightpeft.peft_kinds.sites.registry import drop_reference, find_sites, refresh_config, remove_site
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts
 from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightpeft.compat.accelerate import clear_device_cache, should_reduce_batch_size
-from lightpeft.profiling import PeakMemory
+from lightpeft.profiling.memory import PeakMemory
 
 T = TypeVar("T")
 

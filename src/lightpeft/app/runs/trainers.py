@@ -24,7 +24,8 @@ from lightpeft.compat.missing import needed_for
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, one_line
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import PeakMemory, throughput
+from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.speed import throughput
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.trainer import light_trainer
 from lightpeft.training.acceleration import light_steps

@@ -36,7 +36,10 @@ from lightpeft.machine import autocast_dtype, check_precision, has_bf16, process
 from lightpeft.models.families import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
-from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, cut_tokenizer, kept_tokens
+from lightpeft.models.vocabulary.closure import kept_tokens
+from lightpeft.models.vocabulary.cutting import config_tokens, cut_config
+from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import IA3Layer
-from lightpeft.models.linears import sliced
+from lightpeft.models.linears.kinds import sliced
 from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, spread
 
 
