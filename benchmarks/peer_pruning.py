@@ -26,7 +26,7 @@ from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import Budget
 from lightpeft.errors import require
 from lightpeft.models.arguments import change_arguments
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.linears.registry import dense_weight, is_linear
 from lightpeft.models.loading import LoadedModel
 from lightpeft.models.unwrap import base_linear, transformers_model

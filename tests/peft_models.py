@@ -14,7 +14,7 @@ from tiny import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.peft_kinds.bottleneck import (
     BottleneckConfig,
     BottleneckLayer,

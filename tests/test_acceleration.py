@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from workbench import Workbench
 
 from lightpeft.app.runs import pipeline
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.peft_kinds.sites import fused
 from lightpeft.peft_kinds.sites.fused import fused_lora
 from lightpeft.peft_kinds.sites.registry import find_sites

@@ -31,7 +31,7 @@ from tiny import (
 from torch import Tensor, nn
 
 from lightpeft import EarlyPruner, LightConfig, load_light
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.config_file import read_config

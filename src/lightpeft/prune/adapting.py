@@ -16,7 +16,7 @@ from transformers import Cache
 from lightpeft.compat.transformers import grow_static_cache
 from lightpeft.errors import LightPeftError
 from lightpeft.models.arguments import change_arguments
-from lightpeft.models.families import Family
+from lightpeft.models.families.spec import Family
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.sharding import whole
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.sites.base import Site

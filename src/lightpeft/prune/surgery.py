@@ -14,7 +14,8 @@ from lightpeft.errors import require
 from lightpeft.machine import random_apart
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.families import Family, block_specs, family_of
+from lightpeft.models.families.registry import block_specs, family_of
+from lightpeft.models.families.spec import Family
 from lightpeft.models.linears.kinds import sliced
 from lightpeft.models.linears.registry import slice_linear
 from lightpeft.models.on_disk import bring_weights_in

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Budget, LightConfig, cut_of_writer, preset_light, usual_preset
 from lightpeft.errors import require
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import vocabulary_of

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, one_line, require
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import Place, kind_of, projections
 from lightpeft.peft_kinds.sites.registry import find_sites, refresh_config, remove_site

@@ -33,7 +33,7 @@ from lightpeft.console.bars import showing, silent
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, understandable
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
-from lightpeft.models.families import max_positions
+from lightpeft.models.families.registry import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.vocabulary.closure import kept_tokens

@@ -13,7 +13,7 @@ from lightpeft.app.exports.agreement import Agreement
 from lightpeft.app.exports.graphs.runtimes import Runtime, Session, foreign
 from lightpeft.app.exports.graphs.tracing import example, positions, reads, writes
 from lightpeft.errors import require
-from lightpeft.models.families import max_positions
+from lightpeft.models.families.registry import max_positions
 
 _SHAPES = ((1, 5), (4, 12))
 """Rows and tokens of batches, other than what is traced."""

@@ -17,7 +17,7 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.config import LightConfig, RunConfig
 from lightpeft.errors import require
 from lightpeft.machine import accelerator, autocast_dtype, autocasting
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.loading import load_model_config, untrained_model
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.models.vocabulary.cutting import cut_model
