@@ -112,6 +112,10 @@ CASES = [(name, variant) for name in BASES for variant in EVERYWHERE] + [
     ("t5", "ia3-paper"),
 ]
 
+TELLING_CASES = {("bert", "lora-only"), ("gpt2", "dora-bias"), ("llama-gqa", "dora"), ("llama-gqa", "patterns")}
+TELLING_CASES |= {("t5", "rslora"), ("t5", "ia3"), ("gpt2", "tokens"), ("bert", "ia3-paper")}
+"""Each variant and each base once or twice: those of `make test`."""
+
 
 def with_variant(name: str, variant: str) -> PeftModel:
     base = make(name)

@@ -783,20 +783,6 @@ def test_going_offline(monkeypatch: pytest.MonkeyPatch) -> None:
             datasets.load_dataset("someone/rows")
 
 
-# -- llama_cpp ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["_eval_tokens", "_clear_context_state", "tokenize", "close", "n_vocab"])
-def test_what_llama_cpp_is_asked_by(name: str) -> None:
-    package = pytest.importorskip("llama_cpp_py_sync")
-    assert hasattr(package.Llama, name), "lightpeft reads logits and begins anew by it"
-
-
-def test_the_logits_of_the_last_token_are_read() -> None:
-    bindings = pytest.importorskip("llama_cpp_py_sync").llama
-    assert hasattr(bindings.get_lib(), "llama_get_logits_ith") and hasattr(bindings.get_ffi(), "buffer")
-
-
 # -- torch: tensors without storage ----------------------------------------------------------------------------------
 
 

@@ -72,7 +72,7 @@ def test_at_least_one_block_stays() -> None:
     assert [Budget(depth=0.4).blocks_left(blocks) for blocks in (1, 5, 30)] == [1, 3, 18]
 
 
-@pytest.mark.parametrize("name", TWO_STACKS)
+@every_family(TWO_STACKS)
 def test_one_stack_reads_the_other(name: str) -> None:
     model = with_lora(make(name))
     before = len(list(model.modules()))

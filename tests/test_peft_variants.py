@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling
 from peft import EvaConfig, IA3Config, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft_models import (
     BASES,
     CASES,
+    TELLING_CASES,
     lora,
     projection_names,
     shifted,
@@ -47,7 +49,7 @@ from lightpeft.prune.surgery import apply_plan
 TOLERANCE = 1e-5
 
 
-all_cases = pytest.mark.parametrize(("name", "variant"), CASES, ids=map("-".join, CASES))
+all_cases = telling(("name", "variant"), CASES, TELLING_CASES)
 all_budgets = pytest.mark.parametrize("budget", [USUAL, DROPPED], ids=["usual", "dropped"])
 
 

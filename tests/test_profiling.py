@@ -338,6 +338,3 @@ def test_ratio_pairs_rounds() -> None:
         ratio([1, 2], [1])
     with pytest.raises(LightPeftError, match="ratio to 0"):
         ratio([1], [0])
-
-
-# Surroundings

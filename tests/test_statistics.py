@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lanes import thorough
 from scipy.stats import binom, bootstrap, pearsonr
 
 from lightpeft.app.evaluation.statistics import Comparison, bootstrap_intervals, compare
@@ -83,6 +84,7 @@ class TestIntervals:
             slow = bootstrap_intervals(answers, metric.compute, resamples=100)
             assert bootstrap_intervals(answers, metric, resamples=100)[name] == pytest.approx(slow[name])
 
+    @thorough
     def test_coverage(self) -> None:
         """Of 400 samples of 100 examples, about 95% of the intervals hold the true accuracy."""
         held = 0
@@ -94,6 +96,7 @@ class TestIntervals:
             held += low <= 0.7 <= high
         assert 0.91 <= held / 400 <= 0.98  # four standard errors of a binomial around the 94.5% known for n = 100
 
+    @thorough
     def test_coverage_of_groups(self) -> None:
         """Groups of five equal examples: intervals over groups keep their promise, those over examples don't."""
         held = {True: 0, False: 0}
@@ -184,6 +187,7 @@ class TestComparison:
             if abs(result.p_value - 0.05) > 0.02:  # quantiles lie between resamples
                 assert (result.p_value < 0.05) == (low > 0 or high < 0)
 
+    @thorough
     def test_false_alarms(self) -> None:
         """Of 200 pairs of equally good models about one in twenty is called different, by either test."""
         alarms = {"accuracy": 0, "f1": 0}

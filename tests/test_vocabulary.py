@@ -603,21 +603,6 @@ def test_its_result_is_asked_with_its_own_tokenizer(
     assert lightpeft("inspect", bench.folder / "run") == 0 and f"{kept} of {size}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"light.vocabulary": "tasks"}, "vocabulary"),
-        ({"light.vocabulary": "task", "light.keep": "full"}, "set vocabulary: keep or keep: light"),
-    ],
-)
-def test_bad_settings(
-    bench: Workbench, changes: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert lightpeft("run", "--config", bench.yaml("bad", **changes)) == 2
-    errors = capsys.readouterr().err
-    assert reason in " ".join(errors.split()) and not (bench.folder / "bad").exists()
-
-
 # -- real ones ---------------------------------------------------------------------------------------------------------
 
 

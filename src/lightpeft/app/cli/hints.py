@@ -35,9 +35,10 @@ def unknown_option(words: Sequence[str], known: Collection[str], rows: str | Non
 def meant_option(word: str, known: Collection[str]) -> str | None:
     """The known option that somebody meant: called so elsewhere, in a section, or nearly so."""
     name = word.lstrip("-").replace("-", "_").lower()
-    called = ELSEWHERE.get(name, name)
+    called = ELSEWHERE.get(name) or ELSEWHERE.get(name.rpartition(".")[2], name)
     for option in (f"--{called}", f"--{called.rpartition('.')[2]}"):
-        if option in known and option != f"--{word}":
+        of_mapping = called != name and option.rpartition(".")[0] in known
+        if (option in known or of_mapping) and option != f"--{word}":
             return option
     in_section = [option for option in known if option.endswith(f".{name}")]
     of_section = [option for option in known if option.startswith(f"--{name}.")]
@@ -56,10 +57,11 @@ ELSEWHERE: dict[str, str] = {
     "model_name_or_path": "model.name",
     "base_model": "model.name",
     "torch_dtype": "model.dtype",
-    "load_in_4bit": "model.quantise",
-    "load_in_8bit": "model.quantise",
-    "quantize": "model.quantise",
-    "attn_implementation": "model.attention",
+    "load_in_4bit": "model.quantization",
+    "load_in_8bit": "model.quantization",
+    "quantize": "model.quantization",
+    "quantise": "model.quantization",
+    "attention": "model.attn_implementation",
     "data": "data.train",
     "dataset": "data.train",
     "dataset_name": "data.train",
@@ -77,8 +79,11 @@ ELSEWHERE: dict[str, str] = {
     "max_train_samples": "data.limit_train",
     "max_eval_samples": "data.limit_test",
     "max_new_tokens": "data.answer_tokens",
-    "text_column_name": "data.text",
-    "label_column_name": "data.label",
+    "text": "data.columns.text",
+    "text_pair": "data.columns.text_pair",
+    "label": "data.columns.label",
+    "text_column_name": "data.columns.text",
+    "label_column_name": "data.columns.label",
     "lr": "training.learning_rate",
     "learning_rate": "training.learning_rate",
     "e": "training.epochs",
@@ -91,14 +96,22 @@ ELSEWHERE: dict[str, str] = {
     "per_device_eval_batch_size": "training.eval_batch_size",
     "gradient_accumulation_steps": "training.gradient_accumulation",
     "warmup_ratio": "training.warmup",
-    "wd": "training.weight_decay",
-    "rank": "lora.r",
-    "lora_r": "lora.r",
-    "lora_rank": "lora.r",
-    "lora_alpha": "lora.alpha",
-    "dropout": "lora.dropout",
-    "lora_dropout": "lora.dropout",
-    "lora_target": "lora.target_modules",
+    "wd": "trainer.weight_decay",
+    "weight_decay": "trainer.weight_decay",
+    "max_grad_norm": "trainer.max_grad_norm",
+    "logging_steps": "trainer.logging_steps",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "r": "peft.r",
+    "rank": "peft.r",
+    "lora_r": "peft.r",
+    "lora_rank": "peft.r",
+    "alpha": "peft.lora_alpha",
+    "lora_alpha": "peft.lora_alpha",
+    "dropout": "peft.lora_dropout",
+    "lora_dropout": "peft.lora_dropout",
+    "lora_target": "peft.target_modules",
+    "size": "peft.size",
     "sparsity": "light.target",
     "ratio": "light.target",
     "o": "output",
