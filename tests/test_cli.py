@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import runpy
 import subprocess
@@ -149,6 +150,37 @@ def test_help_does_not_wait_for_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr.strip() == ""
     assert done.returncode == 0
+
+
+def completions(line: str, folder: Path) -> list[str]:
+    """What a shell offers behind a line, as argcomplete's script asks for it, without waiting for torch."""
+    out = folder / "offered"
+    code = (
+        "import sys, os; from lightpeft.app.cli import main\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn'}\n"
+        "end = os._exit\n"
+        "os._exit = lambda code: end(code or len(heavy & sys.modules.keys()))\n"
+        "main()"
+    )
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, cwd=folder, capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    return out.read_text(encoding="utf-8").split()
+
+
+def test_a_shell_completes_verbs_options_values_and_files(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").touch()
+    assert completions("lightpeft ", tmp_path)[-len(NAMES) :] == NAMES
+    assert completions("lightpeft pre", tmp_path) == ["predict"]
+    assert completions("lightpeft run --light.blo", tmp_path) == ["--light.blocks"]
+    assert completions("lightpeft run --help", tmp_path) == ["--help", "--help-all"]
+    assert completions("lightpeft run --preset wr", tmp_path) == ["writer"]
+    assert completions("lightpeft run --training.precision=b", tmp_path) == ["--training.precision=bf16"]
+    assert completions("lightpeft export --form o", tmp_path) == ["onnx", "openvino"]
+    assert completions("lightpeft run --data.train ro", tmp_path) == ["rows.csv"]
 
 
 def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
