@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft_models import adapted, layers, train_by_hand
@@ -25,7 +25,6 @@ from lightpeft.peft_kinds.bottleneck import (
     Bottleneck,
     BottleneckConfig,
     BottleneckModel,
-    placed_modules,
 )
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK, register
 
@@ -315,14 +314,6 @@ def test_what_does_not_fit_the_model(settings: dict[str, Any], error: type[Excep
 def test_a_placement_needs_a_transformers_model() -> None:
     with pytest.raises(LightPeftError, match="needs a transformers model, got a Sequential; give target_modules"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), BottleneckConfig(placement="houlsby"))
-
-
-def test_placed_modules_inside_a_peft_model() -> None:
-    base = make("llama-gqa")
-    targets = placed_modules(base, "pfeiffer")
-    assert targets == [FFN_OUT["llama-gqa"].format(index) for index in range(3)]
-    wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
-    assert placed_modules(wrapped, "pfeiffer") == [f"base_model.model.{name}" for name in targets]
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

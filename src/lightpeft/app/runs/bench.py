@@ -40,7 +40,7 @@ from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.comparing import in_rounds, ratio, summarize
 from lightpeft.profiling.flops import count_flops, kv_cache_bytes
 from lightpeft.profiling.memory import PeakMemory, weights_bytes
-from lightpeft.profiling.speed import WARMUP, OptimizerFactory, measure_inference, measure_training, throughput
+from lightpeft.profiling.speed import WARMUP, OptimizerFactory, measure_inference, measure_training
 from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.estimation import Estimator
 from lightpeft.training.acceleration import light_steps
@@ -308,7 +308,7 @@ class Subject:
         options: dict[str, Any] = {"batch_size": training.eval_batch_size, "autocast": self.autocast}
         started = time.perf_counter()
         known = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
-        self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
+        self._prefix_speed = len(rows) / (time.perf_counter() - started)
         return known
 
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from lightpeft.compat.peft import BaseTuner
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.families.registry import block_specs
-from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig
 from lightpeft.peft_kinds.bottleneck.layer import NO_MERGE, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import PREFIX
@@ -79,7 +78,7 @@ def placed_modules(model: nn.Module, placement: str) -> list[str]:
     """Where the adapters of a placement go (see `BottleneckConfig.placement`), in the order of blocks.
 
     Args:
-        model: a transformers model, or a PeftModel around one.
+        model: a transformers model.
         placement: "houlsby" or "pfeiffer".
 
     Returns:
@@ -88,15 +87,12 @@ def placed_modules(model: nn.Module, placement: str) -> list[str]:
     Raises:
         LightPeftError: not a transformers model of a supported family, or no block has such a place.
     """
-    inner = transformers_model(model)
-    if not isinstance(inner, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
         raise LightPeftError(
-            f'placement="{placement}" needs a transformers model, got a {type(inner).__name__}; give target_modules'
+            f'placement="{placement}" needs a transformers model, got a {type(model).__name__}; give target_modules'
         )
-    path = next(name for name, module in model.named_modules() if module is inner)
-    prefix = f"{path}." if path else ""
-    blocks = [spec.projections for spec in block_specs(inner)]
+    blocks = [spec.projections for spec in block_specs(model)]
     slots = ("o", "ffn_out") if placement == "houlsby" else ("ffn_out",)
-    targets = [prefix + block[slot] for block in blocks for slot in slots if slot in block]
-    require(bool(targets), f'placement="{placement}": no block of the {type(inner).__name__} has such a projection')
+    targets = [block[slot] for block in blocks for slot in slots if slot in block]
+    require(bool(targets), f'placement="{placement}": no block of the {type(model).__name__} has such a projection')
     return targets
