@@ -54,7 +54,7 @@ from lightpeft.app.runs.reproduce import Results, Row, read_results
 from lightpeft.config import PRESETS, RunConfig, load_config, run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import BlockPlan, PrunePlan

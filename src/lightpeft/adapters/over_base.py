@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from lightpeft.adapters.right_base import check_base, check_brought, check_structure
 from lightpeft.adapters.streaming import Stream
 from lightpeft.errors import require
-from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.tensors import SharedTensors
-from lightpeft.models.vocabulary import check_whole, cut_model
+from lightpeft.models.vocabulary.cutting import check_whole, cut_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.adapter_files import Saved
@@ -66,8 +66,8 @@ def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, 
 def stream_of(saved: Saved, device: str | torch.device | None, shared: SharedTensors | None = None) -> Stream:
     """What reads the base one tensor at a time; refuses at once what cannot be read so."""
     folder, base = saved.folder, saved.base
-    kind = "quantised" if base.quantisation else "a GGUF file" if base.gguf_file else None
-    require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
+    alone = f"the base of {folder} is quantised, which low_memory cannot read: load without low_memory"
+    require(not base.quantisation, alone)
 
     def check(model: PreTrainedModel) -> None:
         check_structure(model, base, saved.plan, str(folder))

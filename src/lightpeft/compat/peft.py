@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
 from types import MethodType
 from typing import Any
 
@@ -65,7 +63,6 @@ __all__ = [
     "ModulesToSaveWrapper",
     "ParamWrapper",
     "adapters_in",
-    "fitting_key",
     "forget_norms",
     "let_hooks_see",
     "names_of_experts",
@@ -132,14 +129,3 @@ def names_of_experts(model_type: str) -> frozenset[str]:
         return frozenset(conversion._MOE_TARGET_MODULE_MAPPING.get(pattern, ()))
     except (ImportError, AttributeError):
         return frozenset()
-
-
-# Names of modules
-
-
-def fitting_key(keys: Collection[str], name: str) -> str:
-    """Which of the keys, regular expressions for the end of a module's name, PEFT takes for it; the name if none fits.
-
-    As in `LoraConfig.rank_pattern`.
-    """
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", name)), name)

@@ -16,13 +16,15 @@ from lightpeft.config import ModelConfig
 from lightpeft.config.validation import check_values, from_dict
 from lightpeft.errors import require
 from lightpeft.files import understandable
-from lightpeft.models.families import Stack, family_of
+from lightpeft.models.families.registry import family_of
+from lightpeft.models.families.spec import Stack
 from lightpeft.models.loading import CUTTABLE, quantisation_method
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
+from lightpeft.models.vocabulary.cutting import vocabulary_of
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
-from lightpeft.profiling import versions
+from lightpeft.profiling.surroundings import versions
 
 
 class Described(Protocol):
@@ -69,14 +71,11 @@ class BaseFacts:
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     fingerprint: str
     config: HeadSettings
-    gguf_file: str | None = None
     quantisation: dict[str, Any] | None = None
     """In transformers' words; None: it was not."""
 
     def __post_init__(self) -> None:
         check_values(self)
-        plain = self.gguf_file is None or Path(self.gguf_file).name == self.gguf_file
-        require(plain, f"gguf_file is {self.gguf_file!r}; it must be the name of a file beside the base")
         if self.quantisation is not None:
             method = quantisation_method(self.quantisation)
             require(method == CUTTABLE, f"quantisation is by {method}; light models know {CUTTABLE}")
@@ -90,7 +89,7 @@ class BaseFacts:
         name = self.id if elsewhere is None else str(elsewhere)
         require(name, "the light adapter does not name its base; give one: load_light(folder, base=...)")
         revision = self.revision if elsewhere is None else None
-        return ModelConfig(name=name, revision=revision, gguf_file=self.gguf_file)
+        return ModelConfig(name=name, revision=revision)
 
 
 def base_facts(description: Mapping[str, Any], path: Path) -> BaseFacts:
@@ -116,7 +115,6 @@ def facts_of(model: Described) -> dict[str, Any]:
             "dtype": str(inner.dtype).removeprefix("torch."),
             "fingerprint": model.light_plan.fingerprint,
             "config": _head_settings(config, vocabulary_of(inner)),
-            "gguf_file": getattr(inner, "light_gguf_file", None),
             "quantisation": _quantisation(config),
         },
         "tokens": _tokens(vocabulary_of(inner)),

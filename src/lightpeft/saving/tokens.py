@@ -18,7 +18,9 @@ from lightpeft.files import read_tensors, understandable
 from lightpeft.models.loading import load_model_config, load_tokenizer
 from lightpeft.models.repositories import TOKENIZER
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
-from lightpeft.models.vocabulary import Vocabulary, cut_tokenizer, vocabulary_of
+from lightpeft.models.vocabulary.cutting import vocabulary_of
+from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.saving.description import BaseFacts
 
 VOCABULARY_FILE = "vocabulary.safetensors"
@@ -37,7 +39,7 @@ def tokenizer_of(model: PreTrainedModel, saved: BaseFacts) -> PreTrainedTokenize
     """
     place = saved.place()
     folder = Path(place.name).expanduser()
-    if folder.is_dir() and place.gguf_file is None:  # transformers makes one up where there are no files
+    if folder.is_dir():  # transformers makes one up where there are no files
         has_files = any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER)
         require(has_files, f"{folder} has no files of one")
     tokenizer = tokenizer_over(place, vocabulary_of(model))

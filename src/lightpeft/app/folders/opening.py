@@ -28,7 +28,8 @@ from lightpeft.files import check_sealed, read_json
 from lightpeft.models.loading import LoadedModel, load_model
 from lightpeft.models.repositories import Form, Repository
 from lightpeft.models.tokenizers import ensure_pad_token
-from lightpeft.models.vocabulary import Vocabulary, cut_model
+from lightpeft.models.vocabulary.cutting import cut_model
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.saving import adapter_files, whole
 from lightpeft.saving.adapter_files import DESCRIPTION
@@ -109,7 +110,7 @@ def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, 
     config, form = run.config, _FORMS[ADAPTER_CONFIG if run.result == run.full else run.config.way.last_file]
     given = {name: value for name, value in vars(config.model).items() if name != "name"} | dict(settings or {})
     if form is WholeModel:
-        base, given = None, given | {"revision": None, "gguf_file": None}
+        base, given = None, given | {"revision": None}
     else:
         base = base or config.model.name
     found = form.find(run.result, base, given)
