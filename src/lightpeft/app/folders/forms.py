@@ -270,7 +270,7 @@ class LightAdapter(_Adapter):
         description = read_description(place)
         saved = base_facts(description, place / DESCRIPTION)
         at_home = {"revision": saved.revision} if base is None else {}
-        as_saved = {"dtype": saved.dtype, **at_home}
+        as_saved = {"gguf_file": saved.gguf_file, "dtype": saved.dtype, **at_home}
         model = _base(place, base or saved.id, {**as_saved, **settings})
         facts = said_of_task(description, place / DESCRIPTION)
         return cls(name=str(place), model=model, description=description, facts=facts, folder=place)

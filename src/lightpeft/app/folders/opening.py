@@ -110,7 +110,7 @@ def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, 
     config, form = run.config, _FORMS[ADAPTER_CONFIG if run.result == run.full else run.config.way.last_file]
     given = {name: value for name, value in vars(config.model).items() if name != "name"} | dict(settings or {})
     if form is WholeModel:
-        base, given = None, given | {"revision": None}
+        base, given = None, given | {"revision": None, "gguf_file": None}
     else:
         base = base or config.model.name
     found = form.find(run.result, base, given)
