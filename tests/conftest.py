@@ -27,7 +27,7 @@ from transformers import set_seed
 from lightpeft.config import light
 
 # How long an example takes says how busy the machine is.
-hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.register_profile("any machine", deadline=None, max_examples=100 if FULL else 25)
 hypothesis.settings.load_profile("any machine")
 
 CACHE = Path(__file__).parents[1] / "demo" / "cache"

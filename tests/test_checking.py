@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling, thorough
 from tiny import inputs_for, make, with_lora
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -78,7 +79,11 @@ def held(name: str, light: LightConfig | None, real: bool) -> Holding:
 
 
 @pytest.mark.parametrize("light", [None, LightConfig(dropout=0.0)], ids=["plain", "estimation"])
-@pytest.mark.parametrize("name", ["bert", "mpnet", "llama-gqa", "gpt2", "t5", "mixtral", "gpt_oss", "deepseek_v3"])
+@telling(
+    "name",
+    ["bert", "mpnet", "llama-gqa", "gpt2", "t5", "mixtral", "gpt_oss", "deepseek_v3"],
+    {"bert", "llama-gqa", "mixtral"},
+)
 def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig | None) -> None:
     rehearsed, real = held(name, light, real=False), held(name, light, real=True)
     state = 2 * count_parameters(with_lora(make(name))).trainable * 4
@@ -87,7 +92,7 @@ def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig 
     assert rehearsed.flops > 0
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "mixtral", "qwen2_moe"])
+@telling("name", ["bert", "llama-gqa", "mixtral", "qwen2_moe"], {"bert", "mixtral"})
 def test_a_rehearsal_counts_what_real_steps_compute(name: str) -> None:
     model = with_lora(make(name))
     batch = inputs_for(model, padding="right", labels=True, rows=4, length=12)
@@ -183,6 +188,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     assert "training.gradient_checkpointing: true" in found.instead
 
 
+@thorough
 def test_evaluation_that_does_not_fit(tmp_path: Path) -> None:
     """Where evaluation is the largest stage, it is what is made smaller; all is tried where nothing is enough."""
     settings = {"training.batch_size": 2, "training.eval_batch_size": 64}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lanes import thorough
+from lanes import telling, thorough
 from workbench import (
     ENGINES,
     Workbench,
@@ -148,6 +148,7 @@ def test_a_run_that_lost_a_process_in_training(bench: Workbench) -> None:
     assert_same_end(bench.folder / name, undisturbed)
 
 
+@thorough
 def test_a_run_that_lost_its_main_process_in_estimation(real: RealBench) -> None:
     config = real.yaml("shared", **OF_TWO)
     ends = in_children(2, killing(0, 4), "run", "--config", config, engine="fsdp2")
@@ -168,7 +169,11 @@ KILLS: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.mark.parametrize(("method", "kill"), [("light", "training"), ("light", "at-the-cut"), ("plain", "training")])
+@telling(
+    ("method", "kill"),
+    [("light", "training"), ("light", "at-the-cut"), ("plain", "training")],
+    [("light", "training")],
+)
 def test_another_number_of_processes(bench: Workbench, method: str, kill: str) -> None:
     settings = {**SETTINGS, "method": method, "light.module_blocks": 0.5}  # with a cache of the lower block's outputs
     undisturbed, name = f"{method}-alone", f"{method}-{kill}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling, thorough
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support import with_bottleneck
@@ -101,7 +102,7 @@ def assert_same(one: Estimated, other: Estimated) -> None:
 
 
 @pytest.mark.parametrize("wrap", [with_lora, with_bottleneck])
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "falcon"])
+@telling("name", [name for name in LAYOUTS if name != "falcon"], {"bert", "llama-gqa", "gpt2", "t5"})
 def test_estimation_and_the_cut_are_the_same(name: str, wrap: Callable[..., Any], tmp_path: Path) -> None:
     """With dropout, whose random numbers nothing draws in between."""
     usual, on_disk = both(tmp_path, name)
@@ -154,7 +155,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@telling("checkpointing", [True, False], [False])
 def test_one_weight_at_a_time_is_in_memory(checkpointing: bool, large: Path) -> None:
     """Resident memory, pages of files among it, through estimation, scores and the cut."""
 
@@ -227,7 +228,11 @@ def test_files_that_change(tmp_path: Path) -> None:
 # -- what it is used from --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[("bert", "classification"), ("llama", "causal-lm")], ids=["bert", "llama"])
+@pytest.fixture(
+    scope="module",
+    params=[("bert", "classification"), pytest.param(("llama", "causal-lm"), marks=thorough)],
+    ids=["bert", "llama"],
+)
 def bench(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     family, task = request.param
     return Workbench(tmp_path_factory.mktemp(family), family, task)

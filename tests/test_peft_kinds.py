@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from lanes import thorough
 from peft import IA3Config, LoraConfig, get_peft_model
 from tiny import make
 from workbench import Workbench, lightpeft, read
@@ -42,7 +43,10 @@ KINDS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=() if kind in {"dora", "adapters"} else thorough) for kind in KINDS],
+)
 def done(request: pytest.FixtureRequest, bench: Workbench) -> Path:
     """The folder of a finished run of a kind."""
     assert lightpeft("run", "--config", bench.yaml(request.param, peft=KINDS[request.param])) == 0
@@ -150,7 +154,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"r": 10_000_000}, "peft.r is 10000000; it can be at most 65,536"),
     ({"use_dora": "maybe"}, "peft.use_dora is 'maybe'; it must be true or false"),
     ({"bias": "some"}, "peft.bias is 'some'; it must be one of none, all, lora_only"),
-    ({"bias": "all"}, 'use bias="none" or "lora_only"'),
+    ({"bias": "all"}, 'use bias="none"'),
     ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa" changes the base weights'),
     ({"init_lora_weights": "eva"}, "peft.init_lora_weights is eva, which is computed from rows"),
     ({"use_dora": True, "lora_bias": True}, "peft: The argument lora_bias=True is not supported for DoRA"),

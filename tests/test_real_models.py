@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import thorough
 from safetensors.torch import load_file
 from transformers import set_seed
 
@@ -60,6 +61,7 @@ def test_minilm_learns_with_two_fifths_of_its_blocks(minilm: Path, movie_reviews
     torch.testing.assert_close(*merged, rtol=1e-4, atol=1e-4)
 
 
+@thorough
 def test_the_readme_and_the_shell_give_the_same(
     minilm: Path, movie_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

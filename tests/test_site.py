@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from documents import blocks
+from lanes import telling
 
 import lightpeft
 from lightpeft.errors import LightPeftError
@@ -197,7 +198,7 @@ WIDER = "return document.documentElement.scrollWidth - document.documentElement.
 PAPER = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@telling("scheme", ["light", "dark"], {"light"})
 def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
     """Nothing goes wrong, nothing is wider than a window, and colours are those that the reader's system asks for."""
     wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
