@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from llama_cpp import LlamaCpp, is_there
 from publishing import markdown_table, report, spread_text
 from transformers import PreTrainedModel
 
@@ -29,7 +30,6 @@ from lightpeft.app.exports.gguf.writing import write_gguf
 from lightpeft.app.folders.opening import open_result
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
-from lightpeft.compat.llama_cpp import LlamaCpp, is_there
 from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.plans.records import BlockPlan, PrunePlan

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import sessions
 import torch
 from publishing import markdown_table, report, spread_text
 from torch import Tensor
@@ -105,7 +106,7 @@ def served(
                 folder.mkdir()
                 write_graph(model, work.tokenizer, RUNTIMES[form], folder, dtype)
             sizes.setdefault(name, {})[key] = folder_bytes(folder)
-            answers[name][key] = partial(in_runtime, RUNTIMES[form].open(folder, exact=exact))
+            answers[name][key] = partial(in_runtime, sessions.load(form, folder, exact=exact))
     return sizes, answers
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 SOURCE = Path(__file__).parents[1] / "src" / "lightpeft"
 LIBRARIES = ("accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers")
-OTHERS = ("argparse.py", "bitsandbytes.py", "llama_cpp.py", "torchao.py")
+OTHERS = ("argparse.py", "bitsandbytes.py", "llama_cpp.py")
 """Of `compat`, modules about other libraries, which are imported where they are installed."""
 DOCUMENTED = frozenset(
     {

@@ -37,7 +37,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lightpeft import load_light
-from lightpeft.app.exports.exporting import EXPORTS
 from lightpeft.models.families import FAMILIES, REFUSED, Family, block_specs
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
 from lightpeft.peft_kinds.sites import find_sites
@@ -212,15 +211,6 @@ def refusal_table() -> str:
     return _markdown(["`model_type`", "why"], ([", ".join(names), reason] for reason, names in reasons.items()))
 
 
-def form_table() -> str:
-    """One row a form of `lightpeft export`."""
-    lines = []
-    for name, form in EXPORTS.items():
-        types = ", ".join(form.dtypes) or "as they are"
-        lines.append([f"`{name}`", form.what.rstrip(","), form.readers, form.families, form.limits, types])
-    return _markdown(["`--form`", "what", "who reads it", "families", "limits", "weights"], lines)
-
-
 def _attention(spec: BlockSpec) -> str:
     if "kv" in spec.projections:
         return "q, fused kv of one latent (MLA), o"
@@ -266,7 +256,7 @@ def _markdown(titles: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in table).replace("|  |", "| |")
 
 
-TABLES: dict[str, Callable[[], str]] = {"families": family_table, "refused": refusal_table, "forms": form_table}
+TABLES: dict[str, Callable[[], str]] = {"families": family_table, "refused": refusal_table}
 """Tables that need no check."""
 
 

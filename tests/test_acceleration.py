@@ -109,7 +109,6 @@ class TestFusedLora:
         ("change", "settings"),
         [
             pytest.param(None, {"use_dora": True}, id="DoRA"),
-            pytest.param(None, {"bias": "lora_only"}, id="trained bias"),
             pytest.param(None, {"lora_bias": True}, id="bias of B"),
             pytest.param(lambda model: model.base_model.disable_adapter_layers(), {}, id="disabled"),
             pytest.param(lambda model: model.merge_adapter(), {}, id="merged"),

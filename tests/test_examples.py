@@ -171,10 +171,9 @@ def test_embed(run: Run, home: Path) -> None:
 
 
 def test_export_gguf(run: Run, home: Path) -> None:
-    pytest.importorskip("llama_cpp_py_sync")
     chat(run, home)
     printed = run("export_gguf", "out/chat/adapter", "--model", "decoder", "--output", "out/served")
-    assert "model.gguf" in printed and "llama.cpp loads it" in printed
+    assert "model.gguf" in printed and "matrices" in printed
     assert (home / "out/served/model.gguf").is_file()
 
 

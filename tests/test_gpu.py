@@ -26,7 +26,6 @@ from transformers import AutoModelForCausalLM
 from workbench import Workbench
 
 from lightpeft import load_light, run
-from lightpeft.app.evaluation.batching import free_memory
 from lightpeft.config import LightConfig
 from lightpeft.machine import autocasting, has_bf16
 from lightpeft.models.linears import prepare_quantised
@@ -360,8 +359,6 @@ def load_quantised(folder: Path, kind: str, device: str) -> Any:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_quantised_bases(kind: str, sizes: dict[str, Any], device: str, tmp_path: Path) -> None:
     """Cut, it computes with the weights that it stands for, learns, and is loaded to the last bit."""
-    if kind == "torchao-int8" and sizes is NARROW:
-        pytest.skip("rows of scales fit any width; the other case says it")
     make("llama-gqa", **sizes).save_pretrained(tmp_path / "base")
     model = with_lora(load_quantised(tmp_path / "base", kind, device), lora_dropout=0.0)
     plan = plan_for(model, heads=0.5, neurons=0.5, modules=0.3, multiple_of=64 if sizes is SIZES else 1)
@@ -469,4 +466,3 @@ def test_steps_are_timed(dtype: torch.dtype | None, device: str) -> None:
     trained = measure_training(model, data, torch.optim.SGD, steps=3, warmup=1, autocast=dtype)
     answered = measure_inference(model, data, steps=3, warmup=1, autocast=dtype)
     assert len(trained) == len(answered) == 3 and min(*trained, *answered) > 0
-    assert free_memory(torch.device(device)) > 2**20

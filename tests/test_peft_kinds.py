@@ -166,7 +166,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"r": 10_000_000}, "peft.r is 10000000; it can be at most 65,536"),
     ({"use_dora": "maybe"}, "peft.use_dora is 'maybe'; it must be true or false"),
     ({"bias": "some"}, "peft.bias is 'some'; it must be one of none, all, lora_only"),
-    ({"bias": "all"}, 'use bias="none" or "lora_only"'),
+    ({"bias": "all"}, 'use bias="none"'),
     ({"init_lora_weights": "pissa"}, 'init_lora_weights="pissa" changes the base weights'),
     ({"init_lora_weights": "eva"}, "peft.init_lora_weights is eva, which is computed from rows"),
     ({"use_dora": True, "lora_bias": True}, "peft: The argument lora_bias=True is not supported for DoRA"),

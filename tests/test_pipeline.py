@@ -206,7 +206,7 @@ def test_a_run_measures_its_speed_and_memory(bench: Workbench, method: str) -> N
 
 @pytest.mark.parametrize(
     ("kind", "placement"),
-    [*((KINDS[0], placement) for placement in ("houlsby", "pfeiffer", "parallel")), (KINDS[2], "parallel")],
+    [*((KINDS[0], placement) for placement in ("houlsby", "pfeiffer")), (KINDS[2], "pfeiffer")],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_a_run_with_adapters(

@@ -18,7 +18,7 @@ from lightpeft.models.vocabulary import check_whole, cut_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.adapter_files import Saved
-from lightpeft.saving.peft_adapter import brought_for_base, check_fit, load_adapter, skeleton_of
+from lightpeft.saving.peft_adapter import check_fit, load_adapter, skeleton_of
 
 
 def over_base(
@@ -50,7 +50,6 @@ def over_base(
     apply_plan(dense, plan)
     if stream is not None:
         stream.fill(dense)
-        stream.part_with(dense, brought_for_base(saved.config, folder))
     model = load_adapter(dense, folder, saved.config, is_trainable)
     if not is_trainable:
         model.eval()

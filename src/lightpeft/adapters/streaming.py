@@ -7,7 +7,7 @@ may be shared with models that were read from the same files before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -128,12 +128,6 @@ class Stream:
         self._places, self._experts, self._rows = {}, {}, {}
         empty = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
         require(not empty, f"low_memory left {', '.join(empty[:3])} without weights; {_INSTEAD}")
-
-    def part_with(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Give the model own copies of parameters that are about to be written to; other names are skipped."""
-        parameters = dict(model.named_parameters())
-        for name in parameters.keys() & set(names):
-            parameters[name].data = parameters[name].data.clone()
 
     def hold(self, model: nn.Module) -> None:
         """Say that the model, which is all that was read, has the tensors that it shares for as long as it lives."""

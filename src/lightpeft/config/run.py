@@ -17,7 +17,7 @@ from lightpeft.errors import require
 Auto = Literal["auto"]
 AnswerBy = Literal["auto", "head", "likelihood"]
 LikelihoodRule = Literal["sum", "token", "byte", "unconditional"]
-Placement = Literal["houlsby", "pfeiffer", "parallel"]
+Placement = Literal["houlsby", "pfeiffer"]
 PrefixPlace = Literal["file", "memory", "off"]
 PrefixDtype = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -28,8 +28,7 @@ from lightpeft.models.families import (
     skeleton,
     skeleton_config,
 )
-from lightpeft.models.families.probing import run
-from lightpeft.models.families.skeleton import one_line
+from lightpeft.models.families.skeleton import one_line, run
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec

@@ -15,10 +15,10 @@ from lightpeft.machine import random_apart
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
 from lightpeft.models.families import Family, block_specs, family_of
-from lightpeft.models.linears import fault, features, is_linear, slice_linear, sliced
+from lightpeft.models.linears import features, is_linear, slice_linear, sliced
 from lightpeft.models.on_disk import bring_weights_in
 from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
-from lightpeft.peft_kinds.sites import Site, check_removable, drop_reference, find_sites, refresh_config, remove_site
+from lightpeft.peft_kinds.sites import Site, drop_reference, find_sites, refresh_config, remove_site
 from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts, width
 from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit
@@ -71,7 +71,6 @@ def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) 
         _check_structure(inner, spec)
     same = there == [spec.structure() for spec in specs]
     require(same, "the plan is for another model: its blocks have other parts than those of this one")
-    _check_widths(inner, plan)
     sites = _checked_sites(model, plan) if isinstance(model, PeftModel) else []
     if isinstance(model, PeftModel):
         drop_reference(model)
@@ -111,28 +110,13 @@ def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
 
 
 def check_budget(model: nn.Module, budget: Budget) -> None:
-    """Refuse a budget by which a quantised layer may get a width that it cannot have, or a layer fewer experts than a
-    token is routed to; call it before estimation.
+    """Refuse a budget by which a layer may keep fewer experts than a token is routed to; call it before estimation.
 
     Raises:
-        LightPeftError: naming the layer or the ratio, with what to set instead.
+        LightPeftError: naming the ratio, with what to set instead.
     """
-    by_parameters = budget.blocks is not None or budget.target is not None
-    instead = ", with light.neurons in place of light.blocks and light.target" if by_parameters else ""
     for spec in block_specs(transformers_model(model)):
         check_experts(spec, budget)
-        balanced = budget.head_unit == "balanced" and spec.heads_per_kv > 1
-        unit = spec.kv_heads if balanced else spec.heads_per_kv
-        if budget.heads or by_parameters:
-            _check_unit(model, spec, "o", unit * spec.head_dim, f"set light.heads to 0{instead}")
-        if spec.neurons and (budget.neurons or by_parameters):
-            _check_unit(model, spec, "ffn_out", budget.multiple_of, "set light.multiple_of to a multiple of these")
-
-
-def _check_unit(model: nn.Module, spec: BlockSpec, slot: str, width: int, instead: str) -> None:
-    name = spec.projections[slot]
-    reason = fault(base_linear(model, name), width, cut_dim(slot))
-    require(reason is None, f"{name} cannot be cut in steps of {width}: {reason}; {instead}, or quantise by rows")
 
 
 def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
@@ -149,22 +133,12 @@ def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
         )
 
 
-def _check_widths(inner: nn.Module, plan: PrunePlan) -> None:
-    """Refuse widths that a quantised layer cannot have, before anything is cut."""
-    for spec, kept in plan.parts:
-        for slot, name in spec.projections.items():
-            index = kept_channels(spec, kept, slot)
-            reason = fault(base_linear(inner, name), len(index), cut_dim(slot)) if index is not None else None
-            require(reason is None, f"{name} cannot be cut: {reason}")
-
-
 def _checked_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
-    """The PEFT modules in blocks that stay; refuses those that do not fit, or cannot go, before anything is cut."""
+    """The PEFT modules in blocks that stay; refuses those that do not fit, before anything is cut."""
     sites = find_sites(model, [spec for spec, _ in plan.parts])
     dense = {site.spec.name: site.spec.rank for site in sites}
     planned = {site.name: site.rank for site in plan.dense_sites}
     require(dense == planned, "the plan is for other PEFT modules than this model has")
-    check_removable(model, [site for site in sites if site.spec.name not in plan.sites])
     return sites
 
 

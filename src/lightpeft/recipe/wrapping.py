@@ -14,7 +14,7 @@ from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.models.families import block_specs
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import Place, kind_of, projections
-from lightpeft.peft_kinds.sites import check_removable, find_sites, refresh_config, remove_site
+from lightpeft.peft_kinds.sites import find_sites, refresh_config, remove_site
 from lightpeft.prune.discovery import ensure_family
 
 _PLACES = ("target_modules", "exclude_modules", "feedforward_modules")
@@ -109,7 +109,6 @@ def leave_modules(model: PeftModel, light: LightConfig) -> None:
         len(gone) < len(sites), "no PEFT module sits in the blocks that module_blocks allows; raise it, or place others"
     )
     if gone:
-        check_removable(model, gone)
         for site in gone:
             remove_site(model, site)
         refresh_config(model)

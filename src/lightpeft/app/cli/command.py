@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from lightpeft import __version__
-from lightpeft.app.cli import completing
 from lightpeft.app.cli.hints import unknown_verb
 from lightpeft.app.cli.options import Parser
 from lightpeft.app.cli.screen import screen
@@ -23,13 +22,12 @@ from lightpeft.errors import LightPeftError
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input prints one line and exits with 2; an interrupted run exits with 130."""
-    if completing.asked():
-        completing.answer(overview)
     streams.prepare()
     streams.hush_imports()
     try:
-        with _stoppable(), streams.flushed():
+        with _stoppable():
             _dispatch(sys.argv[1:] if arguments is None else arguments)
+            streams.flush()
     except LightPeftError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt as stop:
@@ -71,12 +69,8 @@ def _dispatch(arguments: Sequence[str]) -> None:
         raise LightPeftError(unknown_verb(word, VERBS))
 
 
-def overview(in_full: Collection[str] = ()) -> Parser:
-    """The command without a verb: its help names them all.
-
-    Args:
-        in_full: verbs whose options it knows as well.
-    """
+def overview() -> Parser:
+    """The command without a verb: its help names them all."""
     parser = Parser(
         prog="lightpeft",
         usage="%(prog)s verb ...",
@@ -90,9 +84,7 @@ def overview(in_full: Collection[str] = ()) -> Parser:
         description="lightpeft VERB --help tells what one takes.",
     )
     for verb in VERBS.values():
-        known = verbs.add_parser(verb.name, help=verb.help, add_help=False)
-        if verb.name in in_full:
-            verb.declare(known)
+        verbs.add_parser(verb.name, help=verb.help, add_help=False)
     return parser
 
 
@@ -108,5 +100,4 @@ def quiet() -> None:
 
     quiet_libraries()
     screen.quiet = not processes().is_main_process
-    if screen.quiet:
-        bars.choose(bars.silent)
+    bars.quiet = screen.quiet

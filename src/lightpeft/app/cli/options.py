@@ -64,9 +64,7 @@ class Option:
         shape: dict[str, Any] = {} if self.is_place else {"dest": self.name}
         shape |= {"action": "store_true"} if self.flag else {"nargs": self.count, "metavar": _metavar(self)}
         described = _described(self).replace("%", "%%") if self.help else SUPPRESS
-        action = parser.add_argument(*self.names.split(), default=SUPPRESS, help=described, **shape)
-        if choices := _choices(self.type):
-            action.completer = lambda **_: choices  # what argcomplete asks
+        parser.add_argument(*self.names.split(), default=SUPPRESS, help=described, **shape)
 
     def value(self, given: Any) -> Any:
         """What was given for an option of a verb's own, checked: text is good as it is, such as a file's name.

@@ -19,7 +19,6 @@ import yaml
 from lightpeft.app.cli.options import Option
 from lightpeft.config import PRESETS, RunConfig, overlaid, run_config_from_dict, usual_preset
 from lightpeft.config.validation import load_yaml
-from lightpeft.console import streams
 from lightpeft.errors import require
 
 SOURCES = (
@@ -64,9 +63,7 @@ def run_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def print_config(given: dict[str, Any]) -> None:
     """Show all settings as YAML, as they would be."""
-    text = yaml.safe_dump(dataclasses.asdict(run_config(given)), sort_keys=False, allow_unicode=True)
-    with streams.utf8_output() as file:
-        file.write(text)
+    print(yaml.safe_dump(dataclasses.asdict(run_config(given)), sort_keys=False, allow_unicode=True), end="")  # noqa: T201
 
 
 # -- one option a field ------------------------------------------------------------------------------------------

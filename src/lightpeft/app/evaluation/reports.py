@@ -91,7 +91,8 @@ def evaluate_model(
         per_class: precision, recall and F1 of every class as well.
         predictions: .csv or .jsonl file for one row an example.
         json: file for the report.
-        batch_size: rows a forward pass; None: as many as fit.
+        batch_size: rows a forward pass; None: as many as are usual on
+            the device.
         seed: of the bootstrap.
 
     Returns:

@@ -29,8 +29,7 @@ from lightpeft.app.runs.workers import Worker
 from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.compat.transformers import LengthGroupedSampler
 from lightpeft.config import RunConfig
-from lightpeft.console.bars import showing, silent
-from lightpeft.console.progress import StepProgress, duration
+from lightpeft.console.progress import StepProgress, duration, tell
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
@@ -159,7 +158,7 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
     total = (1 + rounds) * (len(names) + len(_INFERRING))
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in names}
-        progress = stack.enter_context(StepProgress(total, 0, "measurements"))
+        progress = StepProgress(total, 0, "measurements")
 
         def measuring(what: str, name: str) -> Callable[[], Any]:
             return partial(_shown, progress, workers[name], what, name)
@@ -169,7 +168,7 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
             fixed[name]["inference"] = measuring("serving", name)()
         seconds = rounds * sum(worker.measure("round_seconds") for worker in workers.values())
         of_batches = f"{rounds_in_words(rounds)} of {steps} batches take about {duration(seconds)}"
-        progress.say(f"{of_batches}; Ctrl-C keeps the rounds that are over")
+        tell(f"{of_batches}; Ctrl-C keeps the rounds that are over")
         calls = {("training", name): measuring("training", name) for name in names}
         calls |= {("inference", name): measuring("inference", name) for name in _INFERRING}
         values: _Values = {"training": {}, "inference": {}}
@@ -182,7 +181,7 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
 def _shown(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
     """A measurement of a subject, shown as one step."""
     label = f"{name}, {_WHAT.get(what, what)}"
-    progress.begin(label)
+    progress.begin()
     value = worker.measure(what)
     told = f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if what in _WHAT else f"{value:,.1f} samples/s"
     progress.end(label, told)
@@ -317,8 +316,7 @@ class Subject:
         training, folder = self.config.training, Path(self._folder.name)
         options: dict[str, Any] = {"batch_size": training.eval_batch_size, "autocast": self.autocast}
         started = time.perf_counter()
-        with showing(silent):
-            known = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
+        known = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
         self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
         return known
 

@@ -29,7 +29,6 @@ from lightpeft.app.tasks import (
 )
 from lightpeft.budget.tolerance import USUAL_NATS
 from lightpeft.config import NOTHING_REMOVED, WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer
-from lightpeft.console.bars import showing, silent
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, understandable
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
@@ -192,8 +191,7 @@ class Workspace:
     def watcher(self) -> Watcher:
         """What looks at the model between stages, on a few test rows."""
         chosen = sample(self.task)
-        with showing(silent):
-            rows = self.task.encode_test(chosen, self.tokenizer)
+        rows = self.task.encode_test(chosen, self.tokenizer)
         return Watcher(self.task, rows, len(chosen), self.asking)
 
     def announce_settings(self) -> None:
@@ -309,8 +307,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         held_rows=held_rows,
     )
     if vocabulary is not None:
-        with showing(silent):
-            work.coverage = coverage(task.encode_test(task.test, whole), test_rows, vocabulary.kept)
+        work.coverage = coverage(task.encode_test(task.test, whole), test_rows, vocabulary.kept)
     if not run.has(run.last_training):
         _ = work.training_of_process  # whether these processes can share what is left
     if config.way.prunes and (overwrite or not run.has("estimate")):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -17,14 +16,11 @@ from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig
 from lightpeft.peft_kinds.bottleneck.layer import NO_MERGE, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import PREFIX
 
-_READS_FFN_INPUT = ("ffn_gate_in", "ffn_gate", "ffn_in")
-"""Slots that read what the FFN reads; a block's first one is the source of a parallel adapter."""
-
 
 class BottleneckModel(BaseTuner):
     """A model with bottleneck adapters, made by `peft.get_peft_model` from a `BottleneckConfig`.
 
-    Houlsby et al. 2019 (serial adapters), Pfeiffer et al. 2021 (after the FFN alone), He et al. 2022 (parallel).
+    Houlsby et al. 2019 (after attention and FFN), Pfeiffer et al. 2021 (after the FFN alone).
     """
 
     prefix = PREFIX
@@ -37,8 +33,7 @@ class BottleneckModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> BottleneckConfig:
         if peft_config.target_modules is None:
-            targets, sources = placed_modules(self.model, str(peft_config.placement))
-            peft_config.target_modules, peft_config.parallel_inputs = targets, sources
+            peft_config.target_modules = placed_modules(self.model, str(peft_config.placement))
         return peft_config
 
     def _create_and_replace(
@@ -52,33 +47,12 @@ class BottleneckModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name)
-        size = _size(peft_config, current_key)
-        layer.update_layer(adapter_name, peft_config, size, self._source(peft_config, current_key))
+        layer.update_layer(adapter_name, peft_config, _size(peft_config, current_key))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _source(self, config: BottleneckConfig, target: str) -> tuple[str, nn.Module] | None:
-        """Name of the module whose input the adapter on `target` reads, and the module; None for a serial adapter."""
-        name = _source_name(config.parallel_inputs, target)
-        if name is None:
-            require(
-                config.placement != "parallel",
-                f'placement="parallel": parallel_inputs has no entry for {target}, the module whose input it reads',
-            )
-            return None
-        try:
-            source = self.model.get_submodule(name)
-        except AttributeError as error:
-            raise LightPeftError(
-                f"parallel_inputs: the model has no module {name} for {target} to read from"
-            ) from error
-        # adapters may be taken off the source again; what is inside them stays and reads the same
-        while isinstance(source, BottleneckLayer):
-            source = source.base_layer
-        return name, source
-
     def _record_places(self, config: BottleneckConfig, adapter_name: str) -> None:
-        """Make the configuration say exactly which modules have the adapter, how wide, and what they read."""
+        """Make the configuration say exactly which modules have the adapter, and how wide."""
         layers = {
             name: module
             for name, module in self.model.named_modules()
@@ -90,12 +64,8 @@ class BottleneckModel(BaseTuner):
         if unused:
             warnings.warn(f"size_pattern: no adapter is on a module that fits {', '.join(unused)}", stacklevel=2)
         sizes = {name: layer.size[adapter_name] for name, layer in layers.items()}
-        sources = {name: layer.sources for name, layer in layers.items()}
         config.target_modules = sorted(layers)
         config.size_pattern = {name: size for name, size in sizes.items() if size != config.size}
-        config.parallel_inputs = {
-            name: inputs[adapter_name].name for name, inputs in sources.items() if adapter_name in inputs
-        }
 
     def _check_merge_allowed(self) -> None:
         raise LightPeftError(NO_MERGE)
@@ -109,15 +79,15 @@ class BottleneckModel(BaseTuner):
         )
 
 
-def placed_modules(model: nn.Module, placement: str) -> tuple[list[str], dict[str, str]]:
+def placed_modules(model: nn.Module, placement: str) -> list[str]:
     """Where the adapters of a placement go (see `BottleneckConfig.placement`), in the order of blocks.
 
     Args:
         model: a transformers model, or a PeftModel around one.
-        placement: "houlsby", "pfeiffer" or "parallel".
+        placement: "houlsby" or "pfeiffer".
 
     Returns:
-        Names of the modules that get an adapter, and for parallel adapters which module's input each reads.
+        Names of the modules that get an adapter.
 
     Raises:
         LightPeftError: not a transformers model of a supported family, or no block has such a place.
@@ -133,22 +103,7 @@ def placed_modules(model: nn.Module, placement: str) -> tuple[list[str], dict[st
     slots = ("o", "ffn_out") if placement == "houlsby" else ("ffn_out",)
     targets = [prefix + block[slot] for block in blocks for slot in slots if slot in block]
     require(bool(targets), f'placement="{placement}": no block of the {type(inner).__name__} has such a projection')
-    sources = {}
-    if placement == "parallel":
-        for block in blocks:
-            if "ffn_out" in block:
-                first = next(slot for slot in _READS_FFN_INPUT if slot in block)
-                sources[prefix + block["ffn_out"]] = prefix + block[first]
-    return targets, sources
-
-
-def _source_name(parallel_inputs: Mapping[str, str], target: str) -> str | None:
-    if target in parallel_inputs:
-        return parallel_inputs[target]
-    for ending, source in parallel_inputs.items():
-        if target.endswith(f".{ending}"):
-            return target.removesuffix(ending) + source
-    return None
+    return targets
 
 
 def _size(config: BottleneckConfig, name: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,22 +70,6 @@ class Site(ABC):
         """Whether `unfitted` takes weights of the base."""
         return False
 
-    @classmethod  # noqa: B027 (most kinds leave the base as it is)
-    def remember_base(cls, config: PeftConfig, layers: Sequence[Any], adapter: str) -> None:
-        """Note on the modules what training changes in the base, so that it can be put back; called before training.
-
-        Raises:
-            LightPeftError: training has begun.
-        """
-
-    @classmethod  # noqa: B027
-    def check_removable(cls, config: PeftConfig, sites: Sequence[Site]) -> None:
-        """Refuse to remove modules whose removal would leave a changed base behind.
-
-        Raises:
-            LightPeftError: naming the first one.
-        """
-
     # -- one module ----------------------------------------------------------------------------------------------
 
     @property
@@ -122,9 +106,6 @@ class Site(ABC):
     @abstractmethod
     def keep_ranks(self, index: Tensor) -> None:
         """Keep these ranks; the module computes as if the others were zero."""
-
-    def removed(self) -> None:  # noqa: B027
-        """Called before the frozen layer is put back in the module's place."""
 
     @property
     def base(self) -> nn.Module:

@@ -62,10 +62,6 @@ class Verb:
         """What reads its command line and shows its help."""
         return self._parser(self._sections(()))
 
-    def declare(self, parser: ArgumentParser) -> None:
-        """Declare all that it takes to a parser."""
-        self._declare(parser, self._sections(()))
-
     def _sections(self, arguments: Sequence[str]) -> list[Section]:
         """The settings of a run that it takes, those included that only this command line names."""
         return sections(arguments, without=self.without, short=self.short) if self.on_runs else []
