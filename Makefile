@@ -88,6 +88,7 @@ test-newest:
 	touch $@
 
 docs: $(VENV)/.installed-docs
+	$(BIN)/python docs/make_settings.py
 	$(BIN)/python docs/make_site.py
 
 lint: $(VENV)/.installed-dev

@@ -127,7 +127,7 @@ class Run:
 
 def _run(path: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The reports of a config's runs, by method."""
-    settings = {"training.epochs": 1, "training.bf16": True, "training.fp16": False}
+    settings = {"training.epochs": 1, "training.precision": "bf16"}
     limit = {} if given.limit is None else {"data.limit_train": given.limit}
     config = with_settings(load_config(path), settings | limit)
     reports = {}

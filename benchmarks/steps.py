@@ -31,10 +31,9 @@ AS_IT_IS = "as it is"
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "LoRA and attention as PEFT and PyTorch have them": {"training.fast_steps": False},
     "with the base's dropout": {"light.dropout": None},
-    "padded to the longest row alone": {"training.pad_to_multiple_of": 1},
-    "without all three": {"training.fast_steps": False, "light.dropout": None, "training.pad_to_multiple_of": 1},
+    "without both": {"training.fast_steps": False, "light.dropout": None},
     "without prefix cache": {"training.prefix_cache": "off"},
-    "in float32": {"training.bf16": False},
+    "in float32": {"training.precision": "float32"},
 }
 """What is measured: settings that differ from the config's."""
 FLOAT16 = "in float16, the loss scaled"

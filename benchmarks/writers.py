@@ -48,7 +48,7 @@ def subjects_of(config: RunConfig) -> subjects.Subjects:
     names = {f"{part:.0%} of the blocks cut": part for part in CUTS}
     first, *others = names
     scored = subjects.pruned(_cut(config, names[first]), folder / first)
-    slots = replace(config, lora=replace(config.lora, slots=list(SLOTS)), output=str(folder / EVERYWHERE))
+    slots = replace(config, peft={**config.peft_settings, "slots": list(SLOTS)}, output=str(folder / EVERYWHERE))
     found: dict[str, tuple[Any, RunConfig]] = {
         PLAIN: ("plain", replace(config, output=str(folder / PLAIN))),
         EVERYWHERE: ("plain", slots),

@@ -74,7 +74,10 @@ VALUES = {
     "light.heads": ("1.5", "[0, 1)"),
     "method": ("lite", "light, plain"),
     "training.epochs": ("1e999", "training.epochs"),
-    "data.prompt": ("text", "data.completion"),
+    "peft.r": ("10000000", "peft.r is"),
+    "peft": ('{"type": "bottleneck", "size": 0}', "peft.size is"),
+    "data.columns": ('{"txt": "text"}', "rows of kind classification have text, label"),
+    "trainer.max_grad_norm": ("soft", "trainer.max_grad_norm is"),
     "seed": ("18446744073709551616", "seed is"),
 }
 """Setting -> a bad value, and what its line says; tests/test_config.py has the others."""
@@ -304,7 +307,7 @@ def read_budget(folder: Path) -> float | None:
 
 
 def test_divergence_in_estimation(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.yaml("diverged", **{"training.learning_rate": 1e30, "training.logging_steps": 1})
+    file = bench.yaml("diverged", **{"training.learning_rate": 1e30, "trainer.logging_steps": 1})
     assert lightpeft("run", "--config", file) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -342,7 +345,7 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     assert "that does not say what task it was trained for" in refused("predict", bench.base, bench.test)
     assert "does not exist" in refused("predict", adapter, bench.folder / "none.csv")
     assert "cannot be read" in refused("predict", adapter, bench.folder / "none.txt")
-    assert 'data.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
+    assert 'data.columns.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
     assert "it must be at least 1" in refused("predict", adapter, bench.test, "--batch_size", "0")
     blank = bench.folder / "blank.txt"
     blank.write_text("\n \n", encoding="utf-8")

@@ -555,7 +555,7 @@ def test_a_task_without_classes_has_no_points(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("room", "why"),
     [
-        ({"engine": "FSDP"}, "copies the model, and FSDP shards it"),
+        ({"sharded": True}, "copies the model, and FSDP shards it"),
         ({"rows": None}, "the number of rows is not known"),
         ({"rows": 511}, "needs 512 training rows, and 511 train"),
         ({"rows": 480, "told": "480 of 600"}, "needs 512 training rows, and 480 of 600 train"),

@@ -215,7 +215,7 @@ def test_weights_that_do_not_fit_by_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"model.quantise": "nf4"}, "in few bits"),
+        ({"model.quantization": "nf4"}, "in few bits"),
         ({"model.low_memory": True}, "leave model.low_memory off"),
         ({"method": "full"}, "method full trains every weight"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import runpy
 import subprocess
@@ -104,6 +105,11 @@ MISNAMED = {
     ("run", "--learning-rate", "3e-4"): "unknown option --learning-rate; did you mean --training.learning_rate?",
     ("run", "--epochs=3"): "did you mean --training.epochs?",
     ("run", "--batch_size", "8"): "did you mean --training.batch_size?",
+    ("predict", "run", "-b", "8"): "did you mean --batch_size?",
+    ("run", "--rank=4"): "did you mean --peft.r?",
+    ("run", "--text", "review"): "did you mean --data.columns.text?",
+    ("run", "--data.label", "stars"): "did you mean --data.columns.label?",
+    ("run", "--weight_decay", "0.1"): "did you mean --trainer.weight_decay?",
     ("run", "--model", "bert"): "--model takes a YAML file, and bert is none; did you mean --model.name?",
     ("run", "--training=5"): "did you mean --training.epochs?",
     ("run", "--train", "rows.csv"): "unknown option --train; did you mean --data.train?",
@@ -115,11 +121,7 @@ MISNAMED = {
     ("rnu", "--help"): "unknown verb rnu; did you mean run?",
     ("frobnicate",): "unknown verb frobnicate; lightpeft --help shows all that there are",
     ("--config", "run.yaml"): "unknown verb --config; lightpeft --help shows all that there are",
-    ("run", "rows.csv"): "unrecognized arguments: rows.csv; did you mean --data.train rows.csv?",
-    ("check", "--seed", "1", "R.JSONL"): "unrecognized arguments: R.JSONL; did you mean --data.train R.JSONL?",
-    ("evaluate", "run", "rows.csv"): "unrecognized arguments: rows.csv; did you mean --data.test rows.csv?",
-    ("inspect", "run", "rows.csv"): "unrecognized arguments: rows.csv\n",
-    ("run", "bert"): "unrecognized arguments: bert\n",
+    ("run", "bert"): "unrecognized arguments: bert; --help",
 }
 
 
@@ -150,6 +152,37 @@ def test_help_does_not_wait_for_torch() -> None:
     assert done.returncode == 0
 
 
+def completions(line: str, folder: Path) -> list[str]:
+    """What a shell offers behind a line, as argcomplete's script asks for it, without waiting for torch."""
+    out = folder / "offered"
+    code = (
+        "import sys, os; from lightpeft.app.cli import main\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn'}\n"
+        "end = os._exit\n"
+        "os._exit = lambda code: end(code or len(heavy & sys.modules.keys()))\n"
+        "main()"
+    )
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": str(out)}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, cwd=folder, capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    return out.read_text(encoding="utf-8").split()
+
+
+def test_a_shell_completes_verbs_options_values_and_files(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").touch()
+    assert completions("lightpeft ", tmp_path)[-len(NAMES) :] == NAMES
+    assert completions("lightpeft pre", tmp_path) == ["predict"]
+    assert completions("lightpeft run --light.blo", tmp_path) == ["--light.blocks"]
+    assert completions("lightpeft run --help", tmp_path) == ["--help", "--help-all"]
+    assert completions("lightpeft run --preset wr", tmp_path) == ["writer"]
+    assert completions("lightpeft run --training.precision=b", tmp_path) == ["--training.precision=bf16"]
+    assert completions("lightpeft export --form o", tmp_path) == ["onnx", "openvino"]
+    assert completions("lightpeft run --data.train ro", tmp_path) == ["rows.csv"]
+
+
 def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["lightpeft", "run", "--light.haeds", "0.5"])
     with pytest.raises(SystemExit) as end:
@@ -162,15 +195,16 @@ def test_the_module_is_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_print_config_can_be_read_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--lora.slots", '["q", "v"]')
-    text = shown(capsys, "run", *options, "--data.text_pair", "other", "--print_config")
+    options = ("--preset", "paper", "--light.heads", "0.5", "--light.length", "0.2", "--peft.slots", '["q", "v"]')
+    text = shown(capsys, "run", *options, "--data.columns.text_pair", "other", "--print_config")
     file = tmp_path / "printed.yaml"
     file.write_text(text, encoding="utf-8")
     assert printed(capsys, "run", "--config", file) == yaml.safe_load(text)
     config = load_config(file)
     assert config.light.heads == 0.5
     assert config.light.length == 0.2
-    assert config.lora.slots == ["q", "v"]
+    assert config.peft == {"type": "lora", "slots": ["q", "v"]}
+    assert config.data.columns == {"text_pair": "other"}
     assert config.light.head_criterion == "mask"
     assert dataclasses.asdict(config) == yaml.safe_load(text)
 
@@ -197,38 +231,42 @@ def test_values_of_every_kind_come_through(capsys: pytest.CaptureFixture[str]) -
     options = {
         "light.length": "50",
         "light.target": "0.4",
-        "training.bf16": "true",
+        "training.fast_steps": "false",
+        "training.precision": "bf16",
         "training.learning_rate": "1e-4",
         "model.revision": "main",
         "data.limit_train": "100",
-        "lora.target_modules": '["query", "value"]',
+        "peft.target_modules": '["query", "value"]',
     }
     given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
     assert given["light"]["length"] == 50
     assert given["light"]["target"] == 0.4
-    assert given["training"]["bf16"] is True
+    assert (given["training"]["fast_steps"], given["training"]["precision"]) == (False, "bf16")
     assert given["training"]["learning_rate"] == 1e-4
     assert given["model"]["revision"] == "main"
     assert given["data"]["limit_train"] == 100
-    assert given["lora"]["target_modules"] == ["query", "value"]
+    assert given["peft"]["target_modules"] == ["query", "value"]
 
 
 def test_text_is_text_whatever_it_looks_like(capsys: pytest.CaptureFixture[str]) -> None:
-    options = {"output": "7", "model.revision": "1e5", "data.text": "yes", "data.label": "null", "data.train": "a: b"}
+    columns = {"data.columns.text": "yes", "data.columns.label": "null"}
+    options = {"output": "7", "model.revision": "1e5", **columns, "data.train": "a: b"}
     given = printed(capsys, "run", *(f"--{name}={value}" for name, value in options.items()))
     assert (given["output"], given["model"]["revision"]) == ("7", "1e5")
-    assert [given["data"][name] for name in ("text", "label", "train")] == ["yes", "null", "a: b"]
+    assert (given["data"]["columns"], given["data"]["train"]) == ({"text": "yes", "label": "null"}, "a: b")
     assert printed(capsys, "run", "--model.revision", "null")["model"]["revision"] is None
     assert printed(capsys, "run", "--training.prefix_cache", "off")["training"]["prefix_cache"] == "off"
 
 
 def test_sections_and_mappings_as_a_whole(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    file = tmp_path / "lora.yaml"
-    file.write_text("r: 4\nalpha: 2\n", encoding="utf-8")
-    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.multiple_of", "2", "--lora", file]
+    file = tmp_path / "training.yaml"
+    file.write_text("batch_size: 4\nwarmup: 0.5\n", encoding="utf-8")
+    options = ["--light", "{heads: 0.5, multiple_of: 4}", "--light.multiple_of", "2", "--training", file]
+    options += ["--data.columns", "{text: review}", "--data.columns.label", "stars"]
     given = printed(capsys, "run", *options, "--tasks.mine.kind", "chat", "--tasks.mine.hub", "a/b")
     assert (given["light"]["heads"], given["light"]["multiple_of"]) == (0.5, 2)
-    assert (given["lora"]["r"], given["lora"]["alpha"]) == (4, 2)
+    assert (given["training"]["batch_size"], given["training"]["warmup"]) == (4, 0.5)
+    assert given["data"]["columns"] == {"text": "review", "label": "stars"}
     assert (given["tasks"]["mine"]["kind"], given["tasks"]["mine"]["hub"]) == ("chat", "a/b")
     assert lightpeft("run", "--light", "{haeds: 0.5}", "--print_config") == 2
     assert "unknown key light.haeds; did you mean light.heads?" in capsys.readouterr().err

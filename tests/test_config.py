@@ -19,7 +19,6 @@ from lightpeft.config import (
     Budget,
     DataConfig,
     LightConfig,
-    LoraSettings,
     ModelConfig,
     RunConfig,
     TrainingConfig,
@@ -79,22 +78,18 @@ def test_ratios_in_range(value: float) -> None:
         (LightConfig, {"ratio_every": 0}, "ratio_every is 0; it starts at 1"),
         (LightConfig, {"max_fraction": 1.0}, "max_fraction is 1"),
         (ModelConfig, {"dtype": "int8"}, 'dtype is "int8"; choose one of float32, bfloat16, float16, auto'),
-        (ModelConfig, {"attention": "flash"}, "choose one of sdpa, eager, flash_attention_2"),
+        (ModelConfig, {"attn_implementation": "flash"}, "choose one of sdpa, eager, flash_attention_2"),
         (DataConfig, {"answer": "loud"}, 'answer is "loud"; choose one of auto, head, likelihood'),
         (DataConfig, {"max_length": 1}, "data.max_length is 1"),
         (DataConfig, {"test_fraction": 0.0}, "data.test_fraction is 0"),
-        (DataConfig, {"prompt": "question"}, "data.prompt and data.completion go together"),
-        (LoraSettings, {"r": 0}, "lora.r is 0"),
-        (LoraSettings, {"alpha": 0}, "lora.alpha is 0"),
-        (LoraSettings, {"dropout": 1.0}, "lora.dropout is 1"),
+        (DataConfig, {"limit_test": 0}, "data.limit_test is 0; it must be at least 1"),
         (TrainingConfig, {"epochs": 0}, "training.epochs is 0; it must be positive"),
         (TrainingConfig, {"learning_rate": float("nan")}, "training.learning_rate is nan"),
         (TrainingConfig, {"warmup": 1.0}, "training.warmup is 1"),
-        (TrainingConfig, {"save_steps": 0}, "training.save_steps is 0; it starts at 1"),
-        (TrainingConfig, {"pad_to_multiple_of": 0}, "training.pad_to_multiple_of is 0; it starts at 1"),
+        (TrainingConfig, {"save_steps": 0}, "training.save_steps is 0; it must be at least 1"),
+        (TrainingConfig, {"precision": "half"}, 'training.precision is "half"; choose one of float32, bf16'),
         (LightConfig, {"dropout": 1.0}, "dropout is 1.0; it lies in [0, 1)"),
         (RunConfig, {"method": "fulll"}, 'method is "fulll"; choose one of light, plain, full'),
-        (TrainingConfig, {"full_learning_rate": 0.0}, "training.full_learning_rate is 0"),
         (LightConfig, {"learning_rate_scale": 0.0}, "learning_rate_scale is 0; it must be positive"),
         (LightConfig, {"estimation_learning_rate_scale": -1.0}, "estimation_learning_rate_scale is -1; it must be"),
         (LightConfig, {"least_steps": 1}, "least_steps is 1; estimation needs at least 2"),
@@ -117,8 +112,6 @@ def test_presets() -> None:
     assert (paper.lambda_heads, paper.lambda_neurons, paper.mask_learning_rate) == (1e-4, 1e-4, 3e-4)
     assert (paper.head_criterion, paper.neuron_criterion) == ("mask", "mask")
     assert (paper.module_criterion, paper.rank_criterion, paper.multiple_of) == ("ratio", "taylor", 1)
-    lora = RunConfig().lora
-    assert (lora.r, lora.alpha, lora.dropout, lora.slots) == (8, 16, 0.05, None)
     assert preset_light("default", heads=0.5).heads == 0.5
     assert preset_light("default").blocks == 0.6
     assert preset_light("auto") == preset_light("default", blocks="auto")
@@ -241,8 +234,8 @@ def test_given_values_win_over_the_preset() -> None:
         ({"light": [1]}, "light. must be a mapping"),
         ({"model": "bert"}, "model. must be a mapping, not 'bert'"),
         ({"model": {"name": 3}}, "model.name is 3; it must be text"),
-        ({"lora": {"slots": "q"}}, "lora.slots is 'q'"),
-        ({"lora": {"slots": ["q", 2]}}, "lora.slots[1] is 2; it must be text"),
+        ({"data": {"columns": "text"}}, "data.columns is 'text'; it must be a mapping"),
+        ({"data": {"columns": {"text": 2}}}, "data.columns.text is 2; it must be text"),
         ({"seed": 1.0}, "seed is 1.0; it must be a whole number"),
         ({"light": {"heads": 2}}, "heads is 2; a ratio"),
     ],
@@ -257,14 +250,14 @@ def test_nested_plain_data() -> None:
     config = from_dict(
         RunConfig,
         {
-            "model": {"name": "m", "attention": None},
-            "lora": {"slots": ["q", "v"], "alpha": 32},
+            "model": {"name": "m", "attn_implementation": None},
+            "peft": {"slots": ["q", "v"], "lora_alpha": 32, "r": 8},
             "light": {"tolerance": "1 point", "heads": 0, "target": 0.4},
             "training": {"epochs": 2},
         },
     )
-    assert config.model.name == "m" and config.model.attention is None
-    assert config.lora.slots == ["q", "v"] and config.lora.alpha == 32
+    assert config.model.name == "m" and config.model.attn_implementation is None
+    assert config.peft == {"type": "lora", "slots": ["q", "v"], "lora_alpha": 32}, "without what is so by default"
     assert config.light.tolerance == "1 point" and config.light.target == 0.4
     assert isinstance(config.light.heads, float) and isinstance(config.training.epochs, float)
     assert from_dict(LightConfig, {"length": 20}).length == 20
@@ -272,7 +265,7 @@ def test_nested_plain_data() -> None:
 
 
 def test_what_is_written_is_read_again() -> None:
-    config = run_config_from_dict({"preset": "paper", "light": {"target": 0.3}, "lora": {"slots": ["q"]}})
+    config = run_config_from_dict({"preset": "paper", "light": {"target": 0.3}, "peft": {"slots": ["q"]}})
     assert run_config_from_dict(dataclasses.asdict(config)) == config
 
 

@@ -123,7 +123,7 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("family", "changes"),
     [
         ("llama", {"light.depth": 0.5, "light.blocks": 0.6}),
-        ("llama", {"lora.slots": ["q", "v"]}),
+        ("llama", {"peft.slots": ["q", "v"]}),
         ("bert", {"peft": {"type": "bottleneck", "size": 8}}),
     ],
     ids=["depth", "few modules", "bottleneck"],

@@ -278,7 +278,7 @@ def choice(folder: Path, **data: Any) -> dict[str, Any]:
     """Settings of multiple choice by likelihood on `QUESTIONS`."""
     file = folder / "questions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
-    named = {"task": "multiple-choice", "text": "context", "label": "answer", "test": str(file), "max_length": 32}
+    named = {"task": "multiple-choice", "test": str(file), "max_length": 32}
     return {"data": {**named, **data}}
 
 

@@ -462,7 +462,8 @@ def test_all_linear_layers_but_experts_and_routers(name: str, tmp_path: Path, ca
 @thorough
 def test_a_run_on_all_linear_layers(tmp_path: Path) -> None:
     bench = Workbench(tmp_path, "mixtral", "causal-lm")
-    changes = {"light.experts": 0.25, "lora.dropout": 0.0, "peft": {"type": "lora", "target_modules": "all-linear"}}
+    peft = {"type": "lora", "target_modules": "all-linear", "lora_dropout": 0.0}
+    changes = {"light.experts": 0.25, "peft": peft}
     file = bench.yaml("run", **changes)
     for verb in ("check", "run"):
         assert lightpeft(verb, "--config", file) == 0

@@ -38,11 +38,11 @@ SETTINGS: dict[str, Any] = {
     "light.least_examples": 0,
     "light.heads": 0.5,
     "light.dropout": 0.0,
-    "lora.dropout": 0.0,
+    "peft.lora_dropout": 0.0,
     "training.learning_rate": 3e-3,
     "training.epochs": 2,
     "training.save_steps": 3,
-    "training.logging_steps": 1,
+    "trainer.logging_steps": 1,
 }
 """16 steps of 8 rows, 6 of them estimation."""
 OF_TWO = {"training.batch_size": 4}

@@ -184,7 +184,7 @@ def test_kernels_of_attention(name: str, kernel: str, device: str) -> None:
 @everywhere
 @pytest.mark.parametrize("name", FEW)
 def test_attention_of_another_package(name: str, device: str) -> None:
-    """`model.attention: flash_attention_2` where flash-attn is installed; on the CPU, `eager`, the other one."""
+    """`flash_attention_2` where flash-attn is installed; on the CPU, `eager`, the other one."""
     if device == "cuda":
         pytest.importorskip("flash_attn")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -308,9 +308,9 @@ def losses_of_steps(model: nn.Module, data: dict[str, Tensor], optimizer: torch.
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "float32": {"training.bf16": False},
-    "bf16": {"training.bf16": True},
-    "fp16": {"training.fp16": True},
+    "float32": {"training.precision": "float32"},
+    "bf16": {"training.precision": "bf16"},
+    "fp16": {"training.precision": "fp16"},
     "cached prefix": {"light.module_blocks": 0.5},
     "weights on disk": {"model.low_memory": True},
 }

@@ -256,17 +256,6 @@ def test_pickled_weights_are_read_where_they_are_allowed(place: Path, bench: Wor
     assert lightpeft("export", place / "light", place / "whole", "--allow_pickle") == 0
 
 
-@pytest.mark.parametrize("shard", ["../light/adapter_model.safetensors", "pytorch_model.bin", 5])
-def test_an_index_that_names_other_files(
-    shard: Any, place: Path, bench: Workbench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pickled_only(place, place / "base")
-    index = {"metadata": {}, "weight_map": {"bert.embeddings.word_embeddings.weight": shard}}
-    (place / "base" / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    lines = refused(place, bench, "light", "base", capsys=capsys)
-    assert all("names other files" in line for line in lines.values()), lines
-
-
 # -- code that comes with a model --------------------------------------------------------------------------------------
 
 MODULE = """

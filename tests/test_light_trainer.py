@@ -293,7 +293,7 @@ def test_shell_and_trainers_give_the_same_to_the_last_bit(tmp_path: Path, kind: 
     """The shell, `LightTrainer` with a PEFT configuration, and `light_trainer(Trainer)` with a PeftModel."""
     bench = Workbench(tmp_path, *kind)
     light = {f"light.{name}": value for name, value in BUDGET.items()}
-    config = bench.config("shell", **light, **{"lora.dropout": 0.05})
+    config = bench.config("shell", **light, **{"peft.lora_dropout": 0.05})
     report = pipeline.run(config)
     plan = PrunePlan.load(tmp_path / "shell" / "plan.json")
     work = pipeline.prepare(config)

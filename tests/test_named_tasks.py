@@ -375,8 +375,10 @@ class TestOwnTasks:
     @pytest.mark.parametrize(
         ("fields", "says"),
         [
-            ({"columns": {"text": "a"}}, "tasks.mine.columns lacks label; rows of kind classification need them"),
-            ({"columns": {"text": "a", "lable": "n"}}, 'tasks.mine.columns has "lable", which does not exist; did you'),
+            (
+                {"columns": {"text": "a", "lable": "n"}},
+                'tasks.mine.columns names "lable", which does not exist; rows of kind classification have text, label',
+            ),
             ({"columns": {"text": "{a", "label": "n"}}, '"{a" is no template'),
             ({"columns": {"text": "{a:>99999999999}", "label": "n"}}, "braces hold the name of a column and nothing"),
             ({"prompt": "{text!r:>{text}}"}, "braces hold the name of a column and nothing"),

@@ -68,7 +68,7 @@ def test_a_light_run_may_learn_faster(bench: Workbench, of_estimation: float | N
     """The first learning rates of both stages, which have no warmup here."""
     settings = {"light.learning_rate_scale": 0.5, "light.estimation_learning_rate_scale": of_estimation}
     name = f"scaled-{of_estimation}"
-    pipeline.run(bench.config(name, **settings, **{"training.warmup": 0.0, "training.logging_steps": 1}))
+    pipeline.run(bench.config(name, **settings, **{"training.warmup": 0.0, "trainer.logging_steps": 1}))
     first = dict.fromkeys(("estimate", "train"), 0.0)
     for entry in reversed([entry for entry in logged(bench.folder / name) if "learning_rate" in entry]):
         first[entry["stage"]] = entry["learning_rate"]
@@ -152,10 +152,10 @@ def test_plain_lora_run_takes_as_many_steps(benches: dict[tuple[str, str], Workb
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], ids="-".join)
 def test_full_fine_tuning_leaves_a_model(benches: dict[tuple[str, str], Workbench], kind: tuple[str, str]) -> None:
-    """Every weight trains with a rate of its own, and the result is what transformers loads, tokenizer and all."""
+    """Every weight trains, and the result is what transformers loads, tokenizer and all."""
     bench = benches[kind]
     before = checksums(bench.base)
-    rates = {"training.full_learning_rate": 3e-3, "training.learning_rate": 1e3}  # the latter would destroy the model
+    rates = {"training.learning_rate": 3e-3}
     result = pipeline.run(bench.config("full", method="full", **rates))
     folder = bench.folder / "full"
     assert {path.name for path in folder.iterdir()} == {
@@ -185,9 +185,9 @@ def test_full_fine_tuning_leaves_a_model(benches: dict[tuple[str, str], Workbenc
 
 def test_settings_that_a_method_has_no_use_for_may_change(bench: Workbench) -> None:
     RunFolder.open(bench.config("unused_settings", method="full")).begin()
-    RunFolder.open(bench.config("unused_settings", method="full", **{"lora.r": 2, "light.heads": 0.1}))
-    with pytest.raises(LightPeftError, match=r"differs in training\.full_learning_rate"):
-        RunFolder.open(bench.config("unused_settings", method="full", **{"training.full_learning_rate": 1e-4}))
+    RunFolder.open(bench.config("unused_settings", method="full", **{"peft.r": 2, "light.heads": 0.1}))
+    with pytest.raises(LightPeftError, match=r"differs in training\.learning_rate"):
+        RunFolder.open(bench.config("unused_settings", method="full", **{"training.learning_rate": 1e-4}))
 
 
 @pytest.mark.parametrize("method", ["light", "full"])
@@ -213,7 +213,7 @@ def test_a_run_with_adapters(
     benches: dict[tuple[str, str], Workbench], kind: tuple[str, str], placement: str, tmp_path: Path
 ) -> None:
     bench = benches[kind]
-    settings = {"peft": "bottleneck", "bottleneck": {"size": 8, "placement": placement}}
+    settings = {"peft": {"type": "bottleneck", "size": 8, "placement": placement}}
     light, plain = (pipeline.run(bench.config(f"{m}-{placement}", method=m, **settings)) for m in ("light", "plain"))
     places = 4 if placement == "houlsby" else 2
     folders = [bench.folder / f"{method}-{placement}" / "adapter" for method in ("light", "plain")]
@@ -230,7 +230,7 @@ def test_a_run_with_adapters(
 def test_a_run_over_a_base_in_8_bits(benches: dict[tuple[str, str], Workbench]) -> None:
     pytest.importorskip("bitsandbytes")
     bench = benches["bert", "classification"]
-    result = pipeline.run(bench.config("eight", **{"model.quantise": "int8"}))
+    result = pipeline.run(bench.config("eight", **{"model.quantization": "int8"}))
     light = load_light(bench.folder / "eight" / "adapter")
     whole = load_light(bench.folder / "eight" / "adapter", is_trainable=True)
     kinds = {type(module).__name__ for module in transformers_model(light).modules()}
@@ -343,10 +343,12 @@ def test_another_budget_replans_until_pruned(bench: Workbench, capsys: pytest.Ca
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training.bf16": True},
+        {"training.precision": "bf16"},
         {"training.gradient_accumulation": 2, "training.batch_size": 4},
-        pytest.param({"training.by_length": False, "training.gradient_checkpointing": True}, marks=thorough),
-        pytest.param({"model.dtype": "bfloat16", "model.attention": "eager"}, marks=thorough),
+        pytest.param(
+            {"trainer.train_sampling_strategy": "random", "training.gradient_checkpointing": True}, marks=thorough
+        ),
+        pytest.param({"model.dtype": "bfloat16", "model.attn_implementation": "eager"}, marks=thorough),
     ],
     ids=lambda changes: "-".join(name.rpartition(".")[2] for name in changes),
 )

@@ -78,7 +78,7 @@ def test_the_readme_and_the_shell_give_the_same(
             "limit_train": 400,
             "limit_test": 200,
         },
-        "lora": {"r": 8, "alpha": 8, "dropout": 0.0},
+        "peft": {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0},
         "training": {
             "epochs": 3,
             "batch_size": 8,

@@ -237,7 +237,7 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
     assert "the cut, step 6" in found.text and "At full width" in found.text
     for moment in ("constant answer", "after estimation", "after the cut", "at full width", "in the end"):
         assert (
-            f"{moment}: {100 * run.report.milestones.metrics[moment.replace(' ', '_')]['accuracy']:.1f}%" in found.text
+            f"{moment} {100 * run.report.milestones.metrics[moment.replace(' ', '_')]['accuracy']:.1f}%" in found.text
         )
     for point in run.curve["points"]:
         assert f"{100 * point['removed_of_blocks']:.0f}% gone: {point['rise']:+.3f}" in found.text
@@ -264,7 +264,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 
 def test_nothing_of_a_folder_is_markup(bench: Workbench, tmp_path: Path) -> None:
-    settings = {"data.text": HOSTILE, "model.name": f"{tmp_path}/{HOSTILE}\"'&"}
+    settings = {"data.columns.text": HOSTILE, "model.name": f"{tmp_path}/{HOSTILE}\"'&"}
     folder = RunFolder.open(bench.config(f"hostile{HOSTILE.replace('/', '')}", **settings))
     folder.begin()
     append_line(folder.log, {"stage": "estimate", "note": HOSTILE})
@@ -504,10 +504,10 @@ EDITS: dict[str, tuple[str, Any]] = {
     "ratios of text": ("bench.json", lambda content: content["ratios"].update(peak_memory="low")),
     "no points": ("curve.json", lambda content: content.update(points={"a": 1})),
     "points of text": ("curve.json", lambda content: content["points"][0].update(rise="high")),
-    "metrics beyond drawing": (
-        "metrics.json",
-        lambda content: content["milestones"]["metrics"].update(
-            after_the_cut={"loss": 1e308}, in_the_end={"loss": -1e308}
+    "ratios beyond drawing": (
+        "bench.json",
+        lambda content: content["ratios"].update(
+            peak_memory=1e308, training_throughput={"median": -1e308, "low": 1, "high": 1}
         ),
     ),
 }

@@ -252,8 +252,9 @@ def test_accelerate_reads_the_command_so() -> None:
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes on the CPU need a machine without more")
 def test_a_cell_over_two_processes_does_what_one_does(tmp_path: Path) -> None:
     """Estimation, plan, losses and metrics, without dropout, which is drawn in each process."""
-    training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-2, "logging_steps": 1}
-    shared = {"lora": {"r": 4, "dropout": 0.0}, "light": {"length": 0.25, "multiple_of": 1}, "training": training}
+    training = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-2}
+    shared = {"peft": {"r": 4, "lora_dropout": 0.0}, "light": {"length": 0.25, "multiple_of": 1}, "training": training}
+    shared["trainer"] = {"logging_steps": 1}
     file = grid_file(tmp_path / "grid.yaml", Workbench(tmp_path, "llama"), methods=["light-lora"], run=shared)
     reports, runs = [], []
     for devices, launch in ((1, in_this_process), (2, None)):
@@ -416,9 +417,9 @@ def test_finished_cells_are_not_repeated(grid: Path, finished: Path, capsys: pyt
 
 def test_a_folder_belongs_to_one_grid(bench: Workbench, finished: Path, tmp_path: Path) -> None:
     before = stamps(finished)
-    shorter = {**yaml.safe_load((bench.folder / "grid.yaml").read_text())["run"], "lora": {"r": 2}}
+    shorter = {**yaml.safe_load((bench.folder / "grid.yaml").read_text())["run"], "peft": {"r": 2}}
     file = grid_file(tmp_path / "grid.yaml", bench, run=shorter)
-    with pytest.raises(LightPeftError, match=r"is the run of another config \(it differs in lora"):
+    with pytest.raises(LightPeftError, match=r"is the run of another config \(it differs in peft"):
         reproduce(file, finished, launch=in_this_process)
     assert stamps(finished) == before
 
@@ -429,7 +430,7 @@ def test_a_failing_cell_is_reported_and_the_rest_goes_on(
     """A method is added to a finished grid; its first cell fails, is said so, and is run again next time."""
     out = tmp_path / "out"
     shutil.copytree(finished / "cells" / "tiny" / "words" / "lora", cell_folder(out, "lora").parent)
-    methods = {"lora": None, "broken": {"from": "lora", "lora": {"target_modules": ["nothing"]}}, "random": None}
+    methods = {"lora": None, "broken": {"from": "lora", "peft": {"target_modules": ["nothing"]}}, "random": None}
     file = grid_file(tmp_path / "grid.yaml", bench, methods=methods)
     monkeypatch.setattr(running, "run_cell", in_this_process)
     assert lightpeft("reproduce", file, "--out", out) == 1

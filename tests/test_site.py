@@ -52,6 +52,11 @@ def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{page.name} links to {path}#{anchor}"
 
 
+def test_the_page_of_settings_is_what_the_classes_say() -> None:
+    """In a process of its own, since tests change some defaults."""
+    assert subprocess.run([sys.executable, ROOT / "docs" / "make_settings.py", "--check"]).returncode == 0, "make docs"
+
+
 def test_every_page_has_a_place_on_the_site() -> None:
     written = {
         *ROOT.glob("*.md"),

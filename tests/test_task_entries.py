@@ -90,7 +90,7 @@ def config_for(base: Path, output: Path, data: dict[str, Any], **settings: Any) 
             "method": "plain",
             "model": {"name": str(base)},
             "data": {"max_length": 96, **data},
-            "lora": {"r": 2, "alpha": 4},
+            "peft": {"r": 2, "lora_alpha": 4},
             "training": {"epochs": 1, "batch_size": 18, "learning_rate": 1e-2, "prefix_cache": "off"},
             **settings,
         }
@@ -132,7 +132,7 @@ def test_what_can_be_learned_is_learned(
     bases: dict[str, Path], tmp_path: Path, task: str, family: str, answer: str
 ) -> None:
     path = str(write_task(tmp_path / "data", task, train=160, test=40))
-    training = {"epochs": 8, "batch_size": 16, "full_learning_rate": 1e-2}
+    training = {"epochs": 8, "batch_size": 16, "learning_rate": 1e-2}
     data = {"task": task, "path": path, "answer": answer}
     report = pipeline.run(config_for(bases[family], tmp_path / "run", data, method="full", training=training))
     assert report["metrics"]["accuracy"] > 0.9

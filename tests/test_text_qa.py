@@ -197,14 +197,15 @@ def test_kinds_with_columns_of_their_own(tmp_path: Path, squad_run: Bench) -> No
         {"q": "word0", "c": "word1 good0 word2 good0", "a": ["good0", "word2"]},
         {"q": "word0", "c": "word1", "a": []},
     ]
-    settings = {"task": "span", "question": "q", "context": "c", "answers": "a", "max_length": 36, "stride": 5}
+    columns = {"question": "q", "context": "c", "answers": "a"}
+    settings = {"task": "span", "columns": columns, "max_length": 36}
     task = loaded(tmp_path, rows, null_threshold=1.5, answer_tokens=3, **settings)
     tokenizer = load_tokenizer(ModelConfig(name=str(squad_run.base)))
     encoded = cut_to(task, 36).encode(task.train, tokenizer)
     assert encoded["start_positions"][:] == [4, 0] and encoded["end_positions"][:] == [4, 0]
     assert cut_to(task, 36).encode_test(task.test, tokenizer)["right"][:] == [["good0", "word2"], []]
     restored = restore_task(task_facts(task)).config
-    assert (restored.null_threshold, restored.answer_tokens, restored.stride) == (1.5, 3, 5)
+    assert (restored.null_threshold, restored.answer_tokens) == (1.5, 3)
     answer = loaded(tmp_path, [{"question": "word0", "answers": "good0"}], task="generation")
     assert answer.encode_test(answer.test, tokenizer)["right"][:] == [["good0"]]
 

@@ -98,8 +98,8 @@ def check_precision(training: TrainingConfig) -> None:
         LightPeftError: training in float16 without an accelerator, where accelerate would train in float32 instead.
     """
     require(
-        not training.fp16 or accelerator() is not None,
-        "training.fp16 needs a GPU, and there is none; set training.bf16: auto, which takes what this CPU is good at",
+        training.precision != "fp16" or accelerator() is not None,
+        "training.precision: fp16 needs a GPU, and there is none; auto takes what this CPU is good at",
     )
 
 
@@ -108,9 +108,9 @@ def autocast_dtype(training: TrainingConfig) -> torch.dtype | None:
 
     What was trained in float16 is computed so on an accelerator alone: CPUs have no arithmetic for it.
     """
-    if training.fp16:
+    if training.precision == "fp16":
         return None if accelerator() is None else torch.float16
-    chosen = has_bf16() if training.bf16 == "auto" else training.bf16
+    chosen = training.precision == "bf16" or (training.precision == "auto" and has_bf16())
     return torch.bfloat16 if chosen else None
 
 

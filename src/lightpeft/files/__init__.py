@@ -1,6 +1,6 @@
 """Files: bounded and verified on the way in, whole or not at all on the way out, in folders that one process holds."""
 
-from lightpeft.files.locks import InUseError, check_free, holding, is_own_file
+from lightpeft.files.locks import check_free, holding, is_own_file
 from lightpeft.files.reading import (
     CHECKSUMS,
     SCHEMA_VERSION,
@@ -29,7 +29,6 @@ from lightpeft.files.writing import (
 __all__ = [
     "CHECKSUMS",
     "SCHEMA_VERSION",
-    "InUseError",
     "append_line",
     "check_file",
     "check_free",

@@ -15,8 +15,6 @@ from lightpeft.files import parse_json, read_text
 
 _CONFIG_LIMIT = 4 * 2**20
 """Bytes that a configuration may have: names of 20,000 classes take a tenth of it."""
-_INDEX_LIMIT = 256 * 2**20
-"""Bytes that an index of weights may have."""
 _KERNEL = re.compile(r"\w*_implementation")
 """Settings that may name code on the hub, as owner/name, in place of what transformers has."""
 _KERNELS = ("use_kernels", "kernel_config")
@@ -88,7 +86,7 @@ def check_weights(folder: Path, allow_pickle: bool) -> None:
     """Check that a model's folder has its weights as safetensors, unless pickle is allowed.
 
     Raises:
-        LightPeftError: it has pickled ones alone, or an index that names them.
+        LightPeftError: it has pickled ones alone.
     """
     if allow_pickle:
         return
@@ -100,12 +98,3 @@ def check_weights(folder: Path, allow_pickle: bool) -> None:
         f"{folder} has its weights pickled ({', '.join(pickled[:1])}), not as safetensors; save it again, or if you "
         "trust its author: allow_pickle",
     )
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = parse_json(read_text(index, _INDEX_LIMIT), index)
-        listed = shards.get("weight_map") if isinstance(shards, dict) else None
-        fits = isinstance(listed, dict) and all(_is_shard(name) for name in set(map(str, listed.values())))
-        require(fits, f"{index} names other files than the safetensors files beside it")
-
-
-def _is_shard(name: str) -> bool:
-    return name.endswith(".safetensors") and Path(name).name == name

@@ -16,25 +16,20 @@ _PATIENCE = 0.2
 """Seconds: somebody who only looks (`check_free`) has the lock for a moment, too."""
 
 
-class InUseError(LightPeftError):
-    """Another process works in the folder."""
-
-
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
     """Inside the block no other process holds the folder, which is made if it is not there; one process may hold it
     many times over. The lock goes with the process, however that ends.
 
     Raises:
-        InUseError: another process holds it.
-        LightPeftError: it cannot be made or written to.
+        LightPeftError: another process holds it, or it cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / LOCK, timeout=_PATIENCE, thread_local=False, is_singleton=True)
         lock.acquire()
     except Timeout as error:
-        raise InUseError(
+        raise LightPeftError(
             f"{folder} is in use by another process; wait until it ends, or give another output"
         ) from error
     except OSError as error:
@@ -49,7 +44,7 @@ def check_free(folder: Path) -> None:
     """Refuse a folder that another process holds just now; nothing is made.
 
     Raises:
-        InUseError: one does.
+        LightPeftError: one does.
     """
     if (folder / LOCK).is_file():
         with holding(folder):

@@ -91,8 +91,8 @@ def load_model(
     hf_config, options = _configured(config, head, labels, to_prune)
     if to_prune:
         _check_quantisation(config, hf_config)
-    if config.quantise:
-        options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
+    if config.quantization:
+        options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantization])
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
     names = None if architecture is None else base_names(architecture)
     with _opening(config), weights_on_disk() if config.low_memory else nullcontext():
@@ -162,7 +162,7 @@ def _configured(
     if to_prune:
         check_not_refused(hf_config.model_type)
     head.configure(hf_config, labels)
-    return hf_config, {"attn_implementation": config.attention} if config.attention else {}
+    return hf_config, {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 
 def _heads(model: PreTrainedModel) -> list[str]:
@@ -206,7 +206,8 @@ def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> Non
         f"model {config.name} is quantised ({method}), which cannot be cut; give the base in float32, bfloat16 or "
         f"float16, or quantised by {CUTTABLE}",
     )
-    require(config.quantise is None, f"model {config.name} is quantised already ({method}); leave model.quantise unset")
+    already = f"model {config.name} is quantised already ({method})"
+    require(config.quantization is None, f"{already}; leave model.quantization unset")
 
 
 def quantisation_method(settings: Mapping[str, Any]) -> str:

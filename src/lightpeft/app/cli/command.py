@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 from lightpeft import __version__
+from lightpeft.app.cli import completing
 from lightpeft.app.cli.hints import unknown_verb
 from lightpeft.app.cli.options import Parser
 from lightpeft.app.cli.screen import screen
@@ -22,6 +23,8 @@ from lightpeft.errors import LightPeftError
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point. Bad input prints one line and exits with 2; an interrupted run exits with 130."""
+    if completing.asked():
+        completing.answer(overview)
     streams.prepare()
     streams.hush_imports()
     try:
@@ -69,8 +72,12 @@ def _dispatch(arguments: Sequence[str]) -> None:
         raise LightPeftError(unknown_verb(word, VERBS))
 
 
-def overview() -> Parser:
-    """The command without a verb: its help names them all."""
+def overview(in_full: Collection[str] = ()) -> Parser:
+    """The command without a verb: its help names them all.
+
+    Args:
+        in_full: verbs whose options it knows as well.
+    """
     parser = Parser(
         prog="lightpeft",
         usage="%(prog)s verb ...",
@@ -84,7 +91,9 @@ def overview() -> Parser:
         description="lightpeft VERB --help tells what one takes.",
     )
     for verb in VERBS.values():
-        verbs.add_parser(verb.name, help=verb.help, add_help=False)
+        known = verbs.add_parser(verb.name, help=verb.help, add_help=False)
+        if verb.name in in_full:
+            verb.declare(known)
     return parser
 
 

@@ -7,11 +7,10 @@ import dataclasses
 import inspect
 import textwrap
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -30,8 +29,7 @@ SOURCES = (
 USUAL = (
     "--model.name",
     "--data.train",
-    "--data.text",
-    "--data.label",
+    "--data.columns",
     "--output",
     "--preset",
     "--light.blocks",
@@ -77,41 +75,42 @@ class Section:
     options: Sequence[Option]
 
 
-def sections(
-    arguments: Sequence[str] = (), without: Collection[str] = (), short: Mapping[str, str] | None = None
-) -> list[Section]:
+def sections(arguments: Sequence[str] = (), without: Collection[str] = ()) -> list[Section]:
     """Options for all settings of a run.
 
     Args:
         arguments: a command line, which may name keys of settings that are mappings, such as --peft.use_dora.
         without: settings to leave out.
-        short: setting -> a second name of its option.
     """
     fields = [each for each in dataclasses.fields(RunConfig) if each.name not in without]
     inner = [each for each in fields if dataclasses.is_dataclass(_hint(RunConfig, each.name))]
     own = [_option(RunConfig, each) for each in fields if each not in inner]
-    whole = [_section(each.name, _hint(RunConfig, each.name), short or {}) for each in inner]
+    whole = [section(each.name, _hint(RunConfig, each.name), arguments) for each in inner]
     return [Section(_title(RunConfig), [*own, *_keys(own, arguments)]), *whole]
 
 
 def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
     """Options for keys of mappings, as far as a command line names them."""
-    mappings = tuple(f"{option.name}." for option in options if option.has_keys)
     written = dict.fromkeys(word.partition("=")[0] for word in arguments)
-    return [Option(name, "", type=Any) for name in written if name.startswith(mappings)]
+    mappings = [option for option in options if option.has_keys]
+    return [
+        Option(name, "", type=option.type_of_keys)
+        for option in mappings
+        for name in written
+        if name.startswith(f"{option.name}.")
+    ]
 
 
-def _section(name: str, cls: Any, short: Mapping[str, str]) -> Section:
+def section(name: str, cls: Any, arguments: Sequence[str] = ()) -> Section:
+    """Options for all fields of a class: first one for the whole, below a name, then one a field."""
     whole = Option(f"--{name}", "All of this section, as YAML or in a YAML file.", type=cls)
-    return Section(_title(cls), [whole, *(_option(cls, each, f"{name}.", short) for each in dataclasses.fields(cls))])
+    own = [_option(cls, each, f"{name}.") for each in dataclasses.fields(cls)]
+    return Section(_title(cls), [whole, *own, *_keys(own, arguments)])
 
 
-def _option(
-    cls: Any, field: dataclasses.Field[Any], prefix: str = "", short: Mapping[str, str] = MappingProxyType({})
-) -> Option:
+def _option(cls: Any, field: dataclasses.Field[Any], prefix: str = "") -> Option:
     name = f"{prefix}{field.name}"
-    names = f"--{name} {short.get(name, '')}".strip()
-    return Option(names, _documented(cls)[field.name], _hint(cls, field.name), _default(field, name))
+    return Option(f"--{name}", _documented(cls)[field.name], _hint(cls, field.name), _default(field, name))
 
 
 def _default(field: dataclasses.Field[Any], name: str) -> Any:

@@ -132,9 +132,11 @@ def _check_batch_size(size: int | None) -> None:
 
 def _config(found: Found, given: dict[str, Any]) -> RunConfig:
     """What was trained with, as far as the model says, with what is given on top."""
-    if found.run is not None:
-        return run_config_from_dict(overlaid(asdict(found.run), given))
-    return run_config_from_dict(overlaid(run_settings(found.facts), given))
+    said = run_settings(found.facts) if found.run is None else asdict(found.run)
+    data, asked = said.get("data", {}), given.get("data")
+    if isinstance(asked, dict) and asked.get("task", data.get("task")) != data.get("task"):
+        said = {**said, "data": {**data, "columns": {}}}  # which are those of another task
+    return run_config_from_dict(overlaid(said, given))
 
 
 def _with_rows(found: Found, config: RunConfig) -> Task:

@@ -133,7 +133,7 @@ class Found(ABC):
         """What its run pads batches of rows of so many tokens to a multiple of; None: nothing but the longest row."""
         if self.run is None:
             return None
-        return padding_within(self.run.training.pad_to_multiple_of, max_length, max_positions(self.config))
+        return padding_within(max_length, max_positions(self.config))
 
     def checked(self) -> Self:
         """Itself, if the model, or the base of the adapter, is there."""
@@ -253,7 +253,7 @@ class MergedModel(Found):
 
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> PreTrainedModel:
         """Straight into the cut layers."""
-        return load_merged(self.model.name, dtype=self.model.dtype, attention=self.model.attention)
+        return load_merged(self.model.name, dtype=self.model.dtype, attn_implementation=self.model.attn_implementation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,7 +323,7 @@ class LightAdapter(_Adapter):
             self.folder,
             self.model.name if base is None else base,
             dtype=self.model.dtype,
-            attention=self.model.attention,
+            attn_implementation=self.model.attn_implementation,
             trust_remote_code=self.model.trust_remote_code,
             allow_pickle=self.model.allow_pickle,
             low_memory=self.model.low_memory and base is None,

@@ -43,7 +43,7 @@ class LightSwitch:
         most: int = 4,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
-        attention: str | None = None,
+        attn_implementation: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         """
@@ -53,7 +53,7 @@ class LightSwitch:
             most: models that stay; beyond them, the one that was asked for the longest time ago goes.
             dtype: of the base weights; None: as they were when the adapter was saved.
             device: where to put models; None: host memory.
-            attention: attention backend; None: the one the base would use.
+            attn_implementation: attention backend; None: the one the base would use.
             trust_remote_code: run Python code that comes with the base, if it needs any.
 
         Raises:
@@ -62,7 +62,8 @@ class LightSwitch:
         require(most >= 1, f"most is {most}; a switch keeps at least 1 model")
         self._base = None if base is None else str(base)
         self._most, self._device = most, device
-        asked: dict[str, Any] = {"dtype": dtype and str(dtype).removeprefix("torch."), "attention": attention}
+        asked: dict[str, Any] = {"dtype": dtype and str(dtype).removeprefix("torch.")}
+        asked["attn_implementation"] = attn_implementation
         asked["trust_remote_code"] = trust_remote_code
         self._settings = {name: value for name, value in asked.items() if value is not None}
         self._tasks: dict[str, LightAdapter] = {}

@@ -54,6 +54,7 @@ from lightpeft.profiling import (
 )
 from lightpeft.prune.estimation import Estimator
 from lightpeft.training.acceleration import light_steps
+from lightpeft.training.arguments import USUAL
 from lightpeft.training.prefix import CachedRows, FrozenPrefix, cache_prefix
 
 Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
@@ -321,10 +322,7 @@ class Subject:
         return known
 
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:
-        training = self.config.training
-        return measure_training(
-            self.model, batches, self.optimizer, autocast=self.autocast, max_grad_norm=training.max_grad_norm
-        )
+        return measure_training(self.model, batches, self.optimizer, **self.work.step_options)
 
 
 def _samples(batches: Sequence[Mapping[str, Any]]) -> int:
@@ -391,9 +389,9 @@ BUILDS: dict[str, Build] = {
 
 def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
     """The factory of the optimizer that a run uses."""
-    training = work.config.training
+    decay = work.config.trainer.get("weight_decay", USUAL["weight_decay"])
     return lambda parameters: torch.optim.AdamW(
-        parameters, lr=float(training.learning_rate), weight_decay=training.weight_decay
+        parameters, lr=float(work.config.training.learning_rate), weight_decay=decay
     )
 
 

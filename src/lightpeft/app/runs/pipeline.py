@@ -210,7 +210,8 @@ def _pruned_model(work: Workspace) -> LightModel:
     model = work.config.model
     switches = {name: getattr(model, name) for name in SWITCHES}
     try:
-        light = load_light(work.run.pruned, is_trainable=True, low_memory=True, attention=model.attention, **switches)
+        as_asked = {"attn_implementation": model.attn_implementation, **switches}
+        light = load_light(work.run.pruned, is_trainable=True, low_memory=True, **as_asked)
         return light if sharding_launched() else to_device(light)
     except LightPeftError:  # a base in few bits or in a file of another kind, which is read whole; or damage, as below
         return load_light(work.run.pruned, work.dense_model().model, is_trainable=True)
@@ -274,8 +275,7 @@ def _finish(
     run, model, step = work.run, trainer.model, trainer.state.global_step
     assert trainer.meter is not None
     cost = trainer.meter.stop(step)
-    rate = work.config.way.rate
-    require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{rate}")
+    require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")
 
     told = stopped(trainer, work) if trainer.stage == "train" else {}
     if told:

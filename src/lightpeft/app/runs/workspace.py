@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -39,7 +40,7 @@ from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, c
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted
-from lightpeft.training.arguments import check_given
+from lightpeft.training.arguments import USUAL, check_given
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import Pace, rows_held, settled
 from lightpeft.training.step_rows import rows_a_step_before, shared
@@ -82,8 +83,7 @@ class Workspace:
     @property
     def collator(self) -> Collator:
         """Rows to padded batches."""
-        multiple, length = self.config.training.pad_to_multiple_of, self.config.data.max_length
-        return self.task.collator(self.tokenizer, padding_within(multiple, length, self.positions))
+        return self.task.collator(self.tokenizer, padding_within(self.config.data.max_length, self.positions))
 
     @property
     def pace(self) -> Pace:
@@ -148,15 +148,19 @@ class Workspace:
     @property
     def rate(self) -> float:
         """Peak learning rate of the run's method, before a preset scales it."""
-        return float(getattr(self.config.training, self.config.way.rate))
+        return float(self.config.training.learning_rate)
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
         """How the outputs of frozen blocks are kept; None: not at all."""
-        training = self.config.training
-        if training.prefix_cache == "off":
-            return None
-        return PrefixCache(training.prefix_cache, training.prefix_dtype, int(training.prefix_limit * 2**30))
+        place = self.config.training.prefix_cache
+        return None if place == "off" else PrefixCache(place)
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """How steps are made, as `measure_training` takes it."""
+        clipped = self.config.trainer.get("max_grad_norm", USUAL["max_grad_norm"])
+        return {"autocast": autocast_dtype(self.config.training), "max_grad_norm": clipped}
 
     def dense_model(self, to_train: bool = False) -> LoadedModel:
         """The untouched foundation model with the task's head, on the device that training uses.
@@ -224,7 +228,7 @@ class Workspace:
             as_before = f"{self.coverage.identical:.0%} are tokenised as before"
             self.run.announce(stage, f"{tokens}; the test rows take {more}, and {as_before}")
         if autocast_dtype(training) is torch.bfloat16 and not has_bf16():
-            slow = "training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
+            slow = "training.precision: bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
             self.run.announce(stage, slow)
 
     def announce_processes(self, stage: str) -> None:
@@ -288,7 +292,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     begun_by = _begun_by(run)
     steps_of = begun_by or processes().num_processes
-    training: TrainingConfig = settled(config.training, len(train_rows), width, steps_of)
+    training: TrainingConfig = settled(config.training, len(train_rows), width, steps_of, has_peft=config.way.has_peft)
     config = replace(config, training=training)
     if run.has("depth") and run.goes_on:
         config = with_found_depth(config, run)

@@ -95,6 +95,5 @@ EVALUATE = Verb(
     ),
     on_runs=True,
     without=("tasks",),  # tasks of one's own come from --config
-    short={"data.text": "--text", "data.text_pair": "--text_pair"},
     rows="--data.test",
 )

@@ -47,7 +47,7 @@ def check_in_memory(work: Workspace) -> None:
     model, own = work.config.model, load_model_config(work.config.model)
     stored = getattr(own, "quantization_config", None) is not None and model.gguf_file is None
     quantised = f"check knows weights in floating point alone, and those of {model.name} are in few bits"
-    require(model.quantise is None and not stored, quantised)
+    require(model.quantization is None and not stored, quantised)
     require(
         not model.low_memory, "check knows weights in memory alone; leave model.low_memory off to see what they take"
     )
@@ -144,12 +144,6 @@ def shapes_of(batch: Mapping[str, Any]) -> Shapes:
     """Of the tensors in a batch."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     return {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-
-
-def step_options(work: Workspace) -> dict[str, Any]:
-    """How steps are made, as `measure_training` takes it."""
-    training = work.config.training
-    return {"autocast": autocast_dtype(training), "max_grad_norm": training.max_grad_norm}
 
 
 def device() -> torch.device:

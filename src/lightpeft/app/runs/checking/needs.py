@@ -107,7 +107,7 @@ class Check:
             yield f"  with {settings}: {size / 2**30:.1f} GiB"
         if self.left <= 0:
             alone = f"weights, and what trains, take {(self.available - self.left) / 2**30:.1f} GiB by themselves"
-            yield f"  {alone}, whatever the batch: set model.dtype, model.quantise or model.low_memory"
+            yield f"  {alone}, whatever the batch: set model.dtype, model.quantization or model.low_memory"
         if self.prefix_bytes:
             yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache says where)"
         if "train" in self.stages:

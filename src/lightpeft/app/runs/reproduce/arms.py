@@ -77,7 +77,7 @@ _NOTHING: dict[str, Any] = dict.fromkeys(("heads", "neurons", "experts"), 0.0)
 """Goes of the blocks."""
 
 ARMS: dict[str, Arm] = {
-    "full": Arm({"method": "full"}),
+    "full": Arm({"method": "full", "training": {"learning_rate": "auto"}}),
     "lora": Arm({"method": "plain", "peft": "lora"}),
     "adapter": Arm({"method": "plain", "peft": "bottleneck"}),
     "light-lora": _light(),

@@ -29,7 +29,6 @@ class ChatTask(CompletionTask):
     """Next-token loss on what the assistant says. Rows have `messages`."""
 
     columns: ClassVar[tuple[str, ...]] = ("messages",)
-    settings: ClassVar[Mapping[str, str]] = {"messages": "messages"}
 
     @classmethod
     def from_texts(cls, rows: Dataset, column: str) -> Dataset:
