@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from llama_cpp import LlamaCpp, is_there
 from publishing import markdown_table, report, spread_text
 from transformers import PreTrainedModel
 
@@ -29,11 +30,10 @@ from lightpeft.app.exports.gguf.writing import write_gguf
 from lightpeft.app.folders.opening import open_result
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
-from lightpeft.compat.llama_cpp import LlamaCpp, is_there
 from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.plans.records import BlockPlan, PrunePlan
-from lightpeft.profiling import ratio
+from lightpeft.profiling.comparing import ratio
 from lightpeft.prune.light_model import LightModel
 
 TYPES = ("f32", "bf16", "q8_0")

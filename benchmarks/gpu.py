@@ -29,7 +29,7 @@ from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig, changed, derived, light_config, load_config
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
-from lightpeft.profiling import hardware
+from lightpeft.profiling.surroundings import hardware
 
 SHAPES = {
     shape.name: shape
@@ -127,7 +127,7 @@ class Run:
 
 def _run(path: Path, given: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """The reports of a config's runs, by method."""
-    settings = {"training.epochs": 1, "training.bf16": True, "training.fp16": False}
+    settings = {"training.epochs": 1, "training.precision": "bf16"}
     limit = {} if given.limit is None else {"data.limit_train": given.limit}
     config = with_settings(load_config(path), settings | limit)
     reports = {}

@@ -30,7 +30,7 @@ from lightpeft.app.tasks import task_facts
 from lightpeft.config import overlaid
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import PrunePlan
@@ -94,6 +94,12 @@ def plain_peft(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
     return add_peft(loaded, work.config)
 
 
+def tight(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
+    """The same with batches that are padded to their longest row alone, as where a multiple would outgrow the model."""
+    work.positions = work.config.data.max_length - 1
+    return add_peft(loaded, work.config)
+
+
 def full_model(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
     """Every weight trains."""
     return loaded.model
@@ -103,7 +109,7 @@ def top_half(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
     """LoRA on all projections of the upper half of the blocks; nothing is trained, or differentiated, below."""
     specs = block_specs(loaded.model)
     targets = [name for spec in specs[len(specs) // 2 :] for name in spec.projections.values()]
-    return add_peft(loaded, replace(work.config, lora=replace(work.config.lora, target_modules=targets)))
+    return add_peft(loaded, replace(work.config, peft={**work.config.peft_settings, "target_modules": targets}))
 
 
 def fewer_layers(work: Workspace, loaded: LoadedModel, goal: Goal) -> nn.Module:
@@ -139,7 +145,7 @@ def one_shot(label: str, by: str, decide: Decider) -> Peer:
 
 
 PLAIN = {"method": "plain"}
-LORA = {**PLAIN, "peft": "lora", "lora": {"slots": None, "target_modules": None}}
+LORA = {**PLAIN, "peft": {"type": "lora", "slots": None, "target_modules": None}}
 """LoRA on q and v."""
 BASELINE = "lora"
 """What all others are compared with."""
@@ -157,22 +163,20 @@ LIGHT: dict[str, Any] = {
 PEERS: dict[str, Peer] = {
     BASELINE: Peer("LoRA on q, v", "plain", LORA),
     # light runs gain from widths that are multiples of 8 tokens; this is what they cost plain LoRA
-    "lora_tight": Peer(
-        "LoRA on q, v, padded to the longest row", "plain", LORA | {"training": {"pad_to_multiple_of": 1}}
-    ),
+    "lora_tight": Peer("LoRA on q, v, padded to the longest row", "plain", LORA, tight),
     # what of the speed is the implementation, and not the smaller model
     "lora_lean": Peer("LoRA on q, v, steps as in light runs", "plain", LORA, plain_peft, accelerated=True),
-    "lora_all": Peer("LoRA on all linear", "plain", LORA | {"lora": {"slots": list(SLOTS), "target_modules": None}}),
+    "lora_all": Peer("LoRA on all linear", "plain", overlaid(LORA, {"peft": {"slots": list(SLOTS)}})),
     "lora_top": Peer("LoRA on all linear, top half", "plain", LORA, top_half),
     "houlsby": Peer(
         "Houlsby adapters",
         "plain",
         # adapters have eight times LoRA's parameters: no higher rate than this
-        {**PLAIN, "peft": "bottleneck", "bottleneck": {"placement": "houlsby"}, "training": {"learning_rate": 1e-3}},
+        {**PLAIN, "peft": {"type": "bottleneck", "placement": "houlsby"}, "training": {"learning_rate": 1e-3}},
     ),
     # every weight moves by about the rate a step, so what LoRA needs would destroy the pretrained weights; 1e-4 is the
     # upper end of what small BERTs are fine-tuned with
-    "full": Peer("full fine-tuning", "plain", {"method": "full", "training": {"full_learning_rate": 1e-4}}, full_model),
+    "full": Peer("full fine-tuning", "plain", {"method": "full", "training": {"learning_rate": 1e-4}}, full_model),
     "random": one_shot("random pruning, LoRA", "random", by_random),
     "magnitude": one_shot("magnitude pruning, LoRA", "magnitude", by_magnitude),
     "tp_magnitude": one_shot(

@@ -37,10 +37,9 @@ from lightpeft.app.runs.reproduce import Cell, Grid, check_cell, reproduce
 from lightpeft.app.runs.reproduce.running import Launch
 from lightpeft.app.runs.reproduce.saving import factored
 from lightpeft.config import load_config, overlaid
-from lightpeft.config.methods import METHODS
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import file_checksum, read_json, write_json
-from lightpeft.profiling import hardware
+from lightpeft.profiling.surroundings import hardware
 
 POINT = 0.01
 """One point of accuracy."""
@@ -200,8 +199,7 @@ def _own(options: Options, name: str) -> dict[str, Any]:
     """What of the options concerns one method."""
     settings = own_settings(options.config, name, options.light_files.get(name))
     rate = options.learning_rates.get(name)
-    rates = dict.fromkeys(("learning_rate", "full_learning_rate"), rate)
-    return settings if rate is None else overlaid(settings, {"training": rates})
+    return settings if rate is None else overlaid(settings, {"training": {"learning_rate": rate}})
 
 
 def finished(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -299,7 +297,7 @@ def over_seeds(cells: Mapping[int, dict[str, Any]], baseline: Mapping[int, dict[
         "seconds_before_training": spread([c["seconds"]["total"] - c["seconds"]["train"] for c in cells.values()]),
         "seconds_to_quality": {**spread(times), "reached": len(times), "of": len(reached)} if watched else None,
         "adapter_bytes": statistics.mean(cell["adapter_bytes"] for cell in cells.values()),
-        "learning_rate": first["settings"]["training"][METHODS[first["settings"]["method"]].rate],
+        "learning_rate": first["settings"]["training"]["learning_rate"],
         "seeds": list(cells),
     }
 

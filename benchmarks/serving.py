@@ -14,10 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import sessions
 import torch
 from publishing import markdown_table, report, spread_text
 from torch import Tensor
@@ -33,7 +35,8 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
-from lightpeft.profiling import alternate, folder_bytes, ratio, summarize
+from lightpeft.profiling.comparing import alternate, ratio, summarize
+from lightpeft.profiling.sizes import folder_bytes
 from lightpeft.profiling.surroundings import version_of
 from lightpeft.prune.light_model import LightModel
 
@@ -105,7 +108,7 @@ def served(
                 folder.mkdir()
                 write_graph(model, work.tokenizer, RUNTIMES[form], folder, dtype)
             sizes.setdefault(name, {})[key] = folder_bytes(folder)
-            answers[name][key] = partial(in_runtime, RUNTIMES[form].open(folder, exact=exact))
+            answers[name][key] = partial(in_runtime, sessions.load(form, folder, exact=exact))
     return sizes, answers
 
 
@@ -201,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(runtime: Runtime) -> None:
     """Raise `LightPeftError` unless the runtime is here in all data types."""
-    require(runtime.is_there, f'{runtime.title} is not here; pip install "lightpeft[{runtime.name}]"')
+    require(find_spec(runtime.tool), f'{runtime.title} is not here; pip install "lightpeft[{runtime.name}]"')
     for dtype in runtime.writers:
         runtime.check(dtype)
 

@@ -37,7 +37,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.config import run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json, write_json
-from lightpeft.profiling import hardware
+from lightpeft.profiling.surroundings import hardware
 from lightpeft.training.schedule import auto_epochs
 
 ROOT = Path(__file__).parents[1]
@@ -242,7 +242,7 @@ def run(cell: Cell, model: str, out: Path) -> dict[str, Any]:
     seconds = time.process_time() - started
     measured = found["metrics"]
     if cell.question == "first":
-        test = {"data": {"test": str(data_file(out, cell.data, "test")), **columns_of(cell.data)}}
+        test = {"data": {"test": str(data_file(out, cell.data, "test")), "columns": columns_of(cell.data)}}
         measured = evaluate_model(work.run.result, test, batch_size=64)["model"]["metrics"]
     return {
         **asdict(cell),
@@ -268,12 +268,12 @@ def settings(cell: Cell, model: str, out: Path, folder: Path) -> dict[str, Any]:
     train = data_file(out, cell.data, "train")
     common = {"output": str(folder), "method": cell.method, "seed": cell.seed, "model": {"name": model}}
     if cell.question == "first":
-        return {**common, "data": {"train": str(own_file(train, cell.rows)), **columns}}
+        return {**common, "data": {"train": str(own_file(train, cell.rows)), "columns": columns}}
     files = {"train": str(train), "test": str(data_file(out, cell.data, "test")), "limit_train": cell.rows}
     return {
         **common,
-        "data": {**files, **columns},
-        "training": {"bf16": True, "epochs": epochs_of(cell.rows)},
+        "data": {**files, "columns": columns},
+        "training": {"precision": "bf16", "epochs": epochs_of(cell.rows)},
         "light": 0.6 if cell.blocks is None else cell.blocks,
     }
 

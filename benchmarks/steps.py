@@ -23,7 +23,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.bench import BUILDS, Made
 from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import RunConfig
-from lightpeft.models.families import block_lists
+from lightpeft.models.families.registry import block_lists
 from lightpeft.models.unwrap import transformers_model
 
 LIGHT = BUILDS["light"]
@@ -31,14 +31,9 @@ AS_IT_IS = "as it is"
 SETTINGS: dict[str, Mapping[str, Any]] = {
     "LoRA and attention as PEFT and PyTorch have them": {"training.fast_steps": False},
     "with the base's dropout": {"light.rates.dropout": "keep"},
-    "padded to the longest row alone": {"training.pad_to_multiple_of": 1},
-    "without all three": {
-        "training.fast_steps": False,
-        "light.rates.dropout": "keep",
-        "training.pad_to_multiple_of": 1,
-    },
+    "without both": {"training.fast_steps": False, "light.rates.dropout": "keep"},
     "without prefix cache": {"training.prefix_cache": "off"},
-    "in float32": {"training.bf16": False},
+    "in float32": {"training.precision": "float32"},
 }
 """What is measured: settings that differ from the config's."""
 FLOAT16 = "in float16, the loss scaled"

@@ -26,7 +26,8 @@ from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.structure import SLOTS
-from lightpeft.profiling import alternate, hardware, ratio, summarize
+from lightpeft.profiling.comparing import alternate, ratio, summarize
+from lightpeft.profiling.surroundings import hardware
 
 PLAIN, EVERYWHERE, ESTIMATION, WHOLE = "plain LoRA on q and v", "on all projections", "estimation", "no cut"
 CUTS = (0.2, 0.4, 0.6, 0.75)
@@ -48,7 +49,7 @@ def subjects_of(config: RunConfig) -> subjects.Subjects:
     names = {f"{part:.0%} of the blocks cut": part for part in CUTS}
     first, *others = names
     scored = subjects.pruned(_cut(config, names[first]), folder / first)
-    slots = replace(config, lora=replace(config.lora, slots=list(SLOTS)), output=str(folder / EVERYWHERE))
+    slots = replace(config, peft={**config.peft_settings, "slots": list(SLOTS)}, output=str(folder / EVERYWHERE))
     found: dict[str, tuple[Any, RunConfig]] = {
         PLAIN: ("plain", replace(config, output=str(folder / PLAIN))),
         EVERYWHERE: ("plain", slots),

@@ -22,5 +22,3 @@ light = load_light(options.adapter, base=options.model)
 print(light.light_plan.summary())
 written = save_gguf(light, options.output, AutoTokenizer.from_pretrained(options.model), dtype=options.dtype)
 print(f"{written.path}: {written.path.stat().st_size / 2**20:.1f} MiB, matrices: {written.matrices}")
-if written.agreement is not None:
-    print(f"llama.cpp loads it, and computes what the model does, but for {written.agreement.difference:.1e}")

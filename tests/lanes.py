@@ -14,11 +14,11 @@ thorough = pytest.mark.thorough
 """Of a test that repeats what another one tells, or takes long for what it tells: `make test` leaves it out."""
 
 
-def telling(argument: str, cases: Iterable[Any], chosen: Collection[Any]) -> pytest.MarkDecorator:
+def telling(argument: str | tuple[str, ...], cases: Iterable[Any], chosen: Collection[Any]) -> pytest.MarkDecorator:
     """A test with all cases, of which `make test` runs those that are chosen."""
-    marked = [pytest.param(case, marks=() if case in chosen else thorough, id=_name(case)) for case in cases]
+    marked = []
+    for case in cases:
+        values = case if isinstance(argument, tuple) else (case,)
+        name = "-".join(values) if all(isinstance(value, str) for value in values) else None
+        marked.append(pytest.param(*values, marks=() if case in chosen else thorough, id=name))
     return pytest.mark.parametrize(argument, marked)
-
-
-def _name(case: Any) -> str | None:
-    return case if isinstance(case, str) else None

@@ -12,11 +12,7 @@ import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from lightpeft.models.linears import (
-    dense_weight,
-    features,
-    is_linear,
-)
+from lightpeft.models.linears.registry import dense_weight, features, is_linear
 
 
 def bnb_config(**settings: Any) -> Any:
@@ -24,16 +20,10 @@ def bnb_config(**settings: Any) -> Any:
     return transformers.BitsAndBytesConfig(bnb_4bit_compute_dtype=torch.float32, **settings)
 
 
-def torchao_config(**settings: Any) -> Any:
-    package = pytest.importorskip("torchao.quantization")
-    return transformers.TorchAoConfig(package.Int8WeightOnlyConfig(set_inductor_config=False, **settings))
-
-
 CONFIGS: dict[str, Callable[[], Any]] = {
     "nf4": lambda: bnb_config(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "nf4-double": lambda: bnb_config(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     "int8": lambda: bnb_config(load_in_8bit=True),
-    "torchao-int8": torchao_config,
 }
 
 

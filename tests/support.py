@@ -37,10 +37,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lightpeft import load_light
-from lightpeft.app.exports.exporting import EXPORTS
-from lightpeft.models.families import FAMILIES, REFUSED, Family, block_specs
+from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs
+from lightpeft.models.families.spec import Family
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.light_model import as_light
@@ -212,15 +212,6 @@ def refusal_table() -> str:
     return _markdown(["`model_type`", "why"], ([", ".join(names), reason] for reason, names in reasons.items()))
 
 
-def form_table() -> str:
-    """One row a form of `lightpeft export`."""
-    lines = []
-    for name, form in EXPORTS.items():
-        types = ", ".join(form.dtypes) or "as they are"
-        lines.append([f"`{name}`", form.what.rstrip(","), form.readers, form.families, form.limits, types])
-    return _markdown(["`--form`", "what", "who reads it", "families", "limits", "weights"], lines)
-
-
 def _attention(spec: BlockSpec) -> str:
     if "kv" in spec.projections:
         return "q, fused kv of one latent (MLA), o"
@@ -243,6 +234,10 @@ def _ffn(family: Family) -> str:
     return f"{experts}, {dense} where there is another FFN" if experts and dense else experts or dense
 
 
+LOWEST = (5, 5)
+"""The first transformers that lightpeft works with."""
+
+
 def _notes(model_type: str) -> str:
     family = FAMILIES[model_type]
     stack = family.stacks[0]
@@ -258,6 +253,8 @@ def _notes(model_type: str) -> str:
         for name in stack.per_head_arguments
     ]
     notes += [f"needs `{key}={value}`" for key, value in family.needs.items()]
+    if family.since > LOWEST:
+        notes.append(f"needs transformers {'.'.join(map(str, family.since))}")
     return "; ".join(notes)
 
 
@@ -266,7 +263,7 @@ def _markdown(titles: list[str], lines: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in table).replace("|  |", "| |")
 
 
-TABLES: dict[str, Callable[[], str]] = {"families": family_table, "refused": refusal_table, "forms": form_table}
+TABLES: dict[str, Callable[[], str]] = {"families": family_table, "refused": refusal_table}
 """Tables that need no check."""
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lanes import thorough
 from scipy.stats import bootstrap
 
 from lightpeft.app.evaluation.aggregates import (
@@ -123,6 +124,7 @@ def test_equals_scipy_of_several_samples(statistic: Statistic) -> None:
     assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02)
 
 
+@thorough
 @pytest.mark.parametrize(("seeds", "least", "most"), [(2, 0.63, 0.79), (3, 0.76, 0.90), (10, 0.87, 0.97)])
 def test_coverage(seeds: int, least: float, most: float) -> None:
     """Of three tasks: with ten seeds near to the 95% that it is called, with two or three less, as the docs say."""

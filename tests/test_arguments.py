@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightpeft.models.arguments import argument_names, change_arguments
+from lightpeft.models.arguments import change_arguments
 
 
 class Sum(nn.Module):
@@ -37,7 +37,3 @@ def test_by_position_or_by_keyword(args: tuple[Any, ...], kwargs: dict[str, Any]
     assert module(*args, **kwargs) == result
     handle.remove()
     assert module(*args, **kwargs) == before
-
-
-def test_names_are_those_of_the_forward_pass() -> None:
-    assert argument_names(Sum()) == ["first", "second", "third"]

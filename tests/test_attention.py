@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,7 @@ from tiny import LAYOUTS, inputs_for, make, with_lora
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from workbench import Workbench
 
-from lightpeft.app.runs import pipeline
 from lightpeft.training import attention
 from lightpeft.training.acceleration import accelerated
 from lightpeft.training.attention import LONGEST, attention_by_products
@@ -184,13 +181,3 @@ class TestModels:
         with accelerated(model), torch.autocast("cpu", BFLOAT16):
             model(pixel_values=torch.ones(2, 3, 16, 16)).logits.float().sum().backward()
         assert taken
-
-
-@pytest.mark.parametrize(
-    ("method", "changes", "fast"),
-    [("light", {}, True), ("light", {"training.fast_steps": False}, False), ("plain", {}, False)],
-)
-def test_light_runs_take_it(tmp_path: Path, taken: list[int], method: str, changes: dict[str, Any], fast: bool) -> None:
-    length = {"training.epochs": 1, "training.bf16": True}
-    pipeline.run(Workbench(tmp_path).config("run", method=method, **length, **changes))
-    assert bool(taken) == fast

@@ -71,27 +71,24 @@ def test_unknown_keys_name_the_nearest(bench: Workbench, refused: Refused) -> No
 
 
 VALUES = {
-    "light.remove.heads": (["1.5", "1", "-0.1"], "[0, 1)"),
-    "light.estimate.length": (["0", "1", "1.0", "-0.5", "soon"], "length"),
-    "light.remove.scope": (["local"], "layerwise, global"),
-    "method": (["lite"], "light, plain"),
-    "model.dtype": (["int8"], "float32"),
-    "training.epochs": (["0", "-1", "many", "1e300", "1e999"], "training.epochs"),
-    "training.learning_rate": (["0", "nan", "1e999"], "training.learning_rate"),
-    "lora.r": (["0", "10000000"], "lora.r"),
-    "data.prompt": (["text"], "data.completion"),
-    "seed": (["18446744073709551616", "4294967296", "-1"], "seed is"),
-    "data.stride": (["4611686018427387904", "-1"], "data.stride is"),
+    "light.remove.heads": ("1.5", "[0, 1)"),
+    "method": ("lite", "light, plain"),
+    "training.epochs": ("1e999", "training.epochs"),
+    "peft.r": ("10000000", "peft.r is"),
+    "peft": ('{"type": "bottleneck", "size": 0}', "peft.size is"),
+    "data.columns": ('{"txt": "text"}', "rows of kind classification have text, label"),
+    "trainer.max_grad_norm": ("soft", "trainer.max_grad_norm is"),
+    "seed": ("18446744073709551616", "seed is"),
 }
+"""Setting -> a bad value, and what its line says; tests/test_config.py has the others."""
 
 
 @pytest.mark.parametrize("key", VALUES)
 def test_bad_values(bench: Workbench, refused: Refused, key: str) -> None:
-    values, says = VALUES[key]
-    for value in values:
-        line = refused("run", "--config", bench.yaml("plain"), f"--{key}", value)
-        assert says in line
-        assert line == refused("run", "--config", bench.yaml("value", **{key: _plain(value)}))
+    value, says = VALUES[key]
+    line = refused("run", "--config", bench.yaml("plain"), f"--{key}", value)
+    assert says in line
+    assert line == refused("run", "--config", bench.yaml("value", **{key: _plain(value)}))
 
 
 def _plain(value: str) -> Any:
@@ -192,26 +189,16 @@ DIGITS, MORE = "1" * 30, "1" * 6000
 DEEP = 100_000
 ODD_ROWS: dict[str, tuple[str, str, str]] = {
     "30 digits": ("jsonl", f'{{"text": "word1", "label": {DIGITS}}}', 'row 3 (the header not counted), column "label"'),
-    "30 digits in a list": ("json", f'[{{"text": "word1", "label": {DIGITS}}}]', "more than 64 bits"),
     "30 digits as a text": ("jsonl", f'{{"text": {DIGITS}, "label": "positive"}}', 'column "text": there is a whole'),
-    "6,000 digits": (
-        "jsonl",
-        f'{{"text": "word1", "label": {MORE}}}',
-        "line 3 has a whole number of more than 64 bits",
-    ),
-    "6,000 digits in a list": ("json", f'[{{"text": "word1", "label": {MORE}}}]', "line 1 has a whole number"),
     "6,000 digits in a table": ("csv", f"word1,{MORE}", 'row 3 (the header not counted), column "label"'),
     "half a character": (
         "jsonl",
         '{"text": "\\ud800", "label": "positive"}',
         'column "text": there is half a character',
     ),
-    "half a label": ("json", '[{"text": "word1", "label": "\\ud800"}]', 'column "label": there is half a character'),
     "half a column's name": ("jsonl", '{"\\ud800": 1}', r"a column is called '\ud800', with half a character"),
     "half a character deep inside": ("jsonl", '{"x": {"y": ["\\ud800"]}}', 'column "x": there is half a character'),
-    "open brackets": ("json", "[" * DEEP, "line 1 is nested too deep"),
     "brackets": ("jsonl", f'{{"text": {"[" * DEEP}{"]" * DEEP}}}', "line 3 is nested too deep"),
-    "open braces": ("jsonl", '{"a":' * DEEP, "line 3 is nested too deep"),
     "too deep for a table": ("jsonl", f'{{"x": {"[" * 500}{"]" * 500}}}', "cannot be read: Recursion level"),
 }
 """Name -> suffix, what comes behind two good rows (JSON lists: in their place), and a part of the line."""
@@ -253,16 +240,9 @@ def not_utf8() -> pyarrow.Array:
 UNKNOWN = {"info": {"features": {"text": {"_type": "Nonsense"}, "label": {"_type": "Value", "dtype": "string"}}}}
 PARQUETS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown feature": ({"metadata": json.dumps(UNKNOWN)}, "Feature type 'Nonsense' not found"),
-    "an unknown data type": (
-        {"metadata": json.dumps(UNKNOWN).replace("Nonsense", "Value").replace('"string"', '"odd"')},
-        "is not a readable Parquet file",
-    ),
-    "no features": ({"metadata": '{"info": {"features": [1]}}'}, "is not a readable Parquet file"),
-    "no JSON": ({"metadata": "{"}, "is not a readable Parquet file"),
     "deep JSON": ({"metadata": "[" * DEEP}, "is not a readable Parquet file"),
     "half a character": ({"label": not_utf8()}, "Invalid UTF8 sequence"),
     "64 bits without a sign": ({"label": pyarrow.array([2**64 - 1] * 20, pyarrow.uint64())}, "too large to be read"),
-    "a long duration": ({"label": pyarrow.array([2**62] * 20, pyarrow.duration("s"))}, "too large to be read"),
 }
 
 
@@ -275,8 +255,8 @@ def test_parquet_that_says_what_nobody_knows(bench: Workbench, refused: Refused,
 
 
 TOKENIZERS: dict[str, list[Any]] = {
-    "model_max_length": ["x", "512", -1, 0, True, [1], {"a": 1}],
-    "model_input_names": ["x", ["zz"], [1]],
+    "model_max_length": ["512", -1, True],
+    "model_input_names": ["x", [1]],
 }
 
 
@@ -326,7 +306,7 @@ def read_budget(folder: Path) -> float | None:
 
 
 def test_divergence_in_estimation(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
-    file = bench.yaml("diverged", **{"training.learning_rate": 1e30, "training.logging_steps": 1})
+    file = bench.yaml("diverged", **{"training.learning_rate": 1e30, "trainer.logging_steps": 1})
     assert lightpeft("run", "--config", file) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -364,7 +344,7 @@ def test_bad_predictions(bench: Workbench, adapter: Path, refused: Refused) -> N
     assert "that does not say what task it was trained for" in refused("predict", bench.base, bench.test)
     assert "does not exist" in refused("predict", adapter, bench.folder / "none.csv")
     assert "cannot be read" in refused("predict", adapter, bench.folder / "none.txt")
-    assert 'data.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
+    assert 'data.columns.text is "words"' in refused("predict", adapter, bench.test, "--text", "words")
     assert "it must be at least 1" in refused("predict", adapter, bench.test, "--batch_size", "0")
     blank = bench.folder / "blank.txt"
     blank.write_text("\n \n", encoding="utf-8")

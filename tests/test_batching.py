@@ -1,20 +1,17 @@
-"""Batches that fit into memory: chosen by what rows were measured to need, halved where that was too much."""
+"""Batches that fit into memory: halved where they were too large."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from lightpeft.app.evaluation import batching
-from lightpeft.app.evaluation.batching import MOST_ROWS, fitting_batch_size, free_memory, in_batches
+from lightpeft.app.evaluation.batching import in_batches, usual_batch_size
 
-MIB = 2**20
 FULL = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
 
 
@@ -75,48 +72,8 @@ def test_what_halving_cannot_help_is_raised() -> None:
     assert memory.asked == [4]
 
 
-class Hungry(nn.Module):
-    """Takes so many MiB a row, for a moment."""
-
-    def __init__(self, mib: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.mib = mib
-
-    def forward(self, rows: Sequence[int]) -> float:
-        return torch.ones(len(rows), self.mib * MIB // 4).sum().item()
-
-
-@pytest.mark.parametrize(("free", "expected"), [(640, 20), (4, 1), (10**6, MOST_ROWS["cpu"])])
-def test_size_is_what_half_of_the_memory_holds(monkeypatch: pytest.MonkeyPatch, free: int, expected: int) -> None:
-    monkeypatch.setattr(batching, "free_memory", lambda device: free * MIB)
-    model = Hungry(16)
-    assert fitting_batch_size(model, range(1000), model) == pytest.approx(expected, rel=0.1)
-
-
-def test_size_is_at_most_the_number_of_rows() -> None:
-    model = Hungry(1)
-    assert fitting_batch_size(model, range(3), model) == 3
-
-
-def test_a_probe_that_does_not_fit_is_halved() -> None:
-    memory = Memory(room=1)
-    assert fitting_batch_size(Hungry(1), range(100), memory) >= 1
-    assert memory.asked == [4, 2, 1]
-
-
-def test_free_memory_keeps_to_a_container_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(name: str, value: str) -> None:
-        (tmp_path / name).write_text(f"{value}\n")
-
-    monkeypatch.setattr(batching, "_CONTAINER_FILES", ((str(tmp_path), "memory.max", "memory.current", "cached"),))
-    device = torch.device("cpu")
-    assert free_memory(device) > 64 * MIB
-    write("memory.current", f"{48 * MIB}")
-    write("memory.stat", f"anon {40 * MIB}\ncached {8 * MIB}")
-    write("memory.max", "max")
-    assert free_memory(device) > 64 * MIB
-    write("memory.max", f"{64 * MIB}")
-    assert free_memory(device) == 24 * MIB  # what is cached makes room
-    write("memory.max", f"{32 * MIB}")
-    assert free_memory(device) == 0
+@pytest.mark.parametrize(
+    ("device", "longest", "expected"), [("cpu", 100, 32), ("cpu", 2048, 8), ("cpu", 10**6, 1), ("cuda", 100, 256)]
+)
+def test_the_usual_size(device: str, longest: int, expected: int) -> None:
+    assert usual_batch_size(torch.device(device), longest) == expected

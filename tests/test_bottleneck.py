@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
 from peft_models import adapted, layers, train_by_hand
@@ -19,18 +19,16 @@ from tiny import MODELS, batch, every_family, inputs_for, make, relative_differe
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightpeft.compat.torch import is_watched
 from lightpeft.errors import LightPeftError
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.peft_kinds.bottleneck import (
     Bottleneck,
     BottleneckConfig,
     BottleneckModel,
-    placed_modules,
 )
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK, register
 
-PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+PLACEMENTS = ("houlsby", "pfeiffer")
 FAMILIES = ("bert", "llama-gqa", "opt")
 ATTENTION_OUT = {
     "bert": "bert.encoder.layer.{}.attention.output.dense",
@@ -42,21 +40,11 @@ FFN_OUT = {
     "llama-gqa": "model.layers.{}.mlp.down_proj",
     "opt": "model.decoder.layers.{}.fc2",
 }
-READS = {
-    "bert": "bert.encoder.layer.{}.intermediate.dense",
-    "llama-gqa": "model.layers.{}.mlp.gate_proj",
-    "opt": "model.decoder.layers.{}.fc1",
-}
 
 
 def output(model: nn.Module, inputs: dict[str, Tensor] | None = None) -> Tensor:
     with torch.no_grad():
         return model(**(inputs or batch())).logits
-
-
-def watched(model: nn.Module) -> int:
-    """Modules with hooks, such as those whose input parallel adapters read."""
-    return sum(map(is_watched, model.modules()))
 
 
 # --- values ---------------------------------------------------------------------------------------------------------
@@ -98,23 +86,17 @@ def test_every_family_has_the_places(family: str) -> None:
 
 
 def hook_adapters(base: PreTrainedModel, placement: str, delta: Delta) -> None:
-    """Add the adapters to a base by forward hooks; parallel ones read the first projection into the FFN."""
+    """Add the adapters to a base by forward hooks."""
     for spec in block_specs(base):
         for slot in ("o", "ffn_out"):
             if slot not in spec.projections or (slot == "o" and placement != "houlsby"):
                 continue
-            name, seen = spec.projections[slot], []
-            if placement == "parallel":
-                first = next(s for s in ("ffn_gate_in", "ffn_gate", "ffn_in") if s in spec.projections)
-                source = base.get_submodule(spec.projections[first])
-                source.register_forward_hook(lambda m, args, out, seen=seen: seen.append(args[0]))
-            base.get_submodule(name).register_forward_hook(
-                lambda m, args, out, name=name, seen=seen: out + delta(name, seen.pop() if seen else out)
-            )
+            name = spec.projections[slot]
+            base.get_submodule(name).register_forward_hook(lambda m, args, out, name=name: out + delta(name, out))
 
 
 def test_dropout_is_on_what_the_branch_reads() -> None:
-    branch = Bottleneck(6, 6, 3, BottleneckConfig(placement="houlsby", dropout=0.4, init="bert"))
+    branch = Bottleneck(6, 3, BottleneckConfig(placement="houlsby", dropout=0.4))
     x, seen = torch.randn(50, 6), []
     branch.down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     branch(x)
@@ -123,17 +105,6 @@ def test_dropout_is_on_what_the_branch_reads() -> None:
     torch.testing.assert_close(seen[0][~dropped], x[~dropped] / 0.6)
     branch.eval()(x)
     assert seen[1].equal(x)
-
-
-def test_start_again() -> None:
-    branch = Bottleneck(16, 16, 4, BottleneckConfig(placement="houlsby", scaling="learned"))
-    assert branch.down.weight.any() and not branch.up.weight.any() and branch.scaling.item() == 1.0
-    with torch.no_grad():
-        for parameter in branch.parameters():
-            parameter.fill_(3.0)
-    branch.reset_parameters()
-    assert branch.down.weight.abs().max() <= 0.25  # Kaiming's bound for 16 inputs
-    assert not branch.up.weight.any() and not branch.down.bias.any() and branch.scaling.item() == 1.0
 
 
 # --- PEFT's calls ---------------------------------------------------------------------------------------------------
@@ -157,14 +128,13 @@ def test_save_and_load(tmp_path: Path, placement: str, scaling: float | str, low
 
 
 def test_the_saved_config_says_where_adapters_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(make("opt"), placement="parallel")
+    model = adapted(make("opt"), placement="pfeiffer")
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "BOTTLENECK"
     assert saved["target_modules"] == [FFN_OUT["opt"].format(index) for index in range(3)]
-    assert saved["parallel_inputs"] == {FFN_OUT["opt"].format(i): READS["opt"].format(i) for i in range(3)}
     config = PeftConfig.from_pretrained(str(tmp_path))
-    assert isinstance(config, BottleneckConfig) and config.placement == "parallel" and config.size == 5
+    assert isinstance(config, BottleneckConfig) and config.placement == "pfeiffer" and config.size == 5
 
     def refuse(model: PreTrainedModel) -> None:
         raise AssertionError("the model family was asked")
@@ -174,8 +144,8 @@ def test_the_saved_config_says_where_adapters_are(tmp_path: Path, monkeypatch: p
 
 
 def test_two_adapters_of_one_model(tmp_path: Path) -> None:
-    """One serial, one parallel, of two widths: each computes what it computes alone."""
-    second = {"placement": "parallel", "size": 3, "scaling": 0.5}
+    """Of two placements and widths: each computes what it computes alone."""
+    second = {"placement": "pfeiffer", "size": 3, "scaling": 0.5}
     alone = [adapted(make("llama-gqa")), adapted(make("llama-gqa"), **second)]
     for name, model in zip(("first", "second"), alone, strict=True):
         model.save_pretrained(tmp_path / name)
@@ -184,7 +154,7 @@ def test_two_adapters_of_one_model(tmp_path: Path) -> None:
     model = PeftModel.from_pretrained(make("llama-gqa"), str(tmp_path / "first"), "first", is_trainable=True)
     model.load_adapter(str(tmp_path / "second"), "second")
     layer = layers(model)[FFN_OUT["llama-gqa"].format(0)]
-    assert layer.size == {"first": 5, "second": 3} and set(layer.sources) == {"second"}
+    assert layer.size == {"first": 5, "second": 3}
     for name in ("second", "first", "second"):
         model.set_adapter(name)
         assert output(model).equal(expected[name])
@@ -201,7 +171,7 @@ def test_two_adapters_of_one_model(tmp_path: Path) -> None:
 
     model.set_adapter("first")
     model.delete_adapter("second")
-    assert layer.size == {"first": 5} and not layer.sources and watched(model) == 0
+    assert layer.size == {"first": 5}
     assert output(model).equal(expected["first"])
     model.add_adapter("third", BottleneckConfig(size=2, target_modules=["down_proj"]))
     assert output(model).equal(expected["first"])
@@ -212,11 +182,11 @@ def test_two_adapters_of_one_model(tmp_path: Path) -> None:
 
 
 def test_size_pattern(tmp_path: Path) -> None:
-    pattern = {"down_proj": 2, r"layers\.1\..*": 3, "model.layers.0.mlp.down_proj": 7}
+    pattern = {"model.layers.1.self_attn.o_proj": 3, "model.layers.0.mlp.down_proj": 7}
     model = adapted(make("llama-gqa"), placement="houlsby", size_pattern=pattern)
     expected = {}
     for index in range(3):
-        expected[FFN_OUT["llama-gqa"].format(index)] = 7 if index == 0 else 2
+        expected[FFN_OUT["llama-gqa"].format(index)] = 7 if index == 0 else 5
         expected[ATTENTION_OUT["llama-gqa"].format(index)] = 3 if index == 1 else 5
     assert {name: layer.size["default"] for name, layer in layers(model).items()} == expected
     for layer in layers(model).values():
@@ -230,7 +200,7 @@ def test_size_pattern(tmp_path: Path) -> None:
 
 def test_merging_is_refused() -> None:
     """At once: also what stands before the first adapter is left as it is."""
-    model = adapted(make("opt"), placement="parallel", modules_to_save=["embed_positions"])
+    model = adapted(make("opt"), placement="pfeiffer", modules_to_save=["embed_positions"])
     names = [name for name, _ in model.named_modules()]
     before = output(model)
     for attempt in (model.merge_and_unload, model.merge_adapter, next(iter(layers(model).values())).merge):
@@ -246,16 +216,11 @@ def test_merging_is_refused() -> None:
 def test_unload_gives_the_base_back(family: str, placement: str) -> None:
     base = make(family)
     names, expected = [name for name, _ in base.named_modules()], output(base)
-    parallel = placement == "parallel"
     model = adapted(base, placement=placement, task_type=None)
-    assert watched(model) == (3 if parallel else 0)
     unloaded = model.unload()
     assert [name for name, _ in unloaded.named_modules()] == names
-    assert watched(unloaded) == 0 and output(unloaded).equal(expected)
+    assert output(unloaded).equal(expected)
     assert not output(adapted(unloaded, placement=placement)).equal(expected)
-
-
-# --- parallel adapters ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -279,46 +244,12 @@ def test_gradient_checkpointing(family: str, placement: str, reentrant: bool) ->
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
         model(**batch()).logits.square().mean().backward()
         assert len(calls) == (2 if checkpointing else 1)
-        assert all(source.take() is None for each in layers(model).values() for source in each.sources.values())
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     plain, checkpointed = gradients(False), gradients(True)
     assert plain.keys() == checkpointed.keys() and len(plain) >= 15
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-6, atol=1e-8)
-
-
-def test_copies_are_apart() -> None:
-    model = adapted(make("llama-gqa"), placement="parallel", scaling="learned")
-    before = output(model)
-    twin = copy.deepcopy(model)
-    assert output(twin).equal(before)
-    name = FFN_OUT["llama-gqa"].format(0)
-    source, twin_source = layers(model)[name].sources["default"], layers(twin)[name].sources["default"]
-    assert source is not twin_source
-    layers(model)[name].detach_source()
-    assert watched(model) == 2 and watched(twin) == 3
-    assert output(twin).equal(before)
-    train_by_hand(twin, seed=6)
-    assert not output(twin).equal(before)
-    assert watched(twin.unload()) == 0
-
-
-def test_taking_a_layer_out() -> None:
-    """What surgery does: the hook goes, the base layer comes back, the rest of the adapters stays."""
-    model = adapted(make("opt"), placement="parallel")
-    name = FFN_OUT["opt"].format(1)
-    layer = layers(model)[name]
-    for _ in range(2):
-        layer.detach_source()
-        assert watched(model) == 2
-    with pytest.raises(LightPeftError, match=r"reads the input of model\.decoder\.layers\.1\.fc1.*did not run"):
-        output(model)
-    model.get_base_model().get_submodule("model.decoder.layers.1").fc2 = layer.get_base_layer()
-    reference = make("opt")
-    delta = delta_of(model, scaling=1.0)
-    hook_adapters(reference, "parallel", delta)
-    assert len(layers(model)) == 2 and relative_difference(output(model), output(reference)) < 1e-5
 
 
 # --- kinds of models and numbers ------------------------------------------------------------------------------------
@@ -355,10 +286,8 @@ def test_low_precision_bases(tmp_path: Path, placement: str, dtype: torch.dtype)
         ({"dropout": -0.1}, "dropout must be at least 0"),
         ({"scaling": "learn"}, "scaling must be a number or \"learned\", got 'learn'"),
         ({"scaling": float("nan")}, "scaling must be a number"),
-        ({"init": "ones"}, "init must be one of zero, bert, houlsby; got 'ones'"),
-        ({"placement": "serial"}, "placement must be one of houlsby, pfeiffer, parallel"),
+        ({"placement": "serial"}, "placement must be one of houlsby, pfeiffer, or None"),
         ({"placement": None}, "needs a placement .* or target_modules"),
-        ({"placement": "parallel", "target_modules": ["fc2"]}, "needs parallel_inputs"),
         ({"task_type": "NONSENSE"}, "Invalid task type"),
     ],
 )
@@ -373,17 +302,7 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
     [
         ({"target_modules": ["nowhere"], "task_type": None}, NoMatchingPeftModuleError, "not found in the base model"),
         ({"placement": "houlsby", "exclude_modules": ["dense"]}, NoMatchingPeftModuleError, "No modules were targeted"),
-        ({"target_modules": ["LayerNorm"]}, LightPeftError, "on linear layers; a .*LayerNorm is none"),
-        ({"parallel_inputs": {"output.dense": "nowhere"}}, LightPeftError, "no module .*nowhere for"),
-        (
-            {
-                "placement": "parallel",
-                "target_modules": ["intermediate.dense"],
-                "parallel_inputs": {"query": "key"},
-            },
-            LightPeftError,
-            "no entry for bert.encoder.layer.0.intermediate.dense",
-        ),
+        ({"target_modules": ["LayerNorm"]}, LightPeftError, "a .*LayerNorm cannot be pruned"),
     ],
 )
 def test_what_does_not_fit_the_model(settings: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -395,16 +314,6 @@ def test_what_does_not_fit_the_model(settings: dict[str, Any], error: type[Excep
 def test_a_placement_needs_a_transformers_model() -> None:
     with pytest.raises(LightPeftError, match="needs a transformers model, got a Sequential; give target_modules"):
         get_peft_model(nn.Sequential(nn.Linear(2, 2)), BottleneckConfig(placement="houlsby"))
-
-
-def test_placed_modules_inside_a_peft_model() -> None:
-    base = make("llama-gqa")
-    targets, sources = placed_modules(base, "parallel")
-    assert sources == {FFN_OUT["llama-gqa"].format(i): READS["llama-gqa"].format(i) for i in range(3)}
-    wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
-    inside, inside_sources = placed_modules(wrapped, "parallel")
-    assert inside == [f"base_model.model.{name}" for name in targets]
-    assert inside_sources == {f"base_model.model.{t}": f"base_model.model.{s}" for t, s in sources.items()}
 
 
 # --- registration ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lightpeft.app.tasks.kinds import chat as chats
 from lightpeft.app.tasks.kinds.chat import check_chat, check_template, encode_chat, encode_prompt
 from lightpeft.errors import LightPeftError
 
@@ -87,21 +86,10 @@ def test_templates_that_cannot_do_it(template: str, chat: list[dict[str, str]], 
         encode_chat(chat, tokenizer(template), "row 1")
 
 
-LOOP = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
-GROWING = (
-    "{% set kept = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set kept.x = kept.x ~ kept.x %}{% endfor %}"
-)
-
-
 @pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (LOOP, "needs more than 0.2 seconds"),
-        ("{{ (10 ** (10 ** 9)) > 3 }}", "needs more than 0.2 seconds"),
-        (GROWING, "needs more than 128 MiB"),
-        ("{{ 'a' * 100000000000 }}", "needs more than 128 MiB"),
-        ("{{ 'a'|center(100000000000) }}", "needs more than 128 MiB"),
         ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "refuses the messages"),
         ("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", "refuses the messages"),
         ("{{ 1 / 0 }}", "refuses the messages"),
@@ -109,10 +97,7 @@ GROWING = (
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses the messages"),
     ],
 )
-def test_templates_that_are_made_to_harm(
-    template: str, message: str, marked: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chats, "_SECONDS", 0.2)
+def test_templates_that_fail(template: str, message: str, marked: str) -> None:
     for encode in (encode_chat, encode_prompt):
         with pytest.raises(LightPeftError, match=f"row 1: the chat template {message}"):
             encode(CHAT, tokenizer(template + marked), "row 1")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling, thorough
 from lights import light_of
 from tiny import inputs_for, make, with_lora
 from torch import Tensor
@@ -24,8 +25,10 @@ from lightpeft.app.runs.checking.models import cut_evenly, shapes_of
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.profiling import count_flops, count_parameters, measure_training
+from lightpeft.profiling.flops import count_flops
 from lightpeft.profiling.rehearsal import Holding, rehearse_inference, rehearse_training, rehearsing
+from lightpeft.profiling.sizes import count_parameters
+from lightpeft.profiling.speed import measure_training
 from lightpeft.training.acceleration import light_steps
 
 
@@ -79,7 +82,11 @@ def held(name: str, light: LightConfig | None, real: bool) -> Holding:
 
 
 @pytest.mark.parametrize("light", [None, light_of(dropout=0.0)], ids=["plain", "estimation"])
-@pytest.mark.parametrize("name", ["bert", "mpnet", "llama-gqa", "gpt2", "t5", "mixtral", "gpt_oss", "deepseek_v3"])
+@telling(
+    "name",
+    ["bert", "mpnet", "llama-gqa", "gpt2", "t5", "mixtral", "gpt_oss", "deepseek_v3"],
+    {"bert", "llama-gqa", "mixtral"},
+)
 def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig | None) -> None:
     rehearsed, real = held(name, light, real=False), held(name, light, real=True)
     state = 2 * count_parameters(with_lora(make(name))).trainable * 4
@@ -88,7 +95,7 @@ def test_a_rehearsal_holds_what_real_tensors_take(name: str, light: LightConfig 
     assert rehearsed.flops > 0
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "mixtral", "qwen2_moe"])
+@telling("name", ["bert", "llama-gqa", "mixtral", "qwen2_moe"], {"bert", "mixtral"})
 def test_a_rehearsal_counts_what_real_steps_compute(name: str) -> None:
     model = with_lora(make(name))
     batch = inputs_for(model, padding="right", labels=True, rows=4, length=12)
@@ -184,6 +191,7 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
     assert "training.gradient_checkpointing: true" in found.instead
 
 
+@thorough
 def test_evaluation_that_does_not_fit(tmp_path: Path) -> None:
     """Where evaluation is the largest stage, it is what is made smaller; all is tried where nothing is enough."""
     settings = {"training.batch_size": 2, "training.eval_batch_size": 64}
@@ -210,7 +218,7 @@ def test_weights_that_do_not_fit_by_themselves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"model.quantise": "nf4"}, "in few bits"),
+        ({"model.quantization": "nf4"}, "in few bits"),
         ({"model.low_memory": True}, "leave model.low_memory off"),
         ({"method": "full"}, "method full trains every weight"),
     ],

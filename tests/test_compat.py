@@ -51,7 +51,7 @@ from workbench import tokenizer_of_bytes
 from lightpeft.app.runs.trainers import DenseRun, LightRun, RunTrainer, WideRun
 from lightpeft.compat import argparse as of_argparse
 from lightpeft.compat import bitsandbytes as bnb
-from lightpeft.compat import hub, torchao
+from lightpeft.compat import hub
 from lightpeft.compat import peft as of_peft
 from lightpeft.compat import torch as of_torch
 from lightpeft.compat import transformers as of_transformers
@@ -385,13 +385,6 @@ def test_the_default_type_of_one_thread() -> None:
         assert torch.ones(1).dtype == torch.float32 and seen == [torch.float32]
 
 
-def test_convolutions() -> None:
-    with needed_for("telling a mixture of experts from a convolution in families that are not listed"):
-        for convolution in (nn.Conv1d(1, 1, 1), nn.Conv2d(1, 1, 1), nn.ConvTranspose3d(1, 1, 1)):
-            assert of_torch.is_convolution(convolution)
-        assert not of_torch.is_convolution(nn.Linear(1, 1))
-
-
 # transformers
 
 
@@ -609,13 +602,6 @@ def test_chats_as_text() -> None:
 # PEFT
 
 
-def test_keys_of_patterns() -> None:
-    with needed_for("size_pattern of bottleneck adapters, which is read as PEFT reads rank_pattern"):
-        name = "bert.encoder.layer.11.output.dense"
-        assert of_peft.fitting_key([r"layer\.1\..*", r"output.dense", "query"], name) == "output.dense"
-        assert of_peft.fitting_key(["utput.dense"], name) == name
-
-
 def test_adapters_in_a_module() -> None:
     with needed_for("the line that a model has several adapters"):
         model = get_peft_model(make("bert"), LoraConfig(target_modules=["query"]), adapter_name="one")
@@ -759,55 +745,6 @@ def test_row_scales(library: Any, ran: bool) -> None:
         torch.testing.assert_close(layer(x), x @ dense[index].T, atol=0.2, rtol=0.1)
 
 
-# torchao
-
-
-def quantised(config: str, **settings: Any) -> Any:
-    package = pytest.importorskip("torchao.quantization")
-    layer = nn.Linear(COLUMNS, ROWS, bias=False).requires_grad_(False)
-    options = {name: value(package) if callable(value) else value for name, value in settings.items()}
-    package.quantize_(layer, getattr(package, config)(**options))
-    return layer.weight
-
-
-TORCHAO = {
-    "int8": ("Int8WeightOnlyConfig", {"granularity": lambda package: package.PerGroup(32)}),
-    "intx": (
-        "IntxWeightOnlyConfig",
-        {"weight_dtype": torch.int4, "granularity": lambda package: package.PerGroup(32)},
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", TORCHAO)
-def test_parts_of_torchao_weights(kind: str) -> None:
-    config, settings = TORCHAO[kind]
-    with needed_for("reading and cutting torchao's weights"):
-        weight = quantised(config, **settings)
-        assert torchao.is_weight_only(weight) and weight.qdata.shape == (ROWS, COLUMNS)
-        rows = torch.tensor([0, 5])
-        zero_point = None if weight.zero_point is None else weight.zero_point[rows]
-        cut = torchao.of_parts(weight, weight.qdata[rows], weight.scale[rows], zero_point, weight.block_size)
-        assert type(cut) is type(weight) and cut.dequantize().equal(weight.dequantize()[rows])
-
-
-@pytest.mark.parametrize("kind", TORCHAO)
-def test_quantising_with_torchao_as_before(kind: str) -> None:
-    config, settings = TORCHAO[kind]
-    with needed_for("cutting single columns of torchao's weights in groups"):
-        weight = quantised(config, **settings)
-        again: Any = torchao.quantised_like(weight, weight.dequantize()[:, :64])
-        assert type(again) is type(weight) and tuple(again.block_size) == (1, 32)
-        assert again.zero_point is None or not again.zero_point.any(), "around zero, as it was"
-        torch.testing.assert_close(again.dequantize(), weight.dequantize()[:, :64], atol=0.02, rtol=0)
-
-
-def test_torchao_weights_of_other_sorts() -> None:
-    with needed_for("the line about torchao weights that cannot be cut"):
-        assert not torchao.is_weight_only(quantised("Int8DynamicActivationInt8WeightConfig"))
-        assert not torchao.is_weight_only(nn.Linear(2, 2).weight)
-
-
 # Tokenizers
 
 
@@ -844,20 +781,6 @@ def test_going_offline(monkeypatch: pytest.MonkeyPatch) -> None:
         assert huggingface_hub.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
         with pytest.raises(ConnectionError):
             datasets.load_dataset("someone/rows")
-
-
-# -- llama_cpp ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["_eval_tokens", "_clear_context_state", "tokenize", "close", "n_vocab"])
-def test_what_llama_cpp_is_asked_by(name: str) -> None:
-    package = pytest.importorskip("llama_cpp_py_sync")
-    assert hasattr(package.Llama, name), "lightpeft reads logits and begins anew by it"
-
-
-def test_the_logits_of_the_last_token_are_read() -> None:
-    bindings = pytest.importorskip("llama_cpp_py_sync").llama
-    assert hasattr(bindings.get_lib(), "llama_get_logits_ith") and hasattr(bindings.get_ffi(), "buffer")
 
 
 # -- torch: tensors without storage ----------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from workbench import RUNS
 from lightpeft.config import (
     DataConfig,
     Estimate,
-    LoraSettings,
     ModelConfig,
     RunConfig,
     TrainingConfig,
@@ -36,32 +35,28 @@ def message(error: pytest.ExceptionInfo[LightPeftError]) -> str:
     ("cls", "values", "says"),
     [
         (ModelConfig, {"dtype": "int8"}, 'dtype is "int8"; choose one of float32, bfloat16, float16, auto'),
-        (ModelConfig, {"attention": "flash"}, "choose one of sdpa, eager, flash_attention_2"),
+        (ModelConfig, {"attn_implementation": "flash"}, "choose one of sdpa, eager, flash_attention_2"),
         (DataConfig, {"answer": "loud"}, 'answer is "loud"; choose one of auto, head, likelihood'),
         (DataConfig, {"max_length": 1}, "data.max_length is 1"),
         (DataConfig, {"test_fraction": 0.0}, "data.test_fraction is 0"),
-        (DataConfig, {"prompt": "question"}, "data.prompt and data.completion go together"),
-        (LoraSettings, {"r": 0}, "lora.r is 0"),
-        (LoraSettings, {"alpha": 0}, "lora.alpha is 0"),
-        (LoraSettings, {"dropout": 1.0}, "lora.dropout is 1"),
+        (DataConfig, {"limit_test": 0}, "data.limit_test is 0; it must be at least 1"),
         (TrainingConfig, {"epochs": 0}, "training.epochs is 0; it must be positive"),
         (TrainingConfig, {"learning_rate": float("nan")}, "training.learning_rate is nan"),
         (TrainingConfig, {"warmup": 1.0}, "training.warmup is 1"),
-        (TrainingConfig, {"save_steps": 0}, "training.save_steps is 0; it starts at 1"),
-        (TrainingConfig, {"pad_to_multiple_of": 0}, "training.pad_to_multiple_of is 0; it starts at 1"),
+        (TrainingConfig, {"save_steps": 0}, "training.save_steps is 0; it must be at least 1"),
+        (TrainingConfig, {"precision": "half"}, 'training.precision is "half"; choose one of float32, bf16'),
+        (LightConfig, {"dropout": 1.0}, "dropout is 1.0; it lies in [0, 1)"),
         (RunConfig, {"method": "fulll"}, 'method is "fulll"; choose one of light, plain, full'),
-        (TrainingConfig, {"full_learning_rate": 0.0}, "training.full_learning_rate is 0"),
+        (LightConfig, {"scale": 0.0}, "learning_rate_scale is 0; it must be positive"),
+        (LightConfig, {"estimation_scale": -1.0}, "estimation_learning_rate_scale is -1; it must be"),
+        (LightConfig, {"least_steps": 1}, "least_steps is 1; estimation needs at least 2"),
+        (RunConfig, {"preset": "slow"}, 'preset is "slow"'),
     ],
 )
 def test_values_out_of_range(cls: type, values: dict[str, Any], says: str) -> None:
     with pytest.raises(LightPeftError) as error:
         cls(**values)
     assert says in message(error)
-
-
-def test_lora_as_it_starts() -> None:
-    lora = RunConfig().lora
-    assert (lora.r, lora.alpha, lora.dropout, lora.slots) == (8, 16, 0.05, None)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +84,8 @@ def test_sections_that_say_no_task(data: dict[str, Any]) -> None:
         ({"model": {"low_memory": "yes"}}, "model.low_memory is 'yes'; it must be true or false"),
         ({"model": "bert"}, "model. must be a mapping, not 'bert'"),
         ({"model": {"name": 3}}, "model.name is 3; it must be text"),
-        ({"lora": {"slots": "q"}}, "lora.slots is 'q'"),
-        ({"lora": {"slots": ["q", 2]}}, "lora.slots[1] is 2; it must be text"),
+        ({"data": {"columns": "text"}}, "data.columns is 'text'; it must be a mapping"),
+        ({"data": {"columns": {"text": 2}}}, "data.columns.text is 2; it must be text"),
         ({"seed": 1.0}, "seed is 1.0; it must be a whole number"),
     ],
 )
@@ -104,14 +99,14 @@ def test_nested_plain_data() -> None:
     config = from_dict(
         RunConfig,
         {
-            "model": {"name": "m", "attention": None},
-            "lora": {"slots": ["q", "v"], "alpha": 32},
+            "model": {"name": "m", "attn_implementation": None},
+            "peft": {"slots": ["q", "v"], "lora_alpha": 32, "r": 8},
             "light": {"remove": {"tolerance": "1 point", "heads": 0}},
             "training": {"epochs": 2},
         },
     )
-    assert config.model.name == "m" and config.model.attention is None
-    assert config.lora.slots == ["q", "v"] and config.lora.alpha == 32
+    assert config.model.name == "m" and config.model.attn_implementation is None
+    assert config.peft == {"type": "lora", "slots": ["q", "v"], "lora_alpha": 32}, "without what is so by default"
     assert config.light.remove.tolerance == "1 point"
     assert isinstance(config.light.remove.heads, float) and isinstance(config.training.epochs, float)
     assert from_dict(Estimate, {"length": 20}).length == 20
@@ -119,7 +114,7 @@ def test_nested_plain_data() -> None:
 
 
 def test_what_is_written_is_read_again() -> None:
-    config = run_config_from_dict({"light": "paper", "lora": {"slots": ["q"]}})
+    config = run_config_from_dict({"light": "paper", "peft": {"slots": ["q"]}})
     assert run_config_from_dict(dataclasses.asdict(config)) == config
 
 

@@ -89,9 +89,6 @@ def mean_loss(model: Any, batches: list[dict[str, Any]]) -> float:
     return sum(float(model.eval()(**batch).loss) for batch in batches) / len(batches)
 
 
-# -- times -------------------------------------------------------------------------------------------------------------
-
-
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +124,7 @@ def test_curve_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("family", "changes"),
     [
         ("llama", {"light.remove.depth": 0.5, "light.remove.blocks": 0.6}),
-        ("llama", {"lora.slots": ["q", "v"]}),
+        ("llama", {"peft.slots": ["q", "v"]}),
         ("bert", {"peft": {"type": "bottleneck", "size": 8}}),
     ],
     ids=["depth", "few modules", "bottleneck"],

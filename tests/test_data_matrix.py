@@ -21,7 +21,6 @@ from peft import LoraConfig
 from torch import Tensor
 from training import blocks_of, collate, encoded, upper
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerFast,
@@ -34,7 +33,6 @@ from lightpeft import LightTrainer, light_trainer
 from lightpeft.training.prefix import FrozenPrefix, PrefixCache, cache_prefix
 
 trl = pytest.importorskip("trl")
-sentence_transformers = pytest.importorskip("sentence_transformers")
 
 LIGHT = light_of(length=3, heads=0.25, neurons=0.5, modules=0.0, module_blocks=0.5, ranks=0.5, dropout=0.0)
 SLOWLY: dict[str, Any] = {"prefix_cache": None, "fast_steps": False}
@@ -282,36 +280,5 @@ def test_sft(data: str, collator: Any, tmp_path: Path, caplog: Any) -> None:
     assert ("computed once" in caplog.text) == (data == "map" and collator is None)
     slow = sft(tmp_path / "slow", made(), **changes, **SLOWLY)
     slow.train()
-    assert fast.light_plan is not None
-    assert losses(fast) == pytest.approx(losses(slow), abs=1e-6)
-
-
-@pytest.mark.parametrize("data", ["map", pytest.param("iterable", marks=thorough)])
-def test_embeddings(bench: Workbench, data: str, tmp_path: Path) -> None:
-    modules = pytest.importorskip("sentence_transformers.models")
-    losses_of = pytest.importorskip("sentence_transformers.losses")
-    width = AutoConfig.from_pretrained(bench.base).hidden_size
-    texts = [row["text"] for row in labelled(32, 1)]
-    pairs = Dataset.from_list([{"anchor": text, "positive": " ".join(text.split()[::-1])} for text in texts])
-
-    def made(**options: Any) -> Any:
-        set_seed(0)
-        embedder = sentence_transformers.SentenceTransformer(
-            modules=[modules.Transformer(str(bench.base)), modules.Pooling(width)],
-            device="cpu",
-        )
-        trainer = light_trainer(sentence_transformers.SentenceTransformerTrainer)(
-            model=embedder,
-            args=sentence_transformers.SentenceTransformerTrainingArguments(str(tmp_path), **ARGUMENTS),
-            train_dataset=pairs if data == "map" else pairs.to_iterable_dataset(),
-            loss=losses_of.MultipleNegativesRankingLoss(embedder),
-            peft_config=LoraConfig(task_type="FEATURE_EXTRACTION", r=4, lora_dropout=0.0),
-            light=LIGHT,
-            **options,
-        )
-        trainer.train()
-        return trainer
-
-    fast, slow = made(), made(**SLOWLY)
     assert fast.light_plan is not None
     assert losses(fast) == pytest.approx(losses(slow), abs=1e-6)

@@ -17,10 +17,10 @@ from workbench import Workbench, read
 
 from lightpeft import EarlyPruner, load_light, save_merged
 from lightpeft.app.runs import pipeline
-from lightpeft.models.families import block_lists
+from lightpeft.models.families.registry import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import count_parameters
+from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.estimation import Estimator
 
@@ -72,7 +72,7 @@ def test_at_least_one_block_stays() -> None:
     assert [light_of(depth=0.4).blocks_left(blocks) for blocks in (1, 5, 30)] == [1, 3, 18]
 
 
-@pytest.mark.parametrize("name", TWO_STACKS)
+@every_family(TWO_STACKS)
 def test_one_stack_reads_the_other(name: str) -> None:
     model = with_lora(make(name))
     before = len(list(model.modules()))

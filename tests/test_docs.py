@@ -18,6 +18,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from documents import BLOCK, blocks
+from lanes import thorough
 from lights import light_of
 from peft import LoraConfig, get_peft_model
 from questions import CHAT_TEMPLATE, chats, squad, web_questions, write_jsonl
@@ -31,6 +32,8 @@ from lightpeft.budget import room
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS.remove(ROOT / "docs/start.md")  # test_start.py runs it, in processes and a clone of its own
+LONG = {"guide", "shell"}
+"""Pages whose commands take longest: `make test-all` runs them."""
 OTHER_PROGRAMS = {"git", "pip", "python", "pre-commit", "pytest", ".venv/bin/pytest", ".venv/bin/pre-commit"}
 OTHER_PROGRAMS |= {"llama-cli", "llama-server", "ollama", "vllm"}
 """Programs of the development set-up and of servers, whose commands are not run here."""
@@ -144,7 +147,10 @@ def run_python(code: str, folder: Path) -> None:
     exec(compile(code, "documentation", "exec"), names)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(path, id=path.stem, marks=thorough if path.stem in LONG else ()) for path in DOCUMENTS],
+)
 def test_commands_and_python_run(document: Path, sandbox: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for kind, code in BLOCK.findall(document.read_text(encoding="utf-8")):

@@ -228,14 +228,6 @@ def assert_diverged(error: pytest.ExceptionInfo[LightPeftError]) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_divergence_stops_a_trainer(tmp_path: Path) -> None:
-    pruner = EarlyPruner(diverging(), light_of(length=20))
-    with pytest.raises(LightPeftError) as error:
-        trainer(pruner.model, tmp_path, pruner.callback(), logging_steps=2).train()
-    assert_diverged(error)
-    assert pruner.estimator.steps == 2
-
-
 @pytest.mark.parametrize("steps", [1, 2])
 def test_divergence_stops_a_loop(steps: int) -> None:
     model = diverging()

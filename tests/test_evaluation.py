@@ -26,7 +26,7 @@ from lightpeft.app.evaluation.scores import evaluate
 from lightpeft.app.tasks import CausalLMTask, ClassificationTask
 from lightpeft.app.tasks.respondent import finite_logits
 from lightpeft.config import DataConfig
-from lightpeft.console.bars import showing
+from lightpeft.console import bars
 from lightpeft.errors import LightPeftError
 
 T = TypeVar("T")
@@ -96,7 +96,9 @@ class TestClassification:
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
         assert len({round(float(value), 5) for value in logits[:, 0]}) == len(TEXTS)  # rows are told apart
 
-    def test_batches_are_by_length_and_padded_to_their_longest(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def test_batches_are_by_length_and_padded_to_their_longest(
+        self, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         task, shapes = classification(), []
         encoded = cut_to(task, 16).encode(task.test, tokenizer)
         model = bert()
@@ -109,11 +111,11 @@ class TestClassification:
             seen.append((total, description))
             return items
 
-        with showing(progress):
-            finite_logits(BatchedModel(model, task.collator(tokenizer), 3), encoded)
-        finite_logits(BatchedModel(model, task.collator(tokenizer), 64), encoded)  # not shown so outside the block
+        monkeypatch.setattr(bars, "progress", progress)
+        finite_logits(BatchedModel(model, task.collator(tokenizer), 3), encoded)
+        finite_logits(BatchedModel(model, task.collator(tokenizer), 64), encoded)
         assert shapes == [(3, 6), (3, 3), (1, 1), (7, 6)]
-        assert seen == [(3, "Predicting")]
+        assert seen == [(3, "Predicting"), (1, "Predicting")]
 
     def test_metrics_of_two_labels(self, tokenizer: PreTrainedTokenizerFast) -> None:
         task, model = classification(), FixedLogits([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 3.0], [0.0, 1.0]])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import workbench
+from lanes import thorough
 from questions import CHAT_TEMPLATE
 from transformers import set_seed
 
@@ -112,6 +113,7 @@ def test_classify(run: Run, home: Path) -> None:
     assert light.light_plan.removed_of_blocks > 0.5 and light.light_plan.summary() in printed
 
 
+@thorough
 def test_tag_tokens(run: Run, home: Path) -> None:
     printed = run("tag_tokens", *on("encoder", "names", epochs=2, output="out/names"))
     assert number(printed, r"accuracy of tags: ([\d.]+)") > 0.8
@@ -124,6 +126,7 @@ def test_chat(run: Run, home: Path) -> None:
     assert load_light(home / "out/chat/adapter").light_plan.removed_of_blocks == pytest.approx(0.2, abs=0.05)
 
 
+@thorough
 def test_prefer(run: Run, home: Path) -> None:
     printed = run("prefer", *on("decoder", "preferences", epochs=2, output="out/preferences"), *FEW)
     first, last = (number(printed, pattern) for pattern in (r": (-?[\d.]+) at first", r", (-?[\d.]+) in the end"))
@@ -131,6 +134,7 @@ def test_prefer(run: Run, home: Path) -> None:
     assert load_light(home / "out/preferences/adapter").light_plan.removed_parameters > 0
 
 
+@thorough
 def test_prefer_pairs_that_were_made(run: Run, home: Path) -> None:
     """Right and wrong labels; and plain LoRA beside light training, which leaves an ordinary adapter."""
     made = run("make_pairs", "--data", "reviews", "--output", "out/answers", "--rows", 100)
@@ -145,6 +149,7 @@ def test_prefer_pairs_that_were_made(run: Run, home: Path) -> None:
     assert not (home / "out/plain/adapter/lightpeft.json").exists()
 
 
+@thorough
 @pytest.mark.parametrize("plain", [False, True])
 def test_reward(run: Run, home: Path, plain: bool) -> None:
     names = ["--model", "decoder", "--data", "classes", "--labels", "bad", "good", "--output", "out/rewarded"]
@@ -156,6 +161,7 @@ def test_reward(run: Run, home: Path, plain: bool) -> None:
         assert load_light(home / "out/rewarded/adapter").light_plan.removed_parameters > 0
 
 
+@thorough
 def test_embed(run: Run, home: Path) -> None:
     printed = run("embed", *on("encoder", "pairs", epochs=8, output="out/embeddings"))
     assert number(printed, r", ([\d.]+)% after") >= number(printed, r": ([\d.]+)% before")
@@ -165,10 +171,9 @@ def test_embed(run: Run, home: Path) -> None:
 
 
 def test_export_gguf(run: Run, home: Path) -> None:
-    pytest.importorskip("llama_cpp_py_sync")
     chat(run, home)
     printed = run("export_gguf", "out/chat/adapter", "--model", "decoder", "--output", "out/served")
-    assert "model.gguf" in printed and "llama.cpp loads it" in printed
+    assert "model.gguf" in printed and "matrices" in printed
     assert (home / "out/served/model.gguf").is_file()
 
 

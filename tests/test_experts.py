@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapters import light_over, logits
+from lanes import telling, thorough
 from lights import light_of
 from peft import LoraConfig, get_peft_model
 from tiny import (
@@ -35,9 +36,9 @@ from lightpeft.app.exports.graphs.exporting import save_graph
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 from lightpeft.compat.peft import ParamWrapper
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
@@ -173,7 +174,7 @@ def test_a_cut_router_ranks_groups_by_what_stays() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@telling("name", FAMILIES, LAYOUTS)
 def test_a_router_that_leaves_experts_out_is_the_one_without_their_rows(name: str, dtype: torch.dtype) -> None:
     """Also where what corrects the choice speaks for the ones that are left out."""
     layer = layers_of(make(name).to(dtype))[2]
@@ -244,7 +245,7 @@ def first_experts(spec: BlockSpec, count: int) -> tuple[tuple[int, ...], tuple[i
 # What is cut
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@telling("name", FAMILIES, LAYOUTS)
 def test_kept_weights_are_bit_equal(name: str) -> None:
     """Against rows written out neuron by neuron."""
     dense = make(name)
@@ -351,7 +352,7 @@ def test_edited_plans(change: dict[str, str], says: str) -> None:
 # Saved
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@telling("name", FAMILIES, LAYOUTS)
 def test_merged_checkpoints(name: str, tmp_path: Path) -> None:
     """With equal layers transformers alone loads it where no norm runs over all heads; with unequal ones, lightpeft."""
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -385,7 +386,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp("experts"), "mixtral", "causal-lm")
 
 
-@pytest.mark.parametrize(("family", "stay"), [("mixtral", 3), ("deepseek_v3", 6)])
+@telling(("family", "stay"), [("mixtral", 3), ("deepseek_v3", 6)], [("deepseek_v3", 6)])
 def test_a_run_of_a_mixture(family: str, stay: int, bench: Workbench, tmp_path: Path) -> None:
     bench = bench if family == "mixtral" else Workbench(tmp_path, family, "causal-lm")
     changes = {
@@ -432,22 +433,18 @@ def test_all_linear_layers_but_experts_and_routers(name: str, tmp_path: Path, ca
     assert logits(load_light(tmp_path, make(name))).equal(logits(light))
 
 
+@thorough
 def test_a_run_on_all_linear_layers(tmp_path: Path) -> None:
     bench = Workbench(tmp_path, "mixtral", "causal-lm")
-    changes = {
-        "light.remove.experts": 0.25,
-        "lora.dropout": 0.0,
-        "peft": {"type": "lora", "target_modules": "all-linear"},
-    }
+    peft = {"type": "lora", "target_modules": "all-linear", "lora_dropout": 0.0}
+    changes = {"light.remove.experts": 0.25, "peft": peft}
     file = bench.yaml("run", **changes)
     for verb in ("check", "run"):
         assert lightpeft(verb, "--config", file) == 0
     assert load_light(tmp_path / "run" / "adapter").light_plan.sites
 
 
-def test_lora_on_experts_that_somebody_named_or_trained_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_lora_on_experts_that_somebody_named_or_trained_is_refused() -> None:
     named = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"])
     text = refusal(lambda: EarlyPruner(get_peft_model(make("mixtral"), named)))
     assert text.startswith("LoRA on the parameter experts.down_proj cannot be pruned; leave target_parameters out")
@@ -456,8 +453,3 @@ def test_lora_on_experts_that_somebody_named_or_trained_is_refused(
     with torch.no_grad():
         router.lora_B["default"].weight.fill_(1.0)
     assert refusal(lambda: EarlyPruner(model)).startswith("LoRA on the parameter down_proj cannot be pruned")
-    bench = Workbench(tmp_path, "mixtral", "causal-lm")
-    parameters = {"type": "lora", "target_parameters": ["experts.down_proj"]}
-    capsys.readouterr()
-    assert lightpeft("run", "--config", bench.yaml("run", **{"peft": parameters, "lora.dropout": 0.0})) == 2
-    assert capsys.readouterr().err.count("\n") == 1

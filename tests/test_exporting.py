@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from adapters import CLOSE, light_over, logits
+from lanes import telling
 from peft_models import adapted
 from safetensors.torch import load_file, save_file
 from tiny import ALL, DROPPED, crossed, inputs_for, make, plan_for, refusal, relative_difference, with_lora
@@ -72,7 +73,7 @@ def test_the_same_answers_without_a_base(name: str, budget: dict[str, Any], tmp_
     assert loaded.light_plan == light.light_plan
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "olmo2", "falcon", "gpt2", "t5", "whisper"])
+@telling("name", ["llama-gqa", "olmo2", "falcon", "gpt2", "t5", "whisper"], {"llama-gqa", "t5"})
 def test_generate(name: str, tmp_path: Path) -> None:
     light = light_over(make(name), **DROPPED)
     save_merged(light, tmp_path)
@@ -214,7 +215,7 @@ def test_what_its_config_can_say_is_saved_as_any_other(
     assert logits(type(make(name)).from_pretrained(tmp_path)).equal(logits(whole))
 
 
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "t5", "gpt2"])
+@telling("name", ["bert", "llama-gqa", "t5", "gpt2"], {"bert", "t5"})
 @pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
 def test_what_its_config_cannot_say_is_saved_with_its_plan(way: str, name: str, tmp_path: Path) -> None:
     light = light_over(make(name), {"accuracy": 0.75}, **DROPPED)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import random
 import resource
 import shutil
@@ -39,7 +38,7 @@ from workbench import (
 from lightpeft.app.runs import pipeline
 
 KILLED_AT_OPERATIONS, KILLED_AT_TIMES, KILLED_EXPORTS = (120, 60, 20) if FULL else (5, 2, 3)
-MUTATIONS = 2000 if FULL else 100
+MUTATIONS = 2000 if FULL else 40
 SETTINGS: dict[str, Any] = {"light.estimate.length": 0.4, "training.save_steps": 3}
 KILL = signalling(signal.SIGKILL)
 
@@ -139,10 +138,9 @@ def test_a_killed_export_is_made_again_by_the_same_command(bench: Workbench, fin
             assert in_child(lambda: None, *command)[0] == 0
         assert sorted(path.name for path in out.iterdir()) == expected
         assert lightpeft("predict", out, "--example", "good1 word1") == 0
-        assert os.listdir(out.parent) == ["whole"] or FULL
 
 
-SIZES = [100, 3_000, 10_000, 24_000, *([700, 6_000, 16_000, 40_000] if FULL else [])]
+SIZES = [3_000, 24_000, *([100, 700, 6_000, 10_000, 16_000, 40_000] if FULL else [])]
 """Bytes that a file may have on a full disk."""
 
 

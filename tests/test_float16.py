@@ -19,6 +19,8 @@ from lightpeft.config import TrainingConfig
 from lightpeft.errors import LightPeftError
 from lightpeft.machine import autocast_dtype, autocasting
 
+PRECISIONS = {"half": "fp16", "whole": "float32"}
+
 
 class Scalers:
     """The gradient scalers that runs made on a CPU, and the scale they begin with; on a GPU they are accelerate's."""
@@ -59,7 +61,7 @@ def test_a_run_goes_as_in_float32(tmp_path: Path, family: str, scalers: Scalers)
     bench = Workbench(tmp_path, family, "classification")
     losses = []
     for name in ("half", "whole"):
-        result = pipeline.run(bench.config(name, **{"training.fp16": name == "half"}))
+        result = pipeline.run(bench.config(name, **{"training.precision": PRECISIONS[name]}))
         losses.append([result["metrics"]["loss"], *(line["loss"] for line in logged_steps(tmp_path / name))])
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
     assert len(scalers.made) == (0 if torch.cuda.is_available() else 1)
@@ -71,7 +73,8 @@ def test_a_run_goes_as_in_float32(tmp_path: Path, family: str, scalers: Scalers)
 @pytest.mark.parametrize("method", ["light", "plain", "full"])
 def test_a_base_in_float16(tmp_path: Path, method: str, scalers: Scalers) -> None:
     """Its head trains in float32, which PEFT would leave in float16 and a scaler would refuse."""
-    changes = {"training.fp16": True, "training.full_learning_rate": 3e-3, "model.dtype": "float16", "method": method}
+    rate = {"training.learning_rate": 3e-3} if method == "full" else {}
+    changes = {"training.precision": "fp16", **rate, "model.dtype": "float16", "method": method}
     result = pipeline.run(Workbench(tmp_path, "bert", "classification").config("run", **changes))
     untrained = math.log(2)
     assert result["metrics"]["loss"] < untrained - 0.02
@@ -83,7 +86,7 @@ def test_scores_are_of_the_loss_before_scaling(tmp_path: Path, family: str, scal
     bench = Workbench(tmp_path, family, "classification")
     still = {"training.learning_rate": 1e-12, "light.estimate.mask_learning_rate": 1e-12, "light.estimate.length": 8}
     half, whole = (
-        pipeline.estimate(pipeline.prepare(bench.config(name, **still, **{"training.fp16": name == "half"})))
+        pipeline.estimate(pipeline.prepare(bench.config(name, **still, **{"training.precision": PRECISIONS[name]})))
         for name in ("half", "whole")
     )
     for kind in ("heads", "neurons"):
@@ -96,7 +99,7 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path, scalers: Scalers) -> N
     """The scaler begins too high, skips the step and halves its scale until all gradients are finite."""
     scalers.first = 2.0**24
     bench = Workbench(tmp_path, "bert", "classification")
-    work = pipeline.prepare(bench.config("run", **{"training.fp16": True, "light.estimate.length": 16}))
+    work = pipeline.prepare(bench.config("run", **{"training.precision": "fp16", "light.estimate.length": 16}))
     record = pipeline.estimate(work)
     (scaler,) = scalers.made
     assert 1 < scaler.get_scale() < scalers.first
@@ -107,21 +110,15 @@ def test_steps_that_overflow_are_left_out(tmp_path: Path, scalers: Scalers) -> N
 
 def test_without_a_gpu_training_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "accelerator", lambda: None)
-    with pytest.raises(LightPeftError, match=r"training\.fp16 needs a GPU, .* set training\.bf16: auto"):
-        pipeline.prepare(Workbench(tmp_path).config(**{"training.fp16": True}))
+    with pytest.raises(LightPeftError, match="training.precision: fp16 needs a GPU, and there is none; auto"):
+        pipeline.prepare(Workbench(tmp_path).config(**{"training.precision": "fp16"}))
     assert not (tmp_path / "run").exists()
-    assert autocast_dtype(TrainingConfig(fp16=True)) is None  # what a GPU trained is evaluated in float32
+    assert autocast_dtype(TrainingConfig(precision="fp16")) is None  # what a GPU trained is evaluated in float32
 
 
 def test_a_gpu_computes_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "accelerator", lambda: torch.device("cuda"))
-    assert autocast_dtype(TrainingConfig(fp16=True)) is torch.float16
-
-
-@pytest.mark.parametrize("bf16", [True, "auto"])
-def test_one_half_precision_at_a_time(bf16: Any) -> None:
-    with pytest.raises(LightPeftError, match=r"training\.fp16 and training\.bf16 exclude each other"):
-        TrainingConfig(fp16=True, bf16=bf16)
+    assert autocast_dtype(TrainingConfig(precision="fp16")) is torch.float16
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])

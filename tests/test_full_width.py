@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from adapters import light_over, logits, shallow
+from lanes import telling
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft_models import CASES, adapted, shifted, trained
+from peft_models import CASES, TELLING_CASES, adapted, shifted, trained
 from tiny import ALL, DROPPED, USUAL, crossed, make, plan_for, refusal, relative_difference, with_lora
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 from workbench import Workbench, checksums, lightpeft, signalling
@@ -26,7 +27,7 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.trainers import LightRun, WideRun
 from lightpeft.config import ModelConfig
-from lightpeft.peft_kinds.sites import own_adapter
+from lightpeft.peft_kinds.sites.registry import own_adapter
 from lightpeft.prune.light_model import LightModel, as_light
 from lightpeft.prune.masks import UnitMasks
 from lightpeft.prune.surgery import apply_plan
@@ -87,13 +88,13 @@ OF_B = [("llama-gqa", "lora-bias"), ("t5", "lora-bias")]
 """On layers without a bias, into which PEFT cannot merge one."""
 
 
-@pytest.mark.parametrize(("name", "variant"), [*CASES, *OF_B], ids=map("-".join, [*CASES, *OF_B]))
+@telling(("name", "variant"), [*CASES, *OF_B], TELLING_CASES)
 @both_budgets
 def test_variants_of_peft(name: str, variant: str, budget: dict[str, Any]) -> None:
     check(light_of(trained(name, variant), **budget), name)
 
 
-@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+@telling("placement", ["houlsby", "pfeiffer"], {"houlsby"})
 @both_budgets
 def test_bottleneck_adapters(placement: str, budget: dict[str, Any]) -> None:
     check(light_of(adapted(make("bert"), placement=placement), **budget), "bert")
@@ -188,7 +189,7 @@ def test_the_base_is_not_read(saved: Path) -> None:
     assert (saved / "wide" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("variant", ["dora", "lora-only", "lora-bias", "ia3", "tokens"])
+@telling("variant", ["dora", "lora-bias", "ia3", "tokens"], {"dora", "ia3"})
 def test_other_kinds_in_files(tmp_path: Path, variant: str) -> None:
     """Those that take weights of the base read them."""
     make("gpt2").save_pretrained(tmp_path / "base")
@@ -282,7 +283,7 @@ def test_an_export_of_a_run_is_what_it_trained_at_full_width(bench: Workbench, t
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bench.base), tmp_path / "wide")
 
 
-@pytest.mark.parametrize("killed", [16, 20])
+@telling("killed", [16, 20], [20])
 def test_a_killed_run_comes_to_the_same_end(bench: Workbench, kept: dict[str, dict[str, Any]], killed: int) -> None:
     """Before the last steps, and among them (whose steps are counted anew)."""
     name = f"killed-{killed}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lanes import thorough
+from lanes import telling, thorough
 from workbench import (
     ENGINES,
     Workbench,
@@ -37,11 +37,11 @@ SETTINGS: dict[str, Any] = {
     "light.estimate.length": 6,
     "light.remove.heads": 0.5,
     "light.rates.dropout": 0.0,
-    "lora.dropout": 0.0,
+    "peft.lora_dropout": 0.0,
     "training.learning_rate": 3e-3,
     "training.epochs": 2,
     "training.save_steps": 3,
-    "training.logging_steps": 1,
+    "trainer.logging_steps": 1,
 }
 """16 steps of 8 rows, 6 of them estimation."""
 OF_TWO = {"training.batch_size": 4}
@@ -147,6 +147,7 @@ def test_a_run_that_lost_a_process_in_training(bench: Workbench) -> None:
     assert_same_end(bench.folder / name, undisturbed)
 
 
+@thorough
 def test_a_run_that_lost_its_main_process_in_estimation(real: RealBench) -> None:
     config = real.yaml("shared", **OF_TWO)
     ends = in_children(2, killing(0, 4), "run", "--config", config, engine="fsdp2")
@@ -167,7 +168,11 @@ KILLS: dict[str, Callable[[], None]] = {
 }
 
 
-@pytest.mark.parametrize(("method", "kill"), [("light", "training"), ("light", "at-the-cut"), ("plain", "training")])
+@telling(
+    ("method", "kill"),
+    [("light", "training"), ("light", "at-the-cut"), ("plain", "training")],
+    [("light", "training")],
+)
 def test_another_number_of_processes(bench: Workbench, method: str, kill: str) -> None:
     settings = {**SETTINGS, "method": method, "light.modules.blocks": 0.5}  # with a cache of the lower block's outputs
     undisturbed, name = f"{method}-alone", f"{method}-{kill}"

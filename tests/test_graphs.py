@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import sessions
 import torch
 from adapters import light_over
 from lanes import thorough
@@ -35,7 +36,7 @@ from lightpeft import LightModel, export_model
 from lightpeft.adapters.merging import merged_copy
 from lightpeft.app.cli.verbs.export import EXPORT
 from lightpeft.app.exports.exporting import DTYPES, EXPORTS
-from lightpeft.app.exports.graphs import checking, runtimes, tracing
+from lightpeft.app.exports.graphs import tracing
 from lightpeft.app.exports.graphs.runtimes import RUNTIMES
 from lightpeft.app.runs import pipeline
 from lightpeft.prune.light_model import as_light
@@ -64,14 +65,10 @@ def whole(light: LightModel) -> PreTrainedModel:
     return merged_copy(light).float().eval()
 
 
-def session(folder: Path, form: str) -> runtimes.Session:
-    return RUNTIMES[form].open(folder)
-
-
 @torch.no_grad()
 def difference(model: PreTrainedModel, folder: Path, form: str, inputs: dict[str, Tensor]) -> float:
     """Of all that both give for a batch."""
-    own, theirs = model(**inputs), session(folder, form).run(inputs)
+    own, theirs = model(**inputs), sessions.load(form, folder).run(inputs)
     assert theirs and all(value.shape == own[name].shape for name, value in theirs.items())
     return max(relative_difference(value, own[name]) for name, value in theirs.items())
 
@@ -79,7 +76,7 @@ def difference(model: PreTrainedModel, folder: Path, form: str, inputs: dict[str
 def greedy(folder: Path, form: str, inputs: dict[str, Tensor], count: int) -> Tensor:
     """So many tokens behind a batch that is padded on the left: the prompt in one call, then one by one."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    running, news = session(folder, form), ids
+    running, news = sessions.load(form, folder), ids
     for _ in range(count):
         places = tracing.positions(mask)[:, -news.shape[1] :]
         logits = running.run({"input_ids": news, "attention_mask": mask, "position_ids": places})["logits"]
@@ -96,8 +93,7 @@ def test_a_runtime_computes_the_same(name: str, form: str, tmp_path: Path) -> No
     """Uneven layers, some without attention or FFN, in batches of other sizes than the traced one, padded or not."""
     light = light_over(make(name, **NARROW.get(name, {})), **DROPPED)
     before = {key: value.clone() for key, value in light.state_dict().items()}
-    written = export_model(light, tmp_path / "out", form)
-    assert written.agreement is not None and written.agreement.difference < CLOSE and written.agreement.same
+    export_model(light, tmp_path / "out", form)
     assert all(before[key].equal(value) for key, value in light.state_dict().items()), "the light model stays as it is"
     model = whole(light)
     if name in ENCODERS:
@@ -123,15 +119,14 @@ HEADS: dict[str, Callable[[], PreTrainedModel]] = {
 @pytest.mark.parametrize(("head", "form"), cases(HEADS, {("options", "onnx")}))
 def test_heads(head: str, form: str, tmp_path: Path) -> None:
     light = light_over(HEADS[head](), **UNEVEN)
-    written = export_model(light, tmp_path, form)
-    assert written.agreement is not None and written.agreement.difference < CLOSE
+    export_model(light, tmp_path, form)
     model = whole(light)
     for rows, length in ((2, 5), (4, 9)):
         inputs = inputs_for(model, rows=rows, length=length)
         if head == "options":
             inputs = {name: torch.stack([value, value.flip(0), value], 1) for name, value in inputs.items()}
         assert difference(model, tmp_path, form, inputs) < CLOSE
-    assert not any("cache" in name for name in session(tmp_path, form).run(inputs))
+    assert not any("cache" in name for name in sessions.load(form, tmp_path).run(inputs))
 
 
 @pytest.mark.parametrize(
@@ -141,10 +136,12 @@ def test_heads(head: str, form: str, tmp_path: Path) -> None:
 def test_data_types(form: str, dtype: str, tmp_path: Path) -> None:
     sizes = {**SHALLOW, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 500}
     light = light_over(make("bert", **sizes), **UNEVEN)
-    agreement = export_model(light, tmp_path, form, dtype=dtype).agreement
-    assert agreement is not None and CLOSE / 10 < agreement.difference < {"f16": 0.01, "int8": 0.15}[dtype]
+    export_model(light, tmp_path, form, dtype=dtype)
+    model = whole(light)
+    apart = difference(model, tmp_path, form, inputs_for(model))
+    assert CLOSE / 10 < apart < {"f16": 0.01, "int8": 0.15}[dtype]
     written = sum(file.stat().st_size for file in tmp_path.iterdir() if file.suffix in (".data", ".bin"))
-    in_32_bits = 4 * sum(parameter.numel() for parameter in whole(light).parameters())
+    in_32_bits = 4 * sum(parameter.numel() for parameter in model.parameters())
     assert written < {"f16": 0.55, "int8": 0.4}[dtype] * in_32_bits
 
 
@@ -162,7 +159,7 @@ def test_a_real_model(minilm: Path, tmp_path: Path) -> None:
         export_model(light, tmp_path / form, form, tokenizer)
         assert difference(model, tmp_path / form, form, inputs) < CLOSE
         of_one = {**inputs, "token_type_ids": torch.zeros_like(inputs["token_type_ids"])}
-        theirs = session(tmp_path / form, form)
+        theirs = sessions.load(form, tmp_path / form)
         assert not theirs.run(of_one)["logits"].equal(theirs.run(inputs)["logits"]), "types of tokens are read"
 
 
@@ -181,7 +178,7 @@ def test_export(family: str, task: str, form: str, tmp_path: Path, capsys: pytes
     out = tmp_path / "out"
     assert lightpeft("export", run.output, out, "--form", form) == 0
     said = capsys.readouterr()
-    assert "(f32; compared: logits differ by less than 0.01%)" in said.out.replace("\n", " ")
+    assert "(f32)" in said.out.replace("\n", " ")
     assert "torch.onnx" not in said.out and not said.err, said.err
     files = {path.name for path in out.iterdir()}
     assert {RUNTIMES[form].file, "config.json", "export.json", "README.md", "tokenizer.json"} <= files
@@ -198,7 +195,7 @@ def test_export(family: str, task: str, form: str, tmp_path: Path, capsys: pytes
     assert "weights are written in q8_0 in the form gguf, not in" in capsys.readouterr().err
     if form == "onnx":
         assert lightpeft("export", run.output, out, "--form", form, "--overwrite", "--dtype", "int8") == 0
-        assert checksums(out) != before and "(int8; compared" in capsys.readouterr().out.replace("\n", " ")
+        assert checksums(out) != before and "(int8)" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_the_command_line_knows_every_form_and_data_type() -> None:
@@ -265,44 +262,3 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setitem(sys.modules, "transformers.exporters", None)
         assert "came with 5.24" in refusal(lambda: export_model(light, tmp_path / "out", "onnx"))
     assert not (tmp_path / "out").exists()
-
-
-# -- checking ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
-    """A model and its graph for ONNX Runtime."""
-    light = light_over(make("bert", **SHALLOW), **UNEVEN)
-    folder = tmp_path_factory.mktemp("written")
-    export_model(light, folder, "onnx")
-    return whole(light), folder
-
-
-def test_other_weights_are_noticed(written: tuple[PreTrainedModel, Path]) -> None:
-    model, folder = written
-    assert checking.compare(model, None, RUNTIMES["onnx"], folder, "f32") is not None
-    other = light_over(make("bert", seed=5, **SHALLOW), **UNEVEN)
-    line = refusal(lambda: checking.compare(whole(other), None, RUNTIMES["onnx"], folder, "f32"))
-    assert line.startswith("ONNX Runtime computes something else from the file: logits differ by")
-
-
-def test_a_graph_of_one_size_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared has other sizes than what was traced, so a constant in place of a size does not pass."""
-    exact = runtimes.OnnxRuntime.settings
-
-    def fixed(self: Any, dtype: str) -> Any:
-        exporter, settings = exact(self, dtype)
-        settings.dynamic = False
-        return exporter, settings
-
-    monkeypatch.setattr(runtimes.OnnxRuntime, "settings", fixed)
-    line = refusal(lambda: export_model(light_over(make("bert", **SHALLOW)), tmp_path / "out", "onnx"))
-    assert line.startswith("ONNX Runtime does not take the file") and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("form", RUNTIMES)
-def test_a_file_that_a_runtime_does_not_take(form: str, tmp_path: Path) -> None:
-    (tmp_path / RUNTIMES[form].file).write_text("nothing of the kind")
-    line = refusal(lambda: checking.compare(make("bert"), None, RUNTIMES[form], tmp_path, "f32"))
-    assert line.startswith(f"{RUNTIMES[form].title} does not take the file")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tiny import DECODERS, ENCODER_DECODERS, inputs_for, make, with_lora
+from tiny import DECODERS, ENCODER_DECODERS, every_family, inputs_for, make, with_lora
 from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq
 from workbench import tokenizer_of_bytes
@@ -23,7 +23,7 @@ FOLLOWED = ("gemma2", "granite")
 """A cap or a scale comes behind their head."""
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@every_family(DECODERS)
 def test_hidden_states_and_head_give_the_logits(name: str) -> None:
     model = with_lora(make(name)).eval()
     batch = inputs_for(model)

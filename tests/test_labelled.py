@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny import DECODERS, ENCODER_DECODERS, inputs_for, make, relative_difference
+from tiny import DECODERS, ENCODER_DECODERS, every_family, inputs_for, make, relative_difference
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import student, trainer
@@ -77,14 +77,14 @@ def check_same(usual: Learned, found: Learned, *, bf16: bool) -> None:
     assert all((found[1][key] - usual[1][key]).norm() <= tolerance for key in usual[1])
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@every_family(DECODERS)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_losses_and_gradients_are_the_usual_ones(name: str, bf16: bool, few_at_once: None) -> None:
     model = student(name)
     check_inside(model, answers(model), bf16=bf16)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@every_family(DECODERS)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_who_watches_the_head_sees_logits_of_labelled_tokens(
     name: str, bf16: bool, widths: Callable[..., list[int]]

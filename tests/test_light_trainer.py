@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset, Value
+from lanes import telling, thorough
 from lights import but, light_of, preset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -29,7 +29,7 @@ from transformers import (
 )
 from workbench import Workbench, labelled
 
-from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light
+from lightpeft import EarlyPruner, LightTrainer, light_trainer, load_light
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
@@ -242,7 +242,7 @@ def test_one_default_everywhere(builds: Builds, caplog: pytest.LogCaptureFixture
         assert EarlyPruner(get_peft_model(tagger, lora(task_type="TOKEN_CLS"))).config == other
 
 
-@pytest.mark.parametrize("light", [0.4, {"remove": {"blocks": 0.4}}, LightConfig(remove=Remove(blocks=0.4))])
+@pytest.mark.parametrize("light", [0.4, {"remove": {"blocks": 0.4}}, light_of(remove=Remove(blocks=0.4))])
 def test_a_number_is_a_budget(builds: Builds, light: Any) -> None:
     assert builds.trainer(light=light).light_config == preset("fast", blocks=0.4)
     assert EarlyPruner(get_peft_model(builds.base(), lora()), light).config == preset("fast", blocks=0.4)
@@ -351,7 +351,8 @@ def test_an_optimizer_of_ones_own(builds: Builds) -> None:
 def test_shell_and_trainers_give_the_same_to_the_last_bit(tmp_path: Path, kind: tuple[str, str]) -> None:
     """The shell, `LightTrainer` with a PEFT configuration, and `light_trainer(Trainer)` with a PeftModel."""
     bench = Workbench(tmp_path, *kind)
-    config = bench.config("shell", light=dataclasses.asdict(LIGHT), **{"lora.dropout": 0.05})
+    light = {f"light.{name}": value for name, value in BUDGET.items()}
+    config = bench.config("shell", **light, **{"peft.lora_dropout": 0.05})
     report = pipeline.run(config)
     plan = PrunePlan.load(tmp_path / "shell" / "plan.json")
     work = pipeline.prepare(config)
@@ -388,7 +389,7 @@ def test_shell_and_trainers_give_the_same_to_the_last_bit(tmp_path: Path, kind: 
 # -- what Trainer has ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [4, 8, 16])
+@telling("step", [4, 8, 16], [4, 16])
 def test_training_goes_on_from_a_checkpoint_on_either_side(builds: Builds, step: int) -> None:
     whole = builds.trainer(save_strategy="steps", save_steps=4)
     whole.train()
@@ -412,12 +413,12 @@ def test_training_goes_on_from_a_checkpoint_on_either_side(builds: Builds, step:
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
         {"gradient_checkpointing": True},
         {"bf16": True},
-        {"dataloader_num_workers": 1},
+        pytest.param({"dataloader_num_workers": 1}, marks=thorough),
         {"lr_scheduler_type": "cosine", "optim": "adafactor"},
-        {"train_sampling_strategy": "random"},
-        {"max_steps": 24, "num_train_epochs": 1},
-        {"label_smoothing_factor": 0.1},
-        {"remove_unused_columns": False},
+        pytest.param({"train_sampling_strategy": "random"}, marks=thorough),
+        pytest.param({"max_steps": 24, "num_train_epochs": 1}, marks=thorough),
+        pytest.param({"label_smoothing_factor": 0.1}, marks=thorough),
+        pytest.param({"remove_unused_columns": False}, marks=thorough),
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -453,20 +454,6 @@ def test_training_that_ends_before_the_cut_says_so(builds: Builds, caplog: pytes
     trainer.train()
     assert trainer.light_plan is None and not isinstance(trainer.model, LightModel)
     assert "training ended at step 2, inside estimation: the model is the dense one still" in caplog.text
-
-
-def test_a_cut_by_scores_that_know_nothing_says_so(
-    builds: Builds, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """After an estimation that went on for as long as it might."""
-    monkeypatch.setattr("lightpeft.prune.learning.FEWEST_TELLING", 1)
-    monkeypatch.setattr("lightpeft.prune.estimation.ENOUGH_LEARNED", 0.9)
-    monkeypatch.setattr("lightpeft.prune.length.LEAST_STEPS", 6)
-    monkeypatch.setattr("lightpeft.prune.length.MOST_PART", 0.5)
-    trainer = builds.trainer(light=but(LIGHT, length="auto"), learning_rate=1e-9)
-    trainer.train()
-    assert trainer.light_report["estimation_steps"] == 12
-    assert "the model had hardly learned the task when it was cut (a loss " in caplog.text
 
 
 def test_a_callback_ends_the_training_of_a_run(bench: Workbench) -> None:

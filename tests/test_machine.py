@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import PartialState
-from rich.console import Console
 from workbench import Workbench
 
 from lightpeft import machine
@@ -37,28 +35,27 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_cpus_with_bfloat16(cpu: Any, instructions: str) -> None:
     cpu(avx2=True, **{instructions: True})
     assert has_bf16()
-    assert autocast_dtype(TrainingConfig(bf16="auto")) is torch.bfloat16
+    assert autocast_dtype(TrainingConfig(precision="auto")) is torch.bfloat16
     assert autocast_dtype(TrainingConfig()) is None
 
 
 def test_cpus_without_bfloat16(cpu: Any) -> None:
     cpu(avx2=True, avx512_f=True, avx512_bf16=False)
     assert not has_bf16()
-    assert autocast_dtype(TrainingConfig(bf16="auto")) is None
-    assert autocast_dtype(TrainingConfig(bf16=True)) is torch.bfloat16  # what a user asks for is done
+    assert autocast_dtype(TrainingConfig(precision="auto")) is None
+    assert autocast_dtype(TrainingConfig(precision="bf16")) is torch.bfloat16  # what a user asks for is done
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_run_says_where_bfloat16_is_slow(cpu: Any, tmp_path: Path, native: bool) -> None:
     cpu(avx512_bf16=native)
     work = pipeline.prepare(
-        Workbench(tmp_path, "bert", "classification").config(**{"training.bf16": True, "method": "plain"})
+        Workbench(tmp_path, "bert", "classification").config(**{"training.precision": "bf16", "method": "plain"})
     )
     pipeline.train(work)
     notes = [entry["note"] for entry in work.run.log_entries() if "note" in entry]
-    assert [note for note in notes if "bf16" in note] == (
-        [] if native else ["training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"]
-    )
+    slow = "training.precision: bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
+    assert [note for note in notes if "bf16" in note] == ([] if native else [slow])
 
 
 # -- what launchers left behind ----------------------------------------------------------------------------------
@@ -91,22 +88,3 @@ def test_variables_of_another_job(alone: None, monkeypatch: pytest.MonkeyPatch, 
     assert "unset what is left over" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert next(iter(left)) in str(caught.value)
-
-
-def test_waiting_for_others_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: None
-) -> None:
-    """Where the variables are complete, nothing but time tells that nobody else comes."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    told = threading.Event()
-
-    class Telling(Console):
-        def print(self, *args: Any, **options: Any) -> None:
-            super().print(*args, **options)
-            told.set()
-
-    monkeypatch.setattr(machine, "PATIENCE", 0.05)
-    monkeypatch.setattr(machine, "Console", Telling)
-    monkeypatch.setattr(machine, "PartialState", lambda **options: told.wait(10))
-    assert processes() is True  # it said so before it had to wait for long
-    assert "waiting for the others to start" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -132,7 +133,7 @@ def bench(registered: None, tmp_path_factory: pytest.TempPathFactory) -> Workben
 
 def settings(bench: Workbench, **more: Any) -> dict[str, Any]:
     files = {f"data.{name}": str(bench.folder / f"{name}.jsonl") for name in ("train", "test")}
-    columns = {"data.text": "words", "data.label": "tag"}
+    columns = {"data.columns.text": "words", "data.columns.label": "tag"}
     return {"data.task": "tagging", **files, **columns, "training.epochs": 6, **more}
 
 
@@ -161,29 +162,26 @@ def test_a_light_run_evaluates_predicts_and_exports(bench: Workbench, capsys: py
 def test_rows_that_lack_a_class_count_the_model_s_classes(bench: Workbench) -> None:
     test = write_jsonl(bench.folder / "good.jsonl", [row for row in tagged(40, 2) if row["tag"] == "good"])
     adapter, columns = bench.folder / "run" / "adapter", {"text": "words", "label": "tag"}
-    report = evaluate_model(adapter, {"data": {"test": str(test), **columns}})
+    report = evaluate_model(adapter, {"data": {"test": str(test), "columns": columns}})
     assert report["examples"] == 20 and report["model"]["metrics"]["accuracy"] > 0.8
 
 
 def test_its_rows_are_checked_and_its_columns_named(bench: Workbench) -> None:
     bad = write_jsonl(bench.folder / "bad.jsonl", [{"w": ["word0"], "place": 3, "tag": "good"}] * 4)
-    line = refusal(lambda: load_task(DataConfig(task="tagging", train=str(bad), text="words", label="tag")))
-    assert 'data.text is "words", but' in line and "has only the columns w, place, tag" in line
-    line = refusal(lambda: load_task(DataConfig(task="tagging", train=str(bad), text="w", label="tag")))
+    named = DataConfig(task="tagging", train=str(bad), columns={"text": "words", "label": "tag"})
+    line = refusal(lambda: load_task(named))
+    assert 'data.columns.text is "words", but' in line and "has only the columns w, place, tag" in line
+    line = refusal(lambda: load_task(replace(named, columns={"text": "w", "label": "tag"})))
     assert 'row 1 (the header not counted), column "place": there is no word 3 among 1' in line
-    line = refusal(lambda: load_task(DataConfig(task="rte", label="tag")))
-    assert "data.label is for kinds; task rte has its own columns" in line
+    line = refusal(lambda: load_task(DataConfig(task="rte", columns={"label": "tag"})))
+    assert "data.columns is for kinds; task rte has its own columns" in line
 
 
 def test_its_facts_name_it_again(bench: Workbench) -> None:
     task = load_task(bench.config("facts", **settings(bench)).data)
     said = run_settings(task_facts(task))["data"]
-    assert {name: said[name] for name in ("task", "text", "label", "answer")} == {
-        "task": "tagging",
-        "text": "words",
-        "label": "tag",
-        "answer": "head",
-    }
+    assert (said["task"], said["answer"]) == ("tagging", "head")
+    assert {name: said["columns"][name] for name in ("text", "label")} == {"text": "words", "label": "tag"}
 
 
 def test_a_name_close_to_it_is_no_kind() -> None:

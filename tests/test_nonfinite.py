@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lanes import telling
 from questions import write_jsonl
 from safetensors.torch import load_file, save_file
 from tiny import refusal
@@ -70,7 +71,7 @@ MAKE: dict[str, Callable[[int], dict[str, Any]]] = {
         ("causal-lm", "llama", "head"),
     ],
 )
-@pytest.mark.parametrize("batch_size", [1, 3])
+@telling("batch_size", [1, 3], [3])
 def test_every_way_of_answering_names_the_rows(
     bases: dict[str, Path], tmp_path: Path, kind: Any, family: str, answer: Any, batch_size: int
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling, thorough
 from lights import light_of
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -33,12 +34,13 @@ from lightpeft.app.folders.opening import find_light
 from lightpeft.app.runs import bench as benching
 from lightpeft.config import ModelConfig
 from lightpeft.models import loading
-from lightpeft.models.linears import dense_weight, is_on_disk
+from lightpeft.models.linears.on_disk import is_on_disk
+from lightpeft.models.linears.registry import dense_weight
 from lightpeft.models.on_disk import has_weights_on_disk
 from lightpeft.models.task_heads import CAUSAL_LM
 from lightpeft.models.unwrap import base_layer
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.profiling import PeakMemory
+from lightpeft.profiling.memory import PeakMemory
 from lightpeft.training.acceleration import accelerated
 
 
@@ -102,20 +104,20 @@ def assert_same(one: Estimated, other: Estimated) -> None:
 
 
 @pytest.mark.parametrize("wrap", [with_lora, with_bottleneck])
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "falcon"])
+@telling("name", [name for name in LAYOUTS if name != "falcon"], {"bert", "llama-gqa", "gpt2", "t5"})
 def test_estimation_and_the_cut_are_the_same(name: str, wrap: Callable[..., Any], tmp_path: Path) -> None:
     """With dropout, whose random numbers nothing draws in between."""
     usual, on_disk = both(tmp_path, name)
     assert_same(estimated(wrap(usual)), estimated(wrap(on_disk)))
 
 
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-bias", "bert", "gpt2"])
+@telling("name", ["llama-gqa", "llama-bias", "bert", "gpt2"], {"llama-gqa", "gpt2"})
 def test_faster_steps(name: str, tmp_path: Path) -> None:
     usual, on_disk = both(tmp_path, name)
     assert_same(estimated(with_lora(usual), fast=True), estimated(with_lora(on_disk), fast=True))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@telling("reentrant", [True, False], {False})
 def test_gradient_checkpointing(reentrant: bool, tmp_path: Path) -> None:
     """Activations are then kept at the borders of blocks alone, and a block's are computed again: with its dropout."""
     models = [with_lora(model, lora_dropout=0.3) for model in both(tmp_path, "llama-gqa")]
@@ -134,7 +136,7 @@ def gradients(model: Any, autocast: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["bert", "llama-gqa", "gpt2"])
+@telling("name", ["bert", "llama-gqa", "gpt2"], {"llama-gqa"})
 def test_data_types(name: str, dtype: torch.dtype, autocast: bool, tmp_path: Path) -> None:
     """The files are in float32: a weight is converted when it is read. (PEFT rounds LoRA's start as weights are.)"""
     usual, on_disk = (with_lora(model) for model in both(tmp_path, name, dtype=dtype))
@@ -155,7 +157,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@telling("checkpointing", [True, False], [False])
 def test_one_weight_at_a_time_is_in_memory(checkpointing: bool, large: Path) -> None:
     """Resident memory, pages of files among it, through estimation, scores and the cut."""
 
@@ -228,7 +230,11 @@ def test_files_that_change(tmp_path: Path) -> None:
 # -- what it is used from --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[("bert", "classification"), ("llama", "causal-lm")], ids=["bert", "llama"])
+@pytest.fixture(
+    scope="module",
+    params=[("bert", "classification"), pytest.param(("llama", "causal-lm"), marks=thorough)],
+    ids=["bert", "llama"],
+)
 def bench(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     family, task = request.param
     return Workbench(tmp_path_factory.mktemp(family), family, task)
@@ -271,7 +277,7 @@ def test_quantised_bases(tmp_path: Path) -> None:
     saved(tmp_path, "bert")
     text = "the base is quantised, which low_memory cannot read; load it without low_memory"
     assert text in refused(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
-    for name, value in (("quantise", "nf4"), ("gguf_file", "model.gguf")):
+    for name, value in (("quantization", "nf4"), ("gguf_file", "model.gguf")):
         text = refusal(lambda: ModelConfig(name="base", low_memory=True, **{name: value}))  # noqa: B023
         assert f"leave model.{name} unset" in text
 

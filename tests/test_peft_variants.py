@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import telling
 from lights import light_of
 from peft import EvaConfig, IA3Config, PeftModel, get_peft_model, initialize_lora_eva_weights
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft_models import (
     BASES,
     CASES,
+    TELLING_CASES,
     lora,
     projection_names,
     shifted,
@@ -32,12 +33,14 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from lightpeft import EarlyPruner, LightPeftError, load_light
-from lightpeft.models.families import block_specs
+from lightpeft import EarlyPruner, load_light
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import Site, find_sites, read_config
+from lightpeft.peft_kinds.sites.base import Site
+from lightpeft.peft_kinds.sites.config_file import read_config
 from lightpeft.peft_kinds.sites.dora import DoraSite
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.importance import ModuleObserver
 from lightpeft.prune.light_model import as_light
@@ -47,7 +50,7 @@ from lightpeft.prune.surgery import apply_plan
 TOLERANCE = 1e-5
 
 
-all_cases = pytest.mark.parametrize(("name", "variant"), CASES, ids=map("-".join, CASES))
+all_cases = telling(("name", "variant"), CASES, TELLING_CASES)
 all_budgets = pytest.mark.parametrize("budget", [USUAL, DROPPED], ids=["usual", "dropped"])
 
 
@@ -309,51 +312,3 @@ def test_modules_outside_the_blocks_are_left_alone(
     assert difference(model, expected) < TOLERANCE
     as_light(model, plan).save_pretrained(tmp_path)
     assert logits(load_light(tmp_path, make(name))).equal(logits(model))
-
-
-# Trained biases of the base
-
-
-def biases(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
-    inner = transformers_model(model)
-    layers = {name: inner.get_submodule(name) for name in modules}
-    return {n: m.get_base_layer().bias if isinstance(m, BaseTunerLayer) else m.bias for n, m in layers.items()}
-
-
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-def test_a_removed_module_leaves_the_bias_of_the_base(name: str) -> None:
-    model = trained(name, "lora-only")
-    plan = plan_for(model, heads=0, neurons=0)
-    removed = [site.name for site in plan.dense_sites if site.name not in plan.sites]
-    learned = {n: bias.clone() for n, bias in biases(model, list(plan.sites)).items()}
-    apply_plan(model, plan)
-    base = make(name)
-    for module_name, bias in biases(model, removed).items():
-        assert bias.equal(base.get_submodule(module_name).bias) and not bias.requires_grad
-    for module_name, bias in biases(model, list(plan.sites)).items():
-        assert bias.equal(learned[module_name]) and bias.requires_grad
-        assert not bias.equal(base.get_submodule(module_name).bias)
-
-
-def test_biases_that_were_trained_before_the_pruner_was_made() -> None:
-    model = shifted(with_variant("bert", "lora-only"))
-    before = state(model)
-    with pytest.raises(LightPeftError, match='LoRA bias="lora_only": .* make the pruner before training') as error:
-        EarlyPruner(model)
-    assert "\n" not in str(error.value)
-    assert unchanged(model, before)
-
-
-def test_a_plan_for_biases_that_are_not_known() -> None:
-    plan = plan_for(with_variant("bert", "lora-only"), modules=0.5)
-    model = shifted(with_variant("bert", "lora-only"))
-    before = state(model)
-    with pytest.raises(
-        LightPeftError, match='LoRA bias="lora_only" has trained the bias of bert.* is not known'
-    ) as error:
-        apply_plan(model, plan)
-    assert "\n" not in str(error.value)
-    assert unchanged(model, before)
-    everything = plan_for(with_variant("bert", "lora-only"), modules=0)
-    apply_plan(model, everything)
-    assert set(live(model, everything)) == set(everything.sites)

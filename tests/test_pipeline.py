@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import thorough
 from safetensors.torch import load_file
 from workbench import Workbench, checksums, comparable, lightpeft, read, stamps
 
@@ -21,7 +22,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.models.loading import load_model, load_tokenizer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import count_parameters
+from lightpeft.profiling.sizes import count_parameters
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 KINDS = [("bert", "classification"), ("llama", "classification"), ("llama", "causal-lm")]
@@ -67,13 +68,14 @@ def test_a_light_run_may_learn_faster(bench: Workbench, of_estimation: float | N
     """The first learning rates of both stages, which have no warmup here."""
     settings = {"light.rates.scale": 0.5, "light.rates.estimation_scale": of_estimation}
     name = f"scaled-{of_estimation}"
-    pipeline.run(bench.config(name, **settings, **{"training.warmup": 0.0, "training.logging_steps": 1}))
+    pipeline.run(bench.config(name, **settings, **{"training.warmup": 0.0, "trainer.logging_steps": 1}))
     first = dict.fromkeys(("estimate", "train"), 0.0)
     for entry in reversed([entry for entry in logged(bench.folder / name) if "learning_rate" in entry]):
         first[entry["stage"]] = entry["learning_rate"]
     assert first == {"estimate": pytest.approx(estimating, rel=0.1), "train": pytest.approx(1.5e-2, rel=0.1)}
 
 
+@thorough
 def test_a_run_that_takes_nothing_is_the_same_stage_by_stage(bench: Workbench) -> None:
     """It estimates nothing either way: what trains are PEFT modules as they are made."""
     nothing = {"light.remove.blocks": 0.0, "light.modules.remove": 0.0, "light.modules.remove_ranks": 0.0}
@@ -150,10 +152,10 @@ def test_plain_lora_run_takes_as_many_steps(benches: dict[tuple[str, str], Workb
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], ids="-".join)
 def test_full_fine_tuning_leaves_a_model(benches: dict[tuple[str, str], Workbench], kind: tuple[str, str]) -> None:
-    """Every weight trains with a rate of its own, and the result is what transformers loads, tokenizer and all."""
+    """Every weight trains, and the result is what transformers loads, tokenizer and all."""
     bench = benches[kind]
     before = checksums(bench.base)
-    rates = {"training.full_learning_rate": 3e-3, "training.learning_rate": 1e3}  # the latter would destroy the model
+    rates = {"training.learning_rate": 3e-3}
     result = pipeline.run(bench.config("full", method="full", **rates))
     folder = bench.folder / "full"
     assert {path.name for path in folder.iterdir()} == {
@@ -183,9 +185,9 @@ def test_full_fine_tuning_leaves_a_model(benches: dict[tuple[str, str], Workbenc
 
 def test_settings_that_a_method_has_no_use_for_may_change(bench: Workbench) -> None:
     RunFolder.open(bench.config("unused_settings", method="full")).begin()
-    RunFolder.open(bench.config("unused_settings", method="full", **{"lora.r": 2, "light.remove.heads": 0.1}))
-    with pytest.raises(LightPeftError, match=r"differs in training\.full_learning_rate"):
-        RunFolder.open(bench.config("unused_settings", method="full", **{"training.full_learning_rate": 1e-4}))
+    RunFolder.open(bench.config("unused_settings", method="full", **{"peft.r": 2, "light.remove.heads": 0.1}))
+    with pytest.raises(LightPeftError, match=r"differs in training\.learning_rate"):
+        RunFolder.open(bench.config("unused_settings", method="full", **{"training.learning_rate": 1e-4}))
 
 
 @pytest.mark.parametrize("method", ["light", "full"])
@@ -204,14 +206,14 @@ def test_a_run_measures_its_speed_and_memory(bench: Workbench, method: str) -> N
 
 @pytest.mark.parametrize(
     ("kind", "placement"),
-    [*((KINDS[0], placement) for placement in ("houlsby", "pfeiffer", "parallel")), (KINDS[2], "parallel")],
+    [*((KINDS[0], placement) for placement in ("houlsby", "pfeiffer")), (KINDS[2], "pfeiffer")],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_a_run_with_adapters(
     benches: dict[tuple[str, str], Workbench], kind: tuple[str, str], placement: str, tmp_path: Path
 ) -> None:
     bench = benches[kind]
-    settings = {"peft": "bottleneck", "bottleneck": {"size": 8, "placement": placement}}
+    settings = {"peft": {"type": "bottleneck", "size": 8, "placement": placement}}
     light, plain = (pipeline.run(bench.config(f"{m}-{placement}", method=m, **settings)) for m in ("light", "plain"))
     places = 4 if placement == "houlsby" else 2
     folders = [bench.folder / f"{method}-{placement}" / "adapter" for method in ("light", "plain")]
@@ -228,7 +230,7 @@ def test_a_run_with_adapters(
 def test_a_run_over_a_base_in_8_bits(benches: dict[tuple[str, str], Workbench]) -> None:
     pytest.importorskip("bitsandbytes")
     bench = benches["bert", "classification"]
-    result = pipeline.run(bench.config("eight", **{"model.quantise": "int8"}))
+    result = pipeline.run(bench.config("eight", **{"model.quantization": "int8"}))
     light = load_light(bench.folder / "eight" / "adapter")
     whole = load_light(bench.folder / "eight" / "adapter", is_trainable=True)
     kinds = {type(module).__name__ for module in transformers_model(light).modules()}
@@ -303,13 +305,6 @@ def test_a_stage_needs_the_one_before(bench: Workbench) -> None:
     assert not (bench.folder / "early").exists()
 
 
-def test_same_seed_same_run(bench: Workbench, finished: Path) -> None:
-    pipeline.run(bench.config("again"))
-    assert comparable(bench.folder / "again") == comparable(finished)
-    scores = [load_file(bench.folder / name / "estimation" / "scores.safetensors") for name in ("finished", "again")]
-    assert all(scores[0][key].equal(scores[1][key]) for key in scores[0])
-
-
 def test_finished_run_is_left_alone(bench: Workbench, finished: Path) -> None:
     before = stamps(finished)
     assert pipeline.run(bench.config("finished")) == read(finished / "metrics.json")
@@ -348,10 +343,12 @@ def test_another_budget_replans_until_pruned(bench: Workbench, capsys: pytest.Ca
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training.bf16": True},
+        {"training.precision": "bf16"},
         {"training.gradient_accumulation": 2, "training.batch_size": 4},
-        {"training.by_length": False, "training.gradient_checkpointing": True},
-        {"model.dtype": "bfloat16", "model.attention": "eager"},
+        pytest.param(
+            {"trainer.train_sampling_strategy": "random", "training.gradient_checkpointing": True}, marks=thorough
+        ),
+        pytest.param({"model.dtype": "bfloat16", "model.attn_implementation": "eager"}, marks=thorough),
     ],
     ids=lambda changes: "-".join(name.rpartition(".")[2] for name in changes),
 )

@@ -95,7 +95,7 @@ def test_tables_in_and_out(bench: Workbench, expected: np.ndarray, tmp_path: Pat
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
-@pytest.mark.parametrize("option", ["--text", "--data.text"])
+@pytest.mark.parametrize("option", ["--data.columns.text"])
 def test_columns_are_called_the_same_in_predict_and_evaluate(
     bench: Workbench, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,8 +131,9 @@ def halves(bench: Workbench) -> Workbench:
     """A run of each method, in bfloat16, whose training data are gone."""
     train = shutil.copy(bench.train, bench.folder / "gone.csv")
     for method in METHODS:
-        settings = {"method": method, "data.train": str(train), "training.bf16": True}
-        pipeline.run(bench.config(f"half-{method}", **settings, **{"training.full_learning_rate": 3e-3}))
+        settings = {"method": method, "data.train": str(train), "training.precision": "bf16"}
+        rate = {"training.learning_rate": 3e-3} if method == "full" else {}
+        pipeline.run(bench.config(f"half-{method}", **settings, **rate))
     Path(train).rename(bench.folder / "elsewhere.csv")
     return bench
 
@@ -182,7 +183,7 @@ def test_pairs(tmp_path: Path) -> None:
     bench = Workbench(tmp_path)
     pairs = [{**row, "second": other["text"]} for row, other in zip(labelled(40), labelled(40, seed=3), strict=True)]
     train = write_rows(tmp_path / "pairs.csv", pairs)
-    changes = {"data.train": str(train), "data.test": None, "data.text_pair": "second"}
+    changes = {"data.train": str(train), "data.test": None, "data.columns.text_pair": "second"}
     pipeline.run(bench.config("pairs", **changes))
     source = write_rows(tmp_path / "new.jsonl", [{"text": row["text"], "second": row["second"]} for row in pairs[:6]])
     predict(tmp_path / "pairs", source, output=tmp_path / "out.csv")

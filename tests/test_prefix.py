@@ -67,7 +67,7 @@ def stored(prefix: FrozenPrefix, batch: dict[str, Tensor]) -> Tensor:
     return store.padded(range(len(mask)), mask)
 
 
-@pytest.mark.parametrize("name", TEXT)
+@tiny.every_family(TEXT)
 def test_skipping_the_prefix_changes_nothing(name: str) -> None:
     side = "left" if name in tiny.DECODERS and name != "gpt2" else "right"  # GPT-2 counts padding as positions
     batch = inputs(upper(name), side)

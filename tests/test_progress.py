@@ -42,10 +42,11 @@ def test_progress_tells_rate_and_remaining_time(
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     progress = StepProgress(total=6, done=2, unit="cells")
     for name in ("a", "b"):
-        progress.begin(name)
+        progress.begin()
         progress.end(name, "accuracy 0.5000")
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
+        "2 of 6 cells are done already",
         "[3/6] a: accuracy 0.5000; 10 min, 6 cells/h, time left: 30 min",
         "[4/6] b: accuracy 0.5000; 20 min, 4 cells/h, time left: 30 min",
     ]

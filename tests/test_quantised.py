@@ -12,24 +12,15 @@ from typing import Any
 import pytest
 import torch
 from lights import light_of
-from quantised import CONFIGS, SIZES, densified, torchao_config
-from tiny import batch, make, plan_for, refusal, relative_difference, with_lora
+from quantised import CONFIGS, SIZES, densified
+from tiny import batch, make, plan_for, relative_difference, with_lora
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel
 
 from lightpeft import EarlyPruner
 from lightpeft.adapters.light_adapter import load_light
-from lightpeft.errors import LightPeftError
-from lightpeft.models.linears import (
-    dense_weight,
-    fault,
-    features,
-    is_linear,
-    logical_numel,
-    prepare_quantised,
-    slice_linear,
-    stored_weight,
-)
+from lightpeft.models.linears.bitsandbytes import logical_numel, prepare_quantised
+from lightpeft.models.linears.registry import dense_weight, features, is_linear, slice_linear, stored_weight
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 
@@ -73,18 +64,6 @@ def eight_bits(source: nn.Linear) -> Any:
     return layer.to("cpu")
 
 
-def torchao(name: str, **settings: Any) -> Callable[[nn.Linear], nn.Linear]:
-    def quantise(source: nn.Linear) -> nn.Linear:
-        package = pytest.importorskip("torchao.quantization")
-        layer = copy.deepcopy(source)
-        options = {key: value(package) if callable(value) else value for key, value in settings.items()}
-        package.quantize_(layer, getattr(package, name)(**options))
-        return layer
-
-    return quantise
-
-
-INT4 = {"weight_dtype": torch.int4}
 KINDS: dict[str, Callable[[nn.Linear], Any]] = {
     "nf4": four_bits,
     "fp4": lambda source: four_bits(source, quant_type="fp4"),
@@ -92,19 +71,8 @@ KINDS: dict[str, Callable[[nn.Linear], Any]] = {
     "nf4-blocks-128": lambda source: four_bits(source, blocksize=128),
     "nf4-storage": lambda source: four_bits(source, quant_storage=torch.bfloat16),
     "int8": eight_bits,
-    "torchao-int8": torchao("Int8WeightOnlyConfig"),
-    "torchao-int8-tensor": torchao("Int8WeightOnlyConfig", granularity=lambda t: t.PerTensor()),
-    "torchao-int8-groups": torchao("Int8WeightOnlyConfig", granularity=lambda t: t.PerGroup(32)),
-    "torchao-intx4": torchao("IntxWeightOnlyConfig", granularity=lambda t: t.PerAxis(0), **INT4),
-    "torchao-intx4-groups": torchao("IntxWeightOnlyConfig", granularity=lambda t: t.PerGroup(32), **INT4),
-    "torchao-intx4-asymmetric": torchao(
-        "IntxWeightOnlyConfig",
-        granularity=lambda t: t.PerGroup(32),
-        mapping_type=lambda t: t.MappingType.ASYMMETRIC,
-        **INT4,
-    ),
 }
-EXACT = ("int8", "torchao-int8", "torchao-int8-tensor", "torchao-intx4")
+EXACT = ("int8",)
 """Kinds whose scales hold for whole rows: every cut is exact."""
 all_kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -201,8 +169,7 @@ def test_settings_stay(index: Tensor) -> None:
     dim = 0 if index is SOME_ROWS else 1
     settings = {"quant_type": "fp4", "blocksize": 128, "compress_statistics": True, "quant_storage": torch.bfloat16}
     four, eight = four_bits(plain().bfloat16(), torch.bfloat16, **settings), eight_bits(plain())
-    grouped, shifted = KINDS["torchao-int8-groups"](plain()), KINDS["torchao-intx4-asymmetric"](plain())
-    for layer in (four, eight, grouped, shifted):
+    for layer in (four, eight):
         layer(torch.randn(1, COLUMNS))
         slice_linear(layer, index, dim)
     state = four.weight.quant_state
@@ -211,9 +178,6 @@ def test_settings_stay(index: Tensor) -> None:
     assert four.weight.numel() == logical_numel(four.weight) // 4
     assert eight.state.threshold == 6.0 and eight.weight.dtype == torch.int8
     assert eight.state.CB is None  # the dense weight is freed
-    assert list(grouped.weight.block_size) == list(shifted.weight.block_size) == [1, 32]
-    assert not grouped.weight.zero_point.any() and shifted.weight.zero_point.any()
-    assert shifted.weight.target_dtype == torch.int4 and shifted.weight.qdata.abs().max() <= 8
 
 
 @all_kinds
@@ -247,7 +211,6 @@ def test_a_layer_without_features(kind: str) -> None:
 def test_4_bit_widths_that_the_kernels_of_this_machine_get_wrong(kind: str, width: int) -> None:
     bnb = pytest.importorskip("bitsandbytes")
     layer = KINDS[kind](plain())
-    assert fault(layer, width, 0) is None and fault(layer, width, 1) is None
     cut = copy.deepcopy(layer)
     slice_linear(cut, torch.arange(width), 1)
     kernel = bnb.functional.dequantize_4bit(cut.weight.data, cut.weight.quant_state)
@@ -271,14 +234,6 @@ def test_prepared_layers_of_any_width_compute_with_their_weight(width: int) -> N
     prepare_quantised(model)
     x = torch.randn(5, width)
     torch.testing.assert_close(model(x), x @ dense_weight(model[0]).T + source.bias, rtol=1e-4, atol=1e-4)
-
-
-def test_widths_of_other_kinds() -> None:
-    grouped = KINDS["torchao-int8-groups"](plain())
-    assert fault(grouped, 64, 1) is None and fault(grouped, 33, 0) is None
-    assert fault(grouped, 33, 1) == "33 input features are no multiple of the 32 weights that share a scale"
-    for layer in (plain(), eight_bits(plain()), KINDS["torchao-int8"](plain())):
-        assert fault(layer, 33, 0) is None and fault(layer, 33, 1) is None
 
 
 # Whole models
@@ -358,40 +313,6 @@ def test_heads_and_neurons_of_any_width_in_4_bits(tmp_path: Path, kind: str, bud
     assert logits(load_light(tmp_path / "light", base=load(tmp_path / "base", kind))).equal(expected)
 
 
-GROUPS_OF_32 = "are no multiple of the 32 weights that share a scale; set light."
-
-
-@pytest.mark.parametrize(
-    ("budget", "advice"),
-    [
-        ({"heads": 0.5, "neurons": 0.0}, "heads to 0, or quantise by rows"),
-        ({"heads": 0.5, "neurons": 0.0, "head_unit": "balanced"}, None),
-        ({"heads": 0.0, "neurons": 0.5}, "multiple_of to a multiple of these, or quantise by rows"),
-        ({"heads": 0.0, "neurons": 0.5, "multiple_of": 64}, None),
-        (
-            {"blocks": 0.5, "multiple_of": 32},
-            "heads to 0, with light.remove.neurons in place of light.remove.blocks",
-        ),
-        ({"heads": 0.0, "neurons": 0.0}, None),
-    ],
-)
-def test_widths_that_groups_cannot_have_are_refused_before_estimation(
-    tmp_path: Path, budget: dict[str, Any], advice: str | None
-) -> None:
-    """Heads of 16 channels: four heads in two KV groups of two are 32 channels a group; four in four are 16."""
-    package = pytest.importorskip("torchao.quantization")
-    groups = 4 if budget.get("head_unit") is None else 2
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 16, "num_key_value_heads": groups}
-    make("llama-gqa", **sizes).save_pretrained(tmp_path)
-    config = torchao_config(granularity=package.PerGroup(32))
-    model = with_lora(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32))
-    if advice is None:
-        EarlyPruner(model, light_of(**budget))
-    else:
-        said = refusal(lambda: EarlyPruner(model, light_of(**budget)))
-        assert said.startswith("model.layers.0.") and f"{GROUPS_OF_32}{advice}" in said
-
-
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_new_heads_are_ordinary_layers(tmp_path: Path, kind: str) -> None:
     encoder = make("bert", hidden_size=64, intermediate_size=128).base_model
@@ -410,19 +331,8 @@ def test_new_heads_are_ordinary_layers(tmp_path: Path, kind: str) -> None:
 # Refusals
 
 
-@pytest.mark.parametrize("name", ["Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig"])
-def test_kinds_that_are_not_known(name: str) -> None:
-    layer = torchao(name)(plain())
-    assert not is_linear(layer)
-    for call in (dense_weight, features, lambda layer: slice_linear(layer, SOME_ROWS, 0)):
-        with pytest.raises(LightPeftError, match=r"^a torch\.nn\..*Linear with a torchao.*Tensor weight .*$") as caught:
-            call(layer)
-        assert "\n" not in str(caught.value)
-
-
-def test_neither_package_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("bitsandbytes", "torchao.quantization"):
-        monkeypatch.setitem(sys.modules, name, None)
+def test_bitsandbytes_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     layer = plain()
     prepare_quantised(layer)
     slice_linear(layer, SOME_ROWS, 0)

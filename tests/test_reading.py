@@ -14,7 +14,7 @@ from peft import LoraConfig
 from tiny import inputs_for, make, refusal, with_lora, without_dropout
 from torch import Tensor, nn
 from training import chunks, dataset, trained_weights
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 from workbench import Workbench, forked, lightpeft, read
 
 from lightpeft import EarlyPruner, LightTrainer, find_depth
@@ -150,15 +150,6 @@ def test_a_run_is_one_of_the_depth_that_it_finds(bench: Workbench, half: list[in
     assert half == [64], "it is found once"
 
 
-def test_stage_by_stage(bench: Workbench, half: list[int]) -> None:
-    file = bench.yaml("stages", **AUTO)
-    for verb in ("estimate", "plan", "prune", "train"):
-        assert lightpeft(verb, "--config", file) == 0
-    pipeline.run(bench.config("at once", **AUTO))
-    plans = [PrunePlan.load(bench.folder / name / "plan.json") for name in ("stages", "at once")]
-    assert plans[0] == plans[1] and len(plans[0].left_out) == 1 and half == [64, 64]
-
-
 def test_an_estimation_that_is_taken_brings_its_depth(bench: Workbench, half: list[int]) -> None:
     assert lightpeft("estimate", "--config", bench.yaml("donor", **AUTO)) == 0
     taken = ("--estimation", bench.folder / "donor", "--light.remove.heads", "0.5")
@@ -188,22 +179,6 @@ def test_what_comes_after_knows_the_depth(bench: Workbench, half: list[int]) -> 
         assert lightpeft("plan", "--run", folder, "--curve") == 0
     assert lightpeft("report", folder) == 0 and half == [64]
     assert "The depth" in (folder / "report.html").read_text(encoding="utf-8")
-
-
-def test_a_stopped_run_does_not_ask_again(bench: Workbench, half: list[int]) -> None:
-    config = bench.config("stopped", **AUTO)
-    with pytest.raises(SystemExit):
-        pipeline.run(config, callbacks=[Stops()])
-    pipeline.run(config)
-    assert half == [64] and read(bench.folder / "stopped" / "metrics.json")["depth"]["depth"] == 0.5
-
-
-class Stops(TrainerCallback):
-    """Ends the process, as it were, inside estimation."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
-            raise SystemExit
 
 
 def test_it_goes_as_far_as_the_budget_allows(bench: Workbench, half: list[int]) -> None:
@@ -269,11 +244,6 @@ def test_shell_and_trainers_read_the_same(bench: Workbench, tmp_path: Path, monk
     )
     shell, trainer = found
     assert shell.error == pytest.approx(trainer.error) and shell.enough == trainer.enough and shell.rows == trainer.rows
-
-
-def test_a_trainer_reads_the_rows_that_it_trains_on(tmp_path: Path, half: list[int]) -> None:
-    trainer_of(tmp_path, "auto")
-    assert half == [64]
 
 
 def test_trainers_of_other_models_leave_nothing_out(tmp_path: Path, half: list[int]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lanes import thorough
 from safetensors.torch import load_file
 from transformers import set_seed
 
@@ -60,6 +61,7 @@ def test_minilm_learns_with_two_fifths_of_its_blocks(minilm: Path, movie_reviews
     torch.testing.assert_close(*merged, rtol=1e-4, atol=1e-4)
 
 
+@thorough
 def test_the_readme_and_the_shell_give_the_same(
     minilm: Path, movie_reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,17 +78,17 @@ def test_the_readme_and_the_shell_give_the_same(
             "limit_train": 400,
             "limit_test": 200,
         },
-        "lora": {"r": 8, "alpha": 8, "dropout": 0.0},
+        "peft": {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0},
         "training": {
             "epochs": 3,
             "batch_size": 8,
             "eval_batch_size": 8,
             "learning_rate": 1e-3,
             "warmup": 0.0,
-            "by_length": False,
-            "pad_to_multiple_of": 1,
         },
+        "trainer": {"train_sampling_strategy": "random"},
     }
+    monkeypatch.setattr("lightpeft.app.tasks.tokens.PADDED_TO", 1)
     report = pipeline.run(run_config_from_dict(given))
     work = pipeline.prepare(run_config_from_dict(given))
     (code, *_) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

@@ -237,7 +237,7 @@ def test_contents_of_a_light_run(bench: Workbench) -> None:
     assert "the cut, step 6" in found.text and "At full width" in found.text
     for moment in ("constant answer", "after estimation", "after the cut", "at full width", "in the end"):
         assert (
-            f"{moment}: {100 * run.report.milestones.metrics[moment.replace(' ', '_')]['accuracy']:.1f}%" in found.text
+            f"{moment} {100 * run.report.milestones.metrics[moment.replace(' ', '_')]['accuracy']:.1f}%" in found.text
         )
     for point in run.curve["points"]:
         assert f"{100 * point['removed_of_blocks']:.0f}% gone: {point['rise']:+.3f}" in found.text
@@ -264,7 +264,7 @@ HOSTILE = "<script>alert(1)</script>"
 
 
 def test_nothing_of_a_folder_is_markup(bench: Workbench, tmp_path: Path) -> None:
-    settings = {"data.text": HOSTILE, "model.name": f"{tmp_path}/{HOSTILE}\"'&"}
+    settings = {"data.columns.text": HOSTILE, "model.name": f"{tmp_path}/{HOSTILE}\"'&"}
     folder = RunFolder.open(bench.config(f"hostile{HOSTILE.replace('/', '')}", **settings))
     folder.begin()
     append_line(folder.log, {"stage": "estimate", "note": HOSTILE})
@@ -280,26 +280,12 @@ def test_labels_in_figures_are_no_markup(bench: Workbench) -> None:
         assert Reader(draw(named).__html__()).all("script") == []
 
 
-OLDER: dict[str, tuple[str, ...]] = {
-    "metrics.json": ("main_metric", "intervals", "milestones", "warnings", "training", "seconds", "adapter_bytes"),
-    "curve.json": ("gone_before", "step_times"),
-}
-"""What older files have not said."""
-
-
-def test_older_folders(light: Path) -> None:
-    for name, keys in OLDER.items():
-        edit(light / name, lambda content, keys=keys: [content.pop(key, None) for key in keys])
-    (light / "bench.json").unlink()
-    lines = [line for line in (light / "log.jsonl").read_text().splitlines() if "light/" not in line]
-    (light / "log.jsonl").write_text("\n".join(line.replace('"steps"', '"other"') for line in lines))
-    run = read_run(light)
-    assert (run.main_metric, run.cut) == ("accuracy", 4)  # the last line of estimation, logged every 4 steps
-    Reader(page([run]))
-    (light / "log.jsonl").unlink()
-    (light / "curve.json").unlink()
+def test_a_page_is_made_of_what_is_there(light: Path) -> None:
+    for name in ("log.jsonl", "curve.json", "bench.json"):
+        (light / name).unlink()
     found = Reader(html(light))
     assert "Losses" not in found.text and "What stays" in found.text and "Quality" in found.text
+    assert "What budgets cost" not in found.text and "Beside plain PEFT" not in found.text
 
 
 # -- several runs --------------------------------------------------------------------------------------------------
@@ -505,10 +491,10 @@ EDITS: dict[str, tuple[str, Any]] = {
     "ratios of text": ("bench.json", lambda content: content["ratios"].update(peak_memory="low")),
     "no points": ("curve.json", lambda content: content.update(points={"a": 1})),
     "points of text": ("curve.json", lambda content: content["points"][0].update(rise="high")),
-    "metrics beyond drawing": (
-        "metrics.json",
-        lambda content: content["milestones"]["metrics"].update(
-            after_the_cut={"loss": 1e308}, in_the_end={"loss": -1e308}
+    "ratios beyond drawing": (
+        "bench.json",
+        lambda content: content["ratios"].update(
+            peak_memory=1e308, training_throughput={"median": -1e308, "low": 1, "high": 1}
         ),
     ),
 }

@@ -95,7 +95,7 @@ def test_resumed_run_does_not_start_over(bench: Workbench) -> None:
 
 @pytest.mark.parametrize("method", ["plain", "full"])
 def test_plain_lora_and_full_fine_tuning_go_on_too(bench: Workbench, method: str) -> None:
-    settings = {**SETTINGS, "training.full_learning_rate": 1e-3}
+    settings = {**SETTINGS, "training.learning_rate": 1e-3}
     whole = bench.yaml(f"{method}_whole", method=method, **settings)
     assert lightpeft("run", "--config", whole) == 0
     file = bench.yaml(f"{method}_killed", method=method, **settings)

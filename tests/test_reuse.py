@@ -80,7 +80,7 @@ def test_scores_of_nothing_serve_no_budget(bench: Workbench, refused: Refused) -
 MISFITS: dict[str, dict[str, Any]] = {
     "training.learning_rate": {"training.learning_rate": 1e-2},
     "seed": {"seed": 4},
-    "lora.r": {"lora.r": 8},
+    "peft.r": {"peft.r": 8},
     "light.estimate.length": {"light.estimate.length": 0.5},
     "light.modules.blocks": {"light.modules.blocks": 0.5},
     "data.max_length": {"data.max_length": 16},

@@ -10,9 +10,11 @@ import pytest
 import torch
 from sharded_processes import REFUSED
 from sharded_trainings import FSDP, LONG, MODELS, found, training
+from tiny import make
+from transformers import TrainingArguments
 from workbench import in_other_process
 
-from lightpeft import load_light
+from lightpeft import LightTrainer, load_light
 from lightpeft.errors import LightPeftError
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
@@ -147,10 +149,10 @@ def test_cpus_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("launched", [False, True])
 def test_deepspeed_is_refused_in_one_line(launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer whose arguments were made elsewhere: those with `deepspeed` need it installed."""
-    trainer = training("bert-lora", tmp_path)
+    args = TrainingArguments(str(tmp_path), report_to=[])
     if launched:
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     else:
-        trainer.args.deepspeed = "zero3.json"
+        args.deepspeed = "zero3.json"
     with pytest.raises(LightPeftError, match="DeepSpeed's engine cannot follow a model that is cut on the way"):
-        trainer.create_accelerator_and_postprocess()
+        LightTrainer(make("bert"), args)

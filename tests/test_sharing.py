@@ -143,22 +143,6 @@ def test_what_cannot_be_had(
         assert errors.count("\n") == 1 and "no such repository on the hub" in errors, errors
 
 
-def test_without_a_network(hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add("me/light", home / "light")
-    first = logits(load_light("me/light"))
-    asked = len(hub.asked)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert logits(load_light("me/light")).equal(first)
-    assert refusal(lambda: load_light("me/other")) == (
-        "there is no folder me/other here, and me/other is not in the hub's cache, and the hub was not reached"
-    )
-    (adapter,) = (tmp_path / "cache").rglob("snapshots/*/adapter_model.safetensors")
-    adapter.unlink()
-    said = refusal(lambda: load_light("me/light"))
-    assert said.startswith("me/light cannot be had from the hub: ") and "\n" not in said
-    assert len(hub.asked) == asked
-
-
 # -- the command line --------------------------------------------------------------------------------------------
 
 

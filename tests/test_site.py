@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from documents import blocks
+from lanes import telling
 
 import lightpeft
 from lightpeft.errors import LightPeftError
@@ -49,6 +50,11 @@ def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), f"{page.name} links to {path}"
         assert not anchor or anchor in anchors(target), f"{page.name} links to {path}#{anchor}"
+
+
+def test_the_page_of_settings_is_what_the_classes_say() -> None:
+    """In a process of its own, since tests change some defaults."""
+    assert subprocess.run([sys.executable, ROOT / "docs" / "make_settings.py", "--check"]).returncode == 0, "make docs"
 
 
 def test_every_page_has_a_place_on_the_site() -> None:
@@ -192,7 +198,7 @@ WIDER = "return document.documentElement.scrollWidth - document.documentElement.
 PAPER = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).map(Number)"
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@telling("scheme", ["light", "dark"], {"light"})
 def test_pages_in_a_browser(scheme: str, browser: Any, address: str) -> None:
     """Nothing goes wrong, nothing is wider than a window, and colours are those that the reader's system asks for."""
     wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import workbench
 from documents import blocks
+from lanes import thorough
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = blocks(ROOT / "docs" / "start.md", "")[0].splitlines()
@@ -25,6 +26,7 @@ def test_there_are_fewer_than_ten_commands() -> None:
     assert len(COMMANDS) < 10 and COMMANDS[0].startswith("git clone ") and COMMANDS[-1].startswith("curl ")
 
 
+@thorough
 def test_from_a_clone_to_a_served_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is downloaded: the new environment sees the packages of this one, and the cache holds a tiny model."""
     if shutil.which("curl") is None or not (ROOT / ".git").exists():

@@ -13,7 +13,7 @@ import support
 import torch
 from lanes import thorough
 from peft import PeftModel
-from support import CELLS, CHECKS, DOCUMENT, GREEDY, KINDS, NOT_APPLICABLE, TABLES, TOLERANCE, YES, logits, pair
+from support import CELLS, CHECKS, DOCUMENT, KINDS, NOT_APPLICABLE, TABLES, TOLERANCE, YES, logits, pair
 from tiny import (
     DROPPED,
     IN_MAKE_TEST,
@@ -272,29 +272,6 @@ def test_a_norm_over_all_heads_sees_all_heads() -> None:
 
 
 # Generation
-
-
-@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gpt2", "opt", "t5", "bart", "whisper"])
-def test_prompt_lookup_and_assisted_generation(name: str) -> None:
-    """Both take tokens back from the KV cache, where a layer without attention counts them too."""
-    reference, pruned, _ = pair(name, "lora", "dropped")
-    inputs = {key: value[:1] for key, value in inputs_for(pruned, "none", generate=True).items()}
-    expected = reference.generate(**inputs, **GREEDY)
-    assert pruned.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2).equal(expected)
-    dense = make(name, seed=4)
-    assert pruned.generate(**inputs, **GREEDY, assistant_model=dense).equal(expected)
-    assisted = dense.generate(**inputs, **GREEDY, assistant_model=transformers_model(pruned))
-    assert assisted.equal(dense.generate(**inputs, **GREEDY))
-
-
-@pytest.mark.parametrize("cache", [None, "static"])
-@pytest.mark.parametrize("budget", ["usual", "dropped"])
-@pytest.mark.parametrize("name", ["llama-gqa", "llama-mqa", "opt"])
-def test_a_prompt_in_chunks(name: str, budget: str, cache: str | None) -> None:
-    reference, pruned, _ = pair(name, "lora", budget)
-    inputs = inputs_for(pruned, "none", generate=True)
-    settings = {**GREEDY, "prefill_chunk_size": 4, "cache_implementation": cache}
-    assert pruned.generate(**inputs, **settings).equal(reference.generate(**inputs, **GREEDY))
 
 
 def test_continuous_batching_is_refused_where_kv_heads_went() -> None:

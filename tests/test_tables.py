@@ -10,7 +10,6 @@ from rich.table import Table
 from tiny import make, plan_for, with_lora
 
 from lightpeft.app.cli.tables import (
-    comparison_table,
     metrics_table,
     paired_table,
     per_class_table,
@@ -62,47 +61,6 @@ def test_plans_of_large_decoders_fit_80_columns() -> None:
     lines = text(plan_table(wide), width=80).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[2].split() == ["0", "64/64", "64/64", "14336/14336", "0%", "7/7", *["16"] * 7]
-
-
-def test_comparison_shows_both_runs() -> None:
-    def run(accuracy: float, base: int, removed: float, peft: int, size: int, seconds: dict[str, float]) -> dict:
-        parameters = {"base": base, "base_removed_ratio": removed, "peft": peft, "head": 770}
-        metrics = {"accuracy": accuracy, "f1": accuracy, "loss": 0.4}
-        return {
-            "config": {"peft": "lora"},
-            "metrics": metrics,
-            "parameters": parameters,
-            "adapter_bytes": size,
-            "seconds": seconds,
-        }
-
-    def subject(training: float, inference: float, memory: int) -> dict:
-        speeds = {"training": training, "inference": inference}
-        spreads = {f"{name}_samples_per_second": {"median": value} for name, value in speeds.items()}
-        inference = {"weights_bytes": memory // 10, "peak_memory_bytes": memory // 5}
-        return {**spreads, "peak_memory_bytes": memory, "inference": inference}
-
-    lora = run(0.81, 22_000_000, 0.0, 73_728, 300 * 1024, {"train": 100.0})
-    light = run(0.80, 15_000_000, 0.318, 20_000, 90 * 1024, {"estimate": 10.0, "prune": 1.0, "train": 54.0})
-    bench = {
-        "subjects": {"plain": subject(100.0, 400.0, 900 * 2**20), "light": subject(150.0, 600.0, 700 * 2**20)},
-        "ratios": {"training_throughput": {"median": 1.5}, "inference_throughput": {"median": 1.49}},
-    }
-    table = text(comparison_table(lora, light, bench))
-    for expected in [
-        ("accuracy", "0.8100", "0.8000"),
-        ("base parameters removed", "0.0%", "31.8%"),
-        ("trainable PEFT parameters", "73,728", "20,000"),
-        ("training samples/s", "100", "150 (1.50x)"),
-        ("inference samples/s", "400", "600 (1.49x)"),
-        ("peak training memory, MiB", "900", "700"),
-        ("weights served, MiB", "90", "70"),
-        ("peak inference memory, MiB", "180", "140"),
-        ("saved adapter, KiB", "300", "90"),
-        ("training time, s (estimation included)", "100", "65"),
-    ]:
-        row = next(line for line in table.splitlines() if expected[0] in line)
-        assert all(value in row for value in expected)
 
 
 def cells(table: Table) -> list[list[str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lanes import thorough
 from workbench import Workbench, lightpeft, read
 
 from lightpeft.app.runs import pipeline
@@ -32,7 +33,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_from_the_shell(bench: Workbench) -> None:
-    file = bench.yaml("board", **{"trainer.report_to": "tensorboard", "training.logging_steps": 2})
+    file = bench.yaml("board", **{"trainer.report_to": "tensorboard", "trainer.logging_steps": 2})
     assert lightpeft("run", "--config", file) == 0
     (events,) = (bench.folder / "board" / "tensorboard").iterdir()
     found = scalars(events.parent)
@@ -42,16 +43,17 @@ def test_tensorboard_from_the_shell(bench: Workbench) -> None:
     assert found["train/light/base_parameters_after"] == [(6, report["base"])]
 
 
+@thorough
 def test_trackio_from_python(bench: Workbench, tmp_path: Path) -> None:
     """In a process of its own: it keeps threads and a data base."""
     pytest.importorskip("trackio")
     settings = bench.settings(
         "trackio",
         **{
-            "training.logging_steps": 2,
+            "trainer.logging_steps": 2,
         },
     )
-    settings["trainer"] = {"report_to": "trackio", "project": "lightpeft-test"}
+    settings["trainer"] |= {"report_to": "trackio", "project": "lightpeft-test"}
     code = (
         "import json, sys\n"
         "from lightpeft.config import run_config_from_dict\n"
@@ -80,7 +82,7 @@ def test_a_tracker_that_is_not_there(bench: Workbench, capsys: pytest.CaptureFix
 
 
 def test_fields_take_effect(bench: Workbench) -> None:
-    trainer = {"trainer.lr_scheduler_type": "constant", "trainer.optim": "sgd", "training.logging_steps": 1}
+    trainer = {"trainer.lr_scheduler_type": "constant", "trainer.optim": "sgd", "trainer.logging_steps": 1}
     pipeline.run(bench.config("fields", **trainer))
     entries = [json.loads(line) for line in (bench.folder / "fields" / "log.jsonl").read_text().splitlines()]
     assert len({entry["learning_rate"] for entry in entries if "learning_rate" in entry}) == 1

@@ -28,15 +28,19 @@ from lightpeft.training.checkpoints import last_checkpoint
 from lightpeft.training.fitting import Interrupted, fit
 from lightpeft.training.schedule import Pace
 
+AT_RANDOM = {"train_sampling_strategy": "random"}
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Workspace:
     bench = Workbench(tmp_path_factory.mktemp("training"))
-    return pipeline.prepare(bench.config("run", **{"training.pad_to_multiple_of": 1}))
+    work = pipeline.prepare(bench.config("run", **{"data.max_length": 34}))
+    work.positions = 38  # no room to pad batches to a multiple of 8
+    return work
 
 
 def trainer_for(
-    work: pipeline.Workspace, folder: Path, rows: int | None = None, seed: int = 0, **settings: Any
+    work: pipeline.Workspace, folder: Path, rows: int | None = None, seed: int = 0, given: Any = None, **settings: Any
 ) -> Trainer:
     config = TrainingConfig(**{"batch_size": 8, "epochs": 1, "learning_rate": 1e-2, **settings})
     data = work.train_rows if rows is None else work.train_rows.select(range(rows))
@@ -44,7 +48,7 @@ def trainer_for(
     steps = Pace.of(len(data), config).steps(config.epochs)
     return RunTrainer(
         add_peft(work.dense_model(), replace(work.config, method="plain")),
-        training_arguments(config, folder / "checkpoints", steps, seed),
+        training_arguments(config, folder / "checkpoints", steps, seed, given),
         train_dataset=data,
         data_collator=work.collator,
         callbacks=[ProgressBar(steps), LogLines(folder / "log.jsonl"), SealCheckpoint()],
@@ -106,8 +110,8 @@ def padding(batches: list[dict[str, torch.Tensor]]) -> float:
 
 
 def test_batches_by_length_are_of_similar_length(work: pipeline.Workspace, tmp_path: Path) -> None:
-    grouped = batches_of(trainer_for(work, tmp_path, by_length=True, batch_size=4))
-    random = batches_of(trainer_for(work, tmp_path, by_length=False, batch_size=4))
+    grouped = batches_of(trainer_for(work, tmp_path, batch_size=4))
+    random = batches_of(trainer_for(work, tmp_path, given=AT_RANDOM, batch_size=4))
     assert padding(grouped) < 0.5 * padding(random)
     for batches in (grouped, random):
         assert sum(len(batch["labels"]) for batch in batches) == len(work.train_rows)
@@ -115,10 +119,10 @@ def test_batches_by_length_are_of_similar_length(work: pipeline.Workspace, tmp_p
     assert sorted(spreads)[len(spreads) // 2] <= 3
 
 
-@pytest.mark.parametrize("by_length", [True, False])
-def test_order_depends_on_seed_and_epoch_alone(work: pipeline.Workspace, tmp_path: Path, by_length: bool) -> None:
+@pytest.mark.parametrize("given", [{}, AT_RANDOM], ids=["by_length", "random"])
+def test_order_depends_on_seed_and_epoch_alone(work: pipeline.Workspace, tmp_path: Path, given: dict[str, str]) -> None:
     def order(seed: int, epoch: float) -> list[list[int]]:
-        trainer = trainer_for(work, tmp_path, seed=seed, by_length=by_length)
+        trainer = trainer_for(work, tmp_path, seed=seed, given=given)
         trainer.state.epoch = epoch
         loader = trainer.get_train_dataloader()
         loader.set_epoch(int(epoch))
@@ -139,7 +143,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def test_log_lines(work: pipeline.Workspace, tmp_path: Path) -> None:
-    fit(trainer_for(work, tmp_path, logging_steps=3), None)
+    fit(trainer_for(work, tmp_path, given={"logging_steps": 3}), None)
     logged = lines(tmp_path / "log.jsonl")
     assert [entry["step"] for entry in logged] == [3, 6]
     for entry in logged:

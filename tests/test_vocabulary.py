@@ -49,15 +49,11 @@ from lightpeft.app.folders.opening import find_model
 from lightpeft.app.runs import pipeline
 from lightpeft.app.tasks import coverage
 from lightpeft.files import file_checksum
-from lightpeft.models.vocabulary import (
-    Vocabulary,
-    cut_model,
-    cut_parameters,
-    cut_tokenizer,
-    kept_tokens,
-    vocabulary_of,
-)
-from lightpeft.profiling import count_parameters
+from lightpeft.models.vocabulary.closure import kept_tokens
+from lightpeft.models.vocabulary.cutting import cut_model, cut_parameters, vocabulary_of
+from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
+from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving.adapter_files import DESCRIPTION
 from lightpeft.saving.tokens import VOCABULARY_FILE
@@ -605,21 +601,6 @@ def test_its_result_is_asked_with_its_own_tokenizer(
     assert len(found.tokenizer()) == kept == found.config.vocab_size
     capsys.readouterr()
     assert lightpeft("inspect", bench.folder / "run") == 0 and f"{kept} of {size}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"light.remove.vocabulary": "tasks"}, "vocabulary"),
-        ({"light.remove.vocabulary": "task", "light.after.keep": "full"}, "set vocabulary: keep or keep: light"),
-    ],
-)
-def test_bad_settings(
-    bench: Workbench, changes: dict[str, Any], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert lightpeft("run", "--config", bench.yaml("bad", **changes)) == 2
-    errors = capsys.readouterr().err
-    assert reason in " ".join(errors.split()) and not (bench.folder / "bad").exists()
 
 
 # -- real ones ---------------------------------------------------------------------------------------------------------

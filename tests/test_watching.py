@@ -23,7 +23,6 @@ from lightpeft.app.evaluation.milestones import (
     constant_score,
     course,
     doubts,
-    doubts_of_run,
     notices,
     sample,
 )
@@ -159,47 +158,6 @@ def watcher(**answers: Answers) -> Watcher:
     return Watcher(CLASSES, Dataset.from_dict({}), 100, lambda model: pytest.fail("asked"), outcomes)
 
 
-class TestDoubtsOfRun:
-    def test_worse_than_the_untouched_base(self) -> None:
-        before, after = classes(80, 20), classes(60, 40)
-        (line,) = doubts_of_run(watcher(untouched_base=before, in_the_end=after), {})
-        assert line.startswith("accuracy 0.6000 on 100 test rows is worse than the untouched base's 0.8000 (p = ")
-        assert line.endswith("; train at a lower learning rate, or cut less (light: 0.2)")
-        assert list(doubts_of_run(watcher(untouched_base=after, in_the_end=before), {})) == []
-        assert list(doubts_of_run(watcher(untouched_base=before, in_the_end=classes(78, 22)), {})) == []  # by chance
-
-    @pytest.mark.parametrize(
-        ("losses", "accuracies", "said"),
-        [
-            ((0.5, 0.7, 0.6), (0.8, 0.7), True),
-            ((0.5, 0.7, 0.6), (0.8, 0.8), True),
-            ((0.5, 0.7, 0.6), (0.8, 0.9), False),  # surer of fewer mistakes
-            ((0.5, 0.7, 0.51), (0.8, 0.7), False),  # brought back
-            ((0.5, 0.51, 0.7), (0.8, 0.7), False),  # not by the cut
-        ],
-    )
-    def test_a_loss_that_the_cut_raised(
-        self, losses: tuple[float, ...], accuracies: tuple[float, float], said: bool
-    ) -> None:
-        before, after = accuracies
-        moments = zip(("after_estimation", "after_the_cut", "in_the_end"), losses, (before, after, after), strict=True)
-        milestones = {name: {"accuracy": accuracy, "loss": loss} for name, loss, accuracy in moments}
-        lines = list(doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones))
-        assert len(lines) == said
-        if said:
-            assert (
-                "the cut raised the loss on 100 test rows from 0.5000 to 0.7000, and training left it at 0.6000; "
-                in lines[0]
-            )
-
-    def test_a_loss_that_fewer_modules_raised(self) -> None:
-        losses = {"after_estimation": 0.5, "after_cutting_modules": 0.7, "in_the_end": 0.6}
-        milestones = {name: {"accuracy": 0.8, "loss": loss} for name, loss in losses.items()}
-        (line,) = doubts_of_run(watcher(in_the_end=classes(80, 20)), milestones)
-        assert line.startswith("the cut of PEFT modules raised the loss on 100 test rows from 0.5000 to 0.7000")
-        assert "light.modules.remove" in line and "light.remove.blocks" not in line
-
-
 class TestCourse:
     def test_of_all_stages_in_order(self) -> None:
         earlier = [
@@ -300,31 +258,6 @@ def test_a_cut_by_scores_that_know_nothing_says_so_at_once(
     assert (told["steps"], told["planned_steps"]) == (12, 6)
     meta = EstimationRecord.load(bench.folder / "longer" / "estimation").meta
     assert told["learned"] == meta["learned"] is not None
-
-
-def test_what_a_cut_means_for_a_model_that_writes_is_said(
-    llama: Workbench, bench: Workbench, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Without a preset nothing goes; what is cut all the same, and not to be served whole, loses much."""
-    loses = "a model that writes loses far more by a cut than one that classifies; light: 0 cuts nothing"
-    keeps = "nothing of the base goes: a model that writes uses all of itself"
-    whole = {
-        "light.remove.heads": 0.0,
-        "light.modules.remove": 0.0,
-        "light.modules.remove_ranks": 0.0,
-        "light.remove.blocks": 0.0,
-    }
-    for name, changes, said in (
-        ("small", {"light.remove.blocks": 0.5}, loses),
-        ("small_and_whole", {"light.remove.blocks": 0.5, "light.after.keep": "both"}, None),
-        ("whole", whole, keeps),
-    ):
-        assert lightpeft("run", "--config", llama.yaml(name, **FEW, **changes)) == 0
-        err = capsys.readouterr().err
-        assert (said is None or said in err) and all(other == said or other not in err for other in (loses, keeps))
-    assert lightpeft("run", "--config", bench.yaml("classifies", **FEW)) == 0
-    err = capsys.readouterr().err
-    assert loses not in err and keeps not in err
 
 
 def flat(model: nn.Module) -> None:

@@ -49,6 +49,7 @@ from lightpeft.app.runs import pipeline, workers
 from lightpeft.app.runs.reproduce import Cell
 from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.config import RunConfig, overlaid, run_config_from_dict
+from lightpeft.config.peft import peft_over
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
 
@@ -217,7 +218,8 @@ class Workbench:
         """Nested settings of a run of 24 steps, 6 of them estimation; `changes` as {"light.remove.heads": 0.5}."""
         data = {"task": self.task, "train": str(self.train), "test": str(self.test), "max_length": 32}
         if self.task == "causal-lm":
-            data |= {"prompt": "prompt", "completion": "completion"}
+            data["columns"] = {"prompt": "prompt", "completion": "completion"}
+        rate = "auto" if changes.get("method") == "full" else 3e-2
         settings: dict[str, Any] = {
             "output": str(self.folder / name),
             "model": {"name": str(self.base)},
@@ -228,8 +230,9 @@ class Workbench:
                 "modules": {"blocks": 1.0, "remove": 0.75, "remove_ranks": 0.5},
                 "rates": {"scale": 1.0},
             },
-            "lora": {"r": 4, "alpha": 8},
-            "training": {"epochs": 3, "batch_size": 8, "learning_rate": 3e-2, "save_steps": 4, "logging_steps": 4},
+            "peft": {"r": 4, "lora_alpha": 8},
+            "training": {"epochs": 3, "batch_size": 8, "learning_rate": rate, "save_steps": 4},
+            "trainer": {"logging_steps": 4},
         }
         for path, value in changes.items():
             *sections, key = path.split(".")
@@ -240,7 +243,7 @@ class Workbench:
             place = settings
             for section in sections:
                 place = place.setdefault(section, {})
-            place[key] = value
+            place[key] = peft_over(place[key], value) if path == "peft" else value
         return settings
 
     def config(self, name: str = "run", **changes: Any) -> RunConfig:

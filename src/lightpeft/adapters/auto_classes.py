@@ -29,8 +29,8 @@ _TABLES = {
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
 }
 """Auto class -> transformers' table of the classes that it gives."""
-_TAKEN = {"dtype": "dtype", "attn_implementation": "attention", "revision": "revision", "token": "token"}
-"""Option of `from_pretrained` -> what `load_merged` calls it."""
+_TAKEN = {"dtype", "attn_implementation", "revision", "token"}
+"""Options of `from_pretrained` that `load_merged` takes."""
 _WITHOUT_EFFECT = {"adapter_kwargs", "code_revision", "trust_remote_code", "local_files_only", "low_cpu_mem_usage"}
 _WITHOUT_EFFECT |= {"use_safetensors", "weights_only", "_from_auto"}
 """Options about code, adapters and pickled weights, which such a model has none of, and those that hold anyway."""
@@ -74,7 +74,7 @@ def _reader(auto: str, table: str, load: Callable[..., PreTrainedModel]) -> type
 
 def _options(given: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """Options of `from_pretrained` as `load_merged` takes them."""
-    options = {_TAKEN[name]: value for name, value in given.items() if name in _TAKEN and value is not None}
+    options = {name: value for name, value in given.items() if name in _TAKEN and value is not None}
     rest = {name for name, value in given.items() if value and name not in {*_TAKEN, *_WITHOUT_EFFECT, "device_map"}}
     refused = f"{folder} is a merged light model, which cannot be loaded with"
     require(not rest, f"{refused} {', '.join(sorted(rest))}; leave that out")

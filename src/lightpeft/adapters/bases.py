@@ -36,7 +36,7 @@ def load_base(
     model: ModelConfig,
     *,
     dtype: str | torch.dtype = "auto",
-    attention: str | None = None,
+    attn_implementation: str | None = None,
     stream: Stream | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Load the base of a light adapter, dense or into a stream, with the head that the adapter was trained with.
@@ -44,7 +44,7 @@ def load_base(
     Args:
         model: where it is, and whether code or pickled weights of it may be read; the rest is as it was saved.
         dtype: of the weights; "auto": as it was.
-        attention: attention backend; None: the one it would use.
+        attn_implementation: attention backend; None: the one it would use.
         stream: to read it into.
 
     Returns:
@@ -56,7 +56,7 @@ def load_base(
     architecture = architecture_of(saved, "load the base yourself and pass it as base=")
     if stream is not None:
         architecture = stream.loader(architecture)
-    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     names = base_names(architecture)
     failed, instead = f"base {model.name} cannot be loaded", "give another place: base=..."
     with parsing(failed, instead), quietly(), apart_from_other_threads():

@@ -10,9 +10,8 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, cast
+from typing import cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -25,18 +24,19 @@ from lightpeft.adapters.right_base import check_base, check_brought, check_struc
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
-from lightpeft.files import check_sealed, check_vacant, read_tensors, replacing_folder, understandable
+from lightpeft.files import check_sealed, check_vacant, read_tensors, replacing_folder
 from lightpeft.files.foreign import parsing
-from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.loading import load_model_config
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
-from lightpeft.peft_kinds.sites import Site, find_sites, own_adapter, simplify_config, widens_alone
+from lightpeft.models.vocabulary.cutting import vocabulary_of
+from lightpeft.peft_kinds.sites.base import Site
+from lightpeft.peft_kinds.sites.registry import find_sites, own_adapter, simplify_config, widens_alone
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.light_model import LightModel
-from lightpeft.saving.adapter_files import DESCRIPTION, read_description, vocabulary_in
-from lightpeft.saving.description import BaseFacts, base_facts, facts_of
-from lightpeft.saving.peft_adapter import ADAPTER_CONFIG, WEIGHTS, read_adapter
+from lightpeft.saving.adapter_files import DESCRIPTION, read_saved
+from lightpeft.saving.description import BaseFacts, facts_of
+from lightpeft.saving.peft_adapter import ADAPTER_CONFIG, WEIGHTS
 
 _PREFIX = "base_model.model."
 """What PEFT's files write before the names of the model's modules."""
@@ -76,7 +76,7 @@ def load_full_width(light: str | Path, base: PreTrainedModel, *, is_trainable: b
     Raises:
         LightPeftError: a file is missing or altered, or the base is another one.
     """
-    adapter = _Saved.read(Path(light))
+    adapter = read_saved(Path(light))
     check_base(base, adapter.base, adapter.plan, str(light), vocabulary=adapter.vocabulary)
     return _filled(base, adapter.plan, adapter.config, read_tensors(Path(light) / WEIGHTS), is_trainable)
 
@@ -84,7 +84,7 @@ def load_full_width(light: str | Path, base: PreTrainedModel, *, is_trainable: b
 def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a saved light adapter as PEFT's own folder over the dense base.
 
-    The base's weights are not read, unless the kind of PEFT takes them (DoRA, trained biases).
+    The base's weights are not read, unless the kind of PEFT takes them (DoRA).
 
     Args:
         light: folder of the light adapter.
@@ -98,7 +98,7 @@ def save_full_width(light: str | Path, base: ModelConfig, folder: str | Path, *,
     """
     light, folder = Path(light), Path(folder)
     _check_vacant(folder, overwrite)
-    adapter = _Saved.read(light)
+    adapter = read_saved(light)
     if widens_alone(adapter.config):
         dense = _skeleton(adapter.base, base)
         check_structure(dense, adapter.base, adapter.plan, str(light))
@@ -128,24 +128,6 @@ def _check_vacant(folder: Path, overwrite: bool) -> None:
     """Refuse a folder with something in it that is no plain PEFT adapter."""
     plain = (folder / ADAPTER_CONFIG).is_file() and not (folder / DESCRIPTION).is_file()
     check_vacant(folder, replaceable=plain, overwrite=overwrite)
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """What a saved light adapter says of itself."""
-
-    plan: PrunePlan
-    base: BaseFacts
-    config: PeftConfig
-    vocabulary: Vocabulary | None
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        description = read_description(folder)
-        with understandable(folder / DESCRIPTION):
-            plan = PrunePlan.from_dict(description["plan"])
-        facts, config = base_facts(description, folder / DESCRIPTION), read_adapter(folder, explicit=True)
-        return cls(plan, facts, config, vocabulary_in(folder, description))
 
 
 def _skeleton(saved: BaseFacts, base: ModelConfig) -> PreTrainedModel:

@@ -52,7 +52,7 @@ def load_light(
     is_trainable: bool = False,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    attention: str | None = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     low_memory: bool = False,
@@ -69,7 +69,7 @@ def load_light(
         is_trainable: go on training; else the weights are frozen and the model is in eval mode.
         dtype: of the base weights when they are loaded here; "auto": as it was when the adapter was saved.
         device: where to put the model; None: where the base is.
-        attention: attention backend; None: the one the base would use.
+        attn_implementation: attention backend; None: the one the base would use.
         trust_remote_code: run Python code that comes with the base, if it needs any.
         allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
         low_memory: read the base from disk one tensor at a time and keep only what the plan keeps, so that memory holds
@@ -91,7 +91,7 @@ def load_light(
     if isinstance(base, nn.Module):
         return _light(saved, cast(PreTrainedModel, base), is_trainable=is_trainable, device=device)
     place = replace(saved.base.place(cast(Any, base)), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
-    dense, lacking = load_base(saved.base, place, dtype=dtype, attention=attention, stream=stream)
+    dense, lacking = load_base(saved.base, place, dtype=dtype, attn_implementation=attn_implementation, stream=stream)
     return _light(saved, dense, lacking, stream, is_trainable=is_trainable, device=device)
 
 
@@ -120,7 +120,9 @@ def load_sharing(
     """
     saved = read_saved(folder)
     stream = stream_of(saved, device, tensors)
-    dense, lacking = load_base(saved.base, place, dtype=place.dtype, attention=place.attention, stream=stream)
+    dense, lacking = load_base(
+        saved.base, place, dtype=place.dtype, attn_implementation=place.attn_implementation, stream=stream
+    )
     light = _light(saved, dense, lacking, stream, device=device, fits=saved.description == known)
     stream.hold(light)
     return light

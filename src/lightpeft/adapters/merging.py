@@ -120,7 +120,7 @@ def load_merged(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    attention: str | None = None,
+    attn_implementation: str | None = None,
     revision: str | None = None,
     token: repositories.Token = None,
 ) -> PreTrainedModel:
@@ -133,7 +133,7 @@ def load_merged(
         folder: what `save_merged` wrote; or its name on the hub, from where it is downloaded if it is not in the cache.
         dtype: of the weights; "auto": as they were saved.
         device: where to put the model; None: the CPU.
-        attention: attention backend; None: the one the base would use.
+        attn_implementation: attention backend; None: the one the base would use.
         revision: branch, tag or commit on the hub; None: the main branch.
         token: for the hub; None: that of the account that is logged in, if any.
 
@@ -158,7 +158,7 @@ def load_merged(
             apply_plan(model, plan)
         return checkpoint.load(model)
 
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with parsing(f"{folder} cannot be loaded"):
         model, info = with_reader(architecture, read).from_pretrained(
             str(folder),

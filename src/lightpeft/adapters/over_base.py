@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from lightpeft.adapters.right_base import check_base, check_brought, check_structure
 from lightpeft.adapters.streaming import Stream
 from lightpeft.errors import require
-from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.tensors import SharedTensors
-from lightpeft.models.vocabulary import check_whole, cut_model
+from lightpeft.models.vocabulary.cutting import check_whole, cut_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.adapter_files import Saved
-from lightpeft.saving.peft_adapter import brought_for_base, check_fit, load_adapter, skeleton_of
+from lightpeft.saving.peft_adapter import check_fit, load_adapter, skeleton_of
 
 
 def over_base(
@@ -50,7 +50,6 @@ def over_base(
     apply_plan(dense, plan)
     if stream is not None:
         stream.fill(dense)
-        stream.part_with(dense, brought_for_base(saved.config, folder))
     model = load_adapter(dense, folder, saved.config, is_trainable)
     if not is_trainable:
         model.eval()

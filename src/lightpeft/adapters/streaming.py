@@ -7,7 +7,7 @@ may be shared with models that were read from the same files before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -25,9 +25,10 @@ from lightpeft.compat.torch import set_unseen, with_own_parameters
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.linears import slice_linear, stored_weight
+from lightpeft.models.linears.registry import slice_linear, stored_weight
 from lightpeft.models.tensors import Reading, SharedTensors, check_files, on_disk
-from lightpeft.models.vocabulary import Vocabulary, rows_by_token
+from lightpeft.models.vocabulary.cutting import rows_by_token
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.layout import cut_dim, kept_channels, kept_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
@@ -128,12 +129,6 @@ class Stream:
         self._places, self._experts, self._rows = {}, {}, {}
         empty = [name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if tensor.is_meta]
         require(not empty, f"low_memory left {', '.join(empty[:3])} without weights; {_INSTEAD}")
-
-    def part_with(self, model: nn.Module, names: Iterable[str]) -> None:
-        """Give the model own copies of parameters that are about to be written to; other names are skipped."""
-        parameters = dict(model.named_parameters())
-        for name in parameters.keys() & set(names):
-            parameters[name].data = parameters[name].data.clone()
 
     def hold(self, model: nn.Module) -> None:
         """Say that the model, which is all that was read, has the tensors that it shares for as long as it lives."""

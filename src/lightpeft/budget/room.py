@@ -73,13 +73,13 @@ class SearchRoom:
     processes: int
     points: bool
     """Whether the tolerance is in points of the task's metric."""
-    engine: str | None = None
-    """What shards the model, if anything does."""
+    sharded: bool = False
+    """Whether FSDP shards the model."""
     told: str = ""
     """How many of the caller's rows train; empty: `rows` do."""
 
     @classmethod
-    def of(cls, trainer: Host, tolerance: Tolerance, engine: str | None = None, told: str = "") -> SearchRoom:
+    def of(cls, trainer: Host, tolerance: Tolerance, told: str = "", *, sharded: bool = False) -> SearchRoom:
         """That of a trainer."""
         pace, args = pace_of(trainer), trainer.args
         return cls(
@@ -88,7 +88,7 @@ class SearchRoom:
             rows_a_step=rows_a_step(args),
             processes=args.world_size,
             points=tolerance.unit == "points",
-            engine=engine,
+            sharded=sharded,
             told=told,
         )
 
@@ -134,8 +134,8 @@ def why_unmeasured(room: SearchRoom, light: LightConfig, steps: int, gone: float
         steps: of the whole run.
         gone: part of the blocks that is gone before.
     """
-    if room.engine is not None:
-        return f"a search for a budget copies the model, and {room.engine} shards it"
+    if room.sharded:
+        return "a search for a budget copies the model, and FSDP shards it"
     if room.rows is None:
         return "a search for a budget sets rows aside, and the number of rows is not known"
     if room.aside(0) < LEAST_HELD:

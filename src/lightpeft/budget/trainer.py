@@ -36,16 +36,16 @@ class SearchHost(Host, Protocol):
     def announce_light_budget(self, line: str) -> None: ...
 
 
-def budget_in(trainer: SearchHost, record: EstimationRecord, steps: int, engine: str | None) -> FoundBudget:
-    """The largest part of the blocks that may go within `light.remove.tolerance`, for the model as estimation left it.
+def budget_in(trainer: SearchHost, record: EstimationRecord, steps: int, *, sharded: bool) -> FoundBudget:
+    """The largest part of the blocks that may go within the tolerance, for the model as estimation left it.
 
     Args:
         steps: of the whole run.
-        engine: what shards the model, if anything does.
+        sharded: whether FSDP shards the model.
     """
     started, light, asked = time.perf_counter(), trainer.light_config, trainer.light_tolerance()
     gone = gone_before(record)
-    room = SearchRoom.of(trainer, asked, engine, trainer.light_rows_told)
+    room = SearchRoom.of(trainer, asked, trainer.light_rows_told, sharded=sharded)
     reason = why_unmeasured(room, light, steps, gone)
     if reason is not None:
         return FoundBudget.fixed(reason, record.meta.get("learned"), gone)

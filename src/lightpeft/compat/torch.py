@@ -163,19 +163,6 @@ def with_own_parameters(module: nn.Module) -> nn.Module:
     return twin
 
 
-def is_convolution(module: nn.Module) -> bool:
-    """Whether the module is a convolution, transposed ones among them, over whatever number of dimensions."""
-    return isinstance(module, _CONVOLUTIONS)
-
-
-_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-)
 _TABLES = "Weights that come and go (low_memory, weights_on_disk, FSDP2, forecasts of memory)"
 
 

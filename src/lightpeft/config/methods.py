@@ -27,23 +27,10 @@ class Method:
     by_habit: bool = False
     """Whether PEFT modules sit where their kind is used by habit, and not wherever they may be of use."""
 
-    @property
-    def rate(self) -> str:
-        """The setting that is its learning rate."""
-        return "learning_rate" if self.has_peft else "full_learning_rate"
-
 
 METHODS: dict[str, Method] = {
-    "light": Method("light", "adapter", "lightpeft.json", ("training.full_learning_rate",), prunes=True),
-    "plain": Method(
-        "plain", "adapter", "adapter_config.json", ("light.", "training.full_learning_rate"), by_habit=True
-    ),
-    "full": Method(
-        "full",
-        "model",
-        "config.json",
-        ("light.", "peft", "lora.", "bottleneck.", "training.learning_rate"),
-        has_peft=False,
-    ),
+    "light": Method("light", "adapter", "lightpeft.json", (), prunes=True),
+    "plain": Method("plain", "adapter", "adapter_config.json", ("light.",), by_habit=True),
+    "full": Method("full", "model", "config.json", ("light.", "peft"), has_peft=False),
 }
 """Method by name."""

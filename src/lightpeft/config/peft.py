@@ -13,6 +13,13 @@ USUAL = "lora"
 """The kind, where nothing is said."""
 TYPE = "type"
 """Key of the kind in a mapping."""
+SLOTS_KEY = "slots"
+"""Key that is no field of PEFT's: the projections that get a module."""
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05},
+    "bottleneck": {"size": 64, "placement": "houlsby", "non_linearity": "relu", "dropout": 0.0, "scaling": 1.0},
+}
+"""Kind -> the settings that it has where nothing is said, if they are not PEFT's own."""
 
 
 def peft_type(peft: Any) -> Any:
@@ -27,14 +34,16 @@ def peft_settings(peft: Peft) -> dict[str, Any]:
 
 
 def shortest(peft: Peft) -> Peft:
-    """The same in one form: the name alone where it says no more, and else the type first.
+    """The same in one form: without defaults, the name alone where that says all, and else the type first.
 
     Raises:
         LightPeftError: the type is no name.
     """
     kind, settings = peft_type(peft), peft_settings(peft)
     require(isinstance(kind, str), f"peft.type is {kind!r}; it must be text, such as {USUAL}")
-    return {TYPE: kind, **settings} if settings else kind
+    defaults = {SLOTS_KEY: None, "target_modules": None, **DEFAULTS.get(kind, {})}
+    said = {name: value for name, value in settings.items() if name not in defaults or value != defaults[name]}
+    return {TYPE: kind, **said} if said else kind
 
 
 def peft_over(below: Any, above: Any) -> Any:

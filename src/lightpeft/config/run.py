@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from lightpeft.config.derived import derived
-from lightpeft.config.light import MOST_ROWS, WIDEST, LightConfig
+from lightpeft.config.light import MOST_ROWS, LightConfig
 from lightpeft.config.methods import METHODS, Method, MethodName
 from lightpeft.config.peft import USUAL, Peft, peft_settings, peft_type, shortest
 from lightpeft.config.presets import WRITTEN, light_mapping
-from lightpeft.config.validation import check_most, check_values, from_dict, load_yaml
+from lightpeft.config.validation import Within, check_values, from_dict, load_yaml
 from lightpeft.errors import require
 
 Auto = Literal["auto"]
 AnswerBy = Literal["auto", "head", "likelihood"]
 LikelihoodRule = Literal["sum", "token", "byte", "unconditional"]
-Placement = Literal["houlsby", "pfeiffer", "parallel"]
 PrefixPlace = Literal["file", "memory", "off"]
-PrefixDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 _LONGEST = 2**24
 """Tokens that a row may have: no model reads more."""
@@ -46,11 +43,11 @@ class ModelConfig:
     """File inside the folder to load a GGUF checkpoint from."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Data type of the frozen weights."""
-    quantise: Literal["nf4", "int8"] | None = None
-    """Keep the frozen weights in 4 bits (nf4) or 8 bits (int8), with bitsandbytes (extra `quantised`)."""
+    quantization: Literal["nf4", "int8"] | None = None
+    """Keep the frozen weights in 4 bits (nf4) or 8 bits (int8), with bitsandbytes (extra `quantized`)."""
     low_memory: bool = False
     """Leave the weights of the blocks on disk and read each where it is needed, for bases that do not fit; slower."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """Attention backend; unset: what transformers chooses."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint. Leave off unless you trust its author."""
@@ -59,8 +56,8 @@ class ModelConfig:
     unless you trust its author."""
 
     def __post_init__(self) -> None:
-        check_values(self)
-        others = [name for name in ("quantise", "gguf_file") if getattr(self, name) is not None]
+        check_values(self, "model.")
+        others = [name for name in ("quantization", "gguf_file") if getattr(self, name) is not None]
         alone = "model.low_memory reads weights as they are in safetensors files; leave model."
         require(not (self.low_memory and others), f"{alone}{' and model.'.join(others)} unset")
 
@@ -131,174 +128,66 @@ class DataConfig:
     needed for kinds, and instead of the task's own rows for the others."""
     test: str | None = None
     """Rows for evaluation, in the same form; unset: `test_fraction` of the training rows is held out."""
-    test_fraction: float = 0.2
-    """Part of the training rows held out when `test` is unset, chosen by `split_seed`."""
-    split_seed: int = 0
-    """Seed of the hold-out split: independent of the run's seed, so that seeds share one test set."""
-    text: str = "text"
-    """Column with the text (classification, regression, plain causal-lm) or the question (multiple-choice)."""
-    text_pair: str | None = None
-    """Column with the second text of a pair."""
-    label: str = "label"
-    """Column with the label: an integer or a string, a number (regression), or the right option's index, from 0
-    (multiple-choice)."""
-    options: str = "options"
-    """Column with the list of options (multiple-choice)."""
-    prompt: str | None = None
-    """Column with the prompt (causal-lm): the loss is on the completion only."""
-    completion: str | None = None
-    """Column with the completion that follows the prompt."""
-    question: str = "question"
-    """Column with the question (span, generation)."""
-    context: str = "context"
-    """Column with the text that the answer is a piece of (span)."""
-    answers: str = "answers"
-    """Column with the right answers: texts, or {"text": [...], "answer_start": [...]} with the number of the first
-    character of each in the context (span, where texts alone are looked for); a list of texts (generation)."""
-    messages: str = "messages"
-    """Column with a chat, a list of {"role": ..., "content": ...} (chat)."""
-    max_length: int = 128
+    test_fraction: Annotated[float, Within(above=0, below=1)] = 0.2
+    """Part of the training rows held out when `test` is unset; the same rows whatever the run's seed."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Column of the kind -> column of the data, or a template such as "{premise} {hypothesis}". Of those that are not
+    named, text, label, context, options, answer, question, answers and messages have their own names in the data;
+    text_pair, prompt and completion are read if they are named. docs/tasks.md has the columns of every kind."""
+    max_length: Annotated[int, Within(least=2, most=_LONGEST)] = 128
     """Tokens a row keeps at most; may not exceed what the model allows. Longer contexts are read in windows (span)."""
-    stride: int | None = None
-    """Context tokens that a window shares with the next one (span); unset: a third of `max_length`."""
     null_threshold: float | None = None
     """Give no answer unless the best one scores better than none by more than this (span); unset: as the task says,
     which is to answer always, or 0 where questions without an answer belong to it."""
-    answer_tokens: int = 30
+    answer_tokens: Annotated[int, Within(least=1, most=_LONGEST)] = 30
     """Tokens an answer has at most (span, generation, and what `predict` writes)."""
-    limit_train: int | None = None
+    limit_train: Annotated[int | None, Within(least=1)] = None
     """Use only so many training rows, after a seeded shuffle."""
-    limit_test: int | None = None
+    limit_test: Annotated[int | None, Within(least=1)] = None
     """Use only so many test rows, after a seeded shuffle."""
 
     def __post_init__(self) -> None:
-        check_values(self)
-        require(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2")
-        require(self.answer_tokens >= 1, f"data.answer_tokens is {self.answer_tokens}; it must be at least 1")
-        check_most(self, "data.", dict.fromkeys(("max_length", "answer_tokens", "stride"), _LONGEST))
-        require(0 <= self.split_seed < 2**32, f"data.split_seed is {self.split_seed}; it lies in [0, 2**32)")
-        for name, least in (("stride", 0), ("limit_train", 1), ("limit_test", 1)):
-            value = getattr(self, name)
-            require(value is None or value >= least, f"data.{name} is {value}; it must be at least {least}")
-        require(0 < self.test_fraction < 1, f"data.test_fraction is {self.test_fraction:g}; it lies in (0, 1)")
-        paired = (self.prompt is None) == (self.completion is None)
-        require(paired, "data.prompt and data.completion go together; give both columns or neither")
-
-
-@dataclass(kw_only=True)
-class LoraSettings:
-    """The LoRA that estimation starts with."""
-
-    r: int = 8
-    """Rank."""
-    alpha: int = 16
-    """Scaling numerator: the update is multiplied by alpha / r."""
-    dropout: float = 0.05
-    """Dropout on the input of the low-rank branch."""
-    slots: list[str] | None = None
-    """Which projections get a module, of q, k, v, qkv, o, ffn_in, ffn_gate, ffn_gate_in, ffn_out; unset: all that the
-    model has (method light), or q and v, in models that fuse them qkv (method plain)."""
-    target_modules: list[str] | None = None
-    """Names of target modules as PEFT takes them; overrides `slots`."""
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        require(self.r >= 1, f"lora.r is {self.r}; it must be at least 1")
-        check_most(self, "lora.", {"r": WIDEST})
-        require(self.alpha > 0, f"lora.alpha is {self.alpha}; it must be positive")
-        require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout:g}; it lies in [0, 1)")
-
-
-@dataclass(kw_only=True)
-class BottleneckSettings:
-    """The bottleneck adapters that estimation starts with."""
-
-    size: int = 64
-    """Units of the bottleneck."""
-    placement: Placement = "houlsby"
-    """houlsby: after attention and after the FFN of every block; pfeiffer: after the FFN; parallel: beside the FFN."""
-    non_linearity: str = "relu"
-    """Activation between the projections, by transformers' name."""
-    dropout: float = 0.0
-    """Dropout on what the adapter reads."""
-    scaling: float | Literal["learned"] = 1.0
-    """Factor on the adapter's output; learned: one trainable scalar an adapter."""
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        require(self.size >= 1, f"bottleneck.size is {self.size}; it must be at least 1")
-        check_most(self, "bottleneck.", {"size": WIDEST})
-        require(0 <= self.dropout < 1, f"bottleneck.dropout is {self.dropout:g}; it lies in [0, 1)")
+        check_values(self, "data.")
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
     """The fine-tuning run as a whole; estimation is its first part."""
 
-    epochs: float | Auto = "auto"
+    epochs: Annotated[float | Auto, Within(above=0, most=_MOST_EPOCHS)] = "auto"
     """Passes over the training rows, estimation included; auto: 3, and as many more as make 200 optimizer steps, up to
     40, of which a run takes no more than lower the loss on rows that it sets aside."""
-    batch_size: int = 32
+    batch_size: Annotated[int, Within(least=1, most=MOST_ROWS)] = 32
     """Rows a step and process."""
-    eval_batch_size: int = 64
+    eval_batch_size: Annotated[int, Within(least=1, most=MOST_ROWS)] = 64
     """Rows a step in evaluation and prediction."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: Annotated[int, Within(least=1, most=MOST_ROWS)] = 1
     """Backward passes an optimizer step."""
-    learning_rate: float | Auto = "auto"
-    """Peak learning rate of the PEFT modules and the head; linear decay to zero. auto: by the model's width, from 1e-3
-    (384 and below) to 3e-4 (4,096 and above)."""
-    full_learning_rate: float = 2e-5
-    """Peak learning rate where every weight trains (method full): what PEFT needs would destroy pretrained weights."""
-    warmup: float = 0.06
+    learning_rate: Annotated[float | Auto, Within(above=0)] = "auto"
+    """Peak learning rate of what trains; linear decay to zero. auto: for PEFT modules and the head by the model's
+    width, from 1e-3 (384 and below) to 3e-4 (4,096 and above); 2e-5 where every weight trains (method full), since
+    what PEFT needs would destroy pretrained weights."""
+    warmup: Annotated[float, Within(least=0, below=1)] = 0.06
     """Part of each stage's steps over which the learning rate rises."""
-    weight_decay: float = 0.0
-    """AdamW weight decay of the PEFT modules and the head."""
-    max_grad_norm: float = 1.0
-    """Gradient norm clipping; 0 switches it off."""
-    bf16: bool | Literal["auto"] = False
-    """bfloat16 autocast in training and evaluation; auto: on hardware that has bfloat16 arithmetic."""
-    fp16: bool = False
-    """float16 autocast instead, with a scaled loss, for GPUs that have no bfloat16 arithmetic."""
+    precision: Literal["float32", "bf16", "fp16", "auto"] = "float32"
+    """What products of matrices are computed in, in training and evaluation: float32, the weights' own precision; bf16,
+    bfloat16 autocast; fp16, float16 autocast with a scaled loss, for GPUs that have no bfloat16 arithmetic; auto,
+    bf16 on hardware that has bfloat16 arithmetic."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
-    by_length: bool = True
-    """Batches of rows of similar length; off: random batches. Padding is dynamic either way."""
-    pad_to_multiple_of: int = 8
-    """Batches are padded to a multiple of so many tokens (where the model takes as many): few different shapes are
-    faster than a few tokens less."""
     fast_steps: bool = True
     """Light runs compute a LoRA layer in one step, gradients of attention and of norms on CPUs in fewer, and a language
     model's logits where labels are, and make some activations again in the backward pass; off: as PEFT, PyTorch and
     transformers do."""
     prefix_cache: PrefixPlace = "file"
     """Blocks below the lowest PEFT module compute the same for a row in every epoch. file, memory: compute them once,
-    without dropout, and keep their outputs there; off: compute them every time, with dropout."""
-    prefix_dtype: PrefixDtype = "auto"
-    """Data type of those outputs; auto: as they are computed, so that nothing is rounded."""
-    prefix_limit: float = 16.0
-    """GiB that they may take; beyond that there is no cache."""
-    save_steps: int = 200
+    without dropout, and keep their outputs there, if they take no more than 16 GiB; off: compute them every time, with
+    dropout."""
+    save_steps: Annotated[int, Within(least=1)] = 200
     """Steps between checkpoints that a killed run resumes from."""
-    logging_steps: int = 10
-    """Steps between lines in log.jsonl."""
 
     def __post_init__(self) -> None:
-        rates = ("learning_rate", "full_learning_rate")
-        for name in ("epochs", "batch_size", "eval_batch_size", "gradient_accumulation", *rates):
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                require(0 < value < math.inf, f"training.{name} is {value:g}; it must be positive and finite")
-        for name in ("weight_decay", "max_grad_norm"):
-            value = getattr(self, name)
-            require(0 <= value < math.inf, f"training.{name} is {value:g}; it cannot be negative or infinite")
-        check_values(self)
-        rows = ("batch_size", "eval_batch_size", "gradient_accumulation")
-        check_most(self, "training.", {"epochs": _MOST_EPOCHS, **dict.fromkeys(rows, MOST_ROWS)})
-        require(not (self.fp16 and self.bf16), "training.fp16 and training.bf16 exclude each other; set one of them")
-        require(self.prefix_limit > 0, f"training.prefix_limit is {self.prefix_limit:g}; it must be positive")
-        require(0 <= self.warmup < 1, f"training.warmup is {self.warmup:g}; it lies in [0, 1)")
-        for name in ("save_steps", "logging_steps", "pad_to_multiple_of"):
-            require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; it starts at 1")
+        check_values(self, "training.")
 
 
 @dataclass(kw_only=True)
@@ -309,33 +198,32 @@ class RunConfig:
     """light: Light-PEFT; for comparison on the same data, plain: the same PEFT as it is used by habit (no estimation,
     nothing pruned; LoRA sits on q and v), full: full fine-tuning, in which every weight trains."""
     peft: Peft = USUAL
-    """PEFT kind: lora, bottleneck (adapters) or ia3. For all that PEFT can set: a mapping of PEFT's own settings with
-    the kind as its `type`, such as {type: lora, use_dora: true}."""
+    """PEFT kind: lora, bottleneck (adapters) or ia3; or a mapping with the kind as its `type` (lora if there is none),
+    any of PEFT's own settings for it, such as {type: lora, r: 16, use_dora: true}, and `slots`, the projections that
+    get a module, of q, k, v, qkv, o, ffn_in, ffn_gate, ffn_gate_in, ffn_out. If they are not given: lora has r: 8,
+    lora_alpha: 16, lora_dropout: 0.05, and bottleneck has size: 64, placement: houlsby; modules sit on all projections
+    (method light), or where the kind has them by habit, which for LoRA is q and v (method plain)."""
     output: str = "runs/run"
     """Run folder: estimation/, plan.json, pruned/, adapter/, full/, metrics.json, log.jsonl."""
-    seed: int = 0
+    seed: Annotated[int, Within(least=0, below=2**32)] = 0
     """Seed of weights, order and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The foundation model."""
     data: DataConfig = field(default_factory=DataConfig)
     """The task's data."""
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    """The LoRA that the run starts with (peft: lora); settings in `peft` go over it."""
-    bottleneck: BottleneckSettings = field(default_factory=BottleneckSettings)
-    """The adapters that the run starts with (peft: bottleneck); settings in `peft` go over it."""
     light: LightConfig = field(default_factory=LightConfig)
     """How much is removed, and how. A part of the blocks such as 0.4, auto, a preset's name, or settings; what is unset
     follows from the task and the kind of PEFT (help shows it for LoRA on a model that classifies)."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The fine-tuning run."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Other fields of transformers' TrainingArguments, such as optim, lr_scheduler_type, eval_strategy, report_to."""
+    """Other fields of transformers' TrainingArguments, such as optim, weight_decay (0 if it is not given),
+    max_grad_norm (1), lr_scheduler_type, logging_steps (10), eval_strategy, report_to."""
     tasks: dict[str, TaskEntry] = field(default_factory=dict)
     """Tasks of your own by name, for `data.task`."""
 
     def __post_init__(self) -> None:
         check_values(self)
-        require(0 <= self.seed < 2**32, f"seed is {self.seed}; it lies in [0, 2**32)")
         self.peft = shortest(self.peft)
         self.light = derived(self.light, self.peft_type, self.task_kind in WRITTEN)
 

@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 
@@ -44,7 +44,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, path: str | Path) -> Any:
     """A YAML value; `path` names it in the line about what is wrong with it."""
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    in_c = yaml.__version__ != "6.0.3" and hasattr(yaml, "CSafeLoader")  # which crashes on a file of open brackets
+    loader: Any = (yaml.CSafeLoader if in_c else yaml.SafeLoader)(text)
     try:
         node = loader.get_single_node()
         _check_size(node, path)
@@ -121,6 +122,14 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+@functools.cache
+def _ranges(cls: Any) -> dict[str, list[Within]]:
+    """What numbers the fields may be, of those that say so."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    beside = {name: typing.get_args(hint)[1:] for name, hint in hints.items() if typing.get_origin(hint) is Annotated}
+    return {name: [each for each in said if isinstance(each, Within)] for name, said in beside.items()}
+
+
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
@@ -148,15 +157,50 @@ def unknown_key(key: str, known: list[str], inner: Iterable[str] = ()) -> str:
     return f"unknown key {key}{hint}"
 
 
-def check_values(config: Any) -> None:
-    """Check every field of dataclass `config`: literal choices are known ones, and numbers are finite and no bombs."""
-    for name, hint in _hints(typing.cast(Any, type(config))).items():
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """Which numbers a setting may be, beside its type: `Annotated[int, Within(least=1)]`."""
+
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    most: int | None = None
+
+    def check(self, value: float, where: str) -> None:
+        """Raise `LightPeftError` if a number is outside; `where` names the setting."""
+        below = (self.least is not None and value < self.least) or (self.above is not None and value <= self.above)
+        if below or (self.below is not None and value >= self.below):
+            raise LightPeftError(f"{where} is {shown(value)}; it {self._must}")
+        if self.most is not None and value > self.most:  # which could only end in a lack of memory, or in an overflow
+            raise LightPeftError(f"{where} is {shown(value)}; it can be at most {self.most:,}")
+
+    @property
+    def _must(self) -> str:
+        if self.below is not None:
+            start = f"[{self.least:g}" if self.above is None else f"({self.above:g}"
+            return f"lies in {start}, {self.below:,})"
+        if self.above is not None:
+            return f"must be above {self.above:g}" if self.above else "must be positive"
+        return f"must be at least {self.least:g}"
+
+
+def check_values(config: Any, section: str = "") -> None:
+    """Check every field of dataclass `config`: literal choices are known ones, and numbers are finite, no bombs, and
+    within what the field's type says.
+
+    Args:
+        section: what its names begin with in error lines, such as "data.".
+    """
+    cls = typing.cast(Any, type(config))
+    for name, hint in _hints(cls).items():
         options = _literals(hint)
         value = getattr(config, name)
         if options and isinstance(value, str) and value not in options:
-            raise LightPeftError(f'{name} is "{value}"; choose one of {", ".join(map(str, options))}')
+            raise LightPeftError(f'{section}{name} is "{value}"; choose one of {", ".join(map(str, options))}')
         if isinstance(value, (int, float)):
-            _check_number(value, name)
+            _check_number(value, f"{section}{name}")
+            for within in _ranges(cls).get(name, ()):
+                within.check(value, f"{section}{name}")
 
 
 def _check_number(value: int | float, where: str) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class StepProgress:
-    """A line on stderr for each step that ends, with the rate and the time that is left; on a terminal also a bar."""
+    """A line on stderr for each step that ends, with the rate and the time that is left."""
 
     def __init__(self, total: int, done: int, unit: str) -> None:
         """
@@ -19,40 +18,23 @@ class StepProgress:
             unit: what they are called.
         """
         self.total, self.before, self.done, self.unit = total, done, done, unit
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self.task = self.bar.add_task("", total=total, completed=done)
         self.started = self.begun = time.monotonic()
+        if done:
+            tell(f"{done} of {total} {unit} are done already")
 
-    def __enter__(self) -> StepProgress:
-        self.bar.start()
-        if self.before:
-            self.say(f"{self.before} of {self.total} {self.unit} are done already")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def begin(self, name: str) -> None:
+    def begin(self) -> None:
         """A step begins."""
         self.begun = time.monotonic()
-        self.bar.update(self.task, description=name)
 
     def end(self, name: str, outcome: str) -> None:
         """A step has ended, well or not."""
         now = time.monotonic()
         self.done += 1
-        self.bar.update(self.task, completed=self.done)
         each = (now - self.started) / (self.done - self.before)
         left = duration(each * (self.total - self.done)) if self.done < self.total else "none"
         took = duration(now - self.begun)
         rate = f"{3600 / each:{',.0f' if each < 36 else '.3g'}} {self.unit}/h"
-        self.say(f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {rate}, time left: {left}")
-
-    def say(self, line: str) -> None:
-        """A line beside the bar."""
-        self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        tell(f"[{self.done}/{self.total}] {name}: {outcome}; {took}, {rate}, time left: {left}")
 
 
 EVERY = 30.0

@@ -1,7 +1,6 @@
 """Files: bounded and verified on the way in, whole or not at all on the way out, in folders that one process holds."""
 
-from lightpeft.files.locks import InUseError, check_free, holding, is_own_file
-from lightpeft.files.places import resolved
+from lightpeft.files.locks import check_free, holding, is_own_file
 from lightpeft.files.reading import (
     CHECKSUMS,
     SCHEMA_VERSION,
@@ -30,7 +29,6 @@ from lightpeft.files.writing import (
 __all__ = [
     "CHECKSUMS",
     "SCHEMA_VERSION",
-    "InUseError",
     "append_line",
     "check_file",
     "check_free",
@@ -47,7 +45,6 @@ __all__ = [
     "read_text",
     "replacing",
     "replacing_folder",
-    "resolved",
     "seal",
     "understandable",
     "write_json",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
@@ -32,27 +30,20 @@ def read_text(path: str | Path, limit: int = _DATA_LIMIT) -> str:
     """The text of a regular file.
 
     Raises:
-        LightPeftError: it is missing, no regular file (a device or a pipe would never end), too large, or not UTF-8.
+        LightPeftError: it is missing, no regular file, too large, or not UTF-8.
     """
+    path = Path(path)
     try:
-        # without O_NONBLOCK the opening of a pipe would wait for somebody to write into it
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            state = os.fstat(descriptor)
-            require(stat.S_ISREG(state.st_mode), f"{path} is not a regular file")
-            large = f"{path} is larger than {limit // 2**10} KiB, which no such file should be"
-            require(state.st_size <= limit, large)
-            raw = file.read(state.st_size + 1)
+        require(path.is_file() or not path.exists(), f"{path} is not a regular file")
+        large = f"{path} is larger than {limit // 2**10} KiB, which no such file should be"
+        require(path.stat().st_size <= limit, large)
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise LightPeftError(f"{path} does not exist") from error
-    except LightPeftError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
-        raise LightPeftError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise LightPeftError(f"{path} cannot be read: it is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise LightPeftError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -64,34 +55,25 @@ def read_json(path: str | Path) -> dict[str, Any]:
     data = parse_json(read_text(path), path)
     require(isinstance(data, dict), f"{path} does not hold a JSON object")
     version = data.get("schema_version")
-    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-        raise LightPeftError(
-            f"{path} has schema version {str(version)[:20]}, this lightpeft reads up to {SCHEMA_VERSION}; "
-            "upgrade lightpeft"
-        )
-    if version >= 2:
-        require(data.pop(CHECKSUM, None) == content_checksum(data), f"{path} was altered or damaged")
+    known = type(version) is int and 1 <= version <= SCHEMA_VERSION
+    newer = f"{path} has schema version {str(version)[:20]}, this lightpeft reads up to {SCHEMA_VERSION}"
+    require(known, f"{newer}; upgrade lightpeft")
+    checksum = data.pop(CHECKSUM, None)
+    require(version == 1 or checksum == content_checksum(data), f"{path} was altered or damaged")
     return data
 
 
 def parse_json(text: str, path: str | Path) -> Any:
     """A JSON value; `path` names it in the line about what it is not."""
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no JSON")
-
     try:
-        data = json.loads(text, parse_constant=refuse)
-        if "\\u" in text:
-            json.dumps(data, ensure_ascii=False).encode()  # halves of characters cannot be printed or hashed
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise LightPeftError(f"{path} cannot be read: {error}") from error
-    return data
 
 
 def content_checksum(content: dict[str, Any]) -> str:
     """SHA-256 of plain data as JSON, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_checksum(path: Path) -> str:

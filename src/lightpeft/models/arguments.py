@@ -22,12 +22,6 @@ def change_arguments(module: nn.Module, changes: Mapping[str, Change]) -> Remova
     return module.register_forward_pre_hook(_Changed(_positions(module), changes), with_kwargs=True)
 
 
-def argument_names(module: nn.Module) -> list[str]:
-    """What the arguments of `forward` are called, but for those that it only collects."""
-    collected = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    return [parameter.name for parameter in _parameters(module) if parameter.kind not in collected]
-
-
 def _positions(module: nn.Module) -> dict[str, int]:
     """Argument -> its place, of those that may come by position."""
     by_position = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)

@@ -27,11 +27,11 @@ from lightpeft.compat.transformers import forget_renaming, has_adapter
 from lightpeft.config import ModelConfig
 from lightpeft.config.validation import shown
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files.foreign import check_config, check_folder, check_weights, parsing
+from lightpeft.files.foreign import check_config, check_weights, parsing
 from lightpeft.machine import processes
 from lightpeft.models import hub
-from lightpeft.models.families import check_not_refused
-from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.families.registry import check_not_refused
+from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.on_disk import weights_on_disk
 from lightpeft.models.task_heads import CAUSAL_LM, TaskHead
 
@@ -39,8 +39,8 @@ _QUANTISED: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     "int8": {"load_in_8bit": True},
 }
-CUTTABLE = ("bitsandbytes", "torchao")
-"""Quantisation methods, as transformers names them, whose weights can be cut."""
+CUTTABLE = "bitsandbytes"
+"""The quantisation method, as transformers names it, whose weights can be cut."""
 
 
 def quiet_libraries() -> None:
@@ -91,8 +91,8 @@ def load_model(
     hf_config, options = _configured(config, head, labels, to_prune)
     if to_prune:
         _check_quantisation(config, hf_config)
-    if config.quantise:
-        options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantise])
+    if config.quantization:
+        options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[config.quantization])
     architecture = None if head.architectures is None else head.architectures.get(type(hf_config), None)
     names = None if architecture is None else base_names(architecture)
     with _opening(config), weights_on_disk() if config.low_memory else nullcontext():
@@ -162,7 +162,7 @@ def _configured(
     if to_prune:
         check_not_refused(hf_config.model_type)
     head.configure(hf_config, labels)
-    return hf_config, {"attn_implementation": config.attention} if config.attention else {}
+    return hf_config, {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 
 def _heads(model: PreTrainedModel) -> list[str]:
@@ -202,15 +202,16 @@ def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> Non
         return
     method = quantisation_method(quantised if isinstance(quantised, dict) else quantised.to_dict())
     require(
-        method in CUTTABLE,
+        method == CUTTABLE,
         f"model {config.name} is quantised ({method}), which cannot be cut; give the base in float32, bfloat16 or "
-        f"float16, or quantised by {' or '.join(CUTTABLE)}",
+        f"float16, or quantised by {CUTTABLE}",
     )
-    require(config.quantise is None, f"model {config.name} is quantised already ({method}); leave model.quantise unset")
+    already = f"model {config.name} is quantised already ({method})"
+    require(config.quantization is None, f"{already}; leave model.quantization unset")
 
 
 def quantisation_method(settings: Mapping[str, Any]) -> str:
-    """The method, as `CUTTABLE` has it, in a quantisation's settings."""
+    """The method, as transformers names it, in a quantisation's settings."""
     return str(settings.get("quant_method", "unknown method")).rpartition(".")[2].lower()
 
 
@@ -260,7 +261,7 @@ def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, An
         How any `from_pretrained` of transformers is to be called for it.
 
     Raises:
-        LightPeftError: the folder is not there, or holds what no model has: see `foreign`.
+        LightPeftError: the folder is not there, or asks for code from the hub.
         Exception: what transformers raises for a configuration that is missing or damaged.
     """
     require(config.name, "model.name is empty; give a hub name or a local folder")
@@ -268,8 +269,6 @@ def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, An
     looks_local = config.name.startswith((".", "/", "~")) or config.name.count("/") > 1
     require(folder.is_dir() or not looks_local, f"model folder {config.name} does not exist")
     hub.look_for(config.name)
-    if folder.is_dir():
-        check_folder(folder)
     place = {"revision": config.revision or "main"}
     if config.gguf_file is None:
         settings, _ = PretrainedConfig.get_config_dict(config.name, **place)

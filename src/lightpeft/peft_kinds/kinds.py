@@ -5,8 +5,8 @@ A new kind is a `Site` class (`peft_kinds/sites`) and an entry here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, TaskType
@@ -14,13 +14,15 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, TaskType
 from lightpeft.compat.peft import names_of_experts
 from lightpeft.config import LightConfig, RunConfig
 from lightpeft.config.light import WIDEST
-from lightpeft.config.validation import check_most, checked_fields
+from lightpeft.config.peft import DEFAULTS, SLOTS_KEY
+from lightpeft.config.validation import Within, checked, checked_fields
 from lightpeft.errors import LightPeftError, nearest, require
 from lightpeft.files.foreign import parsing
-from lightpeft.peft_kinds.sites import Site, check_config
+from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.peft_kinds.sites.lora import LoraSite
+from lightpeft.peft_kinds.sites.registry import check_config
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
 Settings = dict[str, Any]
@@ -68,9 +70,11 @@ class PeftKind:
     title: str
     """What people call it."""
     habit: Collection[str] = ("q", "v", "kv", "qkv")
-    """Slots that it is used on by habit."""
+    """Slots that it is used on by habit; none, where it finds its places otherwise."""
     merges: bool = True
     """Whether what it adds can become part of the base's weights."""
+    limits: Mapping[str, Within] = field(default_factory=dict)
+    """Which numbers its fields may be."""
 
     @property
     def name(self) -> str:
@@ -84,7 +88,7 @@ class PeftKind:
         task_type: TaskType | None = None,
         new_modules: Sequence[str] = (),
     ) -> PeftConfig:
-        """The PEFT configuration of a run, in which `peft` goes over the kind's own section.
+        """The PEFT configuration of a run.
 
         Args:
             place: where modules may be; None: it says nothing of places.
@@ -97,25 +101,29 @@ class PeftKind:
         cls: Any = PEFT_TYPE_TO_CONFIG_MAPPING[self.site.peft_type]
         for name in _OF_THE_RUN:
             require(name not in run.peft_settings, f"peft.{name} is the run's to set; leave it out")
-        given = checked_fields(cls, run.peft_settings, "peft.", without=_OF_THE_RUN)
-        settings = {**self.section(run), **given}
+        given = {name: value for name, value in run.peft_settings.items() if name != SLOTS_KEY}
+        slots = self._slots(run.peft_settings.get(SLOTS_KEY))
+        settings = {**DEFAULTS.get(self.name, {}), **checked_fields(cls, given, "peft.", without=_OF_THE_RUN)}
         _check_layers(settings)
+        for name, within in self.limits.items():
+            if settings.get(name) is not None:
+                within.check(settings[name], f"peft.{name}")
         if place is not None:
-            settings |= self.placed(settings, place, self.slots(run))
+            settings |= self.placed(settings, place, slots)
         saved = list(dict.fromkeys([*(settings.pop("modules_to_save", None) or ()), *new_modules])) or None
         with parsing("peft"):
             made: PeftConfig = cls(**settings, task_type=task_type, modules_to_save=saved)
-        check_most(made, "peft.", {name: WIDEST for name in ("r", "size") if hasattr(made, name)})
         check_config(made)
         return made
 
-    def section(self, run: RunConfig) -> Settings:
-        """What the run's own section for the kind says."""
-        return {}
-
-    def slots(self, run: RunConfig) -> Collection[str] | None:
-        """The slots that the run names; None: it names none."""
-        return None
+    def _slots(self, given: Any) -> Collection[str] | None:
+        """The slots that a run names, found good; None: it names none."""
+        slots: list[str] | None = checked(given, list[str] | None, f"peft.{SLOTS_KEY}")
+        require(slots is None or self.habit, f"peft.{SLOTS_KEY} is for modules on projections; {self.name} has none")
+        unknown = set(slots or ()) - set(SLOTS)
+        known = f"slots are {', '.join(SLOTS)}"
+        require(not unknown, f"peft.{SLOTS_KEY} has {', '.join(sorted(unknown))}; {known}")
+        return slots
 
     def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
         """The settings that say where modules go; target modules that somebody named stay as they are.
@@ -142,22 +150,12 @@ def projections(blocks: Sequence[BlockSpec], slots: Collection[str] = SLOTS) -> 
 
 
 class _Lora(PeftKind):
-    """LoRA with its variants, whose section is `lora`."""
+    """LoRA with its variants."""
 
     def config(self, run: RunConfig, *args: Any, **options: Any) -> PeftConfig:
         start = run.peft_settings.get("init_lora_weights")
         require(start != "eva", f"peft.init_lora_weights is {start}, which is computed from rows; use true or gaussian")
         return super().config(run, *args, **options)
-
-    def section(self, run: RunConfig) -> Settings:
-        lora = run.lora
-        unknown = set(lora.slots or ()) - set(SLOTS)
-        require(not unknown, f"lora.slots has {', '.join(sorted(unknown))}; slots are {', '.join(SLOTS)}")
-        settings = {"r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout}
-        return settings | ({"target_modules": lora.target_modules} if lora.target_modules else {})
-
-    def slots(self, run: RunConfig) -> Collection[str] | None:
-        return run.lora.slots
 
     def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
         """Without layers whose names PEFT takes for those of routed experts."""
@@ -167,7 +165,7 @@ class _Lora(PeftKind):
         others = sorted({name.rpartition(".")[2] for name in {*targets} - {*stay}}) if slots else []
         require(
             not others,
-            f"lora.slots has {', '.join(others)}, which PEFT takes for the routed experts of {place.model_type}; "
+            f"peft.{SLOTS_KEY} has {', '.join(others)}, which PEFT takes for the routed experts of {place.model_type}; "
             "leave these slots out",
         )
         return {**result, "target_modules": stay} if len(stay) < len(targets) else result
@@ -189,10 +187,7 @@ class _Ia3(PeftKind):
 
 
 class _Bottleneck(PeftKind):
-    """Bottleneck adapters, which find their places by the family, and whose section is `bottleneck`."""
-
-    def section(self, run: RunConfig) -> Settings:
-        return asdict(run.bottleneck)
+    """Bottleneck adapters, which find their places by the family."""
 
     def placed(self, settings: Settings, place: Place, slots: Collection[str] | None = None) -> Settings:
         if settings.get("target_modules") is not None or settings.get("exclude_modules") is not None:
@@ -200,12 +195,24 @@ class _Bottleneck(PeftKind):
         return {"exclude_modules": projections(place.others) or None}
 
 
+_WIDTH = Within(least=1, most=WIDEST)
+
 KINDS: dict[str, PeftKind] = {
     kind.name: kind
     for kind in (
-        _Lora(LoraSite, "LoRA"),
+        _Lora(
+            LoraSite,
+            "LoRA",
+            limits={"r": _WIDTH, "lora_alpha": Within(above=0), "lora_dropout": Within(least=0, below=1)},
+        ),
         _Ia3(Ia3Site, "IA3", habit=("k", "v", "kv", "qkv", "ffn_out")),  # as in Liu et al. 2022
-        _Bottleneck(BottleneckSite, "adapters", merges=False),
+        _Bottleneck(
+            BottleneckSite,
+            "adapters",
+            habit=(),
+            merges=False,
+            limits={"size": _WIDTH, "dropout": Within(least=0, below=1)},
+        ),
     )
 }
 """Name -> kind."""

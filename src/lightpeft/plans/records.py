@@ -132,8 +132,7 @@ class EstimationRecord:
         """
         folder = Path(folder)
         data = read_json(folder / "estimation.json")
-        if data["schema_version"] > 1:  # version 1 had no checksum
-            check_file(folder, _SCORES, data.get("scores"))
+        check_file(folder, _SCORES, data.get("scores"))
         scores = read_tensors(folder / _SCORES)
         with understandable(folder / "estimation.json"):
             kept = {key: value for key, value in data.items() if key not in ("schema_version", "scores")}

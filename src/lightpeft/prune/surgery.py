@@ -10,16 +10,19 @@ from peft import PeftModel
 from torch import nn
 
 from lightpeft.config import LightConfig
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.machine import random_apart
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.families import Family, block_specs, family_of
-from lightpeft.models.linears import fault, features, is_linear, slice_linear, sliced
+from lightpeft.models.families.registry import block_specs, family_of
+from lightpeft.models.families.spec import Family
+from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.registry import slice_linear
 from lightpeft.models.on_disk import bring_weights_in
-from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
-from lightpeft.peft_kinds.sites import Site, check_removable, drop_reference, find_sites, refresh_config, remove_site
-from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts, width
+from lightpeft.models.unwrap import base_linear, transformers_model
+from lightpeft.peft_kinds.sites.base import Site
+from lightpeft.peft_kinds.sites.registry import drop_reference, find_sites, refresh_config, remove_site
+from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts
 from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit
 from lightpeft.plans.structure import FFN_SLOTS, BlockSpec
@@ -30,7 +33,6 @@ from lightpeft.prune.adapting import (
     adapt_balance,
     adapt_generation,
     drop_attention,
-    replace_module,
     set_head_attribute,
     stop_sharing,
     unshared_tables,
@@ -67,11 +69,8 @@ def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) 
     there = [spec.structure() for spec in block_specs(inner, family)]
     # a model whose depth was cut before, as for estimation, has the blocks that stay
     specs = plan.specs[: max(len(there), len(plan.blocks))]
-    for spec in specs:
-        _check_structure(inner, spec)
     same = there == [spec.structure() for spec in specs]
     require(same, "the plan is for another model: its blocks have other parts than those of this one")
-    _check_widths(inner, plan)
     sites = _checked_sites(model, plan) if isinstance(model, PeftModel) else []
     if isinstance(model, PeftModel):
         drop_reference(model)
@@ -111,61 +110,21 @@ def cut_copy(model: PeftModel, plan: PrunePlan | None) -> PeftModel:
 
 
 def check_amount(model: nn.Module, light: LightConfig) -> None:
-    """Refuse an amount by which a quantised layer may get a width that it cannot have, or a layer fewer experts than a
-    token is routed to; call it before estimation.
+    """Refuse an amount by which a layer may keep fewer experts than a token is routed to; call it before estimation.
 
     Raises:
-        LightPeftError: naming the layer or the ratio, with what to set instead.
+        LightPeftError: naming the ratio, with what to set instead.
     """
-    remove = light.remove
-    instead = ", with light.remove.neurons in place of light.remove.blocks" if remove.blocks is not None else ""
     for spec in block_specs(transformers_model(model)):
         check_experts(spec, light)
-        balanced = remove.head_unit == "balanced" and spec.heads_per_kv > 1
-        unit = spec.kv_heads if balanced else spec.heads_per_kv
-        if remove.heads or remove.blocks is not None:
-            _check_unit(model, spec, "o", unit * spec.head_dim, f"set light.remove.heads to 0{instead}")
-        if spec.neurons and (remove.neurons or remove.blocks is not None):
-            multiple = "set light.remove.multiple_of to a multiple of these"
-            _check_unit(model, spec, "ffn_out", remove.multiple_of or 1, multiple)
-
-
-def _check_unit(model: nn.Module, spec: BlockSpec, slot: str, width: int, instead: str) -> None:
-    name = spec.projections[slot]
-    reason = fault(base_linear(model, name), width, cut_dim(slot))
-    require(reason is None, f"{name} cannot be cut in steps of {width}: {reason}; {instead}, or quantise by rows")
-
-
-def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
-    """Check one block against its spec, so that a plan for another model is refused before anything is cut."""
-    for slot, name in spec.projections.items():
-        try:
-            layer = base_layer(inner.get_submodule(name))
-        except AttributeError as error:
-            raise LightPeftError(f"the plan is for another model: there is no module {name}") from error
-        expected = width(spec, slot)
-        require(
-            is_linear(layer) and features(layer)[cut_dim(slot)] == expected,
-            f"the plan is for another model, or this one was pruned before: {name} is not {expected} wide",
-        )
-
-
-def _check_widths(inner: nn.Module, plan: PrunePlan) -> None:
-    """Refuse widths that a quantised layer cannot have, before anything is cut."""
-    for spec, kept in plan.parts:
-        for slot, name in spec.projections.items():
-            index = kept_channels(spec, kept, slot)
-            reason = fault(base_linear(inner, name), len(index), cut_dim(slot)) if index is not None else None
-            require(reason is None, f"{name} cannot be cut: {reason}")
 
 
 def _checked_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
-    """The PEFT modules in blocks that stay; refuses those that do not fit, or cannot go, before anything is cut."""
+    """The PEFT modules in blocks that stay; refuses those that do not fit, before anything is cut."""
     sites = find_sites(model, [spec for spec, _ in plan.parts])
     dense = {site.spec.name: site.spec.rank for site in sites}
     planned = {site.name: site.rank for site in plan.dense_sites}
     require(dense == planned, "the plan is for other PEFT modules than this model has")
-    check_removable(model, [site for site in sites if site.spec.name not in plan.sites])
     return sites
 
 
@@ -209,7 +168,7 @@ def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
     for name in spec.head_tensors:
         _keep_entries(attention, name, kept.heads)
     for slot, name in spec.wide_norms.items():
-        replace_module(inner, name, SelectedChannels(inner.get_submodule(name), head_channels(spec, kept, slot)))
+        inner.set_submodule(name, SelectedChannels(inner.get_submodule(name), head_channels(spec, kept, slot)))
     if spec.per_head_arguments:
         index = torch.tensor(kept.heads)
         selected = {name: KeptEntries(index, dim).of for name, dim in spec.per_head_arguments.items()}

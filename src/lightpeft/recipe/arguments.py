@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightpeft.errors import require
+from lightpeft.training.arguments import refuse_deepspeed
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ def taken(
     """
     named, args = _by_name(init, args)
     options = dict(**named, **options)
+    refuse_deepspeed(getattr(options.get("args"), "deepspeed", None))
     given_optimizers = options.get("optimizers") or (None, None)
     require(
         given_optimizers == (None, None),

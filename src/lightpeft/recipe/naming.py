@@ -29,7 +29,7 @@ def with_loaded_model(model: Any, trainer: type, options: dict[str, Any]) -> tup
     """
     if not isinstance(model, (str, os.PathLike)):
         return model, options
-    args = options.get("args")
+    args: Any = options.get("args")
     by_name = (
         f"{trainer.__name__} loads no model by its name; give it loaded, by from_pretrained, in place of {model!r}"
     )

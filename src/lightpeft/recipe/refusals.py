@@ -13,11 +13,11 @@ from lightpeft.recipe.host import LightHost
 from lightpeft.training.schedule import pace_of, steps_of
 
 
-def check_light(trainer: LightHost, engine: str | None) -> None:
+def check_light(trainer: LightHost, *, sharded: bool) -> None:
     """Refuse what cannot work with a model that is cut on the way.
 
     Args:
-        engine: what shards the model, if anything does.
+        sharded: whether FSDP shards the model.
 
     Raises:
         LightPeftError: saying what does.
@@ -33,8 +33,8 @@ def check_light(trainer: LightHost, engine: str | None) -> None:
     require(found is None, f"{found} cannot follow a model that is cut on the way; train without it{hint}")
     alone = "weights on disk are for training in one process; load the model without weights_on_disk"
     require(args.world_size == 1 or not has_weights_on_disk(trainer.model), alone)
-    if engine is not None:
-        _check_sharded(trainer, engine)
+    if sharded:
+        _check_sharded(trainer)
     if trainer.light_config.is_auto and trainer.light_plan is None:
         trainer.light_tolerance()
     reference = getattr(trainer, "ref_model", trainer) is None and not getattr(args, "precompute_ref_log_probs", 0)
@@ -70,9 +70,9 @@ def refuse_parts(model: object) -> None:
     )
 
 
-def _check_sharded(trainer: LightHost, engine: str) -> None:
+def _check_sharded(trainer: LightHost) -> None:
     keep = trainer.light_config.after.keep
-    kept = f"light.after.keep: {keep} needs the whole base in every process, which {engine} spares"
+    kept = f"light.after.keep: {keep} needs the whole base in every process, which FSDP spares"
     require(keep == "light", f"{kept}; set it to light")
     quantised = any(getattr(module, "is_quantized", False) for module in trainer.model.modules())
-    require(not quantised, f"a base in 4 or 8 bits cannot be cut where {engine} shards it; give it unquantised")
+    require(not quantised, "a base in 4 or 8 bits cannot be cut where FSDP shards it; give it unquantised")

@@ -16,7 +16,7 @@ from lightpeft.budget.found import fixed_budget
 from lightpeft.config import Light, LightConfig, derived, light_config
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.peft_kinds.kinds import kind_of
-from lightpeft.peft_kinds.sites import own_adapter
+from lightpeft.peft_kinds.sites.registry import own_adapter
 from lightpeft.prune.length import able
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.depth import with_depth

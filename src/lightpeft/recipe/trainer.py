@@ -109,7 +109,7 @@ class LightTraining(Training):
         self._peft_model = inner_peft_model(self.model)
         peft = peft_config_of(self._peft_model)
         self.light_config = settings_of_trainer(light, peft, self._peft_model, options)
-        check_light(self, self._sharding.engine)
+        check_light(self, sharded=self._sharding.fsdp)
         self.args: TrainingArguments = copy.copy(self.args)  # the user's own stay as they are
         if self.args.fp16:
             train_in_float32(self.model)
@@ -231,7 +231,7 @@ class LightTraining(Training):
         Args:
             steps: of the whole run.
         """
-        return budget_in(self, record, steps, self._sharding.engine)
+        return budget_in(self, record, steps, sharded=self._sharding.fsdp)
 
     def announce_light_budget(self, line: str) -> None:
         """Say how far the search has come, which may take minutes. To be overridden."""

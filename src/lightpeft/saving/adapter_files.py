@@ -10,14 +10,13 @@ from typing import Any
 from peft import PeftConfig
 
 from lightpeft.errors import require
-from lightpeft.files import check_file, content_checksum, file_checksum, read_json, understandable, write_json
-from lightpeft.files.foreign import check_folder
+from lightpeft.files import check_file, file_checksum, read_json, understandable, write_json
 from lightpeft.models import repositories
-from lightpeft.models.vocabulary import Vocabulary
-from lightpeft.peft_kinds.sites import hide_config
+from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.peft_kinds.sites.config_file import hide_config
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, model_card, read_by
-from lightpeft.saving.description import BaseFacts, base_facts, check_parts
+from lightpeft.saving.description import BaseFacts, base_facts
 from lightpeft.saving.peft_adapter import read_adapter
 from lightpeft.saving.tokens import VOCABULARY_FILE, read_vocabulary, write_vocabulary
 
@@ -100,14 +99,10 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     require(folder.is_dir(), f"light adapter folder {folder} does not exist")
     require((folder / DESCRIPTION).is_file(), f"{folder} is not a light adapter: it has no {DESCRIPTION}")
-    check_folder(folder)
     description = read_json(folder / DESCRIPTION)
     with understandable(folder / DESCRIPTION):
         expected = dict(description["checksums"])
-        first = description["schema_version"] == 1  # had no checksum that `read_json` could compare
-        own = expected.pop(DESCRIPTION) if first else None
-    require(not first or own == _content_checksum(description), f"{folder / DESCRIPTION} was altered or damaged")
-    check_parts(description, folder / DESCRIPTION)
+    base_facts(description, folder / DESCRIPTION)
     others = sorted(expected.keys() - set(FILES))
     instead = "which this version of lightpeft cannot read; install the one that it was saved with"
     require(not others, f"{folder} has {', '.join(others)}, {instead}")
@@ -119,8 +114,3 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 def vocabulary_in(folder: Path, description: Mapping[str, Any]) -> Vocabulary | None:
     """Which tokens of its base a light adapter has, whose description was read; None: all."""
     return read_vocabulary(folder) if VOCABULARY_FILE in description["checksums"] else None
-
-
-def _content_checksum(description: dict[str, Any]) -> str:
-    """SHA-256 of everything in a `lightpeft.json` of version 1 but the checksums themselves."""
-    return content_checksum({k: value for k, value in description.items() if k not in ("checksums", "schema_version")})

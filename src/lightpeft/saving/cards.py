@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import huggingface_hub
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lightpeft.compat.transformers import hub_tasks
 from lightpeft.config import TaskEntry
@@ -16,24 +16,13 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_text
 from lightpeft.models.hub import is_name
-from lightpeft.plans.picture import picture
 from lightpeft.plans.records import PrunePlan
 
 CARD = "README.md"
 THIS_FOLDER = "this folder"
 """What a card calls the folder that it lies in; in a repository, its name."""
-_LIMIT = 2**20
-"""Bytes that a card of a base may have."""
 _COUNTS = ("loss", "examples")
 """What is measured and says nothing about quality to somebody who does not know the rows."""
-EXPORTS: dict[str, str] = {
-    "merged": "a whole model that needs no base",
-    "peft": "a plain PEFT adapter over the whole base, for which nobody needs lightpeft",
-    "gguf": "one file for llama.cpp, Ollama and LM Studio (Llama, Mistral, Qwen2, Qwen3 and their like)",
-    "onnx": "a graph for ONNX Runtime",
-    "openvino": "a graph for OpenVINO",
-}
-"""Form of `lightpeft export` -> what a card of a light adapter says of it."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +83,7 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
         *(_its_base(facts) if form.relation == "adapter" else ()),
         *(_shell(facts, form) if form.language == "python" else ()),
         "## What is left of the base",
-        f"```\n{picture(plan)}\n```",
-        "Bars are parts of what the base has; a dot is a PEFT module that went.",
+        f"```\n{plan}\n```",
         "## Quality",
         "\n".join(_quality(facts)),
     ]
@@ -190,21 +178,12 @@ def _its_base(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _shell(facts: Mapping[str, Any], form: CardForm) -> Iterator[str]:
     """Commands that answer with it, and give it other forms."""
-    commands = [(f'lightpeft predict "{THIS_FOLDER}" rows.csv', "answers new rows")] if facts["task"] else []
-    commands += _exports(facts) if form.exports else ()
-    width = max((len(command) for command, _ in commands), default=0)
-    lines = "\n".join(f"{command:{width}}  # {text}" for command, text in commands)
-    if lines:
-        yield f"In the shell:\n\n```\n{lines}\n```"
-
-
-def _exports(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    writes = pipeline_tag(facts["base"]["architecture"]) == "text-generation"
-    merges = facts.get("peft_type") != "BOTTLENECK" and not facts["base"]["quantisation"]
-    has = {"merged": merges, "gguf": merges and writes, "onnx": merges, "openvino": merges}
-    for name, text in EXPORTS.items():
-        if has.get(name, True):
-            yield f'lightpeft export "{THIS_FOLDER}" {name} --form {name}', text
+    commands = [f'lightpeft predict "{THIS_FOLDER}" rows.csv'] if facts["task"] else []
+    commands += [
+        f'lightpeft export "{THIS_FOLDER}" out --form merged  # lightpeft export --help: other forms'
+    ] * form.exports
+    if commands:
+        yield "In the shell:\n\n```\n" + "\n".join(commands) + "\n```"
 
 
 def _name(base: Mapping[str, Any]) -> str:
@@ -212,20 +191,19 @@ def _name(base: Mapping[str, Any]) -> str:
     return base["id"] if is_name(base["id"]) else Path(base["id"]).name or base["model_type"]
 
 
-def licence_of(name: str, api: HfApi | None = None) -> str | None:
-    """The licence of a model, as its card names it; None: it has no card, or says none.
+def licence_of(name: str) -> str | None:
+    """The licence of a model, as its card names it; None: it has no card here, or says none.
 
     Args:
-        name: folder, or name on the hub.
-        api: to ask the hub; None: it is not asked, and only what is in its cache counts.
+        name: folder, or name on the hub, which is not asked: what is in its cache counts.
     """
     file: object = Path(name).expanduser() / CARD
     try:
         if not Path(str(file)).is_file():
-            file = api.hf_hub_download(name, CARD) if api else huggingface_hub.try_to_load_from_cache(name, CARD)
+            file = huggingface_hub.try_to_load_from_cache(name, CARD)
         if not isinstance(file, (str, Path)):
             return None
-        data: Any = ModelCard(read_text(file, _LIMIT), ignore_metadata_errors=True).data
+        data: Any = ModelCard(read_text(file), ignore_metadata_errors=True).data
     except Exception:  # noqa: BLE001 - a card that is missing or damaged says nothing
         return None
     return data.license if isinstance(data.license, str) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -16,13 +16,15 @@ from lightpeft.config import ModelConfig
 from lightpeft.config.validation import check_values, from_dict
 from lightpeft.errors import require
 from lightpeft.files import understandable
-from lightpeft.models.families import Stack, family_of
+from lightpeft.models.families.registry import family_of
+from lightpeft.models.families.spec import Stack
 from lightpeft.models.loading import CUTTABLE, quantisation_method
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
+from lightpeft.models.vocabulary.cutting import vocabulary_of
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
-from lightpeft.profiling import versions
+from lightpeft.profiling.surroundings import versions
 
 
 class Described(Protocol):
@@ -79,7 +81,7 @@ class BaseFacts:
         require(plain, f"gguf_file is {self.gguf_file!r}; it must be the name of a file beside the base")
         if self.quantisation is not None:
             method = quantisation_method(self.quantisation)
-            require(method in CUTTABLE, f"quantisation is by {method}; light models know {' and '.join(CUTTABLE)}")
+            require(method == CUTTABLE, f"quantisation is by {method}; light models know {CUTTABLE}")
 
     def place(self, elsewhere: str | Path | None = None) -> ModelConfig:
         """Where the base is; one that was moved has no revision.
@@ -91,34 +93,6 @@ class BaseFacts:
         require(name, "the light adapter does not name its base; give one: load_light(folder, base=...)")
         revision = self.revision if elsewhere is None else None
         return ModelConfig(name=name, revision=revision, gguf_file=self.gguf_file)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """What a description has besides, of which kind."""
-
-    plan: dict[str, Any]
-    task: dict[str, Any]
-    metrics: dict[str, Any]
-    intervals: dict[str, list[float] | None] = field(default_factory=dict)
-    peft_type: str | None = None
-
-    def __post_init__(self) -> None:
-        pairs = all(interval is None or len(interval) == 2 for interval in self.intervals.values())
-        require(pairs, "an interval is a low and a high number")
-        require(isinstance(self.task.get("labels", []), list), "labels of a task are a list of names")
-
-
-def check_parts(description: Mapping[str, Any], path: Path) -> None:
-    """Check that a description that was read from a file has the parts that light models are described by.
-
-    Raises:
-        LightPeftError: a part is missing, or of another kind.
-    """
-    with understandable(path):
-        there = [name for name in ("intervals", "peft_type") if name in description]
-        from_dict(_Parts, {name: description[name] for name in ("plan", "task", "metrics", *there)})
-    base_facts(description, path)
 
 
 def base_facts(description: Mapping[str, Any], path: Path) -> BaseFacts:

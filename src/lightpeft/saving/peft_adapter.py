@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -15,21 +13,14 @@ from transformers import PreTrainedModel
 
 from lightpeft.compat.transformers import apart_from_other_threads
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files.foreign import check_folder, parsing
-from lightpeft.files.limits import limited
-from lightpeft.peft_kinds.sites import read_config
+from lightpeft.files.foreign import parsing
+from lightpeft.peft_kinds.sites.config_file import read_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 _ELSEWHERE = ("megatron_config", "prompt_tuning_init_state_dict_path", "adapters", "shadow_model", "layer_replication")
 """Settings by which PEFT imports modules, reads other files or loads other models, or copies layers."""
-_LARGEST = 2**20
-"""What ranks and other counts of an adapter may be; seeds may be larger."""
-_NAME = re.compile(r"[\w.-]+")
-"""What modules are called, in place of expressions that match such names."""
-_SECONDS = 2.0
-"""CPU time for finding an adapter's modules, and as much again for every thousand modules of the model."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -38,19 +29,16 @@ def read_adapter(folder: Path, *, explicit: bool = False, allow_pickle: bool = F
     """The configuration of the adapter in a folder, light or as PEFT writes it.
 
     Args:
-        explicit: modules are named one by one, as surgery leaves them, not by expressions.
+        explicit: it is a light adapter.
         allow_pickle: the weights may be pickled; they are then still read as weights alone.
 
     Raises:
         LightPeftError: it cannot be read, asks for what is elsewhere, or has no weights beside it.
     """
-    check_folder(folder)
     with parsing(f"{folder} is not a readable PEFT adapter"):
         config = read_config(folder, light=explicit)
-        settings = vars(config)
-        _check_settings(settings, folder)
-        if explicit:
-            _check_names(settings, folder)
+    for name in _ELSEWHERE:
+        require(not getattr(config, name, None), f"{folder} is an adapter with {name}, which lightpeft does not load")
     pickled = not (folder / WEIGHTS).is_file() and (folder / PICKLED).is_file()
     require(
         allow_pickle or not pickled,
@@ -61,33 +49,6 @@ def read_adapter(folder: Path, *, explicit: bool = False, allow_pickle: bool = F
     return config
 
 
-def _check_settings(settings: Mapping[str, Any], folder: Path) -> None:
-    for name in _ELSEWHERE:
-        require(not settings.get(name), f"{folder} is an adapter with {name}, which lightpeft does not load")
-    saved = settings.get("modules_to_save") or ()
-    named = isinstance(saved, (list, tuple, set)) and all(isinstance(name, str) for name in saved)
-    require(named, f"{folder}: modules_to_save of an adapter is a list of names of modules")
-    for name, value in _numbers(settings):
-        usual = value <= _LARGEST or "seed" in name or "key" in name
-        require(usual, f"{folder} says {name} is {value:,}, and no adapter has more than {_LARGEST:,}")
-
-
-def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    for name, value in settings.items():
-        for each in value.values() if isinstance(value, dict) else [value]:
-            if isinstance(each, int):
-                yield name, each
-
-
-def _check_names(settings: Mapping[str, Any], folder: Path) -> None:
-    """Refuse expressions in the place of names: PEFT would match them, however long that takes."""
-    for setting, value in settings.items():
-        if not setting.endswith(("_modules", "_parameters", "_pattern", "modules_to_save")) or not value:
-            continue
-        plain = not isinstance(value, str) and all(isinstance(name, str) and _NAME.fullmatch(name) for name in value)
-        require(plain, f"{folder}: {setting} of a light adapter is a list of names of modules")
-
-
 def load_adapter(base: PreTrainedModel, folder: Path, config: PeftConfig, is_trainable: bool = False) -> PeftModel:
     """Put an adapter onto a model.
 
@@ -96,15 +57,6 @@ def load_adapter(base: PreTrainedModel, folder: Path, config: PeftConfig, is_tra
     """
     with parsing(f"{folder} does not fit its base"):
         return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable, config=config)
-
-
-def brought_for_base(config: PeftConfig, folder: Path) -> Iterator[str]:
-    """Names that parameters of a base have, if it has them, which the adapter brings values for: trained biases."""
-    copied = tuple(f".{name}." for name in getattr(config, "modules_to_save", None) or ())
-    for name in _found(folder):
-        own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        if not any(module in f".{own}." for module in copied):  # of which PEFT trains a copy
-            yield own
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -122,7 +74,7 @@ def check_fit(skeleton: PreTrainedModel, config: PeftConfig, folder: Path, *, ex
             at times, and pickled ones are not looked at.
 
     Raises:
-        LightPeftError: they are others, or finding the modules takes too long.
+        LightPeftError: they are others.
     """
     try:
         expected = _expected(skeleton, config, folder)
@@ -146,12 +98,7 @@ def _expected(skeleton: PreTrainedModel, config: PeftConfig, folder: Path) -> Sh
     config.base_model_name_or_path = None  # the base may have moved; PEFT would warn
     config.inference_mode = True
     skeleton.name_or_path = ""  # PEFT would compare it, and take fewer tokens than there for trained embeddings
-    seconds = _SECONDS * (1 + sum(1 for _ in skeleton.modules()) / 1000)
-    with (
-        limited(f"{folder}: finding the modules of the adapter", seconds),
-        parsing(f"{folder} does not fit its base"),
-        torch.device("meta"),
-    ):
+    with parsing(f"{folder} does not fit its base"), torch.device("meta"):
         tensors = get_peft_model_state_dict(get_peft_model(skeleton, config))
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 

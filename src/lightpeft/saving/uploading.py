@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, errors
+from huggingface_hub import HfApi, errors
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import reason_of
 from lightpeft.models.repositories import Token
-from lightpeft.saving.cards import CARD, THIS_FOLDER, licence_of
+from lightpeft.saving.cards import CARD, THIS_FOLDER
 
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_WEIGHTS = "model*.safetensors*"
 """Files of a whole model's weights."""
 
 
-def send(write: Callable[[Path], object], name: str, **options: Any) -> str:
-    """`upload` of a folder that is written for that alone; options, what it gives and errors are its own.
-
-    Args:
-        write: writes into it.
-        name: of the repository, as owner/name.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / name.rpartition("/")[2]
-        write(folder)
-        return upload(folder, name, **options)
-
-
-def upload(
-    folder: Path,
+def send(
+    write: Callable[[Path], object],
     name: str,
     *,
     private: bool | None = None,
@@ -42,12 +27,13 @@ def upload(
     token: Token = None,
     commit_message: str | None = None,
 ) -> str:
-    """Send the files of a model's folder to a repository, which is made if it is not there.
+    """Send the files of a model to a repository, which is made if it is not there.
 
     A whole model takes the place of one that is there, whose weights might be read instead. The card is told the
-    repository's name and, where it does not know it, the licence of its base.
+    repository's name.
 
     Args:
+        write: writes the files into a folder.
         name: of the repository, as owner/name.
         private: whether one that is made is to be read by its owner alone; None: as is usual for the owner.
         revision: branch, which is made if it is not there; None: the main branch.
@@ -61,42 +47,27 @@ def upload(
         LightPeftError: it cannot be sent.
     """
     require(not huggingface_hub.is_offline_mode(), f"{name} is on the hub, and HF_HUB_OFFLINE says not to go there")
-    api, message = HfApi(token=token), commit_message or "Upload a light model"
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    try:
-        repository = api.create_repo(name, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        stale = _stale({path.name for path in files}, api.list_repo_files(repository, revision=revision))
-        done = api.create_commit(
-            repository,
-            [
-                *(CommitOperationAdd(path.name, _content(path, repository, api)) for path in files),
-                *map(CommitOperationDelete, stale),
-            ],
-            commit_message=message,
-            revision=revision,
-        )
-    except Exception as error:
-        raise LightPeftError(f"{name} on the hub cannot be written: {_refusal(error)}") from error
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / name.rpartition("/")[2]
+        write(folder)
+        card = (folder / CARD).read_text(encoding="utf-8").replace(f'"{THIS_FOLDER}"', f'"{name}"')
+        (folder / CARD).unlink()  # it may be a link
+        (folder / CARD).write_text(card, encoding="utf-8")
+        try:
+            api.create_repo(name, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                commit_message=commit_message or "Upload a light model",
+                revision=revision,
+                delete_patterns=_WEIGHTS if any(folder.glob(_WEIGHTS)) else None,
+            )
+        except Exception as error:
+            raise LightPeftError(f"{name} on the hub cannot be written: {_refusal(error)}") from error
     return done.commit_url
-
-
-def _stale(files: set[str], there: Iterable[str]) -> list[str]:
-    """Weights of a whole model in a repository that are none of those which take their place."""
-    whole = any(_WEIGHTS.fullmatch(file) for file in files)
-    return sorted(file for file in there if whole and file not in files and _WEIGHTS.fullmatch(file))
-
-
-def _content(file: Path, repository: str, api: HfApi) -> Path | bytes:
-    """What is sent of a file: itself or, of a card, what it says there."""
-    if file.name != CARD:
-        return file
-    card = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    data: Any = card.data
-    if data.license is None and isinstance(data.base_model, str):
-        data.license = licence_of(data.base_model, api)
-    return str(card).replace(f'"{THIS_FOLDER}"', f'"{repository}"').encode()
 
 
 def _refusal(error: Exception) -> str:

@@ -18,11 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightpeft.errors import require
 from lightpeft.files import check_file, file_checksum, read_json, replacing_folder, understandable, write_json
-from lightpeft.files.foreign import check_folder
 from lightpeft.models import repositories
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, model_card, of_whole, read_by, read_by_transformers
-from lightpeft.saving.description import check_parts, per_layer_config
+from lightpeft.saving.description import base_facts, per_layer_config
 from lightpeft.saving.uploading import send
 from lightpeft.saving.whole_config import CONFIG, hide_config
 
@@ -46,12 +45,10 @@ def read_merged(folder: str | Path) -> dict[str, Any]:
     """
     for name in (MERGED, CONFIG):  # transformers would go on without its config
         require((Path(folder) / name).is_file(), f"{folder} is no merged light model: it has no {name}")
-    check_folder(Path(folder))
     description = read_json(Path(folder) / MERGED)
     with understandable(Path(folder) / MERGED):
-        checksums = dict(description["checksums"] if description["schema_version"] > 1 else {})  # version 1 had none
-    check_parts(description, Path(folder) / MERGED)
-    checksums.pop(CARD, None)  # of earlier versions; people edit it
+        checksums = dict(description["checksums"])
+    base_facts(description, Path(folder) / MERGED)
     for name, checksum in checksums.items():
         check_file(Path(folder), name, checksum)
     return description
@@ -128,7 +125,7 @@ def push_whole(
     commit_message: str | None = None,
     **options: Any,
 ) -> str:
-    """Send a merged light model to the hub; options are of `save_whole`, all else as of `uploading.upload`."""
+    """Send a merged light model to the hub; options are of `save_whole`, all else as of `uploading.send`."""
 
     def write(folder: Path) -> None:
         save_whole(model, facts, folder, **options)

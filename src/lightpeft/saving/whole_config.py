@@ -31,10 +31,10 @@ def hide_config(folder: Path) -> None:
 
 
 def read_own(folder: Path) -> dict[str, Any]:
-    """What transformers wrote of a merged light model, hidden or, as of native ones and in earlier versions, not.
+    """What transformers wrote of a merged light model, hidden or, as of native ones, not.
 
     Raises:
-        LightPeftError: the file is missing or damaged, or asks for what no model has.
+        LightPeftError: the file is missing or damaged, or asks for code from the hub.
     """
     data = read_config(folder / CONFIG)
     own = data.get(OWN, data)

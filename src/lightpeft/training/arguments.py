@@ -12,30 +12,46 @@ from transformers import TrainingArguments
 
 from lightpeft.compat.missing import needed_for
 from lightpeft.config import TrainingConfig
-from lightpeft.config.validation import unknown_key
+from lightpeft.config.validation import Within, checked, unknown_key
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.machine import accelerator, autocast_dtype, deepspeed_launched
 
+_AS_THEY_ARE = {
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "warmup_steps": "warmup",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "save_steps": "save_steps",
+}
+"""Field of `TrainingArguments` -> the setting of `training` that is its value."""
 _ALIASES = {
+    **{name: f"training.{setting}" for name, setting in _AS_THEY_ARE.items()},
     "num_train_epochs": "training.epochs",
     "max_steps": "training.epochs",
-    "per_device_train_batch_size": "training.batch_size",
-    "per_device_eval_batch_size": "training.eval_batch_size",
-    "gradient_accumulation_steps": "training.gradient_accumulation",
     "learning_rate": "training.learning_rate",
-    "warmup_steps": "training.warmup",
-    "weight_decay": "training.weight_decay",
-    "max_grad_norm": "training.max_grad_norm",
-    "bf16": "training.bf16",
-    "fp16": "training.fp16",
-    "gradient_checkpointing": "training.gradient_checkpointing",
-    "train_sampling_strategy": "training.by_length",
-    "save_steps": "training.save_steps",
-    "logging_steps": "training.logging_steps",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
     "seed": "seed",
     "data_seed": "seed",
 }
 """Field of `TrainingArguments` -> the setting that says it here."""
+USUAL: dict[str, Any] = {
+    "lr_scheduler_type": "linear",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    # batches of rows of similar length have the least padding
+    "train_sampling_strategy": "group_by_length",
+    "save_total_limit": 2,
+    "log_level": "error",
+    "log_level_replica": "error",
+    "ddp_find_unused_parameters": False,
+    "report_to": [],
+}
+"""Fields of `TrainingArguments` that a run sets unless `trainer:` does."""
+_NUMBERS = {"weight_decay": Within(least=0), "max_grad_norm": Within(least=0)}
+"""Fields whose numbers transformers does not look at."""
 _OWN = (
     "output_dir",
     "use_cpu",
@@ -51,10 +67,22 @@ _OWN = (
     "resume_from_checkpoint",
 )
 """Fields that are the run folder's business."""
-NO_DEEPSPEED = (
-    "DeepSpeed's engine cannot follow a model that is cut on the way; share weights by FSDP2 "
-    "(configs/engines/fsdp2.yaml), or fine-tune a light adapter by a trainer of another kind"
-)
+
+
+def refuse_deepspeed(asked: Any) -> None:
+    """Refuse the one engine that nothing is done for.
+
+    Args:
+        asked: a trainer's setting `deepspeed`.
+
+    Raises:
+        LightPeftError: it is asked for, or this process was started for it.
+    """
+    require(
+        not asked and not deepspeed_launched(),
+        "DeepSpeed's engine cannot follow a model that is cut on the way; share weights by FSDP2 "
+        "(configs/engines/fsdp2.yaml), or fine-tune a light adapter by a trainer of another kind",
+    )
 
 
 def training_arguments(
@@ -73,37 +101,23 @@ def training_arguments(
             transformers does not take.
     """
     check_given(given or {})
-    require(not (given or {}).get("deepspeed") and not deepspeed_launched(), NO_DEEPSPEED)
+    refuse_deepspeed((given or {}).get("deepspeed"))
     autocast = autocast_dtype(config)
     fields: dict[str, Any] = {
+        **USUAL,
+        **{name: getattr(config, setting) for name, setting in _AS_THEY_ARE.items()},
         "output_dir": str(folder),
         "max_steps": steps,
-        "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.eval_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation,
         "learning_rate": float(config.learning_rate),
-        "lr_scheduler_type": "linear",
-        "warmup_steps": config.warmup,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
         "bf16": autocast is torch.bfloat16,
         "fp16": autocast is torch.float16,
         "use_cpu": accelerator() is None,
-        "gradient_checkpointing": config.gradient_checkpointing,
-        "train_sampling_strategy": "group_by_length" if config.by_length else "random",
         "length_column_name": "length",
         "remove_unused_columns": False,
         "save_strategy": "steps",
-        "save_steps": config.save_steps,
-        "save_total_limit": 2,
         "logging_strategy": "steps",
-        "logging_steps": config.logging_steps,
         "logging_nan_inf_filter": False,
-        "log_level": "error",
-        "log_level_replica": "error",
         "disable_tqdm": True,
-        "ddp_find_unused_parameters": False,
-        "report_to": [],
         "seed": seed,
         "data_seed": seed,
     }
@@ -131,3 +145,5 @@ def check_given(given: Mapping[str, Any]) -> None:
         require(name not in _OWN, f"trainer.{name} is the run's own to set; leave it out")
         if name not in known:
             raise LightPeftError(unknown_key(f"trainer.{name}", [f"trainer.{each}" for each in known]))
+        if name in _NUMBERS:
+            _NUMBERS[name].check(checked(given[name], float, f"trainer.{name}"), f"trainer.{name}")

@@ -27,6 +27,9 @@ RATE, RATE_WIDTH = 1e-3, 384
 LEAST_RATE = 3e-4
 """The rate of wide models (Gu et al. 2024 train LLaMA of 7 billion parameters, 4,096 wide, with it)."""
 
+FULL_RATE = 2e-5
+"""Peak learning rate under `learning_rate: auto` where every weight trains."""
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -98,15 +101,20 @@ def scored_steps(length: int) -> int:
     return length - length // 2
 
 
-def settled(config: TrainingConfig, rows: int, width: int | None, processes: int = 1) -> TrainingConfig:
+def settled(
+    config: TrainingConfig, rows: int, width: int | None, processes: int = 1, has_peft: bool = True
+) -> TrainingConfig:
     """The settings with numbers for `auto`.
 
     Args:
         rows: training rows.
         width: hidden size of the foundation model, if it has one.
+        has_peft: whether PEFT modules train, and not every weight.
     """
     epochs = auto_epochs(Pace.of(rows, config, processes).steps_an_epoch) if config.epochs == "auto" else config.epochs
-    rate = auto_rate(width) if config.learning_rate == "auto" else config.learning_rate
+    rate = config.learning_rate
+    if rate == "auto":
+        rate = auto_rate(width) if has_peft else FULL_RATE
     return replace(config, epochs=epochs, learning_rate=rate)
 
 

@@ -17,17 +17,17 @@ from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from lightpeft.errors import require
-from lightpeft.machine import autocasting, deepspeed_launched, sharding_launched
-from lightpeft.models.families import block_lists
+from lightpeft.machine import autocasting, sharding_launched
+from lightpeft.models.families.registry import block_lists
 from lightpeft.models.patching import instead
 from lightpeft.models.sharding import is_sharded, reshard
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.training.arguments import NO_DEEPSPEED, half_precision
+from lightpeft.training.arguments import half_precision
 from lightpeft.training.host import Host
 
 
 class Sharding:
-    """The engine that shards a trainer's model, if there is one, and what it asks of training and of checkpoints."""
+    """What FSDP2 asks of training and of checkpoints, where it shards a trainer's model."""
 
     def __init__(self, trainer: Host) -> None:
         self._trainer = trainer
@@ -38,29 +38,20 @@ class Sharding:
         return getattr(self._trainer.accelerator.state, "fsdp_plugin", None) is not None
 
     @property
-    def engine(self) -> str | None:
-        """Its name."""
-        return "FSDP" if self.fsdp else None
-
-    @property
     def _half(self) -> torch.dtype | None:
         """The half precision that FSDP shards in."""
         return half_precision(self._trainer.args) if self.fsdp else None
 
-    @contextmanager
-    def being_made(self) -> Iterator[None]:
-        """Inside the block the trainer's accelerator is made.
+    def check(self) -> None:
+        """Refuse sharding that is asked for where it cannot be had, or in such a way.
 
         Raises:
-            LightPeftError: an engine is asked for that cannot be had here, or in such a way.
+            LightPeftError: saying what to set instead.
         """
-        args = self._trainer.args
-        require(not args.deepspeed and not deepspeed_launched(), NO_DEEPSPEED)
-        yield
         if self.fsdp:
             _check_plugin(self._trainer.accelerator.state.fsdp_plugin)
         else:
-            asked = bool(args.fsdp) or sharding_launched()
+            asked = bool(self._trainer.args.fsdp) or sharding_launched()
             require(not asked, "accelerate shards over accelerators alone, and not over CPUs; train without fsdp here")
 
     def before(self, checkpoint: str | None) -> None:
@@ -73,7 +64,7 @@ class Sharding:
             LightPeftError: nothing is frozen, or a layer has both weights that train and frozen ones.
         """
         trainer = self._trainer
-        if self.engine is None or is_sharded(trainer.model):
+        if not self.fsdp or is_sharded(trainer.model):
             return
         if checkpoint is not None:
             trainer._load_from_checkpoint(checkpoint)
@@ -111,7 +102,7 @@ class Sharding:
 
     @contextmanager
     def as_one_process(self) -> Iterator[None]:
-        """Inside the block the trainer saves and loads as without an engine."""
+        """Inside the block the trainer saves and loads as without FSDP."""
         trainer = self._trainer
         reshard(trainer.model)
         enabled, trainer.is_fsdp_enabled = trainer.is_fsdp_enabled, False

@@ -59,9 +59,9 @@ class Training(_Below):
     # -- a trainer is made ---------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """What is asked for in vain is refused while it is made."""
-        with self._sharding.being_made():
-            super().create_accelerator_and_postprocess()
+        """Sharding that is asked for in vain is refused before `Trainer` goes on without it, or in other words."""
+        super().create_accelerator_and_postprocess()
+        self._sharding.check()
 
     # -- training begins -----------------------------------------------------------------------------------------
 

@@ -28,8 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
     streams.prepare()
     streams.hush_imports()
     try:
-        with _stoppable(), streams.flushed():
+        with _stoppable():
             _dispatch(sys.argv[1:] if arguments is None else arguments)
+            streams.flush()
     except LightPeftError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt as stop:
@@ -108,5 +109,4 @@ def quiet() -> None:
 
     quiet_libraries()
     screen.quiet = not processes().is_main_process
-    if screen.quiet:
-        bars.choose(bars.silent)
+    bars.quiet = screen.quiet

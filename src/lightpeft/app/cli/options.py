@@ -26,7 +26,7 @@ class Option:
     """One option of a verb, or one argument that is told by its place."""
 
     names: str
-    """As they are written, with spaces between them: "--text --data.text", or "model" for a place."""
+    """As they are written, with spaces between them: "--text --data.columns.text", or "model" for a place."""
     help: str
     """What it is; empty: it is not shown."""
     type: Any = str
@@ -54,6 +54,12 @@ class Option:
     def has_keys(self) -> bool:
         """Whether its value may be a mapping with keys of the user's."""
         return any(typing.get_origin(part) is dict for part in _options(self.type))
+
+    @property
+    def type_of_keys(self) -> Any:
+        """What these may be, where it is text; Any: whatever YAML reads."""
+        mappings = [part for part in _options(self.type) if typing.get_origin(part) is dict]
+        return str if all(typing.get_args(part)[1] is str for part in mappings) else Any
 
     @property
     def is_place(self) -> bool:
@@ -117,13 +123,8 @@ class Help(Action):
 class Parser(ArgumentParser):
     """argparse's parser, with what is wrong as an exception."""
 
-    def __init__(self, rows: str | None = None, **options: Any) -> None:
-        """
-        Args:
-            rows: option that a file of rows is likely meant for.
-        """
+    def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
-        self.rows = rows
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print below the usage."""
@@ -137,7 +138,7 @@ class Parser(ArgumentParser):
         """
         given, unknown = self.parse_known_intermixed_args(list(arguments))
         if unknown:
-            raise LightPeftError(unknown_option(unknown, self.known, self.rows))
+            raise LightPeftError(unknown_option(unknown, self.known))
         return vars(given)
 
     @property
@@ -219,8 +220,13 @@ def _described(option: Option) -> str:
         return option.help
     facts = [] if option.type is str or _choices(option.type) else [f"type: {type_name(option.type)}"]
     if option.default not in (None, "") or NoneType in _options(option.type):
-        facts.append(f"default: {yaml.safe_dump(option.default, default_flow_style=True).splitlines()[0]}")
+        facts.append(f"default: {shown_default(option)}")
     return f"{option.help} ({', '.join(facts)})" if facts else option.help
+
+
+def shown_default(option: Option) -> str:
+    """What holds without an option, as YAML has it."""
+    return str(yaml.safe_dump(option.default, default_flow_style=True, allow_unicode=True).splitlines()[0])
 
 
 def type_name(wanted: Any) -> str:

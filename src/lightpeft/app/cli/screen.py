@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 from rich.console import Console
 
-from lightpeft.console import streams
 from lightpeft.console.progress import tell
 
 
 class _Screen(Console):
-    """Standard output for tables and lines; what cannot be written is told, not lost."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        with streams.written():
-            super().print(*objects, **options)
-
-    def on_broken_pipe(self) -> NoReturn:
-        raise BrokenPipeError
+    """Standard output for tables and lines."""
 
     def say(self, text: str) -> None:
         """A line as it is, however long."""

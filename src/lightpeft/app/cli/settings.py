@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import textwrap
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,6 @@ import yaml
 from lightpeft.app.cli.options import Option
 from lightpeft.config import LightConfig, RunConfig, overlaid, run_config_from_dict
 from lightpeft.config.validation import load_yaml
-from lightpeft.console import streams
 from lightpeft.errors import require
 
 SOURCES = (
@@ -30,8 +29,7 @@ SOURCES = (
 USUAL = (
     "--model.name",
     "--data.train",
-    "--data.text",
-    "--data.label",
+    "--data.columns",
     "--output",
     "--light",
     "--training.epochs",
@@ -62,9 +60,7 @@ def run_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def print_config(given: dict[str, Any]) -> None:
     """Show all settings as YAML, as they would be."""
-    text = yaml.safe_dump(dataclasses.asdict(run_config(given)), sort_keys=False, allow_unicode=True)
-    with streams.utf8_output() as file:
-        file.write(text)
+    print(yaml.safe_dump(dataclasses.asdict(run_config(given)), sort_keys=False, allow_unicode=True), end="")  # noqa: T201
 
 
 # -- one option a field ------------------------------------------------------------------------------------------
@@ -78,42 +74,47 @@ class Section:
     options: Sequence[Option]
 
 
-def sections(
-    arguments: Sequence[str] = (), without: Collection[str] = (), short: Mapping[str, str] | None = None
-) -> list[Section]:
+def sections(arguments: Sequence[str] = (), without: Collection[str] = ()) -> list[Section]:
     """Options for all settings of a run.
 
     Args:
         arguments: a command line, which may name keys of settings that are mappings, such as --peft.use_dora.
         without: settings to leave out.
-        short: setting -> a second name of its option.
     """
-    first, *inner = _sections("", RunConfig(), short or {}, without)
-    return [Section(first.title, [*first.options, *_keys(first.options, arguments)]), *inner]
+    first, *inner = sections_of("", RunConfig(), arguments, without)
+    return [first, *inner]
 
 
 def _keys(options: Sequence[Option], arguments: Sequence[str]) -> list[Option]:
     """Options for keys of mappings, as far as a command line names them."""
-    mappings = tuple(f"{option.name}." for option in options if option.has_keys)
     written = dict.fromkeys(word.partition("=")[0] for word in arguments)
-    return [Option(name, "", type=Any) for name in written if name.startswith(mappings)]
+    mappings = [option for option in options if option.has_keys]
+    return [
+        Option(name, "", type=option.type_of_keys)
+        for option in mappings
+        for name in written
+        if name.startswith(f"{option.name}.")
+    ]
 
 
-def _sections(name: str, usual: Any, short: Mapping[str, str], without: Collection[str] = ()) -> Iterator[Section]:
-    """The options of a section, and of those that are in it.
+def sections_of(
+    name: str, usual: Any, arguments: Sequence[str] = (), without: Collection[str] = ()
+) -> Iterator[Section]:
+    """The options of a section, and of those that are in it: first one for the whole, then one a field.
 
     Args:
-        name: dotted; empty: the run itself.
+        name: dotted; empty: the run itself, which has none for the whole.
         usual: the section where nobody says anything.
     """
     cls = type(usual)
     fields = [each for each in dataclasses.fields(cls) if each.name not in without]
     inner = [each.name for each in fields if dataclasses.is_dataclass(_hint(cls, each.name))]
     prefix = f"{name}." if name else ""
-    own = [_option(usual, each.name, prefix, short) for each in fields if each.name not in inner]
-    yield Section(_title(cls), [*([Option(f"--{name}", _whole(cls), type=cls)] if name else []), *own])
+    own = [_option(usual, each.name, prefix) for each in fields if each.name not in inner]
+    whole = [Option(f"--{name}", _whole(cls), type=cls)] if name else []
+    yield Section(_title(cls), [*whole, *own, *_keys(own, arguments)])
     for each in inner:
-        yield from _sections(f"{prefix}{each}", getattr(usual, each), short)
+        yield from sections_of(f"{prefix}{each}", getattr(usual, each), arguments)
 
 
 def _whole(cls: Any) -> str:
@@ -122,10 +123,9 @@ def _whole(cls: Any) -> str:
     return f"{amount} {section}" if cls is LightConfig else f"A{section[1:]}"
 
 
-def _option(usual: Any, field: str, prefix: str, short: Mapping[str, str]) -> Option:
+def _option(usual: Any, field: str, prefix: str) -> Option:
     name, cls = f"{prefix}{field}", cast(Any, type(usual))
-    names = f"--{name} {short.get(name, '')}".strip()
-    return Option(names, _documented(cls)[field], _hint(cls, field), getattr(usual, field))
+    return Option(f"--{name}", _documented(cls)[field], _hint(cls, field), getattr(usual, field))
 
 
 def _title(cls: Any) -> str:

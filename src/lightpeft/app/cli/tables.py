@@ -172,40 +172,6 @@ def _seconds(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def comparison_table(plain: Mapping[str, Any], light: Mapping[str, Any], bench: Mapping[str, Any]) -> Table:
-    """The whole comparison of two finished runs: quality, size and speed.
-
-    Args:
-        plain: metrics.json of a run with method plain.
-        light: metrics.json of a run with method light.
-        bench: bench.json.
-    """
-    kind = plain_name(plain["config"])
-    table = Table(title=f"{kind} beside lightpeft", title_justify="left")
-    for name in ("", kind, "lightpeft"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name in ("accuracy", "f1", "loss"):
-        if name in plain["metrics"]:
-            table.add_row(name, f"{plain['metrics'][name]:.4f}", f"{light['metrics'][name]:.4f}")
-    sizes = [report["parameters"] for report in (plain, light)]
-    table.add_row("base parameters", *(f"{size['base']:,}" for size in sizes))
-    table.add_row("base parameters removed", *(f"{size['base_removed_ratio']:.1%}" for size in sizes))
-    table.add_row("trainable PEFT parameters", *(f"{size['peft']:,}" for size in sizes))
-    table.add_row("trainable head parameters", *(f"{size['head']:,}" for size in sizes))
-    subjects = [bench["subjects"][name] for name in ("plain", "light")]
-    for key in ("training", "inference"):
-        values = [subject[f"{key}_samples_per_second"]["median"] for subject in subjects]
-        ratio = bench["ratios"][f"{key}_throughput"]["median"]
-        table.add_row(f"{key} samples/s", f"{values[0]:.0f}", f"{values[1]:.0f} ({ratio:.2f}x)")
-    table.add_row("peak training memory, MiB", *(f"{s['peak_memory_bytes'] / 2**20:.0f}" for s in subjects))
-    for key, name in (("weights_bytes", "weights served, MiB"), ("peak_memory_bytes", "peak inference memory, MiB")):
-        table.add_row(name, *(f"{subject['inference'][key] / 2**20:.0f}" for subject in subjects))
-    table.add_row("saved adapter, KiB", *(f"{report['adapter_bytes'] / 1024:.0f}" for report in (plain, light)))
-    times = [sum(report["seconds"].values()) for report in (plain, light)]
-    table.add_row("training time, s (estimation included)", *(f"{value:.0f}" for value in times))
-    return table
-
-
 def plain_name(config: Mapping[str, Any]) -> str:
     """What people call the usual way of a run's PEFT kind."""
     return f"plain {kind_named(peft_type(config['peft'])).title}"

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightpeft.app.evaluation.batching import fitting_batch_size, in_batches
+from lightpeft.app.evaluation.batching import in_batches, usual_batch_size
 from lightpeft.app.tasks.answers import require_finite
 from lightpeft.console import bars
 from lightpeft.machine import autocasting
@@ -37,7 +37,7 @@ def generate_texts(
         tokenizer: with a padding token.
         max_new_tokens: tokens of a text at most.
         one_line: end a text where its first line ends, too.
-        batch_size: prompts at once; None: as many as fit into memory.
+        batch_size: prompts at once; None: as many as are usual on the device.
         autocast: half precision to compute in; None: that of the weights.
 
     Returns:
@@ -59,7 +59,8 @@ def generate_texts(
         return written[:, batch["input_ids"].shape[1] :].cpu(), seen.finite.cpu()
 
     longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    size = batch_size or fitting_batch_size(model, longest_first, compute)
+    longest = len(prompts[longest_first[0]]) + max_new_tokens
+    size = batch_size or usual_batch_size(device, longest)
     batches = in_batches(longest_first, compute, size)
     texts, finite = [""] * len(prompts), [True] * len(prompts)
     for rows, (written, numbers) in bars.progress(batches, math.ceil(len(prompts) / size), "Generating"):

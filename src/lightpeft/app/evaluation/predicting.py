@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,6 @@ from lightpeft.app.evaluation.respondent import BatchedModel
 from lightpeft.app.folders.forms import Found, Wanted
 from lightpeft.app.folders.opening import find_model
 from lightpeft.app.tasks import Columns, Task, convert, doubt_of_tokens, input_columns, restore_task
-from lightpeft.console.streams import standard_input, standard_output
 from lightpeft.errors import require
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.unwrap import transformers_model
@@ -56,7 +56,7 @@ def predict(
         text: column with the text (of tasks that classify); None: as in training.
         text_pair: column with the second text; None: as in training.
         answer_tokens: tokens of an answer at most, where it is a text; None: as in training.
-        batch_size: rows a forward pass; None: as many as fit into memory.
+        batch_size: rows a forward pass; None: as many as are usual on the device.
         bf16: compute in bfloat16 or, if False, in the precision of the weights; None: as the run evaluated.
         trust_remote_code: run Python code that comes with the base, if it needs any.
         allow_pickle: read the base's weights from pickle files if it has no others; weights alone are unpickled.
@@ -67,9 +67,7 @@ def predict(
     """
     require(batch_size is None or batch_size >= 1, f"batch_size is {batch_size}; it must be at least 1")
     require((source is None) != (example is None), "give a file to predict on (- for standard input), or an example")
-    if output is None:
-        standard_output()
-    else:
+    if output is not None:
         check_predictions_path(Path(output))
     switches = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     found = find_model(model, None if base is None else str(base), switches)
@@ -108,7 +106,7 @@ def answer_rows(
         tokenizer: its tokenizer.
         task: says how it answers.
         rows: in the columns of the task's kind; answers are not needed.
-        batch_size: rows a forward pass; None: as many as fit into memory.
+        batch_size: rows a forward pass; None: as many as are usual on the device.
         autocast: half precision to compute in; None: that of the weights.
         padding: batches are padded to a multiple of so many tokens; None: to their longest row.
         announce: takes a line about rows that are mostly unknown tokens.
@@ -163,7 +161,7 @@ def _read(task: Task, source: str | Path | None, example: str | None) -> tuple[D
     if example is not None:
         opened, what = io.StringIO(example.replace("\n", " ") if column else example), "the example"
     elif str(source) == "-":
-        opened, what = standard_input(), "standard input"
+        opened, what = sys.stdin, "standard input"
     else:
         opened, what = Path(str(source)), "input"
     rows = read_inputs(opened, column, what)

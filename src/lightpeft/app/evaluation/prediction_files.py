@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import pandas as pd
 from datasets import Dataset
 
 from lightpeft.app.tasks.rows.reading import read_file, read_json_text
-from lightpeft.console.streams import utf8_output
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import replacing
 
@@ -46,14 +46,7 @@ def read_inputs(source: Path | TextIO, column: str | None, what: str = "input") 
 def _content(source: Path | TextIO, what: str) -> str:
     where = f"{what} {source}" if isinstance(source, Path) else what
     try:
-        if isinstance(source, Path):  # a device or a pipe might never end
-            require(source.is_file() or not source.exists(), f"{where} cannot be read: it is not a regular file")
-            return source.read_text(encoding="utf-8-sig")
-        text = source.read()
-        text.encode()
-        return text
-    except UnicodeEncodeError as error:
-        raise LightPeftError(f"{where} is not UTF-8 text (character {error.start}); convert it to UTF-8") from error
+        return source.read_text(encoding="utf-8-sig") if isinstance(source, Path) else source.read()
     except UnicodeDecodeError as error:
         raise LightPeftError(f"{where} is not UTF-8 text (byte {error.start}); convert it to UTF-8") from error
     except OSError as error:
@@ -69,49 +62,33 @@ def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Se
         columns: the new ones, one value a row.
 
     Raises:
-        LightPeftError: another suffix, or the file or standard output cannot be written.
+        LightPeftError: another suffix, or the file cannot be written.
     """
-    renamed = {name: f"input_{name}" if name in columns else name for name in rows.column_names}
-    found = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-    table = (
-        {**{renamed[name]: value for name, value in row.items()}, **new} for row, new in zip(rows, found, strict=True)
-    )
-    header = [*renamed.values(), *columns]
+    given = {f"input_{name}" if name in columns else name: rows[name][:] for name in rows.column_names}
+    table = pd.DataFrame({**given, **columns}, dtype=object)
     if path is None:
-        with utf8_output() as file:
-            _write_csv(file, header, table)
+        _write_csv(table, sys.stdout)
         return
-    write = check_predictions_path(path)
+    check_predictions_path(path)
     with replacing(path) as file:
-        write(file, header, table)
+        if path.suffix.lower() == ".csv":
+            _write_csv(table, file)
+        else:
+            options = {"lines": True, "force_ascii": False, "double_precision": 15, "default_handler": str}
+            table.to_json(file, orient="records", **options)
 
 
-def check_predictions_path(path: Path) -> Callable[[TextIO, list[str], Iterable[dict[str, Any]]], None]:
-    """The writer for a file of predictions, by suffix; to be called before work is spent on them."""
-    writer = WRITERS.get(path.suffix.lower())
-    if writer is None:
-        raise LightPeftError(f'predictions go to a {" or ".join(WRITERS)} file, not "{path}"')
+def check_predictions_path(path: Path) -> None:
+    """Refuse a file of predictions that cannot be; to be called before work is spent on them."""
+    fits = path.suffix.lower() in (".csv", ".jsonl")
+    require(fits, f'predictions go to a .csv or .jsonl file, not "{path}"')
     require(not path.is_dir(), f"predictions go to a file, and {path} is a folder; give another name")
-    return writer
 
 
-def _write_csv(file: TextIO, header: list[str], table: Iterable[dict[str, Any]]) -> None:
-    writer = csv.DictWriter(file, header)
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in table)
+def _write_csv(table: pd.DataFrame, file: TextIO) -> None:
+    table.map(_cell).to_csv(file, index=False)
 
 
 def _cell(value: Any) -> Any:
     """Lists and objects as JSON, which can be read again."""
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else value
-
-
-def _write_jsonl(file: TextIO, header: list[str], table: Iterable[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in table)
-
-
-WRITERS: dict[str, Callable[[TextIO, list[str], Iterable[dict[str, Any]]], None]] = {
-    ".csv": _write_csv,
-    ".jsonl": _write_jsonl,
-}
-"""File suffix -> writer of predictions."""

@@ -37,7 +37,7 @@ from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
-from lightpeft.models.families import max_positions
+from lightpeft.models.families.registry import max_positions
 from lightpeft.models.task_heads import CAUSAL_LM, is_decoder
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.unwrap import transformers_model
@@ -91,7 +91,8 @@ def evaluate_model(
         per_class: precision, recall and F1 of every class as well.
         predictions: .csv or .jsonl file for one row an example.
         json: file for the report.
-        batch_size: rows a forward pass; None: as many as fit.
+        batch_size: rows a forward pass; None: as many as are usual on
+            the device.
         seed: of the bootstrap.
 
     Returns:
@@ -131,9 +132,11 @@ def _check_batch_size(size: int | None) -> None:
 
 def _config(found: Found, given: dict[str, Any]) -> RunConfig:
     """What was trained with, as far as the model says, with what is given on top."""
-    if found.run is not None:
-        return run_config_from_dict(overlaid(asdict(found.run), given))
-    return run_config_from_dict(overlaid(run_settings(found.facts), given))
+    said = run_settings(found.facts) if found.run is None else asdict(found.run)
+    data, asked = said.get("data", {}), given.get("data")
+    if isinstance(asked, dict) and asked.get("task", data.get("task")) != data.get("task"):
+        said = {**said, "data": {**data, "columns": {}}}  # which are those of another task
+    return run_config_from_dict(overlaid(said, given))
 
 
 def _with_rows(found: Found, config: RunConfig) -> Task:

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from lightpeft.app.evaluation.batching import fitting_batch_size, in_batches
+from lightpeft.app.evaluation.batching import in_batches, usual_batch_size
 from lightpeft.app.evaluation.generating import generate_texts
 from lightpeft.app.tasks.tokens import Collator, take_rows
 from lightpeft.console import bars
@@ -24,7 +24,7 @@ from lightpeft.models.head import head_apart, lone_head
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import fused_answers
+from lightpeft.peft_kinds.sites.answering import fused_answers
 
 AT_ONCE = 2**28
 """Bytes of a language model's logits, in float32, that are in memory at a time, if a row has no more."""
@@ -40,7 +40,7 @@ class BatchedModel:
     """`task.collator(tokenizer)`."""
     batch_size: int | None
     """Rows a forward pass (of likelihood: options, of spans: windows); rows of similar length share one. None: as many
-    as fit into memory; where even that is too much, half of them."""
+    as are usual on the device. A batch that does not fit into memory is halved."""
     autocast: torch.dtype | None = None
     """Half precision of the forward pass under autocast; None: that of the weights. Losses are computed in float32."""
 
@@ -98,7 +98,7 @@ class BatchedModel:
                 return batch, self.model(**inputs, **nothing_kept)
 
         with in_mode(self.model, training=False), fused_answers(self.model):
-            size = self.batch_size or fitting_batch_size(self.model, order, compute)
+            size = self.batch_size or usual_batch_size(device, encoded["length"][order[0]])
             batches = in_batches(order, compute, size)
             for rows, (batch, output) in bars.progress(batches, math.ceil(len(order) / size), description):
                 yield rows, batch, output

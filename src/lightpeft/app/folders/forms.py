@@ -24,21 +24,18 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype
-from lightpeft.models import repositories
-from lightpeft.models.families import max_positions
+from lightpeft.models.families.registry import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import TaskHead
 from lightpeft.models.tokenizers import ensure_pad_token
-from lightpeft.models.vocabulary import Vocabulary, cut_config
+from lightpeft.models.vocabulary.cutting import cut_config
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving import adapter_files, whole
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description, vocabulary_in
 from lightpeft.saving.description import base_facts
 from lightpeft.saving.peft_adapter import (
-    ADAPTER_CONFIG,
-    PICKLED,
-    WEIGHTS,
     check_fit,
     load_adapter,
     read_adapter,
@@ -92,15 +89,6 @@ class Found(ABC):
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
         """What is in a folder of this form; arguments and errors as for `find_model`."""
 
-    @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form | None:
-        """Its files in a repository; None: transformers finds them itself.
-
-        Args:
-            allow_pickle: weights may be pickled.
-        """
-        return None
-
     @abstractmethod
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> Model:
         """The live model; arguments and errors as for `open`."""
@@ -133,7 +121,7 @@ class Found(ABC):
         """What its run pads batches of rows of so many tokens to a multiple of; None: nothing but the longest row."""
         if self.run is None:
             return None
-        return padding_within(self.run.training.pad_to_multiple_of, max_length, max_positions(self.config))
+        return padding_within(max_length, max_positions(self.config))
 
     def checked(self) -> Self:
         """Itself, if the model, or the base of the adapter, is there."""
@@ -232,11 +220,6 @@ class MergedModel(Found):
 
     form = whole.ON_HUB.what
 
-    @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
-        """Always as safetensors."""
-        return whole.ON_HUB
-
     @cached_property
     def config(self) -> PretrainedConfig:
         """Of the model itself, whether or not transformers can make anything of it."""
@@ -253,7 +236,7 @@ class MergedModel(Found):
 
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> PreTrainedModel:
         """Straight into the cut layers."""
-        return load_merged(self.model.name, dtype=self.model.dtype, attention=self.model.attention)
+        return load_merged(self.model.name, dtype=self.model.dtype, attn_implementation=self.model.attn_implementation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,11 +263,6 @@ class LightAdapter(_Adapter):
     """A plan and PEFT weights, as `LightModel` saves itself."""
 
     form = adapter_files.ON_HUB.what
-
-    @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
-        """Always as safetensors."""
-        return adapter_files.ON_HUB
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
@@ -323,7 +301,7 @@ class LightAdapter(_Adapter):
             self.folder,
             self.model.name if base is None else base,
             dtype=self.model.dtype,
-            attention=self.model.attention,
+            attn_implementation=self.model.attn_implementation,
             trust_remote_code=self.model.trust_remote_code,
             allow_pickle=self.model.allow_pickle,
             low_memory=self.model.low_memory and base is None,
@@ -335,12 +313,6 @@ class PeftAdapter(_Adapter):
     """An adapter as PEFT saves it, whoever made it."""
 
     form = "PEFT adapter"
-
-    @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
-        """As PEFT writes them."""
-        weights = (WEIGHTS, PICKLED) if allow_pickle else (WEIGHTS,)
-        return repositories.Form(cls.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, *weights))
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:

@@ -166,9 +166,7 @@ class RunFolder:
     def _write_config(self) -> None:
         self._check_same()  # once more: somebody may have been here since
         file, text = self.path / CONFIG, _signed(to_yaml(self.config))
-        if not file.exists():
-            write_text(file, text, new=True)
-        elif read_text(file) != text:
+        if not file.exists() or read_text(file) != text:
             write_text(file, text)
 
     @property

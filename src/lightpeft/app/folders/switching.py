@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self, cast
-from weakref import WeakValueDictionary
 
 import torch
 
@@ -42,10 +41,9 @@ class LightSwitch:
         base: str | Path | None = None,
         *,
         most: int = 4,
-        pinned: Iterable[str] = (),
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
-        attention: str | None = None,
+        attn_implementation: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         """
@@ -53,35 +51,28 @@ class LightSwitch:
             tasks: name -> folder of a light adapter, or of a finished run that left one.
             base: name or folder of the base; None: the one that all of them name.
             most: models that stay; beyond them, the one that was asked for the longest time ago goes.
-            pinned: tasks whose models stay once they are there, counted in `most`.
             dtype: of the base weights; None: as they were when the adapter was saved.
             device: where to put models; None: host memory.
-            attention: attention backend; None: the one the base would use.
+            attn_implementation: attention backend; None: the one the base would use.
             trust_remote_code: run Python code that comes with the base, if it needs any.
 
         Raises:
-            LightPeftError: as `add`; or more tasks are pinned than stay, or one that is not there.
+            LightPeftError: as `add`.
         """
-        pinned = frozenset(pinned)
         require(most >= 1, f"most is {most}; a switch keeps at least 1 model")
-        require(
-            len(pinned) <= most, f"{len(pinned)} tasks are pinned, and most is {most}; pin fewer, or keep more models"
-        )
         self._base = None if base is None else str(base)
-        self._most, self._pinned, self._device = most, pinned, device
-        asked: dict[str, Any] = {"dtype": dtype and str(dtype).removeprefix("torch."), "attention": attention}
+        self._most, self._device = most, device
+        asked: dict[str, Any] = {"dtype": dtype and str(dtype).removeprefix("torch.")}
+        asked["attn_implementation"] = attn_implementation
         asked["trust_remote_code"] = trust_remote_code
         self._settings = {name: value for name, value in asked.items() if value is not None}
         self._tasks: dict[str, LightAdapter] = {}
         self._known: dict[str, Mapping[str, Any]] = {}
         self._kept: OrderedDict[str, SharingModel] = OrderedDict()
-        self._alive: WeakValueDictionary[str, SharingModel] = WeakValueDictionary()
         self._shared = SharedTensors()
         self._tables, self._making = threading.RLock(), threading.Lock()
         for name, folder in tasks.items():
             self.add(name, folder)
-        for name in sorted(pinned):
-            self._task(name)
 
     # Tasks
 
@@ -113,7 +104,7 @@ class LightSwitch:
         """
         with self._tables:
             self._task(name)
-            for table in (self._tasks, self._known, self._kept, self._alive):
+            for table in (self._tasks, self._known, self._kept):
                 table.pop(name, None)
 
     def close(self) -> None:
@@ -167,9 +158,9 @@ class LightSwitch:
     def _present(self, name: str) -> SharingModel | None:
         with self._tables:
             self._task(name)
-            model = self._kept.get(name, self._alive.get(name))
+            model = self._kept.get(name)
             if model is not None:
-                self._keep(name, model)
+                self._kept.move_to_end(name)
             return model
 
     def _made(self, name: str) -> SharingModel:
@@ -179,15 +170,10 @@ class LightSwitch:
         with self._tables:
             if self._tasks.get(name) is task:  # it may have been removed meanwhile
                 self._known[name] = task.description
-                self._keep(name, model)
+                self._kept[name] = model
+                if len(self._kept) > self._most:
+                    self._kept.popitem(last=False)
         return model
-
-    def _keep(self, name: str, model: SharingModel) -> None:
-        self._alive[name] = self._kept[name] = model
-        self._kept.move_to_end(name)
-        if len(self._kept) > self._most:
-            others = (kept for kept in self._kept if kept != name and kept not in self._pinned)
-            del self._kept[next(others, name)]
 
     def _task(self, name: str) -> LightAdapter:
         with self._tables:
@@ -212,18 +198,6 @@ class SharingModel(LightModel):
     def merge_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused, as `merge_and_unload`: it would be merged into weights of all tasks."""
         self._refuse("merged")
-
-    def unload(self) -> NoReturn:
-        self._refuse("unloaded")
-
-    def load_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse("given another adapter")
-
-    def add_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse("given another adapter")
-
-    def delete_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
-        self._refuse("rid of its adapter")
 
     def _refuse(self, what: str) -> NoReturn:
         alone = "load_light gives one that is alone, and so does copy.deepcopy of this one"

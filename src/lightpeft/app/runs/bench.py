@@ -29,32 +29,22 @@ from lightpeft.app.runs.workers import Worker
 from lightpeft.app.runs.workspace import Workspace, prepare
 from lightpeft.compat.transformers import LengthGroupedSampler
 from lightpeft.config import RunConfig, changed
-from lightpeft.console.bars import showing, silent
-from lightpeft.console.progress import StepProgress, duration
+from lightpeft.console.progress import StepProgress, duration, tell
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.peft_kinds.sites import fused_answers
+from lightpeft.peft_kinds.sites.answering import fused_answers
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.profiling import (
-    WARMUP,
-    OptimizerFactory,
-    PeakMemory,
-    count_flops,
-    hardware,
-    in_rounds,
-    kv_cache_bytes,
-    measure_inference,
-    measure_training,
-    ratio,
-    summarize,
-    throughput,
-    weights_bytes,
-)
+from lightpeft.profiling.comparing import in_rounds, ratio, summarize
+from lightpeft.profiling.flops import count_flops, kv_cache_bytes
+from lightpeft.profiling.memory import PeakMemory, weights_bytes
+from lightpeft.profiling.speed import WARMUP, OptimizerFactory, measure_inference, measure_training
+from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.estimation import Estimator
 from lightpeft.training.acceleration import light_steps
+from lightpeft.training.arguments import USUAL
 from lightpeft.training.prefix import CachedRows, FrozenPrefix, cache_prefix
 
 Made = tuple[nn.Module, Callable[..., torch.optim.Optimizer]]
@@ -159,7 +149,7 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
     total = (1 + rounds) * (len(names) + len(_INFERRING))
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(Subject, name, config, steps)) for name in names}
-        progress = stack.enter_context(StepProgress(total, 0, "measurements"))
+        progress = StepProgress(total, 0, "measurements")
 
         def measuring(what: str, name: str) -> Callable[[], Any]:
             return partial(_shown, progress, workers[name], what, name)
@@ -169,7 +159,7 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
             fixed[name]["inference"] = measuring("serving", name)()
         seconds = rounds * sum(worker.measure("round_seconds") for worker in workers.values())
         of_batches = f"{rounds_in_words(rounds)} of {steps} batches take about {duration(seconds)}"
-        progress.say(f"{of_batches}; Ctrl-C keeps the rounds that are over")
+        tell(f"{of_batches}; Ctrl-C keeps the rounds that are over")
         calls = {("training", name): measuring("training", name) for name in names}
         calls |= {("inference", name): measuring("inference", name) for name in _INFERRING}
         values: _Values = {"training": {}, "inference": {}}
@@ -182,7 +172,7 @@ def _measured(config: RunConfig, rounds: int, steps: int) -> Iterator[tuple[dict
 def _shown(progress: StepProgress, worker: Worker, what: str, name: str) -> Any:
     """A measurement of a subject, shown as one step."""
     label = f"{name}, {_WHAT.get(what, what)}"
-    progress.begin(label)
+    progress.begin()
     value = worker.measure(what)
     told = f"{value['peak_memory_bytes'] / 2**20:,.0f} MiB" if what in _WHAT else f"{value:,.1f} samples/s"
     progress.end(label, told)
@@ -317,16 +307,12 @@ class Subject:
         training, folder = self.config.training, Path(self._folder.name)
         options: dict[str, Any] = {"batch_size": training.eval_batch_size, "autocast": self.autocast}
         started = time.perf_counter()
-        with showing(silent):
-            known = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
-        self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
+        known = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
+        self._prefix_speed = len(rows) / (time.perf_counter() - started)
         return known
 
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:
-        training = self.config.training
-        return measure_training(
-            self.model, batches, self.optimizer, autocast=self.autocast, max_grad_norm=training.max_grad_norm
-        )
+        return measure_training(self.model, batches, self.optimizer, **self.work.step_options)
 
 
 def _samples(batches: Sequence[Mapping[str, Any]]) -> int:
@@ -393,9 +379,9 @@ BUILDS: dict[str, Build] = {
 
 def adamw(work: Workspace) -> Callable[..., torch.optim.Optimizer]:
     """The factory of the optimizer that a run uses."""
-    training = work.config.training
+    decay = work.config.trainer.get("weight_decay", USUAL["weight_decay"])
     return lambda parameters: torch.optim.AdamW(
-        parameters, lr=float(training.learning_rate), weight_decay=training.weight_decay
+        parameters, lr=float(work.config.training.learning_rate), weight_decay=decay
     )
 
 

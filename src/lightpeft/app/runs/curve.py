@@ -17,7 +17,9 @@ from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import Spread, alternate, hardware, measure_training, ratio
+from lightpeft.profiling.comparing import Spread, alternate, ratio
+from lightpeft.profiling.speed import measure_training
+from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.surgery import cut_copy
 
 ROWS = 256
@@ -93,13 +95,11 @@ def step_times(work: Workspace, model: PeftModel, plans: Mapping[float, PrunePla
     """Times of steps as a light run makes them, with LoRA as estimation had it; the model trains a little."""
     chosen = sorted({list(plans)[len(plans) // 2], list(plans)[-1]})
     batches = sample_batches(work, 1)
-    training = work.config.training
 
     def seconds(of: PeftModel) -> Callable[[], float]:
         def measure() -> float:
             with accelerating(work, of):
-                options = {"autocast": autocast_dtype(training), "max_grad_norm": training.max_grad_norm}
-                return sum(measure_training(of, batches, adamw(work), warmup=1, **options))  # type: ignore[arg-type]
+                return sum(measure_training(of, batches, adamw(work), warmup=1, **work.step_options))
 
         return measure
 

@@ -46,11 +46,12 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.machine import sharding_launched
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import cut_parameters
+from lightpeft.models.vocabulary.cutting import cut_parameters
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import PeakMemory, folder_bytes, hardware
-from lightpeft.profiling.sizes import parameter_report
+from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.sizes import folder_bytes, parameter_report
+from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.checkpoints import read_cut
 from lightpeft.recipe.pruner import EarlyPruner
@@ -210,7 +211,8 @@ def _pruned_model(work: Workspace) -> LightModel:
     model = work.config.model
     switches = {name: getattr(model, name) for name in SWITCHES}
     try:
-        light = load_light(work.run.pruned, is_trainable=True, low_memory=True, attention=model.attention, **switches)
+        as_asked = {"attn_implementation": model.attn_implementation, **switches}
+        light = load_light(work.run.pruned, is_trainable=True, low_memory=True, **as_asked)
         return light if sharding_launched() else to_device(light)
     except LightPeftError:  # a base in few bits or in a file of another kind, which is read whole; or damage, as below
         return load_light(work.run.pruned, work.dense_model().model, is_trainable=True)
@@ -274,8 +276,7 @@ def _finish(
     run, model, step = work.run, trainer.model, trainer.state.global_step
     assert trainer.meter is not None
     cost = trainer.meter.stop(step)
-    rate = work.config.way.rate
-    require(_finite(model), f"training diverged: weights are NaN or infinite; lower training.{rate}")
+    require(_finite(model), "training diverged: weights are NaN or infinite; lower training.learning_rate")
 
     told = stopped(trainer, work) if trainer.stage == "train" else {}
     if told:

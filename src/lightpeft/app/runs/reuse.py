@@ -10,7 +10,7 @@ from typing import Any
 from lightpeft.app.folders.run_folder import RunFolder, flat, is_run
 from lightpeft.config import READ_AFTERWARDS, READ_BY_PLANS, SWITCHES, RunConfig
 from lightpeft.errors import LightPeftError, require
-from lightpeft.files import append_line, read_json, replacing_folder, resolved, write_json
+from lightpeft.files import append_line, read_json, replacing_folder, write_json
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
@@ -39,9 +39,8 @@ def find_estimation(config: RunConfig, folder: Path) -> RunFolder:
             leaves no plan that meets the budget.
     """
     require(is_run(folder), f"{folder} is not a run folder, whose estimation could be taken")
-    require(
-        resolved(folder) != resolved(Path(config.output)), f"{folder} is the output; give the folder of another run"
-    )
+    own = folder.resolve() == Path(config.output).resolve()
+    require(not own, f"{folder} is the output; give the folder of another run")
     donor = RunFolder.at(folder)
     methods = sorted({config.method, donor.config.method})
     require(methods == ["light"], f"runs of method {' and '.join(methods)} share no estimation; both must be light")

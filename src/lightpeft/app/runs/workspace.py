@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -28,18 +29,20 @@ from lightpeft.app.tasks import (
     task_tokens,
 )
 from lightpeft.config import WRITTEN, RunConfig, Tolerance, TrainingConfig, cut_of_writer, tolerance_of
-from lightpeft.console.bars import showing, silent
 from lightpeft.errors import require
 from lightpeft.files import read_json, understandable
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
-from lightpeft.models.families import max_positions
+from lightpeft.models.families.registry import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
-from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, cut_tokenizer, kept_tokens
+from lightpeft.models.vocabulary.closure import kept_tokens
+from lightpeft.models.vocabulary.cutting import config_tokens, cut_config
+from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import Stage, able, few_examples, fitted
-from lightpeft.training.arguments import check_given
+from lightpeft.training.arguments import USUAL, check_given
 from lightpeft.training.prefix import PrefixCache
 from lightpeft.training.schedule import Pace, rows_held, scored_steps, settled
 from lightpeft.training.step_rows import rows_a_step_before, shared
@@ -80,8 +83,7 @@ class Workspace:
     @property
     def collator(self) -> Collator:
         """Rows to padded batches."""
-        multiple, length = self.config.training.pad_to_multiple_of, self.config.data.max_length
-        return self.task.collator(self.tokenizer, padding_within(multiple, length, self.positions))
+        return self.task.collator(self.tokenizer, padding_within(self.config.data.max_length, self.positions))
 
     @property
     def pace(self) -> Pace:
@@ -157,15 +159,19 @@ class Workspace:
     @property
     def rate(self) -> float:
         """Peak learning rate of the run's method, before `light.rates` scale it."""
-        return float(getattr(self.config.training, self.config.way.rate))
+        return float(self.config.training.learning_rate)
 
     @property
     def prefix_cache(self) -> PrefixCache | None:
         """How the outputs of frozen blocks are kept; None: not at all."""
-        training = self.config.training
-        if training.prefix_cache == "off":
-            return None
-        return PrefixCache(training.prefix_cache, training.prefix_dtype, int(training.prefix_limit * 2**30))
+        place = self.config.training.prefix_cache
+        return None if place == "off" else PrefixCache(place)
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """How steps are made, as `measure_training` takes it."""
+        clipped = self.config.trainer.get("max_grad_norm", USUAL["max_grad_norm"])
+        return {"autocast": autocast_dtype(self.config.training), "max_grad_norm": clipped}
 
     def dense_model(self, to_train: bool = False) -> LoadedModel:
         """The untouched foundation model with the task's head, on the device that training uses.
@@ -200,8 +206,7 @@ class Workspace:
     def watcher(self) -> Watcher:
         """What looks at the model between stages, on a few test rows."""
         chosen = sample(self.task)
-        with showing(silent):
-            rows = self.task.encode_test(chosen, self.tokenizer)
+        rows = self.task.encode_test(chosen, self.tokenizer)
         return Watcher(self.task, rows, len(chosen), self.asking)
 
     def announce_settings(self) -> None:
@@ -236,7 +241,7 @@ class Workspace:
             as_before = f"{self.coverage.identical:.0%} are tokenised as before"
             self.run.announce(stage, f"{tokens}; the test rows take {more}, and {as_before}")
         if autocast_dtype(training) is torch.bfloat16 and not has_bf16():
-            slow = "training.bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
+            slow = "training.precision: bf16 is slow here, without bfloat16 arithmetic; auto takes float32 instead"
             self.run.announce(stage, slow)
 
     def announce_processes(self, stage: str) -> None:
@@ -300,7 +305,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
     run = RunFolder.open(config, replan=replan, overwrite=overwrite)
     begun_by = _begun_by(run)
     steps_of = begun_by or processes().num_processes
-    training: TrainingConfig = settled(config.training, len(train_rows), width, steps_of)
+    training: TrainingConfig = settled(config.training, len(train_rows), width, steps_of, has_peft=config.way.has_peft)
     config = replace(config, training=training)
     if run.has("depth") and run.goes_on:
         config = with_found_depth(config, run)
@@ -319,8 +324,7 @@ def prepare(config: RunConfig, *, overwrite: bool = False, replan: bool = False)
         held_rows=held_rows,
     )
     if vocabulary is not None:
-        with showing(silent):
-            work.coverage = coverage(task.encode_test(task.test, whole), test_rows, vocabulary.kept)
+        work.coverage = coverage(task.encode_test(task.test, whole), test_rows, vocabulary.kept)
     if not run.has(run.last_training):
         _ = work.training_of_process  # whether these processes can share what is left
     if config.way.prunes and (overwrite or not run.has("estimate")):

@@ -98,7 +98,7 @@ def require_finite(finite: Sequence[bool] | np.ndarray) -> None:
     require(
         not bad,
         f"the model's answers to {len(bad)} of {len(finite)} rows are NaN or infinite (row {named}); compute in "
-        "float32 (model.dtype: float32, bf16 and fp16 off), or train it again with a lower learning rate",
+        "float32 (model.dtype and training.precision), or train it again with a lower learning rate",
     )
 
 

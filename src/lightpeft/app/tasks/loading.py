@@ -19,7 +19,7 @@ from lightpeft.app.tasks.rows.splitting import limited, split_rows
 from lightpeft.config import DataConfig, TaskEntry
 from lightpeft.config.validation import from_dict
 
-READING = ("max_length", "stride", "null_threshold", "answer_tokens")
+READING = ("max_length", "null_threshold", "answer_tokens")
 """Settings of `data` that decide how rows are read and answered."""
 
 
@@ -44,8 +44,7 @@ def load_task(
     labels = kind.label_set(train, entry)
     train, test = split_rows(train, test, config)
     more = {
-        prefix: limited(_ready(split, entry, kind), config.limit_test, "limit_test", config)
-        for prefix, split in splits.more_tests.items()
+        prefix: limited(_ready(split, entry, kind), config.limit_test) for prefix, split in splits.more_tests.items()
     }
     for rows in (test, *more.values()):
         kind.check_split(train, rows, labels, entry)
@@ -66,8 +65,7 @@ def load_test(
         return load_task(config, model, own)
     assert splits.test is not None
     test, *others = (
-        limited(_ready(split, entry, kind), config.limit_test, "limit_test", config)
-        for split in (splits.test, *splits.more_tests.values())
+        limited(_ready(split, entry, kind), config.limit_test) for split in (splits.test, *splits.more_tests.values())
     )
     more = dict(zip(splits.more_tests, others, strict=True))
     return kind(config, test.select([]), test, kind.label_set(test, entry), entry, more)
@@ -94,7 +92,7 @@ def input_columns(task: Task) -> list[str]:
     entry, kind = task.entry, KINDS[task.entry.kind]
     if entry.convert is not None:
         return []
-    sources = entry.columns or {column: column for column in kind.columns}
+    sources = kind.sources(entry.columns) if entry.columns else {column: column for column in kind.columns}
     needed = [source for column, source in sources.items() if column not in kind.targets]
     return list(dict.fromkeys(name for source in needed for name in source_columns(source)))
 
@@ -120,9 +118,7 @@ def run_settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     entry = _entry(facts)
     said = {name: facts[name] for name in ("answer", "likelihood", *READING) if name in facts}
     if not entry.name:
-        settings = KINDS[entry.kind].settings
-        columns = {settings[column]: source for column, source in entry.columns.items() if column in settings}
-        return {"data": {"task": entry.kind, **columns, **said}}
+        return {"data": {"task": entry.kind, "columns": entry.columns, **said}}
     own = {} if entry.name in ENTRIES else {entry.name: {**facts["entry"], "name": ""}}
     return {"data": {"task": entry.name, **said}, "tasks": own}
 

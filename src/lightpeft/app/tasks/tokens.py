@@ -39,14 +39,18 @@ def check_max_length(max_length: int, positions: int | None, tokenizer: PreTrain
     )
 
 
-def padding_within(multiple: int, max_length: int, positions: int | None) -> int | None:
+PADDED_TO = 8
+"""Batches are padded to a multiple of so many tokens: few different shapes are faster than a few tokens less."""
+
+
+def padding_within(max_length: int, positions: int | None) -> int | None:
     """What to pad batches to a multiple of: None where rows of `max_length` tokens would outgrow the model by that.
 
     Args:
         positions: tokens that the model's position table has room for; None: any number.
     """
-    fits = positions is None or math.ceil(max_length / multiple) * multiple <= positions
-    return multiple if fits else None
+    fits = positions is None or math.ceil(max_length / PADDED_TO) * PADDED_TO <= positions
+    return PADDED_TO if fits else None
 
 
 def check_tokens(

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lightpeft.app.tasks.kinds.base import Task
 from lightpeft.app.tasks.tokens import ENCODE_ROWS
-from lightpeft.console.bars import showing, silent
 
 _TOKENS = ("input_ids", "unconditional_ids", "labels")
 """Columns of encoded rows that hold tokens, where they hold lists of integers."""
@@ -20,8 +19,7 @@ _TOKENS = ("input_ids", "unconditional_ids", "labels")
 
 def task_tokens(task: Task, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Every token that the training rows take, as rows to train on and as rows to be asked, all options included."""
-    with showing(silent):
-        both = (task.encode(task.train, tokenizer), task.encode_test(task.train, tokenizer))
+    both = (task.encode(task.train, tokenizer), task.encode_test(task.train, tokenizer))
     return {token for encoded in both for row in _rows(encoded, _TOKENS) for token in row if token >= 0}
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightpeft.compat.transformers import attention_of, forget_attention
@@ -107,7 +109,7 @@ def _randomise(parameter: nn.Parameter, generator: torch.Generator) -> None:
 
 
 def random_inputs(model: PreTrainedModel, rows: int = 3, length: int = 9, padding: str = "right") -> dict[str, Tensor]:
-    """Random token ids (padded rows but the first), images or sound, whatever the model takes; the same at every call.
+    """Random token ids (padded rows but the first), images or raw sound, the same at every call.
 
     Raises:
         LightPeftError: the model takes something else.
@@ -123,13 +125,8 @@ def random_inputs(model: PreTrainedModel, rows: int = 3, length: int = 9, paddin
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         inputs = {name: torch.randn(rows, config.num_channels, height, width, generator=generator)}
-    elif name == "input_values" and hasattr(config, "num_mel_bins"):
-        inputs = {name: torch.randn(rows, config.max_length, config.num_mel_bins, generator=generator)}
     elif name == "input_values":
         inputs = {name: torch.randn(rows, 4000, generator=generator)}
-    elif name == "input_features" and hasattr(config, "max_source_positions"):
-        frames = 2 * config.max_source_positions
-        inputs = {name: torch.randn(rows, config.num_mel_bins, frames, generator=generator)}
     else:
         raise LightPeftError(f"lightpeft knows no random input for {type(model).__name__} ({name})")
     if config.is_encoder_decoder:
@@ -149,6 +146,22 @@ def _token_inputs(config: Any, rows: int, length: int, padding: str, generator: 
 def _tokens(config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor:
     """Token ids of the upper half of the vocabulary, where no special tokens are."""
     return torch.randint(config.vocab_size // 2, config.vocab_size, (rows, length), generator=generator)
+
+
+def run(model: nn.Module, inputs: dict[str, Tensor], handles: Sequence[RemovableHandle] = ()) -> Tensor:
+    """The first output of a model, without gradients; the hooks are taken off afterwards.
+
+    Raises:
+        LightPeftError: the model does not run on these inputs.
+    """
+    try:
+        with torch.no_grad():
+            return cast(Tensor, model(**inputs)[0])
+    except Exception as error:  # a model class of anyone's own may raise anything
+        raise LightPeftError(f"{type(model).__name__} does not run on random inputs: {one_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def one_line(error: BaseException, limit: int = 160) -> str:

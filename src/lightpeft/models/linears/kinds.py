@@ -30,10 +30,6 @@ class LinearKind(ABC):
     def features(self, layer: Any) -> tuple[int, int]:
         """Output and input features, without dequantising anything."""
 
-    def fault(self, layer: Any, width: int, dim: int) -> str | None:
-        """Why the layer cannot be cut to `width` output (`dim` 0) or input features (`dim` 1); None: it can."""
-        return None
-
     @abstractmethod
     def keep(self, layer: Any, index: Tensor, dim: int) -> None:
         """Keep output features (`dim` 0) or input features (`dim` 1), in place."""
@@ -46,18 +42,13 @@ class DenseKind(LinearKind):
         """The weight itself."""
         return self.dense_weight(layer)
 
-    def features(self, layer: Any) -> tuple[int, int]:
-        rows, columns = self.dense_weight(layer).shape
-        return rows, columns
-
 
 class QuantisedKind(LinearKind):
     """How a layer whose weight is kept as integers and scales is read and cut.
 
     Where a format keeps one scale a row, or a cut takes whole blocks with their scales, what stays is what was there,
     to the bit. Elsewhere blocks with scales of their own are formed anew (dequantise, cut, quantise), which rounds once
-    more. No package that quantises is needed, nor imported: a layer of its can only exist in a process that has
-    imported it.
+    more.
     """
 
     def features(self, layer: Any) -> tuple[int, int]:

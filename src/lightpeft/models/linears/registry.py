@@ -12,7 +12,6 @@ from lightpeft.models.linears.bitsandbytes import EightBitLinear, FourBitLinear
 from lightpeft.models.linears.kinds import LinearKind
 from lightpeft.models.linears.on_disk import OnDiskLinear
 from lightpeft.models.linears.plain import PlainLinear, TransposedLinear
-from lightpeft.models.linears.torchao import TorchaoLinear
 
 KINDS: tuple[LinearKind, ...] = (
     OnDiskLinear(),  # before the plain ones, which it is of as well
@@ -20,7 +19,6 @@ KINDS: tuple[LinearKind, ...] = (
     TransposedLinear(),
     FourBitLinear(),
     EightBitLinear(),
-    TorchaoLinear(),
 )
 """The kinds of linear layers that can be cut, the first that matches counts."""
 
@@ -49,11 +47,6 @@ def features(layer: nn.Module) -> tuple[int, int]:
     return _kind(layer).features(layer)
 
 
-def fault(layer: nn.Module, width: int, dim: int) -> str | None:
-    """Why a linear layer cannot be cut to `width` output (`dim` 0) or input features (`dim` 1); None: it can."""
-    return _kind(layer).fault(layer, width, dim)
-
-
 def describe(layer: nn.Module) -> str:
     """A layer's type for messages, with that of its weight where that is a type of its own."""
     weight = getattr(layer, "weight", None)
@@ -66,13 +59,9 @@ def slice_linear(layer: Any, index: Tensor, dim: int) -> None:
     """Keep output features (`dim` 0) or input features (`dim` 1) of a linear layer; the rest is freed.
 
     Raises:
-        LightPeftError: not a linear layer that can be cut, or not to this width; nothing was cut.
+        LightPeftError: not a linear layer that can be cut.
     """
-    kind = _kind(layer)
-    reason = kind.fault(layer, len(index), dim)
-    if reason is not None:
-        raise LightPeftError(f"a {describe(layer)} cannot be cut: {reason}")
-    kind.keep(layer, index.to(layer.weight.device), dim)
+    _kind(layer).keep(layer, index.to(layer.weight.device), dim)
 
 
 def _kind(layer: nn.Module) -> LinearKind:

@@ -6,8 +6,7 @@
     model = get_peft_model(base, BottleneckConfig(placement="houlsby", size=64, task_type="SEQ_CLS"))
 
 Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP" (serial adapters after attention and FFN);
-Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Transfer Learning" (after the FFN alone);
-He et al. 2022, "Towards a Unified View of Parameter-Efficient Transfer Learning" (parallel to the FFN).
+Pfeiffer et al. 2021, "AdapterFusion: Non-Destructive Task Composition for Transfer Learning" (after the FFN alone).
 """
 
 from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig

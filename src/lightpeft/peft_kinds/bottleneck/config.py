@@ -12,11 +12,8 @@ from lightpeft.compat.transformers import ACT2FN
 from lightpeft.errors import require
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK, PREFIX
 
-PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
+PLACEMENTS = ("houlsby", "pfeiffer")
 """Places that are found from the model family; see `BottleneckConfig.placement`."""
-
-INITS = ("zero", "bert", "houlsby")
-"""Initialisations; see `BottleneckConfig.init`."""
 
 LEARNED = "learned"
 
@@ -25,14 +22,12 @@ LEARNED = "learned"
 class BottleneckConfig(PeftConfig):
     """Bottleneck adapters: `delta(x) = scaling * up(non_linearity(down(dropout(x))))`, added to a layer's output.
 
-    Serial adapters (Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP"; Pfeiffer et al. 2021,
-    "AdapterFusion") read that same output `y = base(x)` and give `y + delta(y)`. Parallel adapters (He et al. 2022,
-    "Towards a Unified View of Parameter-Efficient Transfer Learning") read what another module reads. Light-PEFT
-    (Gu et al. 2024) uses the `houlsby` placement.
+    An adapter (Houlsby et al. 2019, "Parameter-Efficient Transfer Learning for NLP"; Pfeiffer et al. 2021,
+    "AdapterFusion") reads that same output `y = base(x)`, and the layer gives `y + delta(y)`. `up` starts at 0, so that
+    the model starts unchanged. Light-PEFT (Gu et al. 2024) uses the `houlsby` placement.
 
-    Give `placement`, or `target_modules`, or `parallel_inputs`. When adapters are put into a model, `target_modules`,
-    `size_pattern` and `parallel_inputs` are set to the exact module names, so a saved configuration says where every
-    adapter is and how wide, whatever the model family.
+    Give `placement` or `target_modules`. When adapters are put into a model, `target_modules` and `size_pattern` are
+    set to the exact module names, so a saved configuration says where every adapter is and how wide.
 
     Raises:
         LightPeftError: a value that cannot be used (a `ValueError`).
@@ -41,29 +36,20 @@ class BottleneckConfig(PeftConfig):
     size: int = 64
     """Width of the bottleneck."""
     size_pattern: dict[str, int] = field(default_factory=dict)
-    """Module name, or regular expression for the end of it, -> width, where it is not `size`; as PEFT's `rank_pattern`.
-    A full name is looked up first; of expressions the first that fits counts."""
+    """Full name of a module -> width of its bottleneck, where it is not `size`."""
     non_linearity: str = "relu"
     """Activation between the projections, by transformers' name (`transformers.activations.ACT2FN`)."""
     dropout: float = 0.0
     """Dropout on what the adapter reads."""
     scaling: float | str = 1.0
     """Factor on the adapter's output: a number, or "learned" for one trainable scalar an adapter that starts at 1."""
-    init: str = "zero"
-    """How weights start; biases are 0. "zero": `up` at 0, so that the model starts unchanged (He et al. 2022, after
-    LoRA); "bert": both normal with deviation 0.02; "houlsby": both normal with deviation 0.01, cut off at two
-    deviations (Houlsby et al. 2019)."""
     placement: str | None = None
     """Where adapters go if `target_modules` is not given. "houlsby": after the attention output projection and after
-    the FFN output projection of every block; "pfeiffer": after the FFN output projection alone; "parallel": beside the
-    FFN, from what the FFN reads to what its output projection gives (He et al. 2022)."""
+    the FFN output projection of every block; "pfeiffer": after the FFN output projection alone."""
     target_modules: list[str] | str | None = None
     """Linear layers to adapt: endings of module names, or one regular expression for whole names."""
     exclude_modules: list[str] | str | None = None
     """Modules to leave out, given in the same way."""
-    parallel_inputs: dict[str, str] = field(default_factory=dict)
-    """Target module -> module whose input its adapter reads; full names, or endings that differ after a common part.
-    A target without an entry gets a serial adapter (with placement "parallel": an error)."""
     modules_to_save: list[str] | None = None
     """Other modules to train and to save, such as a classification head."""
 
@@ -72,9 +58,6 @@ class BottleneckConfig(PeftConfig):
         self.peft_type = BOTTLENECK
         register_prefix(BOTTLENECK, PREFIX)
         self.size_pattern = self.size_pattern or {}
-        self.parallel_inputs = self.parallel_inputs or {}
-        if self.target_modules is None and self.parallel_inputs:
-            self.target_modules = list(self.parallel_inputs)
         for names in ("target_modules", "exclude_modules"):
             value = getattr(self, names)
             if isinstance(value, (list, tuple, set)):
@@ -96,7 +79,6 @@ class BottleneckConfig(PeftConfig):
             self.scaling == LEARNED or math.isfinite(number),
             f'scaling must be a number or "{LEARNED}", got {self.scaling!r}',
         )
-        require(self.init in INITS, f"init must be one of {', '.join(INITS)}; got {self.init!r}")
         require(
             self.placement is None or self.placement in PLACEMENTS,
             f"placement must be one of {', '.join(PLACEMENTS)}, or None with target_modules; got {self.placement!r}",
@@ -104,9 +86,4 @@ class BottleneckConfig(PeftConfig):
         require(
             self.placement is not None or self.target_modules is not None,
             f"a BottleneckConfig needs a placement ({', '.join(PLACEMENTS)}) or target_modules",
-        )
-        require(
-            self.placement != "parallel" or self.target_modules is None or bool(self.parallel_inputs),
-            'placement="parallel" with target_modules needs parallel_inputs: target module -> module whose input '
-            "the adapter reads; leave target_modules out to have both found from the model family",
         )

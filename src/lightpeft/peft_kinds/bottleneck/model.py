@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightpeft.compat.peft import BaseTuner, fitting_key
+from lightpeft.compat.peft import BaseTuner
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.families import block_specs
-from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.families.registry import block_specs
 from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig
 from lightpeft.peft_kinds.bottleneck.layer import NO_MERGE, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import PREFIX
-
-_READS_FFN_INPUT = ("ffn_gate_in", "ffn_gate", "ffn_in")
-"""Slots that read what the FFN reads; a block's first one is the source of a parallel adapter."""
 
 
 class BottleneckModel(BaseTuner):
     """A model with bottleneck adapters, made by `peft.get_peft_model` from a `BottleneckConfig`.
 
-    Houlsby et al. 2019 (serial adapters), Pfeiffer et al. 2021 (after the FFN alone), He et al. 2022 (parallel).
+    Houlsby et al. 2019 (after attention and FFN), Pfeiffer et al. 2021 (after the FFN alone).
     """
 
     prefix = PREFIX
@@ -37,8 +31,7 @@ class BottleneckModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> BottleneckConfig:
         if peft_config.target_modules is None:
-            targets, sources = placed_modules(self.model, str(peft_config.placement))
-            peft_config.target_modules, peft_config.parallel_inputs = targets, sources
+            peft_config.target_modules = placed_modules(self.model, str(peft_config.placement))
         return peft_config
 
     def _create_and_replace(
@@ -52,33 +45,12 @@ class BottleneckModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name)
-        size = _size(peft_config, current_key)
-        layer.update_layer(adapter_name, peft_config, size, self._source(peft_config, current_key))
+        layer.update_layer(adapter_name, peft_config, peft_config.size_pattern.get(current_key, peft_config.size))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
-    def _source(self, config: BottleneckConfig, target: str) -> tuple[str, nn.Module] | None:
-        """Name of the module whose input the adapter on `target` reads, and the module; None for a serial adapter."""
-        name = _source_name(config.parallel_inputs, target)
-        if name is None:
-            require(
-                config.placement != "parallel",
-                f'placement="parallel": parallel_inputs has no entry for {target}, the module whose input it reads',
-            )
-            return None
-        try:
-            source = self.model.get_submodule(name)
-        except AttributeError as error:
-            raise LightPeftError(
-                f"parallel_inputs: the model has no module {name} for {target} to read from"
-            ) from error
-        # adapters may be taken off the source again; what is inside them stays and reads the same
-        while isinstance(source, BottleneckLayer):
-            source = source.base_layer
-        return name, source
-
     def _record_places(self, config: BottleneckConfig, adapter_name: str) -> None:
-        """Make the configuration say exactly which modules have the adapter, how wide, and what they read."""
+        """Make the configuration say exactly which modules have the adapter, and how wide."""
         layers = {
             name: module
             for name, module in self.model.named_modules()
@@ -86,16 +58,9 @@ class BottleneckModel(BaseTuner):
         }
         if not layers:  # PEFT allows a placeholder that targets nothing
             return
-        unused = [key for key in config.size_pattern if not any(_fits(key, name) for name in layers)]
-        if unused:
-            warnings.warn(f"size_pattern: no adapter is on a module that fits {', '.join(unused)}", stacklevel=2)
         sizes = {name: layer.size[adapter_name] for name, layer in layers.items()}
-        sources = {name: layer.sources for name, layer in layers.items()}
         config.target_modules = sorted(layers)
         config.size_pattern = {name: size for name, size in sizes.items() if size != config.size}
-        config.parallel_inputs = {
-            name: inputs[adapter_name].name for name, inputs in sources.items() if adapter_name in inputs
-        }
 
     def _check_merge_allowed(self) -> None:
         raise LightPeftError(NO_MERGE)
@@ -109,53 +74,25 @@ class BottleneckModel(BaseTuner):
         )
 
 
-def placed_modules(model: nn.Module, placement: str) -> tuple[list[str], dict[str, str]]:
+def placed_modules(model: nn.Module, placement: str) -> list[str]:
     """Where the adapters of a placement go (see `BottleneckConfig.placement`), in the order of blocks.
 
     Args:
-        model: a transformers model, or a PeftModel around one.
-        placement: "houlsby", "pfeiffer" or "parallel".
+        model: a transformers model.
+        placement: "houlsby" or "pfeiffer".
 
     Returns:
-        Names of the modules that get an adapter, and for parallel adapters which module's input each reads.
+        Names of the modules that get an adapter.
 
     Raises:
         LightPeftError: not a transformers model of a supported family, or no block has such a place.
     """
-    inner = transformers_model(model)
-    if not isinstance(inner, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
         raise LightPeftError(
-            f'placement="{placement}" needs a transformers model, got a {type(inner).__name__}; give target_modules'
+            f'placement="{placement}" needs a transformers model, got a {type(model).__name__}; give target_modules'
         )
-    path = next(name for name, module in model.named_modules() if module is inner)
-    prefix = f"{path}." if path else ""
-    blocks = [spec.projections for spec in block_specs(inner)]
+    blocks = [spec.projections for spec in block_specs(model)]
     slots = ("o", "ffn_out") if placement == "houlsby" else ("ffn_out",)
-    targets = [prefix + block[slot] for block in blocks for slot in slots if slot in block]
-    require(bool(targets), f'placement="{placement}": no block of the {type(inner).__name__} has such a projection')
-    sources = {}
-    if placement == "parallel":
-        for block in blocks:
-            if "ffn_out" in block:
-                first = next(slot for slot in _READS_FFN_INPUT if slot in block)
-                sources[prefix + block["ffn_out"]] = prefix + block[first]
-    return targets, sources
-
-
-def _source_name(parallel_inputs: Mapping[str, str], target: str) -> str | None:
-    if target in parallel_inputs:
-        return parallel_inputs[target]
-    for ending, source in parallel_inputs.items():
-        if target.endswith(f".{ending}"):
-            return target.removesuffix(ending) + source
-    return None
-
-
-def _size(config: BottleneckConfig, name: str) -> int:
-    sizes = config.size_pattern
-    return sizes.get(name) or sizes.get(fitting_key(sizes.keys(), name), config.size)
-
-
-def _fits(pattern: str, name: str) -> bool:
-    """Whether a key of `size_pattern` is meant for the module."""
-    return fitting_key([pattern], name) == pattern
+    targets = [block[slot] for block in blocks for slot in slots if slot in block]
+    require(bool(targets), f'placement="{placement}": no block of the {type(model).__name__} has such a projection')
+    return targets

@@ -1,4 +1,4 @@
-"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2021; He et al. 2022); their ranks are bottleneck units."""
+"""Bottleneck adapters (Houlsby et al. 2019; Pfeiffer et al. 2021); their ranks are bottleneck units."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.errors import require
-from lightpeft.models.linears import slice_linear
+from lightpeft.models.linears.registry import slice_linear
 from lightpeft.peft_kinds.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK
-from lightpeft.peft_kinds.sites.base import LinearSite, Report, Tensors
+from lightpeft.peft_kinds.sites.base import Report, Site, Tensors
 from lightpeft.plans.structure import OUTPUT_SLOTS
 
 
 @dataclass(frozen=True)
-class BottleneckSite(LinearSite):
-    """`y + scaling * up(f(down(y)))` for the frozen layer's output y, or from what another module reads."""
+class BottleneckSite(Site):
+    """`y + scaling * up(f(down(y)))` for the frozen layer's output y."""
 
     peft_type: ClassVar[Any] = BOTTLENECK
     layer_type = BottleneckLayer
@@ -29,13 +29,7 @@ class BottleneckSite(LinearSite):
         require(
             self.spec.slot in OUTPUT_SLOTS,
             f"the adapter on {name} mixes heads or neurons that pruning removes; "
-            "put adapters on attention-output and FFN-output projections (placement houlsby, pfeiffer or parallel)",
-        )
-        source = self.layer.sources.get(self.adapter)
-        require(
-            source is None or source.name != name,
-            f"the adapter on {name} reads that projection's own input, heads or neurons that pruning removes; "
-            'use placement="parallel", which reads the input of the FFN',
+            "put adapters on attention-output and FFN-output projections (placement houlsby or pfeiffer)",
         )
 
     @classmethod
@@ -46,9 +40,6 @@ class BottleneckSite(LinearSite):
     def refresh(cls, config: BottleneckConfig, layers: dict[str, BottleneckLayer], adapter: str) -> None:
         sizes = {name: layer.size[adapter] for name, layer in layers.items()}
         config.size_pattern = {name: size for name, size in sizes.items() if size != config.size}
-        config.parallel_inputs = {
-            name: layer.sources[adapter].name for name, layer in layers.items() if adapter in layer.sources
-        }
 
     @property
     def branch(self) -> Bottleneck:
@@ -85,7 +76,3 @@ class BottleneckSite(LinearSite):
     def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """The same: the adapter sits on the hidden width."""
         return learned
-
-    def removed(self) -> None:
-        """Take the hook of a parallel adapter off the module that it reads from."""
-        self.layer.detach_source()

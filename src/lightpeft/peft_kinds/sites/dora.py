@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import forget_norms
-from lightpeft.models.linears import dense_weight, sliced
+from lightpeft.errors import require
+from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.registry import dense_weight
 from lightpeft.peft_kinds.sites.base import Report, Tensors, observe_pair
 from lightpeft.peft_kinds.sites.lora import DOWN, UP, LoraSite
 
@@ -58,7 +60,8 @@ class DoraSite(LoraSite):
     def widened(self, learned: Tensors, index: Tensor, dim: int) -> Tensors:
         """Further rows have the base's length; with further columns it grows with the norm: `m / ||V||` stays."""
         wide, magnitude = super().widened(learned, index, dim), learned[_MAGNITUDE]
-        weight = self._of_base(dense_weight(self.base))
+        require(not self.base.weight.is_meta, f"{self.spec.name} needs weights of the base; give it: base=")
+        weight = dense_weight(self.base).float().cpu()
         if dim == 0:
             magnitude = weight.norm(dim=1).to(magnitude.dtype).index_copy(0, index, magnitude)
         else:

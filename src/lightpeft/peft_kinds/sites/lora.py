@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import LoraLayer
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.linears import slice_linear
-from lightpeft.peft_kinds.sites.base import LinearSite, Report, Site, Tensors, observe_pair, spread
+from lightpeft.models.linears.registry import slice_linear
+from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, observe_pair, spread
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 """LoRA initialisations that write to the base weights."""
@@ -30,11 +30,11 @@ _UNSUPPORTED = (
 )
 """LoRA settings that change what a module computes or where it sits in a way the site view does not know."""
 
-DOWN, UP, BIAS, UP_BIAS = "lora_A.weight", "lora_B.weight", "base_layer.bias", "lora_B.bias"
-"""What PEFT's files call A, B, and the biases that `bias="lora_only"` and `lora_bias=True` train."""
+DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+"""What PEFT's files call A, B, and the bias that `lora_bias=True` trains."""
 
 
-class LoraSite(LinearSite):
+class LoraSite(Site):
     """`base(x) + scaling * B A x`."""
 
     peft_type = PeftType.LORA
@@ -46,9 +46,8 @@ class LoraSite(LinearSite):
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
             raise LightPeftError(f'init_lora_weights="{start}" changes the base weights; use True, "gaussian" or "eva"')
         require(
-            config.bias in ("none", "lora_only"),
-            f'LoRA bias="{config.bias}" also trains biases of the base where no LoRA module is, which tasks then no '
-            'longer share; use bias="none" or "lora_only"',
+            config.bias == "none",
+            f'LoRA bias="{config.bias}" trains biases of the base, which tasks then no longer share; use bias="none"',
         )
         for name in _UNSUPPORTED:
             require(not getattr(config, name, None), f"LoRA with {name} cannot be pruned; use LoRA, rsLoRA or DoRA")
@@ -87,34 +86,6 @@ class LoraSite(LinearSite):
             config.lora_alpha = _exact_alpha(scalings.pop(), _divisor(config.r, config.use_rslora))
             config.rank_pattern, config.alpha_pattern = {}, {}
 
-    @classmethod
-    def needs_base(cls, config: LoraConfig) -> bool:
-        """For the biases that train with it."""
-        return bool(config.bias != "none")
-
-    @classmethod
-    def remember_base(cls, config: LoraConfig, layers: Sequence[LoraLayer], adapter: str) -> None:
-        """Keep the biases that `bias="lora_only"` trains: PEFT saves them only beside a LoRA module."""
-        for layer in layers if config.bias != "none" else ():
-            bias = getattr(layer.get_base_layer(), "bias", None)
-            if bias is None or _original_bias(layer) is not None or adapter not in layer.lora_B:
-                continue
-            require(
-                not layer.lora_B[adapter].weight.any(),
-                f'LoRA bias="{config.bias}": where pruning removes a module, the bias of the base is put back; '
-                'make the pruner before training, on LoRA that starts at zero, or use bias="none"',
-            )
-            layer.light_original_bias = bias.detach().clone()
-
-    @classmethod
-    def check_removable(cls, config: LoraConfig, sites: Sequence[Site]) -> None:
-        for site in sites if config.bias != "none" else ():
-            require(
-                getattr(site.base, "bias", None) is None or _original_bias(site.layer) is not None,
-                f'LoRA bias="{config.bias}" has trained the bias of {site.spec.name}, where the plan removes LoRA, '
-                "and its value from before is not known; make the pruner before training",
-            )
-
     @property
     def down(self) -> nn.Parameter:
         """A, [rank, in]."""
@@ -147,9 +118,6 @@ class LoraSite(LinearSite):
         slice_linear((self.layer.lora_B if dim == 0 else self.layer.lora_A)[self.adapter], index, dim)
         if dim == 0:
             self.layer.out_features = len(index)
-            original = _original_bias(self.layer)
-            if original is not None:
-                self.layer.light_original_bias = original.index_select(0, index.to(original.device))
         else:
             self.layer.in_features = len(index)
 
@@ -162,26 +130,7 @@ class LoraSite(LinearSite):
         wide[cut] = spread(wide[cut], index, dim, size)
         if UP_BIAS in learned and dim == 0:
             wide[UP_BIAS] = spread(wide[UP_BIAS], index, 0, size)
-        if BIAS in learned and dim == 0:
-            wide[BIAS] = self._of_base(self.base.bias).to(learned[BIAS].dtype).index_copy(0, index, learned[BIAS])
         return wide
-
-    def _of_base(self, weight: Any) -> Tensor:
-        """A weight of the dense layer, float32 on the CPU."""
-        require(not weight.is_meta, f"{self.spec.name} needs weights of the base; give it: base=")
-        return torch.as_tensor(weight.detach().float().cpu())
-
-    @torch.no_grad()
-    def removed(self) -> None:
-        """Leave the frozen layer as the base has it."""
-        original = _original_bias(self.layer)
-        if original is not None:
-            self.layer.get_base_layer().bias.copy_(original).requires_grad_(False)
-
-
-def _original_bias(layer: LoraLayer) -> Tensor | None:
-    """The bias that the frozen layer had before training, where training changes it."""
-    return getattr(layer, "light_original_bias", None)
 
 
 def _divisor(rank: int, rank_stabilised: bool) -> float:

@@ -30,7 +30,7 @@ REFERENCE = "ref"
 
 
 def check_peft(model: nn.Module) -> None:
-    """Refuse what cannot be pruned correctly, and note what pruning has to put back; call it before training.
+    """Refuse what cannot be pruned correctly; call it before training.
 
     Raises:
         LightPeftError: not a PeftModel, an unsupported PEFT type or variant, several adapters, merged or disabled ones.
@@ -39,14 +39,13 @@ def check_peft(model: nn.Module) -> None:
         raise LightPeftError(f"expected a PeftModel from peft.get_peft_model, got a {type(model).__name__}")
     nested = isinstance(model.get_base_model(), PeftModel)
     require(not nested, "there is a PeftModel inside the PeftModel; lightpeft prunes one adapter at a time")
-    name, layers = own_adapter(model), _tuner_layers(model)
-    kind, config = _kind(model), _config(model)
-    kind.check(config)
+    own_adapter(model)
+    layers = _tuner_layers(model)
+    check_config(_config(model))
     merged = any(layer.merged for layer in layers)
     require(not merged, "the PEFT weights are merged; call model.unmerge_adapter() first")
     disabled = any(layer.disable_adapters for layer in layers)
     require(not disabled, "the PEFT modules are disabled; call model.enable_adapter_layers() first")
-    kind.remember_base(config, [layer for layer in layers if isinstance(layer, kind.layer_type)], name)
 
 
 def own_adapter(model: PeftModel) -> str:
@@ -134,8 +133,7 @@ def leave_experts(model: PeftModel, blocks: Sequence[BlockSpec]) -> None:
     if not wrapped or trained or named - by_peft:
         return
     for name, of_one in wrapped.items():
-        parent, _, child = name.rpartition(".")
-        setattr(inner.get_submodule(parent), child, of_one[-1].base_layer)
+        inner.set_submodule(name, of_one[-1].base_layer)
     refresh_config(model)
     what = "no LoRA on %d routed experts and routers (%s): lightpeft cuts them, and has none there"
     _log.warning(what, len(wrapped), next(iter(wrapped)))
@@ -146,20 +144,9 @@ def _is_trained(up: torch.Tensor) -> bool:
     return not up.is_meta and bool(up.any())
 
 
-def check_removable(model: PeftModel, sites: Sequence[Site]) -> None:
-    """Refuse to remove modules whose removal would leave a changed base behind.
-
-    Raises:
-        LightPeftError: naming the first one.
-    """
-    _kind(model).check_removable(_config(model), sites)
-
-
 def remove_site(model: PeftModel, site: Site) -> None:
     """Put what is inside the PEFT module, the frozen layer, back where the module was."""
-    site.removed()
-    parent, _, child = site.spec.name.rpartition(".")
-    setattr(transformers_model(model).get_submodule(parent), child, site.layer.base_layer)
+    transformers_model(model).set_submodule(site.spec.name, site.layer.base_layer)
 
 
 def refresh_config(model: PeftModel) -> None:

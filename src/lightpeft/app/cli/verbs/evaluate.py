@@ -82,7 +82,7 @@ EVALUATE = Verb(
         Option("--per_class", "Precision, recall and F1 of every class.", flag=True),
         Option("--predictions", "File for one row an example: inputs, reference, prediction (.csv, .jsonl)."),
         Option("--json", "Where the whole report goes."),
-        Option("--batch_size", "Rows a forward pass (default: as many as fit into memory).", type=int),
+        Option("--batch_size", "Rows a forward pass (default: 32 on a CPU, 256 elsewhere; fewer long ones).", type=int),
         Option("--harness", "Measure on tasks of lm-evaluation-harness instead.", type=Literal["lm-eval"]),
         Option("--tasks", "Names of the harness's tasks, separated by commas."),
         Option("--include_path", "Folder with task files of your own for the harness."),
@@ -95,6 +95,5 @@ EVALUATE = Verb(
     ),
     on_runs=True,
     without=("tasks",),  # tasks of one's own come from --config
-    short={"data.text": "--text", "data.text_pair": "--text_pair"},
     rows="--data.test",
 )

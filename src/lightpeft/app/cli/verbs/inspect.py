@@ -5,13 +5,11 @@ from __future__ import annotations
 from lightpeft.app.cli.options import Option
 from lightpeft.app.cli.screen import screen
 from lightpeft.app.cli.verbs.verb import Verb
-from lightpeft.console import streams
 
 
 def _inspect(path: str) -> None:
     from lightpeft.app.cli.inspecting import inspect
 
-    streams.standard_output()
     for table in inspect(path):
         screen.print(table)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,6 @@ class Verb:
     """It takes the settings of a run as well: --config, --run, and an option for every setting."""
     without: Sequence[str] = ()
     """Settings of a run that it does not take."""
-    short: Mapping[str, str] = field(default_factory=dict)
-    """Setting of a run -> a second name of its option."""
     rows: str = "--data.train"
     """On runs: what takes the file of rows that somebody gives without an option."""
 
@@ -68,7 +66,7 @@ class Verb:
 
     def _sections(self, arguments: Sequence[str]) -> list[Section]:
         """The settings of a run that it takes, those included that only this command line names."""
-        return sections(arguments, without=self.without, short=self.short) if self.on_runs else []
+        return sections(arguments, without=self.without) if self.on_runs else []
 
     def _parser(self, run: Sequence[Section]) -> Parser:
         parser = self._empty()
@@ -78,8 +76,7 @@ class Verb:
     def _empty(self) -> Parser:
         places = [f"[{option.names}]" for option in self.options if option.is_place]
         usage = " ".join(["%(prog)s", *places, "[options]"]) if self.on_runs else None  # there are a hundred of them
-        rows = self.rows if self.on_runs else None
-        return Parser(rows, prog=f"lightpeft {self.name}", usage=usage, description=self.help, add_help=False)
+        return Parser(prog=f"lightpeft {self.name}", usage=usage, description=self.help, add_help=False)
 
     def _declare(self, parser: ArgumentParser, run: Sequence[Section]) -> None:
         for option in (*(SOURCES if run else ()), *self.options):

@@ -10,9 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lightpeft.adapters.merging import merged_copy
-from lightpeft.app.exports.agreement import Agreement
 from lightpeft.app.exports.gguf.architectures import check_family
-from lightpeft.app.exports.gguf.checking import compare
 from lightpeft.app.exports.gguf.writing import GgufType, write_gguf
 from lightpeft.files import check_vacant, replacing_folder
 from lightpeft.models.unwrap import transformers_model
@@ -29,8 +27,6 @@ class GgufFile:
     path: Path
     matrices: dict[str, int]
     """How many were written as what."""
-    agreement: Agreement | None
-    """With what llama.cpp computes from it; None: its bindings are not installed, and nobody looked."""
 
 
 def save_gguf(
@@ -44,8 +40,7 @@ def save_gguf(
     """Write a light model, PEFT merged into it, as `model.gguf` with its tokenizer and chat template, for llama.cpp.
 
     Models of Llama, Mistral, Qwen2 and Qwen3 (and what is built like them, such as SmolLM2) that write. Heads, KV heads
-    and neurons may differ from layer to layer; the first block needs attention. Where `llama_cpp_py_sync` is
-    installed the file is loaded in llama.cpp and compared with the model before it is there for others.
+    and neurons may differ from layer to layer; the first block needs attention.
 
     Args:
         model: a `LightModel`; it stays as it is, and a copy of it is merged, which takes its memory once more.
@@ -55,8 +50,8 @@ def save_gguf(
         overwrite: the folder may also hold such a file, which goes with all that is in it.
 
     Raises:
-        LightPeftError: `gguf` is not installed; llama.cpp has no place for this model or its tokenizer, or computes
-            something else from the file; or the folder cannot be written. Nothing is half-written.
+        LightPeftError: `gguf` is not installed; llama.cpp has no place for this model or its tokenizer; or the
+            folder cannot be written. Nothing is half-written.
     """
     folder = Path(folder)
     check_vacant(folder, replaceable=(folder / FILE).is_file(), overwrite=overwrite)
@@ -64,8 +59,7 @@ def save_gguf(
     whole = merged_copy(model)
     with replacing_folder(folder, last=FILE, alone=True) as temporary:
         matrices = write_gguf(whole, model.light_plan, tokenizer, temporary / FILE, dtype)
-        agreement = compare(whole, tokenizer, temporary / FILE)
         form = of_whole(model.light_plan, f"llama-cli -m {FILE}", " as a GGUF file", language="", library="gguf")
         card = model_card(facts_of(model), model.light_plan, form)
         (temporary / CARD).write_text(card, encoding="utf-8")
-    return GgufFile(folder / FILE, matrices, agreement)
+    return GgufFile(folder / FILE, matrices)

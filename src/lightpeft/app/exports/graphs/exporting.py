@@ -9,8 +9,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.adapters.merging import merged_copy
-from lightpeft.app.exports.agreement import Agreement
-from lightpeft.app.exports.graphs.checking import compare
 from lightpeft.app.exports.graphs.runtimes import Runtime
 from lightpeft.app.exports.graphs.tracing import check_traceable, traceable, traced
 from lightpeft.files import check_vacant, replacing_folder
@@ -27,12 +25,12 @@ def save_graph(
     *,
     dtype: str = "f32",
     overwrite: bool = False,
-) -> Agreement | None:
+) -> None:
     """Write a light model, PEFT merged into it, as a graph with its tokenizer and config.
 
     Layers may be unequally wide, and rows and tokens of a batch as many as one likes. A model that writes gets a graph
     with a KV cache, which reads prompts as well. `export.json` is transformers' manifest: its `ExportedModel` reads the
-    folder. Where the runtime is installed, the file is loaded and compared before it is there for others.
+    folder.
 
     Args:
         model: a `LightModel`; it stays as it is, and a copy of it is merged, which takes its memory once more.
@@ -41,12 +39,9 @@ def save_graph(
         dtype: of weights, one of `runtime.writers`.
         overwrite: the folder may also hold such a graph, which goes with all that is in it.
 
-    Returns:
-        How near the runtime is; None: it is not installed, and nobody looked.
-
     Raises:
-        LightPeftError: a package is not installed, the model has no such graph or cannot be merged, the runtime
-            computes something else, or the folder cannot be written. Nothing is half-written.
+        LightPeftError: a package is not installed, the model has no such graph or cannot be merged, or the
+            folder cannot be written. Nothing is half-written.
     """
     folder = Path(folder)
     runtime.check(dtype)
@@ -54,27 +49,24 @@ def save_graph(
     check_traceable(transformers_model(cast(PeftModel, model)))  # before it is copied
     whole = traceable(merged_copy(model))
     with replacing_folder(folder, last=runtime.file, alone=True) as temporary:
-        agreement = write_graph(whole, tokenizer, runtime, temporary, dtype)
+        write_graph(whole, tokenizer, runtime, temporary, dtype)
         (temporary / CARD).write_text(_card(model, runtime), encoding="utf-8")
-    return agreement
 
 
 def write_graph(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, runtime: Runtime, folder: Path, dtype: str
-) -> Agreement | None:
+) -> None:
     """Write graph, manifest, config and tokenizer of a model, pruned or not, that `traceable` has prepared.
 
     Args:
         folder: not there yet for others.
 
-    Returns, Raises:
-        As `save_graph`.
+    Raises:
+        LightPeftError: as `save_graph`.
     """
     runtime.write(model, traced(model, tokenizer), folder, dtype)
-    agreement = compare(model, tokenizer, runtime, folder, dtype)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    return agreement
 
 
 def _card(model: Described, runtime: Runtime) -> str:

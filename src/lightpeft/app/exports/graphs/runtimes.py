@@ -1,4 +1,4 @@
-"""What a graph is written for: how transformers' exporters write it, and how the written file is asked."""
+"""What a graph is written for, and how transformers' exporters write it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,11 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightpeft.errors import LightPeftError, one_line, require
-
-_CACHE = "cache."
-"""What names of keys and values begin with, behind "input." where they come in and "output." where they go out."""
-
-
-class Session(ABC):
-    """A written file, loaded. Of a model that writes it remembers the tokens of earlier calls."""
-
-    @abstractmethod
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What it gives, by name; inputs that it does not know are left out. Errors are the runtime's own."""
+from lightpeft.errors import require
+from lightpeft.files.foreign import parsing
 
 
 class Runtime(ABC):
@@ -50,19 +39,6 @@ class Runtime(ABC):
     def settings(self, dtype: str) -> tuple[Any, Any]:
         """Exporter of transformers, and its configuration."""
 
-    @abstractmethod
-    def open(self, folder: Path, *, exact: bool = True) -> Session:
-        """Load what was written, on one core of the CPU. Errors are the runtime's own.
-
-        Args:
-            exact: compute in 32 bits, whatever the runtime would rather do on this CPU.
-        """
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the file can be run here."""
-        return _is_there(self.tool)
-
     def check(self, dtype: str) -> None:
         """Raise `LightPeftError` unless weights can be written so, here."""
         known = ", ".join(self.writers)
@@ -80,18 +56,9 @@ class Runtime(ABC):
             LightPeftError: the exporters cannot trace it.
         """
         cannot = f"this model cannot be traced for {self.title}; export it as merged"
-        with foreign(cannot), torch.no_grad(), _silence():
+        with parsing(cannot), torch.no_grad(), _silence():
             exporter, settings = self.settings(dtype)
             exporter.export(model, inputs, settings).save_pretrained(folder)
-
-
-@contextmanager
-def foreign(failure: str) -> Iterator[None]:
-    """Whatever libraries raise inside, which have no common class for it, is one line that begins so."""
-    try:
-        yield
-    except Exception as error:
-        raise LightPeftError(f"{failure}: {one_line(error, 200)}") from error
 
 
 @contextmanager
@@ -127,38 +94,6 @@ class OnnxRuntime(Runtime):
         quantizer = OnnxRuntimeQuantizer(dynamic) if dtype == "int8" else None
         return OnnxExporter(), OnnxConfig(dynamic=True, quantizer=quantizer)
 
-    def open(self, folder: Path, *, exact: bool = True) -> Session:
-        """In 32 bits always."""
-        return _OnnxSession(folder / self.file)
-
-
-class _OnnxSession(Session):
-    """Keys and values go in and out of every call."""
-
-    def __init__(self, file: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self._outputs = [output.name for output in self._session.get_outputs()]
-        self._past: dict[str, np.ndarray] = {}
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rows = len(inputs["input_ids"])
-        feed = {place.name: self._value(place, inputs, rows) for place in self._session.get_inputs()}
-        found = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
-        self._past = {name.replace("output.", "input.", 1): value for name, value in found.items() if _CACHE in name}
-        return {name: torch.from_numpy(value) for name, value in found.items() if _CACHE not in name}
-
-    def _value(self, place: Any, inputs: Mapping[str, Tensor], rows: int) -> np.ndarray:
-        if place.name in inputs:
-            return inputs[place.name].numpy()
-        if place.name in self._past:
-            return self._past[place.name]
-        _, heads, _, channels = place.shape  # the fixed ones may be text
-        return np.zeros((rows, int(heads), 0, int(channels)), dtype=np.float32)
-
 
 class OpenVino(Runtime):
     """OpenVINO's graphs; keys and values are state inside."""
@@ -181,26 +116,6 @@ class OpenVino(Runtime):
 
         quantizer = NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig()) if dtype == "int8" else None
         return OpenVINOExporter(), OpenVINOConfig(dynamic=True, quantizer=quantizer, compress_to_fp16=dtype == "f16")
-
-    def open(self, folder: Path, *, exact: bool = True) -> Session:
-        """Left alone, OpenVINO computes in bfloat16 where the CPU can, whatever the graph says."""
-        return _OpenVinoSession(folder / self.file, exact)
-
-
-class _OpenVinoSession(Session):
-    def __init__(self, file: Path, exact: bool) -> None:
-        import openvino
-
-        precision = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} if exact else {}
-        compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": 1, **precision})
-        self._names = [place.get_any_name() for place in compiled.inputs]
-        self._request = compiled.create_infer_request()
-
-    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rows = torch.arange(len(inputs["input_ids"]), dtype=torch.int32)
-        feed = {name: rows if name == "beam_idx" else inputs[name] for name in self._names}
-        found = self._request.infer({name: value.numpy() for name, value in feed.items()})
-        return {place.get_any_name(): torch.from_numpy(value.copy()) for place, value in found.items()}
 
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (OnnxRuntime(), OpenVino())}

@@ -11,8 +11,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightpeft.compat.transformers import class_names
 from lightpeft.errors import require
-from lightpeft.models.families import family_of
-from lightpeft.models.linears import features, is_linear
+from lightpeft.models.families.registry import family_of
+from lightpeft.models.linears.registry import features, is_linear
 from lightpeft.models.task_heads import is_decoder
 
 _ROWS, _LENGTH = 3, 7
@@ -49,13 +49,8 @@ def reads(model: PreTrainedModel, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def example(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    rows: int = _ROWS,
-    length: int = _LENGTH,
-    *,
-    left: bool = False,
+def _example(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, left: bool = False
 ) -> dict[str, Tensor]:
     """A batch of random tokens, the rows ever shorter: [rows, length], or [rows, options, length].
 
@@ -65,11 +60,10 @@ def example(
     classes = class_names("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES", "A graph of a model").values()
     options = (_OPTIONS,) if type(model).__name__ in classes else ()
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (rows, *options, length), generator=generator)
+    ids = torch.randint(0, model.config.vocab_size, (_ROWS, *options, _LENGTH), generator=generator)
     mask = torch.ones_like(ids)
-    for row in range(1, rows):
-        gone = min(row, length - 2)
-        mask[row, ..., slice(gone) if left else slice(length - gone, None)] = 0
+    for row in range(1, _ROWS):
+        mask[row, ..., slice(row) if left else slice(_LENGTH - row, None)] = 0
     ids = ids.masked_fill(mask == 0, model.config.pad_token_id or 0)
     values = {"input_ids": ids, "attention_mask": mask, "token_type_ids": _second_half(ids, model)}
     return {name: values[name] for name in input_names(model, tokenizer) if name in values}
@@ -117,7 +111,7 @@ def traced(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
     empty cache, as well as one token after the other. The cache keeps every token, also where layers see a window: what
     they do not see is masked, and the graph has no state but keys and values.
     """
-    inputs = example(model, tokenizer, left=writes(model))
+    inputs = _example(model, tokenizer, left=writes(model))
     if not writes(model):
         return {**inputs, "use_cache": False}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -17,17 +17,17 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.config import LightConfig, RunConfig, changed
 from lightpeft.errors import require
 from lightpeft.machine import accelerator, autocast_dtype, autocasting
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.loading import load_model_config, untrained_model
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import cut_model
+from lightpeft.models.vocabulary.cutting import cut_model
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.structure import MASKED, BlockSpec
-from lightpeft.profiling import count_parameters
 from lightpeft.profiling.rehearsal import Shapes
+from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.surgery import apply_plan
@@ -46,7 +46,7 @@ def check_in_memory(work: Workspace) -> None:
     model, own = work.config.model, load_model_config(work.config.model)
     stored = getattr(own, "quantization_config", None) is not None and model.gguf_file is None
     quantised = f"check knows weights in floating point alone, and those of {model.name} are in few bits"
-    require(model.quantise is None and not stored, quantised)
+    require(model.quantization is None and not stored, quantised)
     require(
         not model.low_memory, "check knows weights in memory alone; leave model.low_memory off to see what they take"
     )
@@ -143,12 +143,6 @@ def shapes_of(batch: Mapping[str, Any]) -> Shapes:
     """Of the tensors in a batch."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
     return {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-
-
-def step_options(work: Workspace) -> dict[str, Any]:
-    """How steps are made, as `measure_training` takes it."""
-    training = work.config.training
-    return {"autocast": autocast_dtype(training), "max_grad_norm": training.max_grad_norm}
 
 
 def device() -> torch.device:

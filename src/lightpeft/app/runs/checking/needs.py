@@ -18,8 +18,8 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.config import TrainingConfig
 from lightpeft.machine import accelerator
 from lightpeft.models.loading import supports_checkpointing
-from lightpeft.profiling import hardware
 from lightpeft.profiling.rehearsal import Holding
+from lightpeft.profiling.surroundings import hardware
 
 _WORTH = 0.9
 """Part of plain PEFT's time above which a light run is hardly worth it."""
@@ -106,7 +106,7 @@ class Check:
             yield f"  with {settings}: {size / 2**30:.1f} GiB"
         if self.left <= 0:
             alone = f"weights, and what trains, take {(self.available - self.left) / 2**30:.1f} GiB by themselves"
-            yield f"  {alone}, whatever the batch: set model.dtype, model.quantise or model.low_memory"
+            yield f"  {alone}, whatever the batch: set model.dtype, model.quantization or model.low_memory"
         if self.prefix_bytes:
             yield f"the prefix cache takes {decimal(self.prefix_bytes)} (training.prefix_cache says where)"
         if "train" in self.stages:

@@ -23,7 +23,7 @@ def why_fixed(work: Workspace) -> str | None:
         rows_a_step=pace.batch_size * pace.accumulation,
         processes=processes().num_processes,
         points=work.tolerance.unit == "points",
-        engine="FSDP" if sharding_launched() else None,
+        sharded=sharding_launched(),
         told=work.rows_told,
     )
     return why_unmeasured(room, light, work.steps, 0.0 if depth == "auto" else depth)

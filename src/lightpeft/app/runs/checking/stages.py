@@ -15,17 +15,17 @@ from lightpeft.app.runs.checking.models import (
     cut_evenly,
     device,
     shapes_of,
-    step_options,
     store_bytes_of,
     stored_states,
     with_peft,
 )
 from lightpeft.app.runs.workspace import Workspace
+from lightpeft.app.tasks.tokens import PADDED_TO
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.head import head_apart, lone_head
-from lightpeft.profiling import OptimizerFactory
 from lightpeft.profiling.rehearsal import Holding, Shapes, rehearse_inference, rehearse_training, rehearsing
+from lightpeft.profiling.speed import OptimizerFactory
 from lightpeft.training.prefix import STATES, FrozenPrefix
 
 
@@ -35,7 +35,7 @@ class Rehearsal:
     def __init__(self, work: Workspace) -> None:
         self.work = work
         self.shapes, self._labelled = longest_batch(work)
-        self._options = {"lengths": lengths_of(work), **step_options(work)}
+        self._options = {"lengths": lengths_of(work), **work.step_options}
 
     def plain(self) -> Holding:
         """Steps of plain PEFT."""
@@ -84,8 +84,7 @@ class Rehearsal:
 
 def lengths_of(work: Workspace) -> int:
     """How many lengths the training batches of a run have."""
-    multiple = work.config.training.pad_to_multiple_of
-    return len({-(-length // multiple) for length in work.train_rows["length"][:]})
+    return len({-(-length // PADDED_TO) for length in work.train_rows["length"][:]})
 
 
 def longest_batch(work: Workspace) -> tuple[Shapes, float]:

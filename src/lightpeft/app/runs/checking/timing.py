@@ -11,10 +11,10 @@ from typing import Any
 from peft import PeftModel
 
 from lightpeft.app.runs.bench import accelerating, adamw, estimating, sample_batches
-from lightpeft.app.runs.checking.models import cut_evenly, device, shapes_of, step_options, stored_states, with_peft
+from lightpeft.app.runs.checking.models import cut_evenly, device, shapes_of, stored_states, with_peft
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.models.loading import load_model_config
-from lightpeft.profiling import OptimizerFactory, measure_training
+from lightpeft.profiling.speed import OptimizerFactory, measure_training
 from lightpeft.training.prefix import STATES, FrozenPrefix
 
 _FEW, _MORE = 3, 6
@@ -74,4 +74,4 @@ def _light_step(work: Workspace, blocks: int) -> float:
 
 
 def _timed(work: Workspace, model: PeftModel, batches: Any, optimizer: OptimizerFactory) -> float:
-    return median(measure_training(model, batches, optimizer, warmup=1, **step_options(work)))
+    return median(measure_training(model, batches, optimizer, warmup=1, **work.step_options))

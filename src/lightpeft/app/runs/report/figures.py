@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from lightpeft.app.runs.report.drawing import BLANK, BLUE, GREEN, ORANGE, PAPER, QUIET, RULE, STYLED, Drawing
+from lightpeft.app.runs.report.drawing import BLANK, BLUE, GREEN, ORANGE, QUIET, RULE, STYLED, Drawing
 from lightpeft.app.runs.report.facts import Losses
 from lightpeft.app.runs.report.words import count, interval, is_part, metric_name, quality
 from lightpeft.budget.found import FoundBudget
@@ -179,16 +179,6 @@ def _legend(figure: Drawing) -> None:
 
 
 @STYLED
-def course(moments: Mapping[str, Mapping[str, float]], metric: str) -> Drawing:
-    """One metric at the milestones of a run, a row each; that of a constant answer is hollow."""
-    found = [(name, values[metric], None) for name, values in moments.items() if metric in values]
-    hollow = [place for place, (name, _, _) in enumerate(found) if name == "constant_answer"]
-    rows = [(metric_name(name), value, ends) for name, value, ends in found]
-    label = f"{metric_name(metric)} at the milestones of the run"
-    return _dots(rows, label, lambda value: quality(metric, value), _form(metric), hollow=hollow)
-
-
-@STYLED
 def intervals(rows: Sequence[tuple[str, float, Ends]], metric: str, reference: int | None = None) -> Drawing:
     """A metric of several subjects with its 95% intervals, a row each; a line through the reference."""
     mark = None if reference is None else rows[reference][1]
@@ -218,7 +208,6 @@ def _dots(
     form: Any,
     mark: float | None = None,
     range_said: Callable[[Sequence[float]], str] | None = None,
-    hollow: Sequence[int] = (),
 ) -> Drawing:
     """Values with their ranges, a row each, under their names.
 
@@ -227,7 +216,6 @@ def _dots(
         said: a value in words.
         form: of the axis' numbers; None: as they are.
         mark: where a line goes through all rows.
-        hollow: places of rows whose dots are not filled.
     """
     figure = Drawing(NARROW, 30 + 38 * len(rows), label, "x")
     ends = [end for _, _, ends_of in rows for end in ends_of or ()]
@@ -237,47 +225,18 @@ def _dots(
     for row, (name, value, ends_of) in enumerate(rows):
         if ends_of:
             figure.axes.errorbar(value, row, xerr=[[value - ends_of[0]], [ends_of[1] - value]], color=BLUE)
-        face = PAPER if row in hollow else BLUE
-        (dot,) = figure.axes.plot(value, row, "o", color=QUIET if row in hollow else BLUE, markerfacecolor=face)
+        (dot,) = figure.axes.plot(value, row, "o", color=BLUE)
         told = f" ({range_said(ends_of)})" if range_said and ends_of else ""
         figure.hint(dot, f"{name}: {said(value)}{told}")
-        _above(figure, row, name, said(value))
+        across: dict[str, Any] = {"transform": figure.axes.get_yaxis_transform(), **_SMALL, "parse_math": False}
+        figure.axes.text(0, row - 0.3, name, **across)
+        figure.axes.text(1, row - 0.3, said(value), ha="right", color=QUIET, **across)
     figure.axes.set_ylim(len(rows) - 0.4, -0.8)
     figure.axes.set_yticks([])
     figure.axes.margins(x=0.06)
     figure.axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     if form is not None:
         figure.axes.xaxis.set_major_formatter(form)
-    return figure
-
-
-def _above(figure: Drawing, row: float, name: str, words: str) -> None:
-    """The name of a row, and its value at the right, above it."""
-    across: dict[str, Any] = {"transform": figure.axes.get_yaxis_transform(), **_SMALL, "parse_math": False}
-    figure.axes.text(0, row - 0.3, name, **across)
-    figure.axes.text(1, row - 0.3, words, ha="right", color=QUIET, **across)
-
-
-@STYLED
-def bars(
-    rows: Sequence[tuple[str, Sequence[tuple[str, float]], str]], label: str, hint: Callable[[float], str]
-) -> Drawing:
-    """Sums of parts as bars from 0, a row each, with its name above and its value at the right.
-
-    Args:
-        rows: (name, parts as (colour, value), words for the whole).
-        label: what the figure shows.
-        hint: a value in words.
-    """
-    figure = Drawing(NARROW, 10 + 38 * len(rows), label)
-    for row, (name, parts, words) in enumerate(rows):
-        start = 0.0
-        for colour, value in parts:
-            (bar,) = figure.axes.barh(row, value, 0.36, start, color=colour)
-            figure.hint(bar, f"{name}: {hint(value)}")
-            start += value
-        _above(figure, row, name, words)
-    figure.axes.set(ylim=(len(rows) - 0.7, -0.75), xticks=[], yticks=[])
     return figure
 
 
@@ -294,22 +253,6 @@ def rises(curve: Mapping[str, Any], chosen: float | None) -> Drawing:
     for x, rise, (low, high) in points:
         words = f"{x:.0f}% gone: {rise:+.3f} ({low:+.3f} to {high:+.3f})"
         _point(figure, x, rise, BLUE, words, (low, high))
-    return figure
-
-
-@STYLED
-def step_times(curve: Mapping[str, Any], chosen: float | None) -> Drawing:
-    """The time of a training step by what is gone, of that with nothing cut: measured ones filled."""
-    figure = _budgets("Time of a training step against the part of the blocks that goes", chosen)
-    points = [point for point in curve["points"] if point.get("step_time") is not None]
-    places = [100 * curve.get("gone_before", 0.0), *(100 * _gone(point) for point in points)]
-    figure.axes.plot(places, [1, *(point["step_time"] for point in points)], color=ORANGE, linewidth=1.25, alpha=0.6)
-    for point in points:
-        measured = f"{point['blocks']:g}" in curve.get("step_times", {})
-        words = f"{100 * _gone(point):.0f}% gone: {point['step_time']:.2f} of the whole model's time"
-        words += "" if measured else ", read off the line"
-        _point(figure, 100 * _gone(point), point["step_time"], ORANGE, words, hollow=not measured)
-    figure.axes.set_ylim(bottom=0)
     return figure
 
 
@@ -365,16 +308,13 @@ def _point(
     words: str,
     ends: Ends = None,
     name: str = "",
-    hollow: bool = False,
 ) -> None:
     """A dot with its range; the first of a name is in the legend."""
     _check_range([y, *(ends or ())])
     if ends is not None:
         figure.axes.errorbar(x, y, yerr=[[max(y - ends[0], 0)], [max(ends[1] - y, 0)]], color=colour)
     known = figure.axes.get_legend_handles_labels()[1]
-    (dot,) = figure.axes.plot(
-        x, y, "o", color=colour, markerfacecolor=PAPER if hollow else colour, label="" if name in known else name
-    )
+    (dot,) = figure.axes.plot(x, y, "o", color=colour, label="" if name in known else name)
     figure.hint(dot, words)
 
 

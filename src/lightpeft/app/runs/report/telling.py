@@ -100,6 +100,12 @@ def metrics(run: RunFacts) -> list[tuple[str, float, tuple[float, float] | None]
     return [(name, value, found.intervals.get(name)) for name, value in named if name not in COUNTS] if found else []
 
 
+def milestones(run: RunFacts) -> list[str]:
+    """Metrics that the moments on the run's way are told by."""
+    moments = [] if run.report is None else [*run.report.milestones.metrics.values()]
+    return list(dict.fromkeys(name for values in moments for name in values))
+
+
 def measured_rise(run: RunFacts, runs: Sequence[RunFacts]) -> tuple[float, str] | None:
     """By how much the loss on the test rows is higher than that of a run which cut nothing, and which one that is."""
     others = (each for each in runs if each is not run and each.plan is not None)
@@ -195,7 +201,6 @@ def cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
             c.data.test or c.data.train,
             c.data.limit_test,
             c.data.test_fraction,
-            c.data.split_seed,
         )
         for c in (run.config for run in runs)
     }

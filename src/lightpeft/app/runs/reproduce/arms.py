@@ -76,7 +76,7 @@ def _criterion(name: str, equal_shares: bool = False) -> Arm:
 _RANDOM = {"criterion": "random", "module_criterion": "random", "rank_criterion": "random"}
 
 ARMS: dict[str, Arm] = {
-    "full": Arm({"method": "full"}),
+    "full": Arm({"method": "full", "training": {"learning_rate": "auto"}}),
     "lora": Arm({"method": "plain", "peft": "lora"}),
     "adapter": Arm({"method": "plain", "peft": "bottleneck"}),
     "light-lora": _light(),

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs.reproduce.arms import check_call, note_call
@@ -50,7 +49,8 @@ def reproduce(
         launch: how a cell is run.
 
     Raises:
-        LightPeftError: the grid has a fault, or `out` holds the cells of another grid; nothing was run.
+        LightPeftError: the grid has a fault, or `out` holds the cells of another grid or is in use by
+            one; nothing was run.
         KeyboardInterrupt: stopped; a cell under way left a checkpoint.
     """
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
@@ -58,9 +58,7 @@ def reproduce(
     devices = _checked(devices)
     cells = [spread(cell, devices) for cell in grid.cells(out)]
     chosen = selected(cells, only)
-    # cells inherit the lock: one that outlives its grid, because that was killed, is waited for before it is run again
-    busy = f"{out} is in use by another grid or one of its cells; waiting for it to end"
-    with holding(out, wait=lambda: _say(busy), inherited=True):
+    with holding(out):
         for cell in cells:
             check_cell(cell)
         suite = _Suite(out, grid, cells, devices, launch or run_cell)
@@ -90,15 +88,15 @@ class _Suite:
 
     def run(self, chosen: Sequence[Cell]) -> Results:
         todo = [cell for cell in chosen if not cell.run.has("evaluate")]
-        with StepProgress(len(chosen), len(chosen) - len(todo), "cells") as progress:
+        progress = StepProgress(len(chosen), len(chosen) - len(todo), "cells")
+        results = self._write()
+        for cell in todo:
+            progress.begin()
+            failure = self._run(cell)
+            if failure is not None:
+                self.failures[cell.name] = failure
             results = self._write()
-            for cell in todo:
-                progress.begin(cell.name)
-                failure = self._run(cell)
-                if failure is not None:
-                    self.failures[cell.name] = failure
-                results = self._write()
-                progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
+            progress.end(cell.name, f"failed: {failure}" if failure else main_value(results.reports[cell.name]))
         return results
 
     def _run(self, cell: Cell) -> str | None:
@@ -235,10 +233,3 @@ def take_estimation(cell: Cell, others: Iterable[Cell]) -> str | None:
 def _asked(cell: Cell) -> tuple[bool, dict[str, Any]]:
     """What of a cell's settings its estimation depends on; where nothing is to go, none is made."""
     return cell.config.light.chooses, estimation_settings(cell.config)
-
-
-# -- progress ------------------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)

@@ -79,7 +79,7 @@ def _sources(entry: TaskEntry, rows: Dataset, answered: bool) -> dict[str, str]:
     """Column of the kind -> where it comes from, for the columns that are to be read."""
     kind = KINDS[entry.kind]
     if entry.columns:
-        sources = dict(entry.columns)
+        sources = kind.sources(entry.columns)
     else:
         there = [column for column in kind.optional if column in rows.column_names]
         sources = {column: column for column in (*kind.columns, *there)}
@@ -92,8 +92,9 @@ def _reader(entry: TaskEntry, column: str, source: str) -> str:
     """What reads a column of the data, as the user knows it."""
     if entry.name:
         return f'task {entry.name} reads "{source}"'
-    setting = KINDS[entry.kind].settings.get(column)
-    return f'data.task {entry.kind} reads "{source}"' if setting is None else f'data.{setting} is "{source}"'
+    if column in entry.columns:
+        return f'data.columns.{column} is "{entry.columns[column]}"'
+    return f'data.task {entry.kind} reads "{source}"'
 
 
 class _Row(Mapping[str, Any]):

@@ -35,13 +35,14 @@ def find_entry(config: DataConfig, own: Mapping[str, TaskEntry] | None = None) -
     name = config.task
     _check_own(own)
     if name in KINDS:
-        return TaskEntry(kind=name, test="test", columns=KINDS[name].sources(config))
+        _check_columns(name, config.columns, "data")
+        return TaskEntry(kind=name, test="test", columns=KINDS[name].sources(config.columns))
     known = {**ENTRIES, **own}
     if name not in known:
         meant = nearest(name, [*KINDS, *known])
         hint = f'; did you mean "{meant}"?' if meant else ""
         raise LightPeftError(f'data.task is "{name}", which is neither a kind ({", ".join(KINDS)}) nor a task{hint}')
-    _check_no_columns(config)
+    require(not config.columns, f"data.columns is for kinds; task {name} has its own columns")
     entry = replace(known[name], name=name)
     check_entry(entry)
     return entry
@@ -65,19 +66,24 @@ def check_entry(entry: TaskEntry) -> None:
     where = f"tasks.{entry.name}"
     _check_known(entry.kind, KINDS, f"{where}.kind")
     kind = KINDS[entry.kind]
-    columns = (*kind.columns, *kind.optional)
     for metric in entry.metrics:
         _check_known(metric, METRICS, f"{where}.metrics")
     if entry.convert is not None:
         _check_known(entry.convert, CONVERTERS, f"{where}.convert")
-    for column, source in entry.columns.items():
-        _check_known(column, columns, f"{where}.columns")
+    _check_columns(entry.kind, entry.columns, where)
+    columns = tuple(kind.sources(entry.columns)) if entry.columns else (*kind.columns, *kind.optional)
+    for column in template_columns(entry.prompt or ""):
+        _check_known(column, columns, f"{where}.prompt")
+
+
+def _check_columns(kind: str, named: Mapping[str, str], where: str) -> None:
+    """Raise `LightPeftError` unless a kind has the columns that are named, and what they come from can be read."""
+    columns = (*KINDS[kind].columns, *KINDS[kind].optional)
+    for column, source in named.items():
+        there = f"rows of kind {kind} have {', '.join(columns)}"
+        require(column in columns, f'{where}.columns names "{column}", which does not exist; {there}')
         if is_template(source):
             template_columns(source)
-    missing = [column for column in kind.columns if entry.columns and column not in entry.columns]
-    require(not missing, f"{where}.columns lacks {', '.join(missing)}; rows of kind {entry.kind} need them")
-    for column in template_columns(entry.prompt or ""):
-        _check_known(column, tuple(entry.columns) or columns, f"{where}.prompt")
 
 
 def _check_known(name: str, known: Mapping[str, object] | tuple[str, ...], where: str) -> None:
@@ -86,11 +92,3 @@ def _check_known(name: str, known: Mapping[str, object] | tuple[str, ...], where
     meant = nearest(name, known)
     hint = f"did you mean {meant}?" if meant else f"choose of {', '.join(known)}"
     raise LightPeftError(f'{where} has "{name}", which does not exist; {hint}')
-
-
-def _check_no_columns(config: DataConfig) -> None:
-    """Raise `LightPeftError` if settings name columns, which only kinds read."""
-    plain = DataConfig()
-    for name in dict.fromkeys(setting for kind in KINDS.values() for setting in kind.settings.values()):
-        given = getattr(config, name) != getattr(plain, name)
-        require(not given, f"data.{name} is for kinds; task {config.task} has its own columns")

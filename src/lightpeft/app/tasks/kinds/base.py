@@ -48,8 +48,6 @@ class Task(ABC):
     """Columns of the kind that a row may have."""
     targets: ClassVar[tuple[str, ...]] = ()
     """Those columns that say what is right; rows to predict on need none of them."""
-    settings: ClassVar[Mapping[str, str]] = {}
-    """Column of the kind -> the setting of `data` that names it in the data; all others keep their names."""
     carried: ClassVar[tuple[str, ...]] = ("group",)
     """Columns, where rows have them, that encoded test rows keep: answers are compared with them, or by them."""
     cuts: ClassVar[bool] = True
@@ -60,11 +58,10 @@ class Task(ABC):
     """What is measured where the entry does not say."""
 
     @classmethod
-    def sources(cls, config: DataConfig) -> dict[str, str]:
-        """Column of the kind -> column of the data, as the settings name them."""
-        named = {column: getattr(config, setting) for column, setting in cls.settings.items()}
-        own = {column: column for column in cls.columns if column not in cls.settings}
-        return {**{column: source for column, source in named.items() if source is not None}, **own}
+    def sources(cls, named: Mapping[str, str]) -> dict[str, str]:
+        """Column of the kind -> where it comes from in the data, a column or a template: its own name, unless `named`
+        says another."""
+        return {**named, **{column: column for column in cls.columns if column not in named}}
 
     @classmethod
     def from_texts(cls, rows: Dataset, column: str) -> Dataset:

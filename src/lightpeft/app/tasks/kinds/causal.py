@@ -18,7 +18,7 @@ from lightpeft.app.tasks.kinds.completions import (
 )
 from lightpeft.app.tasks.rows.columns import check_strings
 from lightpeft.app.tasks.tokens import in_chunks
-from lightpeft.config import DataConfig, TaskEntry
+from lightpeft.config import TaskEntry
 from lightpeft.errors import require
 
 
@@ -28,14 +28,18 @@ class CausalLMTask(CompletionTask):
     columns: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[tuple[str, ...]] = ("text", "prompt", "completion")
     targets: ClassVar[tuple[str, ...]] = ("completion",)
-    settings: ClassVar[Mapping[str, str]] = {name: name for name in ("text", "prompt", "completion")}
 
     @classmethod
-    def sources(cls, config: DataConfig) -> dict[str, str]:
-        """Prompt and completion where both are named, else the text."""
-        named = super().sources(config)
-        prompted = {"prompt", "completion"} <= named.keys()
-        return {name: source for name, source in named.items() if (name == "text") is not prompted}
+    def sources(cls, named: Mapping[str, str]) -> dict[str, str]:
+        """Prompt and completion where they are named, else the text.
+
+        Raises:
+            LightPeftError: one of the two is named alone.
+        """
+        prompted = "prompt" in named
+        require(prompted == ("completion" in named), "columns of a prompt and of its completion go together; name both")
+        sources = {"text": "text", **named}
+        return {name: source for name, source in sources.items() if (name == "text") is not prompted}
 
     @classmethod
     def check(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:

@@ -16,7 +16,6 @@ from lightpeft.app.tasks.tokens import in_chunks
 from lightpeft.compat.transformers import rendered_chat
 from lightpeft.config import TaskEntry
 from lightpeft.errors import LightPeftError, one_line, require
-from lightpeft.files.limits import limited
 from lightpeft.models.batches import IGNORED
 
 Chat = Sequence[Mapping[str, Any]]
@@ -30,7 +29,6 @@ class ChatTask(CompletionTask):
     """Next-token loss on what the assistant says. Rows have `messages`."""
 
     columns: ClassVar[tuple[str, ...]] = ("messages",)
-    settings: ClassVar[Mapping[str, str]] = {"messages": "messages"}
 
     @classmethod
     def from_texts(cls, rows: Dataset, column: str) -> Dataset:
@@ -190,28 +188,20 @@ def _turns(
     return text, turns
 
 
-_SECONDS, _MEMORY = 2.0, 128 * 2**20
-"""Bounds of CPU time and memory for writing one chat: templates are programs, and come with whatever tokenizer."""
-
-
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], place: str, **options: bool
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text that the template makes of a chat, and where in it are the parts that it marks.
-
-    It is not tokenised here, because tokenizers have threads of their own, which a bound in memory would end.
-    """
-    with limited(f"{place}: the chat template", _SECONDS, _MEMORY):
-        try:
-            return rendered_chat(messages, tokenizer.get_chat_template(), **tokenizer.special_tokens_map, **options)
-        except (
-            TemplateError,
-            ValueError,
-            TypeError,
-            LookupError,
-            ArithmeticError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            reason = one_line(error, 300)
-            raise LightPeftError(f"{place}: the chat template refuses the messages: {reason}") from error
+    """The text that the template makes of a chat, and where in it are the parts that it marks."""
+    try:
+        return rendered_chat(messages, tokenizer.get_chat_template(), **tokenizer.special_tokens_map, **options)
+    except (
+        TemplateError,
+        ValueError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        reason = one_line(error, 300)
+        raise LightPeftError(f"{place}: the chat template refuses the messages: {reason}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -35,7 +34,6 @@ class GenerationTask(CompletionTask):
 
     columns: ClassVar[tuple[str, ...]] = ("question", "answers")
     targets: ClassVar[tuple[str, ...]] = ("answers",)
-    settings: ClassVar[Mapping[str, str]] = {name: name for name in ("question", "answers")}
     writes: ClassVar[bool] = True
     default_metrics: ClassVar[tuple[str, ...]] = ("text_match",)
 

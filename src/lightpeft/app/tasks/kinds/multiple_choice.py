@@ -39,7 +39,6 @@ class MultipleChoiceTask(OptionsTask):
     columns: ClassVar[tuple[str, ...]] = ("context", "options", "answer")
     optional: ClassVar[tuple[str, ...]] = ("ending", "names", "right", "group")
     targets: ClassVar[tuple[str, ...]] = ("answer", "right")
-    settings: ClassVar[Mapping[str, str]] = {"context": "text", "options": "options", "answer": "label"}
     carried: ClassVar[tuple[str, ...]] = ("group", "names", "right")
     default_metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
 

@@ -61,7 +61,6 @@ class SpanTask(Task):
     head: ClassVar[TaskHead] = SPAN
     columns: ClassVar[tuple[str, ...]] = ("question", "context", "answers")
     targets: ClassVar[tuple[str, ...]] = ("answers",)
-    settings: ClassVar[Mapping[str, str]] = {name: name for name in ("question", "context", "answers")}
     cuts: ClassVar[bool] = False
     default_metrics: ClassVar[tuple[str, ...]] = ("text_match",)
 
@@ -116,10 +115,8 @@ class SpanTask(Task):
         return self._windows(rows, tokenizer, _location)
 
     def _windows(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, more: MoreColumns) -> Dataset:
-        size, stride = self.config.max_length, self.config.stride
-
         def encode(chunk: dict[str, list[Any]], start: int) -> dict[str, list[Any]]:
-            windows = make_windows(chunk["question"], chunk["context"], tokenizer, size, stride)
+            windows = make_windows(chunk["question"], chunk["context"], tokenizer, self.config.max_length)
             columns = {name: [window.inputs[name] for window in windows] for name in windows[0].inputs}
             return {**columns, **more(chunk, windows), "row": [start + window.example for window in windows]}
 

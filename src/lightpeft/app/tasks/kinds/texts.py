@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -20,7 +19,6 @@ class TextTask(Task):
     columns: ClassVar[tuple[str, ...]] = ("text", "label")
     optional: ClassVar[tuple[str, ...]] = ("text_pair", "group")
     targets: ClassVar[tuple[str, ...]] = ("label",)
-    settings: ClassVar[Mapping[str, str]] = {name: name for name in ("text", "text_pair", "label")}
 
     @classmethod
     def check_inputs(cls, rows: Dataset, entry: TaskEntry, what: str) -> None:

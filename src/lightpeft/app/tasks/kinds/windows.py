@@ -51,7 +51,6 @@ def make_windows(
     contexts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    stride: int | None = None,
 ) -> list[Window]:
     """Windows of every question with its context, in order, one or more a question.
 
@@ -60,20 +59,14 @@ def make_windows(
         contexts: one a question.
         tokenizer: one with offsets; its padding side doesn't matter here.
         max_length: tokens of a window.
-        stride: context tokens that a window shares with the next one; None: a third of a window.
 
     Raises:
         LightPeftError: the tokenizer knows no offsets, or the windows are too short.
     """
-    stride = max_length // 3 if stride is None else stride
     require(tokenizer.is_fast, "the tokenizer does not tell which characters a token stands for; use a fast one")
     require(
         max_length >= SHORTEST,
         f"data.max_length is {max_length}; a window of question and context needs at least {SHORTEST} tokens",
-    )
-    require(
-        0 <= stride <= max_length // 2,
-        f"data.stride is {stride}; windows of data.max_length {max_length} share 0 to {max_length // 2} tokens",
     )
     closing = _closing_token(tokenizer)
     encoded = tokenizer(
@@ -81,7 +74,7 @@ def make_windows(
         list(contexts),
         truncation="only_second",
         max_length=max_length - len(closing),
-        stride=stride,
+        stride=max_length // 3,  # context tokens that a window shares with the next one
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )

@@ -1,15 +1,8 @@
-"""llama.cpp, by its bindings `llama_cpp_py_sync`: what a GGUF file gives for some tokens.
-
-    python -m lightpeft.compat.llama_cpp FILE < question.json
-
-A file that llama.cpp does not like may end the process, so that it is asked in one of its own.
-"""
+"""llama.cpp, by its bindings `llama_cpp_py_sync`: what a GGUF file gives for some tokens."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,16 +49,3 @@ class LlamaCpp:
         llama._eval_tokens(list(tokens), place)
         pointer = llama._lib.llama_get_logits_ith(llama._ctx, -1)
         return np.frombuffer(llama._ffi.buffer(pointer, 4 * llama.n_vocab), dtype=np.float32).copy()
-
-
-def answer(file: str, question: dict[str, Any]) -> dict[str, Any]:
-    """Tokens of `texts`, and what comes after `tokens`."""
-    loaded = LlamaCpp(file)
-    tokens = [loaded.tokenize(text) for text in question["texts"]]
-    found = {"tokens": tokens, "logits": loaded.logits(question["tokens"]).tolist()}
-    loaded.close()
-    return found
-
-
-if __name__ == "__main__":
-    sys.stdout.write("\n" + json.dumps(answer(sys.argv[1], json.load(sys.stdin))) + "\n")

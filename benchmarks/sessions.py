@@ -1,0 +1,81 @@
+"""Written graphs, loaded in the runtimes that they are for, on one core of the CPU."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightpeft.app.exports.graphs.runtimes import RUNTIMES
+
+_CACHE = "cache."
+"""What names of keys and values begin with, behind "input." where they come in and "output." where they go out."""
+
+
+class Session(ABC):
+    """A written file, loaded. Of a model that writes it remembers the tokens of earlier calls."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What it gives, by name; inputs that it does not know are left out."""
+
+
+def load(form: str, folder: Path, *, exact: bool = True) -> Session:
+    """Load what was exported in a form.
+
+    Args:
+        exact: compute in 32 bits; left alone, OpenVINO computes in bfloat16 where the CPU can, whatever the graph says.
+    """
+    file = folder / RUNTIMES[form].file
+    return _OpenVinoSession(file, exact) if form == "openvino" else _OnnxSession(file)
+
+
+class _OnnxSession(Session):
+    """Keys and values go in and out of every call."""
+
+    def __init__(self, file: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._past: dict[str, np.ndarray] = {}
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows = len(inputs["input_ids"])
+        feed = {place.name: self._value(place, inputs, rows) for place in self._session.get_inputs()}
+        found = dict(zip(self._outputs, self._session.run(None, feed), strict=True))
+        self._past = {name.replace("output.", "input.", 1): value for name, value in found.items() if _CACHE in name}
+        return {name: torch.from_numpy(value) for name, value in found.items() if _CACHE not in name}
+
+    def _value(self, place: Any, inputs: Mapping[str, Tensor], rows: int) -> np.ndarray:
+        if place.name in inputs:
+            return inputs[place.name].numpy()
+        if place.name in self._past:
+            return self._past[place.name]
+        _, heads, _, channels = place.shape  # the fixed ones may be text
+        return np.zeros((rows, int(heads), 0, int(channels)), dtype=np.float32)
+
+
+class _OpenVinoSession(Session):
+    """Keys and values are state inside."""
+
+    def __init__(self, file: Path, exact: bool) -> None:
+        import openvino
+
+        precision = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} if exact else {}
+        compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": 1, **precision})
+        self._names = [place.get_any_name() for place in compiled.inputs]
+        self._request = compiled.create_infer_request()
+
+    def run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows = torch.arange(len(inputs["input_ids"]), dtype=torch.int32)
+        feed = {name: rows if name == "beam_idx" else inputs[name] for name in self._names}
+        found = self._request.infer({name: value.numpy() for name, value in feed.items()})
+        return {place.get_any_name(): torch.from_numpy(value.copy()) for place, value in found.items()}

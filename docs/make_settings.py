@@ -1,0 +1,57 @@
+"""Write docs/settings.md: every setting with its type, its default and what it is, as the classes say it.
+
+The page has what `lightpeft run --help-all` has, from the same place. `make docs` writes it anew; a test compares it
+with what would be written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightpeft.app.cli.options import shown_default, type_name
+from lightpeft.app.cli.settings import Section, sections, sections_of
+from lightpeft.config import TaskEntry
+
+PAGE = Path(__file__).parent / "settings.md"
+HEAD = """# Settings
+
+Every setting of a run, with its type, its default and what it is. In YAML `light.blocks` is `blocks` below `light`, on
+the command line `--light.blocks`; keys of a mapping are set in the same way (`--data.columns.text review`,
+`--peft.r 16`, `--trainer.optim sgd`). The [guide](guide.md) says what settings are good for.
+
+This page is made from the classes by `docs/make_settings.py`.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    (own,) = sections_of("tasks.NAME", TaskEntry())
+    tables = (line for part in (*sections(), own) for line in _table(part))
+    return "\n".join([HEAD, *tables])
+
+
+def _table(part: Section) -> Iterator[str]:
+    yield f"## {part.title}\n"
+    yield "| setting | type | default | what it is |"
+    yield "|---|---|---|---|"
+    for option in part.options:
+        if dataclasses.is_dataclass(option.type):
+            continue
+        cells = (f"`{option.target}`", type_name(option.type), f"`{shown_default(option)}`", option.help)
+        yield " | ".join(["", *(cell.replace("|", r"\|") for cell in cells), ""]).strip()
+    yield ""
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or with --check say whether it is as it would be written: 0, or 1."""
+    if "--check" in arguments:
+        return int(PAGE.read_text(encoding="utf-8") != page())
+    PAGE.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
