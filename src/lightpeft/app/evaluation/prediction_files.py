@@ -74,7 +74,7 @@ def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Se
         if path.suffix.lower() == ".csv":
             _write_csv(table, file)
         else:
-            table.to_json(file, "records", lines=True, force_ascii=False, double_precision=15, default_handler=str)
+            table.to_json(file, orient="records", lines=True, force_ascii=False, double_precision=15, default_handler=str)
 
 
 def check_predictions_path(path: Path) -> None:
