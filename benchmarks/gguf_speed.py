@@ -33,7 +33,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
 from lightpeft.plans.records import BlockPlan, PrunePlan
-from lightpeft.profiling import ratio
+from lightpeft.profiling.comparing import ratio
 from lightpeft.prune.light_model import LightModel
 
 TYPES = ("f32", "bf16", "q8_0")

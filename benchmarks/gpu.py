@@ -29,7 +29,7 @@ from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig, load_config, preset_light
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
-from lightpeft.profiling import hardware
+from lightpeft.profiling.surroundings import hardware
 
 SHAPES = {
     shape.name: shape

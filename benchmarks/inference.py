@@ -22,7 +22,8 @@ from publishing import markdown_table, spread_text
 from lightpeft.app.runs.bench import Subject
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
-from lightpeft.profiling import alternate, hardware, ratio, summarize
+from lightpeft.profiling.comparing import alternate, ratio, summarize
+from lightpeft.profiling.surroundings import hardware
 
 BATCHES = (1, 32)
 """Rows at a time."""

@@ -30,7 +30,7 @@ from lightpeft.app.tasks import task_facts
 from lightpeft.config import PRESETS, overlaid
 from lightpeft.config.validation import load_yaml
 from lightpeft.errors import require
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.loading import LoadedModel
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import PrunePlan

@@ -26,17 +26,17 @@ from lightpeft.app.runs.pipeline import Workspace
 from lightpeft.config import Budget
 from lightpeft.errors import require
 from lightpeft.models.arguments import change_arguments
-from lightpeft.models.families import block_specs
-from lightpeft.models.linears import dense_weight, is_linear
+from lightpeft.models.families.registry import block_specs
+from lightpeft.models.linears.registry import dense_weight, is_linear
 from lightpeft.models.loading import LoadedModel
 from lightpeft.models.unwrap import base_linear, transformers_model
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans import scoring
 from lightpeft.plans.layout import squared_norms
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import BlockPlan, EstimationRecord, PrunePlan, block_parameters
 from lightpeft.plans.structure import BlockSpec, SiteSpec
-from lightpeft.profiling import count_parameters
+from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.fingerprint import fingerprint
 
 CALIBRATION_BATCHES = 10

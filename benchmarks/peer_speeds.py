@@ -17,7 +17,7 @@ from lightpeft.app.runs.bench import Subject
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
 from lightpeft.files import read_json, write_json
-from lightpeft.profiling import alternate, ratio, summarize
+from lightpeft.profiling.comparing import alternate, ratio, summarize
 
 INFERENCE_BATCHES = (1, 32)
 """Rows a batch in the measurement of inference."""

@@ -39,7 +39,7 @@ from lightpeft.app.runs.reproduce.saving import factored
 from lightpeft.config import load_config, overlaid
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import file_checksum, read_json, write_json
-from lightpeft.profiling import hardware
+from lightpeft.profiling.surroundings import hardware
 
 POINT = 0.01
 """One point of accuracy."""

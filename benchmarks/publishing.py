@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
-from lightpeft.profiling import hardware
+from lightpeft.profiling.surroundings import hardware
 
 README = Path(__file__).with_name("README.md")
 LINES = 3

@@ -35,7 +35,8 @@ from lightpeft.app.runs import pipeline
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.errors import require
 from lightpeft.models.loading import quiet_libraries
-from lightpeft.profiling import alternate, folder_bytes, ratio, summarize
+from lightpeft.profiling.comparing import alternate, ratio, summarize
+from lightpeft.profiling.sizes import folder_bytes
 from lightpeft.profiling.surroundings import version_of
 from lightpeft.prune.light_model import LightModel
 

@@ -37,7 +37,7 @@ from lightpeft.app.runs import pipeline
 from lightpeft.config import run_config_from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_json, write_json
-from lightpeft.profiling import hardware
+from lightpeft.profiling.surroundings import hardware
 from lightpeft.training.schedule import auto_epochs
 
 ROOT = Path(__file__).parents[1]

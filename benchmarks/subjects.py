@@ -21,7 +21,8 @@ from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig, load_config
 from lightpeft.errors import LightPeftError
 from lightpeft.files import write_json
-from lightpeft.profiling import alternate, hardware, ratio, summarize
+from lightpeft.profiling.comparing import alternate, ratio, summarize
+from lightpeft.profiling.surroundings import hardware
 
 Subjects = Mapping[str, tuple[str | Build, RunConfig]]
 """By name: what to measure, as `lightpeft.bench.Subject` takes it, and its run."""

@@ -28,17 +28,12 @@ from transformers import (
 from lightpeft.app.runs.workers import Worker
 from lightpeft.config import LightConfig
 from lightpeft.machine import autocasting
-from lightpeft.models.families import block_specs
-from lightpeft.profiling import (
-    PeakMemory,
-    alternate,
-    count_flops,
-    count_parameters,
-    measure_inference,
-    measure_training,
-    ratio,
-    summarize,
-)
+from lightpeft.models.families.registry import block_specs
+from lightpeft.profiling.comparing import alternate, ratio, summarize
+from lightpeft.profiling.flops import count_flops
+from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.sizes import count_parameters
+from lightpeft.profiling.speed import measure_inference, measure_training
 from lightpeft.recipe.pruner import EarlyPruner
 from lightpeft.training.acceleration import accelerated
 

@@ -33,7 +33,8 @@ from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
 from lightpeft.errors import LightPeftError, require
 from lightpeft.models.loading import quiet_libraries
-from lightpeft.profiling import alternate, folder_bytes, ratio
+from lightpeft.profiling.comparing import alternate, ratio
+from lightpeft.profiling.sizes import folder_bytes
 from lightpeft.prune.light_model import LightModel
 
 Ask = Callable[[Sequence[list[int]]], Written]

@@ -26,7 +26,8 @@ from lightpeft.app.runs.workers import Worker
 from lightpeft.config import RunConfig
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.structure import SLOTS
-from lightpeft.profiling import alternate, hardware, ratio, summarize
+from lightpeft.profiling.comparing import alternate, ratio, summarize
+from lightpeft.profiling.surroundings import hardware
 
 PLAIN, EVERYWHERE, ESTIMATION, WHOLE = "plain LoRA on q and v", "on all projections", "estimation", "no cut"
 CUTS = (0.2, 0.4, 0.6, 0.75)

@@ -37,9 +37,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from lightpeft import load_light
-from lightpeft.models.families import FAMILIES, REFUSED, Family, block_specs
+from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs
+from lightpeft.models.families.spec import Family
 from lightpeft.peft_kinds.bottleneck import BottleneckConfig
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.light_model import as_light
@@ -233,6 +234,10 @@ def _ffn(family: Family) -> str:
     return f"{experts}, {dense} where there is another FFN" if experts and dense else experts or dense
 
 
+LOWEST = (5, 5)
+"""The first transformers that lightpeft works with."""
+
+
 def _notes(model_type: str) -> str:
     family = FAMILIES[model_type]
     stack = family.stacks[0]
@@ -248,6 +253,8 @@ def _notes(model_type: str) -> str:
         for name in stack.per_head_arguments
     ]
     notes += [f"needs `{key}={value}`" for key, value in family.needs.items()]
+    if family.since > LOWEST:
+        notes.append(f"needs transformers {'.'.join(map(str, family.since))}")
     return "; ".join(notes)
 
 

@@ -27,7 +27,7 @@ from lightpeft.app.runs.bench import Subject, sample_batches, sample_rows
 from lightpeft.app.runs.report.speeds import speed_rows
 from lightpeft.app.runs.workers import Worker
 from lightpeft.errors import LightPeftError
-from lightpeft.profiling import count_flops
+from lightpeft.profiling.flops import count_flops
 
 ROUNDS, STEPS = 2, 2
 UPPER = {"light.module_blocks": 0.5, "light.modules": 0.5}

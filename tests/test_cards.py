@@ -10,13 +10,12 @@ import pytest
 from adapters import light_over
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from tiny import ALL, DROPPED, every_family, make, plan_for, with_lora
+from tiny import ALL, every_family, make, plan_for
 from transformers import AutoModelForSequenceClassification
 from workbench import Workbench, lightpeft, read
 
 from lightpeft import LightModel, load_light, run, save_merged
 from lightpeft.app.tasks import ENTRIES
-from lightpeft.plans.picture import WIDTH, bar, picture
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.cards import pipeline_tag
@@ -26,46 +25,6 @@ def card_in(folder: Path) -> tuple[ModelCard, Any]:
     """A card with its metadata, as huggingface_hub reads and checks it."""
     card = ModelCard.load(folder / "README.md")
     return card, card.data
-
-
-# -- the picture -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kept", "dense", "shown"),
-    [
-        (12, 12, "█" * WIDTH),
-        (0, 12, "░" * WIDTH),
-        (6, 12, "██████░░░░░░"),
-        (25, 96, "███▏░░░░░░░░"),
-        (1, 3072, "▏░░░░░░░░░░░"),
-        (3071, 3072, "███████████▉"),
-        (0, 0, "░" * WIDTH),
-    ],
-)
-def test_bars(kept: int, dense: int, shown: str) -> None:
-    """Something is never shown as nothing, and less than all never as all."""
-    assert bar(kept, dense) == shown and len(shown) == WIDTH
-
-
-@every_family(ALL)
-def test_a_row_a_layer(name: str) -> None:
-    plan = plan_for(with_lora(make(name)), **DROPPED)
-    title, *rows = picture(plan).splitlines()
-    neurons = ["neurons"] if any(spec.neurons for spec in plan.specs) else []
-    experts = ["experts", *["neurons", "of", "each"]] if any(spec.experts for spec in plan.specs) else []
-    assert title.split() == ["layer", "heads", *neurons, *experts, "modules:ranks"] and len(rows) == len(plan.specs)
-    for row, (spec, kept) in zip(rows, plan.parts, strict=True):
-        assert row.startswith(spec.label or str(spec.index)) and f"{len(kept.heads)}/{spec.heads}" in row
-        assert not spec.neurons or f"{len(kept.neurons)}/{spec.neurons}" in row
-        assert not spec.experts or (f"{len(kept.experts)}/{spec.experts}" in row and f"{kept.expert_width}/24" in row)
-        stay = [site for site in plan.dense_sites if site.block == spec.index and site.name in plan.sites]
-        assert [f"{site.slot}:{len(plan.sites[site.name])}" for site in stay] == re.findall(r"\w+:\d+", row)
-
-
-def test_layers_that_are_left_out() -> None:
-    rows = picture(plan_for(with_lora(make("llama-gqa")), depth=1 / 3)).splitlines()
-    assert rows[-1].split()[1:] == ["░" * WIDTH, "0/4", "░" * WIDTH, "0/48", "left", "out"]
 
 
 # -- the whole card ----------------------------------------------------------------------------------------------
@@ -94,7 +53,7 @@ def test_the_card_of_a_run(bench: Workbench) -> None:
     assert f"| accuracy | {result.metric_value:.4g} | {low:.4g} to {high:.4g} |" in card.text
     assert load_light(adapter).light_intervals["accuracy"] == [low, high]
     assert "| task | classification: `negative`, `positive` |" in card.text
-    assert picture(load_light(adapter).light_plan) in card.text
+    assert str(load_light(adapter).light_plan) in card.text
     assert str(bench.folder) not in card.content, "a local path says nothing elsewhere"
     assert "| base | `base` (`BertForSequenceClassification`, a folder of its author) |" in card.text
 

@@ -24,8 +24,10 @@ from lightpeft.app.runs.checking.models import cut_evenly, shapes_of
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.config import LightConfig, RunConfig, TrainingConfig
 from lightpeft.errors import LightPeftError
-from lightpeft.profiling import count_flops, count_parameters, measure_training
+from lightpeft.profiling.flops import count_flops
 from lightpeft.profiling.rehearsal import Holding, rehearse_inference, rehearse_training, rehearsing
+from lightpeft.profiling.sizes import count_parameters
+from lightpeft.profiling.speed import measure_training
 from lightpeft.training.acceleration import light_steps
 
 

@@ -602,13 +602,6 @@ def test_chats_as_text() -> None:
 # PEFT
 
 
-def test_keys_of_patterns() -> None:
-    with needed_for("size_pattern of bottleneck adapters, which is read as PEFT reads rank_pattern"):
-        name = "bert.encoder.layer.11.output.dense"
-        assert of_peft.fitting_key([r"layer\.1\..*", r"output.dense", "query"], name) == "output.dense"
-        assert of_peft.fitting_key(["utput.dense"], name) == name
-
-
 def test_adapters_in_a_module() -> None:
     with needed_for("the line that a model has several adapters"):
         model = get_peft_model(make("bert"), LoraConfig(target_modules=["query"]), adapter_name="one")

@@ -17,10 +17,10 @@ from workbench import Workbench, read
 from lightpeft import EarlyPruner, LightConfig, load_light, save_merged
 from lightpeft.app.runs import pipeline
 from lightpeft.config import Budget
-from lightpeft.models.families import block_lists
+from lightpeft.models.families.registry import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import count_parameters
+from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.estimation import Estimator
 

@@ -34,16 +34,9 @@ from transformers import PreTrainedModel, TrainingArguments
 from lightpeft import EarlyPruner, LightConfig, LightTrainer, load_light
 from lightpeft.compat.torch import is_watched
 from lightpeft.errors import LightPeftError
-from lightpeft.models.families import (
-    FAMILIES,
-    REFUSED,
-    Family,
-    block_specs,
-    family_of,
-    random_inputs,
-    register_family,
-    skeleton,
-)
+from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs, family_of, register_family
+from lightpeft.models.families.skeleton import random_inputs, skeleton
+from lightpeft.models.families.spec import Family
 from lightpeft.prune import discovery
 from lightpeft.prune.discovery import check_family, discover_family, ensure_family
 from lightpeft.prune.fingerprint import fingerprint

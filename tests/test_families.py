@@ -35,19 +35,10 @@ from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightpeft import EarlyPruner
-from lightpeft.models.families import (
-    FAMILIES,
-    REFUSED,
-    Family,
-    Stack,
-    block_specs,
-    decoders,
-    encoder_decoders,
-    encoders,
-    family_of,
-    registry,
-)
-from lightpeft.peft_kinds.sites import check_peft
+from lightpeft.models.families import decoders, encoder_decoders, encoders, registry
+from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs, family_of
+from lightpeft.models.families.spec import Family, Stack
+from lightpeft.peft_kinds.sites.registry import check_peft
 from lightpeft.plans.records import BlockPlan, block_parameters, removable_parameters, removed_in_block
 from lightpeft.plans.structure import SLOTS, BlockSpec
 from lightpeft.prune.surgery import apply_plan

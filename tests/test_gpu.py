@@ -28,10 +28,11 @@ from workbench import Workbench
 from lightpeft import load_light, run
 from lightpeft.config import LightConfig
 from lightpeft.machine import autocasting, has_bf16
-from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import PeakMemory, measure_inference, measure_training
 from lightpeft.profiling.live import moved, trainable
+from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.speed import measure_inference, measure_training
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import PartialState
-from rich.console import Console
 from workbench import Workbench
 
 from lightpeft import machine
@@ -90,22 +88,3 @@ def test_variables_of_another_job(alone: None, monkeypatch: pytest.MonkeyPatch, 
     assert "unset what is left over" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert next(iter(left)) in str(caught.value)
-
-
-def test_waiting_for_others_is_told(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], alone: None
-) -> None:
-    """Where the variables are complete, nothing but time tells that nobody else comes."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    told = threading.Event()
-
-    class Telling(Console):
-        def print(self, *args: Any, **options: Any) -> None:
-            super().print(*args, **options)
-            told.set()
-
-    monkeypatch.setattr(machine, "PATIENCE", 0.05)
-    monkeypatch.setattr(machine, "Console", Telling)
-    monkeypatch.setattr(machine, "PartialState", lambda **options: told.wait(10))
-    assert processes() is True  # it said so before it had to wait for long
-    assert "waiting for the others to start" in capsys.readouterr().err

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 from training import estimate, inputs, student
 
 from lightpeft.config import LightConfig
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import fused_lora
+from lightpeft.peft_kinds.sites.fused import fused_lora
 from lightpeft.prune.estimation import Estimator
 from lightpeft.prune.masks import UnitMasks
 

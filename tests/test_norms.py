@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from lightpeft.compat.transformers import is_rms_norm
-from lightpeft.peft_kinds.sites import fused_lora
+from lightpeft.peft_kinds.sites.fused import fused_lora
 from lightpeft.training import norms
 from lightpeft.training.norms import fused_norms
 from lightpeft.training.recomputing import recomputed_activations

@@ -16,9 +16,9 @@ from workbench import Workbench, lightpeft, read
 from lightpeft import load_light
 from lightpeft.app.runs import pipeline
 from lightpeft.config import LightConfig, RunConfig, load_config, preset_light, run_config_from_dict
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.peft_kinds.kinds import projections
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.recipe.wrapping import placed
 
 

@@ -22,7 +22,7 @@ from lightpeft.errors import LightPeftError
 from lightpeft.models.loading import load_model, load_tokenizer
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import count_parameters
+from lightpeft.profiling.sizes import count_parameters
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 KINDS = [("bert", "classification"), ("llama", "classification"), ("llama", "causal-lm")]

@@ -17,22 +17,13 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from lightpeft import profiling
 from lightpeft.compat.transformers import attention_of
 from lightpeft.errors import LightPeftError
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.plans.records import BlockPlan, PrunePlan
-from lightpeft.profiling import (
-    Flops,
-    PeakMemory,
-    Spread,
-    alternate,
-    count_flops,
-    count_parameters,
-    kv_cache_bytes,
-    measure_inference,
-    measure_training,
-    ratio,
-    summarize,
-)
-from lightpeft.profiling.speed import timed
+from lightpeft.profiling.comparing import Spread, alternate, ratio, summarize
+from lightpeft.profiling.flops import Flops, count_flops, kv_cache_bytes
+from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.sizes import count_parameters
+from lightpeft.profiling.speed import measure_inference, measure_training, timed
 from lightpeft.prune.surgery import apply_plan
 
 HIDDEN, FFN, LAYERS, VOCABULARY, LABELS = 16, 32, 2, 50, 3

@@ -12,7 +12,7 @@ from transformers import BertModel
 
 from lightpeft import Budget, EarlyPruner, LightConfig, LightModel, LightPeftError, load_light
 from lightpeft.compat.torch import is_watched
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.records import PrunePlan
 
 

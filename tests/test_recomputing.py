@@ -15,7 +15,7 @@ from training import inputs, student
 
 from lightpeft.config import LightConfig
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import fused_lora
+from lightpeft.peft_kinds.sites.fused import fused_lora
 from lightpeft.prune.estimation import Estimator
 from lightpeft.training.attention import attention_by_products
 from lightpeft.training.recomputing import recomputed_activations

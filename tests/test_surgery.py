@@ -31,12 +31,12 @@ from torch import nn
 
 from lightpeft.config import Budget
 from lightpeft.errors import LightPeftError
-from lightpeft.models.linears import dense_weight
+from lightpeft.models.linears.registry import dense_weight
 from lightpeft.models.unwrap import base_layer, transformers_model
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import PrunePlan
-from lightpeft.profiling import count_parameters
+from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.surgery import apply_plan
 
 BUDGETS: dict[str, dict[str, Any]] = {"usual": {}, "dropped": DROPPED, "balanced": {"head_unit": "balanced"}}

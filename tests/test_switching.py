@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from lightpeft import LightModel, LightSwitch, load_light, save_merged
 from lightpeft.app.folders import switching
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import check_peft
+from lightpeft.peft_kinds.sites.registry import check_peft
 from lightpeft.prune.light_model import as_light
 from lightpeft.prune.surgery import apply_plan
 
@@ -177,7 +177,7 @@ def test_a_model_lives_as_long_as_somebody_holds_it(tmp_path: Path) -> None:
     assert switch.kept == ("second",) and logits(first).equal(expected)
     assert shared_names(first, switch["second"]), "what has gone still shares"
     switch.remove("first")
-    assert "first" not in switch and switch.kept == () and logits(first).equal(expected)
+    assert "first" not in switch and switch.kept == ("second",) and logits(first).equal(expected)
 
 
 def test_closing_frees_everything(tmp_path: Path) -> None:

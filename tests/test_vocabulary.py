@@ -49,15 +49,11 @@ from lightpeft.app.folders.opening import find_model
 from lightpeft.app.runs import pipeline
 from lightpeft.app.tasks import coverage
 from lightpeft.files import file_checksum
-from lightpeft.models.vocabulary import (
-    Vocabulary,
-    cut_model,
-    cut_parameters,
-    cut_tokenizer,
-    kept_tokens,
-    vocabulary_of,
-)
-from lightpeft.profiling import count_parameters
+from lightpeft.models.vocabulary.closure import kept_tokens
+from lightpeft.models.vocabulary.cutting import cut_model, cut_parameters, vocabulary_of
+from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
+from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving.adapter_files import DESCRIPTION
 from lightpeft.saving.tokens import VOCABULARY_FILE

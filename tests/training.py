@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lightpeft.app.runs.trainers import RunTrainer
 from lightpeft.config import LightConfig
-from lightpeft.models.families import block_lists
+from lightpeft.models.families.registry import block_lists
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.profiling.live import device_of, moved

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from lightpeft.config import Budget, LightConfig, RunConfig, load_config, preset_light
     from lightpeft.errors import LightPeftError
     from lightpeft.models.on_disk import weights_on_disk
-    from lightpeft.models.vocabulary import cut_vocabulary
+    from lightpeft.models.vocabulary.live import cut_vocabulary
     from lightpeft.peft_kinds.bottleneck import BottleneckConfig
-    from lightpeft.peft_kinds.sites import fused_answers
+    from lightpeft.peft_kinds.sites.answering import fused_answers
     from lightpeft.plans.planning import make_plan
     from lightpeft.plans.records import EstimationRecord, PrunePlan
     from lightpeft.prune.discovery import ensure_family
@@ -46,12 +46,12 @@ _HOMES = {
     "RunConfig": "config",
     "accelerated": "training.acceleration",
     "apply_plan": "prune.surgery",
-    "cut_vocabulary": "models.vocabulary",
+    "cut_vocabulary": "models.vocabulary.live",
     "ensure_family": "prune.discovery",
     "export_model": "app.exports.exporting",
     "find_depth": "prune.reading",
     "full_width": "adapters.full_width",
-    "fused_answers": "peft_kinds.sites",
+    "fused_answers": "peft_kinds.sites.answering",
     "light_tokenizer": "adapters.light_adapter",
     "light_trainer": "recipe.trainer",
     "load_config": "config",

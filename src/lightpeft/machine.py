@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.console import Console
 from torch import Tensor
 
 from lightpeft.config import TrainingConfig
@@ -35,18 +33,14 @@ def processes() -> PartialState:
     told = [name for name in _LAUNCHERS if name in os.environ]
     if not told or torch.distributed.is_initialized():
         return _state()
-    waiting = threading.Timer(PATIENCE, _say_waiting, [told])
-    waiting.daemon = True
-    waiting.start()
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # about threads of CPUs
             return _state()
     except (ValueError, RuntimeError) as error:
-        raise LightPeftError(
-            f"{_launched(told)}, but it cannot meet the others ({one_line(error, 200)}); {_UNSET}"
-        ) from error
-    finally:
-        waiting.cancel()
+        says = f"the environment ({', '.join(told)}) says that this process is one of several"
+        alone = f"but it cannot meet the others ({one_line(error, 200)})"
+        instead = "start all with accelerate launch or torchrun, or unset what is left over from another job"
+        raise LightPeftError(f"{says}, {alone}; {instead}") from error
 
 
 def sharding_launched() -> bool:
@@ -65,18 +59,6 @@ def _state() -> PartialState:
 
 _LAUNCHERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables by which launchers tell a process that it is one of several."""
-PATIENCE = 20.0
-"""Seconds that processes of one job may need to start, one after the other."""
-_UNSET = "start all with accelerate launch or torchrun, or unset what is left over from another job"
-
-
-def _launched(told: Sequence[str]) -> str:
-    return f"the environment ({', '.join(told)}) says that this process is one of several"
-
-
-def _say_waiting(told: Sequence[str]) -> None:
-    line = f"{_launched(told)}; waiting for the others to start; if there are none, {_UNSET}"
-    Console(stderr=True, soft_wrap=True, highlight=False).print(line, markup=False)
 
 
 def has_bf16() -> bool:

@@ -26,11 +26,12 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import require
 from lightpeft.files import check_sealed, check_vacant, read_tensors, replacing_folder
 from lightpeft.files.foreign import parsing
-from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.loading import load_model_config
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import vocabulary_of
-from lightpeft.peft_kinds.sites import Site, find_sites, own_adapter, simplify_config, widens_alone
+from lightpeft.models.vocabulary.cutting import vocabulary_of
+from lightpeft.peft_kinds.sites.base import Site
+from lightpeft.peft_kinds.sites.registry import find_sites, own_adapter, simplify_config, widens_alone
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving.adapter_files import DESCRIPTION, read_saved

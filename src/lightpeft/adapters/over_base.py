@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from lightpeft.adapters.right_base import check_base, check_brought, check_structure
 from lightpeft.adapters.streaming import Stream
 from lightpeft.errors import require
-from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.tensors import SharedTensors
-from lightpeft.models.vocabulary import check_whole, cut_model
+from lightpeft.models.vocabulary.cutting import check_whole, cut_model
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.surgery import apply_plan
 from lightpeft.saving.adapter_files import Saved

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from lightpeft.adapters.streaming import Stream
 from lightpeft.errors import require
-from lightpeft.models.families import block_specs
-from lightpeft.models.vocabulary import Vocabulary, check_whole, vocabulary_of
+from lightpeft.models.families.registry import block_specs
+from lightpeft.models.vocabulary.cutting import check_whole, vocabulary_of
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.records import PrunePlan
 from lightpeft.plans.structure import BlockSpec
 from lightpeft.prune.discovery import ensure_family

@@ -25,9 +25,10 @@ from lightpeft.compat.torch import set_unseen, with_own_parameters
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, with_reader
 from lightpeft.errors import require
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.linears import slice_linear, stored_weight
+from lightpeft.models.linears.registry import slice_linear, stored_weight
 from lightpeft.models.tensors import Reading, SharedTensors, check_files, on_disk
-from lightpeft.models.vocabulary import Vocabulary, rows_by_token
+from lightpeft.models.vocabulary.cutting import rows_by_token
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.layout import cut_dim, kept_channels, kept_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lightpeft.compat.transformers import Checkpoint, mark_read, one_at_a_time, reading
 from lightpeft.errors import require
-from lightpeft.models.linears import bring_in, can_be_left, is_on_disk, leave_on_disk, lying_over
+from lightpeft.models.linears.on_disk import bring_in, can_be_left, is_on_disk, leave_on_disk, lying_over
 from lightpeft.models.tensors import Reading, StoredTensor, check_files, on_disk
 
 _INSTEAD = "load it without low_memory"

@@ -18,10 +18,11 @@ from lightpeft.config.peft import DEFAULTS, SLOTS_KEY
 from lightpeft.config.validation import Within, checked, checked_fields
 from lightpeft.errors import LightPeftError, nearest, require
 from lightpeft.files.foreign import parsing
-from lightpeft.peft_kinds.sites import Site, check_config
+from lightpeft.peft_kinds.sites.base import Site
 from lightpeft.peft_kinds.sites.bottleneck import BottleneckSite
 from lightpeft.peft_kinds.sites.ia3 import Ia3Site
 from lightpeft.peft_kinds.sites.lora import LoraSite
+from lightpeft.peft_kinds.sites.registry import check_config
 from lightpeft.plans.structure import SLOTS, BlockSpec
 
 Settings = dict[str, Any]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightpeft.errors import require
 from lightpeft.machine import autocasting
 from lightpeft.models.patching import in_mode
-from lightpeft.peft_kinds.sites import fused_answers
+from lightpeft.peft_kinds.sites.answering import fused_answers
 
 T = TypeVar("T")
 Batch = Mapping[str, Tensor]

@@ -11,9 +11,9 @@ from torch import nn
 
 from lightpeft.compat.peft import BaseTunerLayer, ModulesToSaveWrapper
 from lightpeft.errors import require
-from lightpeft.models.linears import logical_numel
+from lightpeft.models.linears.bitsandbytes import logical_numel
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import cut_parameters
+from lightpeft.models.vocabulary.cutting import cut_parameters
 
 
 @dataclass(frozen=True)

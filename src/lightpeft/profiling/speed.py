@@ -128,13 +128,3 @@ def _mark(device: torch.device) -> Any:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
     return event
-
-
-def throughput(samples: float, seconds: float) -> float:
-    """Samples (or tokens) a second.
-
-    Raises:
-        LightPeftError: `seconds` is not positive.
-    """
-    require(seconds > 0, f"seconds is {seconds:g}; throughput needs a positive time")
-    return samples / seconds

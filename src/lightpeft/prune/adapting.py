@@ -16,16 +16,9 @@ from transformers import Cache
 from lightpeft.compat.transformers import grow_static_cache
 from lightpeft.errors import LightPeftError
 from lightpeft.models.arguments import change_arguments
-from lightpeft.models.families import Family
+from lightpeft.models.families.spec import Family
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
-
-
-def replace_module(inner: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module where one is, by its name below `inner`."""
-    parent, _, child = name.rpartition(".")
-    setattr(inner.get_submodule(parent), child, module)
-
 
 # What reads head counts or has one entry a head
 
@@ -145,7 +138,7 @@ def drop_attention(inner: nn.Module, spec: BlockSpec, attention: nn.Module) -> N
     table = (spec.position_bias or "").removeprefix(f"{spec.attention}.")
     if spec.position_bias and table != spec.position_bias:  # it belongs to the whole stack, and plans do not count it
         stub.add_module(table, attention.get_submodule(table))
-    replace_module(inner, spec.attention, stub)
+    inner.set_submodule(spec.attention, stub)
 
 
 class DroppedAttention(nn.Module):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +15,10 @@ from transformers import PreTrainedModel
 
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
-from lightpeft.models.families import (
-    FAMILIES,
-    REFUSED,
-    Family,
-    block_specs,
-    check_not_refused,
-    propose_families,
-    random_inputs,
-    register_family,
-    skeleton,
-    skeleton_config,
-)
-from lightpeft.models.families.skeleton import one_line, run
+from lightpeft.models.families.proposal import propose_families
+from lightpeft.models.families.registry import FAMILIES, REFUSED, block_specs, check_not_refused, register_family
+from lightpeft.models.families.skeleton import one_line, random_inputs, run, skeleton, skeleton_config
+from lightpeft.models.families.spec import Family
 from lightpeft.models.unwrap import transformers_model
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
@@ -43,14 +33,8 @@ EFFECT = 1e-2
 """Smallest relative difference that masks must make to the dense model, so that the check tells something."""
 
 
-@dataclass(frozen=True)
-class _Discovered:
-    family: Family
-    settings: str
-    """Model class and config that it was checked for."""
-
-
-_discovered: dict[str, _Discovered] = {}
+_discovered: dict[str, tuple[Family, str]] = {}
+"""Model type -> its family, and the model class and config that it was checked for."""
 
 
 def ensure_family(model: nn.Module) -> None:
@@ -66,14 +50,14 @@ def ensure_family(model: nn.Module) -> None:
     if not isinstance(inner, PreTrainedModel):
         return  # whoever asks next refuses it
     model_type = inner.config.model_type
-    known = _discovered.get(model_type)
-    if model_type in REFUSED or (model_type in FAMILIES and (not known or FAMILIES[model_type] is not known.family)):
+    known, checked = _discovered.get(model_type, (None, ""))
+    if model_type in REFUSED or (model_type in FAMILIES and FAMILIES[model_type] is not known):
         check_not_refused(model_type)
         return
     try:
         with parsing(f"{type(inner).__name__} is not what its kin are"):  # classes of others may raise anything
             settings = f"{type(inner).__name__} {skeleton_config(inner.config).to_json_string(use_diff=False)}"
-            if known and model_type in FAMILIES and known.settings == settings:
+            if model_type in FAMILIES and checked == settings:
                 return
             family = discover_family(inner)
     except LightPeftError as error:
@@ -83,7 +67,7 @@ def ensure_family(model: nn.Module) -> None:
         ) from error
     block_specs(inner, family)  # layers beyond the first two may be others
     register_family(family)
-    _discovered[model_type] = _Discovered(family, settings)
+    _discovered[model_type] = family, settings
     logger.warning(
         'model family "%s" is not listed; its structure was discovered, and masked and pruned models of it compute the '
         "same: %s",
@@ -98,25 +82,15 @@ def discover_family(model: PreTrainedModel) -> Family:
     Raises:
         LightPeftError: none was proposed, or none passes; the message says what was found and what did not match.
     """
-    small = skeleton(model)
-    nearest = _Failed("nothing was proposed", passed=-1)
+    small, failure = skeleton(model), "nothing was proposed"
     for family in propose_families(small):
         try:
             check_family(small, family)
-        except _Failed as error:
-            if error.passed > nearest.passed:
-                nearest = _Failed(f"{error}; found: {describe(family)}", error.passed)
+        except LightPeftError as error:
+            failure = f"{error}; found: {describe(family)}"
         else:
             return family
-    raise LightPeftError(str(nearest)) from nearest
-
-
-class _Failed(LightPeftError):
-    """A family that does not pass the check, with the number of plans that it did pass."""
-
-    def __init__(self, message: str, passed: int) -> None:
-        super().__init__(message)
-        self.passed = passed
+    raise LightPeftError(failure)
 
 
 def check_family(small: PreTrainedModel, family: Family) -> None:
@@ -129,16 +103,11 @@ def check_family(small: PreTrainedModel, family: Family) -> None:
     Raises:
         LightPeftError: they differ, masks have no effect, or the structure does not fit or cannot be cut.
     """
-    passed = 0
-    try:
-        specs = block_specs(small, family)
-        dense = _outputs(small, family)
-        for what, blocks in trial_plans(specs, torch.Generator().manual_seed(3)).items():
-            plan = PrunePlan(tuple(specs), tuple(blocks), {}, (), small.num_parameters(), "")
-            _check_plan(small, family, plan, dense, what)
-            passed += 1
-    except LightPeftError as error:
-        raise _Failed(str(error), passed) from error
+    specs = block_specs(small, family)
+    dense = _outputs(small, family)
+    for what, blocks in trial_plans(specs, torch.Generator().manual_seed(3)).items():
+        plan = PrunePlan(tuple(specs), tuple(blocks), {}, (), small.num_parameters(), "")
+        _check_plan(small, family, plan, dense, what)
 
 
 def _check_plan(small: PreTrainedModel, family: Family, plan: PrunePlan, dense: list[Tensor], what: str) -> None:

@@ -19,14 +19,16 @@ from torch import Tensor
 from lightpeft.config import LightConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, read_tensors, understandable, write_json, write_tensors
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.sharding import whole
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import Site, check_peft, find_sites
+from lightpeft.peft_kinds.sites.base import Site
+from lightpeft.peft_kinds.sites.registry import check_peft, find_sites
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.scoring import Criterion, Facts, MaskGradients, Unit, criteria
 from lightpeft.plans.structure import MASKED, MaskedUnit
-from lightpeft.profiling import count_parameters, versions
+from lightpeft.profiling.sizes import count_parameters
+from lightpeft.profiling.surroundings import versions
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.fingerprint import fingerprint
 from lightpeft.prune.importance import ModuleObserver, RankObserver, weight_squares

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.linears import dense_weight
+from lightpeft.models.linears.registry import dense_weight
 from lightpeft.models.unwrap import base_linear, transformers_model
-from lightpeft.peft_kinds.sites import Site
-from lightpeft.peft_kinds.sites.base import Report
+from lightpeft.peft_kinds.sites.base import Report, Site
 from lightpeft.plans import scoring
 from lightpeft.plans.layout import squared_norms
 from lightpeft.plans.structure import KEY_VALUE_SLOTS, BlockSpec

@@ -12,8 +12,8 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import replacing_folder, understandable
 from lightpeft.models.repositories import Token
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import vocabulary_of
-from lightpeft.peft_kinds.sites import own_adapter
+from lightpeft.models.vocabulary.cutting import vocabulary_of
+from lightpeft.peft_kinds.sites.registry import own_adapter
 from lightpeft.plans.records import PrunePlan
 
 

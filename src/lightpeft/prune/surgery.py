@@ -10,16 +10,19 @@ from peft import PeftModel
 from torch import nn
 
 from lightpeft.config import Budget
-from lightpeft.errors import LightPeftError, require
+from lightpeft.errors import require
 from lightpeft.machine import random_apart
 from lightpeft.models.arguments import change_arguments
 from lightpeft.models.experts import ExpertLayer
-from lightpeft.models.families import Family, block_specs, family_of
-from lightpeft.models.linears import features, is_linear, slice_linear, sliced
+from lightpeft.models.families.registry import block_specs, family_of
+from lightpeft.models.families.spec import Family
+from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.registry import slice_linear
 from lightpeft.models.on_disk import bring_weights_in
-from lightpeft.models.unwrap import base_layer, base_linear, transformers_model
-from lightpeft.peft_kinds.sites import Site, drop_reference, find_sites, refresh_config, remove_site
-from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts, width
+from lightpeft.models.unwrap import base_linear, transformers_model
+from lightpeft.peft_kinds.sites.base import Site
+from lightpeft.peft_kinds.sites.registry import drop_reference, find_sites, refresh_config, remove_site
+from lightpeft.plans.layout import cut_dim, head_channels, kept_channels, kept_experts
 from lightpeft.plans.planning import check_experts
 from lightpeft.plans.records import BlockPlan, PrunePlan, check_fit
 from lightpeft.plans.structure import FFN_SLOTS, BlockSpec
@@ -30,7 +33,6 @@ from lightpeft.prune.adapting import (
     adapt_balance,
     adapt_generation,
     drop_attention,
-    replace_module,
     set_head_attribute,
     stop_sharing,
     unshared_tables,
@@ -67,8 +69,6 @@ def apply_plan(model: nn.Module, plan: PrunePlan, family: Family | None = None) 
     there = [spec.structure() for spec in block_specs(inner, family)]
     # a model whose depth was cut before, as for estimation, has the blocks that stay
     specs = plan.specs[: max(len(there), len(plan.blocks))]
-    for spec in specs:
-        _check_structure(inner, spec)
     same = there == [spec.structure() for spec in specs]
     require(same, "the plan is for another model: its blocks have other parts than those of this one")
     sites = _checked_sites(model, plan) if isinstance(model, PeftModel) else []
@@ -117,20 +117,6 @@ def check_budget(model: nn.Module, budget: Budget) -> None:
     """
     for spec in block_specs(transformers_model(model)):
         check_experts(spec, budget)
-
-
-def _check_structure(inner: nn.Module, spec: BlockSpec) -> None:
-    """Check one block against its spec, so that a plan for another model is refused before anything is cut."""
-    for slot, name in spec.projections.items():
-        try:
-            layer = base_layer(inner.get_submodule(name))
-        except AttributeError as error:
-            raise LightPeftError(f"the plan is for another model: there is no module {name}") from error
-        expected = width(spec, slot)
-        require(
-            is_linear(layer) and features(layer)[cut_dim(slot)] == expected,
-            f"the plan is for another model, or this one was pruned before: {name} is not {expected} wide",
-        )
 
 
 def _checked_sites(model: PeftModel, plan: PrunePlan) -> list[Site]:
@@ -182,7 +168,7 @@ def _cut_attention(inner: nn.Module, spec: BlockSpec, kept: BlockPlan) -> None:
     for name in spec.head_tensors:
         _keep_entries(attention, name, kept.heads)
     for slot, name in spec.wide_norms.items():
-        replace_module(inner, name, SelectedChannels(inner.get_submodule(name), head_channels(spec, kept, slot)))
+        inner.set_submodule(name, SelectedChannels(inner.get_submodule(name), head_channels(spec, kept, slot)))
     if spec.per_head_arguments:
         index = torch.tensor(kept.heads)
         selected = {name: KeptEntries(index, dim).of for name, dim in spec.per_head_arguments.items()}

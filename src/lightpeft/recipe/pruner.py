@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from lightpeft.compat.fsdp import out_of_fsdp
 from lightpeft.config import Budget, LightConfig, cut_of_writer, preset_light, usual_preset
 from lightpeft.errors import require
-from lightpeft.models.families import block_specs
-from lightpeft.models.linears import prepare_quantised
+from lightpeft.models.families.registry import block_specs
+from lightpeft.models.linears.bitsandbytes import prepare_quantised
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import vocabulary_of
+from lightpeft.models.vocabulary.cutting import vocabulary_of
 from lightpeft.peft_kinds.kinds import kind_of
-from lightpeft.peft_kinds.sites import check_peft, leave_experts, own_adapter
+from lightpeft.peft_kinds.sites.registry import check_peft, leave_experts, own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.prune.discovery import ensure_family

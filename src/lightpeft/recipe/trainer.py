@@ -24,7 +24,7 @@ from lightpeft.budget.tolerance import in_nats
 from lightpeft.budget.trainer import budget_in
 from lightpeft.compat.accelerate import as_it_is
 from lightpeft.config import LightConfig, Tolerance, cut_of_writer
-from lightpeft.peft_kinds.sites import own_adapter
+from lightpeft.peft_kinds.sites.registry import own_adapter
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
 from lightpeft.profiling.sizes import parameter_report

@@ -12,8 +12,8 @@ from peft import PeftConfig
 from lightpeft.errors import require
 from lightpeft.files import check_file, file_checksum, read_json, understandable, write_json
 from lightpeft.models import repositories
-from lightpeft.models.vocabulary import Vocabulary
-from lightpeft.peft_kinds.sites import hide_config
+from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.peft_kinds.sites.config_file import hide_config
 from lightpeft.plans.records import PrunePlan
 from lightpeft.saving.cards import CARD, CardForm, model_card, read_by
 from lightpeft.saving.description import BaseFacts, base_facts

@@ -16,7 +16,6 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError
 from lightpeft.files import read_text
 from lightpeft.models.hub import is_name
-from lightpeft.plans.picture import picture
 from lightpeft.plans.records import PrunePlan
 
 CARD = "README.md"
@@ -84,8 +83,7 @@ def model_card(facts: Mapping[str, Any], plan: PrunePlan, form: CardForm) -> str
         *(_its_base(facts) if form.relation == "adapter" else ()),
         *(_shell(facts, form) if form.language == "python" else ()),
         "## What is left of the base",
-        f"```\n{picture(plan)}\n```",
-        "Bars are parts of what the base has; a dot is a PEFT module that went.",
+        f"```\n{plan}\n```",
         "## Quality",
         "\n".join(_quality(facts)),
     ]

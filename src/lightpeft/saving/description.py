@@ -16,13 +16,15 @@ from lightpeft.config import ModelConfig
 from lightpeft.config.validation import check_values, from_dict
 from lightpeft.errors import require
 from lightpeft.files import understandable
-from lightpeft.models.families import Stack, family_of
+from lightpeft.models.families.registry import family_of
+from lightpeft.models.families.spec import Stack
 from lightpeft.models.loading import CUTTABLE, quantisation_method
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import Vocabulary, vocabulary_of
+from lightpeft.models.vocabulary.cutting import vocabulary_of
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.records import BlockPlan, PrunePlan
 from lightpeft.plans.structure import BlockSpec
-from lightpeft.profiling import versions
+from lightpeft.profiling.surroundings import versions
 
 
 class Described(Protocol):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lightpeft.compat.transformers import apart_from_other_threads
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files.foreign import parsing
-from lightpeft.peft_kinds.sites import read_config
+from lightpeft.peft_kinds.sites.config_file import read_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -18,7 +18,9 @@ from lightpeft.files import read_tensors, understandable
 from lightpeft.models.loading import load_model_config, load_tokenizer
 from lightpeft.models.repositories import TOKENIZER
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
-from lightpeft.models.vocabulary import Vocabulary, cut_tokenizer, vocabulary_of
+from lightpeft.models.vocabulary.cutting import vocabulary_of
+from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.saving.description import BaseFacts
 
 VOCABULARY_FILE = "vocabulary.safetensors"

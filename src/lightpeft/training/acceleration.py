@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from torch import nn
 
 from lightpeft.config import LightConfig
-from lightpeft.peft_kinds.sites import fused_lora, peft_parts
+from lightpeft.peft_kinds.sites.base import peft_parts
+from lightpeft.peft_kinds.sites.fused import fused_lora
 from lightpeft.training.attention import attention_by_products
 from lightpeft.training.logits import labelled_head
 from lightpeft.training.norms import fused_norms

@@ -37,7 +37,7 @@ from lightpeft.config import RunConfig, overlaid, run_config_from_dict
 from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
-from lightpeft.models.families import max_positions
+from lightpeft.models.families.registry import max_positions
 from lightpeft.models.task_heads import CAUSAL_LM, is_decoder
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
 from lightpeft.models.unwrap import transformers_model

@@ -24,7 +24,7 @@ from lightpeft.models.head import head_apart, lone_head
 from lightpeft.models.patching import in_mode
 from lightpeft.models.sharding import without_graph
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.peft_kinds.sites import fused_answers
+from lightpeft.peft_kinds.sites.answering import fused_answers
 
 AT_ONCE = 2**28
 """Bytes of a language model's logits, in float32, that are in memory at a time, if a row has no more."""

@@ -24,11 +24,12 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype
-from lightpeft.models.families import max_positions
+from lightpeft.models.families.registry import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import TaskHead
 from lightpeft.models.tokenizers import ensure_pad_token
-from lightpeft.models.vocabulary import Vocabulary, cut_config
+from lightpeft.models.vocabulary.cutting import cut_config
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.plans.records import PrunePlan
 from lightpeft.prune.light_model import LightModel
 from lightpeft.saving import adapter_files, whole

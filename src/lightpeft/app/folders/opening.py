@@ -28,7 +28,8 @@ from lightpeft.files import check_sealed, read_json
 from lightpeft.models.loading import LoadedModel, load_model
 from lightpeft.models.repositories import Form, Repository
 from lightpeft.models.tokenizers import ensure_pad_token
-from lightpeft.models.vocabulary import Vocabulary, cut_model
+from lightpeft.models.vocabulary.cutting import cut_model
+from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.saving import adapter_files, whole
 from lightpeft.saving.adapter_files import DESCRIPTION

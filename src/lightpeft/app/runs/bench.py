@@ -35,23 +35,13 @@ from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.peft_kinds.kinds import kind_named
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.peft_kinds.sites import fused_answers
+from lightpeft.peft_kinds.sites.answering import fused_answers
 from lightpeft.plans.records import EstimationRecord
-from lightpeft.profiling import (
-    WARMUP,
-    OptimizerFactory,
-    PeakMemory,
-    count_flops,
-    hardware,
-    in_rounds,
-    kv_cache_bytes,
-    measure_inference,
-    measure_training,
-    ratio,
-    summarize,
-    throughput,
-    weights_bytes,
-)
+from lightpeft.profiling.comparing import in_rounds, ratio, summarize
+from lightpeft.profiling.flops import count_flops, kv_cache_bytes
+from lightpeft.profiling.memory import PeakMemory, weights_bytes
+from lightpeft.profiling.speed import WARMUP, OptimizerFactory, measure_inference, measure_training
+from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.estimation import Estimator
 from lightpeft.training.acceleration import light_steps
 from lightpeft.training.arguments import USUAL
@@ -318,7 +308,7 @@ class Subject:
         options: dict[str, Any] = {"batch_size": training.eval_batch_size, "autocast": self.autocast}
         started = time.perf_counter()
         known = cache_prefix(prefix, rows, self.work.collator, settings, folder, **options)
-        self._prefix_speed = throughput(len(rows), time.perf_counter() - started)
+        self._prefix_speed = len(rows) / (time.perf_counter() - started)
         return known
 
     def _train(self, batches: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -17,7 +17,9 @@ from lightpeft.errors import require
 from lightpeft.files import write_json
 from lightpeft.machine import autocast_dtype
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import Spread, alternate, hardware, measure_training, ratio
+from lightpeft.profiling.comparing import Spread, alternate, ratio
+from lightpeft.profiling.speed import measure_training
+from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.surgery import cut_copy
 
 ROWS = 256

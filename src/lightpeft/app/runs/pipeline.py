@@ -46,11 +46,12 @@ from lightpeft.errors import LightPeftError, require
 from lightpeft.files import write_json
 from lightpeft.machine import sharding_launched
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import cut_parameters
+from lightpeft.models.vocabulary.cutting import cut_parameters
 from lightpeft.peft_kinds.placing import add_peft
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import PeakMemory, folder_bytes, hardware
-from lightpeft.profiling.sizes import parameter_report
+from lightpeft.profiling.memory import PeakMemory
+from lightpeft.profiling.sizes import folder_bytes, parameter_report
+from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.checkpoints import read_cut
 from lightpeft.recipe.pruner import EarlyPruner

@@ -20,7 +20,7 @@ from lightpeft.files import read_json, understandable, write_json
 from lightpeft.machine import processes
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import MemoryMethod
+from lightpeft.profiling.memory import MemoryMethod
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.learning import untaught
 from lightpeft.prune.light_model import LightModel

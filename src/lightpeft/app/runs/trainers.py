@@ -24,7 +24,7 @@ from lightpeft.compat.missing import needed_for
 from lightpeft.config import Tolerance
 from lightpeft.errors import LightPeftError, one_line
 from lightpeft.plans.records import EstimationRecord, PrunePlan
-from lightpeft.profiling import PeakMemory, throughput
+from lightpeft.profiling.memory import PeakMemory
 from lightpeft.prune.light_model import LightModel
 from lightpeft.recipe.trainer import light_trainer
 from lightpeft.training.acceleration import light_steps
@@ -57,7 +57,7 @@ class Meter:
         seconds = time.perf_counter() - self._started
         self._stack.close()
         rows_a_step = self._work.pace.rows / self._work.pace.steps_an_epoch
-        speed = throughput(rows_a_step * (step - self._begun), seconds)
+        speed = rows_a_step * (step - self._begun) / seconds
         begun = self._begun if self._resumed else 0
         return StageCost(self._before + seconds, speed, self._memory.bytes, self._memory.method, begun)
 

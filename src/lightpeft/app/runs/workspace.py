@@ -33,10 +33,13 @@ from lightpeft.config import NOTHING_REMOVED, WRITTEN, RunConfig, Tolerance, Tra
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, understandable
 from lightpeft.machine import autocast_dtype, check_precision, has_bf16, processes, sharding_launched
-from lightpeft.models.families import max_positions
+from lightpeft.models.families.registry import max_positions
 from lightpeft.models.loading import LoadedModel, load_model_config, load_tokenizer, supports_checkpointing
 from lightpeft.models.tokenizers import check_vocabulary, ensure_pad_token
-from lightpeft.models.vocabulary import Vocabulary, config_tokens, cut_config, cut_tokenizer, kept_tokens
+from lightpeft.models.vocabulary.closure import kept_tokens
+from lightpeft.models.vocabulary.cutting import config_tokens, cut_config
+from lightpeft.models.vocabulary.kept import Vocabulary
+from lightpeft.models.vocabulary.tokenizer import cut_tokenizer
 from lightpeft.peft_kinds.kinds import check_peft_settings
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.prune.length import fitted

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -17,7 +18,7 @@ from lightpeft.models.families.decoders import DECODERS
 from lightpeft.models.families.encoder_decoders import ENCODER_DECODERS
 from lightpeft.models.families.encoders import ENCODERS
 from lightpeft.models.families.spec import Experts, Family, Stack
-from lightpeft.models.linears import describe, features, is_linear
+from lightpeft.models.linears.registry import describe, features, is_linear
 from lightpeft.plans.layout import Kind, cut_dim, segment_size, segments, width
 from lightpeft.plans.records import removable_parameters
 from lightpeft.plans.structure import KEY_VALUE_SLOTS, BlockSpec
@@ -61,7 +62,11 @@ def family_of(model_type: str) -> Family:
             f'model family "{model_type}" is not supported; supported: {", ".join(sorted(FAMILIES))}. '
             "lightpeft.ensure_family(model) finds others, or a declarative entry: see docs/families.md"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    here, first = transformers.__version__, ".".join(map(str, family.since))
+    newer = tuple(int(part) for part in here.split(".")[:2]) >= family.since
+    require(newer, f'model family "{model_type}" needs transformers {first} or newer; here is {here}')
+    return family
 
 
 def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[BlockSpec]:

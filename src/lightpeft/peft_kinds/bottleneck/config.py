@@ -36,8 +36,7 @@ class BottleneckConfig(PeftConfig):
     size: int = 64
     """Width of the bottleneck."""
     size_pattern: dict[str, int] = field(default_factory=dict)
-    """Module name, or regular expression for the end of it, -> width, where it is not `size`; as PEFT's `rank_pattern`.
-    A full name is looked up first; of expressions the first that fits counts."""
+    """Full name of a module -> width of its bottleneck, where it is not `size`."""
     non_linearity: str = "relu"
     """Activation between the projections, by transformers' name (`transformers.activations.ACT2FN`)."""
     dropout: float = 0.0

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightpeft.compat.peft import BaseTuner, fitting_key
+from lightpeft.compat.peft import BaseTuner
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.families import block_specs
-from lightpeft.models.unwrap import transformers_model
+from lightpeft.models.families.registry import block_specs
 from lightpeft.peft_kinds.bottleneck.config import BottleneckConfig
 from lightpeft.peft_kinds.bottleneck.layer import NO_MERGE, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import PREFIX
@@ -47,7 +45,7 @@ class BottleneckModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, BottleneckLayer) else BottleneckLayer(target, adapter_name)
-        layer.update_layer(adapter_name, peft_config, _size(peft_config, current_key))
+        layer.update_layer(adapter_name, peft_config, peft_config.size_pattern.get(current_key, peft_config.size))
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -60,9 +58,6 @@ class BottleneckModel(BaseTuner):
         }
         if not layers:  # PEFT allows a placeholder that targets nothing
             return
-        unused = [key for key in config.size_pattern if not any(_fits(key, name) for name in layers)]
-        if unused:
-            warnings.warn(f"size_pattern: no adapter is on a module that fits {', '.join(unused)}", stacklevel=2)
         sizes = {name: layer.size[adapter_name] for name, layer in layers.items()}
         config.target_modules = sorted(layers)
         config.size_pattern = {name: size for name, size in sizes.items() if size != config.size}
@@ -83,7 +78,7 @@ def placed_modules(model: nn.Module, placement: str) -> list[str]:
     """Where the adapters of a placement go (see `BottleneckConfig.placement`), in the order of blocks.
 
     Args:
-        model: a transformers model, or a PeftModel around one.
+        model: a transformers model.
         placement: "houlsby" or "pfeiffer".
 
     Returns:
@@ -92,25 +87,12 @@ def placed_modules(model: nn.Module, placement: str) -> list[str]:
     Raises:
         LightPeftError: not a transformers model of a supported family, or no block has such a place.
     """
-    inner = transformers_model(model)
-    if not isinstance(inner, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
         raise LightPeftError(
-            f'placement="{placement}" needs a transformers model, got a {type(inner).__name__}; give target_modules'
+            f'placement="{placement}" needs a transformers model, got a {type(model).__name__}; give target_modules'
         )
-    path = next(name for name, module in model.named_modules() if module is inner)
-    prefix = f"{path}." if path else ""
-    blocks = [spec.projections for spec in block_specs(inner)]
+    blocks = [spec.projections for spec in block_specs(model)]
     slots = ("o", "ffn_out") if placement == "houlsby" else ("ffn_out",)
-    targets = [prefix + block[slot] for block in blocks for slot in slots if slot in block]
-    require(bool(targets), f'placement="{placement}": no block of the {type(inner).__name__} has such a projection')
+    targets = [block[slot] for block in blocks for slot in slots if slot in block]
+    require(bool(targets), f'placement="{placement}": no block of the {type(model).__name__} has such a projection')
     return targets
-
-
-def _size(config: BottleneckConfig, name: str) -> int:
-    sizes = config.size_pattern
-    return sizes.get(name) or sizes.get(fitting_key(sizes.keys(), name), config.size)
-
-
-def _fits(pattern: str, name: str) -> bool:
-    """Whether a key of `size_pattern` is meant for the module."""
-    return fitting_key([pattern], name) == pattern

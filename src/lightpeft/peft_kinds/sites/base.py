@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Site(ABC):
-    """One live PEFT module in a prunable block. A PEFT kind is one subclass: most are `LinearSite`s."""
+    """One live PEFT module on a linear layer of a prunable block. A PEFT kind is one subclass."""
 
     spec: SiteSpec
     layer: Any
@@ -86,48 +86,15 @@ class Site(ABC):
     def observe(self, report: Report, counting: Callable[[], bool]) -> list[RemovableHandle]:
         """Call `report` at every forward pass for which `counting()` holds."""
 
-    @abstractmethod
     def fit(self, spec: BlockSpec, kept: BlockPlan) -> None:
         """Cut the module to what stays of its block; what is frozen is still dense."""
-
-    @abstractmethod
-    def unfitted(self, learned: Tensors, spec: BlockSpec, kept: BlockPlan) -> Tensors:
-        """The inverse of `fit`: what a module of a cut model has learned, for this one, in the dense model.
-
-        What the cut model does not have computes as in the base.
-
-        Args:
-            learned: of the cut model's module, on the CPU.
-
-        Raises:
-            LightPeftError: that takes weights of the base, and this model has none.
-        """
-
-    @abstractmethod
-    def keep_ranks(self, index: Tensor) -> None:
-        """Keep these ranks; the module computes as if the others were zero."""
-
-    @property
-    def base(self) -> nn.Module:
-        """The frozen layer."""
-        return self.layer.get_base_layer()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the module computes."""
-        return next(self.layer.parameters()).device
-
-
-class LinearSite(Site):
-    """One on a linear layer: of a block go some of the layer's output features, or of its input features."""
-
-    def fit(self, spec: BlockSpec, kept: BlockPlan) -> None:
         slot: str = self.spec.slot  # type: ignore[assignment]
         index = kept_channels(spec, kept, slot)
         if index is not None:
             self.cut(index.to(self.device), cut_dim(slot))
 
     def unfitted(self, learned: Tensors, spec: BlockSpec, kept: BlockPlan) -> Tensors:
+        """The inverse of `fit`; arguments and errors as of `widened`."""
         slot: str = self.spec.slot  # type: ignore[assignment]
         index = kept_channels(spec, kept, slot)
         return self.widened(learned, torch.arange(width(spec, slot)) if index is None else index, cut_dim(slot))
@@ -149,6 +116,20 @@ class LinearSite(Site):
         Raises:
             LightPeftError: that takes weights of the base, and this layer has none.
         """
+
+    @abstractmethod
+    def keep_ranks(self, index: Tensor) -> None:
+        """Keep these ranks; the module computes as if the others were zero."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen layer."""
+        return self.layer.get_base_layer()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes."""
+        return next(self.layer.parameters()).device
 
 
 def peft_parts(model: nn.Module) -> set[nn.Module]:

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.errors import require
-from lightpeft.models.linears import slice_linear
+from lightpeft.models.linears.registry import slice_linear
 from lightpeft.peft_kinds.bottleneck import Bottleneck, BottleneckConfig, BottleneckLayer
 from lightpeft.peft_kinds.bottleneck.registration import BOTTLENECK
-from lightpeft.peft_kinds.sites.base import LinearSite, Report, Tensors
+from lightpeft.peft_kinds.sites.base import Report, Site, Tensors
 from lightpeft.plans.structure import OUTPUT_SLOTS
 
 
 @dataclass(frozen=True)
-class BottleneckSite(LinearSite):
+class BottleneckSite(Site):
     """`y + scaling * up(f(down(y)))` for the frozen layer's output y."""
 
     peft_type: ClassVar[Any] = BOTTLENECK

@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
+import lightpeft.peft_kinds.bottleneck  # noqa: F401 (so that PEFT knows the type)
 from lightpeft.errors import require
 from lightpeft.files import parse_json, read_text, understandable, write_text
 

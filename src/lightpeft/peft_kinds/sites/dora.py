@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import forget_norms
 from lightpeft.errors import require
-from lightpeft.models.linears import dense_weight, sliced
+from lightpeft.models.linears.kinds import sliced
+from lightpeft.models.linears.registry import dense_weight
 from lightpeft.peft_kinds.sites.base import Report, Tensors, observe_pair
 from lightpeft.peft_kinds.sites.lora import DOWN, UP, LoraSite
 

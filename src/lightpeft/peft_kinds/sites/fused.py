@@ -18,7 +18,7 @@ from lightpeft.compat.peft import LoraLinear
 from lightpeft.compat.stand_ins import StandIn
 from lightpeft.compat.torch import changes_of, is_watched
 from lightpeft.machine import computed_in
-from lightpeft.models.linears import LinearOnDisk, is_on_disk
+from lightpeft.models.linears.on_disk import LinearOnDisk, is_on_disk
 from lightpeft.models.patching import instead
 
 

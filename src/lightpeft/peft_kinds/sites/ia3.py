@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import IA3Layer
-from lightpeft.models.linears import sliced
-from lightpeft.peft_kinds.sites.base import LinearSite, Report, Tensors, spread
+from lightpeft.models.linears.kinds import sliced
+from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, spread
 
 
-class Ia3Site(LinearSite):
+class Ia3Site(Site):
     """`l * base(x)`, or `base(l * x)` where PEFT was told that the module is a feed-forward one; there are no ranks."""
 
     peft_type = PeftType.IA3

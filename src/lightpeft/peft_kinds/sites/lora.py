@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightpeft.compat.peft import LoraLayer
 from lightpeft.errors import LightPeftError, require
-from lightpeft.models.linears import slice_linear
-from lightpeft.peft_kinds.sites.base import LinearSite, Report, Tensors, observe_pair, spread
+from lightpeft.models.linears.registry import slice_linear
+from lightpeft.peft_kinds.sites.base import Report, Site, Tensors, observe_pair, spread
 
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga", "mica")
 """LoRA initialisations that write to the base weights."""
@@ -34,7 +34,7 @@ DOWN, UP, UP_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 """What PEFT's files call A, B, and the bias that `lora_bias=True` trains."""
 
 
-class LoraSite(LinearSite):
+class LoraSite(Site):
     """`base(x) + scaling * B A x`."""
 
     peft_type = PeftType.LORA

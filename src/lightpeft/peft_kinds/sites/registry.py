@@ -133,8 +133,7 @@ def leave_experts(model: PeftModel, blocks: Sequence[BlockSpec]) -> None:
     if not wrapped or trained or named - by_peft:
         return
     for name, of_one in wrapped.items():
-        parent, _, child = name.rpartition(".")
-        setattr(inner.get_submodule(parent), child, of_one[-1].base_layer)
+        inner.set_submodule(name, of_one[-1].base_layer)
     refresh_config(model)
     what = "no LoRA on %d routed experts and routers (%s): lightpeft cuts them, and has none there"
     _log.warning(what, len(wrapped), next(iter(wrapped)))
@@ -147,8 +146,7 @@ def _is_trained(up: torch.Tensor) -> bool:
 
 def remove_site(model: PeftModel, site: Site) -> None:
     """Put what is inside the PEFT module, the frozen layer, back where the module was."""
-    parent, _, child = site.spec.name.rpartition(".")
-    setattr(transformers_model(model).get_submodule(parent), child, site.layer.base_layer)
+    transformers_model(model).set_submodule(site.spec.name, site.layer.base_layer)
 
 
 def refresh_config(model: PeftModel) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lightpeft.models.families import block_lists
+from lightpeft.models.families.registry import block_lists
 from lightpeft.models.patching import in_mode, instead
 from lightpeft.models.unwrap import transformers_model
 

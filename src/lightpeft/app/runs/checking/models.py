@@ -17,17 +17,17 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.config import LightConfig, RunConfig
 from lightpeft.errors import require
 from lightpeft.machine import accelerator, autocast_dtype, autocasting
-from lightpeft.models.families import block_specs
+from lightpeft.models.families.registry import block_specs
 from lightpeft.models.loading import load_model_config, untrained_model
 from lightpeft.models.unwrap import transformers_model
-from lightpeft.models.vocabulary import cut_model
+from lightpeft.models.vocabulary.cutting import cut_model
 from lightpeft.peft_kinds.placing import add_peft
-from lightpeft.peft_kinds.sites import find_sites
+from lightpeft.peft_kinds.sites.registry import find_sites
 from lightpeft.plans.planning import make_plan
 from lightpeft.plans.records import EstimationRecord
 from lightpeft.plans.structure import MASKED, BlockSpec
-from lightpeft.profiling import count_parameters
 from lightpeft.profiling.rehearsal import Shapes
+from lightpeft.profiling.sizes import count_parameters
 from lightpeft.prune.depth import leave_out
 from lightpeft.prune.discovery import ensure_family
 from lightpeft.prune.length import stage_length

@@ -18,8 +18,8 @@ from lightpeft.app.runs.workspace import Workspace
 from lightpeft.config import TrainingConfig
 from lightpeft.machine import accelerator
 from lightpeft.models.loading import supports_checkpointing
-from lightpeft.profiling import hardware
 from lightpeft.profiling.rehearsal import Holding
+from lightpeft.profiling.surroundings import hardware
 from lightpeft.prune.length import fitted, longest_stage, stage_length
 
 _WORTH = 0.9

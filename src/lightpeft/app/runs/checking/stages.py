@@ -24,8 +24,8 @@ from lightpeft.app.tasks.tokens import PADDED_TO
 from lightpeft.compat.stand_ins import StorageWatch
 from lightpeft.machine import autocast_dtype
 from lightpeft.models.head import head_apart, lone_head
-from lightpeft.profiling import OptimizerFactory
 from lightpeft.profiling.rehearsal import Holding, Shapes, rehearse_inference, rehearse_training, rehearsing
+from lightpeft.profiling.speed import OptimizerFactory
 from lightpeft.training.prefix import STATES, FrozenPrefix
 
 

@@ -14,7 +14,7 @@ from lightpeft.app.runs.bench import accelerating, adamw, estimating, sample_bat
 from lightpeft.app.runs.checking.models import cut_evenly, device, shapes_of, stored_states, with_peft
 from lightpeft.app.runs.workspace import Workspace
 from lightpeft.models.loading import load_model_config
-from lightpeft.profiling import OptimizerFactory, measure_training
+from lightpeft.profiling.speed import OptimizerFactory, measure_training
 from lightpeft.training.prefix import STATES, FrozenPrefix
 
 _FEW, _MORE = 3, 6

@@ -16,7 +16,7 @@ from lightpeft.app.runs.report.facts import RunFacts, read_run
 from lightpeft.app.runs.report.words import FILTERS
 from lightpeft.errors import require
 from lightpeft.files import read_text, understandable, write_text
-from lightpeft.profiling import versions
+from lightpeft.profiling.surroundings import versions
 
 WIDE = 960.0
 """Pixels that a figure over the whole width has on a large screen."""

@@ -20,7 +20,7 @@ from lightpeft.config import run_config_from_dict
 from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import read_json, write_json, write_text
-from lightpeft.profiling import versions
+from lightpeft.profiling.surroundings import versions
 
 FILE = "results.json"
 LINES = 2
