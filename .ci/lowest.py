@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
-BOUND = re.compile(r"(?P<name>[A-Za-z0-9._-]+)>=(?P<version>[0-9][0-9.]*)")
+BOUND = re.compile(r"(?P<name>[A-Za-z0-9._-]+)>=(?P<version>[0-9][0-9.]*)(,<[0-9.]+)?")
 
 
 def lowest(project: dict[str, Any], more: list[str]) -> list[str]:
     """Every dependency, and those of `dev` that are named in `more`, as NAME==VERSION.
 
-    Raises ValueError where a requirement is not of the form NAME>=VERSION, or `dev` lacks a name.
+    Raises ValueError where a requirement is not of the form NAME>=VERSION, with <VERSION behind it or without, or `dev`
+    lacks a name.
     """
     extra = {_bound(text)[0]: text for text in project["optional-dependencies"]["dev"]}
     lacking = [name for name in more if name not in extra]

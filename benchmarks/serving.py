@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -203,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(runtime: Runtime) -> None:
     """Raise `LightPeftError` unless the runtime is here in all data types."""
-    require(runtime.is_there, f'{runtime.title} is not here; pip install "lightpeft[{runtime.name}]"')
+    require(find_spec(runtime.tool), f'{runtime.title} is not here; pip install "lightpeft[{runtime.name}]"')
     for dtype in runtime.writers:
         runtime.check(dtype)
 

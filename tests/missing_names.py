@@ -67,7 +67,7 @@ def _of_mixins(trees: dict[Path, ast.Module]) -> set[str]:
     ends = set()
     for tree in trees.values():
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and is_private(node.name):
+            if isinstance(node, ast.FunctionDef) and is_private(node.name) and ast.unparse(node.body[-1]) != "...":
                 calls = {each.attr for each in ast.walk(node) if _is_super(each)}
                 ends |= {node.name} - calls
     return {f".super {name}" for name in ends}

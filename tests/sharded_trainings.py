@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from lanes import FULL
 from peft import PeftModel
 from support import with_bottleneck
 from tiny import make, with_lora, without_dropout
@@ -28,6 +29,8 @@ MODELS: dict[str, Callable[[], PeftModel]] = {
 }
 """An encoder and a decoder whose heads share keys and values, with both kinds of PEFT, and a mixture of experts whose
 heads have parameters of their own."""
+if not FULL:
+    MODELS = {name: MODELS[name] for name in ("bert-lora", "llama-bottleneck")}
 LIGHT: dict[str, dict[str, Any]] = {"gpt-oss-lora": {"experts": 0.5}}
 """Settings of some of their own."""
 LONG = ("llama-lora",)

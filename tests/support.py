@@ -234,6 +234,10 @@ def _ffn(family: Family) -> str:
     return f"{experts}, {dense} where there is another FFN" if experts and dense else experts or dense
 
 
+LOWEST = (5, 5)
+"""The first transformers that lightpeft works with."""
+
+
 def _notes(model_type: str) -> str:
     family = FAMILIES[model_type]
     stack = family.stacks[0]
@@ -249,6 +253,8 @@ def _notes(model_type: str) -> str:
         for name in stack.per_head_arguments
     ]
     notes += [f"needs `{key}={value}`" for key, value in family.needs.items()]
+    if family.since > LOWEST:
+        notes.append(f"needs transformers {'.'.join(map(str, family.since))}")
     return "; ".join(notes)
 
 

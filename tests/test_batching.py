@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from lightpeft.app.evaluation import batching
 from lightpeft.app.evaluation.batching import in_batches, usual_batch_size
 
-MIB = 2**20
 FULL = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
 
 

@@ -340,7 +340,7 @@ def test_learning_rates_are_the_methods_own_unless_given(config: Path, tmp_path:
 
 def run_rate(config: RunConfig) -> float:
     """The learning rate that a run's method uses."""
-    return float(getattr(config.training, config.way.rate))
+    return float(config.training.learning_rate)
 
 
 def configs_of(config: Path, out: Path, *more: str) -> dict[str, RunConfig]:
@@ -851,7 +851,7 @@ def test_gpu_says_the_quality_beside_the_speed(bench: Workbench, config: Path, t
     assert {method: report["method"] for method, report in reports.items()} == {"plain": "plain", "light": "light"}
     lines = (tmp_path / "gpu.md").read_text().splitlines()[2:]
     for report, line in zip(reports.values(), lines, strict=True):
-        assert report["config"]["training"]["bf16"] is True and report["config"]["training"]["epochs"] == 1
+        assert report["config"]["training"]["precision"] == "bf16" and report["config"]["training"]["epochs"] == 1
         assert report["config"]["data"]["limit_train"] == 32
         speed = report["training"]["train"]["samples_per_second"]
         assert speed > 0 and f"| accuracy {report['metrics']['accuracy']:.1%} |" in line and f"| {speed:,.0f} |" in line

@@ -333,7 +333,8 @@ def test_likelihoods_are_those_of_the_harness(llama: Path, adapter: Path, task_f
 
 def test_language_modelling(llama: Path, adapter: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", workbench.completions(20))
-    data = {"task": "causal-lm", "test": str(rows), "prompt": "prompt", "completion": "completion", "max_length": 32}
+    columns = {"prompt": "prompt", "completion": "completion"}
+    data = {"task": "causal-lm", "test": str(rows), "columns": columns, "max_length": 32}
     report = evaluate_model(llama, {"data": data}, other=str(adapter), predictions=tmp_path / "p.jsonl")
     sums = [json.loads(line)["prediction"] for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     loss, tokens = (sum(of_row[name] for of_row in sums) for name in ("loss", "tokens"))

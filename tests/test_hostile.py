@@ -180,6 +180,7 @@ DEMANDS: dict[str, Edit] = {
     "base.revision": lambda base: base.update(revision=5),
     "dtype": lambda base: base.update(dtype="auto"),
     "base.dtype": lambda base: base.update(dtype=5),
+    "gguf_file": lambda base: base.update(gguf_file="../../model.gguf"),
     "by gptq": lambda base: base.update(quantisation={"quant_method": "gptq"}),
     "base.quantisation": lambda base: base.update(quantisation=5),
     "base.architecture": lambda base: base.update(architecture=5),

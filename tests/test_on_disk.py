@@ -275,8 +275,9 @@ def test_quantised_bases(tmp_path: Path) -> None:
     saved(tmp_path, "bert")
     text = "the base is quantised, which low_memory cannot read; load it without low_memory"
     assert text in refused(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
-    text = refusal(lambda: ModelConfig(name="base", low_memory=True, quantization="nf4"))
-    assert "leave model.quantization unset" in text
+    for name, value in (("quantization", "nf4"), ("gguf_file", "model.gguf")):
+        text = refusal(lambda: ModelConfig(name="base", low_memory=True, **{name: value}))  # noqa: B023
+        assert f"leave model.{name} unset" in text
 
 
 def test_what_needs_weights_in_memory(bench: Workbench) -> None:

@@ -85,10 +85,10 @@ def test_the_readme_and_the_shell_give_the_same(
             "eval_batch_size": 8,
             "learning_rate": 1e-3,
             "warmup": 0.0,
-            "by_length": False,
-            "pad_to_multiple_of": 1,
         },
+        "trainer": {"train_sampling_strategy": "random"},
     }
+    monkeypatch.setattr("lightpeft.app.tasks.tokens.PADDED_TO", 1)
     report = pipeline.run(run_config_from_dict(given))
     work = pipeline.prepare(run_config_from_dict(given))
     (code, *_) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

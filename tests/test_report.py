@@ -280,26 +280,12 @@ def test_labels_in_figures_are_no_markup(bench: Workbench) -> None:
         assert Reader(draw(named).__html__()).all("script") == []
 
 
-OLDER: dict[str, tuple[str, ...]] = {
-    "metrics.json": ("main_metric", "intervals", "milestones", "warnings", "training", "seconds", "adapter_bytes"),
-    "curve.json": ("gone_before", "step_times"),
-}
-"""What older files have not said."""
-
-
-def test_older_folders(light: Path) -> None:
-    for name, keys in OLDER.items():
-        edit(light / name, lambda content, keys=keys: [content.pop(key, None) for key in keys])
-    (light / "bench.json").unlink()
-    lines = [line for line in (light / "log.jsonl").read_text().splitlines() if "light/" not in line]
-    (light / "log.jsonl").write_text("\n".join(line.replace('"steps"', '"other"') for line in lines))
-    run = read_run(light)
-    assert (run.main_metric, run.cut) == ("accuracy", 4)  # the last line of estimation, logged every 4 steps
-    Reader(page([run]))
-    (light / "log.jsonl").unlink()
-    (light / "curve.json").unlink()
+def test_a_page_is_made_of_what_is_there(light: Path) -> None:
+    for name in ("log.jsonl", "curve.json", "bench.json"):
+        (light / name).unlink()
     found = Reader(html(light))
     assert "Losses" not in found.text and "What stays" in found.text and "Quality" in found.text
+    assert "What budgets cost" not in found.text and "Beside plain PEFT" not in found.text
 
 
 # -- several runs --------------------------------------------------------------------------------------------------

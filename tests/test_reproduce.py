@@ -13,8 +13,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lanes import thorough
 from rich.console import Console
 from workbench import (
     GRIDS,
@@ -241,17 +240,6 @@ def test_a_part_of_the_cells(tmp_path: Path) -> None:
 CELL = Cell("m", "t", "lora", 0, run_config_from_dict({"output": "out/cell"}))
 
 
-def test_one_device_needs_no_launcher() -> None:
-    assert running.command(CELL, 1) == [sys.executable, "-m", "lightpeft", "run", "--run", "out/cell"]
-
-
-def test_several_devices_go_through_accelerate() -> None:
-    words = running.command(CELL, 4)
-    assert words[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert words[words.index("--num_processes") + 1] == "4"
-    assert words[words.index("--module") :] == ["--module", "lightpeft", "run", "--run", "out/cell"]
-
-
 def test_accelerate_reads_the_command_so() -> None:
     launch = pytest.importorskip("accelerate.commands.launch")
     given = launch.launch_command_parser().parse_args(running.command(CELL, 2)[3:])
@@ -259,6 +247,7 @@ def test_accelerate_reads_the_command_so() -> None:
     assert [given.training_script, *given.training_script_args] == ["lightpeft", "run", "--run", "out/cell"]
 
 
+@thorough
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="two processes on the CPU need a machine without more")
 def test_a_cell_over_two_processes_does_what_one_does(tmp_path: Path) -> None:
@@ -348,32 +337,6 @@ def test_a_grid_that_is_stopped_stops_its_cell(tmp_path: Path) -> None:
         running._wait(process)
     assert process.returncode == 130
     process.stdout.close()
-
-
-def test_one_grid_waits_for_another_in_its_folder(
-    bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("fcntl")
-    code = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
-        "print('in', flush=True); sys.stdin.read()"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdin is not None and other.stdout is not None
-        assert other.stdout.readline().strip() == b"in"
-        file = grid_file(tmp_path / "grid.yaml", bench, methods=["lora"])
-        waiting = threading.Thread(target=reproduce, args=(file, tmp_path), kwargs={"launch": lambda *cell: "not run"})
-        waiting.start()
-        said = ""
-        while waiting.is_alive() and "waiting" not in said:
-            said += capsys.readouterr().err
-            time.sleep(0.01)
-        assert "waiting" in said
-        assert not (tmp_path / "results.json").exists()
-        other.stdin.close()
-        waiting.join()
-    assert (tmp_path / "results.json").exists()
 
 
 # -- whole grids on tiny models ----------------------------------------------------------------------------------------
@@ -686,15 +649,6 @@ def test_csv_has_every_number() -> None:
     assert set(rows[0]) >= {f"{name}_mean" for name in MEASURES}
 
 
-def test_screen_has_the_same_cells() -> None:
-    console = Console(width=300)
-    with console.capture() as capture:
-        console.print(rich_table(FIXED))
-    for column in tables.cells_sheet(FIXED).shown:
-        assert column.header in capture.get()
-        assert all(column.cell(row) in capture.get() for row in FIXED.rows)
-
-
 def test_a_narrow_screen_has_whole_cells_of_fewer_columns() -> None:
     console = Console(width=110)
     with console.capture() as capture:
@@ -847,11 +801,6 @@ def test_over_tasks_in_every_form(tmp_path: Path) -> None:
     with console.capture() as capture:
         console.print(rich_table(strange))
     assert all(text in capture.get() for text in (*gains, better, "[95% interval"))
-
-
-def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
-    write_results(tmp_path, TWO_TASKS)
-    assert read_results(tmp_path / "results.json") == TWO_TASKS
 
 
 RESULTS = [path for path in sorted(GRIDS[0].parents[1].glob("*/*.results.json")) if "rows" in read(path)]

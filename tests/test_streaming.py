@@ -200,12 +200,16 @@ def test_a_projection_without_weights(lost: str, tmp_path: Path, monkeypatch: py
     assert f"no weights of {name}" in text and "without low_memory" in text
 
 
-def test_quantised_bases_are_refused(tmp_path: Path) -> None:
+def test_quantised_bases_and_gguf_files_are_refused(tmp_path: Path) -> None:
     light = saved(tmp_path, "bert")
     config: Any = transformers_model(light).config
     config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
     light.save_pretrained(tmp_path / "light")
     assert "is quantised, which low_memory cannot read: load without low_memory" in refused(tmp_path / "light")
+    del config.quantization_config
+    transformers_model(light).light_gguf_file = "model.gguf"
+    light.save_pretrained(tmp_path / "light")
+    assert "is a GGUF file, which low_memory cannot read: load without low_memory" in refused(tmp_path / "light")
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "index"])

@@ -66,8 +66,8 @@ def _check_tensors(dense: PreTrainedModel, plan: PrunePlan, config: PeftConfig, 
 def stream_of(saved: Saved, device: str | torch.device | None, shared: SharedTensors | None = None) -> Stream:
     """What reads the base one tensor at a time; refuses at once what cannot be read so."""
     folder, base = saved.folder, saved.base
-    alone = f"the base of {folder} is quantised, which low_memory cannot read: load without low_memory"
-    require(not base.quantisation, alone)
+    kind = "quantised" if base.quantisation else "a GGUF file" if base.gguf_file else None
+    require(kind is None, f"the base of {folder} is {kind}, which low_memory cannot read: load without low_memory")
 
     def check(model: PreTrainedModel) -> None:
         check_structure(model, base, saved.plan, str(folder))

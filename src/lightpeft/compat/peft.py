@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
+
+import peft
+from peft import PeftModel
 
 from lightpeft.compat.missing import missing, needed_for
 
@@ -60,6 +64,7 @@ __all__ = [
     "ParamWrapper",
     "adapters_in",
     "forget_norms",
+    "let_hooks_see",
     "names_of_experts",
     "register_prefix",
 ]
@@ -79,6 +84,21 @@ def forget_norms(magnitude: Any) -> None:
     forget = getattr(magnitude, "_cache_clear", None)
     if forget is not None:
         forget()
+
+
+_PAST_HOOKS = tuple(int(part) for part in peft.__version__.split(".")[:2]) < (0, 21)
+"""Whether PEFT calls the method `forward` of the model that it adapts, and not the model with its hooks."""
+
+
+def let_hooks_see(model: PeftModel) -> None:
+    """Let PEFT call the model inside a PeftModel with its hooks, as it does from 0.21 on."""
+    tuner = model.base_model
+    if _PAST_HOOKS and isinstance(tuner, BaseTuner):
+        vars(tuner)["forward"] = MethodType(_with_hooks, tuner)
+
+
+def _with_hooks(tuner: Any, *args: Any, **options: Any) -> Any:
+    return tuner.model(*args, **options)
 
 
 # Tables

@@ -38,6 +38,8 @@ class ModelConfig:
     """Hub name or local folder of the pretrained model."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
+    gguf_file: str | None = None
+    """File inside the folder to load a GGUF checkpoint from."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """Data type of the frozen weights."""
     quantization: Literal["nf4", "int8"] | None = None
@@ -54,8 +56,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_values(self, "model.")
-        alone = "model.low_memory reads weights as they are in safetensors files; leave model.quantization unset"
-        require(not self.low_memory or self.quantization is None, alone)
+        others = [name for name in ("quantization", "gguf_file") if getattr(self, name) is not None]
+        alone = "model.low_memory reads weights as they are in safetensors files; leave model."
+        require(not (self.low_memory and others), f"{alone}{' and model.'.join(others)} unset")
 
 
 @dataclass(kw_only=True)

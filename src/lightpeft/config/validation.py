@@ -44,7 +44,8 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_yaml(text: str, path: str | Path) -> Any:
     """A YAML value; `path` names it in the line about what is wrong with it."""
-    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    in_c = yaml.__version__ != "6.0.3" and hasattr(yaml, "CSafeLoader")  # which crashes on a file of open brackets
+    loader: Any = (yaml.CSafeLoader if in_c else yaml.SafeLoader)(text)
     try:
         node = loader.get_single_node()
         _check_size(node, path)

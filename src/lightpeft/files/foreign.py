@@ -13,8 +13,6 @@ import torch
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import parse_json, read_text
 
-_CONFIG_LIMIT = 4 * 2**20
-"""Bytes that a configuration may have: names of 20,000 classes take a tenth of it."""
 _KERNEL = re.compile(r"\w*_implementation")
 """Settings that may name code on the hub, as owner/name, in place of what transformers has."""
 _KERNELS = ("use_kernels", "kernel_config")
@@ -51,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         LightPeftError: it is missing, too large, or no JSON object.
     """
-    data = parse_json(read_text(path, _CONFIG_LIMIT), path)
+    data = parse_json(read_text(path), path)
     require(isinstance(data, dict), f"{path} does not hold a JSON object")
     return dict(data)
 

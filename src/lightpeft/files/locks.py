@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from lightpeft.errors import LightPeftError
 
 LOCK = ".lock"
@@ -24,6 +22,8 @@ def holding(folder: Path) -> Iterator[None]:
     Raises:
         LightPeftError: another process holds it, or it cannot be made or written to.
     """
+    from filelock import FileLock, Timeout  # it imports asyncio, for which help texts do not wait
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.resolve() / LOCK, timeout=_PATIENCE, thread_local=False, is_singleton=True)

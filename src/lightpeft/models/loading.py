@@ -105,6 +105,8 @@ def load_model(
             **check_checkpoint(config, weights=True),
             **options,
         )
+    if getattr(model.config, "quantization_config", None) is not None and config.gguf_file:
+        del model.config.quantization_config  # the weights were dequantised on loading
     remember_origin(model, config)
     keep_own_names(model, names)
     prepare_quantised(model)
@@ -171,7 +173,8 @@ def _heads(model: PreTrainedModel) -> list[str]:
 
 def remember_origin(model: PreTrainedModel, config: ModelConfig) -> None:
     """Note on a model what it was read from, as far as its own configuration does not say it."""
-    model.light_revision = hub.commit_of(config.name, "config.json", config.revision)
+    model.light_gguf_file = config.gguf_file
+    model.light_revision = hub.commit_of(config.name, config.gguf_file or "config.json", config.revision)
 
 
 def base_names(architecture: type[PreTrainedModel]) -> dict[str, str] | None:
@@ -193,9 +196,9 @@ def keep_own_names(model: PreTrainedModel, mapping: Mapping[str, str] | None) ->
 
 
 def _check_quantisation(config: ModelConfig, hf_config: PretrainedConfig) -> None:
-    """Refuse weights that cannot be cut."""
+    """Refuse weights that cannot be cut; those of a GGUF file are dequantised when they are loaded."""
     quantised = getattr(hf_config, "quantization_config", None)
-    if quantised is None:
+    if quantised is None or config.gguf_file:
         return
     method = quantisation_method(quantised if isinstance(quantised, dict) else quantised.to_dict())
     require(
@@ -267,15 +270,16 @@ def check_checkpoint(config: ModelConfig, weights: bool = False) -> dict[str, An
     require(folder.is_dir() or not looks_local, f"model folder {config.name} does not exist")
     hub.look_for(config.name)
     place = {"revision": config.revision or "main"}
-    settings, _ = PretrainedConfig.get_config_dict(config.name, **place)
-    check_config(settings, f"model {config.name}")
-    # transformers would load the model that the adapter names and put the adapter into it
-    both = has_adapter(config.name, **place)
-    require(not both, f"model {config.name} has a PEFT adapter beside it; give a folder of the model alone")
-    options = {**place, "trust_remote_code": config.trust_remote_code}
+    if config.gguf_file is None:
+        settings, _ = PretrainedConfig.get_config_dict(config.name, **place)
+        check_config(settings, f"model {config.name}")
+        # transformers would load the model that the adapter names and put the adapter into it
+        both = has_adapter(config.name, **place)
+        require(not both, f"model {config.name} has a PEFT adapter beside it; give a folder of the model alone")
+    options = {**place, "gguf_file": config.gguf_file, "trust_remote_code": config.trust_remote_code}
     if not weights:
         return options
-    if folder.is_dir():
+    if folder.is_dir() and config.gguf_file is None:
         check_weights(folder, config.allow_pickle)
     return {**options, "weights_only": True, "use_safetensors": None if config.allow_pickle else True}
 

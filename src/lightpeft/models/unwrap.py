@@ -8,13 +8,17 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightpeft.compat.peft import BaseTunerLayer
+from lightpeft.compat.peft import BaseTunerLayer, let_hooks_see
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PeftModel (or one PeftModel inside another), or the model itself."""
+    """The transformers model inside a PeftModel (or one PeftModel inside another), or the model itself.
+
+    What watches it by hooks sees all passes, also where PEFT by itself would go past them.
+    """
     inner: Any = model
     while isinstance(inner, PeftModel):
+        let_hooks_see(inner)
         inner = inner.get_base_model()
     return inner
 

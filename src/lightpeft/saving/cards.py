@@ -21,8 +21,6 @@ from lightpeft.plans.records import PrunePlan
 CARD = "README.md"
 THIS_FOLDER = "this folder"
 """What a card calls the folder that it lies in; in a repository, its name."""
-_LIMIT = 2**20
-"""Bytes that a card of a base may have."""
 _COUNTS = ("loss", "examples")
 """What is measured and says nothing about quality to somebody who does not know the rows."""
 
@@ -205,7 +203,7 @@ def licence_of(name: str) -> str | None:
             file = huggingface_hub.try_to_load_from_cache(name, CARD)
         if not isinstance(file, (str, Path)):
             return None
-        data: Any = ModelCard(read_text(file, _LIMIT), ignore_metadata_errors=True).data
+        data: Any = ModelCard(read_text(file), ignore_metadata_errors=True).data
     except Exception:  # noqa: BLE001 - a card that is missing or damaged says nothing
         return None
     return data.license if isinstance(data.license, str) else None

@@ -71,11 +71,14 @@ class BaseFacts:
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
     fingerprint: str
     config: HeadSettings
+    gguf_file: str | None = None
     quantisation: dict[str, Any] | None = None
     """In transformers' words; None: it was not."""
 
     def __post_init__(self) -> None:
         check_values(self)
+        plain = self.gguf_file is None or Path(self.gguf_file).name == self.gguf_file
+        require(plain, f"gguf_file is {self.gguf_file!r}; it must be the name of a file beside the base")
         if self.quantisation is not None:
             method = quantisation_method(self.quantisation)
             require(method == CUTTABLE, f"quantisation is by {method}; light models know {CUTTABLE}")
@@ -89,7 +92,7 @@ class BaseFacts:
         name = self.id if elsewhere is None else str(elsewhere)
         require(name, "the light adapter does not name its base; give one: load_light(folder, base=...)")
         revision = self.revision if elsewhere is None else None
-        return ModelConfig(name=name, revision=revision)
+        return ModelConfig(name=name, revision=revision, gguf_file=self.gguf_file)
 
 
 def base_facts(description: Mapping[str, Any], path: Path) -> BaseFacts:
@@ -115,6 +118,7 @@ def facts_of(model: Described) -> dict[str, Any]:
             "dtype": str(inner.dtype).removeprefix("torch."),
             "fingerprint": model.light_plan.fingerprint,
             "config": _head_settings(config, vocabulary_of(inner)),
+            "gguf_file": getattr(inner, "light_gguf_file", None),
             "quantisation": _quantisation(config),
         },
         "tokens": _tokens(vocabulary_of(inner)),

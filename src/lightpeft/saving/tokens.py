@@ -39,7 +39,7 @@ def tokenizer_of(model: PreTrainedModel, saved: BaseFacts) -> PreTrainedTokenize
     """
     place = saved.place()
     folder = Path(place.name).expanduser()
-    if folder.is_dir():  # transformers makes one up where there are no files
+    if folder.is_dir() and place.gguf_file is None:  # transformers makes one up where there are no files
         has_files = any(path.match(pattern) for path in folder.iterdir() for pattern in TOKENIZER)
         require(has_files, f"{folder} has no files of one")
     tokenizer = tokenizer_over(place, vocabulary_of(model))

@@ -74,7 +74,8 @@ def write_predictions(path: Path | None, rows: Dataset, columns: Mapping[str, Se
         if path.suffix.lower() == ".csv":
             _write_csv(table, file)
         else:
-            table.to_json(file, "records", lines=True, force_ascii=False, double_precision=15, default_handler=str)
+            options = {"lines": True, "force_ascii": False, "double_precision": 15, "default_handler": str}
+            table.to_json(file, orient="records", **options)
 
 
 def check_predictions_path(path: Path) -> None:

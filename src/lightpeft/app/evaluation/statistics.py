@@ -64,11 +64,7 @@ def bootstrap_intervals(
     Returns:
         Name of every value that `metrics` give -> its interval; None if there are not two examples (groups) to draw
         from, or the value is undefined (not finite) in more than half of the resamples. The others count if fewer are.
-
-    Raises:
-        LightPeftError: `resamples` or `level` is out of range.
     """
-    _check(resamples, level)
     values = (_resampled([answers], metric, resamples, seed)[0] for metric in metrics)
     return {name: percentile_interval(of_name, level) for of_metric in values for name, of_name in of_metric.items()}
 
@@ -92,9 +88,8 @@ def compare(
         Name of every value that `metrics` give -> its comparison.
 
     Raises:
-        LightPeftError: the answers are not to the same examples, or `resamples` or `level` is out of range.
+        LightPeftError: the answers are not to the same examples.
     """
-    _check(resamples, level)
     same = len(first) == len(second) and all(map(_equal, first.references, second.references))
     require(same, "two models can only be compared on the same examples: the references differ")
     comparisons: dict[str, Comparison] = {}
@@ -121,11 +116,6 @@ def _compared(
             test,
         )
     return comparisons
-
-
-def _check(resamples: int, level: float) -> None:
-    require(resamples >= 1, f"resamples is {resamples}; it must be at least 1")
-    require(0 < level < 1, f"level is {level:g}; a confidence lies in (0, 1), for example 0.95")
 
 
 def _equal(one: Any, other: Any) -> bool:

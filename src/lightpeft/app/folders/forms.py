@@ -24,7 +24,6 @@ from lightpeft.config.validation import from_dict
 from lightpeft.errors import LightPeftError, one_line, require
 from lightpeft.files import understandable
 from lightpeft.machine import accelerator, autocast_dtype
-from lightpeft.models import repositories
 from lightpeft.models.families.registry import max_positions
 from lightpeft.models.loading import load_model, load_model_config, load_tokenizer
 from lightpeft.models.task_heads import TaskHead
@@ -37,9 +36,6 @@ from lightpeft.saving import adapter_files, whole
 from lightpeft.saving.adapter_files import DESCRIPTION, read_description, vocabulary_in
 from lightpeft.saving.description import base_facts
 from lightpeft.saving.peft_adapter import (
-    ADAPTER_CONFIG,
-    PICKLED,
-    WEIGHTS,
     check_fit,
     load_adapter,
     read_adapter,
@@ -92,15 +88,6 @@ class Found(ABC):
     @abstractmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
         """What is in a folder of this form; arguments and errors as for `find_model`."""
-
-    @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form | None:
-        """Its files in a repository; None: transformers finds them itself.
-
-        Args:
-            allow_pickle: weights may be pickled.
-        """
-        return None
 
     @abstractmethod
     def load(self, wanted: Wanted, base: PreTrainedModel | None = None) -> Model:
@@ -233,11 +220,6 @@ class MergedModel(Found):
 
     form = whole.ON_HUB.what
 
-    @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
-        """Always as safetensors."""
-        return whole.ON_HUB
-
     @cached_property
     def config(self) -> PretrainedConfig:
         """Of the model itself, whether or not transformers can make anything of it."""
@@ -283,17 +265,12 @@ class LightAdapter(_Adapter):
     form = adapter_files.ON_HUB.what
 
     @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
-        """Always as safetensors."""
-        return adapter_files.ON_HUB
-
-    @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:
         """What stands beside the weights says what they are, and how the base was loaded."""
         description = read_description(place)
         saved = base_facts(description, place / DESCRIPTION)
         at_home = {"revision": saved.revision} if base is None else {}
-        as_saved = {"dtype": saved.dtype, **at_home}
+        as_saved = {"gguf_file": saved.gguf_file, "dtype": saved.dtype, **at_home}
         model = _base(place, base or saved.id, {**as_saved, **settings})
         facts = said_of_task(description, place / DESCRIPTION)
         return cls(name=str(place), model=model, description=description, facts=facts, folder=place)
@@ -336,12 +313,6 @@ class PeftAdapter(_Adapter):
     """An adapter as PEFT saves it, whoever made it."""
 
     form = "PEFT adapter"
-
-    @classmethod
-    def on_hub(cls, allow_pickle: bool = False) -> repositories.Form:
-        """As PEFT writes them."""
-        weights = (WEIGHTS, PICKLED) if allow_pickle else (WEIGHTS,)
-        return repositories.Form(cls.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, *weights))
 
     @classmethod
     def find(cls, place: Path, base: str | None, settings: Mapping[str, Any]) -> Self:

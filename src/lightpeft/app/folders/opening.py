@@ -26,13 +26,14 @@ from lightpeft.config import ModelConfig
 from lightpeft.errors import LightPeftError, require
 from lightpeft.files import check_sealed, read_json
 from lightpeft.models.loading import LoadedModel, load_model
-from lightpeft.models.repositories import Repository
+from lightpeft.models.repositories import Form, Repository
 from lightpeft.models.tokenizers import ensure_pad_token
 from lightpeft.models.vocabulary.cutting import cut_model
 from lightpeft.models.vocabulary.kept import Vocabulary
 from lightpeft.prune.discovery import ensure_family
+from lightpeft.saving import adapter_files, whole
 from lightpeft.saving.adapter_files import DESCRIPTION
-from lightpeft.saving.peft_adapter import ADAPTER_CONFIG
+from lightpeft.saving.peft_adapter import ADAPTER_CONFIG, PICKLED, WEIGHTS
 from lightpeft.saving.whole import MERGED
 
 _FORMS: dict[str, type[Found]] = {
@@ -83,8 +84,9 @@ def find_saved(name: str | Path, base: str | None = None, settings: Mapping[str,
     repository, settings = Repository.named(name), settings or {}
     if repository is None:
         return None
-    forms = (form.on_hub(bool(settings.get("allow_pickle"))) for form in _FORMS.values())
-    downloaded = repository.folder(*(form for form in forms if form is not None))
+    weights = (WEIGHTS, PICKLED) if settings.get("allow_pickle") else (WEIGHTS,)
+    plain = Form(PeftAdapter.form, ADAPTER_CONFIG, (ADAPTER_CONFIG, *weights))
+    downloaded = repository.folder(adapter_files.ON_HUB, whole.ON_HUB, plain)
     return None if downloaded is None else replace(find_folder(downloaded, base, settings), name=str(name))
 
 
@@ -108,7 +110,7 @@ def find_result(run: RunFolder, base: str | None = None, settings: Mapping[str, 
     config, form = run.config, _FORMS[ADAPTER_CONFIG if run.result == run.full else run.config.way.last_file]
     given = {name: value for name, value in vars(config.model).items() if name != "name"} | dict(settings or {})
     if form is WholeModel:
-        base, given = None, given | {"revision": None}
+        base, given = None, given | {"revision": None, "gguf_file": None}
     else:
         base = base or config.model.name
     found = form.find(run.result, base, given)

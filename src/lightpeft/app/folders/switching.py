@@ -83,12 +83,13 @@ class LightSwitch:
 
         Raises:
             LightPeftError: there is a task of this name; the folder holds something else than a light adapter; or its
-                base is another one than that of the tasks here, or quantised.
+                base is another one than that of the tasks here, or quantised, or a GGUF file.
         """
         found = find_light(folder, self._base, self._settings)
         saved = _base_of(found)
-        alone = f"the base of {found.name} is quantised, which tasks cannot share; load it alone: load_light"
-        require(not saved.quantisation, alone)
+        kind = "quantised" if saved.quantisation else "a GGUF file" if saved.gguf_file else None
+        alone = f"the base of {found.name} is {kind}, which tasks cannot share; load it alone: load_light"
+        require(kind is None, alone)
         with self._tables:
             require(name not in self._tasks, f"the switch has a task {name} already; remove it, or give another name")
             for other in self._tasks.values():

@@ -200,9 +200,9 @@ _DEEPSEEK = replace(
     experts=_ROUTED,
     whole=("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
 )
-DEEPSEEK_V2 = Family("deepseek_v2", (_DEEPSEEK,))
-DEEPSEEK_V3 = Family("deepseek_v3", (_DEEPSEEK,))
-GLM4_MOE_LITE = Family("glm4_moe_lite", (_DEEPSEEK,))
+DEEPSEEK_V2 = Family("deepseek_v2", (_DEEPSEEK,), since=(5, 16))
+DEEPSEEK_V3 = Family("deepseek_v3", (_DEEPSEEK,), since=(5, 16))
+GLM4_MOE_LITE = Family("glm4_moe_lite", (_DEEPSEEK,), since=(5, 16))
 GLM4_MOE = Family(
     "glm4_moe",
     (
@@ -213,6 +213,7 @@ GLM4_MOE = Family(
             experts=_ROUTED,
         ),
     ),
+    since=(5, 16),
 )
 
 DECODERS = (

@@ -119,6 +119,7 @@ VIT = Family(
             head_attributes={"num_attention_heads": "heads"},
         ),
     ),
+    since=(5, 16),
 )
 
 DINOV2 = Family(
@@ -135,6 +136,7 @@ DINOV2 = Family(
             width_key=None,
         ),
     ),
+    since=(5, 23),
 )
 
 ENCODERS = (BERT, ELECTRA, ROBERTA, XLM_ROBERTA, CAMEMBERT, ESM, DISTILBERT, DEBERTA_V2, MPNET, MODERNBERT, VIT, DINOV2)

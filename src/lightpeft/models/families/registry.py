@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -61,7 +62,11 @@ def family_of(model_type: str) -> Family:
             f'model family "{model_type}" is not supported; supported: {", ".join(sorted(FAMILIES))}. '
             "lightpeft.ensure_family(model) finds others, or a declarative entry: see docs/families.md"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    here, first = transformers.__version__, ".".join(map(str, family.since))
+    newer = tuple(int(part) for part in here.split(".")[:2]) >= family.since
+    require(newer, f'model family "{model_type}" needs transformers {first} or newer; here is {here}')
+    return family
 
 
 def block_specs(model: PreTrainedModel, family: Family | None = None) -> list[BlockSpec]:

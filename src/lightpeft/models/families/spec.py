@@ -111,6 +111,8 @@ class Family:
     """Generation settings that number cross-attention heads of the dense model."""
     needs: dict[str, Any] = field(default_factory=dict)
     """Config values without which models of this family cannot be pruned."""
+    since: tuple[int, int] = (5, 5)
+    """The first transformers whose modules have these names."""
 
     def __post_init__(self) -> None:
         if self.own_bias is None and any(stack.position_bias for stack in self.stacks):

@@ -45,7 +45,7 @@ def check_in_memory(work: Workspace) -> None:
         LightPeftError: saying what to leave unset.
     """
     model, own = work.config.model, load_model_config(work.config.model)
-    stored = getattr(own, "quantization_config", None) is not None
+    stored = getattr(own, "quantization_config", None) is not None and model.gguf_file is None
     quantised = f"check knows weights in floating point alone, and those of {model.name} are in few bits"
     require(model.quantization is None and not stored, quantised)
     require(

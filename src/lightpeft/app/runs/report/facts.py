@@ -119,10 +119,8 @@ class RunFacts:
 
     @property
     def main_metric(self) -> str | None:
-        """The metric that the task is about; older runs have not said so, and their first one counts."""
-        if self.report is None:
-            return None
-        return self.report.main_metric or next(iter(self.report.metrics), None)
+        """The metric that the task is about."""
+        return None if self.report is None else self.report.main_metric
 
 
 def read_run(folder: Path) -> RunFacts:
@@ -144,7 +142,7 @@ def read_run(folder: Path) -> RunFacts:
         config=run.config,
         stages=stages,
         losses=losses,
-        cut=_cut(stages, entries),
+        cut=next((stage.steps for stage in stages if stage.name == "estimate" and stage.done), None),
         broken_losses=broken,
         reached=_reached(stages, losses),
         plan=plan,
@@ -208,15 +206,6 @@ def _title(name: str, plan: PrunePlan | None) -> str:
 def _whole(value: Any) -> int | None:
     found = number(value)
     return None if found is None else int(found)
-
-
-def _cut(stages: Sequence[Stage], entries: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step of the cut, as the estimation says or, in older logs, its last line."""
-    estimation = next((stage for stage in stages if stage.name == "estimate" and stage.done), None)
-    if estimation is None:
-        return None
-    logged = (_whole(entry.get("step")) for entry in entries if entry.get("stage") == "estimate")
-    return estimation.steps or max((step for step in logged if step is not None), default=None)
 
 
 def _reached(stages: Sequence[Stage], losses: Sequence[Losses]) -> int:

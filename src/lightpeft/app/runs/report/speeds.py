@@ -30,8 +30,8 @@ class Speeds:
 
     rounds: int
     """Alternations that the medians and quartiles are over."""
-    of_rounds: int | None
-    """That were asked for; None: older files do not say."""
+    of_rounds: int
+    """That were asked for."""
     rows: list[SpeedRow]
 
 
@@ -43,8 +43,8 @@ def read_speeds(path: Path) -> Speeds:
     """
     found = read_json(path)
     with understandable(path):
-        of_rounds = found.get("of_rounds")
-        return from_dict(Speeds, {"rounds": found["rounds"], "of_rounds": of_rounds, "rows": speed_rows(found)})
+        rounds = {name: found[name] for name in ("rounds", "of_rounds")}
+        return from_dict(Speeds, rounds | {"rows": speed_rows(found)})
 
 
 def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -62,9 +62,8 @@ def speed_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         add(f"{what} samples/s", medians, _fine, spread["median"], quartiles=[spread["low"], spread["high"]])
     add("training memory", [of["peak_memory_bytes"] for of in both], size, ratios["peak_memory"])
     for name, key in (("weights served", "weights_bytes"), ("inference memory", "peak_memory_bytes")):
-        if all("inference" in of for of in both):  # not in files of versions that did not measure it
-            served = [of["inference"][key] for of in both]
-            add(name, served, size, served[1] / served[0])
+        served = [of["inference"][key] for of in both]
+        add(name, served, size, served[1] / served[0])
     for what, key in (("training", "training"), ("inference", "forward")):
         flops = [of["flops"][key] / 1e9 for of in both]
         add(f"{what} GFLOP", flops, _fine, flops[1] / flops[0])
