@@ -162,7 +162,6 @@ REFUSED: list[tuple[Any, str]] = [
     ({"task_type": "SEQ_CLS"}, "peft.task_type is the run's to set; leave it out"),
     ({"layers_to_transform": [0]}, "give peft.target_modules, too"),
     ({"use_qalora": True}, "LoRA with use_qalora cannot be pruned"),
-    ({"type": "bottleneck", "init": "ones"}, "init must be one of zero, bert, houlsby"),
 ]
 
 
