@@ -242,7 +242,7 @@ def test_one_default_everywhere(builds: Builds, caplog: pytest.LogCaptureFixture
         assert EarlyPruner(get_peft_model(tagger, lora(task_type="TOKEN_CLS"))).config == other
 
 
-@pytest.mark.parametrize("light", [0.4, {"remove": {"blocks": 0.4}}, light_of(remove=Remove(blocks=0.4))])
+@pytest.mark.parametrize("light", [0.4, {"remove": {"blocks": 0.4}}, LightConfig(remove=Remove(blocks=0.4))])
 def test_a_number_is_a_budget(builds: Builds, light: Any) -> None:
     assert builds.trainer(light=light).light_config == preset("fast", blocks=0.4)
     assert EarlyPruner(get_peft_model(builds.base(), lora()), light).config == preset("fast", blocks=0.4)
