@@ -29,7 +29,7 @@ from transformers import (
 )
 from workbench import Workbench, labelled
 
-from lightpeft import EarlyPruner, LightTrainer, light_trainer, load_light
+from lightpeft import EarlyPruner, LightConfig, LightTrainer, light_trainer, load_light
 from lightpeft.app.evaluation.scores import scores_of
 from lightpeft.app.folders.run_folder import RunFolder
 from lightpeft.app.runs import pipeline
