@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -351,8 +352,7 @@ def test_an_optimizer_of_ones_own(builds: Builds) -> None:
 def test_shell_and_trainers_give_the_same_to_the_last_bit(tmp_path: Path, kind: tuple[str, str]) -> None:
     """The shell, `LightTrainer` with a PEFT configuration, and `light_trainer(Trainer)` with a PeftModel."""
     bench = Workbench(tmp_path, *kind)
-    light = {f"light.{name}": value for name, value in BUDGET.items()}
-    config = bench.config("shell", **light, **{"peft.lora_dropout": 0.05})
+    config = bench.config("shell", light=dataclasses.asdict(LIGHT), **{"peft.lora_dropout": 0.05})
     report = pipeline.run(config)
     plan = PrunePlan.load(tmp_path / "shell" / "plan.json")
     work = pipeline.prepare(config)
